@@ -1,0 +1,35 @@
+# `make serve` and `make test` are the whole set-up on a fresh machine with Python 3.11 and make.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: serve test lint train evaluate docs clean
+
+serve: $(READY)
+	$(BIN)/sfumato serve
+
+test: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest $(PYTEST)
+
+train: $(READY)
+	$(BIN)/python -m training
+
+evaluate: $(READY)
+	$(BIN)/python -m training.evaluate
+
+docs: $(READY)
+	$(BIN)/python -m docs
+
+clean:
+	rm -rf .venv
+
+# PyTorch first: with it in place nothing below pulls another build of it.
+$(READY): requirements.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $@

@@ -1,0 +1,1 @@
+"""HTTP front ends over `service`. No torch here: this process answers while another computes."""

@@ -1,0 +1,73 @@
+"""One error shape for every route: OpenAI's `{"error": {message, type, param, code}}`."""
+
+from __future__ import annotations
+
+import logging
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from sfumato.errors import InvalidRequest, SfumatoError, TooManyRequests
+
+log = logging.getLogger(__name__)
+
+
+def install(app: FastAPI) -> None:
+    app.add_exception_handler(SfumatoError, _known)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(Exception, _unknown)
+
+
+def shape(error: SfumatoError) -> dict[str, dict[str, str | None]]:
+    return {
+        "error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code},
+    }
+
+
+def response(error: SfumatoError) -> JSONResponse:
+    # The OpenAI SDK retries every 5xx unless told; most of ours would fail the same way again.
+    headers = {"x-should-retry": "true" if error.retry else "false"}
+    if isinstance(error, TooManyRequests):
+        headers["retry-after"] = str(error.retry_after)
+    return JSONResponse(shape(error), error.status, headers)
+
+
+async def _known(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, SfumatoError)
+    if error.status >= 500:
+        log.error("%s %s: %s: %s", request.method, request.url.path, error.code, error.message)
+    return response(error)
+
+
+async def _invalid(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"][1:] if isinstance(part, str | int))
+    if first["type"] == "json_invalid":
+        return response(InvalidRequest(f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}"))
+    if first["type"] == "missing":
+        where = f"{field}: this field is required" if field else "the request needs a JSON body"
+        return response(InvalidRequest(where, param=field or None))
+    shown = repr(first.get("input"))
+    shown = shown if len(shown) <= 80 else shown[:80] + "..."
+    return response(InvalidRequest(f"{field}: {shown} is not valid: {first['msg']}", param=field or None))
+
+
+async def _http(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    messages = {
+        404: f"there is nothing at {request.url.path}; the routes are listed at /docs",
+        405: f"{request.method} is not allowed on {request.url.path}",
+    }
+    known = InvalidRequest(messages.get(error.status_code, str(error.detail)))
+    answer = response(known)
+    answer.status_code = error.status_code
+    answer.headers.update(error.headers or {})
+    return answer
+
+
+async def _unknown(request: Request, error: Exception) -> JSONResponse:
+    return response(SfumatoError(f"an error of the server's own ({type(error).__name__}); its log says more"))

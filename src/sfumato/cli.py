@@ -1,0 +1,180 @@
+"""The command `sfumato`. Each command imports what it needs when it runs, so `--help` is quick."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sfumato import __version__
+from sfumato.settings import Settings, env_name, flag, kind
+
+app = typer.Typer(
+    name="sfumato",
+    help="A self-hosted image server on Hugging Face diffusers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Models = Annotated[Path | None, typer.Option("--models", help="Folder of model files.")]
+
+
+def main() -> None:
+    """Entry point: errors of ours are one line on stderr and exit code 1, not a traceback."""
+    from sfumato.errors import SfumatoError
+
+    try:
+        app()
+    except SfumatoError as error:
+        typer.secho(f"error: {error.message}", fg="red", err=True)
+        sys.exit(1)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(f"sfumato {__version__}")
+        raise typer.Exit
+
+
+def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one option for each field of `Settings`, with its name, help and default."""
+    parameters = [
+        inspect.Parameter(
+            spec.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[
+                kind(spec) | None,
+                typer.Option(
+                    flag(spec), help=f"{spec.metadata['help']} [{env_name(spec)}; default: {spec.default or 'none'}]"
+                ),
+            ],
+        )
+        for spec in fields(Settings)
+    ]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+@app.command()
+@_with_settings
+def serve(**given: Any) -> None:
+    """Serve pictures over HTTP: OpenAI's Images API and LocalAI's fields."""
+    from sfumato.serve import serve as run
+
+    run(_settings(**given))
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="What to draw.")] = None,
+    model: Annotated[str | None, typer.Option("-m", "--model", help="A model file's name, or a hub id.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="File to write (PNG).")] = None,
+    negative: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed; absent: a random one.")] = None,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="Scheduler name.")] = None,
+    clip_skip: Annotated[int | None, typer.Option(help="Text encoder layers to skip.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Source picture.", exists=True, dir_okay=False)] = None,
+    mask: Annotated[Path | None, typer.Option(help="White is redrawn.", exists=True, dir_okay=False)] = None,
+    strength: Annotated[float | None, typer.Option(help="0..1: how far to leave the source.")] = None,
+    n: Annotated[int, typer.Option(help="Pictures to draw, with seeds seed, seed + 1, ...")] = 1,
+    like: Annotated[
+        Path | None, typer.Option(help="Make this picture again from its recipe.", exists=True, dir_okay=False)
+    ] = None,
+    models: Models = None,
+) -> None:
+    """Draw pictures here, without a server; prints the path of each."""
+    from sfumato.draw import draw as run
+
+    if prompt is None and like is None:
+        raise typer.BadParameter("say what to draw, or give --like FILE.png", param_hint="PROMPT")
+    given = {
+        "prompts": [prompt] if prompt is not None else None,
+        "model": model,
+        "negative_prompt": negative,
+        "steps": steps,
+        "guidance_scale": guidance,
+        "seed": seed,
+        "size": size,
+        "scheduler": scheduler,
+        "clip_skip": clip_skip,
+        "images": [image.read_bytes()] if image else None,
+        "mask": mask.read_bytes() if mask else None,
+        "strength": strength,
+        "n": n,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    for path in run(given, like, output, _settings(models=models)):
+        typer.echo(path)
+
+
+@app.command("models")
+def list_models(models: Models = None) -> None:
+    """List the models that requests can name."""
+    from rich.console import Console
+    from rich.table import Table
+
+    catalog = _catalog(_settings(models=models))
+    table = Table("name", "aliases", "weights", "pipeline", "scheduler")
+    for config in catalog.all():
+        table.add_row(
+            config.name,
+            ", ".join(config.aliases),
+            config.model,
+            config.pipeline_type or "as the repository says",
+            config.scheduler_type or "the model's own",
+        )
+    Console().print(table)
+    for problem in catalog.problems():
+        typer.secho(str(problem), fg="red", err=True)
+
+
+@app.command()
+def check(models: Annotated[Path | None, typer.Argument(help="Folder of model files.")] = None) -> None:
+    """Explain each model file: what is loaded from where, what is ignored and why, what is wrong."""
+    from sfumato.check import check as run
+
+    reports = run(_catalog(_settings(models=models)))
+    for report in reports:
+        typer.echo(report)
+    if not all(report.ok for report in reports):
+        raise typer.Exit(1)
+
+
+@app.command()
+def pull(
+    id: Annotated[str, typer.Argument(help="Hub id, or the name of a model file.")],
+    models: Models = None,
+) -> None:
+    """Download a model before its first use."""
+    from sfumato.draw import pull as run
+
+    typer.echo(run(id, _settings(models=models)))
+
+
+def _settings(**given: Any) -> Settings:
+    try:
+        return Settings.load(given)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _catalog(settings: Settings) -> Any:
+    from sfumato.catalog import Catalog
+
+    return Catalog.of(settings)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""Weights on first use: from a hub through diffusers' own selection of files, or from a plain URL.
+
+`HF_ENDPOINT`, `HF_TOKEN`, `HF_HOME` and `HF_HUB_OFFLINE` are huggingface_hub's and work as it says.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeAlias
+from urllib.parse import urlparse
+
+import httpx
+from diffusers import DiffusionPipeline
+from diffusers.loaders import single_file_utils
+from diffusers.pipelines import pipeline_utils
+from huggingface_hub import errors as hub
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from tqdm.auto import tqdm
+
+from sfumato.errors import DownloadError, LoadError
+
+log = logging.getLogger(__name__)
+
+Report: TypeAlias = Callable[[float | None, str], None]
+"""Told how far a download is: fraction 0 .. 1 (None: unknown) and what is being fetched."""
+
+CHUNK = 1 << 20
+DESCRIPTION_FILES = ["*.json", "*/*.json", "*.txt", "*/*.txt", "*/*.model"]
+
+
+def from_hub(repo: str, *, revision: str | None, variant: str | None, pickles: bool, report: Report) -> Path:
+    """The local snapshot folder of a repository; what is missing in the cache is fetched first.
+
+    Which files a pipeline needs is diffusers' own rule. Raises DownloadError or LoadError in words.
+    """
+    with words_for_hub_errors(repo), _progress_to(report, repo):
+        folder = DiffusionPipeline.download(
+            repo, revision=revision, variant=variant, use_safetensors=None if pickles else True
+        )
+    return Path(folder)
+
+
+def from_url(url: str, target: Path, *, sha256: str | None, report: Report) -> Path:
+    """Fetch a file once; it appears under its name only when it is whole (and its hash is right)."""
+    if target.exists():
+        return target
+    part = target.with_name(target.name + ".part")
+    digest = hashlib.sha256()
+    try:
+        with httpx.stream("GET", url, follow_redirects=True, timeout=30) as response:
+            response.raise_for_status()
+            total = int(response.headers.get("content-length", 0))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("wb") as file:
+                for chunk in response.iter_bytes(CHUNK):
+                    file.write(chunk)
+                    digest.update(chunk)
+                    report(file.tell() / total if total else None, target.name)
+    except (httpx.HTTPError, OSError) as error:
+        part.unlink(missing_ok=True)
+        raise DownloadError(f"{url} could not be fetched to {target}: {error}") from error
+    if sha256 and digest.hexdigest() != sha256.lower():
+        part.unlink()
+        raise DownloadError(
+            f"{url}: the file's sha256 is {digest.hexdigest()}, the model file says {sha256}. Nothing was kept."
+        )
+    part.replace(target)
+    return target
+
+
+def description_of(path: Path, model: str) -> Path:
+    """The configurations and the tokenizer of the repository that a single file was made for.
+
+    A single file holds weights alone. Which repository describes them diffusers tells from the names
+    and shapes inside; its few small files are fetched once.
+    """
+    try:
+        checkpoint = single_file_utils.load_single_file_checkpoint(str(path), local_files_only=True)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise LoadError(f"{path} cannot be read as weights ({_first_line(error)}); fetch it again") from error
+    repo = single_file_utils.fetch_diffusers_config(checkpoint)["pretrained_model_name_or_path"]
+    with words_for_hub_errors(repo, f"{path.name} needs its small configuration files. Run `sfumato pull {model}`"):
+        return Path(snapshot_download(repo, allow_patterns=DESCRIPTION_FILES))
+
+
+def file_name(url: str) -> str:
+    return Path(urlparse(url).path).name
+
+
+@contextmanager
+def words_for_hub_errors(repo: str, remedy: str = "") -> Iterator[None]:
+    """Turn what huggingface_hub and diffusers raise while fetching `repo` into errors that help."""
+    remedy = remedy or f"Run `sfumato pull {repo}`"
+    endpoint = os.environ.get("HF_ENDPOINT", "the hub")
+    try:
+        yield
+    except hub.GatedRepoError as error:
+        raise LoadError(
+            f"{repo} is gated: accept its licence on {endpoint} and set HF_TOKEN to a token of that account."
+        ) from error
+    except hub.RepositoryNotFoundError as error:
+        raise LoadError(
+            f"{repo} is not on {endpoint}, or it is private. Check the spelling of parameters.model; "
+            "for a private repository set HF_TOKEN."
+        ) from error
+    except hub.RevisionNotFoundError as error:
+        raise LoadError(f"{repo} has no such revision: {error}") from error
+    except (hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError, httpx.NetworkError) as error:
+        why = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else f"{endpoint} cannot be reached"
+        raise DownloadError(
+            f"{repo} is not in the local cache and {why}. {remedy} once with a network."
+        ) from error
+    except (hub.HfHubHTTPError, httpx.HTTPError) as error:
+        raise DownloadError(f"{repo} could not be fetched from {endpoint}: {_first_line(error)}") from error
+    except EnvironmentError as error:
+        if not isinstance(error.__cause__, hub.EntryNotFoundError) and error.errno is not None:
+            raise DownloadError(f"{repo} could not be written to the cache: {error}") from error
+        raise LoadError(
+            f"{repo} cannot be loaded by diffusers: {_first_line(error)} "
+            "(a diffusers repository has a model_index.json and safetensors weights)"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+@contextmanager
+def _progress_to(report: Report, repo: str) -> Iterator[None]:
+    # diffusers calls snapshot_download without a way to pass its `tqdm_class` on; this is that way.
+    # The worker loads in one thread, so nobody else sees the name while it is bound.
+    original = pipeline_utils.snapshot_download
+    bar = type("_Bar", (_ReportingBar,), {"report": staticmethod(report), "repo": repo})
+    pipeline_utils.snapshot_download = functools.partial(original, tqdm_class=bar)
+    try:
+        yield
+    finally:
+        pipeline_utils.snapshot_download = original
+
+
+class _ReportingBar(tqdm):
+    """A tqdm that draws nothing and reports bytes; huggingface_hub makes one for files, one for bytes."""
+
+    report: Report
+    repo: str
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._bytes = kwargs.get("unit") == "B"
+        self._logged = 0.0
+        kwargs.pop("name", None)
+        super().__init__(*args, **{**kwargs, "disable": False, "file": _Nowhere()})
+
+    def update(self, n: float | None = 1) -> bool | None:
+        shown: bool | None = super().update(n)
+        if self._bytes and self.total:
+            self.report(min(1.0, self.n / self.total), self.repo)
+            if time.monotonic() - self._logged > 5:
+                self._logged = time.monotonic()
+                log.info("%s: %.0f of %.0f MB", self.repo, self.n / 1e6, self.total / 1e6)
+        return shown
+
+
+class _Nowhere:
+    def write(self, text: str) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass

@@ -1,0 +1,220 @@
+"""What a diffusers pipeline hands to its scheduler, read from the pipeline's source.
+
+diffusers writes down nowhere which scheduler fits which pipeline, and a wrong one fails in the middle
+of a request: FLUX passes its own `sigmas` and a `mu` to `set_timesteps`, and a scheduler without
+such arguments raises. The calls stand in the pipeline class in one of two shapes, so we read them:
+
+    retrieve_timesteps(self.scheduler, num_inference_steps, device, sigmas=sigmas, mu=mu)
+    self.scheduler.set_timesteps(num_inference_steps, device=device)
+
+Where the code decides by a condition, the answer errs towards "it may be handed over".
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, TypeAlias
+
+Given: TypeAlias = Literal["never", "if_dynamic", "unless_flow_sigmas", "always"]
+"""When an argument has a value, for a caller who gives the pipeline none: never (it is passed on as
+None), only on models with `use_dynamic_shifting`, unless the scheduler has `use_flow_sigmas`, always."""
+
+_POSITIONAL = {
+    "retrieve_timesteps": ("scheduler", "num_inference_steps", "device", "timesteps", "sigmas"),
+    "set_timesteps": ("num_inference_steps", "device"),
+}
+_PLAIN = {"scheduler", "num_inference_steps", "device"}
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One call that sets the steps: its arguments beside their number and the device."""
+
+    arguments: Mapping[str, Given]
+    optional: frozenset[str]
+    """Those that are left out of the call, not passed as None, when they have no value."""
+
+    def given(self, config: Mapping[str, Any]) -> set[str]:
+        """The arguments that have a value, with a scheduler of this config."""
+        holds = {
+            "never": False,
+            "if_dynamic": bool(config.get("use_dynamic_shifting")),
+            "unless_flow_sigmas": not config.get("use_flow_sigmas"),
+            "always": True,
+        }
+        return {name for name, when in self.arguments.items() if holds[when]}
+
+    def names(self, config: Mapping[str, Any]) -> set[str]:
+        """The arguments that `set_timesteps` has to take."""
+        return (self.arguments.keys() - self.optional) | self.given(config)
+
+
+@dataclass(frozen=True, slots=True)
+class Handover:
+    runs: tuple[Run, ...]
+    step_arguments: frozenset[str]
+    """Keywords that are passed to `step` in every case."""
+    uses: frozenset[str]
+    """Attributes of the scheduler that are used."""
+    guarded: frozenset[str]
+    """Those of them that it is asked for first, with `hasattr`."""
+
+
+@lru_cache(maxsize=64)
+def read(pipeline: type) -> Handover | None:
+    """What this pipeline class hands over; None where it sets no scheduler's steps, or has no source."""
+    functions = list(_functions(pipeline))
+    runs = [run for function in functions for run in _runs(function)]
+    if not runs:
+        return None
+    nodes = [node for function in functions for node in ast.walk(function)]
+    calls = [node for node in nodes if isinstance(node, ast.Call)]
+    guarded = {
+        ast.literal_eval(call.args[1])
+        for call in calls
+        if _is_call(call, "hasattr") and _on_scheduler(call.args[0])
+    }
+    uses = {node.attr for node in nodes if isinstance(node, ast.Attribute) and _on_scheduler(node.value)}
+    steps = {keyword.arg for call in calls if _method(call) == "step" for keyword in call.keywords}
+    return Handover(
+        tuple(runs), frozenset(name for name in steps if name), frozenset(uses), frozenset(guarded)
+    )
+
+
+def _functions(pipeline: type) -> Iterator[ast.FunctionDef]:
+    """The syntax of every method of the class that touches its scheduler."""
+    for _, member in inspect.getmembers_static(pipeline):
+        function = inspect.unwrap(member) if callable(member) else None
+        if not inspect.isfunction(function) or "scheduler" not in function.__code__.co_names:
+            continue
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        except (OSError, SyntaxError):
+            continue
+        yield from (node for node in tree.body if isinstance(node, ast.FunctionDef))
+
+
+def _runs(function: ast.FunctionDef) -> Iterator[Run]:
+    for node in ast.walk(function):
+        if not isinstance(node, ast.Call):
+            continue
+        callee = _method(node)
+        if callee is None and _is_call(node, "retrieve_timesteps"):
+            callee = "retrieve_timesteps"
+            scheduler = node.args[0] if node.args else None
+            if not _on_scheduler(scheduler):
+                continue
+        if callee in _POSITIONAL:
+            run = _run(function, node, callee)
+            if run is not None:
+                yield run
+
+
+def _run(function: ast.FunctionDef, call: ast.Call, callee: str) -> Run | None:
+    named = dict(zip(_POSITIONAL[callee], call.args, strict=False))
+    named |= {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg}
+    arguments = {name: _when(function, call, value) for name, value in named.items() if name not in _PLAIN}
+    optional = {"timesteps", "sigmas"} if callee == "retrieve_timesteps" else set()
+    for keyword in call.keywords:
+        if keyword.arg is None and isinstance(keyword.value, ast.Name):
+            spread = _spread(function, call, keyword.value.id)
+            optional |= {name for name in spread if name not in arguments}
+            arguments |= spread
+    # `set_timesteps(timesteps=timesteps)` with nothing else is the branch for a caller who gives some.
+    if "num_inference_steps" not in named and "never" in (
+        arguments.get(name) for name in ("timesteps", "sigmas")
+    ):
+        return None
+    return Run(arguments, frozenset(optional))
+
+
+def _when(function: ast.FunctionDef, call: ast.Call, value: ast.expr) -> Given:
+    """When the value of an argument is not None."""
+    if isinstance(value, ast.Constant):
+        return "never" if value.value is None else "always"
+    if not isinstance(value, ast.Name):
+        return "always"
+    found: Given = "never"
+    for node, conditions in _before(function, call):
+        if isinstance(node, ast.Assign) and any(_names(target, value.id) for target in node.targets):
+            found = _assigned(found, node.value, conditions)
+    return found
+
+
+def _assigned(before: Given, value: ast.expr, conditions: str) -> Given:
+    """When a variable has a value after an assignment that stands under these conditions."""
+    none = isinstance(value, ast.Constant) and value.value is None
+    if none:
+        if "use_flow_sigmas" in conditions and before == "always":
+            return "unless_flow_sigmas"
+        return before if conditions else "never"
+    if "use_dynamic_shifting" in conditions and "not" not in conditions and before == "never":
+        return "if_dynamic"
+    return "always"
+
+
+def _spread(function: ast.FunctionDef, call: ast.Call, variable: str) -> dict[str, Given]:
+    """The arguments in the dictionary `**variable`."""
+    found: dict[str, Given] = {}
+    for node, conditions in _before(function, call):
+        if not isinstance(node, ast.Assign):
+            continue
+        for target in node.targets:
+            if _names(target, variable) and isinstance(node.value, ast.Dict):
+                for key in node.value.keys:
+                    if isinstance(key, ast.Constant):
+                        found[str(key.value)] = _assigned("never", node.value, conditions)
+            elif (
+                isinstance(target, ast.Subscript)
+                and _names(target.value, variable)
+                and isinstance(target.slice, ast.Constant)
+            ):
+                name = str(target.slice.value)
+                # `elif mu is not None`: the branch for a caller who gives one.
+                if f"{ast.unparse(node.value)} is not None" not in conditions:
+                    found[name] = _assigned(found.get(name, "never"), node.value, conditions)
+    return found
+
+
+def _before(function: ast.FunctionDef, call: ast.Call) -> Iterator[tuple[ast.stmt, str]]:
+    """Every statement that stands before the call, with the conditions it stands under."""
+
+    def walk(body: list[ast.stmt], conditions: str) -> Iterator[tuple[ast.stmt, str]]:
+        for statement in body:
+            if statement.lineno >= call.lineno:
+                return
+            yield statement, conditions
+            if isinstance(statement, ast.If):
+                test = ast.unparse(statement.test)
+                yield from walk(statement.body, f"{conditions} {test}".strip())
+                otherwise = f"{conditions} not ({test})".strip()
+                yield from walk(statement.orelse, otherwise)
+            elif isinstance(statement, ast.With | ast.For):
+                yield from walk(statement.body, conditions)
+
+    return walk(function.body, "")
+
+
+def _names(target: ast.expr, name: str) -> bool:
+    if isinstance(target, ast.Tuple):
+        return any(_names(element, name) for element in target.elts)
+    return isinstance(target, ast.Name) and target.id == name
+
+
+def _is_call(node: ast.AST, name: str) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name
+
+
+def _method(call: ast.Call) -> str | None:
+    """The name of the scheduler's method that is called here."""
+    function = call.func
+    return function.attr if isinstance(function, ast.Attribute) and _on_scheduler(function.value) else None
+
+
+def _on_scheduler(node: ast.AST | None) -> bool:
+    return isinstance(node, ast.Attribute) and node.attr == "scheduler" and isinstance(node.value, ast.Name)

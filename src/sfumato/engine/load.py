@@ -1,0 +1,275 @@
+"""From a model file to a diffusers pipeline on its device, ready to draw."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+
+from sfumato import schedulers
+from sfumato.config import ModelConfig
+from sfumato.core import ModelStatus
+from sfumato.engine import download, resolve, sampler
+from sfumato.errors import (
+    DeviceUnavailable,
+    InvalidRequest,
+    LoadError,
+    ModelFileError,
+    SfumatoError,
+    did_you_mean,
+)
+
+log = logging.getLogger(__name__)
+
+Tell: TypeAlias = Callable[[ModelStatus], None]
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(slots=True)
+class Loaded:
+    """A model in memory."""
+
+    config: ModelConfig
+    pipeline: Any
+    source: str
+    device: str
+    dtype: str
+    siblings: dict[str, Any] = field(default_factory=dict)
+    """Pipelines of other tasks on the same weights, by task."""
+
+
+def load(config: ModelConfig, device_setting: str, tell: Tell) -> Loaded:
+    """Load a model. Raises LoadError, ModelFileError or InvalidRequest, each in words; keeps nothing then."""
+    try:
+        device = choose_device(config, device_setting)
+        dtype = choose_dtype(config, device)
+        pipeline, source = _pipeline(config, dtype, tell)
+        _check(config, pipeline)
+        _adapters(config, pipeline)
+        _place(config, pipeline, device)
+    except SfumatoError:
+        raise
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # whatever a pipeline's loading code raises, the caller gets words
+        gc.collect()
+        log.exception("%s: load failed", config.name)
+        raise LoadError(f"{config.name}: {type(error).__name__}: {error}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    log.info("%s: %s from %s on %s in %s", config.name, type(pipeline).__name__, source, device, dtype)
+    return Loaded(config, pipeline, source, device, dtype)
+
+
+def choose_device(config: ModelConfig, setting: str) -> str:
+    """`setting` (not "auto") wins; then `cuda` true, false, or absent: the best device here."""
+    if setting != "auto":
+        if config.cuda and not setting.startswith("cuda"):
+            log.warning("%s: the file says cuda: true; the server's device setting is %s", config.name, setting)
+        _usable(config, setting)
+        return setting
+    if config.cuda is False:
+        return "cpu"
+    gpu = "cuda" if config.main_gpu is None else f"cuda:{config.main_gpu}"
+    if config.cuda:
+        _usable(config, gpu)
+        return gpu
+    best = torch.accelerator.current_accelerator(check_available=True)
+    if best is None:
+        return "cpu"
+    return gpu if best.type == "cuda" else str(best.type)
+
+
+def _usable(config: ModelConfig, device: str) -> None:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise DeviceUnavailable(
+            f"{config.name}: the device {device!r} cannot be used here ({str(error).splitlines()[0]}). "
+            "Set `cuda: false` in the model file, leave it out (the best device here is taken), "
+            "or start the server with --device cpu."
+        ) from error
+
+
+def choose_dtype(config: ModelConfig, device: str) -> str:
+    """`dtype` of the file; else fp16 for `f16: true` on CUDA, bf16 on CUDA and CPUs that have it, fp32."""
+    if config.dtype:
+        return config.dtype
+    fast = "bf16" if device.startswith("cuda") or (device == "cpu" and _cpu_has_bf16()) else "fp32"
+    if config.f16:
+        if device.startswith("cuda"):
+            return "fp16"
+        log.warning("%s: f16: true has no fast float16 on %s; %s is used", config.name, device, fast)
+    return fast
+
+
+def _cpu_has_bf16() -> bool:
+    has = torch.cpu.get_capabilities()
+    return bool(has.get("avx512_bf16") or has.get("amx_bf16") or has.get("bf16"))
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """Weights on this machine: a diffusers folder or a single file, and what to call them."""
+
+    path: Path
+    shown: str
+    description: Path | None = None
+    """For a single file: the folder with the configurations and the tokenizer that it lacks."""
+
+
+def fetch(config: ModelConfig, dtype: str, tell: Tell) -> Fetched:
+    """Have everything the model needs on this disk. Raises DownloadError, LoadError or ModelFileError."""
+
+    def report(fraction: float | None, what: str) -> None:
+        tell(ModelStatus("downloading", what, fraction))
+
+    for file in config.downloads:
+        url = resolve.download_url(file.uri)
+        download.from_url(url, config.folder / file.filename, sha256=file.sha256, report=report)
+    match resolve.resolve(config):
+        case resolve.Hub(repo, revision):
+            tell(ModelStatus("downloading", repo))
+            folder = download.from_hub(
+                repo,
+                revision=revision,
+                variant=config.variant or _variant(dtype),
+                pickles=config.allow_pickle,
+                report=report,
+            )
+            return Fetched(folder, f"{repo}@{folder.name}")
+        case resolve.Url(url):
+            target = config.folder / download.file_name(url)
+            path = download.from_url(url, target, sha256=None, report=report)
+            return Fetched(path, url, download.description_of(path, config.name))
+        case resolve.File(path):
+            return Fetched(path, str(path), download.description_of(path, config.name))
+        case resolve.Folder(path):
+            return Fetched(path, str(path))
+
+
+def _pipeline(config: ModelConfig, dtype: str, tell: Tell) -> tuple[Any, str]:
+    cls = pipeline_class(config)
+    fetched = fetch(config, dtype, tell)
+    tell(ModelStatus("loading", fetched.shown))
+    with download.words_for_hub_errors(fetched.shown):
+        if fetched.description:
+            return _single_file(config, fetched.path, fetched.description, cls, dtype), fetched.shown
+        return _folder(config, fetched.path, cls, dtype), fetched.shown
+
+
+def pipeline_class(config: ModelConfig) -> Any:
+    """The diffusers class the file names; DiffusionPipeline (read the repository) when it names none."""
+    name = config.pipeline_type or "DiffusionPipeline"
+    cls = getattr(diffusers, name, None) if name.endswith("Pipeline") else None
+    if not (isinstance(cls, type) and issubclass(cls, DiffusionPipeline)):
+        known = [word for word in dir(diffusers) if word.endswith("Pipeline")]
+        raise ModelFileError(
+            f"{config.name}: pipeline_type {name!r} is not a pipeline class of diffusers "
+            f"{diffusers.__version__}.{did_you_mean(name, known)} Leave it out to read it from the repository.",
+            param="pipeline_type",
+        )
+    return cls
+
+
+def _variant(dtype: str) -> str | None:
+    """Half-precision files are half the download and hold all that a half-precision model keeps."""
+    return None if dtype == "fp32" else "fp16"
+
+
+def _folder(config: ModelConfig, folder: Path, cls: Any, dtype: str) -> Any:
+    variant = config.variant or _variant(dtype)
+    if variant and not any(folder.glob(f"*/*.{variant}*.safetensors")):
+        variant = None
+    return cls.from_pretrained(
+        folder,
+        torch_dtype=DTYPES[dtype],
+        variant=variant,
+        use_safetensors=None if config.allow_pickle else True,
+        local_files_only=True,
+        **_components(config, dtype),
+    )
+
+
+def _single_file(config: ModelConfig, path: Path, description: Path, cls: Any, dtype: str) -> Any:
+    if cls is DiffusionPipeline:
+        cls = getattr(diffusers, DiffusionPipeline.load_config(description)["_class_name"])
+    return cls.from_single_file(
+        str(path), config=str(description), torch_dtype=DTYPES[dtype], **_components(config, dtype)
+    )
+
+
+def _components(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    """Modules that the file takes from elsewhere than the model's own source."""
+    given: dict[str, Any] = {}
+    if config.control_net:
+        with download.words_for_hub_errors(config.control_net):
+            given["controlnet"] = diffusers.ControlNetModel.from_pretrained(
+                _beside(config, config.control_net), torch_dtype=DTYPES[dtype]
+            )
+    if config.clip_model:
+        from transformers import CLIPTextModel
+
+        with download.words_for_hub_errors(config.clip_model):
+            given["text_encoder"] = CLIPTextModel.from_pretrained(
+                _beside(config, config.clip_model),
+                subfolder=config.clip_subfolder or "",
+                dtype=DTYPES[dtype],
+            )
+    return given
+
+
+def _beside(config: ModelConfig, name: str) -> str:
+    """A path relative to the model file when it exists, else the name as it is (a hub id)."""
+    path = (config.folder / Path(name).expanduser()).resolve()
+    return str(path) if path.exists() else name
+
+
+def _check(config: ModelConfig, pipeline: Any) -> None:
+    if config.scheduler_type:
+        choice = schedulers.parse(config.scheduler_type, config.schedule)
+        try:
+            sampler.check(pipeline, choice)
+        except InvalidRequest as error:
+            raise ModelFileError(f"{config.name}: {error.message}", param="scheduler_type") from error
+    layers = encoder_layers(pipeline)
+    if config.clip_skip and layers is not None and config.clip_skip >= layers + 1:
+        raise ModelFileError(
+            f"{config.name}: clip_skip {config.clip_skip} leaves nothing of a text encoder with {layers} layers; "
+            f"0 to {layers} are valid",
+            param="clip_skip",
+        )
+
+
+def encoder_layers(pipeline: Any) -> int | None:
+    config = getattr(getattr(pipeline, "text_encoder", None), "config", None)
+    return getattr(config, "num_hidden_layers", None)
+
+
+def _adapters(config: ModelConfig, pipeline: Any) -> None:
+    if not config.adapters:
+        return
+    names = []
+    for index, adapter in enumerate(config.adapters):
+        names.append(f"adapter_{index}")
+        where = Path(_beside(config, adapter.source))
+        with download.words_for_hub_errors(adapter.source):
+            if where.is_file():
+                pipeline.load_lora_weights(where.parent, weight_name=where.name, adapter_name=names[-1])
+            else:
+                pipeline.load_lora_weights(str(where), adapter_name=names[-1])
+    pipeline.set_adapters(names, [adapter.scale for adapter in config.adapters])
+
+
+def _place(config: ModelConfig, pipeline: Any, device: str) -> None:
+    if config.low_vram and device != "cpu":
+        pipeline.enable_model_cpu_offload(device=device)
+    else:
+        pipeline.to(device)

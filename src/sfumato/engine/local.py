@@ -1,0 +1,62 @@
+"""The engine in a thread of this process: for the command line and for tests of the layers below."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import threading
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import TYPE_CHECKING
+
+from sfumato.config import ModelConfig
+from sfumato.core import Event, Generation, ModelStatus
+from sfumato.engine.protocol import Cancel, Report, Stop, Submit
+from sfumato.engine.streams import Streams
+from sfumato.settings import Settings
+
+if TYPE_CHECKING:
+    from sfumato.engine.loop import Loop
+
+
+class Local:
+    """Engine whose loop runs in a thread; imports torch into this process when it is started."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._streams = Streams()
+        self._loop: Loop | None = None
+        self._thread: threading.Thread | None = None
+
+    @property
+    def ready(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def status(self, model: str) -> ModelStatus:
+        return self._streams.status(model)
+
+    async def start(self) -> None:
+        from sfumato.engine.loop import Loop
+
+        here = asyncio.get_running_loop()
+
+        def send(report: Report) -> None:
+            here.call_soon_threadsafe(self._streams.deliver, report)
+
+        self._loop = Loop(self._settings, send)
+        self._thread = threading.Thread(target=self._loop.run, name="sfumato-loop", daemon=True)
+        self._thread.start()
+
+    async def stop(self) -> None:
+        if self._loop and self._thread:
+            self._loop.post(Stop())
+            await asyncio.to_thread(self._thread.join)
+
+    async def submit(self, config: ModelConfig, generation: Generation) -> AsyncGenerator[Event, None]:
+        loop = self._loop
+        assert loop is not None, "start() comes before submit()"
+        loop.post(Submit(config, generation))
+        cancel = functools.partial(loop.post, Cancel(generation.id))
+        async with aclosing(self._streams.events(generation.id, cancel)) as events:
+            async for event in events:
+                yield event

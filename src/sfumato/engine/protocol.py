@@ -1,0 +1,79 @@
+"""The seam between the service and whatever computes, and the messages that cross it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+from sfumato.config import ModelConfig
+from sfumato.core import Event, Generation, ModelStatus
+
+
+class Engine(Protocol):
+    """Draws pictures. Implementations: `supervisor` (a child process), `local` (a thread of this one)."""
+
+    async def start(self) -> None:
+        """Make ready to take requests; returns at once, requests wait until the worker is up."""
+
+    async def stop(self) -> None:
+        """Let what runs come to its end within the grace time, fail the rest, and go."""
+
+    def submit(self, config: ModelConfig, generation: Generation) -> AsyncGenerator[Event, None]:
+        """Events of one generation: any number of `Step`, then one `Done` or `Failed`.
+
+        Closing the generator cancels the work within one denoising step.
+        """
+
+    def status(self, model: str) -> ModelStatus:
+        """Where the model of that name stands."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether a worker is up to draw."""
+
+
+# To the worker.
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    config: ModelConfig
+    generation: Generation
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Finish what runs, then exit."""
+
+
+# From the worker.
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The handshake: the worker has imported torch and takes requests."""
+
+    device: str
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    id: str
+    event: Event
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    model: str
+    status: ModelStatus
+
+
+Command: TypeAlias = Submit | Cancel | Stop
+Report: TypeAlias = Ready | Answer | Status

@@ -1,0 +1,51 @@
+"""The API side of running requests: each has a queue of events until its terminal one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+
+from sfumato.core import Done, Event, Failed, ModelStatus
+from sfumato.engine.protocol import Answer, Ready, Report, Status
+from sfumato.errors import SfumatoError
+
+
+class Streams:
+    """Routes a worker's reports to those who wait for them."""
+
+    def __init__(self) -> None:
+        self._queues: dict[str, asyncio.Queue[Event]] = {}
+        self._statuses: dict[str, ModelStatus] = {}
+
+    async def events(self, id: str, cancel: Callable[[], None]) -> AsyncGenerator[Event, None]:
+        """Events of one request; calls `cancel` when it is closed before the terminal event."""
+        queue = self._queues[id] = asyncio.Queue()
+        ended = False
+        try:
+            while not ended:
+                event = await queue.get()
+                ended = isinstance(event, Done | Failed)
+                yield event
+        finally:
+            del self._queues[id]
+            if not ended:
+                cancel()
+
+    def deliver(self, report: Report) -> None:
+        match report:
+            case Answer(id, event):
+                if queue := self._queues.get(id):
+                    queue.put_nowait(event)
+            case Status(model, status):
+                self._statuses[model] = status
+            case Ready():
+                pass
+
+    def fail_all(self, error: SfumatoError) -> None:
+        """End every open stream; models are no longer loaded."""
+        self._statuses.clear()
+        for queue in self._queues.values():
+            queue.put_nowait(Failed(error))
+
+    def status(self, model: str) -> ModelStatus:
+        return self._statuses.get(model, ModelStatus())

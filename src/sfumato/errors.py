@@ -1,0 +1,126 @@
+"""Every error a caller can meet, each with its HTTP status and OpenAI error type and code.
+
+    SfumatoError                      500 internal_error
+    ├── InvalidRequest                400 invalid_value          the caller can mend it
+    │   ├── InvalidPicture            400 invalid_image
+    │   └── ContentFiltered           400 content_policy_violation
+    ├── ModelNotFound                 404 model_not_found
+    ├── TooManyRequests               429 rate_limit_exceeded    carries retry_after seconds
+    ├── Cancelled                     499 cancelled              the caller went away or asked to stop
+    ├── ModelFileError                500 model_file_invalid     the YAML file has to be mended
+    ├── LoadError                     500 model_load_failed
+    │   ├── DownloadError             503 model_download_failed  the next request tries again
+    │   └── DeviceUnavailable         500 device_unavailable
+    ├── DrawError                     500 generation_failed      the pipeline raised, or drew NaN
+    ├── StorageError                  507 storage_failed         a picture could not be written
+    └── WorkerDied                    503 worker_died
+
+A message says which field is wrong, its value, what is valid and what to do. Errors cross the
+pipe between the processes, so each is picklable with all it carries.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+
+class SfumatoError(Exception):
+    """Base of the tree. `param` names the request field or file key at fault, where there is one."""
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    code: ClassVar[str] = "internal_error"
+    retry: ClassVar[bool] = False
+    """Whether the same request may succeed if it is sent again unchanged."""
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.args, self.__dict__)
+
+
+def _rebuild(cls: type[SfumatoError], args: tuple[Any, ...], state: dict[str, Any]) -> SfumatoError:
+    error = cls.__new__(cls, *args)
+    error.args = args
+    error.__dict__.update(state)
+    return error
+
+
+class InvalidRequest(SfumatoError):
+    status = 400
+    type = "invalid_request_error"
+    code = "invalid_value"
+
+
+class InvalidPicture(InvalidRequest):
+    code = "invalid_image"
+
+
+class ContentFiltered(InvalidRequest):
+    code = "content_policy_violation"
+
+
+class ModelNotFound(SfumatoError):
+    status = 404
+    type = "invalid_request_error"
+    code = "model_not_found"
+
+
+class TooManyRequests(SfumatoError):
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+    retry = True
+
+    def __init__(self, message: str, *, retry_after: int, param: str | None = None) -> None:
+        super().__init__(message, param=param)
+        self.retry_after = retry_after
+
+
+class Cancelled(SfumatoError):
+    status = 499
+    type = "cancelled"
+    code = "cancelled"
+
+
+class ModelFileError(SfumatoError):
+    code = "model_file_invalid"
+
+
+class LoadError(SfumatoError):
+    code = "model_load_failed"
+
+
+class DownloadError(LoadError):
+    status = 503
+    code = "model_download_failed"
+
+
+class DeviceUnavailable(LoadError):
+    code = "device_unavailable"
+
+
+class DrawError(SfumatoError):
+    code = "generation_failed"
+
+
+class StorageError(SfumatoError):
+    status = 507
+    code = "storage_failed"
+
+
+class WorkerDied(SfumatoError):
+    status = 503
+    code = "worker_died"
+    retry = True
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`" Did you mean 'x'?"` for the nearest known word, or an empty string when none is near."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,106 @@
+"""Pictures that callers send: from base64, a `data:` URI or a URL to an upright RGB or RGBA PNG.
+
+Nothing is trusted: size is read before pixels are decoded, and what cannot be decoded is refused
+with the reason.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import io
+import re
+from typing import Final
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from sfumato.errors import InvalidPicture
+
+MIN_SIDE: Final = 8
+"""Pixels. Smaller than one latent of most autoencoders: nothing could be made of it."""
+
+_DATA_URI = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(?:;[\w=-]+)*?(?P<base64>;base64)?,", re.IGNORECASE)
+
+
+def from_text(text: str, param: str) -> bytes:
+    """Bytes of bare base64 (line breaks allowed, as `base64 FILE` prints it) or of a `data:` URI."""
+    body = text.strip()
+    if match := _DATA_URI.match(body):
+        if not match["base64"]:
+            raise InvalidPicture(
+                f"{param}: a data: URI must be base64, 'data:image/png;base64,...'", param=param
+            )
+        body = body[match.end() :]
+    try:
+        return base64.b64decode("".join(body.split()), validate=True)
+    except (binascii.Error, ValueError):
+        raise InvalidPicture(
+            f"{param}: {_shown(text)} is neither base64, a data: URI nor an http(s) URL", param=param
+        ) from None
+
+
+def normalise(data: bytes, param: str, max_pixels: int) -> bytes:
+    """The picture upright (EXIF), in RGB or RGBA, as PNG. Raises InvalidPicture that says why not."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise InvalidPicture(
+                    f"{param}: the picture is {width}x{height}; at most {max_pixels} pixels are taken. Scale it down.",
+                    param=param,
+                )
+            if min(width, height) < MIN_SIDE:
+                raise InvalidPicture(
+                    f"{param}: the picture is {width}x{height}; each side needs at least {MIN_SIDE} pixels",
+                    param=param,
+                )
+            if getattr(image, "n_frames", 1) > 1:
+                raise InvalidPicture(
+                    f"{param}: the picture is animated ({image.n_frames} frames). Send one frame.",  # type: ignore[attr-defined]
+                    param=param,
+                )
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+    except InvalidPicture:
+        raise
+    except UnidentifiedImageError:
+        raise InvalidPicture(
+            f"{param}: not a picture in a known format (PNG, JPEG, WebP ...): it starts with {data[:12]!r}",
+            param=param,
+        ) from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InvalidPicture(f"{param}: the picture is damaged ({error})", param=param) from None
+    file = io.BytesIO()
+    upright.convert("RGBA" if _transparent(upright) else "RGB").save(file, "PNG", compress_level=1)
+    return file.getvalue()
+
+
+def decoded(png: bytes) -> Image.Image:
+    """The pixels of a picture that went through `normalise`."""
+    image = Image.open(io.BytesIO(png))
+    image.load()
+    return image
+
+
+def fingerprint(png: bytes) -> str:
+    """SHA-256 over mode, size and pixels: the same for the same picture, however it was compressed."""
+    image = decoded(png)
+    return hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).hexdigest()
+
+
+def _transparent(image: Image.Image) -> bool:
+    return "A" in image.getbands() or "transparency" in image.info
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 40 else text[:40] + "...")
+
+
+def as_mask(png: bytes) -> bytes:
+    """A mask as L, white where the picture is to be redrawn: where it is transparent, else where it is light."""
+    image = decoded(png)
+    mask = ImageOps.invert(image.getchannel("A")) if image.mode == "RGBA" else image.convert("L")
+    file = io.BytesIO()
+    mask.save(file, "PNG", compress_level=1)
+    return file.getvalue()

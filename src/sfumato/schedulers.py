@@ -1,0 +1,207 @@
+"""The schedulers one can ask for, by name. A table; nothing here imports torch or diffusers.
+
+A name is a solver, and behind it perhaps a schedule: how the noise levels are spread over the steps.
+
+    euler   k_euler   euler_beta   dpmpp_2m_sgm_uniform        "euler", schedule="karras"
+
+`k_` in front is Karras, as the names came to be written; `k_euler`, `euler_karras` and `euler` with
+`schedule="karras"` are the same choice. `sgm_uniform` is diffusers' `timestep_spacing="trailing"`.
+Which of them fits a given model is for `sfumato.engine.sampler` to say: that takes the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from sfumato.errors import InvalidRequest, did_you_mean
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """A diffusers class and the constructor arguments that make it the solver of this name."""
+
+    cls: str
+    arguments: Mapping[str, object] = field(default_factory=dict)
+    schedules: tuple[str, ...] = ()
+    """The schedules that this class can be given."""
+
+
+@dataclass(frozen=True, slots=True)
+class Solver:
+    description: str
+    noise: Form
+    """For models that predict noise, the picture or a velocity: Stable Diffusion 1, 2, XL and kin."""
+    flow: Form | None = None
+    """For flow-matching models (FLUX, Stable Diffusion 3); None where diffusers has no such form."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One solver with one schedule. `parse(choice.name)` gives it back."""
+
+    name: str
+    description: str
+    schedule: str | None
+    noise: Form
+    """Its arguments include the schedule's."""
+    flow: Form | None
+    """None: no flow form, or not with this schedule."""
+
+
+SCHEDULES: Mapping[str, tuple[str, Mapping[str, object]]] = MappingProxyType(
+    {
+        "karras": ("Karras", {"use_karras_sigmas": True}),
+        "exponential": ("exponential", {"use_exponential_sigmas": True}),
+        "beta": ("beta", {"use_beta_sigmas": True}),
+        "sgm_uniform": ("SGM uniform", {"timestep_spacing": "trailing"}),
+    }
+)
+"""Schedule -> (words for the description, constructor arguments)."""
+
+SIGMAS = ("karras", "exponential", "beta")
+SPACING = ("sgm_uniform",)
+EVERY = SIGMAS + SPACING
+
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+"""What turns diffusers' noise solvers into their flow form."""
+
+_SDE = {"algorithm_type": "sde-dpmsolver++"}
+_MULTISTEP, _SINGLESTEP = "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"
+# Odd step counts need it; diffusers would set it behind our back, with a warning.
+_LOWER_LAST = {"lower_order_final": True}
+
+SOLVERS: Mapping[str, Solver] = MappingProxyType(
+    {
+        "ddim": Solver("DDIM", Form("DDIMScheduler", {}, SPACING)),
+        # The Runge-Kutta warm-up is for pixel models; every Stable Diffusion is shipped without it.
+        "pndm": Solver("PNDM", Form("PNDMScheduler", {"skip_prk_steps": True}, SPACING)),
+        "heun": Solver(
+            "Heun", Form("HeunDiscreteScheduler", {}, EVERY), Form("FlowMatchHeunDiscreteScheduler")
+        ),
+        "unipc": Solver(
+            "UniPC", Form("UniPCMultistepScheduler", {}, EVERY), Form("UniPCMultistepScheduler", FLOW)
+        ),
+        "euler": Solver(
+            "Euler",
+            Form("EulerDiscreteScheduler", {}, EVERY),
+            Form("FlowMatchEulerDiscreteScheduler", {}, SIGMAS),
+        ),
+        "euler_a": Solver("Euler a", Form("EulerAncestralDiscreteScheduler", {}, SPACING)),
+        "lms": Solver("LMS", Form("LMSDiscreteScheduler", {}, EVERY)),
+        "dpm_2": Solver("DPM2", Form("KDPM2DiscreteScheduler", {}, EVERY)),
+        "dpm_2_a": Solver("DPM2 a", Form("KDPM2AncestralDiscreteScheduler", {}, EVERY)),
+        "dpmpp_2m": Solver("DPM++ 2M", Form(_MULTISTEP, {}, EVERY), Form(_MULTISTEP, FLOW)),
+        # The solver of the stochastic differential equation itself, with a Brownian tree for noise.
+        "dpmpp_sde": Solver("DPM++ SDE", Form("DPMSolverSDEScheduler", {}, EVERY)),
+        "dpmpp_2m_sde": Solver(
+            "DPM++ 2M SDE", Form(_MULTISTEP, _SDE, EVERY), Form(_MULTISTEP, {**_SDE, **FLOW})
+        ),
+        "dpmpp_3m_sde": Solver("DPM++ 3M SDE", Form(_MULTISTEP, {**_SDE, "solver_order": 3}, EVERY)),
+        "dpmpp_2s": Solver(
+            "DPM++ 2S", Form(_SINGLESTEP, _LOWER_LAST, SIGMAS), Form(_SINGLESTEP, {**_LOWER_LAST, **FLOW})
+        ),
+        # No flow form for these two: diffusers' ends above zero and leaves the last step's noise.
+        "deis": Solver("DEIS", Form("DEISMultistepScheduler", {}, EVERY)),
+        "sa_solver": Solver("SA-Solver", Form("SASolverScheduler", {}, EVERY)),
+        "ddpm": Solver("DDPM", Form("DDPMScheduler", {}, SPACING)),
+        # For models distilled for them; both space their steps in their own way.
+        "lcm": Solver("LCM", Form("LCMScheduler"), Form("FlowMatchLCMScheduler", {}, SIGMAS)),
+        "tcd": Solver("TCD", Form("TCDScheduler")),
+    }
+)
+"""Name -> solver. The forms' classes and arguments are diffusers'."""
+
+ALIASES: Mapping[str, str] = MappingProxyType(
+    # LocalAI's page names this one as its default, and the table on the same page spells it otherwise.
+    {"k_dpp_sde": "k_dpmpp_sde"}
+)
+
+
+def names() -> tuple[str, ...]:
+    """Every solver in table order, each followed by its Karras form; other schedules are suffixes."""
+    return tuple(descriptions())
+
+
+def descriptions() -> dict[str, str]:
+    """Name -> description, for `names()`."""
+    every: dict[str, str] = {}
+    for name, solver in SOLVERS.items():
+        every[name] = solver.description
+        if "karras" in solver.noise.schedules:
+            every[f"k_{name}"] = f"{solver.description} Karras"
+    return every
+
+
+def parse(name: str, schedule: str | None = None) -> Choice:
+    """The choice that a name, and a schedule beside it, stand for.
+
+    Raises InvalidRequest where either is unknown, where the name and the schedule beside it disagree,
+    and where the solver cannot take the schedule.
+    """
+    if schedule is not None and schedule not in SCHEDULES:
+        raise InvalidRequest(
+            f"Unknown schedule {schedule!r}.{did_you_mean(schedule, SCHEDULES)}"
+            f" These exist: {', '.join(SCHEDULES)}.",
+            param="scheduler",
+        )
+    base, named = _split(name)
+    if named and schedule and named != schedule:
+        raise InvalidRequest(
+            f"Scheduler {name!r} names the schedule {named!r}, and the schedule beside it is {schedule!r}."
+            f" Ask for {base!r} with one of them.",
+            param="scheduler",
+        )
+    return _choice(base, named or schedule)
+
+
+def _split(name: str) -> tuple[str, str | None]:
+    """The solver and the schedule that a name is made of."""
+    plain = ALIASES.get(name, name)
+    if plain in SOLVERS:
+        return plain, None
+    if plain.startswith("k_") and plain[2:] in SOLVERS:
+        return plain[2:], "karras"
+    for schedule in SCHEDULES:
+        base = plain.removesuffix(f"_{schedule}")
+        if base != plain and base in SOLVERS:
+            return base, schedule
+    suffixed = [_name(base, schedule) for base in SOLVERS for schedule in SOLVERS[base].noise.schedules]
+    raise InvalidRequest(
+        f"Unknown scheduler {name!r}.{did_you_mean(name, [*names(), *suffixed])}"
+        f" These exist: {', '.join(names())}; with a schedule behind them: {', '.join(SCHEDULES)}.",
+        param="scheduler",
+    )
+
+
+def _choice(base: str, schedule: str | None) -> Choice:
+    solver = SOLVERS[base]
+    if schedule is None:
+        return Choice(base, solver.description, None, solver.noise, solver.flow)
+    if schedule not in solver.noise.schedules:
+        fitting = [other for other, each in SOLVERS.items() if schedule in each.noise.schedules]
+        takes = ", ".join(solver.noise.schedules) or "none"
+        raise InvalidRequest(
+            f"Scheduler {base!r} does not take the schedule {schedule!r}; it takes: {takes}."
+            f" These take {schedule!r}: {', '.join(fitting)}.",
+            param="scheduler",
+        )
+    words, _ = SCHEDULES[schedule]
+    flow = solver.flow if solver.flow and schedule in solver.flow.schedules else None
+    return Choice(
+        _name(base, schedule),
+        f"{solver.description} {words}",
+        schedule,
+        _scheduled(solver.noise, schedule),
+        flow and _scheduled(flow, schedule),
+    )
+
+
+def _name(base: str, schedule: str) -> str:
+    return f"k_{base}" if schedule == "karras" else f"{base}_{schedule}"
+
+
+def _scheduled(form: Form, schedule: str) -> Form:
+    _, arguments = SCHEDULES[schedule]
+    return Form(form.cls, {**form.arguments, **arguments}, form.schedules)

@@ -1,0 +1,44 @@
+"""`sfumato serve`: the application on a socket, with the engine in a child process."""
+
+from __future__ import annotations
+
+import logging
+
+import uvicorn
+
+from sfumato import __version__
+from sfumato.api.app import create_app
+from sfumato.catalog import Catalog
+from sfumato.engine.supervisor import Supervisor
+from sfumato.service import Service
+from sfumato.settings import Settings
+from sfumato.store import Store
+
+log = logging.getLogger("sfumato")
+
+GRACE_S = 30
+"""How long running requests may take after SIGTERM."""
+
+
+def serve(settings: Settings) -> None:
+    """Serve until SIGTERM or Ctrl-C; running requests are finished first."""
+    logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    catalog = Catalog.of(settings)
+    for problem in catalog.problems():
+        log.warning("%s", problem)
+    application = create_app(
+        Service(catalog, Supervisor(settings), settings), Store(settings.data / "generated-images")
+    )
+    config = uvicorn.Config(
+        application,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        timeout_graceful_shutdown=GRACE_S,
+    )
+    sock = config.bind_socket()
+    host, port = sock.getsockname()[:2]
+    names = ", ".join(model.name for model in catalog.all())
+    log.info("Sfumato %s on http://%s:%d with %s", __version__, host, port, names)
+    uvicorn.Server(config).run(sockets=[sock])

@@ -1,0 +1,251 @@
+"""What every front end calls: checks a request, splits it into generations and has them drawn."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import re
+import secrets
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import TypeAlias, TypeVar
+
+from sfumato import pictures, schedulers
+from sfumato.catalog import Catalog
+from sfumato.config import ModelConfig
+from sfumato.core import MAX_SEED, Done, Failed, Generation, Step
+from sfumato.engine.protocol import Engine
+from sfumato.errors import InvalidRequest, TooManyRequests, WorkerDied
+from sfumato.fetch import PictureFetcher
+from sfumato.settings import Settings
+
+MAX_PROMPT = 32_000
+MAX_N = 10
+MAX_STEPS = 1000
+MAX_GUIDANCE = 100.0
+MAX_PICTURES = 16
+RANDOM_SEED = -1
+"""What AUTOMATIC1111 and LocalAI clients send for "any seed"."""
+
+OnStep: TypeAlias = Callable[[int, Step], None]
+"""Called with the index of the picture and its step."""
+
+Number = TypeVar("Number", int, float)
+
+_SIZE = re.compile(r"\s*(\d+)\s*[xX×]\s*(\d+)\s*")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageRequest:
+    """One request of a caller, before anything was looked at. None means not given."""
+
+    prompts: Sequence[str]
+    model: str | None = None
+    negative_prompt: str | None = None
+    n: int | None = None
+    size: str | None = None
+    """`WIDTHxHEIGHT` in pixels, `auto` or None."""
+    steps: int | None = None
+    guidance_scale: float | None = None
+    seed: int | None = None
+    """0 .. MAX_SEED; -1 or None: a random one."""
+    scheduler: str | None = None
+    clip_skip: int | None = None
+    strength: float | None = None
+    images: Sequence[str | bytes] = ()
+    """Source pictures: file bytes, base64, `data:` URI or http(s) URL."""
+    mask: str | bytes | None = None
+    """White is redrawn; where the picture has transparency, transparent is redrawn."""
+    operator: bool = False
+    """Asked by whoever owns the model files: their `enable_parameters` does not bind."""
+
+
+class Service:
+    """Draws for every front end. One instance a process."""
+
+    def __init__(self, catalog: Catalog, engine: Engine, settings: Settings) -> None:
+        self.catalog = catalog
+        self.engine = engine
+        self.settings = settings
+        self._fetcher = PictureFetcher(settings.picture_hosts.split(","))
+        self._running: dict[str, int] = {}
+
+    async def start(self) -> None:
+        await self.engine.start()
+
+    async def stop(self) -> None:
+        await self.engine.stop()
+        await self._fetcher.close()
+
+    async def draw(self, request: ImageRequest, on_step: OnStep | None = None) -> list[Done]:
+        """The pictures, in order: for each prompt `n` of them. All of them or an error.
+
+        Cancelling the task cancels the work.
+        """
+        self.catalog.refresh()
+        config = self.catalog.get(request.model)
+        generations = await self.plan(request, config)
+        self._admit(config, len(generations))
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(self._one(config, index, generation, on_step))
+                    for index, generation in enumerate(generations)
+                ]
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None  # the first to fail is why the others were cancelled
+        finally:
+            self._running[config.name] -= len(generations)
+        return [task.result() for task in tasks]
+
+    async def plan(self, request: ImageRequest, config: ModelConfig) -> list[Generation]:
+        """The generations a request stands for. Raises InvalidRequest that names the field at fault."""
+        prompt_pairs = [_split(prompt) for prompt in request.prompts]
+        if not prompt_pairs:
+            raise InvalidRequest("prompt: a text or a list of texts is needed", param="prompt")
+        for prompt in request.prompts:
+            if len(prompt) > MAX_PROMPT:
+                raise InvalidRequest(
+                    f"prompt: {len(prompt)} characters; at most {MAX_PROMPT} are taken", param="prompt"
+                )
+        n = request.n if request.n is not None else config.n or 1
+        _within("n", n, 1, MAX_N)
+        if n * len(prompt_pairs) > MAX_N:
+            raise InvalidRequest(
+                f"n: {len(prompt_pairs)} prompts with {n} pictures each; at most {MAX_N} in one request", param="n"
+            )
+        _within("steps", request.steps, 1, MAX_STEPS)
+        _within("guidance_scale", request.guidance_scale, 0, MAX_GUIDANCE)
+        _within("strength", request.strength, 0, 1)
+        _within("clip_skip", request.clip_skip, 0, 64)
+        if request.scheduler:
+            schedulers.parse(request.scheduler)
+        size = self._size(request.size)
+        images, mask = await self._pictures(request)
+        if request.strength is not None and not images:
+            raise InvalidRequest("strength: says how far to leave a source picture; send `image`", param="strength")
+        seed = self._seed(config.seed if request.seed is None else request.seed, n)
+        generations = []
+        for prompt, inline_negative in prompt_pairs:
+            negative = ", ".join(text for text in (request.negative_prompt, inline_negative) if text)
+            asked = Generation(
+                id="",
+                prompt=prompt,
+                negative_prompt=negative or request.negative_prompt,
+                seed=seed,
+                width=size and size[0],
+                height=size and size[1],
+                steps=request.steps,
+                guidance_scale=request.guidance_scale,
+                scheduler=request.scheduler or None,
+                clip_skip=request.clip_skip,
+                strength=request.strength,
+                images=images,
+                mask=mask,
+            )
+            if not request.operator:
+                _refuse_disabled(config, asked)
+            generations += [replace(asked, id=uuid.uuid4().hex, seed=seed + i) for i in range(n)]
+        return generations
+
+    async def _one(
+        self, config: ModelConfig, index: int, generation: Generation, on_step: OnStep | None
+    ) -> Done:
+        async with aclosing(self.engine.submit(config, generation)) as events:
+            async for event in events:
+                match event:
+                    case Done():
+                        return event
+                    case Failed(error):
+                        raise error
+                    case Step() if on_step:
+                        on_step(index, event)
+        raise WorkerDied("the engine ended without an answer")
+
+    def _admit(self, config: ModelConfig, pictures: int) -> None:
+        running = self._running.get(config.name, 0)
+        limit = config.max_concurrent
+        if limit is not None and running and running + pictures > limit:
+            raise TooManyRequests(
+                f"{config.name} draws {running} pictures now; its file allows {limit} at a time "
+                "(limits.max_concurrent). Try again later.",
+                retry_after=config.retry_after,
+            )
+        self._running[config.name] = running + pictures
+
+    def _size(self, text: str | None) -> tuple[int, int] | None:
+        if text is None or text.strip().lower() in ("", "auto"):
+            return None
+        match = _SIZE.fullmatch(text)
+        if not match:
+            raise InvalidRequest(f"size: {text!r} is not WIDTHxHEIGHT (such as 512x512) or auto", param="size")
+        width, height = int(match[1]), int(match[2])
+        limit = self.settings.max_pixels
+        if min(width, height) < 1 or width * height > limit:
+            raise InvalidRequest(
+                f"size: {width}x{height}; both sides need at least 1 pixel, and at most {limit} pixels in all "
+                f"({math.isqrt(limit)}x{math.isqrt(limit)}) are drawn",
+                param="size",
+            )
+        return width, height
+
+    def _seed(self, seed: int | None, n: int) -> int:
+        if seed is None or seed == RANDOM_SEED:
+            return secrets.randbelow(2**32)  # short enough for every client's numbers
+        if not 0 <= seed <= MAX_SEED - (n - 1):
+            raise InvalidRequest(
+                f"seed: {seed}; 0 to {MAX_SEED} are valid (less n - 1), -1 or no seed for a random one", param="seed"
+            )
+        return seed
+
+    async def _pictures(self, request: ImageRequest) -> tuple[tuple[bytes, ...], bytes | None]:
+        if len(request.images) > MAX_PICTURES:
+            raise InvalidRequest(
+                f"image: {len(request.images)} pictures; at most {MAX_PICTURES} are taken", param="image"
+            )
+        images = tuple([await self._picture(image, "image") for image in request.images])
+        if request.mask is None:
+            return images, None
+        if not images:
+            raise InvalidRequest("mask: says where to redraw a picture; send `image` too", param="mask")
+        return images, pictures.as_mask(await self._picture(request.mask, "mask"))
+
+    async def _picture(self, picture: str | bytes, param: str) -> bytes:
+        if isinstance(picture, bytes):
+            data = picture
+        elif picture.strip().lower().startswith(("http://", "https://")):
+            data = await self._fetcher.get(picture.strip(), param)
+        else:
+            data = pictures.from_text(picture, param)
+        # Decoding megapixels takes a while, and the event loop has others to answer.
+        return await asyncio.to_thread(pictures.normalise, data, param, self.settings.max_source_pixels)
+
+
+def _split(prompt: str) -> tuple[str, str | None]:
+    """`positive|negative`, LocalAI's way to send both in one field."""
+    positive, bar, negative = prompt.partition("|")
+    return (positive.strip(), negative.strip() or None) if bar else (prompt, None)
+
+
+def _refuse_disabled(config: ModelConfig, asked: Generation) -> None:
+    used = {
+        "negative_prompt": asked.negative_prompt,
+        "num_inference_steps": asked.steps,
+        "clip_skip": asked.clip_skip,
+        "image": asked.images or None,
+    }
+    for name, value in used.items():
+        if value is not None and not config.enables(name):
+            raise InvalidRequest(
+                f"{name}: {config.name} does not let requests set it. Add {name} to "
+                f"diffusers.enable_parameters in {config.file}, or leave it out.",
+                param=name,
+            )
+
+
+def _within(name: str, value: Number | None, least: float, most: float) -> None:
+    if value is not None and not (math.isfinite(value) and least <= value <= most):
+        raise InvalidRequest(f"{name}: {value}; {least} to {most} are valid", param=name)
+

@@ -1,0 +1,86 @@
+"""Server settings: one table, from which come the environment names, the flags and the docs.
+
+Each field is read from, in this order: the command line (`--max-pixels`), the environment
+(`SFUMATO_MAX_PIXELS`), the default below.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+PREFIX = "SFUMATO_"
+
+
+def _setting(default: Any, help: str, **limits: Any) -> Any:
+    return field(default=default, metadata={"help": help, **limits})
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the operator decides; see `help` of each field."""
+
+    host: str = _setting("127.0.0.1", "Address to listen on; 0.0.0.0 serves the network.")
+    port: int = _setting(8080, "Port to listen on; 0 takes a free one.", least=0)
+    models: Path = _setting(Path("models"), "Folder of model files (*.yaml) and of the weights beside them.")
+    data: Path = _setting(Path("data"), "Folder for generated pictures.")
+    default_model: str = _setting("", "Model for requests that name none; empty: the first model file.")
+    device: str = _setting(
+        "auto", "Device for every model: auto (as the model file says), cpu, cuda, cuda:1, mps, xpu."
+    )
+    loaded_models: int = _setting(
+        2, "How many models stay in memory; the least recently used leaves.", least=1
+    )
+    public_url: str = _setting("", "Base of the picture URLs, e.g. https://host/prefix, behind a proxy.")
+    max_pixels: int = _setting(2048 * 2048, "Largest picture that may be asked for, in pixels.", least=64)
+    max_body_mb: int = _setting(64, "Largest request body, in MiB.", least=1)
+    max_source_pixels: int = _setting(
+        64_000_000, "Largest source picture that is decoded, in pixels.", least=64
+    )
+    picture_hosts: str = _setting(
+        "", "Hosts (comma-separated) whose picture URLs are fetched although their address is not public."
+    )
+    log_level: str = _setting("info", "debug, info, warning or error.")
+
+    @classmethod
+    def load(cls, given: Mapping[str, Any] | None = None, env: Mapping[str, str] = os.environ) -> Settings:
+        """Settings from `given` (None values count as not given), then the environment, then defaults.
+
+        Raises ValueError that names the setting, its value and what is valid.
+        """
+        values: dict[str, Any] = {}
+        for spec in fields(cls):
+            raw = (given or {}).get(spec.name)
+            name = spec.name
+            if raw is None and env_name(spec) in env:
+                raw, name = env[env_name(spec)], env_name(spec)
+            if raw is not None:
+                values[spec.name] = _parse(spec, name, raw)
+        return cls(**values)
+
+
+def env_name(spec: Field[Any]) -> str:
+    return PREFIX + spec.name.upper()
+
+
+def flag(spec: Field[Any]) -> str:
+    return "--" + spec.name.replace("_", "-")
+
+
+def kind(spec: Field[Any]) -> type:
+    """The field's Python type: str, int or Path."""
+    return type(spec.default)
+
+
+def _parse(spec: Field[Any], name: str, raw: Any) -> Any:
+    try:
+        value = kind(spec)(raw)
+    except ValueError:
+        raise ValueError(f"{name}={raw!r}: a whole number is needed. {spec.metadata['help']}") from None
+    least = spec.metadata.get("least")
+    if least is not None and value < least:
+        raise ValueError(f"{name}={raw!r}: must be at least {least}. {spec.metadata['help']}")
+    return value

@@ -1,0 +1,48 @@
+"""Fixtures that several tests share; what only one needs stands beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+from hub import Hub
+
+REPOSITORIES = {
+    "Linaqruf/animagine-xl": tiny.stable_diffusion_xl,
+    "nitrosocke/Ghibli-Diffusion": tiny.stable_diffusion,
+    "stabilityai/stable-diffusion-2-depth": tiny.stable_diffusion_depth,
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": tiny.stable_diffusion,
+    "tiny/flux": tiny.flux,
+    "tiny/sd3": tiny.stable_diffusion_3,
+    "tiny/inpaint": tiny.inpaint_unet,
+}
+"""The models that people's files name, and one of each other family."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow as well")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--slow"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow; run with --slow"))
+
+
+@pytest.fixture(scope="session")
+def repositories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Hub id to diffusers folder, each built once."""
+    root = tmp_path_factory.mktemp("repositories")
+    return {repo: tiny.save(build(), root / repo) for repo, build in REPOSITORIES.items()}
+
+
+@pytest.fixture(scope="session")
+def hub(repositories: dict[str, Path]) -> Iterator[Hub]:
+    """A hub that has `REPOSITORIES`. Shared: tests that break or hold something make a Hub of their own."""
+    with Hub() as hub:
+        for repo, folder in repositories.items():
+            hub.add(repo, folder)
+        yield hub

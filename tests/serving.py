@@ -1,0 +1,79 @@
+"""A real server in a process of its own, on a free port of localhost."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import httpx
+from PIL import Image
+
+TIMEOUT_S = 300
+
+
+class Server:
+    """`sfumato serve` over a folder of model files; `with Server(...) as server:`."""
+
+    def __init__(self, models: Path, data: Path, *flags: str, env: dict[str, str] | None = None) -> None:
+        self.lines: list[str] = []
+        self._command = [sys.executable, "-m", "sfumato.cli", "serve", "--port", "0"]
+        self._command += ["--models", str(models), "--data", str(data), *flags]
+        self._env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", **(env or {})}
+        self._listening = threading.Event()
+
+    def __enter__(self) -> Server:
+        self._process = subprocess.Popen(self._command, env=self._env, stderr=subprocess.PIPE, text=True)
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        assert self._listening.wait(60), self.log
+        assert self._process.poll() is None, self.log
+        address = re.search(r"on (http://127\.0\.0\.1:\d+)", self.log)
+        assert address, self.log
+        self.url = address[1]
+        self.client = httpx.Client(base_url=self.url, timeout=TIMEOUT_S)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.client.close()
+        self.stop()
+
+    def stop(self) -> int:
+        """SIGTERM, then the exit code."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+        code = self._process.wait(60)
+        self._reader.join(10)
+        return code
+
+    def draw(self, **body: Any) -> httpx.Response:
+        return self.client.post("/v1/images/generations", json=body)
+
+    @staticmethod
+    def png_data_uri(size: tuple[int, int] = (64, 64), colour: str = "orange") -> str:
+        file = io.BytesIO()
+        Image.new("RGB", size, colour).save(file, "PNG")
+        return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+    @property
+    def log(self) -> str:
+        return "".join(self.lines)
+
+    def _read(self) -> None:
+        assert self._process.stderr is not None
+        with self._process.stderr as stderr:
+            for line in stderr:
+                self.lines.append(line)
+                if "Sfumato" in line:
+                    self._listening.set()
+        self._listening.set()
