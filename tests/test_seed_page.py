@@ -25,7 +25,9 @@ from serving import Server
 PAGE = (Path(__file__).parent / "data" / "seed.md").read_text(encoding="utf-8", errors="replace")
 FILES = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
 CURLS = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
-SCHEDULERS = re.findall(r"^\| `(\w+)` \| [A-Z][\w+ ]+? \|$", PAGE.split("types of schedulers")[1].split("Pipelines")[0], re.M)
+SCHEDULERS = re.findall(
+    r"^\| `(\w+)` \| [A-Z][\w+ ]+? \|$", PAGE.split("types of schedulers")[1].split("Pipelines")[0], re.M
+)
 PIPELINES = re.findall(r"^\| `(\w+Pipeline)` \|", PAGE, re.M)
 
 
@@ -87,7 +89,11 @@ def test_text_to_image(server: Server) -> None:
     assert made["prompt"] == "<positive prompt>"
     assert made["negative_prompt"] == "<negative prompt>"
     assert (made["steps"], made["guidance_scale"], made["scheduler"]) == (51, 8.0, "euler_a")
-    assert (made["model"], made["pipeline"], made["device"]) == ("animagine-xl", "StableDiffusionXLPipeline", "cpu")
+    assert (made["model"], made["pipeline"], made["device"]) == (
+        "animagine-xl",
+        "StableDiffusionXLPipeline",
+        "cpu",
+    )
 
 
 @pytest.mark.parametrize("key", ["image", "file"])

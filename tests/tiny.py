@@ -135,14 +135,18 @@ def stable_diffusion_3(seed: int = 0) -> DiffusionPipeline:
     """StableDiffusion3Pipeline: flow matching with real guidance, two CLIP encoders and T5."""
     with seeded(seed):
         transformer = SD3Transformer2DModel(
-            sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
-            num_attention_heads=4, caption_projection_dim=32, joint_attention_dim=2 * WIDTH,
-            pooled_projection_dim=2 * WIDTH, pos_embed_max_size=32,
+            sample_size=8, patch_size=2, in_channels=16, out_channels=16, num_layers=2,
+            attention_head_dim=8, num_attention_heads=4, caption_projection_dim=32,
+            joint_attention_dim=2 * WIDTH, pooled_projection_dim=2 * WIDTH, pos_embed_max_size=32,
         )  # fmt: skip
         return StableDiffusion3Pipeline(
             transformer=_livened(transformer),
             vae=_vae(
-                use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.0609, scaling_factor=1.5305
+                latent_channels=16,
+                use_quant_conv=False,
+                use_post_quant_conv=False,
+                shift_factor=0.0609,
+                scaling_factor=1.5305,
             ),
             text_encoder=CLIPTextModelWithProjection(_clip()).eval(),
             text_encoder_2=CLIPTextModelWithProjection(_clip()).eval(),

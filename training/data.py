@@ -64,7 +64,7 @@ def _load_sprite(assets: Path, code: str) -> Floats:
     )
     square = Image.new("RGBA", (SPRITE, SPRITE))
     square.paste(image, ((SPRITE - image.width) // 2, (SPRITE - image.height) // 2))
-    rgba = np.asarray(square, np.float32) / 255
+    rgba: Floats = np.array(square, np.float32) / np.float32(255)
     rgba[..., :3] *= rgba[..., 3:]
     return rgba
 
@@ -106,7 +106,8 @@ class Compositor:
         light = 1 + uniform(0, 0.13) * slope
         lift = uniform(0, 0.03) * slope if colour == "black" else 0 * slope
         shaded = base * light[..., None] + lift[..., None]
-        return np.clip(shaded, 0, 1).astype(np.float32)
+        clipped: Floats = np.clip(shaded, 0, 1).astype(np.float32)
+        return clipped
 
     def picture(self, sprite: Floats, name: str | None, colour: str) -> Picture:
         """A sprite somewhere on a background; ``name`` is what the caption will call it."""
@@ -118,7 +119,7 @@ class Compositor:
         mirror = -1.0 if self.chance.random() < 0.5 else 1.0
         layer = _place(sprite, size, float(angle), float(dx), float(dy), mirror)
         light = uniform(0.9, 1.08)
-        canvas = self.background(colour)
+        canvas: NDArray[np.floating] = self.background(colour)
         shadow = Image.fromarray((layer[..., 3] * 255).astype(np.uint8)).resize((32, 32))
         shadow = shadow.filter(ImageFilter.GaussianBlur(1.5)).resize((SIZE, SIZE), 2)
         sx, sy = int(uniform(-7, 8)), int(uniform(3, 10))
@@ -135,9 +136,7 @@ class Compositor:
         return Picture(pixels, None, colour, 0.0)
 
 
-def _place(
-    sprite: Floats, size: float, angle: float, dx: float, dy: float, mirror: float
-) -> Floats:
+def _place(sprite: Floats, size: float, angle: float, dx: float, dy: float, mirror: float) -> Floats:
     """The sprite scaled, rotated, mirrored and shifted onto a transparent (128, 128, 4) layer."""
     cos, sin = np.cos(angle) / size, np.sin(angle) / size
     centre, middle = SIZE / 2, SPRITE / 2
@@ -155,7 +154,8 @@ def _place(
         )
         for i in range(4)
     ]
-    return np.clip(np.stack(channels, -1), 0, 1)
+    layer: Floats = np.clip(np.stack(channels, -1), 0, 1)
+    return layer
 
 
 def random_pictures(sprites: Sequence[Floats], seed: int) -> Iterator[Picture]:

@@ -107,7 +107,7 @@ class Dataset:
         while True:
             self.grow()
             order = torch.randperm(len(self._latents), generator=self._generator)
-            for chosen in order.split(size)[:-1]:
+            for chosen in order[: len(order) // size * size].view(-1, size):
                 captions = [self._caption(int(index)) for index in chosen]
                 tokens = self._tokenizer(
                     captions, padding="max_length", max_length=LENGTH, truncation=True,
@@ -143,7 +143,7 @@ def train(steps: int = STEPS, seed: int = 3) -> None:
             with torch.autocast("cpu", torch.bfloat16):
                 predicted = model(noisy, timesteps, tokens)
             loss = F.mse_loss(predicted.float(), noise)
-            loss.backward()
+            torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimisers.step(learning_rate(step - 1, steps, PEAK, warmup=100, hold=0.4))
         average.update()

@@ -22,12 +22,8 @@ def build_pipeline() -> StableDiffusionPipeline:
     model.load_state_dict(torch.load(CHECKPOINT))
     refined = RUNS / "vae-refined"
     vae = AutoencoderKL.from_pretrained(refined if refined.exists() else RUNS / "vae")
-    scheduler = DPMSolverMultistepScheduler(
-        **NOISE_SCHEDULE, algorithm_type="dpmsolver++", solver_order=2
-    )
-    scheduler.register_to_config(
-        clip_sample=False, set_alpha_to_one=False, skip_prk_steps=True
-    )
+    scheduler = DPMSolverMultistepScheduler(**NOISE_SCHEDULE, algorithm_type="dpmsolver++", solver_order=2)
+    scheduler.register_to_config(clip_sample=False, set_alpha_to_one=False, skip_prk_steps=True)
     return StableDiffusionPipeline(
         vae=vae,
         text_encoder=model.text.eval(),

@@ -141,7 +141,7 @@ def train(shards: int = 4, seed: int = 5) -> None:
     smaller, which = [], []
     for shard in range(shards):
         pixels = torch.from_numpy(np.array(load_pictures(shard)))
-        for part in pixels.split(512):
+        for part in torch.chunk(pixels, 16):
             smaller.append(F.avg_pool2d(part.permute(0, 3, 1, 2).float() / 127.5 - 1, 2).half())
         which.append(torch.from_numpy(load_labels(shard).objects))
     pictures, labels = torch.cat(smaller), torch.cat(which)
@@ -153,7 +153,7 @@ def train(shards: int = 4, seed: int = 5) -> None:
         chosen = torch.randint(len(pictures), (BATCH,))
         batch, wanted = _spoil(pictures[chosen].float(), labels[chosen])
         loss = F.cross_entropy(classifier(batch), wanted, label_smoothing=0.05)
-        loss.backward()
+        torch.autograd.backward(loss)
         optimisers.step(learning_rate(step, STEPS, PEAK))
         if step % 100 == 0:
             print(f"judge {step}/{STEPS} loss {loss:.3f} {time.time() - start:.0f}s", flush=True)

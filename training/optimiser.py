@@ -11,7 +11,7 @@ _NS = (3.4445, -4.7750, 2.0315)
 def _orthogonal(stack: Tensor, steps: int = 5) -> Tensor:
     """The nearest orthogonal matrices to a stack (n, rows, columns), by Newton-Schulz."""
     a, b, c = _NS
-    x = stack.bfloat16()
+    x: Tensor = stack.bfloat16()
     transposed = x.size(-2) > x.size(-1)
     if transposed:
         x = x.mT
@@ -19,7 +19,7 @@ def _orthogonal(stack: Tensor, steps: int = 5) -> Tensor:
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if transposed else x).to(stack.dtype)
+    return x.mT.to(stack.dtype) if transposed else x.to(stack.dtype)
 
 
 class Muon(torch.optim.Optimizer):
@@ -55,9 +55,7 @@ class Optimisers:
     """
 
     def __init__(self, model: nn.Module, muon: float) -> None:
-        embeddings = {
-            id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
-        }
+        embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
         weights = [p for p in model.parameters() if p.requires_grad]
         matrices = [p for p in weights if p.ndim >= 2 and id(p) not in embeddings]
         chosen = {id(p) for p in matrices}

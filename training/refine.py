@@ -58,7 +58,7 @@ def refine(steps: int = STEPS, seed: int = 4) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             made = vae.decode(latents).sample
         loss = picture_loss(made.float(), wanted.contiguous(memory_format=torch.channels_last))
-        loss.backward()
+        torch.autograd.backward(loss)
         optimisers.step(learning_rate(step - 1, steps, PEAK, hold=0.3))
         average.update()
         losses += loss.item()

@@ -38,11 +38,7 @@ def to_tensor(pixels: Tensor) -> Tensor:
 def picture_loss(made: Tensor, wanted: Tensor) -> Tensor:
     """L1 on pixels and on their horizontal and vertical differences."""
     error = made - wanted
-    return (
-        error.abs().mean()
-        + 0.7 * error.diff(dim=-1).abs().mean()
-        + 0.7 * error.diff(dim=-2).abs().mean()
-    )
+    return error.abs().mean() + 0.7 * error.diff(dim=-1).abs().mean() + 0.7 * error.diff(dim=-2).abs().mean()
 
 
 def crop(pictures: Tensor, size: int, generator: torch.Generator) -> Tensor:
@@ -64,9 +60,7 @@ def train_stage(
     start = time.time()
     for step in range(steps):
         pixels = torch.stack([torch.from_numpy(next(pictures).pixels) for _ in range(batch)])
-        wanted = crop(to_tensor(pixels), size, generator).contiguous(
-            memory_format=torch.channels_last
-        )
+        wanted = crop(to_tensor(pixels), size, generator).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(wanted).latent_dist
             latents = posterior.sample()
@@ -75,7 +69,7 @@ def train_stage(
             made = vae.decode(latents).sample
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         loss = picture_loss(made.float(), wanted)
-        (loss + kl_weight * kl).backward()
+        torch.autograd.backward(loss + kl_weight * kl)
         optimisers.step(learning_rate(step, steps, peak, hold=hold))
         if average:
             average.update()

@@ -53,7 +53,8 @@ def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
             annotation=Annotated[
                 kind(spec) | None,
                 typer.Option(
-                    flag(spec), help=f"{spec.metadata['help']} [{env_name(spec)}; default: {spec.default or 'none'}]"
+                    flag(spec),
+                    help=f"{spec.metadata['help']} [{env_name(spec)}; default: {spec.default or 'none'}]",
                 ),
             ],
         )
@@ -90,7 +91,8 @@ def generate(
     strength: Annotated[float | None, typer.Option(help="0..1: how far to leave the source.")] = None,
     n: Annotated[int, typer.Option(help="Pictures to draw, with seeds seed, seed + 1, ...")] = 1,
     like: Annotated[
-        Path | None, typer.Option(help="Make this picture again from its recipe.", exists=True, dir_okay=False)
+        Path | None,
+        typer.Option(help="Make this picture again from its recipe.", exists=True, dir_okay=False),
     ] = None,
     models: Models = None,
 ) -> None:

@@ -27,9 +27,7 @@ POLL_S = 0.2
 """How often the bar looks at the model's status while it loads."""
 
 
-def draw(
-    given: Mapping[str, Any], like: Path | None, output: Path | None, settings: Settings
-) -> list[Path]:
+def draw(given: Mapping[str, Any], like: Path | None, output: Path | None, settings: Settings) -> list[Path]:
     """Draw and write; returns the paths.
 
     `given` are fields of `ImageRequest`; what is absent comes from the recipe in `like`, if there is one.
@@ -96,7 +94,10 @@ def _warn_of_differences(made: Recipe, now: Recipe) -> None:
     for name in ("source", "pipeline", "device", "dtype", "versions"):
         if getattr(made, name) != getattr(now, name):
             log.warning(
-                "%s was %s and is %s now: the pixels may differ", name, getattr(made, name), getattr(now, name)
+                "%s was %s and is %s now: the pixels may differ",
+                name,
+                getattr(made, name),
+                getattr(now, name),
             )
 
 
@@ -151,4 +152,3 @@ def _bar() -> Iterator[tuple[Progress, TaskID]]:
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         yield progress, progress.add_task("starting", total=1.0)
-

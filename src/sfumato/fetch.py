@@ -55,9 +55,7 @@ class PictureFetcher:
                 async for chunk in response.aiter_bytes():
                     data += chunk
                     if len(data) > MAX_BYTES:
-                        raise InvalidPicture(
-                            f"{param}: {url} is larger than {MAX_BYTES // 2**20} MiB", param=param
-                        )
+                        raise InvalidPicture(f"{param}: {url} is larger than {MAX_BYTES // 2**20} MiB", param=param)
                 return bytes(data)
         except TimeoutError:
             raise InvalidPicture(f"{param}: {url} took longer than {TIMEOUT_S:.0f} s", param=param) from None

@@ -28,9 +28,7 @@ def from_text(text: str, param: str) -> bytes:
     body = text.strip()
     if match := _DATA_URI.match(body):
         if not match["base64"]:
-            raise InvalidPicture(
-                f"{param}: a data: URI must be base64, 'data:image/png;base64,...'", param=param
-            )
+            raise InvalidPicture(f"{param}: a data: URI must be base64, 'data:image/png;base64,...'", param=param)
         body = body[match.end() :]
     try:
         return base64.b64decode("".join(body.split()), validate=True)

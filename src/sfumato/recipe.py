@@ -61,8 +61,7 @@ def read(path: Path) -> Recipe:
         raise InvalidPicture(f"{path}: not a picture that can be read ({error})") from None
     if text is None:
         raise InvalidPicture(
-            f"{path}: carries no recipe. Only PNG files that Sfumato made do; "
-            "editors and chat programs often strip it."
+            f"{path}: carries no recipe. Only PNG files that Sfumato made do; editors and chat programs often strip it."
         )
     known = {spec.name for spec in fields(Recipe)}
     try:

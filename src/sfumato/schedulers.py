@@ -77,12 +77,8 @@ SOLVERS: Mapping[str, Solver] = MappingProxyType(
         "ddim": Solver("DDIM", Form("DDIMScheduler", {}, SPACING)),
         # The Runge-Kutta warm-up is for pixel models; every Stable Diffusion is shipped without it.
         "pndm": Solver("PNDM", Form("PNDMScheduler", {"skip_prk_steps": True}, SPACING)),
-        "heun": Solver(
-            "Heun", Form("HeunDiscreteScheduler", {}, EVERY), Form("FlowMatchHeunDiscreteScheduler")
-        ),
-        "unipc": Solver(
-            "UniPC", Form("UniPCMultistepScheduler", {}, EVERY), Form("UniPCMultistepScheduler", FLOW)
-        ),
+        "heun": Solver("Heun", Form("HeunDiscreteScheduler", {}, EVERY), Form("FlowMatchHeunDiscreteScheduler")),
+        "unipc": Solver("UniPC", Form("UniPCMultistepScheduler", {}, EVERY), Form("UniPCMultistepScheduler", FLOW)),
         "euler": Solver(
             "Euler",
             Form("EulerDiscreteScheduler", {}, EVERY),
@@ -95,9 +91,7 @@ SOLVERS: Mapping[str, Solver] = MappingProxyType(
         "dpmpp_2m": Solver("DPM++ 2M", Form(_MULTISTEP, {}, EVERY), Form(_MULTISTEP, FLOW)),
         # The solver of the stochastic differential equation itself, with a Brownian tree for noise.
         "dpmpp_sde": Solver("DPM++ SDE", Form("DPMSolverSDEScheduler", {}, EVERY)),
-        "dpmpp_2m_sde": Solver(
-            "DPM++ 2M SDE", Form(_MULTISTEP, _SDE, EVERY), Form(_MULTISTEP, {**_SDE, **FLOW})
-        ),
+        "dpmpp_2m_sde": Solver("DPM++ 2M SDE", Form(_MULTISTEP, _SDE, EVERY), Form(_MULTISTEP, {**_SDE, **FLOW})),
         "dpmpp_3m_sde": Solver("DPM++ 3M SDE", Form(_MULTISTEP, {**_SDE, "solver_order": 3}, EVERY)),
         "dpmpp_2s": Solver(
             "DPM++ 2S", Form(_SINGLESTEP, _LOWER_LAST, SIGMAS), Form(_SINGLESTEP, {**_LOWER_LAST, **FLOW})
@@ -142,8 +136,7 @@ def parse(name: str, schedule: str | None = None) -> Choice:
     """
     if schedule is not None and schedule not in SCHEDULES:
         raise InvalidRequest(
-            f"Unknown schedule {schedule!r}.{did_you_mean(schedule, SCHEDULES)}"
-            f" These exist: {', '.join(SCHEDULES)}.",
+            f"Unknown schedule {schedule!r}.{did_you_mean(schedule, SCHEDULES)} These exist: {', '.join(SCHEDULES)}.",
             param="scheduler",
         )
     base, named = _split(name)

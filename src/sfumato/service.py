@@ -114,7 +114,8 @@ class Service:
         _within("n", n, 1, MAX_N)
         if n * len(prompt_pairs) > MAX_N:
             raise InvalidRequest(
-                f"n: {len(prompt_pairs)} prompts with {n} pictures each; at most {MAX_N} in one request", param="n"
+                f"n: {len(prompt_pairs)} prompts with {n} pictures each; at most {MAX_N} in one request",
+                param="n",
             )
         _within("steps", request.steps, 1, MAX_STEPS)
         _within("guidance_scale", request.guidance_scale, 0, MAX_GUIDANCE)
@@ -150,9 +151,7 @@ class Service:
             generations += [replace(asked, id=uuid.uuid4().hex, seed=seed + i) for i in range(n)]
         return generations
 
-    async def _one(
-        self, config: ModelConfig, index: int, generation: Generation, on_step: OnStep | None
-    ) -> Done:
+    async def _one(self, config: ModelConfig, index: int, generation: Generation, on_step: OnStep | None) -> Done:
         async with aclosing(self.engine.submit(config, generation)) as events:
             async for event in events:
                 match event:
@@ -196,7 +195,8 @@ class Service:
             return secrets.randbelow(2**32)  # short enough for every client's numbers
         if not 0 <= seed <= MAX_SEED - (n - 1):
             raise InvalidRequest(
-                f"seed: {seed}; 0 to {MAX_SEED} are valid (less n - 1), -1 or no seed for a random one", param="seed"
+                f"seed: {seed}; 0 to {MAX_SEED} are valid (less n - 1), -1 or no seed for a random one",
+                param="seed",
             )
         return seed
 
@@ -248,4 +248,3 @@ def _refuse_disabled(config: ModelConfig, asked: Generation) -> None:
 def _within(name: str, value: Number | None, least: float, most: float) -> None:
     if value is not None and not (math.isfinite(value) and least <= value <= most):
         raise InvalidRequest(f"{name}: {value}; {least} to {most} are valid", param=name)
-

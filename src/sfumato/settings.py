@@ -31,15 +31,11 @@ class Settings:
     device: str = _setting(
         "auto", "Device for every model: auto (as the model file says), cpu, cuda, cuda:1, mps, xpu."
     )
-    loaded_models: int = _setting(
-        2, "How many models stay in memory; the least recently used leaves.", least=1
-    )
+    loaded_models: int = _setting(2, "How many models stay in memory; the least recently used leaves.", least=1)
     public_url: str = _setting("", "Base of the picture URLs, e.g. https://host/prefix, behind a proxy.")
     max_pixels: int = _setting(2048 * 2048, "Largest picture that may be asked for, in pixels.", least=64)
     max_body_mb: int = _setting(64, "Largest request body, in MiB.", least=1)
-    max_source_pixels: int = _setting(
-        64_000_000, "Largest source picture that is decoded, in pixels.", least=64
-    )
+    max_source_pixels: int = _setting(64_000_000, "Largest source picture that is decoded, in pixels.", least=64)
     picture_hosts: str = _setting(
         "", "Hosts (comma-separated) whose picture URLs are fetched although their address is not public."
     )

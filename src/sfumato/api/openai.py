@@ -79,7 +79,12 @@ class GenerationsBody(BaseModel):
             scheduler=self.scheduler,
             clip_skip=self.clip_skip,
             strength=self.strength,
-            images=[*image, *([self.file] if self.file else ()), *(self.files or ()), *(self.ref_images or ())],
+            images=[
+                *image,
+                *([self.file] if self.file else ()),
+                *(self.files or ()),
+                *(self.ref_images or ()),
+            ],
             mask=self.mask,
         )
 

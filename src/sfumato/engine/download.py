@@ -115,12 +115,10 @@ def words_for_hub_errors(repo: str, remedy: str = "") -> Iterator[None]:
         raise LoadError(f"{repo} has no such revision: {error}") from error
     except (hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError, httpx.NetworkError) as error:
         why = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else f"{endpoint} cannot be reached"
-        raise DownloadError(
-            f"{repo} is not in the local cache and {why}. {remedy} once with a network."
-        ) from error
+        raise DownloadError(f"{repo} is not in the local cache and {why}. {remedy} once with a network.") from error
     except (hub.HfHubHTTPError, httpx.HTTPError) as error:
         raise DownloadError(f"{repo} could not be fetched from {endpoint}: {_first_line(error)}") from error
-    except EnvironmentError as error:
+    except OSError as error:
         if not isinstance(error.__cause__, hub.EntryNotFoundError) and error.errno is not None:
             raise DownloadError(f"{repo} could not be written to the cache: {error}") from error
         raise LoadError(

@@ -33,7 +33,7 @@ NEEDS_PICTURE = re.compile(r"Img2Img|Inpaint|Depth2Img|Upscale|InstructPix2Pix|C
 MANY_PICTURES = re.compile(r"Flux2|EditPlus|OmniGen|Kontext(?!Inpaint)")
 """Names of classes that take several reference pictures for one result; for others a list is a batch."""
 
-PAGE_CLASSES = "StableDiffusion"
+PAGE_CLASSES = re.compile(r"StableDiffusion(?!3)")
 """The seed page's defaults (30 steps, guidance 8) are Stable Diffusion's; other classes keep their own."""
 PAGE_STEPS, PAGE_GUIDANCE = 30, 8.0
 
@@ -111,7 +111,7 @@ def _view(pipeline: Any) -> Any:
 
 def _filled(model: Loaded, generation: Generation, class_name: str) -> Generation:
     config = model.config
-    paged = class_name.startswith(PAGE_CLASSES)
+    paged = bool(PAGE_CLASSES.match(class_name))
 
     def first(*values: Any) -> Any:
         return next((value for value in values if value is not None), None)
@@ -122,7 +122,8 @@ def _filled(model: Loaded, generation: Generation, class_name: str) -> Generatio
     return replace(
         generation,
         steps=first(
-            generation.steps, enabled("num_inference_steps", first(config.steps, PAGE_STEPS if paged else None))
+            generation.steps,
+            enabled("num_inference_steps", first(config.steps, PAGE_STEPS if paged else None)),
         ),
         guidance_scale=first(generation.guidance_scale, config.cfg_scale, PAGE_GUIDANCE if paged else None),
         negative_prompt=first(generation.negative_prompt, enabled("negative_prompt", config.negative_prompt)),
@@ -161,12 +162,14 @@ def _pictures(
         return width, height, [], None
     if len(sources) > 1 and not MANY_PICTURES.search(type(pipeline).__name__):
         raise InvalidRequest(
-            f"{model.config.name} ({type(pipeline).__name__}) takes one picture, got {len(sources)}", param="image"
+            f"{model.config.name} ({type(pipeline).__name__}) takes one picture, got {len(sources)}",
+            param="image",
         )
     mask = pictures.decoded(wanted.mask).convert("L") if wanted.mask else None
     if mask is not None and mask.size != sources[0].size:
         raise InvalidRequest(
-            f"the mask is {_size(mask)}, the picture {_size(sources[0])}: both need the same size", param="mask"
+            f"the mask is {_size(mask)}, the picture {_size(sources[0])}: both need the same size",
+            param="mask",
         )
     if not (width and height):
         width, height = (_near(side, multiple) for side in sources[0].size)
@@ -314,9 +317,10 @@ def _observed(scheduler: Any, on_step: OnStep) -> Any:
 
 
 def _remaining(timesteps: Any, first: Any) -> int:
-    # Image-to-image starts somewhere in the middle of the schedule.
+    # Image-to-image starts in the middle of the schedule; second-order solvers name a time step twice
+    # and start at its second entry.
     at = (torch.as_tensor(timesteps).cpu() == torch.as_tensor(first).cpu()).nonzero()
-    return len(timesteps) - (int(at[0]) if len(at) else 0)
+    return len(timesteps) - (int(at[-1]) if len(at) else 0)
 
 
 def _refuse_nan(result: Any) -> None:

@@ -59,6 +59,8 @@ class Handover:
     runs: tuple[Run, ...]
     step_arguments: frozenset[str]
     """Keywords that are passed to `step` in every case."""
+    generator: bool
+    """Whether the caller's generator reaches `step`: by name, by position or in `**extra_step_kwargs`."""
     uses: frozenset[str]
     """Attributes of the scheduler that are used."""
     guarded: frozenset[str]
@@ -75,14 +77,19 @@ def read(pipeline: type) -> Handover | None:
     nodes = [node for function in functions for node in ast.walk(function)]
     calls = [node for node in nodes if isinstance(node, ast.Call)]
     guarded = {
-        ast.literal_eval(call.args[1])
-        for call in calls
-        if _is_call(call, "hasattr") and _on_scheduler(call.args[0])
+        ast.literal_eval(call.args[1]) for call in calls if _is_call(call, "hasattr") and _on_scheduler(call.args[0])
     }
     uses = {node.attr for node in nodes if isinstance(node, ast.Attribute) and _on_scheduler(node.value)}
-    steps = {keyword.arg for call in calls if _method(call) == "step" for keyword in call.keywords}
+    steps = [call for call in calls if _method(call) == "step"]
+    named = {keyword.arg for call in steps for keyword in call.keywords}
+    positional = {ast.unparse(argument) for call in steps for argument in call.args}
     return Handover(
-        tuple(runs), frozenset(name for name in steps if name), frozenset(uses), frozenset(guarded)
+        runs=tuple(runs),
+        step_arguments=frozenset(name for name in named if name),
+        # `**` has no name.
+        generator=bool({"generator", None} & named) or "generator" in positional,
+        uses=frozenset(uses),
+        guarded=frozenset(guarded),
     )
 
 
@@ -126,9 +133,7 @@ def _run(function: ast.FunctionDef, call: ast.Call, callee: str) -> Run | None:
             optional |= {name for name in spread if name not in arguments}
             arguments |= spread
     # `set_timesteps(timesteps=timesteps)` with nothing else is the branch for a caller who gives some.
-    if "num_inference_steps" not in named and "never" in (
-        arguments.get(name) for name in ("timesteps", "sigmas")
-    ):
+    if "num_inference_steps" not in named and "never" in (arguments.get(name) for name in ("timesteps", "sigmas")):
         return None
     return Run(arguments, frozenset(optional))
 

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import diffusers
 import torch
+import transformers
 from diffusers import DiffusionPipeline
 
 from sfumato import schedulers
@@ -48,10 +49,14 @@ class Loaded:
 
 def load(config: ModelConfig, device_setting: str, tell: Tell) -> Loaded:
     """Load a model. Raises LoadError, ModelFileError or InvalidRequest, each in words; keeps nothing then."""
+    # The server's log says what is loaded; bars are for terminals.
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     try:
         device = choose_device(config, device_setting)
         dtype = choose_dtype(config, device)
         pipeline, source = _pipeline(config, dtype, tell)
+        _mend_clip(pipeline)
         _check(config, pipeline)
         _adapters(config, pipeline)
         _place(config, pipeline, device)
@@ -190,7 +195,7 @@ def _folder(config: ModelConfig, folder: Path, cls: Any, dtype: str) -> Any:
         variant = None
     return cls.from_pretrained(
         folder,
-        torch_dtype=DTYPES[dtype],
+        dtype=DTYPES[dtype],
         variant=variant,
         use_safetensors=None if config.allow_pickle else True,
         local_files_only=True,
@@ -202,7 +207,7 @@ def _single_file(config: ModelConfig, path: Path, description: Path, cls: Any, d
     if cls is DiffusionPipeline:
         cls = getattr(diffusers, DiffusionPipeline.load_config(description)["_class_name"])
     return cls.from_single_file(
-        str(path), config=str(description), torch_dtype=DTYPES[dtype], **_components(config, dtype)
+        str(path), config=str(description), dtype=DTYPES[dtype], **_components(config, dtype)
     )
 
 
@@ -212,13 +217,11 @@ def _components(config: ModelConfig, dtype: str) -> dict[str, Any]:
     if config.control_net:
         with download.words_for_hub_errors(config.control_net):
             given["controlnet"] = diffusers.ControlNetModel.from_pretrained(
-                _beside(config, config.control_net), torch_dtype=DTYPES[dtype]
+                _beside(config, config.control_net), dtype=DTYPES[dtype]
             )
     if config.clip_model:
-        from transformers import CLIPTextModel
-
         with download.words_for_hub_errors(config.clip_model):
-            given["text_encoder"] = CLIPTextModel.from_pretrained(
+            given["text_encoder"] = transformers.CLIPTextModel.from_pretrained(
                 _beside(config, config.clip_model),
                 subfolder=config.clip_subfolder or "",
                 dtype=DTYPES[dtype],
@@ -230,6 +233,13 @@ def _beside(config: ModelConfig, name: str) -> str:
     """A path relative to the model file when it exists, else the name as it is (a hub id)."""
     path = (config.folder / Path(name).expanduser()).resolve()
     return str(path) if path.exists() else name
+
+
+def _mend_clip(pipeline: Any) -> None:
+    """Let `clip_skip` work: diffusers reads `text_encoder.text_model`, which transformers 5 has merged into the encoder."""
+    encoder = getattr(pipeline, "text_encoder", None)
+    if type(encoder).__name__ == "CLIPTextModel" and not hasattr(encoder, "text_model"):
+        object.__setattr__(encoder, "text_model", encoder)  # not as a submodule: it would contain itself
 
 
 def _check(config: ModelConfig, pipeline: Any) -> None:

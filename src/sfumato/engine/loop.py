@@ -73,5 +73,3 @@ class Loop:
 
     def _tell(self, model: str, status: ModelStatus) -> None:
         self._send(Status(model, status))
-
-

@@ -13,6 +13,7 @@ steps over an empty latent.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
@@ -74,11 +75,11 @@ def make(pipeline: Any, choice: Choice | None, seed: int | Sequence[int]) -> Any
     """
     own = getattr(pipeline, "scheduler", None)
     if choice is None:
-        return None if own is None else _own(own, seed)
+        return None if own is None else _noisy(pipeline, _own(own, seed), seed)
     form = _form(own, choice)
     if form is None:
         raise _refusal(pipeline, choice, _why_no_form(own, choice))
-    return _build(own, form, seed)
+    return _noisy(pipeline, _build(own, form, seed), seed)
 
 
 def check(pipeline: Any, choice: Choice | None, steps: int | None = None) -> None:
@@ -98,9 +99,7 @@ def check(pipeline: Any, choice: Choice | None, steps: int | None = None) -> Non
 
 def works_with(pipeline: Any) -> tuple[str, ...]:
     """The names of `schedulers.names()` that `check` lets through."""
-    return tuple(
-        name for name in schedulers.names() if _misfit(pipeline, schedulers.parse(name), None) is None
-    )
+    return tuple(name for name in schedulers.names() if _misfit(pipeline, schedulers.parse(name), None) is None)
 
 
 def is_flow(scheduler: Any) -> bool:
@@ -163,9 +162,7 @@ def _carried(own: Any) -> dict[str, Any]:
         if key in parameters and config[key] == parameters[key].default
     }
     return {
-        key: value
-        for key, value in config.items()
-        if key in FACTS or (key in PREFERENCES and key not in unwritten)
+        key: value for key, value in config.items() if key in FACTS or (key in PREFERENCES and key not in unwritten)
     }
 
 
@@ -181,6 +178,27 @@ def _seeded(parameters: Mapping[str, inspect.Parameter], seed: int | Sequence[in
     if "noise_sampler_seed" not in parameters:
         return {}
     return {"noise_sampler_seed": seed if isinstance(seed, int) else list(seed)}
+
+
+def _noisy(pipeline: Any, scheduler: Any, seed: int | Sequence[int]) -> Any:
+    """`scheduler` with a generator for its steps, where the pipeline passes on none.
+
+    FLUX and its kin do not: a solver that adds noise would take it from torch's global state, and the
+    seed would not decide the picture.
+    """
+    kind: Any = type(pipeline)
+    asked = handover.read(kind)
+    if asked is None or asked.generator or "generator" not in _parameters(scheduler.step):
+        return scheduler
+    generator = noise(seed) if isinstance(seed, int) else [noise(each) for each in seed]
+    scheduler.step = functools.partial(scheduler.step, generator=generator)
+    return scheduler
+
+
+def noise(seed: int) -> torch.Generator:
+    """Where noise for the steps comes from; derived, as `seed` itself would repeat the first latents."""
+    derived = int(np.random.SeedSequence((seed, 1)).generate_state(1, np.uint64)[0])
+    return torch.Generator().manual_seed(derived % 2**63)
 
 
 def _parameters(function: Any) -> Mapping[str, inspect.Parameter]:
@@ -253,8 +271,9 @@ def _rehearse(scheduler: Any, asked: Handover, steps: int | None) -> str | None:
         if not finite:
             return f"{type(scheduler).__name__} comes to no finite result on this model's noise schedule"
         # Such a scheduler counts on noise scaled up at the start and down again before each step.
-        scales = {"init_noise_sigma", "scale_model_input"}
-        if float(getattr(scheduler, "init_noise_sigma", 1.0)) != 1.0 and not scales <= asked.uses:
+        starts = {"init_noise_sigma", "add_noise"} & asked.uses
+        scales = starts and "scale_model_input" in asked.uses
+        if float(getattr(scheduler, "init_noise_sigma", 1.0)) != 1.0 and not scales:
             return f"the pipeline does not scale the noise as {type(scheduler).__name__} needs it"
     return None
 
@@ -264,8 +283,10 @@ def _words(error: Exception) -> str:
 
 
 def _set(scheduler: Any, run: handover.Run, count: int) -> None:
-    levels = [float(level) for level in np.linspace(1.0, 1 / count, count)]
-    values: dict[str, Any] = {"sigmas": levels, "timesteps": [1000 * level for level in levels], "mu": 0.8}
+    levels = np.linspace(1.0, 1 / count, count)
+    # What goes through `retrieve_timesteps` is an array; the few that call on their own pass lists.
+    sigmas = levels if "sigmas" in run.optional else levels.tolist()
+    values: dict[str, Any] = {"sigmas": sigmas, "timesteps": 1000 * levels, "mu": 0.8}
     given = run.given(scheduler.config)
     arguments = {name: values.get(name) if name in given else None for name in run.names(scheduler.config)}
     if not given & {"sigmas", "timesteps"}:

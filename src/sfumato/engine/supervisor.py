@@ -104,7 +104,11 @@ class Supervisor:
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "sfumato.engine.worker", str(theirs.fileno()), pass_fds=[theirs.fileno()]
+                sys.executable,
+                "-m",
+                "sfumato.engine.worker",
+                str(theirs.fileno()),
+                pass_fds=[theirs.fileno()],
             )
         reader, writer = await asyncio.open_connection(sock=ours)
         try:

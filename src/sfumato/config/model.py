@@ -1,0 +1,139 @@
+"""What a model file says, as one frozen value.
+
+It travels to the worker, which loads a model anew when its config is no longer equal to the one in
+memory; so equality and hash go by content, without what only people read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeAlias
+
+Scalar: TypeAlias = str | int | float | bool | None
+
+DEFAULTS: Mapping[str, Any] = MappingProxyType(
+    {
+        "f16": False,
+        "step": 30,
+        "cuda": None,
+        "enable_parameters": frozenset({"negative_prompt", "num_inference_steps", "clip_skip"}),
+        "scheduler_type": None,
+        "cfg_scale": 8,
+        "clip_skip": None,
+        "pipeline_type": None,
+    }
+)
+"""What holds for a key that a file leaves out.
+
+`step` and `cfg_scale` are filled in by the worker, for Stable Diffusion classes only: other classes
+keep their own signature's defaults, so an absent key stays None in `ModelConfig`. None here means that
+the model decides: `cuda` the best device present, `scheduler_type` the model's own scheduler,
+`pipeline_type` the class that the repository's model_index.json names, `clip_skip` no layer skipped.
+"""
+
+ALWAYS = frozenset({"prompt", "guidance_scale", "width", "height", "generator"})
+"""Pipeline arguments that every model lets through, also with `enable_parameters: none`."""
+
+WITH_IMAGE = frozenset({"mask_image", "strength"})
+"""Pipeline arguments that are only about a source picture: `image` stands for them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A LoRA: a file beside the model file or a hub id, and how strongly it acts."""
+
+    source: str
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Download:
+    """A file to fetch into the model file's folder before the model is loaded."""
+
+    uri: str
+    filename: str
+    sha256: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """One model. `None` means that the file does not say; see `DEFAULTS`."""
+
+    name: str
+    aliases: tuple[str, ...] = ()
+    description: str | None = field(default=None, compare=False)
+    usage: str | None = field(default=None, compare=False)
+    disabled: bool = False
+    pinned: bool = False
+    """Stays in memory while others leave."""
+
+    model: str
+    """Where the weights come from, as written; `sfumato.engine.resolve` says what it is."""
+    file: Path | None = None
+    """The model file; None for a model that was named on the command line."""
+    folder: Path = field(default_factory=Path)
+    """Relative paths are relative to it."""
+    repo: str | None = None
+    """Hub id of the file's `artifacts`; it takes the place of `model`."""
+    revision: str | None = None
+    variant: str | None = None
+    """Of the weight files in a repository: fp16, ema, ..."""
+    downloads: tuple[Download, ...] = ()
+    allow_pickle: bool = False
+
+    pipeline_type: str | None = None
+    img2img: bool = False
+    """Made for image-to-image; `pipeline_type` is already the class for it where that is known."""
+    scheduler_type: str | None = None
+    schedule: str | None = None
+    control_net: str | None = None
+    clip_model: str | None = None
+    clip_subfolder: str | None = None
+    adapters: tuple[Adapter, ...] = ()
+
+    steps: int | None = None
+    cfg_scale: float | None = None
+    """0 is a value: no guidance."""
+    seed: int | None = None
+    n: int | None = None
+    negative_prompt: str | None = None
+    clip_skip: int | None = None
+    strength: float | None = None
+    width: int | None = None
+    height: int | None = None
+    option_lines: tuple[tuple[str, str], ...] = ()
+    """`options` as written. Kept as text: 1, 1.0 and true are equal in Python and not the same."""
+    enable_parameters: frozenset[str] = DEFAULTS["enable_parameters"]
+
+    f16: bool = DEFAULTS["f16"]
+    cuda: bool | None = DEFAULTS["cuda"]
+    dtype: str | None = None
+    """fp16, bf16 or fp32; wins over `f16`."""
+    main_gpu: int | None = None
+    low_vram: bool = False
+    threads: int | None = None
+
+    max_concurrent: int | None = None
+    """Pictures drawn at a time; None is no limit."""
+    retry_after: int = 1
+    """Seconds that a refused caller is told to wait."""
+
+    ignored: tuple[tuple[str, str], ...] = field(default=(), compare=False)
+    """Keys of the file that have no effect here, each with the reason."""
+    created: int = field(default=0, compare=False)
+    """When the file was written, in seconds since 1970."""
+
+    @property
+    def options(self) -> Mapping[str, Scalar]:
+        """Extra arguments of the pipeline call; numbers are numbers and integers stay integers."""
+        from sfumato.config.readers import scalar
+
+        return MappingProxyType({key: scalar(text) for key, text in self.option_lines})
+
+    def enables(self, parameter: str) -> bool:
+        """Whether a request may set this argument of the pipeline call."""
+        wanted = "image" if parameter in WITH_IMAGE else parameter
+        return parameter in ALWAYS or bool(self.enable_parameters & {parameter, wanted})

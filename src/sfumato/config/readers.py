@@ -1,0 +1,236 @@
+"""One function per kind of value. Each gives the typed value or raises ValueError with what is valid.
+
+An absent value (no text, or an empty string, as LocalAI has it) never gets here.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import PurePosixPath
+from typing import Any, TypeAlias
+from urllib.parse import urlparse
+
+from sfumato.config.model import Download, Scalar
+from sfumato.core import MAX_SEED
+from sfumato.errors import did_you_mean
+
+Reader: TypeAlias = Callable[[Any], Any]
+
+DTYPES: Mapping[str, str | None] = {
+    "auto": None,
+    **dict.fromkeys(("fp16", "f16", "float16", "half"), "fp16"),
+    **dict.fromkeys(("bf16", "bfloat16"), "bf16"),
+    **dict.fromkeys(("fp32", "f32", "float32", "float"), "fp32"),
+}
+
+MAX_SIDE = 16384
+_NAME = re.compile(r"[^\s\x00-\x1f\x7f](?:[^\x00-\x1f\x7f]{0,198}[^\s\x00-\x1f\x7f])?")
+_INTEGER = re.compile(r"[-+]?[0-9]{1,400}")
+_FLOAT = re.compile(r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?")
+_SIZE = re.compile(r"([0-9]{1,6})[xX×]([0-9]{1,6})")
+_SHA256 = re.compile(r"[0-9a-fA-F]{64}")
+_WORDS: Mapping[str, Scalar] = {"true": True, "false": False, "null": None, "none": None, "~": None}
+
+
+def shown(value: Any) -> str:
+    """The value for an error message: short, and never an exception of its own."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits; a list that holds itself
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def scalar(text: str) -> Scalar:
+    """A word as YAML reads it: integer, float, true, false, null, or text."""
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    if _INTEGER.fullmatch(text):
+        return int(text)
+    if _FLOAT.fullmatch(text):
+        return float(text)
+    return text
+
+
+def string(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    raise ValueError("needs text; put quotes around it")
+
+
+def name(value: Any) -> str:
+    text = string(value)
+    if not _NAME.fullmatch(text):
+        raise ValueError("needs a name of 1 to 200 printable characters, no space at either end")
+    return text
+
+
+def flag(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    raise ValueError("needs true or false, without quotes")
+
+
+def number(least: float, most: float = math.inf) -> Reader:
+    """A finite number from `least` to `most`."""
+
+    def read(value: Any) -> float:
+        # YAML 1.1 reads 1e-3 as text.
+        given = scalar(value) if isinstance(value, str) else value
+        valid = f"needs a number {_range(least, most)}"
+        if isinstance(given, bool) or not isinstance(given, int | float):
+            raise ValueError(valid)
+        if not least <= given <= most or not math.isfinite(given):
+            raise ValueError(valid)
+        try:
+            return float(given)
+        except OverflowError:
+            raise ValueError(valid) from None
+
+    return read
+
+
+def whole(least: int, most: int | None = None, *, absent: int | None = None) -> Reader:
+    """A whole number from `least` to `most`; `absent` is the number that stands for "not given"."""
+
+    def read(value: Any) -> int | None:
+        given = scalar(value) if isinstance(value, str) else value
+        if isinstance(given, float) and given.is_integer():
+            given = int(given)
+        valid = f"needs a whole number {_range(least, most)}"
+        if isinstance(given, bool) or not isinstance(given, int):
+            raise ValueError(valid)
+        if given == absent:
+            return None
+        if given < least or (most is not None and given > most):
+            raise ValueError(valid)
+        return given
+
+    return read
+
+
+def _range(least: float, most: float | None) -> str:
+    return f"from {least:g} up" if most is None or most == math.inf else f"from {least:g} to {most:g}"
+
+
+seed = whole(0, MAX_SEED, absent=-1)
+"""-1 is LocalAI's word for a random seed."""
+
+
+def gpu(value: Any) -> int:
+    text = str(value).removeprefix("cuda:") if isinstance(value, int | str) else ""
+    if isinstance(value, bool) or not re.fullmatch(r"[0-9]{1,3}", text):
+        raise ValueError("needs the number of a GPU: 0, 1, ...")
+    return int(text)
+
+
+def one_of(words: Mapping[str, Any]) -> Reader:
+    def read(value: Any) -> Any:
+        word = str(value).removeprefix("torch.").lower() if isinstance(value, str) else ""
+        if word not in words:
+            raise ValueError(f"is none of {', '.join(words)}.{did_you_mean(word, words)}")
+        return words[word]
+
+    return read
+
+
+dtype = one_of(DTYPES)
+
+
+def size(value: Any) -> tuple[int, int] | None:
+    """`WIDTHxHEIGHT` in pixels; `auto` is the model's own size."""
+    if value == "auto":
+        return None
+    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
+    sides = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not all(1 <= side <= MAX_SIDE for side in sides):
+        raise ValueError(f'needs a size such as "512x768", each side from 1 to {MAX_SIDE} pixels')
+    return sides
+
+
+def names(value: Any) -> tuple[str, ...]:
+    """One name, or a list of names."""
+    return tuple(dict.fromkeys(name(item) for item in (value if isinstance(value, list) else [value])))
+
+
+def strings(value: Any) -> tuple[str, ...]:
+    return tuple(string(item) for item in (value if isinstance(value, list) else [value]))
+
+
+def numbers(value: Any) -> tuple[float, ...]:
+    read = number(-math.inf)
+    return tuple(read(item) for item in (value if isinstance(value, list) else [value]))
+
+
+def parameters(value: Any) -> frozenset[str]:
+    """Names of pipeline arguments: "a,b", a list, or `none`."""
+    if isinstance(value, str):
+        value = value.split(",")
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise ValueError('needs names separated by commas, e.g. "negative_prompt,num_inference_steps,image"')
+    words = [item.strip() for item in value if item.strip()]
+    for word in words:
+        if not word.isidentifier():
+            raise ValueError(f"{shown(word)} is not the name of a pipeline argument")
+    return frozenset(word for word in words if word != "none")
+
+
+def options(value: Any) -> tuple[tuple[str, str], ...]:
+    """A list of `key:value`; the value may hold colons. The last of several with one key counts."""
+    if not isinstance(value, list):
+        raise ValueError('needs a list with one "key:value" a line')
+    return tuple(dict(_option(item) for item in value).items())
+
+
+def _option(item: Any) -> tuple[str, str]:
+    if isinstance(item, dict) and len(item) == 1:  # `- key: value`, the space makes it a mapping
+        (key, value), *_ = item.items()
+        text = "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+        item = f"{key}:{text}" if not isinstance(value, list | dict) else None
+    key, colon, text = item.partition(":") if isinstance(item, str) else ("", "", "")
+    if not colon or not key.strip().isidentifier():
+        raise ValueError(f'{shown(item)} is not "key:value" with the name of a pipeline argument as key')
+    return key.strip(), text.strip()
+
+
+def downloads(value: Any) -> tuple[Download, ...]:
+    if not isinstance(value, list):
+        raise ValueError("needs a list of {filename, uri, sha256}")
+    return tuple(_download(item) for item in value)
+
+
+def _download(item: Any) -> Download:
+    if not isinstance(item, dict) or not isinstance(item.get("uri"), str) or not item["uri"]:
+        raise ValueError(f"{shown(item)} needs a `uri`, and may have `filename` and `sha256`")
+    for key in item:
+        if key not in ("uri", "filename", "sha256"):
+            raise ValueError(f"unknown key {shown(key)}; an entry has uri, filename and sha256")
+    filename = string(item.get("filename") or PurePosixPath(urlparse(item["uri"]).path).name)
+    path = PurePosixPath(filename)
+    if not path.name or path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"filename {shown(filename)} has to stay in the model file's folder")
+    sha256 = item.get("sha256") or None
+    if sha256 is not None and not _SHA256.fullmatch(str(sha256)):
+        raise ValueError(f"sha256 {shown(sha256)} is not 64 hexadecimal digits")
+    return Download(item["uri"], str(path), str(sha256).lower() if sha256 else None)
+
+
+def artifacts(value: Any) -> tuple[str, str | None]:
+    """LocalAI's managed snapshot -> (hub id, revision). Others beside the one for `model` are not for us."""
+    entries = value if isinstance(value, list) else [value]
+    ours = [item for item in entries if isinstance(item, dict) and (item.get("target") or "model") == "model"]
+    source = ours[0].get("source") if len(ours) == 1 else None
+    if not isinstance(source, dict) or source.get("type", "huggingface") != "huggingface":
+        raise ValueError("needs one entry for `model` with source: {type: huggingface, repo: owner/name}")
+    repo = source.get("repo")
+    if not isinstance(repo, str):
+        raise ValueError(f"repo {shown(repo)} is not owner/name")
+    for prefix in ("https://huggingface.co/", "huggingface://", "hf://"):
+        repo = repo.removeprefix(prefix)
+    if repo.strip("/").count("/") != 1:
+        raise ValueError(f"repo {shown(repo)} is not owner/name")
+    return repo.strip("/"), string(source["revision"]) if source.get("revision") else None

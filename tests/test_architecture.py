@@ -1,0 +1,88 @@
+"""The shape of the house: imports point down, and the API process has no torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import sfumato
+
+ROOT = Path(sfumato.__file__).parent
+
+LAYERS = [
+    {"cli"},
+    {"serve", "draw"},
+    {"api"},
+    {"service"},
+    {"engine"},
+    {"check"},
+    {"catalog"},
+    {"config", "fetch", "store", "recipe", "pictures"},
+    {"schedulers", "settings"},
+    {"core"},
+    {"errors"},
+]
+"""Top to bottom. A module imports from lower layers, or from its own package."""
+
+ENGINE = [
+    {"supervisor", "local", "worker"},
+    {"loop", "streams"},
+    {"residency", "generation"},
+    {"load"},
+    {"download", "sampler"},
+    {"handover", "resolve", "protocol", "wire"},
+]
+
+WITHOUT_TORCH = ["sfumato.cli", "sfumato.serve", "sfumato.draw", "sfumato.check", "sfumato.api.app", "sfumato.service"]
+
+
+def imported(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def rank(layers: list[set[str]], name: str) -> int:
+    matches = [index for index, layer in enumerate(layers) if name in layer]
+    assert matches, f"{name} stands in no layer: add it where it belongs"
+    return matches[0]
+
+
+def modules() -> list[Path]:
+    return sorted(path for path in ROOT.rglob("*.py") if path.name not in ("__init__.py", "__main__.py"))
+
+
+def test_imports_point_down() -> None:
+    for path in modules():
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        for name in imported(path):
+            if not name.startswith("sfumato."):
+                continue
+            target = name.split(".")[1:]
+            if target[0].startswith("__"):
+                continue
+            if parts[0] == target[0] and len(parts) > 1:
+                if parts[0] == "engine":
+                    assert rank(ENGINE, parts[1]) < rank(ENGINE, target[1]), f"{path} imports {name}: upward"
+                continue
+            assert rank(LAYERS, parts[0]) < rank(LAYERS, target[0]), f"{path} imports {name}: upward"
+
+
+def test_no_file_is_large() -> None:
+    sizes = {path.name: len(path.read_text().splitlines()) for path in modules()}
+    assert {name: size for name, size in sizes.items() if size > 450} == {}
+
+
+def test_the_api_process_has_no_torch() -> None:
+    code = (
+        f"import importlib, sys; [importlib.import_module(name) for name in {WITHOUT_TORCH}]; "
+        "print([name for name in ('torch', 'diffusers', 'transformers', 'numpy') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,120 @@
+"""The command line, as a person runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hub import Hub
+from PIL import Image
+
+from sfumato import recipe
+
+
+def sfumato(*arguments: str | Path, cwd: Path, code: int = 0, env: dict[str, str] | None = None) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "sfumato.cli", *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == code, done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+def pixels(path: Path) -> list[int]:
+    return np.asarray(Image.open(path)).ravel().tolist()  # type: ignore[no-any-return]
+
+
+def test_generate_and_make_it_again(tmp_path: Path) -> None:
+    """The same pixels in another process, from the file alone."""
+    options = ["--negative", "red", "--steps", "6", "--guidance", "2.5", "--seed", "11", "--scheduler", "k_dpmpp_2m"]
+    out = sfumato("generate", "a rocket on a blue background", *options, "-o", "first.png", cwd=tmp_path)
+    assert out.strip() == "first.png"
+    made = recipe.read(tmp_path / "first.png")
+    assert (made.negative_prompt, made.steps, made.guidance_scale, made.seed) == ("red", 6, 2.5, 11)
+    sfumato("generate", "--like", "first.png", "-o", "again.png", cwd=tmp_path)
+    assert pixels(tmp_path / "first.png") == pixels(tmp_path / "again.png")
+    assert recipe.read(tmp_path / "again.png") == made
+    sfumato("generate", "--like", "first.png", "--seed", "12", "-o", "other.png", cwd=tmp_path)
+    assert pixels(tmp_path / "first.png") != pixels(tmp_path / "other.png")
+
+
+def test_make_a_picture_from_a_picture_again(tmp_path: Path) -> None:
+    Image.linear_gradient("L").convert("RGB").resize((128, 128)).save(tmp_path / "source.png")
+    options = ["--image", "source.png", "--strength", "0.5", "--steps", "6", "--seed", "3"]
+    sfumato("generate", "a rocket", *options, "-o", "first.png", cwd=tmp_path)
+    sfumato("generate", "--like", "first.png", "--image", "source.png", "-o", "again.png", cwd=tmp_path)
+    assert pixels(tmp_path / "first.png") == pixels(tmp_path / "again.png")
+    assert "1 such picture" in sfumato("generate", "--like", "first.png", cwd=tmp_path, code=1)
+    wrong = sfumato("generate", "--like", "first.png", "--image", "first.png", cwd=tmp_path, code=1)
+    assert "not the picture" in wrong
+
+
+def test_several_pictures_get_several_names(tmp_path: Path) -> None:
+    out = sfumato("generate", "a cat", "-n", "2", "--steps", "2", "--seed", "5", cwd=tmp_path)
+    assert out.split() == ["sfumato-5.png", "sfumato-6.png"]
+    out = sfumato("generate", "a cat", "-n", "2", "--steps", "2", "--seed", "5", "-o", "cat.png", cwd=tmp_path)
+    assert out.split() == ["cat-1.png", "cat-2.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["generate"], "say what to draw"),
+        (["generate", "a cat", "--size", "abc"], "abc"),
+        (["generate", "a cat", "--scheduler", "eulr"], "Did you mean"),
+        (["generate", "a cat", "-m", "no-such-model"], "no-such-model"),
+        (["generate", "a cat", "--steps", "2", "-o", "no/such/folder/x.png"], "could not be written"),
+        (["generate", "--like", "no-such.png"], "no-such.png"),
+        (["serve", "--port", "-1"], "at least 0"),
+        (["pull", "not a name"], "not a name"),
+    ],
+)
+def test_what_cannot_be_done_is_said(tmp_path: Path, arguments: list[str], words: str) -> None:
+    code = 2 if arguments in (["generate"], ["generate", "--like", "no-such.png"], ["serve", "--port", "-1"]) else 1
+    assert words in sfumato(*arguments, cwd=tmp_path, code=code).replace("\n", " ")
+
+
+def test_pull_then_draw_without_the_hub(tmp_path: Path, hub: Hub) -> None:
+    env = hub.environment(tmp_path / "hf")
+    where = sfumato("pull", "nitrosocke/Ghibli-Diffusion", cwd=tmp_path, env=env).strip()
+    assert (Path(where) / "model_index.json").exists()
+    offline = {**env, "HF_HUB_OFFLINE": "1"}
+    arguments = ["generate", "a cat", "-m", "nitrosocke/Ghibli-Diffusion", "--steps", "2", "-o", "x.png"]
+    sfumato(*arguments, cwd=tmp_path, env=offline)
+    assert recipe.read(tmp_path / "x.png").source.startswith("nitrosocke/Ghibli-Diffusion@")
+
+
+def test_models_and_check(tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    models.mkdir()
+    (models / "good.yaml").write_text("name: good\nparameters:\n  model: some/one\n")
+    assert "good" in sfumato("models", cwd=tmp_path)
+    assert "sfumato-tiny" in sfumato("models", cwd=tmp_path)
+    assert "some/one" in sfumato("check", "models", cwd=tmp_path)
+    (models / "bad.yaml").write_text("name: bad\nparameters:\n  modle: some/one\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "sfumato.cli", "check", "models"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "modle" in done.stdout
+    assert "'model'" in done.stdout
+
+
+def test_help_is_quick_because_it_imports_little(tmp_path: Path) -> None:
+    """Half a second is the promise; what is heavy stays out, which unlike the time can be asserted."""
+    code = "import sys; sys.argv = ['sfumato', '--help']\ntry:\n import sfumato.cli as c; c.app()\nexcept SystemExit: pass\n"
+    code += "import json; print(json.dumps(sorted(m for m in sys.modules if '.' not in m)))"
+    loaded = json.loads(sfumato_code(code, tmp_path).splitlines()[-1])
+    assert not {"torch", "diffusers", "fastapi", "uvicorn", "pydantic", "PIL", "httpx", "huggingface_hub"} & set(loaded)
+
+
+def sfumato_code(code: str, cwd: Path) -> str:
+    return subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,162 @@
+"""The engine over its transports: one terminal event each, cancellation, a worker that dies."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sfumato.catalog import Catalog
+from sfumato.config import ModelConfig
+from sfumato.core import Done, Event, Failed, Generation, Step
+from sfumato.engine.local import Local
+from sfumato.engine.protocol import Engine
+from sfumato.engine.supervisor import Supervisor
+from sfumato.errors import Cancelled, LoadError, WorkerDied
+from sfumato.settings import Settings
+
+ENGINES = [Local, Supervisor]
+SETTINGS = Settings(device="cpu", log_level="error")
+
+
+@pytest.fixture(scope="module")
+def config(repositories: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
+    folder = tmp_path_factory.mktemp("models")
+    (folder / "m.yaml").write_text(
+        f"name: m\nparameters:\n  model: {repositories['nitrosocke/Ghibli-Diffusion']}\ndtype: fp32\n"
+    )
+    return Catalog([folder]).get("m")
+
+
+def wanted(id: str = "1", **fields: Any) -> Generation:
+    return Generation(**{"id": id, "prompt": "a cat", "seed": 1, "steps": 3, "width": 64, "height": 64, **fields})
+
+
+@asynccontextmanager
+async def running(make: Callable[[Settings], Engine]) -> AsyncGenerator[Engine, None]:
+    engine = make(SETTINGS)
+    await engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.stop()
+
+
+async def events_of(engine: Engine, config: ModelConfig, generation: Generation) -> list[Event]:
+    async with aclosing(engine.submit(config, generation)) as events:
+        return [event async for event in events]
+
+
+@pytest.mark.parametrize("make", ENGINES)
+def test_steps_then_one_terminal_event(make: Callable[[Settings], Engine], config: ModelConfig) -> None:
+    async def run() -> None:
+        async with running(make) as engine:
+            answers = await asyncio.gather(*(events_of(engine, config, wanted(str(i), seed=i)) for i in range(3)))
+            for seed, events in enumerate(answers):
+                *steps, done = events
+                assert steps == [Step(1, 4), Step(2, 4), Step(3, 4), Step(4, 4)]  # PNDM takes one more
+                assert isinstance(done, Done)
+                assert done.recipe.seed == seed
+            assert engine.status("m").state == "ready"
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("make", ENGINES)
+def test_closing_the_stream_stops_the_work_within_a_step(
+    make: Callable[[Settings], Engine], config: ModelConfig
+) -> None:
+    async def run() -> None:
+        async with running(make) as engine:
+            async with aclosing(engine.submit(config, wanted("long", steps=1000))) as events:
+                async for event in events:
+                    assert isinstance(event, Step)
+                    if event.step == 3:
+                        break
+            # A thousand steps would take minutes: this answer comes because they were not taken.
+            *_, done = await asyncio.wait_for(events_of(engine, config, wanted("next")), 30)
+            assert isinstance(done, Done)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("make", ENGINES)
+def test_a_request_cancelled_in_the_queue_is_never_drawn(
+    make: Callable[[Settings], Engine], config: ModelConfig
+) -> None:
+    async def run() -> None:
+        async with running(make) as engine:
+            first = asyncio.create_task(events_of(engine, config, wanted("first", steps=20)))
+            second = asyncio.create_task(events_of(engine, config, wanted("second", steps=1000)))
+            third = asyncio.create_task(events_of(engine, config, wanted("third")))
+            await asyncio.sleep(0)
+            second.cancel()
+            for task in (first, third):
+                assert isinstance((await asyncio.wait_for(task, 60))[-1], Done)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("make", ENGINES)
+def test_a_failed_load_fails_the_request_and_not_the_next(
+    make: Callable[[Settings], Engine], config: ModelConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.yaml").write_text("name: bad\nparameters:\n  model: empty\n")
+    bad = Catalog([tmp_path]).get("bad")
+
+    async def run() -> None:
+        async with running(make) as engine:
+            (failed,) = await events_of(engine, bad, wanted())
+            assert isinstance(failed, Failed)
+            assert isinstance(failed.error, LoadError)
+            assert engine.status("bad").state == "failed"
+            assert isinstance((await events_of(engine, config, wanted()))[-1], Done)
+
+    asyncio.run(run())
+
+
+def test_a_killed_worker_fails_what_ran_and_is_replaced(config: ModelConfig) -> None:
+    async def run() -> None:
+        supervisor = Supervisor(SETTINGS)
+        await supervisor.start()
+        answers: list[Event] = []
+        async with aclosing(supervisor.submit(config, wanted("victim", steps=1000))) as events:
+            async for event in events:
+                answers.append(event)
+                if len(answers) == 2:
+                    assert supervisor.pid
+                    os.kill(supervisor.pid, signal.SIGKILL)
+        assert isinstance(answers[-1], Failed)
+        assert isinstance(answers[-1].error, WorkerDied)
+        assert answers[-1].error.retry
+        assert [type(event) for event in answers[:-1]] == [Step] * (len(answers) - 1)
+        assert isinstance((await events_of(supervisor, config, wanted("after")))[-1], Done)
+        await supervisor.stop()
+
+    asyncio.run(run())
+
+
+def test_stopping_finishes_what_runs(config: ModelConfig) -> None:
+    async def run() -> None:
+        supervisor = Supervisor(SETTINGS)
+        await supervisor.start()
+        async with aclosing(supervisor.submit(config, wanted("last", steps=20))) as events:
+            assert isinstance(await anext(events), Step)
+            stopping = asyncio.create_task(supervisor.stop())
+            assert isinstance([event async for event in events][-1], Done)
+            await stopping
+        assert not supervisor.ready
+
+    asyncio.run(run())
+
+
+def test_cancelled_is_not_a_retry() -> None:
+    assert not Cancelled("x").retry
+    assert Cancelled.status == 499

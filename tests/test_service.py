@@ -1,0 +1,197 @@
+"""What a request becomes: checked, split, in order; over an engine that draws nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sfumato.catalog import Catalog
+from sfumato.config import ModelConfig
+from sfumato.core import MAX_SEED, Done, Event, Failed, Generation, ModelStatus, Recipe, Step
+from sfumato.errors import DrawError, InvalidRequest, ModelNotFound, TooManyRequests
+from sfumato.service import ImageRequest, Service
+from sfumato.settings import Settings
+
+
+class FakeEngine:
+    """Answers each generation with its own id; `hold` keeps them open, `fail` fails the seeds in it."""
+
+    ready = True
+
+    def __init__(self) -> None:
+        self.seen: list[Generation] = []
+        self.closed: list[int] = []
+        self.hold = asyncio.Event()
+        self.hold.set()
+        self.fail: set[int] = set()
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+    def status(self, model: str) -> ModelStatus:
+        return ModelStatus()
+
+    async def submit(self, config: ModelConfig, generation: Generation) -> AsyncGenerator[Event, None]:
+        self.seen.append(generation)
+        try:
+            yield Step(1, 2)
+            if generation.seed in self.fail:
+                yield Failed(DrawError("drew nothing"))
+                return
+            await self.hold.wait()
+            yield Done(str(generation.seed).encode(), recipe_of(config, generation))
+        finally:
+            self.closed.append(generation.seed)
+
+
+def recipe_of(config: ModelConfig, asked: Generation) -> Recipe:
+    return Recipe(
+        model=config.name, source="", pipeline="", prompt=asked.prompt, negative_prompt=asked.negative_prompt,
+        width=1, height=1, steps=1, guidance_scale=1.0, seed=asked.seed, scheduler="", clip_skip=None, strength=None,
+        image_sha256=(), mask_sha256=None, device="cpu", dtype="fp32",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "a.yaml").write_text("name: a\nparameters:\n  model: some/one\nlimits:\n  max_concurrent: 2\n")
+    (tmp_path / "b.yaml").write_text("name: b\nparameters:\n  model: some/two\n  seed: 5\n  n: 3\n")
+    return tmp_path
+
+
+@pytest.fixture
+def service(folder: Path) -> Service:
+    return Service(Catalog([folder]), FakeEngine(), Settings())
+
+
+def draw(service: Service, prompt: Any = "a cat", **fields: Any) -> list[Done]:
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    return asyncio.run(service.draw(ImageRequest(prompts=prompts, **fields)))
+
+
+def engine_of(service: Service) -> FakeEngine:
+    assert isinstance(service.engine, FakeEngine)
+    return service.engine
+
+
+def test_n_pictures_are_n_generations(service: Service) -> None:
+    drawn = draw(service, n=3, seed=7)
+    assert [done.recipe.seed for done in drawn] == [7, 8, 9]
+    assert len({generation.id for generation in engine_of(service).seen}) == 3
+
+
+def test_each_prompt_of_a_list_is_drawn_n_times(service: Service) -> None:
+    drawn = draw(service, ["one", "two|dark"], n=2, seed=0)
+    made = [(done.recipe.prompt, done.recipe.negative_prompt, done.recipe.seed) for done in drawn]
+    assert made == [("one", None, 0), ("one", None, 1), ("two", "dark", 0), ("two", "dark", 1)]
+
+
+def test_the_files_seed_and_n_hold_until_asked_otherwise(service: Service) -> None:
+    assert [done.recipe.seed for done in draw(service, model="b")] == [5, 6, 7]
+    assert [done.recipe.seed for done in draw(service, model="b", seed=0, n=1)] == [0]
+
+
+def test_any_seed_can_be_had_again(service: Service) -> None:
+    first, second = draw(service), draw(service, seed=-1)
+    assert first[0].recipe.seed != second[0].recipe.seed
+    assert draw(service, seed=MAX_SEED)[0].recipe.seed == MAX_SEED
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"n": 0}, "n"),
+        ({"n": 11}, "n"),
+        ({"n": 6, "prompt": ["a", "b"]}, "n"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": "x" * 32_001}, "prompt"),
+        ({"seed": -2}, "seed"),
+        ({"seed": MAX_SEED, "n": 2}, "seed"),
+        ({"steps": 0}, "steps"),
+        ({"steps": 1001}, "steps"),
+        ({"guidance_scale": float("nan")}, "guidance_scale"),
+        ({"guidance_scale": -1.0}, "guidance_scale"),
+        ({"clip_skip": -1}, "clip_skip"),
+        ({"scheduler": "eulr"}, "scheduler"),
+        ({"strength": 0.5}, "strength"),
+        ({"mask": "AAAA"}, "mask"),
+        ({"size": "64by64"}, "size"),
+        ({"images": ["AAAA"] * 17}, "image"),
+    ],
+)
+def test_bad_input_names_its_field(service: Service, fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        draw(service, **fields)
+    assert caught.value.param == param
+    assert param in caught.value.message.lower()
+    assert engine_of(service).seen == []
+
+
+@given(st.text(max_size=20))
+def test_a_size_is_understood_or_refused(text: str) -> None:
+    service = Service(Catalog([]), FakeEngine(), Settings())
+    try:
+        size = service._size(text)
+    except InvalidRequest:
+        return
+    assert size is None or min(size) > 0
+
+
+def test_an_unknown_model_is_named_with_those_there_are(service: Service) -> None:
+    with pytest.raises(ModelNotFound, match="a, b"):
+        draw(service, model="c")
+
+
+def test_one_failure_fails_the_request_and_stops_its_others(service: Service) -> None:
+    engine = engine_of(service)
+
+    async def run() -> None:
+        engine.hold = asyncio.Event()
+        engine.fail = {1}
+        await service.draw(ImageRequest(prompts=["x"], seed=0, n=2, model="b"))
+
+    with pytest.raises(DrawError):
+        asyncio.run(run())
+    assert sorted(engine.closed) == [0, 1]
+
+
+def test_a_cancelled_request_closes_its_streams(service: Service) -> None:
+    engine = engine_of(service)
+
+    async def run() -> None:
+        engine.hold = asyncio.Event()
+        stepped = asyncio.Event()
+        request = ImageRequest(prompts=["x"], seed=0)
+        task = asyncio.create_task(service.draw(request, lambda index, step: stepped.set()))
+        await stepped.wait()
+        task.cancel()
+        await asyncio.wait({task})
+        assert task.cancelled()
+
+    asyncio.run(run())
+    assert engine.closed == [0]
+
+
+def test_a_models_limit_answers_later_requests_with_retry_after(service: Service) -> None:
+    engine = engine_of(service)
+
+    async def run() -> None:
+        engine.hold = asyncio.Event()
+        running = asyncio.create_task(service.draw(ImageRequest(prompts=["x"], model="a", n=2)))
+        while len(engine.seen) < 2:
+            await asyncio.sleep(0)
+        with pytest.raises(TooManyRequests) as caught:
+            await service.draw(ImageRequest(prompts=["x"], model="a"))
+        assert 0 < caught.value.retry_after <= 120
+        engine.hold.set()
+        assert len(await running) == 2
+        assert len(await service.draw(ImageRequest(prompts=["x"], model="a"))) == 1
+
+    asyncio.run(run())
