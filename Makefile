@@ -21,7 +21,7 @@ evaluate: $(READY)
 	$(BIN)/python -m training.evaluate
 
 docs: $(READY)
-	$(BIN)/python -m docs
+	$(BIN)/python docs/generate.py
 
 clean:
 	rm -rf .venv

@@ -279,9 +279,7 @@ class Handler(BaseHTTPRequestHandler):
             | ({"lfs": {"oid": entry.sha256, "size": entry.size, "pointerSize": 135}} if entry.sha256 else {})
             for path, entry in below.items()
         ]
-        folders = [
-            {"type": "directory", "oid": "0" * 40, "size": 0, "path": path} for path in _folders(below)
-        ]
+        folders = [{"type": "directory", "oid": "0" * 40, "size": 0, "path": path} for path in _folders(below)]
         self._send_json(folders + files)
 
     def _file(self, repo: str, revision: str, path: str) -> None:
@@ -320,9 +318,7 @@ class Handler(BaseHTTPRequestHandler):
     def _send_json(self, value: Any) -> None:
         self._send(200, "application/json", json.dumps(value).encode(), {})
 
-    def _send(
-        self, status: int, kind: str, body: bytes, headers: dict[str, str], *, length: int | None = None
-    ) -> None:
+    def _send(self, status: int, kind: str, body: bytes, headers: dict[str, str], *, length: int | None = None) -> None:
         """Sends headers and, for GET, `body`, which may be only the beginning of `length` bytes."""
         self.send_response(status)
         for name, value in {"Content-Type": kind, **headers}.items():

@@ -29,7 +29,8 @@ FILES = {
 def write(models: Path, name: str, model: str, top: str = "", diffusers: str = "", enable: str = "") -> None:
     enable = enable or "negative_prompt,num_inference_steps,clip_skip,image"
     (models / f"{name}.yaml").write_text(
-        f"name: {name}\nparameters:\n  model: {model}\n{top}step: 3\ndiffusers:\n{diffusers}  enable_parameters: {enable}\n"
+        f"name: {name}\nparameters:\n  model: {model}\n{top}step: 3\n"
+        f"diffusers:\n{diffusers}  enable_parameters: {enable}\n"
     )
 
 
@@ -136,7 +137,7 @@ GRADIENT = Image.linear_gradient("L").resize((96, 64)).convert("RGB")
         (uri(Image.new("RGB", (1, 1))), "1x1"),
         (uri(Image.new("1", (30000, 30000))), "pixels"),
         (uri(GRADIENT, "GIF", save_all=True, append_images=[Image.new("RGB", (96, 64))]), "animated"),
-        (uri(GRADIENT)[:400] + "AAAA", "damaged"),
+        (base64.b64encode(base64.b64decode(uri(GRADIENT).split(",")[1])[:150]).decode(), "damaged"),
         ("http://127.0.0.1:9/picture.png", "not a public address"),
         ("http://no-such-host.invalid/picture.png", "does not resolve"),
     ],

@@ -15,9 +15,8 @@ LAYERS = [
     {"cli"},
     {"serve", "draw"},
     {"api"},
-    {"service"},
+    {"service", "check"},
     {"engine"},
-    {"check"},
     {"catalog"},
     {"config", "fetch", "store", "recipe", "pictures"},
     {"schedulers", "settings"},
@@ -32,7 +31,7 @@ ENGINE = [
     {"residency", "generation"},
     {"load"},
     {"download", "sampler"},
-    {"handover", "resolve", "protocol", "wire"},
+    {"handover", "resolve", "protocol", "wire", "process"},
 ]
 
 WITHOUT_TORCH = ["sfumato.cli", "sfumato.serve", "sfumato.draw", "sfumato.check", "sfumato.api.app", "sfumato.service"]

@@ -105,13 +105,16 @@ def test_models_and_check(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert "modle" in done.stdout
-    assert "'model'" in done.stdout
+    assert "Did you mean 'parameters.model'?" in done.stdout
 
 
 def test_help_is_quick_because_it_imports_little(tmp_path: Path) -> None:
     """Half a second is the promise; what is heavy stays out, which unlike the time can be asserted."""
-    code = "import sys; sys.argv = ['sfumato', '--help']\ntry:\n import sfumato.cli as c; c.app()\nexcept SystemExit: pass\n"
-    code += "import json; print(json.dumps(sorted(m for m in sys.modules if '.' not in m)))"
+    code = (
+        "import json, sys; sys.argv = ['sfumato', '--help']; import sfumato.cli as cli\n"
+        "try: cli.app()\nexcept SystemExit: pass\n"
+        "print(json.dumps(sorted(m for m in sys.modules if '.' not in m)))"
+    )
     loaded = json.loads(sfumato_code(code, tmp_path).splitlines()[-1])
     assert not {"torch", "diffusers", "fastapi", "uvicorn", "pydantic", "PIL", "httpx", "huggingface_hub"} & set(loaded)
 

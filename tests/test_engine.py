@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from sfumato.engine.supervisor import Supervisor
 from sfumato.errors import Cancelled, LoadError, WorkerDied
 from sfumato.settings import Settings
 
-ENGINES = [Local, Supervisor]
 SETTINGS = Settings(device="cpu", log_level="error")
 
 
@@ -38,14 +37,27 @@ def wanted(id: str = "1", **fields: Any) -> Generation:
     return Generation(**{"id": id, "prompt": "a cat", "seed": 1, "steps": 3, "width": 64, "height": 64, **fields})
 
 
-@asynccontextmanager
-async def running(make: Callable[[Settings], Engine]) -> AsyncGenerator[Engine, None]:
-    engine = make(SETTINGS)
-    await engine.start()
-    try:
-        yield engine
-    finally:
-        await engine.stop()
+class Running:
+    """A started engine and the event loop it lives on, for several tests."""
+
+    def __init__(self, make: Callable[[Settings], Engine]) -> None:
+        self.engine = make(SETTINGS)
+        self._runner = asyncio.Runner()
+        self._runner.run(self.engine.start())
+
+    def run(self, work: Coroutine[Any, Any, None]) -> None:
+        self._runner.run(work)
+
+    def stop(self) -> None:
+        self._runner.run(self.engine.stop())
+        self._runner.close()
+
+
+@pytest.fixture(scope="module", params=[Local, Supervisor])
+def running(request: pytest.FixtureRequest) -> Iterator[Running]:
+    running = Running(request.param)
+    yield running
+    running.stop()
 
 
 async def events_of(engine: Engine, config: ModelConfig, generation: Generation) -> list[Event]:
@@ -53,73 +65,69 @@ async def events_of(engine: Engine, config: ModelConfig, generation: Generation)
         return [event async for event in events]
 
 
-@pytest.mark.parametrize("make", ENGINES)
-def test_steps_then_one_terminal_event(make: Callable[[Settings], Engine], config: ModelConfig) -> None:
+def test_steps_then_one_terminal_event(running: Running, config: ModelConfig) -> None:
+    engine = running.engine
+
     async def run() -> None:
-        async with running(make) as engine:
-            answers = await asyncio.gather(*(events_of(engine, config, wanted(str(i), seed=i)) for i in range(3)))
-            for seed, events in enumerate(answers):
-                *steps, done = events
-                assert steps == [Step(1, 4), Step(2, 4), Step(3, 4), Step(4, 4)]  # PNDM takes one more
-                assert isinstance(done, Done)
-                assert done.recipe.seed == seed
-            assert engine.status("m").state == "ready"
-
-    asyncio.run(run())
-
-
-@pytest.mark.parametrize("make", ENGINES)
-def test_closing_the_stream_stops_the_work_within_a_step(
-    make: Callable[[Settings], Engine], config: ModelConfig
-) -> None:
-    async def run() -> None:
-        async with running(make) as engine:
-            async with aclosing(engine.submit(config, wanted("long", steps=1000))) as events:
-                async for event in events:
-                    assert isinstance(event, Step)
-                    if event.step == 3:
-                        break
-            # A thousand steps would take minutes: this answer comes because they were not taken.
-            *_, done = await asyncio.wait_for(events_of(engine, config, wanted("next")), 30)
+        answers = await asyncio.gather(*(events_of(engine, config, wanted(str(i), seed=i)) for i in range(3)))
+        for seed, events in enumerate(answers):
+            *steps, done = events
+            assert steps == [Step(1, 4), Step(2, 4), Step(3, 4), Step(4, 4)]  # PNDM takes one more
             assert isinstance(done, Done)
+            assert done.recipe.seed == seed
+        assert engine.status("m").state == "ready"
 
-    asyncio.run(run())
+    running.run(run())
 
 
-@pytest.mark.parametrize("make", ENGINES)
-def test_a_request_cancelled_in_the_queue_is_never_drawn(
-    make: Callable[[Settings], Engine], config: ModelConfig
-) -> None:
+def test_closing_the_stream_stops_the_work_within_a_step(running: Running, config: ModelConfig) -> None:
+    engine = running.engine
+
     async def run() -> None:
-        async with running(make) as engine:
-            first = asyncio.create_task(events_of(engine, config, wanted("first", steps=20)))
-            second = asyncio.create_task(events_of(engine, config, wanted("second", steps=1000)))
-            third = asyncio.create_task(events_of(engine, config, wanted("third")))
-            await asyncio.sleep(0)
-            second.cancel()
-            for task in (first, third):
-                assert isinstance((await asyncio.wait_for(task, 60))[-1], Done)
+        async with aclosing(engine.submit(config, wanted("long", steps=900))) as events:
+            async for event in events:
+                assert isinstance(event, Step)
+                if event.step == 3:
+                    break
+        # Nine hundred steps would take minutes: this answer comes because they were not taken.
+        *_, done = await asyncio.wait_for(events_of(engine, config, wanted("next")), 30)
+        assert isinstance(done, Done)
 
-    asyncio.run(run())
+    running.run(run())
 
 
-@pytest.mark.parametrize("make", ENGINES)
+def test_a_request_cancelled_in_the_queue_is_never_drawn(running: Running, config: ModelConfig) -> None:
+    engine = running.engine
+
+    async def run() -> None:
+        first = asyncio.create_task(events_of(engine, config, wanted("first", steps=20)))
+        second = asyncio.create_task(events_of(engine, config, wanted("second", steps=900)))
+        third = asyncio.create_task(events_of(engine, config, wanted("third")))
+        await asyncio.sleep(0)
+        second.cancel()
+        for task in (first, third):
+            assert isinstance((await asyncio.wait_for(task, 60))[-1], Done)
+
+    running.run(run())
+
+
 def test_a_failed_load_fails_the_request_and_not_the_next(
-    make: Callable[[Settings], Engine], config: ModelConfig, tmp_path: Path
+    running: Running, config: ModelConfig, tmp_path: Path
 ) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.yaml").write_text("name: bad\nparameters:\n  model: empty\n")
     bad = Catalog([tmp_path]).get("bad")
 
-    async def run() -> None:
-        async with running(make) as engine:
-            (failed,) = await events_of(engine, bad, wanted())
-            assert isinstance(failed, Failed)
-            assert isinstance(failed.error, LoadError)
-            assert engine.status("bad").state == "failed"
-            assert isinstance((await events_of(engine, config, wanted()))[-1], Done)
+    engine = running.engine
 
-    asyncio.run(run())
+    async def run() -> None:
+        (failed,) = await events_of(engine, bad, wanted())
+        assert isinstance(failed, Failed)
+        assert isinstance(failed.error, LoadError)
+        assert engine.status("bad").state == "failed"
+        assert isinstance((await events_of(engine, config, wanted()))[-1], Done)
+
+    running.run(run())
 
 
 def test_a_killed_worker_fails_what_ran_and_is_replaced(config: ModelConfig) -> None:
@@ -127,7 +135,7 @@ def test_a_killed_worker_fails_what_ran_and_is_replaced(config: ModelConfig) -> 
         supervisor = Supervisor(SETTINGS)
         await supervisor.start()
         answers: list[Event] = []
-        async with aclosing(supervisor.submit(config, wanted("victim", steps=1000))) as events:
+        async with aclosing(supervisor.submit(config, wanted("victim", steps=900))) as events:
             async for event in events:
                 answers.append(event)
                 if len(answers) == 2:

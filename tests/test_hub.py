@@ -41,9 +41,7 @@ def read(root: str) -> dict[str, bytes]:
 
 def run(script: str, environment: dict[str, str]) -> str:
     """The last line that `script` prints in a process of its own; its failure is the test's."""
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[-1]
 
@@ -147,9 +145,7 @@ def test_interrupted_download_goes_on_where_it_was(folder: Path, tmp_path: Path)
         blob = Path(path).resolve()
         blob.with_name(blob.name + ".incomplete").write_bytes(blob.read_bytes()[:600])
         blob.unlink()
-        again = hf_hub_download(
-            REPO, "unet/weights.safetensors", revision=commit, endpoint=hub.url, cache_dir=tmp_path
-        )
+        again = hf_hub_download(REPO, "unet/weights.safetensors", revision=commit, endpoint=hub.url, cache_dir=tmp_path)
         assert Path(again).read_bytes() == CONTENT["unet/weights.safetensors"]
 
 
@@ -162,9 +158,7 @@ print(json.dumps(names))
 """
 
 
-def test_diffusers_loads_from_it_by_hub_id_and_single_file(
-    repositories: dict[str, Path], tmp_path: Path
-) -> None:
+def test_diffusers_loads_from_it_by_hub_id_and_single_file(repositories: dict[str, Path], tmp_path: Path) -> None:
     configs = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     checkpoint = tiny.single_file(tiny.stable_diffusion(), tmp_path / "toonyou_beta6.safetensors")
     with Hub() as hub:

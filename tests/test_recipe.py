@@ -36,9 +36,13 @@ def test_what_goes_in_comes_out(tmp_path_factory: pytest.TempPathFactory, prompt
 
 def test_infotext_is_what_web_uis_read() -> None:
     png = recipe.encode(Image.new("RGB", (64, 48)), made())
-    assert Image.open(io.BytesIO(png)).info["parameters"].startswith(
-        "a cat\nNegative prompt: dog\nSteps: 20, Sampler: euler_a, CFG scale: 7.5, "
-        "Seed: 9223372036854775807, Size: 64x48, Model: m, Denoising strength: 0.5, Clip skip: 2, Version: sfumato"
+    assert (
+        Image.open(io.BytesIO(png))
+        .info["parameters"]
+        .startswith(
+            "a cat\nNegative prompt: dog\nSteps: 20, Sampler: euler_a, CFG scale: 7.5, "
+            "Seed: 9223372036854775807, Size: 64x48, Model: m, Denoising strength: 0.5, Clip skip: 2, Version: sfumato"
+        )
     )
 
 

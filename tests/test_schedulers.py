@@ -418,7 +418,9 @@ def test_a_flow_model_refuses_what_has_no_flow_form(pipelines: Callable[[str], A
     assert "own (FlowMatchEulerDiscreteScheduler)" in error.message
     with pytest.raises(InvalidRequest):
         sampler.make(pipelines("flux"), schedulers.parse("euler_a"), SEED)
-    assert "takes no schedule 'karras'" in refusal(pipelines("sd3"), "k_unipc").message
+    unipc, euler = (refusal(pipelines("sd3"), name).message for name in ("k_unipc", "euler_sgm_uniform"))
+    assert "with a schedule 'karras'; it takes: none" in unipc
+    assert "with a schedule 'sgm_uniform'; it takes: karras, exponential, beta" in euler
 
 
 FITTING = {
@@ -493,6 +495,7 @@ def test_img2img_draws(pipelines: Callable[[str], Any], name: str) -> None:
         (picture,) = depth(
             prompt="a red fox",
             image=source,
+            depth_map=source[0, :1],
             strength=0.6,
             num_inference_steps=5,
             generator=torch.Generator().manual_seed(SEED),

@@ -30,6 +30,7 @@ class FakeEngine:
         self.hold = asyncio.Event()
         self.hold.set()
         self.fail: set[int] = set()
+        self.arrived: asyncio.Queue[int] = asyncio.Queue()
 
     async def start(self) -> None: ...
 
@@ -40,6 +41,7 @@ class FakeEngine:
 
     async def submit(self, config: ModelConfig, generation: Generation) -> AsyncGenerator[Event, None]:
         self.seen.append(generation)
+        self.arrived.put_nowait(generation.seed)
         try:
             yield Step(1, 2)
             if generation.seed in self.fail:
@@ -185,8 +187,8 @@ def test_a_models_limit_answers_later_requests_with_retry_after(service: Service
     async def run() -> None:
         engine.hold = asyncio.Event()
         running = asyncio.create_task(service.draw(ImageRequest(prompts=["x"], model="a", n=2)))
-        while len(engine.seen) < 2:
-            await asyncio.sleep(0)
+        await engine.arrived.get()
+        await engine.arrived.get()
         with pytest.raises(TooManyRequests) as caught:
             await service.draw(ImageRequest(prompts=["x"], model="a"))
         assert 0 < caught.value.retry_after <= 120

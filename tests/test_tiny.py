@@ -82,9 +82,7 @@ def test_building_leaves_the_random_numbers_alone() -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
-@pytest.mark.parametrize(
-    "build", [tiny.stable_diffusion, tiny.inpaint_unet], ids=lambda build: build.__name__
-)
+@pytest.mark.parametrize("build", [tiny.stable_diffusion, tiny.inpaint_unet], ids=lambda build: build.__name__)
 def test_single_file_draws_as_the_original(build: Callable[[], DiffusionPipeline], tmp_path: Path) -> None:
     pipe = build()
     folder = tiny.save(pipe, tmp_path / "configs")
@@ -104,9 +102,7 @@ def test_single_file_in_full_size(tmp_path: Path) -> None:
         getattr(pipe, name).save_pretrained(tmp_path / name)
     pipe.text_encoder.config.save_pretrained(tmp_path / "text_encoder")
     pipe.save_config(tmp_path)
-    again = StableDiffusionPipeline.from_single_file(
-        str(path), config=str(tmp_path), torch_dtype=torch.bfloat16
-    )
+    again = StableDiffusionPipeline.from_single_file(str(path), config=str(tmp_path), torch_dtype=torch.bfloat16)
     for name in ("unet", "vae", "text_encoder"):
         expected, tensors = getattr(pipe, name).state_dict(), getattr(again, name).state_dict()
         assert expected.keys() == tensors.keys()

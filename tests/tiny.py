@@ -64,9 +64,7 @@ def stable_diffusion(seed: int = 0) -> DiffusionPipeline:
 def inpaint_unet(seed: int = 0) -> DiffusionPipeline:
     """StableDiffusionInpaintPipeline whose UNet takes 9 channels: latents, mask and masked latents."""
     with seeded(seed):
-        return StableDiffusionInpaintPipeline(
-            unet=_unet(in_channels=9), scheduler=_pndm(), **_first_generation()
-        )
+        return StableDiffusionInpaintPipeline(unet=_unet(in_channels=9), scheduler=_pndm(), **_first_generation())
 
 
 def stable_diffusion_depth(seed: int = 0) -> DiffusionPipeline:
@@ -104,9 +102,7 @@ def stable_diffusion_xl(seed: int = 0) -> DiffusionPipeline:
             text_encoder_2=CLIPTextModelWithProjection(_clip(hidden_act="gelu")).eval(),
             tokenizer=clip_tokenizer(),
             tokenizer_2=clip_tokenizer(),
-            scheduler=EulerDiscreteScheduler(
-                **STABLE_DIFFUSION_NOISE, timestep_spacing="leading", steps_offset=1
-            ),
+            scheduler=EulerDiscreteScheduler(**STABLE_DIFFUSION_NOISE, timestep_spacing="leading", steps_offset=1),
         )
 
 
@@ -120,9 +116,7 @@ def flux(seed: int = 0) -> DiffusionPipeline:
         )  # fmt: skip
         return FluxPipeline(
             transformer=_livened(transformer),
-            vae=_vae(
-                use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1159, scaling_factor=0.3611
-            ),
+            vae=_vae(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1159, scaling_factor=0.3611),
             text_encoder=CLIPTextModel(_clip()).eval(),
             text_encoder_2=_t5(),
             tokenizer=clip_tokenizer(),
@@ -291,9 +285,7 @@ def _t5(width: int = WIDTH) -> T5EncoderModel:
 
 
 def _pndm() -> PNDMScheduler:
-    return PNDMScheduler(
-        **STABLE_DIFFUSION_NOISE, skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False
-    )
+    return PNDMScheduler(**STABLE_DIFFUSION_NOISE, skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False)
 
 
 def _livened(transformer: Any) -> Any:

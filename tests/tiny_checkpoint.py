@@ -111,9 +111,7 @@ def _unet_names(layers: int) -> list[tuple[str, Rename]]:
         kind, layer, part = match[1], int(match[2]), match[3]
         return f"middle_block.{2 * layer if kind == 'resnets' else 1}.{RESNET.get(part, part)}"
 
-    outer: list[tuple[str, Rename]] = [
-        (re.escape(ours) + r"(?=\.)", theirs) for ours, theirs in OUTER.items()
-    ]
+    outer: list[tuple[str, Rename]] = [(re.escape(ours) + r"(?=\.)", theirs) for ours, theirs in OUTER.items()]
     return [
         *outer,
         (r"down_blocks\.(\d+)\.(\w+)\.(\d+)\.(\w+)", down),

@@ -17,9 +17,7 @@ def clip_tokenizer() -> CLIPTokenizer:
     """CLIPTokenizer without merges: 77 tokens hold 75 letters; spaces cost nothing, the rest is cut off."""
     letters = list(bytes_to_unicode().values())
     words = letters + [letter + "</w>" for letter in letters] + ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(
-        vocab={word: number for number, word in enumerate(words)}, merges=[], model_max_length=77
-    )
+    return CLIPTokenizer(vocab={word: number for number, word in enumerate(words)}, merges=[], model_max_length=77)
 
 
 def t5_tokenizer() -> T5Tokenizer:

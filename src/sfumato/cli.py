@@ -89,7 +89,7 @@ def generate(
     image: Annotated[Path | None, typer.Option(help="Source picture.", exists=True, dir_okay=False)] = None,
     mask: Annotated[Path | None, typer.Option(help="White is redrawn.", exists=True, dir_okay=False)] = None,
     strength: Annotated[float | None, typer.Option(help="0..1: how far to leave the source.")] = None,
-    n: Annotated[int, typer.Option(help="Pictures to draw, with seeds seed, seed + 1, ...")] = 1,
+    n: Annotated[int, typer.Option("-n", "--n", help="Pictures to draw, with seeds seed, seed + 1, ...")] = 1,
     like: Annotated[
         Path | None,
         typer.Option(help="Make this picture again from its recipe.", exists=True, dir_okay=False),

@@ -16,6 +16,7 @@ from sfumato import pictures, recipe, schedulers
 from sfumato.catalog import Catalog
 from sfumato.config import ModelConfig
 from sfumato.core import Done, ModelStatus, Recipe, Step
+from sfumato.engine import process
 from sfumato.engine.local import Local
 from sfumato.errors import InvalidRequest, StorageError
 from sfumato.service import ImageRequest, Service
@@ -46,6 +47,7 @@ def draw(given: Mapping[str, Any], like: Path | None, output: Path | None, setti
 
 def pull(name: str, settings: Settings) -> str:
     """Fetch what a model file (or a hub id) needs; returns where it lies."""
+    process.prepare()
     from sfumato.engine import load
 
     config = Catalog.of(settings, open=True).get(name)

@@ -43,6 +43,8 @@ class Choice:
 
     name: str
     description: str
+    solver: str
+    """Its key in `SOLVERS`."""
     schedule: str | None
     noise: Form
     """Its arguments include the schedule's."""
@@ -171,7 +173,7 @@ def _split(name: str) -> tuple[str, str | None]:
 def _choice(base: str, schedule: str | None) -> Choice:
     solver = SOLVERS[base]
     if schedule is None:
-        return Choice(base, solver.description, None, solver.noise, solver.flow)
+        return Choice(base, solver.description, base, None, solver.noise, solver.flow)
     if schedule not in solver.noise.schedules:
         fitting = [other for other, each in SOLVERS.items() if schedule in each.noise.schedules]
         takes = ", ".join(solver.noise.schedules) or "none"
@@ -185,6 +187,7 @@ def _choice(base: str, schedule: str | None) -> Choice:
     return Choice(
         _name(base, schedule),
         f"{solver.description} {words}",
+        base,
         schedule,
         _scheduled(solver.noise, schedule),
         flow and _scheduled(flow, schedule),

@@ -21,7 +21,7 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "cuda": None,
         "enable_parameters": frozenset({"negative_prompt", "num_inference_steps", "clip_skip"}),
         "scheduler_type": None,
-        "cfg_scale": 8,
+        "cfg_scale": 8.0,
         "clip_skip": None,
         "pipeline_type": None,
     }

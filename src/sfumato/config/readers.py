@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
 from collections.abc import Callable, Mapping
 from pathlib import PurePosixPath
 from typing import Any, TypeAlias
@@ -36,11 +37,12 @@ _WORDS: Mapping[str, Scalar] = {"true": True, "false": False, "null": None, "non
 
 def shown(value: Any) -> str:
     """The value for an error message: short, and never an exception of its own."""
+    short = reprlib.Repr()  # bounded: aliases make a few lines of YAML into gigabytes of text
+    short.maxlevel, short.maxlist, short.maxdict, short.maxstring = 2, 4, 4, 80
     try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # an integer of thousands of digits; a list that holds itself
-        text = f"a {type(value).__name__}"
-    return text if len(text) <= 80 else text[:77] + "..."
+        return short.repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return f"a {type(value).__name__}"
 
 
 def scalar(text: str) -> Scalar:
@@ -214,9 +216,9 @@ def _download(item: Any) -> Download:
     if not path.name or path.is_absolute() or ".." in path.parts:
         raise ValueError(f"filename {shown(filename)} has to stay in the model file's folder")
     sha256 = item.get("sha256") or None
-    if sha256 is not None and not _SHA256.fullmatch(str(sha256)):
+    if sha256 is not None and not (isinstance(sha256, str) and _SHA256.fullmatch(sha256)):
         raise ValueError(f"sha256 {shown(sha256)} is not 64 hexadecimal digits")
-    return Download(item["uri"], str(path), str(sha256).lower() if sha256 else None)
+    return Download(item["uri"], str(path), sha256.lower() if sha256 else None)
 
 
 def artifacts(value: Any) -> tuple[str, str | None]:

@@ -10,8 +10,8 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 from urllib.parse import urlparse
@@ -36,16 +36,22 @@ CHUNK = 1 << 20
 DESCRIPTION_FILES = ["*.json", "*/*.json", "*.txt", "*/*.txt", "*/*.model"]
 
 
-def from_hub(repo: str, *, revision: str | None, variant: str | None, pickles: bool, report: Report) -> Path:
+def from_hub(repo: str, *, revision: str | None, variants: Sequence[str | None], pickles: bool, report: Report) -> Path:
     """The local snapshot folder of a repository; what is missing in the cache is fetched first.
 
-    Which files a pipeline needs is diffusers' own rule. Raises DownloadError or LoadError in words.
+    Of `variants` the first that the repository has. Which files a pipeline needs is diffusers' own
+    rule. Raises DownloadError or LoadError in words.
     """
+    safetensors = None if pickles else True
     with words_for_hub_errors(repo), _progress_to(report, repo):
-        folder = DiffusionPipeline.download(
-            repo, revision=revision, variant=variant, use_safetensors=None if pickles else True
+        for variant in variants[:-1]:
+            with suppress(ValueError):  # "no such modeling files are available"
+                return Path(
+                    DiffusionPipeline.download(repo, revision=revision, variant=variant, use_safetensors=safetensors)
+                )
+        return Path(
+            DiffusionPipeline.download(repo, revision=revision, variant=variants[-1], use_safetensors=safetensors)
         )
-    return Path(folder)
 
 
 def from_url(url: str, target: Path, *, sha256: str | None, report: Report) -> Path:
@@ -145,7 +151,7 @@ def _progress_to(report: Report, repo: str) -> Iterator[None]:
         pipeline_utils.snapshot_download = original
 
 
-class _ReportingBar(tqdm):
+class _ReportingBar(tqdm):  # type: ignore[misc]
     """A tqdm that draws nothing and reports bytes; huggingface_hub makes one for files, one for bytes."""
 
     report: Report

@@ -13,10 +13,10 @@ from typing import Any, TypeAlias
 
 import diffusers
 import torch
-from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
 from PIL import Image, ImageOps
 
 from sfumato import __version__, pictures, recipe, schedulers
+from sfumato.config import DEFAULTS
 from sfumato.core import Done, Generation, Recipe
 from sfumato.engine import sampler
 from sfumato.engine.load import Loaded, encoder_layers
@@ -25,7 +25,8 @@ from sfumato.errors import ContentFiltered, DrawError, InvalidRequest, SfumatoEr
 OnStep: TypeAlias = Callable[[int, int], None]
 """Called after each denoising step with (steps done, steps in all); may raise to stop the run."""
 
-SIBLINGS: Mapping[str, Any] = {"image": AutoPipelineForImage2Image, "mask": AutoPipelineForInpainting}
+SIBLINGS = {"image": "AutoPipelineForImage2Image", "mask": "AutoPipelineForInpainting"}
+"""By name: importing them imports every pipeline there is, which takes seconds."""
 
 NEEDS_PICTURE = re.compile(r"Img2Img|Inpaint|Depth2Img|Upscale|InstructPix2Pix|ControlNet|Edit")
 """Names of classes that draw nothing without a source picture, whatever their signature's defaults say."""
@@ -33,9 +34,10 @@ NEEDS_PICTURE = re.compile(r"Img2Img|Inpaint|Depth2Img|Upscale|InstructPix2Pix|C
 MANY_PICTURES = re.compile(r"Flux2|EditPlus|OmniGen|Kontext(?!Inpaint)")
 """Names of classes that take several reference pictures for one result; for others a list is a batch."""
 
+DEFAULT_THREADS = torch.get_num_threads()
+
 PAGE_CLASSES = re.compile(r"StableDiffusion(?!3)")
 """The seed page's defaults (30 steps, guidance 8) are Stable Diffusion's; other classes keep their own."""
-PAGE_STEPS, PAGE_GUIDANCE = 30, 8.0
 
 
 class Stopped(BaseException):
@@ -48,6 +50,7 @@ def draw(model: Loaded, generation: Generation, on_step: OnStep) -> Done:
     Raises InvalidRequest for what this model cannot do, ContentFiltered when its safety checker fires,
     DrawError when the pipeline raises or its result is not finite.
     """
+    torch.set_num_threads(model.config.threads or DEFAULT_THREADS)
     # 1. the pipeline for this task, as a view: shared modules, a scheduler of its own
     task = "mask" if generation.mask else "image" if generation.images else "text"
     pipeline = _view(_for_task(model, task))
@@ -61,7 +64,7 @@ def draw(model: Loaded, generation: Generation, on_step: OnStep) -> Done:
     arguments |= _sized(pipeline, parameters, width, height, sources, mask, generation)
     arguments |= _extra(model, parameters)
     # 5. run
-    choice = _choice(model, wanted)
+    choice = _choice(model, pipeline, wanted)
     scheduler = sampler.make(pipeline, choice, wanted.seed)
     if scheduler is not None:
         pipeline.scheduler = _observed(scheduler, on_step)
@@ -89,7 +92,7 @@ def _for_task(model: Loaded, task: str) -> Any:
         return model.pipeline
     if task not in model.siblings:
         try:
-            sibling = SIBLINGS[task].from_pipe(model.pipeline)
+            sibling = getattr(diffusers, SIBLINGS[task]).from_pipe(model.pipeline)
         except ValueError as error:
             raise InvalidRequest(
                 f"{model.config.name}: {name} takes no {wanted}, and diffusers has no pipeline "
@@ -123,9 +126,11 @@ def _filled(model: Loaded, generation: Generation, class_name: str) -> Generatio
         generation,
         steps=first(
             generation.steps,
-            enabled("num_inference_steps", first(config.steps, PAGE_STEPS if paged else None)),
+            enabled("num_inference_steps", first(config.steps, DEFAULTS["step"] if paged else None)),
         ),
-        guidance_scale=first(generation.guidance_scale, config.cfg_scale, PAGE_GUIDANCE if paged else None),
+        guidance_scale=first(
+            generation.guidance_scale, config.cfg_scale, float(DEFAULTS["cfg_scale"]) if paged else None
+        ),
         negative_prompt=first(generation.negative_prompt, enabled("negative_prompt", config.negative_prompt)),
         clip_skip=first(generation.clip_skip, enabled("clip_skip", config.clip_skip)),
         strength=first(generation.strength, config.strength) if generation.images else generation.strength,
@@ -134,14 +139,15 @@ def _filled(model: Loaded, generation: Generation, class_name: str) -> Generatio
     )
 
 
-def _choice(model: Loaded, wanted: Generation) -> schedulers.Choice | None:
+def _choice(model: Loaded, pipeline: Any, wanted: Generation) -> schedulers.Choice | None:
     if wanted.scheduler:
         choice = schedulers.parse(wanted.scheduler)
-        sampler.check(model.pipeline, choice)
-        return choice
-    if model.config.scheduler_type:
-        return schedulers.parse(model.config.scheduler_type, model.config.schedule)
-    return None
+    elif model.config.scheduler_type:
+        choice = schedulers.parse(model.config.scheduler_type, model.config.schedule)
+    else:
+        return None
+    sampler.check(pipeline, choice, wanted.steps)
+    return choice
 
 
 def _pictures(
@@ -183,7 +189,7 @@ def size_multiple(pipeline: Any) -> int:
     """Both sides of a picture must be multiples of this, in pixels."""
     processor = getattr(pipeline, "image_processor", None)
     factor = getattr(getattr(processor, "config", None), "vae_scale_factor", None)
-    return int(factor or getattr(pipeline, "vae_scale_factor", 8))
+    return int(factor or getattr(pipeline, "vae_scale_factor", None) or 8)
 
 
 def _near(side: int, multiple: int) -> int:

@@ -145,7 +145,7 @@ def fetch(config: ModelConfig, dtype: str, tell: Tell) -> Fetched:
             folder = download.from_hub(
                 repo,
                 revision=revision,
-                variant=config.variant or _variant(dtype),
+                variants=_variants(config, dtype),
                 pickles=config.allow_pickle,
                 report=report,
             )
@@ -155,6 +155,11 @@ def fetch(config: ModelConfig, dtype: str, tell: Tell) -> Fetched:
             path = download.from_url(url, target, sha256=None, report=report)
             return Fetched(path, url, download.description_of(path, config.name))
         case resolve.File(path):
+            if path.suffix.lower() == ".gguf":
+                raise LoadError(
+                    f"{config.name}: {path.name}: a GGUF file holds a denoiser alone and is not loaded yet. "
+                    "Use the model's repository or its .safetensors file"
+                )
             return Fetched(path, str(path), download.description_of(path, config.name))
         case resolve.Folder(path):
             return Fetched(path, str(path))
@@ -184,14 +189,16 @@ def pipeline_class(config: ModelConfig) -> Any:
     return cls
 
 
-def _variant(dtype: str) -> str | None:
+def _variants(config: ModelConfig, dtype: str) -> tuple[str | None, ...]:
     """Half-precision files are half the download and hold all that a half-precision model keeps."""
-    return None if dtype == "fp32" else "fp16"
+    if config.variant:
+        return (config.variant,)
+    return (None,) if dtype == "fp32" else ("fp16", None)
 
 
 def _folder(config: ModelConfig, folder: Path, cls: Any, dtype: str) -> Any:
-    variant = config.variant or _variant(dtype)
-    if variant and not any(folder.glob(f"*/*.{variant}*.safetensors")):
+    variant = _variants(config, dtype)[0]
+    if not config.variant and not any(folder.glob(f"*/*.{variant}*.safetensors")):
         variant = None
     return cls.from_pretrained(
         folder,
@@ -206,9 +213,7 @@ def _folder(config: ModelConfig, folder: Path, cls: Any, dtype: str) -> Any:
 def _single_file(config: ModelConfig, path: Path, description: Path, cls: Any, dtype: str) -> Any:
     if cls is DiffusionPipeline:
         cls = getattr(diffusers, DiffusionPipeline.load_config(description)["_class_name"])
-    return cls.from_single_file(
-        str(path), config=str(description), dtype=DTYPES[dtype], **_components(config, dtype)
-    )
+    return cls.from_single_file(str(path), config=str(description), dtype=DTYPES[dtype], **_components(config, dtype))
 
 
 def _components(config: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -236,7 +241,7 @@ def _beside(config: ModelConfig, name: str) -> str:
 
 
 def _mend_clip(pipeline: Any) -> None:
-    """Let `clip_skip` work: diffusers reads `text_encoder.text_model`, which transformers 5 has merged into the encoder."""
+    """Let `clip_skip` work: diffusers reads `text_encoder.text_model`, which transformers 5 merged into the encoder."""
     encoder = getattr(pipeline, "text_encoder", None)
     if type(encoder).__name__ == "CLIPTextModel" and not hasattr(encoder, "text_model"):
         object.__setattr__(encoder, "text_model", encoder)  # not as a submodule: it would contain itself

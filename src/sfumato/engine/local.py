@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from sfumato.config import ModelConfig
 from sfumato.core import Event, Generation, ModelStatus
+from sfumato.engine import process
 from sfumato.engine.protocol import Cancel, Report, Stop, Submit
 from sfumato.engine.streams import Streams
 from sfumato.settings import Settings
@@ -36,6 +37,7 @@ class Local:
         return self._streams.status(model)
 
     async def start(self) -> None:
+        process.prepare()
         from sfumato.engine.loop import Loop
 
         here = asyncio.get_running_loop()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -15,6 +17,13 @@ from sfumato.engine import load
 from sfumato.errors import LoadError, SfumatoError
 
 log = logging.getLogger(__name__)
+
+PER_REQUEST: Mapping[str, Any] = {
+    "aliases": (), "pinned": False, "disabled": False, "file": None, "enable_parameters": frozenset(),
+    "steps": None, "cfg_scale": None, "seed": None, "n": None, "negative_prompt": None, "strength": None,
+    "width": None, "height": None, "option_lines": (), "threads": None, "max_concurrent": None, "retry_after": 0,
+}  # fmt: skip
+"""Fields that have no part in loading, with a value that stands for any."""
 
 
 class Residency:
@@ -29,13 +38,14 @@ class Residency:
     def get(self, config: ModelConfig) -> load.Loaded:
         """The model, loaded if need be. A failed load leaves nothing behind: the next request tries again."""
         held = self._loaded.get(config.name)
-        if held and held.config == config:
+        if held and _of_weights(held.config) == _of_weights(config):
+            held.config = config
             self._loaded.move_to_end(config.name)
             return held
         if held:
             self._drop(config.name, "its model file changed")
-        while len(self._loaded) >= self._limit:
-            self._drop(next(iter(self._loaded)), "another model is wanted")
+        while len(self._loaded) >= self._limit and (idle := self._oldest()):
+            self._drop(idle, "another model is wanted")
         try:
             self._loaded[config.name] = self._load(config)
         except SfumatoError as error:
@@ -53,11 +63,16 @@ class Residency:
             try:
                 return load.load(config, self._device, tell)
             except (torch.OutOfMemoryError, MemoryError) as error:
-                if not self._loaded:
+                idle = self._oldest()
+                if idle is None:
                     raise LoadError(
-                        f"{config.name}: does not fit into memory. Try `low_vram: true`, a smaller dtype, or cuda: false."
+                        f"{config.name}: does not fit into memory. Try `low_vram: true`, a smaller dtype or cuda: false"
                     ) from error
-            self._drop(next(iter(self._loaded)), "its memory is needed")
+            self._drop(idle, "its memory is needed")
+
+    def _oldest(self) -> str | None:
+        """The model used least recently, of those that are not pinned."""
+        return next((name for name, model in self._loaded.items() if not model.config.pinned), None)
 
     def _drop(self, name: str, why: str) -> None:
         log.info("%s leaves memory: %s", name, why)
@@ -66,3 +81,8 @@ class Residency:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self._tell(name, ModelStatus("unloaded", why))
+
+
+def _of_weights(config: ModelConfig) -> ModelConfig:
+    """The config less what each request reads anew: a change of these alone loads nothing."""
+    return replace(config, **PER_REQUEST)

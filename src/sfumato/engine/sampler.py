@@ -69,7 +69,8 @@ _FLOW_CLASSES = frozenset(
 def make(pipeline: Any, choice: Choice | None, seed: int | Sequence[int]) -> Any:
     """A fresh scheduler for one call of `pipeline`; without a choice, one like the model's own.
 
-    `seed` is for solvers that draw their noise themselves; all others take the pipeline's generator.
+    `seed` decides the noise that a solver adds on its way, except where the pipeline hands its own
+    generator to each step: then that one does.
     Give one seed per picture to draw several in one call: each then equals the picture drawn alone.
     None comes back for a pipeline that has no scheduler.
     """
@@ -104,7 +105,7 @@ def works_with(pipeline: Any) -> tuple[str, ...]:
 
 def is_flow(scheduler: Any) -> bool:
     """Whether the model behind this scheduler predicts a flow."""
-    config = scheduler.config
+    config = getattr(scheduler, "config", {})
     return type(scheduler).__name__ in _FLOW_CLASSES or (
         type(scheduler).__name__ in _NOISE_CLASSES
         and (config.get("prediction_type") == "flow_prediction" or bool(config.get("use_flow_sigmas")))
@@ -123,9 +124,11 @@ def _why_no_form(own: Any, choice: Choice) -> str:
         return "this pipeline has no scheduler"
     if not is_flow(own):
         return f"this model draws with {type(own).__name__} and no other"
-    if choice.schedule and schedulers.parse(choice.name.removeprefix("k_")).flow:
-        return f"the model is a flow-matching one, for which it takes no schedule {choice.schedule!r}"
-    return f"the model is a flow-matching one, and {choice.noise.cls} has no form for that"
+    flow = schedulers.SOLVERS[choice.solver].flow
+    if flow is None:
+        return f"the model is a flow-matching one, and {choice.noise.cls} has no form for that"
+    takes = ", ".join(flow.schedules) or "none"
+    return f"{flow.cls} has no form with a schedule {choice.schedule!r}; it takes: {takes}"
 
 
 def _own(own: Any, seed: int | Sequence[int]) -> Any:

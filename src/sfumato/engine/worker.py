@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 
-from sfumato.engine import wire
+from sfumato.engine import process, wire
 from sfumato.engine.protocol import Ready, Report
 
 
@@ -25,6 +25,7 @@ def main(fd: int) -> None:
     settings = wire.receive(sock)
     logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
 
+    process.prepare()
     import diffusers
     import torch
 

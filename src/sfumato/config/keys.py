@@ -1,0 +1,172 @@
+"""Every key of a model file: those that mean something here, and LocalAI's that do not, each with why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from sfumato.config import readers as read
+from sfumato.config.readers import Reader
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    path: str
+    """Where it stands: `step`, `diffusers.clip_skip`."""
+    field: str
+    """The field of `ModelConfig`, or a word that `parse` knows."""
+    read: Reader
+    help: str
+    group: str
+
+
+def _group(group: str, *rows: tuple[str, str, Reader, str]) -> tuple[Key, ...]:
+    return tuple(Key(path, field, reader, help, group) for path, field, reader, help in rows)
+
+
+_STEPS = read.whole(1, 10_000, absent=0)
+_GUIDANCE = read.number(0, 1000)
+_CLIP_SKIP = read.whole(0, 100)
+
+KEYS: tuple[Key, ...] = (
+    *_group(
+        "Identity",
+        ("name", "name", read.name, "Name that requests use. Absent: the file's name without `.yaml`."),
+        ("alias", "alias", read.names, "Another name, or a list. With no `parameters.model`: what serves it."),
+        ("aliases", "aliases", read.names, "More names of the model."),
+        ("backend", "backend", read.string, "`diffusers` or a variant (`cuda12-diffusers`). Others: not read here."),
+        ("description", "description", read.string, "For people."),
+        ("usage", "usage", read.string, "For people."),
+        ("disabled", "disabled", read.flag, "Requests for it are refused."),
+        ("pinned", "pinned", read.flag, "Stays in memory while others leave."),
+    ),
+    *_group(
+        "Source",
+        (
+            "parameters.model", "model", read.string,
+            "Hub id (`owner/name`, `owner/name@revision`), folder, `.safetensors`, `.gguf`, http(s) URL or "
+            "`huggingface://owner/name[/file]`. A path is relative to the model file.",
+        ),
+        ("artifacts", "artifacts", read.artifacts, "LocalAI's managed repository: its `source.repo` and `revision`."),
+        ("download_files", "downloads", read.downloads, "Fetched beside the file first: `uri`, `filename`, `sha256`."),
+        ("revision", "revision", read.string, "Branch, tag or commit of the hub repository."),
+        ("variant", "variant", read.string, "Variant of the weight files, e.g. `fp16`. Absent: what fits the dtype."),
+        ("allow_pickle", "allow_pickle", read.flag, "Load `.ckpt`, `.bin` and `.pt`, which can run any code."),
+    ),
+    *_group(
+        "Pipeline",
+        ("diffusers.pipeline_type", "pipeline_type", read.string, "diffusers class. Absent: as the repository says."),
+        ("diffusers.scheduler_type", "scheduler_type", read.string, "Scheduler by name. Absent: the model's own."),
+        ("diffusers.schedule", "schedule", read.string, "Noise schedule of it, e.g. `karras`."),
+        ("diffusers.img2img", "img2img", read.flag, "Takes the image-to-image class and lets pictures through."),
+        ("diffusers.control_net", "control_net", read.string, "ControlNet: folder or hub id."),
+        ("diffusers.clip_model", "clip_model", read.string, "Another CLIP text encoder: folder or hub id."),
+        ("diffusers.clip_subfolder", "clip_subfolder", read.string, "Where in it the text encoder stands."),
+    ),
+    *_group(
+        "Adapters",
+        ("lora_adapter", "lora_adapter", read.string, "A LoRA: file beside the model file, or hub id."),
+        ("lora_scale", "lora_scale", read.number(-100, 100), "How strongly it acts. Absent: 1."),
+        ("lora_adapters", "lora_adapters", read.strings, "Several LoRAs."),
+        ("lora_scales", "lora_scales", read.numbers, "One for each of them. Absent: 1."),
+    ),
+    *_group(
+        "Defaults of requests",
+        ("step", "steps", _STEPS, "Denoising steps. Absent: 30 for Stable Diffusion, else the pipeline's own."),
+        ("cfg_scale", "cfg_scale", _GUIDANCE, "Guidance; 0 is none. Absent: 8 for Stable Diffusion."),
+        ("diffusers.cfg_scale", "cfg_scale", _GUIDANCE, "As `cfg_scale`, and wins over it."),
+        ("clip_skip", "clip_skip", _CLIP_SKIP, "Layers to leave out at the end of the text encoder."),
+        ("parameters.clip_skip", "clip_skip", _CLIP_SKIP, "As `clip_skip`, and wins over it."),
+        ("diffusers.clip_skip", "clip_skip", _CLIP_SKIP, "As `clip_skip`, and wins over both."),
+        ("parameters.seed", "seed", read.seed, "Seed; -1 is random. Absent: random."),
+        ("parameters.n", "n", read.whole(1, 10, absent=0), "Pictures per request. Absent: 1."),
+        ("parameters.negative_prompt", "negative_prompt", read.string, "What not to draw."),
+        ("strength", "strength", read.number(0, 1), "How far image-to-image may leave its source."),
+        ("size", "size", read.size, 'Pixels, `"512x768"`. Absent or `auto`: the model\'s own.'),
+        (
+            "diffusers.enable_parameters", "enable_parameters", read.parameters,
+            "Pipeline arguments that requests may set. Absent: `negative_prompt,num_inference_steps,clip_skip`. "
+            "`none`: only prompt, size, seed and guidance. `image` lets pictures, masks and strength through.",
+        ),
+        (
+            "options", "options", read.options,
+            "List of `key:value`: arguments of every pipeline call. `torch_dtype:fp16` sets the dtype.",
+        ),
+    ),
+    *_group(
+        "Device",
+        ("f16", "f16", read.flag, "float16 on CUDA. Absent: bfloat16 where the device has it, else float32."),
+        ("dtype", "dtype", read.dtype, "`fp16`, `bf16` or `fp32`, and wins over `f16`."),
+        ("cuda", "cuda", read.flag, "true: CUDA or an error. false: CPU. Absent: the best device here."),
+        ("diffusers.cuda", "cuda", read.flag, "As `cuda`, and wins over it."),
+        ("main_gpu", "main_gpu", read.gpu, "Number of the GPU."),
+        ("low_vram", "low_vram", read.flag, "Keeps only the module at work on the GPU."),
+        ("threads", "threads", read.whole(1, 4096, absent=0), "CPU threads."),
+    ),
+    *_group(
+        "Serving",
+        ("limits.max_concurrent", "max_concurrent", read.whole(1, absent=0), "Pictures at a time. Absent: no limit."),
+        ("limits.retry_after_seconds", "retry_after", read.whole(1, 86400, absent=0), "Told to whom is refused."),
+    ),
+)  # fmt: skip
+"""In order of precedence: of two rows with one field, the later one (the more specific place) wins."""
+
+SECTIONS = ("parameters", "diffusers", "limits")
+"""Keys that hold keys."""
+
+REDIRECTS = ("failover", "router", "pipeline", "proxy", "mitm")
+"""Without `parameters.model`, a file with one of these describes how LocalAI routes, not a model."""
+
+_TEXT = "is for language models"
+_SAMPLING = "is about sampling text"
+_RUNNER = "is a switch of another backend"
+_SPEECH = "is for speech"
+_ROUTING = "is about LocalAI's routing"
+_PLACEMENT = "Sfumato places models by itself"
+
+
+def _because(reason: str, keys: str, section: str = "") -> dict[str, str]:
+    return {section + key: reason for key in keys.split()}
+
+
+IGNORED: Mapping[str, str] = MappingProxyType(
+    {
+        **_because("what a model can do is read from its pipeline class",
+                   "known_usecases known_input_modalities known_output_modalities"),
+        **_because("LocalAI's switches for itself", "feature_flags"),
+        **_because("there is no separate backend process to set up", "grpc env"),
+        **_because("the server's log level decides", "debug disable_log_stats"),
+        **_because("one GPU draws; set `main_gpu` to choose it", "tensor_parallel_size tensor_split"),
+        **_because("weights are loaded as they are: choose quantised ones (`.gguf`) or a `dtype`",
+                   "quantization load_format"),
+        **_because(_PLACEMENT, "concurrency_groups gpu_memory_utilization swap_space mmap mmlock numa gpu_layers"),
+        **_because("a LoRA acts on the model of this file", "lora_base"),
+        **_because("code from repositories is never run", "trust_remote_code"),
+        **_because("diffusers tells the architecture from the weights", "type diffusers.original_config_file"),
+        **_because(_SPEECH, "tts"),
+        **_because(_ROUTING, "failover router pipeline proxy mitm overrides pii pii_detection"),
+        **_because(_RUNNER, "rms_norm_eps ngqa no_mulmatq draft_model n_draft enforce_eager max_model_len "
+                   "limit_mm_per_prompt engine_args mmproj flash_attention no_kv_offloading cache_type_k cache_type_v "
+                   "rope_scaling yarn_ext_factor yarn_attn_factor yarn_beta_fast yarn_beta_slow"),
+        **_because(_TEXT, "roles embeddings template function reasoning reasoning_effort chat_template_kwargs "
+                   "compression mcp agent system_prompt context_size reranking prompt_cache_path prompt_cache_all "
+                   "prompt_cache_ro grammar stopwords cutstrings extract_regex trimspace trimsuffix mirostat "
+                   "mirostat_eta mirostat_tau"),
+        **_because(_SAMPLING, "top_p top_k min_p temperature max_tokens echo ignore_eos repeat_penalty repeat_last_n "
+                   "n_keep frequency_penalty presence_penalty tfz typical_p logprobs top_logprobs logit_bias "
+                   "rope_freq_base rope_freq_scale negative_prompt_scale tokenizer encoding_format batch",
+                   "parameters."),
+        **_because(_SPEECH, "language translate", "parameters."),
+    }
+)  # fmt: skip
+"""Keys that mean something to LocalAI and nothing here, with the reason; each costs one warning."""
+
+IMG2IMG: Mapping[str, str] = MappingProxyType(
+    {
+        f"{family}Pipeline": f"{family}Img2ImgPipeline"
+        for family in ("StableDiffusion", "StableDiffusionXL", "StableDiffusion3", "Flux", "Kandinsky",
+                       "KandinskyV22", "Kandinsky3", "QwenImage")
+    }
+)  # fmt: skip
+"""Text-to-image class -> its image-to-image sibling, for `img2img: true`."""

@@ -1,0 +1,223 @@
+"""A mapping of a model file -> `ModelConfig`, or why it is not one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from sfumato import schedulers
+from sfumato.config import readers
+from sfumato.config.document import Document, documents, read
+from sfumato.config.keys import IGNORED, IMG2IMG, KEYS, REDIRECTS, SECTIONS
+from sfumato.config.model import Adapter, ModelConfig
+from sfumato.errors import InvalidRequest, ModelFileError, did_you_mean
+
+_BY_PATH = {key.path: key for key in KEYS}
+_KNOWN = (*_BY_PATH, *IGNORED, *SECTIONS)
+_MODEL_KEYS = {"name", "alias", "backend", "artifacts", *SECTIONS, *REDIRECTS}
+_NAME_LINE = re.compile(r"^(?:-?\s*)name:\s*[\"']?([^\"'#\n]+?)[\"']?\s*(?:#.*)?$", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Redirect:
+    """LocalAI's pure alias: requests for `name` are served by the model `target`."""
+
+    name: str
+    target: str
+    file: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A file, or one of its models, that is not for Sfumato."""
+
+    file: Path
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """A model that has to be mended; requests for one of `names` get the error."""
+
+    names: tuple[str, ...]
+    file: Path
+    error: ModelFileError
+
+
+Outcome: TypeAlias = ModelConfig | Redirect | Skipped | Broken
+
+
+def outcomes(file: Path) -> list[Outcome]:
+    """What a file holds. Never raises: what is wrong with one model does not touch the others."""
+    file = file.absolute()
+    text = ""
+    try:
+        text = read(file)
+        created = int(file.stat().st_mtime)
+        found = documents(text, file)
+    except ModelFileError as error:
+        names = tuple(dict.fromkeys([*_NAME_LINE.findall(text), file.stem]))
+        return [Broken(names, file, error)]
+    except OSError as error:  # removed since it was read
+        return [Broken((file.stem,), file, ModelFileError(f"{file}: cannot be read: {error.strerror}"))]
+    default_name = file.stem if len(found) == 1 else None
+    return [_outcome(document, file, created, default_name) for document in found]
+
+
+def load(file: Path) -> list[ModelConfig]:
+    """The models of one file. Raises ModelFileError for the first that has to be mended."""
+    found = outcomes(file)
+    for outcome in found:
+        if isinstance(outcome, Broken):
+            raise outcome.error
+    return [outcome for outcome in found if isinstance(outcome, ModelConfig)]
+
+
+def named(model: str) -> ModelConfig:
+    """A config for weights that no file describes: a hub id, path or URL from a command line."""
+    every = ModelConfig.enable_parameters | {"image"}
+    return ModelConfig(name=model, model=model, folder=Path.cwd(), enable_parameters=every)
+
+
+def _outcome(document: Document, file: Path, created: int, default_name: str | None) -> Outcome:
+    values = document.values
+    name = values.get("name") or default_name
+    if reason := _not_ours(values):
+        return Skipped(file, f"{name}: {reason}" if name else reason)
+    try:
+        return _parse(_Source(document, file), file, created, default_name)
+    except ModelFileError as error:
+        return Broken((name,) if isinstance(name, str) else (), file, error)
+
+
+def _not_ours(values: Any) -> str | None:
+    if not _MODEL_KEYS & values.keys():
+        return f"not a model file: it has none of the keys {', '.join(sorted(_MODEL_KEYS))}"
+    backend = values.get("backend")
+    if isinstance(backend, str) and backend and "diffusers" not in backend.split("-"):
+        return f"backend {backend} is not Sfumato's; it draws with diffusers"
+    parameters = values.get("parameters")
+    model = parameters.get("model") if isinstance(parameters, dict) else None
+    routes = [key for key in REDIRECTS if values.get(key)]
+    if routes and not model and not values.get("artifacts"):
+        return f"`{routes[0]}` without `parameters.model`: it describes how LocalAI routes, not a model"
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    document: Document
+    file: Path
+
+    def error(self, path: str, message: str) -> ModelFileError:
+        line = self.document.lines.get(path)
+        return ModelFileError(f"{self.file}{f', line {line}' if line else ''}: {path}: {message}", param=path)
+
+    def entries(self) -> Iterator[tuple[str, Any]]:
+        """Dotted path and value of every key that is given; null and "" count as not given."""
+        for key, value in self.document.values.items():
+            if key not in SECTIONS:
+                yield key, value
+            elif isinstance(value, dict):
+                yield from ((f"{key}.{_word(inner)}", item) for inner, item in value.items())
+            elif value not in (None, ""):
+                raise self.error(key, f"{readers.shown(value)} needs `key: value` lines below it")
+
+
+def _parse(source: _Source, file: Path, created: int, default_name: str | None) -> ModelConfig | Redirect:
+    # 1. Every key is known, or named with the nearest one that is.
+    given = dict(source.entries())
+    for path in given:
+        if path not in _BY_PATH and path not in IGNORED:
+            raise source.error(path, f"unknown key.{_nearest(path)} A key that means nothing here has to go.")
+    ignored = tuple((path, IGNORED[path]) for path in given if path in IGNORED)
+
+    # 2. Every value is read; of two places for one field the later row of the table wins.
+    fields: dict[str, Any] = {}
+    for key in KEYS:
+        value = given.get(key.path)
+        if value is None or value == "":
+            continue
+        try:
+            fields[key.field] = key.read(value)
+        except ValueError as error:
+            raise source.error(key.path, f"{readers.shown(value)}: {error}") from None
+
+    # 3. Words that are not fields themselves.
+    backend = fields.pop("backend", None)
+    if backend and "diffusers" not in backend.split("-"):
+        raise source.error("backend", f"{backend} is not the name of a backend; `diffusers` is")
+    name = fields.pop("name", None) or default_name
+    if not name:
+        raise source.error("name", "is missing; each model of a list needs one")
+    alias: tuple[str, ...] = fields.pop("alias", ())
+    repo, revision = fields.pop("artifacts", (None, None))
+    fields["repo"], fields["revision"] = repo, fields.get("revision") or revision
+    fields["model"] = fields.get("model") or repo
+    if not fields["model"]:
+        if len(alias) == 1:
+            return Redirect(name, alias[0], file)
+        raise source.error("parameters.model", "is missing: a hub id, a folder, a .safetensors file or a URL")
+    fields["aliases"] = tuple(dict.fromkeys([*alias, *fields.get("aliases", ())]))
+    fields["width"], fields["height"] = fields.pop("size", None) or (None, None)
+    fields["adapters"] = _adapters(source, fields)
+    _options(source, fields)
+    _img2img(fields)
+    _scheduler(source, fields)
+
+    # 4. What a reader gave as "not given" leaves the default in force.
+    fields = {field: value for field, value in fields.items() if value is not None}
+    return ModelConfig(name=name, file=file, folder=file.parent, created=created, ignored=ignored, **fields)
+
+
+def _word(key: Any) -> str:
+    return key if isinstance(key, str) else readers.shown(key)
+
+
+def _nearest(path: str) -> str:
+    """The same word in its right place, else the nearest word."""
+    word = path.rpartition(".")[2]
+    moved = [known for known in _KNOWN if known.rpartition(".")[2] == word]
+    return f" Did you mean {moved[0]!r}?" if moved else did_you_mean(path, _KNOWN)
+
+
+def _adapters(source: _Source, fields: dict[str, Any]) -> tuple[Adapter, ...]:
+    single, scale = fields.pop("lora_adapter", None), fields.pop("lora_scale", 1.0)
+    several, scales = fields.pop("lora_adapters", ()), fields.pop("lora_scales", ())
+    if scales and len(scales) != len(several):
+        raise source.error(
+            "lora_scales", f"{len(scales)} scales for {len(several)} lora_adapters; give one for each, or none"
+        )
+    first = (Adapter(single, scale),) if single else ()
+    return first + tuple(map(Adapter, several, scales or [1.0] * len(several)))
+
+
+def _options(source: _Source, fields: dict[str, Any]) -> None:
+    lines = dict(fields.pop("options", ()))
+    if "torch_dtype" in lines:
+        try:
+            dtype = readers.dtype(lines.pop("torch_dtype"))
+        except ValueError as error:
+            raise source.error("options", f"torch_dtype {error}") from None
+        fields["dtype"] = fields.get("dtype") or dtype
+    fields["option_lines"] = tuple(lines.items())
+
+
+def _img2img(fields: dict[str, Any]) -> None:
+    if fields.get("img2img"):
+        fields["pipeline_type"] = IMG2IMG.get(fields.get("pipeline_type", ""), fields.get("pipeline_type"))
+        fields["enable_parameters"] = fields.get("enable_parameters", ModelConfig.enable_parameters) | {"image"}
+
+
+def _scheduler(source: _Source, fields: dict[str, Any]) -> None:
+    name, schedule = fields.get("scheduler_type"), fields.get("schedule")
+    if schedule and not name:
+        raise source.error("diffusers.schedule", f"{schedule!r} needs a diffusers.scheduler_type beside it")
+    if name:
+        try:
+            schedulers.parse(name, schedule)
+        except InvalidRequest as error:
+            raise source.error("diffusers.scheduler_type", error.message) from None
