@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 
 import uvicorn
 
@@ -41,4 +42,7 @@ def serve(settings: Settings) -> None:
     host, port = sock.getsockname()[:2]
     names = ", ".join(model.name for model in catalog.all())
     log.info("Sfumato %s on http://%s:%d with %s", __version__, host, port, names)
+    # uvicorn raises the signal that stopped it once more when it is done, for whoever was there before it.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
     uvicorn.Server(config).run(sockets=[sock])

@@ -58,6 +58,8 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
 
 async def _http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
+    if isinstance(error.__cause__, SfumatoError):  # raised while FastAPI read the body
+        return response(error.__cause__)
     messages = {
         404: f"there is nothing at {request.url.path}; the routes are listed at /docs",
         405: f"{request.method} is not allowed on {request.url.path}",
