@@ -28,10 +28,12 @@ LAYERS = [
 ENGINE = [
     {"supervisor", "local", "worker"},
     {"loop", "streams"},
-    {"residency", "generation"},
-    {"load"},
-    {"download", "sampler"},
-    {"handover", "resolve", "protocol", "wire", "process"},
+    {"generation", "memory", "residency"},
+    {"load", "gather"},
+    {"download", "sampler", "batching"},
+    {"memo", "standin", "trust"},
+    {"calls"},
+    {"handover", "outputs", "policy", "process", "protocol", "resolve", "threadstate", "wire"},
 ]
 
 WITHOUT_TORCH = ["sfumato.cli", "sfumato.serve", "sfumato.draw", "sfumato.check", "sfumato.api.app", "sfumato.service"]

@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,25 +131,63 @@ def test_a_failed_load_fails_the_request_and_not_the_next(
     running.run(run())
 
 
-def test_a_killed_worker_fails_what_ran_and_is_replaced(config: ModelConfig) -> None:
+def test_a_killed_worker_is_replaced_and_its_work_done_again(config: ModelConfig) -> None:
     async def run() -> None:
         supervisor = Supervisor(SETTINGS)
         await supervisor.start()
+        *_, undisturbed = await events_of(supervisor, config, wanted("before", steps=50))
         answers: list[Event] = []
-        async with aclosing(supervisor.submit(config, wanted("victim", steps=900))) as events:
+        async with aclosing(supervisor.submit(config, wanted("victim", steps=50))) as events:
             async for event in events:
                 answers.append(event)
                 if len(answers) == 2:
-                    assert supervisor.pid
-                    os.kill(supervisor.pid, signal.SIGKILL)
-        assert isinstance(answers[-1], Failed)
-        assert isinstance(answers[-1].error, WorkerDied)
-        assert answers[-1].error.retry
-        assert [type(event) for event in answers[:-1]] == [Step] * (len(answers) - 1)
-        assert isinstance((await events_of(supervisor, config, wanted("after")))[-1], Done)
+                    kill(supervisor)
+        assert [event for event in answers if isinstance(event, Done | Failed)] == answers[-1:]
+        assert answers[:2] + answers[-1:] == [Step(1, 51), Step(2, 51), undisturbed]
         await supervisor.stop()
 
     asyncio.run(run())
+
+
+def test_a_generation_at_two_deaths_is_failed_and_the_others_go_on(config: ModelConfig) -> None:
+    async def run() -> None:
+        supervisor = Supervisor(replace(SETTINGS, max_active=1))
+        await supervisor.start()
+        poison = supervisor.submit(config, wanted("poison", steps=900))
+        async with aclosing(poison):
+            assert await anext(poison) == Step(1, 901)
+            innocent = asyncio.create_task(events_of(supervisor, config, wanted("innocent")))
+            kill(supervisor)
+            async for event in poison:
+                if event == Step(1, 901):
+                    kill(supervisor)
+                last = event
+        assert isinstance(last, Failed)
+        assert isinstance(last.error, WorkerDied)
+        assert "2 times" in last.error.message
+        assert isinstance((await innocent)[-1], Done)
+        await supervisor.stop()
+
+    asyncio.run(run())
+
+
+def test_a_worker_that_hangs_is_replaced(config: ModelConfig) -> None:
+    async def run() -> None:
+        supervisor = Supervisor(replace(SETTINGS, hang_s=5))
+        await supervisor.start()
+        async with aclosing(supervisor.submit(config, wanted("victim", steps=20))) as events:
+            assert isinstance(await anext(events), Step)
+            assert supervisor.pid
+            os.kill(supervisor.pid, signal.SIGSTOP)
+            assert isinstance([event async for event in events][-1], Done)
+        await supervisor.stop()
+
+    asyncio.run(run())
+
+
+def kill(supervisor: Supervisor) -> None:
+    assert supervisor.pid
+    os.kill(supervisor.pid, signal.SIGKILL)
 
 
 def test_stopping_finishes_what_runs(config: ModelConfig) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import http.server
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from PIL import Image
 
 from sfumato.catalog import Catalog
 from sfumato.config import Download, ModelConfig
-from sfumato.core import Generation, ModelStatus
+from sfumato.core import Generation
 from sfumato.engine import load
 from sfumato.engine.generation import draw
 from sfumato.engine.residency import Residency
@@ -184,17 +185,34 @@ def test_what_cannot_be_loaded_is_said(
 
 def test_residency_keeps_the_last_used_and_the_pinned(folder: Path) -> None:
     states: list[tuple[str, str]] = []
+    residency = Residency(2, "cpu", lambda name, status: states.append((name, status.state)))
 
-    def tell(name: str, status: ModelStatus) -> None:
-        states.append((name, status.state))
+    def got(made: ModelConfig) -> load.Loaded:
+        with residency.use(made, turn=lambda: pytest.fail("nobody is in the way")) as model:
+            return model
 
-    residency = Residency(2, "cpu", tell)
     a, b, c = (config(folder, name=name) for name in "abc")
-    first = residency.get(replace(a, pinned=True))
-    residency.get(b)
-    residency.get(c)
-    assert states[-3:] == [("b", "unloaded"), ("c", "loading"), ("c", "loading")] or ("b", "unloaded") in states
-    assert residency.get(replace(a, pinned=True)) is first
+    first = got(replace(a, pinned=True))
+    got(b)
+    got(c)
+    assert ("b", "unloaded") in states
+    assert got(replace(a, pinned=True)) is first
     # What each request reads anew loads nothing; what was loaded does.
-    assert residency.get(replace(a, pinned=True, steps=5, cfg_scale=1.0)) is first
-    assert residency.get(replace(a, pinned=True, dtype="bf16")) is not first
+    assert got(replace(a, pinned=True, steps=5, cfg_scale=1.0)) is first
+    assert got(replace(a, pinned=True, dtype="bf16")) is not first
+
+
+def test_a_model_in_use_never_leaves(folder: Path) -> None:
+    residency = Residency(1, "cpu", quiet)
+    turns = 0
+
+    def free() -> None:
+        nonlocal turns
+        turns += 1
+        held.close()
+
+    held = ExitStack()
+    held.enter_context(residency.use(config(folder, name="a"), quiet))
+    with residency.use(config(folder, name="b"), free) as model:
+        assert model.config.name == "b"
+    assert turns == 1

@@ -39,6 +39,8 @@ class Generation:
     """0 .. 1: how far image-to-image may leave its source."""
     images: tuple[bytes, ...] = ()
     """Source pictures, each an encoded PNG, upright, RGB or RGBA."""
+    caller: str = ""
+    """Whoever asked: callers share the engine fairly."""
     mask: bytes | None = None
     """An encoded PNG, mode L, the size of the first image; white (255) is redrawn."""
 

@@ -13,6 +13,7 @@
     │   └── DeviceUnavailable         500 device_unavailable
     ├── DrawError                     500 generation_failed      the pipeline raised, or drew NaN
     ├── StorageError                  507 storage_failed         a picture could not be written
+    ├── TimedOut                      504 timeout
     └── WorkerDied                    503 worker_died
 
 A message says which field is wrong, its value, what is valid and what to do. Errors cross the
@@ -112,6 +113,11 @@ class DrawError(SfumatoError):
 class StorageError(SfumatoError):
     status = 507
     code = "storage_failed"
+
+
+class TimedOut(SfumatoError):
+    status = 504
+    code = "timeout"
 
 
 class WorkerDied(SfumatoError):

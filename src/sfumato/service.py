@@ -17,7 +17,7 @@ from sfumato.catalog import Catalog
 from sfumato.config import ModelConfig
 from sfumato.core import MAX_SEED, Done, Failed, Generation, Step
 from sfumato.engine.protocol import Engine
-from sfumato.errors import InvalidRequest, TooManyRequests, WorkerDied
+from sfumato.errors import InvalidRequest, TimedOut, TooManyRequests, WorkerDied
 from sfumato.fetch import PictureFetcher
 from sfumato.settings import Settings
 
@@ -88,12 +88,17 @@ class Service:
         config = self.catalog.get(request.model)
         generations = await self.plan(request, config)
         self._admit(config, len(generations))
+        limit = self.settings.time_limit_s
         try:
-            async with asyncio.TaskGroup() as group:
+            async with asyncio.timeout(limit), asyncio.TaskGroup() as group:
                 tasks = [
                     group.create_task(self._one(config, index, generation, on_step))
                     for index, generation in enumerate(generations)
                 ]
+        except TimeoutError:
+            raise TimedOut(
+                f"not drawn within {limit} s (the setting time_limit_s): ask for fewer steps or a smaller size"
+            ) from None
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None  # the first to fail is why the others were cancelled
         finally:

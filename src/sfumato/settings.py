@@ -32,6 +32,10 @@ class Settings:
         "auto", "Device for every model: auto (as the model file says), cpu, cuda, cuda:1, mps, xpu."
     )
     loaded_models: int = _setting(2, "How many models stay in memory; the least recently used leaves.", least=1)
+    max_batch: int = _setting(8, "Largest batch of one forward, in rows; with guidance a picture takes two.", least=1)
+    max_active: int = _setting(16, "Pictures that are drawn at the same time; others wait.", least=1)
+    hang_s: int = _setting(1800, "A worker that draws and is silent for so many seconds is replaced.", least=1)
+    time_limit_s: int = _setting(3600, "Longest time from a request to its pictures, in seconds.", least=1)
     public_url: str = _setting("", "Base of the picture URLs, e.g. https://host/prefix, behind a proxy.")
     max_pixels: int = _setting(2048 * 2048, "Largest picture that may be asked for, in pixels.", least=64)
     max_body_mb: int = _setting(64, "Largest request body, in MiB.", least=1)

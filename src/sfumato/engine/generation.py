@@ -18,7 +18,8 @@ from PIL import Image, ImageOps
 from sfumato import __version__, pictures, recipe, schedulers
 from sfumato.config import DEFAULTS
 from sfumato.core import Done, Generation, Recipe
-from sfumato.engine import sampler
+from sfumato.engine import sampler, standin
+from sfumato.engine.batching import is_out_of_memory
 from sfumato.engine.load import Loaded, encoder_layers
 from sfumato.errors import ContentFiltered, DrawError, InvalidRequest, SfumatoError
 
@@ -51,9 +52,9 @@ def draw(model: Loaded, generation: Generation, on_step: OnStep) -> Done:
     DrawError when the pipeline raises or its result is not finite.
     """
     torch.set_num_threads(model.config.threads or DEFAULT_THREADS)
-    # 1. the pipeline for this task, as a view: shared modules, a scheduler of its own
+    # 1. the pipeline for this task, as a view: it shares the modules and nothing that a run changes
     task = "mask" if generation.mask else "image" if generation.images else "text"
-    pipeline = _view(_for_task(model, task))
+    pipeline = standin.view(_for_task(model, task))
     parameters = inspect.signature(type(pipeline).__call__).parameters
     # 2. what the request leaves open comes from the model file
     wanted = _filled(model, generation, type(pipeline).__name__)
@@ -102,14 +103,6 @@ def _for_task(model: Loaded, task: str) -> Any:
         sibling.set_progress_bar_config(disable=True)
         model.siblings[task] = sibling
     return model.siblings[task]
-
-
-def _view(pipeline: Any) -> Any:
-    # A pipeline keeps what a call mutates (guidance scale, interrupt flag, scheduler) in its own
-    # attributes, so a shallow copy shares the modules and nothing else.
-    view = pipeline.__class__.__new__(pipeline.__class__)
-    view.__dict__.update(pipeline.__dict__)
-    return view
 
 
 def _filled(model: Loaded, generation: Generation, class_name: str) -> Generation:
@@ -344,13 +337,12 @@ def _run(pipeline: Any, arguments: dict[str, Any], parameters: Mapping[str, Any]
         arguments = {**arguments, "generator": torch.Generator("cpu").manual_seed(seed)}
     torch.manual_seed(seed)  # for the few pipelines that draw noise without their generator
     try:
-        with torch.inference_mode():
-            output = pipeline(**arguments)
+        output = pipeline(**arguments)
     except SfumatoError:
         raise
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise DrawError("out of memory: ask for a smaller size, or set `low_vram: true`") from error
     except Exception as error:  # whatever a pipeline raises, the caller gets words
+        if is_out_of_memory(error):
+            raise
         if any(frame.name == "check_inputs" for frame in traceback.extract_tb(error.__traceback__)):
             raise InvalidRequest(f"{type(pipeline).__name__} refused the request: {error}") from error
         raise DrawError(f"{type(pipeline).__name__}: {type(error).__name__}: {error}") from error

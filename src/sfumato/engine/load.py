@@ -45,6 +45,8 @@ class Loaded:
     dtype: str
     siblings: dict[str, Any] = field(default_factory=dict)
     """Pipelines of other tasks on the same weights, by task."""
+    rungs: set[str] = field(default_factory=set)
+    """What was done to make it need less memory; see `memory`."""
 
 
 def load(config: ModelConfig, device_setting: str, tell: Tell) -> Loaded:

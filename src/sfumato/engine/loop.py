@@ -1,4 +1,4 @@
-"""The worker's one thread: takes requests in order, draws each, answers each exactly once."""
+"""The worker's one thread: takes commands, lets the hub compute one group of module calls, reports; again."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import queue
 from collections.abc import Callable
 from typing import TypeAlias
 
-from sfumato.core import Event, Failed, ModelStatus, Step
-from sfumato.engine import generation
-from sfumato.engine.protocol import Answer, Cancel, Command, Report, Status, Stop, Submit
+import torch
+
+from sfumato.core import Done, Event, Failed, ModelStatus, Step
+from sfumato.engine import generation, memory
+from sfumato.engine.batching import Hub, Task
+from sfumato.engine.protocol import Answer, Cancel, Command, Report, Started, Status, Stop, Submit
 from sfumato.engine.residency import Residency
 from sfumato.errors import Cancelled, SfumatoError
 from sfumato.settings import Settings
@@ -21,55 +24,87 @@ Send: TypeAlias = Callable[[Report], None]
 
 
 class Loop:
-    """Runs commands until `Stop`. `post` may be called from any thread, the rest from the loop's own."""
+    """Runs commands until `Stop`. `post` may be called from any thread, the rest from the loop's own.
+
+    Each accepted generation is a task of the hub, and is answered by exactly one `Done` or `Failed`.
+    """
 
     def __init__(self, settings: Settings, send: Send) -> None:
-        self._inbox: queue.SimpleQueue[Submit | Stop] = queue.SimpleQueue()
-        self._open: set[str] = set()
-        self._cancelled: set[str] = set()
+        self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._send = send
+        self._hub = Hub(max_rows=settings.max_batch, max_active=settings.max_active)
         self._residency = Residency(settings.loaded_models, settings.device, self._tell)
+        self._tasks: dict[str, Task] = {}
+        self._stopping = False
 
     def post(self, command: Command) -> None:
-        if isinstance(command, Cancel):
-            if command.id in self._open:  # else it has been answered already
-                self._cancelled.add(command.id)
-            return
-        if isinstance(command, Submit):
-            self._open.add(command.generation.id)
         self._inbox.put(command)
 
     def run(self) -> None:
         """Until `Stop` comes; what was posted before it is answered first."""
-        while not isinstance(command := self._inbox.get(), Stop):
-            id = command.generation.id
-            event = self._answer(command)
-            self._open.discard(id)
-            self._cancelled.discard(id)
-            self._send(Answer(id, event))
+        with torch.no_grad():
+            while self._tasks or not self._stopping:
+                self._take()
+                self._hub.step()
+                self._report()
 
-    def _answer(self, submit: Submit) -> Event:
-        request = submit.generation
-        try:
-            self._stop_if_cancelled(request.id)
-            model = self._residency.get(submit.config)
-            self._stop_if_cancelled(request.id)
-            return generation.draw(model, request, functools.partial(self._on_step, request.id))
-        except generation.Stopped:
-            return Failed(Cancelled("the request was cancelled"))
-        except SfumatoError as error:
-            return Failed(error)
-        except Exception as error:  # the loop outlives every request
-            log.exception("request %s failed", request.id)
-            return Failed(SfumatoError(f"{type(error).__name__}: {error}"))
+    def _take(self) -> None:
+        """Every command that is there; with nothing to do, wait for one."""
+        while self._tasks or self._stopping or not self._inbox.empty() or self._wait():
+            try:
+                command = self._inbox.get_nowait()
+            except queue.Empty:
+                return
+            self._obey(command)
+
+    def _wait(self) -> bool:
+        self._obey(self._inbox.get())
+        return True
+
+    def _obey(self, command: Command) -> None:
+        match command:
+            case Submit(config, asked):
+                task = self._hub.submit(functools.partial(self._draw, command), caller=asked.caller)
+                task.left = asked.steps or config.steps
+                self._tasks[asked.id] = task
+            case Cancel(id):
+                if id in self._tasks:  # else it has been answered already
+                    self._hub.cancel(self._tasks[id], generation.Stopped())
+            case Stop():
+                self._stopping = True
+
+    def _draw(self, submit: Submit) -> Done:
+        """In the request's greenlet, from its first turn to its end."""
+        asked = submit.generation
+        self._send(Started(asked.id))
+        with self._residency.use(submit.config, self._hub.turn) as model:
+            return memory.with_less(
+                model, lambda: generation.draw(model, asked, functools.partial(self._on_step, asked.id))
+            )
 
     def _on_step(self, id: str, step: int, total: int) -> None:
-        self._stop_if_cancelled(id)
+        self._tasks[id].left = total - step
         self._send(Answer(id, Step(step, total)))
 
-    def _stop_if_cancelled(self, id: str) -> None:
-        if id in self._cancelled:
-            raise generation.Stopped
+    def _report(self) -> None:
+        for id, task in [(id, task) for id, task in self._tasks.items() if task.done]:
+            del self._tasks[id]
+            self._send(Answer(id, _event(id, task)))
 
     def _tell(self, model: str, status: ModelStatus) -> None:
         self._send(Status(model, status))
+
+
+def _event(id: str, task: Task) -> Event:
+    assert task.outcome is not None
+    match task.outcome.error:
+        case None:
+            done: Done = task.outcome.value
+            return done
+        case generation.Stopped():
+            return Failed(Cancelled("the request was cancelled"))
+        case SfumatoError() as error:
+            return Failed(error)
+        case error:
+            log.error("request %s failed", id, exc_info=error)
+            return Failed(SfumatoError(f"{type(error).__name__}: {error}"))

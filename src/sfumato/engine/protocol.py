@@ -64,6 +64,13 @@ class Ready:
 
 
 @dataclass(frozen=True, slots=True)
+class Started:
+    """This generation has left the queue; from now on it may be the reason if the worker dies."""
+
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     id: str
     event: Event
@@ -76,4 +83,4 @@ class Status:
 
 
 Command: TypeAlias = Submit | Cancel | Stop
-Report: TypeAlias = Ready | Answer | Status
+Report: TypeAlias = Ready | Started | Answer | Status

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -27,16 +28,47 @@ PER_REQUEST: Mapping[str, Any] = {
 
 
 class Residency:
-    """Loaded models by name. Used from the loop's one thread."""
+    """Loaded models by name. Used from the loop's one thread, by requests that take turns on it."""
 
     def __init__(self, limit: int, device: str, tell: Callable[[str, ModelStatus], None]) -> None:
         self._limit = limit
         self._device = device
         self._tell = tell
         self._loaded: OrderedDict[str, load.Loaded] = OrderedDict()
+        self._users: Counter[str] = Counter()
+        self._line: deque[object] = deque()
 
-    def get(self, config: ModelConfig) -> load.Loaded:
-        """The model, loaded if need be. A failed load leaves nothing behind: the next request tries again."""
+    @contextmanager
+    def use(self, config: ModelConfig, turn: Callable[[], None]) -> Iterator[load.Loaded]:
+        """The model, loaded if need be, and not dropped while it is in use.
+
+        `turn` lets others go on while this one waits for room. Who came first is served first: a model
+        that waits for room is not passed by requests for those that are in memory.
+        """
+        ticket = object()
+        self._line.append(ticket)
+        try:
+            while self._line[0] is not ticket or not self._has_room(config):
+                turn()
+            model = self._get(config)
+        finally:
+            self._line.remove(ticket)
+        self._users[config.name] += 1
+        try:
+            yield model
+        finally:
+            self._users[config.name] -= 1
+
+    def _has_room(self, config: ModelConfig) -> bool:
+        held = self._loaded.get(config.name)
+        if held and _of_weights(held.config) == _of_weights(config):
+            return True
+        if held and self._users[config.name]:
+            return False  # its file changed; those who draw with the old one finish first
+        return len(self._loaded) < self._limit or self._oldest() is not None or not any(self._users.values())
+
+    def _get(self, config: ModelConfig) -> load.Loaded:
+        """The model. A failed load leaves nothing behind: the next request tries again."""
         held = self._loaded.get(config.name)
         if held and _of_weights(held.config) == _of_weights(config):
             held.config = config
@@ -71,8 +103,9 @@ class Residency:
             self._drop(idle, "its memory is needed")
 
     def _oldest(self) -> str | None:
-        """The model used least recently, of those that are not pinned."""
-        return next((name for name, model in self._loaded.items() if not model.config.pinned), None)
+        """The model used least recently, of those that are not pinned and not in use."""
+        idle = (name for name, model in self._loaded.items() if not model.config.pinned and not self._users[name])
+        return next(idle, None)
 
     def _drop(self, name: str, why: str) -> None:
         log.info("%s leaves memory: %s", name, why)

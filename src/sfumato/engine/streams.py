@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable
 
 from sfumato.core import Done, Event, Failed, ModelStatus
-from sfumato.engine.protocol import Answer, Ready, Report, Status
+from sfumato.engine.protocol import Answer, Ready, Report, Started, Status
 from sfumato.errors import SfumatoError
 
 
@@ -38,14 +38,17 @@ class Streams:
                     queue.put_nowait(event)
             case Status(model, status):
                 self._statuses[model] = status
-            case Ready():
+            case Ready() | Started():
                 pass
 
-    def fail_all(self, error: SfumatoError) -> None:
-        """End every open stream; models are no longer loaded."""
-        self._statuses.clear()
-        for queue in self._queues.values():
+    def fail(self, id: str, error: SfumatoError) -> None:
+        """End one stream."""
+        if queue := self._queues.get(id):
             queue.put_nowait(Failed(error))
+
+    def forget(self) -> None:
+        """The worker is gone, and with it every model that was loaded."""
+        self._statuses.clear()
 
     def status(self, model: str) -> ModelStatus:
         return self._statuses.get(model, ModelStatus())

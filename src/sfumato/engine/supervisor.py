@@ -1,4 +1,8 @@
-"""The engine in a child process: started by handshake, watched, restarted with back-off."""
+"""The engine in a child process: started by handshake, watched, restarted with back-off.
+
+When the worker dies, what it had not answered is sent to the next one: the same seeds, so the same
+pictures. A generation that had started in two workers that died is taken for the reason and failed.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +13,12 @@ import socket
 import sys
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import dataclass
 
 from sfumato.config import ModelConfig
-from sfumato.core import Event, Failed, Generation, ModelStatus
+from sfumato.core import Event, Generation, ModelStatus
 from sfumato.engine import wire
-from sfumato.engine.protocol import Cancel, Command, Ready, Stop, Submit
+from sfumato.engine.protocol import Cancel, Command, Ready, Started, Stop, Submit
 from sfumato.engine.streams import Streams
 from sfumato.errors import WorkerDied
 from sfumato.settings import Settings
@@ -24,6 +29,18 @@ START_TIMEOUT_S = 120.0
 """Importing torch takes seconds, on a cold disk tens of them."""
 STOP_TIMEOUT_S = 30.0
 MAX_BACKOFF_S = 30.0
+DEATHS = 2
+"""A generation that was being drawn at so many deaths of the worker is failed."""
+
+
+@dataclass(slots=True)
+class Flight:
+    """A generation that is not answered yet."""
+
+    submit: Submit
+    started: bool = False
+    """Whether the present worker has begun with it."""
+    deaths: int = 0
 
 
 class Supervisor:
@@ -32,12 +49,13 @@ class Supervisor:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._streams = Streams()
+        self._flights: dict[str, Flight] = {}
+        self._heard = 0.0
         self._up = asyncio.Event()
         self._writer: asyncio.StreamWriter | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._stopping = False
-        self._starts_failed: WorkerDied | None = None
 
     @property
     def ready(self) -> bool:
@@ -68,17 +86,18 @@ class Supervisor:
         if self._keeper:
             self._keeper.cancel()
             await asyncio.wait([self._keeper])
+        self._fail_all("the server stops")
 
     async def submit(self, config: ModelConfig, generation: Generation) -> AsyncGenerator[Event, None]:
-        if not self.ready and self._starts_failed:
-            yield Failed(self._starts_failed)
-            return
-        await self._up.wait()
-        self._post(Submit(config, generation))
-        cancel = functools.partial(self._post, Cancel(generation.id))
-        async with aclosing(self._streams.events(generation.id, cancel)) as events:
-            async for event in events:
-                yield event
+        id = generation.id
+        self._flights[id] = Flight(Submit(config, generation))
+        self._post(self._flights[id].submit)
+        try:
+            async with aclosing(self._streams.events(id, functools.partial(self._post, Cancel(id)))) as events:
+                async for event in events:
+                    yield event
+        finally:
+            del self._flights[id]
 
     def _post(self, command: Command) -> None:
         if self._writer and not self._writer.is_closing():
@@ -92,7 +111,7 @@ class Supervisor:
                 failures = 0
             except (OSError, TimeoutError, asyncio.IncompleteReadError) as error:
                 failures += 1
-                self._starts_failed = WorkerDied(f"the worker does not start ({error!r}); see the server's log")
+                self._fail_all(f"the worker does not start ({error!r}); see the server's log")
             if self._stopping:
                 break
             delay = min(MAX_BACKOFF_S, 0.25 * 2**failures)
@@ -116,14 +135,14 @@ class Supervisor:
             async with asyncio.timeout(START_TIMEOUT_S):
                 hello: Ready = await wire.receive_async(reader)
             log.info("worker %d is up: %s, %s", self._process.pid, hello.device, dict(hello.versions))
-            self._writer, self._starts_failed = writer, None
+            self._writer = writer
+            for flight in self._flights.values():
+                self._post(flight.submit)
             self._up.set()
-            while True:
-                try:
-                    report = await wire.receive_async(reader)
-                except (asyncio.IncompleteReadError, ConnectionError):
-                    return
-                self._streams.deliver(report)
+            async with asyncio.TaskGroup() as group:
+                watch = group.create_task(self._watch(self._process))
+                await self._listen(reader)
+                watch.cancel()
         finally:
             self._up.clear()
             self._writer = None
@@ -131,6 +150,46 @@ class Supervisor:
             if self._process.returncode is None:
                 self._process.kill()
             await self._process.wait()
-            self._streams.fail_all(
-                WorkerDied("the process that computes ended while this request was running. Send it again.")
-            )
+            self._streams.forget()
+            self._count_deaths()
+
+    async def _listen(self, reader: asyncio.StreamReader) -> None:
+        """Deliver what the worker reports, until it is gone."""
+        while True:
+            try:
+                report = await wire.receive_async(reader)
+            except (asyncio.IncompleteReadError, ConnectionError):
+                return
+            self._heard = asyncio.get_running_loop().time()
+            if isinstance(report, Started) and report.id in self._flights:
+                self._flights[report.id].started = True
+            self._streams.deliver(report)
+
+    async def _watch(self, process: asyncio.subprocess.Process) -> None:
+        """Kill a worker that is at work and has not been heard of for `hang_s`."""
+        limit = self._settings.hang_s
+        while True:
+            await asyncio.sleep(limit / 4)
+            busy = any(flight.started for flight in self._flights.values())
+            if busy and asyncio.get_running_loop().time() - self._heard > limit:
+                log.error("worker %d has not been heard of for %d s; it is killed", process.pid, limit)
+                if process.returncode is None:
+                    process.kill()
+                return
+
+    def _fail_all(self, why: str) -> None:
+        for id in self._flights:
+            self._streams.fail(id, WorkerDied(why))
+
+    def _count_deaths(self) -> None:
+        for id, flight in self._flights.items():
+            if flight.started:
+                flight.deaths, flight.started = flight.deaths + 1, False
+            if flight.deaths >= DEATHS:
+                self._streams.fail(
+                    id,
+                    WorkerDied(
+                        f"the process that computes died {flight.deaths} times while it drew this; "
+                        "it is not tried again"
+                    ),
+                )

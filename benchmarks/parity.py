@@ -1,0 +1,222 @@
+"""Does every family draw together what it draws alone? Also writes the list of what may be batched.
+
+    python -m benchmarks.parity                 every family, a table
+    python -m benchmarks.parity Flux QwenImage  some of them
+    python -m benchmarks.parity --write         and write src/sfumato/engine/mergeable.json
+
+Each family of `tests/families.py` draws three pictures (prompts, lengths, seeds, steps and guidance differ)
+three times: one after another with the plain pipeline, together while every kind of batch is also computed
+member by member, and together trusting what that has shown. All in fp32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import inspect
+import json
+import logging
+import os
+import sys
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+
+from sfumato.engine import trust
+from sfumato.engine.batching import Hub
+from sfumato.engine.standin import view
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+from families import FAMILIES as PICTURES  # noqa: E402
+from families import Call, Family  # noqa: E402
+from families_moving import FAMILIES as MOVING  # noqa: E402
+
+FAMILIES: dict[str, Family] = {**PICTURES, **MOVING}
+
+PIXEL = 1e-4
+"""Largest error of a pixel (0 .. 1) that counts as the same picture."""
+
+SHOWN = 1e-4
+"""Largest error of a module's output, relative to its largest number, that puts its signature on the list."""
+
+JITTER = 3e-7
+"""About one rounding error of fp32: by what a denoiser's output is disturbed to see how chaotic toy weights are."""
+
+CHAOS = 10.0
+"""A family whose pixels differ by more than PIXEL passes if a jitter of one rounding error makes a tenth of that."""
+
+
+@dataclass
+class Measured:
+    """One family."""
+
+    name: str
+    error: float
+    """Of the worst pixel."""
+    jitter: float | None
+    """What JITTER alone does to the worst pixel, where the error is above PIXEL."""
+    calls: int
+    forwards: int
+    """Of the denoiser, in the run that trusts."""
+    shown: dict[str, float] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    alone: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def mean_batch(self) -> float:
+        return self.calls / max(1, self.forwards)
+
+    @property
+    def same(self) -> bool:
+        return self.error <= PIXEL or (self.jitter is not None and self.error <= CHAOS * self.jitter)
+
+
+def measure(name: str) -> Measured:
+    """Draw the three pictures of a family in the three ways."""
+    family = FAMILIES[name]
+    pipe = family.build()
+    pipe.set_progress_bar_config(disable=True)
+    alone = [draw(pipe, call) for call in seeded(family.calls)]
+    learning = Hub(max_rows=16, trust=trust.Trust("always", frozenset()))
+    first = together(learning, pipe, family.calls)
+    trusting = Hub(max_rows=16, trust=trust.Trust("unlisted", frozenset(learning.trust.shown)))
+    second = together(trusting, pipe, family.calls)
+    error = max(difference(alone, first), difference(alone, second))
+    count = trusting.counts[family.denoiser]
+    jitter = None
+    if error > PIXEL:
+        with jittered(getattr(pipe, family.denoiser)):
+            jitter = difference(alone, [draw(pipe, call) for call in seeded(family.calls)])
+    return Measured(
+        name, error, jitter, count.calls, count.forwards, dict(learning.trust.shown), dict(learning.trust.refused),
+        {f"{module}: {reason}": times for (module, reason), times in trusting.alone.items()},
+    )  # fmt: skip
+
+
+def seeded(calls: Iterable[Call]) -> list[Call]:
+    return [{**call, "generator": torch.Generator().manual_seed(seed)} for seed, call in enumerate(calls)]
+
+
+def draw(pipe: Any, call: Call) -> Any:
+    """The pixels or samples of one call, as an array. `scheduler` in a call takes the place of the pipeline's."""
+    call = dict(call)
+    if "scheduler" in call:
+        own, pipe.scheduler = pipe.scheduler, copy.deepcopy(call.pop("scheduler"))
+        try:
+            return draw(pipe, call)
+        finally:
+            pipe.scheduler = own
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    output_type = {"output_type": "np"} if "output_type" in parameters else {}
+    return np.asarray(pipe(**output_type, **call)[0])
+
+
+def together(hub: Hub, pipe: Any, calls: Iterable[Call]) -> list[Any]:
+    tasks = [hub.submit(lambda call=call: draw(view(pipe), call)) for call in seeded(calls)]
+    with torch.no_grad():
+        while hub.step():
+            pass
+    for task in tasks:
+        if task.outcome and task.outcome.error:
+            raise task.outcome.error
+    return [task.outcome.value for task in tasks if task.outcome]
+
+
+def difference(one: list[Any], other: list[Any]) -> float:
+    worst = 0.0
+    for a, b in zip(one, other, strict=True):
+        if a.shape != b.shape or not np.isfinite(a).all() or not np.isfinite(b).all():
+            return float("inf")
+        worst = max(worst, float(np.abs(a.astype(np.float64) - b).max()))
+    return worst
+
+
+class jittered:
+    """While entered, the module's first output is disturbed by JITTER of its largest number."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._module = module
+
+    def __enter__(self) -> None:
+        noise = torch.Generator().manual_seed(0)
+
+        def disturb(_module: Any, _args: Any, output: Any) -> None:
+            first = output[0]
+            for tensor in first if isinstance(first, list) else [first]:
+                tensor.add_(JITTER * tensor.abs().max() * torch.randn(tensor.shape, generator=noise))
+
+        self._hook = self._module.register_forward_hook(disturb)
+
+    def __exit__(self, *_: object) -> None:
+        self._hook.remove()
+
+
+def signatures(measured: Iterable[Measured]) -> dict[str, Any]:
+    """The content of `mergeable.json`: what was shown in every family that uses it."""
+    worst: dict[str, float] = {}
+    refused: set[str] = set()
+    for one in measured:
+        for signature, error in one.shown.items():
+            worst[signature] = max(error, worst.get(signature, 0.0))
+        refused |= one.refused.keys()
+    packages: dict[str, Any] = {
+        package.__name__: {"version": package.__version__, "calls": defaultdict(list)}
+        for package in (diffusers, transformers)
+    }
+    for signature in sorted(worst):
+        kind, _, call = signature.partition(".")
+        package = next(name for name in packages if hasattr(sys.modules[name], kind.partition("+")[0]))
+        if worst[signature] <= SHOWN and signature not in refused:
+            packages[package]["calls"][kind].append(call)
+    return packages
+
+
+def run(names: Iterable[str], tell: Callable[[str], object] = print) -> list[Measured]:
+    """Measure and print a table."""
+    tell(f"{'family':46} {'worst pixel':>11} {'jitter':>8} {'calls':>6} {'forwards':>8} {'mean batch':>10}")
+    results = []
+    for name in names:
+        one = measure(name)
+        results.append(one)
+        jitter = f"{one.jitter:8.0e}" if one.jitter is not None else f"{'':8}"
+        tell(
+            f"{name:46} {one.error:11.1e} {jitter} {one.calls:6} {one.forwards:8} {one.mean_batch:10.2f}"
+            f"  {'' if one.same else 'DIFFERS'} {FAMILIES[name].alone}"
+        )
+        for signature, reason in one.refused.items():
+            tell(f"    refused {signature}: {reason}")
+        for reason, times in one.alone.items():
+            tell(f"    alone   {times} x {reason}")
+    return results
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("families", nargs="*", help=f"of: {', '.join(FAMILIES)}")
+    parser.add_argument("--write", action="store_true", help="write the list of what may be batched")
+    options = parser.parse_args()
+    if options.write and options.families:
+        parser.error("--write needs every family")
+    results = run(options.families or FAMILIES, lambda line: print(line, flush=True))
+    if options.write:
+        path = ROOT / "src/sfumato/engine" / trust.FILE
+        path.write_text(json.dumps(signatures(results), indent=1, sort_keys=True) + "\n")
+        print(f"wrote {path.relative_to(ROOT)}")
+    return 0 if all(one.same for one in results) else 1
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    sys.exit(main())

@@ -1,0 +1,404 @@
+"""The heart: many requests on one thread, parked at their module calls, sharing forwards.
+
+Each request is a greenlet that runs unmodified code (a pipeline, on a `standin.view`). Where that code calls
+a heavy module the greenlet parks and control comes back to the `Hub`, which picks a group of parked calls
+that are alike, computes one forward for all of them, and lets each go on with its rows of the result. A call
+that is like no other is computed by its own greenlet, as if nothing were in between.
+
+`Hub.step` is one turn: admit, resume, choose, run, scatter. Nothing here knows a pipeline or a request's
+meaning; the policy is `policy.choose`, the rule `calls`, what may be joined `trust`.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import itertools
+import logging
+import weakref
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import greenlet  # type: ignore[import-untyped]
+import torch
+
+from sfumato.engine import outputs, policy, threadstate
+from sfumato.engine.calls import Call, Fingerprints, describe, join, target
+from sfumato.engine.memo import Memo
+from sfumato.engine.outputs import Unsplittable
+from sfumato.engine.standin import Asker, StandIn, View
+from sfumato.engine.trust import Trial, Trust, Width
+
+log = logging.getLogger(__name__)
+
+
+_NARROWED: Mapping[Width, Callable[[Call], Hashable]] = {
+    "alone": lambda call: None,
+    "alike": lambda call: (call.key, call.exact),
+    "any": lambda call: call.key,
+}
+"""The key under which a call may be joined with others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Told to a parked request: here is the answer."""
+
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """Told to a parked request: compute it yourself, and report to the trial if there is one."""
+
+    trial: Trial | None = None
+    member: int = 0
+
+
+@dataclass(slots=True)
+class Count:
+    """Calls of a module, and the forwards that answered them."""
+
+    calls: int = 0
+    forwards: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a request ended: with a value, or with an error."""
+
+    value: Any = None
+    error: BaseException | None = None
+
+
+class Task(Asker):
+    """One request. `outcome` is set once, when it has ended."""
+
+    def __init__(self, hub: Hub, number: int, function: Callable[[], Any], priority: int, caller: str) -> None:
+        super().__init__()
+        self.hub = hub
+        self.number = number
+        self.priority = priority
+        self.caller = caller
+        self.left: int | None = None
+        """Denoising steps still to do, if whoever submitted it says so; short requests overtake long ones."""
+        self.outcome: Outcome | None = None
+        self.call: Call | None = None
+        """What it is parked at."""
+        self.since = 0
+        self.reply: Result | Compute | None = None
+        self.memo_key: Hashable = None
+        self.views: set[View] = set()
+        self._function: Callable[[], Any] | None = function
+        self._closing = ""
+        self._random = threadstate.seeded()
+        # A greenlet starts with an empty context; requests see the variables of whoever submitted them.
+        self.gr_context = contextvars.copy_context()
+
+    @property
+    def done(self) -> bool:
+        return self.outcome is not None
+
+    def run(self) -> None:
+        assert self._function is not None
+        try:
+            self.outcome = Outcome(value=self._function())
+        except BaseException as error:  # a cancelled request ends here too, and an error belongs to its request alone
+            self.outcome = Outcome(error=error)
+        finally:
+            self._end()
+
+    def ask(self, stand_in: StandIn, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A stand-in was called inside this request: park, or compute at once where it must not switch."""
+        view: View = stand_in._sfumato_view
+        self.views.add(view)
+        hub = self.hub
+        name = stand_in._sfumato_name
+        # Autocast, grad mode and the like belong to the thread: switching inside would give them to others.
+        reason = self._closing or view.occupied()
+        if reason or threadstate.ambient() != hub.ambient:
+            hub.count(name, 1, 1)
+            hub.alone[name, str(reason or "in another state of torch than the rest")] += 1
+            return stand_in._sfumato_compute(method, args, kwargs)
+        call = describe(stand_in._sfumato_module, method, args, kwargs, hub.prints, name)
+        if stand_in._sfumato_stateful:
+            call.key, call.alone = None, "a cache inside the module keeps a state per request"
+        if call.key is None:
+            hub.alone[name, call.alone] += 1
+        self.memo_key = hub.memo.key(call, hub.prints) if call.key is not None else None
+        reply = self._park(call)
+        if isinstance(reply, Result):
+            return reply.value
+        hub.count(name, 1, 1)
+        try:
+            value = stand_in._sfumato_compute(method, args, kwargs)
+        except BaseException:
+            if reply.trial:
+                reply.trial.give_up(reply.member)
+            raise
+        hub.computed(self, call, value)
+        if reply.trial:
+            reply.trial.report(reply.member, value)
+        return value
+
+    def resume(self) -> None:
+        """Run it until it parks or ends."""
+        reply, self.reply, self.call = self.reply, None, None
+        self._switch(lambda: self.switch(reply) if reply else self.switch())
+
+    def cancel(self, error: BaseException) -> None:
+        """End it now with `error`, which is raised where it is parked; its `finally` blocks run, without a switch."""
+        if self.done:
+            return
+        if greenlet.getcurrent() is self:
+            raise error
+        self._closing = "the request is being ended"
+        self.call = None
+        if not self:  # not started
+            self.outcome = Outcome(error=error)
+            self._end()
+            return
+        self._switch(lambda: self.throw(error))
+
+    def _park(self, call: Call) -> Result | Compute:
+        self.call = call
+        self.since = self.hub.now
+        reply = self.parent.switch()
+        assert isinstance(reply, Result | Compute)
+        return reply
+
+    def _switch(self, into: Callable[[], Any]) -> None:
+        # torch's global generator is part of a request: some pipelines and schedulers draw from it.
+        self.parent = greenlet.getcurrent()
+        found = threadstate.random()
+        threadstate.set_random(self._random)
+        try:
+            into()
+        finally:
+            self._random = threadstate.random()
+            threadstate.set_random(found)
+
+    def _end(self) -> None:
+        self._function = self.call = self.reply = None
+        for view in self.views:
+            view.close()
+        self.views.clear()
+
+
+@dataclass(slots=True)
+class Hub:
+    """Runs tasks on the thread that calls `step`. All methods are for that thread."""
+
+    max_rows: int = 8
+    """Rows of one forward. A request with guidance mostly has two; one that has more than this runs alone."""
+    max_active: int = 16
+    """Requests that have started and not ended. Each keeps its tensors in memory."""
+    patience: int = policy.PATIENCE
+    trust: Trust = field(default_factory=Trust)
+    memo: Memo = field(default_factory=Memo)
+    prints: Fingerprints = field(default_factory=Fingerprints)
+    counts: dict[str, Count] = field(default_factory=lambda: defaultdict(Count))
+    alone: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """Module name and reason → calls that could not be joined; `trust.refused` has what was found out by trial."""
+    now: int = 0
+    """Turns so far in which something was computed."""
+    ambient: tuple[Any, ...] = ()
+    _queue: deque[Task] = field(default_factory=deque)
+    _active: dict[int, Task] = field(default_factory=dict)
+    _caps: dict[Hashable, int] = field(default_factory=dict)
+    _given: dict[str, float] = field(default_factory=dict)
+    _widths: dict[Hashable, tuple[weakref.ref[Any], int, Width]] = field(default_factory=dict)
+    _numbers: itertools.count[int] = field(default_factory=itertools.count)
+
+    def submit(self, function: Callable[[], Any], *, priority: int = 0, caller: str = "") -> Task:
+        """Queue a request: `function` runs in a greenlet and may call pipelines on views."""
+        task = Task(self, next(self._numbers), function, priority, caller)
+        self._queue.append(task)
+        return task
+
+    def step(self) -> bool:
+        """One turn; False when there is nothing left to do. At most one module call per request is computed."""
+        self.ambient = threadstate.ambient()
+        self._admit()
+        for task in [task for task in self._active.values() if task.call is None or task.reply is not None]:
+            self._resume(task)
+        if group := self._choose():
+            self.now += 1
+            self._run(group)
+        return bool(self._active or self._queue)
+
+    def turn(self) -> None:
+        """Called inside a request: let everybody else go on, then come back. For what waits on its neighbours."""
+        task = greenlet.getcurrent()
+        assert isinstance(task, Task)
+        task.parent.switch()
+
+    def cancel(self, task: Task, error: BaseException) -> None:
+        """End `task` with `error` wherever it is. Neighbours do not notice."""
+        if task in self._queue:
+            self._queue.remove(task)
+        task.cancel(error)
+        self._active.pop(task.number, None)
+
+    def close(self, error: BaseException) -> None:
+        """End every task with `error`."""
+        for task in [*self._queue, *self._active.values()]:
+            self.cancel(task, error)
+
+    def count(self, name: str, calls: int, forwards: int) -> None:
+        self.counts[name].calls += calls
+        self.counts[name].forwards += forwards
+
+    def computed(self, task: Task, call: Call, value: Any) -> None:
+        """A request computed its own call."""
+        if task.memo_key is not None:
+            self.memo.put(task.memo_key, call.module, value)
+
+    # One turn, in the order in which it happens.
+
+    def _admit(self) -> None:
+        while self._queue and len(self._active) < self.max_active:
+            task = self._queue.popleft()
+            self._active[task.number] = task
+            # A caller who comes back after a while has not saved up turns.
+            had = [self._given[other.caller] for other in self._active.values() if other.caller in self._given]
+            self._given[task.caller] = max(self._given.get(task.caller, 0.0), min(had, default=0.0))
+
+    def _resume(self, task: Task) -> None:
+        if task.done:  # cancelled by another one's callback in this very turn
+            return
+        task.resume()
+        if task.outcome is not None:
+            self._active.pop(task.number, None)
+            if not self._active:
+                self._given.clear()
+            if isinstance(task.outcome.error, KeyboardInterrupt | SystemExit):
+                raise task.outcome.error
+        if threadstate.ambient() != self.ambient:
+            # Requests park in the ambient state only; this one has ended without putting it back.
+            log.warning(
+                "request %d left torch's state changed: %s, was %s", task.number, threadstate.ambient(), self.ambient
+            )
+            threadstate.restore(self.ambient)
+
+    def _choose(self) -> list[Task]:
+        self._answer_known()
+        parked = [task for task in self._active.values() if task.call is not None and task.reply is None]
+        waiting = [
+            policy.Waiting(
+                id=task.number,
+                key=self._key(call),
+                rows=call.rows,
+                since=task.since,
+                priority=task.priority,
+                caller=task.caller,
+                left=task.left,
+            )
+            for task in parked
+            if (call := task.call)
+        ]
+        by_number = {task.number: task for task in parked}
+        calls = policy.choose(waiting, self.now, self._room, lambda caller: self._given.get(caller, 0.0), self.patience)
+        return [by_number[call.id] for call in calls]
+
+    def _run(self, group: list[Task]) -> None:
+        leaders: dict[Hashable, Task] = {}
+        for task in group:
+            if task.call is not None:
+                self._given[task.caller] = self._given.get(task.caller, 0.0) + task.call.rows
+            # Of equal texts one is computed; the others find it in the memo at the next turn.
+            leaders.setdefault(task.memo_key if task.memo_key is not None else task.number, task)
+        members = list(leaders.values())
+        if len(members) == 1:
+            self._tell(members[0], Compute())
+            return
+        self._run_together(members)
+
+    def _run_together(self, members: list[Task]) -> None:
+        calls = [task.call for task in members if task.call is not None]
+        first = calls[0]
+        loose = any(call.exact != first.exact for call in calls)
+        signature = self.trust.signature(first, loose=loose)
+        try:
+            output = target(first.module, first.method)(**join(calls))
+            parts = outputs.split(output, [call.rows for call in calls], listed=first.listed)
+        except Unsplittable as reason:
+            self.trust.refuse(first, signature, str(reason))
+            self.count(first.name, 0, 1)
+            self._all_alone(members)
+            return
+        except Exception as error:  # whatever a module raises: find out whose fault it is
+            self.count(first.name, 0, 1)
+            if is_out_of_memory(error):
+                self._shrink(calls)
+                return
+            log.info("a batch of %d calls of %s failed: %r", len(calls), first.name, error)
+            self._all_alone(
+                members, Trial([None] * len(members), lambda _: self._fails_only_together(first, signature))
+            )
+            return
+        self.count(first.name, 0, 1)
+        if self.trust.ruling(first, signature) == "try":
+            trial = Trial(parts, lambda error: self.trust.settle(first, signature, error))
+            self._all_alone(members, trial)
+            return
+        self.count(first.name, len(members), 0)
+        for task, part in zip(members, parts, strict=True):
+            if task.memo_key is not None:
+                self.memo.put(task.memo_key, first.module, part)
+            task.reply = Result(part)
+
+    def _all_alone(self, members: list[Task], trial: Trial | None = None) -> None:
+        for member, task in enumerate(members):
+            self._tell(task, Compute(trial, member))
+
+    def _tell(self, task: Task, reply: Result | Compute) -> None:
+        task.reply = reply
+        self._resume(task)
+
+    def _fails_only_together(self, call: Call, signature: str) -> None:
+        self.trust.refuse(call, signature, "the batch raised, each member alone did not")
+
+    def _answer_known(self) -> None:
+        for task in self._active.values():
+            if task.call is not None and task.reply is None and task.memo_key is not None:
+                known = self.memo.get(task.memo_key)
+                if known:
+                    self.count(task.call.name, 1, 0)
+                    task.reply = Result(known[0])
+
+    def _key(self, call: Call) -> Hashable:
+        if call.key is None:
+            return None
+        known = self._widths.get(call.key)
+        if known is None or known[0]() is not call.module or known[1] != self.trust.changes:
+            if len(self._widths) > 4096:
+                self._widths.clear()
+            known = self._widths[call.key] = (weakref.ref(call.module), self.trust.changes, self.trust.width(call))
+        return _NARROWED[known[2]](call)
+
+    def _room(self, waiting: policy.Waiting) -> int:
+        call = self._active[waiting.id].call
+        assert call is not None
+        return min(self.max_rows, self._caps.get(_sizes(call), self.max_rows)) if self._caps else self.max_rows
+
+    def _shrink(self, calls: list[Call]) -> None:
+        """Out of memory: from now on half as many rows for this module and shape. The members stay parked."""
+        sizes = _sizes(calls[0])
+        self._caps[sizes] = max(1, sum(call.rows for call in calls) // 2)
+        log.warning("out of memory: at most %d rows for %s of this size", self._caps[sizes], calls[0].name)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's CPU allocator
+
+
+def _sizes(call: Call) -> Hashable:
+    """Module and shapes without rows or contents: what a cap is remembered for."""
+    shapes = [(leaf.path, leaf.value.shape[1:]) for leaf in call.leaves if leaf.kind in ("rows", "frames", "ragged")]
+    return (id(call.module), call.method, tuple(shapes))
