@@ -28,17 +28,14 @@ class Server:
         self._command = [sys.executable, "-m", "sfumato.cli", "serve", "--port", "0"]
         self._command += ["--models", str(models), "--data", str(data), *flags]
         self._env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", **(env or {})}
-        self._listening = threading.Event()
+        self._news = threading.Condition()
+        self._over = False
 
     def __enter__(self) -> Server:
         self._process = subprocess.Popen(self._command, env=self._env, stderr=subprocess.PIPE, text=True)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        assert self._listening.wait(60), self.log
-        assert self._process.poll() is None, self.log
-        address = re.search(r"on (http://127\.0\.0\.1:\d+)", self.log)
-        assert address, self.log
-        self.url = address[1]
+        self.url = self.wait_for(r"Sfumato \S+ on (http://127\.0\.0\.1:\d+)")[1]
         self.client = httpx.Client(base_url=self.url, timeout=TIMEOUT_S)
         return self
 
@@ -55,6 +52,15 @@ class Server:
         code = self._process.wait(60)
         self._reader.join(10)
         return code
+
+    def wait_for(self, pattern: str, after: int = 0) -> re.Match[str]:
+        """The first match in the log (from line `after` on), as soon as it is there."""
+        with self._news:
+            found = self._news.wait_for(
+                lambda: re.search(pattern, "".join(self.lines[after:])) or self._over, TIMEOUT_S
+            )
+        assert isinstance(found, re.Match), self.log
+        return found
 
     def draw(self, **body: Any) -> httpx.Response:
         return self.client.post("/v1/images/generations", json=body)
@@ -73,7 +79,9 @@ class Server:
         assert self._process.stderr is not None
         with self._process.stderr as stderr:
             for line in stderr:
-                self.lines.append(line)
-                if "Sfumato" in line:
-                    self._listening.set()
-        self._listening.set()
+                with self._news:
+                    self.lines.append(line)
+                    self._news.notify_all()
+        with self._news:
+            self._over = True
+            self._news.notify_all()

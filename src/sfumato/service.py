@@ -58,6 +58,8 @@ class ImageRequest:
     """Source pictures: file bytes, base64, `data:` URI or http(s) URL."""
     mask: str | bytes | None = None
     """White is redrawn; where the picture has transparency, transparent is redrawn."""
+    caller: str = ""
+    """Whoever asks: callers share the engine fairly."""
     operator: bool = False
     """Asked by whoever owns the model files: their `enable_parameters` does not bind."""
 
@@ -150,6 +152,7 @@ class Service:
                 strength=request.strength,
                 images=images,
                 mask=mask,
+                caller=request.caller,
             )
             if not request.operator:
                 _refuse_disabled(config, asked)

@@ -65,7 +65,7 @@ class GenerationsBody(BaseModel):
         text = str(self.quality or "")
         return int(text) if text.isdigit() else None
 
-    def to_request(self) -> ImageRequest:
+    def to_request(self, caller: str) -> ImageRequest:
         image = [self.image] if isinstance(self.image, str) else list(self.image or ())
         return ImageRequest(
             prompts=[self.prompt] if isinstance(self.prompt, str) else self.prompt,
@@ -86,6 +86,7 @@ class GenerationsBody(BaseModel):
                 *(self.ref_images or ()),
             ],
             mask=self.mask,
+            caller=caller,
         )
 
     def wants_b64(self) -> bool:
@@ -104,7 +105,8 @@ def router(service: Service, store: Store) -> APIRouter:
 
     @routes.post("/images/generations", summary="Draw pictures")
     async def generations(body: GenerationsBody, request: Request) -> Response:
-        drawn = await _unless_gone(request, service.draw(body.to_request()))
+        caller = request.client.host if request.client else ""
+        drawn = await _unless_gone(request, service.draw(body.to_request(caller)))
         base = service.settings.public_url.rstrip("/") or str(request.base_url).rstrip("/")
         items = [await _item(done, store, None if body.wants_b64() else base) for done in drawn]
         ignored = body.ignored()

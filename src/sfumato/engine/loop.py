@@ -69,6 +69,7 @@ class Loop:
                 self._tasks[asked.id] = task
             case Cancel(id):
                 if id in self._tasks:  # else it has been answered already
+                    log.info("request %s is cancelled with %s steps left", id, self._tasks[id].left)
                     self._hub.cancel(self._tasks[id], generation.Stopped())
             case Stop():
                 self._stopping = True
