@@ -7,20 +7,8 @@ from typing import Any
 import diffusers as d
 import tiny
 import torch
-from families import (
-    LANGUAGE,
-    Call,
-    Family,
-    any_tokenizer,
-    controlled,
-    flow,
-    negative,
-    picture,
-    three,
-    umt5,
-    with_pictures,
-    without,
-)
+from families import Call, Family, controlled, negative, picture, three, with_pictures, without
+from families_transformers import LANGUAGE, any_tokenizer, flow, umt5
 from tiny import STABLE_DIFFUSION_NOISE, WIDTH, seeded
 from tiny_text import clip_tokenizer, t5_tokenizer
 from transformers import (

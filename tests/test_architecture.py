@@ -29,11 +29,12 @@ ENGINE = [
     {"supervisor", "local", "worker"},
     {"loop", "streams"},
     {"generation", "memory", "residency"},
+    {"arguments"},
     {"load", "gather"},
     {"download", "sampler", "batching"},
     {"memo", "standin", "trust"},
     {"calls"},
-    {"handover", "outputs", "policy", "process", "protocol", "resolve", "threadstate", "wire"},
+    {"handover", "joins", "outputs", "policy", "process", "protocol", "resolve", "threadstate", "wire"},
 ]
 
 WITHOUT_TORCH = ["sfumato.cli", "sfumato.serve", "sfumato.draw", "sfumato.check", "sfumato.api.app", "sfumato.service"]

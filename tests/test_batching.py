@@ -16,6 +16,7 @@ from transformers import DynamicCache, T5Config, T5EncoderModel
 from sfumato.engine import outputs
 from sfumato.engine.batching import Hub
 from sfumato.engine.calls import Call, Fingerprints, describe, join
+from sfumato.engine.joins import Joins
 from sfumato.engine.memo import Memo
 from sfumato.engine.standin import View, exclusive, view
 from sfumato.engine.trust import Trust
@@ -69,10 +70,10 @@ def test_time_becomes_one_per_row_in_one_dtype() -> None:
     module = Any_()
     calls = [called(module, noise(2, 3), 7), called(module, noise(1, 3), torch.tensor([0.5]))]
     assert calls[0].exact != calls[1].exact
-    joined = join(calls)
+    joined = join(calls, Joins())
     assert joined["timestep"].tolist() == [7.0, 7.0, 0.5]
     assert joined["sample"].shape == (3, 3)
-    same = join([called(module, noise(1, 3), torch.tensor(7)), called(module, noise(1, 3), torch.tensor([8]))])
+    same = join([called(module, noise(1, 3), torch.tensor(7)), called(module, noise(1, 3), torch.tensor([8]))], Joins())
     assert same["timestep"].dtype == torch.int64
 
 
@@ -104,7 +105,7 @@ def test_a_generator_is_dropped_only_where_it_is_ignored() -> None:
     generator = torch.Generator()
     ignored = called(vae, noise(1, 4, 8, 8), method="decode", generator=generator, return_dict=False)
     assert ignored.key is not None
-    assert "generator" not in join([ignored])
+    assert "generator" not in join([ignored], Joins())
 
     class Drawing(nn.Module):
         def forward(self, sample, generator=None):
@@ -121,7 +122,7 @@ def test_ragged_text_is_padded_and_masked() -> None:
     long = called(module, noise(1, 16, 8), noise(1, 5, 6), torch.ones(1, 5), img_shapes=shapes)
     assert short.key == long.key
     assert short.exact != long.exact
-    joined = join([short, long])
+    joined = join([short, long], Joins())
     assert joined["encoder_hidden_states"].shape == (2, 5, 6)
     assert joined["encoder_hidden_states_mask"].tolist() == [[True] * 3 + [False] * 2, [True] * 5]
     assert joined["img_shapes"] == shapes * 2
@@ -131,6 +132,25 @@ def test_ragged_text_is_padded_and_masked() -> None:
 
 def qwen_forward(self, hidden_states, encoder_hidden_states, encoder_hidden_states_mask=None, img_shapes=None):
     return hidden_states
+
+
+def test_what_comes_again_is_joined_once() -> None:
+    joins = Joins()
+    texts = [noise(1, 512, 256, seed=n) for n in range(2)]
+    first, second, third = (joins.cat(texts) for _ in range(3))
+    assert first is not second
+    assert second is third
+    texts[0].add_(1)
+    assert torch.equal(joins.cat(texts), torch.cat(texts))
+    joins.cat(texts).zero_()  # a module that writes to its input
+    assert torch.equal(joins.cat(texts), torch.cat(texts))
+    assert joins.cat(texts[::-1])[0, 0, 0] == texts[1][0, 0, 0]
+    with torch.inference_mode():  # nothing would tell that they were written to
+        unversioned = [noise(1, 512, 256), noise(1, 512, 256)]
+        kept = [joins.cat(unversioned) for _ in range(3)]
+    assert kept[1] is not kept[2]
+    del texts
+    assert not joins._held
 
 
 def test_lists_with_a_tensor_per_row_are_joined() -> None:
@@ -143,7 +163,7 @@ def test_lists_with_a_tensor_per_row_are_joined() -> None:
     one = called(module, [noise(4, 1, 8, 8)], torch.tensor([0.3]), [noise(9, 6)])
     assert two.key == one.key
     assert two.rows == 2
-    joined = join([two, one])
+    joined = join([two, one], Joins())
     assert len(joined["x"]) == len(joined["cap_feats"]) == len(joined["t"]) == 3
     parts = outputs.split((module(**joined),), [2, 1], listed=True)
     assert [len(part[0]) for part in parts] == [2, 1]

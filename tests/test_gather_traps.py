@@ -114,6 +114,25 @@ def test_an_adapter_added_in_the_middle_pins_its_request() -> None:
     assert hub.alone["unet", "unet: set_attn_processor"] == 4  # PNDM does one step more
 
 
+def test_a_patch_that_keeps_a_state_in_a_module_sees_one_request_after_another() -> None:
+    pipe = tiny.stable_diffusion()
+    forward = pipe.unet.forward
+    kept: list[Any] = []
+
+    def every_other(*args: Any, **kwargs: Any) -> Any:
+        """As feature caches do: the last answer once more."""
+        return kept.pop() if kept else kept.append(forward(*args, **kwargs)) or kept[0]
+
+    pipe.unet.forward = every_other
+    calls = [{**call, "guidance_scale": 5.0} for call in PLAIN]
+    expected = alone(pipe, calls)
+    kept.clear()
+    stats: dict[str, dict[str, float]] = {}
+    for one, other in zip(expected, sfumato.gather(pipe, seeded(calls), stats=stats), strict=True):
+        np.testing.assert_allclose(other.images, one, atol=1e-4)
+    assert stats["unet"]["mean_batch"] == 1.0
+
+
 @pytest.mark.parametrize("outer", [torch.no_grad, torch.inference_mode])
 def test_both_ways_of_doing_without_gradients_batch(outer: Any) -> None:
     pipe = tiny.flux()

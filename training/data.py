@@ -33,6 +33,7 @@ class Picture:
     name: str | None
     colour: str
     size: float
+    mirrored: bool
 
 
 def fetch() -> None:
@@ -128,12 +129,12 @@ class Compositor:
         canvas = canvas * (1 - uniform(0.1, 0.35) * dark[..., None])
         canvas = canvas * (1 - layer[..., 3:]) + layer[..., :3] * light
         pixels = (np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8)
-        return Picture(pixels, name, colour, size)
+        return Picture(pixels, name, colour, size, mirror < 0)
 
     def empty(self, colour: str) -> Picture:
         """A picture of nothing but a background."""
         pixels = (self.background(colour) * 255 + 0.5).astype(np.uint8)
-        return Picture(pixels, None, colour, 0.0)
+        return Picture(pixels, None, colour, 0.0, False)
 
 
 def _place(sprite: Floats, size: float, angle: float, dx: float, dy: float, mirror: float) -> Floats:

@@ -1,10 +1,12 @@
 """Stage 3: the UNet and the text encoder together, on cached latents.
 
-``python -m training.denoiser`` trains from scratch and writes ``.runs/denoiser/checkpoint.pt``
-(the running average of the weights) every 250 steps.
+``python -m training.denoiser`` trains from scratch at a steady learning rate, then goes on from
+the averaged weights while the rate falls to zero; ``python -m training.denoiser anneal`` does the
+second part alone. Every 250 steps ``.runs/denoiser/checkpoint.pt`` gets the averaged weights.
 """
 
 import random
+import sys
 import time
 from collections.abc import Iterator
 
@@ -22,7 +24,7 @@ from training.shards import NOTHING, SHARDS, latents_file, load_labels
 from training.text import LENGTH, build_encoder, build_tokenizer
 from training.vocabulary import COLOURS, OBJECTS, caption
 
-STEPS = 4200
+STEADY_STEPS, ANNEAL_STEPS = 1250, 1450
 BATCH = 48
 PEAK = 4e-3
 DROPPED_CAPTIONS = 0.1
@@ -71,9 +73,10 @@ class TextToNoise(nn.Module):
 
 
 class Dataset:
-    """Random batches of latents with freshly written captions."""
+    """Random batches of latents with freshly written captions, with or without mirrored pictures."""
 
-    def __init__(self, tokenizer: CLIPTokenizer, seed: int) -> None:
+    def __init__(self, tokenizer: CLIPTokenizer, seed: int, mirrored: bool) -> None:
+        self._mirrored = mirrored
         self._tokenizer = tokenizer
         self._chance = random.Random(seed)
         self._generator = torch.Generator().manual_seed(seed)
@@ -87,10 +90,11 @@ class Dataset:
             return
         labels = [load_labels(shard) for shard in found]
         latents = np.concatenate([np.load(latents_file(shard)) for shard in found])
-        self._latents = torch.from_numpy(latents)
-        self._objects = np.concatenate([label.objects for label in labels])
-        self._colours = np.concatenate([label.colours for label in labels])
-        self._sizes = np.concatenate([label.sizes for label in labels])
+        kept = np.concatenate([self._mirrored | ~label.mirrored for label in labels])
+        self._latents = torch.from_numpy(latents[kept])
+        self._objects = np.concatenate([label.objects for label in labels])[kept]
+        self._colours = np.concatenate([label.colours for label in labels])[kept]
+        self._sizes = np.concatenate([label.sizes for label in labels])[kept]
         self._shards = len(found)
         print(f"{len(self._latents)} pictures in {self._shards} shards", flush=True)
 
@@ -123,16 +127,14 @@ def timestep_odds(cumulative_alphas: Tensor, gamma: float = 5.0) -> Tensor:
     return 5 / 6 * weights / weights.sum() + 1 / 6 / len(weights)
 
 
-def train(steps: int = STEPS, seed: int = 3) -> None:
-    """The whole run."""
+def train(model: TextToNoise, tokenizer: CLIPTokenizer, steps: int, hold: float, mirrored: bool, seed: int) -> None:
+    """Train ``model`` for ``steps``; the learning rate is at its peak for a share ``hold`` of them."""
     torch.manual_seed(seed)
-    tokenizer = build_tokenizer(RUNS / "denoiser" / "tokenizer")
-    model = TextToNoise(tokenizer)
     optimisers, average = Optimisers(model, muon=1.25), Average(model, 0.998)
     schedule = DDPMScheduler(**NOISE_SCHEDULE)
     odds = timestep_odds(schedule.alphas_cumprod)
     start, losses = time.time(), 0.0
-    batches = Dataset(tokenizer, seed).batches(BATCH)
+    batches = Dataset(tokenizer, seed, mirrored).batches(BATCH)
     for step in range(1, steps + 1):
         latents, tokens = next(batches)
         noise = torch.randn_like(latents)
@@ -145,7 +147,7 @@ def train(steps: int = STEPS, seed: int = 3) -> None:
             loss = F.mse_loss(predicted.float(), noise)
             torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimisers.step(learning_rate(step - 1, steps, PEAK, warmup=100, hold=0.4))
+        optimisers.step(learning_rate(step - 1, steps, PEAK, warmup=100, hold=hold))
         average.update()
         losses += loss.item()
         if step % 50 == 0:
@@ -160,7 +162,13 @@ def train(steps: int = STEPS, seed: int = 3) -> None:
 def main() -> None:
     """Entry point."""
     torch.set_num_threads(1)
-    train()
+    torch.manual_seed(3)
+    tokenizer = build_tokenizer(RUNS / "denoiser" / "tokenizer")
+    model = TextToNoise(tokenizer)
+    if sys.argv[1:] != ["anneal"]:
+        train(model, tokenizer, STEADY_STEPS, hold=1.0, mirrored=True, seed=3)
+    model.load_state_dict(torch.load(CHECKPOINT))
+    train(model, tokenizer, ANNEAL_STEPS, hold=0.0, mirrored=False, seed=4)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Score the shipped model: ``python -m training.evaluate`` prints a table, writes ``results.json``.
 
-Needs no data: the judge's weights ship beside this file. Name sections to run only those, e.g.
-``python -m training.evaluate seen held-out``.
+Needs no data: the judge's weights ship beside this file. Name sections to measure only those anew,
+e.g. ``python -m training.evaluate seen held-out``.
 """
 
 import json
@@ -19,8 +19,12 @@ from PIL import Image
 from training.judge import Judge
 from training.painter import Painter
 from training.paths import RESULTS
-from training.schedulers import SAMPLERS
 from training.vocabulary import Pair, held_out_pairs, prompt, seen_pairs
+
+SAMPLERS = (
+    "ddim", "pndm", "heun", "unipc", "euler", "euler_a", "lms", "k_lms", "dpm_2", "k_dpm_2", "dpm_2_a", "k_dpm_2_a",
+    "dpmpp_2m", "k_dpmpp_2m", "dpmpp_sde", "k_dpmpp_sde", "dpmpp_2m_sde", "k_dpmpp_2m_sde", "dpmpp_2s",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -131,10 +135,7 @@ def image_to_image(bench: Bench) -> list[Score]:
     for label, pairs in (("another caption's", others), ("the same caption's", wanted)):
         sources = bench.painter.paint([prompt(*pair) for pair in pairs], range(600, 620))
         made = bench.painter.paint(prompts, range(500, 520), image=sources, strength=0.3)
-        nearer = [
-            distance(m, source) < distance(m, free)
-            for m, source, free in zip(made, sources, plain, strict=True)
-        ]
+        nearer = [distance(m, source) < distance(m, free) for m, source, free in zip(made, sources, plain, strict=True)]
         what = f"strength 0.3: nearer to {label} picture than to text-to-image"
         scores.append(Score("image", what, float(np.mean(nearer)), 0.95))
         if pairs is others:
@@ -199,6 +200,13 @@ def table(scores: Sequence[Score]) -> str:
     return "\n".join(lines)
 
 
+def merge(fresh: Sequence[Score], measured: Sequence[str]) -> list[Score]:
+    """Fresh scores, and those that ``results.json`` has of other sections, in the order of sections."""
+    saved = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    kept = [Score(**entry) for entry in saved if entry["section"] not in measured]
+    return sorted([*kept, *fresh], key=lambda score: list(SECTIONS).index(score.section))
+
+
 def main() -> None:
     """Entry point."""
     chosen = sys.argv[1:] or list(SECTIONS)
@@ -209,9 +217,9 @@ def main() -> None:
         for name in chosen:
             scores += SECTIONS[name](bench)
             print(f"{name}: {time.time() - start:.0f}s", file=sys.stderr, flush=True)
+    scores = merge(scores, chosen)
     print(table(scores))
-    if chosen == list(SECTIONS):
-        RESULTS.write_text(json.dumps([asdict(score) for score in scores], indent=1) + "\n")
+    RESULTS.write_text(json.dumps([asdict(score) for score in scores], indent=1) + "\n")
 
 
 if __name__ == "__main__":

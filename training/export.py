@@ -3,6 +3,7 @@
 ``python -m training.export [folder]`` can run at any moment: it takes the newest checkpoint.
 """
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -42,6 +43,16 @@ def export(folder: Path = PIPELINE) -> None:
     if folder.exists():
         shutil.rmtree(folder)
     pipeline.save_pretrained(folder)
+    for name in ("vocab.json", "merges.txt"):  # for readers of the older tokenizer format
+        shutil.copy(RUNS / "denoiser" / "tokenizer" / name, folder / "tokenizer" / name)
+    for file in folder.rglob("config.json"):
+        config = json.loads(file.read_text())
+        config.pop("_name_or_path", None)  # a path of the machine that trained
+        if "dtype" in config:  # transformers would compute in the stored precision, diffusers in float32
+            config["dtype"] = "float32"
+        file.write_text(json.dumps(config, indent=2) + "\n")
+    for file in folder.rglob("*"):
+        file.chmod(0o755 if file.is_dir() else 0o644)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     print(f"{folder}: {size / 1e6:.1f} MB")
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import (
     StableDiffusionImg2ImgPipeline,
@@ -12,10 +13,16 @@ from diffusers import (
 )
 from PIL import Image
 
+from sfumato.schedulers import parse
 from training.paths import PIPELINE
-from training.schedulers import make_scheduler
 
 STEPS, GUIDANCE, BATCH = 20, 3.0, 10
+
+
+def make_scheduler(name: str, config: Any) -> Any:
+    """The scheduler that the server calls ``name``, on the noise schedule of ``config``."""
+    form = parse(name).noise
+    return getattr(diffusers, form.cls).from_config(config, **form.arguments)
 
 
 class Painter:
@@ -64,6 +71,7 @@ class Painter:
                 make_scheduler(sampler, config) if sampler else type(self._text.scheduler).from_config(config)
             )
             here = {k: v[part] if isinstance(v, list) else v for k, v in options.items()}
+            torch.manual_seed(seeds[start])  # for the solvers that draw their own noise
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
             painted += pipeline(list(prompts[part]), generator=generators, **here).images
         return painted

@@ -1,7 +1,7 @@
 """Stage 4: the decoder alone, on cached latents, for sharper pictures.
 
 The encoder stays as it is, so cached latents and the denoiser remain valid, and this can run
-beside the denoiser. ``python -m training.refine`` writes ``.runs/vae-refined`` every 500 steps.
+beside the denoiser. ``python -m training.refine`` writes ``.runs/vae-refined`` every 250 steps.
 """
 
 import time
@@ -16,9 +16,9 @@ from training.paths import RUNS
 from training.shards import GENERAL, SHARDS, latents_file, load_pictures
 from training.vae import SCALING, picture_loss, to_tensor
 
-STEPS, BATCH, PEAK = 6000, 4, 3e-3
+STEPS, BATCH, PEAK = 1500, 4, 2e-3
 NOISE = 0.03
-EVERY = 500
+EVERY = 250
 
 
 class Examples:
@@ -59,7 +59,7 @@ def refine(steps: int = STEPS, seed: int = 4) -> None:
             made = vae.decode(latents).sample
         loss = picture_loss(made.float(), wanted.contiguous(memory_format=torch.channels_last))
         torch.autograd.backward(loss)
-        optimisers.step(learning_rate(step - 1, steps, PEAK, hold=0.3))
+        optimisers.step(learning_rate(step - 1, steps, PEAK, hold=0.1))
         average.update()
         losses += loss.item()
         if step % 100 == 0:

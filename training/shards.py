@@ -36,11 +36,13 @@ NOTHING = -1
 
 @dataclass(frozen=True)
 class Labels:
-    """What each picture of a shard shows: indices into OBJECTS (or NOTHING) and COLOURS, and scales."""
+    """What each picture of a shard shows: indices into OBJECTS (or NOTHING) and COLOURS, its scale,
+    and whether it is mirrored."""
 
     objects: NDArray[np.int64]
     colours: NDArray[np.int64]
     sizes: NDArray[np.float32]
+    mirrored: NDArray[np.bool_]
 
 
 def _pictures_file(shard: int) -> Path:
@@ -66,9 +68,7 @@ def make_pictures(shard: int) -> None:
     compositor = Compositor(1000 + shard)
     sprites = dict(zip(OBJECTS, load_sprites(list(OBJECTS.values())), strict=True))
     pictures = [
-        compositor.picture(sprites[name], name, colour)
-        for name, colour in seen_pairs()
-        for _ in range(PER_PAIR)
+        compositor.picture(sprites[name], name, colour) for name, colour in seen_pairs() for _ in range(PER_PAIR)
     ]
     pictures += [compositor.empty(colour) for colour in COLOURS for _ in range(PER_BACKGROUND)]
     names, colours = list(OBJECTS), list(COLOURS)
@@ -77,6 +77,7 @@ def make_pictures(shard: int) -> None:
         objects=np.array([NOTHING if p.name is None else names.index(p.name) for p in pictures]),
         colours=np.array([colours.index(p.colour) for p in pictures]),
         sizes=np.array([p.size for p in pictures], np.float32),
+        mirrored=np.array([p.mirrored for p in pictures]),
     )
     _write(_pictures_file(shard), np.stack([p.pixels for p in pictures]))
 
@@ -90,7 +91,7 @@ def load_pictures(shard: int) -> Pixels:
 def load_labels(shard: int) -> Labels:
     """What the pictures of a shard show."""
     with np.load(_labels_file(shard)) as saved:
-        return Labels(saved["objects"], saved["colours"], saved["sizes"])
+        return Labels(saved["objects"], saved["colours"], saved["sizes"], saved["mirrored"])
 
 
 @torch.no_grad()

@@ -96,8 +96,7 @@ def held_out_pairs() -> frozenset[Pair]:
     """One colour per object (a tenth of all pairs, five per colour) that training never shows."""
     colours = list(COLOURS)
     return frozenset(
-        (name, colours[(3 * index + index // len(colours)) % len(colours)])
-        for index, name in enumerate(OBJECTS)
+        (name, colours[(3 * index + index // len(colours)) % len(colours)]) for index, name in enumerate(OBJECTS)
     )
 
 

@@ -25,6 +25,7 @@ import torch
 
 from sfumato.engine import outputs, policy, threadstate
 from sfumato.engine.calls import Call, Fingerprints, describe, join, target
+from sfumato.engine.joins import Joins
 from sfumato.engine.memo import Memo
 from sfumato.engine.outputs import Unsplittable
 from sfumato.engine.standin import Asker, StandIn, View
@@ -198,6 +199,7 @@ class Hub:
     trust: Trust = field(default_factory=Trust)
     memo: Memo = field(default_factory=Memo)
     prints: Fingerprints = field(default_factory=Fingerprints)
+    joins: Joins = field(default_factory=Joins)
     counts: dict[str, Count] = field(default_factory=lambda: defaultdict(Count))
     alone: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Module name and reason → calls that could not be joined; `trust.refused` has what was found out by trial."""
@@ -245,6 +247,13 @@ class Hub:
         """End every task with `error`."""
         for task in [*self._queue, *self._active.values()]:
             self.cancel(task, error)
+
+    def forget(self) -> None:
+        """Drop what is kept of earlier calls: for when a model is unloaded or its weights or adapters change."""
+        self.memo.clear()
+        self.joins.clear()
+        self._widths.clear()
+        self._caps.clear()
 
     def count(self, name: str, calls: int, forwards: int) -> None:
         self.counts[name].calls += calls
@@ -321,7 +330,7 @@ class Hub:
         loose = any(call.exact != first.exact for call in calls)
         signature = self.trust.signature(first, loose=loose)
         try:
-            output = target(first.module, first.method)(**join(calls))
+            output = target(first.module, first.method)(**join(calls, self.joins))
             parts = outputs.split(output, [call.rows for call in calls], listed=first.listed)
         except Unsplittable as reason:
             self.trust.refuse(first, signature, str(reason))

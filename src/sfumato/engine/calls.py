@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 
+from sfumato.engine.joins import Joins
 from sfumato.engine.outputs import PLAIN
 
 TIME = frozenset({
@@ -151,11 +152,11 @@ def describe(
     return call
 
 
-def join(calls: Sequence[Call]) -> dict[str, Any]:
+def join(calls: Sequence[Call], joins: Joins) -> dict[str, Any]:
     """The keyword arguments of one forward for all of `calls`, whose keys are equal."""
     joined: list[Any] = []
     for at, leaf in enumerate(calls[0].leaves):
-        joined.append(_JOIN[leaf.kind]([call.leaves[at] for call in calls], calls))
+        joined.append(_JOIN[leaf.kind]([call.leaves[at] for call in calls], calls, joins))
     arguments: dict[str, Any] = _rebuilt(calls[0].shape, iter(joined))
     if masked := RAGGED.get(type(plain(calls[0].module)).__name__):
         _mask(arguments, masked, calls)
@@ -280,15 +281,15 @@ class _Reader:
         return "leaf"
 
 
-def _cat(leaves: list[Leaf], calls: Sequence[Call]) -> torch.Tensor:
-    return torch.cat([leaf.value for leaf in leaves])
+def _cat(leaves: list[Leaf], calls: Sequence[Call], joins: Joins) -> torch.Tensor:
+    return joins.cat([leaf.value for leaf in leaves])
 
 
-def _cat_second(leaves: list[Leaf], calls: Sequence[Call]) -> torch.Tensor:
-    return torch.cat([leaf.value for leaf in leaves], dim=1)
+def _cat_second(leaves: list[Leaf], calls: Sequence[Call], joins: Joins) -> torch.Tensor:
+    return joins.cat([leaf.value for leaf in leaves], dim=1)
 
 
-def _cat_time(leaves: list[Leaf], calls: Sequence[Call]) -> torch.Tensor:
+def _cat_time(leaves: list[Leaf], calls: Sequence[Call], joins: Joins) -> torch.Tensor:
     # Some schedulers count in int64, some in float32; an embedding of time computes in float32 anyway.
     values = [leaf.value for leaf in leaves]
     if len({value.dtype for value in values}) > 1:
@@ -296,24 +297,24 @@ def _cat_time(leaves: list[Leaf], calls: Sequence[Call]) -> torch.Tensor:
     return torch.cat(values)
 
 
-def _cat_ragged(leaves: list[Leaf], calls: Sequence[Call]) -> torch.Tensor:
+def _cat_ragged(leaves: list[Leaf], calls: Sequence[Call], joins: Joins) -> torch.Tensor:
     longest = max(leaf.value.shape[1] for leaf in leaves)
     return torch.cat([_padded(leaf.value, longest) for leaf in leaves])
 
 
-def _cat_lists(leaves: list[Leaf], calls: Sequence[Call]) -> list[Any]:
+def _cat_lists(leaves: list[Leaf], calls: Sequence[Call], joins: Joins) -> list[Any]:
     return [item for leaf in leaves for item in leaf.value]
 
 
-def _first(leaves: list[Leaf], calls: Sequence[Call]) -> Any:
+def _first(leaves: list[Leaf], calls: Sequence[Call], joins: Joins) -> Any:
     return leaves[0].value
 
 
-def _repeat(leaves: list[Leaf], calls: Sequence[Call]) -> list[Any]:
+def _repeat(leaves: list[Leaf], calls: Sequence[Call], joins: Joins) -> list[Any]:
     return [leaves[0].value[0]] * sum(call.rows for call in calls)
 
 
-_JOIN: Mapping[str, Callable[[list[Leaf], Sequence[Call]], Any]] = {
+_JOIN: Mapping[str, Callable[[list[Leaf], Sequence[Call], Joins], Any]] = {
     "rows": _cat,
     "frames": _cat,
     "second": _cat_second,

@@ -75,7 +75,7 @@ class _Run:
         self._call = dict(call)
 
     def __call__(self) -> Any:
-        made = view(self._pipe)
+        made = view(self._pipe, foreign=True)
         if "scheduler" in self._call and "scheduler" not in inspect.signature(type(made).__call__).parameters:
             made.scheduler = copy.deepcopy(self._call.pop("scheduler"))
         if hasattr(made, "set_progress_bar_config"):

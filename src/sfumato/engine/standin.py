@@ -171,9 +171,13 @@ class StandIn:
                 del manager._state_cache[name]
 
 
-def view(pipeline: Any) -> Any:
-    """A copy of `pipeline` for one request, of the same class, that shares the weights and nothing a call changes."""
-    return _view(pipeline, View(exclusive(pipeline)), {}, "")
+def view(pipeline: Any, *, foreign: bool = False) -> Any:
+    """A copy of `pipeline` for one request, of the same class, that shares the weights and nothing a call changes.
+
+    `foreign`: others had their hands on it, so look for modules that they have patched.
+    """
+    reason = exclusive(pipeline) or (foreign and _patched(pipeline)) or ""
+    return _view(pipeline, View(reason), {}, "")
 
 
 def exclusive(pipeline: Any) -> str:
@@ -187,6 +191,15 @@ def exclusive(pipeline: Any) -> str:
         for module in vars(each).values():
             if isinstance(module, torch.nn.Module) and _state_managers(module) == ():
                 return "a cache inside a module keeps one state for all requests"
+    return ""
+
+
+def _patched(pipeline: Any) -> str:
+    """Which module has a `forward` put over its own, as feature caches of third parties do to keep a state."""
+    for name, module in vars(pipeline).items():
+        hooked = ("_hf_hook", "_old_forward", "_diffusers_hook")  # accelerate's and diffusers' own
+        if isinstance(module, torch.nn.Module) and "forward" in vars(module) and not vars(module).keys() & set(hooked):
+            return f"the forward of {name} was replaced by something that may keep a state"
     return ""
 
 

@@ -1,7 +1,8 @@
 """The engine in a child process: started by handshake, watched, restarted with back-off.
 
 When the worker dies, what it had not answered is sent to the next one: the same seeds, so the same
-pictures. A generation that had started in two workers that died is taken for the reason and failed.
+pictures. What it was drawing is suspect, and drawn again one at a time with nothing beside it; the one
+at which a worker dies again is taken for the reason and failed, and no neighbour with it.
 """
 
 from __future__ import annotations
@@ -9,16 +10,18 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import os
+import signal
 import socket
 import sys
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 
 from sfumato.config import ModelConfig
-from sfumato.core import Event, Generation, ModelStatus
+from sfumato.core import Done, Event, Failed, Generation, ModelStatus
 from sfumato.engine import wire
-from sfumato.engine.protocol import Cancel, Command, Ready, Started, Stop, Submit
+from sfumato.engine.protocol import Answer, Cancel, Command, Ready, Started, Stop, Submit
 from sfumato.engine.streams import Streams
 from sfumato.errors import WorkerDied
 from sfumato.settings import Settings
@@ -29,8 +32,10 @@ START_TIMEOUT_S = 120.0
 """Importing torch takes seconds, on a cold disk tens of them."""
 STOP_TIMEOUT_S = 30.0
 MAX_BACKOFF_S = 30.0
+STARTS = 3
+"""After so many starts in a row that came to nothing, those who wait are told."""
 DEATHS = 2
-"""A generation that was being drawn at so many deaths of the worker is failed."""
+"""A generation that was being drawn at so many deaths of the worker is failed; the second time it was alone."""
 
 
 @dataclass(slots=True)
@@ -38,6 +43,8 @@ class Flight:
     """A generation that is not answered yet."""
 
     submit: Submit
+    sent: bool = False
+    """Whether the present worker has it."""
     started: bool = False
     """Whether the present worker has begun with it."""
     deaths: int = 0
@@ -81,8 +88,8 @@ class Supervisor:
                     await self._process.wait()  # type: ignore[union-attr]
             except TimeoutError:
                 log.warning("the worker did not end within %.0f s; it is killed", STOP_TIMEOUT_S)
-        if self._process and self._process.returncode is None:
-            self._process.kill()
+        if self._process:
+            _kill(self._process)
         if self._keeper:
             self._keeper.cancel()
             await asyncio.wait([self._keeper])
@@ -91,13 +98,29 @@ class Supervisor:
     async def submit(self, config: ModelConfig, generation: Generation) -> AsyncGenerator[Event, None]:
         id = generation.id
         self._flights[id] = Flight(Submit(config, generation))
-        self._post(self._flights[id].submit)
+        self._send()
         try:
             async with aclosing(self._streams.events(id, functools.partial(self._post, Cancel(id)))) as events:
                 async for event in events:
                     yield event
         finally:
-            del self._flights[id]
+            self._ended(id)
+
+    def _send(self) -> None:
+        """Hand the worker what it may have now: a suspect alone, or without suspects everything."""
+        if self._writer is None:
+            return
+        flights = list(self._flights.values())
+        if not any(flight.sent for flight in flights):
+            self._heard = asyncio.get_running_loop().time()  # it was idle, and had nothing to say
+        for flight in [flight for flight in flights if flight.deaths][:1] or flights:
+            if not flight.sent:
+                flight.sent = True
+                self._post(flight.submit)
+
+    def _ended(self, id: str) -> None:
+        if self._flights.pop(id, None):
+            self._send()
 
     def _post(self, command: Command) -> None:
         if self._writer and not self._writer.is_closing():
@@ -111,7 +134,8 @@ class Supervisor:
                 failures = 0
             except (OSError, TimeoutError, asyncio.IncompleteReadError) as error:
                 failures += 1
-                self._fail_all(f"the worker does not start ({error!r}); see the server's log")
+                if failures >= STARTS:
+                    self._fail_all(f"the worker does not start ({error!r}); see the server's log")
             if self._stopping:
                 break
             delay = min(MAX_BACKOFF_S, 0.25 * 2**failures)
@@ -136,8 +160,7 @@ class Supervisor:
                 hello: Ready = await wire.receive_async(reader)
             log.info("worker %d is up: %s, %s", self._process.pid, hello.device, dict(hello.versions))
             self._writer = writer
-            for flight in self._flights.values():
-                self._post(flight.submit)
+            self._send()
             self._up.set()
             async with asyncio.TaskGroup() as group:
                 watch = group.create_task(self._watch(self._process))
@@ -147,8 +170,7 @@ class Supervisor:
             self._up.clear()
             self._writer = None
             writer.close()
-            if self._process.returncode is None:
-                self._process.kill()
+            _kill(self._process)
             await self._process.wait()
             self._streams.forget()
             self._count_deaths()
@@ -161,31 +183,36 @@ class Supervisor:
             except (asyncio.IncompleteReadError, ConnectionError):
                 return
             self._heard = asyncio.get_running_loop().time()
-            if isinstance(report, Started) and report.id in self._flights:
-                self._flights[report.id].started = True
             self._streams.deliver(report)
+            match report:
+                case Started(id) if id in self._flights:
+                    self._flights[id].started = True
+                case Answer(id, Done() | Failed()):
+                    self._ended(id)
 
     async def _watch(self, process: asyncio.subprocess.Process) -> None:
-        """Kill a worker that is at work and has not been heard of for `hang_s`."""
+        """Kill a worker that owes an answer and has not been heard of for `hang_s`."""
         limit = self._settings.hang_s
         while True:
             await asyncio.sleep(limit / 4)
-            busy = any(flight.started for flight in self._flights.values())
+            # Not only what has started: whoever hung it may have gone away, and the others wait for their turn.
+            busy = any(flight.sent for flight in self._flights.values())
             if busy and asyncio.get_running_loop().time() - self._heard > limit:
                 log.error("worker %d has not been heard of for %d s; it is killed", process.pid, limit)
-                if process.returncode is None:
-                    process.kill()
+                _kill(process)
                 return
 
     def _fail_all(self, why: str) -> None:
         for id in self._flights:
             self._streams.fail(id, WorkerDied(why))
+        self._flights.clear()
 
     def _count_deaths(self) -> None:
-        for id, flight in self._flights.items():
-            if flight.started:
-                flight.deaths, flight.started = flight.deaths + 1, False
+        for id, flight in list(self._flights.items()):
+            flight.deaths += flight.started
+            flight.sent = flight.started = False
             if flight.deaths >= DEATHS:
+                del self._flights[id]
                 self._streams.fail(
                     id,
                     WorkerDied(
@@ -193,3 +220,10 @@ class Supervisor:
                         "it is not tried again"
                     ),
                 )
+
+
+def _kill(process: asyncio.subprocess.Process) -> None:
+    # Not `process.kill()`: that reaps a process that is dead already, and asyncio then misses its exit code.
+    if process.returncode is None:
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)

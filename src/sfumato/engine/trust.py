@@ -82,6 +82,8 @@ class Trust:
     def width(self, call: Call) -> Width:
         if self.ruling(call, self.signature(call, loose=False)) == "no":
             return "alone"
+        if all(exact is None for exact in call.exact):
+            return "any"
         return "alike" if self.ruling(call, self.signature(call, loose=True)) == "no" else "any"
 
     def ruling(self, call: Call, signature: str) -> Literal["yes", "try", "no"]:

@@ -1,0 +1,194 @@
+"""What a pipeline is called with: the request, then the model file, then the class's own defaults."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from PIL import Image, ImageOps
+
+from sfumato import pictures
+from sfumato.config import DEFAULTS
+from sfumato.core import Generation
+from sfumato.engine.load import Loaded, encoder_layers
+from sfumato.errors import InvalidRequest
+
+MANY_PICTURES = re.compile(r"Flux2|EditPlus|OmniGen|Kontext(?!Inpaint)")
+"""Names of classes that take several reference pictures for one result; for others a list is a batch."""
+
+PAGE_CLASSES = re.compile(r"StableDiffusion(?!3)")
+"""The seed page's defaults (30 steps, guidance 8) are Stable Diffusion's; other classes keep their own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Canvas:
+    """The size of the result in pixels (None: the class's own) and the pictures that go into it, at that size."""
+
+    width: int | None
+    height: int | None
+    sources: list[Image.Image]
+    """RGB, upright."""
+    mask: Image.Image | None
+    """L; white is redrawn."""
+
+    @property
+    def image(self) -> Image.Image | list[Image.Image] | None:
+        return self.sources if len(self.sources) > 1 else next(iter(self.sources), None)
+
+
+def fill(model: Loaded, pipeline: Any, asked: Generation) -> Generation:
+    """What the request leaves open, from the model file and the page's defaults; the class's own stay None."""
+    config = model.config
+    paged = bool(PAGE_CLASSES.match(type(pipeline).__name__))
+
+    def first(*values: Any) -> Any:
+        return next((value for value in values if value is not None), None)
+
+    def enabled(name: str, value: Any) -> Any:
+        return value if config.enables(name) else None
+
+    return replace(
+        asked,
+        steps=first(
+            asked.steps,
+            enabled("num_inference_steps", first(config.steps, DEFAULTS["step"] if paged else None)),
+        ),
+        guidance_scale=first(asked.guidance_scale, config.cfg_scale, float(DEFAULTS["cfg_scale"]) if paged else None),
+        negative_prompt=first(asked.negative_prompt, enabled("negative_prompt", config.negative_prompt)),
+        clip_skip=first(asked.clip_skip, enabled("clip_skip", config.clip_skip)),
+        strength=first(asked.strength, config.strength) if asked.images else asked.strength,
+        width=first(asked.width, None if asked.images else config.width),
+        height=first(asked.height, None if asked.images else config.height),
+    )
+
+
+def canvas(model: Loaded, pipeline: Any, wanted: Generation) -> Canvas:
+    """Sources and mask at the size asked for, or the size of the source. Raises InvalidRequest for what cannot be."""
+    width, height = wanted.width, wanted.height
+    multiple = size_multiple(pipeline)
+    if width and height and (width % multiple or height % multiple):
+        near = f"{_near(width, multiple)}x{_near(height, multiple)}"
+        raise InvalidRequest(
+            f"size {width}x{height}: {model.config.name} draws sizes that are multiples of {multiple}; "
+            f"the nearest is {near}",
+            param="size",
+        )
+    sources = [_flat(pictures.decoded(png)) for png in wanted.images]
+    if not sources:
+        return Canvas(width, height, [], None)
+    if len(sources) > 1 and not MANY_PICTURES.search(type(pipeline).__name__):
+        raise InvalidRequest(
+            f"{model.config.name} ({type(pipeline).__name__}) takes one picture, got {len(sources)}",
+            param="image",
+        )
+    mask = pictures.decoded(wanted.mask).convert("L") if wanted.mask else None
+    if mask is not None and mask.size != sources[0].size:
+        raise InvalidRequest(
+            f"the mask is {_size(mask)}, the picture {_size(sources[0])}: both need the same size",
+            param="mask",
+        )
+    if not (width and height):
+        width, height = (_near(side, multiple) for side in sources[0].size)
+    fit = functools.partial(ImageOps.fit, size=(width, height), method=Image.Resampling.LANCZOS)
+    if len(sources) == 1:
+        sources = [fit(source) for source in sources]
+    return Canvas(width, height, sources, mask and fit(mask, method=Image.Resampling.NEAREST))
+
+
+def arguments(model: Loaded, pipeline: Any, asked: Generation, wanted: Generation, canvas: Canvas) -> dict[str, Any]:
+    """The arguments that this class takes. Raises InvalidRequest for one that was asked for and is not taken."""
+    name, parameters = type(pipeline).__name__, parameters_of(pipeline)
+    values = {
+        "prompt": (wanted.prompt, asked.prompt or None),
+        "negative_prompt": (wanted.negative_prompt, asked.negative_prompt),
+        "num_inference_steps": (wanted.steps, asked.steps),
+        "guidance_scale": (wanted.guidance_scale, asked.guidance_scale),
+        "clip_skip": (wanted.clip_skip, asked.clip_skip),
+        "strength": (_strength(wanted), asked.strength),
+        # A source picture already has the size that was asked for.
+        "width": (canvas.width, None if canvas.sources else asked.width),
+        "height": (canvas.height, None if canvas.sources else asked.height),
+        "image": (canvas.image, canvas.image),
+        "mask_image": (canvas.mask, canvas.mask),
+    }
+    for argument, (_, requested) in values.items():
+        if requested is not None and argument not in parameters:
+            raise InvalidRequest(
+                f"{argument}: {model.config.name} ({name}) does not take it. It takes: {', '.join(parameters)}",
+                param="size" if argument in ("width", "height") else argument,
+            )
+    _refuse_unheard_negative(model, parameters, asked)
+    _refuse_deep_clip_skip(model, pipeline, asked)
+    unknown = [option for option in model.config.options if option not in parameters]
+    if unknown:
+        raise InvalidRequest(
+            f"options in {model.config.file}: {', '.join(unknown)} is not an argument of {name}. "
+            f"It takes: {', '.join(parameters)}",
+            param="options",
+        )
+    taken = {argument: value for argument, (value, _) in values.items() if value is not None and argument in parameters}
+    return taken | dict(model.config.options)
+
+
+def parameters_of(pipeline: Any) -> dict[str, inspect.Parameter]:
+    """What one may pass to a pipeline's call, by name."""
+    signature = inspect.signature(type(pipeline).__call__).parameters
+    return {name: each for name, each in signature.items() if name != "self" and each.kind is not each.VAR_KEYWORD}
+
+
+def _refuse_deep_clip_skip(model: Loaded, pipeline: Any, asked: Generation) -> None:
+    layers = encoder_layers(pipeline)
+    if asked.clip_skip is not None and layers is not None and asked.clip_skip > layers:
+        raise InvalidRequest(
+            f"clip_skip {asked.clip_skip}: the text encoder of {model.config.name} has {layers} layers; "
+            f"0 to {layers} are valid",
+            param="clip_skip",
+        )
+
+
+def _strength(wanted: Generation) -> float | None:
+    """At least one denoising step is run: diffusers runs int(steps * strength) of them."""
+    if wanted.strength is None or not wanted.steps:
+        return wanted.strength
+    least = (1 + 1e-9) / wanted.steps
+    return min(1.0, max(wanted.strength, least))
+
+
+def _refuse_unheard_negative(model: Loaded, parameters: Mapping[str, Any], asked: Generation) -> None:
+    # Distilled models take a negative prompt and ignore it unless "true" guidance is on.
+    true_cfg = parameters.get("true_cfg_scale")
+    if asked.negative_prompt and true_cfg is not None:
+        scale = model.config.options.get("true_cfg_scale", true_cfg.default)
+        if not scale or scale <= 1:
+            raise InvalidRequest(
+                f"negative_prompt: {model.config.name} hears it only with true_cfg_scale above 1. "
+                f"Add `true_cfg_scale:4` to `options` in {model.config.file}, or leave it out.",
+                param="negative_prompt",
+            )
+
+
+def size_multiple(pipeline: Any) -> int:
+    """Both sides of a picture must be multiples of this, in pixels."""
+    processor = getattr(pipeline, "image_processor", None)
+    factor = getattr(getattr(processor, "config", None), "vae_scale_factor", None)
+    return int(factor or getattr(pipeline, "vae_scale_factor", None) or 8)
+
+
+def _near(side: int, multiple: int) -> int:
+    return max(multiple, round(side / multiple) * multiple)
+
+
+def _size(image: Image.Image) -> str:
+    return f"{image.width}x{image.height}"
+
+
+def _flat(image: Image.Image) -> Image.Image:
+    """RGB; what was transparent becomes white, as a browser on a white page shows it."""
+    if image.mode == "RGBA":
+        ground = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(ground, image).convert("RGB")
+    return image.convert("RGB")
