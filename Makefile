@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: serve test lint train evaluate docs clean
+.PHONY: serve test train evaluate bench docs clean
 
 serve: $(READY)
 	$(BIN)/sfumato serve
@@ -19,6 +19,9 @@ train: $(READY)
 
 evaluate: $(READY)
 	$(BIN)/python -m training.evaluate
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks
 
 docs: $(READY)
 	$(BIN)/python docs/generate.py

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ def draw(given: Mapping[str, Any], like: Path | None, output: Path | None, setti
     request = ImageRequest(**{**(_as_request(again) if again else {}), **given}, operator=True)
     if again:
         _check_sources(request, again, settings)
+    # One at a time: what is drawn beside others can differ in its last bits, and here nobody waits.
+    settings = replace(settings, max_batch=1)
     drawn = asyncio.run(_draw(request, settings))
     if again:
         _warn_of_differences(again, drawn[0].recipe)

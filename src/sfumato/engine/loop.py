@@ -33,7 +33,7 @@ class Loop:
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._send = send
         self._hub = Hub(max_rows=settings.max_batch, max_active=settings.max_active)
-        self._residency = Residency(settings.loaded_models, settings.device, self._tell)
+        self._residency = Residency(settings.loaded_models, settings.device, self._tell, self._hub.forget)
         self._tasks: dict[str, Task] = {}
         self._stopping = False
 

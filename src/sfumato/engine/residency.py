@@ -30,10 +30,18 @@ PER_REQUEST: Mapping[str, Any] = {
 class Residency:
     """Loaded models by name. Used from the loop's one thread, by requests that take turns on it."""
 
-    def __init__(self, limit: int, device: str, tell: Callable[[str, ModelStatus], None]) -> None:
+    def __init__(
+        self,
+        limit: int,
+        device: str,
+        tell: Callable[[str, ModelStatus], None],
+        dropped: Callable[[], None] = lambda: None,
+    ) -> None:
+        """At most `limit` models, on `device` (a setting); `dropped` is called when one has left."""
         self._limit = limit
         self._device = device
         self._tell = tell
+        self._dropped = dropped
         self._loaded: OrderedDict[str, load.Loaded] = OrderedDict()
         self._users: Counter[str] = Counter()
         self._line: deque[object] = deque()
@@ -110,6 +118,7 @@ class Residency:
     def _drop(self, name: str, why: str) -> None:
         log.info("%s leaves memory: %s", name, why)
         del self._loaded[name]
+        self._dropped()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
