@@ -31,8 +31,8 @@ ENGINE = [
     {"generation", "memory", "residency"},
     {"arguments"},
     {"load", "gather"},
-    {"download", "sampler", "batching"},
-    {"memo", "standin", "trust"},
+    {"download", "sampler", "batching", "watch"},
+    {"memo", "preview", "standin", "trust"},
     {"calls"},
     {"handover", "joins", "outputs", "policy", "process", "protocol", "resolve", "threadstate", "wire"},
 ]

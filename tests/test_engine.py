@@ -15,7 +15,7 @@ import pytest
 
 from sfumato.catalog import Catalog
 from sfumato.config import ModelConfig
-from sfumato.core import Done, Event, Failed, Generation, Step
+from sfumato.core import Done, Event, Failed, Generation, Preview, Step
 from sfumato.engine.local import Local
 from sfumato.engine.protocol import Engine
 from sfumato.engine.supervisor import Supervisor
@@ -77,6 +77,16 @@ def test_steps_then_one_terminal_event(running: Running, config: ModelConfig) ->
             assert isinstance(done, Done)
             assert done.recipe.seed == seed
         assert engine.status("m").state == "ready"
+
+    running.run(run())
+
+
+def test_previews_come_between_the_steps(running: Running, config: ModelConfig) -> None:
+    async def run() -> None:
+        *events, done = await events_of(running.engine, config, wanted("shown", previews=2))
+        kinds = [(type(event), event.step) for event in events if isinstance(event, Step | Preview)]
+        assert kinds == [(Step, 1), (Preview, 1), (Step, 2), (Preview, 2), (Step, 3), (Step, 4)]
+        assert isinstance(done, Done)
 
     running.run(run())
 

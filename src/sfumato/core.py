@@ -14,6 +14,9 @@ from sfumato.errors import SfumatoError
 MAX_SEED = 2**63 - 1
 """Largest seed: torch's generators take 64 bits, JSON clients sign them."""
 
+MAX_PREVIEWS = 16
+"""Most previews of one generation: each costs about as much as decoding the picture."""
+
 
 @dataclass(frozen=True, slots=True)
 class Generation:
@@ -43,6 +46,8 @@ class Generation:
     """Whoever asked: callers share the engine fairly."""
     mask: bytes | None = None
     """An encoded PNG, mode L, the size of the first image; white (255) is redrawn."""
+    previews: int = 0
+    """0 .. MAX_PREVIEWS: pictures on the way, evenly spread over the steps and never at the last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +87,20 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+class Preview:
+    """The picture as it stands after `step` of `total`, at most 512 pixels on its longer side.
+
+    A run that has to start again shows its previews again, from 0.
+    """
+
+    index: int
+    """0 is the first."""
+    step: int
+    total: int
+    png: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Done:
     """Terminal: the picture as PNG bytes with its recipe inside."""
 
@@ -96,8 +115,8 @@ class Failed:
     error: SfumatoError
 
 
-Event: TypeAlias = Step | Done | Failed
-"""A stream of events is any number of `Step`, then exactly one `Done` or `Failed`."""
+Event: TypeAlias = Step | Preview | Done | Failed
+"""A stream of events is any number of `Step` and `Preview`, then exactly one `Done` or `Failed`."""
 
 ModelState: TypeAlias = Literal["unloaded", "downloading", "loading", "ready", "failed"]
 

@@ -18,6 +18,7 @@ from sfumato.core import Done, Generation, Recipe
 from sfumato.engine import arguments, sampler, standin
 from sfumato.engine.batching import is_out_of_memory
 from sfumato.engine.load import Loaded
+from sfumato.engine.watch import OnPreview, Previews
 from sfumato.errors import ContentFiltered, DrawError, InvalidRequest, SfumatoError
 
 OnStep: TypeAlias = Callable[[int, int], None]
@@ -36,8 +37,8 @@ class Stopped(BaseException):
     """Raised through a pipeline by `on_step` to stop it; no pipeline code catches it."""
 
 
-def draw(model: Loaded, asked: Generation, on_step: OnStep) -> Done:
-    """Draw one picture.
+def draw(model: Loaded, asked: Generation, on_step: OnStep, on_preview: OnPreview | None = None) -> Done:
+    """Draw one picture; `on_preview` gets the previews that were asked for, of pipelines that can show them.
 
     Raises InvalidRequest for what this model cannot do, ContentFiltered when its safety checker fires,
     DrawError when the pipeline raises or its result is not finite.
@@ -54,7 +55,10 @@ def draw(model: Loaded, asked: Generation, on_step: OnStep) -> Done:
     choice = _choice(model, pipeline, wanted)
     scheduler = sampler.make(pipeline, choice, wanted.seed)
     if scheduler is not None:
-        pipeline.scheduler = _observed(scheduler, on_step)
+        previews = None
+        if asked.previews and on_preview:
+            previews = Previews(pipeline, asked.previews, canvas.width, canvas.height, on_preview)
+        pipeline.scheduler = _observed(scheduler, on_step, previews)
     # 4. run
     image = _run(pipeline, given, wanted.seed)
     # 5. outside the mask every pixel stays as it was
@@ -103,7 +107,7 @@ def _choice(model: Loaded, pipeline: Any, wanted: Generation) -> schedulers.Choi
     return choice
 
 
-def _observed(scheduler: Any, on_step: OnStep) -> Any:
+def _observed(scheduler: Any, on_step: OnStep, previews: Previews | None = None) -> Any:
     """Report each `scheduler.step`: every denoising loop of diffusers calls it, with or without a callback."""
     step = scheduler.step
     done = total = 0
@@ -118,6 +122,8 @@ def _observed(scheduler: Any, on_step: OnStep) -> Any:
         on_step(done, max(done, total))
         if done >= total:
             _refuse_nan(result)
+        if previews:
+            previews.after(done, total, scheduler, result)
         return result
 
     scheduler.step = observed

@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 import torch
 
-from sfumato.core import Done, Event, Failed, ModelStatus, Step
+from sfumato.core import Done, Event, Failed, ModelStatus, Preview, Step
 from sfumato.engine import generation, memory
 from sfumato.engine.batching import Hub, Task
 from sfumato.engine.protocol import Answer, Cancel, Command, Report, Started, Status, Stop, Submit
@@ -79,13 +79,16 @@ class Loop:
         asked = submit.generation
         self._send(Started(asked.id))
         with self._residency.use(submit.config, self._hub.turn) as model:
-            return memory.with_less(
-                model, lambda: generation.draw(model, asked, functools.partial(self._on_step, asked.id))
-            )
+            on_step = functools.partial(self._on_step, asked.id)
+            on_preview = functools.partial(self._on_preview, asked.id)
+            return memory.with_less(model, lambda: generation.draw(model, asked, on_step, on_preview))
 
     def _on_step(self, id: str, step: int, total: int) -> None:
         self._tasks[id].left = total - step
         self._send(Answer(id, Step(step, total)))
+
+    def _on_preview(self, id: str, preview: Preview) -> None:
+        self._send(Answer(id, preview))
 
     def _report(self) -> None:
         for id, task in [(id, task) for id, task in self._tasks.items() if task.done]:

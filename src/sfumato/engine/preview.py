@@ -1,0 +1,123 @@
+"""Pictures of a run on its way: latents after a scheduler step, as the pipeline's own decoder shows them.
+
+A preview is for looking at, and changes nothing of the request that it shows.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any
+
+import torch
+from PIL import Image
+
+LONGEST = 512
+"""Pixels: larger previews are scaled down to this on their longer side."""
+
+CHANNELS = (1, 3)
+"""Of pictures: grey and RGB."""
+
+UNSCALED = frozenset({"LDMSuperResolutionPipeline"})
+"""Classes that hand latents to their decoder as they are, like those whose decoder is a `movq`."""
+
+
+@torch.no_grad()
+def preview(pipeline: Any, latents: torch.Tensor, width: int | None, height: int | None) -> Image.Image | None:
+    """The first picture of `latents`, whose size is `width` x `height` pixels or of that shape; None if it is none.
+
+    Takes [B, C, H, W], with one frame [B, C, 1, H, W], and packed [B, tokens, C]; pixels where the pipeline
+    has no decoder.
+    """
+    if not latents.is_floating_point() or hasattr(pipeline, "vocoder"):
+        return None
+    name = next((name for name in ("vae", "movq", "vqvae") if getattr(pipeline, name, None) is not None), None)
+    latents = latents.detach()[:1].clone()
+    if name is None:
+        return _picture(None, latents)
+    vae = getattr(pipeline, name)
+    if hasattr(vae, "_hf_hook"):  # it waits in main memory: fetching it would put out the denoiser
+        return None
+    raw = name == "movq" or type(pipeline).__name__ in UNSCALED
+    spatial = latents if raw else _spatial(pipeline, vae, latents, width, height)
+    if spatial is None or (spatial.ndim == 5 and spatial.shape[2] != 1) or spatial.ndim not in (4, 5):
+        return None
+    pixels = _decoded(pipeline, vae, spatial, {"force_not_quantize": True} if name == "movq" else {})
+    if pixels.ndim == 5:
+        pixels = pixels[:, :, 0]
+    processor: Any = getattr(pipeline, "image_processor", None)
+    if width and height and hasattr(processor, "resize_and_crop_tensor"):  # drew at the nearest size it knows
+        pixels = processor.resize_and_crop_tensor(pixels, width, height)
+    return _picture(processor, pixels)
+
+
+def _spatial(
+    pipeline: Any, vae: Any, latents: torch.Tensor, width: int | None, height: int | None
+) -> torch.Tensor | None:
+    """`latents` as the decoder takes them: unpacked to [B, C, H, W] or [B, C, 1, H, W], and unscaled."""
+    if latents.ndim != 3:
+        return _unscaled(vae, latents)
+    grid = _grid(latents.shape[1], (width or 1) / (height or 1))
+    if grid is None:
+        return None
+    rows, columns = grid
+    if hasattr(vae, "bn") and hasattr(pipeline, "_unpatchify_latents"):  # Flux 2: normalised by patch
+        patches = latents.transpose(1, 2).reshape(1, -1, rows, columns)
+        mean, variance = (each.view(1, -1, 1, 1).to(patches) for each in (vae.bn.running_mean, vae.bn.running_var))
+        patches = patches * torch.sqrt(variance + vae.config.batch_norm_eps) + mean
+        return pipeline._unpatchify_latents(patches)  # type: ignore[no-any-return]
+    unpack = getattr(pipeline, "_unpack_latents", None)
+    if unpack is None:
+        return None
+    factor = pipeline.vae_scale_factor
+    patch = pipeline.image_processor.config.vae_scale_factor  # pixels of a token
+    known = {"latents": latents, "height": rows * patch, "width": columns * patch, "vae_scale_factor": factor}
+    wanted = inspect.signature(unpack).parameters
+    if not wanted.keys() <= known.keys():  # layers, frames, pictures side by side
+        return None
+    return _unscaled(vae, unpack(**{name: known[name] for name in wanted}))
+
+
+def _grid(tokens: int, ratio: float) -> tuple[int, int] | None:
+    """Rows and columns of so many tokens whose shape is nearest to `ratio` (width to height), if one is near."""
+    pairs = ((rows, tokens // rows) for rows in range(1, tokens + 1) if tokens % rows == 0)
+    off, grid = min((abs(math.log(columns / rows / ratio)), (rows, columns)) for rows, columns in pairs)
+    return grid if off < 0.2 else None
+
+
+def _unscaled(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    config = vae.config
+    latents = latents / (getattr(config, "scaling_factor", None) or 1.0)
+    mean, std = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
+    if mean is None or std is None:
+        return latents + (getattr(config, "shift_factor", None) or 0.0)
+    shape = (1, -1, *[1] * (latents.ndim - 2))
+    return latents * torch.tensor(std).view(shape).to(latents) + torch.tensor(mean).view(shape).to(latents)
+
+
+def _decoded(pipeline: Any, vae: Any, latents: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
+    """[B, C, H, W] or [B, C, 1, H, W] of pixels, about -1 .. 1."""
+    dtype = vae.dtype
+    upcast = dtype == torch.float16 and hasattr(pipeline, "upcast_vae") and vae.config.force_upcast
+    if not upcast:
+        return vae.decode(latents.to(dtype), return_dict=False, **options)[0]  # type: ignore[no-any-return]
+    try:  # as the pipeline does it at its end; nobody else runs meanwhile
+        vae.to(dtype=torch.float32)
+        return vae.decode(latents.float(), return_dict=False, **options)[0]  # type: ignore[no-any-return]
+    finally:
+        vae.to(dtype=dtype)
+
+
+def _picture(processor: Any, pixels: torch.Tensor) -> Image.Image | None:
+    """Of [B, C, H, W] pixels, about -1 .. 1; None for what is no picture."""
+    if pixels.ndim != 4 or pixels.shape[1] not in CHANNELS or not bool(torch.isfinite(pixels).all()):
+        return None
+    if processor is not None:
+        image = processor.postprocess(pixels, output_type="pil")[0]
+    else:
+        levels = ((pixels[0].float() / 2 + 0.5).clamp(0, 1) * 255).round().byte().cpu()
+        image = Image.fromarray(levels.permute(1, 2, 0).squeeze(-1).numpy())
+    if not isinstance(image, Image.Image):
+        return None
+    image.thumbnail((LONGEST, LONGEST))
+    return image

@@ -1,0 +1,270 @@
+"""Previews: pictures on the way, from every kind of latents, that change nothing of what is drawn."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import functools
+import io
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks import parity
+from sfumato.catalog import Catalog
+from sfumato.config import ModelConfig
+from sfumato.core import Done, Event, Generation, Preview, Step
+from sfumato.engine.local import Local
+from sfumato.engine.preview import preview
+from sfumato.engine.watch import Previews, due, sample
+from sfumato.settings import Settings
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "sd": tiny.stable_diffusion,
+    "xl": tiny.stable_diffusion_xl,
+    "sd3": tiny.stable_diffusion_3,
+    "flux": tiny.flux,
+    "pixart": tiny.pixart,
+    "ddpm": tiny.ddpm,
+}
+
+
+class Studio:
+    """An engine with `MODELS`, and the event loop that it lives on."""
+
+    def __init__(self, folder: Path) -> None:
+        for name, build in MODELS.items():
+            tiny.save(build(), folder / name)
+            (folder / f"{name}.yaml").write_text(f"name: {name}\nparameters:\n  model: {name}\ndtype: fp32\n")
+        self.catalog = Catalog([folder])
+        self.engine = Local(Settings(device="cpu", log_level="error", loaded_models=len(MODELS)))
+        self.runner = asyncio.Runner()
+        self.runner.run(self.engine.start())
+
+    def draw(self, *asked: tuple[str, Generation]) -> list[list[Event]]:
+        """The events of each, of all at once."""
+
+        async def one(config: ModelConfig, generation: Generation) -> list[Event]:
+            async with aclosing(self.engine.submit(config, generation)) as events:
+                return [event async for event in events]
+
+        async def run() -> list[list[Event]]:
+            return await asyncio.gather(*(one(self.catalog.get(name), generation) for name, generation in asked))
+
+        return self.runner.run(run())
+
+    def close(self) -> None:
+        self.runner.run(self.engine.stop())
+        self.runner.close()
+
+
+@pytest.fixture(scope="module")
+def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    studio = Studio(tmp_path_factory.mktemp("models"))
+    yield studio
+    studio.close()
+    torch.set_num_threads(threads)
+
+
+def wanted(id: str, **fields: Any) -> Generation:
+    return Generation(**{"id": id, "prompt": "a cat", "seed": 1, "steps": 8, "width": 64, "height": 64, **fields})
+
+
+def pixels(png: bytes) -> np.ndarray[Any, Any]:
+    return np.asarray(Image.open(io.BytesIO(png)))
+
+
+def shown(events: list[Event]) -> list[Preview]:
+    return [event for event in events if isinstance(event, Preview)]
+
+
+def final(events: list[Event]) -> np.ndarray[Any, Any]:
+    assert isinstance(events[-1], Done), events[-1]
+    return pixels(events[-1].png)
+
+
+def source(width: int, height: int) -> bytes:
+    file = io.BytesIO()
+    Image.linear_gradient("L").resize((width, height)).convert("RGB").save(file, "PNG")
+    return file.getvalue()
+
+
+CASES = {
+    "sd": ("sd", {}),
+    "sd, ddim": ("sd", {"scheduler": "ddim"}),
+    "sd from a picture": ("sd", {"images": (source(64, 64),), "strength": 0.75}),
+    "xl": ("xl", {}),
+    "xl, a noise of its own at each step": ("xl", {"scheduler": "euler_a"}),
+    "sd3": ("sd3", {}),
+    "flux": ("flux", {}),
+    "flux, wide": ("flux", {"width": 128, "height": 64}),
+    "pixart, drawn larger": ("pixart", {}),
+    "ddpm": ("ddpm", {"prompt": "", "width": None, "height": None}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_previews_are_spread_and_change_nothing(studio: Studio, case: str) -> None:
+    name, fields = CASES[case]
+    (plain,) = studio.draw((name, wanted("plain", **fields)))
+    (events,) = studio.draw((name, wanted("shown", previews=3, **fields)))
+    assert not shown(plain)
+    previews = shown(events)
+    total = previews[0].total
+    assert [(each.index, each.step) for each in previews] == [(n, total * (n + 1) // 4) for n in range(3)]
+    # Each right after the step that it shows.
+    assert [events[at - 1] for at, event in enumerate(events) if isinstance(event, Preview)] == [
+        Step(each.step, total) for each in previews
+    ]
+    pictures = [pixels(each.png) for each in previews]
+    assert {each.shape for each in pictures} == {final(events).shape}
+    assert len({each.tobytes() for each in [*pictures, final(events)]}) == 4
+    assert np.array_equal(final(events), final(plain))
+
+
+@pytest.mark.parametrize("name", ["sd", "flux"])
+def test_a_neighbour_does_not_notice(studio: Studio, name: str) -> None:
+    (alone,) = studio.draw((name, wanted("alone", seed=5)))
+    with_previews, neighbour = studio.draw(
+        (name, wanted("shown", previews=16, prompt="a dog")), (name, wanted("other", seed=5))
+    )
+    assert len(shown(with_previews)) == shown(with_previews)[0].total - 1  # all there are
+    assert not shown(neighbour)
+    assert np.abs(final(neighbour).astype(int) - final(alone)).max() <= 1
+
+
+def test_large_previews_are_scaled_down(studio: Studio) -> None:
+    (events,) = studio.draw(("sd", wanted("large", width=640, height=320, steps=2, previews=1)))
+    assert [pixels(each.png).shape for each in shown(events)] == [(256, 512, 3)]
+    assert final(events).shape == (320, 640, 3)
+
+
+def test_a_preview_that_fails_ends_the_previews_only(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    (plain,) = studio.draw(("sd", wanted("plain")))
+    calls = []
+
+    def fail(*_: Any) -> None:
+        calls.append(1)
+        raise RuntimeError("cannot")
+
+    monkeypatch.setattr("sfumato.engine.watch.preview", fail)
+    (events,) = studio.draw(("sd", wanted("shown", previews=3)))
+    assert len(calls) == 1
+    assert not shown(events)
+    assert np.array_equal(final(events), final(plain))
+
+
+def test_a_preview_draws_no_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def noisy(*_: Any) -> Image.Image:
+        torch.rand(())
+        return Image.new("RGB", (8, 8))
+
+    monkeypatch.setattr("sfumato.engine.watch.preview", noisy)
+    got: list[Preview] = []
+    pipe = tiny.stable_diffusion()
+    before = torch.get_rng_state()
+    Previews(pipe, 1, None, None, got.append).after(1, 2, pipe.scheduler, (torch.zeros(1, 4, 8, 8),))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert len(got) == 1
+
+
+def test_cancelled_at_a_preview(studio: Studio) -> None:
+    async def run() -> None:
+        async with aclosing(
+            studio.engine.submit(studio.catalog.get("sd"), wanted("long", steps=900, previews=16))
+        ) as events:
+            async for event in events:
+                if isinstance(event, Preview):
+                    break
+
+    studio.runner.run(asyncio.wait_for(run(), 60))
+    (events,) = studio.draw(("sd", wanted("next")))
+    assert isinstance(events[-1], Done)
+
+
+def test_what_is_no_picture_has_no_preview() -> None:
+    pipe = tiny.stable_diffusion()
+    assert preview(pipe, torch.zeros(1, 4, 8, 8), None, None) is not None
+    assert preview(pipe, torch.zeros(1, 4, 3, 8, 8), None, None) is None  # frames
+    assert preview(pipe, torch.zeros(1, 64, 16), 64, 64) is None  # packed, and nothing unpacks it
+    assert preview(pipe, torch.zeros(1, 64), None, None) is None  # an embedding
+    assert preview(pipe, torch.zeros(1, 8, 8, dtype=torch.long), None, None) is None  # tokens
+    assert preview(pipe, torch.full((1, 4, 8, 8), torch.nan), None, None) is None
+    flux = tiny.flux()
+    assert preview(flux, torch.zeros(1, 7, 16), 64, 64) is None  # no such shape
+
+
+def test_a_half_precision_decoder_is_raised_and_put_back() -> None:
+    pipe = tiny.stable_diffusion_xl()
+    pipe.vae.half()
+    assert preview(pipe, torch.zeros(1, 4, 8, 8, dtype=torch.float16), None, None) is not None
+    assert pipe.vae.dtype == torch.float16
+
+
+def test_which_step_shows() -> None:
+    def steps(total: int, count: int) -> list[int]:
+        return [step for step in range(1, total + 1) if due(step, total, count) is not None]
+
+    assert steps(8, 3) == [2, 4, 6]
+    assert steps(50, 1) == [25]
+    assert steps(4, 16) == [1, 2, 3]
+    assert steps(1, 3) == steps(8, 0) == []
+    for total in range(2, 40):
+        for count in range(17):
+            assert len(steps(total, count)) == min(count, total - 1)
+            assert total not in steps(total, count)
+
+
+def test_the_clean_sample_is_preferred() -> None:
+    import diffusers
+
+    noisy, clean = torch.zeros(1, 4, 2, 2), torch.ones(1, 4, 2, 2)
+    for kind in (diffusers.DDIMScheduler, diffusers.EulerDiscreteScheduler, diffusers.LCMScheduler):
+        assert sample(kind(), (noisy, clean)) is clean
+    assert sample(diffusers.TCDScheduler(), (noisy, clean)) is noisy  # its second is noised again
+    assert sample(diffusers.FlowMatchEulerDiscreteScheduler(), (noisy,)) is noisy
+    assert sample(None, DDIMSchedulerOutput(prev_sample=noisy, pred_original_sample=clean)) is clean
+    assert sample(None, DDIMSchedulerOutput(prev_sample=noisy)) is noisy
+
+
+PICTURES = [name for name, family in parity.FAMILIES.items() if "moving" not in family.build.__module__]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # diffusers' own, some of them about toy sizes
+@pytest.mark.parametrize("family", PICTURES)
+def test_a_preview_of_the_last_step_is_the_picture(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sfumato.engine.watch.CLEAN", ())
+    pipe = parity.FAMILIES[family].build()
+    pipe.set_progress_bar_config(disable=True)
+    call = parity.seeded(parity.FAMILIES[family].calls)[0]
+    pipe.scheduler = copy.deepcopy(call.pop("scheduler", pipe.scheduler))
+    step, results = pipe.scheduler.step, []
+
+    @functools.wraps(step)
+    def keeping(*args: Any, **kwargs: Any) -> Any:
+        results.append(step(*args, **kwargs))
+        return results[-1]
+
+    pipe.scheduler.step = keeping
+    with torch.no_grad():
+        picture = pipe(**call).images[0]
+    latents = sample(pipe.scheduler, results[-1])
+    assert latents is not None
+    made = preview(pipe, latents, call.get("width"), call.get("height"))
+    assert made is not None
+    assert made.size == picture.size
+    if "mask_image" not in call or "9 channels" in family:  # else the pipeline puts the source's rest around it
+        assert np.abs(np.asarray(made).astype(int) - np.asarray(picture)).max() <= 1
