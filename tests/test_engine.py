@@ -200,6 +200,20 @@ def kill(supervisor: Supervisor) -> None:
     os.kill(supervisor.pid, signal.SIGKILL)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_broken_loop_fails_what_waits(config: ModelConfig) -> None:
+    async def run() -> None:
+        local = Local(SETTINGS)
+        await local.start()
+        assert local._loop
+        del local._loop._hub  # an error of the loop's own, not of a request
+        (failed,) = await events_of(local, config, wanted())
+        assert isinstance(failed, Failed)
+        assert isinstance(failed.error, WorkerDied)
+
+    asyncio.run(run())
+
+
 def test_stopping_finishes_what_runs(config: ModelConfig) -> None:
     async def run() -> None:
         supervisor = Supervisor(SETTINGS)

@@ -14,6 +14,7 @@ from sfumato.core import Event, Generation, ModelStatus
 from sfumato.engine import process
 from sfumato.engine.protocol import Cancel, Report, Stop, Submit
 from sfumato.engine.streams import Streams
+from sfumato.errors import WorkerDied
 from sfumato.settings import Settings
 
 if TYPE_CHECKING:
@@ -45,8 +46,15 @@ class Local:
         def send(report: Report) -> None:
             here.call_soon_threadsafe(self._streams.deliver, report)
 
-        self._loop = Loop(self._settings, send)
-        self._thread = threading.Thread(target=self._loop.run, name="sfumato-loop", daemon=True)
+        loop = self._loop = Loop(self._settings, send)
+
+        def run() -> None:
+            try:
+                loop.run()
+            finally:  # whoever still waits would wait for ever
+                here.call_soon_threadsafe(self._streams.fail_all, WorkerDied("the engine has stopped"))
+
+        self._thread = threading.Thread(target=run, name="sfumato-loop", daemon=True)
         self._thread.start()
 
     async def stop(self) -> None:

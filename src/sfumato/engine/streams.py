@@ -46,6 +46,11 @@ class Streams:
         if queue := self._queues.get(id):
             queue.put_nowait(Failed(error))
 
+    def fail_all(self, error: SfumatoError) -> None:
+        """End every stream."""
+        for id in self._queues:
+            self.fail(id, error)
+
     def forget(self) -> None:
         """The worker is gone, and with it every model that was loaded."""
         self._statuses.clear()
