@@ -155,5 +155,5 @@ async def _show_loading(service: Service, config: ModelConfig, progress: Progres
 def _bar() -> Iterator[tuple[Progress, TaskID]]:
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         yield progress, progress.add_task("starting", total=1.0)
