@@ -200,7 +200,6 @@ def kill(supervisor: Supervisor) -> None:
     os.kill(supervisor.pid, signal.SIGKILL)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_broken_loop_fails_what_waits(config: ModelConfig) -> None:
     async def run() -> None:
         local = Local(SETTINGS)
@@ -210,6 +209,7 @@ def test_a_broken_loop_fails_what_waits(config: ModelConfig) -> None:
         (failed,) = await events_of(local, config, wanted())
         assert isinstance(failed, Failed)
         assert isinstance(failed.error, WorkerDied)
+        await local.stop()
 
     asyncio.run(run())
 

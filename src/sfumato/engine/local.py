@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 import threading
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -19,6 +20,8 @@ from sfumato.settings import Settings
 
 if TYPE_CHECKING:
     from sfumato.engine.loop import Loop
+
+log = logging.getLogger(__name__)
 
 
 class Local:
@@ -51,6 +54,8 @@ class Local:
         def run() -> None:
             try:
                 loop.run()
+            except Exception:  # an error of the loop's own; a thread has nobody else to tell
+                log.exception("the loop broke")
             finally:  # whoever still waits would wait for ever
                 here.call_soon_threadsafe(self._streams.fail_all, WorkerDied("the engine has stopped"))
 
