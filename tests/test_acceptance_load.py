@@ -138,6 +138,7 @@ def leave(server: Server, request: dict[str, Any], pattern: str) -> None:
 
 
 def test_row_06_and_07_a_client_that_leaves_stops_its_own_work_only(server: Server) -> None:
+    assert server.draw(**body()).status_code == 200  # the worker is up and the model loaded
     long = body(step=900, size="256x256", seed=3)
     with ThreadPoolExecutor(1) as pool:
         neighbour = pool.submit(server.draw, **body(step=60))
@@ -169,14 +170,17 @@ def test_row_22_nan_and_safety_hits_are_errors(server: Server) -> None:
 
 def test_row_25_a_killed_worker_answers_all_the_same(models: Path, tmp_path: Path) -> None:
     with Server(models, tmp_path) as server:
-        undisturbed = [server.draw(**body(seed=seed, step=40)) for seed in range(3)]
+        undisturbed = [server.draw(**body(seed=seed, step=200)) for seed in range(3)]
         before = len(server.lines)
         with ThreadPoolExecutor(3) as pool:
-            answers = [pool.submit(server.draw, **body(seed=seed, step=40)) for seed in range(3)]
+            answers = [pool.submit(server.draw, **body(seed=seed, step=200)) for seed in range(3)]
+            running = server.wait_for(r"request (\w+) starts", before)[1]
             os.kill(int(server.wait_for(r"worker (\d+) is up")[1]), signal.SIGKILL)
             for answer, expected in zip(answers, undisturbed, strict=True):
                 assert same(answer.result(), expected)
         server.wait_for(r"worker \d+ is up", before)
+        # It was being drawn when the worker died, and was drawn again by the next one.
+        assert server.log.count(f"request {running} starts") == 2
 
 
 def test_row_26_sigterm_lets_what_runs_finish(models: Path, tmp_path: Path) -> None:

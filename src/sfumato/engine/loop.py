@@ -78,6 +78,7 @@ class Loop:
         """In the request's greenlet, from its first turn to its end."""
         asked = submit.generation
         self._send(Started(asked.id))
+        log.info("request %s starts", asked.id)
         with self._residency.use(submit.config, self._hub.turn) as model:
             on_step = functools.partial(self._on_step, asked.id)
             on_preview = functools.partial(self._on_preview, asked.id)
