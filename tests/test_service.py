@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from sfumato.catalog import Catalog
 from sfumato.config import ModelConfig
-from sfumato.core import MAX_SEED, Done, Event, Failed, Generation, ModelStatus, Recipe, Step
+from sfumato.core import MAX_SEED, Done, EngineStats, Event, Failed, Generation, ModelStatus, Recipe, Step
 from sfumato.errors import DrawError, InvalidRequest, ModelNotFound, TooManyRequests
 from sfumato.service import ImageRequest, Service
 from sfumato.settings import Settings
@@ -23,6 +23,7 @@ class FakeEngine:
     """Answers each generation with its own id; `hold` keeps them open, `fail` fails the seeds in it."""
 
     ready = True
+    stats = EngineStats()
 
     def __init__(self) -> None:
         self.seen: list[Generation] = []

@@ -6,7 +6,9 @@ carried by something that does. Standard library only; frozen, so nothing change
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Literal, TypeAlias
 
 from sfumato.errors import SfumatoError
@@ -15,7 +17,12 @@ MAX_SEED = 2**63 - 1
 """Largest seed: torch's generators take 64 bits, JSON clients sign them."""
 
 MAX_PREVIEWS = 16
-"""Most previews of one generation: each costs about as much as decoding the picture."""
+"""Most previews of one generation."""
+
+QUALITIES: Mapping[str, float] = MappingProxyType(
+    {"low": 0.5, "medium": 1.0, "high": 1.5, "xhigh": 2.0, "max": 3.0, "auto": 1.0, "standard": 1.0, "hd": 1.5}
+)
+"""OpenAI's `quality` → how many times the model's default steps, where its file has no number of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +55,12 @@ class Generation:
     """An encoded PNG, mode L, the size of the first image; white (255) is redrawn."""
     previews: int = 0
     """0 .. MAX_PREVIEWS: pictures on the way, evenly spread over the steps and never at the last."""
+    quality: str | None = None
+    """A name of `QUALITIES`: steps by the model's table, where `steps` says nothing."""
+    transparent: bool = False
+    """The picture is to have an alpha channel; a pipeline that draws none refuses."""
+    upscale: int | None = None
+    """How many times larger than its source, on each side; a pipeline that is no upscaler refuses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +119,8 @@ class Done:
 
     png: bytes
     recipe: Recipe
+    warnings: tuple[str, ...] = ()
+    """What was done otherwise than asked, each a sentence that begins with the request's field."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +137,55 @@ ModelState: TypeAlias = Literal["unloaded", "downloading", "loading", "ready", "
 
 
 @dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What is known of a model once it is loaded. None: the pipeline does not say."""
+
+    pipeline: str
+    """diffusers class."""
+    tasks: tuple[str, ...]
+    """Of text-to-image, image-to-image, inpainting, upscaling: what it can be asked for on the same weights."""
+    width: int | None
+    height: int | None
+    """Pixels of a picture whose request names no size."""
+    size_multiple: int
+    """Both sides are multiples of this, in pixels."""
+    steps: int | None
+    guidance_scale: float | None
+    """Defaults of a request, the model file's included."""
+    prompt_tokens: int | None
+    """Tokens of a prompt that the text encoder takes, its start and end marks included."""
+    transparent: bool
+    """Whether it draws pictures with an alpha channel."""
+    upscale: int | None
+    """How many times larger than its source, for an upscaler."""
+    device: str
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Counted since the engine started; a worker that dies takes its counts along into the next one's."""
+
+    forwards: int = 0
+    """Of heavy modules."""
+    batch_sizes: Mapping[int, int] = field(default_factory=dict)
+    """Requests that shared a forward of the denoiser → how many forwards had that many."""
+    steps: int = 0
+    """Denoising steps of all requests."""
+    step_seconds: float = 0.0
+    """Time between steps, summed over requests: divided by `steps`, what a step takes."""
+    loads: int = 0
+    evictions: int = 0
+    restarts: int = 0
+    """Workers that were started because one had died."""
+    resident_models: int = 0
+    memory_bytes: int = 0
+    """Resident memory of the worker."""
+    device_memory_bytes: int = 0
+    """Allocated on the accelerator."""
+
+
+@dataclass(frozen=True, slots=True)
 class ModelStatus:
     """Where a model stands in the engine."""
 
@@ -130,3 +194,5 @@ class ModelStatus:
     """What is being fetched, or why the load failed."""
     progress: float | None = None
     """0 .. 1 while downloading."""
+    facts: ModelFacts | None = None
+    """Once it is ready."""

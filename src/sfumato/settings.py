@@ -14,6 +14,8 @@ from typing import Any
 
 PREFIX = "SFUMATO_"
 
+_FLAGS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+
 
 def _setting(default: Any, help: str, **limits: Any) -> Any:
     return field(default=default, metadata={"help": help, **limits})
@@ -34,15 +36,30 @@ class Settings:
     loaded_models: int = _setting(2, "How many models stay in memory; the least recently used leaves.", least=1)
     max_batch: int = _setting(8, "Largest batch of one forward, in rows; with guidance a picture takes two.", least=1)
     max_active: int = _setting(16, "Pictures that are drawn at the same time; others wait.", least=1)
+    max_queue: int = _setting(64, "Pictures that may wait for their turn; more are refused with 429.", least=1)
     hang_s: int = _setting(1800, "A worker that draws and is silent for so many seconds is replaced.", least=1)
     time_limit_s: int = _setting(3600, "Longest time from a request to its pictures, in seconds.", least=1)
     public_url: str = _setting("", "Base of the picture URLs, e.g. https://host/prefix, behind a proxy.")
+    trusted_proxies: str = _setting(
+        "127.0.0.1", "Addresses or networks (comma-separated, * for any) whose X-Forwarded-* headers are believed."
+    )
+    api_keys: str = _setting(
+        "", "NAME:KEY pairs, comma-separated; callers need one of the keys and share the queue by name. Empty: no key."
+    )
+    cors_origins: str = _setting("", "Origins (comma-separated, * for any) of web pages that may call this server.")
+    max_n: int = _setting(10, "Most pictures of one request.", least=1)
     max_pixels: int = _setting(2048 * 2048, "Largest picture that may be asked for, in pixels.", least=64)
     max_body_mb: int = _setting(64, "Largest request body, in MiB.", least=1)
     max_source_pixels: int = _setting(64_000_000, "Largest source picture that is decoded, in pixels.", least=64)
     picture_hosts: str = _setting(
         "", "Hosts (comma-separated) whose picture URLs are fetched although their address is not public."
     )
+    outputs_max_age_h: int = _setting(168, "Generated pictures are deleted after so many hours; 0 keeps them.", least=0)
+    outputs_max_mb: int = _setting(
+        10_000, "The oldest generated pictures are deleted beyond so many MiB in all; 0 keeps them.", least=0
+    )
+    log_format: str = _setting("text", "text, or json: one object a line.", choices=("text", "json"))
+    log_prompts: bool = _setting(False, "Whether prompts may stand in the log.")
     log_level: str = _setting("info", "debug, info, warning or error.")
 
     @classmethod
@@ -71,11 +88,18 @@ def flag(spec: Field[Any]) -> str:
 
 
 def kind(spec: Field[Any]) -> type:
-    """The field's Python type: str, int or Path."""
+    """The field's Python type: str, int, bool or Path."""
     return type(spec.default)
 
 
 def _parse(spec: Field[Any], name: str, raw: Any) -> Any:
+    if kind(spec) is bool and isinstance(raw, str):
+        if raw.lower() not in _FLAGS:
+            raise ValueError(f"{name}={raw!r}: true or false is needed. {spec.metadata['help']}")
+        raw = _FLAGS[raw.lower()]
+    choices = spec.metadata.get("choices")
+    if choices and raw not in choices:
+        raise ValueError(f"{name}={raw!r}: {', '.join(choices)} are valid. {spec.metadata['help']}")
     try:
         value = kind(spec)(raw)
     except ValueError:

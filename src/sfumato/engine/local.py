@@ -11,7 +11,7 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 from sfumato.config import ModelConfig
-from sfumato.core import Event, Generation, ModelStatus
+from sfumato.core import EngineStats, Event, Generation, ModelStatus
 from sfumato.engine import process
 from sfumato.engine.protocol import Cancel, Report, Stop, Submit
 from sfumato.engine.streams import Streams
@@ -36,6 +36,10 @@ class Local:
     @property
     def ready(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def stats(self) -> EngineStats:
+        return self._streams.stats
 
     def status(self, model: str) -> ModelStatus:
         return self._streams.status(model)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 from sfumato.config import ModelConfig
-from sfumato.core import Event, Generation, ModelStatus
+from sfumato.core import EngineStats, Event, Generation, ModelStatus
 
 
 class Engine(Protocol):
@@ -31,6 +31,10 @@ class Engine(Protocol):
     @property
     def ready(self) -> bool:
         """Whether a worker is up to draw."""
+
+    @property
+    def stats(self) -> EngineStats:
+        """What it counted so far, at most about a second old."""
 
 
 # To the worker.
@@ -82,5 +86,12 @@ class Status:
     status: ModelStatus
 
 
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """Since this worker started."""
+
+    stats: EngineStats
+
+
 Command: TypeAlias = Submit | Cancel | Stop
-Report: TypeAlias = Ready | Started | Answer | Status
+Report: TypeAlias = Ready | Started | Answer | Status | Counted

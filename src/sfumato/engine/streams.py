@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 
-from sfumato.core import Done, Event, Failed, ModelStatus
-from sfumato.engine.protocol import Answer, Ready, Report, Started, Status
+from sfumato.core import Done, EngineStats, Event, Failed, ModelStatus
+from sfumato.engine.protocol import Answer, Counted, Ready, Report, Started, Status
 from sfumato.errors import SfumatoError
 
 
@@ -16,6 +16,7 @@ class Streams:
     def __init__(self) -> None:
         self._queues: dict[str, asyncio.Queue[Event]] = {}
         self._statuses: dict[str, ModelStatus] = {}
+        self._stats = EngineStats()
 
     async def events(self, id: str, cancel: Callable[[], None]) -> AsyncGenerator[Event, None]:
         """Events of one request; calls `cancel` when it is closed before the terminal event."""
@@ -38,6 +39,8 @@ class Streams:
                     queue.put_nowait(event)
             case Status(model, status):
                 self._statuses[model] = status
+            case Counted(stats):
+                self._stats = stats
             case Ready() | Started():
                 pass
 
@@ -54,6 +57,11 @@ class Streams:
     def forget(self) -> None:
         """The worker is gone, and with it every model that was loaded."""
         self._statuses.clear()
+
+    @property
+    def stats(self) -> EngineStats:
+        """What the present worker counted."""
+        return self._stats
 
     def status(self, model: str) -> ModelStatus:
         return self._statuses.get(model, ModelStatus())

@@ -19,7 +19,7 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass
 
 from sfumato.config import ModelConfig
-from sfumato.core import Done, Event, Failed, Generation, ModelStatus
+from sfumato.core import Done, EngineStats, Event, Failed, Generation, ModelStatus
 from sfumato.engine import wire
 from sfumato.engine.protocol import Answer, Cancel, Command, Ready, Started, Stop, Submit
 from sfumato.engine.streams import Streams
@@ -72,6 +72,10 @@ class Supervisor:
     def pid(self) -> int | None:
         """Process id of the worker that is up."""
         return self._process.pid if self._process and self.ready else None
+
+    @property
+    def stats(self) -> EngineStats:
+        return self._streams.stats
 
     def status(self, model: str) -> ModelStatus:
         return self._streams.status(model)
