@@ -16,10 +16,12 @@ LAYERS = [
     {"serve", "draw"},
     {"api"},
     {"service", "check"},
+    {"metrics"},
+    {"job"},
     {"engine"},
     {"catalog"},
-    {"config", "fetch", "store", "recipe", "pictures"},
-    {"schedulers", "settings"},
+    {"config", "fetch", "store", "recipe", "pictures", "logs"},
+    {"schedulers", "settings", "queue"},
     {"core"},
     {"errors"},
 ]
@@ -28,12 +30,16 @@ LAYERS = [
 ENGINE = [
     {"supervisor", "local", "worker"},
     {"loop", "streams"},
+    {"tally"},
     {"generation", "memory", "residency"},
+    {"facts"},
     {"arguments"},
+    {"tokens"},
+    {"kinds"},
     {"load", "gather"},
     {"download", "sampler", "batching", "watch"},
     {"memo", "preview", "standin", "trust"},
-    {"calls"},
+    {"calls", "colours"},
     {"handover", "joins", "outputs", "policy", "process", "protocol", "resolve", "threadstate", "wire"},
 ]
 

@@ -7,11 +7,13 @@ import copy
 import functools
 import io
 import sys
+import types
 from collections.abc import Callable, Iterator
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
+import families
 import numpy as np
 import pytest
 import tiny
@@ -21,12 +23,16 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import parity
-from sfumato.catalog import Catalog
+from sfumato.catalog import EMBEDDED, Catalog
 from sfumato.config import ModelConfig
 from sfumato.core import Done, Event, Generation, Preview, Step
+from sfumato.engine import load
+from sfumato.engine.colours import Colours, fit
+from sfumato.engine.generation import draw
 from sfumato.engine.local import Local
-from sfumato.engine.preview import preview
-from sfumato.engine.watch import Previews, due, sample
+from sfumato.engine.preview import glance, preview
+from sfumato.engine.watch import Previews, due, predicted, sample
+from sfumato.errors import ModelFileError
 from sfumato.settings import Settings
 
 MODELS: dict[str, Callable[[], Any]] = {
@@ -239,7 +245,145 @@ def test_the_clean_sample_is_preferred() -> None:
     assert sample(None, DDIMSchedulerOutput(prev_sample=noisy)) is noisy
 
 
+def test_a_multistep_solver_s_guess_is_found() -> None:
+    import diffusers
+
+    noisy, guess = torch.zeros(1, 4, 2, 2), torch.ones(1, 4, 2, 2)
+    for kind in (diffusers.DPMSolverMultistepScheduler, diffusers.UniPCMultistepScheduler):
+        solver = kind()
+        assert predicted(solver) is None
+        solver.model_outputs[-1] = guess
+        assert sample(solver, (noisy,)) is guess
+    noise = diffusers.UniPCMultistepScheduler(predict_x0=False)
+    noise.model_outputs[-1] = guess
+    assert sample(noise, (noisy,)) is noisy
+
+
+# The map to colours
+
+
+def small(image: Image.Image, side: int = 16) -> np.ndarray[Any, Any]:
+    return np.asarray(image.convert("RGB").resize((side, side), Image.Resampling.BOX), float).ravel()
+
+
+def test_previews_of_the_embedded_model_look_like_its_pictures() -> None:
+    model = load.load(Catalog([EMBEDDED]).get("sfumato-tiny"), "cpu", lambda status: None)
+    assert isinstance(model.glance, Colours)
+    before = torch.get_rng_state()
+    drawn: list[tuple[list[Preview], Done]] = []
+    for seed, prompt in enumerate(("a rocket on a blue background", "a cat on a green background")):
+        got: list[Preview] = []
+        asked = Generation(id="1", prompt=prompt, seed=seed, steps=12, previews=3)
+        torch.set_rng_state(before)
+        drawn.append((got, draw(model, asked, lambda *_: None, got.append)))
+    finals = [small(Image.open(io.BytesIO(done.png))) for _, done in drawn]
+    for number, (previews, _) in enumerate(drawn):
+        likeness = [
+            [float(np.corrcoef(small(Image.open(io.BytesIO(each.png))), final)[0, 1]) for final in finals]
+            for each in previews
+        ]
+        own = [row[number] for row in likeness]
+        assert own == sorted(own), "later ones are nearer"
+        assert own[-1] > 0.9
+        assert likeness[-1][number] > likeness[-1][1 - number] + 0.5
+
+
+def test_the_map_is_the_same_each_time_and_disturbs_nothing() -> None:
+    pipe = tiny.stable_diffusion_xl()
+    pipe.vae.half()
+    before = torch.get_rng_state()
+    one, other = fit(pipe.vae, 8), fit(pipe.vae, 8)
+    assert one is not None
+    assert other is not None
+    assert torch.equal(one.weight, other.weight)
+    assert one.factor == 8
+    assert torch.equal(torch.get_rng_state(), before)
+    assert pipe.vae.dtype == torch.float16
+
+
+def test_the_map_is_found_where_colours_are_linear() -> None:
+    class Shrink(torch.nn.Conv2d):
+        """An autoencoder whose latents are the mean colour of 4x4 pixels, doubled, and a channel of nothing."""
+
+        dtype = torch.float32
+        config = types.SimpleNamespace(in_channels=3)
+
+        def __init__(self) -> None:
+            super().__init__(3, 4, 4, 4, bias=False)
+            with torch.no_grad():
+                self.weight.zero_()
+                for channel in range(3):
+                    self.weight[channel, channel] = 2 / 16
+
+        def encode(self, pixels: torch.Tensor) -> Any:
+            return types.SimpleNamespace(latents=self(pixels))
+
+    vae = Shrink()
+    colours = fit(vae, 4)
+    assert colours is not None
+    assert colours.factor == 4
+    pixels = torch.rand(1, 3, 32, 32) * 2 - 1
+    wanted = torch.nn.functional.avg_pool2d(pixels, 4)
+    assert torch.allclose(colours(vae(pixels)), wanted, atol=0.01)
+    assert fit(torch.nn.Linear(2, 2), 8) is None  # encodes nothing
+
+
+def test_waiting_in_main_memory_a_decoder_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny.stable_diffusion()
+    colours = glance(pipe)
+    pipe.vae._hf_hook = object()  # as model offloading leaves it
+    assert preview(pipe, torch.zeros(1, 4, 8, 8), None, None) is None
+    made = preview(pipe, torch.zeros(1, 4, 8, 16), None, None, colours)
+    assert made is not None
+    assert made.size == (128, 64)
+    large = preview(pipe, torch.zeros(1, 4, 200, 100), None, None, colours)
+    assert large is not None
+    assert large.size == (256, 512)
+
+
+@pytest.fixture
+def small_decoder(tmp_path: Path) -> Path:
+    families.small_decoder().vae.save_pretrained(tmp_path / "taesd")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["sd", "pixart"])
+def test_a_tiny_autoencoder_that_the_file_names_shows_previews(studio: Studio, small_decoder: Path, name: str) -> None:
+    source = studio.catalog.get(name)
+    (small_decoder / "m.yaml").write_text(
+        f"name: m\nparameters:\n  model: {source.folder / source.model}\ndtype: fp32\n"
+        "diffusers:\n  preview_vae: taesd\n"
+    )
+    model = load.load(Catalog([small_decoder]).get("m"), "cpu", lambda status: None)
+    assert type(model.glance).__name__ == "AutoencoderTiny"
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    made = preview(model.pipeline, latents, 64, 64, model.glance)
+    assert made is not None
+    # It takes latents as the denoiser has them, unscaled by the large decoder's factor.
+    with torch.no_grad():
+        decoded = model.glance.decode(latents).sample
+    wanted = model.pipeline.image_processor.postprocess(decoded)[0]
+    assert np.array_equal(np.asarray(made), np.asarray(wanted))
+
+
+def test_a_tiny_autoencoder_of_another_family_is_refused(studio: Studio, small_decoder: Path) -> None:
+    source = studio.catalog.get("sd3")  # 16 channels
+    (small_decoder / "m.yaml").write_text(
+        f"name: m\nparameters:\n  model: {source.folder / source.model}\ndtype: fp32\n"
+        "diffusers:\n  preview_vae: taesd\n"
+    )
+    with pytest.raises(ModelFileError, match=r"4 channels.*16") as caught:
+        load.load(Catalog([small_decoder]).get("m"), "cpu", lambda status: None)
+    assert caught.value.param == "diffusers.preview_vae"
+
+
 PICTURES = [name for name, family in parity.FAMILIES.items() if "moving" not in family.build.__module__]
+
+
+WITHOUT_A_MAP = {
+    "DDPM": "its samples are pixels",
+    "StableDiffusion (small decoder)": "its decoder is cheap",
+}
 
 
 @pytest.mark.slow
@@ -247,6 +391,7 @@ PICTURES = [name for name, family in parity.FAMILIES.items() if "moving" not in 
 @pytest.mark.parametrize("family", PICTURES)
 def test_a_preview_of_the_last_step_is_the_picture(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sfumato.engine.watch.CLEAN", ())
+    monkeypatch.setattr("sfumato.engine.watch.predicted", lambda scheduler: None)
     pipe = parity.FAMILIES[family].build()
     pipe.set_progress_bar_config(disable=True)
     call = parity.seeded(parity.FAMILIES[family].calls)[0]
@@ -268,3 +413,8 @@ def test_a_preview_of_the_last_step_is_the_picture(family: str, monkeypatch: pyt
     assert made.size == picture.size
     if "mask_image" not in call or "9 channels" in family:  # else the pipeline puts the source's rest around it
         assert np.abs(np.asarray(made).astype(int) - np.asarray(picture)).max() <= 1
+    colours = glance(pipe)
+    assert (colours is None) == (family in WITHOUT_A_MAP)
+    cheap = preview(pipe, latents, call.get("width"), call.get("height"), colours)
+    assert cheap is not None
+    assert cheap.size == picture.size

@@ -121,6 +121,8 @@ class Done:
     recipe: Recipe
     warnings: tuple[str, ...] = ()
     """What was done otherwise than asked, each a sentence that begins with the request's field."""
+    prompt_tokens: int = 0
+    """Of prompt and negative prompt, as the text encoder counts them; 0 where there is none."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,8 +3,11 @@
     SfumatoError                      500 internal_error
     ├── InvalidRequest                400 invalid_value          the caller can mend it
     │   ├── InvalidPicture            400 invalid_image
+    │   ├── RequestTooLarge           413 request_too_large
     │   └── ContentFiltered           400 content_policy_violation
+    ├── Unauthorized                  401 invalid_api_key
     ├── ModelNotFound                 404 model_not_found
+    ├── RequestNotFound               404 request_not_found      no such request waits or draws
     ├── TooManyRequests               429 rate_limit_exceeded    carries retry_after seconds
     ├── Cancelled                     499 cancelled              the caller went away or asked to stop
     ├── ModelFileError                500 model_file_invalid     the YAML file has to be mended
@@ -62,14 +65,31 @@ class InvalidPicture(InvalidRequest):
     code = "invalid_image"
 
 
+class RequestTooLarge(InvalidRequest):
+    status = 413
+    code = "request_too_large"
+
+
 class ContentFiltered(InvalidRequest):
     code = "content_policy_violation"
+
+
+class Unauthorized(SfumatoError):
+    status = 401
+    type = "invalid_request_error"
+    code = "invalid_api_key"
 
 
 class ModelNotFound(SfumatoError):
     status = 404
     type = "invalid_request_error"
     code = "model_not_found"
+
+
+class RequestNotFound(SfumatoError):
+    status = 404
+    type = "invalid_request_error"
+    code = "request_not_found"
 
 
 class TooManyRequests(SfumatoError):

@@ -96,9 +96,20 @@ def _shown(text: str) -> str:
 
 
 def as_mask(png: bytes) -> bytes:
-    """A mask as L, white where the picture is to be redrawn: where it is transparent, else where it is light."""
+    """A mask as L, white where the picture is to be redrawn: where it is transparent, else where it is light.
+
+    Raises InvalidPicture when that is nowhere.
+    """
     image = decoded(png)
     mask = ImageOps.invert(image.getchannel("A")) if image.mode == "RGBA" else image.convert("L")
+    if image.mode == "RGBA" and mask.getextrema() == (0, 0):  # drawn in black and white on an opaque layer
+        mask = image.convert("L")
+    if mask.getextrema() == (0, 0):
+        raise InvalidPicture(
+            "mask: nothing in it is transparent or light, so nothing would be redrawn. "
+            "Make the part to redraw transparent, or leave the mask out to redraw all of it.",
+            param="mask",
+        )
     file = io.BytesIO()
     mask.save(file, "PNG", compress_level=1)
     return file.getvalue()

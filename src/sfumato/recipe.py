@@ -1,25 +1,38 @@
 """A picture carries its recipe: AUTOMATIC1111's infotext for other tools, our JSON to make it again.
 
 The PNG text chunk `parameters` holds the infotext (the layout that Stable Diffusion web UIs read),
-the chunk `sfumato` the whole `Recipe` as JSON.
+the chunk `sfumato` the whole `Recipe` as JSON; in WebP and JPEG files both stand in the EXIF block.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import re
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, PngImagePlugin
+from PIL import ExifTags, Image, PngImagePlugin
 
-from sfumato import __version__
+from sfumato import __version__, schedulers
 from sfumato.core import Recipe
 from sfumato.errors import InvalidPicture
 
 INFOTEXT_CHUNK = "parameters"
 RECIPE_CHUNK = "sfumato"
+
+NEGATIVE = "Negative prompt:"
+
+_PAIR = re.compile(r'(?:^|,)\s*(\w[^:,"]*?)\s*:\s*("(?:[^"\\]|\\.)*"|[^,]*)')
+"""`Key: value` or `Key: "value, quoted as in JSON"`."""
+_SIZE = re.compile(r"(\d+)x(\d+)")
+_UNICODE = b"UNICODE\0"
+"""What EXIF puts before a text in UTF-16."""
+
+MAX_EXIF = 65_000
+"""Bytes; a JPEG holds no more in one segment."""
 
 
 def encode(image: Image.Image, recipe: Recipe) -> bytes:
@@ -32,36 +45,122 @@ def encode(image: Image.Image, recipe: Recipe) -> bytes:
     return file.getvalue()
 
 
+def convert(png: bytes, format: str, compression: int, *, opaque: bool = False) -> bytes:
+    """A picture of ours as png, webp or jpeg (`compression` 0 .. 100 is their quality), infotext and recipe kept.
+
+    `opaque`: an alpha channel is laid on white, as a JPEG's always is. A PNG that needs no change is returned as it is.
+    """
+    image: Image.Image = Image.open(io.BytesIO(png))
+    flat = "A" in image.getbands() and (opaque or format == "jpeg")
+    if format == "png" and not flat:
+        return png
+    image.load()
+    texts = {key: str(value) for key, value in image.info.items() if key in (INFOTEXT_CHUNK, RECIPE_CHUNK)}
+    if flat:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), rgba).convert("RGB")
+    options: dict[str, Any] = {"quality": compression, "exif": _exif(texts)}
+    if format == "png":
+        chunks = PngImagePlugin.PngInfo()
+        for key, text in texts.items():
+            chunks.add_text(key, text)
+        options = {"pnginfo": chunks}
+    file = io.BytesIO()
+    image.save(file, format.upper(), **options)
+    return file.getvalue()
+
+
+def _exif(texts: Mapping[str, str]) -> bytes:
+    """The infotext where AUTOMATIC1111 puts it (UserComment), the recipe in ImageDescription, if they fit."""
+    exif = Image.Exif()
+    if INFOTEXT_CHUNK in texts:
+        comment = _UNICODE + texts[INFOTEXT_CHUNK].encode("utf-16-be")
+        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
+    if RECIPE_CHUNK in texts:
+        exif[ExifTags.Base.ImageDescription] = json.dumps(json.loads(texts[RECIPE_CHUNK]))  # ASCII, as EXIF wants it
+    data = exif.tobytes()
+    return data if len(data) <= MAX_EXIF else b""
+
+
 def infotext(recipe: Recipe) -> str:
     """One block of text as AUTOMATIC1111 writes it: prompt, negative prompt, then `Key: value` pairs."""
+    sampler, schedule_type = schedulers.sampler_of(recipe.scheduler) or (recipe.scheduler, None)
     pairs: dict[str, Any] = {
         "Steps": recipe.steps,
-        "Sampler": recipe.scheduler,
+        "Sampler": sampler,
+        "Schedule type": schedule_type,
         "CFG scale": recipe.guidance_scale,
         "Seed": recipe.seed,
         "Size": f"{recipe.width}x{recipe.height}",
         "Model": recipe.model,
         "Denoising strength": recipe.strength,
-        "Clip skip": recipe.clip_skip,
+        "Clip skip": recipe.clip_skip + 1 if recipe.clip_skip else None,  # it counts from the last layer, which is 1
         "Version": f"sfumato {__version__}",
     }
     lines = [recipe.prompt]
     if recipe.negative_prompt:
-        lines.append(f"Negative prompt: {recipe.negative_prompt}")
-    lines.append(", ".join(f"{key}: {value}" for key, value in pairs.items() if value is not None))
+        lines.append(f"{NEGATIVE} {recipe.negative_prompt}")
+    lines.append(", ".join(f"{key}: {_quoted(value)}" for key, value in pairs.items() if value is not None))
     return "\n".join(lines)
+
+
+def parse(infotext: str) -> dict[str, str]:
+    """The pairs of an infotext, with `Prompt` and `Negative prompt`; of a size `Size-1` and `Size-2`."""
+    *lines, last = infotext.strip().split("\n")
+    pairs = _PAIR.findall(last)
+    if len(pairs) < 3:  # a prompt that has a colon in it
+        lines, pairs = [*lines, last], []
+    at = next((index for index, line in enumerate(lines) if line.strip().startswith(NEGATIVE)), len(lines))
+    negative = "\n".join(line.strip() for line in lines[at:]).removeprefix(NEGATIVE).strip()
+    values = {"Prompt": "\n".join(line.strip() for line in lines[:at]), "Negative prompt": negative}
+    for key, value in pairs:
+        if size := _SIZE.fullmatch(value):
+            values |= {f"{key}-1": size[1], f"{key}-2": size[2]}
+        else:
+            values[key] = _unquoted(value.strip())
+    return values
+
+
+def texts(file: bytes) -> dict[str, str]:
+    """What a picture file says in words, by the name of its chunk; empty for a picture that says nothing.
+
+    Raises InvalidPicture for what is none.
+    """
+    try:
+        with Image.open(io.BytesIO(file)) as image:
+            found = {key: value for key, value in image.info.items() if isinstance(value, str)}
+            comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, b"")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InvalidPicture(f"image: not a picture that can be read ({error})", param="image") from None
+    if isinstance(comment, bytes) and comment.startswith(_UNICODE):
+        found.setdefault(INFOTEXT_CHUNK, comment.removeprefix(_UNICODE).decode("utf-16-be", "replace"))
+    return found
+
+
+def _quoted(value: Any) -> str:
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if re.search(r"[,:\n]", text) else text
+
+
+def _unquoted(text: str) -> str:
+    if len(text) < 2 or not (text[0] == text[-1] == '"'):
+        return text
+    try:
+        return str(json.loads(text))
+    except ValueError:
+        return text
 
 
 def read(path: Path) -> Recipe:
     """The recipe inside a picture of ours. Raises InvalidPicture when there is none that we can read."""
     try:
         with Image.open(path) as image:
-            text = image.info.get(RECIPE_CHUNK)
+            text = image.info.get(RECIPE_CHUNK) or image.getexif().get(ExifTags.Base.ImageDescription)
     except OSError as error:
         raise InvalidPicture(f"{path}: not a picture that can be read ({error})") from None
     if text is None:
         raise InvalidPicture(
-            f"{path}: carries no recipe. Only PNG files that Sfumato made do; editors and chat programs often strip it."
+            f"{path}: carries no recipe. Only files that Sfumato made do; editors and chat programs often strip it."
         )
     known = {spec.name for spec in fields(Recipe)}
     try:

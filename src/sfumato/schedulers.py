@@ -115,6 +115,62 @@ ALIASES: Mapping[str, str] = MappingProxyType(
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Sampler:
+    """A solver as AUTOMATIC1111 knows it."""
+
+    solver: str
+    """Its key in `SOLVERS`."""
+    automatic: str | None = None
+    """The schedule that goes with it where none is asked for."""
+    aliases: tuple[str, ...] = ()
+
+
+SAMPLERS: Mapping[str, Sampler] = MappingProxyType(
+    {
+        "DPM++ 2M": Sampler("dpmpp_2m", "karras", ("k_dpmpp_2m",)),
+        "DPM++ SDE": Sampler("dpmpp_sde", "karras", ("k_dpmpp_sde",)),
+        "DPM++ 2M SDE": Sampler("dpmpp_2m_sde", "exponential", ("k_dpmpp_2m_sde",)),
+        "DPM++ 3M SDE": Sampler("dpmpp_3m_sde", "exponential", ("k_dpmpp_3m_sde",)),
+        "DPM++ 2S": Sampler("dpmpp_2s"),
+        "Euler a": Sampler("euler_a", None, ("k_euler_a", "k_euler_ancestral", "euler_ancestral")),
+        "Euler": Sampler("euler", None, ("k_euler",)),
+        "LMS": Sampler("lms", None, ("k_lms",)),
+        "Heun": Sampler("heun", None, ("k_heun",)),
+        "DPM2": Sampler("dpm_2", "karras", ("k_dpm_2",)),
+        "DPM2 a": Sampler("dpm_2_a", "karras", ("k_dpm_2_a", "dpm_2_ancestral")),
+        "DDIM": Sampler("ddim"),
+        "PLMS": Sampler("pndm"),
+        "UniPC": Sampler("unipc"),
+        "DEIS": Sampler("deis"),
+        "SA-Solver": Sampler("sa_solver"),
+        "DDPM": Sampler("ddpm"),
+        "LCM": Sampler("lcm", None, ("k_lcm",)),
+        "TCD": Sampler("tcd"),
+    }
+)
+"""Name in AUTOMATIC1111 -> solver. There `k_` means k-diffusion and says nothing of Karras."""
+
+SCHEDULE_TYPES: Mapping[str, str] = MappingProxyType(
+    {"karras": "Karras", "exponential": "Exponential", "sgm_uniform": "SGM Uniform", "beta": "Beta"}
+)
+"""Schedule -> AUTOMATIC1111's word for it."""
+
+AUTOMATIC, UNIFORM = "Automatic", "Uniform"
+"""Its words for the schedule that goes with a sampler, and for none."""
+
+
+def sampler_of(name: str) -> tuple[str, str] | None:
+    """Sampler and schedule type, as AUTOMATIC1111 calls them, of a name that `parse` takes; None for another."""
+    try:
+        choice = parse(name)
+    except InvalidRequest:
+        return None
+    sampler = next(word for word, each in SAMPLERS.items() if each.solver == choice.solver)
+    plain = UNIFORM if SAMPLERS[sampler].automatic else AUTOMATIC
+    return sampler, SCHEDULE_TYPES[choice.schedule] if choice.schedule else plain
+
+
 def names() -> tuple[str, ...]:
     """Every solver in table order, each followed by its Karras form; other schedules are suffixes."""
     return tuple(descriptions())

@@ -7,10 +7,11 @@ import signal
 
 import uvicorn
 
-from sfumato import __version__
+from sfumato import __version__, logs
 from sfumato.api.app import create_app
 from sfumato.catalog import Catalog
 from sfumato.engine.supervisor import Supervisor
+from sfumato.errors import SfumatoError
 from sfumato.service import Service
 from sfumato.settings import Settings
 from sfumato.store import Store
@@ -22,23 +23,34 @@ GRACE_S = 30
 
 
 def serve(settings: Settings) -> None:
-    """Serve until SIGTERM or Ctrl-C; running requests are finished first."""
-    logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    """Serve until SIGTERM or Ctrl-C; running requests are finished first.
+
+    Raises SfumatoError that names a setting which cannot be understood.
+    """
+    logs.configure(settings)
     catalog = Catalog.of(settings)
     for problem in catalog.problems():
         log.warning("%s", problem)
-    application = create_app(
-        Service(catalog, Supervisor(settings), settings), Store(settings.data / "generated-images")
+    store = Store(
+        settings.data / "generated-images",
+        max_age_s=settings.outputs_max_age_h * 3600,
+        max_bytes=settings.outputs_max_mb * 2**20,
     )
+    try:
+        application = create_app(Service(catalog, Supervisor(settings), settings), store)
+    except ValueError as error:
+        raise SfumatoError(str(error)) from None
     config = uvicorn.Config(
         application,
         host=settings.host,
         port=settings.port,
         log_config=None,
+        access_log=False,  # `api.requests` writes one, with the caller and without the query
+        proxy_headers=False,  # `api.urls` reads them
         timeout_graceful_shutdown=GRACE_S,
     )
     sock = config.bind_socket()
+    sock.listen(config.backlog)  # whoever reads the line below may connect at once
     host, port = sock.getsockname()[:2]
     names = ", ".join(model.name for model in catalog.all())
     log.info("Sfumato %s on http://%s:%d with %s", __version__, host, port, names)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import logging
 import math
 import re
 import secrets
+import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -15,14 +19,28 @@ from typing import TypeAlias, TypeVar
 from sfumato import pictures, schedulers
 from sfumato.catalog import Catalog
 from sfumato.config import ModelConfig
-from sfumato.core import MAX_SEED, Done, Failed, Generation, Step
+from sfumato.core import MAX_SEED, QUALITIES, Done, Failed, Generation, Step
 from sfumato.engine.protocol import Engine
-from sfumato.errors import InvalidRequest, TimedOut, TooManyRequests, WorkerDied
+from sfumato.errors import (
+    Cancelled,
+    InvalidRequest,
+    RequestNotFound,
+    SfumatoError,
+    TimedOut,
+    TooManyRequests,
+    WorkerDied,
+)
 from sfumato.fetch import PictureFetcher
+from sfumato.job import Job, Part, Progress
+from sfumato.metrics import Metrics
+from sfumato.queue import MAX_RETRY_AFTER_S, Queue
 from sfumato.settings import Settings
 
+log = logging.getLogger(__name__)
+
 MAX_PROMPT = 32_000
-MAX_N = 10
+MAX_REMEMBERED = 256
+"""Requests whose end can still be asked for."""
 MAX_STEPS = 1000
 MAX_GUIDANCE = 100.0
 MAX_PICTURES = 16
@@ -58,6 +76,15 @@ class ImageRequest:
     """Source pictures: file bytes, base64, `data:` URI or http(s) URL."""
     mask: str | bytes | None = None
     """White is redrawn; where the picture has transparency, transparent is redrawn."""
+    quality: str | None = None
+    """A name of `core.QUALITIES`: steps by the model's table, unless `steps` says a number."""
+    transparent: bool = False
+    upscale: int | None = None
+    """2 or 4: the source picture so many times larger."""
+    previews: int = 0
+    """Of each picture on its way, 0 .. core.MAX_PREVIEWS."""
+    id: str = ""
+    """By which its progress can be asked for and which cancels it; empty: a new one."""
     caller: str = ""
     """Whoever asks: callers share the engine fairly."""
     operator: bool = False
@@ -71,8 +98,11 @@ class Service:
         self.catalog = catalog
         self.engine = engine
         self.settings = settings
+        self.metrics = Metrics()
+        self.queue = Queue(settings.max_active, settings.max_queue)
         self._fetcher = PictureFetcher(settings.picture_hosts.split(","))
-        self._running: dict[str, int] = {}
+        self._jobs: list[Job] = []
+        self._ended: deque[Progress] = deque(maxlen=MAX_REMEMBERED)
 
     async def start(self) -> None:
         await self.engine.start()
@@ -86,26 +116,60 @@ class Service:
 
         Cancelling the task cancels the work.
         """
+        job = await self.submit(request)
+        if on_step is None:
+            return await job.pictures()
+        async with aclosing(job.events()) as events:
+            async for index, event in events:
+                if isinstance(event, Step):
+                    on_step(index, event)
+        return await job.pictures()
+
+    async def submit(self, request: ImageRequest) -> Job:
+        """Check a request and put it in the line. Raises what is wrong with it, or that the line is full."""
         self.catalog.refresh()
         config = self.catalog.get(request.model)
         generations = await self.plan(request, config)
-        self._admit(config, len(generations))
-        limit = self.settings.time_limit_s
         try:
-            async with asyncio.timeout(limit), asyncio.TaskGroup() as group:
-                tasks = [
-                    group.create_task(self._one(config, index, generation, on_step))
-                    for index, generation in enumerate(generations)
-                ]
-        except TimeoutError:
-            raise TimedOut(
-                f"not drawn within {limit} s (the setting time_limit_s): ask for fewer steps or a smaller size"
-            ) from None
-        except ExceptionGroup as failures:
-            raise failures.exceptions[0] from None  # the first to fail is why the others were cancelled
-        finally:
-            self._running[config.name] -= len(generations)
-        return [task.result() for task in tasks]
+            self._admit(config, len(generations))
+            tickets = self.queue.join(request.caller, len(generations))
+        except TooManyRequests as error:
+            self.metrics.rejected(error.code)
+            raise
+        parts = [Part(generation, ticket) for generation, ticket in zip(generations, tickets, strict=True)]
+        job = Job(request.id or uuid.uuid4().hex, request.caller, config, self.queue, parts)
+        self._jobs.append(job)
+        job.task = asyncio.create_task(self._run(job))
+        job.task.add_done_callback(functools.partial(self._end, job))
+        log.info("request %s: %s of %s", job.id, [part.generation.id for part in parts], config.name)
+        if self.settings.log_prompts:
+            log.info("request %s: %r", job.id, list(request.prompts))
+        return job
+
+    def jobs(self, caller: str | None = None, id: str | None = None) -> list[Job]:
+        """Those that wait or draw, oldest first: of one caller, of one id."""
+        return [job for job in self._jobs if caller in (None, job.caller) and id in (None, job.id)]
+
+    async def cancel(self, jobs: Sequence[Job]) -> None:
+        """End them, within a denoising step each; returns when they are over."""
+        tasks = [job.task for job in jobs if job.task]
+        for job in jobs:
+            job.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    def progress(self, id: str, caller: str | None = None) -> Progress:
+        """Of the latest request of that id (and caller), for a while after its end too. Raises RequestNotFound."""
+        if jobs := self.jobs(caller, id):
+            return jobs[-1].progress()
+        for ended in reversed(self._ended):
+            if ended.id == id and caller in (None, ended.caller):
+                return ended
+        raise RequestNotFound(
+            f"no request {id!r} of yours waits, draws or ended lately. The id is the answer's x-request-id header; "
+            "a request may bring its own in that header.",
+            param="id",
+        )
 
     async def plan(self, request: ImageRequest, config: ModelConfig) -> list[Generation]:
         """The generations a request stands for. Raises InvalidRequest that names the field at fault."""
@@ -117,17 +181,22 @@ class Service:
                 raise InvalidRequest(
                     f"prompt: {len(prompt)} characters; at most {MAX_PROMPT} are taken", param="prompt"
                 )
-        n = request.n if request.n is not None else config.n or 1
-        _within("n", n, 1, MAX_N)
-        if n * len(prompt_pairs) > MAX_N:
+        most = self.settings.max_n
+        n = request.n if request.n is not None else min(config.n or 1, most)
+        _within("n", n, 1, most)
+        if n * len(prompt_pairs) > most:
             raise InvalidRequest(
-                f"n: {len(prompt_pairs)} prompts with {n} pictures each; at most {MAX_N} in one request",
+                f"n: {len(prompt_pairs)} prompts with {n} pictures each; at most {most} in one request",
                 param="n",
             )
         _within("steps", request.steps, 1, MAX_STEPS)
         _within("guidance_scale", request.guidance_scale, 0, MAX_GUIDANCE)
         _within("strength", request.strength, 0, 1)
         _within("clip_skip", request.clip_skip, 0, 64)
+        if request.quality is not None and request.quality not in QUALITIES:
+            raise InvalidRequest(
+                f"quality: {request.quality!r}; {', '.join(QUALITIES)} or a number of steps are valid", param="quality"
+            )
         if request.scheduler:
             schedulers.parse(request.scheduler)
         size = self._size(request.size)
@@ -152,6 +221,10 @@ class Service:
                 strength=request.strength,
                 images=images,
                 mask=mask,
+                quality=request.quality,
+                transparent=request.transparent,
+                upscale=request.upscale,
+                previews=request.previews,
                 caller=request.caller,
             )
             if not request.operator:
@@ -159,28 +232,62 @@ class Service:
             generations += [replace(asked, id=uuid.uuid4().hex, seed=seed + i) for i in range(n)]
         return generations
 
-    async def _one(self, config: ModelConfig, index: int, generation: Generation, on_step: OnStep | None) -> Done:
-        async with aclosing(self.engine.submit(config, generation)) as events:
-            async for event in events:
-                match event:
-                    case Done():
-                        return event
-                    case Failed(error):
-                        raise error
-                    case Step() if on_step:
-                        on_step(index, event)
-        raise WorkerDied("the engine ended without an answer")
+    async def _run(self, job: Job) -> None:
+        limit = self.settings.time_limit_s
+        try:
+            async with asyncio.timeout(limit), asyncio.TaskGroup() as group:
+                for index, part in enumerate(job.parts):
+                    group.create_task(self._one(job, index, part))
+        except TimeoutError:
+            raise TimedOut(
+                f"not drawn within {limit} s (the setting time_limit_s): ask for fewer steps or a smaller size"
+            ) from None
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None  # the first to fail is why the others were cancelled
+
+    def _end(self, job: Job, task: asyncio.Task[None]) -> None:
+        """Called however the job's task ended, also when it was cancelled before it began."""
+        for part in job.parts:
+            self.queue.leave(part.ticket, drawn=False)
+        raised = Cancelled("the request was cancelled") if task.cancelled() else task.exception()
+        error = raised if isinstance(raised, SfumatoError) else None
+        if raised and not error:
+            log.error("request %s failed", job.id, exc_info=raised)
+            error = SfumatoError(f"an error of the server's own ({type(raised).__name__}); its log says more")
+        if error:
+            self.metrics.failed(job.config.name, error.code)
+        job.end(error)
+        self._jobs.remove(job)
+        self._ended.append(job.progress())
+
+    async def _one(self, job: Job, index: int, part: Part) -> None:
+        came = time.monotonic()
+        await part.ticket.called.wait()
+        began = time.monotonic()
+        self.metrics.waited(began - came)
+        try:
+            async with aclosing(self.engine.submit(job.config, part.generation)) as events:
+                async for event in events:
+                    match event:
+                        case Failed(error):
+                            raise error
+                        case _:
+                            job.put(index, event)
+        finally:
+            self.queue.leave(part.ticket, drawn=part.done is not None)
+        if not part.done:
+            raise WorkerDied("the engine ended without an answer")
+        self.metrics.drew(job.config.name, time.monotonic() - began)
 
     def _admit(self, config: ModelConfig, pictures: int) -> None:
-        running = self._running.get(config.name, 0)
+        running = sum(not part.done for job in self._jobs if job.config.name == config.name for part in job.parts)
         limit = config.max_concurrent
         if limit is not None and running and running + pictures > limit:
             raise TooManyRequests(
                 f"{config.name} draws {running} pictures now; its file allows {limit} at a time "
                 "(limits.max_concurrent). Try again later.",
-                retry_after=config.retry_after,
+                retry_after=min(config.retry_after, MAX_RETRY_AFTER_S),
             )
-        self._running[config.name] = running + pictures
 
     def _size(self, text: str | None) -> tuple[int, int] | None:
         if text is None or text.strip().lower() in ("", "auto"):
@@ -242,7 +349,7 @@ def _refuse_disabled(config: ModelConfig, asked: Generation) -> None:
         "negative_prompt": asked.negative_prompt,
         "num_inference_steps": asked.steps,
         "clip_skip": asked.clip_skip,
-        "image": asked.images or None,
+        "image": None if asked.upscale else asked.images or None,  # an upscaler that takes no picture is none
     }
     for name, value in used.items():
         if value is not None and not config.enables(name):

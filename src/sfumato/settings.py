@@ -17,8 +17,8 @@ PREFIX = "SFUMATO_"
 _FLAGS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
 
-def _setting(default: Any, help: str, **limits: Any) -> Any:
-    return field(default=default, metadata={"help": help, **limits})
+def _setting(default: Any, help: str, *, secret: bool = False, **limits: Any) -> Any:
+    return field(default=default, repr=not secret, metadata={"help": help, **limits})
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,9 @@ class Settings:
         "127.0.0.1", "Addresses or networks (comma-separated, * for any) whose X-Forwarded-* headers are believed."
     )
     api_keys: str = _setting(
-        "", "NAME:KEY pairs, comma-separated; callers need one of the keys and share the queue by name. Empty: no key."
+        "",
+        "NAME:KEY pairs, comma-separated; callers need one of the keys and share the queue by name. Empty: no key.",
+        secret=True,
     )
     cors_origins: str = _setting("", "Origins (comma-separated, * for any) of web pages that may call this server.")
     max_n: int = _setting(10, "Most pictures of one request.", least=1)
@@ -60,7 +62,7 @@ class Settings:
     )
     log_format: str = _setting("text", "text, or json: one object a line.", choices=("text", "json"))
     log_prompts: bool = _setting(False, "Whether prompts may stand in the log.")
-    log_level: str = _setting("info", "debug, info, warning or error.")
+    log_level: str = _setting("info", "debug, info, warning or error.", choices=("debug", "info", "warning", "error"))
 
     @classmethod
     def load(cls, given: Mapping[str, Any] | None = None, env: Mapping[str, str] = os.environ) -> Settings:
@@ -98,8 +100,10 @@ def _parse(spec: Field[Any], name: str, raw: Any) -> Any:
             raise ValueError(f"{name}={raw!r}: true or false is needed. {spec.metadata['help']}")
         raw = _FLAGS[raw.lower()]
     choices = spec.metadata.get("choices")
-    if choices and raw not in choices:
+    if choices and str(raw).lower() not in choices:
         raise ValueError(f"{name}={raw!r}: {', '.join(choices)} are valid. {spec.metadata['help']}")
+    if choices:
+        raw = str(raw).lower()
     try:
         value = kind(spec)(raw)
     except ValueError:

@@ -1,28 +1,53 @@
-"""The ASGI application: routes, error shape, request ids, body cap."""
+"""The ASGI application: routes, and what every request passes on its way to them."""
 
 from __future__ import annotations
 
-import uuid
+import asyncio
+import logging
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
-from fastapi import FastAPI
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from fastapi import Depends, FastAPI
+from fastapi.security import HTTPBearer
+from starlette.middleware.cors import CORSMiddleware
 
 from sfumato import __version__
-from sfumato.api import errors, openai, ops
-from sfumato.errors import InvalidRequest
+from sfumato.api import errors, localai, models, openai, ops, pages, progress
+from sfumato.api.auth import Auth, parse_keys
+from sfumato.api.requests import BodyCap, LastResort, Observe, RequestId
+from sfumato.api.urls import Forwarded, check_proxies, check_public_url, parse_origins
 from sfumato.service import Service
 from sfumato.store import Store
 
+log = logging.getLogger(__name__)
+
+EXPIRE_EVERY_S = 600
+"""How often old pictures are looked for."""
+
+EXPOSED = ("x-request-id", "x-sfumato-ignored", "x-sfumato-warning", "retry-after", "x-should-retry")
+"""Headers that scripts of other origins may read."""
+
+ALLOWED = ("authorization", "content-type", "x-request-id", "x-api-key")
+"""Headers that they may send."""
+
 
 def create_app(service: Service, store: Store) -> FastAPI:
-    """The application over a service that is started and stopped with it."""
+    """The application over a service that is started and stopped with it.
+
+    Raises ValueError that names a setting which cannot be understood.
+    """
+    settings = service.settings
+    keys = parse_keys(settings.api_keys)
+    origins = parse_origins(settings.cors_origins)
+    check_proxies(settings.trusted_proxies)
+    check_public_url(settings.public_url)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
         await service.start()
+        keeper = asyncio.create_task(_expire(store))
         yield
+        keeper.cancel()
         await service.stop()
 
     app = FastAPI(
@@ -30,70 +55,47 @@ def create_app(service: Service, store: Store) -> FastAPI:
         version=__version__,
         description="Text-to-image, image-to-image and inpainting with any diffusers pipeline.",
         lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        servers=[{"url": settings.public_url.rstrip("/")}] if settings.public_url else None,
     )
     errors.install(app)
-    app.include_router(openai.router(service, store), prefix="/v1")
-    # LocalAI's clients leave the prefix out as often as not.
-    app.include_router(openai.router(service, store), include_in_schema=False)
+    # It decides nothing: it tells OpenAPI of the key, which `Auth` checks.
+    key = [Depends(HTTPBearer(auto_error=False, description="An API key of this server."))] if keys else []
+    for routes in (openai, localai):
+        app.include_router(routes.router(service, store), prefix="/v1", dependencies=key)
+        # LocalAI's clients leave the prefix out as often as not.
+        app.include_router(routes.router(service, store), include_in_schema=False)
+    for routes in (progress, models):
+        app.include_router(routes.router(service), prefix="/v1", dependencies=key)
+        app.include_router(routes.router(service), include_in_schema=False)
     app.include_router(ops.router(service, store))
-    app.add_middleware(_BodyCap, limit=service.settings.max_body_mb * 2**20)
-    app.add_middleware(_RequestId)
+    app.include_router(pages.router())
+
+    # The last to be added is the first to see a request.
+    app.add_middleware(BodyCap, limit=settings.max_body_mb * 2**20)
+    app.add_middleware(Auth, keys=keys, rejected=service.metrics.rejected)
+    app.add_middleware(LastResort)
+    if origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=("GET", "POST", "DELETE", "OPTIONS"),
+            allow_headers=ALLOWED,
+            expose_headers=EXPOSED,
+            allow_private_network=True,
+        )
+    app.add_middleware(Forwarded, trusted=settings.trusted_proxies)
+    app.add_middleware(Observe, metrics=service.metrics)
+    app.add_middleware(RequestId)
     return app
 
 
-class _RequestId:
-    """Every answer carries `x-request-id`: the client's own, if it sent a sane one, else a new one."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        given = dict(scope["headers"]).get(b"x-request-id", b"")
-        id = given if 0 < len(given) <= 128 and given.isascii() else uuid.uuid4().hex.encode()
-
-        async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"x-request-id", id)]
-            await send(message)
-
-        await self.app(scope, receive, send_with_id)
-
-
-class _BodyCap:
-    """Refuse a body that is too large before it is in memory."""
-
-    def __init__(self, app: ASGIApp, limit: int) -> None:
-        self.app = app
-        self.limit = limit
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > self.limit:
-            await self._refuse(scope, receive, send)
-            return
-        taken = 0
-
-        async def capped() -> Message:
-            nonlocal taken
-            message = await receive()
-            taken += len(message.get("body", b""))
-            if taken > self.limit:
-                raise self._too_large()
-            return message
-
-        await self.app(scope, capped, send)
-
-    def _too_large(self) -> InvalidRequest:
-        return InvalidRequest(
-            f"the request body is larger than {self.limit // 2**20} MiB; send smaller pictures, "
-            "or raise the setting max_body_mb"
-        )
-
-    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await errors.response(self._too_large())(scope, receive, send)
+async def _expire(store: Store) -> None:
+    """Delete old pictures now and every so often, until it is cancelled."""
+    while True:
+        try:
+            await asyncio.to_thread(store.expire)
+        except OSError as error:
+            log.warning("old pictures could not be looked for: %s", error)
+        await asyncio.sleep(EXPIRE_EVERY_S)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import traceback
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from sfumato.errors import InvalidRequest, SfumatoError, TooManyRequests
+from sfumato.errors import InvalidRequest, SfumatoError, TooManyRequests, Unauthorized
 
 log = logging.getLogger(__name__)
 
@@ -18,7 +19,6 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(SfumatoError, _known)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
-    app.add_exception_handler(Exception, _unknown)
 
 
 def shape(error: SfumatoError) -> dict[str, dict[str, str | None]]:
@@ -32,6 +32,8 @@ def response(error: SfumatoError) -> JSONResponse:
     headers = {"x-should-retry": "true" if error.retry else "false"}
     if isinstance(error, TooManyRequests):
         headers["retry-after"] = str(error.retry_after)
+    if isinstance(error, Unauthorized):
+        headers["www-authenticate"] = "Bearer"
     return JSONResponse(shape(error), error.status, headers)
 
 
@@ -71,5 +73,11 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
     return answer
 
 
-async def _unknown(request: Request, error: Exception) -> JSONResponse:
-    return response(SfumatoError(f"an error of the server's own ({type(error).__name__}); its log says more"))
+def unexpected(error: Exception) -> SfumatoError:
+    """An error nobody foresaw: logged by its place, without its words, which may be the caller's."""
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    name = type(error).__name__
+    frames = "".join(traceback.format_tb(error.__traceback__)).rstrip()
+    log.error("%s at\n%s", name, frames)
+    return SfumatoError(f"an error of the server's own ({name}); its log says more")

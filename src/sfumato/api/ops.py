@@ -1,22 +1,21 @@
-"""Health, and the pictures that were drawn."""
+"""Health, metrics, and the pictures that were drawn."""
 
 from __future__ import annotations
 
+import asyncio
+
 from fastapi import APIRouter
-from fastapi.responses import FileResponse, JSONResponse, RedirectResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from sfumato import __version__
+from sfumato.metrics import CONTENT_TYPE
 from sfumato.service import Service
-from sfumato.store import Store
+from sfumato.store import MEDIA_TYPES, Store
 
 
 def router(service: Service, store: Store) -> APIRouter:
-    routes = APIRouter()
-
-    @routes.get("/", include_in_schema=False)
-    async def root() -> RedirectResponse:
-        return RedirectResponse("docs")
+    routes = APIRouter(tags=["Operations"])
 
     @routes.get("/healthz", summary="Is the process alive?")
     async def healthz() -> dict[str, str]:
@@ -24,18 +23,47 @@ def router(service: Service, store: Store) -> APIRouter:
 
     @routes.get("/readyz", summary="Can it draw?", responses={503: {"description": "Not yet"}})
     async def readyz() -> JSONResponse:
-        service.catalog.refresh()
-        if not service.engine.ready:
-            return JSONResponse({"status": "starting", "reason": "the worker is not up yet"}, 503)
-        if not service.catalog.all():
-            return JSONResponse({"status": "no models", "reason": "no model file can be used"}, 503)
+        reason = _not_ready(service)
+        if reason:
+            return JSONResponse({"status": "not ready", "reason": reason}, 503)
         return JSONResponse({"status": "ready"})
 
-    @routes.get("/generated-images/{name}", summary="A picture that was drawn", response_class=FileResponse)
-    async def picture(name: str) -> FileResponse:
-        path = store.path(name)
-        if path is None:
+    @routes.get(
+        "/metrics",
+        summary="Counts and times, for Prometheus",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {}}}},
+    )
+    async def metrics() -> Response:
+        text = service.metrics.render(
+            ready=not _not_ready(service),
+            queue_depth=service.queue.waiting,
+            running=service.queue.running,
+            stats=service.engine.stats,
+        )
+        return Response(text, headers={"content-type": CONTENT_TYPE})
+
+    @routes.get(
+        "/generated-images/{name}",
+        summary="A picture that was drawn",
+        response_class=Response,
+        responses={200: {"content": {media_type: {} for media_type in MEDIA_TYPES.values()}}},
+    )
+    async def picture(name: str) -> Response:
+        # Whole before the first byte is sent: it may be deleted at any time.
+        found = await asyncio.to_thread(store.get, name)
+        if found is None:
             raise HTTPException(404)
-        return FileResponse(path, media_type="image/png", headers={"cache-control": "public, immutable"})
+        headers = {"cache-control": "public, immutable", "x-content-type-options": "nosniff"}
+        return Response(found.data, media_type=found.media_type, headers=headers)
 
     return routes
+
+
+def _not_ready(service: Service) -> str:
+    """Why it cannot draw, or an empty text."""
+    if not service.engine.ready:
+        restarted = service.engine.stats.restarts
+        return "the worker died; the next one is starting (see the log)" if restarted else "the worker is not up yet"
+    service.catalog.refresh()
+    return "" if service.catalog.all() else "no model file can be used: `sfumato check` says why"

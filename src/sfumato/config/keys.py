@@ -63,6 +63,7 @@ KEYS: tuple[Key, ...] = (
         ("diffusers.control_net", "control_net", read.string, "ControlNet: folder or hub id."),
         ("diffusers.clip_model", "clip_model", read.string, "Another CLIP text encoder: folder or hub id."),
         ("diffusers.clip_subfolder", "clip_subfolder", read.string, "Where in it the text encoder stands."),
+        ("diffusers.preview_vae", "preview_vae", read.string, "A tiny autoencoder for previews: folder or hub id."),
     ),
     *_group(
         "Adapters",
@@ -74,6 +75,11 @@ KEYS: tuple[Key, ...] = (
     *_group(
         "Defaults of requests",
         ("step", "steps", _STEPS, "Denoising steps. Absent: 30 for Stable Diffusion, else the pipeline's own."),
+        (
+            "quality_steps", "quality_steps", read.qualities,
+            "Steps by `quality`: `{low: 10, high: 40}`. Absent, or without that one: low is 0.5, high and hd 1.5, "
+            "xhigh 2, max 3 times the default steps.",
+        ),
         ("cfg_scale", "cfg_scale", _GUIDANCE, "Guidance; 0 is none. Absent: 8 for Stable Diffusion."),
         ("diffusers.cfg_scale", "cfg_scale", _GUIDANCE, "As `cfg_scale`, and wins over it."),
         ("clip_skip", "clip_skip", _CLIP_SKIP, "Layers to leave out at the end of the text encoder."),

@@ -92,9 +92,13 @@ class ModelConfig:
     control_net: str | None = None
     clip_model: str | None = None
     clip_subfolder: str | None = None
+    preview_vae: str | None = None
+    """A tiny autoencoder for previews."""
     adapters: tuple[Adapter, ...] = ()
 
     steps: int | None = None
+    quality_steps: tuple[tuple[str, int], ...] = ()
+    """Name of a quality → steps, for those that the file names."""
     cfg_scale: float | None = None
     """0 is a value: no guidance."""
     seed: int | None = None

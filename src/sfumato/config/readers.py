@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 from urllib.parse import urlparse
 
 from sfumato.config.model import Download, Scalar
-from sfumato.core import MAX_SEED
+from sfumato.core import MAX_SEED, QUALITIES
 from sfumato.errors import did_you_mean
 
 Reader: TypeAlias = Callable[[Any], Any]
@@ -121,6 +121,23 @@ def _range(least: float, most: float | None) -> str:
 
 seed = whole(0, MAX_SEED, absent=-1)
 """-1 is LocalAI's word for a random seed."""
+
+
+def qualities(value: Any) -> tuple[tuple[str, int], ...]:
+    """A mapping of names of `QUALITIES` to denoising steps, in the table's order."""
+    if not isinstance(value, dict):
+        raise ValueError("needs `name: steps` lines, e.g. {low: 10, high: 40}")
+    read = whole(1, 10_000)
+    steps = {}
+    for word, number in value.items():
+        if word not in QUALITIES:
+            near = did_you_mean(word, QUALITIES) if isinstance(word, str) else ""
+            raise ValueError(f"{shown(word)} is none of {', '.join(QUALITIES)}.{near}")
+        try:
+            steps[word] = read(number)
+        except ValueError as error:
+            raise ValueError(f"{word} {error}") from None
+    return tuple((word, steps[word]) for word in QUALITIES if word in steps)
 
 
 def gpu(value: Any) -> int:

@@ -13,7 +13,8 @@ from PIL import Image, ImageOps
 
 from sfumato import pictures
 from sfumato.config import DEFAULTS
-from sfumato.core import Generation
+from sfumato.core import QUALITIES, Generation
+from sfumato.engine.kinds import parameters_of, upscaler
 from sfumato.engine.load import Loaded, encoder_layers
 from sfumato.errors import InvalidRequest
 
@@ -43,27 +44,76 @@ class Canvas:
 def fill(model: Loaded, pipeline: Any, asked: Generation) -> Generation:
     """What the request leaves open, from the model file and the page's defaults; the class's own stay None."""
     config = model.config
-    paged = bool(PAGE_CLASSES.match(type(pipeline).__name__))
-
-    def first(*values: Any) -> Any:
-        return next((value for value in values if value is not None), None)
 
     def enabled(name: str, value: Any) -> Any:
         return value if config.enables(name) else None
 
     return replace(
         asked,
-        steps=first(
-            asked.steps,
-            enabled("num_inference_steps", first(config.steps, DEFAULTS["step"] if paged else None)),
-        ),
-        guidance_scale=first(asked.guidance_scale, config.cfg_scale, float(DEFAULTS["cfg_scale"]) if paged else None),
-        negative_prompt=first(asked.negative_prompt, enabled("negative_prompt", config.negative_prompt)),
-        clip_skip=first(asked.clip_skip, enabled("clip_skip", config.clip_skip)),
-        strength=first(asked.strength, config.strength) if asked.images else asked.strength,
-        width=first(asked.width, None if asked.images else config.width),
-        height=first(asked.height, None if asked.images else config.height),
+        steps=_first(asked.steps, _steps_of_quality(model, pipeline, asked.quality), _steps(model, pipeline)),
+        guidance_scale=_first(asked.guidance_scale, _guidance(model, pipeline)),
+        negative_prompt=_first(asked.negative_prompt, enabled("negative_prompt", config.negative_prompt)),
+        clip_skip=_first(asked.clip_skip, enabled("clip_skip", config.clip_skip)),
+        strength=_first(asked.strength, config.strength) if asked.images else asked.strength,
+        width=_first(asked.width, None if asked.images else config.width),
+        height=_first(asked.height, None if asked.images else config.height),
     )
+
+
+def default_steps(model: Loaded, pipeline: Any) -> int | None:
+    """Of a request that says nothing; None: the class has no such thing, or no number."""
+    steps = _default(model, pipeline, "num_inference_steps", _steps(model, pipeline))
+    return steps if isinstance(steps, int) else None
+
+
+def default_guidance(model: Loaded, pipeline: Any) -> float | None:
+    """Of a request that says nothing; None: the class has no such thing, or no number."""
+    guidance = _default(model, pipeline, "guidance_scale", _guidance(model, pipeline))
+    return float(guidance) if isinstance(guidance, int | float) else None
+
+
+def signature_default(pipeline: Any, argument: str) -> Any:
+    """The class's own default of an argument of its call; None where it has none."""
+    parameter = parameters_of(pipeline).get(argument)
+    return None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
+
+
+def _first(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)
+
+
+def _paged(pipeline: Any) -> bool:
+    return bool(PAGE_CLASSES.match(type(pipeline).__name__))
+
+
+def _steps(model: Loaded, pipeline: Any) -> int | None:
+    """The model file's, or the page's."""
+    if not model.config.enables("num_inference_steps"):
+        return None
+    return _first(model.config.steps, DEFAULTS["step"] if _paged(pipeline) else None)  # type: ignore[no-any-return]
+
+
+def _guidance(model: Loaded, pipeline: Any) -> float | None:
+    page = float(DEFAULTS["cfg_scale"]) if _paged(pipeline) else None
+    return _first(model.config.cfg_scale, page)  # type: ignore[no-any-return]
+
+
+def _default(model: Loaded, pipeline: Any, argument: str, given: Any) -> Any:
+    """Of `argument` where a request says nothing; the file's `options` win over all else."""
+    if argument not in parameters_of(pipeline):
+        return None
+    return _first(model.config.options.get(argument), given, signature_default(pipeline, argument))
+
+
+def _steps_of_quality(model: Loaded, pipeline: Any, quality: str | None) -> int | None:
+    """The file's number for it, else a multiple of the default; None where nobody may choose the steps."""
+    if not quality or not model.config.enables("num_inference_steps"):
+        return None
+    if "num_inference_steps" not in parameters_of(pipeline):
+        return None
+    default = default_steps(model, pipeline)
+    own = dict(model.config.quality_steps).get(quality)
+    return own or (default and max(1, round(default * QUALITIES[quality])))
 
 
 def canvas(model: Loaded, pipeline: Any, wanted: Generation) -> Canvas:
@@ -86,6 +136,8 @@ def canvas(model: Loaded, pipeline: Any, wanted: Generation) -> Canvas:
             param="image",
         )
     mask = pictures.decoded(wanted.mask).convert("L") if wanted.mask else None
+    if larger := upscaler(pipeline):
+        return _enlarged(model, larger.factor, larger.multiple, wanted, sources)
     if mask is not None and mask.size != sources[0].size:
         raise InvalidRequest(
             f"the mask is {_size(mask)}, the picture {_size(sources[0])}: both need the same size",
@@ -97,6 +149,25 @@ def canvas(model: Loaded, pipeline: Any, wanted: Generation) -> Canvas:
     if len(sources) == 1:
         sources = [fit(source) for source in sources]
     return Canvas(width, height, sources, mask and fit(mask, method=Image.Resampling.NEAREST))
+
+
+def _enlarged(model: Loaded, factor: int, multiple: int, wanted: Generation, sources: list[Image.Image]) -> Canvas:
+    """The source as it is. Raises InvalidRequest where the pipeline would resize it, or for another size."""
+    (source,) = sources
+    if source.width % multiple or source.height % multiple:
+        raise InvalidRequest(
+            f"the picture is {_size(source)}: {model.config.name} enlarges pictures whose sides are multiples of "
+            f"{multiple}; the nearest size is {_near(source.width, multiple)}x{_near(source.height, multiple)}",
+            param="image",
+        )
+    width, height = source.width * factor, source.height * factor
+    if wanted.width and (wanted.width, wanted.height) != (width, height):
+        raise InvalidRequest(
+            f"size {wanted.width}x{wanted.height}: {model.config.name} enlarges {factor} times; "
+            f"a picture of {_size(source)} becomes {width}x{height}. Leave the size out.",
+            param="size",
+        )
+    return Canvas(width, height, sources, None)
 
 
 def arguments(model: Loaded, pipeline: Any, asked: Generation, wanted: Generation, canvas: Canvas) -> dict[str, Any]:
@@ -132,12 +203,6 @@ def arguments(model: Loaded, pipeline: Any, asked: Generation, wanted: Generatio
         )
     taken = {argument: value for argument, (value, _) in values.items() if value is not None and argument in parameters}
     return taken | dict(model.config.options)
-
-
-def parameters_of(pipeline: Any) -> dict[str, inspect.Parameter]:
-    """What one may pass to a pipeline's call, by name."""
-    signature = inspect.signature(type(pipeline).__call__).parameters
-    return {name: each for name, each in signature.items() if name != "self" and each.kind is not each.VAR_KEYWORD}
 
 
 def _refuse_deep_clip_skip(model: Loaded, pipeline: Any, asked: Generation) -> None:

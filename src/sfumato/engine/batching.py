@@ -201,6 +201,8 @@ class Hub:
     prints: Fingerprints = field(default_factory=Fingerprints)
     joins: Joins = field(default_factory=Joins)
     counts: dict[str, Count] = field(default_factory=lambda: defaultdict(Count))
+    shared: Counter[tuple[str, int]] = field(default_factory=Counter)
+    """Module name and the number of calls that a forward answered → such forwards."""
     alone: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Module name and reason → calls that could not be joined; `trust.refused` has what was found out by trial."""
     now: int = 0
@@ -258,6 +260,8 @@ class Hub:
     def count(self, name: str, calls: int, forwards: int) -> None:
         self.counts[name].calls += calls
         self.counts[name].forwards += forwards
+        if calls and forwards:
+            self.shared[name, calls] += forwards
 
     def computed(self, task: Task, call: Call, value: Any) -> None:
         """A request computed its own call."""
@@ -347,12 +351,12 @@ class Hub:
                 members, Trial([None] * len(members), lambda _: self._fails_only_together(first, signature))
             )
             return
-        self.count(first.name, 0, 1)
         if self.trust.ruling(first, signature) == "try":
+            self.count(first.name, 0, 1)
             trial = Trial(parts, lambda error: self.trust.settle(first, signature, error))
             self._all_alone(members, trial)
             return
-        self.count(first.name, len(members), 0)
+        self.count(first.name, len(members), 1)
         for task, part in zip(members, parts, strict=True):
             if task.memo_key is not None:
                 self.memo.put(task.memo_key, first.module, part)

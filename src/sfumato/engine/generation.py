@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
-import re
 import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
@@ -15,7 +13,7 @@ from PIL import Image
 
 from sfumato import __version__, pictures, recipe, schedulers
 from sfumato.core import Done, Generation, Recipe
-from sfumato.engine import arguments, sampler, standin
+from sfumato.engine import arguments, kinds, sampler, standin, tokens
 from sfumato.engine.batching import is_out_of_memory
 from sfumato.engine.load import Loaded
 from sfumato.engine.watch import OnPreview, Previews
@@ -24,11 +22,7 @@ from sfumato.errors import ContentFiltered, DrawError, InvalidRequest, SfumatoEr
 OnStep: TypeAlias = Callable[[int, int], None]
 """Called after each denoising step with (steps done, steps in all); may raise to stop the run."""
 
-SIBLINGS = {"image": "AutoPipelineForImage2Image", "mask": "AutoPipelineForInpainting"}
-"""By name: importing them imports every pipeline there is, which takes seconds."""
-
-NEEDS_PICTURE = re.compile(r"Img2Img|Inpaint|Depth2Img|Upscale|InstructPix2Pix|ControlNet|Edit")
-"""Names of classes that draw nothing without a source picture, whatever their signature's defaults say."""
+TAKES = {"image": "image", "mask": "mask_image"}
 
 DEFAULT_THREADS = torch.get_num_threads()
 
@@ -45,6 +39,7 @@ def draw(model: Loaded, asked: Generation, on_step: OnStep, on_preview: OnPrevie
     """
     torch.set_num_threads(model.config.threads or DEFAULT_THREADS)
     # 1. the pipeline for this task, as a view: it shares the modules and nothing that a run changes
+    kinds.check(model.config.name, model.pipeline, asked)
     task = "mask" if asked.mask else "image" if asked.images else "text"
     pipeline = standin.view(_for_task(model, task))
     # 2. what the request leaves open; source pictures at the size of the result; the arguments that this class takes
@@ -57,37 +52,40 @@ def draw(model: Loaded, asked: Generation, on_step: OnStep, on_preview: OnPrevie
     if scheduler is not None:
         previews = None
         if asked.previews and on_preview:
-            previews = Previews(pipeline, asked.previews, canvas.width, canvas.height, on_preview)
+            previews = Previews(pipeline, asked.previews, canvas.width, canvas.height, on_preview, model.glance)
         pipeline.scheduler = _observed(scheduler, on_step, previews)
     # 4. run
     image = _run(pipeline, given, wanted.seed)
     # 5. outside the mask every pixel stays as it was
     if canvas.mask is not None and image.size == canvas.mask.size:
         image = Image.composite(image, canvas.sources[0].convert(image.mode), canvas.mask)
-    # 6. the picture with its recipe
+    if kinds.upscaler(pipeline) and image.size != (canvas.width, canvas.height):
+        raise DrawError(
+            f"{type(pipeline).__name__} drew {image.width}x{image.height}, not {canvas.width}x{canvas.height}: "
+            "its weights are not those of an upscaler of this class"
+        )
+    # 6. the picture with its recipe, and what was not done as asked
     made = _recipe(model, pipeline, wanted, image, given, choice)
-    return Done(recipe.encode(image, made), made)
+    cut = tokens.warnings(pipeline, model.config.options, model.config.name, wanted.prompt, wanted.negative_prompt)
+    return Done(recipe.encode(image, made), made, cut)
 
 
 def _for_task(model: Loaded, task: str) -> Any:
-    own = arguments.parameters_of(model.pipeline)
     name = type(model.pipeline).__name__
     if task == "text":
-        image = own.get("image")
-        if image is not None and (image.default is inspect.Parameter.empty or NEEDS_PICTURE.search(name)):
+        if kinds.needs_picture(model.pipeline):
             raise InvalidRequest(
                 f"{model.config.name} draws from a picture ({name}): send one as `image`", param="image"
             )
         return model.pipeline
-    wanted = {"image": "image", "mask": "mask_image"}[task]
-    if wanted in own and (task == "mask" or "mask_image" not in own):
+    if kinds.takes(model.pipeline, task):
         return model.pipeline
     if task not in model.siblings:
         try:
-            sibling = getattr(diffusers, SIBLINGS[task]).from_pipe(model.pipeline)
+            sibling = getattr(diffusers, kinds.SIBLINGS[task]).from_pipe(model.pipeline)
         except ValueError as error:
             raise InvalidRequest(
-                f"{model.config.name}: {name} takes no {wanted}, and diffusers has no pipeline "
+                f"{model.config.name}: {name} takes no {TAKES[task]}, and diffusers has no pipeline "
                 f"on the same weights that does ({error})",
                 param=task,
             ) from None
@@ -149,7 +147,7 @@ def _refuse_nan(result: Any) -> None:
 def _run(pipeline: Any, given: Mapping[str, Any], seed: int) -> Image.Image:
     # Noise is drawn on the CPU always: the same seed gives the same on every device.
     noise = {"generator": torch.Generator("cpu").manual_seed(seed)}
-    if "generator" not in arguments.parameters_of(pipeline):
+    if "generator" not in kinds.parameters_of(pipeline):
         noise = {}
     torch.manual_seed(seed)  # for the few pipelines that draw noise without their generator
     try:
@@ -164,7 +162,10 @@ def _run(pipeline: Any, given: Mapping[str, Any], seed: int) -> Image.Image:
         raise DrawError(f"{type(pipeline).__name__}: {type(error).__name__}: {error}") from error
     if any(getattr(output, "nsfw_content_detected", None) or ()):
         raise ContentFiltered("the model's safety checker blocked this picture; change the prompt or the seed")
-    return output.images[0]  # type: ignore[no-any-return]
+    image = output.images[0]
+    if isinstance(image, list):  # drawn in layers: one upon the other
+        image = functools.reduce(Image.alpha_composite, (layer.convert("RGBA") for layer in image))
+    return image  # type: ignore[no-any-return]
 
 
 def _recipe(
@@ -175,7 +176,7 @@ def _recipe(
     given: Mapping[str, Any],
     choice: schedulers.Choice | None,
 ) -> Recipe:
-    parameters = arguments.parameters_of(pipeline)
+    parameters = kinds.parameters_of(pipeline)
 
     def used(name: str) -> Any:
         """What the pipeline really worked with, its own default included."""

@@ -18,6 +18,7 @@ from sfumato import schedulers
 from sfumato.config import ModelConfig
 from sfumato.core import ModelStatus
 from sfumato.engine import download, resolve, sampler
+from sfumato.engine.preview import Glance, glance
 from sfumato.errors import (
     DeviceUnavailable,
     InvalidRequest,
@@ -47,6 +48,8 @@ class Loaded:
     """Pipelines of other tasks on the same weights, by task."""
     rungs: set[str] = field(default_factory=set)
     """What was done to make it need less memory; see `memory`."""
+    glance: Glance | None = None
+    """What shows its previews for next to nothing; None: its own decoder does."""
 
 
 def load(config: ModelConfig, device_setting: str, tell: Tell) -> Loaded:
@@ -61,6 +64,7 @@ def load(config: ModelConfig, device_setting: str, tell: Tell) -> Loaded:
         _mend_clip(pipeline)
         _check(config, pipeline)
         _adapters(config, pipeline)
+        shown = _glance(config, pipeline, device, dtype)
         _place(config, pipeline, device)
     except SfumatoError:
         raise
@@ -72,7 +76,7 @@ def load(config: ModelConfig, device_setting: str, tell: Tell) -> Loaded:
         raise LoadError(f"{config.name}: {type(error).__name__}: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
     log.info("%s: %s from %s on %s in %s", config.name, type(pipeline).__name__, source, device, dtype)
-    return Loaded(config, pipeline, source, device, dtype)
+    return Loaded(config, pipeline, source, device, dtype, glance=shown)
 
 
 def choose_device(config: ModelConfig, setting: str) -> str:
@@ -234,6 +238,29 @@ def _components(config: ModelConfig, dtype: str) -> dict[str, Any]:
                 dtype=DTYPES[dtype],
             )
     return given
+
+
+def _glance(config: ModelConfig, pipeline: Any, device: str, dtype: str) -> Glance | None:
+    """The tiny autoencoder that the file names; else a map that is found now, while nobody draws with the model."""
+    if not config.preview_vae:
+        # Where its weights wait in main memory, the map is found there.
+        vae = getattr(pipeline, "vae", None)
+        if vae is not None and not config.low_vram:
+            vae.to(device)
+        return glance(pipeline)
+    with download.words_for_hub_errors(config.preview_vae):
+        tiny = diffusers.AutoencoderTiny.from_pretrained(_beside(config, config.preview_vae), dtype=DTYPES[dtype])
+    takes, has = (
+        tiny.config.latent_channels,
+        getattr(getattr(pipeline, "vae", None), "config", {}).get("latent_channels"),
+    )
+    if has is not None and takes != has:
+        raise ModelFileError(
+            f"{config.name}: preview_vae {config.preview_vae} decodes latents of {takes} channels; "
+            f"this model's have {has}. Take the one made for it, or leave it out.",
+            param="diffusers.preview_vae",
+        )
+    return tiny.to(device)
 
 
 def _beside(config: ModelConfig, name: str) -> str:

@@ -13,8 +13,9 @@ import torch
 from sfumato.core import Done, Event, Failed, ModelStatus, Preview, Step
 from sfumato.engine import generation, memory
 from sfumato.engine.batching import Hub, Task
-from sfumato.engine.protocol import Answer, Cancel, Command, Report, Started, Status, Stop, Submit
+from sfumato.engine.protocol import Answer, Cancel, Command, Counted, Report, Started, Status, Stop, Submit
 from sfumato.engine.residency import Residency
+from sfumato.engine.tally import Tally
 from sfumato.errors import Cancelled, SfumatoError
 from sfumato.settings import Settings
 
@@ -34,6 +35,7 @@ class Loop:
         self._send = send
         self._hub = Hub(max_rows=settings.max_batch, max_active=settings.max_active)
         self._residency = Residency(settings.loaded_models, settings.device, self._tell, self._hub.forget)
+        self._tally = Tally(self._hub, self._residency)
         self._tasks: dict[str, Task] = {}
         self._stopping = False
 
@@ -82,21 +84,30 @@ class Loop:
         with self._residency.use(submit.config, self._hub.turn) as model:
             on_step = functools.partial(self._on_step, asked.id)
             on_preview = functools.partial(self._on_preview, asked.id)
+            self._tally.started(asked.id)
             return memory.with_less(model, lambda: generation.draw(model, asked, on_step, on_preview))
 
     def _on_step(self, id: str, step: int, total: int) -> None:
         self._tasks[id].left = total - step
+        self._tally.stepped(id)
         self._send(Answer(id, Step(step, total)))
 
     def _on_preview(self, id: str, preview: Preview) -> None:
         self._send(Answer(id, preview))
 
     def _report(self) -> None:
-        for id, task in [(id, task) for id, task in self._tasks.items() if task.done]:
+        done = {id: task for id, task in self._tasks.items() if task.done}
+        for id in done:
             del self._tasks[id]
+            self._tally.ended(id)
+        # Before the answers: whoever has the last one finds it counted.
+        if self._tally.due(idle=not self._tasks):
+            self._send(Counted(self._tally.stats()))
+        for id, task in done.items():
             self._send(Answer(id, _event(id, task)))
 
     def _tell(self, model: str, status: ModelStatus) -> None:
+        self._tally.changed()
         self._send(Status(model, status))
 
 

@@ -1,29 +1,47 @@
-"""Pictures of a run on its way: latents after a scheduler step, as the pipeline's own decoder shows them.
+"""Pictures of a run on its way: latents after a scheduler step, as something cheaper than the VAE shows them.
 
-A preview is for looking at, and changes nothing of the request that it shows.
+A preview is for looking at, and changes nothing of the request that it shows. It costs next to nothing where the
+model has a `Glance`: a map to colours that was fitted for its VAE, or a tiny autoencoder that its file names. Else
+the pipeline's own decoder shows it.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from PIL import Image
+from diffusers import AutoencoderTiny
+from PIL import Image, ImageOps
+
+from sfumato.engine.colours import Colours, fit
+
+Glance: TypeAlias = Colours | AutoencoderTiny
+"""What makes a picture of latents for next to nothing."""
 
 LONGEST = 512
 """Pixels: larger previews are scaled down to this on their longer side."""
 
-CHANNELS = (1, 3)
-"""Of pictures: grey and RGB."""
+CHANNELS = (1, 3, 4)
+"""Of pictures: grey, RGB and RGBA."""
 
 UNSCALED = frozenset({"LDMSuperResolutionPipeline"})
 """Classes that hand latents to their decoder as they are, like those whose decoder is a `movq`."""
 
 
+def glance(pipeline: Any) -> Glance | None:
+    """The map to colours of the pipeline's VAE; None where there is none, or its decoder is cheap already."""
+    vae = getattr(pipeline, _decoder(pipeline) or "", None)
+    if vae is None or isinstance(vae, AutoencoderTiny) or hasattr(pipeline, "vocoder"):
+        return None
+    return fit(vae, getattr(pipeline, "vae_scale_factor", None) or 8)
+
+
 @torch.no_grad()
-def preview(pipeline: Any, latents: torch.Tensor, width: int | None, height: int | None) -> Image.Image | None:
+def preview(
+    pipeline: Any, latents: torch.Tensor, width: int | None, height: int | None, glance: Glance | None = None
+) -> Image.Image | None:
     """The first picture of `latents`, whose size is `width` x `height` pixels or of that shape; None if it is none.
 
     Takes [B, C, H, W], with one frame [B, C, 1, H, W], and packed [B, tokens, C]; pixels where the pipeline
@@ -31,32 +49,59 @@ def preview(pipeline: Any, latents: torch.Tensor, width: int | None, height: int
     """
     if not latents.is_floating_point() or hasattr(pipeline, "vocoder"):
         return None
-    name = next((name for name in ("vae", "movq", "vqvae") if getattr(pipeline, name, None) is not None), None)
+    name = _decoder(pipeline)
     latents = latents.detach()[:1].clone()
     if name is None:
         return _picture(None, latents)
     vae = getattr(pipeline, name)
-    if hasattr(vae, "_hf_hook"):  # it waits in main memory: fetching it would put out the denoiser
+    if glance is None and hasattr(vae, "_hf_hook"):  # it waits in main memory: fetching it would put out the denoiser
         return None
+    # A tiny autoencoder has a scale of its own; a map takes what the decoder takes.
+    decoder = glance if isinstance(glance, AutoencoderTiny) else vae
     raw = name == "movq" or type(pipeline).__name__ in UNSCALED
-    spatial = latents if raw else _spatial(pipeline, vae, latents, width, height)
+    spatial = latents if raw else _spatial(pipeline, vae, decoder, latents, width, height)
     if spatial is None or (spatial.ndim == 5 and spatial.shape[2] != 1) or spatial.ndim not in (4, 5):
         return None
-    pixels = _decoded(pipeline, vae, spatial, {"force_not_quantize": True} if name == "movq" else {})
+    if glance is not None and spatial.ndim == 5:
+        spatial = spatial[:, :, 0]
+    processor: Any = getattr(pipeline, "image_processor", None)
+    binned = hasattr(processor, "resize_and_crop_tensor")  # drew at the nearest size it knows
+    if isinstance(glance, Colours):
+        size = (width, height) if binned and width and height else (0, 0)
+        return _enlarged(glance(spatial), glance.factor, size)
+    if glance is not None:
+        pixels = glance.decode(spatial.to(glance.device, glance.dtype), return_dict=False)[0]
+    else:
+        pixels = _decoded(pipeline, vae, spatial, {"force_not_quantize": True} if name == "movq" else {})
     if pixels.ndim == 5:
         pixels = pixels[:, :, 0]
-    processor: Any = getattr(pipeline, "image_processor", None)
-    if width and height and hasattr(processor, "resize_and_crop_tensor"):  # drew at the nearest size it knows
+    if width and height and binned:
         pixels = processor.resize_and_crop_tensor(pixels, width, height)
     return _picture(processor, pixels)
 
 
+def _decoder(pipeline: Any) -> str | None:
+    """The name of the component that makes pixels of latents."""
+    return next((name for name in ("vae", "movq", "vqvae") if getattr(pipeline, name, None) is not None), None)
+
+
+def _enlarged(pixels: torch.Tensor, factor: int, size: tuple[int, int]) -> Image.Image | None:
+    """`pixels` of the map, `factor` times as large or of `size`, within LONGEST."""
+    small = _picture(None, pixels)
+    if small is None:
+        return None
+    width, height = size if all(size) else (small.width * factor, small.height * factor)
+    scale = min(1.0, LONGEST / max(width, height))
+    shown = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return ImageOps.fit(small, shown, Image.Resampling.BICUBIC)
+
+
 def _spatial(
-    pipeline: Any, vae: Any, latents: torch.Tensor, width: int | None, height: int | None
+    pipeline: Any, vae: Any, decoder: Any, latents: torch.Tensor, width: int | None, height: int | None
 ) -> torch.Tensor | None:
-    """`latents` as the decoder takes them: unpacked to [B, C, H, W] or [B, C, 1, H, W], and unscaled."""
+    """`latents` of `vae` as `decoder` takes them: unpacked to [B, C, H, W] or [B, C, 1, H, W], and unscaled."""
     if latents.ndim != 3:
-        return _unscaled(vae, latents)
+        return _unscaled(decoder, latents)
     grid = _grid(latents.shape[1], (width or 1) / (height or 1))
     if grid is None:
         return None
@@ -75,7 +120,7 @@ def _spatial(
     wanted = inspect.signature(unpack).parameters
     if not wanted.keys() <= known.keys():  # layers, frames, pictures side by side
         return None
-    return _unscaled(vae, unpack(**{name: known[name] for name in wanted}))
+    return _unscaled(decoder, unpack(**{name: known[name] for name in wanted}))
 
 
 def _grid(tokens: int, ratio: float) -> tuple[int, int] | None:

@@ -15,14 +15,16 @@ import torch
 from sfumato.config import ModelConfig
 from sfumato.core import ModelStatus
 from sfumato.engine import load
+from sfumato.engine.facts import facts
 from sfumato.errors import LoadError, SfumatoError
 
 log = logging.getLogger(__name__)
 
 PER_REQUEST: Mapping[str, Any] = {
     "aliases": (), "pinned": False, "disabled": False, "file": None, "enable_parameters": frozenset(),
-    "steps": None, "cfg_scale": None, "seed": None, "n": None, "negative_prompt": None, "strength": None,
-    "width": None, "height": None, "option_lines": (), "threads": None, "max_concurrent": None, "retry_after": 0,
+    "steps": None, "quality_steps": (), "cfg_scale": None, "seed": None, "n": None, "negative_prompt": None,
+    "strength": None, "width": None, "height": None, "option_lines": (), "threads": None, "max_concurrent": None,
+    "retry_after": 0,
 }  # fmt: skip
 """Fields that have no part in loading, with a value that stands for any."""
 
@@ -45,6 +47,13 @@ class Residency:
         self._loaded: OrderedDict[str, load.Loaded] = OrderedDict()
         self._users: Counter[str] = Counter()
         self._line: deque[object] = deque()
+        self.loads = 0
+        """Models that were loaded so far."""
+        self.evictions = 0
+        """Models that left so far because another one was wanted."""
+
+    def __len__(self) -> int:
+        return len(self._loaded)
 
     @contextmanager
     def use(self, config: ModelConfig, turn: Callable[[], None]) -> Iterator[load.Loaded]:
@@ -79,20 +88,24 @@ class Residency:
         """The model. A failed load leaves nothing behind: the next request tries again."""
         held = self._loaded.get(config.name)
         if held and _of_weights(held.config) == _of_weights(config):
-            held.config = config
+            changed, held.config = held.config != config, config
             self._loaded.move_to_end(config.name)
+            if changed:  # of its defaults
+                self._tell(config.name, ModelStatus("ready", facts=facts(held)))
             return held
         if held:
             self._drop(config.name, "its model file changed")
         while len(self._loaded) >= self._limit and (idle := self._oldest()):
-            self._drop(idle, "another model is wanted")
+            self._evict(idle, "another model is wanted")
         try:
             self._loaded[config.name] = self._load(config)
         except SfumatoError as error:
             self._tell(config.name, ModelStatus("failed", error.message))
             raise
-        self._tell(config.name, ModelStatus("ready"))
-        return self._loaded[config.name]
+        self.loads += 1
+        model = self._loaded[config.name]
+        self._tell(config.name, ModelStatus("ready", facts=facts(model)))
+        return model
 
     def _load(self, config: ModelConfig) -> load.Loaded:
         def tell(status: ModelStatus) -> None:
@@ -108,12 +121,16 @@ class Residency:
                     raise LoadError(
                         f"{config.name}: does not fit into memory. Try `low_vram: true`, a smaller dtype or cuda: false"
                     ) from error
-            self._drop(idle, "its memory is needed")
+            self._evict(idle, "its memory is needed")
 
     def _oldest(self) -> str | None:
         """The model used least recently, of those that are not pinned and not in use."""
         idle = (name for name, model in self._loaded.items() if not model.config.pinned and not self._users[name])
         return next(idle, None)
+
+    def _evict(self, name: str, why: str) -> None:
+        self.evictions += 1
+        self._drop(name, why)
 
     def _drop(self, name: str, why: str) -> None:
         log.info("%s leaves memory: %s", name, why)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
 
 from sfumato.core import Done, EngineStats, Event, Failed, ModelStatus
 from sfumato.engine.protocol import Answer, Counted, Ready, Report, Started, Status
 from sfumato.errors import SfumatoError
+
+SUMS = ("forwards", "steps", "step_seconds", "loads", "evictions")
+"""Of `EngineStats`: what never goes down, whichever worker counts."""
 
 
 class Streams:
@@ -17,6 +22,7 @@ class Streams:
         self._queues: dict[str, asyncio.Queue[Event]] = {}
         self._statuses: dict[str, ModelStatus] = {}
         self._stats = EngineStats()
+        self._before = EngineStats()
 
     async def events(self, id: str, cancel: Callable[[], None]) -> AsyncGenerator[Event, None]:
         """Events of one request; calls `cancel` when it is closed before the terminal event."""
@@ -57,11 +63,15 @@ class Streams:
     def forget(self) -> None:
         """The worker is gone, and with it every model that was loaded."""
         self._statuses.clear()
+        self._before, self._stats = self.stats, EngineStats()
 
     @property
     def stats(self) -> EngineStats:
-        """What the present worker counted."""
-        return self._stats
+        """What all workers counted; memory and models are those of the present one."""
+        before, now = self._before, self._stats
+        sizes = Counter(before.batch_sizes) + Counter(now.batch_sizes)
+        sums = {name: getattr(before, name) + getattr(now, name) for name in SUMS}
+        return replace(now, batch_sizes=dict(sizes), **sums)
 
     def status(self, model: str) -> ModelStatus:
         return self._statuses.get(model, ModelStatus())

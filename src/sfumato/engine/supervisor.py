@@ -16,7 +16,7 @@ import socket
 import sys
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sfumato.config import ModelConfig
 from sfumato.core import Done, EngineStats, Event, Failed, Generation, ModelStatus
@@ -58,6 +58,7 @@ class Supervisor:
         self._streams = Streams()
         self._flights: dict[str, Flight] = {}
         self._heard = 0.0
+        self._restarts = 0
         self._up = asyncio.Event()
         self._writer: asyncio.StreamWriter | None = None
         self._process: asyncio.subprocess.Process | None = None
@@ -75,7 +76,7 @@ class Supervisor:
 
     @property
     def stats(self) -> EngineStats:
-        return self._streams.stats
+        return replace(self._streams.stats, restarts=self._restarts)
 
     def status(self, model: str) -> ModelStatus:
         return self._streams.status(model)
@@ -145,6 +146,7 @@ class Supervisor:
             delay = min(MAX_BACKOFF_S, 0.25 * 2**failures)
             log.error("the worker is gone; starting another in %.2f s", delay)
             await asyncio.sleep(delay)
+            self._restarts += 1
 
     async def _live(self) -> None:
         """One worker from its start to its end. Raises when it never came up."""

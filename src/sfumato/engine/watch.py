@@ -7,6 +7,7 @@ import io
 import logging
 import typing
 import weakref
+import zlib
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeAlias
@@ -16,7 +17,7 @@ from PIL import Image
 
 from sfumato.core import MAX_PREVIEWS, Preview
 from sfumato.engine import threadstate
-from sfumato.engine.preview import preview
+from sfumato.engine.preview import Glance, preview
 
 log = logging.getLogger(__name__)
 
@@ -30,13 +31,22 @@ CLEAN = ("pred_original_sample", "denoised")
 class Previews:
     """The previews of one run, `count` of them, evenly spread over its steps and never at the last."""
 
-    def __init__(self, pipeline: Any, count: int, width: int | None, height: int | None, on_preview: OnPreview) -> None:
+    def __init__(
+        self,
+        pipeline: Any,
+        count: int,
+        width: int | None,
+        height: int | None,
+        on_preview: OnPreview,
+        glance: Glance | None = None,
+    ) -> None:
         # Weak: its scheduler holds this, and a pipeline that is part of a cycle keeps its weights in memory.
         self._pipeline = weakref.ref(pipeline)
         self._left = min(count, MAX_PREVIEWS)
         self._count = self._left
         self._size = (width, height)
         self._on_preview = on_preview
+        self._glance = glance
 
     def after(self, step: int, total: int, scheduler: Any, result: Any) -> None:
         """To be called after each of `total` steps with what the scheduler returned. The first failure is the last."""
@@ -48,7 +58,7 @@ class Previews:
         found = threadstate.random()
         try:
             latents = sample(scheduler, result)
-            image = None if latents is None else preview(pipeline, latents, *self._size)
+            image = None if latents is None else preview(pipeline, latents, *self._size, self._glance)
             png = None if image is None else _png(image)
         except Exception as error:  # nothing that a preview meets may reach the request
             log.debug("%s shows no previews: %r", type(pipeline).__name__, error)
@@ -76,15 +86,24 @@ def sample(scheduler: Any, result: Any) -> torch.Tensor | None:
     else:
         named = vars(result)
     noisy = named.get("prev_sample")
-    clean = next((named[name] for name in CLEAN if isinstance(named.get(name), torch.Tensor)), None)
     if not isinstance(noisy, torch.Tensor):
         return None
-    return clean if clean is not None and clean.shape == noisy.shape else noisy
+    clean = [*(named.get(name) for name in CLEAN), predicted(scheduler)]
+    return next((each for each in clean if isinstance(each, torch.Tensor) and each.shape == noisy.shape), noisy)
+
+
+def predicted(scheduler: Any) -> Any:
+    """The newest guess at the clean sample of a multistep solver, which keeps but does not return it; or None."""
+    config = getattr(scheduler, "config", {})
+    if not (config.get("predict_x0") or str(config.get("algorithm_type")).endswith("dpmsolver++")):
+        return None
+    return next(reversed(getattr(scheduler, "model_outputs", None) or ()), None)
 
 
 def _png(image: Image.Image) -> bytes:
     file = io.BytesIO()
-    image.save(file, "PNG", compress_level=1)
+    # Blurred pictures hold no repetitions: looking for them takes longer and gains nothing.
+    image.save(file, "PNG", compress_level=1, compress_type=zlib.Z_HUFFMAN_ONLY)
     return file.getvalue()
 
 

@@ -1,0 +1,89 @@
+"""What AUTOMATIC1111's clients call a sampler and a schedule, as a scheduler of ours. Nothing here is an error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from sfumato import schedulers
+from sfumato.errors import InvalidRequest, did_you_mean
+from sfumato.schedulers import AUTOMATIC, SAMPLERS, SCHEDULE_TYPES, SOLVERS, UNIFORM
+
+SAMPLER_OF: Mapping[str, str] = MappingProxyType(
+    {
+        word.casefold(): name
+        for name, sampler in SAMPLERS.items()
+        for word in (name, SOLVERS[sampler.solver].description, *sampler.aliases)
+    }
+)
+"""What a client may call it → its name in `SAMPLERS`."""
+
+SCHEDULE_OF: Mapping[str, str | None] = MappingProxyType(
+    {word.casefold(): schedule for schedule, label in SCHEDULE_TYPES.items() for word in (schedule, label)}
+    | {"ka": "karras", "sgmuniform": "sgm_uniform", UNIFORM.casefold(): None}
+)
+"""What a client may call it → ours."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    scheduler: str | None = None
+    """Of `sfumato.schedulers`; None: the model's own."""
+    warnings: tuple[str, ...] = ()
+
+
+def choose(sampler: str | None, schedule_type: str | None) -> Chosen:
+    """The scheduler for `sampler_name` and `scheduler` of a request; what cannot be had is left out, with a warning."""
+    if not sampler:
+        return Chosen()
+    known = _named(sampler)
+    if known is None:
+        return _own(sampler)
+    name, combined = known
+    solver, automatic = SAMPLERS[name].solver, SAMPLERS[name].automatic
+    if combined:
+        return _fitting(name, solver, SCHEDULE_OF[combined])
+    typed = (schedule_type or AUTOMATIC).casefold()
+    if typed == AUTOMATIC.casefold():
+        return _fitting(name, solver, automatic)
+    if typed not in SCHEDULE_OF:
+        near = did_you_mean(typed, SCHEDULE_OF)
+        unknown = f"scheduler: {schedule_type!r} is no schedule type of this server.{near} {name} has its own"
+        return Chosen(_fitting(name, solver, automatic).scheduler, (unknown,))
+    return _fitting(name, solver, SCHEDULE_OF[typed])
+
+
+def plainer(scheduler: str) -> str | None:
+    """What to try where a model cannot draw with this one: the solver without a schedule, then the model's own."""
+    choice = schedulers.parse(scheduler)
+    return choice.solver if choice.schedule else None
+
+
+def _named(sampler: str) -> tuple[str, str | None] | None:
+    """A name in `SAMPLERS` and the schedule type that was written behind it, as in `DPM++ 2M Karras`."""
+    word = " ".join(sampler.split()).casefold()
+    if word in SAMPLER_OF:
+        return SAMPLER_OF[word], None
+    for schedule in SCHEDULE_OF:
+        for joint in (" ", "_"):
+            base = word.removesuffix(joint + schedule)
+            if base != word and base in SAMPLER_OF:
+                return SAMPLER_OF[base], schedule
+    return None
+
+
+def _own(sampler: str) -> Chosen:
+    try:
+        return Chosen(schedulers.parse(sampler.strip().casefold()).name)
+    except InvalidRequest:
+        near = did_you_mean(sampler, SAMPLERS)
+        warning = f"sampler_name: there is no sampler {sampler[:80]!r}.{near} The model's own draws"
+        return Chosen(None, (warning,))
+
+
+def _fitting(name: str, solver: str, schedule: str | None) -> Chosen:
+    if schedule and schedule not in SOLVERS[solver].noise.schedules:
+        warning = f"scheduler: {name} takes no schedule {SCHEDULE_TYPES[schedule]!r}; it draws with its own"
+        return Chosen(solver, (warning,))
+    return Chosen(schedulers.parse(solver, schedule).name)

@@ -1,0 +1,241 @@
+"""What the image routes answer: pictures in the format asked for, OpenAI's response and its stream."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fastapi import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from sfumato import recipe
+from sfumato.api import errors, urls
+from sfumato.api.auth import caller_of
+from sfumato.api.bodies import Body, PaintBody
+from sfumato.core import Done, Preview
+from sfumato.errors import Cancelled, InvalidRequest, SfumatoError
+from sfumato.job import Job
+from sfumato.service import ImageRequest, Service
+from sfumato.store import Store
+
+T = TypeVar("T")
+
+KEEP_ALIVE_S = 15.0
+"""A stream that has nothing to say sends a comment this often, so that no proxy closes it."""
+
+PATCH = 16
+"""Of `usage`: a picture counts one token for each square of so many pixels a side."""
+
+SHOWN_QUALITY = {
+    "low": "low", "medium": "medium", "high": "high", "hd": "high", "xhigh": "high", "max": "high",
+    "standard": "medium",
+}  # fmt: skip
+"""Asked for → as OpenAI's answers name it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Form:
+    """How the pictures of one request are to be given back."""
+
+    format: str = "png"
+    """png, webp or jpeg."""
+    compression: int = 100
+    """0 .. 100, of webp and jpeg: their quality."""
+    opaque: bool = False
+    """An alpha channel is laid on white."""
+    quality: str = "auto"
+    """Of `SHOWN_QUALITY`."""
+    base: str | None = None
+    """Of picture URLs; None: base64."""
+
+    def encoded(self, png: bytes) -> bytes:
+        return recipe.convert(png, self.format, self.compression, opaque=self.opaque)
+
+
+def form_of(body: Body, base: str) -> Form:
+    """How a body wants its pictures. Raises InvalidRequest for what cannot be together."""
+    if not isinstance(body, PaintBody):
+        return Form(base=None if body.wants_b64() else base)
+    if body.background == "transparent" and body.output_format == "jpeg":
+        raise InvalidRequest(
+            "background: 'transparent' and output_format 'jpeg': a JPEG has no transparency; "
+            "ask for png or webp, or for background auto",
+            param="background",
+        )
+    return Form(
+        format=body.output_format or "png",
+        compression=100 if body.output_compression is None else body.output_compression,
+        opaque=body.background == "opaque",
+        quality=SHOWN_QUALITY.get(str(body.quality), "auto"),
+        base=None if body.wants_b64() or body.stream else base,
+    )
+
+
+async def answer(
+    service: Service, store: Store, body: Body, request: Request, event: str = "", **more: Any
+) -> Response:
+    """Draw what a body asks for, and answer with the pictures or, where it wants one, with a stream of `event`s.
+
+    `more` are fields of the request that stand in for the body's.
+    """
+    form = form_of(body, urls.base_url(request, service.settings))
+    asked = body.to_request(caller=caller_of(request), id=request.state.request_id, **more)
+    if isinstance(body, PaintBody) and body.stream:
+        return stream(await unless_gone(request, _begun(service, asked)), form, event, body.ignored())
+    return await unless_gone(request, drawn(service, asked, form, store, body.ignored()))
+
+
+async def drawn(service: Service, asked: ImageRequest, form: Form, store: Store, ignored: Sequence[str]) -> Response:
+    """OpenAI's images response. All pictures or an error."""
+    job = await service.submit(asked)
+    drawn = await job.pictures()
+    items = [await _item(done, form, store) for done in drawn]
+    body = {"created": int(job.created), "data": items, "usage": usage(job, drawn)} | _shown(form, job, drawn[0])
+    return JSONResponse(body, headers=noted(ignored, drawn))
+
+
+async def _begun(service: Service, asked: ImageRequest) -> Job:
+    """A job that draws, or that takes long enough to begin. An error until then is not yet one inside a stream."""
+    job = await service.submit(asked)
+    try:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(job.news.wait(), KEEP_ALIVE_S)
+    except asyncio.CancelledError:
+        job.cancel()
+        raise
+    if job.error:
+        raise job.error
+    return job
+
+
+def stream(job: Job, form: Form, event: str, ignored: Sequence[str]) -> StreamingResponse:
+    """Server-sent events as OpenAI's SDK types them: `event`.partial_image, then `event`.completed."""
+    headers = {"cache-control": "no-cache", "x-accel-buffering": "no"} | noted(ignored, ())
+    lines = _with_keep_alive(_events(job, form, event))
+    return StreamingResponse(lines, media_type="text/event-stream", headers=headers)
+
+
+async def _events(job: Job, form: Form, event: str) -> AsyncGenerator[str, None]:
+    several = len(job.parts) > 1
+    shown = [0] * len(job.parts)
+    """Previews sent of each picture; a worker that dies shows them again."""
+    completed = 0
+
+    async def sse(kind: str, png: bytes, index: int, **more: Any) -> str:
+        type = f"{event}.{kind}"
+        data = {"type": type, "b64_json": await _b64(png, form), "created_at": int(job.created)} | more
+        data |= _shown(form, job, job.parts[index].done) | ({"index": index} if several else {})
+        return f"event: {type}\ndata: {json.dumps(data)}\n\n"
+
+    try:
+        async with aclosing(job.events()) as events:
+            async for index, happened in events:
+                if isinstance(happened, Preview) and happened.index == shown[index]:
+                    shown[index] += 1
+                    yield await sse("partial_image", happened.png, index, partial_image_index=happened.index)
+                # Completed ones come in order.
+                while completed < len(job.parts) and (done := job.parts[completed].done):
+                    said = {"warnings": list(done.warnings)} if done.warnings else {}
+                    yield await sse(
+                        "completed", done.png, completed, usage=usage(job, [done]), seed=done.recipe.seed, **said
+                    )
+                    completed += 1
+    except SfumatoError as error:
+        yield f"data: {json.dumps(errors.shape(error))}\n\n"
+
+
+async def _with_keep_alive(lines: AsyncGenerator[str, None]) -> AsyncIterator[str]:
+    async with aclosing(lines):
+        following = asyncio.ensure_future(anext(lines))
+        try:
+            while True:
+                done, _ = await asyncio.wait([following], timeout=KEEP_ALIVE_S)
+                if not done:
+                    yield ": keep-alive\n\n"
+                    continue
+                try:
+                    line = following.result()
+                except StopAsyncIteration:
+                    return
+                following = asyncio.ensure_future(anext(lines))
+                yield line
+        finally:
+            following.cancel()
+            with suppress(asyncio.CancelledError, StopAsyncIteration):
+                await following
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled when the client closes the connection."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise Cancelled("the client closed the connection")
+    finally:
+        for future in (task, gone):
+            future.cancel()
+        await asyncio.wait({task, gone})
+
+
+def usage(job: Job, drawn: Sequence[Done]) -> dict[str, Any]:
+    """Tokens as OpenAI counts them: of texts those of the encoder, of pictures one for each `PATCH` square."""
+    text = sum(done.prompt_tokens for done in drawn)
+    image = sum(_patches(done.recipe.width, done.recipe.height) * len(done.recipe.image_sha256) for done in drawn)
+    output = sum(_patches(done.recipe.width, done.recipe.height) for done in drawn)
+    return {
+        "input_tokens": text + image,
+        "input_tokens_details": {"text_tokens": text, "image_tokens": image},
+        "output_tokens": output,
+        "total_tokens": text + image + output,
+    }
+
+
+def noted(ignored: Sequence[str], drawn: Iterable[Done]) -> dict[str, str]:
+    """Headers that say what was left out and what was done otherwise than asked."""
+    warnings = dict.fromkeys(warning for done in drawn for warning in done.warnings)
+    headers = {"x-sfumato-ignored": ", ".join(ignored[:32]), "x-sfumato-warning": "; ".join(warnings)}
+    return {name: _header(value) for name, value in headers.items() if value}
+
+
+def _header(text: str) -> str:
+    return text.encode("ascii", "backslashreplace").decode().replace("\r", "\\r").replace("\n", "\\n")[:2000]
+
+
+def _shown(form: Form, job: Job, done: Done | None) -> dict[str, str]:
+    asked = job.parts[0].generation
+    size = (done.recipe.width, done.recipe.height) if done else (asked.width, asked.height)
+    return {
+        "background": "transparent" if asked.transparent else "opaque",
+        "output_format": form.format,
+        "quality": form.quality,
+        "size": f"{size[0]}x{size[1]}" if all(size) else "auto",
+    }
+
+
+def _patches(width: int, height: int) -> int:
+    return -(-width // PATCH) * -(-height // PATCH)
+
+
+async def _item(done: Done, form: Form, store: Store) -> dict[str, Any]:
+    if form.base is None:
+        return {"b64_json": await _b64(done.png, form), "seed": done.recipe.seed}
+    data = await asyncio.to_thread(form.encoded, done.png)
+    name = await asyncio.to_thread(store.put, data, form.format)
+    return {"url": f"{form.base}/generated-images/{name}", "seed": done.recipe.seed}
+
+
+async def _b64(png: bytes, form: Form) -> str:
+    return base64.b64encode(await asyncio.to_thread(form.encoded, png)).decode()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

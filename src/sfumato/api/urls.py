@@ -1,0 +1,108 @@
+"""What this server is called from outside: by its setting, by a trusted proxy's headers, or by the request."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from urllib.parse import urlsplit
+
+from fastapi import Request
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
+
+from sfumato.settings import Settings
+
+_HOST = re.compile(r"(?:[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?P<port>:\d{1,5})?")
+_PREFIX = re.compile(r"(?:/(?!\.{1,2}(?:/|$))[A-Za-z0-9._~-]+){1,16}")
+_ORIGIN = re.compile(rf"[a-z][a-z0-9+.-]*://{_HOST.pattern}")
+_DEFAULT_PORTS = ("80", "443")
+
+
+def base_url(request: Request, settings: Settings) -> str:
+    """Absolute, with the path prefix, without a slash at its end."""
+    if settings.public_url:
+        return settings.public_url.rstrip("/")
+    scope = request.scope
+    host = request.headers.get("host", "")
+    if not _HOST.fullmatch(host):
+        host = _listening(scope)
+    return f"{scope['scheme']}://{host}{scope.get('root_path', '')}"
+
+
+def check_public_url(url: str) -> None:
+    """Raises ValueError, unless it is empty or the http(s) URL of a folder."""
+    parts = urlsplit(url)
+    if url and (parts.scheme not in ("http", "https") or not parts.netloc or parts.query or parts.fragment):
+        raise ValueError(f"public_url={url!r}: https://host or https://host/prefix is needed")
+
+
+def check_proxies(trusted: str) -> None:
+    """Raises ValueError, unless each word is an address, a network or `*`."""
+    for word in _words(trusted):
+        try:
+            if word != "*":
+                ipaddress.ip_network(word)
+        except ValueError as error:
+            raise ValueError(
+                f"trusted_proxies: {error}; addresses (127.0.0.1), networks (10.0.0.0/8) or * are valid"
+            ) from None
+
+
+def parse_origins(text: str) -> list[str]:
+    """The setting cors_origins. Raises ValueError, unless each word is an origin or `*`."""
+    origins = [word.rstrip("/") for word in _words(text)]
+    for origin in origins:
+        if origin != "*" and not _ORIGIN.fullmatch(origin):
+            raise ValueError(f"cors_origins: {origin!r} is no origin; such as https://host, http://host:3000 or *")
+    return origins
+
+
+class Forwarded:
+    """ASGI middleware: believes the X-Forwarded-* headers of `trusted` peers, and of nobody else.
+
+    -For and -Proto are uvicorn's own middleware's; -Host, -Port and -Prefix are here. They end in the scope,
+    where all that makes URLs looks: `host`, and `root_path` (which `path` then begins with).
+
+    `trusted` are addresses and networks, comma-separated, or `*`.
+    """
+
+    def __init__(self, app: ASGIApp, trusted: str) -> None:
+        words = _words(trusted)
+        self._uvicorn = ProxyHeadersMiddleware(app, "*" if "*" in words else words)  # type: ignore[arg-type]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        client = scope.get("client")
+        if scope["type"] == "http" and (client[0] if client else None) in self._uvicorn.trusted_hosts:
+            _apply(scope)
+        await self._uvicorn(scope, receive, send)  # type: ignore[arg-type]
+
+
+def _apply(scope: Scope) -> None:
+    headers = Headers(scope=scope)
+    # Proxies in a row append to what they got: the first is the one the client talked to.
+    forwarded = {
+        name: headers.get(f"x-forwarded-{name}", "").partition(",")[0].strip() for name in ("host", "port", "prefix")
+    }
+    host = forwarded["host"] if _HOST.fullmatch(forwarded["host"]) else headers.get("host", "")
+    match = _HOST.fullmatch(host)
+    port = forwarded["port"]
+    if match and not match["port"] and port.isascii() and port.isdigit() and port not in _DEFAULT_PORTS:
+        host = f"{host}:{int(port)}" if int(port) < 65536 else host
+    if match:
+        scope["headers"] = list(scope["headers"])
+        MutableHeaders(scope=scope)["host"] = host
+    prefix = forwarded["prefix"].rstrip("/")
+    if _PREFIX.fullmatch(prefix):
+        scope["root_path"] = prefix
+        scope["path"] = prefix + scope["path"]
+
+
+def _listening(scope: Scope) -> str:
+    host, port = scope.get("server") or ("localhost", None)
+    host = f"[{host}]" if ":" in host else host
+    return f"{host}:{port}" if port else str(host)
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]

@@ -1,0 +1,124 @@
+"""What a pipeline can be asked for, told by its class and its parts."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from sfumato.core import Generation
+from sfumato.errors import InvalidRequest
+
+SIBLINGS = {"image": "AutoPipelineForImage2Image", "mask": "AutoPipelineForInpainting"}
+"""By name: importing them imports every pipeline there is, which takes seconds."""
+
+NEEDS_PICTURE = re.compile(r"Img2Img|Inpaint|Depth2Img|Upscale|SuperResolution|InstructPix2Pix|ControlNet|Edit")
+"""Names of classes that draw nothing without a source picture, whatever their signature's defaults say."""
+
+
+@dataclass(frozen=True, slots=True)
+class Upscaler:
+    factor: int
+    """How many times longer the sides of the result are than those of its source."""
+    multiple: int
+    """Pixels: sides of a source are multiples of it, or the class would resize the source."""
+
+
+UPSCALERS: Mapping[str, Upscaler] = MappingProxyType(
+    {
+        "StableDiffusionUpscalePipeline": Upscaler(4, 4),
+        "StableDiffusionLatentUpscalePipeline": Upscaler(2, 32),
+        "LDMSuperResolutionPipeline": Upscaler(4, 32),
+    }
+)
+"""Classes of diffusers that take a small picture and give the same one larger."""
+
+
+def upscaler(pipeline: Any) -> Upscaler | None:
+    return UPSCALERS.get(type(pipeline).__name__)
+
+
+def transparent(pipeline: Any) -> bool:
+    """Whether its pictures have an alpha channel: its VAE decodes to four channels."""
+    config = getattr(getattr(pipeline, "vae", None), "config", {})
+    return 4 in (config.get("out_channels"), config.get("input_channels"))
+
+
+def parameters_of(pipeline: Any) -> dict[str, inspect.Parameter]:
+    """What one may pass to a pipeline's call, by name."""
+    signature = inspect.signature(type(pipeline).__call__).parameters
+    return {name: each for name, each in signature.items() if name != "self" and each.kind is not each.VAR_KEYWORD}
+
+
+def needs_picture(pipeline: Any) -> bool:
+    """Whether it draws nothing from a prompt alone."""
+    image = parameters_of(pipeline).get("image")
+    required = image is not None and image.default is inspect.Parameter.empty
+    return required or (image is not None and bool(NEEDS_PICTURE.search(type(pipeline).__name__)))
+
+
+def takes(pipeline: Any, task: str) -> bool:
+    """Whether the class itself does `image` (a source picture without a mask) or `mask`."""
+    own = parameters_of(pipeline)
+    return "mask_image" in own if task == "mask" else "image" in own and "mask_image" not in own
+
+
+def tasks(pipeline: Any) -> tuple[str, ...]:
+    """Of text-to-image, image-to-image, inpainting, upscaling: what the weights can do."""
+    if upscaler(pipeline):
+        return ("upscaling",)
+    found = {"text-to-image": not needs_picture(pipeline)}
+    for name, task in (("image-to-image", "image"), ("inpainting", "mask")):
+        found[name] = takes(pipeline, task) or has_sibling(type(pipeline).__name__, task)
+    return tuple(name for name, can in found.items() if can)
+
+
+def has_sibling(name: str, task: str) -> bool:
+    """Whether diffusers has a class for `task` on the weights of the class `name`."""
+    families = {family for known in _mappings().values() for family, kind in known.items() if kind == name}
+    return not families.isdisjoint(_mappings()[_MAPPINGS[task]])
+
+
+_MAPPINGS = {"image": "AUTO_IMAGE2IMAGE_PIPELINES_MAPPING", "mask": "AUTO_INPAINT_PIPELINES_MAPPING"}
+
+
+@functools.cache
+def _mappings() -> Mapping[str, Mapping[str, str]]:
+    """The tables behind `SIBLINGS`, family of models to class; read as text, for the same reason."""
+    found = importlib.util.find_spec("diffusers.pipelines.auto_pipeline")
+    assert found and found.origin
+    text = Path(found.origin).read_text()
+    tables = re.findall(r"^(AUTO_\w+_MAPPING) = OrderedDict\((.*?)^\)", text, re.M | re.S)
+    mappings = {name: dict(re.findall(r'\("([^"]+)", (\w+)\)', rows)) for name, rows in tables}
+    for name, family, kind in re.findall(r'^ +(AUTO_\w+_MAPPING)\["([^"]+)"\] = (\w+)', text, re.M):
+        mappings[name][family] = kind
+    return mappings
+
+
+def check(model: str, pipeline: Any, asked: Generation) -> None:
+    """Raises InvalidRequest for a kind of picture that this pipeline does not make."""
+    kind = type(pipeline).__name__
+    if asked.transparent and not transparent(pipeline):
+        raise InvalidRequest(
+            f"background transparent: {model} ({kind}) draws no alpha channel; opaque and auto are valid",
+            param="background",
+        )
+    if asked.upscale is None:
+        return
+    own = upscaler(pipeline)
+    if own is None:
+        raise InvalidRequest(
+            f"{model} ({kind}) draws pictures and does not enlarge them. For that a model file needs one of these as "
+            f"diffusers.pipeline_type: {', '.join(UPSCALERS)}",
+            param="model",
+        )
+    if asked.upscale != own.factor:
+        raise InvalidRequest(
+            f"scale {asked.upscale}: {model} enlarges {own.factor} times; {own.factor} is valid", param="scale"
+        )

@@ -1,0 +1,89 @@
+"""How the processes log: text or JSON lines on stderr, each with the id of its request.
+
+Prompts, pictures, keys and query strings are not logged. Other libraries log them at their lower levels
+(HTTP headers, the end of a prompt that was cut off), so of those only warnings are let through, and of the
+pipelines of diffusers only errors.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from typing import Any
+
+from sfumato.settings import Settings
+
+request_id: ContextVar[str] = ContextVar("request_id", default="")
+"""Of the request that this task serves; empty outside of one."""
+
+OURS = ("sfumato", "uvicorn")
+"""Loggers that follow the setting log_level."""
+
+TALKATIVE = ("diffusers.pipelines", "diffusers.modular_pipelines")
+"""They warn with the words of a prompt that did not fit."""
+
+LIBRARIES = ("diffusers", "transformers", "huggingface_hub")
+"""They bring handlers of their own."""
+
+_CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
+
+
+def configure(settings: Settings) -> None:
+    """Send this process's log to stderr, as the settings say. Call it once, first of all."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_FORMATS[settings.log_format]())
+    level = settings.log_level.upper()
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(max(logging.WARNING, logging.getLevelName(level)))
+    for name in OURS:
+        logging.getLogger(name).setLevel(level)
+    if not settings.log_prompts:
+        for name in TALKATIVE:
+            logging.getLogger(name).setLevel(logging.ERROR)
+    logging.captureWarnings(True)
+
+
+def adopt() -> None:
+    """Have libraries log through our handler instead of their own. Call it once they are imported."""
+    for name in LIBRARIES:
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+
+
+class TextLines(logging.Formatter):
+    """`time LEVEL logger: message`, and the request's id in brackets."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        id = request_id.get()
+        line = super().formatMessage(record) + (f" [{id}]" if id else "")
+        # What a client chose must not look like another line.
+        return line.replace("\n", "\n    ").translate(_CONTROL)
+
+
+class JsonLines(logging.Formatter):
+    """One object a line: time (UTC), level, logger, message, request_id, what `fields` carries, and error."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if id := request_id.get():
+            line["request_id"] = id
+        line |= getattr(record, "fields", {})
+        if record.exc_info and record.exc_info[0]:
+            line["error"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+_FORMATS: dict[str, type[TextLines] | type[JsonLines]] = {"text": TextLines, "json": JsonLines}

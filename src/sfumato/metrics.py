@@ -1,0 +1,170 @@
+"""What is counted, for `GET /metrics` in Prometheus' text format. Every metric's name stands in this file.
+
+What this process sees is counted as it happens; what the engine counts, and what stands at the moment,
+is read when somebody asks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from sfumato import __version__
+from sfumato.core import EngineStats
+
+CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
+
+SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
+"""Upper bounds of the histograms: from a health check to a video."""
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """One metric that is counted as things happen: a histogram of seconds, or a counter if it ends in `_total`."""
+
+    name: str
+    help: str
+    labels: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        return "counter" if self.name.endswith("_total") else "histogram"
+
+    def counter(self, registry: CollectorRegistry) -> Counter:
+        return Counter(self.name, self.help, self.labels, registry=registry)
+
+    def histogram(self, registry: CollectorRegistry) -> Histogram:
+        return Histogram(self.name, self.help, self.labels, registry=registry, buckets=SECONDS)
+
+
+HTTP = Counted("sfumato_http_requests_total", "Requests answered.", ("route", "method", "status"))
+HTTP_SECONDS = Counted("sfumato_http_request_seconds", "From a request to the end of its answer.", ("route", "method"))
+WAITED = Counted("sfumato_queue_wait_seconds", "What a picture waited for its turn.")
+DREW = Counted("sfumato_picture_seconds", "What a picture took from its turn to its end.", ("model",))
+FAILED = Counted("sfumato_failures_total", "Pictures that were accepted and not drawn.", ("model", "code"))
+REJECTED = Counted("sfumato_rejected_total", "Requests turned away at the door.", ("code",))
+
+COUNTED = (HTTP, HTTP_SECONDS, WAITED, DREW, FAILED, REJECTED)
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """What is read when somebody asks."""
+
+    ready: bool
+    queue_depth: int
+    running: int
+    uptime: float
+    stats: EngineStats
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One metric that is read from a `Moment`."""
+
+    name: str
+    """A counter's ends in `_total`."""
+    help: str
+    value: Callable[[Moment], float | Mapping[str, float]]
+    """A number, or one for each value of `label`."""
+    label: str = ""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return (self.label,) if self.label else ()
+
+    @property
+    def kind(self) -> Literal["counter", "gauge"]:
+        return "counter" if self.name.endswith("_total") else "gauge"
+
+    def family(self, moment: Moment) -> Metric:
+        cls = CounterMetricFamily if self.kind == "counter" else GaugeMetricFamily
+        family = cls(self.name, self.help, labels=self.labels)
+        value = self.value(moment)
+        for label, number in value.items() if isinstance(value, Mapping) else [("", value)]:
+            family.add_metric([label][: len(self.labels)], number)
+        return family
+
+
+READINGS = (
+    Reading("sfumato_build_info", "1, with the version.", lambda now: {__version__: 1}, "version"),
+    Reading("sfumato_uptime_seconds", "Since this process started.", lambda now: now.uptime),
+    Reading("sfumato_ready", "1 when a worker is up and a model file can be used.", lambda now: now.ready),
+    Reading("sfumato_queue_depth", "Pictures that wait for their turn.", lambda now: now.queue_depth),
+    Reading("sfumato_running_pictures", "Pictures that are being drawn.", lambda now: now.running),
+    Reading("sfumato_forwards_total", "Forwards of heavy modules.", lambda now: now.stats.forwards),
+    Reading(
+        "sfumato_batch_size_forwards_total",
+        "Forwards of the denoiser, by how many requests shared them.",
+        lambda now: {str(size): count for size, count in sorted(now.stats.batch_sizes.items())},
+        "size",
+    ),
+    Reading("sfumato_steps_total", "Denoising steps of all pictures.", lambda now: now.stats.steps),
+    Reading(
+        "sfumato_step_seconds_total", "Time of these steps, summed over pictures.", lambda now: now.stats.step_seconds
+    ),
+    Reading("sfumato_model_loads_total", "Models brought into memory.", lambda now: now.stats.loads),
+    Reading("sfumato_model_evictions_total", "Models that had to leave memory.", lambda now: now.stats.evictions),
+    Reading("sfumato_worker_restarts_total", "Workers started because one had died.", lambda now: now.stats.restarts),
+    Reading("sfumato_resident_models", "Models in memory.", lambda now: now.stats.resident_models),
+    Reading("sfumato_worker_memory_bytes", "Resident memory of the worker.", lambda now: now.stats.memory_bytes),
+    Reading("sfumato_device_memory_bytes", "Allocated on the accelerator.", lambda now: now.stats.device_memory_bytes),
+)
+
+
+class Metrics:
+    """The counts of one server; two in one process share nothing."""
+
+    def __init__(self) -> None:
+        self._born = time.monotonic()
+        self._registry = registry = CollectorRegistry()
+        self._http = HTTP.counter(registry)
+        self._http_seconds = HTTP_SECONDS.histogram(registry)
+        self._waited = WAITED.histogram(registry)
+        self._drew = DREW.histogram(registry)
+        self._failed = FAILED.counter(registry)
+        self._rejected = REJECTED.counter(registry)
+        ProcessCollector(registry=registry)
+
+    def answered(self, route: str, method: str, status: int, seconds: float) -> None:
+        """One HTTP request; `route` is a path template, so that there are finitely many."""
+        self._http.labels(route, method, str(status)).inc()
+        self._http_seconds.labels(route, method).observe(seconds)
+
+    def waited(self, seconds: float) -> None:
+        """One picture waited so long for its turn."""
+        self._waited.observe(seconds)
+
+    def drew(self, model: str, seconds: float) -> None:
+        """One picture is done, so long after its turn began."""
+        self._drew.labels(model).observe(seconds)
+
+    def failed(self, model: str, code: str) -> None:
+        """Accepted and not drawn; `code` is the error's."""
+        self._failed.labels(model, code).inc()
+
+    def rejected(self, code: str) -> None:
+        """Not accepted: the queue is full, the key is wrong."""
+        self._rejected.labels(code).inc()
+
+    def render(self, *, ready: bool, queue_depth: int, running: int, stats: EngineStats) -> bytes:
+        """Everything, as `CONTENT_TYPE`."""
+        moment = Moment(ready, queue_depth, running, time.monotonic() - self._born, stats)
+        read = CollectorRegistry()
+        read.register(_Readings(moment))
+        return generate_latest(self._registry) + generate_latest(read)
+
+
+class _Readings(Collector):
+    def __init__(self, moment: Moment) -> None:
+        self._moment = moment
+
+    def collect(self) -> Iterator[Metric]:
+        return (reading.family(self._moment) for reading in READINGS)

@@ -1,0 +1,135 @@
+"""Whose turn it is to draw: a bounded line, fair between callers.
+
+Of those who wait the caller who holds the fewest places goes first, then the one who was served longest
+ago; within a caller, who came first. The last free place is kept for a caller who has none, so whoever
+asks for one picture beside somebody's hundred does not wait for any of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import Counter
+from collections.abc import Sequence
+
+from sfumato.errors import TooManyRequests
+
+MAX_RETRY_AFTER_S = 120
+"""Clients of OpenAI give up at longer ones."""
+
+FIRST_GUESS_S = 10.0
+"""What a picture takes, before one was drawn."""
+
+WEIGHT = 0.2
+"""Of the latest picture in the running mean of what a picture takes."""
+
+
+class Ticket:
+    """A place in the line for one picture."""
+
+    def __init__(self, caller: str, number: int) -> None:
+        self.caller = caller
+        self.number = number
+        """Tickets are numbered as they come."""
+        self.called = asyncio.Event()
+        self.since: float | None = None
+        """When its turn began, in seconds of the monotonic clock."""
+
+
+class Queue:
+    """`places` pictures are drawn at a time and `limit` may wait; a request that would be beyond is refused."""
+
+    def __init__(self, places: int, limit: int) -> None:
+        self._places = places
+        self._limit = limit
+        self._waiting: list[Ticket] = []
+        self._held: Counter[str] = Counter()
+        self._served: dict[str, int] = {}
+        """Caller → how many turns had begun when it last got one; of callers in the line or in a place."""
+        self._turns = 0
+        self._numbers = 0
+        self._mean: float | None = None
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        return self._held.total()
+
+    @property
+    def mean_s(self) -> float | None:
+        """What a picture took lately from its turn to its end, in seconds; None before the first."""
+        return self._mean
+
+    def join(self, caller: str, count: int) -> list[Ticket]:
+        """`count` tickets. Raises TooManyRequests when so many more may not wait."""
+        free = max(0, self._places - self.running)
+        if self.waiting + count > self._limit + free:
+            raise TooManyRequests(
+                f"{self.waiting} pictures wait already; at most {self._limit} may (the setting max_queue). "
+                "Try again later.",
+                retry_after=self._retry_after(),
+            )
+        tickets = [Ticket(caller, self._numbers + i) for i in range(count)]
+        self._numbers += count
+        self._waiting += tickets
+        self._call()
+        return tickets
+
+    def leave(self, ticket: Ticket, *, drawn: bool) -> None:
+        """It is done, whether its turn had come or not; `drawn`: with a picture. May be called again."""
+        if ticket in self._waiting:
+            self._waiting.remove(ticket)
+        elif ticket.since is not None:
+            if drawn:
+                took = time.monotonic() - ticket.since
+                self._mean = took if self._mean is None else self._mean + WEIGHT * (took - self._mean)
+            ticket.since = None
+            self._held[ticket.caller] -= 1
+        self._call()
+        present = {caller for caller, held in self._held.items() if held} | {each.caller for each in self._waiting}
+        self._held += Counter()  # drops those who hold nothing
+        self._served = {caller: turn for caller, turn in self._served.items() if caller in present}
+
+    def position(self, ticket: Ticket) -> int:
+        """How many turns until its own, if nobody else comes: 1 is the next; 0 when its turn has come."""
+        if ticket not in self._waiting:
+            return 0
+        waiting, held, served = list(self._waiting), Counter(self._held), dict(self._served)
+        for position in range(1, len(waiting) + 1):
+            following = _next(waiting, held, served)
+            if following is ticket:
+                return position
+            waiting.remove(following)
+            held[following.caller] += 1
+            served[following.caller] = self._turns + position
+        raise AssertionError("a waiting ticket has a position")
+
+    def wait_s(self, position: int) -> float | None:
+        """Seconds that this many turns take to come; None when no picture was drawn yet."""
+        return None if self._mean is None else position * self._mean / self._places
+
+    def _call(self) -> None:
+        """Whoever may draw now is told."""
+        while self._waiting and self.running < self._places:
+            ticket = _next(self._waiting, self._held, self._served)
+            last = self.running == self._places - 1
+            if last and self._held[ticket.caller] and self._places > 1:
+                return
+            self._waiting.remove(ticket)
+            self._turns += 1
+            self._held[ticket.caller] += 1
+            self._served[ticket.caller] = self._turns
+            ticket.since = time.monotonic()
+            ticket.called.set()
+
+    def _retry_after(self) -> int:
+        seconds = (self.waiting + 1) * (self._mean or FIRST_GUESS_S) / self._places
+        return min(MAX_RETRY_AFTER_S, max(1, math.ceil(seconds)))
+
+
+def _next(waiting: Sequence[Ticket], held: Counter[str], served: dict[str, int]) -> Ticket:
+    return min(waiting, key=lambda each: (held[each.caller], served.get(each.caller, 0), each.number))

@@ -1,0 +1,61 @@
+"""Clients as people install them, each in a process of its own against a real server: see `tests/clients/`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from clients import environment
+from PIL import Image
+from serving import Server
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def made() -> None:
+    environment.make()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("clients")
+    (folder / "models").mkdir()
+    with Server(folder / "models", folder / "data") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("photo") / "photo.png"
+    Image.radial_gradient("L").convert("RGB").resize((128, 128)).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def mask(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Transparent where it is to be redrawn."""
+    path = tmp_path_factory.mktemp("mask") / "mask.png"
+    mask = Image.new("RGBA", (128, 128), (0, 0, 0, 255))
+    mask.paste((0, 0, 0, 0), (0, 0, 128, 40))
+    mask.save(path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["litellm", "langchain", "webuiapi"])
+def test_python_clients(server: Server, photo: Path, name: str) -> None:
+    done = environment.run("python", f"check_{name}.py", server.url, str(photo), LITELLM_LOCAL_MODEL_COST_MAP="True")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(" ok\n") >= 3
+
+
+def test_javascript_clients(server: Server, photo: Path, mask: Path) -> None:
+    folder = environment.HERE / "node"
+    installed = environment.run("npm", "ci", "--ignore-scripts", cwd=folder)
+    assert installed.returncode == 0, installed.stderr
+    given = {"SFUMATO_URL": server.url, "SFUMATO_PHOTO": str(photo), "SFUMATO_MASK": str(mask)}
+    done = environment.run("node", "--test", "--test-reporter=tap", cwd=folder, **given)
+    assert done.returncode == 0, done.stdout + done.stderr
+    passed = int(done.stdout.split("# pass ")[1].split()[0])
+    assert passed >= 13, done.stdout

@@ -1,0 +1,300 @@
+"""What a pipeline can be asked for: enlarging, transparency, tasks; and the facts that are told of a model."""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import tiny
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
+
+from sfumato.catalog import EMBEDDED, Catalog
+from sfumato.config import ModelConfig
+from sfumato.core import Generation, ModelFacts, ModelStatus
+from sfumato.engine import arguments, kinds
+from sfumato.engine.facts import facts
+from sfumato.engine.generation import draw
+from sfumato.engine.load import Loaded, load
+from sfumato.engine.residency import Residency
+from sfumato.errors import DrawError, InvalidRequest
+from sfumato.pictures import decoded
+
+
+def quiet(*args: Any) -> None: ...
+
+
+def loaded(pipeline: Any, **fields: Any) -> Loaded:
+    """`pipeline` as if it had been loaded."""
+    pipeline.set_progress_bar_config(disable=True)
+    config = ModelConfig(**{"name": "m", "model": "m", "dtype": "fp32", **fields})
+    return Loaded(config, pipeline, "m", "cpu", "fp32")
+
+
+def wanted(**fields: Any) -> Generation:
+    return Generation(**{"id": "1", "prompt": "", "seed": 1, "steps": 2, **fields})
+
+
+def source(width: int, height: int) -> bytes:
+    file = io.BytesIO()
+    Image.linear_gradient("L").resize((width, height)).convert("RGB").save(file, "PNG")
+    return file.getvalue()
+
+
+# Enlarging
+
+
+def four_times() -> Any:
+    """StableDiffusionUpscalePipeline: its VAE has 4 pixels to a latent, and the latents the size of the source."""
+    with tiny.seeded(0):
+        parts = tiny._first_generation()
+        for absent in ("requires_safety_checker", "safety_checker", "feature_extractor"):
+            del parts[absent]
+        blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+        parts["vae"] = tiny._vae(block_out_channels=(8, 8, 8), scaling_factor=0.08333, **blocks)
+        unet = tiny._unet(in_channels=7, num_class_embeds=1000)
+        return diffusers.StableDiffusionUpscalePipeline(
+            unet=unet, scheduler=diffusers.DDIMScheduler(), low_res_scheduler=diffusers.DDPMScheduler(), **parts
+        )
+
+
+def twice() -> Any:
+    """StableDiffusionLatentUpscalePipeline with as many halvings as the published one."""
+    with tiny.seeded(0):
+        parts = tiny._first_generation()
+        for absent in ("requires_safety_checker", "safety_checker", "feature_extractor"):
+            del parts[absent]
+        unet = diffusers.UNet2DConditionModel(
+            sample_size=16, in_channels=8, out_channels=5, block_out_channels=(32, 32, 64, 64), layers_per_block=1,
+            act_fn="gelu", attention_head_dim=8, norm_num_groups=None, cross_attention_dim=tiny.WIDTH,
+            down_block_types=("KDownBlock2D",) + ("KCrossAttnDownBlock2D",) * 3, mid_block_type=None,
+            up_block_types=("KCrossAttnUpBlock2D",) * 3 + ("KUpBlock2D",), conv_in_kernel=1, conv_out_kernel=1,
+            resnet_time_scale_shift="scale_shift", time_embedding_type="fourier", timestep_post_act="gelu",
+            time_cond_proj_dim=128 + tiny.WIDTH, only_cross_attention=False, dual_cross_attention=False,
+        ).eval()  # fmt: skip
+        schedule = diffusers.EulerDiscreteScheduler(prediction_type="sample")
+        return diffusers.StableDiffusionLatentUpscalePipeline(unet=unet, scheduler=schedule, **parts)
+
+
+def super_resolution() -> Any:
+    """LDMSuperResolutionPipeline, which takes no prompt."""
+    with tiny.seeded(0):
+        unet = diffusers.UNet2DModel(
+            sample_size=32, in_channels=6, out_channels=3, block_out_channels=(8, 16), layers_per_block=1,
+            norm_num_groups=4, attention_head_dim=4, down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        ).eval()  # fmt: skip
+        vqvae = diffusers.VQModel(
+            block_out_channels=(8, 8, 8), norm_num_groups=4, num_vq_embeddings=16, latent_channels=3,
+            down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        ).eval()  # fmt: skip
+        return diffusers.LDMSuperResolutionPipeline(vqvae=vqvae, unet=unet, scheduler=diffusers.DDIMScheduler())
+
+
+UPSCALERS: dict[str, tuple[Callable[[], Any], int, tuple[int, int]]] = {
+    "four times": (four_times, 4, (36, 20)),
+    "twice": (twice, 2, (96, 64)),
+    "four times, without a prompt": (super_resolution, 4, (64, 32)),
+}
+
+
+@pytest.mark.parametrize("name", UPSCALERS)
+def test_an_upscaler_enlarges_by_its_factor(name: str) -> None:
+    build, factor, (width, height) = UPSCALERS[name]
+    model = loaded(build())
+    picture = wanted(images=(source(width, height),))
+    done = draw(model, replace(picture, upscale=factor), quiet)
+    assert decoded(done.png).size == (width * factor, height * factor)
+    assert (done.recipe.width, done.recipe.height) == (width * factor, height * factor)
+    # An ordinary request with a picture is the same to it.
+    assert draw(model, picture, quiet).png == done.png
+    known = facts(model)
+    assert (known.tasks, known.upscale, known.width) == (("upscaling",), factor, None)
+
+
+@pytest.mark.parametrize("name", UPSCALERS)
+def test_what_an_upscaler_refuses(name: str) -> None:
+    build, factor, (width, height) = UPSCALERS[name]
+    model = loaded(build())
+    fits = (source(width, height),)
+    odd = (source(width + 1, height),)
+    for asked, param, words in (
+        (wanted(images=fits, upscale=3 * factor), "scale", f"{factor} is valid"),
+        (wanted(images=odd, upscale=factor), "image", f"{width + 1}x{height}.*nearest size is {width}x{height}"),
+        (wanted(images=fits, width=64, height=64), "size", f"becomes {width * factor}x{height * factor}"),
+        (wanted(), "image", "draws from a picture"),
+    ):
+        with pytest.raises(InvalidRequest, match=words) as caught:
+            draw(model, asked, quiet)
+        assert caught.value.param == param
+
+
+def test_a_source_that_would_be_resized_is_refused_for_a_reason() -> None:
+    """The published latent upscaler halves its latents three times, and its blocks cannot make up for odd sides."""
+    pipe = twice()
+    pipe.set_progress_bar_config(disable=True)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+        pipe("", image=Image.new("RGB", (80, 64)), num_inference_steps=1)
+
+
+def test_other_models_do_not_enlarge() -> None:
+    model = loaded(tiny.stable_diffusion())
+    with pytest.raises(InvalidRequest, match="StableDiffusionUpscalePipeline, StableDiffusionLatentUpscale") as caught:
+        draw(model, wanted(images=(source(64, 64),), upscale=4), quiet)
+    assert caught.value.param == "model"
+
+
+def test_weights_of_another_factor_are_no_upscaler() -> None:
+    pipe = four_times()
+    with tiny.seeded(0):
+        pipe.register_modules(vae=tiny._vae(scaling_factor=0.08333))
+        pipe.image_processor = VaeImageProcessor(vae_scale_factor=8)  # eight times
+    with pytest.raises(DrawError, match="drew 256x256, not 128x128"):
+        draw(loaded(pipe), wanted(images=(source(32, 32),)), quiet)
+
+
+# Transparency
+
+
+def with_alpha() -> Any:
+    pipe = tiny.stable_diffusion()
+    with tiny.seeded(1):
+        pipe.register_modules(vae=tiny._vae(out_channels=4))
+    return pipe
+
+
+def test_an_alpha_channel_survives_to_the_png() -> None:
+    model = loaded(with_alpha())
+    for transparent in (True, False):  # a model that draws one always does
+        asked = wanted(prompt="a cat", width=64, height=64, transparent=transparent)
+        image = Image.open(io.BytesIO(draw(model, asked, quiet).png))
+        assert image.mode == "RGBA"
+        assert len(set(image.getchannel("A").tobytes())) > 1
+    assert facts(model).transparent
+
+
+def test_a_model_without_alpha_refuses_transparency() -> None:
+    model = loaded(tiny.stable_diffusion())
+    with pytest.raises(InvalidRequest, match="opaque and auto are valid") as caught:
+        draw(model, wanted(prompt="a cat", transparent=True), quiet)
+    assert caught.value.param == "background"
+    assert not facts(model).transparent
+
+
+# Tasks and facts
+
+
+def test_siblings_are_those_that_diffusers_makes() -> None:
+    from diffusers.pipelines import auto_pipeline as auto
+
+    mappings = {"image": auto.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, "mask": auto.AUTO_INPAINT_PIPELINES_MAPPING}
+    for task, mapping in mappings.items():
+        for kind in auto.AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values():
+            made = auto._get_task_class(mapping, kind.__name__, throw_error_if_not_exist=False)
+            assert kinds.has_sibling(kind.__name__, task) == (made is not None), kind.__name__
+    assert not kinds.has_sibling("DDPMPipeline", "image")
+
+
+EVERY = ("text-to-image", "image-to-image", "inpainting")
+KNOWN: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "sd": (tiny.stable_diffusion, {"tasks": EVERY, "width": 64, "steps": 30, "guidance_scale": 8.0}),
+    "inpaint": (tiny.inpaint_unet, {"tasks": ("image-to-image", "inpainting"), "width": None, "steps": 30}),
+    "depth": (tiny.stable_diffusion_depth, {"tasks": ("image-to-image",), "width": None}),
+    "xl": (tiny.stable_diffusion_xl, {"tasks": EVERY, "width": 64, "size_multiple": 8, "prompt_tokens": 77}),
+    "sd3": (tiny.stable_diffusion_3, {"tasks": EVERY, "steps": 28, "guidance_scale": 7.0, "prompt_tokens": 256}),
+    "flux": (tiny.flux, {"tasks": EVERY, "width": 1024, "size_multiple": 16, "steps": 28, "prompt_tokens": 512}),
+    "pixart": (tiny.pixart, {"tasks": ("text-to-image",), "width": 256, "steps": 20, "prompt_tokens": 300}),
+    "ddpm": (tiny.ddpm, {"tasks": ("text-to-image",), "width": 16, "guidance_scale": None, "prompt_tokens": None}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_facts_of(name: str) -> None:
+    build, expected = KNOWN[name]
+    known = facts(loaded(build()))
+    assert {field: getattr(known, field) for field in expected} == expected
+    assert known.height == known.width
+    assert (known.device, known.dtype, known.upscale) == ("cpu", "fp32", None)
+
+
+def test_facts_of_the_embedded_model_are_what_it_does() -> None:
+    model = load(Catalog([EMBEDDED]).get("sfumato-tiny"), "cpu", quiet)
+    known = facts(model)
+    done = draw(model, Generation(id="1", prompt="a cat", seed=1), quiet)
+    recipe = done.recipe
+    assert (known.width, known.height, known.steps) == (recipe.width, recipe.height, recipe.steps)
+    assert (known.guidance_scale, known.pipeline) == (recipe.guidance_scale, recipe.pipeline)
+
+
+def test_facts_follow_the_model_file(tmp_path: Path) -> None:
+    folder = tiny.save(tiny.stable_diffusion(), tmp_path / "sd")
+    told: list[ModelStatus] = []
+    residency = Residency(2, "cpu", lambda model, status: told.append(status))
+    first = ModelConfig(name="m", model=str(folder), dtype="fp32", steps=7)
+    models = []
+    for config in (first, first, replace(first, steps=9, width=96, height=64)):
+        with residency.use(config, quiet) as model:
+            models.append(model)
+    assert models[0] is models[1] is models[2]
+    known = [status.facts for status in told if status.state == "ready"]
+    assert all(isinstance(each, ModelFacts) for each in known)
+    assert [(each.steps, each.width, each.height) for each in known if each] == [(7, 64, 64), (9, 96, 64)]
+    assert residency.loads == 1
+
+
+# Quality
+
+QUALITY: list[tuple[dict[str, Any], dict[str, Any], int | None]] = [
+    ({}, {}, 30),
+    ({}, {"quality": "low"}, 15),
+    ({}, {"quality": "hd"}, 45),
+    ({}, {"quality": "auto"}, 30),
+    ({}, {"quality": "low", "steps": 3}, 3),
+    ({"steps": 1}, {"quality": "low"}, 1),
+    ({"steps": 10, "quality_steps": (("low", 4),)}, {"quality": "low"}, 4),
+    ({"steps": 10, "quality_steps": (("low", 4),)}, {"quality": "high"}, 15),
+    ({"enable_parameters": frozenset(), "quality_steps": (("low", 4),)}, {"quality": "low"}, None),
+]
+
+
+@pytest.mark.parametrize(("file", "request_", "steps"), QUALITY)
+def test_quality_is_steps(file: dict[str, Any], request_: dict[str, Any], steps: int | None) -> None:
+    model = loaded(_shared(tiny.stable_diffusion), **file)
+    asked = wanted(**{"steps": None, **request_})
+    assert arguments.fill(model, model.pipeline, asked).steps == steps
+
+
+@pytest.mark.parametrize(
+    ("build", "quality", "steps"),
+    [(tiny.stable_diffusion_3, "low", 14), (tiny.stable_diffusion_3, None, 28), (tiny.flux, "max", 84)],
+)
+def test_quality_of_classes_with_their_own_default(build: Callable[[], Any], quality: str | None, steps: int) -> None:
+    model = loaded(_shared(build))
+    filled = arguments.fill(model, model.pipeline, wanted(steps=None, quality=quality)).steps
+    assert (filled or arguments.default_steps(model, model.pipeline)) == steps
+
+
+def test_quality_of_a_class_without_steps_changes_nothing() -> None:
+    class Turbo(diffusers.StableDiffusionPipeline):
+        def __call__(self, prompt: str, generator: Any = None) -> Any:
+            return super().__call__(prompt, num_inference_steps=2, generator=generator, width=64, height=64)
+
+    pipe = Turbo(**tiny.stable_diffusion().components, requires_safety_checker=False)
+    model = loaded(pipe, enable_parameters=frozenset({"num_inference_steps"}))
+    plain = draw(model, wanted(prompt="a cat", steps=None), quiet)
+    high = draw(model, wanted(prompt="a cat", steps=None, quality="high"), quiet)
+    assert np.array_equal(np.asarray(decoded(plain.png)), np.asarray(decoded(high.png)))
+    assert facts(model).steps is None
+
+
+@functools.cache
+def _shared(build: Callable[[], Any]) -> Any:
+    return build()

@@ -1,0 +1,107 @@
+"""Whose turn it is: bounded, fair between callers, positions that come true."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sfumato.errors import TooManyRequests
+from sfumato.queue import MAX_RETRY_AFTER_S, Queue, Ticket
+
+
+def within_a_loop(body: Callable[[], None]) -> None:
+    async def run() -> None:
+        body()
+
+    asyncio.run(run())
+
+
+def called(tickets: list[Ticket]) -> list[bool]:
+    return [ticket.called.is_set() for ticket in tickets]
+
+
+def test_places_are_given_in_order() -> None:
+    def body() -> None:
+        queue = Queue(places=2, limit=10)
+        first, second, third = [queue.join(caller, 1)[0] for caller in "abc"]
+        assert called([first, second, third]) == [True, True, False]
+        assert (queue.running, queue.waiting) == (2, 1)
+        queue.leave(first, drawn=True)
+        assert third.called.is_set()
+
+    within_a_loop(body)
+
+
+def test_one_callers_burst_does_not_make_another_wait() -> None:
+    def body() -> None:
+        queue = Queue(places=4, limit=100)
+        burst = queue.join("a", 50)
+        assert sum(called(burst)) == 3
+        (other,) = queue.join("b", 1)
+        assert other.called.is_set()
+
+    within_a_loop(body)
+
+
+def test_callers_who_wait_take_turns() -> None:
+    def body() -> None:
+        queue = Queue(places=1, limit=100)
+        tickets = {caller: queue.join(caller, 3) for caller in "abc"}
+        order = []
+        while queue.running:
+            caller, ticket = next((c, t) for c, ts in tickets.items() for t in ts if t.called.is_set())
+            order.append(caller)
+            tickets[caller].remove(ticket)
+            queue.leave(ticket, drawn=True)
+        assert order == list("abcabcabc")
+
+    within_a_loop(body)
+
+
+def test_a_full_line_refuses_and_says_when_to_come_again() -> None:
+    def body() -> None:
+        queue = Queue(places=1, limit=2)
+        queue.join("a", 3)
+        with pytest.raises(TooManyRequests, match="max_queue") as caught:
+            queue.join("b", 1)
+        assert 1 <= caught.value.retry_after <= MAX_RETRY_AFTER_S
+        assert queue.waiting == 2
+
+    within_a_loop(body)
+
+
+def test_who_leaves_before_the_turn_comes_frees_its_place_in_the_line() -> None:
+    def body() -> None:
+        queue = Queue(places=1, limit=1)
+        first, second = queue.join("a", 2)
+        queue.leave(second, drawn=False)
+        queue.leave(second, drawn=False)
+        assert queue.waiting == 0
+        (third,) = queue.join("b", 1)
+        queue.leave(first, drawn=True)
+        assert third.called.is_set()
+        assert queue.mean_s is not None
+
+    within_a_loop(body)
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 4)), min_size=1, max_size=8), st.integers(1, 4))
+def test_positions_come_true_and_everybody_is_served(joins: list[tuple[str, int]], places: int) -> None:
+    def body() -> None:
+        queue = Queue(places, limit=100)
+        tickets = [ticket for caller, count in joins for ticket in queue.join(caller, count)]
+        waiting = [ticket for ticket in tickets if not ticket.called.is_set()]
+        positions = [queue.position(ticket) for ticket in waiting]
+        assert sorted(positions) == list(range(1, len(waiting) + 1))
+        while queue.running:
+            drawing = [ticket for ticket in tickets if ticket.called.is_set()]
+            for ticket in drawing:
+                queue.leave(ticket, drawn=True)
+                tickets.remove(ticket)
+        assert (tickets, queue.waiting) == ([], 0)
+
+    within_a_loop(body)

@@ -1,0 +1,219 @@
+"""Pictures as they appear: events, progress, cancellation, and the line in front of them."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+from collections.abc import AsyncGenerator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from serving import Server
+
+from sfumato.api import answers
+
+LONG = {"prompt": "a cat", "steps": 1000, "size": "512x512"}
+"""Takes many minutes: nobody waits for it."""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("streaming")
+    (folder / "models").mkdir()
+    with Server(folder / "models", folder / "data") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One picture at a time, one may wait, four seconds for each request."""
+    folder = tmp_path_factory.mktemp("narrow")
+    (folder / "models").mkdir()
+    flags = ("--max-active", "1", "--max-queue", "1", "--time-limit-s", "20")
+    with Server(folder / "models", folder / "data", *flags) as server:
+        server.draw(prompt="a cat", steps=1)
+        yield server
+
+
+def events(server: Server, body: dict[str, Any], path: str = "/v1/images/generations") -> list[dict[str, Any]]:
+    with server.client.stream("POST", path, json=body | {"stream": True}) as answer:
+        assert answer.status_code == 200, answer.read()
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        found = []
+        for block in answer.read().decode().split("\n\n"):
+            lines = dict(line.split(": ", 1) for line in block.splitlines() if not line.startswith(":"))
+            if lines:
+                found.append(json.loads(lines["data"]))
+                assert lines.get("event") == found[-1].get("type")
+    return found
+
+
+def picture_of(event: dict[str, Any]) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(event["b64_json"])))
+
+
+def progress(server: Server, id: str) -> dict[str, Any]:
+    answer = server.client.get(f"/v1/images/progress/{id}")
+    return dict(answer.json()) if answer.status_code == 200 else {"status": None, "step": 0}
+
+
+def await_step(server: Server, id: str) -> dict[str, Any]:
+    """Ask until a step is done; every question is a request, so nothing is waited for by the clock."""
+    while not (seen := progress(server, id))["step"]:
+        assert seen["status"] in (None, "queued", "drawing")
+    return seen
+
+
+@pytest.mark.parametrize("previews", [0, 1, 2, 3])
+def test_previews_then_the_picture(server: Server, previews: int) -> None:
+    body = {"prompt": "a rocket on a blue background", "seed": 1, "partial_images": previews}
+    *partial, completed = events(server, body)
+    assert [event["type"] for event in partial] == ["image_generation.partial_image"] * previews
+    assert [event["partial_image_index"] for event in partial] == list(range(previews))
+    assert completed["type"] == "image_generation.completed"
+    assert "index" not in completed
+    assert set(completed["usage"]) == {"input_tokens", "input_tokens_details", "output_tokens", "total_tokens"}
+    for event in (*partial, completed):
+        assert event["created_at"] > 0
+        assert {"background", "output_format", "quality", "size"} <= set(event)
+    final = picture_of(completed)
+    assert final.size == (128, 128)
+    plain = server.draw(prompt=body["prompt"], seed=1, response_format="b64_json").json()["data"][0]
+    assert np.array_equal(np.asarray(final), np.asarray(picture_of(plain)))
+    differences = [
+        np.abs(np.asarray(picture_of(event).convert("RGB"), float) - np.asarray(final, float)).mean()
+        for event in partial
+    ]
+    assert differences == sorted(differences, reverse=True)  # the picture comes out of the smoke
+
+
+def test_several_pictures_complete_in_order(server: Server) -> None:
+    found = events(server, {"prompt": "a cat", "seed": 5, "n": 3, "steps": 4, "partial_images": 1})
+    assert [event["index"] for event in found if event["type"].endswith("completed")] == [0, 1, 2]
+    assert [event["seed"] for event in found if event["type"].endswith("completed")] == [5, 6, 7]
+    assert sorted(event["index"] for event in found if event["type"].endswith("partial_image")) == [0, 1, 2]
+
+
+def test_previews_have_the_format_asked_for(server: Server) -> None:
+    body = {"prompt": "a cat", "steps": 4, "partial_images": 2, "output_format": "jpeg"}
+    assert [picture_of(event).format for event in events(server, body)] == ["JPEG"] * 3
+
+
+def test_edits_stream_too(server: Server) -> None:
+    body = {"prompt": "a cat", "steps": 8, "partial_images": 2, "image": server.png_data_uri((128, 128))}
+    kinds = [event["type"] for event in events(server, body, "/v1/images/edits")]
+    assert kinds == ["image_edit.partial_image", "image_edit.partial_image", "image_edit.completed"]
+
+
+def test_what_is_wrong_from_the_start_is_no_stream(server: Server) -> None:
+    for fields, status in (({"size": "100x100"}, 400), ({"model": "none"}, 404), ({"scheduler": "none"}, 400)):
+        answer = server.draw(prompt="a cat", stream=True, **fields)
+        assert answer.status_code == status
+        assert answer.json()["error"]["param"] == next(iter(fields))
+
+
+def test_an_error_on_the_way_is_an_event(narrow: Server) -> None:
+    *_, last = events(narrow, LONG | {"partial_images": 3})
+    assert set(last) == {"error"}
+    assert set(last["error"]) == {"message", "type", "param", "code"}
+    assert last["error"]["code"] == "timeout"
+
+
+def test_a_stream_that_is_dropped_stops_the_work(server: Server) -> None:
+    lines = len(server.lines)
+    body = LONG | {"size": "256x256", "steps": 400, "stream": True, "partial_images": 3}
+    headers = {"x-request-id": "dropped"}
+    with server.client.stream("POST", "/v1/images/generations", json=body, headers=headers) as answer:
+        assert answer.status_code == 200
+    server.wait_for(r"is cancelled with \d+ steps left", after=lines)
+    assert progress(server, "dropped")["status"] == "cancelled"
+
+
+def test_a_stream_with_nothing_to_say_is_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers, "KEEP_ALIVE_S", 0.01)
+
+    async def run() -> None:
+        go = asyncio.Event()
+
+        async def lines() -> AsyncGenerator[str, None]:
+            yield "first"
+            await go.wait()
+            yield "second"
+
+        seen = []
+        async for line in answers._with_keep_alive(lines()):
+            seen.append(line)
+            if line.startswith(":"):
+                go.set()
+        assert (seen[0], seen[-1]) == ("first", "second")
+        assert ": keep-alive\n\n" in seen
+
+    asyncio.run(run())
+
+
+def test_progress_and_cancel_by_id(server: Server) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        asked = pool.submit(server.client.post, "/v1/images/generations", json=LONG, headers={"x-request-id": "a"})
+        seen = await_step(server, "a")
+        assert (seen["object"], seen["status"], seen["model"]) == ("image.progress", "drawing", "sfumato-tiny")
+        assert (seen["total"], seen["pictures"], seen["pictures_done"], seen["queue_position"]) == (1000, 1, 0, 0)
+        while (seen := progress(server, "a"))["step"] < 3:
+            pass
+        assert seen["seconds_left"] > 0
+        neighbour = pool.submit(server.draw, prompt="a cat", steps=4)
+        gone = server.client.delete("/v1/images/progress/a")
+        assert (gone.status_code, gone.json()["status"]) == (200, "cancelled")
+        cancelled = asked.result()
+        assert cancelled.status_code == 499
+        assert cancelled.json()["error"]["code"] == "cancelled"
+        assert cancelled.headers["x-should-retry"] == "false"
+        assert neighbour.result().status_code == 200
+    assert progress(server, "a")["status"] == "cancelled"
+
+
+def test_progress_of_what_is_done_and_of_what_never_was(server: Server) -> None:
+    answer = server.draw(prompt="a cat", steps=4, n=2)
+    seen = progress(server, answer.headers["x-request-id"])
+    assert (seen["status"], seen["step"], seen["total"], seen["pictures_done"]) == ("completed", 8, 8, 2)
+    for method in ("GET", "DELETE"):
+        missing = server.client.request(method, "/v1/images/progress/never")
+        assert missing.status_code == 404
+        assert missing.json()["error"]["code"] == "request_not_found"
+
+
+def test_row_07_a_cancel_ends_one_request_and_not_the_one_that_starts(server: Server) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(server.client.post, "/v1/images/generations", json=LONG, headers={"x-request-id": "A"})
+        await_step(server, "A")
+        second = pool.submit(
+            server.client.post,
+            "/v1/images/generations",
+            json={"prompt": "a cat", "steps": 30},
+            headers={"x-request-id": "B"},
+        )
+        server.client.delete("/v1/images/progress/A")
+        assert first.result().status_code == 499
+        assert second.result().status_code == 200
+
+
+def test_row_21_a_full_line_answers_429(narrow: Server) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        running = pool.submit(narrow.client.post, "/v1/images/generations", json=LONG, headers={"x-request-id": "r"})
+        await_step(narrow, "r")
+        waiting = pool.submit(narrow.client.post, "/v1/images/generations", json=LONG, headers={"x-request-id": "w"})
+        while (seen := progress(narrow, "w"))["status"] is None:
+            pass
+        assert (seen["status"], seen["queue_position"]) == ("queued", 1)
+        refused = narrow.draw(prompt="a cat")
+        assert refused.status_code == 429
+        assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+        assert 1 <= int(refused.headers["retry-after"]) <= 120
+        for id in ("w", "r"):
+            assert narrow.client.delete(f"/v1/images/progress/{id}").status_code == 200
+        assert {running.result().status_code, waiting.result().status_code} == {499}
+    assert narrow.draw(prompt="a cat", steps=2).status_code == 200
