@@ -5,9 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from sfumato import schedulers
+from sfumato.api import documents
+from sfumato.api.app import create_app
+from sfumato.catalog import Catalog
+from sfumato.engine.supervisor import Supervisor
+from sfumato.service import Service
 from sfumato.settings import Settings, env_name, flag
+from sfumato.store import Store
 
 REFERENCE = Path(__file__).parent / "reference"
 
@@ -61,10 +68,111 @@ def model_files_page() -> str:
     return reference.markdown()
 
 
+def http_page() -> str:
+    """Every route with its fields, answers and errors, from the OpenAPI document that the server gives out."""
+    settings = Settings()
+    service = Service(Catalog.of(settings), Supervisor(settings), settings)
+    document = create_app(service, Store(settings.data)).openapi()
+    lines = [
+        "# HTTP",
+        "",
+        "The same as a document for programs: `/openapi.json`. The routes under `/v1` answer without `/v1` too.",
+        "",
+        HTTP_PREFACE,
+        "## Statuses",
+        "",
+        "| status | when |",
+        "|---|---|",
+        *(f"| {status} | {reason} |" for status, reason in documents.REASONS.items()),
+        "",
+    ]
+    tag = ""
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            if (named := operation.get("tags", ["Operations"])[0]) != tag:
+                tag = named
+                lines += [f"## {tag}", ""]
+            lines += _operation(document, f"{method.upper()} {path}", operation)
+    return "\n".join(lines)
+
+
+HTTP_PREFACE = """\
+Errors have one shape on every route, `{"error": {"message", "type", "param", "code"}}`; the message names the field,
+its value, what is valid and what to do. Headers of answers:
+
+| header | meaning |
+|---|---|
+| `x-request-id` | the request's id, for `/v1/images/progress/{id}`: its own if it brought this header, else a new one |
+| `x-sfumato-ignored` | fields that were sent and changed nothing |
+| `x-sfumato-warning` | what was done otherwise than asked, such as a prompt that was cut |
+| `x-should-retry` | on errors: whether the same request may succeed when it is sent again |
+| `retry-after` | on 429: seconds, at most 120 |
+
+With API keys configured, send `Authorization: Bearer KEY`, `x-api-key: KEY`, or Basic authentication (name and key).
+
+A picture in a request is base64, a `data:` URI or an http(s) URL of a public address; in a form it is a file. `usage`
+counts a picture as one token for each 16x16 pixels.
+
+With `stream: true` the answer is server-sent events: `image_generation.partial_image` (`b64_json`,
+`partial_image_index` from 0), then `image_generation.completed` (`b64_json`, `usage`); for edits `image_edit.…`. With
+several pictures each event has an `index`. A failure on the way is `data: {"error": …}`. Comments keep a quiet stream
+open; closing it cancels the work within a step.
+"""
+
+
+def _operation(document: Mapping[str, Any], title: str, operation: Mapping[str, Any]) -> list[str]:
+    lines = [f"### `{title}`", "", operation["summary"], ""]
+    content = operation.get("requestBody", {}).get("content", {})
+    if content:
+        media = " or ".join(f"`{each}`" for each in content)
+        schema = _resolved(document, next(iter(content.values()))["schema"])
+        lines += [f"Takes {media}.", "", "| field | type | default | |", "|---|---|---|---|"]
+        required = schema.get("required", ())
+        for name, field in sorted(schema.get("properties", {}).items(), key=lambda item: item[0] not in required):
+            default = "required" if name in required else _code(field.get("default"))
+            said = field.get("description", "").replace("|", "\\|")
+            lines.append(f"| `{name}` | {_type(document, field)} | {default} | {said} |")
+        lines.append("")
+    statuses = ", ".join(str(status) for status in operation["responses"])
+    return [*lines, f"Answers: {statuses}.", ""]
+
+
+def _type(document: Mapping[str, Any], field: Mapping[str, Any]) -> str:
+    field = _resolved(document, field)
+    kinds = [each for each in field.get("anyOf", [field]) if each.get("type") != "null"]
+    return " or ".join(dict.fromkeys(_kind(document, each) for each in kinds))
+
+
+def _kind(document: Mapping[str, Any], field: Mapping[str, Any]) -> str:
+    field = _resolved(document, field)
+    if "enum" in field:
+        return ", ".join(_code(value) for value in field["enum"])
+    if "const" in field:
+        return _code(field["const"])
+    if field.get("type") == "array":
+        return f"list of {_type(document, field['items'])}"
+    if field.get("format") == "binary":
+        return "file"
+    least, most = (f"{field[limit]:.0f}" if limit in field else None for limit in ("minimum", "maximum"))
+    within = f" {least} to {most}" if most is not None else f" from {least}" if least is not None else ""
+    return f"{field.get('type', 'any')}{within}"
+
+
+def _resolved(document: Mapping[str, Any], field: Mapping[str, Any]) -> Mapping[str, Any]:
+    while "$ref" in field:
+        field = document["components"]["schemas"][field["$ref"].rsplit("/", 1)[1]]
+    return field
+
+
+def _code(value: Any) -> str:
+    return "" if value is None or value == [] or value == "" else f"`{value}`"
+
+
 PAGES: Mapping[str, Callable[[], str]] = {
     "settings.md": settings_page,
     "schedulers.md": schedulers_page,
     "model-files.md": model_files_page,
+    "http.md": http_page,
 }
 
 if __name__ == "__main__":

@@ -8,8 +8,10 @@ import io
 import json
 from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -217,3 +219,30 @@ def test_row_21_a_full_line_answers_429(narrow: Server) -> None:
             assert narrow.client.delete(f"/v1/images/progress/{id}").status_code == 200
         assert {running.result().status_code, waiting.result().status_code} == {499}
     assert narrow.draw(prompt="a cat", steps=2).status_code == 200
+
+
+def test_a_callers_burst_does_not_make_another_wait_and_each_sees_its_own(tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    flags = ("--max-active", "3", "--api-keys", "ann:key-a,bob:key-b")
+    with Server(tmp_path / "models", tmp_path / "data", *flags) as server:
+
+        def send(key: str, body: dict[str, Any], id: str) -> httpx.Response:
+            headers = {"authorization": f"Bearer {key}", "x-request-id": id}
+            return server.client.post("/v1/images/generations", json=body, headers=headers)
+
+        def seen(key: str, method: str = "GET") -> httpx.Response:
+            return server.client.request(
+                method, "/v1/images/progress/burst", headers={"authorization": f"Bearer {key}"}
+            )
+
+        with ThreadPoolExecutor(1) as pool:
+            burst = pool.submit(send, "key-a", LONG | {"n": 8}, "burst")
+            while seen("key-a").status_code == 404 or not seen("key-a").json()["step"]:
+                pass
+            assert send("key-b", {"prompt": "a cat", "steps": 2}, "single").status_code == 200
+            standing = seen("key-a").json()
+            assert (standing["status"], standing["pictures_done"], standing["queue_position"]) == ("drawing", 0, 1)
+            assert seen("key-b").status_code == 404
+            assert seen("key-b", "DELETE").status_code == 404
+            assert seen("key-a", "DELETE").json()["status"] == "cancelled"
+            assert burst.result().status_code == 499
