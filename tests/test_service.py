@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from sfumato.catalog import Catalog
 from sfumato.config import ModelConfig
 from sfumato.core import MAX_SEED, Done, EngineStats, Event, Failed, Generation, ModelStatus, Recipe, Step
-from sfumato.errors import DrawError, InvalidRequest, ModelNotFound, TooManyRequests
+from sfumato.errors import Cancelled, DrawError, InvalidRequest, ModelNotFound, RequestNotFound, TooManyRequests
 from sfumato.service import ImageRequest, Service
 from sfumato.settings import Settings
 
@@ -196,5 +197,87 @@ def test_a_models_limit_answers_later_requests_with_retry_after(service: Service
         engine.hold.set()
         assert len(await running) == 2
         assert len(await service.draw(ImageRequest(prompts=["x"], model="a"))) == 1
+
+    asyncio.run(run())
+
+
+def test_a_job_that_is_cancelled_before_it_began_ends_all_the_same(service: Service) -> None:
+    async def run() -> None:
+        job = await service.submit(ImageRequest(prompts=["x"], id="gone", n=2, model="b"))
+        job.cancel()  # its task has not had a turn yet
+        with pytest.raises(Cancelled):
+            await job.pictures()
+        assert (service.queue.running, service.queue.waiting) == (0, 0)
+        assert service.jobs() == []
+        assert service.progress("gone").state == "cancelled"
+
+    asyncio.run(run())
+    assert engine_of(service).seen == []
+
+
+def test_events_left_early_cancel_the_job(service: Service) -> None:
+    engine = engine_of(service)
+
+    async def run() -> None:
+        engine.hold = asyncio.Event()
+        job = await service.submit(ImageRequest(prompts=["x"], seed=0))
+        async with aclosing(job.events()) as events:
+            async for _ in events:
+                break
+        await asyncio.wait([job.task])
+        assert isinstance(job.error, Cancelled)
+
+    asyncio.run(run())
+    assert engine.closed == [0]
+
+
+def test_jobs_are_found_by_caller_and_id(service: Service) -> None:
+    engine = engine_of(service)
+
+    async def run() -> None:
+        engine.hold = asyncio.Event()
+        jobs = [await service.submit(ImageRequest(prompts=["x"], caller=caller, id="same")) for caller in "ab"]
+        assert service.jobs("a") == jobs[:1]
+        assert service.jobs(id="same") == jobs
+        assert service.progress("same", "a").caller == "a"
+        await service.cancel(service.jobs("a", "same"))
+        with pytest.raises(RequestNotFound, match="x-request-id"):
+            service.progress("same", "c")
+        assert service.progress("same", "a").state == "cancelled"
+        engine.hold.set()
+        assert len(await jobs[1].pictures()) == 1
+        assert service.progress("same").state == "completed"
+
+    asyncio.run(run())
+
+
+def test_places_come_back_whatever_happens(service: Service) -> None:
+    engine = engine_of(service)
+
+    async def run() -> None:
+        engine.fail = {1}
+        for _ in range(3):
+            with pytest.raises(DrawError):
+                await service.draw(ImageRequest(prompts=["x"], seed=0, n=3, model="b"))
+        assert (service.queue.running, service.queue.waiting) == (0, 0)
+
+    asyncio.run(run())
+
+
+def test_a_full_line_refuses_and_what_waits_is_drawn(folder: Path) -> None:
+    engine = FakeEngine()
+    service = Service(Catalog([folder]), engine, Settings(max_active=1, max_queue=1))
+
+    async def run() -> None:
+        engine.hold = asyncio.Event()
+        drawing, waiting = [await service.submit(ImageRequest(prompts=["x"], n=1, model="b", id=id)) for id in "dw"]
+        await engine.arrived.get()
+        with pytest.raises(TooManyRequests, match="max_queue"):
+            await service.submit(ImageRequest(prompts=["x"], n=1, model="b"))
+        assert (drawing.progress().queue_position, waiting.progress().queue_position) == (0, 1)
+        assert waiting.progress().state == "queued"
+        engine.hold.set()
+        assert len(await drawing.pictures() + await waiting.pictures()) == 2
+        assert drawing.progress().seconds_left is None
 
     asyncio.run(run())
