@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from sfumato import schedulers
+from sfumato import metrics, schedulers
 from sfumato.api import documents
 from sfumato.api.app import create_app
 from sfumato.catalog import Catalog
@@ -168,8 +168,26 @@ def _code(value: Any) -> str:
     return "" if value is None or value == [] or value == "" else f"`{value}`"
 
 
+def metrics_page() -> str:
+    lines = [
+        "# Metrics",
+        "",
+        "`GET /metrics` answers in Prometheus' text format. Times are seconds, sizes bytes. `route` is a path template",
+        "(`none`: there is no such route), `code` an error's code. The API process adds Prometheus' own `process_*`;",
+        "`sfumato_worker_memory_bytes` is that of the process that computes.",
+        "",
+        "| metric | kind | labels | what it is |",
+        "|---|---|---|---|",
+    ]
+    for each in (*metrics.COUNTED, *metrics.READINGS):
+        labels = ", ".join(f"`{label}`" for label in each.labels) or "–"
+        lines.append(f"| `{each.name}` | {each.kind} | {labels} | {each.help} |")
+    return "\n".join([*lines, ""])
+
+
 PAGES: Mapping[str, Callable[[], str]] = {
     "settings.md": settings_page,
+    "metrics.md": metrics_page,
     "schedulers.md": schedulers_page,
     "model-files.md": model_files_page,
     "http.md": http_page,

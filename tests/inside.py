@@ -40,10 +40,12 @@ class Inside:
 
     def __init__(self, folder: Path, **settings: Any) -> None:
         (folder / "models").mkdir(exist_ok=True)
-        (folder / "models" / "m.yaml").write_text("name: m\nparameters:\n  model: some/one\n")
+        (folder / "models" / "m.yaml").write_text(
+            "name: m\nparameters:\n  model: some/one\ndiffusers:\n  enable_parameters: image\n"
+        )
         self.engine = Painter()
-        self.settings = Settings(**settings)
-        self.store = Store(folder / "pictures")
+        self.settings = Settings(data=folder / "data", **settings)
+        self.store = Store.of(self.settings)
         self.service = Service(Catalog([folder / "models"]), self.engine, self.settings)
         self.app: FastAPI = create_app(self.service, self.store)
 

@@ -65,6 +65,11 @@ class Server:
     def draw(self, **body: Any) -> httpx.Response:
         return self.client.post("/v1/images/generations", json=body)
 
+    @property
+    def pid(self) -> int:
+        """Of the process that answers HTTP."""
+        return self._process.pid
+
     @staticmethod
     def png_data_uri(size: tuple[int, int] = (64, 64), colour: str = "orange") -> str:
         file = io.BytesIO()

@@ -39,8 +39,8 @@ ENGINE = [
     {"load", "gather"},
     {"download", "sampler", "batching", "watch"},
     {"memo", "preview", "standin", "trust"},
-    {"calls", "colours"},
-    {"handover", "joins", "outputs", "policy", "process", "protocol", "resolve", "threadstate", "wire"},
+    {"calls", "clean", "colours"},
+    {"handover", "joins", "outputs", "png", "policy", "process", "protocol", "resolve", "threadstate", "wire"},
 ]
 
 WITHOUT_TORCH = ["sfumato.cli", "sfumato.serve", "sfumato.draw", "sfumato.check", "sfumato.api.app", "sfumato.service"]

@@ -91,6 +91,57 @@ def test_previews_come_between_the_steps(running: Running, config: ModelConfig) 
     running.run(run())
 
 
+def test_what_was_done_is_counted(running: Running, config: ModelConfig) -> None:
+    engine = running.engine
+
+    async def run() -> None:
+        before = engine.stats
+        await asyncio.gather(*(events_of(engine, config, wanted(f"counted {i}", seed=i)) for i in range(3)))
+        after = engine.stats  # complete when the last picture is there
+        assert after.steps - before.steps == 3 * 4
+        assert 0 < after.step_seconds - before.step_seconds < 60
+        forwards = {size: count - before.batch_sizes.get(size, 0) for size, count in after.batch_sizes.items()}
+        assert sum(size * count for size, count in forwards.items()) == 3 * 4  # each step of each is in one
+        assert max(size for size, count in forwards.items() if count) > 1
+        assert after.forwards > before.forwards + sum(forwards.values())  # encoders and decoders too
+        assert after.loads >= 1
+        assert after.resident_models == after.loads - after.evictions
+        assert 50e6 < after.memory_bytes < 50e9
+        assert after.restarts == 0
+
+    running.run(run())
+
+
+def test_facts_come_with_a_model_that_is_ready(running: Running, config: ModelConfig) -> None:
+    engine = running.engine
+
+    async def run() -> None:
+        await events_of(engine, config, wanted("facts"))
+        facts = engine.status("m").facts
+        assert facts is not None
+        assert (facts.pipeline, facts.width, facts.dtype) == ("StableDiffusionPipeline", 64, "fp32")
+
+    running.run(run())
+
+
+def test_counts_never_go_down(config: ModelConfig) -> None:
+    async def run() -> None:
+        supervisor = Supervisor(SETTINGS)
+        await supervisor.start()
+        await events_of(supervisor, config, wanted("before"))
+        before = supervisor.stats
+        assert (before.steps, before.loads, before.restarts, before.resident_models) == (4, 1, 0, 1)
+        kill(supervisor)
+        await events_of(supervisor, config, wanted("after"))
+        after = supervisor.stats
+        assert (after.steps, after.loads, after.restarts, after.resident_models) == (8, 2, 1, 1)
+        assert after.forwards == 2 * before.forwards
+        assert after.batch_sizes == {size: 2 * count for size, count in before.batch_sizes.items()}
+        await supervisor.stop()
+
+    asyncio.run(run())
+
+
 def test_closing_the_stream_stops_the_work_within_a_step(running: Running, config: ModelConfig) -> None:
     engine = running.engine
 

@@ -298,3 +298,16 @@ def test_quality_of_a_class_without_steps_changes_nothing() -> None:
 @functools.cache
 def _shared(build: Callable[[], Any]) -> Any:
     return build()
+
+
+def test_a_model_that_cannot_be_described_draws_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(model: Loaded) -> ModelFacts:
+        raise AttributeError("no such part")
+
+    monkeypatch.setattr("sfumato.engine.residency.facts", fail)
+    folder = tiny.save(tiny.stable_diffusion(), tmp_path / "sd")
+    told: list[ModelStatus] = []
+    residency = Residency(1, "cpu", lambda model, status: told.append(status))
+    with residency.use(ModelConfig(name="m", model=str(folder), dtype="fp32"), quiet) as model:
+        assert draw(model, wanted(prompt="a cat", width=64, height=64), quiet).png
+    assert told[-1] == ModelStatus("ready")

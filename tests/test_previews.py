@@ -13,6 +13,7 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import families
 import numpy as np
 import pytest
@@ -26,12 +27,13 @@ from benchmarks import parity
 from sfumato.catalog import EMBEDDED, Catalog
 from sfumato.config import ModelConfig
 from sfumato.core import Done, Event, Generation, Preview, Step
-from sfumato.engine import load
+from sfumato.engine import load, png
+from sfumato.engine.clean import GUESSES, Stepped, sample
 from sfumato.engine.colours import Colours, fit
 from sfumato.engine.generation import draw
 from sfumato.engine.local import Local
 from sfumato.engine.preview import glance, preview
-from sfumato.engine.watch import Previews, due, predicted, sample
+from sfumato.engine.watch import Previews, due
 from sfumato.errors import ModelFileError
 from sfumato.settings import Settings
 
@@ -88,8 +90,8 @@ def wanted(id: str, **fields: Any) -> Generation:
     return Generation(**{"id": id, "prompt": "a cat", "seed": 1, "steps": 8, "width": 64, "height": 64, **fields})
 
 
-def pixels(png: bytes) -> np.ndarray[Any, Any]:
-    return np.asarray(Image.open(io.BytesIO(png)))
+def pixels(data: bytes) -> np.ndarray[Any, Any]:
+    return np.asarray(Image.open(io.BytesIO(data)))
 
 
 def shown(events: list[Event]) -> list[Preview]:
@@ -180,8 +182,9 @@ def test_a_preview_draws_no_random_numbers(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("sfumato.engine.watch.preview", noisy)
     got: list[Preview] = []
     pipe = tiny.stable_diffusion()
+    latents = torch.zeros(1, 4, 8, 8)
     before = torch.get_rng_state()
-    Previews(pipe, 1, None, None, got.append).after(1, 2, pipe.scheduler, (torch.zeros(1, 4, 8, 8),))
+    Previews(pipe, 1, None, None, got.append).after(1, 2, Stepped(diffusers.DDIMScheduler(), latents, 1, (latents,)))
     assert torch.equal(torch.get_rng_state(), before)
     assert len(got) == 1
 
@@ -233,30 +236,81 @@ def test_which_step_shows() -> None:
             assert total not in steps(total, count)
 
 
-def test_the_clean_sample_is_preferred() -> None:
-    import diffusers
+def shown_of(scheduler: Any, result: Any) -> torch.Tensor | None:
+    return sample(Stepped(scheduler, torch.zeros(1, 4, 2, 2), torch.tensor(1), result))
 
+
+def test_the_clean_sample_is_preferred() -> None:
     noisy, clean = torch.zeros(1, 4, 2, 2), torch.ones(1, 4, 2, 2)
     for kind in (diffusers.DDIMScheduler, diffusers.EulerDiscreteScheduler, diffusers.LCMScheduler):
-        assert sample(kind(), (noisy, clean)) is clean
-    assert sample(diffusers.TCDScheduler(), (noisy, clean)) is noisy  # its second is noised again
-    assert sample(diffusers.FlowMatchEulerDiscreteScheduler(), (noisy,)) is noisy
-    assert sample(None, DDIMSchedulerOutput(prev_sample=noisy, pred_original_sample=clean)) is clean
-    assert sample(None, DDIMSchedulerOutput(prev_sample=noisy)) is noisy
+        assert shown_of(kind(), (noisy, clean)) is clean
+    assert shown_of(diffusers.TCDScheduler(), (noisy, clean)) is noisy  # its second is noised again
+    assert shown_of(diffusers.HeunDiscreteScheduler(), (noisy,)) is noisy
+    assert shown_of(None, DDIMSchedulerOutput(prev_sample=noisy, pred_original_sample=clean)) is clean
+    assert shown_of(None, DDIMSchedulerOutput(prev_sample=noisy)) is noisy
 
 
-def test_a_multistep_solver_s_guess_is_found() -> None:
-    import diffusers
+SOLVERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "dpm++": (diffusers.DPMSolverMultistepScheduler, {}),
+    "dpm++ stochastic": (diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+    "dpm++ single": (diffusers.DPMSolverSinglestepScheduler, {}),
+    "unipc": (diffusers.UniPCMultistepScheduler, {}),
+    "flow": (diffusers.FlowMatchEulerDiscreteScheduler, {"shift": 3.0}),
+    "pndm": (diffusers.PNDMScheduler, {"skip_prk_steps": True, "steps_offset": 1}),
+}
 
-    noisy, guess = torch.zeros(1, 4, 2, 2), torch.ones(1, 4, 2, 2)
-    for kind in (diffusers.DPMSolverMultistepScheduler, diffusers.UniPCMultistepScheduler):
-        solver = kind()
-        assert predicted(solver) is None
-        solver.model_outputs[-1] = guess
-        assert sample(solver, (noisy,)) is guess
-    noise = diffusers.UniPCMultistepScheduler(predict_x0=False)
-    noise.model_outputs[-1] = guess
-    assert sample(noise, (noisy,)) is noisy
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_with_a_denoiser_that_knows_each_step_shows_the_picture(name: str) -> None:
+    kind, options = SOLVERS[name]
+    scheduler = kind(**options)
+    scheduler.set_timesteps(9)
+    dice = torch.Generator().manual_seed(0)
+    clean, noise = (torch.randn(1, 4, 8, 8, generator=dice) for _ in range(2))
+    flow = name == "flow"
+    first = scheduler.timesteps[:1]
+    latents = scheduler.scale_noise(clean, first, noise) if flow else scheduler.add_noise(clean, noise, first)
+    assert not torch.allclose(latents, clean, atol=0.5)
+    shown = 0
+    for timestep in scheduler.timesteps:
+        # Where noise is drawn anew it is not the one that the picture began with.
+        at = scheduler.alphas_cumprod[timestep.int()] if not flow else None
+        output = noise - clean if at is None else (latents - at**0.5 * clean) / (1 - at) ** 0.5
+        result = scheduler.step(output, timestep, latents, return_dict=False)
+        guess = sample(Stepped(scheduler, output, timestep, result))
+        latents = result[0]
+        assert guess is not None
+        assert torch.allclose(guess, clean, atol=2e-3), (guess - clean).abs().max()
+        shown += guess is not latents
+    assert shown > 7
+    assert type(scheduler).__name__ in GUESSES
+
+
+UNKNOWN: list[Any] = [
+    lambda: diffusers.UniPCMultistepScheduler(predict_x0=False),
+    lambda: diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True),
+    lambda: diffusers.PNDMScheduler(skip_prk_steps=True, prediction_type="v_prediction"),
+]
+
+
+@pytest.mark.parametrize("make", UNKNOWN)
+def test_where_the_guess_is_not_known_the_sample_is_shown(make: Callable[[], Any]) -> None:
+    scheduler = make()
+    scheduler.set_timesteps(3)
+    output = torch.ones(1, 4, 2, 2)
+    result = scheduler.step(output, scheduler.timesteps[0], output, return_dict=False)
+    assert sample(Stepped(scheduler, output, scheduler.timesteps[0], result)) is result[0]
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P"])
+@pytest.mark.parametrize("size", [(1, 1), (1, 3), (5, 1), (37, 21)])
+def test_a_quick_png_is_the_picture(mode: str, size: tuple[int, int]) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 4), np.uint8)
+    image = Image.fromarray(noise).convert("RGB" if mode == "P" else "RGBA").convert(mode)
+    again = Image.open(io.BytesIO(png.encode(image)))
+    again.load()
+    wanted = image.convert("RGB") if mode == "P" else image
+    assert (again.mode, again.size, again.tobytes()) == (wanted.mode, wanted.size, wanted.tobytes())
 
 
 # The map to colours
@@ -390,8 +444,8 @@ WITHOUT_A_MAP = {
 @pytest.mark.filterwarnings("ignore")  # diffusers' own, some of them about toy sizes
 @pytest.mark.parametrize("family", PICTURES)
 def test_a_preview_of_the_last_step_is_the_picture(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sfumato.engine.watch.CLEAN", ())
-    monkeypatch.setattr("sfumato.engine.watch.predicted", lambda scheduler: None)
+    monkeypatch.setattr("sfumato.engine.clean.CLEAN", ())
+    monkeypatch.setattr("sfumato.engine.clean.GUESSES", {})
     pipe = parity.FAMILIES[family].build()
     pipe.set_progress_bar_config(disable=True)
     call = parity.seeded(parity.FAMILIES[family].calls)[0]
@@ -399,14 +453,14 @@ def test_a_preview_of_the_last_step_is_the_picture(family: str, monkeypatch: pyt
     step, results = pipe.scheduler.step, []
 
     @functools.wraps(step)
-    def keeping(*args: Any, **kwargs: Any) -> Any:
-        results.append(step(*args, **kwargs))
-        return results[-1]
+    def keeping(output: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
+        results.append((output, timestep, step(output, timestep, *args, **kwargs)))
+        return results[-1][-1]
 
     pipe.scheduler.step = keeping
     with torch.no_grad():
         picture = pipe(**call).images[0]
-    latents = sample(pipe.scheduler, results[-1])
+    latents = sample(Stepped(pipe.scheduler, *results[-1]))
     assert latents is not None
     made = preview(pipe, latents, call.get("width"), call.get("height"))
     assert made is not None

@@ -80,6 +80,16 @@ def test_a_tokenizer_without_a_limit_warns_of_nothing() -> None:
     assert tokens.warnings(pipe, {}, "m", letters(999), None) == ()
 
 
+def test_a_tokenizer_that_cannot_count_costs_no_picture() -> None:
+    class Odd(type(tiny.clip_tokenizer())):  # type: ignore[misc]
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            raise NotImplementedError
+
+    pipe = tiny.stable_diffusion()
+    pipe.tokenizer.__class__ = Odd
+    assert tokens.warnings(pipe, {}, "m", letters(999), None) == ()
+
+
 def test_row_23_a_long_negative_prompt_beside_a_short_prompt_is_drawn_with_a_warning() -> None:
     model = load.Loaded(ModelConfig(name="m", model="m"), pipeline("sd"), "m", "cpu", "fp32")
     asked = Generation(id="1", prompt=letters(8), negative_prompt=letters(118), seed=1, steps=2, width=64, height=64)

@@ -48,7 +48,7 @@ HTTP = Counted("sfumato_http_requests_total", "Requests answered.", ("route", "m
 HTTP_SECONDS = Counted("sfumato_http_request_seconds", "From a request to the end of its answer.", ("route", "method"))
 WAITED = Counted("sfumato_queue_wait_seconds", "What a picture waited for its turn.")
 DREW = Counted("sfumato_picture_seconds", "What a picture took from its turn to its end.", ("model",))
-FAILED = Counted("sfumato_failures_total", "Pictures that were accepted and not drawn.", ("model", "code"))
+FAILED = Counted("sfumato_failures_total", "Requests that were accepted and not drawn.", ("model", "code"))
 REJECTED = Counted("sfumato_rejected_total", "Requests turned away at the door.", ("code",))
 
 COUNTED = (HTTP, HTTP_SECONDS, WAITED, DREW, FAILED, REJECTED)

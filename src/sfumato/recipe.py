@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import struct
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -25,8 +26,11 @@ RECIPE_CHUNK = "sfumato"
 
 NEGATIVE = "Negative prompt:"
 
-_PAIR = re.compile(r'(?:^|,)\s*(\w[^:,"]*?)\s*:\s*("(?:[^"\\]|\\.)*"|[^,]*)')
+_PAIR = re.compile(r'(?:^|,)\s*(\w[^:,"]*):\s*("(?:[^"\\]|\\.)*"|[^,]*)')
 """`Key: value` or `Key: "value, quoted as in JSON"`."""
+MAX_PAIRS = 20_000
+"""Characters of the line of pairs; reading a longer one could take minutes."""
+
 _SIZE = re.compile(r"(\d+)x(\d+)")
 _UNICODE = b"UNICODE\0"
 """What EXIF puts before a text in UTF-16."""
@@ -107,7 +111,7 @@ def infotext(recipe: Recipe) -> str:
 def parse(infotext: str) -> dict[str, str]:
     """The pairs of an infotext, with `Prompt` and `Negative prompt`; of a size `Size-1` and `Size-2`."""
     *lines, last = infotext.strip().split("\n")
-    pairs = _PAIR.findall(last)
+    pairs = _PAIR.findall(last[:MAX_PAIRS])
     if len(pairs) < 3:  # a prompt that has a colon in it
         lines, pairs = [*lines, last], []
     at = next((index for index, line in enumerate(lines) if line.strip().startswith(NEGATIVE)), len(lines))
@@ -115,9 +119,9 @@ def parse(infotext: str) -> dict[str, str]:
     values = {"Prompt": "\n".join(line.strip() for line in lines[:at]), "Negative prompt": negative}
     for key, value in pairs:
         if size := _SIZE.fullmatch(value):
-            values |= {f"{key}-1": size[1], f"{key}-2": size[2]}
+            values |= {f"{key.strip()}-1": size[1], f"{key.strip()}-2": size[2]}
         else:
-            values[key] = _unquoted(value.strip())
+            values[key.strip()] = _unquoted(value.strip())
     return values
 
 
@@ -128,13 +132,22 @@ def texts(file: bytes) -> dict[str, str]:
     """
     try:
         with Image.open(io.BytesIO(file)) as image:
-            found = {key: value for key, value in image.info.items() if isinstance(value, str)}
-            comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, b"")
+            found = {str(key): value for key, value in image.info.items() if isinstance(value, str)}
+            comment = _comment(image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InvalidPicture(f"image: not a picture that can be read ({error})", param="image") from None
-    if isinstance(comment, bytes) and comment.startswith(_UNICODE):
-        found.setdefault(INFOTEXT_CHUNK, comment.removeprefix(_UNICODE).decode("utf-16-be", "replace"))
-    return found
+    return {INFOTEXT_CHUNK: comment, **found} if comment else found
+
+
+def _comment(image: Image.Image) -> str:
+    """EXIF's UserComment; empty where there is none, or the block is damaged."""
+    try:
+        comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
+    except (OSError, ValueError, SyntaxError, struct.error):
+        return ""
+    if not isinstance(comment, bytes) or not comment.startswith(_UNICODE):
+        return ""
+    return comment.removeprefix(_UNICODE).decode("utf-16-be", "replace")
 
 
 def _quoted(value: Any) -> str:

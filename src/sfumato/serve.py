@@ -31,13 +31,8 @@ def serve(settings: Settings) -> None:
     catalog = Catalog.of(settings)
     for problem in catalog.problems():
         log.warning("%s", problem)
-    store = Store(
-        settings.data / "generated-images",
-        max_age_s=settings.outputs_max_age_h * 3600,
-        max_bytes=settings.outputs_max_mb * 2**20,
-    )
     try:
-        application = create_app(Service(catalog, Supervisor(settings), settings), store)
+        application = create_app(Service(catalog, Supervisor(settings), settings), Store.of(settings))
     except ValueError as error:
         raise SfumatoError(str(error)) from None
     config = uvicorn.Config(

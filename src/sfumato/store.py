@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sfumato.errors import StorageError
+from sfumato.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,15 @@ class Store:
         self._lock = threading.Lock()
         self._bytes: int | None = None
         """Of all pictures, as far as this process knows; None before it looked."""
+
+    @classmethod
+    def of(cls, settings: Settings) -> Store:
+        """The folder and limits that the settings say."""
+        return cls(
+            settings.data / "generated-images",
+            max_age_s=settings.outputs_max_age_h * 3600,
+            max_bytes=settings.outputs_max_mb * 2**20,
+        )
 
     def put(self, data: bytes, extension: str = "png") -> str:
         """Keep a picture (`extension` is one of `MEDIA_TYPES`); returns its name.

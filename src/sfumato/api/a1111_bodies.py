@@ -28,6 +28,7 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = MappingProxyType(
 QUIET = re.compile(
     r"hr_.*|firstphase_.*|subseed|do_not_save_.*|script_args|image_cfg_scale|mask_round|include_init_images"
     r"|inpaint_full_res_padding|force_task_id|refiner_switch_at"
+    r"|upscaling_resize_[wh]|upscaling_crop|show_extras_results|codeformer_weight"
 )
 """Fields that mean something only beside another one, or nothing to a caller of an API."""
 
@@ -36,12 +37,12 @@ NO_OVERRIDES: Mapping[str, tuple[object, ...]] = MappingProxyType(
 )
 """Settings of AUTOMATIC1111's → values that ask for nothing."""
 
-BLANKS = (None, "", [], {}, False)
+BLANKS: tuple[object, ...] = (None, "", [], {}, False)
 
 MODEL, LAYERS = "sd_model_checkpoint", "CLIP_stop_at_last_layers"
 """The settings that a request can override here."""
 
-_ADAPTER = re.compile(r"<(?:lora|lyco|hypernet):[^>]+>", re.IGNORECASE)
+_ADAPTER = re.compile(r"<(?:lora|lyco|hypernet):[^<>]+>", re.IGNORECASE)
 
 
 def asks(value: object, neutral: tuple[object, ...]) -> bool:
@@ -63,9 +64,13 @@ class DrawBody(BaseModel):
     batch_size: Count = Field(None, description="Pictures are batch_size times n_iter.")
     n_iter: Count = Field(None, description="As batch_size: how they are batched is the server's concern.")
     sampler_name: Text = Field(
-        None, description="A name from /sdapi/v1/samplers; an unknown one draws as the model does.", examples=["Euler a"]
+        None,
+        description="A name from /sdapi/v1/samplers; an unknown one draws as the model does.",
+        examples=["Euler a"],
     )
-    sampler_index: Annotated[str | int | None, BLANK] = Field(None, description="As sampler_name, as it was once called.")
+    sampler_index: Annotated[str | int | None, BLANK] = Field(
+        None, description="As sampler_name, as it was once called."
+    )
     scheduler: Text = Field(None, description="A schedule type from /sdapi/v1/schedulers.", examples=["Automatic"])
     clip_skip: Annotated[Annotated[int, Field(ge=0, le=65)] | None, BLANK] = Field(
         None, description="Counted from the text encoder's last layer, which is 1; also in override_settings."
@@ -108,7 +113,7 @@ class DrawBody(BaseModel):
         given = self.overrides.get(LAYERS, self.clip_skip)
         try:
             layer = int(given or 1)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return None
         return layer - 1 if layer > 1 else None
 
@@ -187,11 +192,10 @@ class UpscaleBody(BaseModel):
 
     def ignored(self) -> list[str]:
         """Asked for and without effect; the fields beside a size of resize_mode 1 say nothing here."""
-        quiet = ("upscaling_resize_w", "upscaling_resize_h", "upscaling_crop", "show_extras_results", "codeformer_weight")
         return [
             name
             for name, value in (self.model_extra or {}).items()
-            if name not in quiet and asks(value, (0, "None"))
+            if not QUIET.fullmatch(name) and asks(value, (0, "None"))
         ]
 
 

@@ -26,6 +26,10 @@ SCHEDULE_OF: Mapping[str, str | None] = MappingProxyType(
 """What a client may call it → ours."""
 
 
+MAX_NAME = 80
+"""Characters that are looked at."""
+
+
 @dataclass(frozen=True, slots=True)
 class Chosen:
     scheduler: str | None = None
@@ -35,7 +39,8 @@ class Chosen:
 
 def choose(sampler: str | None, schedule_type: str | None) -> Chosen:
     """The scheduler for `sampler_name` and `scheduler` of a request; what cannot be had is left out, with a warning."""
-    if not sampler:
+    sampler, schedule_type = (sampler or "")[:MAX_NAME], (schedule_type or AUTOMATIC)[:MAX_NAME]
+    if not sampler.strip():
         return Chosen()
     known = _named(sampler)
     if known is None:
@@ -44,7 +49,7 @@ def choose(sampler: str | None, schedule_type: str | None) -> Chosen:
     solver, automatic = SAMPLERS[name].solver, SAMPLERS[name].automatic
     if combined:
         return _fitting(name, solver, SCHEDULE_OF[combined])
-    typed = (schedule_type or AUTOMATIC).casefold()
+    typed = schedule_type.strip().casefold()
     if typed == AUTOMATIC.casefold():
         return _fitting(name, solver, automatic)
     if typed not in SCHEDULE_OF:
@@ -78,7 +83,7 @@ def _own(sampler: str) -> Chosen:
         return Chosen(schedulers.parse(sampler.strip().casefold()).name)
     except InvalidRequest:
         near = did_you_mean(sampler, SAMPLERS)
-        warning = f"sampler_name: there is no sampler {sampler[:80]!r}.{near} The model's own draws"
+        warning = f"sampler_name: there is no sampler {sampler!r}.{near} The model's own draws"
         return Chosen(None, (warning,))
 
 

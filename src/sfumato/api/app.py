@@ -6,13 +6,14 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import Depends, FastAPI
 from fastapi.security import HTTPBearer
 from starlette.middleware.cors import CORSMiddleware
 
 from sfumato import __version__
-from sfumato.api import errors, localai, models, openai, ops, pages, progress
+from sfumato.api import a1111, errors, localai, models, openai, ops, pages, progress
 from sfumato.api.auth import Auth, parse_keys
 from sfumato.api.requests import BodyCap, LastResort, Observe, RequestId
 from sfumato.api.urls import Forwarded, check_proxies, check_public_url, parse_origins
@@ -29,6 +30,19 @@ EXPOSED = ("x-request-id", "x-sfumato-ignored", "x-sfumato-warning", "retry-afte
 
 ALLOWED = ("authorization", "content-type", "x-request-id", "x-api-key")
 """Headers that they may send."""
+
+
+class Application(FastAPI):
+    """FastAPI, whose OpenAPI document promises 422 where `errors` answers 400."""
+
+    def openapi(self) -> dict[str, Any]:
+        schema = super().openapi()
+        for methods in schema["paths"].values():
+            for operation in methods.values():
+                operation["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            schema.get("components", {}).get("schemas", {}).pop(name, None)
+        return schema
 
 
 def create_app(service: Service, store: Store) -> FastAPI:
@@ -50,7 +64,7 @@ def create_app(service: Service, store: Store) -> FastAPI:
         keeper.cancel()
         await service.stop()
 
-    app = FastAPI(
+    app = Application(
         title="Sfumato",
         version=__version__,
         description="Text-to-image, image-to-image and inpainting with any diffusers pipeline.",
@@ -69,6 +83,7 @@ def create_app(service: Service, store: Store) -> FastAPI:
     for routes in (progress, models):
         app.include_router(routes.router(service), prefix="/v1", dependencies=key)
         app.include_router(routes.router(service), include_in_schema=False)
+    app.include_router(a1111.router(service, store), dependencies=key)
     app.include_router(ops.router(service, store))
     app.include_router(pages.router())
 

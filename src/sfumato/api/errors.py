@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import traceback
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from sfumato import logs
 from sfumato.errors import InvalidRequest, SfumatoError, TooManyRequests, Unauthorized
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ async def _known(request: Request, error: Exception) -> JSONResponse:
 async def _invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"][1:] if isinstance(part, str | int))
+    field = str(first["loc"][1]) if len(first["loc"]) > 1 else ""  # deeper parts name branches of our own types
     if first["type"] == "json_invalid":
         return response(InvalidRequest(f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}"))
     if first["type"] == "missing":
@@ -55,7 +55,7 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
         return response(InvalidRequest(where, param=field or None))
     shown = repr(first.get("input"))
     shown = shown if len(shown) <= 80 else shown[:80] + "..."
-    return response(InvalidRequest(f"{field}: {shown} is not valid: {first['msg']}", param=field or None))
+    return response(InvalidRequest(f"{field or 'the body'}: {shown} is not valid: {first['msg']}", param=field or None))
 
 
 async def _http(request: Request, error: Exception) -> JSONResponse:
@@ -74,10 +74,6 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
 
 
 def unexpected(error: Exception) -> SfumatoError:
-    """An error nobody foresaw: logged by its place, without its words, which may be the caller's."""
-    while isinstance(error, ExceptionGroup):
-        error = error.exceptions[0]
-    name = type(error).__name__
-    frames = "".join(traceback.format_tb(error.__traceback__)).rstrip()
-    log.error("%s at\n%s", name, frames)
-    return SfumatoError(f"an error of the server's own ({name}); its log says more")
+    """What to answer to an error nobody foresaw; it is logged."""
+    log.error("%s", logs.place(error))
+    return SfumatoError(f"an error of the server's own ({type(error).__name__}); its log says more")

@@ -46,6 +46,8 @@ def described(kind: type[BaseModel]) -> dict[str, Any]:
 
 async def _values(request: Request) -> dict[str, Any]:
     media = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if media == FORMS[1] and (await request.body()).lstrip().startswith(b"{"):
+        media = "application/json"  # what curl sends with -d and no header
     if media in FORMS:
         async with request.form(
             max_files=4 * MAX_PICTURES, max_fields=MAX_FIELDS, max_part_size=_most(request)

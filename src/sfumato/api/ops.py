@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from sfumato import __version__
+from sfumato.api import documents
 from sfumato.metrics import CONTENT_TYPE
 from sfumato.service import Service
 from sfumato.store import MEDIA_TYPES, Store
@@ -32,7 +33,7 @@ def router(service: Service, store: Store) -> APIRouter:
         "/metrics",
         summary="Counts and times, for Prometheus",
         response_class=Response,
-        responses={200: {"content": {"text/plain": {}}}},
+        responses={200: {"content": {"text/plain": {}}}, **documents.errors(401)},
     )
     async def metrics() -> Response:
         text = service.metrics.render(
@@ -47,7 +48,10 @@ def router(service: Service, store: Store) -> APIRouter:
         "/generated-images/{name}",
         summary="A picture that was drawn",
         response_class=Response,
-        responses={200: {"content": {media_type: {} for media_type in MEDIA_TYPES.values()}}},
+        responses={
+            200: {"content": {media_type: {} for media_type in MEDIA_TYPES.values()}},
+            404: {"model": documents.Error, "description": "No such picture; it may have expired"},
+        },
     )
     async def picture(name: str) -> Response:
         # Whole before the first byte is sent: it may be deleted at any time.

@@ -17,7 +17,7 @@ from sfumato.metrics import Metrics
 
 access = logging.getLogger("sfumato.access")
 
-QUIET = {"/healthz", "/readyz", "/metrics"}
+QUIET = {"/healthz", "/readyz", "/metrics", "/sdapi/v1/progress"}
 """Asked every few seconds by machines: logged at debug."""
 
 METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}

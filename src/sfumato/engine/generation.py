@@ -15,6 +15,7 @@ from sfumato import __version__, pictures, recipe, schedulers
 from sfumato.core import Done, Generation, Recipe
 from sfumato.engine import arguments, kinds, sampler, standin, tokens
 from sfumato.engine.batching import is_out_of_memory
+from sfumato.engine.clean import Stepped
 from sfumato.engine.load import Loaded
 from sfumato.engine.watch import OnPreview, Previews
 from sfumato.errors import ContentFiltered, DrawError, InvalidRequest, SfumatoError
@@ -121,7 +122,7 @@ def _observed(scheduler: Any, on_step: OnStep, previews: Previews | None = None)
         if done >= total:
             _refuse_nan(result)
         if previews:
-            previews.after(done, total, scheduler, result)
+            previews.after(done, total, Stepped(scheduler, model_output, timestep, result))
         return result
 
     scheduler.step = observed

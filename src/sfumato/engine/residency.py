@@ -91,7 +91,7 @@ class Residency:
             changed, held.config = held.config != config, config
             self._loaded.move_to_end(config.name)
             if changed:  # of its defaults
-                self._tell(config.name, ModelStatus("ready", facts=facts(held)))
+                self._tell(config.name, _ready(held))
             return held
         if held:
             self._drop(config.name, "its model file changed")
@@ -104,7 +104,7 @@ class Residency:
             raise
         self.loads += 1
         model = self._loaded[config.name]
-        self._tell(config.name, ModelStatus("ready", facts=facts(model)))
+        self._tell(config.name, _ready(model))
         return model
 
     def _load(self, config: ModelConfig) -> load.Loaded:
@@ -140,6 +140,14 @@ class Residency:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self._tell(name, ModelStatus("unloaded", why))
+
+
+def _ready(model: load.Loaded) -> ModelStatus:
+    try:
+        return ModelStatus("ready", facts=facts(model))
+    except Exception:  # a pipeline like no other may still draw
+        log.exception("%s: what it can do is not known", model.config.name)
+        return ModelStatus("ready")
 
 
 def _of_weights(config: ModelConfig) -> ModelConfig:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sfumato.engine.kinds import parameters_of
+
+log = logging.getLogger(__name__)
 
 ENCODERS = {
     "tokenizer": "text_encoder",
@@ -43,7 +46,11 @@ def warnings(
     tokenizer, room = reader
     least = "" if PLAIN.search(type(tokenizer).__name__) else "at least "
     texts = {"prompt": prompt, "negative_prompt": negative_prompt or ""}
-    counts = {field: len(tokenizer(text, verbose=False).input_ids) for field, text in texts.items()}
+    try:
+        counts = {field: len(tokenizer(text, verbose=False).input_ids) for field, text in texts.items()}
+    except Exception as error:  # a tokenizer of an unknown kind: no reason to lose a picture that is drawn
+        log.info("%s: tokens of a prompt cannot be counted: %r", model, error)
+        return ()
     return tuple(
         f"{field}: {least}{count - room} of {count} tokens were cut; the text encoder of {model} takes {room}"
         for field, count in counts.items()

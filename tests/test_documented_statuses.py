@@ -1,0 +1,276 @@
+"""Every status that OpenAPI promises of an operation is reached by a request; one that cannot be fails here.
+
+That no other status is given is `test_schemathesis.py`'s.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import test_kinds
+import tiny
+from inside import Inside
+from PIL import Image
+from serving import Server
+
+import sfumato
+
+TINY = Path(sfumato.__file__).parent / "models" / "sfumato-tiny"
+ENABLE = "  enable_parameters: image,num_inference_steps\n"
+UPSCALER = f"diffusers:\n  pipeline_type: StableDiffusionUpscalePipeline\n{ENABLE}"
+FILES = {
+    "painter": f"parameters:\n  model: {TINY}\ndiffusers:\n{ENABLE}",
+    "broken": "parameters:\n  modle: none\n",
+    "offline": f"parameters:\n  model: someone/not-on-this-machine\ndiffusers:\n{ENABLE}",
+    "enlarge": f"parameters:\n  model: enlarge\nstep: 2\n{UPSCALER}",
+    "enlarge-long": f"parameters:\n  model: enlarge\nstep: 1000\n{UPSCALER}",
+    "enlarge-broken": f"parameters:\n  model: nowhere\n{UPSCALER}",
+    "enlarge-offline": f"parameters:\n  model: someone/not-on-this-machine\n{UPSCALER}",
+}
+KEY = {"authorization": "Bearer the-key"}
+STORED = f"{uuid.UUID(int=7).hex}.png"
+
+
+def picture(side: int) -> str:
+    file = io.BytesIO()
+    Image.new("RGB", (side, side), "orange").save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+PHOTO, SMALL = picture(64), picture(16)
+OPENAI = {"prompt": "a cat", "size": "64x64", "steps": 2, "response_format": "url"}
+A1111 = {"prompt": "a cat", "width": 64, "height": 64, "steps": 2, "save_images": True}
+BODIES: dict[str, dict[str, Any]] = {
+    "POST /v1/images/generations": OPENAI,
+    "POST /v1/images/edits": OPENAI | {"image": PHOTO},
+    "POST /v1/images/variations": {"image": PHOTO, "steps": 2},
+    "POST /v1/images/inpainting": {"prompt": "a cat", "image": PHOTO, "mask": PHOTO, "steps": 2},
+    "POST /v1/images/upscale": {"image": SMALL, "scale": 4, "model": "enlarge"},
+    "POST /sdapi/v1/txt2img": A1111,
+    "POST /sdapi/v1/img2img": A1111 | {"init_images": [PHOTO]},
+    "POST /sdapi/v1/extra-single-image": {"image": SMALL, "upscaling_resize": 4, "upscaler_1": "enlarge"},
+    "POST /sdapi/v1/png-info": {"image": PHOTO},
+    "POST /sdapi/v1/options": {"sd_model_checkpoint": "painter"},
+}
+"""A request of each operation that takes a body, for which the answer is 200."""
+
+WRONG: dict[str, dict[str, Any]] = {
+    "POST /v1/images/upscale": {"scale": 3},
+    "POST /sdapi/v1/txt2img": {"steps": 0},
+    "POST /sdapi/v1/img2img": {"steps": 0},
+    "POST /sdapi/v1/extra-single-image": {"upscaling_resize": 3},
+    "POST /sdapi/v1/png-info": {"image": "no picture"},
+    "POST /sdapi/v1/options": {"sd_model_checkpoint": 5},
+}
+"""What makes it a 400; of others `n: 0` does."""
+
+PATHS = {"/v1/models/{id}": "painter", "/generated-images/{name}": STORED, "/v1/images/progress/{id}": "known"}
+"""Values of path parameters for which the answer is 200."""
+
+
+class Servers:
+    """Of the module: `plain`, where one picture is drawn and one waits, and `strict`, with a key and a clock."""
+
+    def __init__(self, folder: Path, plain: Server, strict: Server) -> None:
+        self.folder, self.plain, self.strict = folder, plain, strict
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    folder = tmp_path_factory.mktemp("statuses")
+    models, pictures = folder / "models", folder / "data" / "generated-images"
+    models.mkdir()
+    pictures.mkdir(parents=True)
+    (pictures / STORED).write_bytes(base64.b64decode(PHOTO))
+    tiny.save(test_kinds.four_times(), models / "enlarge")
+    for name, text in FILES.items():
+        (models / f"{name}.yaml").write_text(f"name: {name}\n{text}")
+    env = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(folder / "hf")}  # nobody listens there
+    flags = ("--default-model", "painter", "--loaded-models", "10")
+    plain = Server(models, folder / "data", *flags, "--max-active", "1", "--max-queue", "1", env=env)
+    strict_flags = ("--api-keys", "someone:the-key", "--max-body-mb", "1", "--time-limit-s", "1")
+    strict = Server(models, folder / "strict", *flags, *strict_flags, env=env)
+    with plain, strict:
+        yield Servers(folder, plain, strict)
+
+
+def send(server: Server, label: str, *, headers: dict[str, str] | None = None, **changes: Any) -> httpx.Response:
+    method, path = label.split()
+    for template, value in PATHS.items():
+        path = f"{path.partition('{')[0]}{value}" if path == template else path
+    body = BODIES.get(label)
+    json = None if body is None else body | changes
+    return server.client.request(method, path, json=json, headers=headers)
+
+
+def of_model(label: str, name: str) -> dict[str, Any]:
+    """How a body of that operation says its model."""
+    if label == "POST /v1/images/upscale":
+        return {"model": name if name == "no-such" else f"enlarge-{name}"}
+    if label == "POST /sdapi/v1/extra-single-image":
+        return {"upscaler_1": f"enlarge-{name}"}
+    if label == "POST /sdapi/v1/options":
+        return {"sd_model_checkpoint": name}
+    if label.startswith("POST /sdapi/"):
+        return {"override_settings": {"sd_model_checkpoint": name}}
+    return {"model": name}
+
+
+class Sent:
+    """A request in a thread of its own, from when it stands in the server's line until it is answered."""
+
+    def __init__(self, server: Server, label: str, **changes: Any) -> None:
+        self.id = uuid.uuid4().hex
+        self._server = server
+        self._answers: list[httpx.Response] = []
+        self._thread = threading.Thread(target=self._send, args=(label, changes))
+        self._thread.start()
+        while server.client.get(self._where).status_code == 404:
+            assert self._thread.is_alive(), self._answers
+
+    def cancelled(self) -> httpx.Response:
+        self._server.client.delete(self._where)  # answered once the work has ended
+        self._thread.join()
+        return self._answers[0]
+
+    @property
+    def _where(self) -> str:
+        return f"/v1/images/progress/{self.id}"
+
+    def _send(self, label: str, changes: dict[str, Any]) -> None:
+        self._answers.append(send(self._server, label, headers={"x-request-id": self.id}, **changes))
+
+
+@contextmanager
+def held(server: Server, pictures: int) -> Iterator[None]:
+    """So many pictures are drawn or wait their turn."""
+    with ExitStack() as stack:
+        for _ in range(pictures):
+            stack.callback(Sent(server, "POST /v1/images/generations", steps=1000).cancelled)
+        yield
+
+
+def known(servers: Servers, label: str) -> httpx.Response:
+    if "progress/{id}" in label:
+        send(servers.plain, "POST /v1/images/generations", headers={"x-request-id": "known"})
+    return send(servers.plain, label)
+
+
+def without_a_key(servers: Servers, label: str) -> httpx.Response:
+    return send(servers.strict, label)
+
+
+def wrong(servers: Servers, label: str) -> httpx.Response:
+    if label == "GET /sdapi/v1/progress":
+        return servers.plain.client.get("/sdapi/v1/progress?skip_current_image=perhaps")
+    return send(servers.plain, label, **WRONG.get(label, {"n": 0}))
+
+
+def missing(servers: Servers, label: str) -> httpx.Response:
+    if label in BODIES:
+        return send(servers.plain, label, **of_model(label, "no-such"))
+    if label == "GET /sdapi/v1/options":
+        return options_after(servers, Path.unlink)
+    method, path = label.split()
+    return servers.plain.client.request(method, path.split("{")[0] + "no-such")
+
+
+def too_large(servers: Servers, label: str) -> httpx.Response:
+    return send(servers.strict, label, headers=KEY, padding="x" * 2**20)
+
+
+def full(servers: Servers, label: str) -> httpx.Response:
+    with held(servers.plain, 2):
+        return send(servers.plain, label)
+
+
+def cancelled(servers: Servers, label: str) -> httpx.Response:
+    with held(servers.plain, 1):
+        return Sent(servers.plain, label).cancelled()
+
+
+def broken(servers: Servers, label: str) -> httpx.Response:
+    if label == "GET /sdapi/v1/options":
+        return options_after(servers, lambda file: file.write_text("name: painter\n" + FILES["broken"]))
+    if label == "GET /v1/models/{id}":
+        return servers.plain.client.get("/v1/models/broken")
+    return send(servers.plain, label, **of_model(label, "broken"))
+
+
+def offline(servers: Servers, label: str) -> httpx.Response:
+    return send(servers.plain, label, **of_model(label, "offline"))
+
+
+def too_slow(servers: Servers, label: str) -> httpx.Response:
+    slow = {"steps": 1000} | (of_model(label, "long") if "enlarge" in str(BODIES[label]) else {})
+    return send(servers.strict, label, headers=KEY, **slow)
+
+
+def unwritable(servers: Servers, label: str) -> httpx.Response:
+    folder = servers.folder / "data" / "generated-images"
+    aside = folder.rename(folder.with_name("aside"))
+    folder.write_text("not a folder")
+    try:
+        return send(servers.plain, label)
+    finally:
+        folder.unlink()
+        aside.rename(folder)
+
+
+def options_after(servers: Servers, change: Callable[[Path], object]) -> httpx.Response:
+    """What GET options says, to who never chose a model, after something happened to the default model's file."""
+    file = servers.folder / "models" / "painter.yaml"
+    text = file.read_text()
+    change(file)
+    try:
+        return send(servers.strict, "GET /sdapi/v1/options", headers=KEY)
+    finally:
+        file.write_text(text)
+
+
+REACHED_BY: dict[str, Callable[[Servers, str], httpx.Response]] = {
+    "200": known,
+    "400": wrong,
+    "401": without_a_key,
+    "404": missing,
+    "413": too_large,
+    "429": full,
+    "499": cancelled,
+    "500": broken,
+    "503": offline,
+    "504": too_slow,
+    "507": unwritable,
+}
+
+
+def promised() -> list[tuple[str, str]]:
+    with tempfile.TemporaryDirectory() as folder:
+        paths = Inside(Path(folder)).app.openapi()["paths"]
+    return [
+        (f"{method.upper()} {path}", status)
+        for path, methods in paths.items()
+        for method, operation in methods.items()
+        for status in operation["responses"]
+        if (path, status) != ("/readyz", "503")  # test_operations.py and test_faults.py have that one
+    ]
+
+
+@pytest.mark.parametrize(("label", "status"), promised())
+def test_what_is_promised_can_happen(servers: Servers, label: str, status: str) -> None:
+    assert status in REACHED_BY, "no request is known that has this answer"
+    answer = REACHED_BY[status](servers, label)
+    assert answer.status_code == int(status), answer.text[:500]
+    if status != "200":
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+        assert answer.json()["error"]["message"]
+        assert answer.headers["x-request-id"]
