@@ -245,7 +245,6 @@ def test_levels_have_names() -> None:
         Settings.load({"log_level": "loud"}, {})
 
 
-@pytest.mark.xfail(reason="the worker does not call logs.configure yet", strict=True)
 def test_a_prompt_that_is_cut_off_is_not_logged(tmp_path: Path) -> None:
     """diffusers warns with the words that did not fit. And the worker's lines are JSON like the others."""
     (tmp_path / "models").mkdir()

@@ -16,7 +16,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import TypeAlias, TypeVar
 
-from sfumato import pictures, schedulers
+from sfumato import logs, pictures, schedulers
 from sfumato.catalog import Catalog
 from sfumato.config import ModelConfig
 from sfumato.core import MAX_SEED, QUALITIES, Done, Failed, Generation, Step
@@ -252,7 +252,7 @@ class Service:
         raised = Cancelled("the request was cancelled") if task.cancelled() else task.exception()
         error = raised if isinstance(raised, SfumatoError) else None
         if raised and not error:
-            log.error("request %s failed", job.id, exc_info=raised)
+            log.error("request %s failed: %s", job.id, logs.place(raised))
             error = SfumatoError(f"an error of the server's own ({type(raised).__name__}); its log says more")
         if error:
             self.metrics.failed(job.config.name, error.code)

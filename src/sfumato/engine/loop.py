@@ -10,6 +10,7 @@ from typing import TypeAlias
 
 import torch
 
+from sfumato import logs
 from sfumato.core import Done, Event, Failed, ModelStatus, Preview, Step
 from sfumato.engine import generation, memory
 from sfumato.engine.batching import Hub, Task
@@ -122,5 +123,5 @@ def _event(id: str, task: Task) -> Event:
         case SfumatoError() as error:
             return Failed(error)
         case error:
-            log.error("request %s failed", id, exc_info=error)
+            log.error("request %s failed: %s", id, logs.place(error))
             return Failed(SfumatoError(f"{type(error).__name__}: {error}"))

@@ -6,13 +6,13 @@ commands come in and reports go out. When the other side is gone this process en
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import socket
 import sys
 import threading
 
+from sfumato import logs
 from sfumato.engine import process, wire
 from sfumato.engine.protocol import Ready, Report
 
@@ -23,7 +23,7 @@ def main(fd: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sock = socket.socket(fileno=fd)
     settings = wire.receive(sock)
-    logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    logs.configure(settings)
 
     process.prepare()
     import diffusers
@@ -31,6 +31,7 @@ def main(fd: int) -> None:
 
     from sfumato.engine.loop import Loop
 
+    logs.adopt()
     lock = threading.Lock()
 
     def send(report: Report) -> None:
