@@ -622,7 +622,7 @@ def test_an_interruption_ends_the_callers_own(ann: httpx.Client, bob: httpx.Clie
 
 def test_an_interrupted_request_answers_with_what_is_done(ann: httpx.Client) -> None:
     with Drawing(ann, steps=100, seed=5, n_iter=4) as drawing:
-        seen = drawing.until(lambda seen: seen["state"]["job_no"] == 2)
+        seen = drawing.until(lambda seen: seen["state"]["job_no"] >= 2)
         assert seen["state"]["job_count"] == 4
         assert 0.5 <= seen["progress"] < 1
         ann.post("interrupt")

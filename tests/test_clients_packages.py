@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,17 @@ from PIL import Image
 from serving import Server
 
 pytestmark = pytest.mark.slow
+
+PAGES = sorted((Path(__file__).parent.parent / "docs" / "clients").glob("*.md"))
+
+
+def blocks(language: str) -> list[object]:
+    """Of the clients' pages; those in the project's own environment are `test_docs.py`'s."""
+    return [
+        pytest.param(code, id=f"{page.name}-{index}")
+        for page in PAGES
+        for index, code in enumerate(re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL))
+    ]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -56,3 +68,19 @@ def test_javascript_clients(server: Server, photo: Path, mask: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     passed = int(done.stdout.split("# pass ")[1].split()[0])
     assert passed >= 13, done.stdout
+
+
+@pytest.mark.parametrize("code", blocks("py"))
+def test_python_on_the_pages_runs(server: Server, tmp_path: Path, code: str) -> None:
+    code = code.replace("http://localhost:8080", server.url)
+    done = environment.run("python", "-c", code, cwd=tmp_path, LITELLM_LOCAL_MODEL_COST_MAP="True")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+@pytest.mark.parametrize("code", blocks("js"))
+def test_javascript_on_the_pages_runs(server: Server, code: str) -> None:
+    code = code.replace("http://localhost:8080", server.url)
+    done = environment.run("node", "--input-type=module", "--eval", code, cwd=environment.NODE)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()

@@ -43,12 +43,13 @@ OF_A_BODY, OF_A_PATH = 200, 50
 """Requests of each operation: as many that fit the document as that do not, where it has a body."""
 
 ENOUGH = 2000
+SHAPE = response_schema_conformance
 CHECKS = [
     not_a_server_error,
     status_code_conformance,
     content_type_conformance,
     response_headers_conformance,
-    response_schema_conformance,
+    SHAPE,
 ]
 
 
@@ -124,7 +125,9 @@ def test_nothing_made_up_breaks_it(server: Server) -> None:
             case.body = adapted(case.body, works)
             answer = case.call(base_url=server.url, timeout=60)
             sent[operation.label, answer.status_code] += 1
-            case.validate_response(answer, checks=CHECKS)
+            streamed = answer.headers["content-type"][0].startswith("text/event-stream")
+            # Of a stream OpenAPI 3.1 can say no more than that it is text; the SDKs' tests read the events.
+            case.validate_response(answer, checks=[check for check in CHECKS if not (streamed and check is SHAPE)])
 
         send()
 

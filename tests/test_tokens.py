@@ -63,7 +63,7 @@ CASES: list[tuple[str, dict[str, Any], str, str | None, tuple[str, ...]]] = [
 def test_what_is_cut(
     name: str, options: dict[str, Any], prompt: str, negative: str | None, told: tuple[str, ...]
 ) -> None:
-    assert tokens.warnings(pipeline(name), options, "m", prompt, negative) == told
+    assert tokens.count(pipeline(name), options, "m", prompt, negative)[1] == told
 
 
 def test_an_encoder_that_was_left_out_reads_nothing() -> None:
@@ -77,7 +77,7 @@ def test_a_tokenizer_without_a_limit_warns_of_nothing() -> None:
     pipe = tiny.stable_diffusion()
     pipe.tokenizer.model_max_length = int(1e30)  # what transformers puts for "not told"
     assert tokens.capacity(pipe, {}) is None
-    assert tokens.warnings(pipe, {}, "m", letters(999), None) == ()
+    assert tokens.count(pipe, {}, "m", letters(999), None)[1] == ()
 
 
 def test_a_tokenizer_that_cannot_count_costs_no_picture() -> None:
@@ -87,7 +87,7 @@ def test_a_tokenizer_that_cannot_count_costs_no_picture() -> None:
 
     pipe = tiny.stable_diffusion()
     pipe.tokenizer.__class__ = Odd
-    assert tokens.warnings(pipe, {}, "m", letters(999), None) == ()
+    assert tokens.count(pipe, {}, "m", letters(999), None)[1] == ()
 
 
 def test_row_23_a_long_negative_prompt_beside_a_short_prompt_is_drawn_with_a_warning() -> None:

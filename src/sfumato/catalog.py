@@ -83,8 +83,9 @@ class Catalog:
             return named(name)
         if found is None:
             known = ", ".join(config.name for config in self.all()) or "none"
+            shown = name if len(name) <= 100 else name[:100] + "..."
             raise ModelNotFound(
-                f"There is no model {name!r}.{did_you_mean(name, self._names)} These exist: {known}.", param="model"
+                f"There is no model {shown!r}.{did_you_mean(name, self._names)} These exist: {known}.", param="model"
             )
         if found.disabled:
             raise ModelNotFound(

@@ -101,7 +101,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """The picture as it stands after `step` of `total`, at most 512 pixels on its longer side.
+    """The picture as it stands after `step` of `total`.
 
     A run that has to start again shows its previews again, from 0.
     """
@@ -111,6 +111,10 @@ class Preview:
     step: int
     total: int
     png: bytes
+    """Mostly smaller than the picture that it stands for, whose shape it has; whoever shows it scales it up."""
+    width: int
+    height: int
+    """Pixels of the picture that it stands for."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -148,5 +148,5 @@ class WorkerDied(SfumatoError):
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`" Did you mean 'x'?"` for the nearest known word, or an empty string when none is near."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    near = difflib.get_close_matches(word[:100], list(known), n=1, cutoff=0.6)  # quadratic in what a caller sent
     return f" Did you mean {near[0]!r}?" if near else ""

@@ -27,8 +27,8 @@ class Part:
     """Denoising steps; 0 until the first is done."""
     began: float | None = None
     """When its first step was done, in seconds of the monotonic clock."""
-    preview: bytes | None = None
-    """The latest, as PNG."""
+    preview: Preview | None = None
+    """The latest."""
     done: Done | None = None
 
     def see(self, event: Step | Preview | Done) -> None:
@@ -38,7 +38,7 @@ class Part:
                 if self.began is None or step == 1:
                     self.began = time.monotonic()
             case Preview():
-                self.preview = event.png
+                self.preview = event
             case Done():
                 self.done = event
                 self.step = self.total

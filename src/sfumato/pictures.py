@@ -11,6 +11,7 @@ import binascii
 import hashlib
 import io
 import re
+import struct
 from typing import Final
 
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -67,7 +68,7 @@ def normalise(data: bytes, param: str, max_pixels: int) -> bytes:
             f"{param}: not a picture in a known format (PNG, JPEG, WebP ...): it starts with {data[:12]!r}",
             param=param,
         ) from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
         raise InvalidPicture(f"{param}: the picture is damaged ({error})", param=param) from None
     file = io.BytesIO()
     upright.convert("RGBA" if _transparent(upright) else "RGB").save(file, "PNG", compress_level=1)

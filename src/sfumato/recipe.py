@@ -49,20 +49,31 @@ def encode(image: Image.Image, recipe: Recipe) -> bytes:
     return file.getvalue()
 
 
-def convert(png: bytes, format: str, compression: int, *, opaque: bool = False) -> bytes:
+def convert(
+    png: bytes,
+    format: str = "png",
+    compression: int = 100,
+    *,
+    opaque: bool = False,
+    size: tuple[int, int] | None = None,
+) -> bytes:
     """A picture of ours as png, webp or jpeg (`compression` 0 .. 100 is their quality), infotext and recipe kept.
 
-    `opaque`: an alpha channel is laid on white, as a JPEG's always is. A PNG that needs no change is returned as it is.
+    `opaque`: an alpha channel is laid on white, as a JPEG's always is. `size`: scaled to it, for previews. A PNG that
+    needs no change is returned as it is.
     """
     image: Image.Image = Image.open(io.BytesIO(png))
     flat = "A" in image.getbands() and (opaque or format == "jpeg")
-    if format == "png" and not flat:
+    scaled = size is not None and image.size != size
+    if format == "png" and not flat and not scaled:
         return png
     image.load()
     texts = {key: str(value) for key, value in image.info.items() if key in (INFOTEXT_CHUNK, RECIPE_CHUNK)}
     if flat:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), rgba).convert("RGB")
+    if size and scaled:
+        image = image.resize(size, Image.Resampling.BICUBIC)
     options: dict[str, Any] = {"quality": compression, "exif": _exif(texts)}
     if format == "png":
         chunks = PngImagePlugin.PngInfo()
@@ -169,7 +180,7 @@ def read(path: Path) -> Recipe:
     try:
         with Image.open(path) as image:
             text = image.info.get(RECIPE_CHUNK) or image.getexif().get(ExifTags.Base.ImageDescription)
-    except OSError as error:
+    except (OSError, struct.error) as error:
         raise InvalidPicture(f"{path}: not a picture that can be read ({error})") from None
     if text is None:
         raise InvalidPicture(

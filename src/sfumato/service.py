@@ -60,6 +60,8 @@ class ImageRequest:
     """One request of a caller, before anything was looked at. None means not given."""
 
     prompts: Sequence[str]
+    bar: bool = True
+    """Whether `positive|negative` in a prompt are two; elsewhere the bar means other things."""
     model: str | None = None
     negative_prompt: str | None = None
     n: int | None = None
@@ -173,7 +175,7 @@ class Service:
 
     async def plan(self, request: ImageRequest, config: ModelConfig) -> list[Generation]:
         """The generations a request stands for. Raises InvalidRequest that names the field at fault."""
-        prompt_pairs = [_split(prompt) for prompt in request.prompts]
+        prompt_pairs = [_split(prompt) if request.bar else (prompt, None) for prompt in request.prompts]
         if not prompt_pairs:
             raise InvalidRequest("prompt: a text or a list of texts is needed", param="prompt")
         for prompt in request.prompts:

@@ -45,6 +45,7 @@ SENT_UNASKED: Mapping[str, str] = MappingProxyType(
 """What the engine refuses → the field of `ImageRequest` to do without: clients send these to every model."""
 
 ERRORS = documents.errors(*documents.REASONS)
+UPSCALE_ERRORS = {status: said for status, said in ERRORS.items() if status not in (404, 507)}
 
 
 def router(service: Service, store: Store) -> APIRouter:
@@ -57,7 +58,7 @@ def router(service: Service, store: Store) -> APIRouter:
     def mine(request: Request) -> list[Job]:
         return [job for job in service.jobs(caller_of(request)) if job in running]
 
-    async def paint(body: DrawBody, request: Request, name: str, **more: Any) -> JSONResponse:
+    async def paint(body: DrawBody, request: Request, name: str) -> JSONResponse:
         asked, warnings = _asked(service, choices, body, request)
         if isinstance(body, Img2ImgBody):
             images, mask = await asyncio.to_thread(prepared, body, service.settings.max_source_pixels)
@@ -120,7 +121,7 @@ def router(service: Service, store: Store) -> APIRouter:
         "/extra-single-image",
         summary="Enlarge a picture with an upscaling model",
         openapi_extra=_json(UpscaleBody),
-        responses={**ERRORS, 200: {"model": shapes.Upscaled}},
+        responses={**UPSCALE_ERRORS, 200: {"model": shapes.Upscaled}},
     )
     async def upscale(body: Annotated[UpscaleBody, Depends(reader(UpscaleBody))], request: Request) -> JSONResponse:
         asked = ImageRequest(
@@ -155,7 +156,9 @@ def router(service: Service, store: Store) -> APIRouter:
         responses=documents.errors(400, 401),
     )
     async def progress(request: Request, skip_current_image: bool = False) -> dict[str, Any]:
-        return _progress(mine(request), running, with_picture=not skip_current_image)
+        jobs = mine(request)
+        picture = None if skip_current_image else await asyncio.to_thread(_current_image, jobs)
+        return _progress(jobs, running, picture)
 
     @routes.post(
         "/interrupt",
@@ -204,6 +207,7 @@ def _asked(
     chosen = choose(body.sampler, body.scheduler)
     asked = ImageRequest(
         prompts=[body.prompt or ""],
+        bar=False,
         negative_prompt=body.negative_prompt,
         model=model,
         n=body.pictures,
@@ -233,13 +237,19 @@ def _without(asked: ImageRequest, error: InvalidRequest) -> ImageRequest | None:
             return None
 
 
-def _progress(jobs: list[Job], names: Mapping[Job, str], *, with_picture: bool) -> dict[str, Any]:
+def _current_image(jobs: list[Job]) -> str | None:
+    """The latest preview of the first picture that has one, at the picture's size, as base64."""
+    parts = [part for job in jobs for part in job.parts if not part.done]
+    preview = next((part.preview for part in parts if part.preview), None)
+    return _base64(recipe.convert(preview.png, size=(preview.width, preview.height))) if preview else None
+
+
+def _progress(jobs: list[Job], names: Mapping[Job, str], picture: str | None) -> dict[str, Any]:
     seen = [job.progress() for job in jobs]
     done, total = sum(each.step for each in seen), sum(each.total for each in seen)
     waited = [each.queue_position for each in seen if each.state == "queued"]
     parts = [part for job in jobs for part in job.parts if not part.done]
     current = next((part for part in parts if part.step), None)
-    preview = next((part.preview for part in parts if part.preview), None) if with_picture else None
     return {
         "progress": min(1.0, done / total) if total else 0.0,
         "eta_relative": round(max((each.seconds_left or 0.0 for each in seen), default=0.0), 1),
@@ -253,7 +263,7 @@ def _progress(jobs: list[Job], names: Mapping[Job, str], *, with_picture: bool) 
             "sampling_step": current.step if current else 0,
             "sampling_steps": current.total if current else 0,
         },
-        "current_image": _base64(preview) if preview else None,
+        "current_image": picture,
         "textinfo": f"queued: {min(waited)} turns" if waited and len(waited) == len(seen) else None,
     }
 

@@ -55,7 +55,9 @@ class Choices:
     def found(self, title: object) -> str:
         """The name of the model of this title. Raises ModelNotFound."""
         if not isinstance(title, str) or not title.strip():
-            raise InvalidRequest(f"{MODEL}: {repr(title)[:80]}; a title from /sdapi/v1/sd-models is needed", param=MODEL)
+            raise InvalidRequest(
+                f"{MODEL}: {repr(title)[:80]}; a title from /sdapi/v1/sd-models is needed", param=MODEL
+            )
         catalog = self._service.catalog
         catalog.refresh()
         names = {name for config in catalog.all() for name in (config.name, *config.aliases)}
@@ -153,10 +155,8 @@ def router(service: Service, choices: Choices) -> APIRouter:
     @routes.get("/memory", summary="Bytes in use", response_model=shapes.Memory)
     async def memory() -> dict[str, Any]:
         stats = service.engine.stats
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
         cuda = {"allocated": {"current": stats.device_memory_bytes}} if stats.device_memory_bytes else {}
-        return {"ram": {"free": free, "used": stats.memory_bytes, "total": total}, "cuda": cuda}
+        return {"ram": {"used": stats.memory_bytes, **_ram()}, "cuda": cuda}
 
     @routes.post("/refresh-checkpoints", summary="Read the model files again", response_model=None)
     async def refresh() -> JSONResponse:
@@ -166,6 +166,13 @@ def router(service: Service, choices: Choices) -> APIRouter:
     for path, none in NOTHING.items():
         routes.add_api_route(f"/{path}", _lists(none), summary="None here", response_model=list[shapes.Named])
     return routes
+
+
+def _ram() -> dict[str, int]:
+    """Bytes of the machine, where the system tells."""
+    names = {"free": "SC_AVPHYS_PAGES", "total": "SC_PHYS_PAGES"}
+    known = getattr(os, "sysconf_names", {})  # macOS has not the first, Windows none
+    return {word: os.sysconf("SC_PAGE_SIZE") * os.sysconf(name) for word, name in names.items() if name in known}
 
 
 def upscaler_names(service: Service) -> list[str]:

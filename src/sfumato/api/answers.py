@@ -53,8 +53,10 @@ class Form:
     base: str | None = None
     """Of picture URLs; None: base64."""
 
-    def encoded(self, png: bytes) -> bytes:
-        return recipe.convert(png, self.format, self.compression, opaque=self.opaque)
+    def encoded(self, shown: Done | Preview) -> bytes:
+        """The picture, or a preview at the size of the picture."""
+        size = (shown.width, shown.height) if isinstance(shown, Preview) else None
+        return recipe.convert(shown.png, self.format, self.compression, opaque=self.opaque, size=size)
 
 
 def form_of(body: Body, base: str) -> Form:
@@ -122,27 +124,27 @@ def stream(job: Job, form: Form, event: str, ignored: Sequence[str]) -> Streamin
 
 async def _events(job: Job, form: Form, event: str) -> AsyncGenerator[str, None]:
     several = len(job.parts) > 1
-    shown = [0] * len(job.parts)
+    sent = [0] * len(job.parts)
     """Previews sent of each picture; a worker that dies shows them again."""
     completed = 0
 
-    async def sse(kind: str, png: bytes, index: int, **more: Any) -> str:
+    async def sse(kind: str, shown: Done | Preview, index: int, **more: Any) -> str:
         type = f"{event}.{kind}"
-        data = {"type": type, "b64_json": await _b64(png, form), "created_at": int(job.created)} | more
+        data = {"type": type, "b64_json": await _b64(shown, form), "created_at": int(job.created)} | more
         data |= _shown(form, job, job.parts[index].done) | ({"index": index} if several else {})
         return f"event: {type}\ndata: {json.dumps(data)}\n\n"
 
     try:
         async with aclosing(job.events()) as events:
             async for index, happened in events:
-                if isinstance(happened, Preview) and happened.index == shown[index]:
-                    shown[index] += 1
-                    yield await sse("partial_image", happened.png, index, partial_image_index=happened.index)
+                if isinstance(happened, Preview) and happened.index == sent[index]:
+                    sent[index] += 1
+                    yield await sse("partial_image", happened, index, partial_image_index=happened.index)
                 # Completed ones come in order.
                 while completed < len(job.parts) and (done := job.parts[completed].done):
                     said = {"warnings": list(done.warnings)} if done.warnings else {}
                     yield await sse(
-                        "completed", done.png, completed, usage=usage(job, [done]), seed=done.recipe.seed, **said
+                        "completed", done, completed, usage=usage(job, [done]), seed=done.recipe.seed, **said
                     )
                     completed += 1
     except SfumatoError as error:
@@ -206,7 +208,8 @@ def noted(ignored: Sequence[str], drawn: Iterable[Done]) -> dict[str, str]:
 
 
 def _header(text: str) -> str:
-    return text.encode("ascii", "backslashreplace").decode().replace("\r", "\\r").replace("\n", "\\n")[:2000]
+    """What a caller sent must not end the header, or be more than a header may have."""
+    return text.encode("unicode_escape").decode()[:2000].strip()
 
 
 def _shown(form: Form, job: Job, done: Done | None) -> dict[str, str]:
@@ -226,14 +229,14 @@ def _patches(width: int, height: int) -> int:
 
 async def _item(done: Done, form: Form, store: Store) -> dict[str, Any]:
     if form.base is None:
-        return {"b64_json": await _b64(done.png, form), "seed": done.recipe.seed}
-    data = await asyncio.to_thread(form.encoded, done.png)
+        return {"b64_json": await _b64(done, form), "seed": done.recipe.seed}
+    data = await asyncio.to_thread(form.encoded, done)
     name = await asyncio.to_thread(store.put, data, form.format)
     return {"url": f"{form.base}/generated-images/{name}", "seed": done.recipe.seed}
 
 
-async def _b64(png: bytes, form: Form) -> str:
-    return base64.b64encode(await asyncio.to_thread(form.encoded, png)).decode()
+async def _b64(shown: Done | Preview, form: Form) -> str:
+    return base64.b64encode(await asyncio.to_thread(form.encoded, shown)).decode()
 
 
 async def _disconnected(request: Request) -> None:

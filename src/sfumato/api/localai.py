@@ -81,7 +81,7 @@ def _upscaler(models: list[ModelConfig]) -> str:
         if any(word in (config.pipeline_type or "") for word in UPSCALERS):
             return config.name
     raise InvalidRequest(
-        "model: no model file names an upscaler. Name the model, or add one with "
-        "`pipeline_type: StableDiffusionUpscalePipeline` (4 times) or `StableDiffusionLatentUpscalePipeline` (2 times).",
+        "model: no model file names an upscaler. Name the model, or add one with `pipeline_type: "
+        "StableDiffusionUpscalePipeline` (4 times) or `StableDiffusionLatentUpscalePipeline` (2 times).",
         param="model",
     )

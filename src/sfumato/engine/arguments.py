@@ -179,7 +179,7 @@ def arguments(model: Loaded, pipeline: Any, asked: Generation, wanted: Generatio
         "num_inference_steps": (wanted.steps, asked.steps),
         "guidance_scale": (wanted.guidance_scale, asked.guidance_scale),
         "clip_skip": (wanted.clip_skip, asked.clip_skip),
-        "strength": (_strength(wanted), asked.strength),
+        "strength": (_strength(wanted, parameters), asked.strength),
         # A source picture already has the size that was asked for.
         "width": (canvas.width, None if canvas.sources else asked.width),
         "height": (canvas.height, None if canvas.sources else asked.height),
@@ -215,12 +215,16 @@ def _refuse_deep_clip_skip(model: Loaded, pipeline: Any, asked: Generation) -> N
         )
 
 
-def _strength(wanted: Generation) -> float | None:
-    """At least one denoising step is run: diffusers runs int(steps * strength) of them."""
-    if wanted.strength is None or not wanted.steps:
+def _strength(wanted: Generation, parameters: Mapping[str, inspect.Parameter]) -> float | None:
+    """At least one denoising step is run: diffusers runs int(steps * strength) of them. None: the class's own does."""
+    own = parameters["strength"].default if "strength" in parameters else None
+    strength = own if wanted.strength is None else wanted.strength
+    if not isinstance(strength, int | float) or not wanted.steps:
         return wanted.strength
     least = (1 + 1e-9) / wanted.steps
-    return min(1.0, max(wanted.strength, least))
+    if wanted.strength is None and strength >= least:
+        return None
+    return min(1.0, max(strength, least))
 
 
 def _refuse_unheard_negative(model: Loaded, parameters: Mapping[str, Any], asked: Generation) -> None:

@@ -67,8 +67,8 @@ def draw(model: Loaded, asked: Generation, on_step: OnStep, on_preview: OnPrevie
         )
     # 6. the picture with its recipe, and what was not done as asked
     made = _recipe(model, pipeline, wanted, image, given, choice)
-    cut = tokens.warnings(pipeline, model.config.options, model.config.name, wanted.prompt, wanted.negative_prompt)
-    return Done(recipe.encode(image, made), made, cut)
+    read, cut = tokens.count(pipeline, model.config.options, model.config.name, wanted.prompt, wanted.negative_prompt)
+    return Done(recipe.encode(image, made), made, cut, read)
 
 
 def _for_task(model: Loaded, task: str) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -38,10 +39,19 @@ def glance(pipeline: Any) -> Glance | None:
     return fit(vae, getattr(pipeline, "vae_scale_factor", None) or 8)
 
 
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """A small picture, and the size in pixels of the one that it stands for."""
+
+    image: Image.Image
+    width: int
+    height: int
+
+
 @torch.no_grad()
 def preview(
     pipeline: Any, latents: torch.Tensor, width: int | None, height: int | None, glance: Glance | None = None
-) -> Image.Image | None:
+) -> Sight | None:
     """The first picture of `latents`, whose size is `width` x `height` pixels or of that shape; None if it is none.
 
     Takes [B, C, H, W], with one frame [B, C, 1, H, W], and packed [B, tokens, C]; pixels where the pipeline
@@ -67,8 +77,7 @@ def preview(
     processor: Any = getattr(pipeline, "image_processor", None)
     binned = hasattr(processor, "resize_and_crop_tensor")  # drew at the nearest size it knows
     if isinstance(glance, Colours):
-        size = (width, height) if binned and width and height else (0, 0)
-        return _enlarged(glance(spatial), glance.factor, size)
+        return _coloured(glance, spatial, (width, height) if binned and width and height else None)
     if glance is not None:
         pixels = glance.decode(spatial.to(glance.device, glance.dtype), return_dict=False)[0]
     else:
@@ -85,15 +94,16 @@ def _decoder(pipeline: Any) -> str | None:
     return next((name for name in ("vae", "movq", "vqvae") if getattr(pipeline, name, None) is not None), None)
 
 
-def _enlarged(pixels: torch.Tensor, factor: int, size: tuple[int, int]) -> Image.Image | None:
-    """`pixels` of the map, `factor` times as large or of `size`, within LONGEST."""
-    small = _picture(None, pixels)
-    if small is None:
+def _coloured(colours: Colours, latents: torch.Tensor, size: tuple[int, int] | None) -> Sight | None:
+    """One pixel to a latent, of a picture that will be of `size`, or as large as the latents say."""
+    sight = _picture(None, colours(latents))
+    if sight is None:
         return None
-    width, height = size if all(size) else (small.width * factor, small.height * factor)
-    scale = min(1.0, LONGEST / max(width, height))
-    shown = (max(1, round(width * scale)), max(1, round(height * scale)))
-    return ImageOps.fit(small, shown, Image.Resampling.BICUBIC)
+    small, factor = sight.image, colours.factor
+    if size is None:
+        return Sight(small, small.width * factor, small.height * factor)
+    shown = (max(1, round(size[0] / factor)), max(1, round(size[1] / factor)))
+    return Sight(ImageOps.fit(small, shown, Image.Resampling.BICUBIC), *size)
 
 
 def _spatial(
@@ -153,8 +163,8 @@ def _decoded(pipeline: Any, vae: Any, latents: torch.Tensor, options: dict[str, 
         vae.to(dtype=dtype)
 
 
-def _picture(processor: Any, pixels: torch.Tensor) -> Image.Image | None:
-    """Of [B, C, H, W] pixels, about -1 .. 1; None for what is no picture."""
+def _picture(processor: Any, pixels: torch.Tensor) -> Sight | None:
+    """Of [B, C, H, W] pixels, about -1 .. 1, within LONGEST; None for what is no picture."""
     if pixels.ndim != 4 or pixels.shape[1] not in CHANNELS or not bool(torch.isfinite(pixels).all()):
         return None
     if processor is not None:
@@ -164,5 +174,6 @@ def _picture(processor: Any, pixels: torch.Tensor) -> Image.Image | None:
         image = Image.fromarray(levels.permute(1, 2, 0).squeeze(-1).numpy())
     if not isinstance(image, Image.Image):
         return None
+    size = image.size
     image.thumbnail((LONGEST, LONGEST))
-    return image
+    return Sight(image, *size)

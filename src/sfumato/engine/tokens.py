@@ -36,22 +36,22 @@ def capacity(pipeline: Any, options: Mapping[str, Any]) -> int | None:
     return max(room) if room else None
 
 
-def warnings(
+def count(
     pipeline: Any, options: Mapping[str, Any], model: str, prompt: str, negative_prompt: str | None
-) -> tuple[str, ...]:
-    """A sentence for each text of which no encoder reads the end. Each text is tokenised once."""
+) -> tuple[int, tuple[str, ...]]:
+    """Tokens of both texts, and a sentence for each of which no encoder reads the end. Each is tokenised once."""
     reader = max(_readers(pipeline, options), key=lambda reader: reader[1], default=None)
     if reader is None:
-        return ()
+        return 0, ()
     tokenizer, room = reader
     least = "" if PLAIN.search(type(tokenizer).__name__) else "at least "
     texts = {"prompt": prompt, "negative_prompt": negative_prompt or ""}
     try:
-        counts = {field: len(tokenizer(text, verbose=False).input_ids) for field, text in texts.items()}
+        counts = {field: len(tokenizer(text, verbose=False).input_ids) for field, text in texts.items() if text}
     except Exception as error:  # a tokenizer of an unknown kind: no reason to lose a picture that is drawn
-        log.info("%s: tokens of a prompt cannot be counted: %r", model, error)
-        return ()
-    return tuple(
+        log.info("%s: tokens of a prompt cannot be counted: %s", model, type(error).__name__)
+        return 0, ()
+    return sum(counts.values()), tuple(
         f"{field}: {least}{count - room} of {count} tokens were cut; the text encoder of {model} takes {room}"
         for field, count in counts.items()
         if count > room

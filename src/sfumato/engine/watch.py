@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import weakref
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+from PIL import Image
+
 from sfumato.core import MAX_PREVIEWS, Preview
-from sfumato.engine import png, threadstate
+from sfumato.engine import threadstate
 from sfumato.engine.clean import Stepped, sample
 from sfumato.engine.preview import Glance, preview
 
@@ -44,24 +47,29 @@ class Previews:
         pipeline = self._pipeline()
         if index is None or not self._left or pipeline is None:
             return
-        data = None
+        sight = None
         found = threadstate.random()
         try:
             latents = sample(stepped)
-            image = None if latents is None else preview(pipeline, latents, *self._size, self._glance)
-            data = None if image is None else png.encode(image)
+            sight = None if latents is None else preview(pipeline, latents, *self._size, self._glance)
         except Exception as error:  # nothing that a preview meets may reach the request
             log.debug("%s shows no previews: %r", type(pipeline).__name__, error)
         finally:
             threadstate.set_random(found)
-        if data is None:
+        if sight is None:
             self._left = 0
             return
         self._left -= 1
-        self._on_preview(Preview(index, step, total, data))
+        self._on_preview(Preview(index, step, total, _png(sight.image), sight.width, sight.height))
 
 
 def due(step: int, total: int, count: int) -> int | None:
     """Which of `count` previews (0 is the first) belongs to `step` of `total`, if one does."""
     shown = min(count, total - 1)
     return next((index for index in range(shown) if total * (index + 1) // (shown + 1) == step), None)
+
+
+def _png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG", compress_level=1)
+    return file.getvalue()
