@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from sfumato import recipe
 from sfumato.api import errors, urls
@@ -88,7 +89,7 @@ async def answer(
     form = form_of(body, urls.base_url(request, service.settings))
     asked = body.to_request(caller=caller_of(request), id=request.state.request_id, **more)
     if isinstance(body, PaintBody) and body.stream:
-        return stream(await unless_gone(request, _begun(service, asked)), form, event, body.ignored())
+        return Stream(await unless_gone(request, _begun(service, asked)), form, event, body.ignored())
     return await unless_gone(request, drawn(service, asked, form, store, body.ignored()))
 
 
@@ -115,11 +116,20 @@ async def _begun(service: Service, asked: ImageRequest) -> Job:
     return job
 
 
-def stream(job: Job, form: Form, event: str, ignored: Sequence[str]) -> StreamingResponse:
+class Stream(StreamingResponse):
     """Server-sent events as OpenAI's SDK types them: `event`.partial_image, then `event`.completed."""
-    headers = {"cache-control": "no-cache", "x-accel-buffering": "no"} | noted(ignored, ())
-    lines = _with_keep_alive(_events(job, form, event))
-    return StreamingResponse(lines, media_type="text/event-stream", headers=headers)
+
+    def __init__(self, job: Job, form: Form, event: str, ignored: Sequence[str]) -> None:
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"} | noted(ignored, ())
+        lines = _with_keep_alive(_events(job, form, event))
+        super().__init__(lines, media_type="text/event-stream", headers=headers)
+        self._job = job
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._job.cancel()  # a client that is gone at once never lets `lines` begin, and so never end
 
 
 async def _events(job: Job, form: Form, event: str) -> AsyncGenerator[str, None]:

@@ -61,8 +61,6 @@ class Body(BaseModel):
 
     model_config = ConfigDict(extra="allow", protected_namespaces=(), populate_by_name=True)
 
-    ACCEPTED: ClassVar[tuple[str, ...]] = ("user", "safety_identifier")
-    """Fields that describe the caller: without effect, and not worth a header."""
     WITHOUT_EFFECT: ClassVar[tuple[str, ...]] = ("moderation", "style", "input_fidelity")
     """Fields of OpenAI's that mean nothing to a diffusers pipeline; named in a header when they are sent."""
 
@@ -152,6 +150,7 @@ class PaintBody(Body):
         pointless = {
             "output_compression": self.output_format in (None, "png"),
             "partial_images": not self.stream and bool(self.partial_images),
+            "response_format": bool(self.stream) and self.response_format == "url",  # events carry base64
         }
         return super().ignored() + [name for name, yes in pointless.items() if yes and getattr(self, name) is not None]
 

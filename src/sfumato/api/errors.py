@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import reprlib
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -13,6 +14,9 @@ from sfumato import logs
 from sfumato.errors import InvalidRequest, SfumatoError, TooManyRequests, Unauthorized
 
 log = logging.getLogger(__name__)
+
+SHORT = reprlib.Repr()
+SHORT.maxstring = SHORT.maxother = 80
 
 
 def install(app: FastAPI) -> None:
@@ -53,9 +57,13 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
     if first["type"] == "missing":
         where = f"{field}: this field is required" if field else "the request needs a JSON body"
         return response(InvalidRequest(where, param=field or None))
-    shown = repr(first.get("input"))
-    shown = shown if len(shown) <= 80 else shown[:80] + "..."
-    return response(InvalidRequest(f"{field or 'the body'}: {shown} is not valid: {first['msg']}", param=field or None))
+    where = f"{field or 'the body'}: {_shown(first.get('input'))} is not valid: {first['msg']}"
+    return response(InvalidRequest(where, param=field or None))
+
+
+def _shown(value: object) -> str:
+    """What was sent, however much of it there is."""
+    return f"a file of {len(value)} bytes" if isinstance(value, bytes) else SHORT.repr(value)
 
 
 async def _http(request: Request, error: Exception) -> JSONResponse:
