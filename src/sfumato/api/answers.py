@@ -33,10 +33,9 @@ PATCH = 16
 """Of `usage`: a picture counts one token for each square of so many pixels a side."""
 
 SHOWN_QUALITY = {
-    "low": "low", "medium": "medium", "high": "high", "hd": "high", "xhigh": "high", "max": "high",
-    "standard": "medium",
+    "low": "low", "medium": "medium", "high": "high", "hd": "high", "xhigh": "xhigh", "max": "max",
 }  # fmt: skip
-"""Asked for → as OpenAI's answers name it."""
+"""Asked for → as OpenAI's answers name it; whatever else is medium, which is the model's own number of steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +48,7 @@ class Form:
     """0 .. 100, of webp and jpeg: their quality."""
     opaque: bool = False
     """An alpha channel is laid on white."""
-    quality: str = "auto"
+    quality: str = "medium"
     """Of `SHOWN_QUALITY`."""
     base: str | None = None
     """Of picture URLs; None: base64."""
@@ -74,7 +73,7 @@ def form_of(body: Body, base: str) -> Form:
         format=body.output_format or "png",
         compression=100 if body.output_compression is None else body.output_compression,
         opaque=body.background == "opaque",
-        quality=SHOWN_QUALITY.get(str(body.quality), "auto"),
+        quality=SHOWN_QUALITY.get(str(body.quality), "medium"),
         base=None if body.wants_b64() or body.stream else base,
     )
 

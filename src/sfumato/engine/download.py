@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 from urllib.parse import urlparse
 
 import httpx
+import httpx2
 from diffusers import DiffusionPipeline
 from diffusers.loaders import single_file_utils
 from diffusers.pipelines import pipeline_utils
@@ -101,6 +102,10 @@ def file_name(url: str) -> str:
     return Path(urlparse(url).path).name
 
 
+UNREACHABLE = (hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError, httpx2.TransportError)
+"""The hub was not asked, or did not answer."""
+
+
 @contextmanager
 def words_for_hub_errors(repo: str, remedy: str = "") -> Iterator[None]:
     """Turn what huggingface_hub and diffusers raise while fetching `repo` into errors that help."""
@@ -119,18 +124,24 @@ def words_for_hub_errors(repo: str, remedy: str = "") -> Iterator[None]:
         ) from error
     except hub.RevisionNotFoundError as error:
         raise LoadError(f"{repo} has no such revision: {error}") from error
-    except (hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError, httpx.NetworkError) as error:
-        why = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else f"{endpoint} cannot be reached"
-        raise DownloadError(f"{repo} is not in the local cache and {why}. {remedy} once with a network.") from error
-    except (hub.HfHubHTTPError, httpx.HTTPError) as error:
+    except UNREACHABLE as error:
+        raise _unreachable(repo, endpoint, remedy) from error
+    except (hub.HfHubHTTPError, httpx2.HTTPError) as error:  # httpx2 is what huggingface_hub talks with
         raise DownloadError(f"{repo} could not be fetched from {endpoint}: {_first_line(error)}") from error
     except OSError as error:
+        if isinstance(error.__cause__, UNREACHABLE):  # diffusers looks into its cache first, and finds nothing
+            raise _unreachable(repo, endpoint, remedy) from error
         if not isinstance(error.__cause__, hub.EntryNotFoundError) and error.errno is not None:
             raise DownloadError(f"{repo} could not be written to the cache: {error}") from error
         raise LoadError(
             f"{repo} cannot be loaded by diffusers: {_first_line(error)} "
             "(a diffusers repository has a model_index.json and safetensors weights)"
         ) from error
+
+
+def _unreachable(repo: str, endpoint: str, remedy: str) -> DownloadError:
+    why = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else f"{endpoint} cannot be reached"
+    return DownloadError(f"{repo} is not in the local cache and {why}. {remedy} once with a network.")
 
 
 def _first_line(error: BaseException) -> str:
