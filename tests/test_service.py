@@ -281,3 +281,14 @@ def test_a_full_line_refuses_and_what_waits_is_drawn(folder: Path) -> None:
         assert drawing.progress().seconds_left is None
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_prompts_are_logged_only_where_a_setting_allows_it(
+    folder: Path, caplog: pytest.LogCaptureFixture, allowed: bool
+) -> None:
+    service = Service(Catalog([folder]), FakeEngine(), Settings(log_prompts=allowed))
+    with caplog.at_level("DEBUG"):
+        draw(service, "a very private cat")
+    assert "is asked for" in caplog.text
+    assert ("a very private cat" in caplog.text) == allowed

@@ -143,9 +143,9 @@ class Service:
         self._jobs.append(job)
         job.task = asyncio.create_task(self._run(job))
         job.task.add_done_callback(functools.partial(self._end, job))
-        log.info("request %s: %s of %s", job.id, [part.generation.id for part in parts], config.name)
+        log.info("%s is asked for %s", config.name, ", ".join(part.generation.id for part in parts))
         if self.settings.log_prompts:
-            log.info("request %s: %r", job.id, list(request.prompts))
+            log.info("%s is to draw %r", config.name, list(request.prompts))
         return job
 
     def jobs(self, caller: str | None = None, id: str | None = None) -> list[Job]:
