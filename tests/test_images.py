@@ -237,6 +237,14 @@ def test_base64_is_the_default_of_edits_and_of_gpt_image_style(server: Server) -
         ({"partial_images": 4, "stream": True}, "partial_images", "3"),
         ({"stream": "maybe"}, "stream", "maybe"),
         ({"n": 5}, "n", "4"),
+        ({"n": 10**400}, "n", "1000"),
+        ({"size": "9" * 5000 + "x8"}, "size", "WIDTHxHEIGHT"),
+        ({"quality": "9" * 5000}, "quality", "medium"),
+        ({"negative_prompt": "x" * 32_001}, "negative_prompt", "32000"),
+        ({"size": "16400x8", "steps": 1, "output_format": "webp"}, "output_format", "16383"),
+        ({"image": "http://" + "a" * 64 + ".com/x.png"}, "image", "does not resolve"),
+        ({"image": "http://1.1.1.1:99999/x.png"}, "image", "99999"),
+        ({"image": "http://[64:ff9b::7f00:1]/x.png"}, "image", "not a public address"),
         ({"image": 5}, "image", ""),
         ({"guidance_scale": -1}, "guidance_scale", "0"),
         ({"steps": 1001}, "steps", "1000"),
@@ -325,3 +333,50 @@ def test_upscaling_without_an_upscaler_is_refused_and_never_a_resize(server: Ser
         assert error["param"] == "model"
         assert "StableDiffusionUpscalePipeline" in error["message"]
     assert error_of(server.client.post("/v1/images/upscale", data={"scale": "3"}, files=files))["param"] == "scale"
+
+
+@pytest.mark.parametrize("size", [(124, 84), (130, 90)])
+def test_outside_the_mask_nothing_changes_at_sizes_that_the_model_does_not_draw(
+    server: Server, size: tuple[int, int]
+) -> None:
+    source = Image.effect_noise(size, 80).convert("RGB")
+    mask = Image.new("RGBA", size, (0, 0, 0, 255))
+    mask.paste((0, 0, 0, 0), (20, 20, 60, 60))
+    after = edit(server, source, "a cat", mask, steps="4")
+    assert after.size == size
+    outside = np.ones((size[1], size[0]), bool)
+    outside[20:60, 20:60] = False
+    assert np.array_equal(np.asarray(source)[outside], np.asarray(after)[outside])
+    assert not np.array_equal(np.asarray(source)[20:60, 20:60], np.asarray(after)[20:60, 20:60])
+
+
+def test_an_empty_mask_file_is_refused_and_not_left_out(server: Server) -> None:
+    files = {"image": ("a.png", png(Image.new("RGB", (128, 128), "red"))), "mask": ("m.png", b"")}
+    assert error_of(server.client.post("/v1/images/edits", data={"prompt": "a cat"}, files=files))["param"] == "mask"
+
+
+def test_sixteen_bits_are_read_as_levels(server: Server) -> None:
+    levels = np.tile(np.linspace(0, 255, 128).astype(np.uint16), (128, 1))
+    files = {"image": ("a.png", png(Image.fromarray(levels * 256)))}
+    form = {"prompt": "a cat", "steps": "50", "strength": "0.02", "seed": "1"}
+    (after,) = images_of(server.client.post("/v1/images/edits", data=form, files=files))
+    assert np.abs(np.asarray(after.convert("L"), float).mean(0) - np.linspace(0, 255, 128)).mean() < 20
+
+
+def test_the_cap_of_pixels_holds_for_what_a_picture_makes(tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    with Server(tmp_path / "models", tmp_path / "data", "--max-pixels", "16384") as server:
+        large = {"prompt": "a cat", "steps": 1, "image": server.png_data_uri((256, 256))}
+        error = error_of(server.client.post("/v1/images/edits", json=large))
+        assert error["param"] == "image"
+        assert "256x256" in error["message"]
+        assert server.client.post("/v1/images/edits", json=large | {"size": "128x128"}).status_code == 200
+        wide = {"prompt": "a cat", "width": 100, "init_images": [server.png_data_uri()]}
+        assert error_of(server.client.post("/sdapi/v1/img2img", json=wide))["param"] == "width"
+
+
+def test_a_form_in_an_odd_codec_is_refused(server: Server) -> None:
+    content = b'--B\r\ncontent-disposition: form-data; name="prompt"\r\n\r\nx\r\n--B--\r\n'
+    headers = {"content-type": "multipart/form-data; boundary=B; charset=punycode"}
+    error = error_of(server.client.post("/v1/images/edits", content=content, headers=headers))
+    assert "punycode" in error["message"]

@@ -66,10 +66,17 @@ def test_a_full_line_refuses_and_says_when_to_come_again() -> None:
     def body() -> None:
         queue = Queue(places=1, limit=2)
         queue.join("a", 3)
-        with pytest.raises(TooManyRequests, match="max_queue") as caught:
-            queue.join("b", 1)
-        assert 1 <= caught.value.retry_after <= MAX_RETRY_AFTER_S
+        for caller, count in (("a", 1), ("b", 2)):
+            with pytest.raises(TooManyRequests, match="max_queue") as caught:
+                queue.join(caller, count)
+            assert 1 <= caught.value.retry_after <= MAX_RETRY_AFTER_S
         assert queue.waiting == 2
+        queue.join("b", 1)  # has nothing in the line that another has filled
+        with pytest.raises(TooManyRequests):
+            queue.join("b", 1)
+        queue.join("c", 1)
+        with pytest.raises(TooManyRequests):  # twice as long is the end of it
+            queue.join("d", 1)
 
     within_a_loop(body)
 

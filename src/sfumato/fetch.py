@@ -22,6 +22,10 @@ MAX_BYTES = 32 * 2**20
 TIMEOUT_S = 20.0
 MAX_REDIRECTS = 3
 
+NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+ROUTED = ipaddress.IPv6Network("2000::/3")
+"""All IPv6 unicast that the internet routes."""
+
 
 class PictureFetcher:
     """Fetches picture URLs. `hosts` are names that may resolve to private addresses."""
@@ -59,12 +63,26 @@ class PictureFetcher:
                 return bytes(data)
         except TimeoutError:
             raise InvalidPicture(f"{param}: {url} took longer than {TIMEOUT_S:.0f} s", param=param) from None
-        except (httpx.HTTPError, httpx.InvalidURL, httpcore.ConnectError) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, httpcore.ConnectError, ValueError) as error:  # also of IDNA
             reason = str(error) or type(error).__name__
             raise InvalidPicture(f"{param}: {url} could not be fetched: {reason}", param=param) from None
 
     async def close(self) -> None:
         await self._client.aclose()
+
+
+def is_public(text: str) -> bool:
+    """Whether an address is one of the internet's, also where it hides an IPv4 address (mapped, NAT64, 6to4)."""
+    address = ipaddress.ip_address(text)
+    if isinstance(address, ipaddress.IPv6Address):
+        inner = address.ipv4_mapped or address.sixtofour
+        if address in NAT64:
+            inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+        if inner is not None:
+            return is_public(str(inner))
+        if address not in ROUTED:
+            return False
+    return address.is_global and not address.is_multicast
 
 
 class _PublicOnly(httpcore.AsyncNetworkBackend):
@@ -82,12 +100,15 @@ class _PublicOnly(httpcore.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.AsyncNetworkStream:
+        if not 0 < port < 65536:
+            raise httpcore.ConnectError(f"there is no port {port}")
         try:
             found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except OSError as error:
-            raise httpcore.ConnectError(f"the name {host!r} does not resolve ({error.strerror})") from None
+        except (OSError, UnicodeError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise httpcore.ConnectError(f"the name {host[:100]!r} does not resolve ({reason})") from None
         address = str(found[0][4][0])
-        if host.lower() not in self._hosts and not ipaddress.ip_address(address).is_global:
+        if host.lower() not in self._hosts and not is_public(address):
             raise httpcore.ConnectError(
                 f"{host!r} is at {address}, which is not a public address. "
                 "The operator can allow the host with the setting picture_hosts."

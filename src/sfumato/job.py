@@ -127,7 +127,7 @@ class Job:
             return "cancelled" if isinstance(self.error, Cancelled) else "failed"
         if all(part.done for part in self.parts):
             return "completed"
-        return "queued" if all(part.ticket.since is None for part in self.parts) else "drawing"
+        return "queued" if all(part.ticket.since is None and not part.done for part in self.parts) else "drawing"
 
     def progress(self) -> Progress:
         most = max(part.total for part in self.parts)

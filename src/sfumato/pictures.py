@@ -11,7 +11,6 @@ import binascii
 import hashlib
 import io
 import re
-import struct
 from typing import Final
 
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -20,6 +19,12 @@ from sfumato.errors import InvalidPicture
 
 MIN_SIDE: Final = 8
 """Pixels. Smaller than one latent of most autoencoders: nothing could be made of it."""
+
+FORMATS: Final = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "AVIF")
+"""What is decoded. Others of Pillow's start programs (EPS), or take time with the square of the file (TIFF)."""
+
+ANIMATED: Final = ("PNG", "WEBP", "GIF", "AVIF")
+"""Those whose frames are an animation; phones put a second one into a JPEG."""
 
 _DATA_URI = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(?:;[\w=-]+)*?(?P<base64>;base64)?,", re.IGNORECASE)
 
@@ -42,7 +47,7 @@ def from_text(text: str, param: str) -> bytes:
 def normalise(data: bytes, param: str, max_pixels: int) -> bytes:
     """The picture upright (EXIF), in RGB or RGBA, as PNG. Raises InvalidPicture that says why not."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
             if width * height > max_pixels:
                 raise InvalidPicture(
@@ -54,11 +59,9 @@ def normalise(data: bytes, param: str, max_pixels: int) -> bytes:
                     f"{param}: the picture is {width}x{height}; each side needs at least {MIN_SIDE} pixels",
                     param=param,
                 )
-            if getattr(image, "n_frames", 1) > 1:
-                raise InvalidPicture(
-                    f"{param}: the picture is animated ({image.n_frames} frames). Send one frame.",  # type: ignore[attr-defined]
-                    param=param,
-                )
+            # Frames are not counted: in a TIFF that takes time with the square of their number.
+            if image.format in ANIMATED and getattr(image, "is_animated", False):
+                raise InvalidPicture(f"{param}: the picture is animated. Send one frame.", param=param)
             image.load()
             upright = ImageOps.exif_transpose(image)
     except InvalidPicture:
@@ -68,8 +71,16 @@ def normalise(data: bytes, param: str, max_pixels: int) -> bytes:
             f"{param}: not a picture in a known format (PNG, JPEG, WebP ...): it starts with {data[:12]!r}",
             param=param,
         ) from None
-    except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
-        raise InvalidPicture(f"{param}: the picture is damaged ({error})", param=param) from None
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise whatever they like
+        raise InvalidPicture(
+            f"{param}: the picture is damaged ({error or type(error).__name__})", param=param
+        ) from None
+    if upright.mode.startswith("I"):  # 16 bits; a plain conversion would clip all but the darkest to white
+        upright = upright.point(lambda level: level / 256).convert("L")
+    elif upright.mode == "F":
+        raise InvalidPicture(f"{param}: its levels are fractions; send 8 or 16 bits for each channel", param=param)
     file = io.BytesIO()
     upright.convert("RGBA" if _transparent(upright) else "RGB").save(file, "PNG", compress_level=1)
     return file.getvalue()
@@ -80,6 +91,12 @@ def decoded(png: bytes) -> Image.Image:
     image = Image.open(io.BytesIO(png))
     image.load()
     return image
+
+
+def size(png: bytes) -> tuple[int, int]:
+    """Width and height in pixels of a picture that went through `normalise`."""
+    with Image.open(io.BytesIO(png)) as image:
+        return image.size
 
 
 def fingerprint(png: bytes) -> str:

@@ -21,6 +21,9 @@ MAX_RETRY_AFTER_S = 120
 FIRST_GUESS_S = 10.0
 """What a picture takes, before one was drawn."""
 
+SHARE = 4
+"""A caller who has nothing in a full line may still add this part of its limit, until it is twice as long."""
+
 WEIGHT = 0.2
 """Of the latest picture in the running mean of what a picture takes."""
 
@@ -66,8 +69,10 @@ class Queue:
 
     def join(self, caller: str, count: int) -> list[Ticket]:
         """`count` tickets. Raises TooManyRequests when so many more may not wait."""
-        free = max(0, self._places - self.running)
-        if self.waiting + count > self._limit + free:
+        room = self._limit + self._free(caller)
+        if not any(each.caller == caller for each in self._waiting) and count <= max(1, self._limit // SHARE):
+            room += self._limit  # others have filled the line; that is no reason to refuse who has nothing in it
+        if self.waiting + count > room:
             raise TooManyRequests(
                 f"{self.waiting} pictures wait already; at most {self._limit} may (the setting max_queue). "
                 "Try again later.",
@@ -111,6 +116,11 @@ class Queue:
     def wait_s(self, position: int) -> float | None:
         """Seconds that this many turns take to come; None when no picture was drawn yet."""
         return None if self._mean is None else position * self._mean / self._places
+
+    def _free(self, caller: str) -> int:
+        """Places that this caller may take now; the last is for who has none."""
+        left = self._places - self.running
+        return left if self._places == 1 or (left == 1 and not self._held[caller]) else max(0, left - 1)
 
     def _call(self) -> None:
         """Whoever may draw now is told."""

@@ -19,7 +19,7 @@ from PIL import ExifTags, Image, PngImagePlugin
 
 from sfumato import __version__, schedulers
 from sfumato.core import Recipe
-from sfumato.errors import InvalidPicture
+from sfumato.errors import InvalidPicture, InvalidRequest
 
 INFOTEXT_CHUNK = "parameters"
 RECIPE_CHUNK = "sfumato"
@@ -34,6 +34,8 @@ MAX_PAIRS = 20_000
 _SIZE = re.compile(r"(\d+)x(\d+)")
 _UNICODE = b"UNICODE\0"
 """What EXIF puts before a text in UTF-16."""
+
+MAX_SIDES: Mapping[str, int] = {"webp": 16383, "jpeg": 65500}
 
 MAX_EXIF = 65_000
 """Bytes; a JPEG holds no more in one segment."""
@@ -81,6 +83,12 @@ def convert(
             chunks.add_text(key, text)
         options = {"pnginfo": chunks}
     file = io.BytesIO()
+    if max(image.size) > MAX_SIDES.get(format, max(image.size)):
+        raise InvalidRequest(
+            f"output_format: a {format} file is at most {MAX_SIDES[format]} pixels a side, the picture is "
+            f"{image.width}x{image.height}; ask for png",
+            param="output_format",
+        )
     image.save(file, format.upper(), **options)
     return file.getvalue()
 

@@ -52,7 +52,7 @@ OnStep: TypeAlias = Callable[[int, Step], None]
 
 Number = TypeVar("Number", int, float)
 
-_SIZE = re.compile(r"\s*(\d+)\s*[xX×]\s*(\d+)\s*")
+_SIZE = re.compile(r"\s*([0-9]{1,9})\s*[xX×]\s*([0-9]{1,9})\s*")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,11 +178,13 @@ class Service:
         prompt_pairs = [_split(prompt) if request.bar else (prompt, None) for prompt in request.prompts]
         if not prompt_pairs:
             raise InvalidRequest("prompt: a text or a list of texts is needed", param="prompt")
-        for prompt in request.prompts:
-            if len(prompt) > MAX_PROMPT:
-                raise InvalidRequest(
-                    f"prompt: {len(prompt)} characters; at most {MAX_PROMPT} are taken", param="prompt"
-                )
+        texts = [
+            *(("prompt", prompt) for prompt in request.prompts),
+            ("negative_prompt", request.negative_prompt or ""),
+        ]
+        for name, text in texts:
+            if len(text) > MAX_PROMPT:
+                raise InvalidRequest(f"{name}: {len(text)} characters; at most {MAX_PROMPT} are taken", param=name)
         most = self.settings.max_n
         n = request.n if request.n is not None else min(config.n or 1, most)
         _within("n", n, 1, most)
@@ -197,12 +199,15 @@ class Service:
         _within("clip_skip", request.clip_skip, 0, 64)
         if request.quality is not None and request.quality not in QUALITIES:
             raise InvalidRequest(
-                f"quality: {request.quality!r}; {', '.join(QUALITIES)} or a number of steps are valid", param="quality"
+                f"quality: {request.quality[:100]!r}; {', '.join(QUALITIES)} or a number of steps are valid",
+                param="quality",
             )
         if request.scheduler:
             schedulers.parse(request.scheduler)
         size = self._size(request.size)
         images, mask = await self._pictures(request)
+        if images and size is None:
+            self._refuse_large(images[0], request.upscale or 1)
         if request.strength is not None and not images:
             raise InvalidRequest("strength: says how far to leave a source picture; send `image`", param="strength")
         seed = self._seed(config.seed if request.seed is None else request.seed, n)
@@ -296,7 +301,7 @@ class Service:
             return None
         match = _SIZE.fullmatch(text)
         if not match:
-            raise InvalidRequest(f"size: {text!r} is not WIDTHxHEIGHT (such as 512x512) or auto", param="size")
+            raise InvalidRequest(f"size: {text[:100]!r} is not WIDTHxHEIGHT (such as 512x512) or auto", param="size")
         width, height = int(match[1]), int(match[2])
         limit = self.settings.max_pixels
         if min(width, height) < 1 or width * height > limit:
@@ -306,6 +311,16 @@ class Service:
                 param="size",
             )
         return width, height
+
+    def _refuse_large(self, source: bytes, factor: int) -> None:
+        """Without a size a picture is drawn at its source's, so many times."""
+        width, height = (side * factor for side in pictures.size(source))
+        if width * height > self.settings.max_pixels:
+            raise InvalidRequest(
+                f"image: it would become {width}x{height}; at most {self.settings.max_pixels} pixels are drawn. "
+                "Send a size, or a smaller picture.",
+                param="image",
+            )
 
     def _seed(self, seed: int | None, n: int) -> int:
         if seed is None or seed == RANDOM_SEED:
@@ -327,7 +342,8 @@ class Service:
             return images, None
         if not images:
             raise InvalidRequest("mask: says where to redraw a picture; send `image` too", param="mask")
-        return images, pictures.as_mask(await self._picture(request.mask, "mask"))
+        mask = await self._picture(request.mask, "mask")
+        return images, await asyncio.to_thread(pictures.as_mask, mask)
 
     async def _picture(self, picture: str | bytes, param: str) -> bytes:
         if isinstance(picture, bytes):
@@ -335,7 +351,7 @@ class Service:
         elif picture.strip().lower().startswith(("http://", "https://")):
             data = await self._fetcher.get(picture.strip(), param)
         else:
-            data = pictures.from_text(picture, param)
+            data = await asyncio.to_thread(pictures.from_text, picture, param)
         # Decoding megapixels takes a while, and the event loop has others to answer.
         return await asyncio.to_thread(pictures.normalise, data, param, self.settings.max_source_pixels)
 
@@ -363,5 +379,5 @@ def _refuse_disabled(config: ModelConfig, asked: Generation) -> None:
 
 
 def _within(name: str, value: Number | None, least: float, most: float) -> None:
-    if value is not None and not (math.isfinite(value) and least <= value <= most):
+    if value is not None and not least <= value <= most:  # NaN neither
         raise InvalidRequest(f"{name}: {value}; {least} to {most} are valid", param=name)

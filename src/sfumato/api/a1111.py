@@ -194,7 +194,7 @@ def _asked(
             f"batch_size x n_iter: {body.pictures} pictures; at most {settings.max_n} are drawn in one request",
             param="batch_size",
         )
-    if (body.width or 1) * (body.height or 1) > settings.max_pixels:
+    if (body.width or body.height) and (body.width or 512) * (body.height or 512) > settings.max_pixels:
         raise InvalidRequest(
             f"width x height: {body.width}x{body.height}; at most {settings.max_pixels} pixels are drawn",
             param="width",

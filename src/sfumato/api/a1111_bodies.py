@@ -12,8 +12,10 @@ from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import from_json, to_json
 
 from sfumato.api.bodies import BLANK, Count, Guidance, Seed, Steps, Strength, Text
+from sfumato.service import MAX_PICTURES
 
 NEUTRAL: Mapping[str, tuple[object, ...]] = MappingProxyType(
     {
@@ -141,7 +143,8 @@ class DrawBody(BaseModel):
     def shown(self) -> dict[str, Any]:
         """The answer's `parameters`: what was understood, without pictures and without foreign fields."""
         known = {name: value for name, value in (self.model_extra or {}).items() if name in NEUTRAL}
-        return self.model_dump(exclude={"init_images", "mask", *(self.model_extra or {})}) | known
+        shown = self.model_dump(exclude={"init_images", "mask", *(self.model_extra or {})}) | known
+        return from_json(to_json(shown, inf_nan_mode="null"))  # type: ignore[no-any-return]
 
 
 class Txt2ImgBody(DrawBody):
@@ -153,7 +156,9 @@ class Txt2ImgBody(DrawBody):
 class Img2ImgBody(DrawBody):
     """Of `POST /sdapi/v1/img2img`."""
 
-    init_images: list[str] = Field(min_length=1, description="The source picture: base64 or a data: URI.")
+    init_images: list[str] = Field(
+        min_length=1, max_length=MAX_PICTURES, description="The source picture: base64 or a data: URI."
+    )
     denoising_strength: Strength = Field(None, description="How far to leave the source picture.", examples=[0.75])
     resize_mode: Annotated[Literal[0, 1, 2, 3] | None, BLANK] = Field(
         None, description="To width x height: 0 and 3 stretch the picture, 1 and 2 crop it."

@@ -21,11 +21,14 @@ def prepared(body: Img2ImgBody, max_pixels: int) -> tuple[list[bytes], bytes | N
 
     Raises InvalidPicture.
     """
-    sources = [_opened(text, f"init_images[{index}]", max_pixels) for index, text in enumerate(body.init_images)]
-    size = (body.width or 512, body.height or 512) if body.width or body.height else sources[0].size
+    size = (body.width or 512, body.height or 512) if body.width or body.height else None
     mode = body.resize_mode or 0
-    images = [_png(_fitted(source, size, mode)) for source in sources]
-    if not body.mask:
+    images = []
+    for index, text in enumerate(body.init_images):  # one at a time: a decoded picture is large
+        source = _opened(text, f"init_images[{index}]", max_pixels)
+        size = size or source.size
+        images.append(_png(_fitted(source, size, mode)))
+    if not body.mask or not size:
         return images, None
     mask = _mask(_opened(body.mask, "mask", max_pixels))
     if body.inpainting_mask_invert:

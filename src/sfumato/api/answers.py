@@ -105,8 +105,9 @@ async def _begun(service: Service, asked: ImageRequest) -> Job:
     """A job that draws, or that takes long enough to begin. An error until then is not yet one inside a stream."""
     job = await service.submit(asked)
     try:
-        with suppress(TimeoutError):
-            await asyncio.wait_for(job.news.wait(), KEEP_ALIVE_S)
+        with suppress(TimeoutError):  # not `wait_for`: Python 3.11's may swallow a cancellation
+            async with asyncio.timeout(KEEP_ALIVE_S):
+                await job.news.wait()
     except asyncio.CancelledError:
         job.cancel()
         raise
@@ -156,8 +157,9 @@ async def _events(job: Job, form: Form, event: str) -> AsyncGenerator[str, None]
                         "completed", done, completed, usage=usage(job, [done]), seed=done.recipe.seed, **said
                     )
                     completed += 1
-    except SfumatoError as error:
-        yield f"data: {json.dumps(errors.shape(error))}\n\n"
+    except Exception as error:  # the status is sent: whatever it is, the client learns of it in the stream
+        known = error if isinstance(error, SfumatoError) else errors.unexpected(error)
+        yield f"data: {json.dumps(errors.shape(known))}\n\n"
 
 
 async def _with_keep_alive(lines: AsyncGenerator[str, None]) -> AsyncIterator[str]:

@@ -6,7 +6,6 @@ a picture is a file. Fields that are not listed are kept in `model_extra` and ch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
@@ -15,6 +14,8 @@ from sfumato.core import MAX_SEED, QUALITIES
 from sfumato.service import MAX_GUIDANCE, MAX_PROMPT, MAX_STEPS, RANDOM_SEED, ImageRequest
 
 MAX_PARTIAL_IMAGES = 3
+MAX_COUNT = 1000
+"""Far above any server's own limit, which is the setting max_n."""
 
 GPT_FIELDS = ("background", "output_format", "output_compression", "moderation")
 GPT_QUALITIES = ("auto", "low", "medium", "high")
@@ -44,7 +45,7 @@ Pictures: TypeAlias = Annotated[list[Picture], BeforeValidator(_listed)]
 BLANK = BeforeValidator(_blank_is_absent)
 Text: TypeAlias = Annotated[str | None, BLANK]
 Seed: TypeAlias = Annotated[Annotated[int, Field(ge=RANDOM_SEED, le=MAX_SEED)] | None, BLANK]
-Count: TypeAlias = Annotated[Annotated[int, Field(ge=1)] | None, BLANK]
+Count: TypeAlias = Annotated[Annotated[int, Field(ge=1, le=MAX_COUNT)] | None, BLANK]
 Steps: TypeAlias = Annotated[Annotated[int, Field(ge=1, le=MAX_STEPS)] | None, BLANK]
 Guidance: TypeAlias = Annotated[Annotated[float, Field(ge=0, le=MAX_GUIDANCE)] | None, BLANK]
 Layers: TypeAlias = Annotated[Annotated[int, Field(ge=0, le=64)] | None, BLANK]
@@ -142,7 +143,7 @@ class PaintBody(Body):
     output_compression: Percent = Field(
         None, description="Of webp and jpeg: their quality; 100, the best, when absent."
     )
-    stream: bool | None = Field(None, description="Answer with server-sent events.")
+    stream: Annotated[bool | None, BLANK] = Field(None, description="Answer with server-sent events.")
     partial_images: Previews = Field(None, description="Previews in the stream of each picture.")
     safety_identifier: str | None = Field(None, description="As `user`.")
 
@@ -156,7 +157,7 @@ class PaintBody(Body):
 
     def to_request(self, **more: Any) -> ImageRequest:
         text = str(self.quality) if self.quality is not None else None
-        steps = int(text) if text and text.isdecimal() else None
+        steps = int(text) if text and text.isdecimal() and len(text) < 10 else None
         return super().to_request(
             **{
                 "steps": self.steps if self.steps is not None else steps,
@@ -185,7 +186,7 @@ class GenerationsBody(PaintBody):
     moderation: str | None = Field(None, description="Without effect: a model's own safety checker decides.")
     style: str | None = Field(None, description="Without effect: say it in the prompt.")
     image: Pictures = Field([], description=_PICTURE)
-    file: Text = Field(None, description="As image.")
+    file: Pictures = Field([], description="As image.")
     files: Pictures = Field([], description="As image.")
     ref_images: Pictures = Field([], description="As image.")
     mask: Picture | None = Field(
@@ -193,11 +194,10 @@ class GenerationsBody(PaintBody):
     )
 
     def to_request(self, **more: Any) -> ImageRequest:
-        first: Sequence[Picture] = [self.file] if self.file else []
         return super().to_request(
             prompts=[self.prompt] if isinstance(self.prompt, str) else self.prompt,
-            images=[*self.image, *first, *self.files, *self.ref_images],
-            mask=self.mask or None,
+            images=[*self.image, *self.file, *self.files, *self.ref_images],
+            mask=None if self.mask == "" else self.mask,
             **more,
         )
 
@@ -214,10 +214,14 @@ class EditsBody(PaintBody):
     mask: Annotated[Picture | None, BeforeValidator(_url_of)] = Field(
         None, description="Of the first picture's size; where it is transparent the picture is redrawn."
     )
-    input_fidelity: Literal["high", "low"] | None = Field(None, description="Without effect: `strength` says it.")
+    input_fidelity: Annotated[Literal["high", "low"] | None, BLANK] = Field(
+        None, description="Without effect: `strength` says it."
+    )
 
     def to_request(self, **more: Any) -> ImageRequest:
-        return super().to_request(prompts=[self.prompt], images=self.image, mask=self.mask or None, **more)
+        return super().to_request(
+            prompts=[self.prompt], images=self.image, mask=None if self.mask == "" else self.mask, **more
+        )
 
     def wants_b64(self) -> bool:
         return self.response_format != "url"

@@ -15,6 +15,9 @@ from sfumato.errors import InvalidRequest, SfumatoError, TooManyRequests, Unauth
 
 log = logging.getLogger(__name__)
 
+MAX_MESSAGE = 4000
+"""Characters: a message shows what was sent, and that may be long."""
+
 SHORT = reprlib.Repr()
 SHORT.maxstring = SHORT.maxother = 80
 
@@ -27,7 +30,7 @@ def install(app: FastAPI) -> None:
 
 def shape(error: SfumatoError) -> dict[str, dict[str, str | None]]:
     return {
-        "error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code},
+        "error": {"message": error.message[:MAX_MESSAGE], "type": error.type, "param": error.param, "code": error.code},
     }
 
 

@@ -12,12 +12,14 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticCustomError, from_json
 from starlette.datastructures import FormData, UploadFile
 
+from sfumato.errors import InvalidRequest
 from sfumato.service import MAX_PICTURES
 
 Body = TypeVar("Body", bound=BaseModel)
 
 FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
 MAX_FIELDS = 200
+CHARSETS = ("", "utf-8", "utf8", "us-ascii", "iso-8859-1")
 
 _NESTED = re.compile(r"(\w+)\[(\w*)\]")
 """`image[]` is one of a list, `key[sub]` a value of an object."""
@@ -49,6 +51,7 @@ async def _values(request: Request) -> dict[str, Any]:
     if media == FORMS[1] and (await request.body()).lstrip().startswith(b"{"):
         media = "application/json"  # what curl sends with -d and no header
     if media in FORMS:
+        _refuse_charset(request)
         async with request.form(
             max_files=4 * MAX_PICTURES, max_fields=MAX_FIELDS, max_part_size=_most(request)
         ) as form:
@@ -61,6 +64,13 @@ async def _values(request: Request) -> dict[str, Any]:
         wrong = PydanticCustomError("dict_type", "an object is needed")
         raise RequestValidationError([{"type": wrong.type, "loc": ("body",), "msg": wrong.message(), "input": values}])
     return values
+
+
+def _refuse_charset(request: Request) -> None:
+    """A form may name any codec of Python's, and some of them fail or take very long."""
+    charset = request.headers.get("content-type", "").lower().partition("charset=")[2].split(";")[0].strip(' "')
+    if charset not in CHARSETS:
+        raise InvalidRequest(f"content-type: the charset {charset[:40]!r}; utf-8 is valid")
 
 
 def _most(request: Request) -> int:

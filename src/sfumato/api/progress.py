@@ -20,7 +20,7 @@ def router(service: Service) -> APIRouter:
         return caller_of(request) if service.settings.api_keys else None
 
     @routes.get(
-        "/images/progress/{id}",
+        "/images/progress/{id:path}",
         summary="Where a request stands",
         response_model=documents.ProgressState,
         responses=documents.errors(401, 404),
@@ -29,7 +29,7 @@ def router(service: Service) -> APIRouter:
         return _shown(service.progress(id, owner(request)))
 
     @routes.delete(
-        "/images/progress/{id}",
+        "/images/progress/{id:path}",
         summary="Cancel a request: it ends within a denoising step, and its caller gets 499",
         response_model=documents.ProgressState,
         responses=documents.errors(401, 404),

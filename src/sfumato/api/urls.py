@@ -16,6 +16,7 @@ from sfumato.settings import Settings
 _HOST = re.compile(r"(?:[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?P<port>:\d{1,5})?")
 _PREFIX = re.compile(r"(?:/(?!\.{1,2}(?:/|$))[A-Za-z0-9._~-]+){1,16}")
 _ORIGIN = re.compile(rf"[a-z][a-z0-9+.-]*://{_HOST.pattern}")
+_PORT = re.compile(r"[0-9]{1,5}")
 _DEFAULT_PORTS = ("80", "443")
 
 
@@ -87,7 +88,14 @@ def _apply(scope: Scope) -> None:
     host = forwarded["host"] if _HOST.fullmatch(forwarded["host"]) else headers.get("host", "")
     match = _HOST.fullmatch(host)
     port = forwarded["port"]
-    if match and not match["port"] and port.isascii() and port.isdigit() and port not in _DEFAULT_PORTS:
+    if (
+        match
+        and not match["port"]
+        and port.isascii()
+        and port.isdigit()
+        and len(port) <= 5
+        and port not in _DEFAULT_PORTS
+    ):
         host = f"{host}:{int(port)}" if int(port) < 65536 else host
     if match:
         scope["headers"] = list(scope["headers"])

@@ -35,6 +35,8 @@ class Canvas:
     """RGB, upright."""
     mask: Image.Image | None
     """L; white is redrawn."""
+    whole: tuple[Image.Image, Image.Image] | None = None
+    """Picture and mask as they came, where the model cannot draw at their size and no other was asked for."""
 
     @property
     def image(self) -> Image.Image | list[Image.Image] | None:
@@ -145,6 +147,11 @@ def canvas(model: Loaded, pipeline: Any, wanted: Generation) -> Canvas:
         )
     if not (width and height):
         width, height = (_near(side, multiple) for side in sources[0].size)
+    if mask is not None and not (wanted.width and wanted.height) and (width, height) != sources[0].size:
+        # Stretched a little for the model, and put back into the picture as it came: outside the mask nothing changes.
+        size, first = (width, height), sources[0]
+        stretched = [source.resize(size, Image.Resampling.LANCZOS) for source in sources[:1]] + sources[1:]
+        return Canvas(width, height, stretched, mask.resize(size, Image.Resampling.NEAREST), (first, mask))
     fit = functools.partial(ImageOps.fit, size=(width, height), method=Image.Resampling.LANCZOS)
     if len(sources) == 1:
         sources = [fit(source) for source in sources]

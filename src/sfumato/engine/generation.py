@@ -58,7 +58,10 @@ def draw(model: Loaded, asked: Generation, on_step: OnStep, on_preview: OnPrevie
     # 4. run
     image = _run(pipeline, given, wanted.seed)
     # 5. outside the mask every pixel stays as it was
-    if canvas.mask is not None and image.size == canvas.mask.size:
+    if canvas.whole:
+        source, mask = canvas.whole
+        image = Image.composite(image.resize(source.size, Image.Resampling.LANCZOS), source.convert(image.mode), mask)
+    elif canvas.mask is not None and image.size == canvas.mask.size:
         image = Image.composite(image, canvas.sources[0].convert(image.mode), canvas.mask)
     if kinds.upscaler(pipeline) and image.size != (canvas.width, canvas.height):
         raise DrawError(
