@@ -16,7 +16,6 @@ from sfumato.settings import Settings
 _HOST = re.compile(r"(?:[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?P<port>:\d{1,5})?")
 _PREFIX = re.compile(r"(?:/(?!\.{1,2}(?:/|$))[A-Za-z0-9._~-]+){1,16}")
 _ORIGIN = re.compile(rf"[a-z][a-z0-9+.-]*://{_HOST.pattern}")
-_PORT = re.compile(r"[0-9]{1,5}")
 _DEFAULT_PORTS = ("80", "443")
 
 
