@@ -57,6 +57,17 @@ def test_make_a_picture_from_a_picture_again(tmp_path: Path) -> None:
     assert "not the picture" in wrong
 
 
+def test_make_a_masked_picture_of_an_odd_size_again(tmp_path: Path) -> None:
+    Image.linear_gradient("L").convert("RGB").resize((124, 84)).save(tmp_path / "source.png")
+    Image.linear_gradient("L").resize((124, 84)).point(lambda level: 255 * (level > 99)).save(tmp_path / "mask.png")
+    sources = ["--image", "source.png", "--mask", "mask.png"]
+    sfumato("generate", "a rocket", *sources, "--steps", "4", "--seed", "3", "-o", "first.png", cwd=tmp_path)
+    sfumato("generate", "--like", "first.png", *sources, "-o", "again.png", cwd=tmp_path)
+    assert pixels(tmp_path / "first.png") == pixels(tmp_path / "again.png")
+    with Image.open(tmp_path / "again.png") as again:
+        assert again.size == (124, 84)
+
+
 def test_several_pictures_get_several_names(tmp_path: Path) -> None:
     out = sfumato("generate", "a cat", "-n", "2", "--steps", "2", "--seed", "5", cwd=tmp_path)
     assert out.split() == ["sfumato-5.png", "sfumato-6.png"]

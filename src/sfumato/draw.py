@@ -40,6 +40,7 @@ def draw(given: Mapping[str, Any], like: Path | None, output: Path | None, setti
     request = ImageRequest(**{**(_as_request(again) if again else {}), **given}, operator=True)
     if again:
         _check_sources(request, again, settings)
+        request = _sized(request, again, settings)
     # One at a time: what is drawn beside others can differ in its last bits, and here nobody waits.
     settings = replace(settings, max_batch=1)
     drawn = asyncio.run(_draw(request, settings))
@@ -93,6 +94,16 @@ def _check_sources(request: ImageRequest, made: Recipe, settings: Settings) -> N
             png = pictures.normalise(source, flag, settings.max_source_pixels)
             if pictures.fingerprint(pictures.as_mask(png) if flag == "--mask" else png) != digest:
                 raise InvalidRequest(f"{flag}: not the picture that the recipe was made from (its pixels differ)")
+
+
+def _sized(request: ImageRequest, made: Recipe, settings: Settings) -> ImageRequest:
+    """A masked picture comes back as large as it came, which need not be a size that can be asked for."""
+    if not made.mask_sha256:
+        return request
+    source = request.images[0]
+    assert isinstance(source, bytes)
+    png = pictures.normalise(source, "--image", settings.max_source_pixels)
+    return replace(request, size=None) if pictures.size(png) == (made.width, made.height) else request
 
 
 def _warn_of_differences(made: Recipe, now: Recipe) -> None:
