@@ -196,7 +196,7 @@ def _sha256_by_hub(response: httpx.Response) -> str | None:
         if "x-repo-commit" in answer.headers:
             named = answer.headers.get("x-linked-etag") or answer.headers.get("etag", "")
             if _SHA256.fullmatch(named.strip('"')):
-                return named.strip('"')
+                return str(named).strip('"')
     return None
 
 
