@@ -37,11 +37,12 @@ ROUTE = re.compile(
 
 
 class Request(NamedTuple):
-    """One request as it came in; `authorization` is the header, None without one."""
+    """One request as it came in; `authorization` and `range` are headers, None without one."""
 
     method: str
     path: str
     authorization: str | None
+    range: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +229,9 @@ class Handler(BaseHTTPRequestHandler):
         self._answer()
 
     def _answer(self) -> None:
-        self.server.hub.record(Request(self.command, self.path, self.headers.get("Authorization")))
+        self.server.hub.record(
+            Request(self.command, self.path, self.headers.get("Authorization"), self.headers.get("Range"))
+        )
         try:
             self._route()
         except Refused as refused:

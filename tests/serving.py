@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,16 +24,25 @@ TIMEOUT_S = 300
 class Server:
     """`sfumato serve` over a folder of model files; `with Server(...) as server:`."""
 
-    def __init__(self, models: Path, data: Path, *flags: str, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        models: Path,
+        data: Path,
+        *flags: str,
+        env: dict[str, str] | None = None,
+        program: Sequence[str] = (sys.executable, "-m", "sfumato.cli"),
+        cwd: Path | None = None,
+    ) -> None:
         self.lines: list[str] = []
-        self._command = [sys.executable, "-m", "sfumato.cli", "serve", "--port", "0"]
+        self._cwd = cwd
+        self._command = [*program, "serve", "--port", "0"]
         self._command += ["--models", str(models), "--data", str(data), *flags]
         self._env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", **(env or {})}
         self._news = threading.Condition()
         self._over = False
 
     def __enter__(self) -> Server:
-        self._process = subprocess.Popen(self._command, env=self._env, stderr=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(self._command, env=self._env, cwd=self._cwd, stderr=subprocess.PIPE, text=True)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         self.url = self.wait_for(r"Sfumato \S+ on (http://127\.0\.0\.1:\d+)")[1]

@@ -39,7 +39,7 @@ ENGINE = [
     {"load", "gather"},
     {"download", "sampler", "batching", "watch"},
     {"memo", "preview", "standin", "trust"},
-    {"calls", "clean", "colours"},
+    {"calls", "clean", "colours", "one_file"},
     {"handover", "joins", "outputs", "policy", "process", "protocol", "resolve", "threadstate", "wire"},
 ]
 

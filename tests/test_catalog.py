@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -164,3 +167,130 @@ def test_an_open_catalog_takes_hub_ids(tmp_path: Path) -> None:
         Catalog([tmp_path], open=True).get("word")
     with pytest.raises(ModelNotFound):
         Catalog([tmp_path]).get("a/b")
+
+
+def test_a_file_of_the_same_size_and_date_is_read_again(tmp_path: Path) -> None:
+    file = write(tmp_path, "a.yaml", model("a", "step: 7\n"))
+    before = file.stat()
+    catalog = Catalog([tmp_path])
+    file.write_text(model("a", "step: 8\n"))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file.stat().st_mtime_ns == before.st_mtime_ns
+    catalog.refresh()
+    assert catalog.get("a").steps == 8
+
+
+def test_a_change_of_permissions_is_a_change(tmp_path: Path) -> None:
+    """Also where the one who reads it may read anything, as root."""
+    file = write(tmp_path, "a.yaml", model("a"))
+    catalog = Catalog([tmp_path])
+    before = catalog.get("a")
+    file.chmod(0o600)
+    catalog.refresh()
+    assert catalog.get("a") is not before
+
+
+@pytest.mark.parametrize("error", [errno.EACCES, errno.EIO, errno.EMFILE, errno.ESTALE])
+def test_a_file_that_could_not_be_read_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    write(tmp_path, "a.yaml", model("a"))
+    write(tmp_path, "b.yaml", model("b"))
+    open_file = Path.open
+
+    def fails(self: Path, *args: Any, **kwargs: Any) -> Any:
+        if self.name == "a.yaml":
+            raise OSError(error, os.strerror(error))
+        return open_file(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", fails)
+        catalog = Catalog([tmp_path])
+        with pytest.raises(ModelFileError, match="cannot be read"):
+            catalog.get("a")
+        other = catalog.get("b")
+    catalog.refresh()
+    assert catalog.get("a").name == "a"
+    assert catalog.get("b") is other
+    assert catalog.problems() == []
+
+
+def test_links_and_folders_that_are_mended(tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    catalog = Catalog([models])
+    assert catalog.all() == []
+    models.mkdir()
+    (models / "a.yaml").symlink_to(tmp_path / "a.yaml")
+    (models / "folder.yaml").mkdir()
+    catalog.refresh()
+    assert catalog.all() == []
+    write(tmp_path, "a.yaml", model("a", "step: 7\n"))
+    catalog.refresh()
+    assert catalog.get("a").steps == 7
+    write(tmp_path, "b.yaml", model("a", "step: 8\n"))
+    (models / "a.yaml").unlink()
+    (models / "a.yaml").symlink_to(tmp_path / "b.yaml")
+    catalog.refresh()
+    assert catalog.get("a").steps == 8
+
+
+def merges(levels: int) -> str:
+    lines = ["a0: &a0 {x: 1}"]
+    for level in range(1, levels + 1):
+        lines.append(f"a{level}: &a{level} {{<<: [{', '.join([f'*a{level - 1}'] * 10)}]}}")
+    return "\n".join(lines)
+
+
+def laughs(levels: int) -> str:
+    lines = ["a0: &a0 [x]"]
+    for level in range(1, levels + 1):
+        lines.append(f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]")
+    return "\n".join(lines)
+
+
+HOSTILE = {
+    "merge keys": merges(9),
+    "merge keys of one mapping": "a: &a {" + ", ".join(f"k{n}: 1" for n in range(300)) + "}\nb: {<<: ["
+    + ", ".join(["*a"] * 1000) + "]}",
+    "aliases": laughs(9),
+    "a chain of aliases": "a0: &a0 [x]\n" + "\n".join(f"a{n}: &a{n} [*a{n - 1}]" for n in range(1, 3000)),
+    "an alias of itself": "a: &a [*a]",
+    "a merge of itself": "a: &a {<<: *a}",
+    "depth of lists": "a: " + "[" * 100_000,
+    "depth of closed lists": "a: " + "[" * 200 + "]" * 200,
+    "depth of mappings": "a: " + "{a: " * 30_000,
+    "depth of lines": "".join(" " * depth + "a:\n" for depth in range(600)),
+    "length": "a: 1\n" * 100_000,
+    "a long key": "k" * 200_000 + ": 1",
+    "a long number": "a: " + "1" * 200_000,
+    "a long sexagesimal": "a: 1" + ":1" * 100_000,
+    "a long hexadecimal": "a: 0x" + "f" * 200_000,
+    "empty lines of a broken file": "\n" * 200_000 + "a: [",
+    "a broken file's name with spaces": "name: a" + " " * 200_000 + "b: [",
+    "many names": "- name: a\n" * 20_000 + "[",
+    "twice the same": "a: 1\na: 2",
+    "null bytes": "a: \0",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_file_costs_little_and_breaks_only_itself(tmp_path: Path, name: str) -> None:
+    write(tmp_path, "a.yaml", model("a"))
+    write(tmp_path, "hostile.yaml", model("hostile") + HOSTILE[name])
+    began = time.process_time()
+    catalog = Catalog([tmp_path])
+    with pytest.raises(ModelFileError) as raised:
+        catalog.get("hostile")
+    assert time.process_time() - began < 5
+    assert len(raised.value.message) < 1000
+    assert catalog.get("a").name == "a"
+
+
+def test_anchors_and_merge_keys_of_an_ordinary_size_work(tmp_path: Path) -> None:
+    write(
+        tmp_path, "a.yaml",
+        "- &base\n  name: a\n  step: 7\n  parameters: {model: some/a}\n- <<: *base\n  name: b\n"
+        "- <<: [{step: 9}, *base]\n  name: c\n",
+    )  # fmt: skip
+    catalog = Catalog([tmp_path])
+    assert [(config.name, config.steps) for config in catalog.all()] == [("a", 7), ("b", 7), ("c", 9)]

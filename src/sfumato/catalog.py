@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,7 @@ log = logging.getLogger(__name__)
 EMBEDDED = Path(__file__).parent / "models"
 """The folder with the model that comes with Sfumato."""
 
-Signature: TypeAlias = tuple[int, int, int]
+Signature: TypeAlias = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,7 @@ class Catalog:
     """Models by name and alias. Of two folders with the same name the earlier wins, without a word.
 
     `refresh` looks at the files' dates and sizes and reads what changed, so a new, edited or removed
-    file needs no restart. A broken file breaks only its own models.
+    file needs no restart. A broken file breaks only its own models; one that could not be read is tried again.
     """
 
     def __init__(self, folders: Sequence[Path], *, default: str | None = None, open: bool = False) -> None:
@@ -58,12 +60,14 @@ class Catalog:
     def refresh(self) -> None:
         """Read what changed since the last time."""
         now = {path: signature for folder in self._folders for path, signature in _files(folder)}
-        if list(now.items()) == [(path, signature) for path, (signature, _) in self._read.items()]:
+        if list(now.items()) == [(path, signature) for path, (signature, _) in self._read.items()] and not any(
+            _unread(found) for _, found in self._read.values()
+        ):
             return
         before, self._read = self._read, {}
         for path, signature in now.items():
             held = before.get(path)
-            if held and held[0] == signature:
+            if held and held[0] == signature and not _unread(held[1]):
                 self._read[path] = held
             else:
                 self._read[path] = signature, outcomes(path)
@@ -181,14 +185,21 @@ class Catalog:
 
 def _files(folder: Path) -> Iterator[tuple[Path, Signature]]:
     """Model files by name with what changes when they do; a file is its own folder."""
-    paths = [folder] if folder.is_file() else sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")])
+    # os.path, because Path raises where it is forbidden to look.
+    single = os.path.isfile(folder)  # noqa: PTH113
+    paths = [folder] if single else sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")])
     for path in paths:
         try:
-            stat = path.stat()
+            found = path.stat()
         except OSError:  # a dangling link, or removed this moment
             continue
-        if path.is_file() and not path.name.startswith("."):
-            yield path, (stat.st_mtime_ns, stat.st_size, stat.st_ino)
+        if stat.S_ISREG(found.st_mode) and not path.name.startswith("."):
+            # The date of its change too: permissions, and an editor that keeps size and date, move nothing else.
+            yield path, (found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino, found.st_dev)
+
+
+def _unread(found: list[Outcome]) -> bool:
+    return any(isinstance(outcome, Broken) and outcome.passing for outcome in found)
 
 
 def _is_source(name: str) -> bool:

@@ -12,8 +12,22 @@ import yaml
 from sfumato.config.readers import shown
 from sfumato.errors import ModelFileError
 
-_CONSTRUCTION = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+_CONSTRUCTION = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
 """What PyYAML raises: besides its own errors whatever `int`, `datetime` and friends make of a bad scalar."""
+
+
+MAX_BYTES = 256 * 1024
+"""Of a model file: PyYAML takes a second for it. The longest that people have are a few kilobytes."""
+MAX_NODES = 50_000
+"""Of what a file stands for once its aliases and merge keys are written out."""
+MAX_DEPTH = 32
+MAX_KEY = 200
+MAX_NUMBER = 400
+"""Characters of what is no text: reading a number takes time with the square of its length."""
+
+_TOO_DEEP = f"it is nested deeper than {MAX_DEPTH} levels, which no model file needs to be"
+_MERGE = "tag:yaml.org,2002:merge"
+_TEXT = "tag:yaml.org,2002:str"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,24 +39,42 @@ class Document:
     """`step`, `diffusers.cuda` -> line number from 1."""
 
 
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """Does not go deeper into a text than is allowed; PyYAML would up to the end of Python's stack."""
+
+    _depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self._depth > MAX_DEPTH:
+            raise yaml.MarkedYAMLError(problem=_TOO_DEEP, problem_mark=self.peek_event().start_mark)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+
 def read(file: Path) -> str:
+    """The text of a model file. Raises ModelFileError, and OSError when it cannot be read."""
+    with file.open("rb") as opened:
+        data = opened.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise ModelFileError(f"{file}: is larger than {MAX_BYTES // 1024} KiB, which no model file needs to be")
     try:
-        return file.read_bytes().decode("utf-8-sig")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ModelFileError(f"{file}: byte {error.start} is not UTF-8; save the file as UTF-8 text") from None
-    except OSError as error:
-        raise ModelFileError(f"{file}: cannot be read: {error.strerror}") from None
 
 
 def documents(text: str, file: Path) -> list[Document]:
     """The mappings of a file: one, or those of its list. Raises ModelFileError."""
     loader = None
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _Loader(text)
         root = loader.get_single_node()
         if root is None:
             raise ModelFileError(f"{file}: is empty; a model file has at least `parameters: {{model: ...}}`")
-        _no_duplicates(root, file)
+        _check_extent(root, file)
+        _check_keys(root, file)
         # One construction for all: an anchor may be shared between the models of a list.
         value = loader.construct_document(root)
     except yaml.MarkedYAMLError as error:
@@ -79,14 +111,48 @@ def _lines(node: yaml.Node, depth: int, prefix: str = "") -> dict[str, int]:
     return lines
 
 
-def _no_duplicates(root: yaml.Node, file: Path) -> None:
-    """PyYAML lets the last of two equal keys win; whoever wrote both did not mean that."""
+def _check_extent(root: yaml.Node, file: Path) -> None:
+    """Refuse what a few aliases make endless: as a tree it may be exponentially larger than its text."""
+    sizes: dict[int, int] = {}
+    above: set[int] = set()
+
+    def size(node: yaml.Node) -> int:
+        if isinstance(node, yaml.ScalarNode):
+            return 1
+        if id(node) not in sizes:
+            where = f"{file}, line {node.start_mark.line + 1}"
+            if id(node) in above:
+                raise ModelFileError(f"{where}: what has this anchor contains itself")
+            if len(above) >= MAX_DEPTH:
+                raise ModelFileError(f"{where}: {_TOO_DEEP}")
+            above.add(id(node))
+            parts = (
+                node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
+            )
+            sizes[id(node)] = 1 + sum(map(size, parts))
+            above.remove(id(node))
+            if sizes[id(node)] > MAX_NODES:
+                raise ModelFileError(
+                    f"{where}: with its aliases written out this is more than {MAX_NODES} values; use fewer of them"
+                )
+        return sizes[id(node)]
+
+    size(root)
+
+
+def _check_keys(root: yaml.Node, file: Path) -> None:
+    """Refuse keys that stand twice, of which PyYAML lets the last one win, and words that are too long to be meant."""
     waiting, known = [root], set()
     while waiting:
         node = waiting.pop()
         if id(node) in known:  # an alias may point back at what holds it
             continue
         known.add(id(node))
+        if isinstance(node, yaml.ScalarNode) and node.tag != _TEXT and len(node.value) > MAX_NUMBER:
+            raise ModelFileError(
+                f"{file}, line {node.start_mark.line + 1}: {shown(node.value)} is too long for a number; "
+                "put quotes around what is text"
+            )
         if isinstance(node, yaml.SequenceNode):
             waiting += node.value
         elif isinstance(node, yaml.MappingNode):
@@ -96,7 +162,9 @@ def _no_duplicates(root: yaml.Node, file: Path) -> None:
                 if not isinstance(key, yaml.ScalarNode):
                     continue
                 line = key.start_mark.line + 1
-                if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                if len(key.value) > MAX_KEY:
+                    raise ModelFileError(f"{file}, line {line}: {shown(key.value)} is too long for a key")
+                if key.value in seen and key.tag != _MERGE:
                     raise ModelFileError(
                         f"{file}, line {line}: {key.value}: stands here and in line {seen[key.value]}; remove one",
                         param=key.value,

@@ -18,7 +18,7 @@ from sfumato.errors import InvalidRequest, ModelFileError, did_you_mean
 _BY_PATH = {key.path: key for key in KEYS}
 _KNOWN = (*_BY_PATH, *IGNORED, *SECTIONS)
 _MODEL_KEYS = {"name", "alias", "backend", "artifacts", *SECTIONS, *REDIRECTS}
-_NAME_LINE = re.compile(r"^(?:-?\s*)name:\s*[\"']?([^\"'#\n]+?)[\"']?\s*(?:#.*)?$", re.MULTILINE)
+_NAME_LINE = re.compile(r"^-? {0,8}name:([^\n]{1,300})$", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,8 @@ class Broken:
     names: tuple[str, ...]
     file: Path
     error: ModelFileError
+    passing: bool = False
+    """It could not be read: that may end without the file's being changed."""
 
 
 Outcome: TypeAlias = ModelConfig | Redirect | Skipped | Broken
@@ -59,12 +61,18 @@ def outcomes(file: Path) -> list[Outcome]:
         created = int(file.stat().st_mtime)
         found = documents(text, file)
     except ModelFileError as error:
-        names = tuple(dict.fromkeys([*_NAME_LINE.findall(text), file.stem]))
-        return [Broken(names, file, error)]
-    except OSError as error:  # removed since it was read
-        return [Broken((file.stem,), file, ModelFileError(f"{file}: cannot be read: {error.strerror}"))]
+        return [Broken((*_names_in(text), file.stem), file, error)]
+    except OSError as error:
+        unread = ModelFileError(f"{file}: cannot be read: {error.strerror}; mend that, or remove the file")
+        return [Broken((*_names_in(text), file.stem), file, unread, passing=True)]
     default_name = file.stem if len(found) == 1 else None
     return [_outcome(document, file, created, default_name) for document in found]
+
+
+def _names_in(text: str) -> list[str]:
+    """What a file that is no YAML seems to call its models."""
+    lines = (line.partition("#")[0].strip().strip("\"'") for line in _NAME_LINE.findall(text))
+    return [name for name in dict.fromkeys(lines) if name]
 
 
 def load(file: Path) -> list[ModelConfig]:

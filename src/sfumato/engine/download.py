@@ -6,17 +6,14 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeAlias
-from urllib.parse import urlparse
+from typing import Any
 
-import httpx
 import httpx2
 from diffusers import DiffusionPipeline
 from diffusers.loaders import single_file_utils
@@ -26,14 +23,12 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
+from sfumato.engine import one_file
+from sfumato.engine.one_file import Report
 from sfumato.errors import DownloadError, LoadError
 
 log = logging.getLogger(__name__)
 
-Report: TypeAlias = Callable[[float | None, str], None]
-"""Told how far a download is: fraction 0 .. 1 (None: unknown) and what is being fetched."""
-
-CHUNK = 1 << 20
 DESCRIPTION_FILES = ["*.json", "*/*.json", "*.txt", "*/*.txt", "*/*.model"]
 
 
@@ -57,30 +52,7 @@ def from_hub(repo: str, *, revision: str | None, variants: Sequence[str | None],
 
 def from_url(url: str, target: Path, *, sha256: str | None, report: Report) -> Path:
     """Fetch a file once; it appears under its name only when it is whole (and its hash is right)."""
-    if target.exists():
-        return target
-    part = target.with_name(target.name + ".part")
-    digest = hashlib.sha256()
-    try:
-        with httpx.stream("GET", url, follow_redirects=True, timeout=30) as response:
-            response.raise_for_status()
-            total = int(response.headers.get("content-length", 0))
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as file:
-                for chunk in response.iter_bytes(CHUNK):
-                    file.write(chunk)
-                    digest.update(chunk)
-                    report(file.tell() / total if total else None, target.name)
-    except (httpx.HTTPError, OSError) as error:
-        part.unlink(missing_ok=True)
-        raise DownloadError(f"{url} could not be fetched to {target}: {error}") from error
-    if sha256 and digest.hexdigest() != sha256.lower():
-        part.unlink()
-        raise DownloadError(
-            f"{url}: the file's sha256 is {digest.hexdigest()}, the model file says {sha256}. Nothing was kept."
-        )
-    part.replace(target)
-    return target
+    return one_file.fetch(url, target, sha256=sha256, report=report)
 
 
 def description_of(path: Path, model: str) -> Path:
@@ -96,10 +68,6 @@ def description_of(path: Path, model: str) -> Path:
     repo = single_file_utils.fetch_diffusers_config(checkpoint)["pretrained_model_name_or_path"]
     with words_for_hub_errors(repo, f"{path.name} needs its small configuration files. Run `sfumato pull {model}`"):
         return Path(snapshot_download(repo, allow_patterns=DESCRIPTION_FILES))
-
-
-def file_name(url: str) -> str:
-    return Path(urlparse(url).path).name
 
 
 UNREACHABLE = (hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError, httpx2.TransportError)

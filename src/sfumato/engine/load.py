@@ -17,7 +17,7 @@ from diffusers import DiffusionPipeline
 from sfumato import schedulers
 from sfumato.config import ModelConfig
 from sfumato.core import ModelStatus
-from sfumato.engine import download, resolve, sampler
+from sfumato.engine import download, one_file, resolve, sampler
 from sfumato.engine.preview import Glance, glance
 from sfumato.errors import (
     DeviceUnavailable,
@@ -157,7 +157,7 @@ def fetch(config: ModelConfig, dtype: str, tell: Tell) -> Fetched:
             )
             return Fetched(folder, f"{repo}@{folder.name}")
         case resolve.Url(url):
-            target = config.folder / download.file_name(url)
+            target = one_file.place(url, config.folder)
             path = download.from_url(url, target, sha256=None, report=report)
             return Fetched(path, url, download.description_of(path, config.name))
         case resolve.File(path):

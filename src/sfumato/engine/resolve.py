@@ -97,10 +97,11 @@ def download_url(uri: str) -> str:
         )
     path = "/".join(parts[2:])
     file, _, branch = path.partition("@")
-    return f"{_endpoint()}/{repo[1]}/resolve/{repo[2] or branch or 'main'}/{file}"
+    return f"{endpoint()}/{repo[1]}/resolve/{repo[2] or branch or 'main'}/{file}"
 
 
-def _endpoint() -> str:
+def endpoint() -> str:
+    """Where the hub is: without a slash at its end."""
     return os.environ.get("HF_ENDPOINT", HUB).rstrip("/")
 
 

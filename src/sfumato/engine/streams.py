@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import reprlib
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 
-from sfumato.core import Done, EngineStats, Event, Failed, ModelStatus
+from sfumato.core import Done, EngineStats, Event, Failed, ModelStatus, Preview, Step
 from sfumato.engine.protocol import Answer, Counted, Ready, Report, Started, Status
 from sfumato.errors import SfumatoError
 
@@ -24,9 +25,13 @@ class Streams:
         self._stats = EngineStats()
         self._before = EngineStats()
 
+    def open(self, id: str) -> asyncio.Queue[Event]:
+        """From now on events of this request are kept until they are read."""
+        return self._queues.setdefault(id, asyncio.Queue())
+
     async def events(self, id: str, cancel: Callable[[], None]) -> AsyncGenerator[Event, None]:
         """Events of one request; calls `cancel` when it is closed before the terminal event."""
-        queue = self._queues[id] = asyncio.Queue()
+        queue = self.open(id)
         ended = False
         try:
             while not ended:
@@ -39,16 +44,19 @@ class Streams:
                 cancel()
 
     def deliver(self, report: Report) -> None:
+        """Take a report. Raises TypeError for what is none, and takes nothing of it."""
         match report:
-            case Answer(id, event):
+            case Answer(str(id), Step() | Preview() | Done() | Failed(SfumatoError()) as event):
                 if queue := self._queues.get(id):
                     queue.put_nowait(event)
-            case Status(model, status):
+            case Status(str(model), ModelStatus() as status):
                 self._statuses[model] = status
-            case Counted(stats):
+            case Counted(EngineStats() as stats):
                 self._stats = stats
-            case Ready() | Started():
+            case Ready() | Started(str()):
                 pass
+            case _:
+                raise TypeError(f"{reprlib.repr(report)} is no report")
 
     def fail(self, id: str, error: SfumatoError) -> None:
         """End one stream."""

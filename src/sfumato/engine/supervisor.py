@@ -11,22 +11,26 @@ import asyncio
 import functools
 import logging
 import os
+import reprlib
 import signal
 import socket
 import sys
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 
+from sfumato import logs
 from sfumato.config import ModelConfig
 from sfumato.core import Done, EngineStats, Event, Failed, Generation, ModelStatus
 from sfumato.engine import wire
-from sfumato.engine.protocol import Answer, Cancel, Command, Ready, Started, Stop, Submit
+from sfumato.engine.protocol import Answer, Cancel, Command, Ready, Report, Started, Stop, Submit
 from sfumato.engine.streams import Streams
-from sfumato.errors import WorkerDied
+from sfumato.errors import RequestTooLarge, WorkerDied
 from sfumato.settings import Settings
 
 log = logging.getLogger(__name__)
+
+WORKER = (sys.executable, "-m", "sfumato.engine.worker")
 
 START_TIMEOUT_S = 120.0
 """Importing torch takes seconds, on a cold disk tens of them."""
@@ -34,6 +38,8 @@ STOP_TIMEOUT_S = 30.0
 MAX_BACKOFF_S = 30.0
 STARTS = 3
 """After so many starts in a row that came to nothing, those who wait are told."""
+SETTLED_S = 30.0
+"""A worker that was up for so long is no start that came to nothing, whatever it did."""
 DEATHS = 2
 """A generation that was being drawn at so many deaths of the worker is failed; the second time it was alone."""
 
@@ -53,8 +59,10 @@ class Flight:
 class Supervisor:
     """Engine whose worker is a process of its own: whatever happens to it, this one lives on."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, worker: Sequence[str] = WORKER) -> None:
+        """`worker` is the command that is run; the number of its end of the socket is added to it."""
         self._settings = settings
+        self._command = tuple(worker)
         self._streams = Streams()
         self._flights: dict[str, Flight] = {}
         self._heard = 0.0
@@ -63,6 +71,8 @@ class Supervisor:
         self._writer: asyncio.StreamWriter | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._keeper: asyncio.Task[None] | None = None
+        self._useful = False
+        """Whether the present worker has begun to draw anything, or was up for a good while."""
         self._stopping = False
 
     @property
@@ -103,6 +113,7 @@ class Supervisor:
     async def submit(self, config: ModelConfig, generation: Generation) -> AsyncGenerator[Event, None]:
         id = generation.id
         self._flights[id] = Flight(Submit(config, generation))
+        self._streams.open(id)
         self._send()
         try:
             async with aclosing(self._streams.events(id, functools.partial(self._post, Cancel(id)))) as events:
@@ -121,7 +132,13 @@ class Supervisor:
         for flight in [flight for flight in flights if flight.deaths][:1] or flights:
             if not flight.sent:
                 flight.sent = True
-                self._post(flight.submit)
+                self._submit(flight.submit)
+
+    def _submit(self, submit: Submit) -> None:
+        try:
+            self._post(submit)
+        except wire.BadFrame as error:
+            self._streams.fail(submit.generation.id, RequestTooLarge(f"the request cannot be passed on: {error}"))
 
     def _ended(self, id: str) -> None:
         if self._flights.pop(id, None):
@@ -132,81 +149,116 @@ class Supervisor:
             self._writer.write(wire.pack(command))
 
     async def _keep(self) -> None:
+        """One worker after the other, until `stop`; nothing that a worker does ends this."""
         failures = 0
         while not self._stopping:
+            self._useful = False
             try:
-                await self._live()
-                failures = 0
-            except (OSError, TimeoutError, asyncio.IncompleteReadError) as error:
-                failures += 1
-                if failures >= STARTS:
-                    self._fail_all(f"the worker does not start ({error!r}); see the server's log")
+                why = await self._live()
+            except Exception as error:  # whatever it is: without a next worker nothing would ever be drawn again
+                log.error("%s", logs.place(error))
+                why = f"it never came up ({error!r})"
             if self._stopping:
                 break
+            failures = 0 if self._useful else failures + 1
+            if failures >= STARTS:
+                self._fail_all(f"the worker does not start: {why}; see the server's log")
             delay = min(MAX_BACKOFF_S, 0.25 * 2**failures)
-            log.error("the worker is gone; starting another in %.2f s", delay)
-            await asyncio.sleep(delay)
+            log.error("the worker is gone: %s; starting another in %.2f s", why, delay)
             self._restarts += 1
+            await asyncio.sleep(delay)
 
-    async def _live(self) -> None:
-        """One worker from its start to its end. Raises when it never came up."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "sfumato.engine.worker",
-                str(theirs.fileno()),
-                pass_fds=[theirs.fileno()],
-            )
-        reader, writer = await asyncio.open_connection(sock=ours)
+    async def _live(self) -> str:
+        """One worker from its start to its end; returns why it ended. Raises when it never came up."""
+        reader, writer, process = await self._spawn()
+        self._process = process
         try:
             writer.write(wire.pack(self._settings))
-            async with asyncio.timeout(START_TIMEOUT_S):
-                hello: Ready = await wire.receive_async(reader)
-            log.info("worker %d is up: %s, %s", self._process.pid, hello.device, dict(hello.versions))
+            try:
+                async with asyncio.timeout(START_TIMEOUT_S):
+                    hello = await wire.receive_async(reader)
+            except TimeoutError:
+                raise TimeoutError(f"no handshake within {START_TIMEOUT_S:.0f} s") from None
+            if not isinstance(hello, Ready):
+                raise wire.BadFrame(f"{reprlib.repr(hello)} is no handshake")
+            log.info("worker %d is up: %s, %s", process.pid, hello.device, dict(hello.versions))
             self._writer = writer
             self._send()
             self._up.set()
-            async with asyncio.TaskGroup() as group:
-                watch = group.create_task(self._watch(self._process))
-                await self._listen(reader)
-                watch.cancel()
+            return await self._first_of(self._listen(reader), self._watch(), self._settle())
         finally:
             self._up.clear()
             self._writer = None
             writer.close()
-            _kill(self._process)
-            await self._process.wait()
+            _kill(process)
+            await process.wait()
             self._streams.forget()
             self._count_deaths()
 
-    async def _listen(self, reader: asyncio.StreamReader) -> None:
-        """Deliver what the worker reports, until it is gone."""
+    async def _spawn(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, asyncio.subprocess.Process]:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                reader, writer = await asyncio.open_connection(sock=ours)
+            except BaseException:
+                ours.close()
+                raise
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    *self._command, str(theirs.fileno()), pass_fds=[theirs.fileno()]
+                )
+            except BaseException:
+                writer.close()
+                raise
+        return reader, writer, process
+
+    async def _first_of(self, *endings: Coroutine[None, None, str]) -> str:
+        """The result, or error, of whichever comes to its end first; the others are cancelled."""
+        tasks = [asyncio.create_task(ending) for ending in endings]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            return done.pop().result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+
+    async def _listen(self, reader: asyncio.StreamReader) -> str:
+        """Deliver what the worker reports, until it is gone or is not to be understood."""
         while True:
             try:
                 report = await wire.receive_async(reader)
+                self._heard = asyncio.get_running_loop().time()
+                self._take(report)
             except (asyncio.IncompleteReadError, ConnectionError):
-                return
-            self._heard = asyncio.get_running_loop().time()
-            self._streams.deliver(report)
-            match report:
-                case Started(id) if id in self._flights:
-                    self._flights[id].started = True
-                case Answer(id, Done() | Failed()):
-                    self._ended(id)
+                return "it closed its connection"
+            except Exception as error:  # of the frame, or of taking what was in it
+                log.error("%s", logs.place(error))
+                return f"it was not understood: {error}"
 
-    async def _watch(self, process: asyncio.subprocess.Process) -> None:
-        """Kill a worker that owes an answer and has not been heard of for `hang_s`."""
+    def _take(self, report: Report) -> None:
+        self._streams.deliver(report)
+        match report:
+            case Started(id) if id in self._flights:
+                self._flights[id].started = self._useful = True
+            case Answer(id, Done() | Failed()):
+                self._useful = True
+                self._ended(id)
+
+    async def _settle(self) -> str:
+        await asyncio.sleep(SETTLED_S)
+        self._useful = True
+        return await asyncio.Future()
+
+    async def _watch(self) -> str:
+        """Comes to its end when the worker owes an answer and has not been heard of for `hang_s`."""
         limit = self._settings.hang_s
         while True:
             await asyncio.sleep(limit / 4)
             # Not only what has started: whoever hung it may have gone away, and the others wait for their turn.
             busy = any(flight.sent for flight in self._flights.values())
             if busy and asyncio.get_running_loop().time() - self._heard > limit:
-                log.error("worker %d has not been heard of for %d s; it is killed", process.pid, limit)
-                _kill(process)
-                return
+                return f"it has not been heard of for {limit} s and is killed"
 
     def _fail_all(self, why: str) -> None:
         for id in self._flights:

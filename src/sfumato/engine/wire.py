@@ -1,6 +1,7 @@
 """Messages on the socket between the API process and its worker: an 8-byte length, then a pickle.
 
-Both ends are ours and the socket is an unnamed pair that only they hold, so pickle is safe here.
+Both ends are ours and the socket is an unnamed pair that only they hold, so pickle is safe here. What a
+broken process writes into it is another matter: whatever is no message raises `BadFrame`, and nothing else.
 """
 
 from __future__ import annotations
@@ -11,24 +12,48 @@ import socket
 import struct
 from typing import Any
 
+MAX_BYTES = 2**30
+"""Of one message. The largest that are sent carry a request's source pictures or a picture that was drawn."""
+
 _LENGTH = struct.Struct("!Q")
 
 
+class BadFrame(Exception):
+    """What came is no message, or what is to be sent does not fit into one."""
+
+
 def pack(message: object) -> bytes:
-    body = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
-    return _LENGTH.pack(len(body)) + body
+    """The message as it goes over the socket. Raises BadFrame for what cannot be sent."""
+    try:
+        body = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+    except Exception as error:  # whatever the parts of a message raise
+        raise BadFrame(f"a {type(message).__name__} cannot be pickled: {error!r}") from error
+    return _LENGTH.pack(_checked(len(body))) + body
 
 
 def receive(sock: socket.socket) -> Any:
-    """The next message; blocks. Raises EOFError when the other side is gone."""
+    """The next message; blocks. Raises EOFError when the other side is gone, BadFrame for what is no message."""
     (length,) = _LENGTH.unpack(_exactly(sock, _LENGTH.size))
-    return pickle.loads(_exactly(sock, length))
+    return _unpack(_exactly(sock, _checked(length)))
 
 
 async def receive_async(reader: asyncio.StreamReader) -> Any:
-    """The next message. Raises asyncio.IncompleteReadError when the other side is gone."""
+    """As `receive`. Raises asyncio.IncompleteReadError when the other side is gone."""
     (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
-    return pickle.loads(await reader.readexactly(length))
+    return _unpack(await reader.readexactly(_checked(length)))
+
+
+def _checked(length: int) -> int:
+    if length > MAX_BYTES:
+        raise BadFrame(f"a message of {length} bytes; at most {MAX_BYTES} are sent")
+    return length
+
+
+def _unpack(body: bytes) -> Any:
+    try:
+        return pickle.loads(body)
+    except Exception as error:  # unpickling what is no pickle raises nearly anything
+        raise BadFrame(f"{len(body)} bytes that are no message: {error!r}") from error
 
 
 def _exactly(sock: socket.socket, size: int) -> bytes:

@@ -6,6 +6,7 @@ commands come in and reports go out. When the other side is gone this process en
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -13,8 +14,12 @@ import sys
 import threading
 
 from sfumato import logs
+from sfumato.core import Failed
 from sfumato.engine import process, wire
-from sfumato.engine.protocol import Ready, Report
+from sfumato.engine.protocol import Answer, Ready, Report
+from sfumato.errors import DrawError
+
+log = logging.getLogger(__name__)
 
 
 def main(fd: int) -> None:
@@ -35,8 +40,9 @@ def main(fd: int) -> None:
     lock = threading.Lock()
 
     def send(report: Report) -> None:
+        data = _packed(report)
         with lock:
-            sock.sendall(wire.pack(report))
+            sock.sendall(data)
 
     loop = Loop(settings, send)
 
@@ -46,11 +52,28 @@ def main(fd: int) -> None:
                 loop.post(wire.receive(sock))
         except (EOFError, OSError):
             os._exit(1)  # nobody is left to answer
+        except wire.BadFrame:
+            log.exception("the worker cannot understand the API process, and ends")
+            os._exit(1)  # to go on would be to be deaf for ever
 
     best = torch.accelerator.current_accelerator(check_available=True)
     send(Ready(str(best or "cpu"), {"diffusers": diffusers.__version__, "torch": torch.__version__}))
     threading.Thread(target=read, daemon=True).start()
-    loop.run()
+    try:
+        loop.run()
+    except Exception:
+        log.exception("the loop broke")
+        os._exit(1)  # not by returning, which waits for threads that libraries started
+
+
+def _packed(report: Report) -> bytes:
+    """A picture that cannot be sent fails its own request, and no other."""
+    try:
+        return wire.pack(report)
+    except wire.BadFrame as error:
+        if not isinstance(report, Answer):
+            raise
+        return wire.pack(Answer(report.id, Failed(DrawError(f"what was drawn cannot be sent: {error}"))))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,160 @@
+"""A worker without torch that speaks the real wire, draws one plain square, and misbehaves on command.
+
+    Supervisor(settings, worker=stub(tmp_path, "silent", "well"))
+
+The names are how its lives begin, one for each start, the last one for all that follow (`BEGINNINGS`). How it
+draws is said by the prompt (`DRAWINGS`); "once:garbage" does so in the first life that sees it and draws
+after that, and any other prompt is drawn. Which life it is stands in `tmp_path`.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import pickle
+import signal
+import socket
+import struct
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from sfumato.core import Done, Generation, Recipe, Step
+from sfumato.engine import wire
+from sfumato.engine.protocol import Answer, Cancel, Ready, Started, Status, Stop, Submit
+
+HELLO = Ready("cpu", {"stub": "1"})
+PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAE0lEQVR42mP8v5QBK2BiYBhKEgBM7gG0NglsLAAAAABJRU5ErkJggg=="
+)
+"""What it draws, whatever it is asked for."""
+TOTAL = 4
+"""Steps of each picture."""
+
+
+def stub(folder: Path, *beginnings: str) -> list[str]:
+    """The command of a stub worker whose lives begin so; `lives` counts them."""
+    return [sys.executable, __file__, str(folder / "lives"), ",".join(beginnings or ("well",))]
+
+
+def lives(folder: Path) -> int:
+    """How many were started so far."""
+    return int((folder / "lives").read_text())
+
+
+class Unreadable:
+    """Can be pickled, and not be unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return int, ("no number",)
+
+
+def framed(body: bytes, length: int | None = None) -> bytes:
+    return struct.pack("!Q", len(body) if length is None else length) + body
+
+
+FRAMES: Mapping[str, bytes] = {
+    "noise": b"warning: something printed this into the socket\n",
+    "too long": framed(b"x", 2**62),
+    "truncated": framed(b"x", 1000),
+    "empty": framed(b""),
+    "no pickle": framed(b"\x00\xff\x00\xff"),
+    "unreadable": framed(pickle.dumps(Unreadable())),
+    "missing class": framed(b"csfumato.core\nNothing\n."),
+    "unknown": framed(pickle.dumps(SimpleNamespace(id="x"))),
+    "none": framed(pickle.dumps(None)),
+    "command": framed(pickle.dumps(Stop())),
+    "no event": framed(pickle.dumps(Answer("x", "no event"))),  # type: ignore[arg-type]
+    "no status": framed(pickle.dumps(Status("m", None))),  # type: ignore[arg-type]
+    "no id": framed(pickle.dumps(Started(["x"]))),  # type: ignore[arg-type]
+}
+"""What no worker should write. After a truncated one it ends."""
+
+
+def write(name: str) -> Callable[[socket.socket], None]:
+    def misbehave(sock: socket.socket) -> None:
+        sock.sendall(FRAMES[name])
+        if name == "truncated":
+            os._exit(1)
+
+    return misbehave
+
+
+def die(sock: socket.socket) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hang(sock: socket.socket) -> None:
+    while True:
+        time.sleep(60)
+
+
+def deaf(sock: socket.socket) -> None:
+    """It is there, and has closed its end."""
+    sock.close()
+    hang(sock)
+
+
+MISBEHAVIOUR: Mapping[str, Callable[[socket.socket], None]] = {
+    **{name: write(name) for name in FRAMES},
+    "die": die,
+    "hang": hang,
+    "deaf": deaf,
+}
+BEGINNINGS = ("well", "stdout noise", *MISBEHAVIOUR)
+DRAWINGS = tuple(MISBEHAVIOUR)
+
+
+def draw(generation: Generation, sock: socket.socket) -> None:
+    id = generation.id
+    sock.sendall(wire.pack(Started(id)))
+    for step in range(1, TOTAL + 1):
+        sock.sendall(wire.pack(Answer(id, Step(step, TOTAL))))
+    recipe = Recipe(
+        model="m", source="stub", pipeline="Stub", prompt=generation.prompt, negative_prompt=None, width=8, height=8,
+        steps=TOTAL, guidance_scale=None, seed=generation.seed, scheduler="stub", clip_skip=None, strength=None,
+        image_sha256=(), mask_sha256=None, device="cpu", dtype="fp32",
+    )  # fmt: skip
+    sock.sendall(wire.pack(Answer(id, Done(PNG, recipe))))
+
+
+def obey(submit: Submit, sock: socket.socket, counter: Path) -> None:
+    prompt = submit.generation.prompt
+    once = prompt.startswith("once:")
+    name = prompt.removeprefix("once:")
+    seen = counter.with_name(f"seen {submit.generation.id}")
+    if name in MISBEHAVIOUR and not (once and seen.exists()):
+        seen.touch()
+        sock.sendall(wire.pack(Started(submit.generation.id)))
+        MISBEHAVIOUR[name](sock)
+    else:
+        draw(submit.generation, sock)
+
+
+def main(counter: Path, beginnings: list[str], fd: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sock = socket.socket(fileno=fd)
+    life = int(counter.read_text()) if counter.exists() else 0
+    counter.write_text(str(life + 1))
+    beginning = beginnings[min(life, len(beginnings) - 1)]
+    if beginning == "stdout noise":
+        print("noise on stdout " * 1000, flush=True)
+    elif beginning != "well":
+        MISBEHAVIOUR[beginning](sock)
+    wire.receive(sock)  # the settings
+    sock.sendall(wire.pack(HELLO))
+    try:
+        while not isinstance(command := wire.receive(sock), Stop):
+            if isinstance(command, Submit):
+                obey(command, sock, counter)
+            else:
+                assert isinstance(command, Cancel)
+    except EOFError:
+        pass
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2].split(","), int(sys.argv[3]))

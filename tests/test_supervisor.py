@@ -1,0 +1,285 @@
+"""The keeper of the worker: whatever a worker writes or does not write, the next one is started.
+
+Against `stub_worker`: a real process on the real wire, without torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Callable, Coroutine
+from contextlib import aclosing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+from stub_worker import FRAMES, lives, stub
+
+from sfumato.api.app import create_app
+from sfumato.catalog import Catalog
+from sfumato.config.parse import named
+from sfumato.core import Done, Event, Failed, Generation, ModelStatus, Step
+from sfumato.engine import supervisor as module
+from sfumato.engine import wire
+from sfumato.engine.supervisor import Supervisor
+from sfumato.errors import RequestTooLarge, WorkerDied
+from sfumato.service import Service
+from sfumato.settings import Settings
+from sfumato.store import Store
+
+SETTINGS = Settings(log_level="critical")
+CONFIG = named("some/model")
+PATIENCE_S = 60
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_BACKOFF_S", 0.05)
+    monkeypatch.setattr(module, "STOP_TIMEOUT_S", 0.5)
+
+
+def run(work: Callable[[Supervisor], Coroutine[Any, Any, Any]], worker: list[str], **settings: Any) -> Any:
+    async def whole() -> Any:
+        supervisor = Supervisor(replace(SETTINGS, **settings), worker)
+        async with asyncio.timeout(PATIENCE_S):
+            await supervisor.start()
+            try:
+                return await work(supervisor)
+            finally:
+                await supervisor.stop()
+
+    return asyncio.run(whole())
+
+
+async def answer(supervisor: Supervisor, prompt: str, id: str | None = None) -> Event:
+    generation = Generation(id=id or prompt.replace(":", "-"), prompt=prompt, seed=7)
+    async with aclosing(supervisor.submit(CONFIG, generation)) as events:
+        async for event in events:
+            last = event
+    assert isinstance(last, Done | Failed)
+    return last
+
+
+async def up(supervisor: Supervisor) -> None:
+    await supervisor._up.wait()
+
+
+FAULTS = [*FRAMES, "die", "deaf"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_worker_that_breaks_while_it_draws_is_replaced_and_nothing_is_lost(tmp_path: Path, fault: str) -> None:
+    async def work(supervisor: Supervisor) -> None:
+        answers = await asyncio.gather(
+            answer(supervisor, "before"), answer(supervisor, f"once:{fault}"), answer(supervisor, "after")
+        )
+        assert all(isinstance(found, Done) for found in answers)
+        assert supervisor.ready
+        assert supervisor.stats.restarts == 1
+
+    run(work, stub(tmp_path))
+    assert lives(tmp_path) == 2
+
+
+@pytest.mark.parametrize("fault", ["noise", "truncated", "unknown", "die"])
+def test_a_request_that_breaks_every_worker_is_failed_alone(tmp_path: Path, fault: str) -> None:
+    async def work(supervisor: Supervisor) -> None:
+        failed, drawn = await asyncio.gather(answer(supervisor, fault), answer(supervisor, "a neighbour"))
+        assert isinstance(failed, Failed)
+        assert isinstance(failed.error, WorkerDied)
+        assert "2 times" in failed.error.message
+        assert isinstance(drawn, Done)
+        await up(supervisor)
+
+    run(work, stub(tmp_path))
+
+
+@pytest.mark.parametrize("fault", ["noise", "truncated", "unreadable", "command", "none", "die", "deaf"])
+def test_a_handshake_that_is_none_is_a_start_that_failed(tmp_path: Path, fault: str) -> None:
+    async def work(supervisor: Supervisor) -> None:
+        assert isinstance(await answer(supervisor, "patient"), Done)
+
+    run(work, stub(tmp_path, fault, fault, "well"))
+    assert lives(tmp_path) == 3
+
+
+@pytest.mark.parametrize("fault", ["noise", "die", "hang"])
+def test_starts_that_come_to_nothing_are_told_and_the_keeper_goes_on(
+    tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "START_TIMEOUT_S", 1.0)  # for "hang", the handshake that never comes
+
+    async def work(supervisor: Supervisor) -> None:
+        failed = await answer(supervisor, "hopeless")
+        assert isinstance(failed, Failed)
+        assert isinstance(failed.error, WorkerDied)
+        assert "does not start" in failed.error.message
+        assert not supervisor.ready
+        monkeypatch.undo()
+        assert isinstance(await answer(supervisor, "later"), Done)
+
+    run(work, stub(tmp_path, fault, fault, fault, "well"))
+
+
+def test_what_a_worker_prints_disturbs_nobody(tmp_path: Path) -> None:
+    async def work(supervisor: Supervisor) -> None:
+        assert isinstance(await answer(supervisor, "quiet"), Done)
+        assert supervisor.stats.restarts == 0
+
+    run(work, stub(tmp_path, "stdout noise"))
+
+
+def test_a_command_that_cannot_be_run_is_tried_again(tmp_path: Path) -> None:
+    program = tmp_path / "worker"
+    command = stub(tmp_path)
+
+    async def work(supervisor: Supervisor) -> None:
+        failed = await answer(supervisor, "hopeless")
+        assert isinstance(failed, Failed)
+        assert "FileNotFoundError" in failed.error.message
+        (tmp_path / "new").write_text(f'#!/bin/sh\nexec {command[0]} "$@"\n')
+        (tmp_path / "new").chmod(0o755)
+        (tmp_path / "new").rename(program)
+        assert isinstance(await answer(supervisor, "later"), Done)
+
+    descriptors = len(list(Path("/proc/self/fd").iterdir()))
+    run(work, [str(program), *command[1:]])
+    assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
+
+
+def test_an_error_of_taking_a_report_is_the_end_of_that_worker_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work(supervisor: Supervisor) -> None:
+        deliver = supervisor._streams.deliver
+        raised: list[BaseException] = [ExceptionGroup("several", [ValueError("one"), OSError("two")])]
+
+        def broken(report: Any) -> None:
+            if raised and not isinstance(report, module.Ready):
+                raise raised.pop()
+            deliver(report)
+
+        monkeypatch.setattr(supervisor._streams, "deliver", broken)
+        assert isinstance(await answer(supervisor, "again"), Done)
+        assert supervisor.stats.restarts == 1
+
+    run(work, stub(tmp_path))
+
+
+def test_a_worker_that_hangs_is_replaced(tmp_path: Path) -> None:
+    async def work(supervisor: Supervisor) -> None:
+        assert isinstance(await answer(supervisor, "once:hang"), Done)
+
+    run(work, stub(tmp_path), hang_s=1)
+
+
+def test_a_cancel_while_there_is_no_worker_is_not_drawn_later(tmp_path: Path) -> None:
+    async def work(supervisor: Supervisor) -> None:
+        await up(supervisor)
+        assert supervisor.pid
+        os.kill(supervisor.pid, signal.SIGKILL)
+        while supervisor.ready:  # noqa: ASYNC110, there is no event of its end
+            await asyncio.sleep(0.01)
+        waiting = asyncio.create_task(answer(supervisor, "die", "left early"))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        assert isinstance(await answer(supervisor, "next"), Done)
+        assert supervisor.stats.restarts == 1
+
+    run(work, stub(tmp_path))
+    assert not (tmp_path / "seen left early").exists()
+
+
+def test_a_worker_that_is_killed_with_a_command_on_its_way_loses_nothing(tmp_path: Path) -> None:
+    """The pipe is broken in the middle of a message that is larger than the socket takes at once."""
+
+    async def work(supervisor: Supervisor) -> None:
+        await up(supervisor)
+        assert supervisor.pid
+        os.kill(supervisor.pid, signal.SIGSTOP)
+        large = Generation(id="large", prompt="large", seed=1, images=(bytes(8 << 20),))
+
+        async def drawn() -> Event:
+            async with aclosing(supervisor.submit(CONFIG, large)) as events:
+                async for event in events:
+                    last = event
+            return last
+
+        waiting = asyncio.create_task(drawn())
+        await asyncio.sleep(0)
+        os.kill(supervisor.pid, signal.SIGKILL)
+        assert isinstance(await waiting, Done)
+
+    run(work, stub(tmp_path))
+
+
+def test_a_request_too_large_for_the_wire_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "MAX_BYTES", 1 << 20)
+
+    async def work(supervisor: Supervisor) -> None:
+        await up(supervisor)
+        large = Generation(id="large", prompt="large", seed=1, images=(bytes(2 << 20),))
+        async with aclosing(supervisor.submit(CONFIG, large)) as events:
+            failed = await anext(events)
+        assert isinstance(failed, Failed)
+        assert isinstance(failed.error, RequestTooLarge)
+        assert isinstance(await answer(supervisor, "small"), Done)
+        assert supervisor.stats.restarts == 0
+
+    run(work, stub(tmp_path))
+
+
+def test_stop_ends_the_keeper_whatever_it_does(tmp_path: Path) -> None:
+    async def work(supervisor: Supervisor) -> None:
+        waiting = asyncio.create_task(answer(supervisor, "hopeless"))
+        await asyncio.sleep(0)
+        await supervisor.stop()
+        failed = await waiting
+        assert isinstance(failed, Failed)
+        assert supervisor._keeper
+        assert supervisor._keeper.done()
+
+    run(work, stub(tmp_path, "hang"))
+    run(work, ["/there/is/no/such/program"])
+
+
+def test_readyz_says_whether_it_can_draw(tmp_path: Path) -> None:
+    """Not before the handshake, not while the next one starts, and again after it."""
+    (tmp_path / "m.yaml").write_text("name: m\nparameters:\n  model: some/one\n")
+    settings = replace(SETTINGS, models=tmp_path, data=tmp_path / "data")
+    supervisor = Supervisor(settings, stub(tmp_path))
+    app = create_app(Service(Catalog([tmp_path]), supervisor, settings), Store.of(settings))
+
+    def wait_for(client: TestClient, status: int, words: str) -> None:
+        for _ in range(1000):
+            found = client.get("/readyz")
+            if found.status_code == status and words in found.text:
+                return
+            time.sleep(0.02)
+        raise AssertionError(f"never {status} {words}: {found.text}")
+
+    with TestClient(app) as client:
+        wait_for(client, 503, "not up yet")
+        wait_for(client, 200, "ready")
+        assert supervisor.pid
+        os.kill(supervisor.pid, signal.SIGKILL)
+        wait_for(client, 503, "died")
+        assert client.get("/healthz").status_code == 200
+        assert supervisor.status("m") == ModelStatus()
+        wait_for(client, 200, "ready")
+
+
+def test_events_of_a_picture_come_in_order(tmp_path: Path) -> None:
+    async def work(supervisor: Supervisor) -> list[Event]:
+        generation = Generation(id="a", prompt="a", seed=1)
+        async with aclosing(supervisor.submit(CONFIG, generation)) as events:
+            return [event async for event in events]
+
+    *steps, last = run(work, stub(tmp_path))
+    assert steps == [Step(step, 4) for step in range(1, 5)]
+    assert isinstance(last, Done)
