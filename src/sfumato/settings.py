@@ -52,6 +52,7 @@ class Settings:
     max_n: int = _setting(10, "Most pictures of one request.", least=1)
     max_pixels: int = _setting(2048 * 2048, "Largest picture that may be asked for, in pixels.", least=64)
     max_body_mb: int = _setting(64, "Largest request body, in MiB.", least=1)
+    max_text_mb: int = _setting(4, "Largest part of a request that is no picture: prompts, fields; in MiB.", least=1)
     max_source_pixels: int = _setting(64_000_000, "Largest source picture that is decoded, in pixels.", least=64)
     picture_hosts: str = _setting(
         "", "Hosts (comma-separated) whose picture URLs are fetched although their address is not public."

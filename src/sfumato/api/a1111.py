@@ -142,7 +142,7 @@ def router(service: Service, store: Store) -> APIRouter:
         summary="What a picture says of how it was made",
         openapi_extra=_json(PngInfoBody),
         response_model=shapes.PngInfo,
-        responses=documents.errors(400, 401, 413),
+        responses=documents.errors(400, 401, 413, 415),
     )
     async def png_info(body: Annotated[PngInfoBody, Depends(reader(PngInfoBody))]) -> dict[str, Any]:
         items = await asyncio.to_thread(lambda: recipe.texts(pictures.from_text(body.image, "image")))

@@ -15,6 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 from sfumato import __version__
 from sfumato.api import a1111, errors, localai, models, openai, ops, pages, progress
 from sfumato.api.auth import Auth, parse_keys
+from sfumato.api.forms import Bodies
 from sfumato.api.requests import BodyCap, LastResort, Observe, RequestId
 from sfumato.api.urls import Forwarded, check_proxies, check_public_url, parse_origins
 from sfumato.service import Service
@@ -59,6 +60,7 @@ def create_app(service: Service, store: Store) -> FastAPI:
         keeper = asyncio.create_task(_expire(store))
         yield
         keeper.cancel()
+        app.state.bodies.close()
         await service.stop()
 
     app = Application(
@@ -70,6 +72,7 @@ def create_app(service: Service, store: Store) -> FastAPI:
         redoc_url=None,
         servers=[{"url": settings.public_url.rstrip("/")}] if settings.public_url else None,
     )
+    app.state.bodies = Bodies(settings.max_text_mb * 2**20)
     errors.install(app)
     # It decides nothing: it tells OpenAPI of the key, which `Auth` checks.
     key = [Depends(HTTPBearer(auto_error=False, description="An API key of this server."))] if keys else []

@@ -124,6 +124,7 @@ REASONS = {
     401: "Keys are configured and none of them came",
     404: "No such model or request",
     413: "The body is too large",
+    415: "The body is of a kind that is not read",
     429: "Too much waits already; `retry-after` says when to come again",
     499: "Cancelled",
     500: "The model file is wrong, the model cannot be loaded or it drew nothing that can be shown",
