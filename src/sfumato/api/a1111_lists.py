@@ -70,7 +70,7 @@ class Choices:
 
 
 def router(service: Service, choices: Choices) -> APIRouter:
-    routes = APIRouter(responses=documents.errors(401))
+    routes = APIRouter(responses=documents.errors(401, 403))
 
     def options_of(caller: str) -> dict[str, Any]:
         service.catalog.refresh()

@@ -15,6 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 from sfumato import __version__
 from sfumato.api import a1111, errors, localai, models, openai, ops, pages, progress
 from sfumato.api.auth import Auth, parse_keys
+from sfumato.api.crosssite import CrossSite, parse_hosts
 from sfumato.api.forms import Bodies
 from sfumato.api.requests import BodyCap, LastResort, Observe, RequestId
 from sfumato.api.urls import Forwarded, check_proxies, check_public_url, parse_origins
@@ -53,6 +54,7 @@ def create_app(service: Service, store: Store) -> FastAPI:
     origins = parse_origins(settings.cors_origins)
     check_proxies(settings.trusted_proxies)
     check_public_url(settings.public_url)
+    parse_hosts(settings.allowed_hosts)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
@@ -89,6 +91,7 @@ def create_app(service: Service, store: Store) -> FastAPI:
 
     # The last to be added is the first to see a request.
     app.add_middleware(BodyCap, limit=settings.max_body_mb * 2**20)
+    app.add_middleware(CrossSite, settings=settings, origins=origins, rejected=service.metrics.rejected)
     app.add_middleware(Auth, keys=keys, rejected=service.metrics.rejected)
     app.add_middleware(LastResort)
     if origins:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser
@@ -61,7 +61,7 @@ def parts(body: bytes | bytearray, said: media.Media, most_text: int) -> list[tu
         boundary.encode(), reader.callbacks(), max_header_count=MAX_HEADERS, max_header_size=MAX_HEADER
     )
     try:
-        parser.write(body)
+        parser.write(cast("bytes", body))  # it slices, and that is all
     except FormParserError as error:
         raise InvalidRequest(f"the form cannot be read: {error}") from None
     if not reader.ended:
