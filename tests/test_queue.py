@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -110,5 +112,69 @@ def test_positions_come_true_and_everybody_is_served(joins: list[tuple[str, int]
                 queue.leave(ticket, drawn=True)
                 tickets.remove(ticket)
         assert (tickets, queue.waiting) == ([], 0)
+
+    within_a_loop(body)
+
+
+def by_turns(queue: Queue) -> dict[Ticket, int]:
+    """The positions by the rule itself, one turn after another: cubic, and nothing to serve with."""
+    waiting = [ticket for line in queue._lines.values() for ticket in line]
+    held, served, positions = Counter(queue._held), dict(queue._served), {}
+    while waiting:
+        following = min(waiting, key=lambda each: (held[each.caller], served.get(each.caller, 0), each.number))
+        waiting.remove(following)
+        positions[following] = len(positions) + 1
+        held[following.caller] += 1
+        served[following.caller] = queue._turns + len(positions)
+    return positions
+
+
+class Counted(Queue):
+    foreseen = 0
+
+    def _foreseen(self) -> dict[Ticket, int]:
+        self.foreseen += 1
+        return super()._foreseen()
+
+
+EVENTS = st.lists(st.tuples(st.sampled_from("abcde"), st.integers(0, 5), st.integers(0, 99)), max_size=30)
+
+
+@given(EVENTS, st.integers(1, 5))
+def test_positions_are_those_of_the_rule_and_worked_out_once_for_each_change(
+    events: list[tuple[str, int, int]], places: int
+) -> None:
+    def body() -> None:
+        queue = Counted(places, limit=1000)
+        tickets: list[Ticket] = []
+        for caller, count, chosen in events:
+            if count:
+                tickets += queue.join(caller, count)
+            elif tickets:
+                queue.leave(tickets.pop(chosen % len(tickets)), drawn=chosen % 2 == 0)
+            before = queue.foreseen
+            asked = {ticket: position for ticket in tickets if (position := queue.position(ticket))}
+            assert asked == by_turns(queue)
+            assert queue.foreseen - before <= 1
+        assert queue.waiting + queue.running == len(tickets)
+        for ticket in tickets:
+            queue.leave(ticket, drawn=False)
+            queue.leave(ticket, drawn=False)
+        assert (queue.waiting, queue.running, queue._lines, queue._held, queue._served) == (0, 0, {}, {}, {})
+
+    within_a_loop(body)
+
+
+@pytest.mark.parametrize("callers", [1, 10_000])
+def test_ten_thousand_may_wait_ask_and_leave(callers: int) -> None:
+    def body() -> None:
+        queue = Queue(places=16, limit=10_000)
+        began = time.process_time()
+        tickets = [queue.join(f"caller {i % callers}", 1)[0] for i in range(10_000)]
+        assert len({queue.position(ticket) for ticket in tickets}) == queue.waiting + 1  # 0 is of those who draw
+        for ticket in reversed(tickets):
+            queue.leave(ticket, drawn=False)
+        assert (queue.waiting, queue.running) == (0, 0)
+        assert time.process_time() - began < 10  # in a quadratic way each of the three takes minutes
 
     within_a_loop(body)

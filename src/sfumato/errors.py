@@ -4,11 +4,15 @@
     ├── InvalidRequest                400 invalid_value          the caller can mend it
     │   ├── InvalidPicture            400 invalid_image
     │   ├── RequestTooLarge           413 request_too_large
+    │   ├── RequestTimeout            408 request_timeout        it came too slowly
+    │   ├── UnsupportedMedia          415 unsupported_media_type
     │   └── ContentFiltered           400 content_policy_violation
     ├── Unauthorized                  401 invalid_api_key
+    ├── Forbidden                     403 forbidden              a web page of another origin asks
     ├── ModelNotFound                 404 model_not_found
     ├── RequestNotFound               404 request_not_found      no such request waits or draws
     ├── TooManyRequests               429 rate_limit_exceeded    carries retry_after seconds
+    ├── TooManyConnections            503 too_many_connections
     ├── Cancelled                     499 cancelled              the caller went away or asked to stop
     ├── ModelFileError                500 model_file_invalid     the YAML file has to be mended
     ├── LoadError                     500 model_load_failed
@@ -70,6 +74,17 @@ class RequestTooLarge(InvalidRequest):
     code = "request_too_large"
 
 
+class RequestTimeout(InvalidRequest):
+    status = 408
+    code = "request_timeout"
+    retry = True
+
+
+class UnsupportedMedia(InvalidRequest):
+    status = 415
+    code = "unsupported_media_type"
+
+
 class ContentFiltered(InvalidRequest):
     code = "content_policy_violation"
 
@@ -78,6 +93,12 @@ class Unauthorized(SfumatoError):
     status = 401
     type = "invalid_request_error"
     code = "invalid_api_key"
+
+
+class Forbidden(SfumatoError):
+    status = 403
+    type = "invalid_request_error"
+    code = "forbidden"
 
 
 class ModelNotFound(SfumatoError):
@@ -101,6 +122,12 @@ class TooManyRequests(SfumatoError):
     def __init__(self, message: str, *, retry_after: int, param: str | None = None) -> None:
         super().__init__(message, param=param)
         self.retry_after = retry_after
+
+
+class TooManyConnections(SfumatoError):
+    status = 503
+    code = "too_many_connections"
+    retry = True
 
 
 class Cancelled(SfumatoError):

@@ -8,10 +8,10 @@ asks for one picture beside somebody's hundred does not wait for any of them.
 from __future__ import annotations
 
 import asyncio
+import heapq
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
 
 from sfumato.errors import TooManyRequests
 
@@ -46,21 +46,26 @@ class Queue:
     def __init__(self, places: int, limit: int) -> None:
         self._places = places
         self._limit = limit
-        self._waiting: list[Ticket] = []
+        self._lines: dict[str, dict[Ticket, None]] = {}
+        """Caller → its tickets that wait, as they came; of callers that have any."""
+        self._waiting = 0
         self._held: Counter[str] = Counter()
+        self._running = 0
         self._served: dict[str, int] = {}
         """Caller → how many turns had begun when it last got one; of callers in the line or in a place."""
         self._turns = 0
         self._numbers = 0
         self._mean: float | None = None
+        self._positions: dict[Ticket, int] | None = None
+        """Of all that wait, until the line changes; None before somebody asks."""
 
     @property
     def waiting(self) -> int:
-        return len(self._waiting)
+        return self._waiting
 
     @property
     def running(self) -> int:
-        return self._held.total()
+        return self._running
 
     @property
     def mean_s(self) -> float | None:
@@ -70,7 +75,7 @@ class Queue:
     def join(self, caller: str, count: int) -> list[Ticket]:
         """`count` tickets. Raises TooManyRequests when so many more may not wait."""
         room = self._limit + self._free(caller)
-        if not any(each.caller == caller for each in self._waiting) and count <= max(1, self._limit // SHARE):
+        if caller not in self._lines and count <= max(1, self._limit // SHARE):
             room += self._limit  # others have filled the line; that is no reason to refuse who has nothing in it
         if self.waiting + count > room:
             raise TooManyRequests(
@@ -80,38 +85,35 @@ class Queue:
             )
         tickets = [Ticket(caller, self._numbers + i) for i in range(count)]
         self._numbers += count
-        self._waiting += tickets
+        self._lines.setdefault(caller, {}).update(dict.fromkeys(tickets))
+        self._waiting += count
         self._call()
         return tickets
 
     def leave(self, ticket: Ticket, *, drawn: bool) -> None:
         """It is done, whether its turn had come or not; `drawn`: with a picture. May be called again."""
-        if ticket in self._waiting:
-            self._waiting.remove(ticket)
+        if ticket in self._lines.get(ticket.caller, ()):
+            self._take(ticket)
         elif ticket.since is not None:
             if drawn:
                 took = time.monotonic() - ticket.since
                 self._mean = took if self._mean is None else self._mean + WEIGHT * (took - self._mean)
             ticket.since = None
+            self._running -= 1
             self._held[ticket.caller] -= 1
+            if not self._held[ticket.caller]:
+                del self._held[ticket.caller]
+        else:
+            return
         self._call()
-        present = {caller for caller, held in self._held.items() if held} | {each.caller for each in self._waiting}
-        self._held += Counter()  # drops those who hold nothing
-        self._served = {caller: turn for caller, turn in self._served.items() if caller in present}
+        if ticket.caller not in self._lines and ticket.caller not in self._held:
+            self._served.pop(ticket.caller, None)
 
     def position(self, ticket: Ticket) -> int:
         """How many turns until its own, if nobody else comes: 1 is the next; 0 when its turn has come."""
-        if ticket not in self._waiting:
-            return 0
-        waiting, held, served = list(self._waiting), Counter(self._held), dict(self._served)
-        for position in range(1, len(waiting) + 1):
-            following = _next(waiting, held, served)
-            if following is ticket:
-                return position
-            waiting.remove(following)
-            held[following.caller] += 1
-            served[following.caller] = self._turns + position
-        raise AssertionError("a waiting ticket has a position")
+        if self._positions is None:
+            self._positions = self._foreseen()
+        return self._positions.get(ticket, 0)
 
     def wait_s(self, position: int) -> float | None:
         """Seconds that this many turns take to come; None when no picture was drawn yet."""
@@ -124,22 +126,50 @@ class Queue:
 
     def _call(self) -> None:
         """Whoever may draw now is told."""
-        while self._waiting and self.running < self._places:
-            ticket = _next(self._waiting, self._held, self._served)
-            last = self.running == self._places - 1
-            if last and self._held[ticket.caller] and self._places > 1:
+        self._positions = None
+        while self._waiting and self._running < self._places:
+            caller = min(self._lines, key=self._rank)
+            last = self._running == self._places - 1
+            if last and self._held[caller] and self._places > 1:
                 return
-            self._waiting.remove(ticket)
+            ticket = next(iter(self._lines[caller]))
+            self._take(ticket)
             self._turns += 1
-            self._held[ticket.caller] += 1
-            self._served[ticket.caller] = self._turns
+            self._running += 1
+            self._held[caller] += 1
+            self._served[caller] = self._turns
             ticket.since = time.monotonic()
             ticket.called.set()
 
+    def _take(self, ticket: Ticket) -> None:
+        """Out of the line."""
+        line = self._lines[ticket.caller]
+        del line[ticket]
+        if not line:
+            del self._lines[ticket.caller]
+        self._waiting -= 1
+
+    def _rank(self, caller: str) -> tuple[int, int, int]:
+        """Of a caller that waits; the least is the next."""
+        return self._held[caller], self._served.get(caller, 0), next(iter(self._lines[caller])).number
+
+    def _foreseen(self) -> dict[Ticket, int]:
+        """The position of everybody: turns are given out as `_call` would, by a heap of callers."""
+        lines = {caller: iter(line) for caller, line in self._lines.items()}
+        heap = [(self._rank(caller), caller, next(lines[caller])) for caller in lines]
+        heapq.heapify(heap)
+        positions: dict[Ticket, int] = {}
+        while heap:
+            (held, _, _), caller, ticket = heap[0]
+            positions[ticket] = len(positions) + 1
+            following = next(lines[caller], None)
+            if following is None:
+                heapq.heappop(heap)
+            else:
+                rank = (held + 1, self._turns + len(positions), following.number)
+                heapq.heapreplace(heap, (rank, caller, following))
+        return positions
+
     def _retry_after(self) -> int:
-        seconds = (self.waiting + 1) * (self._mean or FIRST_GUESS_S) / self._places
+        seconds = (self._waiting + 1) * (self._mean or FIRST_GUESS_S) / self._places
         return min(MAX_RETRY_AFTER_S, max(1, math.ceil(seconds)))
-
-
-def _next(waiting: Sequence[Ticket], held: Counter[str], served: dict[str, int]) -> Ticket:
-    return min(waiting, key=lambda each: (held[each.caller], served.get(each.caller, 0), each.number))

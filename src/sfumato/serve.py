@@ -7,7 +7,7 @@ import signal
 
 import uvicorn
 
-from sfumato import __version__, logs
+from sfumato import __version__, allocator, logs
 from sfumato.api.app import create_app
 from sfumato.catalog import Catalog
 from sfumato.engine.supervisor import Supervisor
@@ -28,6 +28,7 @@ def serve(settings: Settings) -> None:
     Raises SfumatoError that names a setting which cannot be understood.
     """
     logs.configure(settings)
+    allocator.give_back_large_blocks()
     catalog = Catalog.of(settings)
     for problem in catalog.problems():
         log.warning("%s", problem)

@@ -49,9 +49,16 @@ class Settings:
         secret=True,
     )
     cors_origins: str = _setting("", "Origins (comma-separated, * for any) of web pages that may call this server.")
+    allowed_hosts: str = _setting(
+        "",
+        "Names (comma-separated, *.name for all below one, * for any) by which web browsers may ask for this server, "
+        "besides addresses, names of the local network and the one in public_url.",
+    )
+    cross_site: bool = _setting(False, "Whether any web page may use this server from its visitors' browsers.")
     max_n: int = _setting(10, "Most pictures of one request.", least=1)
     max_pixels: int = _setting(2048 * 2048, "Largest picture that may be asked for, in pixels.", least=64)
     max_body_mb: int = _setting(64, "Largest request body, in MiB.", least=1)
+    max_text_mb: int = _setting(4, "Largest part of a request that is no picture: prompts, fields; in MiB.", least=1)
     max_source_pixels: int = _setting(64_000_000, "Largest source picture that is decoded, in pixels.", least=64)
     picture_hosts: str = _setting(
         "", "Hosts (comma-separated) whose picture URLs are fetched although their address is not public."

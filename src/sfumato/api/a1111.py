@@ -142,7 +142,7 @@ def router(service: Service, store: Store) -> APIRouter:
         summary="What a picture says of how it was made",
         openapi_extra=_json(PngInfoBody),
         response_model=shapes.PngInfo,
-        responses=documents.errors(400, 401, 413),
+        responses=documents.errors(400, 401, 403, 413, 415),
     )
     async def png_info(body: Annotated[PngInfoBody, Depends(reader(PngInfoBody))]) -> dict[str, Any]:
         items = await asyncio.to_thread(lambda: recipe.texts(pictures.from_text(body.image, "image")))
@@ -153,7 +153,7 @@ def router(service: Service, store: Store) -> APIRouter:
         "/progress",
         summary="Where the caller's own requests of these routes stand",
         response_model=shapes.Progress,
-        responses=documents.errors(400, 401),
+        responses=documents.errors(400, 401, 403),
     )
     async def progress(request: Request, skip_current_image: bool = False) -> dict[str, Any]:
         jobs = mine(request)
@@ -164,7 +164,7 @@ def router(service: Service, store: Store) -> APIRouter:
         "/interrupt",
         summary="End all that the caller draws by these routes; what is done is answered, else 499",
         response_model=None,
-        responses=documents.errors(401),
+        responses=documents.errors(401, 403),
     )
     async def interrupt(request: Request) -> dict[str, Any]:
         await service.cancel(mine(request))
@@ -174,7 +174,7 @@ def router(service: Service, store: Store) -> APIRouter:
         "/skip",
         summary="The same for the oldest of the caller's requests",
         response_model=None,
-        responses=documents.errors(401),
+        responses=documents.errors(401, 403),
     )
     async def skip(request: Request) -> dict[str, Any]:
         await service.cancel(mine(request)[:1])

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import re
 from collections import OrderedDict
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 from starlette.responses import JSONResponse
 
 from sfumato import schedulers
@@ -15,6 +15,7 @@ from sfumato.api import a1111_answers as shapes
 from sfumato.api import answers, documents
 from sfumato.api.a1111_bodies import LAYERS, MODEL
 from sfumato.api.auth import caller_of
+from sfumato.api.forms import read_object
 from sfumato.api.localai import UPSCALERS
 from sfumato.errors import InvalidRequest
 from sfumato.service import Service
@@ -33,6 +34,8 @@ NOTHING: dict[str, Any] = {
     "realesrgan-models": [], "prompt-styles": [], "script-info": [], "extensions": [],
 }  # fmt: skip
 """Routes → what they list: there is none of these here."""
+
+_ANY_OBJECT = {"type": "object", "additionalProperties": True, "title": "Options"}
 
 
 class Choices:
@@ -67,7 +70,7 @@ class Choices:
 
 
 def router(service: Service, choices: Choices) -> APIRouter:
-    routes = APIRouter(responses=documents.errors(401))
+    routes = APIRouter(responses=documents.errors(401, 403))
 
     def options_of(caller: str) -> dict[str, Any]:
         service.catalog.refresh()
@@ -92,10 +95,11 @@ def router(service: Service, choices: Choices) -> APIRouter:
     @routes.post(
         "/options",
         summary=f"Choose a model, for the caller only: `{MODEL}`; others are named in a header",
+        openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": _ANY_OBJECT}}}},
         response_model=None,
-        responses=documents.errors(400, 404, 413, 500),
+        responses=documents.errors(400, 404, 413, 415, 500),
     )
-    async def set_options(options: dict[str, Any], request: Request) -> JSONResponse:
+    async def set_options(options: Annotated[dict[str, Any], Depends(read_object)], request: Request) -> JSONResponse:
         caller = caller_of(request)
         standing = options_of(caller)
         if options.get(MODEL) is not None:

@@ -15,6 +15,8 @@ from starlette.middleware.cors import CORSMiddleware
 from sfumato import __version__
 from sfumato.api import a1111, errors, localai, models, openai, ops, pages, progress
 from sfumato.api.auth import Auth, parse_keys
+from sfumato.api.crosssite import CrossSite, parse_hosts
+from sfumato.api.forms import Bodies
 from sfumato.api.requests import BodyCap, LastResort, Observe, RequestId
 from sfumato.api.urls import Forwarded, check_proxies, check_public_url, parse_origins
 from sfumato.service import Service
@@ -52,6 +54,7 @@ def create_app(service: Service, store: Store) -> FastAPI:
     origins = parse_origins(settings.cors_origins)
     check_proxies(settings.trusted_proxies)
     check_public_url(settings.public_url)
+    parse_hosts(settings.allowed_hosts)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
@@ -59,6 +62,7 @@ def create_app(service: Service, store: Store) -> FastAPI:
         keeper = asyncio.create_task(_expire(store))
         yield
         keeper.cancel()
+        app.state.bodies.close()
         await service.stop()
 
     app = Application(
@@ -70,6 +74,7 @@ def create_app(service: Service, store: Store) -> FastAPI:
         redoc_url=None,
         servers=[{"url": settings.public_url.rstrip("/")}] if settings.public_url else None,
     )
+    app.state.bodies = Bodies(settings.max_text_mb * 2**20)
     errors.install(app)
     # It decides nothing: it tells OpenAPI of the key, which `Auth` checks.
     key = [Depends(HTTPBearer(auto_error=False, description="An API key of this server."))] if keys else []
@@ -86,6 +91,7 @@ def create_app(service: Service, store: Store) -> FastAPI:
 
     # The last to be added is the first to see a request.
     app.add_middleware(BodyCap, limit=settings.max_body_mb * 2**20)
+    app.add_middleware(CrossSite, settings=settings, origins=origins, rejected=service.metrics.rejected)
     app.add_middleware(Auth, keys=keys, rejected=service.metrics.rejected)
     app.add_middleware(LastResort)
     if origins:

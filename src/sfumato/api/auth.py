@@ -68,7 +68,7 @@ class Auth:
             return
         headers = Headers(scope=scope)
         caller = self._caller(headers) if self._keys else _address(scope)
-        if caller is None and not _is_open(scope, headers):
+        if caller is None and not is_open(scope, headers):
             error = _refusal(headers)
             self._rejected(error.code)
             await errors.response(error)(scope, receive, send)
@@ -116,11 +116,18 @@ def _bytes(value: str) -> bytes:
     return value.encode("latin-1")
 
 
-def _is_open(scope: Scope, headers: Headers) -> bool:
+def is_open(scope: Scope, headers: Headers) -> bool:
+    """Whether it needs no key: what it asks for, or that it only asks whether it may."""
     if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
         return True  # browsers ask before they send the key
     path = scope["path"].removeprefix(scope.get("root_path", ""))
     return path in OPEN or path.startswith(OPEN_BELOW)
+
+
+def explicit(headers: Headers) -> bool:
+    """Whether it brings a key that browsers do not add by themselves, as they do with Basic authentication."""
+    schemes = (value.strip().partition(" ")[0].lower() for value in headers.getlist("authorization"))
+    return "x-api-key" in headers or "bearer" in schemes
 
 
 def _refusal(headers: Headers) -> Unauthorized:

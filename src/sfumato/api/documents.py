@@ -122,8 +122,10 @@ class ProgressState(BaseModel):
 REASONS = {
     400: "A field is wrong; the message names it, its value and what is valid",
     401: "Keys are configured and none of them came",
+    403: "A web page of another origin asks, or a browser by a name that is not the server's",
     404: "No such model or request",
     413: "The body is too large",
+    415: "The body is of a kind that is not read",
     429: "Too much waits already; `retry-after` says when to come again",
     499: "Cancelled",
     500: "The model file is wrong, the model cannot be loaded or it drew nothing that can be shown",

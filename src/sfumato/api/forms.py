@@ -1,63 +1,113 @@
-"""A request's body as one of `bodies`: from JSON, or from a form whose keys and strings mean the same."""
+"""A request's body as one of `bodies`: from JSON, or from a form whose keys and strings mean the same.
+
+Reading takes time in proportion to a body, so it happens in threads of its own: nobody else waits for it, and
+no picture that is decoded makes it wait.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
+from urllib.parse import parse_qsl
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError, from_json
-from starlette.datastructures import FormData, UploadFile
 
-from sfumato.errors import InvalidRequest
-from sfumato.service import MAX_PICTURES
+from sfumato.api import cost, media, multipart
+from sfumato.errors import UnsupportedMedia
 
-Body = TypeVar("Body", bound=BaseModel)
+Body = TypeVar("Body")
 
-FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
-MAX_FIELDS = 200
-CHARSETS = ("", "utf-8", "utf8", "us-ascii", "iso-8859-1")
+THREADS = 2
+"""That read bodies. Reading holds Python's lock, so more would not make it faster."""
+
+FORMS = (media.MULTIPART, media.URLENCODED)
 
 _NESTED = re.compile(r"(\w+)\[(\w*)\]")
 """`image[]` is one of a list, `key[sub]` a value of an object."""
 
+_OBJECT_BEGINS = re.compile(rb"\s*\{")
 
-def reader(kind: type[Body]) -> Callable[[Request], Awaitable[Body]]:
-    """A dependency that reads a body of this kind. Raises RequestValidationError that names the field."""
 
-    async def read(request: Request) -> Body:
-        values = await _values(request)
+class Bodies:
+    """Reads bodies for one application. `most_text` is in bytes: of what is no picture."""
+
+    def __init__(self, most_text: int) -> None:
+        self._most_text = most_text
+        self._pool = ThreadPoolExecutor(THREADS, "bodies")
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    async def read(self, request: Request, validate: Callable[[Any], Body]) -> Body:
+        """What `validate` makes of it. Raises InvalidRequest, or RequestValidationError that names the field."""
+        said = media.parse(request.headers.get("content-type", ""))
+        body = bytearray()  # not `request.body()`, which holds on to its parts and to the whole
+        async for chunk in request.stream():
+            body += chunk
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._pool, self._read, said, body, validate)
+
+    def _read(self, said: media.Media, body: bytearray, validate: Callable[[Any], Body]) -> Body:
         try:
-            return kind.model_validate(values)
+            return validate(self._values(said, body))
         except ValidationError as error:
             found = [{**each, "loc": ("body", *each["loc"])} for each in error.errors(include_url=False)]
             raise RequestValidationError(found) from None
 
+    def _values(self, said: media.Media, body: bytearray) -> dict[str, Any]:
+        codec = said.codec
+        if said.type == media.MULTIPART:
+            return _of_form(multipart.parts(body, said, self._most_text))
+        if said.type == media.URLENCODED and not _OBJECT_BEGINS.match(body):
+            cost.check_urlencoded(body, self._most_text)
+            return _of_form(parse_qsl(body.decode("latin-1"), keep_blank_values=True, encoding=codec))
+        if said.type != media.URLENCODED and not media.is_json(said.type):  # curl sends JSON with -d as that
+            raise UnsupportedMedia(
+                f"content-type: {said.type[:100]!r} is not read; application/json, {' and '.join(FORMS)} are"
+            )
+        cost.check_json(body, self._most_text)
+        return _of_json(body if codec == "utf-8" else body.decode(codec).encode())
+
+
+def reader(kind: type[BaseModel]) -> Callable[[Request], Awaitable[Any]]:
+    """A dependency that reads a body of this kind. Raises RequestValidationError that names the field."""
+
+    async def read(request: Request) -> Any:
+        return await _bodies(request).read(request, kind.model_validate)
+
     return read
+
+
+async def read_object(request: Request) -> dict[str, Any]:
+    """A dependency that reads any object."""
+    return await _bodies(request).read(request, _OBJECT.validate_python)
+
+
+_OBJECT = TypeAdapter(dict[str, Any])
 
 
 def described(kind: type[BaseModel]) -> dict[str, Any]:
     """What OpenAPI says of it: the same fields as JSON and as a form."""
     schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
-    content = {media: {"schema": schema} for media in ("application/json", FORMS[0])}
+    content = {type: {"schema": schema} for type in ("application/json", FORMS[0])}
     return {"requestBody": {"required": True, "content": content}}
 
 
-async def _values(request: Request) -> dict[str, Any]:
-    media = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    if media == FORMS[1] and (await request.body()).lstrip().startswith(b"{"):
-        media = "application/json"  # what curl sends with -d and no header
-    if media in FORMS:
-        _refuse_charset(request)
-        async with request.form(
-            max_files=4 * MAX_PICTURES, max_fields=MAX_FIELDS, max_part_size=_most(request)
-        ) as form:
-            return await _of_form(form)
+def _bodies(request: Request) -> Bodies:
+    bodies = request.app.state.bodies
+    assert isinstance(bodies, Bodies)
+    return bodies
+
+
+def _of_json(body: bytes | bytearray) -> dict[str, Any]:
     try:
-        values = from_json(await request.body(), allow_inf_nan=False)
+        values = from_json(body, allow_inf_nan=False)
     except ValueError as error:
         raise RequestValidationError([{"type": "json_invalid", "loc": ("body",), "msg": str(error)}]) from None
     if not isinstance(values, dict):
@@ -66,22 +116,9 @@ async def _values(request: Request) -> dict[str, Any]:
     return values
 
 
-def _refuse_charset(request: Request) -> None:
-    """A form may name any codec of Python's, and some of them fail or take very long."""
-    charset = request.headers.get("content-type", "").lower().partition("charset=")[2].split(";")[0].strip(' "')
-    if charset not in CHARSETS:
-        raise InvalidRequest(f"content-type: the charset {charset[:40]!r}; utf-8 is valid")
-
-
-def _most(request: Request) -> int:
-    declared = request.headers.get("content-length", "")
-    return int(declared) if declared.isdecimal() else 2**30  # the body cap has counted, or counts as it is read
-
-
-async def _of_form(form: FormData) -> dict[str, Any]:
+def _of_form(fields: Iterable[tuple[str, str | bytes]]) -> dict[str, Any]:
     values: dict[str, Any] = {}
-    for key, part in form.multi_items():
-        value = await part.read() if isinstance(part, UploadFile) else part
+    for key, value in fields:
         nested = _NESTED.fullmatch(key)
         name, inner = (nested[1], nested[2]) if nested else (key, "")
         if inner:
@@ -90,7 +127,10 @@ async def _of_form(form: FormData) -> dict[str, Any]:
                 held[inner] = value
         elif name in values:
             held = values[name]
-            values[name] = [*held, value] if isinstance(held, list) else [held, value]
+            if isinstance(held, list):
+                held.append(value)
+            else:
+                values[name] = [held, value]
         else:
             values[name] = [value] if nested else value
     return values

@@ -15,7 +15,7 @@ from sfumato.service import MAX_STEPS, Service
 def router(service: Service) -> APIRouter:
     routes = APIRouter(tags=["Models"])
 
-    @routes.get("/models", summary="Every model", response_model=documents.Models, responses=documents.errors(401))
+    @routes.get("/models", summary="Every model", response_model=documents.Models, responses=documents.errors(401, 403))
     async def models() -> dict[str, Any]:
         service.catalog.refresh()
         return {"object": "list", "data": [_model(service, config) for config in service.catalog.all()]}
@@ -24,7 +24,7 @@ def router(service: Service) -> APIRouter:
         "/models/{id:path}",
         summary="One model, by name or alias",
         response_model=documents.Model,
-        responses=documents.errors(401, 404, 500),
+        responses=documents.errors(401, 403, 404, 500),
     )
     async def model(id: str) -> dict[str, Any]:
         service.catalog.refresh()

@@ -33,7 +33,7 @@ def router(service: Service, store: Store) -> APIRouter:
         "/metrics",
         summary="Counts and times, for Prometheus",
         response_class=Response,
-        responses={200: {"content": {"text/plain": {}}}, **documents.errors(401)},
+        responses={200: {"content": {"text/plain": {}}}, **documents.errors(401, 403)},
     )
     async def metrics() -> Response:
         text = service.metrics.render(

@@ -23,7 +23,7 @@ def router(service: Service) -> APIRouter:
         "/images/progress/{id:path}",
         summary="Where a request stands",
         response_model=documents.ProgressState,
-        responses=documents.errors(401, 404),
+        responses=documents.errors(401, 403, 404),
     )
     async def progress(id: str, request: Request) -> dict[str, Any]:
         return _shown(service.progress(id, owner(request)))
@@ -32,7 +32,7 @@ def router(service: Service) -> APIRouter:
         "/images/progress/{id:path}",
         summary="Cancel a request: it ends within a denoising step, and its caller gets 499",
         response_model=documents.ProgressState,
-        responses=documents.errors(401, 404),
+        responses=documents.errors(401, 403, 404),
     )
     async def cancel(id: str, request: Request) -> dict[str, Any]:
         before = service.progress(id, owner(request))

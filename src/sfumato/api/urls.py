@@ -16,6 +16,7 @@ from sfumato.settings import Settings
 _HOST = re.compile(r"(?:[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?P<port>:\d{1,5})?")
 _PREFIX = re.compile(r"(?:/(?!\.{1,2}(?:/|$))[A-Za-z0-9._~-]+){1,16}")
 _ORIGIN = re.compile(rf"[a-z][a-z0-9+.-]*://{_HOST.pattern}")
+SCHEMES = ("http", "https")
 _DEFAULT_PORTS = ("80", "443")
 
 
@@ -28,6 +29,17 @@ def base_url(request: Request, settings: Settings) -> str:
     if not _HOST.fullmatch(host):
         host = _listening(scope)
     return f"{scope['scheme']}://{host}{scope.get('root_path', '')}"
+
+
+def sent_host(scope: Scope) -> str:
+    """The Host header as it came, before a proxy's word was put in its place."""
+    sent = scope.get("state", {}).get("sent_host")
+    return sent if isinstance(sent, str) else Headers(scope=scope).get("host", "")
+
+
+def by_tls(scope: Scope) -> bool:
+    """Whether the client reached the server, or a trusted proxy before it, by https."""
+    return bool(scope["scheme"] == "https")
 
 
 def check_public_url(url: str) -> None:
@@ -61,8 +73,8 @@ def parse_origins(text: str) -> list[str]:
 class Forwarded:
     """ASGI middleware: believes the X-Forwarded-* headers of `trusted` peers, and of nobody else.
 
-    -For and -Proto are uvicorn's own middleware's; -Host, -Port and -Prefix are here. They end in the scope,
-    where all that makes URLs looks: `host`, and `root_path` (which `path` then begins with).
+    -For is uvicorn's own middleware's; -Proto, -Host, -Port and -Prefix are here. They end in the scope, where all
+    that makes URLs looks: `scheme`, `host`, and `root_path` (which `path` then begins with).
 
     `trusted` are addresses and networks, comma-separated, or `*`.
     """
@@ -80,10 +92,12 @@ class Forwarded:
 
 def _apply(scope: Scope) -> None:
     headers = Headers(scope=scope)
-    # Proxies in a row append to what they got: the first is the one the client talked to.
-    forwarded = {
-        name: headers.get(f"x-forwarded-{name}", "").partition(",")[0].strip() for name in ("host", "port", "prefix")
-    }
+    # Proxies in a row append to what they got, in one line or in several: the first is the one the client talked to.
+    forwarded = {name: _first(headers, f"x-forwarded-{name}") for name in ("proto", "host", "port", "prefix")}
+    if forwarded["proto"].lower() in SCHEMES:
+        scope["scheme"] = forwarded["proto"].lower()
+    # uvicorn would read the last line.
+    scope["headers"] = [(name, value) for name, value in scope["headers"] if name != b"x-forwarded-proto"]
     host = forwarded["host"] if _HOST.fullmatch(forwarded["host"]) else headers.get("host", "")
     match = _HOST.fullmatch(host)
     port = forwarded["port"]
@@ -97,12 +111,16 @@ def _apply(scope: Scope) -> None:
     ):
         host = f"{host}:{int(port)}" if int(port) < 65536 else host
     if match:
-        scope["headers"] = list(scope["headers"])
+        scope.setdefault("state", {})["sent_host"] = headers.get("host", "")
         MutableHeaders(scope=scope)["host"] = host
     prefix = forwarded["prefix"].rstrip("/")
     if _PREFIX.fullmatch(prefix):
         scope["root_path"] = prefix
         scope["path"] = prefix + scope["path"]
+
+
+def _first(headers: Headers, name: str) -> str:
+    return ",".join(headers.getlist(name)).partition(",")[0].strip()
 
 
 def _listening(scope: Scope) -> str:
