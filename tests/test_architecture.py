@@ -40,7 +40,20 @@ ENGINE = [
     {"download", "sampler", "batching", "watch"},
     {"memo", "preview", "standin", "trust"},
     {"calls", "clean", "colours"},
-    {"handover", "joins", "outputs", "policy", "process", "protocol", "resolve", "threadstate", "wire"},
+    {
+        "adapters",
+        "caches",
+        "handover",
+        "joins",
+        "outputs",
+        "policy",
+        "process",
+        "protocol",
+        "resolve",
+        "steps",
+        "threadstate",
+        "wire",
+    },
 ]
 
 WITHOUT_TORCH = ["sfumato.cli", "sfumato.serve", "sfumato.draw", "sfumato.check", "sfumato.api.app", "sfumato.service"]
