@@ -41,20 +41,10 @@ ENGINE = [
     {"memo", "preview", "standin", "trust"},
     {"calls", "clean", "colours"},
     {
-        "adapters",
-        "caches",
-        "handover",
-        "joins",
-        "outputs",
-        "policy",
-        "process",
-        "protocol",
-        "resolve",
-        "steps",
-        "threadstate",
-        "wire",
+        "adapters", "caches", "handover", "joins", "offload", "outputs", "policy", "process", "protocol", "release",
+        "resolve", "steps", "threadstate", "tiling", "wire",
     },
-]
+]  # fmt: skip
 
 WITHOUT_TORCH = ["sfumato.cli", "sfumato.serve", "sfumato.draw", "sfumato.check", "sfumato.api.app", "sfumato.service"]
 

@@ -149,7 +149,7 @@ def _choice(model: Loaded, pipeline: Any, wanted: Generation) -> schedulers.Choi
 def _observed(scheduler: Any, on_step: OnStep, previews: Previews | None = None) -> Any:
     """Report each `scheduler.step`: every denoising loop of diffusers calls it, with or without a callback."""
     done = total = 0
-    counted = None
+    counted: Any = None
 
     def observed(scheduler: Any, step: Any, model_output: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal done, total, counted

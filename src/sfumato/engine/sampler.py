@@ -143,7 +143,8 @@ def _own(own: Any, seed: int | Sequence[int], *, sets_steps: bool) -> Any:
     if not isinstance(own, diffusers.ConfigMixin):
         return copy.deepcopy(own)
     # Not from_config: it takes a value that the pipeline corrected after loading for a default.
-    parameters = _parameters(type(own))
+    kind: Any = type(own)
+    parameters = _parameters(kind)
     arguments = {key: value for key, value in own.config.items() if key in parameters}
     return _construct(type(own), arguments | _seeded(parameters, seed), own.config, sets_steps=sets_steps)
 
@@ -166,7 +167,8 @@ def _build(own: Any, form: Form, seed: int | Sequence[int]) -> Any:
 def _carried(own: Any) -> dict[str, Any]:
     """What every scheduler for this model should know."""
     config = dict(own.config)
-    parameters = _parameters(type(own))
+    kind: Any = type(own)
+    parameters = _parameters(kind)
     unwritten = {
         key
         for key in config.get("_use_default_values", ())

@@ -18,10 +18,11 @@ import inspect
 import itertools
 import logging
 import re
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from types import MethodType
+from types import FrameType, MethodType
 from typing import Any
 
 import greenlet  # type: ignore[import-untyped]
@@ -48,6 +49,13 @@ GETTERS = frozenset({"add_embedding", "add_time_proj", "register_buffer_names", 
 
 PARTS = frozenset({"modules", "named_modules", "children", "named_children", "get_submodule", "_modules"})
 """Names that give away parts of a module, which can then be changed without a word to the stand-in."""
+
+READERS = frozenset({
+    ("diffusers.pipelines.pipeline_utils", "_execution_device"),
+    ("diffusers.hooks.group_offloading", "_get_top_level_group_offload_hook"),
+    ("diffusers.hooks.group_offloading", "_is_group_offload_enabled"),
+})  # fmt: skip
+"""Functions, by module and name, that walk over all parts of all modules in each request, and change none."""
 
 INTRUSIVE = re.compile(
     r"set_attn_processor\(|\.processor = |enable_grad\(|autograd\.grad|\.(named_)?modules\(\)|requires_grad_\(True"
@@ -155,9 +163,11 @@ class StandIn:
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._sfumato_module, name)
-        if name in PARTS or isinstance(value, torch.nn.Module):
-            self._sfumato_view.hand_out(self, value if isinstance(value, torch.nn.Module) else self._sfumato_module)
+        if isinstance(value, torch.nn.Module):
+            self._sfumato_view.hand_out(self, value)
             return value
+        if name in PARTS and not _only_reads(sys._getframe(1)):
+            self._sfumato_view.hand_out(self, self._sfumato_module)
         if name in METHODS:
             return _asking(self, name, value)
         if name == "cache_context" and callable(value):
@@ -171,6 +181,10 @@ class StandIn:
     def __setattr__(self, name: str, value: Any) -> None:
         _note_change(self, f"sets {name}")
         setattr(self._sfumato_module, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        _note_change(self, f"deletes {name}")
+        delattr(self._sfumato_module, name)
 
     def __repr__(self) -> str:
         return f"<stand-in for {self._sfumato_module!r}>"
@@ -189,7 +203,9 @@ class StandIn:
 
     @property
     def _sfumato_tiled(self) -> bool:
-        return self._sfumato_view.tiled and self._sfumato_name.rpartition(".")[2] == tiling.NAME
+        shared: View = self._sfumato_view
+        name: str = self._sfumato_name
+        return shared.tiled and name.rpartition(".")[2] == tiling.NAME
 
     def _sfumato_within(self) -> AbstractContextManager[Any]:
         if self._sfumato_tiled:
@@ -245,7 +261,7 @@ def forget(pipeline: Any) -> None:
     for value in vars(pipeline).values():
         if isinstance(value, DiffusionPipeline):
             forget(value)
-        elif isinstance(value, torch.nn.Module) and type(value) is not StandIn:
+        elif isinstance(value, torch.nn.Module):
             caches.forget(value)
 
 
@@ -350,6 +366,10 @@ def _asking(stand_in: StandIn, method: str, real: Callable[..., Any]) -> Callabl
         return _ask(stand_in, method, args, kwargs)
 
     return asking
+
+
+def _only_reads(frame: FrameType) -> bool:
+    return (frame.f_globals.get("__name__"), frame.f_code.co_name) in READERS
 
 
 def _note_change(stand_in: StandIn, what: str) -> None:

@@ -58,20 +58,13 @@ class _Step:
         if GENERATOR in state:
             step = functools.partial(step, generator=state[GENERATOR])
         if AROUND in state:
-            step = _surrounded(scheduler, step, state[AROUND].around)
+            # No closure, which the frames of an error would keep. Pipelines read its signature to learn what it takes.
+            step = functools.update_wrapper(functools.partial(state[AROUND].around, scheduler, step), step)
         return step
 
 
-def _surrounded(scheduler: Any, step: Any, around: Around) -> Callable[..., Any]:
-    @functools.wraps(step)  # pipelines read its signature to learn what it takes
-    def surrounded(*args: Any, **kwargs: Any) -> Any:
-        return around(scheduler, step, *args, **kwargs)
-
-    return surrounded
-
-
 def _enriched(scheduler: Any) -> Any:
-    kind = type(scheduler)
+    kind: Any = type(scheduler)
     if not isinstance(vars(kind).get("step"), _Step):
         scheduler.__class__ = _class(kind)
     return scheduler
