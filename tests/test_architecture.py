@@ -40,8 +40,11 @@ ENGINE = [
     {"download", "sampler", "batching", "watch"},
     {"memo", "preview", "standin", "trust"},
     {"calls", "clean", "colours", "one_file"},
-    {"handover", "joins", "outputs", "policy", "process", "protocol", "resolve", "threadstate", "wire"},
-]
+    {
+        "adapters", "caches", "handover", "joins", "offload", "outputs", "policy", "process", "protocol", "release",
+        "resolve", "steps", "threadstate", "tiling", "wire",
+    },
+]  # fmt: skip
 
 WITHOUT_TORCH = ["sfumato.cli", "sfumato.serve", "sfumato.draw", "sfumato.check", "sfumato.api.app", "sfumato.service"]
 

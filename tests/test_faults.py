@@ -25,12 +25,13 @@ from PIL import Image
 from sfumato.catalog import Catalog
 from sfumato.config import ModelConfig
 from sfumato.core import Done, Event, Failed, Generation, Step
+from sfumato.engine import load
 from sfumato.engine.load import Loaded
 from sfumato.engine.local import Local
 from sfumato.engine.protocol import Answer, Engine, Report
 from sfumato.engine.streams import Streams
 from sfumato.engine.supervisor import Supervisor
-from sfumato.errors import DrawError, WorkerDied
+from sfumato.errors import DrawError, LoadError, WorkerDied
 from sfumato.settings import Settings
 
 SETTINGS = Settings(device="cpu", log_level="critical")
@@ -273,7 +274,8 @@ def test_a_batch_that_does_not_fit_is_halved_once_and_for_all(workshop: Workshop
     alone = workshop.undisturbed(asked)
     assert all(map(same, answers, alone))
     assert max(tried) == 8
-    assert [rows for rows in tried if rows > fits] == ([8] if fits == 4 else [8, 4]), "the cap was forgotten"
+    # Once more as large, when what was kept of earlier calls has been dropped.
+    assert [rows for rows in tried if rows > fits] == ([8, 8] if fits == 4 else [8, 8, 4]), "the cap was forgotten"
     assert fits in tried, "smaller than it had to be"
     assert workshop.model.rungs == set()
 
@@ -295,6 +297,126 @@ def test_a_vae_that_does_not_fit_works_in_tiles_from_then_on(workshop: Workshop)
         tried.clear()
         assert all(map(same, workshop.draw([replace(one, id=f"{one.id} again") for one in asked]), answers))
         assert max(tried) == 8
+    for answer in answers:
+        assert isinstance(answer, Done)
+        assert answer.recipe.savings == ("vae_tiling",)
+
+
+def tight(limit: int) -> Callable[..., Any]:
+    """Around a decoder: no room for more than so many latents on a side."""
+
+    def around(forward: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
+        if sample.shape[-1] > limit:
+            raise CUDA_MEMORY
+        return forward(sample, *args, **kwargs)
+
+    return around
+
+
+def test_tiles_are_in_the_recipe_of_each_picture_and_of_no_other(workshop: Workshop) -> None:
+    """A shortage that has passed changes no pixel of a picture that would have fitted, and explains those it did."""
+    large = wanted("large", steps=4, width=128, height=128)
+    (whole,) = workshop.undisturbed([large])
+    with broken(workshop.model.pipeline.vae.decoder, tight(8)):
+        (tiled,) = workshop.draw([replace(large, id="tiled")])
+        small, between = wanted("small"), wanted("between", width=96, height=96)
+        assert isinstance(workshop.draw([small])[0], Done)
+    assert isinstance(whole, Done)
+    assert isinstance(tiled, Done)
+    assert whole.recipe.savings == ()
+    assert tiled.recipe.savings == ("vae_tiling",)
+    assert not same(whole, tiled)
+    assert workshop.model.condition.tiled_from == 128 * 128
+    assert not workshop.model.pipeline.vae.use_tiling
+    # Beside one in tiles and after it, what is smaller has no tiles; what is as large has them, and says so.
+    answers = workshop.draw([replace(large, id="again"), small, between])
+    for answer, alone, savings in zip(
+        answers, [tiled, *workshop.undisturbed([small, between])], (("vae_tiling",), (), ()), strict=True
+    ):
+        assert isinstance(answer, Done)
+        assert answer.recipe.savings == savings
+        assert same(answer, alone)
+
+
+def test_a_picture_in_tiles_is_made_again_where_there_is_room(workshop: Workshop) -> None:
+    asked = wanted("large", steps=4, width=128, height=128)
+    with broken(workshop.model.pipeline.vae.decoder, tight(8)):
+        (tiled,) = workshop.draw([asked])
+    assert isinstance(tiled, Done)
+    workshop.model.condition.tiled_from = None  # as on a machine with more memory
+    again = replace(asked, id="again", savings=tiled.recipe.savings)
+    answers = workshop.draw([again, replace(asked, id="whole")])
+    assert isinstance(answers[0], Done)
+    assert isinstance(answers[1], Done)
+    assert np.array_equal(pixels(answers[0]), pixels(tiled))
+    assert answers[0].recipe.savings == ("vae_tiling",)
+    assert answers[1].recipe.savings == ()
+    assert not same(answers[1], tiled)
+
+
+def kept(workshop: Workshop) -> int:
+    """Bytes that the engine keeps of earlier calls."""
+    assert workshop.engine._loop
+    hub = workshop.engine._loop._hub
+    return hub.memo._bytes + hub.joins._bytes()
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_what_is_kept_for_speed_goes_before_anything_else(workshop: Workshop, count: int) -> None:
+    """As soon as it is gone all fits: no batch is smaller, nothing works in tiles."""
+    asked = [wanted(str(at), seed=at, steps=5) for at in range(count)]
+    alone = workshop.undisturbed(asked)
+    workshop.undisturbed([wanted("another", prompt="a red dog on a boat")])
+    before = kept(workshop)
+    tried: list[tuple[int, bool]] = []
+
+    def around(forward: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
+        fits = kept(workshop) < before
+        tried.append((len(sample), fits))
+        if not fits:
+            raise CUDA_MEMORY
+        return forward(sample, *args, **kwargs)
+
+    with broken(workshop.unet, around):
+        answers = workshop.draw([replace(one, id=f"{one.id} again") for one in asked])
+    assert all(map(same, answers, alone))
+    assert tried[0] == (2 * count, False)
+    assert tried[1] == (2 * count, True), "something else was tried first"
+    assert workshop.model.rungs == set()
+    assert all(isinstance(answer, Done) and answer.recipe.savings == () for answer in answers)
+
+
+@pytest.mark.parametrize("error", [CUDA_MEMORY, CPU_MEMORY, MemoryError()], ids=["cuda", "cpu", "python"])
+def test_what_is_kept_goes_for_a_model_that_does_not_fit(
+    workshop: Workshop, config: ModelConfig, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert kept(workshop)
+    place, tried = load._place, 0
+
+    def around(*args: Any) -> None:
+        nonlocal tried
+        tried += 1
+        if kept(workshop):
+            raise error
+        place(*args)
+
+    monkeypatch.setattr(load, "_place", around)
+    assert workshop.engine._loop
+    residency = workshop.engine._loop._residency
+    residency._limit = 2
+    other = replace(config, name="other")
+    (answer,) = workshop.run(answers_of(workshop.engine, other, [wanted("other")]))
+    assert isinstance(answer, Done)
+    assert tried == 2
+    assert residency.evictions == 0
+    # With nothing left to drop the idle model goes, and then it is an error in words.
+    monkeypatch.setattr(load, "_place", lambda *args: (_ for _ in ()).throw(error))
+    third = replace(config, name="third")
+    (answer,) = workshop.run(answers_of(workshop.engine, third, [wanted("third")]))
+    assert isinstance(answer, Failed)
+    assert isinstance(answer.error, LoadError)
+    assert "does not fit into memory" in answer.error.message
+    assert residency.evictions == 2
 
 
 def test_a_picture_that_never_fits_fails_in_words_and_the_next_is_drawn(workshop: Workshop) -> None:

@@ -595,3 +595,110 @@ def test_handover_reads_every_pipeline_of_diffusers() -> None:
         if name.endswith("Pipeline") and "Modular" not in name and isinstance(getattr(diffusers, name), type)
     ]
     assert sum(handover.read(cls) is not None for cls in classes) > 250
+
+
+# What a check costs: it is on the thread that draws for everybody.
+
+
+@pytest.fixture
+def rehearsals(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The schedulers that were rehearsed since the beginning of the test, by class."""
+    held: list[str] = []
+    rehearse = sampler._rehearse
+
+    def counted(scheduler: Any, *args: Any) -> str | None:
+        held.append(type(scheduler).__name__)
+        return rehearse(scheduler, *args)
+
+    monkeypatch.setattr(sampler, "_rehearse", counted)
+    sampler._misfit.cache_clear()
+    yield held
+    sampler._misfit.cache_clear()
+
+
+def test_a_rehearsal_is_held_once(rehearsals: list[str]) -> None:
+    pipeline = own(diffusers.PNDMScheduler(skip_prk_steps=True))
+    for _ in range(3):
+        sampler.check(pipeline, schedulers.parse("k_dpm_2_a"), 30)
+        # Another object of the same content, as a second copy of the model has it.
+        sampler.check(own(diffusers.PNDMScheduler(skip_prk_steps=True)), schedulers.parse("k_dpm_2_a"), 30)
+    assert len(rehearsals) == 1
+    sampler.check(pipeline, schedulers.parse("k_dpm_2_a"), 31)
+    sampler.check(pipeline, schedulers.parse("dpm_2_a"), 31)
+    sampler.check(own(pipeline.scheduler, diffusers.StableDiffusionImg2ImgPipeline), schedulers.parse("dpm_2_a"), 31)
+    assert len(rehearsals) == 4
+
+
+@pytest.mark.parametrize("change", [{"prediction_type": "v_prediction"}, {"trained_betas": np.full(1000, 0.01)}])
+def test_what_is_kept_belongs_to_the_content_of_the_config(rehearsals: list[str], change: dict[str, Any]) -> None:
+    pipeline = own(diffusers.PNDMScheduler(skip_prk_steps=True))
+    sampler.check(pipeline, schedulers.parse("euler"))
+    sampler.check(own(diffusers.PNDMScheduler(skip_prk_steps=True, **change)), schedulers.parse("euler"))
+    assert len(rehearsals) == 2
+    pipeline.scheduler.register_to_config(num_train_timesteps=900)  # the same object, changed after it was looked at
+    sampler.check(pipeline, schedulers.parse("euler"))
+    assert len(rehearsals) == 3
+
+
+def test_a_refusal_is_worded_once(rehearsals: list[str]) -> None:
+    first = refusal(own(diffusers.FlowMatchEulerDiscreteScheduler(), diffusers.FluxPipeline), "heun")
+    held = len(rehearsals)
+    again = refusal(own(diffusers.FlowMatchEulerDiscreteScheduler(), diffusers.FluxPipeline), "heun")
+    assert again.message == first.message
+    assert len(rehearsals) == held
+    assert refusal(own(diffusers.PNDMScheduler(skip_prk_steps=True)), "lcm", 60).param == "step"
+    held = len(rehearsals)
+    assert refusal(own(diffusers.PNDMScheduler(skip_prk_steps=True)), "lcm", 60).param == "step"
+    assert len(rehearsals) == held
+
+
+def state(scheduler: Any) -> dict[str, Any]:
+    """Everything that a scheduler knows, in a form that can be compared."""
+    return {key: value.tolist() if hasattr(value, "tolist") else value for key, value in vars(scheduler).items()}
+
+
+EVERY = sorted({name for name in dir(diffusers) if name.endswith("Scheduler") and "Flax" not in name})
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_scheduler_made_in_a_hurry_is_the_same_once_its_steps_are_set(name: str) -> None:
+    cls = getattr(diffusers, name)
+    try:
+        plain, quick = cls(), sampler._unscheduled(cls, {})
+    except (ImportError, TypeError) as absent:  # of another framework, or not to be made without arguments
+        pytest.skip(str(absent))
+    assert type(quick) is cls
+    assert quick.config == plain.config
+    for scheduler in (plain, quick):
+        try:
+            scheduler.set_timesteps(12)
+        except Exception:  # whatever it raises: the number alone is not enough
+            pytest.skip("its steps are set by more than their number")
+    assert state(quick) == state(plain)
+
+
+@pytest.mark.parametrize("name", ["KDPM2AncestralDiscreteScheduler", "LMSDiscreteScheduler", "HeunDiscreteScheduler"])
+def test_no_request_waits_for_a_schedule_of_all_training_steps(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Also where such a scheduler is the model's own and no other is asked for."""
+    cls = getattr(diffusers, name)
+    pipeline = own(cls())
+    longest = 0
+    real = cls.set_timesteps
+
+    def counted(self: Any, count: int, *args: Any, **kwargs: Any) -> None:
+        nonlocal longest
+        longest = max(longest, count)
+        real(self, count, *args, **kwargs)
+
+    monkeypatch.setattr(cls, "set_timesteps", counted)
+    sampler._misfit.cache_clear()
+    by_class = {choice.noise.cls: choice for choice in map(schedulers.parse, schedulers.names())}
+    sampler.check(pipeline, by_class[name], 20)
+    sampler.make(pipeline, by_class[name], SEED)
+    sampler.make(pipeline, None, SEED)
+    assert longest == 20
+
+
+def test_a_pipeline_that_sets_no_steps_gets_the_whole_schedule() -> None:
+    combined = own(diffusers.HeunDiscreteScheduler(), diffusers.KandinskyV22CombinedPipeline)
+    assert len(sampler.make(combined, None, SEED).timesteps) == len(combined.scheduler.timesteps) > 1000

@@ -19,6 +19,15 @@ MAX_SEED = 2**63 - 1
 MAX_PREVIEWS = 16
 """Most previews of one generation."""
 
+VAE_TILING = "vae_tiling"
+"""A name of `SAVINGS`: the VAE works in tiles, which changes pixels where they meet."""
+
+OFFLOAD = "offload"
+"""A name of `SAVINGS`: modules wait in main memory, which changes no pixel."""
+
+SAVINGS = (VAE_TILING, OFFLOAD)
+"""What a picture may have been drawn with because memory ran out."""
+
 QUALITIES: Mapping[str, float] = MappingProxyType(
     {"low": 0.5, "medium": 1.0, "high": 1.5, "xhigh": 2.0, "max": 3.0, "auto": 1.0, "standard": 1.0, "hd": 1.5}
 )
@@ -61,6 +70,8 @@ class Generation:
     """The picture is to have an alpha channel; a pipeline that draws none refuses."""
     upscale: int | None = None
     """How many times larger than its source, on each side; a pipeline that is no upscaler refuses."""
+    savings: tuple[str, ...] = ()
+    """Names of `SAVINGS` to draw with from the start, as a picture was drawn that is to be made again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +100,8 @@ class Recipe:
     device: str
     dtype: str
     versions: dict[str, str] = field(default_factory=dict)
+    savings: tuple[str, ...] = ()
+    """Names of `SAVINGS` that it was drawn with."""
 
 
 @dataclass(frozen=True, slots=True)

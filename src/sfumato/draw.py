@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from sfumato import pictures, recipe, schedulers
 from sfumato.catalog import Catalog
 from sfumato.config import ModelConfig
-from sfumato.core import Done, ModelStatus, Recipe, Step
+from sfumato.core import VAE_TILING, Done, ModelStatus, Recipe, Step
 from sfumato.engine import process
 from sfumato.engine.local import Local
 from sfumato.errors import InvalidRequest, StorageError
@@ -77,6 +77,8 @@ def _as_request(made: Recipe) -> dict[str, Any]:
         "scheduler": ours,
         "clip_skip": made.clip_skip,
         "strength": made.strength if made.image_sha256 else None,
+        # What changes pixels; where modules wait is this machine's business.
+        "savings": tuple(name for name in made.savings if name == VAE_TILING),
     }
 
 

@@ -83,6 +83,8 @@ class ImageRequest:
     transparent: bool = False
     upscale: int | None = None
     """2 or 4: the source picture so many times larger."""
+    savings: tuple[str, ...] = ()
+    """Names of `core.SAVINGS`, of a picture that is to be made again."""
     previews: int = 0
     """Of each picture on its way, 0 .. core.MAX_PREVIEWS."""
     id: str = ""
@@ -231,6 +233,7 @@ class Service:
                 quality=request.quality,
                 transparent=request.transparent,
                 upscale=request.upscale,
+                savings=request.savings,
                 previews=request.previews,
                 caller=request.caller,
             )

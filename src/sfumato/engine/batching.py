@@ -23,7 +23,7 @@ from typing import Any
 import greenlet  # type: ignore[import-untyped]
 import torch
 
-from sfumato.engine import outputs, policy, threadstate
+from sfumato.engine import offload, outputs, policy, threadstate
 from sfumato.engine.calls import Call, Fingerprints, describe, join, target
 from sfumato.engine.joins import Joins
 from sfumato.engine.memo import Memo
@@ -123,8 +123,8 @@ class Task(Asker):
             hub.alone[name, str(reason or "in another state of torch than the rest")] += 1
             return stand_in._sfumato_compute(method, args, kwargs)
         call = describe(stand_in._sfumato_module, method, args, kwargs, hub.prints, name)
-        if stand_in._sfumato_stateful:
-            call.key, call.alone = None, "a cache inside the module keeps a state per request"
+        if apart := stand_in._sfumato_apart:
+            call.key, call.alone = None, apart
         if call.key is None:
             hub.alone[name, call.alone] += 1
         self.memo_key = hub.memo.key(call, hub.prints) if call.key is not None else None
@@ -249,6 +249,12 @@ class Hub:
         """End every task with `error`."""
         for task in [*self._queue, *self._active.values()]:
             self.cancel(task, error)
+
+    def spare(self) -> int:
+        """Drop what is kept for speed alone, as memory is short, and keep half as much from now on; its bytes."""
+        freed = self.memo.spare() + self.joins.spare()
+        self.prints.clear()
+        return freed
 
     def forget(self) -> None:
         """Drop what is kept of earlier calls: for when a model is unloaded or its weights or adapters change."""
@@ -397,12 +403,18 @@ class Hub:
         return min(self.max_rows, self._caps.get(_sizes(call), self.max_rows)) if self._caps else self.max_rows
 
     def _shrink(self, calls: list[Call]) -> None:
-        """Out of memory: from now on half as many rows for this module and shape. The members stay parked."""
+        """Out of memory: without what is kept of earlier calls; else half as many rows for this module and shape.
+
+        The members stay parked, and the next turn tries them again.
+        """
+        freed = self.spare()
+        offload.empty_cache()
+        if freed:
+            log.warning("out of memory: %d bytes of kept results are dropped for %s", freed, calls[0].name)
+            return
         sizes = _sizes(calls[0])
         self._caps[sizes] = max(1, sum(call.rows for call in calls) // 2)
         log.warning("out of memory: at most %d rows for %s of this size", self._caps[sizes], calls[0].name)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

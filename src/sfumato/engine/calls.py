@@ -127,6 +127,9 @@ class Fingerprints:
     def __init__(self) -> None:
         self._known: dict[int, tuple[weakref.ref[torch.Tensor], int, bytes]] = {}
 
+    def clear(self) -> None:
+        self._known.clear()
+
     def of(self, tensor: torch.Tensor) -> bytes:
         if tensor.is_inference():  # made in inference mode: nothing tells whether it was written to
             return _digest(tensor)

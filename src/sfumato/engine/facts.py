@@ -13,7 +13,7 @@ def facts(model: Loaded) -> ModelFacts:
     pipeline = model.pipeline
     upscaler = kinds.upscaler(pipeline)
     tasks = kinds.tasks(pipeline)
-    width, height = _size(model) if "text-to-image" in tasks else (None, None)
+    width, height = size(model) if "text-to-image" in tasks else (None, None)
     return ModelFacts(
         pipeline=type(pipeline).__name__,
         tasks=tasks,
@@ -30,8 +30,9 @@ def facts(model: Loaded) -> ModelFacts:
     )
 
 
-def _size(model: Loaded) -> tuple[int | None, int | None]:
-    """The model file's, the signature's, or what the denoiser was made for: one side or (height, width) of latents."""
+def size(model: Loaded) -> tuple[int | None, int | None]:
+    """Of a picture whose request names none: the model file's, the signature's, or
+    what the denoiser was made for: one side or (height, width) of latents."""
     if model.config.width:
         return model.config.width, model.config.height
     pipeline = model.pipeline

@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
+from sfumato.engine import offload
 from sfumato.engine.batching import Hub, Task
-from sfumato.engine.standin import view
+from sfumato.engine.standin import forget, view
 
 
 class Stopped(BaseException):
@@ -47,6 +48,7 @@ def gather(
     `pipe` is not changed and can be used as before, its scheduler included.
     """
     _check(calls, max_batch)
+    forget(pipe)
     hub = Hub(max_rows=max_batch, max_active=max(2, 2 * max_batch))
     tasks = [hub.submit(_Run(pipe, call)) for call in calls]
     try:
@@ -57,6 +59,7 @@ def gather(
     finally:
         with torch.no_grad():
             hub.close(Stopped())
+            offload.rest(pipe)
         if stats is not None:
             stats |= {
                 name: {"calls": c.calls, "forwards": c.forwards, "mean_batch": c.calls / max(1, c.forwards)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import traceback
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -12,11 +13,13 @@ import torch
 from PIL import Image
 
 from sfumato import __version__, pictures, recipe, schedulers
-from sfumato.core import Done, Generation, Recipe
-from sfumato.engine import arguments, kinds, sampler, standin, tokens
+from sfumato.core import OFFLOAD, VAE_TILING, Done, Generation, Recipe
+from sfumato.engine import arguments, kinds, sampler, standin, steps, tokens
 from sfumato.engine.batching import is_out_of_memory
 from sfumato.engine.clean import Stepped
-from sfumato.engine.load import Loaded
+from sfumato.engine.load import OFFLOADED, Loaded
+from sfumato.engine.release import let_go
+from sfumato.engine.tiling import can_tile
 from sfumato.engine.watch import OnPreview, Previews
 from sfumato.errors import ContentFiltered, DrawError, InvalidRequest, SfumatoError
 
@@ -32,17 +35,39 @@ class Stopped(BaseException):
     """Raised through a pipeline by `on_step` to stop it; no pipeline code catches it."""
 
 
+class Disturbed(Exception):
+    """Another request has left the model changed while this one was drawn: it has to be drawn again, on a sound one."""
+
+
 def draw(model: Loaded, asked: Generation, on_step: OnStep, on_preview: OnPreview | None = None) -> Done:
     """Draw one picture; `on_preview` gets the previews that were asked for, of pipelines that can show them.
 
     Raises InvalidRequest for what this model cannot do, ContentFiltered when its safety checker fires,
-    DrawError when the pipeline raises or its result is not finite.
+    DrawError when the pipeline raises or its result is not finite, Disturbed when the model is not to be used again.
     """
     torch.set_num_threads(model.config.threads or DEFAULT_THREADS)
     # 1. the pipeline for this task, as a view: it shares the modules and nothing that a run changes
     kinds.check(model.config.name, model.pipeline, asked)
     task = "mask" if asked.mask else "image" if asked.images else "text"
-    pipeline = standin.view(_for_task(model, task))
+    pipeline = standin.view(_for_task(model, task), tiled=_tiled(model, asked))
+    try:
+        done = _draw(model, pipeline, asked, on_step, on_preview)
+    except BaseException as error:
+        let_go(error)
+        if isinstance(error, Exception) and model.condition.broken:
+            raise Disturbed from error
+        raise
+    else:
+        if model.condition.broken:
+            raise Disturbed
+        return done
+    finally:
+        if left := standin.close(pipeline):
+            model.condition.broken = f"a request has left it changed: {'; '.join(left)}"
+        del pipeline  # an error that is kept holds this frame
+
+
+def _draw(model: Loaded, pipeline: Any, asked: Generation, on_step: OnStep, on_preview: OnPreview | None) -> Done:
     # 2. what the request leaves open; source pictures at the size of the result; the arguments that this class takes
     wanted = arguments.fill(model, pipeline, asked)
     canvas = arguments.canvas(model, pipeline, wanted)
@@ -72,6 +97,18 @@ def draw(model: Loaded, asked: Generation, on_step: OnStep, on_preview: OnPrevie
     made = _recipe(model, pipeline, wanted, image, given, choice)
     read, cut = tokens.count(pipeline, model.config.options, model.config.name, wanted.prompt, wanted.negative_prompt)
     return Done(recipe.encode(image, made), made, cut, read)
+
+
+def _tiled(model: Loaded, asked: Generation) -> bool:
+    if VAE_TILING not in asked.savings:
+        return False
+    if not can_tile(model.pipeline):
+        raise InvalidRequest(
+            f"savings: {model.config.name} ({type(model.pipeline).__name__}) has no VAE that works in tiles, "
+            f"and {VAE_TILING!r} was asked for; leave it out",
+            param="savings",
+        )
+    return True
 
 
 def _for_task(model: Loaded, task: str) -> Any:
@@ -111,12 +148,14 @@ def _choice(model: Loaded, pipeline: Any, wanted: Generation) -> schedulers.Choi
 
 def _observed(scheduler: Any, on_step: OnStep, previews: Previews | None = None) -> Any:
     """Report each `scheduler.step`: every denoising loop of diffusers calls it, with or without a callback."""
-    step = scheduler.step
     done = total = 0
+    counted: Any = None
 
-    @functools.wraps(step)  # pipelines read its signature to learn what it takes
-    def observed(model_output: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal done, total
+    def observed(scheduler: Any, step: Any, model_output: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal done, total, counted
+        counted = counted or weakref.ref(scheduler)
+        if counted() is not scheduler:  # a copy that the pipeline steps beside it, for sound
+            return step(model_output, timestep, *args, **kwargs)
         if done == 0:
             total = _remaining(scheduler.timesteps, timestep)
         result = step(model_output, timestep, *args, **kwargs)
@@ -128,7 +167,7 @@ def _observed(scheduler: Any, on_step: OnStep, previews: Previews | None = None)
             previews.after(done, total, Stepped(scheduler, model_output, timestep, result))
         return result
 
-    scheduler.step = observed
+    steps.surround(scheduler, observed)
     return scheduler
 
 
@@ -206,4 +245,5 @@ def _recipe(
         device=model.device,
         dtype=model.dtype,
         versions={"sfumato": __version__, "diffusers": diffusers.__version__, "torch": torch.__version__},
+        savings=wanted.savings + ((OFFLOAD,) if OFFLOADED in model.rungs else ()),
     )

@@ -54,6 +54,13 @@ class Joins:
         self._trim()
         return held.joined
 
+    def spare(self) -> int:
+        """Drop everything, keep half as much from now on, and return its bytes: memory is short."""
+        freed = self._bytes()
+        self.clear()
+        self._limit //= 2 if freed else 1
+        return freed
+
     def clear(self) -> None:
         self._held.clear()
 

@@ -50,10 +50,18 @@ def transparent(pipeline: Any) -> bool:
     return 4 in (config.get("out_channels"), config.get("input_channels"))
 
 
-def parameters_of(pipeline: Any) -> dict[str, inspect.Parameter]:
+def parameters_of(pipeline: Any) -> Mapping[str, inspect.Parameter]:
     """What one may pass to a pipeline's call, by name."""
-    signature = inspect.signature(type(pipeline).__call__).parameters
-    return {name: each for name, each in signature.items() if name != "self" and each.kind is not each.VAR_KEYWORD}
+    kind: Any = type(pipeline)
+    return _parameters(kind.__call__)
+
+
+@functools.lru_cache(maxsize=256)  # asked for some thirty times for each picture
+def _parameters(call: Any) -> Mapping[str, inspect.Parameter]:
+    signature = inspect.signature(call).parameters
+    return MappingProxyType(
+        {name: each for name, each in signature.items() if name != "self" and each.kind is not each.VAR_KEYWORD}
+    )
 
 
 def needs_picture(pipeline: Any) -> bool:

@@ -17,7 +17,8 @@ from diffusers import DiffusionPipeline
 from sfumato import schedulers
 from sfumato.config import ModelConfig
 from sfumato.core import ModelStatus
-from sfumato.engine import download, one_file, resolve, sampler
+from sfumato.engine import download, offload, one_file, resolve, sampler
+from sfumato.engine.batching import is_out_of_memory
 from sfumato.engine.preview import Glance, glance
 from sfumato.errors import (
     DeviceUnavailable,
@@ -35,9 +36,24 @@ Tell: TypeAlias = Callable[[ModelStatus], None]
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
+TILES = "its VAE works in slices and tiles"
+OFFLOADED = "its modules wait in main memory"
+"""What a model may have come to when memory ran out, in words."""
+
+
+@dataclass(slots=True)
+class Condition:
+    """What has become of a model since it was loaded. One for all who use it."""
+
+    tiled_from: float | None = None
+    """Pixels of the smallest picture for which its VAE ran out of memory: those as large have it in tiles at once."""
+    broken: str = ""
+    """What a request has left changed and could not put back; nobody new draws with such a model."""
+
+
 @dataclass(slots=True)
 class Loaded:
-    """A model in memory."""
+    """A model in memory, as a request sees it: its `config` is the one that the request was made with."""
 
     config: ModelConfig
     pipeline: Any
@@ -47,13 +63,17 @@ class Loaded:
     siblings: dict[str, Any] = field(default_factory=dict)
     """Pipelines of other tasks on the same weights, by task."""
     rungs: set[str] = field(default_factory=set)
-    """What was done to make it need less memory; see `memory`."""
+    """Of TILES (for pictures as large as those that did not fit) and OFFLOADED: what was done to need less memory."""
+    condition: Condition = field(default_factory=Condition)
     glance: Glance | None = None
     """What shows its previews for next to nothing; None: its own decoder does."""
 
 
 def load(config: ModelConfig, device_setting: str, tell: Tell) -> Loaded:
-    """Load a model. Raises LoadError, ModelFileError or InvalidRequest, each in words; keeps nothing then."""
+    """Load a model. Raises LoadError, ModelFileError or InvalidRequest, each in words; keeps nothing then.
+
+    Where memory runs out, what torch or Python raised (see `is_out_of_memory`).
+    """
     # The server's log says what is loaded; bars are for terminals.
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
@@ -68,10 +88,10 @@ def load(config: ModelConfig, device_setting: str, tell: Tell) -> Loaded:
         _place(config, pipeline, device)
     except SfumatoError:
         raise
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
     except Exception as error:  # whatever a pipeline's loading code raises, the caller gets words
         gc.collect()
+        if is_out_of_memory(error):
+            raise
         log.exception("%s: load failed", config.name)
         raise LoadError(f"{config.name}: {type(error).__name__}: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
@@ -314,6 +334,6 @@ def _adapters(config: ModelConfig, pipeline: Any) -> None:
 
 def _place(config: ModelConfig, pipeline: Any, device: str) -> None:
     if config.low_vram and device != "cpu":
-        pipeline.enable_model_cpu_offload(device=device)
+        offload.enable(pipeline, device)
     else:
         pipeline.to(device)

@@ -6,6 +6,7 @@ import functools
 import logging
 import queue
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeAlias
 
 import torch
@@ -35,7 +36,9 @@ class Loop:
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._send = send
         self._hub = Hub(max_rows=settings.max_batch, max_active=settings.max_active)
-        self._residency = Residency(settings.loaded_models, settings.device, self._tell, self._hub.forget)
+        self._residency = Residency(
+            settings.loaded_models, settings.device, self._tell, self._hub.forget, self._hub.spare
+        )
         self._tally = Tally(self._hub, self._residency)
         self._tasks: dict[str, Task] = {}
         self._stopping = False
@@ -82,11 +85,14 @@ class Loop:
         asked = submit.generation
         self._send(Started(asked.id))
         log.info("request %s starts", asked.id)
-        with self._residency.use(submit.config, self._hub.turn) as model:
-            on_step = functools.partial(self._on_step, asked.id)
-            on_preview = functools.partial(self._on_preview, asked.id)
-            self._tally.started(asked.id)
-            return memory.with_less(model, lambda: generation.draw(model, asked, on_step, on_preview))
+        on_step = functools.partial(self._on_step, asked.id)
+        on_preview = functools.partial(self._on_preview, asked.id)
+        while True:
+            with self._residency.use(submit.config, self._hub.turn) as model, suppress(generation.Disturbed):
+                draw = functools.partial(generation.draw, model, on_step=on_step, on_preview=on_preview)
+                self._tally.started(asked.id)
+                return memory.with_less(model, asked, draw, self._hub.spare)
+            log.warning("request %s is drawn again: another one has left its model changed", asked.id)
 
     def _on_step(self, id: str, step: int, total: int) -> None:
         self._tasks[id].left = total - step

@@ -69,6 +69,13 @@ class Memo:
         while self._bytes > self._limit:
             self._drop(next(iter(self._held)))
 
+    def spare(self) -> int:
+        """Forget everything, keep half as much from now on, and return its bytes: memory is short."""
+        freed = self._bytes
+        self.clear()
+        self._limit //= 2 if freed else 1
+        return freed
+
     def clear(self) -> None:
         """Forget everything: for when weights or adapters change."""
         self._held.clear()

@@ -1,19 +1,26 @@
 """Out of memory, when a request has a forward to itself: the same request again with less, rung by rung.
 
-The rungs before these are the hub's: it halves the rows of a batch that did not fit, and remembers.
+The rungs before these are the hub's: what it keeps of earlier calls goes first, then it halves the rows of a batch
+that did not fit, and remembers. What makes a picture another one belongs to the request and stands in its recipe.
 """
 
 from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeVar
 
-import torch
-
+from sfumato import pictures
+from sfumato.core import VAE_TILING, Generation
+from sfumato.engine import offload
 from sfumato.engine.batching import is_out_of_memory
-from sfumato.engine.load import Loaded
+from sfumato.engine.facts import size
+from sfumato.engine.load import OFFLOADED, TILES, Loaded
+from sfumato.engine.release import let_go
+from sfumato.engine.tiling import can_tile
 from sfumato.errors import DrawError
 
 log = logging.getLogger(__name__)
@@ -21,43 +28,37 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def _tile(model: Loaded) -> bool:
-    vae = getattr(model.pipeline, "vae", None)
-    if vae is None or not hasattr(vae, "enable_tiling"):
-        return False
-    vae.enable_slicing()
-    vae.enable_tiling()
-    return True
+def with_less(
+    model: Loaded, asked: Generation, draw: Callable[[Generation], T], spare: Callable[[], int] = lambda: 0
+) -> T:
+    """`draw(asked)`, again after each rung while it runs out of memory. Raises DrawError when none is left.
 
-
-def _offload(model: Loaded) -> bool:
-    if model.device == "cpu":
-        return False
-    model.pipeline.enable_model_cpu_offload(device=model.device)
-    return True
-
-
-RUNGS: Mapping[str, Callable[[Loaded], bool]] = {
-    "its VAE works in slices and tiles": _tile,
-    "its modules wait in main memory": _offload,
-}
-"""What makes a model need less; each says whether it could be done. They hold until the model is loaded anew."""
-
-
-def with_less(model: Loaded, draw: Callable[[], T]) -> T:
-    """`draw()`, again after each rung while it runs out of memory. Raises DrawError when none is left."""
+    `spare` drops what the engine keeps for speed alone and returns its bytes.
+    """
+    pixels, known = _pixels(model, asked), model.condition.tiled_from
+    if known is not None and pixels >= known:
+        asked = _tiled(asked)
+    spared = False
     while True:
         try:
-            return draw()
+            return draw(asked)
         except Exception as error:  # torch's CPU allocator raises a plain RuntimeError
             if not is_out_of_memory(error):
                 raise
-            # The traceback holds every tensor of the failed run.
-            error.__traceback__ = None
+            let_go(error)
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        if not _step_down(model):
+        freed = spare()
+        offload.empty_cache()
+        if freed and not spared:
+            spared = True
+            log.warning("%s ran out of memory; %d bytes of kept results are dropped", model.config.name, freed)
+        elif VAE_TILING not in asked.savings and can_tile(model.pipeline):
+            asked = _tiled(asked)
+            model.condition.tiled_from = pixels if known is None else min(pixels, known)
+            _note(model, TILES)
+        elif _offload(model):
+            _note(model, OFFLOADED)
+        else:
             raise DrawError(
                 f"{model.config.name}: out of memory, also with the VAE in tiles"
                 f"{'' if model.device == 'cpu' else ' and modules in main memory'}. Ask for a smaller size, or set a "
@@ -65,12 +66,28 @@ def with_less(model: Loaded, draw: Callable[[], T]) -> T:
             )
 
 
-def _step_down(model: Loaded) -> bool:
-    for words, rung in RUNGS.items():
-        if words in model.rungs:
-            continue
-        model.rungs.add(words)
-        if rung(model):
-            log.warning("%s ran out of memory; from now on %s", model.config.name, words)
-            return True
-    return False
+def _note(model: Loaded, rung: str) -> None:
+    if rung not in model.rungs:
+        log.warning("%s ran out of memory; from now on %s", model.config.name, rung)
+    model.rungs.add(rung)
+
+
+def _tiled(asked: Generation) -> Generation:
+    return replace(asked, savings=tuple(sorted({*asked.savings, VAE_TILING})))
+
+
+def _offload(model: Loaded) -> bool:
+    if model.device == "cpu" or offload.enabled(model.pipeline):
+        return False
+    offload.enable(model.pipeline, model.device)
+    return True
+
+
+def _pixels(model: Loaded, asked: Generation) -> float:
+    """Of the picture to be drawn, near enough to tell a large one from a small one; more than any if not known."""
+    if asked.width and asked.height:
+        return asked.width * asked.height
+    if asked.images:
+        return math.prod(pictures.size(asked.images[0])) * (asked.upscale or 1) ** 2
+    width, height = size(model)
+    return width * height if width and height else math.inf

@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from sfumato.config import ModelConfig
 from sfumato.core import ModelStatus
-from sfumato.engine import load
+from sfumato.engine import load, offload
+from sfumato.engine.batching import is_out_of_memory
 from sfumato.engine.facts import facts
+from sfumato.engine.release import let_go
 from sfumato.errors import LoadError, SfumatoError
 
 log = logging.getLogger(__name__)
@@ -38,13 +38,20 @@ class Residency:
         device: str,
         tell: Callable[[str, ModelStatus], None],
         dropped: Callable[[], None] = lambda: None,
+        spare: Callable[[], int] = lambda: 0,
     ) -> None:
-        """At most `limit` models, on `device` (a setting); `dropped` is called when one has left."""
+        """At most `limit` models, on `device` (a setting); `dropped` is called when one has left.
+
+        `spare` drops what the engine keeps for speed alone and returns its bytes: for a model that does not fit.
+        """
         self._limit = limit
         self._device = device
         self._tell = tell
         self._dropped = dropped
+        self._spare = spare
         self._loaded: OrderedDict[str, load.Loaded] = OrderedDict()
+        self._newest: dict[str, ModelConfig] = {}
+        """Of each loaded model: the config of the request that came last."""
         self._users: Counter[str] = Counter()
         self._line: deque[object] = deque()
         self.loads = 0
@@ -57,7 +64,7 @@ class Residency:
 
     @contextmanager
     def use(self, config: ModelConfig, turn: Callable[[], None]) -> Iterator[load.Loaded]:
-        """The model, loaded if need be, and not dropped while it is in use.
+        """The model with this `config`, loaded if need be, and not dropped while it is in use.
 
         `turn` lets others go on while this one waits for room. Who came first is served first: a model
         that waits for room is not passed by requests for those that are in memory.
@@ -75,26 +82,32 @@ class Residency:
             yield model
         finally:
             self._users[config.name] -= 1
+            if not self._users[config.name]:
+                self._rest(config.name)
 
     def _has_room(self, config: ModelConfig) -> bool:
         held = self._loaded.get(config.name)
-        if held and _of_weights(held.config) == _of_weights(config):
+        if held and _serves(held, config):
             return True
         if held and self._users[config.name]:
-            return False  # its file changed; those who draw with the old one finish first
+            return False  # it is to be loaded anew; those who draw with the old one finish first
         return len(self._loaded) < self._limit or self._oldest() is not None or not any(self._users.values())
 
     def _get(self, config: ModelConfig) -> load.Loaded:
         """The model. A failed load leaves nothing behind: the next request tries again."""
         held = self._loaded.get(config.name)
-        if held and _of_weights(held.config) == _of_weights(config):
-            changed, held.config = held.config != config, config
+        if held and _serves(held, config):
             self._loaded.move_to_end(config.name)
+            changed, self._newest[config.name] = self._newest[config.name] != config, config
+            if not self._users[config.name]:
+                held.config = config
+            # Those who draw with it keep the file that they were asked with.
+            model = held if held.config == config else replace(held, config=config)
             if changed:  # of its defaults
-                self._tell(config.name, _ready(held))
-            return held
+                self._tell(config.name, _ready(model))
+            return model
         if held:
-            self._drop(config.name, "its model file changed")
+            self._drop(config.name, held.condition.broken or "its model file changed")
         while len(self._loaded) >= self._limit and (idle := self._oldest()):
             self._evict(idle, "another model is wanted")
         try:
@@ -103,6 +116,7 @@ class Residency:
             self._tell(config.name, ModelStatus("failed", error.message))
             raise
         self.loads += 1
+        self._newest[config.name] = config
         model = self._loaded[config.name]
         self._tell(config.name, _ready(model))
         return model
@@ -115,13 +129,32 @@ class Residency:
         while True:
             try:
                 return load.load(config, self._device, tell)
-            except (torch.OutOfMemoryError, MemoryError) as error:
-                idle = self._oldest()
-                if idle is None:
-                    raise LoadError(
-                        f"{config.name}: does not fit into memory. Try `low_vram: true`, a smaller dtype or cuda: false"
-                    ) from error
+            except Exception as error:  # torch's CPU allocator raises a plain RuntimeError
+                if not is_out_of_memory(error):
+                    raise
+                let_go(error)
+            gc.collect()
+            if not self._spare() and not self._evict_idle():
+                raise LoadError(
+                    f"{config.name}: does not fit into memory. Try `low_vram: true`, a smaller dtype or cuda: false"
+                )
+            offload.empty_cache()
+
+    def _evict_idle(self) -> bool:
+        idle = self._oldest()
+        if idle is not None:
             self._evict(idle, "its memory is needed")
+        return idle is not None
+
+    def _rest(self, name: str) -> None:
+        """Nobody draws with it any more."""
+        model = self._loaded[name]
+        model.config = self._newest[name]
+        try:
+            offload.rest(model.pipeline)
+        except Exception as error:  # whatever a module raises when it is moved
+            log.exception("%s: its modules could not be put into main memory", name)
+            model.condition.broken = f"its modules could not be put into main memory: {error}"
 
     def _oldest(self) -> str | None:
         """The model used least recently, of those that are not pinned and not in use."""
@@ -134,12 +167,18 @@ class Residency:
 
     def _drop(self, name: str, why: str) -> None:
         log.info("%s leaves memory: %s", name, why)
-        del self._loaded[name]
+        del self._loaded[name], self._newest[name]
         self._dropped()
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        offload.empty_cache()
+        for model in self._loaded.values():  # there is more room now: what did not fit may
+            model.condition.tiled_from = None
         self._tell(name, ModelStatus("unloaded", why))
+
+
+def _serves(model: load.Loaded, config: ModelConfig) -> bool:
+    """Whether a request with `config` can be drawn with what is in memory."""
+    return not model.condition.broken and _of_weights(model.config) == _of_weights(config)
 
 
 def _ready(model: load.Loaded) -> ModelStatus:

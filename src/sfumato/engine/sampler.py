@@ -7,7 +7,7 @@ Euler without Karras sigmas, also on a model that ships with them.
 
 Whether a solver fits a pipeline is found out before the first step: `handover.read` reads what the
 pipeline's code gives to its scheduler, and a rehearsal runs the new scheduler on that for a few
-steps over an empty latent.
+steps over an empty latent. What came out is kept: a picture waits for no rehearsal that was held before.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import json
 from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from typing import Any
 
 import diffusers
@@ -23,7 +25,7 @@ import numpy as np
 import torch
 
 from sfumato import schedulers
-from sfumato.engine import handover
+from sfumato.engine import handover, steps
 from sfumato.engine.handover import Handover
 from sfumato.errors import InvalidRequest
 from sfumato.schedulers import Choice, Form
@@ -60,6 +62,9 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
 
 SIGMA_FLAGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
+FEW = 4
+"""Steps of a rehearsal, where no number is asked for, and of a schedule that nobody will look at."""
+
 _NOISE_CLASSES = frozenset(solver.noise.cls for solver in schedulers.SOLVERS.values())
 _FLOW_CLASSES = frozenset(
     {"FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler"}
@@ -76,23 +81,25 @@ def make(pipeline: Any, choice: Choice | None, seed: int | Sequence[int]) -> Any
     """
     own = getattr(pipeline, "scheduler", None)
     if choice is None:
-        return None if own is None else _noisy(pipeline, _own(own, seed), seed)
+        kind: Any = type(pipeline)
+        return None if own is None else _noisy(pipeline, _own(own, seed, sets_steps=bool(handover.read(kind))), seed)
     form = _form(own, choice)
     if form is None:
         raise _refusal(pipeline, choice, _why_no_form(own, choice))
     return _noisy(pipeline, _build(own, form, seed), seed)
 
 
-def check(pipeline: Any, choice: Choice | None, steps: int | None = None) -> None:
-    """Raise InvalidRequest where `choice` cannot draw with `pipeline` (in `steps` steps, if given)."""
+def check(pipeline: Any, choice: Choice | None, count: int | None = None) -> None:
+    """Raise InvalidRequest where `choice` cannot draw with `pipeline` (in `count` steps, if given)."""
     if choice is None:
         return
-    reason = _misfit(pipeline, choice, steps)
+    model = _model(pipeline)
+    reason = _misfit(model, choice.name, count)
     if reason is None:
         return
-    if steps is not None and _misfit(pipeline, choice, None) is None:
+    if count is not None and _misfit(model, choice.name, None) is None:
         raise InvalidRequest(
-            f"Scheduler {choice.name!r} cannot draw in {steps} steps: {reason}. Ask for another number.",
+            f"Scheduler {choice.name!r} cannot draw in {count} steps: {reason}. Ask for another number.",
             param="step",
         )
     raise _refusal(pipeline, choice, reason)
@@ -100,7 +107,8 @@ def check(pipeline: Any, choice: Choice | None, steps: int | None = None) -> Non
 
 def works_with(pipeline: Any) -> tuple[str, ...]:
     """The names of `schedulers.names()` that `check` lets through."""
-    return tuple(name for name in schedulers.names() if _misfit(pipeline, schedulers.parse(name), None) is None)
+    model = _model(pipeline)
+    return tuple(name for name in schedulers.names() if _misfit(model, name, None) is None)
 
 
 def is_flow(scheduler: Any) -> bool:
@@ -131,13 +139,14 @@ def _why_no_form(own: Any, choice: Choice) -> str:
     return f"{flow.cls} has no form with a schedule {choice.schedule!r}; it takes: {takes}"
 
 
-def _own(own: Any, seed: int | Sequence[int]) -> Any:
+def _own(own: Any, seed: int | Sequence[int], *, sets_steps: bool) -> Any:
     if not isinstance(own, diffusers.ConfigMixin):
         return copy.deepcopy(own)
     # Not from_config: it takes a value that the pipeline corrected after loading for a default.
-    parameters = _parameters(type(own))
+    kind: Any = type(own)
+    parameters = _parameters(kind)
     arguments = {key: value for key, value in own.config.items() if key in parameters}
-    return _construct(type(own), arguments | _seeded(parameters, seed), own.config)
+    return _construct(type(own), arguments | _seeded(parameters, seed), own.config, sets_steps=sets_steps)
 
 
 def _build(own: Any, form: Form, seed: int | Sequence[int]) -> Any:
@@ -158,7 +167,8 @@ def _build(own: Any, form: Form, seed: int | Sequence[int]) -> Any:
 def _carried(own: Any) -> dict[str, Any]:
     """What every scheduler for this model should know."""
     config = dict(own.config)
-    parameters = _parameters(type(own))
+    kind: Any = type(own)
+    parameters = _parameters(kind)
     unwritten = {
         key
         for key in config.get("_use_default_values", ())
@@ -169,11 +179,29 @@ def _carried(own: Any) -> dict[str, Any]:
     }
 
 
-def _construct(cls: Any, arguments: Mapping[str, Any], config: Mapping[str, Any]) -> Any:
-    scheduler = cls(**arguments)
+def _construct(cls: Any, arguments: Mapping[str, Any], config: Mapping[str, Any], *, sets_steps: bool = True) -> Any:
+    """`sets_steps`: whoever gets it sets its steps before all else, as every pipeline does that `handover` can read."""
+    scheduler = _unscheduled(cls, arguments) if sets_steps else cls(**arguments)
     # Pipelines read settings from their scheduler's config that its class does not know (`max_shift`).
     rest = {key: value for key, value in config.items() if key not in scheduler.config and key[0] != "_"}
     scheduler.register_to_config(**rest)
+    return scheduler
+
+
+def _unscheduled(cls: Any, arguments: Mapping[str, Any]) -> Any:
+    """`cls(**arguments)`, less a schedule of all the steps of training.
+
+    Some constructors make one, which the first `set_timesteps` throws away: 0.2 s for DPM2, of every picture.
+    """
+    scheduler = cls.__new__(cls)
+    if hasattr(cls, "set_timesteps"):
+
+        def few(count: int, *args: Any, **kwargs: Any) -> None:
+            cls.set_timesteps(scheduler, min(count, FEW), *args, **kwargs)
+
+        vars(scheduler)["set_timesteps"] = few
+    cls.__init__(scheduler, **arguments)
+    vars(scheduler).pop("set_timesteps", None)
     return scheduler
 
 
@@ -191,10 +219,10 @@ def _noisy(pipeline: Any, scheduler: Any, seed: int | Sequence[int]) -> Any:
     """
     kind: Any = type(pipeline)
     asked = handover.read(kind)
-    if asked is None or asked.generator or "generator" not in _parameters(scheduler.step):
+    if asked is None or asked.generator or "generator" not in _parameters(type(scheduler).step):
         return scheduler
     generator = noise(seed) if isinstance(seed, int) else [noise(each) for each in seed]
-    scheduler.step = functools.partial(scheduler.step, generator=generator)
+    steps.with_noise_of(scheduler, generator)
     return scheduler
 
 
@@ -204,6 +232,7 @@ def noise(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(derived % 2**63)
 
 
+@functools.lru_cache(maxsize=256)  # of classes and their methods, never of an instance's: it would be kept
 def _parameters(function: Any) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(function).parameters
 
@@ -220,32 +249,58 @@ def _refusal(pipeline: Any, choice: Choice, reason: str) -> InvalidRequest:
     )
 
 
-def _misfit(pipeline: Any, choice: Choice, steps: int | None) -> str | None:
-    """Why `choice` cannot draw with `pipeline`, or None where it can."""
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """What decides which schedulers fit a pipeline: equal for pipelines that are alike in it."""
+
+    kind: Any
+    """Class of the pipeline."""
+    own_kind: Any
+    """Class of its scheduler."""
+    config: str
+    """Of its scheduler, with whatever is in it, as text."""
+    own: Any = field(compare=False)
+    """Its scheduler, which is read and never written."""
+
+
+def _model(pipeline: Any) -> _Model:
     own = getattr(pipeline, "scheduler", None)
+    config = dict(getattr(own, "config", None) or {})
+    config["_use_default_values"] = sorted(config.get("_use_default_values", ()))
+    return _Model(type(pipeline), type(own), json.dumps(config, sort_keys=True, default=_plainly), own)
+
+
+def _plainly(value: Any) -> Any:
+    """What JSON has no word for: arrays as lists, the rest as Python writes it."""
+    return value.tolist() if hasattr(value, "tolist") else repr(value)
+
+
+@functools.lru_cache(maxsize=4096)
+def _misfit(model: _Model, name: str, count: int | None) -> str | None:
+    """Why the choice of this name cannot draw with `model`, or None where it can."""
+    own, choice = model.own, schedulers.parse(name)
     form = _form(own, choice)
     if own is None or form is None:
         return _why_no_form(own, choice)
-    kind: Any = type(pipeline)
-    asked = handover.read(kind)
+    asked = handover.read(model.kind)
     if asked is None:
-        return f"{kind.__name__} does not drive a scheduler of its own"
+        return f"{model.kind.__name__} does not drive a scheduler of its own"
     parameters = _parameters(getattr(diffusers, form.cls))
     for key, neutral in NEUTRAL.items():
         if own.config.get(key) not in neutral and key not in parameters:
             return f"{form.cls} does not know the model's {key}={own.config[key]!r}"
     scheduler = _build(own, form, seed=0)
-    return _unmet(scheduler, own, asked) or _rehearse(scheduler, asked, steps)
+    return _unmet(scheduler, own, asked) or _rehearse(scheduler, asked, count)
 
 
 def _unmet(scheduler: Any, own: Any, asked: Handover) -> str | None:
     """What the pipeline asks of its scheduler that this one lacks."""
     cls = type(scheduler).__name__
     for run in asked.runs:
-        unknown = run.names(scheduler.config) - _parameters(scheduler.set_timesteps).keys()
+        unknown = run.names(scheduler.config) - _parameters(type(scheduler).set_timesteps).keys()
         if unknown:
             return f"the pipeline sets {_listed(unknown)}, which {cls} does not take"
-    unexpected = asked.step_arguments - _parameters(scheduler.step).keys()
+    unexpected = asked.step_arguments - _parameters(type(scheduler).step).keys()
     if unexpected:
         return f"the pipeline passes {_listed(unexpected)} to each step, which {cls} does not take"
     missing = {name for name in asked.uses - asked.guarded if name in dir(own) and name not in dir(scheduler)}
@@ -258,15 +313,14 @@ def _listed(words: Set[str]) -> str:
     return " and ".join(sorted(words))
 
 
-def _rehearse(scheduler: Any, asked: Handover, steps: int | None) -> str | None:
+def _rehearse(scheduler: Any, asked: Handover, count: int | None) -> str | None:
     """Run a few steps of what the pipeline would, over an empty latent; why that fails, or None.
 
     Its own generator: a check must not use up anyone's random numbers.
     """
-    count = steps or 4
     for run in asked.runs:
         try:
-            _set(scheduler, run, count)
+            _set(scheduler, run, count or FEW)
             finite = _step(scheduler, asked)
         # Whatever diffusers raises here, it would raise in the middle of the request.
         except Exception as error:
@@ -302,9 +356,9 @@ def _step(scheduler: Any, asked: Handover) -> bool:
     learned = str(scheduler.config.get("variance_type")).startswith("learned")
     prediction = torch.zeros(1, 8 if learned else 4, 2, 2)
     extra: dict[str, Any] = {}
-    if "generator" in _parameters(scheduler.step):
+    if "generator" in _parameters(type(scheduler).step):
         extra["generator"] = torch.Generator().manual_seed(0)
-    for timestep in scheduler.timesteps[:4]:
+    for timestep in scheduler.timesteps[:FEW]:
         if "scale_model_input" in asked.uses and hasattr(scheduler, "scale_model_input"):
             scheduler.scale_model_input(sample, timestep)
         sample = scheduler.step(prediction, timestep, sample, return_dict=False, **extra)[0]

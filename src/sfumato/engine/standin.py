@@ -7,6 +7,7 @@ pipeline can be used plainly beside its views. Outside a request a stand-in call
 
 Some things a request does forbid switching to another one while they last (`View.occupied`): changing a
 shared module, or scaling its adapters. Some pipelines do that all the time; their views never switch.
+At its end a view is closed, which puts back what was changed and tells what could not be.
 """
 
 from __future__ import annotations
@@ -15,17 +16,24 @@ import copy
 import functools
 import inspect
 import itertools
+import logging
 import re
+import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from types import MethodType
+from types import FrameType, MethodType
 from typing import Any
 
 import greenlet  # type: ignore[import-untyped]
 import torch
 from diffusers import DiffusionPipeline
 
+from sfumato.engine import caches, tiling
+from sfumato.engine.adapters import Adapters
 from sfumato.engine.calls import target
+
+log = logging.getLogger(__name__)
 
 METHODS = frozenset({"forward", "encode", "decode", "get_text_features", "get_image_features"})
 """What a stand-in intercepts besides being called."""
@@ -38,6 +46,16 @@ MUTATORS = re.compile(
 
 GETTERS = frozenset({"add_embedding", "add_time_proj", "register_buffer_names", "set_extra_state"})
 """Names that look like `MUTATORS` and change nothing."""
+
+PARTS = frozenset({"modules", "named_modules", "children", "named_children", "get_submodule", "_modules"})
+"""Names that give away parts of a module, which can then be changed without a word to the stand-in."""
+
+READERS = frozenset({
+    ("diffusers.pipelines.pipeline_utils", "_execution_device"),
+    ("diffusers.hooks.group_offloading", "_get_top_level_group_offload_hook"),
+    ("diffusers.hooks.group_offloading", "_is_group_offload_enabled"),
+})  # fmt: skip
+"""Functions, by module and name, that walk over all parts of all modules in each request, and change none."""
 
 INTRUSIVE = re.compile(
     r"set_attn_processor\(|\.processor = |enable_grad\(|autograd\.grad|\.(named_)?modules\(\)|requires_grad_\(True"
@@ -58,23 +76,24 @@ class Asker(greenlet.greenlet):  # type: ignore[misc]
 class View:
     """What the stand-ins of one view share."""
 
-    def __init__(self, exclusive: str) -> None:
+    def __init__(self, exclusive: str, *, tiled: bool = False) -> None:
+        self.tiled = tiled
+        """Whether its VAE works in tiles for this request."""
         self.exclusive = exclusive
         """Why the whole pipeline runs without a switch; empty where it need not."""
         self.number = next(numbers)
         self.stand_ins: dict[int, StandIn] = {}
         self.changed: dict[int, str] = {}
         """Modules that this request has changed → by what."""
-        self._tuned: list[tuple[list[Any], Any]] = []
+        self.left: list[str] = []
+        """What could not be put back when the view was closed: modules that are not as they should be."""
+        self._adapters = Adapters()
         self._processors: list[tuple[Any, Any]] = []
 
     def stand_in(self, module: Any, name: str) -> StandIn:
         made = self.stand_ins.get(id(module))
         if made is None:
             made = self.stand_ins[id(module)] = StandIn(module, name, self)
-            layers = _adapter_layers(module)
-            if layers:
-                self._tuned.append((layers, _adapters(layers)))
             if self.exclusive and hasattr(module, "attn_processors"):
                 self._processors.append((module, dict(module.attn_processors)))
         return made
@@ -83,19 +102,34 @@ class View:
         """Why this request must not switch now; empty when it may."""
         if self.exclusive or self.changed:
             return self.exclusive or next(iter(self.changed.values()))
-        for layers, found in self._tuned:
-            if _adapters(layers) != found:
-                return "adapters are scaled for this request"
-        return ""
+        return "adapters are scaled for this request" if self._adapters.changed() else ""
+
+    def hand_out(self, stand_in: StandIn, part: Any) -> None:
+        """The request gets hold of a part of a module itself."""
+        if getattr(stand_in._sfumato_module, "peft_config", None):
+            self._adapters.hand_out(part)
 
     def close(self) -> None:
-        """At the end of a request: put back what its pipeline left changed, forget what caches hold for it."""
+        """At the end of a request: put back what its pipeline left changed, forget what caches hold for it.
+
+        Raises nothing: whoever closes a view has others to look after. What could not be put back is in `left`.
+        """
+        self._attempt("adapters", self._adapters.restore)
         for module, processors in self._processors:
-            if dict(module.attn_processors) != processors:
-                module.set_attn_processor(processors)
+            self._attempt("attention processors", functools.partial(_put_processors, module, processors))
         for stand_in in self.stand_ins.values():
-            stand_in._sfumato_restore()
+            self._attempt(stand_in._sfumato_name, stand_in._sfumato_restore)
         self.changed.clear()
+        self._processors.clear()
+        self._adapters = Adapters()
+        self.stand_ins.clear()  # each refers to the view: it would stay until Python's collector comes by
+
+    def _attempt(self, what: str, restore: Callable[[], None]) -> None:
+        try:
+            restore()
+        except Exception as error:  # whatever a module raises when it is moved or cast
+            log.exception("%s could not be put back at the end of a request", what)
+            self.left.append(f"{what}: {type(error).__name__}: {error}")
 
 
 class StandIn:
@@ -118,7 +152,7 @@ class StandIn:
         put("_sfumato_view", view)
         put("_sfumato_context", None)
         put("_sfumato_place", None)
-        put("_sfumato_stateful", _state_managers(module))
+        put("_sfumato_stateful", caches.state_managers(module))
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -129,19 +163,28 @@ class StandIn:
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._sfumato_module, name)
+        if isinstance(value, torch.nn.Module):
+            self._sfumato_view.hand_out(self, value)
+            return value
+        if name in PARTS and not _only_reads(sys._getframe(1)):
+            self._sfumato_view.hand_out(self, self._sfumato_module)
         if name in METHODS:
             return _asking(self, name, value)
         if name == "cache_context" and callable(value):
             return functools.partial(_cache_context, self)
         if name == "to":
             return functools.partial(_to, self)
-        if callable(value) and MUTATORS.match(name) and name not in GETTERS and not isinstance(value, torch.nn.Module):
+        if callable(value) and MUTATORS.match(name) and name not in GETTERS:
             return _changing(self, name, value)
         return value
 
     def __setattr__(self, name: str, value: Any) -> None:
         _note_change(self, f"sets {name}")
         setattr(self._sfumato_module, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        _note_change(self, f"deletes {name}")
+        delattr(self._sfumato_module, name)
 
     def __repr__(self) -> str:
         return f"<stand-in for {self._sfumato_module!r}>"
@@ -151,7 +194,22 @@ class StandIn:
         with self._sfumato_within():
             return target(self._sfumato_module, method)(*args, **kwargs)
 
+    @property
+    def _sfumato_apart(self) -> str:
+        """Why its calls are not joined with those of other requests; empty where they may be."""
+        if self._sfumato_stateful:
+            return "a cache inside the module keeps a state per request"
+        return "it works in tiles for this request" if self._sfumato_tiled else ""
+
+    @property
+    def _sfumato_tiled(self) -> bool:
+        shared: View = self._sfumato_view
+        name: str = self._sfumato_name
+        return shared.tiled and name.rpartition(".")[2] == tiling.NAME
+
     def _sfumato_within(self) -> AbstractContextManager[Any]:
+        if self._sfumato_tiled:
+            return tiling.tiled(self._sfumato_module)
         if self._sfumato_context is None or not self._sfumato_stateful:
             return nullcontext()
         name, fields = self._sfumato_context
@@ -161,9 +219,10 @@ class StandIn:
         return f"@{self._sfumato_view.number}"
 
     def _sfumato_restore(self) -> None:
-        if self._sfumato_place is not None:
-            self._sfumato_module.to(**self._sfumato_place)
-            object.__setattr__(self, "_sfumato_place", None)
+        place = self._sfumato_place
+        object.__setattr__(self, "_sfumato_place", None)
+        if place is not None:
+            self._sfumato_module.to(**place)
         if self._sfumato_stateful == ():  # one state for all, and so for the next one too
             self._sfumato_module._reset_stateful_cache()
         for manager in self._sfumato_stateful or ():
@@ -171,13 +230,39 @@ class StandIn:
                 del manager._state_cache[name]
 
 
-def view(pipeline: Any, *, foreign: bool = False) -> Any:
+def view(pipeline: Any, *, foreign: bool = False, tiled: bool = False) -> Any:
     """A copy of `pipeline` for one request, of the same class, that shares the weights and nothing a call changes.
 
-    `foreign`: others had their hands on it, so look for modules that they have patched.
+    `foreign`: others had their hands on it, so look for modules that they have patched. `tiled`: its VAE works in
+    tiles, for this request alone.
     """
     reason = exclusive(pipeline) or (foreign and _patched(pipeline)) or ""
-    return _view(pipeline, View(reason), {}, "")
+    return _view(pipeline, View(reason, tiled=tiled), {}, "")
+
+
+def close(pipeline: Any) -> list[str]:
+    """Close the view that `pipeline` is, and all of it; what could not be put back."""
+    shared = {stand_in._sfumato_view for stand_in in _stand_ins(pipeline)}
+    for each in shared:
+        each.close()
+    return [what for each in shared for what in each.left]
+
+
+def _stand_ins(pipeline: Any) -> Iterator[StandIn]:
+    for value in vars(pipeline).values():
+        if type(value) is StandIn:
+            yield value
+        elif isinstance(value, DiffusionPipeline):
+            yield from _stand_ins(value)
+
+
+def forget(pipeline: Any) -> None:
+    """Look at its modules anew: for pipelines that others may have changed since they were looked at."""
+    for value in vars(pipeline).values():
+        if isinstance(value, DiffusionPipeline):
+            forget(value)
+        elif isinstance(value, torch.nn.Module):
+            caches.forget(value)
 
 
 def exclusive(pipeline: Any) -> str:
@@ -189,7 +274,7 @@ def exclusive(pipeline: Any) -> str:
         if word := _intrusion(kind):
             return f"its code has: {word}"
         for module in vars(each).values():
-            if isinstance(module, torch.nn.Module) and _state_managers(module) == ():
+            if isinstance(module, torch.nn.Module) and caches.state_managers(module) == ():
                 return "a cache inside a module keeps one state for all requests"
     return ""
 
@@ -225,10 +310,14 @@ def _view(pipeline: Any, shared: View, done: dict[int, Any], prefix: str) -> Any
     done[id(pipeline)] = made
     for name, value in vars(pipeline).items():
         made.__dict__[name] = _viewed(value, shared, done, f"{prefix}{name}", pipeline, made)
-    freeing = made.maybe_free_model_hooks
     # It resets the caches and offload hooks of everybody. Inside a request that is not this pipeline's to decide.
-    made.__dict__["maybe_free_model_hooks"] = lambda: None if _asker() else freeing()
+    made.__dict__["maybe_free_model_hooks"] = _bound(_free_outside, made)
     return made
+
+
+def _free_outside(pipeline: Any) -> None:
+    if not _asker():
+        type(pipeline).maybe_free_model_hooks(pipeline)
 
 
 def _viewed(value: Any, shared: View, done: dict[int, Any], name: str, pipeline: Any, made: Any) -> Any:
@@ -243,8 +332,20 @@ def _viewed(value: Any, shared: View, done: dict[int, Any], name: str, pipeline:
     if hasattr(value, "set_timesteps") or type(value).__module__.startswith("diffusers.guiders"):
         return done.setdefault(id(value), copy.deepcopy(value))
     if isinstance(value, MethodType) and value.__self__ is pipeline:
-        return MethodType(value.__func__, made)
+        return _bound(value.__func__, made)
     return value
+
+
+def _bound(function: Callable[..., Any], made: Any) -> Callable[..., Any]:
+    """Like a method of `made`, for an attribute of it: a real one would make a cycle that keeps what a run leaves."""
+    method, view = MethodType(function, made), weakref.ref(made)
+
+    def bound(*args: Any, **kwargs: Any) -> Any:
+        return function(view(), *args, **kwargs)
+
+    bound.__name__, bound.__doc__ = function.__name__, function.__doc__
+    bound.__signature__ = inspect.signature(method)  # type: ignore[attr-defined]
+    return bound
 
 
 def _asker() -> Asker | None:
@@ -267,8 +368,13 @@ def _asking(stand_in: StandIn, method: str, real: Callable[..., Any]) -> Callabl
     return asking
 
 
+def _only_reads(frame: FrameType) -> bool:
+    return (frame.f_globals.get("__name__"), frame.f_code.co_name) in READERS
+
+
 def _note_change(stand_in: StandIn, what: str) -> None:
     view = stand_in._sfumato_view
+    caches.forget(stand_in._sfumato_module)
     view.changed[id(stand_in._sfumato_module)] = f"{stand_in._sfumato_name}: {what}"
 
 
@@ -314,31 +420,6 @@ def _cache_context(stand_in: StandIn, name: str, **fields: Any) -> Iterator[None
         object.__setattr__(stand_in, "_sfumato_context", None)
 
 
-def _state_managers(module: Any) -> tuple[Any, ...] | None:
-    """What keeps states per cache context in `module`: None without a cache, empty if it knows no contexts."""
-    if not hasattr(module, "cache_context"):
-        return None
-    found: list[Any] = []
-    stateful = [
-        hook
-        for part in module.modules()
-        if "_diffusers_hook" in vars(part)
-        for hook in part._diffusers_hook.hooks.values()
-        if hook._is_stateful
-    ]
-    for hook in stateful:
-        managers = [value for value in vars(hook).values() if type(value).__name__ == "StateManager"]
-        if not managers:
-            return ()
-        found += managers
-    return tuple({id(manager): manager for manager in found}.values()) if stateful else None
-
-
-def _adapter_layers(module: Any) -> list[Any]:
-    if not getattr(module, "peft_config", None):
-        return []
-    return [part for part in module.modules() if hasattr(part, "active_adapters") and hasattr(part, "scaling")]
-
-
-def _adapters(layers: list[Any]) -> list[Any]:
-    return [(tuple(layer.active_adapters), layer.disable_adapters, dict(layer.scaling)) for layer in layers]
+def _put_processors(module: Any, processors: dict[str, Any]) -> None:
+    if dict(module.attn_processors) != processors:
+        module.set_attn_processor(processors)

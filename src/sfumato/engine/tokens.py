@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
+import weakref
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -27,6 +30,12 @@ PLAIN = re.compile(r"CLIP|T5")
 """Tokenizers whose pipelines encode the text as it is; others put it into a chat, so more of it may be cut."""
 
 
+KEPT = 64
+"""Texts whose tokens are known, for each tokenizer: pictures of one request have the same prompt."""
+
+_counted: weakref.WeakKeyDictionary[Any, OrderedDict[bytes, int]] = weakref.WeakKeyDictionary()
+
+
 def capacity(pipeline: Any, options: Mapping[str, Any]) -> int | None:
     """Tokens that the encoder with most room takes, start and end marks included; None where none is told.
 
@@ -47,7 +56,7 @@ def count(
     least = "" if PLAIN.search(type(tokenizer).__name__) else "at least "
     texts = {"prompt": prompt, "negative_prompt": negative_prompt or ""}
     try:
-        counts = {field: len(tokenizer(text, verbose=False).input_ids) for field, text in texts.items() if text}
+        counts = {field: _tokens(tokenizer, text) for field, text in texts.items() if text}
     except Exception as error:  # a tokenizer of an unknown kind: no reason to lose a picture that is drawn
         log.info("%s: tokens of a prompt cannot be counted: %s", model, type(error).__name__)
         return 0, ()
@@ -56,6 +65,18 @@ def count(
         for field, count in counts.items()
         if count > room
     )
+
+
+def _tokens(tokenizer: Any, text: str) -> int:
+    known = _counted.setdefault(tokenizer, OrderedDict())
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    count = known.pop(digest, None)
+    if count is None:
+        count = len(tokenizer(text, verbose=False).input_ids)
+    known[digest] = count
+    while len(known) > KEPT:
+        known.popitem(last=False)
+    return count
 
 
 def _readers(pipeline: Any, options: Mapping[str, Any]) -> Iterator[tuple[Any, int]]:

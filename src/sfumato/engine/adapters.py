@@ -1,0 +1,61 @@
+"""What a request does to the adapters of a module that it shares: whether they are as they were, and putting them back.
+
+diffusers scales adapters for one call by walking over the parts of a module (`scale_lora_layers`). Whoever changes
+a layer has to get hold of it first, so layers are looked at from then on, and a request that was handed none pays
+nothing, however many layers there are.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypeAlias
+
+State: TypeAlias = tuple[tuple[str, ...], bool, dict[str, float]]
+"""Of one layer: active adapters, whether they are switched off, and the scale of each."""
+
+
+class Adapters:
+    """Layers that one request was handed, each with the state that it had before."""
+
+    def __init__(self) -> None:
+        self._before: dict[int, tuple[Any, State]] = {}
+        self._walked: set[int] = set()
+
+    def hand_out(self, part: Any) -> None:
+        """The request gets hold of `part`, a module, and so of all layers in it."""
+        if id(part) in self._walked:
+            return
+        self._walked.add(id(part))
+        for layer in part.modules():
+            if hasattr(layer, "active_adapters") and hasattr(layer, "scaling"):
+                self._before.setdefault(id(layer), (layer, _state(layer)))
+
+    def changed(self) -> bool:
+        return any(not _alike(_state(layer), before) for layer, before in self._before.values())
+
+    def restore(self) -> None:
+        """Exactly as it was: scaling and unscaling leaves a rounding error that would add up in the shared layer."""
+        for layer, before in self._before.values():
+            active, disabled, scaling = before
+            now = _state(layer)
+            if now == before:
+                continue
+            layer.scaling.clear()
+            layer.scaling.update(scaling)
+            if now[0] != active:
+                layer.set_adapter(list(active))
+            if now[1] != disabled:
+                layer.enable_adapters(not disabled)
+
+
+def _state(layer: Any) -> State:
+    return tuple(layer.active_adapters), layer.disable_adapters, dict(layer.scaling)
+
+
+def _alike(one: State, other: State) -> bool:
+    """To the rounding error of scaling by a number and back."""
+    return (
+        one[:2] == other[:2]
+        and one[2].keys() == other[2].keys()
+        and all(math.isclose(scale, other[2][name], rel_tol=1e-9) for name, scale in one[2].items())
+    )
