@@ -40,7 +40,7 @@ ENGINE = [
     {"download", "sampler", "batching", "watch"},
     {"memo", "preview", "standin", "trust"},
     {"calls", "clean", "colours", "one_file"},
-    {"handover", "joins", "outputs", "policy", "process", "protocol", "resolve", "threadstate", "wire"},
+    {"handover", "imports", "joins", "outputs", "policy", "process", "protocol", "resolve", "threadstate", "wire"},
 ]
 
 WITHOUT_TORCH = ["sfumato.cli", "sfumato.serve", "sfumato.draw", "sfumato.check", "sfumato.api.app", "sfumato.service"]

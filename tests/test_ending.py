@@ -78,7 +78,7 @@ def test_whoever_still_waits_is_told_to_come_again(tmp_path: Path, grace: str, s
         server.wait_for(r"(?s)is asked for.*is asked for.*is asked for")
         with half_sent(server) as connection:
             expected = stop(server)
-            text = connection.recv(65536)
+            text = b"".join(iter(lambda: connection.recv(65536), b""))
             code = server.wait()
         assert b" 503 " in text.splitlines()[0]
         assert b"server_stopping" in text
