@@ -59,9 +59,16 @@ class Server:
         """SIGTERM, then the exit code."""
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
+        return self.wait()
+
+    def wait(self) -> int:
+        """Until it has ended; the exit code."""
         code = self._process.wait(60)
         self._reader.join(10)
         return code
+
+    def signal(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
 
     def wait_for(self, pattern: str, after: int = 0) -> re.Match[str]:
         """The first match in the log (from line `after` on), as soon as it is there."""

@@ -129,6 +129,7 @@ def obey(submit: Submit, sock: socket.socket, counter: Path) -> None:
     if name in MISBEHAVIOUR and not (once and seen.exists()):
         seen.touch()
         sock.sendall(wire.pack(Started(submit.generation.id)))
+        sock.sendall(wire.pack(Answer(submit.generation.id, Step(1, TOTAL))))
         MISBEHAVIOUR[name](sock)
     else:
         draw(submit.generation, sock)

@@ -13,22 +13,22 @@ ROOT = Path(sfumato.__file__).parent
 
 LAYERS = [
     {"cli"},
-    {"serve", "draw"},
+    {"draw", "serve"},
     {"api"},
-    {"service", "check"},
+    {"check", "service"},
     {"metrics"},
     {"job"},
     {"engine"},
     {"catalog"},
-    {"config", "fetch", "store", "recipe", "pictures", "logs"},
-    {"schedulers", "settings", "queue"},
+    {"config", "fetch", "logs", "pictures", "recipe", "store"},
+    {"queue", "schedulers", "settings"},
     {"core"},
     {"errors"},
 ]
 """Top to bottom. A module imports from lower layers, or from its own package."""
 
 ENGINE = [
-    {"supervisor", "local", "worker"},
+    {"local", "supervisor", "worker"},
     {"loop", "streams"},
     {"tally"},
     {"generation", "memory", "residency"},
@@ -36,15 +36,29 @@ ENGINE = [
     {"arguments"},
     {"tokens"},
     {"kinds"},
-    {"load", "gather"},
-    {"download", "sampler", "batching", "watch"},
+    {"gather", "load"},
+    {"batching", "download", "sampler", "watch"},
     {"memo", "preview", "standin", "trust"},
     {"calls", "clean", "colours", "one_file"},
     {
-        "adapters", "caches", "handover", "joins", "offload", "outputs", "policy", "process", "protocol", "release",
-        "resolve", "steps", "threadstate", "tiling", "wire",
+        "adapters",
+        "caches",
+        "handover",
+        "imports",
+        "joins",
+        "offload",
+        "outputs",
+        "policy",
+        "process",
+        "protocol",
+        "release",
+        "resolve",
+        "steps",
+        "threadstate",
+        "tiling",
+        "wire",
     },
-]  # fmt: skip
+]
 
 WITHOUT_TORCH = ["sfumato.cli", "sfumato.serve", "sfumato.draw", "sfumato.check", "sfumato.api.app", "sfumato.service"]
 

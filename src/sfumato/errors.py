@@ -21,6 +21,7 @@
     ├── DrawError                     500 generation_failed      the pipeline raised, or drew NaN
     ├── StorageError                  507 storage_failed         a picture could not be written
     ├── TimedOut                      504 timeout
+    ├── ServerStops                   503 server_stopping        it was told to stop before the answer was there
     └── WorkerDied                    503 worker_died
 
 A message says which field is wrong, its value, what is valid and what to do. Errors cross the
@@ -165,6 +166,12 @@ class StorageError(SfumatoError):
 class TimedOut(SfumatoError):
     status = 504
     code = "timeout"
+
+
+class ServerStops(SfumatoError):
+    status = 503
+    code = "server_stopping"
+    retry = True
 
 
 class WorkerDied(SfumatoError):

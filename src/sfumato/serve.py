@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import signal
+import socket
+import sys
+from types import FrameType
 
 import uvicorn
 
 from sfumato import __version__, allocator, logs
 from sfumato.api.app import create_app
+from sfumato.api.ending import Running
 from sfumato.catalog import Catalog
 from sfumato.engine.supervisor import Supervisor
 from sfumato.errors import SfumatoError
@@ -18,12 +23,46 @@ from sfumato.store import Store
 
 log = logging.getLogger("sfumato")
 
-GRACE_S = 30
-"""How long running requests may take after SIGTERM."""
+ENDING_S = 15
+"""How long it may take after the grace time to tell those who still wait."""
+INTERRUPTED = 130
+"""Exit code after a second Ctrl-C, as of every program that Ctrl-C ended."""
+
+
+class Server(uvicorn.Server):
+    """uvicorn, whose requests are ended by us: when the grace time is over, or at once on a second Ctrl-C."""
+
+    def __init__(self, config: uvicorn.Config, running: Running, grace_s: float) -> None:
+        super().__init__(config)
+        self.hurried = False
+        self._running = running
+        self._grace_s = grace_s
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit and sig == signal.SIGINT and not self.hurried:
+            self.hurried = True  # a third one is uvicorn's, which then lets everything fall
+        else:
+            super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        ending = asyncio.create_task(self._end())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            ending.cancel()
+
+    async def _end(self) -> None:
+        end = asyncio.get_running_loop().time() + self._grace_s
+        while not self.hurried and asyncio.get_running_loop().time() < end:  # noqa: ASYNC110
+            await asyncio.sleep(0.1)  # uvicorn looks as often; a signal handler sets no event of asyncio
+        if count := self._running.end():
+            log.warning("the server stops; %d requests that still ran are answered with 503", count)
 
 
 def serve(settings: Settings) -> None:
-    """Serve until SIGTERM or Ctrl-C; running requests are finished first.
+    """Serve until SIGTERM or Ctrl-C; running requests are finished first, as far as `grace_s` allows.
+
+    A second Ctrl-C ends them at once, and the process with exit code 130.
 
     Raises SfumatoError that names a setting which cannot be understood.
     """
@@ -32,8 +71,9 @@ def serve(settings: Settings) -> None:
     catalog = Catalog.of(settings)
     for problem in catalog.problems():
         log.warning("%s", problem)
+    running = Running()
     try:
-        application = create_app(Service(catalog, Supervisor(settings), settings), Store.of(settings))
+        application = create_app(Service(catalog, Supervisor(settings), settings), Store.of(settings), running)
     except ValueError as error:
         raise SfumatoError(str(error)) from None
     config = uvicorn.Config(
@@ -43,7 +83,7 @@ def serve(settings: Settings) -> None:
         log_config=None,
         access_log=False,  # `api.requests` writes one, with the caller and without the query
         proxy_headers=False,  # `api.urls` reads them
-        timeout_graceful_shutdown=GRACE_S,
+        timeout_graceful_shutdown=settings.grace_s + ENDING_S,
     )
     sock = config.bind_socket()
     sock.listen(config.backlog)  # whoever reads the line below may connect at once
@@ -53,4 +93,7 @@ def serve(settings: Settings) -> None:
     # uvicorn raises the signal that stopped it once more when it is done, for whoever was there before it.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    uvicorn.Server(config).run(sockets=[sock])
+    server = Server(config, running, settings.grace_s)
+    server.run(sockets=[sock])
+    if server.hurried:
+        sys.exit(INTERRUPTED)

@@ -38,6 +38,9 @@ class Settings:
     max_active: int = _setting(16, "Pictures that are drawn at the same time; others wait.", least=1)
     max_queue: int = _setting(64, "Pictures that may wait for their turn; more are refused with 429.", least=1)
     hang_s: int = _setting(1800, "A worker that draws and is silent for so many seconds is replaced.", least=1)
+    grace_s: int = _setting(
+        30, "Seconds that running requests may take once the server is told to stop; then they get a 503.", least=0
+    )
     time_limit_s: int = _setting(3600, "Longest time from a request to its pictures, in seconds.", least=1)
     public_url: str = _setting("", "Base of the picture URLs, e.g. https://host/prefix, behind a proxy.")
     trusted_proxies: str = _setting(

@@ -16,6 +16,7 @@ from sfumato import __version__
 from sfumato.api import a1111, errors, localai, models, openai, ops, pages, progress
 from sfumato.api.auth import Auth, parse_keys
 from sfumato.api.crosssite import CrossSite, parse_hosts
+from sfumato.api.ending import Ending, Running
 from sfumato.api.forms import Bodies
 from sfumato.api.requests import BodyCap, LastResort, Observe, RequestId
 from sfumato.api.urls import Forwarded, check_proxies, check_public_url, parse_origins
@@ -44,8 +45,8 @@ class Application(FastAPI):
         return schema
 
 
-def create_app(service: Service, store: Store) -> FastAPI:
-    """The application over a service that is started and stopped with it.
+def create_app(service: Service, store: Store, running: Running | None = None) -> FastAPI:
+    """The application over a service that is started and stopped with it; `running` knows its requests.
 
     Raises ValueError that names a setting which cannot be understood.
     """
@@ -90,6 +91,7 @@ def create_app(service: Service, store: Store) -> FastAPI:
     app.include_router(pages.router())
 
     # The last to be added is the first to see a request.
+    app.add_middleware(Ending, running=running or Running())
     app.add_middleware(BodyCap, limit=settings.max_body_mb * 2**20)
     app.add_middleware(CrossSite, settings=settings, origins=origins, rejected=service.metrics.rejected)
     app.add_middleware(Auth, keys=keys, rejected=service.metrics.rejected)

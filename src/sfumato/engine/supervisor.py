@@ -35,6 +35,8 @@ WORKER = (sys.executable, "-m", "sfumato.engine.worker")
 START_TIMEOUT_S = 120.0
 """Importing torch takes seconds, on a cold disk tens of them."""
 STOP_TIMEOUT_S = 30.0
+IDLE_STOP_TIMEOUT_S = 5.0
+"""Of a worker that nobody waits for: it may be in the middle of loading a model, which nothing interrupts."""
 MAX_BACKOFF_S = 30.0
 STARTS = 3
 """After so many starts in a row that came to nothing, those who wait are told."""
@@ -98,11 +100,12 @@ class Supervisor:
         self._stopping = True
         if self._writer:
             self._post(Stop())
+            limit = STOP_TIMEOUT_S if self._flights else IDLE_STOP_TIMEOUT_S
             try:
-                async with asyncio.timeout(STOP_TIMEOUT_S):
+                async with asyncio.timeout(limit):
                     await self._process.wait()  # type: ignore[union-attr]
             except TimeoutError:
-                log.warning("the worker did not end within %.0f s; it is killed", STOP_TIMEOUT_S)
+                log.warning("the worker did not end within %.0f s; it is killed", limit)
         if self._process:
             _kill(self._process)
         if self._keeper:

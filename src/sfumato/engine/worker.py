@@ -15,7 +15,7 @@ import threading
 
 from sfumato import logs
 from sfumato.core import Failed
-from sfumato.engine import process, wire
+from sfumato.engine import imports, process, wire
 from sfumato.engine.protocol import Answer, Ready, Report
 from sfumato.errors import DrawError
 
@@ -31,6 +31,7 @@ def main(fd: int) -> None:
     logs.configure(settings)
 
     process.prepare()
+    imports.lean()
     import diffusers
     import torch
 

@@ -1,0 +1,127 @@
+"""A quicker start: what diffusers and transformers import and drawing does not use is left out, or waits for its use.
+
+    torch._dynamo, torch.compiler   nothing is compiled in a worker
+    torch.distributed               it is alone
+    scipy.stats, scipy.integrate    asked for by beta schedules and LMS only
+    scipy in transformers           losses of detectors that are being trained
+    packages of `LATER`             each of their `__init__` imports every model that there is
+
+All of it stays usable: what is asked for is imported then, with what it needs.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib.abc import Loader, MetaPathFinder, SourceLoader
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+LATER = frozenset(f"diffusers.{name}" for name in (
+    "hooks", "models.autoencoders", "models.controlnets", "models.transformers", "models.unets",
+))  # fmt: skip
+"""Packages whose names are imported when they are asked for."""
+
+
+def _as_it_is(fn: Callable[..., Any] | None = None, *_: Any, **__: Any) -> Any:
+    return fn or (lambda fn: fn)
+
+
+WAITING: Mapping[str, Mapping[str, Any]] = {
+    "torch._dynamo": {
+        **dict.fromkeys(("allow_in_graph", "assume_constant_result", "disable"), _as_it_is),
+        "eval_frame": SimpleNamespace(OptimizedModule=type("OptimizedModule", (), {})),
+    },
+    "scipy.stats": {},
+    "scipy.integrate": {},
+}
+"""Modules that run when something in them is asked for that does not stand here."""
+
+
+def lean() -> None:
+    """Call it once, before diffusers and transformers are imported. It is for processes that only draw."""
+    if "diffusers" in sys.modules:
+        return
+    import torch
+
+    torch.distributed.is_available = lambda: False
+    torch.compiler.disable = _as_it_is
+    sys.meta_path.insert(0, _Finder())
+    from transformers import utils
+
+    known = utils.is_scipy_available
+    utils.is_scipy_available = lambda: False
+    try:
+        importlib.import_module("transformers.loss.loss_utils")
+    finally:
+        utils.is_scipy_available = known
+
+
+class _Finder(MetaPathFinder):
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name not in LATER and name not in WAITING:
+            return None
+        spec = PathFinder.find_spec(name, path)
+        if spec and isinstance(spec.loader, SourceLoader):
+            spec.loader = _Names(spec.loader) if name in LATER else _Whole(spec.loader, WAITING[name])
+        return spec
+
+
+class _Names(Loader):
+    """A package whose `__init__` only gathers names of its modules: each is looked up when it is asked for."""
+
+    def __init__(self, loader: SourceLoader) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        package = module.__name__
+        source = self._loader.get_source(package) or ""
+        places = {
+            alias.asname or alias.name: (node.module, alias.name)
+            for node in ast.walk(ast.parse(source))
+            if isinstance(node, ast.ImportFrom) and node.level == 1
+            for alias in node.names
+        }
+
+        def find(name: str) -> Any:
+            if name not in places:
+                raise AttributeError(f"module {package!r} has no attribute {name!r}")
+            where, what = places[name]
+            value = getattr(importlib.import_module(f"{package}.{where}"), what)
+            setattr(module, name, value)
+            return value
+
+        vars(module).update(__getattr__=find, __all__=sorted(places), __dir__=lambda: sorted({*vars(module), *places}))
+
+
+class _Whole(Loader):
+    """A module that runs when something in it is asked for, other than `known`."""
+
+    def __init__(self, loader: SourceLoader, known: Mapping[str, Any]) -> None:
+        self._loader = loader
+        self._known = known
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return _Waiting(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        vars(module).update(self._known)
+
+
+class _Waiting(ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or type(self) is not _Waiting:  # the import system looks at these
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        spec = self.__spec__
+        assert spec and isinstance(spec.loader, _Whole)
+        self.__class__ = ModuleType  # type: ignore[assignment]
+        spec.loader = spec.loader._loader
+        spec.loader.exec_module(self)
+        return getattr(self, name)

@@ -1,0 +1,93 @@
+"""What a worker imports: counted, not timed, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+
+def run(code: str) -> Any:
+    """What `code` prints last, as JSON."""
+    lean = "from sfumato.engine import imports, process\nprocess.prepare()\nimports.lean()\nimport sys, json\n"
+    done = subprocess.run([sys.executable, "-c", lean + code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+DRAW = """
+import asyncio
+from sfumato.catalog import EMBEDDED
+from sfumato.config import load
+from sfumato.core import Done, Generation
+from sfumato.engine.local import Local
+from sfumato.settings import Settings
+
+async def draw():
+    engine = Local(Settings(device="cpu"))
+    await engine.start()
+    (config,) = load(EMBEDDED / "sfumato-tiny.yaml")
+    async for event in engine.submit(config, Generation(id="a", prompt="a red circle", seed=1, steps=2)):
+        last = event
+    assert isinstance(last, Done), last
+    await engine.stop()
+
+asyncio.run(draw())
+print(json.dumps(sorted(sys.modules)))
+"""
+
+
+def test_the_embedded_model_is_drawn_without_the_models_of_others() -> None:
+    modules = run(DRAW)
+
+    def below(package: str) -> int:
+        return sum(name.startswith(f"{package}.") for name in modules)
+
+    assert below("diffusers.models.transformers") <= 4
+    assert below("diffusers.models.autoencoders") <= 6
+    assert below("diffusers.models.controlnets") <= 3
+    assert below("diffusers.pipelines") <= 10
+    assert below("transformers.models") <= 40
+    assert below("torch._dynamo") <= 4
+    for package in ("torch._inductor", "torch.distributed.tensor", "torch.distributed.fsdp", "scipy.optimize"):
+        assert below(package) == 0, package
+    assert "scipy.stats._stats_py" not in modules
+    assert len(modules) < 3000  # 3900 without `imports`
+
+
+def test_what_waits_is_there_when_it_is_asked_for() -> None:
+    missing = run("""
+import ast
+from importlib import import_module, util
+missing = []
+for package in sorted(imports.LATER):
+    module = import_module(package)
+    names = [alias.asname or alias.name for node in ast.walk(ast.parse(open(module.__file__).read()))
+             if isinstance(node, ast.ImportFrom) and node.level == 1 for alias in node.names]
+    assert names, package
+    missing += [f"{package}.{name}" for name in names if not hasattr(module, name)]
+from diffusers.models.transformers import *
+from diffusers.models.transformers import transformer_flux
+assert FluxTransformer2DModel is transformer_flux.FluxTransformer2DModel
+assert not hasattr(import_module("diffusers.hooks"), "nothing")
+print(json.dumps(missing))
+""")
+    assert missing == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from diffusers import EulerDiscreteScheduler as S; S(use_beta_sigmas=True).set_timesteps(5)",
+        "from diffusers import LMSDiscreteScheduler as S; s = S(); s.set_timesteps(5); s.get_lms_coefficient(1, 0, 0)",
+        "import scipy.stats; assert scipy.stats.norm.cdf(0) == 0.5",
+        "from scipy.stats import norm; assert norm.cdf(0) == 0.5",
+        "import torch; f = torch.compile(lambda x: x + 1, backend='eager'); assert f(torch.ones(1)) == 2",
+        "import torch._dynamo.config; assert torch._dynamo.config.verbose is not None; torch._dynamo.reset()",
+    ],
+)
+def test_it_works_then(code: str) -> None:
+    assert run(code + "\nprint(json.dumps(True))")
