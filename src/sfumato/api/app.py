@@ -17,7 +17,7 @@ from sfumato.api import a1111, errors, localai, models, openai, ops, pages, prog
 from sfumato.api.auth import Auth, parse_keys
 from sfumato.api.crosssite import CrossSite, parse_hosts
 from sfumato.api.forms import Bodies
-from sfumato.api.requests import BodyCap, LastResort, Observe, RequestId
+from sfumato.api.requests import BodyCap, Head, LastResort, Observe, RequestId
 from sfumato.api.urls import Forwarded, check_proxies, check_public_url, parse_origins
 from sfumato.service import Service
 from sfumato.store import Store
@@ -103,6 +103,7 @@ def create_app(service: Service, store: Store) -> FastAPI:
             expose_headers=EXPOSED,
             allow_private_network=True,
         )
+    app.add_middleware(Head)
     app.add_middleware(Forwarded, trusted=settings.trusted_proxies)
     app.add_middleware(Observe, metrics=service.metrics)
     app.add_middleware(RequestId)
