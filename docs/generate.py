@@ -153,7 +153,8 @@ def _kind(document: Mapping[str, Any], field: Mapping[str, Any]) -> str:
         return f"list of {_type(document, field['items'])}"
     if field.get("format") == "binary":
         return "file"
-    least, most = (f"{field[limit]:.0f}" if limit in field else None for limit in ("minimum", "maximum"))
+    # Not through a float: the highest seed is none.
+    least, most = (str(int(field[limit])) if limit in field else None for limit in ("minimum", "maximum"))
     within = f" {least} to {most}" if most is not None else f" from {least}" if least is not None else ""
     return f"{field.get('type', 'any')}{within}"
 

@@ -19,6 +19,7 @@ from sfumato.api.crosssite import CrossSite, parse_hosts
 from sfumato.api.forms import Bodies
 from sfumato.api.requests import BodyCap, Head, LastResort, Observe, RequestId
 from sfumato.api.urls import Forwarded, check_proxies, check_public_url, parse_origins
+from sfumato.core import MAX_SEED
 from sfumato.service import Service
 from sfumato.store import Store
 
@@ -41,7 +42,20 @@ class Application(FastAPI):
                 operation["responses"].pop("422", None)
         for name in ("HTTPValidationError", "ValidationError"):
             schema.get("components", {}).get("schemas", {}).pop(name, None)
+        _exact(schema)
         return schema
+
+
+def _exact(schema: Any) -> None:
+    """Limits of whole numbers as whole numbers: FastAPI makes them floats, and the highest seed is none."""
+    if isinstance(schema, dict):
+        if schema.get("type") == "integer":
+            whole = {name: int(schema[name]) for name in ("minimum", "maximum") if name in schema}
+            schema |= {name: min(value, MAX_SEED) for name, value in whole.items()}
+        schema = list(schema.values())
+    if isinstance(schema, list):
+        for each in schema:
+            _exact(each)
 
 
 def create_app(service: Service, store: Store) -> FastAPI:
