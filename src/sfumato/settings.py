@@ -39,6 +39,14 @@ class Settings:
     max_queue: int = _setting(64, "Pictures that may wait for their turn; more are refused with 429.", least=1)
     hang_s: int = _setting(1800, "A worker that draws and is silent for so many seconds is replaced.", least=1)
     time_limit_s: int = _setting(3600, "Longest time from a request to its pictures, in seconds.", least=1)
+    max_connections: int = _setting(
+        1000,
+        "Most open connections, fewer where there are few descriptors; beyond it the one idle longest is closed.",
+        least=1,
+    )
+    patience_s: int = _setting(
+        30, "A client that sends or takes nothing for so many seconds, in the middle of a request, is cut off.", least=1
+    )
     public_url: str = _setting("", "Base of the picture URLs, e.g. https://host/prefix, behind a proxy.")
     trusted_proxies: str = _setting(
         "127.0.0.1", "Addresses or networks (comma-separated, * for any) whose X-Forwarded-* headers are believed."

@@ -36,6 +36,8 @@ class Application(FastAPI):
     """FastAPI, whose OpenAPI document promises 422 where `errors` answers 400."""
 
     def openapi(self) -> dict[str, Any]:
+        if self.openapi_schema:
+            return self.openapi_schema
         schema = super().openapi()
         for methods in schema["paths"].values():
             for operation in methods.values():
@@ -84,6 +86,7 @@ def create_app(service: Service, store: Store) -> FastAPI:
         version=__version__,
         description="Text-to-image, image-to-image and inpainting with any diffusers pipeline.",
         lifespan=lifespan,
+        openapi_url=None,  # `pages` has it
         docs_url=None,
         redoc_url=None,
         servers=[{"url": settings.public_url.rstrip("/")}] if settings.public_url else None,
