@@ -110,8 +110,8 @@ its value, what is valid and what to do. Headers of answers:
 
 With API keys configured, send `Authorization: Bearer KEY`, `x-api-key: KEY`, or Basic authentication (name and key).
 
-Before a request is read: 408 when it comes too slowly, 431 when its head is too large, 503 when too many connections are
-open. `HEAD` works wherever `GET` does.
+Before a request is read: 408 when it comes too slowly, 431 when its head is too large, 503 when too many connections
+are open. `HEAD` works wherever `GET` does.
 
 A picture in a request is base64, a `data:` URI or an http(s) URL of a public address; in a form it is a file. `usage`
 counts a picture as one token for each 16x16 pixels.
