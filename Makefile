@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: serve test train evaluate bench docs clean
+.PHONY: serve test fuzz train evaluate bench docs clean
 
 serve: $(READY)
 	$(BIN)/sfumato serve
@@ -13,6 +13,9 @@ test: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST)
+
+fuzz: $(READY)
+	$(BIN)/python tests/fuzz.py $(FUZZ)
 
 train: $(READY)
 	$(BIN)/python -m training

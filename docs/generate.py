@@ -110,6 +110,9 @@ its value, what is valid and what to do. Headers of answers:
 
 With API keys configured, send `Authorization: Bearer KEY`, `x-api-key: KEY`, or Basic authentication (name and key).
 
+Before a request is read: 408 when it comes too slowly, 431 when its head is too large, 503 when too many connections
+are open. `HEAD` works wherever `GET` does.
+
 A picture in a request is base64, a `data:` URI or an http(s) URL of a public address; in a form it is a file. `usage`
 counts a picture as one token for each 16x16 pixels.
 
@@ -153,7 +156,8 @@ def _kind(document: Mapping[str, Any], field: Mapping[str, Any]) -> str:
         return f"list of {_type(document, field['items'])}"
     if field.get("format") == "binary":
         return "file"
-    least, most = (f"{field[limit]:.0f}" if limit in field else None for limit in ("minimum", "maximum"))
+    # Not through a float: the highest seed is none.
+    least, most = (str(int(field[limit])) if limit in field else None for limit in ("minimum", "maximum"))
     within = f" {least} to {most}" if most is not None else f" from {least}" if least is not None else ""
     return f"{field.get('type', 'any')}{within}"
 

@@ -15,6 +15,9 @@ from urllib.parse import urlsplit
 MEDIAN_S, WORST_S = 0.1, 2.0
 """Of an answer of /healthz, on a machine that others use as well."""
 
+LEAST = 20
+"""Answers, to have a median of."""
+
 
 class Health:
     """Asks /healthz from a thread of its own, until it is closed."""
@@ -50,11 +53,11 @@ def answerable(url: str) -> Iterator[Health]:
     health._thread.start()
     try:
         yield health
+        within(60, lambda: len(health.seconds) >= LEAST)
     finally:
         health._over.set()
         health._thread.join(120)
     assert not health.failures, health.failures[:5]
-    assert health.seconds
     assert statistics.median(health.seconds) < MEDIAN_S, sorted(health.seconds)[-5:]
     assert max(health.seconds) < WORST_S, sorted(health.seconds)[-5:]
 

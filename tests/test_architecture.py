@@ -23,7 +23,7 @@ LAYERS = [
     {"config", "fetch", "logs", "pictures", "recipe", "store"},
     {"queue", "schedulers", "settings"},
     {"core"},
-    {"errors"},
+    {"errors", "allocator"},
 ]
 """Top to bottom. A module imports from lower layers, or from its own package."""
 
@@ -32,7 +32,7 @@ ENGINE = [
     {"loop", "streams"},
     {"tally"},
     {"generation", "memory", "residency"},
-    {"facts"},
+    {"facts", "foreseen"},
     {"arguments"},
     {"tokens"},
     {"kinds"},

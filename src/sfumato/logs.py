@@ -10,7 +10,10 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 import traceback
+from collections import OrderedDict
+from collections.abc import Callable
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any
@@ -26,6 +29,9 @@ OURS = ("sfumato", "uvicorn")
 TALKATIVE = ("diffusers.pipelines", "diffusers.modular_pipelines")
 """They warn with the words of a prompt that did not fit."""
 
+ANSWERED = ("python_multipart",)
+"""They warn of each form that they cannot read, which its sender is told of."""
+
 LIBRARIES = ("diffusers", "transformers", "huggingface_hub")
 """They bring handlers of their own."""
 
@@ -36,6 +42,7 @@ def configure(settings: Settings) -> None:
     """Send this process's log to stderr, as the settings say. Call it once, first of all."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_FORMATS[settings.log_format]())
+    handler.addFilter(Repeated())
     level = settings.log_level.upper()
     root = logging.getLogger()
     root.handlers[:] = [handler]
@@ -45,6 +52,8 @@ def configure(settings: Settings) -> None:
     if not settings.log_prompts:
         for name in TALKATIVE:
             logging.getLogger(name).setLevel(logging.ERROR)
+    for name in ANSWERED:
+        logging.getLogger(name).setLevel(logging.ERROR)
     logging.captureWarnings(True)
 
 
@@ -61,6 +70,42 @@ def place(error: BaseException) -> str:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return f"{type(error).__name__} at\n{''.join(traceback.format_tb(error.__traceback__)).rstrip()}"
+
+
+class Repeated(logging.Filter):
+    """Lets a warning or error through `MOST` times in `WINDOW_S` seconds; the next one says how many were left out.
+
+    Of our own loggers it is the same one if it has the same words; of others, which put whatever a client sent
+    into theirs, if it has the same template. The access log is not touched: its lines are level info.
+    """
+
+    MOST = 20
+    WINDOW_S = 60.0
+    KINDS = 1000
+    """That are told apart."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._clock = clock
+        self._seen: OrderedDict[tuple[str, int, str], tuple[float, int]] = OrderedDict()
+        """What → when its window began, and how many there were in it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno < logging.WARNING:
+            return True
+        ours = record.name.split(".")[0] == "sfumato"
+        what = record.name, record.levelno, record.getMessage() if ours else str(record.msg)
+        now = self._clock()
+        began, count = self._seen.pop(what, (now, 0))
+        left_out = 0
+        if now - began > self.WINDOW_S:
+            left_out, began, count = max(0, count - self.MOST), now, 0
+        self._seen[what] = began, count + 1
+        if len(self._seen) > self.KINDS:
+            self._seen.popitem(last=False)
+        if left_out:
+            record.msg, record.args = f"{record.getMessage()} ({left_out} more like it were left out)", None
+        return count < self.MOST
 
 
 class TextLines(logging.Formatter):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import signal
 import socket
@@ -13,6 +14,13 @@ import uvicorn
 
 from sfumato import __version__, allocator, logs
 from sfumato.api.app import create_app
+from sfumato.api.connections import (
+    ACCEPTED_AT_ONCE,
+    WAITING_AT_ONCE,
+    Connection,
+    Connections,
+    raise_descriptor_limit,
+)
 from sfumato.api.ending import Running
 from sfumato.catalog import Catalog
 from sfumato.engine.supervisor import Supervisor
@@ -30,11 +38,12 @@ INTERRUPTED = 130
 
 
 class Server(uvicorn.Server):
-    """uvicorn, whose requests are ended by us: when the grace time is over, or at once on a second Ctrl-C."""
+    """uvicorn, over `Connections`, and requests are ended by us: when the grace time is over, or on a second Ctrl-C."""
 
-    def __init__(self, config: uvicorn.Config, running: Running, grace_s: float) -> None:
+    def __init__(self, config: uvicorn.Config, connections: Connections, running: Running, grace_s: float) -> None:
         super().__init__(config)
         self.hurried = False
+        self._connections = connections
         self._running = running
         self._grace_s = grace_s
 
@@ -43,6 +52,13 @@ class Server(uvicorn.Server):
             self.hurried = True  # a third one is uvicorn's, which then lets everything fall
         else:
             super().handle_exit(sig, frame)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        # asyncio takes the one number for how many it accepts at once and how many may wait for that.
+        for each in sockets or ():
+            each.listen(WAITING_AT_ONCE)
+        self._sweeper = asyncio.create_task(self._connections.sweep())
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         ending = asyncio.create_task(self._end())
@@ -68,6 +84,7 @@ def serve(settings: Settings) -> None:
     """
     logs.configure(settings)
     allocator.give_back_large_blocks()
+    raise_descriptor_limit()
     catalog = Catalog.of(settings)
     for problem in catalog.problems():
         log.warning("%s", problem)
@@ -76,8 +93,12 @@ def serve(settings: Settings) -> None:
         application = create_app(Service(catalog, Supervisor(settings), settings), Store.of(settings), running)
     except ValueError as error:
         raise SfumatoError(str(error)) from None
+    connections = Connections(settings.max_connections, settings.patience_s)
     config = uvicorn.Config(
         application,
+        http=functools.partial(Connection, connections=connections),  # type: ignore[arg-type]
+        ws="none",
+        backlog=ACCEPTED_AT_ONCE,
         host=settings.host,
         port=settings.port,
         log_config=None,
@@ -86,14 +107,14 @@ def serve(settings: Settings) -> None:
         timeout_graceful_shutdown=settings.grace_s + ENDING_S,
     )
     sock = config.bind_socket()
-    sock.listen(config.backlog)  # whoever reads the line below may connect at once
+    sock.listen(WAITING_AT_ONCE)  # whoever reads the line below may connect at once
     host, port = sock.getsockname()[:2]
     names = ", ".join(model.name for model in catalog.all())
     log.info("Sfumato %s on http://%s:%d with %s", __version__, host, port, names)
     # uvicorn raises the signal that stopped it once more when it is done, for whoever was there before it.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    server = Server(config, running, settings.grace_s)
+    server = Server(config, connections, running, settings.grace_s)
     server.run(sockets=[sock])
     if server.hurried:
         sys.exit(INTERRUPTED)

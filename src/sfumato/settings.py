@@ -42,6 +42,14 @@ class Settings:
         30, "Seconds that running requests may take once the server is told to stop; then they get a 503.", least=0
     )
     time_limit_s: int = _setting(3600, "Longest time from a request to its pictures, in seconds.", least=1)
+    max_connections: int = _setting(
+        1000,
+        "Most open connections, fewer where there are few descriptors; beyond it the one idle longest is closed.",
+        least=1,
+    )
+    patience_s: int = _setting(
+        30, "A client that sends or takes nothing for so many seconds, in the middle of a request, is cut off.", least=1
+    )
     public_url: str = _setting("", "Base of the picture URLs, e.g. https://host/prefix, behind a proxy.")
     trusted_proxies: str = _setting(
         "127.0.0.1", "Addresses or networks (comma-separated, * for any) whose X-Forwarded-* headers are believed."

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import from_json, to_json
 
 from sfumato.api.bodies import BLANK, Count, Guidance, Seed, Steps, Strength, Text
+from sfumato.core import MAX_SEED
 from sfumato.service import MAX_PICTURES
 
 NEUTRAL: Mapping[str, tuple[object, ...]] = MappingProxyType(
@@ -58,7 +59,7 @@ class DrawBody(BaseModel):
 
     prompt: str | None = Field("", description="What to draw.", examples=["a rocket on a blue background"])
     negative_prompt: Text = Field(None, description="What not to draw.")
-    seed: Seed = Field(None, description="-1 or absent: random. Picture i has seed + i.")
+    seed: Seed = Field(None, description=f"-1 or absent: random. Picture i has seed + i, which is at most {MAX_SEED}.")
     steps: Steps = Field(None, description="Denoising steps.", examples=[20])
     cfg_scale: Guidance = Field(None, description="Guidance.", examples=[7.0])
     width: Count = Field(None, description="Pixels; absent with height: the model's size.", examples=[128])

@@ -18,8 +18,9 @@ from sfumato.api.auth import Auth, parse_keys
 from sfumato.api.crosssite import CrossSite, parse_hosts
 from sfumato.api.ending import Ending, Running
 from sfumato.api.forms import Bodies
-from sfumato.api.requests import BodyCap, LastResort, Observe, RequestId
+from sfumato.api.requests import BodyCap, Head, LastResort, Observe, RequestId
 from sfumato.api.urls import Forwarded, check_proxies, check_public_url, parse_origins
+from sfumato.core import MAX_SEED
 from sfumato.service import Service
 from sfumato.store import Store
 
@@ -36,13 +37,28 @@ class Application(FastAPI):
     """FastAPI, whose OpenAPI document promises 422 where `errors` answers 400."""
 
     def openapi(self) -> dict[str, Any]:
+        if self.openapi_schema:
+            return self.openapi_schema
         schema = super().openapi()
         for methods in schema["paths"].values():
             for operation in methods.values():
                 operation["responses"].pop("422", None)
         for name in ("HTTPValidationError", "ValidationError"):
             schema.get("components", {}).get("schemas", {}).pop(name, None)
+        _exact(schema)
         return schema
+
+
+def _exact(schema: Any) -> None:
+    """Limits of whole numbers as whole numbers: FastAPI makes them floats, and the highest seed is none."""
+    if isinstance(schema, dict):
+        if schema.get("type") == "integer":
+            whole = {name: int(schema[name]) for name in ("minimum", "maximum") if name in schema}
+            schema |= {name: min(value, MAX_SEED) for name, value in whole.items()}
+        schema = list(schema.values())
+    if isinstance(schema, list):
+        for each in schema:
+            _exact(each)
 
 
 def create_app(service: Service, store: Store, running: Running | None = None) -> FastAPI:
@@ -71,6 +87,7 @@ def create_app(service: Service, store: Store, running: Running | None = None) -
         version=__version__,
         description="Text-to-image, image-to-image and inpainting with any diffusers pipeline.",
         lifespan=lifespan,
+        openapi_url=None,  # `pages` has it
         docs_url=None,
         redoc_url=None,
         servers=[{"url": settings.public_url.rstrip("/")}] if settings.public_url else None,
@@ -105,6 +122,7 @@ def create_app(service: Service, store: Store, running: Running | None = None) -
             expose_headers=EXPOSED,
             allow_private_network=True,
         )
+    app.add_middleware(Head)
     app.add_middleware(Forwarded, trusted=settings.trusted_proxies)
     app.add_middleware(Observe, metrics=service.metrics)
     app.add_middleware(RequestId)

@@ -74,7 +74,9 @@ class Body(BaseModel):
         None, description="Absent: url for generations, b64_json for edits and in requests of gpt-image's style."
     )
     user: str | None = Field(None, description="Whoever asks, for their own use.")
-    seed: Seed = Field(None, description=f"{RANDOM_SEED} or absent: random. The answer carries it.")
+    seed: Seed = Field(
+        None, description=f"{RANDOM_SEED} or absent: random. The answer carries it. At most {MAX_SEED}, less n - 1."
+    )
     steps: Steps = Field(
         None,
         validation_alias=AliasChoices("steps", "step", "num_inference_steps"),

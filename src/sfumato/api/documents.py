@@ -84,7 +84,9 @@ class ModelExtension(BaseModel):
     aliases: list[str]
     description: str | None
     pipeline: str | None = Field(description="diffusers class; null until it is known.")
-    tasks: list[str] | None = Field(description="null until the model was loaded once.")
+    tasks: list[str] | None = Field(
+        description="Read from its files; null where none is on this disk and it was not loaded yet."
+    )
     enable_parameters: list[str]
     defaults: ModelDefaults
     limits: ModelLimits

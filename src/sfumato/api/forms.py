@@ -15,7 +15,7 @@ from urllib.parse import parse_qsl
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import AliasChoices, BaseModel, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError, from_json
 
 from sfumato.api import cost, media, multipart
@@ -93,8 +93,13 @@ _OBJECT = TypeAdapter(dict[str, Any])
 
 
 def described(kind: type[BaseModel]) -> dict[str, Any]:
-    """What OpenAPI says of it: the same fields as JSON and as a form."""
+    """What OpenAPI says of it: the same fields as JSON and as a form, each by all its names."""
     schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
+    for name, info in kind.model_fields.items():
+        if isinstance(info.validation_alias, AliasChoices):
+            also = [alias for alias in info.validation_alias.choices if isinstance(alias, str) and alias != name]
+            own = {key: value for key, value in schema["properties"][name].items() if key not in ("title", "examples")}
+            schema["properties"] |= {alias: own | {"description": f"Another name of `{name}`."} for alias in also}
     content = {type: {"schema": schema} for type in ("application/json", FORMS[0])}
     return {"requestBody": {"required": True, "content": content}}
 

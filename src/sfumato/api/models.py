@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from fastapi import APIRouter
@@ -9,6 +10,7 @@ from fastapi import APIRouter
 from sfumato.api import documents
 from sfumato.config import ModelConfig
 from sfumato.core import QUALITIES, ModelFacts
+from sfumato.engine.foreseen import foreseen
 from sfumato.service import MAX_STEPS, Service
 
 
@@ -18,7 +20,8 @@ def router(service: Service) -> APIRouter:
     @routes.get("/models", summary="Every model", response_model=documents.Models, responses=documents.errors(401, 403))
     async def models() -> dict[str, Any]:
         service.catalog.refresh()
-        return {"object": "list", "data": [_model(service, config) for config in service.catalog.all()]}
+        models = [await asyncio.to_thread(_model, service, config) for config in service.catalog.all()]
+        return {"object": "list", "data": models}
 
     @routes.get(
         "/models/{id:path}",
@@ -28,7 +31,7 @@ def router(service: Service) -> APIRouter:
     )
     async def model(id: str) -> dict[str, Any]:
         service.catalog.refresh()
-        return _model(service, service.catalog.get(id)) | {"id": id}
+        return await asyncio.to_thread(_model, service, service.catalog.get(id)) | {"id": id}
 
     return routes
 
@@ -37,6 +40,7 @@ def _model(service: Service, config: ModelConfig) -> dict[str, Any]:
     status = service.engine.status(config.name)
     facts = status.facts
     settings = service.settings
+    told = facts or foreseen(config)
     return {
         "id": config.name,
         "object": "model",
@@ -48,16 +52,16 @@ def _model(service: Service, config: ModelConfig) -> dict[str, Any]:
             "progress": status.progress,
             "aliases": list(config.aliases),
             "description": config.description,
-            "pipeline": facts.pipeline if facts else config.pipeline_type,
-            "tasks": list(facts.tasks) if facts else None,
+            "pipeline": told.pipeline or config.pipeline_type,
+            "tasks": list(told.tasks) if told.tasks is not None else None,
             "enable_parameters": sorted(config.enable_parameters),
             "defaults": _defaults(config, facts),
             "limits": {
                 "n": settings.max_n,
                 "steps": MAX_STEPS,
                 "pixels": settings.max_pixels,
-                "size_multiple": facts and facts.size_multiple,
-                "prompt_tokens": facts and facts.prompt_tokens,
+                "size_multiple": told.size_multiple,
+                "prompt_tokens": told.prompt_tokens,
                 "max_concurrent": config.max_concurrent,
             },
             "qualities": _qualities(config, facts),

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from sfumato import __version__
-from sfumato.api import documents
+from sfumato.api import documents, ranges
 from sfumato.metrics import CONTENT_TYPE
 from sfumato.service import Service
 from sfumato.store import MEDIA_TYPES, Store
+
+PICTURE_HEADERS = {"cache-control": "public, immutable", "x-content-type-options": "nosniff"}
 
 
 def router(service: Service, store: Store) -> APIRouter:
@@ -50,16 +52,18 @@ def router(service: Service, store: Store) -> APIRouter:
         response_class=Response,
         responses={
             200: {"content": {media_type: {} for media_type in MEDIA_TYPES.values()}},
+            206: {"description": "The bytes of a `Range`"},
+            304: {"description": "The same as `If-None-Match` has"},
             404: {"model": documents.Error, "description": "No such picture; it may have expired"},
+            416: {"model": documents.Error, "description": "It has no such bytes"},
         },
     )
-    async def picture(name: str) -> Response:
+    async def picture(name: str, request: Request) -> Response:
         # Whole before the first byte is sent: it may be deleted at any time.
         found = await asyncio.to_thread(store.get, name)
         if found is None:
             raise HTTPException(404)
-        headers = {"cache-control": "public, immutable", "x-content-type-options": "nosniff"}
-        return Response(found.data, media_type=found.media_type, headers=headers)
+        return ranges.answer(request, found.data, found.media_type, etag=f'"{name}"', headers=PICTURE_HEADERS)
 
     return routes
 

@@ -1,13 +1,19 @@
-"""The page at /docs: Swagger UI from this machine, where FastAPI's own page has scripts from the internet."""
+"""The page at /docs: Swagger UI from this machine, where FastAPI's own page has scripts from the internet.
+
+And the document that it shows, made once and outside the event loop.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import json
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse
+from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse, Response
 from starlette.exceptions import HTTPException
 
 FILES = ("swagger-ui-bundle.js", "swagger-ui.css", "favicon.png")
@@ -16,6 +22,8 @@ FILES = ("swagger-ui-bundle.js", "swagger-ui.css", "favicon.png")
 
 def router() -> APIRouter:
     routes = APIRouter(include_in_schema=False)
+    documents: dict[str, bytes] = {}
+    making = asyncio.Lock()
     folder = Path(str(resources.files("fastapi_offline"))) / "static"
 
     @routes.get("/")
@@ -34,6 +42,18 @@ def router() -> APIRouter:
             swagger_favicon_url=icon,
         )
 
+    @routes.get("/openapi.json")
+    async def openapi(request: Request) -> Response:
+        root = request.scope.get("root_path", "")
+        data = documents.get(root)
+        if data is None:
+            async with making:  # by one of those who wait
+                document = await asyncio.to_thread(request.app.openapi)
+                data = await asyncio.to_thread(_rendered, document, [{"url": root}] if root else [])
+            documents.clear()  # only another prefix of a proxy's makes another
+            documents[root] = data
+        return Response(data, media_type="application/json")
+
     @routes.get("/docs/{name}")
     async def file(name: str) -> FileResponse:
         if name not in FILES:
@@ -41,3 +61,8 @@ def router() -> APIRouter:
         return FileResponse(folder / name, headers={"cache-control": "public, max-age=86400"})
 
     return routes
+
+
+def _rendered(document: dict[str, Any], servers: list[dict[str, str]]) -> bytes:
+    more = {"servers": [*servers, *document.get("servers", [])]} if servers else {}
+    return json.dumps(document | more, ensure_ascii=False, separators=(",", ":")).encode()

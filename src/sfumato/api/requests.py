@@ -87,6 +87,29 @@ class Observe:
             )  # fmt: skip
 
 
+class Head:
+    """Whatever can be got answers HEAD as well: with the same status and headers, and nothing else."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self.app(scope, receive, send)
+            return
+
+        async def send_head(message: Message) -> None:
+            if message["type"] == "http.response.body":
+                message["body"] = b""
+            await send(message)
+
+        scope["method"] = "GET"
+        try:
+            await self.app(scope, receive, send_head)
+        finally:
+            scope["method"] = "HEAD"  # for log and metrics
+
+
 class LastResort:
     """What nobody caught is logged and answered here, inside the middlewares that every answer needs."""
 

@@ -66,25 +66,37 @@ def _parameters(call: Any) -> Mapping[str, inspect.Parameter]:
 
 def needs_picture(pipeline: Any) -> bool:
     """Whether it draws nothing from a prompt alone."""
-    image = parameters_of(pipeline).get("image")
+    return _needs_picture(type(pipeline).__name__, parameters_of(pipeline))
+
+
+def _needs_picture(name: str, parameters: Mapping[str, inspect.Parameter]) -> bool:
+    image = parameters.get("image")
     required = image is not None and image.default is inspect.Parameter.empty
-    return required or (image is not None and bool(NEEDS_PICTURE.search(type(pipeline).__name__)))
+    return required or (image is not None and bool(NEEDS_PICTURE.search(name)))
 
 
 def takes(pipeline: Any, task: str) -> bool:
     """Whether the class itself does `image` (a source picture without a mask) or `mask`."""
-    own = parameters_of(pipeline)
-    return "mask_image" in own if task == "mask" else "image" in own and "mask_image" not in own
+    return _takes(parameters_of(pipeline), task)
+
+
+def _takes(parameters: Mapping[str, inspect.Parameter], task: str) -> bool:
+    return "mask_image" in parameters if task == "mask" else "image" in parameters and "mask_image" not in parameters
 
 
 def tasks(pipeline: Any) -> tuple[str, ...]:
     """Of text-to-image, image-to-image, inpainting, upscaling: what the weights can do."""
-    if upscaler(pipeline):
+    return tasks_of(type(pipeline).__name__, parameters_of(pipeline))
+
+
+def tasks_of(name: str, parameters: Mapping[str, inspect.Parameter]) -> tuple[str, ...]:
+    """The same, of a class by its name and what its call takes."""
+    if name in UPSCALERS:
         return ("upscaling",)
-    found = {"text-to-image": not needs_picture(pipeline)}
-    for name, task in (("image-to-image", "image"), ("inpainting", "mask")):
-        found[name] = takes(pipeline, task) or has_sibling(type(pipeline).__name__, task)
-    return tuple(name for name, can in found.items() if can)
+    found = {"text-to-image": not _needs_picture(name, parameters)}
+    for word, task in (("image-to-image", "image"), ("inpainting", "mask")):
+        found[word] = _takes(parameters, task) or has_sibling(name, task)
+    return tuple(word for word, can in found.items() if can)
 
 
 def has_sibling(name: str, task: str) -> bool:
@@ -99,9 +111,9 @@ _MAPPINGS = {"image": "AUTO_IMAGE2IMAGE_PIPELINES_MAPPING", "mask": "AUTO_INPAIN
 @functools.cache
 def _mappings() -> Mapping[str, Mapping[str, str]]:
     """The tables behind `SIBLINGS`, family of models to class; read as text, for the same reason."""
-    found = importlib.util.find_spec("diffusers.pipelines.auto_pipeline")
+    found = importlib.util.find_spec("diffusers")  # of what is below, it would import this
     assert found and found.origin
-    text = Path(found.origin).read_text()
+    text = (Path(found.origin).parent / "pipelines" / "auto_pipeline.py").read_text()
     tables = re.findall(r"^(AUTO_\w+_MAPPING) = OrderedDict\((.*?)^\)", text, re.M | re.S)
     mappings = {name: dict(re.findall(r'\("([^"]+)", (\w+)\)', rows)) for name, rows in tables}
     for name, family, kind in re.findall(r'^ +(AUTO_\w+_MAPPING)\["([^"]+)"\] = (\w+)', text, re.M):
