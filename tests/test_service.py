@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from sfumato.catalog import Catalog
 from sfumato.config import ModelConfig
 from sfumato.core import MAX_SEED, Done, EngineStats, Event, Failed, Generation, ModelStatus, Recipe, Step
+from sfumato.draw import _as_request as as_request
 from sfumato.errors import Cancelled, DrawError, InvalidRequest, ModelNotFound, RequestNotFound, TooManyRequests
 from sfumato.service import ImageRequest, Service
 from sfumato.settings import Settings
@@ -95,6 +97,15 @@ def test_each_prompt_of_a_list_is_drawn_n_times(service: Service) -> None:
     drawn = draw(service, ["one", "two|dark"], n=2, seed=0)
     made = [(done.recipe.prompt, done.recipe.negative_prompt, done.recipe.seed) for done in drawn]
     assert made == [("one", None, 0), ("one", None, 1), ("two", "dark", 0), ("two", "dark", 1)]
+
+
+def test_what_changed_the_pixels_of_a_picture_is_asked_for_again(service: Service) -> None:
+    """`--like`: tiles, and not where modules waited, which is the other machine's business."""
+    (done,) = draw(service, seed=1)
+    made = replace(done.recipe, width=64, height=64, savings=("offload", "vae_tiling"))
+    asyncio.run(service.draw(ImageRequest(**as_request(made))))
+    assert engine_of(service).seen[-1].savings == ("vae_tiling",)
+    assert engine_of(service).seen[0].savings == ()
 
 
 def test_the_files_seed_and_n_hold_until_asked_otherwise(service: Service) -> None:

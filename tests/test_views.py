@@ -24,7 +24,7 @@ import sfumato
 from sfumato import schedulers
 from sfumato.config import ModelConfig
 from sfumato.core import Generation
-from sfumato.engine import adapters, generation, load, sampler, standin, threadstate
+from sfumato.engine import adapters, generation, load, offload, sampler, standin, threadstate
 from sfumato.engine.batching import Hub
 from sfumato.engine.load import Loaded
 from sfumato.engine.residency import Residency
@@ -357,6 +357,30 @@ def test_when_nobody_draws_every_module_is_put_out(folder: Path, monkeypatch: py
         task = in_a_hub(lambda: generation.draw(model, wanted(), fails))
         assert isinstance(task.outcome.error, DrawError)
     assert {"text_encoder", "unet", "vae"} <= set(out)
+
+
+def test_a_module_that_is_called_puts_out_every_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In whatever order requests call them: accelerate itself puts out the one before, and the last never."""
+    pipe = tiny.stable_diffusion()
+    pipe.set_progress_bar_config(disable=True)
+    model = loaded(pipe)
+    expected = in_a_hub(lambda: generation.draw(model, wanted(), quiet)).outcome.value
+    offload.enable(pipe, "cpu")
+    assert offload.enabled(pipe)
+    assert in_a_hub(lambda: generation.draw(model, wanted(), quiet)).outcome.value.png == expected.png
+    out: list[str] = []
+    names = {id(module): name for name, module in pipe.components.items()}
+    for hook in pipe._all_hooks:
+        monkeypatch.setattr(hook.hook, "init_hook", lambda module: out.append(names[id(module)]))
+    monkeypatch.setattr(offload, "_is_out", lambda module: True)
+    in_order = {"text_encoder", "unet", "vae"}
+    for name in in_order:
+        out.clear()
+        getattr(pipe, name)._hf_hook.prev_module_hook.offload()
+        assert set(out) == in_order - {name}
+    out.clear()
+    offload.rest(pipe)
+    assert set(out) == {names[id(hook.model)] for hook in pipe._all_hooks}
 
 
 def test_gather_puts_the_last_module_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,6 +65,15 @@ SIGMA_FLAGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 FEW = 4
 """Steps of a rehearsal, where no number is asked for, and of a schedule that nobody will look at."""
 
+LABORIOUS = frozenset({
+    "HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "LMSDiscreteScheduler",
+    "DPMSolverSDEScheduler",
+})  # fmt: skip
+"""Classes whose constructor makes a schedule of all the steps of training: 0.2 s for DPM2, of every picture.
+
+The first `set_timesteps` puts another in its place.
+"""
+
 _NOISE_CLASSES = frozenset(solver.noise.cls for solver in schedulers.SOLVERS.values())
 _FLOW_CLASSES = frozenset(
     {"FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler"}
@@ -189,19 +198,17 @@ def _construct(cls: Any, arguments: Mapping[str, Any], config: Mapping[str, Any]
 
 
 def _unscheduled(cls: Any, arguments: Mapping[str, Any]) -> Any:
-    """`cls(**arguments)`, less a schedule of all the steps of training.
-
-    Some constructors make one, which the first `set_timesteps` throws away: 0.2 s for DPM2, of every picture.
-    """
+    """`cls(**arguments)`, less the schedule of all the steps of training that those of LABORIOUS begin with."""
+    if cls.__name__ not in LABORIOUS:
+        return cls(**arguments)
     scheduler = cls.__new__(cls)
-    if hasattr(cls, "set_timesteps"):
 
-        def few(count: int, *args: Any, **kwargs: Any) -> None:
-            cls.set_timesteps(scheduler, min(count, FEW), *args, **kwargs)
+    def few(count: int, *args: Any, **kwargs: Any) -> None:
+        cls.set_timesteps(scheduler, min(count, FEW), *args, **kwargs)
 
-        vars(scheduler)["set_timesteps"] = few
+    vars(scheduler)["set_timesteps"] = few
     cls.__init__(scheduler, **arguments)
-    vars(scheduler).pop("set_timesteps", None)
+    del vars(scheduler)["set_timesteps"]
     return scheduler
 
 
