@@ -9,7 +9,8 @@ from fastapi import APIRouter
 from sfumato.api import documents
 from sfumato.config import ModelConfig
 from sfumato.core import QUALITIES, ModelFacts
-from sfumato.service import MAX_STEPS, Service
+from sfumato.planning import MAX_STEPS
+from sfumato.service import Service
 
 
 def router(service: Service) -> APIRouter:
