@@ -68,7 +68,7 @@ class Settings:
         512, "Source pictures of all requests that wait and draw, in MiB; more are refused with 429.", least=1
     )
     decoders: int = _setting(2, "Source pictures that are decoded at the same time, each in a process.", least=1)
-    decode_s: int = _setting(5, "Longest time of the processor that decoding a source picture may take.", least=1)
+    decode_s: int = _setting(10, "Longest time of the processor that decoding a source picture may take.", least=1)
     picture_hosts: str = _setting(
         "", "Hosts (comma-separated) whose picture URLs are fetched although their address is not public."
     )

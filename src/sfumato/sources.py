@@ -53,8 +53,7 @@ class Sources:
         self._limits = limits
         self._fitting = fitting
         self._scale = scale
-        for _, picture in self._pictures:
-            share.take(weight(picture))
+        share.take(sum(weight(picture) for _, picture in self._pictures))
 
     async def gathered(self, fetcher: PictureFetcher, decoders: Decoders) -> None:
         """Bytes of all, one after another."""
