@@ -23,6 +23,9 @@ from sfumato.settings import Settings
 FOR_EVER = 1000
 """Steps of a picture that is never done."""
 
+NOISE = "noise"
+"""The prompt of a picture of some hundred kilobytes; all others are small."""
+
 
 class Server(serving.Server):
     """As `serving.Server`."""
@@ -57,8 +60,10 @@ class Square:
         yield Step(1, 2)
         if generation.steps == FOR_EVER:
             await asyncio.Event().wait()
+        noisy = generation.prompt == NOISE
+        image = Image.effect_noise((512, 512), 80) if noisy else Image.new("RGB", (8, 8), "orange")
         file = io.BytesIO()
-        Image.new("RGB", (8, 8), "orange").save(file, "PNG")
+        image.save(file, "PNG")
         yield Done(file.getvalue(), _recipe(config, generation))
 
 

@@ -6,7 +6,7 @@ import base64
 import http.client
 import io
 import json
-import os
+import resource
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ import pytest
 from answerable import answerable, descriptors, memory_mb, threads, within
 from hostile import many_scans
 from PIL import Image
-from quick import Server
+from quick import NOISE, Server
 
 DRAW = {"prompt": "a cat", "size": "64x64", "steps": 2, "response_format": "b64_json"}
 LIMITS = ("--decode-s", "1", "--decoders", "2", "--max-waiting-mb", "2", "--max-active", "2", "--max-queue", "8")
@@ -313,45 +313,47 @@ def test_one_that_hangs_up_is_forgotten(server: Server) -> None:
 # Disks.
 
 
-@pytest.mark.parametrize("folder", ["full", "missing", "read-only"])
-def test_a_temporary_folder_that_cannot_be_written_is_507(tmp_path: Path, folder: str) -> None:
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux lets us limit another process")
+@pytest.mark.parametrize("folder", ["full", "missing"])
+def test_a_form_needs_no_temporary_folder(tmp_path: Path, folder: str) -> None:
+    """Large files of a form neither: nothing of a request is on the disk before it is drawn."""
     (tmp_path / "models").mkdir()
     place = tmp_path / folder
     place.mkdir()
     with Server(tmp_path / "models", tmp_path / "data", "--max-body-mb", "8", env={"TMPDIR": str(place)}) as server:
         files = {"image": ("a.bmp", base64.b64decode(photo(3000)), "image/bmp")}
         data = {"prompt": "a cat", "size": "64x64", "steps": "2"}
-        assert server.client.post("/v1/images/edits", data=data, files=files).status_code == 200
-        undo = BROKEN[folder](server, place)
-        try:
-            error = error_of(server.client.post("/v1/images/edits", data=data, files=files), 507)
-        finally:
-            undo()
-        assert error["code"] == "storage_failed"
-        assert "temporary folder" in error["message"]
+        if folder == "full":
+            full(server, 2**20)
+        else:
+            place.rmdir()
         assert server.client.post("/v1/images/edits", data=data, files=files).status_code == 200
 
 
-def full(server: Server, place: Path) -> Callable[[], object]:
-    import resource
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux lets us limit another process")
+@pytest.mark.parametrize("route", ["generations", "txt2img"])
+def test_a_request_that_fails_while_its_pictures_are_stored_leaves_none(server: Server, route: str) -> None:
+    """The first two fit on the disk, the third does not."""
+    kept = server.data / "generated-images"
+    before = set(kept.iterdir()) if kept.exists() else set()
+    body: dict[str, Any] = {"prompt": ["a cat", "a dog", NOISE], "response_format": "url"}
+    url = "/v1/images/generations"
+    if route == "txt2img":  # it draws one prompt, so there all of them are too large
+        body, url = {"prompt": NOISE, "batch_size": 3, "save_images": True}, "/sdapi/v1/txt2img"
+    undo = full(server, 100_000)
+    try:
+        error = error_of(server.client.post(url, json=body), 507)
+    finally:
+        undo()
+    assert error["code"] == "storage_failed"
+    assert (set(kept.iterdir()) if kept.exists() else set()) == before
+    answer = server.client.post(url, json=body)
+    assert answer.status_code == 200
+    assert len(set(kept.iterdir()) - before) == 3
 
+
+def full(server: Server, most: int) -> Callable[[], object]:
+    """No file may have more bytes; call what is returned to end that."""
     _, hard = resource.prlimit(server.pid, resource.RLIMIT_FSIZE)
-    resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (2**20, hard))
+    resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (most, hard))
     return lambda: resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (hard, hard))
-
-
-def missing(server: Server, place: Path) -> Callable[[], object]:
-    place.rmdir()
-    return place.mkdir
-
-
-def read_only(server: Server, place: Path) -> Callable[[], object]:
-    if os.geteuid() == 0:
-        pytest.skip("root may write everywhere")
-    place.chmod(0o500)
-    return lambda: place.chmod(0o700)
-
-
-BROKEN: dict[str, Callable[[Server, Path], Callable[[], object]]] = {
-    "full": full, "missing": missing, "read-only": read_only,
-}  # fmt: skip

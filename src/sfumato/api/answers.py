@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
@@ -120,17 +121,23 @@ async def kept(store: Store, files: Sequence[bytes], extension: str) -> list[str
 
     Raises StorageError.
     """
+    lock, stored, left = threading.Lock(), list[str](), False
 
-    def remove(putting: asyncio.Future[list[str]]) -> None:
-        if not putting.exception():
-            store.remove(putting.result())
+    def put() -> None:
+        names = store.put_all(files, extension)
+        with lock:
+            stored.extend(names)
+            if left:
+                store.remove(names)
 
-    putting = asyncio.ensure_future(asyncio.to_thread(store.put_all, files, extension))
     try:
-        return await asyncio.shield(putting)
+        await asyncio.to_thread(put)
     except asyncio.CancelledError:
-        putting.add_done_callback(remove)  # nobody will learn the names of what the thread writes
+        with lock:  # nobody will learn the names, those included of what the thread is still writing
+            left = True
+            store.remove(stored)
         raise
+    return stored
 
 
 async def _begun(service: Service, body: Body, more: Mapping[str, Any]) -> Job:
