@@ -26,7 +26,7 @@ LAYERS = [
     {"decoding"},
     {"fitting", "recipe"},
     {"config", "fetch", "store", "pictures", "logs"},
-    {"budget", "frames", "resolving", "schedulers", "settings", "queue"},
+    {"allocator", "budget", "frames", "resolving", "schedulers", "settings", "queue"},
     {"core"},
     {"errors"},
 ]

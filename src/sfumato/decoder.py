@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 
 from PIL import AvifImagePlugin, Image
 
-from sfumato import fitting, frames, pictures, recipe
+from sfumato import allocator, fitting, frames, pictures, recipe
 from sfumato.errors import InvalidPicture
 from sfumato.pictures import Bounds
 
@@ -66,6 +66,7 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     with suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    allocator.give_back_large_blocks()  # it is as small after a huge picture as before it
     Image.MAX_IMAGE_PIXELS = None  # `pictures` has a limit of its own, and words for it
     Image.init()
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # others want the processors too

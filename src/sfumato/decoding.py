@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import signal
 import sys
 from contextlib import suppress
@@ -34,13 +33,6 @@ PATIENCE = 20
 
 TRIES = 2
 """A process that somebody else killed says nothing about the picture."""
-
-ENVIRONMENT = {
-    # One arena, and large blocks given back at once: the process is as small after a huge picture as before it.
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": "262144",
-    "MALLOC_TRIM_THRESHOLD_": "262144",
-}
 
 
 class Decoders:
@@ -113,7 +105,6 @@ class Decoders:
         return await asyncio.create_subprocess_exec(
             sys.executable, "-m", "sfumato.decoder", str(self._seconds), str(self._memory),
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
-            env={**os.environ, **ENVIRONMENT},
             limit=frames.CHUNK,
         )  # fmt: skip
 

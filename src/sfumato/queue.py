@@ -127,7 +127,7 @@ class Queue:
             self._served.pop(ticket.caller, None)
 
     def position(self, ticket: Ticket) -> int:
-        """How many turns until its own, if nobody else comes: 1 is the next; 0 when its turn has come, or is not ready."""
+        """How many turns until its own, if nobody else comes: 1 is the next; 0: it has come, or waits for pictures."""
         if self._positions is None:
             self._positions = self._foreseen()
         return self._positions.get(ticket, 0)
