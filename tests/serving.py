@@ -34,6 +34,7 @@ class Server:
         cwd: Path | None = None,
     ) -> None:
         self.lines: list[str] = []
+        self.data = data
         self._cwd = cwd
         self._command = [*program, "serve", "--port", "0"]
         self._command += ["--models", str(models), "--data", str(data), *flags]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -18,13 +19,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageChops
 from serving import TIMEOUT_S, Server
+from test_service import FakeEngine
 
 from sfumato import schedulers
 from sfumato.api import a1111_samplers
 from sfumato.api.a1111_bodies import NEUTRAL, DrawBody, Img2ImgBody, UpscaleBody
-from sfumato.api.a1111_pictures import prepared
-from sfumato.catalog import EMBEDDED
+from sfumato.catalog import EMBEDDED, Catalog
 from sfumato.errors import InvalidPicture
+from sfumato.service import Service
+from sfumato.settings import Settings
+from sfumato.sources import Sources
 
 FEW = {"prompt": "a cat", "steps": 2, "seed": 5, "width": 64, "height": 64}
 LONG = {"prompt": "a cat", "steps": 1000, "sampler_name": "Euler", "width": 128, "height": 128}
@@ -494,9 +498,30 @@ def test_a_blurred_mask_leaves_what_is_far(ann: httpx.Client) -> None:
     assert images[0].convert("RGB").crop(far).tobytes() == SOURCE.crop(far).tobytes()
 
 
+def prepared(body: Img2ImgBody, **settings: Any) -> tuple[tuple[bytes, ...], bytes | None]:
+    """Pictures and mask of a body, as the engine gets them."""
+    service = Service(Catalog([]), FakeEngine(), Settings(**settings))
+    fitting = body.fitting()
+    images, mask = body.sources()
+    assert (body.init_images, body.mask) == ([], None)
+
+    async def run() -> tuple[tuple[bytes, ...], bytes | None]:
+        scale = None if fitting.size else 1
+        sources = Sources(
+            images, mask, share=service.budget.share(), limits=service.limits, fitting=fitting, scale=scale
+        )
+        try:
+            await sources.gathered(service.fetcher, service.decoders)
+            return await sources.decoded(service.decoders)
+        finally:
+            await service.stop()
+
+    return asyncio.run(run())
+
+
 def mask_of(mask: Image.Image, **more: Any) -> Image.Image:
     body = Img2ImgBody(init_images=[encoded(SOURCE)], mask=encoded(mask), mask_blur=0, **more)
-    prepared_mask = prepared(body, 10**6)[1]
+    prepared_mask = prepared(body)[1]
     assert prepared_mask
     return Image.open(io.BytesIO(prepared_mask))
 
@@ -519,7 +544,7 @@ def test_a_picture_is_stretched_or_cropped(mode: int | None, corner: str) -> Non
     wide = Image.new("RGB", (128, 64), "lime")
     wide.paste("red", (0, 0, 32, 64))
     body = Img2ImgBody(init_images=[encoded(wide)], width=64, height=64, resize_mode=mode)
-    image = Image.open(io.BytesIO(prepared(body, 10**6)[0][0]))
+    image = Image.open(io.BytesIO(prepared(body)[0][0]))
     assert image.size == (64, 64)
     assert image.getpixel((2, 2)) == Image.new("RGB", (1, 1), corner).getpixel((0, 0))
     assert bool(body.warnings()) == (mode in (2, 3))
@@ -538,7 +563,7 @@ def test_a_picture_is_needed(ann: httpx.Client) -> None:
 
 def test_a_huge_picture_is_not_decoded() -> None:
     with pytest.raises(InvalidPicture, match="at most 100 pixels"):
-        prepared(Img2ImgBody(init_images=[encoded(SOURCE)]), 100)
+        prepared(Img2ImgBody(init_images=[encoded(SOURCE)]), max_source_pixels=100)
 
 
 # Progress

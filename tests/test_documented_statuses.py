@@ -41,13 +41,15 @@ KEY = {"authorization": "Bearer the-key"}
 STORED = f"{uuid.UUID(int=7).hex}.png"
 
 
-def picture(side: int) -> str:
+def picture(side: int, format: str = "PNG") -> str:
     file = io.BytesIO()
-    Image.new("RGB", (side, side), "orange").save(file, "PNG")
+    Image.new("RGB", (side, side), "orange").save(file, format)
     return base64.b64encode(file.getvalue()).decode()
 
 
 PHOTO, SMALL = picture(64), picture(16)
+LARGE = picture(480, "BMP")
+"""Half a mebibyte and more."""
 OPENAI = {"prompt": "a cat", "size": "64x64", "steps": 2, "response_format": "url"}
 A1111 = {"prompt": "a cat", "width": 64, "height": 64, "steps": 2, "save_images": True}
 BODIES: dict[str, dict[str, Any]] = {
@@ -97,7 +99,9 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
         (models / f"{name}.yaml").write_text(f"name: {name}\n{text}")
     env = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(folder / "hf")}  # nobody listens there
     flags = ("--default-model", "painter", "--loaded-models", "10")
-    plain = Server(models, folder / "data", *flags, "--max-active", "1", "--max-queue", "1", env=env)
+    plain = Server(
+        models, folder / "data", *flags, "--max-active", "1", "--max-queue", "1", "--max-waiting-mb", "1", env=env
+    )
     strict_flags = ("--api-keys", "someone:the-key", "--max-body-mb", "1", "--time-limit-s", "1")
     strict = Server(models, folder / "strict", *flags, *strict_flags, env=env)
     with plain, strict:
@@ -152,11 +156,11 @@ class Sent:
 
 
 @contextmanager
-def held(server: Server, pictures: int) -> Iterator[None]:
+def held(server: Server, pictures: int, **more: Any) -> Iterator[None]:
     """So many pictures are drawn or wait their turn."""
     with ExitStack() as stack:
         for _ in range(pictures):
-            stack.callback(Sent(server, "POST /v1/images/generations", steps=1000).cancelled)
+            stack.callback(Sent(server, "POST /v1/images/generations", steps=1000, **more).cancelled)
         yield
 
 
@@ -210,6 +214,9 @@ def unchanged(servers: Servers, label: str) -> httpx.Response:
 
 
 def full(servers: Servers, label: str) -> httpx.Response:
+    if label == "POST /sdapi/v1/png-info":  # nothing is drawn: it is the bytes of pictures that are too many
+        with held(servers.plain, 1, image=LARGE):
+            return send(servers.plain, label, image=LARGE)
     with held(servers.plain, 2):
         return send(servers.plain, label)
 

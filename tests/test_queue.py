@@ -178,3 +178,40 @@ def test_ten_thousand_may_wait_ask_and_leave(callers: int) -> None:
         assert time.process_time() - began < 10  # in a quadratic way each of the three takes minutes
 
     within_a_loop(body)
+
+
+def test_what_is_not_ready_is_passed_over_and_keeps_its_place() -> None:
+    async def run() -> None:
+        queue = Queue(1, 3)
+        slow = queue.join("ann", 2, ready=False)
+        (drawn,) = queue.join("bob", 1)
+        (later,) = queue.join("ann", 1)
+        assert drawn.called.is_set()
+        assert (queue.running, queue.waiting) == (1, 3)
+        assert [queue.position(ticket) for ticket in (*slow, later)] == [0, 0, 1]
+        with pytest.raises(TooManyRequests):
+            queue.join("ann", 1)  # they count
+        queue.release(slow)
+        queue.release(slow)
+        assert queue.waiting == 3
+        assert [queue.position(ticket) for ticket in (*slow, later)] == [1, 2, 3]
+        queue.leave(drawn, drawn=True)
+        assert slow[0].called.is_set()
+        for ticket in (*slow, later):
+            queue.leave(ticket, drawn=False)
+            queue.release([ticket])  # too late
+        assert (queue.running, queue.waiting) == (0, 0)
+
+    asyncio.run(run())
+
+
+def test_what_is_not_ready_can_leave() -> None:
+    async def run() -> None:
+        queue = Queue(1, 3)
+        for ticket in queue.join("ann", 2, ready=False):
+            queue.leave(ticket, drawn=False)
+            queue.leave(ticket, drawn=False)
+        assert (queue.running, queue.waiting) == (0, 0)
+        assert queue.join("ann", 1)[0].called.is_set()
+
+    asyncio.run(run())

@@ -14,7 +14,7 @@ from PIL import ExifTags, Image
 
 from sfumato import recipe
 from sfumato.core import Recipe
-from sfumato.errors import InvalidPicture
+from sfumato.errors import InvalidPicture, InvalidRequest
 
 
 def made(prompt: str = "a cat", negative: str | None = "dog") -> Recipe:
@@ -127,3 +127,10 @@ def test_a_picture_without_a_recipe(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
     with pytest.raises(InvalidPicture, match="carries no recipe"):
         recipe.read(tmp_path / "x.png")
+
+
+def test_a_side_that_the_format_does_not_have_is_refused() -> None:
+    png = recipe.encode(Image.new("RGB", (16400, 8)), made())
+    with pytest.raises(InvalidRequest, match="16383") as caught:
+        recipe.convert(png, "webp")
+    assert caught.value.param == "output_format"

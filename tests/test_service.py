@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 from sfumato.catalog import Catalog
 from sfumato.config import ModelConfig
-from sfumato.core import MAX_SEED, Done, EngineStats, Event, Failed, Generation, ModelStatus, Recipe, Step
+from sfumato.core import MAX_SEED, Done, EngineStats, Event, Failed, Generation, Limits, ModelStatus, Recipe, Step
 from sfumato.draw import _as_request as as_request
 from sfumato.errors import Cancelled, DrawError, InvalidRequest, ModelNotFound, RequestNotFound, TooManyRequests
-from sfumato.service import ImageRequest, Service
+from sfumato.planning import ImageRequest, size_of
+from sfumato.service import Service
 from sfumato.settings import Settings
 
 
@@ -151,9 +152,8 @@ def test_bad_input_names_its_field(service: Service, fields: dict[str, Any], par
 
 @given(st.text(max_size=20))
 def test_a_size_is_understood_or_refused(text: str) -> None:
-    service = Service(Catalog([]), FakeEngine(), Settings())
     try:
-        size = service._size(text)
+        size = size_of(text, Limits(2048 * 2048, 4096, 8))
     except InvalidRequest:
         return
     assert size is None or min(size) > 0

@@ -6,6 +6,7 @@ carried by something that does. Standard library only; frozen, so nothing change
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -32,6 +33,30 @@ QUALITIES: Mapping[str, float] = MappingProxyType(
     {"low": 0.5, "medium": 1.0, "high": 1.5, "xhigh": 2.0, "max": 3.0, "auto": 1.0, "standard": 1.0, "hd": 1.5}
 )
 """OpenAI's `quality` → how many times the model's default steps, where its file has no number of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a picture that is drawn may measure. One forward of a huge or a very long one holds up all others."""
+
+    pixels: int
+    side: int
+    """Of the longer side, in pixels."""
+    aspect: int
+    """How many times longer than the other a side may be."""
+
+    def breach(self, width: int, height: int) -> str:
+        """Why this size is not drawn, in words; empty where it is."""
+        if min(width, height) < 1:
+            return "both sides need at least 1 pixel"
+        if max(width, height) > self.side:
+            return f"no side may be longer than {self.side} pixels (the setting max_side)"
+        if width * height > self.pixels:
+            root = math.isqrt(self.pixels)
+            return f"at most {self.pixels} pixels in all ({root}x{root}) are drawn (the setting max_pixels)"
+        if max(width, height) > self.aspect * min(width, height):
+            return f"no side may be longer than {self.aspect} times the other (the setting max_aspect)"
+        return ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +97,8 @@ class Generation:
     """How many times larger than its source, on each side; a pipeline that is no upscaler refuses."""
     savings: tuple[str, ...] = ()
     """Names of `SAVINGS` to draw with from the start, as a picture was drawn that is to be made again."""
+    limits: Limits | None = None
+    """Of a size that comes from a source picture; None: any."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,8 @@ from sfumato.core import VAE_TILING, Done, ModelStatus, Recipe, Step
 from sfumato.engine import process
 from sfumato.engine.local import Local
 from sfumato.errors import InvalidRequest, StorageError
-from sfumato.service import ImageRequest, Service
+from sfumato.planning import ImageRequest
+from sfumato.service import Service
 from sfumato.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ def _check_sources(request: ImageRequest, made: Recipe, settings: Settings) -> N
             )
         for source, digest in zip(sources, digests, strict=True):
             assert isinstance(source, bytes)
-            png = pictures.normalise(source, flag, settings.max_source_pixels)
+            png, _ = pictures.normalise(source, flag, pictures.Bounds.of(settings))
             if pictures.fingerprint(pictures.as_mask(png) if flag == "--mask" else png) != digest:
                 raise InvalidRequest(f"{flag}: not the picture that the recipe was made from (its pixels differ)")
 
@@ -104,8 +105,8 @@ def _sized(request: ImageRequest, made: Recipe, settings: Settings) -> ImageRequ
         return request
     source = request.images[0]
     assert isinstance(source, bytes)
-    png = pictures.normalise(source, "--image", settings.max_source_pixels)
-    return replace(request, size=None) if pictures.size(png) == (made.width, made.height) else request
+    _, size = pictures.normalise(source, "--image", pictures.Bounds.of(settings))
+    return replace(request, size=None) if size == (made.width, made.height) else request
 
 
 def _warn_of_differences(made: Recipe, now: Recipe) -> None:

@@ -1,15 +1,16 @@
 """Picture URLs: fetched with a cap and a time limit, and only from public addresses.
 
 The name is resolved once and the connection goes to the address that was checked, for every
-redirect anew, so neither DNS nor a redirect can point the server at its own network.
+redirect anew, so neither DNS nor a redirect can point the server at its own network. What comes is
+taken as it is sent, never decompressed: a server elsewhere does not decide how much memory is used here.
 """
 
 from __future__ import annotations
 
 import asyncio
 import ipaddress
-import socket
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any
 
 import httpcore
@@ -17,10 +18,14 @@ import httpx
 
 from sfumato import __version__
 from sfumato.errors import InvalidPicture
+from sfumato.resolving import Resolver, Unresolved
 
 MAX_BYTES = 32 * 2**20
 TIMEOUT_S = 20.0
+"""For all of it: the name, the redirects, the last byte."""
 MAX_REDIRECTS = 3
+MAX_CONNECTIONS = 64
+"""At a time; further ones wait, within their time limit."""
 
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 ROUTED = ipaddress.IPv6Network("2000::/3")
@@ -30,45 +35,82 @@ ROUTED = ipaddress.IPv6Network("2000::/3")
 class PictureFetcher:
     """Fetches picture URLs. `hosts` are names that may resolve to private addresses."""
 
-    def __init__(self, hosts: Iterable[str] = ()) -> None:
+    def __init__(self, hosts: Iterable[str] = (), resolver: Resolver | None = None) -> None:
         transport = httpx.AsyncHTTPTransport(trust_env=False)
         # httpx has no public way to choose the address; its pool takes a network backend.
         transport._pool = httpcore.AsyncConnectionPool(
             ssl_context=httpx.create_ssl_context(trust_env=False),
-            network_backend=_PublicOnly(frozenset(host.strip().lower() for host in hosts if host.strip())),
+            max_connections=MAX_CONNECTIONS,
+            max_keepalive_connections=0,  # nobody comes back soon, and whoever answers must not hold descriptors
+            network_backend=_PublicOnly(
+                frozenset(host.strip().lower() for host in hosts if host.strip()), resolver or Resolver()
+            ),
         )
         self._client = httpx.AsyncClient(
             transport=transport,
             timeout=TIMEOUT_S,
-            follow_redirects=True,
-            max_redirects=MAX_REDIRECTS,
-            headers={"user-agent": f"sfumato/{__version__}", "accept": "image/*"},
+            # Redirects are followed here: httpx reads the body of each, however large, and decompresses it.
+            follow_redirects=False,
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),  # none are kept
+            headers={"user-agent": f"sfumato/{__version__}", "accept": "image/*", "accept-encoding": "identity"},
             trust_env=False,
         )
 
-    async def get(self, url: str, param: str) -> bytes:
-        """The body. Raises InvalidPicture that names the URL and why it was not fetched."""
+    async def get(self, url: str, param: str, take: Callable[[int], None] = lambda count: None) -> bytes:
+        """The body. `take` is told of every piece before it is kept, and may raise.
+
+        Raises InvalidPicture that names the URL and why it was not fetched.
+        """
         try:
-            async with asyncio.timeout(TIMEOUT_S), self._client.stream("GET", url) as response:
-                if response.status_code != 200:
-                    raise InvalidPicture(
-                        f"{param}: {url} answered {response.status_code} {response.reason_phrase}",
-                        param=param,
-                    )
-                data = bytearray()
-                async for chunk in response.aiter_bytes():
-                    data += chunk
-                    if len(data) > MAX_BYTES:
-                        raise InvalidPicture(f"{param}: {url} is larger than {MAX_BYTES // 2**20} MiB", param=param)
-                return bytes(data)
+            async with asyncio.timeout(TIMEOUT_S):
+                return await self._get(url, param, take)
         except TimeoutError:
             raise InvalidPicture(f"{param}: {url} took longer than {TIMEOUT_S:.0f} s", param=param) from None
         except (httpx.HTTPError, httpx.InvalidURL, httpcore.ConnectError, ValueError) as error:  # also of IDNA
             reason = str(error) or type(error).__name__
             raise InvalidPicture(f"{param}: {url} could not be fetched: {reason}", param=param) from None
 
+    async def _get(self, url: str, param: str, take: Callable[[int], None]) -> bytes:
+        request: httpx.Request | None = self._client.build_request("GET", url)
+        for _ in range(MAX_REDIRECTS + 1):
+            assert request is not None
+            response = await self._client.send(request, stream=True)
+            try:
+                request = response.next_request
+                if request is None:
+                    return await _body(response, url, param, take)
+            finally:
+                await response.aclose()
+        raise InvalidPicture(f"{param}: {url} could not be fetched: more than {MAX_REDIRECTS} redirects", param=param)
+
     async def close(self) -> None:
         await self._client.aclose()
+
+
+async def _body(response: httpx.Response, url: str, param: str, take: Callable[[int], None]) -> bytes:
+    """What it says, byte for byte. Raises InvalidPicture for what is not taken, before it is read where it says so."""
+    if response.status_code != 200:
+        raise InvalidPicture(
+            f"{param}: {url} answered {response.status_code} {response.reason_phrase[:100]}", param=param
+        )
+    encoding = response.headers.get("content-encoding", "").strip()
+    if encoding.lower() not in ("", "identity"):
+        raise InvalidPicture(
+            f"{param}: {url} answered with content-encoding {encoding[:60]!r} although identity was asked for; "
+            "only pictures that are sent as they are are taken",
+            param=param,
+        )
+    too_large = InvalidPicture(f"{param}: {url} is larger than {MAX_BYTES // 2**20} MiB", param=param)
+    declared = response.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared[:20]) > MAX_BYTES:
+        raise too_large
+    data = bytearray()
+    async for chunk in response.aiter_raw():
+        if len(data) + len(chunk) > MAX_BYTES:
+            raise too_large
+        take(len(chunk))
+        data += chunk
+    return bytes(data)
 
 
 def is_public(text: str) -> bool:
@@ -88,8 +130,9 @@ def is_public(text: str) -> bool:
 class _PublicOnly(httpcore.AsyncNetworkBackend):
     """Connects to public addresses only, and to exactly the address that was checked."""
 
-    def __init__(self, hosts: frozenset[str]) -> None:
+    def __init__(self, hosts: frozenset[str], resolver: Resolver) -> None:
         self._hosts = hosts
+        self._resolver = resolver
         self._inner = httpcore.AnyIOBackend()
 
     async def connect_tcp(
@@ -103,11 +146,9 @@ class _PublicOnly(httpcore.AsyncNetworkBackend):
         if not 0 < port < 65536:
             raise httpcore.ConnectError(f"there is no port {port}")
         try:
-            found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError, OverflowError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise httpcore.ConnectError(f"the name {host[:100]!r} does not resolve ({reason})") from None
-        address = str(found[0][4][0])
+            address = await self._resolver.address(host, port)
+        except Unresolved as error:
+            raise httpcore.ConnectError(str(error)) from None
         if host.lower() not in self._hosts and not is_public(address):
             raise httpcore.ConnectError(
                 f"{host!r} is at {address}, which is not a public address. "

@@ -8,12 +8,38 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
+from sfumato.budget import Share
 from sfumato.config import ModelConfig
 from sfumato.core import Done, Generation, Preview, Step
 from sfumato.errors import Cancelled, SfumatoError
 from sfumato.queue import Queue, Ticket
 
+CANCELLED = "the request was cancelled"
+
 State: TypeAlias = Literal["queued", "drawing", "completed", "failed", "cancelled"]
+
+
+class Arrival:
+    """A request whose body is not read yet, or is not asked for yet: only who sends it is known, and its id."""
+
+    def __init__(self, id: str, caller: str) -> None:
+        self.id = id
+        self.caller = caller
+        self.cancelled = asyncio.Event()
+        self.submitted = False
+        """Whether there is, or was, a job of it."""
+
+    def submit(self) -> None:
+        """It becomes a job. Raises Cancelled where somebody has cancelled it meanwhile."""
+        if self.cancelled.is_set():
+            raise Cancelled(CANCELLED)
+        self.submitted = True
+
+    def progress(self) -> Progress:
+        return Progress(
+            id=self.id, caller=self.caller, model="", state="cancelled" if self.cancelled.is_set() else "queued",
+            step=0, total=0, pictures_done=0, pictures=0, queue_position=0, seconds_left=None,
+        )  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -51,6 +77,7 @@ class Progress:
     id: str
     caller: str
     model: str
+    """Empty until the body is read."""
     state: State
     step: int
     total: int
@@ -73,6 +100,8 @@ class Job:
     config: ModelConfig
     queue: Queue
     parts: Sequence[Part]
+    share: Share
+    """Of the bytes of source pictures."""
     created: float = field(default_factory=time.time)
     """Seconds since 1970."""
     error: SfumatoError | None = None

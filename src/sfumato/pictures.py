@@ -1,7 +1,8 @@
-"""Pictures that callers send: from base64, a `data:` URI or a URL to an upright RGB or RGBA PNG.
+"""Pictures that callers send: from base64, a `data:` URI or a file to an upright RGB or RGBA PNG.
 
-Nothing is trusted: size is read before pixels are decoded, and what cannot be decoded is refused
-with the reason.
+Nothing is trusted: the header is read before pixels are decoded, and what cannot be decoded is refused
+with the reason. `opened` is the one place where a foreign picture is opened; the server calls it in the
+processes of `decoding` only, which can be ended.
 """
 
 from __future__ import annotations
@@ -10,12 +11,17 @@ import base64
 import binascii
 import hashlib
 import io
+import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Final
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sfumato.errors import InvalidPicture
+from sfumato.settings import Settings
 
 MIN_SIDE: Final = 8
 """Pixels. Smaller than one latent of most autoencoders: nothing could be made of it."""
@@ -26,7 +32,27 @@ FORMATS: Final = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "AVIF")
 ANIMATED: Final = ("PNG", "WEBP", "GIF", "AVIF")
 """Those whose frames are an animation; phones put a second one into a JPEG."""
 
+REDUCING_GAP: Final = 1.5
+"""A picture that is scaled down a lot is first averaged to this many times its new size, which is much faster."""
+
 _DATA_URI = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(?:;[\w=-]+)*?(?P<base64>;base64)?,", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What a source picture may measure, and what is made of it."""
+
+    pixels: int
+    """More are not decoded."""
+    aspect: int
+    """How many times longer than the other a side may be."""
+    kept_pixels: int
+    kept_side: int
+    """Larger ones are scaled down to this: nothing larger is drawn."""
+
+    @classmethod
+    def of(cls, settings: Settings) -> Bounds:
+        return cls(settings.max_source_pixels, settings.max_aspect, settings.max_pixels, settings.max_side)
 
 
 def from_text(text: str, param: str) -> bytes:
@@ -44,58 +70,68 @@ def from_text(text: str, param: str) -> bytes:
         ) from None
 
 
-def normalise(data: bytes, param: str, max_pixels: int) -> bytes:
-    """The picture upright (EXIF), in RGB or RGBA, as PNG. Raises InvalidPicture that says why not."""
+@contextmanager
+def opened(data: bytes, param: str) -> Iterator[Image.Image]:
+    """A foreign picture, its header read. Whatever its decoder raises inside becomes InvalidPicture."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise InvalidPicture(
-                    f"{param}: the picture is {width}x{height}; at most {max_pixels} pixels are taken. Scale it down.",
-                    param=param,
-                )
-            if min(width, height) < MIN_SIDE:
-                raise InvalidPicture(
-                    f"{param}: the picture is {width}x{height}; each side needs at least {MIN_SIDE} pixels",
-                    param=param,
-                )
-            # Frames are not counted: in a TIFF that takes time with the square of their number.
-            if image.format in ANIMATED and getattr(image, "is_animated", False):
-                raise InvalidPicture(f"{param}: the picture is animated. Send one frame.", param=param)
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-    except InvalidPicture:
+            yield image
+    except (InvalidPicture, GeneratorExit):
         raise
     except UnidentifiedImageError:
         raise InvalidPicture(
-            f"{param}: not a picture in a known format (PNG, JPEG, WebP ...): it starts with {data[:12]!r}",
+            f"{param}: not a picture in a known format ({', '.join(FORMATS)}): it starts with {data[:12]!r}",
             param=param,
         ) from None
     except MemoryError:
-        raise
+        raise InvalidPicture(f"{param}: decoding the picture takes too much memory", param=param) from None
     except Exception as error:  # decoders raise whatever they like
         raise InvalidPicture(
             f"{param}: the picture is damaged ({error or type(error).__name__})", param=param
         ) from None
-    if upright.mode.startswith("I"):  # 16 bits; a plain conversion would clip all but the darkest to white
-        upright = upright.point(lambda level: level / 256).convert("L")
-    elif upright.mode == "F":
-        raise InvalidPicture(f"{param}: its levels are fractions; send 8 or 16 bits for each channel", param=param)
+
+
+def look(data: bytes, param: str, bounds: Bounds) -> tuple[int, int]:
+    """Width and height as the header says. Raises InvalidPicture for what will not be decoded."""
+    with opened(data, param) as image:
+        _check(image, param, bounds)
+        return image.size
+
+
+def normalise(data: bytes, param: str, bounds: Bounds) -> tuple[bytes, tuple[int, int]]:
+    """The picture upright (EXIF), in RGB or RGBA, as PNG, and its size before it was scaled down to `bounds`.
+
+    Raises InvalidPicture that says why not.
+    """
+    with opened(data, param) as image:
+        _check(image, param, bounds)
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I"):  # 16 bits; a plain conversion would clip all but the darkest to white
+            upright = upright.point(lambda level: level / 256).convert("L")
+        elif upright.mode == "F":
+            raise InvalidPicture(f"{param}: its levels are fractions; send 8 or 16 bits for each channel", param=param)
+        came = upright.size
+        upright = _scaled_down(upright.convert("RGBA" if _transparent(upright) else "RGB"), bounds)
+    return png(upright), came
+
+
+def png(image: Image.Image) -> bytes:
     file = io.BytesIO()
-    upright.convert("RGBA" if _transparent(upright) else "RGB").save(file, "PNG", compress_level=1)
+    image.save(file, "PNG", compress_level=1)
     return file.getvalue()
 
 
 def decoded(png: bytes) -> Image.Image:
     """The pixels of a picture that went through `normalise`."""
-    image = Image.open(io.BytesIO(png))
+    image = Image.open(io.BytesIO(png), formats=("PNG",))
     image.load()
     return image
 
 
 def size(png: bytes) -> tuple[int, int]:
     """Width and height in pixels of a picture that went through `normalise`."""
-    with Image.open(io.BytesIO(png)) as image:
+    with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
         return image.size
 
 
@@ -105,20 +141,12 @@ def fingerprint(png: bytes) -> str:
     return hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).hexdigest()
 
 
-def _transparent(image: Image.Image) -> bool:
-    return "A" in image.getbands() or "transparency" in image.info
-
-
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= 40 else text[:40] + "...")
-
-
-def as_mask(png: bytes) -> bytes:
+def as_mask(png_data: bytes) -> bytes:
     """A mask as L, white where the picture is to be redrawn: where it is transparent, else where it is light.
 
     Raises InvalidPicture when that is nowhere.
     """
-    image = decoded(png)
+    image = decoded(png_data)
     mask = ImageOps.invert(image.getchannel("A")) if image.mode == "RGBA" else image.convert("L")
     if image.mode == "RGBA" and mask.getextrema() == (0, 0):  # drawn in black and white on an opaque layer
         mask = image.convert("L")
@@ -128,6 +156,43 @@ def as_mask(png: bytes) -> bytes:
             "Make the part to redraw transparent, or leave the mask out to redraw all of it.",
             param="mask",
         )
-    file = io.BytesIO()
-    mask.save(file, "PNG", compress_level=1)
-    return file.getvalue()
+    return png(mask)
+
+
+def _check(image: Image.Image, param: str, bounds: Bounds) -> None:
+    width, height = image.size
+    if width * height > bounds.pixels:
+        raise InvalidPicture(
+            f"{param}: the picture is {width}x{height}; at most {bounds.pixels} pixels are taken "
+            "(the setting max_source_pixels). Scale it down.",
+            param=param,
+        )
+    if min(width, height) < MIN_SIDE:
+        raise InvalidPicture(
+            f"{param}: the picture is {width}x{height}; each side needs at least {MIN_SIDE} pixels", param=param
+        )
+    if max(width, height) > bounds.aspect * min(width, height):
+        raise InvalidPicture(
+            f"{param}: the picture is {width}x{height}; no side may be longer than {bounds.aspect} times the other "
+            "(the setting max_aspect). Crop it.",
+            param=param,
+        )
+    # Frames are not counted: in a TIFF that takes time with the square of their number.
+    if image.format in ANIMATED and getattr(image, "is_animated", False):
+        raise InvalidPicture(f"{param}: the picture is animated. Send one frame.", param=param)
+
+
+def _scaled_down(image: Image.Image, bounds: Bounds) -> Image.Image:
+    scale = min(1.0, math.sqrt(bounds.kept_pixels / (image.width * image.height)), bounds.kept_side / max(image.size))
+    if scale == 1.0:
+        return image
+    width, height = (max(MIN_SIDE, int(side * scale)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=REDUCING_GAP)
+
+
+def _transparent(image: Image.Image) -> bool:
+    return "A" in image.getbands() or "transparency" in image.info
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 40 else text[:40] + "...")

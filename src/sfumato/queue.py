@@ -12,6 +12,7 @@ import heapq
 import math
 import time
 from collections import Counter
+from collections.abc import Sequence
 
 from sfumato.errors import TooManyRequests
 
@@ -48,6 +49,8 @@ class Queue:
         self._limit = limit
         self._lines: dict[str, dict[Ticket, None]] = {}
         """Caller → its tickets that wait, as they came; of callers that have any."""
+        self._unready: dict[str, dict[Ticket, None]] = {}
+        """The same of tickets that may not be called yet: their pictures are still fetched."""
         self._waiting = 0
         self._held: Counter[str] = Counter()
         self._running = 0
@@ -72,27 +75,41 @@ class Queue:
         """What a picture took lately from its turn to its end, in seconds; None before the first."""
         return self._mean
 
-    def join(self, caller: str, count: int) -> list[Ticket]:
-        """`count` tickets. Raises TooManyRequests when so many more may not wait."""
+    def join(self, caller: str, count: int, *, ready: bool = True) -> list[Ticket]:
+        """`count` tickets. Raises TooManyRequests when so many more may not wait.
+
+        Those that are not `ready` are passed over until `release`.
+        """
         room = self._limit + self._free(caller)
-        if caller not in self._lines and count <= max(1, self._limit // SHARE):
+        if caller not in self._lines and caller not in self._unready and count <= max(1, self._limit // SHARE):
             room += self._limit  # others have filled the line; that is no reason to refuse who has nothing in it
         if self.waiting + count > room:
             raise TooManyRequests(
                 f"{self.waiting} pictures wait already; at most {self._limit} may (the setting max_queue). "
                 "Try again later.",
-                retry_after=self._retry_after(),
+                retry_after=self.retry_after(),
             )
         tickets = [Ticket(caller, self._numbers + i) for i in range(count)]
         self._numbers += count
-        self._lines.setdefault(caller, {}).update(dict.fromkeys(tickets))
+        lines = self._lines if ready else self._unready
+        lines.setdefault(caller, {}).update(dict.fromkeys(tickets))
         self._waiting += count
         self._call()
         return tickets
 
+    def release(self, tickets: Sequence[Ticket]) -> None:
+        """They may be called from now on, by the place in the line that they have had since they came."""
+        for ticket in tickets:
+            if ticket in self._unready.get(ticket.caller, ()):
+                self._take(ticket)
+                self._waiting += 1
+                line = self._lines.pop(ticket.caller, {}) | {ticket: None}
+                self._lines[ticket.caller] = dict.fromkeys(sorted(line, key=lambda each: each.number))
+        self._call()
+
     def leave(self, ticket: Ticket, *, drawn: bool) -> None:
         """It is done, whether its turn had come or not; `drawn`: with a picture. May be called again."""
-        if ticket in self._lines.get(ticket.caller, ()):
+        if ticket in self._lines.get(ticket.caller, ()) or ticket in self._unready.get(ticket.caller, ()):
             self._take(ticket)
         elif ticket.since is not None:
             if drawn:
@@ -106,11 +123,11 @@ class Queue:
         else:
             return
         self._call()
-        if ticket.caller not in self._lines and ticket.caller not in self._held:
+        if not any(ticket.caller in those for those in (self._lines, self._unready, self._held)):
             self._served.pop(ticket.caller, None)
 
     def position(self, ticket: Ticket) -> int:
-        """How many turns until its own, if nobody else comes: 1 is the next; 0 when its turn has come."""
+        """How many turns until its own, if nobody else comes: 1 is the next; 0: it has come, or waits for pictures."""
         if self._positions is None:
             self._positions = self._foreseen()
         return self._positions.get(ticket, 0)
@@ -127,7 +144,7 @@ class Queue:
     def _call(self) -> None:
         """Whoever may draw now is told."""
         self._positions = None
-        while self._waiting and self._running < self._places:
+        while self._lines and self._running < self._places:
             caller = min(self._lines, key=self._rank)
             last = self._running == self._places - 1
             if last and self._held[caller] and self._places > 1:
@@ -143,10 +160,10 @@ class Queue:
 
     def _take(self, ticket: Ticket) -> None:
         """Out of the line."""
-        line = self._lines[ticket.caller]
-        del line[ticket]
-        if not line:
-            del self._lines[ticket.caller]
+        lines = self._lines if ticket in self._lines.get(ticket.caller, ()) else self._unready
+        del lines[ticket.caller][ticket]
+        if not lines[ticket.caller]:
+            del lines[ticket.caller]
         self._waiting -= 1
 
     def _rank(self, caller: str) -> tuple[int, int, int]:
@@ -170,6 +187,7 @@ class Queue:
                 heapq.heapreplace(heap, (rank, caller, following))
         return positions
 
-    def _retry_after(self) -> int:
+    def retry_after(self) -> int:
+        """In how many seconds whoever is refused may come again, 1 .. MAX_RETRY_AFTER_S."""
         seconds = (self._waiting + 1) * (self._mean or FIRST_GUESS_S) / self._places
         return min(MAX_RETRY_AFTER_S, max(1, math.ceil(seconds)))

@@ -17,7 +17,7 @@ from typing import Any
 
 from PIL import ExifTags, Image, PngImagePlugin
 
-from sfumato import __version__, schedulers
+from sfumato import __version__, pictures, schedulers
 from sfumato.core import Recipe
 from sfumato.errors import InvalidPicture, InvalidRequest
 
@@ -64,7 +64,7 @@ def convert(
     `opaque`: an alpha channel is laid on white, as a JPEG's always is. `size`: scaled to it, for previews. A PNG that
     needs no change is returned as it is.
     """
-    image: Image.Image = Image.open(io.BytesIO(png))
+    image: Image.Image = Image.open(io.BytesIO(png), formats=("PNG",))
     flat = "A" in image.getbands() and (opaque or format == "jpeg")
     scaled = size is not None and image.size != size
     if format == "png" and not flat and not scaled:
@@ -144,17 +144,14 @@ def parse(infotext: str) -> dict[str, str]:
     return values
 
 
-def texts(file: bytes) -> dict[str, str]:
+def texts(file: bytes, param: str = "image") -> dict[str, str]:
     """What a picture file says in words, by the name of its chunk; empty for a picture that says nothing.
 
     Raises InvalidPicture for what is none.
     """
-    try:
-        with Image.open(io.BytesIO(file)) as image:
-            found = {str(key): value for key, value in image.info.items() if isinstance(value, str)}
-            comment = _comment(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InvalidPicture(f"image: not a picture that can be read ({error})", param="image") from None
+    with pictures.opened(file, param) as image:
+        found = {str(key): value for key, value in image.info.items() if isinstance(value, str)}
+        comment = _comment(image)
     return {INFOTEXT_CHUNK: comment, **found} if comment else found
 
 
@@ -186,7 +183,7 @@ def _unquoted(text: str) -> str:
 def read(path: Path) -> Recipe:
     """The recipe inside a picture of ours. Raises InvalidPicture when there is none that we can read."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=pictures.FORMATS) as image:
             text = image.info.get(RECIPE_CHUNK) or image.getexif().get(ExifTags.Base.ImageDescription)
     except (OSError, struct.error) as error:
         raise InvalidPicture(f"{path}: not a picture that can be read ({error})") from None

@@ -68,9 +68,18 @@ class Settings:
     cross_site: bool = _setting(False, "Whether any web page may use this server from its visitors' browsers.")
     max_n: int = _setting(10, "Most pictures of one request.", least=1)
     max_pixels: int = _setting(2048 * 2048, "Largest picture that may be asked for, in pixels.", least=64)
+    max_side: int = _setting(4096, "Longest side of a picture that may be asked for, in pixels.", least=64)
+    max_aspect: int = _setting(
+        8, "How many times longer than the other a side may be, of pictures asked for and of source pictures.", least=1
+    )
     max_body_mb: int = _setting(64, "Largest request body, in MiB.", least=1)
     max_text_mb: int = _setting(4, "Largest part of a request that is no picture: prompts, fields; in MiB.", least=1)
     max_source_pixels: int = _setting(64_000_000, "Largest source picture that is decoded, in pixels.", least=64)
+    max_waiting_mb: int = _setting(
+        512, "Source pictures of all requests that wait and draw, in MiB; more are refused with 429.", least=1
+    )
+    decoders: int = _setting(2, "Source pictures that are decoded at the same time, each in a process.", least=1)
+    decode_s: int = _setting(10, "Longest time of the processor that decoding a source picture may take.", least=1)
     picture_hosts: str = _setting(
         "", "Hosts (comma-separated) whose picture URLs are fetched although their address is not public."
     )

@@ -9,6 +9,8 @@ import tempfile
 import threading
 import time
 import uuid
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,6 +89,26 @@ class Store:
         if self._max_bytes and self._grew(len(data)) > self._max_bytes:
             self.expire()
         return name
+
+    def put_all(self, files: Iterable[bytes], extension: str = "png") -> list[str]:
+        """As `put`, all of them or none: those of a request that fails half way would be known to nobody. Blocks."""
+        names: list[str] = []
+        try:
+            for data in files:
+                names.append(self.put(data, extension))
+        except BaseException:
+            self.remove(names)
+            raise
+        return names
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Pictures that nobody is to get. Blocks for a moment."""
+        for name in names:
+            path = self.folder / name
+            with self._lock, suppress(OSError):
+                size = path.stat().st_size
+                if _delete(path) and self._bytes is not None:
+                    self._bytes -= size
 
     def get(self, name: str) -> Picture | None:
         """The picture of that name, whole, or None when there is none (any other name included). Blocks."""

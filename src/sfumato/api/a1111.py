@@ -26,14 +26,14 @@ from sfumato.api.a1111_bodies import (
     Txt2ImgBody,
     UpscaleBody,
 )
-from sfumato.api.a1111_pictures import prepared
 from sfumato.api.a1111_samplers import choose, plainer
 from sfumato.api.auth import caller_of
 from sfumato.api.forms import described, reader
 from sfumato.core import Done
 from sfumato.errors import Cancelled, InvalidRequest
 from sfumato.job import Job
-from sfumato.service import ImageRequest, Service
+from sfumato.planning import ImageRequest, refuse_size
+from sfumato.service import Service
 from sfumato.store import Store
 
 PREVIEWS = 8
@@ -60,16 +60,18 @@ def router(service: Service, store: Store) -> APIRouter:
 
     async def paint(body: DrawBody, request: Request, name: str) -> JSONResponse:
         asked, warnings = _asked(service, choices, body, request)
+        ignored = body.ignored()
         if isinstance(body, Img2ImgBody):
-            images, mask = await asyncio.to_thread(prepared, body, service.settings.max_source_pixels)
-            asked = replace(asked, images=images, mask=mask, strength=body.denoising_strength)
+            fitting = body.fitting()
+            images, mask = await asyncio.to_thread(body.sources)
+            asked = replace(asked, images=images, mask=mask, fitting=fitting, strength=body.denoising_strength)
         job, drawn = await finish(asked, name, warnings)
-        saved = [await asyncio.to_thread(store.put, done.png, "png") for done in drawn] if body.save_images else []
+        saved = await answers.kept(store, [done.png for done in drawn], "png") if body.save_images else []
         base = urls.base_url(request, service.settings)
         warnings += [warning for done in drawn for warning in done.warnings]
         info = shapes.info(body, job, drawn, warnings, [f"{base}/generated-images/{each}" for each in saved])
         sent = [_base64(done.png) for done in drawn] if body.send_images is not False else []
-        headers = answers.noted(body.ignored(), [replace(drawn[0], warnings=tuple(warnings))])
+        headers = answers.noted(ignored, [replace(drawn[0], warnings=tuple(warnings))])
         return JSONResponse({"images": sent, "parameters": body.shown(), "info": info}, headers=headers)
 
     async def finish(asked: ImageRequest, name: str, warnings: list[str]) -> tuple[Job, list[Done]]:
@@ -128,7 +130,7 @@ def router(service: Service, store: Store) -> APIRouter:
             prompts=[""],
             model=_upscaler(service, body.upscaler_1),
             n=1,
-            images=[pictures.from_text(body.image, "image")],
+            images=[await asyncio.to_thread(pictures.from_text, body.image, "image")],
             upscale=_scale(body.upscaling_resize),
             id=request.state.request_id,
             caller=caller_of(request),
@@ -142,10 +144,12 @@ def router(service: Service, store: Store) -> APIRouter:
         summary="What a picture says of how it was made",
         openapi_extra=_json(PngInfoBody),
         response_model=shapes.PngInfo,
-        responses=documents.errors(400, 401, 403, 413, 415),
+        responses=documents.errors(400, 401, 403, 413, 415, 429),
     )
-    async def png_info(body: Annotated[PngInfoBody, Depends(reader(PngInfoBody))]) -> dict[str, Any]:
-        items = await asyncio.to_thread(lambda: recipe.texts(pictures.from_text(body.image, "image")))
+    async def png_info(body: Annotated[PngInfoBody, Depends(reader(PngInfoBody))], request: Request) -> dict[str, Any]:
+        data = await asyncio.to_thread(pictures.from_text, body.image, "image")
+        body.image = ""
+        items = await answers.unless_gone(request, service.texts(data))
         info = items.pop(recipe.INFOTEXT_CHUNK, "")
         return {"info": info, "items": items, "parameters": recipe.parse(info) if info else {}}
 
@@ -194,11 +198,8 @@ def _asked(
             f"batch_size x n_iter: {body.pictures} pictures; at most {settings.max_n} are drawn in one request",
             param="batch_size",
         )
-    if (body.width or body.height) and (body.width or 512) * (body.height or 512) > settings.max_pixels:
-        raise InvalidRequest(
-            f"width x height: {body.width}x{body.height}; at most {settings.max_pixels} pixels are drawn",
-            param="width",
-        )
+    if body.width or body.height:
+        refuse_size(service.limits, body.width or 512, body.height or 512, "width x height", param="width")
     model = choices.of(caller)
     if body.overrides.get(MODEL):
         model = choices.found(body.overrides[MODEL])

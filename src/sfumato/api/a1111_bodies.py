@@ -16,7 +16,15 @@ from pydantic_core import from_json, to_json
 
 from sfumato.api.bodies import BLANK, Count, Guidance, Seed, Steps, Strength, Text
 from sfumato.core import MAX_SEED
-from sfumato.service import MAX_PICTURES
+from sfumato.fitting import Fitting
+from sfumato.pictures import from_text
+from sfumato.planning import MAX_PICTURES
+
+DEFAULT_BLUR = 4.0
+"""Pixels."""
+
+CROPPED = (1, 2)
+"""Resize modes that keep the proportions; the others stretch."""
 
 NEUTRAL: Mapping[str, tuple[object, ...]] = MappingProxyType(
     {
@@ -169,6 +177,23 @@ class Img2ImgBody(DrawBody):
         None, description="Softens the mask's edge by a Gaussian of so many pixels; absent: 4, as there."
     )
     inpainting_mask_invert: Annotated[Literal[0, 1] | None, BLANK] = Field(None, description="1: black is redrawn.")
+
+    def fitting(self) -> Fitting:
+        """How pictures and mask are fitted to the size asked for, or to the first picture's."""
+        return Fitting(
+            size=(self.width or 512, self.height or 512) if self.width or self.height else None,
+            crop=self.resize_mode in CROPPED,
+            blur=DEFAULT_BLUR if self.mask_blur is None else self.mask_blur,
+            invert=bool(self.inpainting_mask_invert),
+        )
+
+    def sources(self) -> tuple[list[bytes], bytes | None]:
+        """The files of pictures and mask, which this body lets go. Raises InvalidPicture. Takes a while."""
+        images = [from_text(text, f"init_images[{index}]") for index, text in enumerate(self.init_images)]
+        mask = from_text(self.mask, "mask") if self.mask else None
+        self.init_images.clear()
+        self.mask = None
+        return images, mask
 
     def ignored(self) -> list[str]:
         unmasked = () if self.mask else ("inpaint_full_res", "inpainting_fill")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable, Sequence
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -21,7 +22,7 @@ from sfumato.api.bodies import Body, PaintBody
 from sfumato.core import Done, Preview
 from sfumato.errors import Cancelled, InvalidRequest, SfumatoError
 from sfumato.job import Job
-from sfumato.service import ImageRequest, Service
+from sfumato.service import Service
 from sfumato.store import Store
 
 T = TypeVar("T")
@@ -86,24 +87,62 @@ async def answer(
     `more` are fields of the request that stand in for the body's.
     """
     form = form_of(body, urls.base_url(request, service.settings))
-    asked = body.to_request(caller=caller_of(request), id=request.state.request_id, **more)
+    more |= {"caller": caller_of(request), "id": request.state.request_id}
     if isinstance(body, PaintBody) and body.stream:
-        return Stream(await unless_gone(request, _begun(service, asked)), form, event, body.ignored())
-    return await unless_gone(request, drawn(service, asked, form, store, body.ignored()))
+        return Stream(await unless_gone(request, _begun(service, body, more)), form, event, body.ignored())
+    return await unless_gone(request, _drawn(service, body, more, form, store))
 
 
-async def drawn(service: Service, asked: ImageRequest, form: Form, store: Store, ignored: Sequence[str]) -> Response:
+async def _submitted(service: Service, body: Body, more: Mapping[str, Any]) -> Job:
+    """Nobody but the job holds the pictures that were sent."""
+    asked = body.to_request(**more)
+    body.let_go()
+    return await service.submit(asked)
+
+
+async def _drawn(service: Service, body: Body, more: Mapping[str, Any], form: Form, store: Store) -> Response:
     """OpenAI's images response. All pictures or an error."""
-    job = await service.submit(asked)
+    job = await _submitted(service, body, more)
     drawn = await job.pictures()
-    items = [await _item(done, form, store) for done in drawn]
-    body = {"created": int(job.created), "data": items, "usage": usage(job, drawn)} | _shown(form, job, drawn[0])
-    return JSONResponse(body, headers=noted(ignored, drawn))
+    said = {"created": int(job.created), "usage": usage(job, drawn)} | _shown(form, job, drawn[0])
+    headers = noted(body.ignored(), drawn)
+    files = [await asyncio.to_thread(form.encoded, done) for done in drawn]
+    if form.base is None:
+        where = [{"b64_json": _base64(file)} for file in files]
+    else:
+        names = await kept(store, files, form.format)
+        where = [{"url": f"{form.base}/generated-images/{name}"} for name in names]
+    items = [item | {"seed": done.recipe.seed} for item, done in zip(where, drawn, strict=True)]
+    return JSONResponse(said | {"data": items}, headers=headers)
 
 
-async def _begun(service: Service, asked: ImageRequest) -> Job:
+async def kept(store: Store, files: Sequence[bytes], extension: str) -> list[str]:
+    """The names of pictures in the store: of all of them or, whatever happens, of none.
+
+    Raises StorageError.
+    """
+    lock, stored, left = threading.Lock(), list[str](), False
+
+    def put() -> None:
+        names = store.put_all(files, extension)
+        with lock:
+            stored.extend(names)
+            if left:
+                store.remove(names)
+
+    try:
+        await asyncio.to_thread(put)
+    except asyncio.CancelledError:
+        with lock:  # nobody will learn the names, those included of what the thread is still writing
+            left = True
+            store.remove(stored)
+        raise
+    return stored
+
+
+async def _begun(service: Service, body: Body, more: Mapping[str, Any]) -> Job:
     """A job that draws, or that takes long enough to begin. An error until then is not yet one inside a stream."""
-    job = await service.submit(asked)
+    job = await _submitted(service, body, more)
     try:
         with suppress(TimeoutError):  # not `wait_for`: Python 3.11's may swallow a cancellation
             async with asyncio.timeout(KEEP_ALIVE_S):
@@ -238,16 +277,12 @@ def _patches(width: int, height: int) -> int:
     return -(-width // PATCH) * -(-height // PATCH)
 
 
-async def _item(done: Done, form: Form, store: Store) -> dict[str, Any]:
-    if form.base is None:
-        return {"b64_json": await _b64(done, form), "seed": done.recipe.seed}
-    data = await asyncio.to_thread(form.encoded, done)
-    name = await asyncio.to_thread(store.put, data, form.format)
-    return {"url": f"{form.base}/generated-images/{name}", "seed": done.recipe.seed}
-
-
 async def _b64(shown: Done | Preview, form: Form) -> str:
-    return base64.b64encode(await asyncio.to_thread(form.encoded, shown)).decode()
+    return _base64(await asyncio.to_thread(form.encoded, shown))
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
 
 
 async def _disconnected(request: Request) -> None:

@@ -14,6 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from sfumato import __version__
 from sfumato.api import a1111, errors, localai, models, openai, ops, pages, progress
+from sfumato.api.arrivals import Arrivals
 from sfumato.api.auth import Auth, parse_keys
 from sfumato.api.crosssite import CrossSite, parse_hosts
 from sfumato.api.ending import Ending, Running
@@ -108,6 +109,7 @@ def create_app(service: Service, store: Store, running: Running | None = None) -
     app.include_router(pages.router())
 
     # The last to be added is the first to see a request.
+    app.add_middleware(Arrivals, service=service)
     app.add_middleware(Ending, running=running or Running())
     app.add_middleware(BodyCap, limit=settings.max_body_mb * 2**20)
     app.add_middleware(CrossSite, settings=settings, origins=origins, rejected=service.metrics.rejected)

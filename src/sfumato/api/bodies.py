@@ -11,13 +11,14 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
 
 from sfumato.core import MAX_SEED, QUALITIES
-from sfumato.service import MAX_GUIDANCE, MAX_PROMPT, MAX_STEPS, RANDOM_SEED, ImageRequest
+from sfumato.planning import MAX_GUIDANCE, MAX_PROMPT, MAX_STEPS, RANDOM_SEED, ImageRequest
 
 MAX_PARTIAL_IMAGES = 3
 MAX_COUNT = 1000
 """Far above any server's own limit, which is the setting max_n."""
 
 GPT_FIELDS = ("background", "output_format", "output_compression", "moderation")
+PICTURE_FIELDS = ("image", "file", "files", "ref_images", "mask")
 GPT_QUALITIES = ("auto", "low", "medium", "high")
 
 
@@ -102,6 +103,12 @@ class Body(BaseModel):
 
     def wants_b64(self) -> bool:
         return self.response_format == "b64_json"
+
+    def let_go(self) -> None:
+        """Forget the pictures: a body lives until its request is answered."""
+        for name in PICTURE_FIELDS:
+            if value := getattr(self, name, None):
+                setattr(self, name, [] if isinstance(value, list) else None)
 
     def to_request(self, **more: Any) -> ImageRequest:
         """Of the fields above; `more` are fields of the request that stand in for them or come on top."""

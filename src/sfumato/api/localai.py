@@ -14,7 +14,8 @@ from sfumato.api.documents import DRAWING
 from sfumato.api.forms import described, reader
 from sfumato.config import ModelConfig
 from sfumato.errors import InvalidRequest
-from sfumato.service import ImageRequest, Service
+from sfumato.planning import ImageRequest
+from sfumato.service import Service
 from sfumato.store import Store
 
 UPSCALERS = ("Upscale", "SuperResolution")

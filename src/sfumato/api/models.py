@@ -11,7 +11,8 @@ from sfumato.api import documents
 from sfumato.config import ModelConfig
 from sfumato.core import QUALITIES, ModelFacts
 from sfumato.engine.foreseen import foreseen
-from sfumato.service import MAX_STEPS, Service
+from sfumato.planning import MAX_STEPS
+from sfumato.service import Service
 
 
 def router(service: Service) -> APIRouter:

@@ -10,7 +10,7 @@ from python_multipart.multipart import MultipartParser
 
 from sfumato.api import cost, media
 from sfumato.errors import InvalidRequest, UnsupportedMedia
-from sfumato.service import MAX_PICTURES
+from sfumato.planning import MAX_PICTURES
 
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks

@@ -35,9 +35,7 @@ def router(service: Service) -> APIRouter:
         responses=documents.errors(401, 403, 404),
     )
     async def cancel(id: str, request: Request) -> dict[str, Any]:
-        before = service.progress(id, owner(request))
-        await service.cancel(service.jobs(owner(request), id))
-        return _shown(service.progress(before.id, owner(request)))
+        return _shown(await service.cancel_id(id, owner(request)))
 
     return routes
 

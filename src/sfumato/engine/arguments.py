@@ -120,6 +120,24 @@ def _steps_of_quality(model: Loaded, pipeline: Any, quality: str | None) -> int 
 
 def canvas(model: Loaded, pipeline: Any, wanted: Generation) -> Canvas:
     """Sources and mask at the size asked for, or the size of the source. Raises InvalidRequest for what cannot be."""
+    canvas = _canvas(model, pipeline, wanted)
+    breach = (
+        wanted.limits
+        and canvas.sources
+        and canvas.width
+        and canvas.height
+        and wanted.limits.breach(canvas.width, canvas.height)
+    )
+    if breach:
+        raise InvalidRequest(
+            f"image: {_size(canvas.sources[0])} would become {canvas.width}x{canvas.height}; {breach}. "
+            "Send a size, or a smaller picture.",
+            param="image",
+        )
+    return canvas
+
+
+def _canvas(model: Loaded, pipeline: Any, wanted: Generation) -> Canvas:
     width, height = wanted.width, wanted.height
     multiple = size_multiple(pipeline)
     if width and height and (width % multiple or height % multiple):

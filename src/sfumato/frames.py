@@ -1,0 +1,53 @@
+"""Frames on the pipes of a decoder: a JSON object and a blob of bytes, each with its length before it.
+
+Not pickle: what comes back was made by a process that read hostile bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import struct
+from typing import Any, BinaryIO
+
+_LENGTHS = struct.Struct("!IQ")
+
+CHUNK = 2**20
+"""Bytes that are copied at a time."""
+
+
+def write(file: BinaryIO, said: dict[str, Any], blob: bytes) -> None:
+    head = json.dumps(said).encode()
+    file.write(_LENGTHS.pack(len(head), len(blob)) + head)
+    file.write(blob)
+    file.flush()
+
+
+def read(file: BinaryIO) -> tuple[dict[str, Any], bytes]:
+    """The next frame; blocks. Raises EOFError when the other side is gone."""
+    head, blob = _LENGTHS.unpack(_exactly(file, _LENGTHS.size))
+    return json.loads(_exactly(file, head)), _exactly(file, blob)
+
+
+async def send(writer: asyncio.StreamWriter, said: dict[str, Any], blob: bytes) -> None:
+    """In pieces, so that no second copy of a large picture waits to be sent."""
+    head = json.dumps(said).encode()
+    writer.write(_LENGTHS.pack(len(head), len(blob)) + head)
+    view = memoryview(blob)
+    for start in range(0, len(blob), CHUNK):
+        writer.write(view[start : start + CHUNK])
+        await writer.drain()
+    await writer.drain()
+
+
+async def receive(reader: asyncio.StreamReader) -> tuple[dict[str, Any], bytes]:
+    """The next frame. Raises asyncio.IncompleteReadError when the other side is gone."""
+    head, blob = _LENGTHS.unpack(await reader.readexactly(_LENGTHS.size))
+    return json.loads(await reader.readexactly(head)), await reader.readexactly(blob)
+
+
+def _exactly(file: BinaryIO, size: int) -> bytes:
+    data = file.read(size)
+    if len(data) < size:
+        raise EOFError("the other process closed the pipe")
+    return data

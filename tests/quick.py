@@ -1,0 +1,86 @@
+"""`sfumato serve` in a process of its own, over an engine that draws a plain square at once, or for ever.
+
+For what happens before the engine: it starts in a second and has no torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import sys
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any
+
+import serving
+from PIL import Image
+
+from sfumato import serve
+from sfumato.config import ModelConfig
+from sfumato.core import Done, EngineStats, Event, Generation, ModelStatus, Recipe, Step
+from sfumato.settings import Settings
+
+FOR_EVER = 1000
+"""Steps of a picture that is never done."""
+
+NOISE = "noise"
+"""The prompt of a picture of some hundred kilobytes; all others are small."""
+
+
+class Server(serving.Server):
+    """As `serving.Server`."""
+
+    def __init__(self, models: Path, data: Path, *flags: str, env: dict[str, str] | None = None) -> None:
+        super().__init__(models, data, *flags, env=env)
+        names = [flag.removeprefix("--").replace("-", "_") for flag in flags[::2]]
+        given = dict(zip(names, flags[1::2], strict=True))
+        self._command = [
+            sys.executable,
+            __file__,
+            repr({"port": "0", "models": str(models), "data": str(data)} | given),
+        ]
+
+
+class Square:
+    """An engine: a plain square at once; a request with `FOR_EVER` steps ends when it is cancelled."""
+
+    ready = True
+    stats = EngineStats()
+
+    def __init__(self, settings: Settings) -> None: ...
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+    def status(self, model: str) -> ModelStatus:
+        return ModelStatus()
+
+    async def submit(self, config: ModelConfig, generation: Generation) -> AsyncGenerator[Event, None]:
+        yield Step(1, 2)
+        if generation.steps == FOR_EVER:
+            await asyncio.Event().wait()
+        noisy = generation.prompt == NOISE
+        image = Image.effect_noise((512, 512), 80) if noisy else Image.new("RGB", (8, 8), "orange")
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        yield Done(file.getvalue(), _recipe(config, generation))
+
+
+def _recipe(config: ModelConfig, asked: Generation) -> Recipe:
+    return Recipe(
+        model=config.name, source="", pipeline="", prompt=asked.prompt, negative_prompt=asked.negative_prompt,
+        width=8, height=8, steps=1, guidance_scale=1.0, seed=asked.seed, scheduler="", clip_skip=None, strength=None,
+        image_sha256=(), mask_sha256=None, device="cpu", dtype="fp32",
+    )  # fmt: skip
+
+
+def main(given: dict[str, Any]) -> None:
+    serve.Supervisor = Square  # type: ignore[assignment, misc]
+    serve.serve(Settings.load(given))
+
+
+if __name__ == "__main__":
+    import ast
+
+    main(ast.literal_eval(sys.argv[1]))

@@ -1,0 +1,303 @@
+"""What servers of picture URLs may answer, and names that never resolve: none of it costs more than it may."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import http.server
+import socket
+import threading
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from answerable import answerable, within
+from inside import DRAW, Inside, running
+from test_picture_urls import PICTURE
+
+from sfumato import fetch
+from sfumato.errors import InvalidPicture
+from sfumato.fetch import PictureFetcher
+from sfumato.resolving import Resolver, Unresolved
+
+BOMB = gzip.compress(gzip.compress(gzip.compress(bytes(200 * 2**20), 9), 9), 9)
+"""Some hundred bytes that are 200 MiB."""
+
+
+class Elsewhere(http.server.BaseHTTPRequestHandler):
+    """Answers as `answer` does."""
+
+    answer: Callable[[Elsewhere], None]
+    seen: list[dict[str, str]]
+
+    def do_GET(self) -> None:
+        self.seen.append({name.lower(): value for name, value in self.headers.items()})
+        try:
+            type(self).answer(self)
+        except (BrokenPipeError, ConnectionResetError):
+            self.close_connection = True  # it has heard enough
+
+    def say(self, status: int = 200, body: bytes = b"", **headers: str) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None: ...
+
+
+class Site:
+    """A server on the loopback interface whose answers a function writes; `seen` are the headers it was sent."""
+
+    def __init__(self, answer: Callable[[Elsewhere], None]) -> None:
+        self.seen: list[dict[str, str]] = []
+        handler = type("Answering", (Elsewhere,), {"answer": answer, "seen": self.seen})
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
+        self.url = f"http://127.0.0.1:{self._server.server_port}/picture"
+
+    def __enter__(self) -> Site:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    def fetched(self, take: Callable[[int], None] = lambda count: None) -> bytes:
+        async def run() -> bytes:
+            fetcher = PictureFetcher(["127.0.0.1"])
+            try:
+                return await fetcher.get(self.url, "image", take)
+            finally:
+                assert len(fetcher._client.cookies.jar) == 0
+                await fetcher.close()
+
+        return asyncio.run(run())
+
+
+def endless(handler: Elsewhere) -> None:
+    handler.say(200)
+    while True:
+        handler.wfile.write(bytes(2**20))
+
+
+def chunked(size: bytes, extension: bytes = b"") -> Callable[[Elsewhere], None]:
+    def answer(handler: Elsewhere) -> None:
+        handler.protocol_version = "HTTP/1.1"
+        handler.say(200, transfer_encoding="chunked")
+        while True:
+            handler.wfile.write(size + extension + b"\r\n" + bytes(int(size, 16)) + b"\r\n")
+
+    return answer
+
+
+def redirect_with_a_body(**headers: str) -> Callable[[Elsewhere], None]:
+    """The picture is behind it."""
+
+    def answer(handler: Elsewhere) -> None:
+        if handler.path == "/behind":
+            handler.say(200, PICTURE, content_length=str(len(PICTURE)))
+            return
+        handler.say(302, location="/behind", set_cookie="a=b; path=/", **headers)
+        handler.wfile.write(BOMB if headers else b"")
+        while not headers:
+            handler.wfile.write(bytes(2**20))
+
+    return answer
+
+
+ENCODINGS = ("gzip", "gzip, gzip, gzip", "deflate", "br", "zstd", "GZIP", "x-gzip", "nonsense", "identity, gzip")
+
+
+def encoded(encoding: str) -> Callable[[Elsewhere], None]:
+    return lambda handler: handler.say(200, BOMB, content_encoding=encoding)
+
+
+REFUSED: dict[str, tuple[Callable[[Elsewhere], None], str]] = {
+    **{f"encoded-{encoding}": (encoded(encoding), "content-encoding") for encoding in ENCODINGS},
+    "declared": (lambda h: h.say(200, content_length=str(2**40)), "larger than 32 MiB"),
+    "declared-very": (lambda h: h.say(200, content_length="9" * 18), "larger than 32 MiB"),
+    "endless": (endless, "larger than 32 MiB"),
+    "chunked": (chunked(b"100000"), "larger than 32 MiB"),
+    "chunk-extensions": (chunked(b"1", b";" + b"x" * 200_000), "could not be fetched"),
+    "headers": (lambda h: h.say(200, **{f"x_{i}": "y" * 1000 for i in range(1000)}), "could not be fetched"),
+    "long-header": (lambda h: h.say(200, x="y" * 10**7), "could not be fetched"),
+    "not-found": (lambda h: h.say(404, BOMB, content_encoding="gzip"), "404"),
+    "not-http": (lambda h: h.wfile.write(b"\0" * 10**6), "could not be fetched"),
+    "nowhere": (lambda h: h.say(302, location="http://"), "could not be fetched"),
+    "for-ever": (lambda h: h.say(302, location="/picture"), "redirects"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_row_14_what_is_not_taken(name: str) -> None:
+    """With words, and without more memory than the cap."""
+    answer, words = REFUSED[name]
+    tracemalloc.start()
+    try:
+        with Site(answer) as site, pytest.raises(InvalidPicture) as caught:
+            site.fetched()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert caught.value.param == "image"
+    assert words in caught.value.message
+    assert site.url in caught.value.message
+    assert peak < 1.3 * fetch.MAX_BYTES
+    assert {seen["accept-encoding"] for seen in site.seen} == {"identity"}
+
+
+@pytest.mark.parametrize("headers", [{}, {"content_encoding": "gzip, gzip, gzip"}])
+def test_row_14_the_body_of_a_redirect_is_not_read(headers: dict[str, str]) -> None:
+    tracemalloc.start()
+    try:
+        with Site(redirect_with_a_body(**headers)) as site:
+            assert site.fetched() == PICTURE
+        assert tracemalloc.get_traced_memory()[1] < 2**23
+    finally:
+        tracemalloc.stop()
+    assert [seen.get("cookie") for seen in site.seen] == [None, None]
+
+
+@pytest.mark.parametrize("headers", [{}, {"content_encoding": "identity"}, {"content_length": str(len(PICTURE))}])
+def test_row_14_what_is_taken(headers: dict[str, str]) -> None:
+    taken: list[int] = []
+    with Site(lambda h: h.say(200, PICTURE, **headers)) as site:
+        assert site.fetched(taken.append) == PICTURE
+    assert sum(taken) == len(PICTURE)
+
+
+def test_row_14_it_is_told_of_every_piece_before_it_is_kept() -> None:
+    class Full(Exception): ...
+
+    taken = 0
+
+    def take(count: int) -> None:
+        nonlocal taken
+        taken += count
+        if taken > 2**20:
+            raise Full
+
+    with Site(endless) as site, pytest.raises(Full):
+        site.fetched(take)
+    assert taken < 2**21
+
+
+@pytest.mark.parametrize("part", ["headers", "body"])
+def test_row_14_a_slow_answer_ends(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    """However little comes however often."""
+    monkeypatch.setattr(fetch, "TIMEOUT_S", 1.0)
+    over = threading.Event()
+
+    def drip(handler: Elsewhere) -> None:
+        if part == "body":
+            handler.say(200)
+        while not over.wait(0.05):
+            handler.wfile.write(b"x: y\r\n" if part == "headers" else b"x")
+
+    with Site(drip) as site, pytest.raises(InvalidPicture, match="longer than 1 s"):
+        try:
+            site.fetched()
+        finally:
+            over.set()
+
+
+# Names.
+
+
+class DeadNames:
+    """`socket.getaddrinfo`, which never answers for names that begin with `dead` until it is let go."""
+
+    def __init__(self) -> None:
+        self.over = threading.Event()
+        self.asked = 0
+
+    def __call__(self, host: str, port: int, **more: Any) -> list[tuple[Any, ...]]:
+        if host.startswith("dead"):
+            self.asked += 1
+            self.over.wait(120)
+            raise socket.gaierror("no such name")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
+
+
+@pytest.fixture
+def dead() -> Iterator[DeadNames]:
+    names = DeadNames()
+    yield names
+    names.over.set()
+
+
+def test_row_24_dead_names_hold_up_nobody_else(tmp_path: Path, dead: DeadNames) -> None:
+    inside = Inside(tmp_path, picture_hosts="alive")
+    threads = threading.active_count()
+    with Site(lambda h: h.say(200, PICTURE)) as site, running(inside) as port:
+        inside.service.fetcher = PictureFetcher(["alive"], Resolver(dead, wait_s=60))
+        url = f"http://127.0.0.1:{port}"
+        draw = f"{url}/v1/images/generations"
+        with answerable(url):
+            clients = [httpx.Client(timeout=60) for _ in range(36)]
+            with ThreadPoolExecutor(36) as pool:
+                waiting = [
+                    pool.submit(client.post, draw, json=DRAW["json"] | {"image": f"http://dead{i}.example/x"})
+                    for i, client in enumerate(clients)
+                ]
+                within(60, lambda: inside.service.queue.waiting == 36)
+                within(60, lambda: dead.asked == 32)
+                # A plain request is drawn although all places for lookups are taken.
+                assert httpx.post(draw, **DRAW, timeout=60).status_code == 200
+                assert inside.service.queue.waiting == 36
+                dead.over.set()
+                answers = [each.result() for each in waiting]
+            for client in clients:
+                client.close()
+        assert {answer.status_code for answer in answers} == {400}
+        assert all("does not resolve" in answer.json()["error"]["message"] for answer in answers)
+        alive = DRAW["json"] | {"image": site.url.replace("127.0.0.1", "alive")}
+        assert httpx.post(draw, json=alive, timeout=60).status_code == 200
+    within(30, lambda: threading.active_count() <= threads)
+
+
+def test_row_24_a_lookup_ends_with_its_client_and_its_time(dead: DeadNames) -> None:
+    async def run() -> None:
+        resolver = Resolver(dead, wait_s=0.5, lookups=2)
+        lookups = [asyncio.create_task(resolver.address(f"dead{i}", 80)) for i in range(2)]
+        await asyncio.to_thread(within, 30, lambda: dead.asked == 2)
+        lookups[0].cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await lookups[0]
+        began = time.monotonic()
+        for name in ("dead", "alive"):  # both threads are taken still
+            with pytest.raises(Unresolved, match=r"not resolved within 0.5 s"):
+                await resolver.address(name, 80)
+        with pytest.raises(Unresolved):
+            await lookups[1]
+        assert time.monotonic() - began < 30
+        dead.over.set()
+        while True:
+            try:
+                assert await resolver.address("alive", 80) == "127.0.0.1"
+                return
+            except Unresolved:
+                continue
+
+    asyncio.run(run())
+
+
+def test_row_24_what_is_wrong_with_a_name_is_told() -> None:
+    async def run() -> None:
+        with pytest.raises(Unresolved, match="does not resolve"):
+            await Resolver().address("no-such-host.invalid", 80)
+        with pytest.raises(Unresolved, match="does not resolve"):
+            await Resolver().address("a" * 300 + ".example", 80)
+        assert await Resolver().address("127.0.0.1", 80) == "127.0.0.1"
+
+    asyncio.run(run())
