@@ -37,12 +37,12 @@ ENGINE = [
     {"tokens"},
     {"kinds"},
     {"load", "gather"},
-    {"download", "sampler", "batching", "watch"},
-    {"memo", "preview", "standin", "trust"},
+    {"download", "sampler", "batching", "watch", "drivers"},
+    {"joins", "memo", "preview", "standin", "trust"},
     {"calls", "clean", "colours", "one_file"},
     {
-        "adapters", "caches", "handover", "joins", "offload", "outputs", "policy", "process", "protocol", "release",
-        "resolve", "steps", "threadstate", "tiling", "wire",
+        "adapters", "caches", "fingerprints", "handover", "masks", "offload", "outputs", "policy", "process",
+        "protocol", "release", "resolve", "steps", "threadstate", "tiling", "wire",
     },
 ]  # fmt: skip
 
