@@ -19,7 +19,7 @@ from PIL import Image
 
 from sfumato.catalog import EMBEDDED, Catalog
 from sfumato.config import ModelConfig
-from sfumato.core import Generation, ModelFacts, ModelStatus
+from sfumato.core import Generation, Limits, ModelFacts, ModelStatus
 from sfumato.engine import arguments, kinds
 from sfumato.engine.facts import facts
 from sfumato.engine.generation import draw
@@ -131,6 +131,8 @@ def test_what_an_upscaler_refuses(name: str) -> None:
         (wanted(images=odd, upscale=factor), "image", f"{width + 1}x{height}.*nearest size is {width}x{height}"),
         (wanted(images=fits, width=64, height=64), "size", f"becomes {width * factor}x{height * factor}"),
         (wanted(), "image", "draws from a picture"),
+        (wanted(images=fits, limits=Limits(2**22, factor * width - 1, 8)), "image", "max_side"),
+        (wanted(images=fits, limits=Limits(factor**2 * width * height - 1, 4096, 8)), "image", "max_pixels"),
     ):
         with pytest.raises(InvalidRequest, match=words) as caught:
             draw(model, asked, quiet)
