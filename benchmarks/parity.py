@@ -1,13 +1,20 @@
 """Does every family draw together what it draws alone? Also writes the list of what may be batched.
 
-    python -m benchmarks.parity                 every family, a table
-    python -m benchmarks.parity Flux QwenImage  some of them
-    python -m benchmarks.parity --write         and write src/sfumato/engine/mergeable.json and the docs
+    python -m benchmarks.parity                       every family, a table
+    python -m benchmarks.parity Flux QwenImage        some of them
+    python -m benchmarks.parity --write               write the record, the list and the table in the docs
+    python -m benchmarks.parity --write Flux          the same, measuring only some families again
 
 Each family of `tests/families.py` draws three pictures (prompts, lengths, seeds, steps and guidance differ)
 three times: one after another with the plain pipeline, together while every kind of batch is also computed
 member by member, and together trusting what that has shown; then the same with three calls that are alike in
-all but prompt and seed. All in fp32. The counts are those of the three that differ.
+all but prompt and seed. All in fp32; then the three once more in bf16, with the list as it ships. The counts are
+those of the three that differ.
+
+Every batch of a denoiser that was shown is tried again with each combination of its optional arguments left out
+(see `variations`), so that the list speaks of all that a pipeline may pass.
+
+`tests/data/parity.json` is the record of all that; the list and the table are made of it alone.
 """
 
 from __future__ import annotations
@@ -20,9 +27,8 @@ import logging
 import os
 import sys
 import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +38,9 @@ import torch
 import transformers
 
 from sfumato.engine import trust
-from sfumato.engine.batching import Hub
+from sfumato.engine.batching import Hub, Task
+from sfumato.engine.calls import Call as ModuleCall
+from sfumato.engine.calls import differing
 from sfumato.engine.standin import view
 
 ROOT = Path(__file__).parent.parent
@@ -40,10 +48,16 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from families import FAMILIES as PICTURES  # noqa: E402
 from families import Call, Family  # noqa: E402
+from families_controlled import FAMILIES as CONTROLLED  # noqa: E402
 from families_moving import FAMILIES as MOVING  # noqa: E402
+from families_newer import FAMILIES as NEWER  # noqa: E402
 from families_transformers import FAMILIES as TRANSFORMERS  # noqa: E402
 
-FAMILIES: dict[str, Family] = {**PICTURES, **TRANSFORMERS, **MOVING}
+from benchmarks.variations import variations  # noqa: E402
+
+FAMILIES: dict[str, Family] = {**PICTURES, **CONTROLLED, **TRANSFORMERS, **NEWER, **MOVING}
+
+RECORD = ROOT / "tests/data/parity.json"
 
 PAGE = ROOT / "docs/concepts/batching.md"
 BEGIN, END = "<!-- families: written by benchmarks/parity.py -->", "<!-- end of families -->"
@@ -70,15 +84,23 @@ class Measured:
 
     name: str
     error: float
-    """Of the worst pixel."""
+    """Of the worst pixel, in fp32."""
     jitter: float | None
     """What JITTER alone does to the worst pixel, where the error is above PIXEL."""
     calls: int
     forwards: int
     """Of the denoiser, in the run that trusts."""
     shown: dict[str, float] = field(default_factory=dict)
+    """Signature → error of the module's output."""
     refused: dict[str, str] = field(default_factory=dict)
+    """What the run found to be wrong when it is joined, and why."""
+    wrong: dict[str, str] = field(default_factory=dict)
+    """The same of `variations`, which no pipeline passed."""
     alone: dict[str, int] = field(default_factory=dict)
+    half: tuple[int, int] = (0, 0)
+    """Calls and forwards of the denoiser in bf16."""
+    broken: str = ""
+    """Why the pipeline doesn't run in bf16, alone either."""
 
     @property
     def mean_batch(self) -> float:
@@ -91,13 +113,27 @@ class Measured:
         return self.error <= CHAOS * self.jitter
 
 
+class Learning(Hub):
+    """Keeps two calls of every kind of batch; where text is padded, two that differ in it."""
+
+    def __init__(self) -> None:
+        super().__init__(max_rows=16, trust=trust.Trust("always", frozenset()))
+        self.batches: dict[str, list[ModuleCall]] = {}
+
+    def _run_together(self, members: list[Task]) -> None:
+        calls = [task.call for task in members if task.call is not None]
+        unlike = next(([calls[0], call] for call in calls[1:] if differing([calls[0], call])), calls[:2])
+        self.batches.setdefault(self.trust.signature(calls[0], differing(unlike)), unlike)
+        super()._run_together(members)
+
+
 def measure(name: str) -> Measured:
-    """Draw the three pictures of a family in the three ways."""
+    """Draw the three pictures of a family in the three ways, in fp32."""
     family = FAMILIES[name]
     pipe = family.build()
     pipe.set_progress_bar_config(disable=True)
     alone = [draw(pipe, call) for call in seeded(family.calls)]
-    learning = Hub(max_rows=16, trust=trust.Trust("always", frozenset()))
+    learning = Learning()
     first = together(learning, pipe, family.calls)
     # Where texts keep their length and requests never meet, some modules are joined only among twins.
     twins = alike(family.calls[0])
@@ -113,10 +149,27 @@ def measure(name: str) -> Measured:
     if error > PIXEL:
         with jittered(getattr(pipe, family.denoiser)):
             jitter = difference(alone, [draw(pipe, call) for call in seeded(family.calls)])
+    shown, wrong = variations(learning.batches.values(), learning.trust)
     return Measured(
-        name, error, jitter, count.calls, count.forwards, dict(learning.trust.shown), dict(learning.trust.refused),
-        {f"{module}: {reason}": times for (module, reason), times in trusting.alone.items()},
+        name, error, jitter, count.calls, count.forwards, shown | learning.trust.shown, dict(learning.trust.refused),
+        wrong, {f"{module}: {reason}": times for (module, reason), times in trusting.alone.items()},
     )  # fmt: skip
+
+
+def halve(one: Measured, shipped: frozenset[str]) -> None:
+    """Fill in how the family batches in bf16, with `shipped` as the list."""
+    family = FAMILIES[one.name]
+    pipe = family.build().to(torch.bfloat16)
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        draw(pipe, seeded(family.calls)[0])
+    except (RuntimeError, TypeError, ValueError) as error:
+        one.broken = f"{type(error).__name__}: {error}".splitlines()[0][:100]
+        return
+    hub = Hub(max_rows=16, trust=trust.Trust("unlisted", shipped))
+    together(hub, pipe, family.calls)
+    count = hub.counts[family.denoiser]
+    one.half = (count.calls, count.forwards)
 
 
 def alike(call: Call) -> list[Call]:
@@ -191,16 +244,16 @@ def signatures(measured: Iterable[Measured]) -> dict[str, Any]:
     for one in measured:
         for signature, error in one.shown.items():
             worst[signature] = max(error, worst.get(signature, 0.0))
-        refused |= one.refused.keys()
+        refused |= one.refused.keys() | one.wrong.keys()
     packages: dict[str, Any] = {
-        package.__name__: {"version": package.__version__, "calls": defaultdict(list)}
-        for package in (diffusers, transformers)
+        package.__name__: {"version": package.__version__, "calls": {}} for package in (diffusers, transformers)
     }
     for signature in sorted(worst):
         kind, _, call = signature.partition(".")
-        package = next(name for name in packages if hasattr(sys.modules[name], kind.partition("+")[0]))
+        # Not every model of diffusers is to be had by its package.
+        package = "transformers" if hasattr(transformers, kind.partition("+")[0]) else "diffusers"
         if worst[signature] <= SHOWN and signature not in refused:
-            packages[package]["calls"][kind].append(call)
+            packages[package]["calls"].setdefault(kind, []).append(call)
     return packages
 
 
@@ -216,7 +269,7 @@ def run(names: Iterable[str], tell: Callable[[str], object] = print) -> list[Mea
             f"{name:46} {one.error:11.1e} {jitter} {one.calls:6} {one.forwards:8} {one.mean_batch:10.2f}"
             f"  {'' if one.same else 'DIFFERS'} {FAMILIES[name].alone}"
         )
-        for signature, reason in one.refused.items():
+        for signature, reason in (one.refused | one.wrong).items():
             tell(f"    refused {signature}: {reason}")
         for reason, times in one.alone.items():
             tell(f"    alone   {times} x {reason}")
@@ -225,32 +278,59 @@ def run(names: Iterable[str], tell: Callable[[str], object] = print) -> list[Mea
 
 def page(measured: Iterable[Measured]) -> str:
     """The table of families in the docs, between its markers."""
-    rows = ["| family | calls per forward of the denoiser | worst pixel | |", "|---|---|---|---|"]
+    rows = ["| family | calls per forward in fp32 | in bf16 | worst pixel in fp32 | |", "|---|---|---|---|---|"]
     for one in measured:
         chaos = f"its toy weights make {one.jitter:.0e} of one rounding error" if one.jitter is not None else ""
         error = f"{one.error:.0e}" if one.error else "0"
-        rows.append(f"| {one.name} | {one.mean_batch:.1f} | {error} | {FAMILIES[one.name].alone or chaos} |")
+        half = f"{one.half[0] / max(1, one.half[1]):.1f}" if not one.broken else "-"
+        broken = "diffusers doesn't run it in bf16 on a CPU" if one.broken else ""
+        why = "; ".join(part for part in (FAMILIES[one.name].alone, chaos, broken) if part)
+        rows.append(f"| {one.name} | {one.mean_batch:.1f} | {half} | {error} | {why} |")
     return "\n".join([BEGIN, *rows, END])
 
 
-def write(measured: list[Measured]) -> None:
+def recorded() -> dict[str, Measured]:
+    """The last measurement of every family."""
+    if not RECORD.exists():
+        return {}
+    families = json.loads(RECORD.read_text())["families"]
+    return {name: Measured(**fields | {"half": tuple(fields["half"])}) for name, fields in families.items()}
+
+
+def versions() -> dict[str, str]:
+    return {package.__name__: package.__version__ for package in (diffusers, transformers)}
+
+
+def write(measured: Mapping[str, Measured]) -> None:
+    """Write the record, and what is made of it."""
+    ordered = [measured[name] for name in FAMILIES if name in measured]
+    record = {"versions": versions(), "families": {one.name: asdict(one) for one in ordered}}
+    RECORD.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
     listed = ROOT / "src/sfumato/engine" / trust.FILE
-    listed.write_text(json.dumps(signatures(measured), indent=1, sort_keys=True) + "\n")
+    listed.write_text(json.dumps(signatures(ordered), indent=1, sort_keys=True) + "\n")
     before, _, rest = PAGE.read_text().partition(BEGIN)
-    PAGE.write_text(before + page(measured) + rest.partition(END)[2])
-    print(f"wrote {listed.relative_to(ROOT)} and the table in {PAGE.relative_to(ROOT)}")
+    PAGE.write_text(before + page(ordered) + rest.partition(END)[2])
+
+
+def shipped(measured: Iterable[Measured]) -> frozenset[str]:
+    """The list as it would ship after these measurements."""
+    packages = signatures(measured).values()
+    return frozenset(f"{kind}.{call}" for part in packages for kind, calls in part["calls"].items() for call in calls)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("families", nargs="*", help=f"of: {', '.join(FAMILIES)}")
-    parser.add_argument("--write", action="store_true", help="write the list of what may be batched")
+    parser.add_argument("--write", action="store_true", help="write the record, the list and the table in the docs")
     options = parser.parse_args()
-    if options.write and options.families:
-        parser.error("--write needs every family")
     results = run(options.families or FAMILIES, lambda line: print(line, flush=True))
+    known = recorded() | {one.name: one for one in results}
+    for one in results:
+        halve(one, shipped(known.values()))
+        half = one.broken or f"{one.half[0] / max(1, one.half[1]):.2f}"
+        print(f"{one.name:46} mean batch in bf16 {half}", flush=True)
     if options.write:
-        write(results)
+        write(known)
     return 0 if all(one.same for one in results) else 1
 
 

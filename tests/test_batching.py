@@ -15,8 +15,8 @@ from transformers import DynamicCache, T5Config, T5EncoderModel
 
 from sfumato.engine import outputs
 from sfumato.engine.batching import Hub
-from sfumato.engine.calls import Call, Fingerprints, describe, join
-from sfumato.engine.joins import Joins
+from sfumato.engine.calls import Call, Fingerprints, describe
+from sfumato.engine.joins import Joins, join
 from sfumato.engine.memo import Memo
 from sfumato.engine.standin import View, exclusive, view
 from sfumato.engine.trust import Trust

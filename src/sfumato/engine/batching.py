@@ -16,7 +16,7 @@ import itertools
 import logging
 import weakref
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,22 +24,14 @@ import greenlet  # type: ignore[import-untyped]
 import torch
 
 from sfumato.engine import offload, outputs, policy, threadstate
-from sfumato.engine.calls import Call, Fingerprints, describe, join, target
-from sfumato.engine.joins import Joins
+from sfumato.engine.calls import Call, Fingerprints, describe, differing, target
+from sfumato.engine.joins import Joins, join
 from sfumato.engine.memo import Memo
 from sfumato.engine.outputs import Unsplittable
 from sfumato.engine.standin import Asker, StandIn, View
 from sfumato.engine.trust import Trial, Trust, Width
 
 log = logging.getLogger(__name__)
-
-
-_NARROWED: Mapping[Width, Callable[[Call], Hashable]] = {
-    "alone": lambda call: None,
-    "alike": lambda call: (call.key, call.exact),
-    "any": lambda call: call.key,
-}
-"""The key under which a call may be joined with others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,10 +329,10 @@ class Hub:
     def _run_together(self, members: list[Task]) -> None:
         calls = [task.call for task in members if task.call is not None]
         first = calls[0]
-        loose = any(call.exact != first.exact for call in calls)
-        signature = self.trust.signature(first, loose=loose)
+        signature = self.trust.signature(first, differing(calls))
+        ruling = self.trust.ruling(first, signature)
         try:
-            output = target(first.module, first.method)(**join(calls, self.joins))
+            output = target(first.module, first.method)(**join(calls, self.joins, trial=ruling == "try"))
             parts = outputs.split(output, [call.rows for call in calls], listed=first.listed)
         except Unsplittable as reason:
             self.trust.refuse(first, signature, str(reason))
@@ -357,7 +349,7 @@ class Hub:
                 members, Trial([None] * len(members), lambda _: self._fails_only_together(first, signature))
             )
             return
-        if self.trust.ruling(first, signature) == "try":
+        if ruling == "try":
             self.count(first.name, 0, 1)
             trial = Trial(parts, lambda error: self.trust.settle(first, signature, error))
             self._all_alone(members, trial)
@@ -395,7 +387,7 @@ class Hub:
             if len(self._widths) > 4096:
                 self._widths.clear()
             known = self._widths[call.key] = (weakref.ref(call.module), self.trust.changes, self.trust.width(call))
-        return _NARROWED[known[2]](call)
+        return None if known[2] is None else call.narrowed(known[2])
 
     def _room(self, waiting: policy.Waiting) -> int:
         call = self._active[waiting.id].call
@@ -425,5 +417,5 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def _sizes(call: Call) -> Hashable:
     """Module and shapes without rows or contents: what a cap is remembered for."""
-    shapes = [(leaf.path, leaf.value.shape[1:]) for leaf in call.leaves if leaf.kind in ("rows", "frames", "ragged")]
+    shapes = [(leaf.path, leaf.value.shape[1:]) for leaf in call.leaves if leaf.kind in ("rows", "multi", "ragged")]
     return (id(call.module), call.method, tuple(shapes))

@@ -7,9 +7,12 @@ goes by. The first tensor (or list of tensors) gives the number of rows n, and e
     time    a time step, one for all rows or one per row: becomes one per row
     equal   positions, rotary tables and other small tensors: the content has to agree
     list    a list with one tensor per row: joined
-    ragged  text of different lengths that comes with a mask: padded on the right, masked there
+    multi   several entries per row (frames, first and last picture): joined
+    ragged  text that comes with a mask, or could: padded on the right, masked there (see `masks`)
     each    a list with one plain value per row, all the same: repeated
     value   anything plain: has to agree
+
+An argument that is passed as its default is one left out.
 
 What fits none of these (a random generator, a cache object, a callable, a large tensor of another
 layout) makes the call run alone. Shapes do not tell everything; the tables below hold what they do not,
@@ -20,16 +23,16 @@ from __future__ import annotations
 
 import dis
 import functools
-import hashlib
 import inspect
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Hashable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from sfumato.engine.joins import Joins
+from sfumato.engine import masks
+from sfumato.engine.fingerprints import Fingerprints as Fingerprints
 from sfumato.engine.outputs import PLAIN
 
 TIME = frozenset({
@@ -43,25 +46,27 @@ EQUAL = frozenset({
     "img_ids", "txt_ids",
     # Tables of sines and cosines by position, shared by all rows.
     "image_rotary_emb", "rotary_embedding", "visual_rope_pos", "text_rope_pos", "freqs_cis",
+    # Of [1, 1, height, width]: where the picture is padded, whatever the number of rows.
+    "padding_mask",
 })  # fmt: skip
 """Names of tensors that belong to all rows at once, also where the first dimension happens to be n."""
 
 EACH = frozenset({"img_shapes", "txt_seq_lens"})
 """Names of lists with one plain value per row, of which the model reads the first: all have to be the same."""
 
-FRAMES = frozenset({"encoder_hidden_states", "down_block_additional_residuals", "mid_block_additional_residual"})
-"""Names of tensors that have rows × frames first where the sample is a video of n rows."""
+CONTENT = re.compile(r"hidden_states|embeds|residual")
+"""Names of tensors that hold something of each row. Where they have a multiple of the rows first (the frames of a
+video, two pictures of a request) each row has several entries; other tensors of such a shape belong to all rows."""
 
 ROWS_SECOND = frozenset({"encoder_hidden_states_llama3"})
 """Names of tensors with the layers of a text encoder first and the rows second."""
 
-RAGGED: Mapping[str, tuple[str, str]] = {
-    "QwenImageTransformer2DModel": ("encoder_hidden_states", "encoder_hidden_states_mask"),
-}
-"""Modules that mask every token of their text: the names of the text and of its mask (none means all true)."""
-
 LARGEST_EQUAL = 4 << 20
 """Elements. A larger tensor that is not rows first is not compared by content; the call runs alone."""
+
+LOOSE: Mapping[str, str] = {"time": "time", "list": "lengths", "ragged": "text", "mask": "text"}
+"""What members may differ in at a price, by the kind of leaf: time steps of two dtypes are converted, lists go by
+lengths of their own, text is padded."""
 
 
 @dataclass(slots=True)
@@ -97,15 +102,55 @@ class Call:
     """Calls that also agree in this need neither conversion nor padding."""
     alone: str = ""
     listed: bool = False
+    pairs: Mapping[str, str] = field(default_factory=dict)
+    """Name of each text that could be padded → name of its mask."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def run(self) -> Any:
         """Compute it as the pipeline asked for it."""
         return target(self.module, self.method)(*self.args, **self.kwargs)
 
-    def signature(self, *, loose: bool) -> str:
-        """The key without sizes and contents, as text: what trust is about. `loose`: members differ in `exact`."""
-        names = " ".join(f"{leaf.path}={_kind(leaf)}" for leaf in self.leaves)
-        return f"{self.method}({names}){'~' if loose else ''}"
+    @property
+    def loose(self) -> frozenset[str]:
+        """In what members could differ from this one; see `LOOSE`."""
+        return frozenset({LOOSE[leaf.kind] for leaf in self.leaves if leaf.exact is not None})
+
+    def narrowed(self, loose: Set[str]) -> Hashable:
+        """The key of calls that may differ from this one in `loose` and in nothing else."""
+        if self.loose <= loose:
+            return (self.key,)
+        return (self.key, tuple([None if LOOSE.get(leaf.kind) in loose else leaf.exact for leaf in self.leaves]))
+
+    def signature(self, loose: Set[str] = frozenset()) -> str:
+        """The structure of the arguments as text, without sizes and contents: what trust is about.
+
+        `loose`: what the members differ in. A list of any number of like tensors is one word. Left out are values
+        that are the default, numbers where the default is one, None, and `return_dict`, which decides the output's
+        form alone: what they are is compared by the key, and the rows don't depend on one another by it.
+        """
+        words: dict[str, list[str]] = {}
+        for leaf in self.leaves:
+            if word := _word(leaf, self.defaults, "text" in loose):
+                kinds = words.setdefault(NUMBERED.sub(".*", leaf.path), [])
+                if word not in kinds:
+                    kinds.append(word)
+        names = " ".join(f"{path}={'|'.join(kinds)}" for path, kinds in words.items())
+        return f"{self.method}({names}){''.join(f'~{what}' for what in sorted(loose))}"
+
+
+NUMBERED = re.compile(r"\.\d+(?=\.|$)")
+"""The place in a list, or a number as a key, in the path of a leaf."""
+
+
+def differing(calls: Sequence[Call]) -> frozenset[str]:
+    """In what `calls`, whose keys are equal, differ at a price; see `LOOSE`."""
+    first = calls[0]
+    return frozenset({
+        LOOSE[leaf.kind]
+        for call in calls[1:]
+        for leaf, other in zip(first.leaves, call.leaves, strict=True)
+        if leaf.exact != other.exact
+    })  # fmt: skip
 
 
 def target(module: Any, method: str) -> Callable[..., Any]:
@@ -116,31 +161,6 @@ def target(module: Any, method: str) -> Callable[..., Any]:
 def plain(module: Any) -> Any:
     """The module that was written, where this one is what `torch.compile` made of it."""
     return getattr(module, "_orig_mod", module)
-
-
-class Fingerprints:
-    """The content of small tensors as a digest, taken once per tensor object.
-
-    On a GPU a digest waits for the device, so it is kept as long as the tensor lives and is not written to.
-    """
-
-    def __init__(self) -> None:
-        self._known: dict[int, tuple[weakref.ref[torch.Tensor], int, bytes]] = {}
-
-    def clear(self) -> None:
-        self._known.clear()
-
-    def of(self, tensor: torch.Tensor) -> bytes:
-        if tensor.is_inference():  # made in inference mode: nothing tells whether it was written to
-            return _digest(tensor)
-        known = self._known.get(id(tensor))
-        if known and known[0]() is tensor and known[1] == tensor._version:
-            return known[2]
-        digest = _digest(tensor)
-        number = id(tensor)
-        gone = weakref.ref(tensor, lambda _: self._known.pop(number, None))
-        self._known[number] = (gone, tensor._version, digest)
-        return digest
 
 
 def describe(
@@ -155,17 +175,6 @@ def describe(
     return call
 
 
-def join(calls: Sequence[Call], joins: Joins) -> dict[str, Any]:
-    """The keyword arguments of one forward for all of `calls`, whose keys are equal."""
-    joined: list[Any] = []
-    for at, leaf in enumerate(calls[0].leaves):
-        joined.append(_JOIN[leaf.kind]([call.leaves[at] for call in calls], calls, joins))
-    arguments: dict[str, Any] = _rebuilt(calls[0].shape, iter(joined))
-    if masked := RAGGED.get(type(plain(calls[0].module)).__name__):
-        _mask(arguments, masked, calls)
-    return arguments
-
-
 class _Alone(Exception):
     """Why a call cannot be joined with any other."""
 
@@ -174,49 +183,55 @@ def _describe(call: Call, prints: Fingerprints) -> None:
     function = getattr(type(plain(call.module)), "forward" if call.method == "__call__" else call.method, None)
     if function is None:
         raise _Alone("the class does not define this method")
-    parameters = _signature(function)
+    method = _method(function)
     try:
-        arguments = dict(parameters.bind(None, *call.args, **call.kwargs).arguments)
+        arguments = dict(method.signature.bind(None, *call.args, **call.kwargs).arguments)
     except TypeError:
         raise _Alone("the arguments do not fit; the module will say so") from None
-    for name, parameter in list(parameters.parameters.items()):
+    for name, parameter in method.signature.parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
             arguments |= arguments.pop(name, {})
         elif parameter.kind is parameter.VAR_POSITIONAL and arguments.pop(name, ()):
             raise _Alone("unnamed arguments")
-    arguments.pop(next(iter(parameters.parameters)))  # self
+    arguments.pop(next(iter(method.signature.parameters)))  # self
     for name in [name for name, value in arguments.items() if isinstance(value, torch.Generator)]:
         if _reads(function, name):
             raise _Alone("draws its own random numbers")
         del arguments[name]
-    if masked := RAGGED.get(type(plain(call.module)).__name__):
-        arguments.setdefault(masked[1], None)
-    first, call.rows, call.listed = _rows(arguments)
-    reader = _Reader(call, first, prints)
-    call.shape = reader.read(arguments, "", "")
+    call.defaults = method.defaults
+    if method.plain:
+        arguments = {name: value for name, value in arguments.items() if not _is_default(name, value, method.defaults)}
+    call.rows, call.listed = _rows(arguments)
+    call.pairs = masks.present(arguments, method.pairs, call.rows)
+    for mask in call.pairs.values():
+        arguments.setdefault(mask, None)
+    # In one order, however the caller has them.
+    call.shape = _Reader(call, prints).read(dict(sorted(arguments.items())), "", "")
     call.key = (id(call.module), call.method, call.shape, tuple([(leaf.kind, leaf.key) for leaf in call.leaves]))
     call.exact = tuple([leaf.exact for leaf in call.leaves])
 
 
-def _rows(arguments: Mapping[str, Any]) -> tuple[Any, int, bool]:
+def _rows(arguments: Mapping[str, Any]) -> tuple[int, bool]:
+    """The number of rows, and whether the call goes by lists with one tensor per row."""
     for value in arguments.values():
         if isinstance(value, torch.Tensor) and value.dim():
-            return value, value.shape[0], False
+            return value.shape[0], False
         if type(value) is list and value and all(isinstance(item, torch.Tensor) for item in value):
-            return value, len(value), True
+            # A tensor per row comes with as many time steps; else it is several tensors that have rows themselves.
+            if not value[0].dim() or any(_steps(name, other) == len(value) for name, other in arguments.items()):
+                return len(value), True
+            return value[0].shape[0], False
     raise _Alone("no tensor to read the number of rows from")
 
 
 class _Reader:
     """Walks the arguments of one call, classifying every leaf."""
 
-    def __init__(self, call: Call, first: Any, prints: Fingerprints) -> None:
+    def __init__(self, call: Call, prints: Fingerprints) -> None:
         self.call = call
         self.rows = call.rows
         self.prints = prints
-        self.ragged = RAGGED.get(type(plain(call.module)).__name__, ("", ""))
-        video = isinstance(first, torch.Tensor) and first.dim() == 5
-        self.frames = {first.shape[1], first.shape[2]} if video else set()
+        self.masks = frozenset(call.pairs.values())
 
     def read(self, value: Any, name: str, path: str) -> Any:
         """The nesting of `value`; its leaves are added to the call."""
@@ -237,8 +252,8 @@ class _Reader:
             return (type(value).__name__, (), tuple(inner))
         if isinstance(value, torch.Tensor):
             return self._tensor(value, name, path)
-        if name in self.ragged[1:]:
-            return self._leaf(path, "mask", value, None, value is None)
+        if path in self.masks:
+            return self._leaf(path, "mask", None, None, "all")
         if name in TIME and isinstance(value, int | float) and not isinstance(value, bool):
             return self._time(torch.tensor([value]), path)
         if isinstance(value, PLAIN):
@@ -252,9 +267,10 @@ class _Reader:
             return self._time(value.reshape(1), path)
         leads = value.shape[0] if value.dim() else 0
         kind = (value.dtype, value.device)
-        if name in self.ragged and leads == self.rows and value.dim() >= 2:
-            role = "ragged" if name == self.ragged[0] else "mask"
-            return self._leaf(path, role, value, None if role == "mask" else (value.shape[2:], kind), value.shape[1])
+        if path in self.call.pairs:
+            return self._leaf(path, "ragged", value, (value.shape[2:], kind), value.shape[1])
+        if path in self.masks:
+            return self._leaf(path, "mask", value, None, (kind, value.shape[1]))
         if name in TIME and leads == self.rows and value.dim() == 1:
             return self._leaf(path, "time", value, value.device, value.dtype)
         if name in ROWS_SECOND and value.dim() > 1 and value.shape[1] == self.rows:
@@ -262,8 +278,8 @@ class _Reader:
         if name not in EQUAL and leads:
             if leads == self.rows:
                 return self._leaf(path, "rows", value, (value.shape[1:], kind))
-            if name in FRAMES and leads % self.rows == 0 and leads // self.rows in self.frames:
-                return self._leaf(path, "frames", value, (leads // self.rows, value.shape[1:], kind))
+            if leads % self.rows == 0 and value.dim() > 1 and CONTENT.search(name):
+                return self._leaf(path, "multi", value, (leads // self.rows, value.shape[1:], kind))
         if value.numel() > LARGEST_EQUAL:
             raise _Alone(f"{path}: a large tensor of shape {tuple(value.shape)} for {self.rows} rows")
         return self._leaf(path, "equal", value, (value.shape, kind, self.prints.of(value)))
@@ -284,89 +300,57 @@ class _Reader:
         return "leaf"
 
 
-def _cat(leaves: list[Leaf], calls: Sequence[Call], joins: Joins) -> torch.Tensor:
-    return joins.cat([leaf.value for leaf in leaves])
+def _word(leaf: Leaf, defaults: Mapping[str, Any], padded: bool) -> str:
+    """What a signature says of a leaf; empty where that is nothing."""
+    if leaf.kind == "mask":  # padding makes one
+        return "rows2" if padded or leaf.value is not None else ""
+    if leaf.kind != "value":
+        kind = {"ragged": "rows"}.get(leaf.kind, leaf.kind)
+        return f"{kind}{leaf.value.dim()}" if kind in ("rows", "multi", "equal", "second") else kind
+    if leaf.path == "return_dict":
+        return ""
+    default = defaults.get(leaf.path)
+    if leaf.value is None or isinstance(leaf.value, bool | str):
+        return "" if leaf.value == default and type(leaf.value) is type(default) else str(leaf.value)
+    if isinstance(leaf.value, int | float):
+        return "" if isinstance(default, int | float) and not isinstance(default, bool) else "number"
+    return type(leaf.value).__name__
 
 
-def _cat_second(leaves: list[Leaf], calls: Sequence[Call], joins: Joins) -> torch.Tensor:
-    return joins.cat([leaf.value for leaf in leaves], dim=1)
+@dataclass(frozen=True, slots=True)
+class _Method:
+    """What there is to know about the method of a class."""
 
-
-def _cat_time(leaves: list[Leaf], calls: Sequence[Call], joins: Joins) -> torch.Tensor:
-    # Some schedulers count in int64, some in float32; an embedding of time computes in float32 anyway.
-    values = [leaf.value for leaf in leaves]
-    if len({value.dtype for value in values}) > 1:
-        values = [value.float() for value in values]
-    return torch.cat(values)
-
-
-def _cat_ragged(leaves: list[Leaf], calls: Sequence[Call], joins: Joins) -> torch.Tensor:
-    longest = max(leaf.value.shape[1] for leaf in leaves)
-    return torch.cat([_padded(leaf.value, longest) for leaf in leaves])
-
-
-def _cat_lists(leaves: list[Leaf], calls: Sequence[Call], joins: Joins) -> list[Any]:
-    return [item for leaf in leaves for item in leaf.value]
-
-
-def _first(leaves: list[Leaf], calls: Sequence[Call], joins: Joins) -> Any:
-    return leaves[0].value
-
-
-def _repeat(leaves: list[Leaf], calls: Sequence[Call], joins: Joins) -> list[Any]:
-    return [leaves[0].value[0]] * sum(call.rows for call in calls)
-
-
-_JOIN: Mapping[str, Callable[[list[Leaf], Sequence[Call], Joins], Any]] = {
-    "rows": _cat,
-    "frames": _cat,
-    "second": _cat_second,
-    "time": _cat_time,
-    "ragged": _cat_ragged,
-    "list": _cat_lists,
-    "each": _repeat,
-    "equal": _first,
-    "value": _first,
-    "mask": _first,  # written by `_mask`, which knows the text it belongs to
-}
-
-
-def _mask(arguments: dict[str, Any], names: tuple[str, str], calls: Sequence[Call]) -> None:
-    pairs = []
-    for call in calls:
-        by_path = {leaf.path: leaf.value for leaf in call.leaves}
-        pairs.append((by_path[names[0]], by_path[names[1]]))
-    longest = max(text.shape[1] for text, _ in pairs)
-    if all(mask is None and text.shape[1] == longest for text, mask in pairs):
-        return
-    masks = [torch.ones(text.shape[:2], dtype=torch.bool, device=text.device) if m is None else m for text, m in pairs]
-    arguments[names[1]] = torch.cat([_padded(mask.bool(), longest) for mask in masks])
-
-
-def _padded(value: torch.Tensor, length: int) -> torch.Tensor:
-    """`value` [n, tokens, ...] with zeros up to `length` tokens."""
-    missing = length - value.shape[1]
-    return value if not missing else torch.cat([value, value.new_zeros(len(value), missing, *value.shape[2:])], 1)
-
-
-def _rebuilt(shape: Any, leaves: Iterator[Any]) -> Any:
-    if shape == "leaf":
-        return next(leaves)
-    kind, keys, inner = shape
-    values = [_rebuilt(item, leaves) for item in inner]
-    return dict(zip(keys, values, strict=True)) if kind == "dict" else (list if kind == "list" else tuple)(values)
-
-
-def _kind(leaf: Leaf) -> str:
-    if leaf.kind == "value":
-        plain = leaf.value
-        return str(plain) if plain is None or isinstance(plain, bool) else type(plain).__name__
-    return f"{leaf.kind}{leaf.value.dim()}" if leaf.kind in ("rows", "frames", "equal", "second") else leaf.kind
+    signature: inspect.Signature
+    defaults: Mapping[str, Any]
+    pairs: Mapping[str, str]
+    plain: bool
+    """Whether leaving an argument out is the same as passing its default; a foreign decorator may look."""
 
 
 @functools.cache
-def _signature(function: Callable[..., Any]) -> inspect.Signature:
-    return inspect.signature(function)
+def _method(function: Callable[..., Any]) -> _Method:
+    signature = inspect.signature(function)
+    defaults = {name: each.default for name, each in signature.parameters.items() if each.default is not each.empty}
+    return _Method(signature, defaults, masks.pairs(signature.parameters), _is_plain(function))
+
+
+def _is_plain(function: Callable[..., Any]) -> bool:
+    while hasattr(function, "__wrapped__"):
+        if not str(getattr(function, "__globals__", {}).get("__name__")).startswith("diffusers."):
+            return False
+        function = function.__wrapped__
+    return True
+
+
+def _is_default(name: str, value: Any, defaults: Mapping[str, Any]) -> bool:
+    if name not in defaults or not isinstance(value, PLAIN):
+        return False
+    return type(value) is type(defaults[name]) and value == defaults[name]
+
+
+def _steps(name: str, value: Any) -> int:
+    return value.numel() if name in TIME and isinstance(value, torch.Tensor) else 0
 
 
 @functools.cache
@@ -380,9 +364,3 @@ def _reads(function: Callable[..., Any], name: str) -> bool:
         and (step.argval == name or (isinstance(step.argval, tuple) and name in step.argval))
         for step in dis.get_instructions(code)
     )
-
-
-def _digest(tensor: torch.Tensor) -> bytes:
-    plain = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    raw = plain.detach().resolve_conj().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.blake2b(raw.data, digest_size=16).digest()

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from sfumato.engine import offload
+from sfumato.engine import drivers, offload
 from sfumato.engine.batching import Hub, Task
 from sfumato.engine.standin import forget, view
 
@@ -39,7 +39,8 @@ def gather(
 
     Every call gives what it would give alone (to rounding: about 1e-6 in fp32), whatever the others ask for;
     they share the forwards of the modules wherever shapes allow. Give each its own `generator` to make it
-    repeatable. `"scheduler"` in a call is a scheduler to use for that call instead of the pipeline's.
+    repeatable. `"scheduler"` in a call is a scheduler to use for that call instead of the pipeline's; in a combined
+    pipeline it takes the place of the one that draws the picture, not of the prior's.
 
     `max_batch`: rows of one forward, at least 1; with guidance most pipelines take two rows per picture.
     `return_exceptions`: a call that raises has its exception in the list; otherwise the first one ends all.
@@ -47,7 +48,7 @@ def gather(
 
     `pipe` is not changed and can be used as before, its scheduler included.
     """
-    _check(calls, max_batch)
+    _check(pipe, calls, max_batch)
     forget(pipe)
     hub = Hub(max_rows=max_batch, max_active=max(2, 2 * max_batch))
     tasks = [hub.submit(_Run(pipe, call)) for call in calls]
@@ -79,16 +80,23 @@ class _Run:
 
     def __call__(self) -> Any:
         made = view(self._pipe, foreign=True)
-        if "scheduler" in self._call and "scheduler" not in inspect.signature(type(made).__call__).parameters:
-            made.scheduler = copy.deepcopy(self._call.pop("scheduler"))
+        if "scheduler" in self._call and not _takes_scheduler(made):
+            drivers.exchange(made, copy.deepcopy(self._call.pop("scheduler")))
         if hasattr(made, "set_progress_bar_config"):
             made.set_progress_bar_config(disable=True)  # many bars at once are unreadable
         return made(**self._call)
 
 
-def _check(calls: Sequence[Mapping[str, Any]], max_batch: int) -> None:
+def _takes_scheduler(pipe: Any) -> bool:
+    return "scheduler" in inspect.signature(type(pipe).__call__).parameters
+
+
+def _check(pipe: Any, calls: Sequence[Mapping[str, Any]], max_batch: int) -> None:
     if max_batch < 1:
         raise ValueError(f"max_batch={max_batch}: at least 1")
+    for at, call in enumerate(calls):
+        if "scheduler" in call and not _takes_scheduler(pipe) and (reason := drivers.refusal(pipe)):
+            raise ValueError(f"call {at}: {reason}")
     owners: dict[int, int] = {}
     for at, call in enumerate(calls):
         given = call.get("generator")

@@ -14,7 +14,7 @@ from PIL import Image
 
 from sfumato import __version__, pictures, recipe, schedulers
 from sfumato.core import OFFLOAD, VAE_TILING, Done, Generation, Recipe
-from sfumato.engine import arguments, kinds, sampler, standin, steps, tokens
+from sfumato.engine import arguments, drivers, kinds, sampler, standin, steps, tokens
 from sfumato.engine.batching import is_out_of_memory
 from sfumato.engine.clean import Stepped
 from sfumato.engine.load import OFFLOADED, Loaded
@@ -27,6 +27,9 @@ OnStep: TypeAlias = Callable[[int, int], None]
 """Called after each denoising step with (steps done, steps in all); may raise to stop the run."""
 
 TAKES = {"image": "image", "mask": "mask_image"}
+
+ENDED = frozenset({"DDPMWuerstchenScheduler"})
+"""Schedulers whose last time step is where the schedule ends, and not a step."""
 
 DEFAULT_THREADS = torch.get_num_threads()
 
@@ -73,13 +76,15 @@ def _draw(model: Loaded, pipeline: Any, asked: Generation, on_step: OnStep, on_p
     canvas = arguments.canvas(model, pipeline, wanted)
     given = arguments.arguments(model, pipeline, asked, wanted, canvas)
     # 3. a scheduler of its own
-    choice = _choice(model, pipeline, wanted)
-    scheduler = sampler.make(pipeline, choice, wanted.seed)
+    driver = drivers.main(pipeline)
+    choice = _choice(model, driver, wanted)
+    scheduler = sampler.make(driver, choice, wanted.seed)
     if scheduler is not None:
-        previews = None
-        if asked.previews and on_preview:
-            previews = Previews(pipeline, asked.previews, canvas.width, canvas.height, on_preview, model.glance)
-        pipeline.scheduler = _observed(scheduler, on_step, previews)
+        drivers.exchange(pipeline, scheduler)
+    previews = None
+    if asked.previews and on_preview:
+        previews = Previews(driver, asked.previews, canvas.width, canvas.height, on_preview, model.glance)
+    _watch(pipeline, given, on_step, previews)
     # 4. run
     image = _run(pipeline, given, wanted.seed)
     # 5. outside the mask every pixel stays as it was
@@ -146,6 +151,20 @@ def _choice(model: Loaded, pipeline: Any, wanted: Generation) -> schedulers.Choi
     return choice
 
 
+def _watch(pipeline: Any, given: Mapping[str, Any], on_step: OnStep, previews: Previews | None) -> None:
+    """Report the steps of every scheduler that is driven in `pipeline`, and show those that draw the picture."""
+    driving = drivers.drivers(pipeline)
+    parameters = kinds.parameters_of(pipeline)
+    expected: dict[str, int] = {}
+    for name in driving:
+        argument = name.replace("scheduler", "num_inference_steps")
+        steps = given.get(argument, parameters[argument].default if argument in parameters else None)
+        expected[name] = steps if isinstance(steps, int) else 0
+    progress = drivers.Progress(expected, on_step)
+    for name, driver in driving.items():
+        _observed(driver.scheduler, progress.of(name), previews if name == "scheduler" else None)
+
+
 def _observed(scheduler: Any, on_step: OnStep, previews: Previews | None = None) -> Any:
     """Report each `scheduler.step`: every denoising loop of diffusers calls it, with or without a callback."""
     done = total = 0
@@ -157,7 +176,7 @@ def _observed(scheduler: Any, on_step: OnStep, previews: Previews | None = None)
         if counted() is not scheduler:  # a copy that the pipeline steps beside it, for sound
             return step(model_output, timestep, *args, **kwargs)
         if done == 0:
-            total = _remaining(scheduler.timesteps, timestep)
+            total = _remaining(scheduler, timestep)
         result = step(model_output, timestep, *args, **kwargs)
         done += 1
         on_step(done, max(done, total))
@@ -171,11 +190,14 @@ def _observed(scheduler: Any, on_step: OnStep, previews: Previews | None = None)
     return scheduler
 
 
-def _remaining(timesteps: Any, first: Any) -> int:
+def _remaining(scheduler: Any, first: Any) -> int:
     # Image-to-image starts in the middle of the schedule; second-order solvers name a time step twice
     # and start at its second entry.
-    at = (torch.as_tensor(timesteps).cpu() == torch.as_tensor(first).cpu()).nonzero()
-    return len(timesteps) - (int(at[-1]) if len(at) else 0)
+    timesteps = torch.as_tensor(scheduler.timesteps).cpu()
+    if type(scheduler).__name__ in ENDED:
+        timesteps = timesteps[:-1]
+    at = (timesteps == torch.as_tensor(first).cpu()).nonzero()
+    return len(timesteps) - (int(at[-1, 0]) if len(at) else 0)
 
 
 def _refuse_nan(result: Any) -> None:

@@ -1,13 +1,20 @@
-"""Concatenations that are kept: the same text embeddings come again with every step of the same requests."""
+"""Many calls made one: how each kind of leaf is joined, and concatenations that are kept.
+
+The same text embeddings come again with every step of the same requests, so what was joined is kept for a while.
+"""
 
 from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+
+from sfumato.engine import masks
+from sfumato.engine.calls import Call, Leaf
 
 SMALL = 256 << 10
 """Bytes. Less than this is joined anew faster than it is looked up and checked."""
@@ -75,3 +82,84 @@ class Joins:
 
     def _bytes(self) -> int:
         return sum(held.joined.nbytes for held in self._held.values() if held.joined is not None)
+
+
+def join(calls: Sequence[Call], joins: Joins, *, trial: bool = False) -> dict[str, Any]:
+    """The keyword arguments of one forward for all of `calls`, whose keys are equal.
+
+    `trial`: to find out whether they may be joined, so text is padded with what must not matter.
+    """
+    joined: list[Any] = []
+    for at, leaf in enumerate(calls[0].leaves):
+        joined.append(_JOIN[leaf.kind]([call.leaves[at] for call in calls], calls, joins))
+    arguments: dict[str, Any] = _rebuilt(calls[0].shape, iter(joined))
+    for text, mask in calls[0].pairs.items():
+        if trial:
+            arguments[text] = masks.spoiled([_at(call, text) for call in calls])
+        arguments[mask] = _mask(text, mask, calls)
+    return arguments
+
+
+def _cat(leaves: list[Leaf], calls: Sequence[Call], joins: Joins) -> torch.Tensor:
+    return joins.cat([leaf.value for leaf in leaves])
+
+
+def _cat_second(leaves: list[Leaf], calls: Sequence[Call], joins: Joins) -> torch.Tensor:
+    return joins.cat([leaf.value for leaf in leaves], dim=1)
+
+
+def _cat_time(leaves: list[Leaf], calls: Sequence[Call], joins: Joins) -> torch.Tensor:
+    # Some schedulers count in int64, some in float32; an embedding of time computes in float32 anyway.
+    values = [leaf.value for leaf in leaves]
+    if len({value.dtype for value in values}) > 1:
+        values = [value.float() for value in values]
+    return torch.cat(values)
+
+
+def _cat_ragged(leaves: list[Leaf], calls: Sequence[Call], joins: Joins) -> torch.Tensor:
+    longest = max(leaf.value.shape[1] for leaf in leaves)
+    if all(leaf.value.shape[1] == longest for leaf in leaves):
+        return _cat(leaves, calls, joins)
+    return torch.cat([masks.padded(leaf.value, longest) for leaf in leaves])
+
+
+def _cat_lists(leaves: list[Leaf], calls: Sequence[Call], joins: Joins) -> list[Any]:
+    return [item for leaf in leaves for item in leaf.value]
+
+
+def _first(leaves: list[Leaf], calls: Sequence[Call], joins: Joins) -> Any:
+    return leaves[0].value
+
+
+def _repeat(leaves: list[Leaf], calls: Sequence[Call], joins: Joins) -> list[Any]:
+    return [leaves[0].value[0]] * sum(call.rows for call in calls)
+
+
+_JOIN: Mapping[str, Callable[[list[Leaf], Sequence[Call], Joins], Any]] = {
+    "rows": _cat,
+    "multi": _cat,
+    "second": _cat_second,
+    "time": _cat_time,
+    "ragged": _cat_ragged,
+    "list": _cat_lists,
+    "each": _repeat,
+    "equal": _first,
+    "value": _first,
+    "mask": _first,  # written by `_mask`, which knows the text it belongs to
+}
+
+
+def _mask(text: str, mask: str, calls: Sequence[Call]) -> torch.Tensor | None:
+    return masks.joined([_at(call, text) for call in calls], [_at(call, mask) for call in calls])
+
+
+def _at(call: Call, path: str) -> Any:
+    return next(leaf.value for leaf in call.leaves if leaf.path == path)
+
+
+def _rebuilt(shape: Any, leaves: Iterator[Any]) -> Any:
+    if shape == "leaf":
+        return next(leaves)
+    kind, keys, inner = shape
+    values = [_rebuilt(item, leaves) for item in inner]
+    return dict(zip(keys, values, strict=True)) if kind == "dict" else (list if kind == "list" else tuple)(values)

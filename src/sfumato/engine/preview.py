@@ -91,7 +91,7 @@ def preview(
 
 def _decoder(pipeline: Any) -> str | None:
     """The name of the component that makes pixels of latents."""
-    return next((name for name in ("vae", "movq", "vqvae") if getattr(pipeline, name, None) is not None), None)
+    return next((name for name in ("vae", "movq", "vqvae", "vqgan") if getattr(pipeline, name, None) is not None), None)
 
 
 def _coloured(colours: Colours, latents: torch.Tensor, size: tuple[int, int] | None) -> Sight | None:

@@ -10,6 +10,7 @@ versions of diffusers and transformers that the list names. The list also spares
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import logging
 import weakref
@@ -29,8 +30,8 @@ log = logging.getLogger(__name__)
 Verify: TypeAlias = Literal["unlisted", "always"]
 """Which signatures are computed twice at first: those that are not on the list, or all."""
 
-Width: TypeAlias = Literal["alone", "alike", "any"]
-"""With whom a call may be joined: nobody, calls that need no conversion or padding, any call with its key."""
+Width: TypeAlias = frozenset[str] | None
+"""With whom a call may be joined: those that differ from it in no more than this (see `calls.LOOSE`); None: nobody."""
 
 TOLERANCE = 1e-3
 """Relative to the largest number of the output, in fp32. Rounding gives 1e-6; a mixed-up row 1e-2 and more."""
@@ -76,15 +77,19 @@ class Trust:
         self.refused: dict[str, str] = {}
         """Signature → why it runs alone."""
 
-    def signature(self, call: Call, *, loose: bool) -> str:
-        return f"{self.kind(call.module)}.{call.signature(loose=loose)}"
+    def signature(self, call: Call, loose: frozenset[str] = frozenset()) -> str:
+        return f"{self.kind(call.module)}.{call.signature(loose)}"
 
     def width(self, call: Call) -> Width:
-        if self.ruling(call, self.signature(call, loose=False)) == "no":
-            return "alone"
-        if all(exact is None for exact in call.exact):
-            return "any"
-        return "alike" if self.ruling(call, self.signature(call, loose=True)) == "no" else "any"
+        if self._refuses(call, frozenset()):
+            return None
+        subsets = [frozenset(some) for n in range(1, 4) for some in itertools.combinations(sorted(call.loose), n)]
+        wrong = [some for some in subsets if self._refuses(call, some)]
+        right = [some for some in subsets if not any(each <= some for each in wrong)]
+        return max(right, key=len, default=frozenset())
+
+    def _refuses(self, call: Call, loose: frozenset[str]) -> bool:
+        return self.ruling(call, self.signature(call, loose)) == "no"
 
     def ruling(self, call: Call, signature: str) -> Literal["yes", "try", "no"]:
         """Whether calls with this signature may be joined, with or without a trial."""

@@ -1,0 +1,109 @@
+"""The same batch with some of its optional arguments left out, or given: what else a pipeline may pass.
+
+A pipeline passes an argument or not, by its own arguments and by the model's config: residuals of a ControlNet, masks,
+pooled text, the scale of a LoRA. What the families happen to pass is one combination each; here are the others.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from sfumato.engine import outputs
+from sfumato.engine.calls import TIME, Call, describe, differing, target
+from sfumato.engine.fingerprints import Fingerprints
+from sfumato.engine.joins import Joins, join
+from sfumato.engine.trust import TOLERANCE, Trust
+
+SCALED = "attention_kwargs"
+"""The end of the names under which pipelines pass the scale of a LoRA."""
+
+MOST = 6
+"""Optional arguments of which every combination is tried; of more, those with one or two left out."""
+
+
+def variations(batches: Iterable[Sequence[Call]], trust: Trust) -> tuple[dict[str, float], dict[str, str]]:
+    """What was shown of diffusers' modules, signature → relative error, and what was wrong, signature → why."""
+    shown: dict[str, float] = {}
+    wrong: dict[str, str] = {}
+    for calls in batches:
+        if len(calls) < 2 or not type(calls[0].module).__module__.startswith("diffusers."):
+            continue
+        for arguments in _combinations(calls):
+            described = [
+                describe(call.module, call.method, (), given, Fingerprints(), call.name)
+                for call, given in zip(calls, arguments, strict=True)
+            ]
+            _try(described, trust, shown, wrong)
+    return shown, wrong
+
+
+def _try(calls: Sequence[Call], trust: Trust, shown: dict[str, float], wrong: dict[str, str]) -> None:
+    first = calls[0]
+    if first.key is None or any(call.key != first.key for call in calls):
+        return
+    signature = trust.signature(first, differing(calls))
+    if signature in shown or signature in wrong or signature in trust.shown or signature in trust.refused:
+        return
+    try:
+        with torch.no_grad():
+            alone = [call.run() for call in calls]
+    except Exception:  # whatever the module says: it can't do without that
+        return
+    try:
+        with torch.no_grad():
+            output = target(first.module, first.method)(**join(calls, Joins(), trial=True))
+        parts = outputs.split(output, [call.rows for call in calls], listed=first.listed)
+    except Exception as error:  # a batch that fails where its members do not
+        wrong[signature] = f"together: {error}"
+        return
+    error = max(outputs.difference(part, one) for part, one in zip(parts, alone, strict=True))
+    if error <= TOLERANCE:
+        shown[signature] = error
+    else:
+        wrong[signature] = f"differs by {error:.1e}"
+
+
+def _combinations(calls: Sequence[Call]) -> Iterator[list[dict[str, Any]]]:
+    bound = [_bound(call) for call in calls]
+    parameters = _parameters(calls[0])
+    optional = [
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is None and all(arguments.get(name) is not None for arguments in bound)
+    ]
+    scales = [name for name in parameters if name.endswith(SCALED) and name not in optional]
+    most = len(optional) if len(optional) <= MOST else 2
+    for count in range(most + 1):
+        for absent in itertools.combinations(optional, count):
+            for scale in [None, *scales]:
+                extra = {} if scale is None else {scale: {"scale": 1.0}}
+                made = [{n: v for n, v in given.items() if n not in absent} | extra for given in bound]
+                yield made
+                if recast := _recast(made[0]):
+                    yield [recast, *made[1:]]
+
+
+def _recast(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same with time steps that are counted in float32, as other schedulers count them; empty if they are."""
+    whole = {
+        name: value
+        for name, value in arguments.items()
+        if name in TIME and (isinstance(value, int) or (isinstance(value, torch.Tensor) and value.dtype == torch.int64))
+    }
+    return arguments | {n: torch.as_tensor(v, dtype=torch.float32) for n, v in whole.items()} if whole else {}
+
+
+def _parameters(call: Call) -> dict[str, inspect.Parameter]:
+    function = getattr(type(call.module), "forward" if call.method == "__call__" else call.method)
+    return {name: each for name, each in inspect.signature(function).parameters.items() if name != "self"}
+
+
+def _bound(call: Call) -> dict[str, Any]:
+    """The arguments by name."""
+    names = [name for name, each in _parameters(call).items() if each.kind is each.POSITIONAL_OR_KEYWORD]
+    return dict(zip(names, call.args, strict=False)) | dict(call.kwargs)

@@ -1,0 +1,92 @@
+"""Text of different lengths that comes with a mask: which parameters those are, and how they are joined.
+
+The names are read from a method's signature: `encoder_hidden_states` with `encoder_attention_mask`,
+`encoder_hidden_states_2` with `encoder_attention_mask_2` and so on. Names prove nothing: a module may take a mask and
+still count the padding in, so padded text is a signature of its own (`~text`) that has to be shown to be right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+TEXTS = ("encoder_hidden_states", "hidden_states")
+"""Names of text embeddings, with something before or after that the name of their mask has too; the best first."""
+
+MASKS = (
+    "encoder_hidden_states_mask",
+    "encoder_attention_mask",
+    "text_embedding_mask",
+    "encoder_mask",
+    "attention_mask",
+)
+"""Names of masks: 1 or true for a token that counts. The first that is there counts."""
+
+
+def pairs(parameters: Iterable[str]) -> dict[str, str]:
+    """Name of each text among `parameters` → name of its mask."""
+    names = set(parameters)
+    found: dict[str, str] = {}
+    masked: set[str] = set()
+    for text in TEXTS:
+        for name in sorted(name for name in names - {"hidden_states"} if text in name):
+            before, _, after = name.partition(text)
+            mask = next((mask for each in MASKS if (mask := before + each + after) in names), None)
+            if mask and mask not in masked and not name.endswith("_mask"):
+                found[name] = mask
+                masked.add(mask)
+    return found
+
+
+def present(arguments: Mapping[str, Any], known: Mapping[str, str], rows: int) -> dict[str, str]:
+    """Those of `known` whose text is [rows, tokens, features] here, with a mask [rows, tokens] or without any."""
+    return {text: mask for text, mask in known.items() if _fit(arguments.get(text), arguments.get(mask), rows)}
+
+
+def _fit(text: Any, mask: Any, rows: int) -> bool:
+    if not isinstance(text, torch.Tensor) or text.dim() != 3 or text.shape[0] != rows:
+        return False
+    return mask is None or (isinstance(mask, torch.Tensor) and mask.shape == text.shape[:2])
+
+
+def padded(value: torch.Tensor, length: int) -> torch.Tensor:
+    """`value` [n, tokens, ...] with zeros up to `length` tokens."""
+    missing = length - value.shape[1]
+    return value if not missing else torch.cat([value, value.new_zeros(len(value), missing, *value.shape[2:])], 1)
+
+
+def spoiled(texts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """`texts` joined, with padding that says something: where it is masked in earnest nothing may come of it.
+
+    With zeros a module that averages over the padding too, say, can be right to a thousandth for the texts at hand
+    and wrong for others. The last token of the padding is zeros all the same, as all of it will be.
+    """
+    longest = max(text.shape[1] for text in texts)
+    random = torch.Generator().manual_seed(0)
+    whole = []
+    for text in texts:
+        value = padded(text, longest)
+        noise = torch.randn(len(text), max(0, longest - text.shape[1] - 1), *text.shape[2:], generator=random)
+        spread = text.float().std().nan_to_num(1.0).clamp(min=1e-3)
+        if noise.shape[1]:
+            value[:, text.shape[1] : -1] = (noise.to(text.device) * spread).to(text.dtype)
+        elif longest > text.shape[1]:
+            value[:, -1:] = (text[:, -1:].float() + spread).to(text.dtype)
+        whole.append(value)
+    return torch.cat(whole)
+
+
+def joined(texts: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """One mask for `texts` when they are padded to the longest; None where none is needed and none was there."""
+    longest = max(text.shape[1] for text in texts)
+    given = next((mask for mask in masks if mask is not None), None)
+    if given is None and all(text.shape[1] == longest for text in texts):
+        return None
+    dtype = torch.bool if given is None else given.dtype
+    whole = [
+        torch.ones(text.shape[:2], dtype=dtype, device=text.device) if mask is None else mask.to(dtype)
+        for text, mask in zip(texts, masks, strict=True)
+    ]
+    return torch.cat([padded(mask, longest) for mask in whole])
