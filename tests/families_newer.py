@@ -297,7 +297,7 @@ def with_prior(calls: list[Call], **more: Any) -> list[Call]:
     return [{**call, "prior_num_inference_steps": 3, **more} for call in calls]
 
 
-PADDED = "padding its text changes what it draws"
+PADDED = "an average over its text counts padding in"
 # As embeddings: from a prompt this class wants a package that isn't here.
 TEXTS = {"prompt_embeds": numbers(1, 1, 16, WIDTH), "negative_prompt_embeds": numbers(2, 1, 16, WIDTH)}
 BETWEEN = [
@@ -337,7 +337,7 @@ FAMILIES: dict[str, Family] = {
             for c in three(height=32, width=32)
         ],
     ),
-    "Kandinsky3": Family(kandinsky3, negative(three(height=16, width=16)), "unet"),
+    "Kandinsky3": Family(kandinsky3, negative(three(height=16, width=16)), "unet", PADDED),
     "KandinskyV22Prior": Family(lambda: d.KandinskyV22PriorPipeline(**prior()), negative(three()), "prior"),
     "KandinskyV22Img2Img": Family(
         over(d.KandinskyV22Img2ImgPipeline, kandinsky22),
@@ -352,7 +352,7 @@ FAMILIES: dict[str, Family] = {
         ),
         "decoder",
     ),
-    "Kandinsky5T2I": Family(kandinsky5, negative(FLOW)),
+    "Kandinsky5T2I": Family(kandinsky5, negative(FLOW), alone="text keeps its length, unmasked"),
     "HunyuanImage": Family(hunyuan_image, without(FLOW, "guidance_scale")),
     "Cosmos2TextToImage": Family(cosmos, negative(three(height=32, width=32, **SHORT))),
     "WanImageToVideo (first and last)": Family(wan_between, BETWEEN),

@@ -256,6 +256,21 @@ def test_padded_text_is_joined_where_it_is_right(masked: bool, counts: bool) -> 
     assert hub.counts["module"].forwards == (1 + 9 if counts else 1 + 3 + 2)
 
 
+def test_padding_that_is_right_for_zeros_alone_is_found_out() -> None:
+    class Average(Mean):
+        """As Kandinsky 3: the direction of a mean over all tokens, which zeros don't turn."""
+
+        def forward(self, hidden_states, encoder_hidden_states, encoder_attention_mask=None):
+            return hidden_states + torch.nn.functional.normalize(encoder_hidden_states.mean(1), dim=-1)
+
+    module = Average(counts=True)
+    runs = [talking(3 * at, masked=True) for at in range(3)]
+    results, hub = together(module, runs)
+    for run, result in zip(runs, results, strict=True):
+        torch.testing.assert_close(result, run(module))
+    assert [signature for signature in hub.trust.refused if signature.endswith("~text")]
+
+
 def test_padding_is_a_looseness_of_its_own() -> None:
     class Timed(Mean):
         def forward(self, hidden_states, encoder_hidden_states, timestep, encoder_attention_mask=None):
@@ -362,7 +377,7 @@ def test_a_list_of_pictures_is_no_list_of_rows() -> None:
     [
         "Flux (schnell)", "StableDiffusionControlNet (12 residuals)", "StableDiffusionXLControlNet (9 residuals)",
         "StableDiffusionAdapter (two)", "Cosmos2TextToImage", "WanImageToVideo (first and last)",
-        "QwenImageControlNet", "LongCatAudioDiT",
+        "QwenImageControlNet", "SanaSprint",
     ],
 )  # fmt: skip
 def test_what_was_refused_or_unlisted_batches_in_half_precision(family: str) -> None:
@@ -380,3 +395,4 @@ def test_text_that_must_not_be_padded_is_drawn_right(family: str) -> None:
     alone = [parity.draw(pipe, call) for call in parity.seeded(calls)]
     hub = Hub(max_rows=16)
     assert parity.difference(alone, parity.together(hub, pipe, calls)) <= parity.PIXEL
+    assert [signature for signature in hub.trust.refused if signature.endswith("~text")]
