@@ -54,6 +54,7 @@ ENGINE = [
         "release",
         "resolve",
         "steps",
+        "threads",
         "threadstate",
         "tiling",
         "wire",
