@@ -38,6 +38,7 @@ ENGINE = [
     {"kinds"},
     {"gather", "load"},
     {"batching", "download", "sampler", "watch"},
+    {"task"},
     {"memo", "preview", "standin", "trust"},
     {"calls", "clean", "colours", "one_file"},
     {

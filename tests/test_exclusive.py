@@ -44,10 +44,8 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelConfig]:
     folder = tmp_path_factory.mktemp("models")
     tiny.save(guided(), folder / "pag")
     tiny.save(tiny.stable_diffusion(), folder / "sd")
-    for name, more in {"pag": "threads: 2\n", "sd": ""}.items():
-        (folder / f"{name}.yaml").write_text(
-            f"name: {name}\nparameters:\n  model: {folder / name}\ndtype: fp32\n" + more
-        )
+    for name in ("pag", "sd"):
+        (folder / f"{name}.yaml").write_text(f"name: {name}\nparameters:\n  model: {folder / name}\ndtype: fp32\n")
     catalog = Catalog([folder])
     return {name: catalog.get(name) for name in ("pag", "sd")}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -140,7 +141,7 @@ def test_from_a_model_file_to_every_module_of_the_pipeline(configs: Any) -> None
             play.submit("sd", "too", prompt="something else", steps=2)
             play.loop.post(Stop())
 
-    play = Played(configs, on)
+    play = Played({**configs, "pag": replace(configs["pag"], threads=2)}, on)
     tell = play.loop._residency._tell
     play.loop._residency._tell = lambda name, status: (
         loads.append((name, torch.get_num_threads())),
