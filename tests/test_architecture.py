@@ -43,6 +43,7 @@ ENGINE = [
     {"kinds"},
     {"gather", "load"},
     {"batching", "download", "drivers", "sampler", "watch"},
+    {"task"},
     {"joins", "memo", "preview", "standin", "trust"},
     {"calls", "clean", "colours", "one_file"},
     {
@@ -60,6 +61,7 @@ ENGINE = [
         "release",
         "resolve",
         "steps",
+        "threads",
         "threadstate",
         "tiling",
         "wire",

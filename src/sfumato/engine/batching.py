@@ -11,7 +11,6 @@ meaning; the policy is `policy.choose`, the rule `calls`, what may be joined `tr
 
 from __future__ import annotations
 
-import contextvars
 import itertools
 import logging
 import weakref
@@ -23,30 +22,17 @@ from typing import Any
 import greenlet  # type: ignore[import-untyped]
 import torch
 
-from sfumato.engine import offload, outputs, policy, threadstate
-from sfumato.engine.calls import Call, Fingerprints, describe, differing, target
+from sfumato.engine import offload, outputs, policy, threads, threadstate
+from sfumato.engine.calls import Call, Fingerprints, differing, target
 from sfumato.engine.joins import Joins, join
 from sfumato.engine.memo import Memo
 from sfumato.engine.outputs import Unsplittable
-from sfumato.engine.standin import Asker, StandIn, View
+from sfumato.engine.task import Compute, Outcome, Result, Task
 from sfumato.engine.trust import Trial, Trust, Width
 
+__all__ = ["Count", "Hub", "Outcome", "Task", "is_out_of_memory"]
+
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """Told to a parked request: here is the answer."""
-
-    value: Any
-
-
-@dataclass(frozen=True, slots=True)
-class Compute:
-    """Told to a parked request: compute it yourself, and report to the trial if there is one."""
-
-    trial: Trial | None = None
-    member: int = 0
 
 
 @dataclass(slots=True)
@@ -55,128 +41,6 @@ class Count:
 
     calls: int = 0
     forwards: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How a request ended: with a value, or with an error."""
-
-    value: Any = None
-    error: BaseException | None = None
-
-
-class Task(Asker):
-    """One request. `outcome` is set once, when it has ended."""
-
-    def __init__(self, hub: Hub, number: int, function: Callable[[], Any], priority: int, caller: str) -> None:
-        super().__init__()
-        self.hub = hub
-        self.number = number
-        self.priority = priority
-        self.caller = caller
-        self.left: int | None = None
-        """Denoising steps still to do, if whoever submitted it says so; short requests overtake long ones."""
-        self.outcome: Outcome | None = None
-        self.call: Call | None = None
-        """What it is parked at."""
-        self.since = 0
-        self.reply: Result | Compute | None = None
-        self.memo_key: Hashable = None
-        self.views: set[View] = set()
-        self._function: Callable[[], Any] | None = function
-        self._closing = ""
-        self._random = threadstate.seeded()
-        # A greenlet starts with an empty context; requests see the variables of whoever submitted them.
-        self.gr_context = contextvars.copy_context()
-
-    @property
-    def done(self) -> bool:
-        return self.outcome is not None
-
-    def run(self) -> None:
-        assert self._function is not None
-        try:
-            self.outcome = Outcome(value=self._function())
-        except BaseException as error:  # a cancelled request ends here too, and an error belongs to its request alone
-            self.outcome = Outcome(error=error)
-        finally:
-            self._end()
-
-    def ask(self, stand_in: StandIn, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A stand-in was called inside this request: park, or compute at once where it must not switch."""
-        view: View = stand_in._sfumato_view
-        self.views.add(view)
-        hub = self.hub
-        name = stand_in._sfumato_name
-        # Autocast, grad mode and the like belong to the thread: switching inside would give them to others.
-        reason = self._closing or view.occupied()
-        if reason or threadstate.ambient() != hub.ambient:
-            hub.count(name, 1, 1)
-            hub.alone[name, str(reason or "in another state of torch than the rest")] += 1
-            return stand_in._sfumato_compute(method, args, kwargs)
-        call = describe(stand_in._sfumato_module, method, args, kwargs, hub.prints, name)
-        if apart := stand_in._sfumato_apart:
-            call.key, call.alone = None, apart
-        if call.key is None:
-            hub.alone[name, call.alone] += 1
-        self.memo_key = hub.memo.key(call, hub.prints) if call.key is not None else None
-        reply = self._park(call)
-        if isinstance(reply, Result):
-            return reply.value
-        hub.count(name, 1, 1)
-        try:
-            value = stand_in._sfumato_compute(method, args, kwargs)
-        except BaseException:
-            if reply.trial:
-                reply.trial.give_up(reply.member)
-            raise
-        hub.computed(self, call, value)
-        if reply.trial:
-            reply.trial.report(reply.member, value)
-        return value
-
-    def resume(self) -> None:
-        """Run it until it parks or ends."""
-        reply, self.reply, self.call = self.reply, None, None
-        self._switch(lambda: self.switch(reply) if reply else self.switch())
-
-    def cancel(self, error: BaseException) -> None:
-        """End it now with `error`, which is raised where it is parked; its `finally` blocks run, without a switch."""
-        if self.done:
-            return
-        if greenlet.getcurrent() is self:
-            raise error
-        self._closing = "the request is being ended"
-        self.call = None
-        if not self:  # not started
-            self.outcome = Outcome(error=error)
-            self._end()
-            return
-        self._switch(lambda: self.throw(error))
-
-    def _park(self, call: Call) -> Result | Compute:
-        self.call = call
-        self.since = self.hub.now
-        reply = self.parent.switch()
-        assert isinstance(reply, Result | Compute)
-        return reply
-
-    def _switch(self, into: Callable[[], Any]) -> None:
-        # torch's global generator is part of a request: some pipelines and schedulers draw from it.
-        self.parent = greenlet.getcurrent()
-        found = threadstate.random()
-        threadstate.set_random(self._random)
-        try:
-            into()
-        finally:
-            self._random = threadstate.random()
-            threadstate.set_random(found)
-
-    def _end(self) -> None:
-        self._function = self.call = self.reply = None
-        for view in self.views:
-            view.close()
-        self.views.clear()
 
 
 @dataclass(slots=True)
@@ -188,6 +52,8 @@ class Hub:
     max_active: int = 16
     """Requests that have started and not ended. Each keeps its tensors in memory."""
     patience: int = policy.PATIENCE
+    on_listen: Callable[[], None] = lambda: None
+    """Called inside a request that computes without a switch, before each call, so that others are heard meanwhile."""
     trust: Trust = field(default_factory=Trust)
     memo: Memo = field(default_factory=Memo)
     prints: Fingerprints = field(default_factory=Fingerprints)
@@ -200,6 +66,9 @@ class Hub:
     now: int = 0
     """Turns so far in which something was computed."""
     ambient: tuple[Any, ...] = ()
+    threads: int = field(default_factory=torch.get_num_threads)
+    """CPU threads of requests that do not say how many."""
+    _ending: list[Task] = field(default_factory=list)
     _queue: deque[Task] = field(default_factory=deque)
     _active: dict[int, Task] = field(default_factory=dict)
     _caps: dict[Hashable, int] = field(default_factory=dict)
@@ -216,12 +85,13 @@ class Hub:
     def step(self) -> bool:
         """One turn; False when there is nothing left to do. At most one module call per request is computed."""
         self.ambient = threadstate.ambient()
+        self.threads = torch.get_num_threads()
         self._admit()
-        for task in [task for task in self._active.values() if task.call is None or task.reply is not None]:
-            self._resume(task)
+        self._go_on()
         if group := self._choose():
             self.now += 1
             self._run(group)
+            self._end_marked()
         return bool(self._active or self._queue)
 
     def turn(self) -> None:
@@ -230,8 +100,27 @@ class Hub:
         assert isinstance(task, Task)
         task.parent.switch()
 
+    def listen(self) -> None:
+        """Called inside a request that may not switch: hear what has come in. Raises what ends this very request."""
+        self.on_listen()
+        task = self._inside()
+        if task and task.ending is not None and not task._closing:
+            task.cancel(task.ending)
+
     def cancel(self, task: Task, error: BaseException) -> None:
-        """End `task` with `error` wherever it is. Neighbours do not notice."""
+        """End `task` with `error` wherever it is. Neighbours do not notice.
+
+        Inside a request it is only marked. That request itself ends when it next calls `listen`, or at its next
+        module call; others end when it has parked: their `finally` blocks must find torch and the shared modules
+        as they left them, not as the running request has set them for itself.
+        """
+        if task.done:
+            return
+        if self._inside():
+            if task.ending is None:
+                task.ending = error
+                self._ending.append(task)
+            return
         if task in self._queue:
             self._queue.remove(task)
         task.cancel(error)
@@ -266,6 +155,11 @@ class Hub:
         if task.memo_key is not None:
             self.memo.put(task.memo_key, call.module, value)
 
+    def _inside(self) -> Task | None:
+        """The request of this hub in which the caller is."""
+        current = greenlet.getcurrent()
+        return current if isinstance(current, Task) and current.hub is self else None
+
     # One turn, in the order in which it happens.
 
     def _admit(self) -> None:
@@ -276,8 +170,26 @@ class Hub:
             had = [self._given[other.caller] for other in self._active.values() if other.caller in self._given]
             self._given[task.caller] = max(self._given.get(task.caller, 0.0), min(had, default=0.0))
 
+    def _go_on(self) -> None:
+        """Whoever needs no forward goes on, and again whom the memo answers, so that all park at what is new."""
+        self._answer_known()
+        ready = [task for task in self._active.values() if task.call is None or task.reply is not None]
+        while ready:
+            for task in ready:
+                self._resume(task)
+            self._end_marked()
+            self._answer_known()
+            ready = [task for task in self._active.values() if task.reply is not None]
+
+    def _end_marked(self) -> None:
+        while self._ending:
+            task = self._ending.pop()
+            assert task.ending is not None
+            self.cancel(task, task.ending)
+
     def _resume(self, task: Task) -> None:
-        if task.done:  # cancelled by another one's callback in this very turn
+        self._end_marked()
+        if task.done:  # cancelled by another one in this very turn
             return
         task.resume()
         if task.outcome is not None:
@@ -294,37 +206,41 @@ class Hub:
             threadstate.restore(self.ambient)
 
     def _choose(self) -> list[Task]:
-        self._answer_known()
         parked = [task for task in self._active.values() if task.call is not None and task.reply is None]
-        waiting = [
-            policy.Waiting(
+        waiting = [self._waiting(task, call) for task in parked if (call := task.call)]
+        by_number = {task.number: task for task in parked}
+        calls = policy.choose(waiting, self.now, self._room, lambda caller: self._given.get(caller, 0.0), self.patience)
+        return [by_number[call.id] for call in calls]
+
+    def _waiting(self, task: Task, call: Call) -> policy.Waiting:
+        key = self._key(call)
+        if task.waiting is None or task.waiting.key != key:  # just parked, or a trial has changed what is alike
+            task.past[-1] = key if key is not None else (id(call.module), call.method)
+            task.waiting = policy.Waiting(
                 id=task.number,
-                key=self._key(call),
+                key=key,
                 rows=call.rows,
                 since=task.since,
                 priority=task.priority,
                 caller=task.caller,
                 left=task.left,
+                loop=policy.loop(list(task.past)),
             )
-            for task in parked
-            if (call := task.call)
-        ]
-        by_number = {task.number: task for task in parked}
-        calls = policy.choose(waiting, self.now, self._room, lambda caller: self._given.get(caller, 0.0), self.patience)
-        return [by_number[call.id] for call in calls]
+        return task.waiting
 
     def _run(self, group: list[Task]) -> None:
         leaders: dict[Hashable, Task] = {}
         for task in group:
             if task.call is not None:
                 self._given[task.caller] = self._given.get(task.caller, 0.0) + task.call.rows
-            # Of equal texts one is computed; the others find it in the memo at the next turn.
+            # Of equal texts one is computed; the others find it in the memo before the next forward is chosen.
             leaders.setdefault(task.memo_key if task.memo_key is not None else task.number, task)
         members = list(leaders.values())
         if len(members) == 1:
             self._tell(members[0], Compute())
             return
-        self._run_together(members)
+        with threads.using(members[0].threads or self.threads):
+            self._run_together(members)
 
     def _run_together(self, members: list[Task]) -> None:
         calls = [task.call for task in members if task.call is not None]

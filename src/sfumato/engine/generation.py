@@ -31,8 +31,6 @@ TAKES = {"image": "image", "mask": "mask_image"}
 ENDED = frozenset({"DDPMWuerstchenScheduler"})
 """Schedulers whose last time step is where the schedule ends, and not a step."""
 
-DEFAULT_THREADS = torch.get_num_threads()
-
 
 class Stopped(BaseException):
     """Raised through a pipeline by `on_step` to stop it; no pipeline code catches it."""
@@ -48,7 +46,6 @@ def draw(model: Loaded, asked: Generation, on_step: OnStep, on_preview: OnPrevie
     Raises InvalidRequest for what this model cannot do, ContentFiltered when its safety checker fires,
     DrawError when the pipeline raises or its result is not finite, Disturbed when the model is not to be used again.
     """
-    torch.set_num_threads(model.config.threads or DEFAULT_THREADS)
     # 1. the pipeline for this task, as a view: it shares the modules and nothing that a run changes
     kinds.check(model.config.name, model.pipeline, asked)
     task = "mask" if asked.mask else "image" if asked.images else "text"

@@ -1,4 +1,8 @@
-"""The worker's one thread: takes commands, lets the hub compute one group of module calls, reports; again."""
+"""The worker's one thread: takes commands, lets the hub compute one group of module calls, reports; again.
+
+Some requests compute for long without giving the thread away (`batching.Hub.listen`). The loop then listens inside
+of them, at each of their module calls and steps: who is cancelled is told so at once, new requests are put by.
+"""
 
 from __future__ import annotations
 
@@ -35,12 +39,15 @@ class Loop:
     def __init__(self, settings: Settings, send: Send) -> None:
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._send = send
-        self._hub = Hub(max_rows=settings.max_batch, max_active=settings.max_active)
+        self._hub = Hub(max_rows=settings.max_batch, max_active=settings.max_active, on_listen=self._listen)
         self._residency = Residency(
             settings.loaded_models, settings.device, self._tell, self._hub.forget, self._hub.spare
         )
         self._tally = Tally(self._hub, self._residency)
         self._tasks: dict[str, Task] = {}
+        """Of generations that have not been answered."""
+        self._arrived: dict[str, Submit] = {}
+        """Generations that came while a request ran, and are no tasks yet."""
         self._stopping = False
 
     def post(self, command: Command) -> None:
@@ -49,36 +56,52 @@ class Loop:
     def run(self) -> None:
         """Until `Stop` comes; what was posted before it is answered first."""
         with torch.no_grad():
-            while self._tasks or not self._stopping:
+            while self._tasks or self._arrived or not self._stopping:
                 self._take()
                 self._hub.step()
                 self._report()
 
     def _take(self) -> None:
         """Every command that is there; with nothing to do, wait for one."""
-        while self._tasks or self._stopping or not self._inbox.empty() or self._wait():
-            try:
-                command = self._inbox.get_nowait()
-            except queue.Empty:
-                return
-            self._obey(command)
+        if not (self._tasks or self._arrived or self._stopping):
+            self._obey(self._inbox.get())
+        self._read()
+        for submit in self._arrived.values():
+            task = self._hub.submit(functools.partial(self._draw, submit), caller=submit.generation.caller)
+            task.left = submit.generation.steps or submit.config.steps
+            task.threads = submit.config.threads
+            self._tasks[submit.generation.id] = task
+        self._arrived.clear()
 
-    def _wait(self) -> bool:
-        self._obey(self._inbox.get())
-        return True
+    def _listen(self) -> None:
+        """The same inside a request, which goes on: answers go out, and new requests wait."""
+        self._read()
+        self._report()
+
+    def _read(self) -> None:
+        while not self._inbox.empty():  # nobody else takes from it
+            self._obey(self._inbox.get_nowait())
 
     def _obey(self, command: Command) -> None:
         match command:
-            case Submit(config, asked):
-                task = self._hub.submit(functools.partial(self._draw, command), caller=asked.caller)
-                task.left = asked.steps or config.steps
-                self._tasks[asked.id] = task
+            case Submit(_, asked):
+                self._arrived[asked.id] = command
             case Cancel(id):
-                if id in self._tasks:  # else it has been answered already
-                    log.info("request %s is cancelled with %s steps left", id, self._tasks[id].left)
-                    self._hub.cancel(self._tasks[id], generation.Stopped())
+                self._cancel(id)
             case Stop():
                 self._stopping = True
+
+    def _cancel(self, id: str) -> None:
+        """Answered at once. A request that is running ends when it listens next, one that is parked when it may."""
+        task = self._tasks.get(id)
+        if task and not task.done:
+            log.info("request %s is cancelled with %s steps left", id, task.left)
+            del self._tasks[id]
+            self._tally.ended(id)
+            self._hub.cancel(task, generation.Stopped())
+        elif not self._arrived.pop(id, None):
+            return  # it has been answered already, or is about to be
+        self._send(Answer(id, _CANCELLED))
 
     def _draw(self, submit: Submit) -> Done:
         """In the request's greenlet, from its first turn to its end."""
@@ -95,12 +118,15 @@ class Loop:
             log.warning("request %s is drawn again: another one has left its model changed", asked.id)
 
     def _on_step(self, id: str, step: int, total: int) -> None:
-        self._tasks[id].left = total - step
-        self._tally.stepped(id)
-        self._send(Answer(id, Step(step, total)))
+        if task := self._tasks.get(id):
+            task.left = total - step
+            self._tally.stepped(id)
+            self._send(Answer(id, Step(step, total)))
+        self._hub.listen()
 
     def _on_preview(self, id: str, preview: Preview) -> None:
-        self._send(Answer(id, preview))
+        if id in self._tasks:
+            self._send(Answer(id, preview))
 
     def _report(self) -> None:
         done = {id: task for id, task in self._tasks.items() if task.done}
@@ -116,6 +142,10 @@ class Loop:
     def _tell(self, model: str, status: ModelStatus) -> None:
         self._tally.changed()
         self._send(Status(model, status))
+        self._listen()
+
+
+_CANCELLED = Failed(Cancelled("the request was cancelled"))
 
 
 def _event(id: str, task: Task) -> Event:
@@ -125,7 +155,7 @@ def _event(id: str, task: Task) -> Event:
             done: Done = task.outcome.value
             return done
         case generation.Stopped():
-            return Failed(Cancelled("the request was cancelled"))
+            return _CANCELLED
         case SfumatoError() as error:
             return Failed(error)
         case error:
