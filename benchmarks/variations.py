@@ -17,7 +17,8 @@ from sfumato.engine import outputs
 from sfumato.engine.calls import TIME, Call, describe, differing, target
 from sfumato.engine.fingerprints import Fingerprints
 from sfumato.engine.joins import Joins, join
-from sfumato.engine.trust import TOLERANCE, Trust
+from sfumato.engine.proof import TOLERANCE
+from sfumato.engine.trust import Trust
 
 SCALED = "attention_kwargs"
 """The end of the names under which pipelines pass the scale of a LoRA."""

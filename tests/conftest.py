@@ -46,3 +46,9 @@ def hub(repositories: dict[str, Path]) -> Iterator[Hub]:
         for repo, folder in repositories.items():
             hub.add(repo, folder)
         yield hub
+
+
+@pytest.fixture(autouse=True)
+def proofs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test learns from another what may be batched, or from whoever runs them."""
+    monkeypatch.setenv("SFUMATO_PROOFS", str(tmp_path / "proofs.json"))

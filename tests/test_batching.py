@@ -232,19 +232,24 @@ def test_a_batch_gives_what_each_gets_alone(unet: UNet2DConditionModel) -> None:
     results, hub = together(unet, runs)
     for run, result in zip(runs, results, strict=True):
         torch.testing.assert_close(result, run(unet), rtol=1e-4, atol=1e-5)
-    # The first of four forwards was computed a second time, member by member, to see that it may be.
+    # The first of four forwards was proved: with other contents and places, and member by member.
+    assert hub.counts["module"].proving == PROOF
     assert hub.counts["module"].calls == 9
     assert hub.counts["module"].forwards == 4 + 3
     assert all(error < 1e-5 for error in hub.trust.shown.values())
 
 
-def test_a_listed_signature_needs_no_second_computation(unet: UNet2DConditionModel) -> None:
+PROOF = 4
+"""Forwards of a proof besides the batch and its members alone: disturbed, twice other neighbours, other places."""
+
+
+def test_a_listed_signature_needs_no_proof(unet: UNet2DConditionModel) -> None:
     _, hub = together(unet, [denoise(1), denoise(2)])
     shipped = frozenset(hub.trust.shown)
     _, hub = together(unet.eval(), [denoise(1), denoise(2)], trust=Trust("unlisted", shipped))
     assert hub.counts["module"].forwards == 2
     _, hub = together(unet, [denoise(1), denoise(2)], trust=Trust("always", shipped))
-    assert hub.counts["module"].forwards == 4
+    assert hub.counts["module"].forwards == 2 + 2
 
 
 class Coupled(nn.Module):
@@ -263,10 +268,10 @@ def test_a_module_that_mixes_rows_is_found_out() -> None:
         assert torch.equal(result, run(Coupled()))
     assert hub.counts["module"].forwards == 1 + 6
     (reason,) = hub.trust.refused.values()
-    assert "differs" in reason
+    assert "beside it" in reason
 
 
-def test_half_precision_joins_only_what_is_listed() -> None:
+def test_half_precision_joins_what_is_listed_at_once_and_anything_else_after_a_proof() -> None:
     class Scaled(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -281,11 +286,17 @@ def test_half_precision_joins_only_what_is_listed() -> None:
     shipped = frozenset(hub.trust.shown)
     assert shipped
     half = module.to(torch.bfloat16)
-    _, hub = together(half, runs)
-    assert hub.counts["module"].forwards == 3
-    assert "fp32" in next(iter(hub.trust.refused.values()))
     _, hub = together(half, runs, trust=Trust("unlisted", shipped))
     assert hub.counts["module"].forwards == 1
+    _, hub = together(half, runs)
+    assert hub.counts["module"].forwards == 1 + 3
+    assert not hub.trust.refused
+    twice = [lambda m, run=run: m(run(m)) for run in runs]
+    _, hub = together(half, twice)
+    assert hub.counts["module"].forwards == 1 + 3 + 1
+    _, hub = together(half.train(), runs)
+    assert hub.counts["module"].forwards == 3
+    assert "training" in next(iter(hub.trust.refused.values()))
 
 
 def test_only_the_guilty_member_of_a_batch_fails() -> None:
@@ -372,7 +383,7 @@ def test_a_prompt_is_encoded_once() -> None:
     runs = [lambda m, t=tokens: m(t.clone())[0] for tokens in (same, other, same, same)]
     results, hub = together(encoder, runs, memo=Memo())
     assert hub.counts["module"].calls == 4
-    assert hub.counts["module"].forwards == 3  # one for both texts, and both again alone: the trial
+    assert hub.counts["module"].forwards == 1 + 2  # one for both texts, and the proof
     for run, result in zip(runs, results, strict=True):
         torch.testing.assert_close(result, run(encoder))
     results[0].add_(1)

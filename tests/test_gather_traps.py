@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
+from diffusers import FirstBlockCacheConfig, FluxPipeline, PyramidAttentionBroadcastConfig
+from families import guided_by_perturbation
+from families_transformers import flux_with
 from peft import LoraConfig
 from test_gather import MIXED, SQUARE, alone, check, seeded
 
 import sfumato
+from sfumato.engine import trust
 from sfumato.engine.batching import Hub
 from sfumato.engine.standin import view
 
@@ -46,11 +49,44 @@ def test_half_precision_is_batched_where_it_was_shown() -> None:
         np.testing.assert_allclose(other.images, one, atol=5e-2)
 
 
+@pytest.mark.filterwarnings("ignore:.*number of channels:UserWarning")
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_half_precision_is_proved_where_it_was_not_shown(precision: torch.dtype) -> None:
+    """FLUX.1-schnell: no guidance embedding, so a signature of its own."""
+    pipe = flux_with(FluxPipeline, guidance_embeds=False)().to(precision)
+    calls = [{**call, "num_inference_steps": 6} for call in FLOW]
+    expected = alone(pipe, calls)
+    before: dict[str, dict[str, Any]] = {}
+    with pytest.MonkeyPatch.context() as patch:  # whatever the shipped list has
+        patch.setattr(trust, "listed", lambda: frozenset())
+        sfumato.gather(pipe, seeded(calls), stats=before)
+        after: dict[str, dict[str, Any]] = {}
+        got = sfumato.gather(pipe, seeded(calls), stats=after)
+    assert before["transformer"]["proving"] > 0
+    assert after["transformer"]["proving"] == 0
+    assert after["transformer"]["mean_batch"] == 3.0
+    assert after["vae"]["mean_batch"] == 3.0
+    assert not after["transformer"]["unbatched"]
+    for one, other in zip(expected, got, strict=True):
+        np.testing.assert_allclose(other.images, one, atol=5e-2)
+
+
+def test_why_calls_share_no_forward_is_in_the_stats() -> None:
+    pipe = guided_by_perturbation()
+    stats = check(pipe, PLAIN)
+    assert stats["unet"]["unbatched"] == {"exclusive": stats["unet"]["calls"]}
+    stats = check(tiny.stable_diffusion(), [{**PLAIN[0], "num_images_per_prompt": 3}] * 2)
+    assert stats["unet"]["unbatched"] == {"max_batch": stats["unet"]["calls"]}
+    # Texts that differ in length and have no mask are alone by chance.
+    assert not check(tiny.flux(), FLOW)["transformer"]["unbatched"]
+
+
 def test_a_cache_inside_the_denoiser_keeps_requests_apart() -> None:
     pipe = tiny.flux()
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.3))
     stats = check(pipe, FLOW)
     assert stats["transformer"]["mean_batch"] == 1.0
+    assert stats["transformer"]["unbatched"] == {"cache": stats["transformer"]["calls"]}
     assert stats["vae"]["mean_batch"] > 1.0 or stats["text_encoder"]["mean_batch"] > 1.0
     states = [
         manager._state_cache
@@ -112,6 +148,7 @@ def test_an_adapter_added_in_the_middle_pins_its_request() -> None:
         while hub.step():
             pass
     assert hub.alone["unet", "unet: set_attn_processor"] == 4  # PNDM does one step more
+    assert hub.unbatched["unet", "changed_module"] == 4
 
 
 def test_a_patch_that_keeps_a_state_in_a_module_sees_one_request_after_another() -> None:

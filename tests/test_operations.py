@@ -110,6 +110,7 @@ def test_what_is_read() -> None:
     stats = EngineStats(
         forwards=9, batch_sizes={1: 2, 4: 3}, steps=14, step_seconds=2.5, loads=5, evictions=3, restarts=1,
         resident_models=2, memory_bytes=123456, device_memory_bytes=789,
+        unbatched={("unet", "refused"): 6, ("vae", "changed_module"): 1},
     )  # fmt: skip
     text = rendered(Metrics(), ready=False, queue_depth=7, running=6, stats=stats)
     assert value(text, "sfumato_ready") == 0
@@ -118,6 +119,8 @@ def test_what_is_read() -> None:
     assert value(text, "sfumato_forwards_total") == 9
     assert value(text, "sfumato_batch_size_forwards_total", size="1") == 2
     assert value(text, "sfumato_batch_size_forwards_total", size="4") == 3
+    assert value(text, "sfumato_unbatched_forwards_total", module="unet", reason="refused") == 6
+    assert value(text, "sfumato_unbatched_forwards_total", module="vae", reason="changed_module") == 1
     assert value(text, "sfumato_steps_total") == 14
     assert value(text, "sfumato_step_seconds_total") == 2.5
     assert value(text, "sfumato_model_loads_total") == 5

@@ -216,6 +216,8 @@ class EngineStats:
     """Of heavy modules."""
     batch_sizes: Mapping[int, int] = field(default_factory=dict)
     """Requests that shared a forward of the denoiser → how many forwards had that many."""
+    unbatched: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    """Module name (`unet`, `vae` ...) and reason → forwards that no other request could share, whoever was there."""
     steps: int = 0
     """Denoising steps of all requests."""
     step_seconds: float = 0.0

@@ -72,13 +72,9 @@ class Reading:
     name: str
     """A counter's ends in `_total`."""
     help: str
-    value: Callable[[Moment], float | Mapping[str, float]]
-    """A number, or one for each value of `label`."""
-    label: str = ""
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        return (self.label,) if self.label else ()
+    value: Callable[[Moment], float | Mapping[tuple[str, ...], float]]
+    """A number, or one for each combination of the values of `labels`."""
+    labels: tuple[str, ...] = ()
 
     @property
     def kind(self) -> Literal["counter", "gauge"]:
@@ -88,13 +84,13 @@ class Reading:
         cls = CounterMetricFamily if self.kind == "counter" else GaugeMetricFamily
         family = cls(self.name, self.help, labels=self.labels)
         value = self.value(moment)
-        for label, number in value.items() if isinstance(value, Mapping) else [("", value)]:
-            family.add_metric([label][: len(self.labels)], number)
+        for labels, number in value.items() if isinstance(value, Mapping) else [((), value)]:
+            family.add_metric(labels, number)
         return family
 
 
 READINGS = (
-    Reading("sfumato_build_info", "1, with the version.", lambda now: {__version__: 1}, "version"),
+    Reading("sfumato_build_info", "1, with the version.", lambda now: {(__version__,): 1}, ("version",)),
     Reading("sfumato_uptime_seconds", "Since this process started.", lambda now: now.uptime),
     Reading("sfumato_ready", "1 when a worker is up and a model file can be used.", lambda now: now.ready),
     Reading("sfumato_queue_depth", "Pictures that wait for their turn.", lambda now: now.queue_depth),
@@ -103,8 +99,14 @@ READINGS = (
     Reading(
         "sfumato_batch_size_forwards_total",
         "Forwards of the denoiser, by how many requests shared them.",
-        lambda now: {str(size): count for size, count in sorted(now.stats.batch_sizes.items())},
-        "size",
+        lambda now: {(str(size),): count for size, count in sorted(now.stats.batch_sizes.items())},
+        ("size",),
+    ),
+    Reading(
+        "sfumato_unbatched_forwards_total",
+        "Forwards that no other picture could share, whoever was there.",
+        lambda now: dict(sorted(now.stats.unbatched.items())),
+        ("module", "reason"),
     ),
     Reading("sfumato_steps_total", "Denoising steps of all pictures.", lambda now: now.stats.steps),
     Reading(

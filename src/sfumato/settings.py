@@ -29,6 +29,9 @@ class Settings:
     port: int = _setting(8080, "Port to listen on; 0 takes a free one.", least=0)
     models: Path = _setting(Path("models"), "Folder of model files (*.yaml) and of the weights beside them.")
     data: Path = _setting(Path("data"), "Folder for generated pictures.")
+    proofs: str = _setting(
+        "", "File that keeps what was shown about batching; empty: `proofs.json` in the data folder."
+    )
     default_model: str = _setting("", "Model for requests that name none; empty: the first model file.")
     device: str = _setting(
         "auto", "Device for every model: auto (as the model file says), cpu, cuda, cuda:1, mps, xpu."

@@ -11,6 +11,7 @@ meaning; the policy is `policy.choose`, the rule `calls`, what may be joined `tr
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import weakref
@@ -22,25 +23,20 @@ from typing import Any
 import greenlet  # type: ignore[import-untyped]
 import torch
 
-from sfumato.engine import offload, outputs, policy, threads, threadstate
+from sfumato.engine import offload, outputs, policy, proof, threads, threadstate
 from sfumato.engine.calls import Call, Fingerprints, differing, target
 from sfumato.engine.joins import Joins, join
 from sfumato.engine.memo import Memo
+from sfumato.engine.outcomes import Compute, Count, Outcome, Result, is_out_of_memory
 from sfumato.engine.outputs import Unsplittable
-from sfumato.engine.task import Compute, Outcome, Result, Task
+from sfumato.engine.proof import Evidence
+from sfumato.engine.reasons import Reason
+from sfumato.engine.task import Task
 from sfumato.engine.trust import Trial, Trust, Width
 
 __all__ = ["Count", "Hub", "Outcome", "Task", "is_out_of_memory"]
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class Count:
-    """Calls of a module, and the forwards that answered them."""
-
-    calls: int = 0
-    forwards: int = 0
 
 
 @dataclass(slots=True)
@@ -63,6 +59,8 @@ class Hub:
     """Module name and the number of calls that a forward answered → such forwards."""
     alone: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Module name and reason → calls that could not be joined; `trust.refused` has what was found out by trial."""
+    unbatched: Counter[tuple[str, Reason]] = field(default_factory=Counter)
+    """Module name and kind of reason → calls that no other could join, whoever was there."""
     now: int = 0
     """Turns so far in which something was computed."""
     ambient: tuple[Any, ...] = ()
@@ -149,6 +147,20 @@ class Hub:
         self.counts[name].forwards += forwards
         if calls and forwards:
             self.shared[name, calls] += forwards
+
+    def note_unbatched(self, name: str, reason: Reason, detail: str = "") -> None:
+        """A call of that module was computed alone, and had to be. What was refused by a proof is logged there."""
+        if (name, reason) not in self.unbatched and detail:
+            log.info("calls of %s are not batched (%s): %s", name, reason, detail)
+        self.unbatched[name, reason] += 1
+
+    def why_alone(self, call: Call) -> Reason | None:
+        """Why nothing can be joined with this call; None where it was alone by chance."""
+        if call.key is None:
+            return call.reason
+        if self._key(call) is None:
+            return self.trust.label(call)
+        return Reason.ROWS if 2 * call.rows > self._limit(call) else None
 
     def computed(self, task: Task, call: Call, value: Any) -> None:
         """A request computed its own call."""
@@ -248,7 +260,7 @@ class Hub:
         signature = self.trust.signature(first, differing(calls))
         ruling = self.trust.ruling(first, signature)
         try:
-            output = target(first.module, first.method)(**join(calls, self.joins, trial=ruling == "try"))
+            output = target(first.module, first.method)(**join(calls, self.joins))
             parts = outputs.split(output, [call.rows for call in calls], listed=first.listed)
         except Unsplittable as reason:
             self.trust.refuse(first, signature, str(reason))
@@ -266,15 +278,41 @@ class Hub:
             )
             return
         if ruling == "try":
-            self.count(first.name, 0, 1)
-            trial = Trial(parts, lambda error: self.trust.settle(first, signature, error))
-            self._all_alone(members, trial)
+            self._prove(members, calls, signature, parts)
             return
         self.count(first.name, len(members), 1)
         for task, part in zip(members, parts, strict=True):
             if task.memo_key is not None:
                 self.memo.put(task.memo_key, first.module, part)
             task.reply = Result(part)
+
+    def _prove(self, members: list[Task], calls: list[Call], signature: str, parts: list[Any]) -> None:
+        """The first batch of its kind. Whatever comes out, every member gets what it computes alone."""
+        first = calls[0]
+        random = threadstate.random()
+        try:
+            evidence = proof.examine(calls, lambda some: join(some, Joins()), parts)
+        except Exception as error:  # the batch went well, one with other contents did not
+            self.count(first.name, 0, 1)
+            if is_out_of_memory(error):
+                self._shrink(calls)
+                return
+            if proof.is_half(first):
+                why = f"raised {type(error).__name__} when the rows beside it were changed"
+                self.trust.refuse(first, signature, why, Reason.UNPROVEN)
+            evidence = Evidence(parts, rounding=[proof.TOLERANCE] * len(calls))
+        finally:
+            threadstate.set_random(random)
+        self.count(first.name, 0, 1)
+        self.counts[first.name].proving += evidence.forwards
+        if self.trust.ruling(first, signature) == "no":
+            self._all_alone(members)
+        elif evidence.refused:
+            self.trust.settle(first, signature, evidence, [])
+            self._all_alone(members)
+        else:
+            settle = functools.partial(self.trust.settle, first, signature, evidence)
+            self._all_alone(members, Trial(parts, settle))
 
     def _all_alone(self, members: list[Task], trial: Trial | None = None) -> None:
         for member, task in enumerate(members):
@@ -308,6 +346,10 @@ class Hub:
     def _room(self, waiting: policy.Waiting) -> int:
         call = self._active[waiting.id].call
         assert call is not None
+        return self._limit(call)
+
+    def _limit(self, call: Call) -> int:
+        """Rows that a forward of this kind may have."""
         return min(self.max_rows, self._caps.get(_sizes(call), self.max_rows)) if self._caps else self.max_rows
 
     def _shrink(self, calls: list[Call]) -> None:
@@ -323,12 +365,6 @@ class Hub:
         sizes = _sizes(calls[0])
         self._caps[sizes] = max(1, sum(call.rows for call in calls) // 2)
         log.warning("out of memory: at most %d rows for %s of this size", self._caps[sizes], calls[0].name)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's CPU allocator
 
 
 def _sizes(call: Call) -> Hashable:

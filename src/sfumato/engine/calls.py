@@ -34,6 +34,7 @@ import torch
 from sfumato.engine import masks
 from sfumato.engine.fingerprints import Fingerprints as Fingerprints
 from sfumato.engine.outputs import PLAIN
+from sfumato.engine.reasons import Reason
 
 TIME = frozenset({
     "timestep", "timesteps", "t", "timestep_r", "r_timestep", "timestep_ratio", "audio_timestep", "sigma",
@@ -101,6 +102,8 @@ class Call:
     exact: Any = None
     """Calls that also agree in this need neither conversion nor padding."""
     alone: str = ""
+    reason: Reason = Reason.STRUCTURE
+    """The same in a word."""
     listed: bool = False
     pairs: Mapping[str, str] = field(default_factory=dict)
     """Name of each text that could be padded → name of its mask."""
@@ -171,12 +174,16 @@ def describe(
     try:
         _describe(call, prints)
     except _Alone as reason:
-        call.key, call.alone = None, str(reason)
+        call.key, call.alone, call.reason = None, str(reason), reason.kind
     return call
 
 
 class _Alone(Exception):
     """Why a call cannot be joined with any other."""
+
+    def __init__(self, detail: str, kind: Reason = Reason.STRUCTURE) -> None:
+        super().__init__(detail)
+        self.kind = kind
 
 
 def _describe(call: Call, prints: Fingerprints) -> None:
@@ -196,7 +203,7 @@ def _describe(call: Call, prints: Fingerprints) -> None:
     arguments.pop(next(iter(method.signature.parameters)))  # self
     for name in [name for name, value in arguments.items() if isinstance(value, torch.Generator)]:
         if _reads(function, name):
-            raise _Alone("draws its own random numbers")
+            raise _Alone("draws its own random numbers", Reason.GENERATOR)
         del arguments[name]
     call.defaults = method.defaults
     if method.plain:
@@ -258,7 +265,8 @@ class _Reader:
             return self._time(torch.tensor([value]), path)
         if isinstance(value, PLAIN):
             return self._leaf(path, "value", value, (type(value), value))
-        raise _Alone(f"{path}: a {type(value).__name__}")
+        kind = type(value).__name__
+        raise _Alone(f"{path}: a {kind}", Reason.CACHE if "Cache" in kind else Reason.STRUCTURE)
 
     def _tensor(self, value: torch.Tensor, name: str, path: str) -> Any:
         if value.requires_grad:
@@ -281,7 +289,8 @@ class _Reader:
             if leads % self.rows == 0 and value.dim() > 1 and CONTENT.search(name):
                 return self._leaf(path, "multi", value, (leads // self.rows, value.shape[1:], kind))
         if value.numel() > LARGEST_EQUAL:
-            raise _Alone(f"{path}: a large tensor of shape {tuple(value.shape)} for {self.rows} rows")
+            what = f"{path}: a large tensor of shape {tuple(value.shape)} for {self.rows} rows"
+            raise _Alone(what, Reason.LARGE)
         return self._leaf(path, "equal", value, (value.shape, kind, self.prints.of(value)))
 
     def _time(self, value: torch.Tensor, path: str) -> Any:

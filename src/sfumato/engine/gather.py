@@ -19,9 +19,11 @@ from typing import Any
 
 import torch
 
-from sfumato.engine import drivers, offload
+from sfumato.engine import drivers, offload, proofs
 from sfumato.engine.batching import Hub, Task
+from sfumato.engine.proofs import Proofs
 from sfumato.engine.standin import forget, view
+from sfumato.engine.trust import Trust
 
 
 class Stopped(BaseException):
@@ -33,7 +35,7 @@ def gather(
     calls: Sequence[Mapping[str, Any]],
     max_batch: int = 8,
     return_exceptions: bool = False,
-    stats: dict[str, dict[str, float]] | None = None,
+    stats: dict[str, dict[str, Any]] | None = None,
 ) -> list[Any]:
     """Run `pipe(**call)` for each of `calls` at the same time and return the outputs in order.
 
@@ -44,13 +46,16 @@ def gather(
 
     `max_batch`: rows of one forward, at least 1; with guidance most pipelines take two rows per picture.
     `return_exceptions`: a call that raises has its exception in the list; otherwise the first one ends all.
-    `stats`: filled with module name → `{"calls", "forwards", "mean_batch"}`.
+    `stats`: filled with module name → `{"calls", "forwards", "mean_batch", "proving", "unbatched"}`: forwards of
+    proofs come on top, once for a kind of call; the last counts the calls that no other could join, by reason
+    (`sfumato.engine.reasons`).
 
     `pipe` is not changed and can be used as before, its scheduler included.
     """
     _check(pipe, calls, max_batch)
     forget(pipe)
-    hub = Hub(max_rows=max_batch, max_active=max(2, 2 * max_batch))
+    trust = Trust(proofs=Proofs(proofs.of_user()))
+    hub = Hub(max_rows=max_batch, max_active=max(2, 2 * max_batch), trust=trust)
     tasks = [hub.submit(_Run(pipe, call)) for call in calls]
     try:
         with torch.no_grad():
@@ -63,7 +68,13 @@ def gather(
             offload.rest(pipe)
         if stats is not None:
             stats |= {
-                name: {"calls": c.calls, "forwards": c.forwards, "mean_batch": c.calls / max(1, c.forwards)}
+                name: {
+                    "calls": c.calls,
+                    "forwards": c.forwards,
+                    "mean_batch": c.calls / max(1, c.forwards),
+                    "proving": c.proving,
+                    "unbatched": {str(why): calls for (of, why), calls in hub.unbatched.items() if of == name},
+                }
                 for name, c in hub.counts.items()
             }
     if not return_exceptions:

@@ -11,17 +11,20 @@ import logging
 import queue
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import TypeAlias
 
 import torch
 
 from sfumato import logs
 from sfumato.core import Done, Event, Failed, ModelStatus, Preview, Step
-from sfumato.engine import generation, memory
+from sfumato.engine import generation, memory, proofs
 from sfumato.engine.batching import Hub, Task
+from sfumato.engine.proofs import Proofs
 from sfumato.engine.protocol import Answer, Cancel, Command, Counted, Report, Started, Status, Stop, Submit
 from sfumato.engine.residency import Residency
 from sfumato.engine.tally import Tally
+from sfumato.engine.trust import Trust
 from sfumato.errors import Cancelled, SfumatoError
 from sfumato.settings import Settings
 
@@ -39,7 +42,10 @@ class Loop:
     def __init__(self, settings: Settings, send: Send) -> None:
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._send = send
-        self._hub = Hub(max_rows=settings.max_batch, max_active=settings.max_active, on_listen=self._listen)
+        trust = Trust(proofs=Proofs(Path(settings.proofs) if settings.proofs else settings.data / proofs.NAME))
+        self._hub = Hub(
+            max_rows=settings.max_batch, max_active=settings.max_active, trust=trust, on_listen=self._listen
+        )
         self._residency = Residency(
             settings.loaded_models, settings.device, self._tell, self._hub.forget, self._hub.spare
         )

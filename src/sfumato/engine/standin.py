@@ -32,6 +32,7 @@ from diffusers import DiffusionPipeline
 from sfumato.engine import caches, tiling
 from sfumato.engine.adapters import Adapters
 from sfumato.engine.calls import target
+from sfumato.engine.reasons import Reason
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +109,12 @@ class View:
         """The request gets hold of a part of a module itself."""
         if getattr(stand_in._sfumato_module, "peft_config", None):
             self._adapters.hand_out(part)
+
+    def reason(self, occupied: str) -> Reason:
+        """`occupied`, or another state of torch where that is empty, in a word."""
+        if self.exclusive:
+            return Reason.EXCLUSIVE
+        return Reason.CHANGED if occupied else Reason.STATE
 
     def close(self) -> None:
         """At the end of a request: put back what its pipeline left changed, forget what caches hold for it.

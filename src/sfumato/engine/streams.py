@@ -78,8 +78,9 @@ class Streams:
         """What all workers counted; memory and models are those of the present one."""
         before, now = self._before, self._stats
         sizes = Counter(before.batch_sizes) + Counter(now.batch_sizes)
+        unbatched = Counter(before.unbatched) + Counter(now.unbatched)
         sums = {name: getattr(before, name) + getattr(now, name) for name in SUMS}
-        return replace(now, batch_sizes=dict(sizes), **sums)
+        return replace(now, batch_sizes=dict(sizes), unbatched=dict(unbatched), **sums)
 
     def status(self, model: str) -> ModelStatus:
         return self._statuses.get(model, ModelStatus())

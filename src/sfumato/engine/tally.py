@@ -66,8 +66,9 @@ class Tally:
             if DENOISER.match(name):
                 sizes[calls] += forwards
         return EngineStats(
-            forwards=sum(count.forwards for count in self._hub.counts.values()),
+            forwards=sum(count.forwards + count.proving for count in self._hub.counts.values()),
             batch_sizes=dict(sizes),
+            unbatched={(name, str(reason)): calls for (name, reason), calls in self._hub.unbatched.items()},
             steps=self._steps,
             step_seconds=self._step_seconds,
             loads=self._residency.loads,

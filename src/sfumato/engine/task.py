@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextvars
 from collections import Counter, deque
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import greenlet  # type: ignore[import-untyped]
@@ -13,31 +12,9 @@ import greenlet  # type: ignore[import-untyped]
 from sfumato.engine import policy, threads, threadstate
 from sfumato.engine.calls import Call, Fingerprints, describe
 from sfumato.engine.memo import Memo
+from sfumato.engine.outcomes import Compute, Outcome, Result
+from sfumato.engine.reasons import Reason
 from sfumato.engine.standin import Asker, StandIn, View
-from sfumato.engine.trust import Trial
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """Told to a parked request: here is the answer."""
-
-    value: Any
-
-
-@dataclass(frozen=True, slots=True)
-class Compute:
-    """Told to a parked request: compute it yourself, and report to the trial if there is one."""
-
-    trial: Trial | None = None
-    member: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How a request ended: with a value, or with an error."""
-
-    value: Any = None
-    error: BaseException | None = None
 
 
 class Host(Protocol):
@@ -51,6 +28,10 @@ class Host(Protocol):
     alone: Counter[tuple[str, str]]
 
     def listen(self) -> None: ...
+
+    def note_unbatched(self, name: str, reason: Reason, detail: str = "") -> None: ...
+
+    def why_alone(self, call: Call) -> Reason | None: ...
 
     def count(self, name: str, calls: int, forwards: int) -> None: ...
 
@@ -114,10 +95,12 @@ class Task(Asker):
             hub.listen()
             hub.count(name, 1, 1)
             hub.alone[name, str(reason or "in another state of torch than the rest")] += 1
+            hub.note_unbatched(name, view.reason(reason) if not self._closing else Reason.ENDING, reason)
             return stand_in._sfumato_compute(method, args, kwargs)
         call = describe(stand_in._sfumato_module, method, args, kwargs, hub.prints, name)
         if apart := stand_in._sfumato_apart:
             call.key, call.alone = None, apart
+            call.reason = Reason.CACHE if stand_in._sfumato_stateful else Reason.TILED
         if call.key is None:
             hub.alone[name, call.alone] += 1
         self.memo_key = hub.memo.key(call, hub.prints) if call.key is not None else None
@@ -125,6 +108,8 @@ class Task(Asker):
         if isinstance(reply, Result):
             return reply.value
         hub.count(name, 1, 1)
+        if reply.trial is None and (unbatched := hub.why_alone(call)):
+            hub.note_unbatched(name, unbatched, call.alone)
         try:
             value = stand_in._sfumato_compute(method, args, kwargs)
         except BaseException:

@@ -1,10 +1,10 @@
 """What may be joined: only what was shown to give the same numbers.
 
-The shapes of a call's arguments do not prove that its rows are independent. So the first batch of each
-signature (the call's key without sizes) is computed twice, together and member by member, and a difference
-means that this signature runs alone from then on. In half precision rounding hides what that would find;
-there only signatures on the shipped list are joined, each shown in fp32 by `benchmarks/parity.py` for the
-versions of diffusers and transformers that the list names. The list also spares fp32 the second computation.
+The shapes of a call's arguments do not prove that its rows are independent. Signatures (a call's key without
+sizes and contents) on the shipped list are trusted: each was shown in fp32 by `benchmarks/parity.py` for the
+versions of diffusers and transformers that the list names. Of any other the first batch is a proof (`proof`),
+in whatever precision: a few forwards more, and what they show holds from then on, also for the next
+process (`proofs`). A signature whose rows turn out to depend on one another runs alone.
 """
 
 from __future__ import annotations
@@ -14,32 +14,26 @@ import itertools
 import json
 import logging
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from importlib import resources
 from typing import Any, Literal, TypeAlias
 
 import diffusers
-import torch
 import transformers
 
 from sfumato.engine import outputs
 from sfumato.engine.calls import Call, plain
+from sfumato.engine.proof import Evidence, is_half
+from sfumato.engine.proofs import Proofs
+from sfumato.engine.reasons import Reason
 
 log = logging.getLogger(__name__)
 
 Verify: TypeAlias = Literal["unlisted", "always"]
-"""Which signatures are computed twice at first: those that are not on the list, or all."""
+"""Which signatures are proved at first: those that neither list nor file has, or all."""
 
 Width: TypeAlias = frozenset[str] | None
 """With whom a call may be joined: those that differ from it in no more than this (see `calls.LOOSE`); None: nobody."""
-
-TOLERANCE = 1e-3
-"""Relative to the largest number of the output, in fp32. Rounding gives 1e-6; a mixed-up row 1e-2 and more."""
-
-HALF_TOLERANCE = 5e-2
-"""The same in bf16 and fp16."""
-
-HALVES = frozenset({torch.float16, torch.bfloat16})
 
 FILE = "mergeable.json"
 
@@ -55,8 +49,7 @@ def listed() -> frozenset[str]:
             found |= {f"{kind}.{call}" for kind, calls in part["calls"].items() for call in calls}
         else:
             log.warning(
-                "the list of what may be batched is for %s %s; %s is installed: half precision batches none of its "
-                "modules, and fp32 checks each first",
+                "the list of what may be batched is for %s %s; %s is installed: its modules are proved at first use",
                 package.__name__, part["version"], package.__version__,
             )  # fmt: skip
     return frozenset(found)
@@ -65,17 +58,22 @@ def listed() -> frozenset[str]:
 class Trust:
     """What is known about signatures, per module. `shown` and `refused` say how it came out."""
 
-    def __init__(self, verify: Verify = "unlisted", shipped: frozenset[str] | None = None) -> None:
+    def __init__(
+        self, verify: Verify = "unlisted", shipped: frozenset[str] | None = None, proofs: Proofs | None = None
+    ) -> None:
+        """`shipped`: instead of the list that comes with Sfumato. `proofs`: where verdicts are kept, if anywhere."""
         self._verify = verify
         self._shipped = listed() if shipped is None else shipped
+        self._proofs = proofs
         self._kinds: dict[int, tuple[weakref.ref[Any], str]] = {}
         self._verdicts: dict[tuple[int, str], str] = {}
         self.changes = 0
         """Grows with every verdict."""
         self.shown: dict[str, float] = {}
-        """Signature → largest relative error of those computed twice."""
+        """Signature → largest relative error of those proved here."""
         self.refused: dict[str, str] = {}
         """Signature → why it runs alone."""
+        self._labels: dict[str, Reason] = {}
 
     def signature(self, call: Call, loose: frozenset[str] = frozenset()) -> str:
         return f"{self.kind(call.module)}.{call.signature(loose)}"
@@ -99,21 +97,30 @@ class Trust:
             self._verdicts[id(call.module), signature] = verdict
         return verdict  # type: ignore[return-value]
 
-    def settle(self, call: Call, signature: str, error: float, reason: str = "") -> None:
-        """The end of a trial: `error` relative, inf with a `reason` where the batch could not be computed at all."""
-        limit = HALF_TOLERANCE if _is_half(call) else TOLERANCE
-        if error <= limit:
-            self.shown[signature] = max(error, self.shown.get(signature, 0.0))
-            self._verdicts[id(call.module), signature] = "yes"
-            self.changes += 1
+    def settle(self, call: Call, signature: str, evidence: Evidence, errors: Sequence[float]) -> None:
+        """The end of a proof: by how much each member differed from its part."""
+        reason = evidence.judge(errors)
+        if self._proofs and signature not in self._shipped:
+            self._proofs.put(call.module, signature, reason)
+        if reason:
+            self.refuse(call, signature, reason)
             return
-        self.refuse(call, signature, reason or f"differs from solo runs by {error:.1e} (allowed {limit:g})")
+        self.shown[signature] = max(*errors, self.shown.get(signature, 0.0))
+        self._verdicts[id(call.module), signature] = "yes"
+        self.changes += 1
 
-    def refuse(self, call: Call, signature: str, reason: str) -> None:
-        log.info("%s runs alone: %s", signature, reason)
+    def refuse(self, call: Call, signature: str, reason: str, label: Reason = Reason.REFUSED) -> None:
+        """From now on calls with this signature run alone. One line in the log, however many calls there will be."""
+        if signature not in self.refused:
+            log.warning("%s is not batched: %s", signature, reason)
         self.refused[signature] = reason
+        self._labels[signature] = label
         self._verdicts[id(call.module), signature] = "no"
         self.changes += 1
+
+    def label(self, call: Call) -> Reason:
+        """Why calls like this one run alone, of those that were refused."""
+        return self._labels.get(self.signature(call), Reason.REFUSED)
 
     def kind(self, module: Any) -> str:
         """Class of a module, with what else changes how it computes: attention processors, quantisation."""
@@ -127,26 +134,38 @@ class Trust:
         return kind
 
     def _first_ruling(self, call: Call, signature: str) -> str:
-        on_list = signature in self._shipped
-        if _is_half(call) and not on_list:
-            self.refused[signature] = "not shown in fp32, and half precision would hide a difference"
+        if call.module.training:
+            # Lists and proofs are of modules without dropout.
+            if is_half(call):
+                self.refuse(call, signature, "the module is in training mode, and rounds", Reason.UNPROVEN)
+                return "no"
+            return "try"
+        if self._verify == "always":
+            return "try"
+        if signature in self._shipped:
+            return "yes"
+        verdict = self._proofs.get(call.module, signature) if self._proofs else None
+        if verdict is None:
+            return "try"
+        if verdict.refused:
+            self.refuse(call, signature, f"{verdict.refused} (shown on {verdict.shown})")
             return "no"
-        # The list was made without dropout.
-        return "yes" if on_list and self._verify == "unlisted" and not call.module.training else "try"
+        return "yes"
 
 
 class Trial:
     """One batch whose members also run alone: compares each with its part, and settles when all are in."""
 
-    def __init__(self, parts: list[Any], settle: Callable[[float], None]) -> None:
-        self._parts: Mapping[int, Any] = dict(enumerate(parts))
-        self._open = set(self._parts)
+    def __init__(self, parts: list[Any], settle: Callable[[list[float]], None]) -> None:
+        """`settle` is told by how much each member differed, relative; inf where it cannot be compared."""
+        self._parts = parts
+        self._open = set(range(len(parts)))
         self._settle = settle
-        self._worst = 0.0
+        self._errors = [0.0] * len(parts)
         self._sound = True
 
     def report(self, member: int, alone: Any) -> None:
-        self._worst = max(self._worst, outputs.difference(self._parts[member], alone))
+        self._errors[member] = outputs.difference(self._parts[member], alone)
         self._close(member)
 
     def give_up(self, member: int) -> None:
@@ -157,7 +176,7 @@ class Trial:
     def _close(self, member: int) -> None:
         self._open.discard(member)
         if not self._open and self._sound:
-            self._settle(self._worst)
+            self._settle(self._errors)
 
 
 def _kind(module: Any) -> str:
@@ -180,13 +199,3 @@ def _kind(module: Any) -> str:
 
 def _path(kind: type) -> str:
     return f"{kind.__module__}:{kind.__qualname__}"
-
-
-def _is_half(call: Call) -> bool:
-    for leaf in call.leaves:
-        value = leaf.value[0] if leaf.kind == "list" else leaf.value
-        if isinstance(value, torch.Tensor) and value.dtype in HALVES:
-            return True
-    parameter = next(call.module.parameters(), None)
-    # Anything that is not full precision: int8 and fp8 weights round as well.
-    return parameter is not None and parameter.dtype not in (torch.float32, torch.float64)

@@ -1,0 +1,208 @@
+"""What is remembered of proofs between processes, and what it belongs to."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from test_batching import NOTHING, PROOF, Coupled, noise, together
+from torch import nn
+
+from sfumato.engine import proofs, sources
+from sfumato.engine.proofs import Proofs
+from sfumato.engine.trust import Trust
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "folder" / proofs.NAME
+
+
+def trusting(path: Path) -> Trust:
+    """As a new process would."""
+    return Trust("unlisted", NOTHING, Proofs(path))
+
+
+def half_unet(**changes: Any) -> Any:
+    with tiny.seeded(0):
+        return tiny._unet(**changes).to(torch.bfloat16).requires_grad_(False)
+
+
+def halved(seed: int) -> Any:
+    def steps(unet: Any) -> Any:
+        value, text = noise(1, 4, 8, 8, seed=seed).bfloat16(), noise(1, 7, tiny.WIDTH, seed=seed).bfloat16()
+        for step in range(2):
+            value = unet(value, step, encoder_hidden_states=text, return_dict=False)[0]
+        return value
+
+    return steps
+
+
+RUNS = [halved(1), halved(2)]
+
+
+def forwards(path: Path, module: nn.Module) -> int:
+    _, hub = together(module, RUNS, trust=trusting(path))
+    return hub.counts["module"].forwards + hub.counts["module"].proving
+
+
+def test_the_next_process_batches_from_its_first_step_on(path: Path) -> None:
+    assert forwards(path, half_unet()) == 1 + PROOF + 2 + 1
+    assert forwards(path, half_unet()) == 2
+
+
+def test_a_refusal_is_remembered_and_logged_once(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    runs = [lambda m, n=n: m(m(m(noise(1, 4, seed=n)))) for n in range(3)]
+    module = Coupled().eval()
+    for again in range(2):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            results, hub = together(module, runs, trust=trusting(path))
+        assert all(torch.equal(result, run(module)) for run, result in zip(runs, results, strict=True))
+        assert hub.counts["module"].forwards == (9 if again else 9 + 1)
+        assert hub.unbatched == {("module", "refused"): 9}
+        lines = [record.message for record in caplog.records if "not batched" in record.message]
+        assert len(lines) == 1
+        assert "Coupled" in lines[0]
+        assert "beside it" in lines[0]
+
+
+def test_a_proof_belongs_to_what_was_run(path: Path) -> None:
+    proved = 1 + PROOF + 2 + 1
+    forwards(path, half_unet())
+    assert forwards(path, half_unet(layers_per_block=2)) == proved  # another configuration
+    with tiny.seeded(0):
+        float16 = tiny._unet().to(torch.float16).requires_grad_(False)
+    _, hub = together(float16, [lambda m, run=run: run(Cast(m)) for run in RUNS], trust=trusting(path))
+    assert hub.counts["module"].proving == PROOF  # another precision
+    patched = half_unet()
+    patched.mid_block.resnets[0].forward = lambda *args, **kwargs: args[0]  # another source
+    assert forwards(path, patched) == proved
+    assert forwards(path, half_unet()) == 2
+
+
+class Cast:
+    """Gives a module what its weights are."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def __call__(self, sample: torch.Tensor, step: int, encoder_hidden_states: torch.Tensor, **kwargs: Any) -> Any:
+        return self._module(sample.half(), step, encoder_hidden_states=encoder_hidden_states.half(), **kwargs)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"{", b"[]", b"\xff\xfe", b'{"format": 0, "proofs": {}}', b'{"format": 1}', b'{"format": 1, "proofs": []}',
+        b'{"format": 1, "proofs": {"a": {}, "b": 3, "c": {"signature": 1, "refused": "", "shown": ""}}}',
+        b"[" * 100_000,
+        b'{"format": 1, "proofs": {}}' + b" " * (proofs.LARGEST + 1),
+    ],
+    ids=range(10),
+)  # fmt: skip
+def test_a_file_that_is_broken_is_made_anew(path: Path, content: bytes) -> None:
+    path.parent.mkdir()
+    path.write_bytes(content)
+    module = nn.Linear(2, 2)
+    assert Proofs(path).get(module, "signature") is None
+    Proofs(path).put(module, "signature", "why")
+    found = Proofs(path).get(module, "signature")
+    assert found is not None
+    assert found.refused == "why"
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def test_two_processes_keep_what_each_has_found(path: Path) -> None:
+    module = nn.Linear(2, 2)
+    one, other = Proofs(path), Proofs(path)
+    assert one.get(module, "a") is other.get(module, "b") is None
+    one.put(module, "a", "")
+    other.put(module, "b", "")
+    assert {entry["signature"] for entry in json.loads(path.read_text())["proofs"].values()} == {"a", "b"}
+
+
+def test_the_file_does_not_grow_for_ever(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proofs, "MOST", 3)
+    module = nn.Linear(2, 2)
+    held = Proofs(path)
+    for number in range(5):
+        held.put(module, str(number), "")
+    assert [entry["signature"] for entry in json.loads(path.read_text())["proofs"].values()] == ["2", "3", "4"]
+
+
+def test_a_folder_that_cannot_be_written_costs_nothing_but_the_memory(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    held = Proofs(tmp_path / "file" / proofs.NAME)
+    held.put(nn.Linear(2, 2), "signature", "why")
+    verdict = held.get(nn.Linear(2, 2), "signature")
+    assert verdict is not None
+    assert verdict.refused == "why"
+
+
+def test_without_a_server_the_file_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    monkeypatch.setenv(proofs.VARIABLE, str(path))
+    assert proofs.of_user() == path
+    monkeypatch.delenv(proofs.VARIABLE)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(path.parent))
+    assert proofs.of_user() == path.parent / "sfumato" / proofs.NAME
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert proofs.of_user() == Path.home() / ".cache/sfumato" / proofs.NAME
+
+
+# The source of a module.
+
+
+class Block(nn.Module):
+    def forward(self, value):
+        return helped(value)
+
+
+def helped(value):
+    return value * 2
+
+
+class Other(nn.Module):
+    def forward(self, value):
+        return value * 2
+
+
+def test_a_digest_is_of_the_source_and_of_nothing_else() -> None:
+    flux = tiny.flux()
+    digest = sources.digest(flux.transformer)
+    assert sources.digest(tiny.flux(seed=1).transformer.half()) == digest
+    assert sources.digest(flux.vae) != digest
+    assert sources.digest(nn.Sequential(Block())) == sources.digest(nn.Sequential(Block(), Block()))
+    assert sources.digest(nn.Sequential(Block())) != sources.digest(nn.Sequential(Other()))
+    flux.transformer.transformer_blocks[0].attn.processor = Processor()
+    assert sources.digest(flux.transformer) != digest
+
+
+class Processor:
+    def __call__(self, attention, *args, **kwargs):
+        raise NotImplementedError
+
+
+def test_functions_that_a_class_calls_belong_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = sources.digest(Block())
+    sources._texts.cache_clear()
+
+    def another(value):
+        return value * 3
+
+    monkeypatch.setitem(globals(), "helped", another)
+    assert sources.digest(Block()) != before
+    sources._texts.cache_clear()
+
+
+def test_a_class_without_a_file_has_a_digest_too() -> None:
+    made: dict[str, Any] = {"nn": nn, "__name__": "made"}
+    for name, method in (("One", "sin"), ("Two", "cos")):
+        exec(f"class {name}(nn.Module):\n    def forward(self, value):\n        return value.{method}()", made)
+    assert sources.digest(made["One"]()) != sources.digest(made["Two"]())
+    assert sources.digest(made["One"]()) == sources.digest(made["One"]())
