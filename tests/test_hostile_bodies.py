@@ -296,3 +296,10 @@ def test_a_form_that_breaks_off_is_refused() -> None:
     for length in range(whole.index(b"--B--") + 4):
         with pytest.raises(InvalidRequest):
             multipart.parts(whole[:length], said, MB)
+
+
+def test_an_application_may_start_again(tmp_path: Path) -> None:
+    inside = Inside(tmp_path)
+    for _ in range(2):
+        with inside.client() as client:
+            assert post(client, JSON, PROMPT)[0] == 200

@@ -39,10 +39,13 @@ class Bodies:
 
     def __init__(self, most_text: int) -> None:
         self._most_text = most_text
-        self._pool = ThreadPoolExecutor(THREADS, "bodies")
+        self._pool: ThreadPoolExecutor | None = None
 
     def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """End its threads; the next body starts others."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool = None
 
     async def read(self, request: Request, validate: Callable[[Any], Body]) -> Body:
         """What `validate` makes of it. Raises InvalidRequest, or RequestValidationError that names the field."""
@@ -50,6 +53,8 @@ class Bodies:
         body = bytearray()  # not `request.body()`, which holds on to its parts and to the whole
         async for chunk in request.stream():
             body += chunk
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(THREADS, "bodies")
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._pool, self._read, said, body, validate)
 
