@@ -44,7 +44,7 @@ def test_it_finds_what_it_looks_for(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     class Faulty(Inside):
         def __init__(self, *args: object, **settings: object) -> None:
             super().__init__(tmp_path)
-            app.router = self.app.router  # type: ignore[attr-defined]
+            app.router, app.state = self.app.router, self.app.state  # type: ignore[attr-defined]
             self.app = app  # type: ignore[assignment]
 
     monkeypatch.setattr(fuzz, "Inside", Faulty)

@@ -95,7 +95,8 @@ class Connections:
         if victim is not None:
             victim.transport.abort()
             return
-        new.refuse(TooManyConnections(f"{len(self) - 1} connections are open; try again later"))
+        # Told once it has asked: whoever is closed before that may not read why.
+        new.surplus = TooManyConnections(f"{len(self) - 1} connections are open; try again later")
 
     def _longest(self, state: State, new: Connection) -> Connection | None:
         return next((each for each in self.of[state] if each is not new and not each.transport.is_closing()), None)
@@ -114,6 +115,8 @@ class Connection(H11Protocol):
     """uvicorn's, with a clock."""
 
     state: State = "idle"
+    surplus: TooManyConnections | None = None
+    """Why it is not served."""
 
     def __init__(self, *args: Any, connections: Connections, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -141,6 +144,9 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self.surplus is not None:
+            self.refuse(self.surplus)
+            return
         self._received += len(data)
         if self.state == "receiving":
             self._crumbs += data.count(b"\n") * CRUMB - len(data)
