@@ -239,8 +239,8 @@ def test_a_batch_gives_what_each_gets_alone(unet: UNet2DConditionModel) -> None:
     assert all(error < 1e-5 for error in hub.trust.shown.values())
 
 
-PROOF = 4
-"""Forwards of a proof besides the batch and its members alone: disturbed, twice other neighbours, other places."""
+PROOF = 5
+"""Forwards of a proof besides its members alone: as it is, disturbed, twice other neighbours, other places."""
 
 
 def test_a_listed_signature_needs_no_proof(unet: UNet2DConditionModel) -> None:

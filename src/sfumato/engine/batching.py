@@ -289,9 +289,8 @@ class Hub:
     def _prove(self, members: list[Task], calls: list[Call], signature: str, parts: list[Any]) -> None:
         """The first batch of its kind. Whatever comes out, every member gets what it computes alone."""
         first = calls[0]
-        random = threadstate.random()
         try:
-            evidence = proof.examine(calls, lambda some: join(some, Joins()), parts)
+            evidence = proof.examine(calls, lambda some: join(some, Joins()))
         except Exception as error:  # the batch went well, one with other contents did not
             self.count(first.name, 0, 1)
             if is_out_of_memory(error):
@@ -301,8 +300,6 @@ class Hub:
                 why = f"raised {type(error).__name__} when the rows beside it were changed"
                 self.trust.refuse(first, signature, why, Reason.UNPROVEN)
             evidence = Evidence(parts, rounding=[proof.TOLERANCE] * len(calls))
-        finally:
-            threadstate.set_random(random)
         self.count(first.name, 0, 1)
         self.counts[first.name].proving += evidence.forwards
         if self.trust.ruling(first, signature) == "no":
@@ -312,7 +309,7 @@ class Hub:
             self._all_alone(members)
         else:
             settle = functools.partial(self.trust.settle, first, signature, evidence)
-            self._all_alone(members, Trial(parts, settle))
+            self._all_alone(members, Trial(evidence.parts, settle))
 
     def _all_alone(self, members: list[Task], trial: Trial | None = None) -> None:
         for member, task in enumerate(members):

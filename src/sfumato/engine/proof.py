@@ -41,7 +41,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from sfumato.engine import outputs
+from sfumato.engine import outputs, threadstate
 from sfumato.engine.calls import Call, Leaf, plain, target
 
 Join: TypeAlias = Callable[[Sequence[Call]], dict[str, Any]]
@@ -99,13 +99,13 @@ def prove(calls: Sequence[Call], join: Join) -> str:
     return evidence.judge([outputs.difference(part, one) for part, one in zip(evidence.parts, alone, strict=False)])
 
 
-def examine(calls: Sequence[Call], join: Join, parts: list[Any] | None = None) -> Evidence:
-    """All but the comparison with the members alone. `parts`: of the batch, where it was computed already.
+def examine(calls: Sequence[Call], join: Join) -> Evidence:
+    """All but the comparison with the members alone.
 
     Raises what the module raises for the batch as it is, and `outputs.Unsplittable`.
     """
     batch = _Batch(list(calls), join)
-    batch.parts = parts if parts is not None else batch.run(batch.calls)
+    batch.parts = batch.run(batch.calls)
     batch.rounding = batch.differences(batch.run(batch.calls, within=_disturbed(batch.module, batch.half)))
     reason = next(
         (reason for question in (_neighbours, _places, _padding, _conversion) if (reason := question(batch))), ""
@@ -149,8 +149,14 @@ class _Batch:
         change(arguments)
         # Layers inside a compiled module do not call their hooks.
         module = plain(self.module) if within else self.module
-        with within or nullcontext():
-            output = target(module, calls[0].method)(**arguments)
+        # What draws random numbers draws the same each time: what is left to differ are its rows.
+        random = threadstate.random()
+        torch.manual_seed(0)
+        try:
+            with within or nullcontext():
+                output = target(module, calls[0].method)(**arguments)
+        finally:
+            threadstate.set_random(random)
         self.forwards += 1
         return outputs.split(output, [call.rows for call in calls], listed=calls[0].listed)
 
@@ -254,14 +260,14 @@ def _lengths(calls: Sequence[Call], at: int) -> bool:
 
 
 def _fill(joined: torch.Tensor, values: Sequence[torch.Tensor]) -> None:
-    """Write into the padding of `joined` [rows, tokens, ...] what each text could not have there."""
+    """Write noise into the padding of `joined` [rows, tokens, ...]."""
+    noise = torch.randn(joined.shape, generator=torch.Generator().manual_seed(0)).to(joined.device, joined.dtype)
+    # Not of what a text has itself: without guidance that may be zeros, as padding is.
+    noise *= max(value.abs().amax() for value in values if value.numel())
     start = 0
     for value in values:
         rows, length = value.shape[:2]
-        missing = joined.shape[1] - length
-        if missing and length:
-            noise = _other(value)[:, torch.arange(missing, device=value.device) % length]
-            joined[start : start + rows, length:] = noise.to(joined.dtype)
+        joined[start : start + rows, length:] = noise[start : start + rows, length:]
         start += rows
 
 
@@ -312,8 +318,10 @@ def _other(value: Any) -> Any:
         return value
     if _is_whole(value):
         return next((other for other in _rearranged(value) if not torch.equal(other, value)), value)
-    # Neither the mean, nor the spread, nor the largest number stays.
-    return -2 * value.flip(tuple(range(1, value.dim()))) if value.dim() > 1 else value / 2
+    if value.dim() == 1:
+        return value / 2
+    # Neither the mean, nor the spread, nor the largest number stays, nor a row of zeros.
+    return -2 * value.flip(tuple(range(1, value.dim()))) + value.abs().mean()
 
 
 def _is_whole(value: torch.Tensor) -> bool:
