@@ -21,9 +21,9 @@ from benchmarks import models
 from benchmarks.figures import arguments, figure, table, write
 from sfumato.config import ModelConfig
 from sfumato.core import Failed, Generation, Step
-from sfumato.engine import process
+from sfumato.engine import environment
 from sfumato.engine.protocol import Engine
-from sfumato.engine.supervisor import Supervisor
+from sfumato.process.supervisor import Supervisor
 from sfumato.settings import Settings
 
 LONG, LONG_STEPS, SHORT_STEPS = 6, 50, 4
@@ -111,7 +111,7 @@ def run(device: str, repeats: int, names: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    process.prepare()
+    environment.prepare()
     parser = arguments(__doc__)
     parser.set_defaults(repeats=5)
     parser.add_argument("--model", choices=models.SIZES, action="append", help="may be repeated; embedded by default")

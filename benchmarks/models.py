@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from sfumato import schedulers
-from sfumato.catalog import EMBEDDED, Catalog
 from sfumato.config import ModelConfig
 from sfumato.core import Generation
+from sfumato.serving.catalog import EMBEDDED, Catalog
 
 SIZES = {"embedded": 128, "middle": 256}
 """Pixels a side."""
@@ -72,7 +72,7 @@ class Plain:
     """diffusers as its documentation says: one pipeline, one call after another."""
 
     def __init__(self, config: ModelConfig, device: str) -> None:
-        from sfumato.engine import load
+        from sfumato.models import load
 
         self.pipeline = load.load(config, device, lambda status: None).pipeline
         self.device = device
@@ -81,11 +81,11 @@ class Plain:
         """The picture. The scheduler is made as the engine makes it."""
         import torch
 
-        from sfumato.engine import sampler
+        from sfumato.pipelines import request_scheduler
 
         choice = schedulers.parse(asked.scheduler) if asked.scheduler else None
         own = self.pipeline.scheduler
-        self.pipeline.scheduler = sampler.make(self.pipeline, choice, asked.seed)
+        self.pipeline.scheduler = request_scheduler.make(self.pipeline, choice, asked.seed)
         try:
             with torch.no_grad():
                 return self.pipeline(**arguments(asked)).images[0]

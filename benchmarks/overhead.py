@@ -26,10 +26,10 @@ import torch
 
 from benchmarks import models
 from benchmarks.figures import Figure, arguments, figure, table, write
-from sfumato.engine import process
-from sfumato.engine.batching import Hub
-from sfumato.engine.standin import View, view
-from sfumato.engine.trust import Trust
+from sfumato.batching.batcher import Batcher
+from sfumato.batching.verification import Verification
+from sfumato.batching.views import View, view
+from sfumato.engine import environment
 
 CALLS = 200
 
@@ -85,7 +85,7 @@ def per_call(run: Callable[[Any, str], None], module: torch.nn.Module, requests:
     """Microseconds per module call and request, over a direct call, with everything trusted."""
     now = clock(device)
     stand_in = View("").stand_in(module, "module")
-    learning = Hub(trust=Trust("always", frozenset()))
+    learning = Batcher(trust=Verification("always", frozenset()))
     for _ in range(2):
         learning.submit(lambda: run(stand_in, device))
     for _ in range(4):
@@ -95,7 +95,7 @@ def per_call(run: Callable[[Any, str], None], module: torch.nn.Module, requests:
     start = now()
     run(module, device)
     direct = now() - start
-    hub = Hub(max_rows=64, max_active=64, trust=Trust("unlisted", frozenset(learning.trust.shown)))
+    hub = Batcher(max_rows=64, max_active=64, trust=Verification("unlisted", frozenset(learning.trust.shown)))
     for _ in range(requests):
         hub.submit(lambda: run(stand_in, device))
     start = now()
@@ -124,7 +124,7 @@ def single(name: str, folder: Path, device: str, repeats: int) -> Single:
     now = clock(device)
     plain = models.Plain(models.config(name, folder, device), device)
     pipe = plain.pipeline
-    hub = Hub()
+    hub = Batcher()
     ratios, extra, bare_seconds, calls = [], [], [], 0
 
     def bare(seed: int) -> float:
@@ -166,7 +166,7 @@ def single(name: str, folder: Path, device: str, repeats: int) -> Single:
 
 def python_memory(device: str, count: int = 200) -> float:
     """KiB of Python that a parked request holds besides its tensors and its pipeline's own variables."""
-    hub = Hub(max_active=count)
+    hub = Batcher(max_active=count)
     stand_in = View("").stand_in(UNet().eval(), "module")
     value, text = torch.randn(2, 4, 64, 64, device=device), torch.randn(2, 77, 768, device=device)
     gc.collect()
@@ -185,8 +185,8 @@ def process_memory(folder: Path, count: int = 64) -> float:
     pipe = models.Plain(models.config("embedded", folder, "cpu"), "cpu").pipeline
     asked = models.mixed("embedded", 8 + count, seed=7)
 
-    def park(some: list[Any], count: int) -> Hub:
-        hub = Hub(max_active=count)
+    def park(some: list[Any], count: int) -> Batcher:
+        hub = Batcher(max_active=count)
         for one in some:
             hub.submit(lambda one=one: view(pipe)(**models.arguments(one)))  # type: ignore[misc]
         while hub.counts["unet"].calls < 3 * count:
@@ -233,7 +233,7 @@ def run(device: str, repeats: int) -> None:
 
 
 if __name__ == "__main__":
-    process.prepare()
+    environment.prepare()
     parser = arguments(__doc__)
     parser.set_defaults(repeats=9)
     options = parser.parse_args()

@@ -37,11 +37,11 @@ import numpy as np
 import torch
 import transformers
 
-from sfumato.engine import trust
-from sfumato.engine.batching import Hub, Task
-from sfumato.engine.calls import Call as ModuleCall
-from sfumato.engine.calls import differing
-from sfumato.engine.standin import view
+from sfumato.batching import verification
+from sfumato.batching.batcher import Batcher, Task
+from sfumato.batching.calls import Call as ModuleCall
+from sfumato.batching.calls import differing
+from sfumato.batching.views import view
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
@@ -113,11 +113,11 @@ class Measured:
         return self.error <= CHAOS * self.jitter
 
 
-class Learning(Hub):
+class Learning(Batcher):
     """Keeps two calls of every kind of batch; where text is padded, two that differ in it."""
 
     def __init__(self) -> None:
-        super().__init__(max_rows=16, trust=trust.Trust("always", frozenset()))
+        super().__init__(max_rows=16, trust=verification.Verification("always", frozenset()))
         self.batches: dict[str, list[ModuleCall]] = {}
 
     def _run_together(self, members: list[Task]) -> None:
@@ -139,7 +139,7 @@ def measure(name: str) -> Measured:
     twins = alike(family.calls[0])
     alone_twins = [draw(pipe, call) for call in seeded(twins)]
     first_twins = together(learning, pipe, twins)
-    trusting = Hub(max_rows=16, trust=trust.Trust("unlisted", frozenset(learning.trust.shown)))
+    trusting = Batcher(max_rows=16, trust=verification.Verification("unlisted", frozenset(learning.trust.shown)))
     second = together(trusting, pipe, family.calls)
     error = max(difference(alone, first), difference(alone, second))
     count = replace(trusting.counts[family.denoiser])
@@ -166,7 +166,7 @@ def halve(one: Measured, shipped: frozenset[str]) -> None:
     except (RuntimeError, TypeError, ValueError) as error:
         one.broken = f"{type(error).__name__}: {error}".splitlines()[0][:100]
         return
-    hub = Hub(max_rows=16, trust=trust.Trust("unlisted", shipped))
+    hub = Batcher(max_rows=16, trust=verification.Verification("unlisted", shipped))
     together(hub, pipe, family.calls)
     count = hub.counts[family.denoiser]
     one.half = (count.calls, count.forwards)
@@ -197,7 +197,7 @@ def draw(pipe: Any, call: Call) -> Any:
     return np.asarray(pipe(**output_type, **call)[0])
 
 
-def together(hub: Hub, pipe: Any, calls: Iterable[Call]) -> list[Any]:
+def together(hub: Batcher, pipe: Any, calls: Iterable[Call]) -> list[Any]:
     tasks = [hub.submit(lambda call=call: draw(view(pipe), call)) for call in seeded(calls)]
     with torch.no_grad():
         while hub.step():
@@ -306,7 +306,7 @@ def write(measured: Mapping[str, Measured]) -> None:
     ordered = [measured[name] for name in FAMILIES if name in measured]
     record = {"versions": versions(), "families": {one.name: asdict(one) for one in ordered}}
     RECORD.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
-    listed = ROOT / "src/sfumato/engine" / trust.FILE
+    listed = ROOT / "src/sfumato/engine" / verification.FILE
     listed.write_text(json.dumps(signatures(ordered), indent=1, sort_keys=True) + "\n")
     before, _, rest = PAGE.read_text().partition(BEGIN)
     PAGE.write_text(before + page(ordered) + rest.partition(END)[2])

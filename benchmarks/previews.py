@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks import models
 from benchmarks.figures import arguments, figure, table, write
 from sfumato.config import ModelConfig
-from sfumato.engine import process
+from sfumato.engine import environment
 
 COUNT = 3
 
@@ -32,16 +32,16 @@ def measure(config: ModelConfig, model: str, device: str, repeats: int) -> dict[
     import torch
 
     from sfumato.core import Generation, Preview
-    from sfumato.engine import load
-    from sfumato.engine.generation import draw
-    from sfumato.engine.preview import glance
+    from sfumato.drawing.draw import draw
+    from sfumato.models import load
+    from sfumato.previews.decode import cheap_decoder
 
     clock = time.process_time if device == "cpu" else time.perf_counter
     loaded = load.load(replace(config, threads=1), device, lambda status: None)
     fits = []
     for _ in range(repeats):
         start = clock()
-        glance(loaded.pipeline)
+        cheap_decoder(loaded.pipeline)
         fits.append(clock() - start)
     decoder = replace(loaded, glance=None)
     side = models.SIZES[model]
@@ -95,7 +95,7 @@ def run(device: str, repeats: int, names: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    process.prepare()
+    environment.prepare()
     parser = arguments(__doc__)
     parser.set_defaults(repeats=9)
     parser.add_argument("--model", choices=models.SIZES, action="append", help="may be repeated; both by default")

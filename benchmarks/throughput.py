@@ -22,9 +22,9 @@ from benchmarks import models
 from benchmarks.figures import Figure, arguments, figure, percentile, table, write
 from sfumato.config import ModelConfig
 from sfumato.core import Done, Failed, Generation
-from sfumato.engine import process
+from sfumato.engine import environment
 from sfumato.engine.protocol import Engine
-from sfumato.engine.supervisor import Supervisor
+from sfumato.process.supervisor import Supervisor
 from sfumato.settings import Settings
 
 CONCURRENT = (1, 2, 4, 8, 16)
@@ -149,7 +149,7 @@ def run(device: str, repeats: int, names: Sequence[str], concurrent: Sequence[in
 
 
 if __name__ == "__main__":
-    process.prepare()
+    environment.prepare()
     parser = arguments(__doc__)
     parser.add_argument("--model", choices=models.SIZES, action="append", help="may be repeated; all by default")
     parser.add_argument("--concurrent", type=int, nargs="*", default=())

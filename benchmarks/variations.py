@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from sfumato.engine import outputs
-from sfumato.engine.calls import TIME, Call, describe, differing, target
-from sfumato.engine.fingerprints import Fingerprints
-from sfumato.engine.joins import Joins, join
-from sfumato.engine.proof import TOLERANCE
-from sfumato.engine.trust import Trust
+from sfumato.batching import outputs
+from sfumato.batching.calls import TIME, Call, describe, differing, target
+from sfumato.batching.concatenation import ConcatenationCache, join
+from sfumato.batching.fingerprints import Fingerprints
+from sfumato.batching.proof import TOLERANCE
+from sfumato.batching.verification import Verification
 
 SCALED = "attention_kwargs"
 """The end of the names under which pipelines pass the scale of a LoRA."""
@@ -27,7 +27,7 @@ MOST = 6
 """Optional arguments of which every combination is tried; of more, those with one or two left out."""
 
 
-def variations(batches: Iterable[Sequence[Call]], trust: Trust) -> tuple[dict[str, float], dict[str, str]]:
+def variations(batches: Iterable[Sequence[Call]], trust: Verification) -> tuple[dict[str, float], dict[str, str]]:
     """What was shown of diffusers' modules, signature → relative error, and what was wrong, signature → why."""
     shown: dict[str, float] = {}
     wrong: dict[str, str] = {}
@@ -43,7 +43,7 @@ def variations(batches: Iterable[Sequence[Call]], trust: Trust) -> tuple[dict[st
     return shown, wrong
 
 
-def _try(calls: Sequence[Call], trust: Trust, shown: dict[str, float], wrong: dict[str, str]) -> None:
+def _try(calls: Sequence[Call], trust: Verification, shown: dict[str, float], wrong: dict[str, str]) -> None:
     first = calls[0]
     if first.key is None or any(call.key != first.key for call in calls):
         return
@@ -57,7 +57,7 @@ def _try(calls: Sequence[Call], trust: Trust, shown: dict[str, float], wrong: di
         return
     try:
         with torch.no_grad():
-            output = target(first.module, first.method)(**join(calls, Joins(), trial=True))
+            output = target(first.module, first.method)(**join(calls, ConcatenationCache(), trial=True))
         parts = outputs.split(output, [call.rows for call in calls], listed=first.listed)
     except Exception as error:  # a batch that fails where its members do not
         wrong[signature] = f"together: {error}"

@@ -7,14 +7,15 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from sfumato import metrics, schedulers
-from sfumato.api import documents
+from sfumato import schedulers
 from sfumato.api.app import create_app
-from sfumato.catalog import Catalog
-from sfumato.engine.supervisor import Supervisor
-from sfumato.service import Service
+from sfumato.api.http import documents
+from sfumato.pictures.store import Store
+from sfumato.process.supervisor import Supervisor
+from sfumato.serving import metrics
+from sfumato.serving.catalog import Catalog
+from sfumato.serving.service import Service
 from sfumato.settings import Settings, env_name, flag
-from sfumato.store import Store
 
 REFERENCE = Path(__file__).parent / "reference"
 

@@ -16,12 +16,12 @@ from starlette.testclient import TestClient
 from test_service import FakeEngine, recipe_of
 
 from sfumato.api.app import create_app
-from sfumato.catalog import Catalog
 from sfumato.config import ModelConfig
 from sfumato.core import Done, Event, Generation
-from sfumato.service import Service
+from sfumato.pictures.store import Store
+from sfumato.serving.catalog import Catalog
+from sfumato.serving.service import Service
 from sfumato.settings import Settings
-from sfumato.store import Store
 
 ELSEWHERE = ("203.0.113.7", 50000)
 """A client that is no proxy of anybody's."""

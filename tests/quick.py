@@ -15,7 +15,7 @@ from typing import Any
 import serving
 from PIL import Image
 
-from sfumato import serve
+from sfumato.commands import serve
 from sfumato.config import ModelConfig
 from sfumato.core import Done, EngineStats, Event, Generation, ModelStatus, Recipe, Step
 from sfumato.settings import Settings

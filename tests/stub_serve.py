@@ -8,7 +8,7 @@ from pathlib import Path
 from stub_worker import stub
 
 from sfumato import cli
-from sfumato.engine.supervisor import Supervisor
+from sfumato.process.supervisor import Supervisor
 
 if __name__ == "__main__":
     Supervisor.__init__.__defaults__ = (tuple(stub(Path(sys.argv.pop(1)))),)

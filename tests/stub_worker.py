@@ -23,8 +23,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from sfumato.core import Done, Generation, Recipe, Step
-from sfumato.engine import wire
 from sfumato.engine.protocol import Answer, Cancel, Ready, Started, Status, Stop, Submit
+from sfumato.process import wire
 
 HELLO = Ready("cpu", {"stub": "1"})
 PNG = base64.b64decode(

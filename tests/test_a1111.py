@@ -22,13 +22,13 @@ from serving import TIMEOUT_S, Server
 from test_service import FakeEngine
 
 from sfumato import schedulers
-from sfumato.api import a1111_samplers
-from sfumato.api.a1111_bodies import NEUTRAL, DrawBody, Img2ImgBody, UpscaleBody
-from sfumato.catalog import EMBEDDED, Catalog
+from sfumato.api.a1111 import samplers as a1111_samplers
+from sfumato.api.a1111.bodies import NEUTRAL, DrawBody, Img2ImgBody, UpscaleBody
 from sfumato.errors import InvalidPicture
-from sfumato.service import Service
+from sfumato.pictures.sources import Sources
+from sfumato.serving.catalog import EMBEDDED, Catalog
+from sfumato.serving.service import Service
 from sfumato.settings import Settings
-from sfumato.sources import Sources
 
 FEW = {"prompt": "a cat", "steps": 2, "seed": 5, "width": 64, "height": 64}
 LONG = {"prompt": "a cat", "steps": 1000, "sampler_name": "Euler", "width": 128, "height": 128}

@@ -17,12 +17,12 @@ import torch
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
-from sfumato.catalog import Catalog
 from sfumato.core import Done, Event, Generation, Step
 from sfumato.engine.local import Local
 from sfumato.engine.protocol import Engine
-from sfumato.engine.supervisor import Supervisor
-from sfumato.pictures import decoded
+from sfumato.pictures.images import decoded
+from sfumato.process.supervisor import Supervisor
+from sfumato.serving.catalog import Catalog
 from sfumato.settings import Settings
 
 ONE = Settings(device="cpu", log_level="error", loaded_models=1)

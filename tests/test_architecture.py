@@ -72,7 +72,14 @@ ENGINE = [
     },
 ]
 
-WITHOUT_TORCH = ["sfumato.cli", "sfumato.serve", "sfumato.draw", "sfumato.check", "sfumato.api.app", "sfumato.service"]
+WITHOUT_TORCH = [
+    "sfumato.cli",
+    "sfumato.commands.serve",
+    "sfumato.commands.generate",
+    "sfumato.commands.check",
+    "sfumato.api.app",
+    "sfumato.serving.service",
+]
 
 
 def imported(path: Path) -> set[str]:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from inside import DRAW, ELSEWHERE, Inside
 
-from sfumato.api.auth import parse_keys
+from sfumato.api.http.auth import parse_keys
 from sfumato.settings import Settings
 
 ANNA, BERT = "anna-secret-1", "bört-secret-2"

@@ -13,13 +13,13 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import nn
 from transformers import DynamicCache, T5Config, T5EncoderModel
 
-from sfumato.engine import outputs
-from sfumato.engine.batching import Hub
-from sfumato.engine.calls import Call, Fingerprints, describe
-from sfumato.engine.joins import Joins, join
-from sfumato.engine.memo import Memo
-from sfumato.engine.standin import View, exclusive, view
-from sfumato.engine.trust import Trust
+from sfumato.batching import outputs
+from sfumato.batching.batcher import Batcher
+from sfumato.batching.calls import Call, Fingerprints, describe
+from sfumato.batching.concatenation import ConcatenationCache, join
+from sfumato.batching.prompt_cache import PromptCache
+from sfumato.batching.verification import Verification
+from sfumato.batching.views import View, exclusive, view
 
 NOTHING: frozenset[str] = frozenset()
 
@@ -70,10 +70,13 @@ def test_time_becomes_one_per_row_in_one_dtype() -> None:
     module = Any_()
     calls = [called(module, noise(2, 3), 7), called(module, noise(1, 3), torch.tensor([0.5]))]
     assert calls[0].exact != calls[1].exact
-    joined = join(calls, Joins())
+    joined = join(calls, ConcatenationCache())
     assert joined["timestep"].tolist() == [7.0, 7.0, 0.5]
     assert joined["sample"].shape == (3, 3)
-    same = join([called(module, noise(1, 3), torch.tensor(7)), called(module, noise(1, 3), torch.tensor([8]))], Joins())
+    same = join(
+        [called(module, noise(1, 3), torch.tensor(7)), called(module, noise(1, 3), torch.tensor([8]))],
+        ConcatenationCache(),
+    )
     assert same["timestep"].dtype == torch.int64
 
 
@@ -105,7 +108,7 @@ def test_a_generator_is_dropped_only_where_it_is_ignored() -> None:
     generator = torch.Generator()
     ignored = called(vae, noise(1, 4, 8, 8), method="decode", generator=generator, return_dict=False)
     assert ignored.key is not None
-    assert "generator" not in join([ignored], Joins())
+    assert "generator" not in join([ignored], ConcatenationCache())
 
     class Drawing(nn.Module):
         def forward(self, sample, generator=None):
@@ -122,7 +125,7 @@ def test_ragged_text_is_padded_and_masked() -> None:
     long = called(module, noise(1, 16, 8), noise(1, 5, 6), torch.ones(1, 5), img_shapes=shapes)
     assert short.key == long.key
     assert short.exact != long.exact
-    joined = join([short, long], Joins())
+    joined = join([short, long], ConcatenationCache())
     assert joined["encoder_hidden_states"].shape == (2, 5, 6)
     assert joined["encoder_hidden_states_mask"].tolist() == [[True] * 3 + [False] * 2, [True] * 5]
     assert joined["img_shapes"] == shapes * 2
@@ -135,7 +138,7 @@ def qwen_forward(self, hidden_states, encoder_hidden_states, encoder_hidden_stat
 
 
 def test_what_comes_again_is_joined_once() -> None:
-    joins = Joins()
+    joins = ConcatenationCache()
     texts = [noise(1, 512, 256, seed=n) for n in range(2)]
     first, second, third = (joins.cat(texts) for _ in range(3))
     assert first is not second
@@ -163,7 +166,7 @@ def test_lists_with_a_tensor_per_row_are_joined() -> None:
     one = called(module, [noise(4, 1, 8, 8)], torch.tensor([0.3]), [noise(9, 6)])
     assert two.key == one.key
     assert two.rows == 2
-    joined = join([two, one], Joins())
+    joined = join([two, one], ConcatenationCache())
     assert len(joined["x"]) == len(joined["cap_feats"]) == len(joined["t"]) == 3
     parts = outputs.split((module(**joined),), [2, 1], listed=True)
     assert [len(part[0]) for part in parts] == [2, 1]
@@ -208,8 +211,8 @@ def test_a_difference_is_relative_and_infinite_across_shapes() -> None:
 # One turn after another.
 
 
-def together(module: nn.Module, calls: list[Callable[[Any], Any]], **options: Any) -> tuple[list[Any], Hub]:
-    hub = Hub(**{"trust": Trust("unlisted", NOTHING), **options})
+def together(module: nn.Module, calls: list[Callable[[Any], Any]], **options: Any) -> tuple[list[Any], Batcher]:
+    hub = Batcher(**{"trust": Verification("unlisted", NOTHING), **options})
     stand_in = View("").stand_in(module, "module")
     tasks = [hub.submit(lambda call=call: call(stand_in)) for call in calls]
     while hub.step():
@@ -246,9 +249,9 @@ PROOF = 5
 def test_a_listed_signature_needs_no_proof(unet: UNet2DConditionModel) -> None:
     _, hub = together(unet, [denoise(1), denoise(2)])
     shipped = frozenset(hub.trust.shown)
-    _, hub = together(unet.eval(), [denoise(1), denoise(2)], trust=Trust("unlisted", shipped))
+    _, hub = together(unet.eval(), [denoise(1), denoise(2)], trust=Verification("unlisted", shipped))
     assert hub.counts["module"].forwards == 2
-    _, hub = together(unet, [denoise(1), denoise(2)], trust=Trust("always", shipped))
+    _, hub = together(unet, [denoise(1), denoise(2)], trust=Verification("always", shipped))
     assert hub.counts["module"].forwards == 2 + 2
 
 
@@ -286,7 +289,7 @@ def test_half_precision_joins_what_is_listed_at_once_and_anything_else_after_a_p
     shipped = frozenset(hub.trust.shown)
     assert shipped
     half = module.to(torch.bfloat16)
-    _, hub = together(half, runs, trust=Trust("unlisted", shipped))
+    _, hub = together(half, runs, trust=Verification("unlisted", shipped))
     assert hub.counts["module"].forwards == 1
     _, hub = together(half, runs)
     assert hub.counts["module"].forwards == 1 + 3
@@ -325,7 +328,7 @@ def test_out_of_memory_halves_what_is_remembered() -> None:
 
     module = Small()
     results, hub = together(
-        module, [lambda m, n=n: m(m(noise(1, 4, seed=n))) for n in range(5)], trust=Trust("unlisted", NOTHING)
+        module, [lambda m, n=n: m(m(noise(1, 4, seed=n))) for n in range(5)], trust=Verification("unlisted", NOTHING)
     )
     assert all(isinstance(result, torch.Tensor) for result in results)
     assert [rows for rows in module.rows if rows > 2] == [5]
@@ -381,7 +384,7 @@ def test_a_prompt_is_encoded_once() -> None:
     ).eval()
     same, other = torch.tensor([[3, 4, 1]]), torch.tensor([[5, 6, 1]])
     runs = [lambda m, t=tokens: m(t.clone())[0] for tokens in (same, other, same, same)]
-    results, hub = together(encoder, runs, memo=Memo())
+    results, hub = together(encoder, runs, memo=PromptCache())
     assert hub.counts["module"].calls == 4
     assert hub.counts["module"].forwards == 1 + 2  # one for both texts, and the proof
     for run, result in zip(runs, results, strict=True):
@@ -392,7 +395,7 @@ def test_a_prompt_is_encoded_once() -> None:
 
 def test_a_full_memo_forgets_the_oldest() -> None:
     encoder = T5EncoderModel(T5Config(vocab_size=20, d_model=8, d_kv=4, num_heads=2, d_ff=8, num_layers=1)).eval()
-    prints, memo = Fingerprints(), Memo(limit=4 * 8 * 4 * 4)
+    prints, memo = Fingerprints(), PromptCache(limit=4 * 8 * 4 * 4)
     keys = []
     for token in range(6):
         call = describe(encoder, "__call__", (torch.tensor([[token, 1, 1, 1]]),), {}, prints)

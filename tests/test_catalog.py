@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from sfumato.catalog import EMBEDDED, Catalog
 from sfumato.errors import ModelFileError, ModelNotFound
+from sfumato.serving.catalog import EMBEDDED, Catalog
 from sfumato.settings import Settings
 
 

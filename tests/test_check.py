@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from sfumato.catalog import Catalog
-from sfumato.check import Report, check
+from sfumato.commands.check import FileReport, check
+from sfumato.serving.catalog import Catalog
 
 PAGE = (Path(__file__).parent / "data" / "seed.md").read_text()
 
@@ -23,7 +23,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     return cache
 
 
-def reports(folder: Path, **files: str) -> dict[str, Report]:
+def reports(folder: Path, **files: str) -> dict[str, FileReport]:
     for name, text in files.items():
         (folder / f"{name}.yaml").write_text(text)
     return {report.file.stem: report for report in check(Catalog([folder]))}

@@ -13,7 +13,7 @@ import pytest
 from hub import Hub
 from PIL import Image
 
-from sfumato import recipe
+from sfumato.pictures import recipe
 
 
 def sfumato(*arguments: str | Path, cwd: Path, code: int = 0, env: dict[str, str] | None = None) -> str:

@@ -276,12 +276,12 @@ def test_lines_are_not_repeated_without_end() -> None:
 
     lines = [shown("uvicorn.error", "bad request %d", i) for i in range(1000)]
     assert [line for line in lines if line] == [f"bad request {i}" for i in range(repeated.MOST)]
-    assert all(shown("sfumato.check", "file %d", i) for i in range(100))
-    assert sum(bool(shown("sfumato.check", "the same")) for _ in range(100)) == repeated.MOST
+    assert all(shown("sfumato.commands.check", "file %d", i) for i in range(100))
+    assert sum(bool(shown("sfumato.commands.check", "the same")) for _ in range(100)) == repeated.MOST
     assert all(shown("sfumato.access", "GET /", level=logging.INFO) for _ in range(1000))
     now[0] = repeated.WINDOW_S + 1
     left = 1000 - repeated.MOST
     assert shown("uvicorn.error", "bad request %d", 5) == f"bad request 5 ({left} more like it were left out)"
     for i in range(5000):
-        shown("sfumato.check", f"file {i}")
+        shown("sfumato.commands.check", f"file {i}")
     assert len(repeated._seen) <= repeated.KINDS

@@ -14,7 +14,7 @@ import pytest
 from fastapi.testclient import TestClient
 from inside import DRAW, Inside
 
-from sfumato.api.crosssite import parse_hosts
+from sfumato.api.http.cross_site import parse_hosts
 
 EVIL = "https://evil.example"
 BASIC = {"authorization": "Basic " + base64.b64encode(b"anna:secret").decode()}

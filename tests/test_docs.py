@@ -81,7 +81,7 @@ def test_python_blocks_run(code: str, run: object) -> None:
 
 @pytest.mark.parametrize("code", blocks("yaml"))
 def test_model_files_are_valid(code: str, tmp_path: Path) -> None:
-    from sfumato.catalog import Catalog
+    from sfumato.serving.catalog import Catalog
 
     (tmp_path / "x.yaml").write_text(code)
     catalog = Catalog([tmp_path])

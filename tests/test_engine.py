@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from sfumato.catalog import Catalog
 from sfumato.config import ModelConfig
 from sfumato.core import Done, Event, Failed, Generation, Preview, Step
 from sfumato.engine.local import Local
 from sfumato.engine.protocol import Engine
-from sfumato.engine.supervisor import Supervisor
 from sfumato.errors import Cancelled, LoadError, WorkerDied
+from sfumato.process.supervisor import Supervisor
+from sfumato.serving.catalog import Catalog
 from sfumato.settings import Settings
 
 SETTINGS = Settings(device="cpu", log_level="error")

@@ -15,15 +15,15 @@ import torch
 from diffusers import StableDiffusionPAGPipeline
 from families_moving import animate_diff_free_init
 
-from sfumato.catalog import Catalog
+from sfumato.batching import torch_state
+from sfumato.batching.batcher import Batcher
+from sfumato.batching.views import View, view
 from sfumato.config import ModelConfig
 from sfumato.core import Done, Failed, Generation, Preview, Step
-from sfumato.engine import threadstate
-from sfumato.engine.batching import Hub
 from sfumato.engine.loop import Loop
 from sfumato.engine.protocol import Answer, Cancel, Report, Started, Stop, Submit
-from sfumato.engine.standin import View, view
 from sfumato.errors import Cancelled
+from sfumato.serving.catalog import Catalog
 from sfumato.settings import Settings
 
 STEPS = 12
@@ -214,10 +214,10 @@ def test_every_way_of_not_switching_hears_a_cancel(way: str) -> None:
     pipe.set_progress_bar_config(disable=True)
     calls: list[int] = []
     hook = pipe.unet.register_forward_hook(lambda *_: calls.append(1))
-    hub = Hub()
+    hub = Batcher()
     task = hub.submit(lambda: draw(pipe))
     hub.on_listen = lambda: hub.cancel(task, Ended()) if len(calls) == 3 else None
-    before = threadstate.ambient()
+    before = torch_state.ambient()
     with torch.no_grad():
         while hub.step():
             pass
@@ -225,7 +225,7 @@ def test_every_way_of_not_switching_hears_a_cancel(way: str) -> None:
     assert task.outcome is not None
     assert isinstance(task.outcome.error, Ended)
     assert len(calls) == 3
-    assert threadstate.ambient() == before
+    assert torch_state.ambient() == before
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -236,7 +236,7 @@ def test_a_parked_neighbour_is_ended_where_nothing_is_changed(way: str) -> None:
     pipe.set_progress_bar_config(disable=True)
     processors = dict(pipe.unet.attn_processors)
     seen: list[Any] = []
-    hub = Hub()
+    hub = Batcher()
 
     def neighbour() -> None:
         encoder = View("").stand_in(pipe.text_encoder, "text_encoder")
@@ -244,11 +244,11 @@ def test_a_parked_neighbour_is_ended_where_nothing_is_changed(way: str) -> None:
             for token in range(99):
                 encoder(torch.tensor([[token]]))
         finally:
-            seen.append((threadstate.ambient(), dict(pipe.unet.attn_processors)))
+            seen.append((torch_state.ambient(), dict(pipe.unet.attn_processors)))
 
     parked = hub.submit(neighbour)
     with torch.no_grad():
-        before = threadstate.ambient()
+        before = torch_state.ambient()
         hub.step()
         running = hub.submit(lambda: draw(pipe))
         hub.on_listen = lambda: hub.cancel(parked, Ended())

@@ -11,10 +11,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import parity
-from sfumato.engine import trust
-from sfumato.engine.batching import Hub
+from sfumato.batching import verification
+from sfumato.batching.batcher import Batcher
 
-SHIPPED = json.loads(resources.files("sfumato.engine").joinpath(trust.FILE).read_text())
+SHIPPED = json.loads(resources.files("sfumato.batching").joinpath(verification.FILE).read_text())
 RECORD = parity.recorded()
 REMEDY = "run `python -m benchmarks.parity --write` and look at what changed"
 
@@ -31,7 +31,7 @@ def test_every_family_is_in_the_record() -> None:
 def test_the_list_is_what_the_record_has_shown() -> None:
     made = parity.signatures(RECORD.values())
     assert json.loads(json.dumps(made)) == SHIPPED, REMEDY
-    assert trust.listed() == parity.shipped(RECORD.values())
+    assert verification.listed() == parity.shipped(RECORD.values())
 
 
 def test_the_table_in_the_docs_is_the_record() -> None:
@@ -42,7 +42,7 @@ def test_the_table_in_the_docs_is_the_record() -> None:
 def test_what_was_wrong_anywhere_is_not_on_the_list() -> None:
     wrong = {signature for one in RECORD.values() for signature in (one.refused | one.wrong)}
     assert wrong, "padded text is wrong in some families"
-    assert not wrong & trust.listed()
+    assert not wrong & verification.listed()
 
 
 def test_nothing_that_a_pipeline_passes_is_wrong_but_padding() -> None:
@@ -60,7 +60,7 @@ def test_together_equals_alone(family: str) -> None:
     known = RECORD[family]
     assert parity.signatures([one]) == parity.signatures([known]), REMEDY
     assert one.refused.keys() == known.refused.keys(), REMEDY
-    parity.halve(one, trust.listed())
+    parity.halve(one, verification.listed())
     assert (_mean(one.half) > 1.2) == (_mean(known.half) > 1.2), REMEDY
 
 
@@ -81,5 +81,5 @@ def test_sizes_may_be_mixed(family: str) -> None:
     pipe.set_progress_bar_config(disable=True)
     calls = [{**one.calls[n % 3], "height": height, "width": width} for n, (height, width) in enumerate(SIZES)]
     alone = [parity.draw(pipe, call) for call in parity.seeded(calls)]
-    hub = Hub(max_rows=16, trust=trust.Trust("unlisted"))
+    hub = Batcher(max_rows=16, trust=verification.Verification("unlisted"))
     assert parity.difference(alone, parity.together(hub, pipe, calls)) <= parity.PIXEL

@@ -22,16 +22,16 @@ import pytest
 import torch
 from PIL import Image
 
-from sfumato.catalog import Catalog
 from sfumato.config import ModelConfig
 from sfumato.core import Done, Event, Failed, Generation, Step
-from sfumato.engine import load
-from sfumato.engine.load import Loaded
 from sfumato.engine.local import Local
 from sfumato.engine.protocol import Answer, Engine, Report
 from sfumato.engine.streams import Streams
-from sfumato.engine.supervisor import Supervisor
 from sfumato.errors import DrawError, LoadError, WorkerDied
+from sfumato.models import load
+from sfumato.models.load import Loaded
+from sfumato.process.supervisor import Supervisor
+from sfumato.serving.catalog import Catalog
 from sfumato.settings import Settings
 
 SETTINGS = Settings(device="cpu", log_level="critical")

@@ -20,10 +20,10 @@ from answerable import answerable, within
 from inside import DRAW, Inside, running
 from test_picture_urls import PICTURE
 
-from sfumato import fetch
 from sfumato.errors import InvalidPicture
-from sfumato.fetch import PictureFetcher
-from sfumato.resolving import Resolver, Unresolved
+from sfumato.pictures import fetch
+from sfumato.pictures.fetch import PictureFetcher
+from sfumato.pictures.resolving import Resolver, Unresolved
 
 BOMB = gzip.compress(gzip.compress(gzip.compress(bytes(200 * 2**20), 9), 9), 9)
 """Some hundred bytes that are 200 MiB."""

@@ -18,24 +18,28 @@ from conftest import REPOSITORIES
 from hub import Hub
 from serving import Server
 
-from sfumato.catalog import Catalog
-from sfumato.engine import arguments, foreseen, kinds, load, tokens
-from sfumato.engine.facts import facts
+from sfumato.drawing import arguments
+from sfumato.drawing.info import model_info
+from sfumato.models import load, static_capabilities
+from sfumato.pipelines import capabilities, tokens
+from sfumato.serving.catalog import Catalog
 
 FAMILIES = {**families.FAMILIES, **families_transformers.FAMILIES, **families_moving.FAMILIES}
 MODEL = "name: m\nparameters:\n  model: {model}\ncuda: false\n"
 
 
-def told(folder: Path, model: object, more: str = "") -> foreseen.Foreseen:
+def told(folder: Path, model: object, more: str = "") -> static_capabilities.StaticCapabilities:
     """Of a model file that says no more than where the weights are."""
     (folder / "m.yaml").write_text(MODEL.format(model=model) + more)
-    return foreseen.foreseen(Catalog([folder / "m.yaml"]).get("m"))
+    return static_capabilities.static_capabilities(Catalog([folder / "m.yaml"]).get("m"))
 
 
-def as_loaded(pipeline: Any) -> foreseen.Foreseen:
-    larger = kinds.upscaler(pipeline)
+def as_loaded(pipeline: Any) -> static_capabilities.StaticCapabilities:
+    larger = capabilities.upscaler(pipeline)
     multiple = larger.multiple * larger.factor if larger else arguments.size_multiple(pipeline)
-    return foreseen.Foreseen(type(pipeline).__name__, kinds.tasks(pipeline), multiple, tokens.capacity(pipeline, {}))
+    return static_capabilities.StaticCapabilities(
+        type(pipeline).__name__, capabilities.tasks(pipeline), multiple, tokens.capacity(pipeline, {})
+    )
 
 
 @pytest.mark.slow
@@ -53,8 +57,10 @@ def test_a_repository_is_foreseen_as_the_engine_loads_it(
 ) -> None:
     before = told(tmp_path, repositories[repo])
     config = Catalog([tmp_path]).get("m")
-    after = facts(load.load(config, "cpu", lambda status: None))
-    assert before == foreseen.Foreseen(after.pipeline, after.tasks, after.size_multiple, after.prompt_tokens)
+    after = model_info(load.load(config, "cpu", lambda status: None))
+    assert before == static_capabilities.StaticCapabilities(
+        after.pipeline, after.tasks, after.size_multiple, after.prompt_tokens
+    )
     assert None not in (before.tasks, before.size_multiple, before.prompt_tokens)
 
 
@@ -64,7 +70,7 @@ def test_a_snapshot_in_the_hubs_cache_is_read_and_nothing_is_fetched(
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    assert told(tmp_path, "tiny/flux") == foreseen.Foreseen()
+    assert told(tmp_path, "tiny/flux") == static_capabilities.StaticCapabilities()
     named = "diffusers:\n  pipeline_type: FluxPipeline\n"
     before = told(tmp_path, "tiny/flux", named)  # what the class alone says
     assert (before.pipeline, before.tasks, before.size_multiple, before.prompt_tokens) == (
@@ -107,8 +113,8 @@ def test_what_needs_the_model_itself_is_left_open(tmp_path: Path) -> None:
 def test_neither_torch_nor_diffusers_is_imported(repositories: dict[str, Path], tmp_path: Path) -> None:
     told(tmp_path, repositories["tiny/sd3"])
     program = (
-        "import sys; from pathlib import Path; from sfumato.catalog import Catalog; "
-        "from sfumato.engine.foreseen import foreseen; "
+        "import sys; from pathlib import Path; from sfumato.serving.catalog import Catalog; "
+        "from sfumato.models.static_capabilities import foreseen; "
         f"assert foreseen(Catalog([Path({str(tmp_path)!r})]).get('m')).size_multiple; "
         "sys.exit(' '.join({'torch', 'diffusers', 'transformers'} & set(sys.modules)) or 0)"
     )

@@ -22,8 +22,8 @@ from diffusers import (
 from PIL import Image
 
 import sfumato
-from sfumato.engine.batching import Hub
-from sfumato.engine.standin import view
+from sfumato.batching.batcher import Batcher
+from sfumato.batching.views import view
 
 Calls = list[dict[str, Any]]
 
@@ -189,7 +189,7 @@ class Cancelled(BaseException):
 def test_cancelling_one_leaves_the_pixels_of_the_others(turn: int) -> None:
     pipe = tiny.stable_diffusion()
     expected = alone(pipe, MIXED[:3])
-    hub = Hub()
+    hub = Batcher()
     tasks = [hub.submit(lambda call=call: view(pipe)(**call).images) for call in seeded(MIXED[:3])]
     with torch.no_grad():
         for _ in range(turn):
@@ -217,7 +217,7 @@ def test_two_pipelines_on_the_same_weights_share_forwards() -> None:
         return view(pipe)(**call, generator=torch.Generator().manual_seed(1), output_type="np").images
 
     expected = [run(pipe, call) for pipe, call in calls]
-    hub = Hub()
+    hub = Batcher()
     tasks = [hub.submit(lambda pipe=pipe, call=call: run(pipe, call)) for pipe, call in calls]
     with torch.no_grad():
         while hub.step():
@@ -236,7 +236,7 @@ def test_an_exclusive_pipeline_runs_beside_others_and_leaves_nothing_behind() ->
     calls = [(guided if n % 2 else plain, call) for n, call in enumerate(seeded(MIXED))]
     expected = [pipe(**call).images for pipe, call in calls]
     processors = dict(plain.unet.attn_processors)
-    hub = Hub()
+    hub = Batcher()
     again = [(pipe, call) for (pipe, _), call in zip(calls, seeded(MIXED), strict=True)]
     tasks = [hub.submit(lambda pipe=pipe, call=call: view(pipe)(**call).images) for pipe, call in again]
     with torch.no_grad():
@@ -290,5 +290,5 @@ def test_importing_the_package_imports_no_torch() -> None:
 
 
 def test_a_method_imported_first_does_not_hide_the_function() -> None:
-    code = "from sfumato.engine.gather import gather; import sfumato; assert sfumato.gather is gather"
+    code = "from sfumato.batching.gather import gather; import sfumato; assert sfumato.gather is gather"
     subprocess.run([sys.executable, "-c", code], check=True)

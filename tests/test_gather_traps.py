@@ -15,9 +15,9 @@ from peft import LoraConfig
 from test_gather import MIXED, SQUARE, alone, check, seeded
 
 import sfumato
-from sfumato.engine import trust
-from sfumato.engine.batching import Hub
-from sfumato.engine.standin import view
+from sfumato.batching import verification
+from sfumato.batching.batcher import Batcher
+from sfumato.batching.views import view
 
 PLAIN = [{**call, **SQUARE, "num_inference_steps": steps} for call, steps in zip(MIXED[:3], (3, 6, 4), strict=True)]
 FLOW = [{key: value for key, value in call.items() if key != "negative_prompt"} for call in PLAIN]
@@ -58,7 +58,7 @@ def test_half_precision_is_proved_where_it_was_not_shown(precision: torch.dtype)
     expected = alone(pipe, calls)
     before: dict[str, dict[str, Any]] = {}
     with pytest.MonkeyPatch.context() as patch:  # whatever the shipped list has
-        patch.setattr(trust, "listed", lambda: frozenset())
+        patch.setattr(verification, "listed", lambda: frozenset())
         sfumato.gather(pipe, seeded(calls), stats=before)
         after: dict[str, dict[str, Any]] = {}
         got = sfumato.gather(pipe, seeded(calls), stats=after)
@@ -135,7 +135,7 @@ def test_a_view_that_is_used_plainly_leaves_caches_as_a_pipeline_does() -> None:
 
 def test_an_adapter_added_in_the_middle_pins_its_request() -> None:
     pipe = tiny.stable_diffusion()
-    hub = Hub()
+    hub = Batcher()
 
     def adding() -> None:
         made = view(pipe)
@@ -174,7 +174,7 @@ def test_a_patch_that_keeps_a_state_in_a_module_sees_one_request_after_another()
 def test_both_ways_of_doing_without_gradients_batch(outer: Any) -> None:
     pipe = tiny.flux()
     expected = alone(pipe, FLOW)
-    hub = Hub()
+    hub = Batcher()
 
     def drawing(call: dict[str, Any]) -> Any:
         with outer():

@@ -18,7 +18,7 @@ from inside import Inside
 from PIL import Image
 from serving import Server
 
-from sfumato.api import cost, media, multipart
+from sfumato.api.http import body_cost, content_type, multipart
 from sfumato.errors import InvalidRequest, RequestTooLarge, UnsupportedMedia
 
 JSON, URLENCODED = "application/json", "application/x-www-form-urlencoded"
@@ -245,9 +245,11 @@ def test_pictures_are_no_text(tmp_path: Path) -> None:
     picture = base64.b64encode(file.getvalue())
     assert len(picture) > 5 * MB
     uri = b"data:image/png;base64," + picture
-    cost.check_json(b'{"image": "%s"}' % uri, 4 * MB)
-    cost.check_json(b'{"image": "%s"}' % uri.replace(b"/", rb"\/"), 4 * MB)  # as PHP writes it
-    cost.check_urlencoded(b"image=" + picture.replace(b"+", b"%2B").replace(b"/", b"%2F").replace(b"=", b"%3D"), 4 * MB)
+    body_cost.check_json(b'{"image": "%s"}' % uri, 4 * MB)
+    body_cost.check_json(b'{"image": "%s"}' % uri.replace(b"/", rb"\/"), 4 * MB)  # as PHP writes it
+    body_cost.check_urlencoded(
+        b"image=" + picture.replace(b"+", b"%2B").replace(b"/", b"%2F").replace(b"=", b"%3D"), 4 * MB
+    )
     inside = Inside(tmp_path)
     with inside.client() as client:
         assert (
@@ -265,32 +267,32 @@ def test_pictures_are_no_text(tmp_path: Path) -> None:
             == 200
         )
     with pytest.raises(RequestTooLarge, match="max_text_mb"):
-        cost.check_json(json.dumps({"prompt": "a cat " * MB}).encode(), 4 * MB)
+        body_cost.check_json(json.dumps({"prompt": "a cat " * MB}).encode(), 4 * MB)
 
 
 def test_quotes_and_backslashes_are_counted_as_json_means_them() -> None:
     for text in ('"', '\\"', '\\\\"', "a\\", "\\\\", 'x"' * 100, "\u0000\n\t", "{[,:"):
         body = json.dumps({"a": [text] * 3, text: {"b": text}}).encode()
-        cost.check_json(body, MB)
-    for strings in (cost.MAX_STRINGS - 1, cost.MAX_STRINGS + 2):
+        body_cost.check_json(body, MB)
+    for strings in (body_cost.MAX_STRINGS - 1, body_cost.MAX_STRINGS + 2):
         body = b"[" + b",".join([b'"a"'] * strings) + b"]"
-        if strings <= cost.MAX_STRINGS:
-            cost.check_json(body, MB)
+        if strings <= body_cost.MAX_STRINGS:
+            body_cost.check_json(body, MB)
         else:
             with pytest.raises(InvalidRequest, match="texts"):
-                cost.check_json(body, MB)
+                body_cost.check_json(body, MB)
 
 
 def test_media_types() -> None:
-    assert media.parse("").type == ""
-    assert media.parse('Text/X; a="b;\\"c"; D=e ;').parameters == {"a": 'b;"c', "d": "e"}
+    assert content_type.parse("").type == ""
+    assert content_type.parse('Text/X; a="b;\\"c"; D=e ;').parameters == {"a": 'b;"c', "d": "e"}
     for wrong in ("a/b c", "a/b; =c", 'a/b; c="d', "a/b; c=d; C=e", ";" * 9000 + "=", "a/b;" + " " * 9000 + '"'):
         with pytest.raises(UnsupportedMedia):
-            media.parse(wrong)
+            content_type.parse(wrong)
 
 
 def test_a_form_that_breaks_off_is_refused() -> None:
-    said = media.parse(MULTIPART)
+    said = content_type.parse(MULTIPART)
     whole = form(field("prompt", b"a cat"))
     assert multipart.parts(whole, said, MB) == [("prompt", "a cat")]
     for length in range(whole.index(b"--B--") + 4):

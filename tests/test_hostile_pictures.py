@@ -54,7 +54,7 @@ def decoders(server: Server) -> list[psutil.Process]:
     found = []
     for child in psutil.Process(server.pid).children():
         try:
-            if "sfumato.decoder" in child.cmdline():
+            if "sfumato.pictures.decoder_process" in child.cmdline():
                 found.append(child)
         except psutil.Error:
             continue

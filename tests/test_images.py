@@ -16,7 +16,7 @@ from PIL import Image
 from serving import Server
 
 import sfumato
-from sfumato import recipe
+from sfumato.pictures import recipe
 from training.judge import Judge
 
 TINY = Path(sfumato.__file__).parent / "models" / "sfumato-tiny"

@@ -20,7 +20,7 @@ def run(code: str) -> Any:
 
 DRAW = """
 import asyncio
-from sfumato.catalog import EMBEDDED
+from sfumato.serving.catalog import EMBEDDED
 from sfumato.config import load
 from sfumato.core import Done, Generation
 from sfumato.engine.local import Local

@@ -17,16 +17,17 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
-from sfumato.catalog import EMBEDDED, Catalog
 from sfumato.config import ModelConfig
-from sfumato.core import Generation, Limits, ModelFacts, ModelStatus
-from sfumato.engine import arguments, kinds
-from sfumato.engine.facts import facts
-from sfumato.engine.generation import draw
-from sfumato.engine.load import Loaded, load
-from sfumato.engine.residency import Residency
+from sfumato.core import Generation, Limits, ModelInfo, ModelStatus
+from sfumato.drawing import arguments
+from sfumato.drawing.draw import draw
+from sfumato.drawing.info import model_info
 from sfumato.errors import DrawError, InvalidRequest
-from sfumato.pictures import decoded
+from sfumato.models.load import Loaded, load
+from sfumato.models.pool import ModelPool
+from sfumato.pictures.images import decoded
+from sfumato.pipelines import capabilities
+from sfumato.serving.catalog import EMBEDDED, Catalog
 
 
 def quiet(*args: Any) -> None: ...
@@ -116,7 +117,7 @@ def test_an_upscaler_enlarges_by_its_factor(name: str) -> None:
     assert (done.recipe.width, done.recipe.height) == (width * factor, height * factor)
     # An ordinary request with a picture is the same to it.
     assert draw(model, picture, quiet).png == done.png
-    known = facts(model)
+    known = model_info(model)
     assert (known.tasks, known.upscale, known.width) == (("upscaling",), factor, None)
 
 
@@ -180,7 +181,7 @@ def test_an_alpha_channel_survives_to_the_png() -> None:
         image = Image.open(io.BytesIO(draw(model, asked, quiet).png))
         assert image.mode == "RGBA"
         assert len(set(image.getchannel("A").tobytes())) > 1
-    assert facts(model).transparent
+    assert model_info(model).transparent
 
 
 def test_a_model_without_alpha_refuses_transparency() -> None:
@@ -188,7 +189,7 @@ def test_a_model_without_alpha_refuses_transparency() -> None:
     with pytest.raises(InvalidRequest, match="opaque and auto are valid") as caught:
         draw(model, wanted(prompt="a cat", transparent=True), quiet)
     assert caught.value.param == "background"
-    assert not facts(model).transparent
+    assert not model_info(model).transparent
 
 
 # Tasks and facts
@@ -201,8 +202,8 @@ def test_siblings_are_those_that_diffusers_makes() -> None:
     for task, mapping in mappings.items():
         for kind in auto.AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values():
             made = auto._get_task_class(mapping, kind.__name__, throw_error_if_not_exist=False)
-            assert kinds.has_sibling(kind.__name__, task) == (made is not None), kind.__name__
-    assert not kinds.has_sibling("DDPMPipeline", "image")
+            assert capabilities.has_sibling(kind.__name__, task) == (made is not None), kind.__name__
+    assert not capabilities.has_sibling("DDPMPipeline", "image")
 
 
 EVERY = ("text-to-image", "image-to-image", "inpainting")
@@ -221,7 +222,7 @@ KNOWN: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("name", KNOWN)
 def test_facts_of(name: str) -> None:
     build, expected = KNOWN[name]
-    known = facts(loaded(build()))
+    known = model_info(loaded(build()))
     assert {field: getattr(known, field) for field in expected} == expected
     assert known.height == known.width
     assert (known.device, known.dtype, known.upscale) == ("cpu", "fp32", None)
@@ -229,7 +230,7 @@ def test_facts_of(name: str) -> None:
 
 def test_facts_of_the_embedded_model_are_what_it_does() -> None:
     model = load(Catalog([EMBEDDED]).get("sfumato-tiny"), "cpu", quiet)
-    known = facts(model)
+    known = model_info(model)
     done = draw(model, Generation(id="1", prompt="a cat", seed=1), quiet)
     recipe = done.recipe
     assert (known.width, known.height, known.steps) == (recipe.width, recipe.height, recipe.steps)
@@ -239,7 +240,7 @@ def test_facts_of_the_embedded_model_are_what_it_does() -> None:
 def test_facts_follow_the_model_file(tmp_path: Path) -> None:
     folder = tiny.save(tiny.stable_diffusion(), tmp_path / "sd")
     told: list[ModelStatus] = []
-    residency = Residency(2, "cpu", lambda model, status: told.append(status))
+    residency = ModelPool(2, "cpu", lambda model, status: told.append(status))
     first = ModelConfig(name="m", model=str(folder), dtype="fp32", steps=7)
     models = []
     for config in (first, first, replace(first, steps=9, width=96, height=64)):
@@ -247,7 +248,7 @@ def test_facts_follow_the_model_file(tmp_path: Path) -> None:
             models.append(model)
     assert models[0] is models[1] is models[2]
     known = [status.facts for status in told if status.state == "ready"]
-    assert all(isinstance(each, ModelFacts) for each in known)
+    assert all(isinstance(each, ModelInfo) for each in known)
     assert [(each.steps, each.width, each.height) for each in known if each] == [(7, 64, 64), (9, 96, 64)]
     assert residency.loads == 1
 
@@ -294,7 +295,7 @@ def test_quality_of_a_class_without_steps_changes_nothing() -> None:
     plain = draw(model, wanted(prompt="a cat", steps=None), quiet)
     high = draw(model, wanted(prompt="a cat", steps=None, quality="high"), quiet)
     assert np.array_equal(np.asarray(decoded(plain.png)), np.asarray(decoded(high.png)))
-    assert facts(model).steps is None
+    assert model_info(model).steps is None
 
 
 @functools.cache
@@ -303,13 +304,13 @@ def _shared(build: Callable[[], Any]) -> Any:
 
 
 def test_a_model_that_cannot_be_described_draws_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(model: Loaded) -> ModelFacts:
+    def fail(model: Loaded) -> ModelInfo:
         raise AttributeError("no such part")
 
-    monkeypatch.setattr("sfumato.engine.residency.facts", fail)
+    monkeypatch.setattr("sfumato.models.pool.facts", fail)
     folder = tiny.save(tiny.stable_diffusion(), tmp_path / "sd")
     told: list[ModelStatus] = []
-    residency = Residency(1, "cpu", lambda model, status: told.append(status))
+    residency = ModelPool(1, "cpu", lambda model, status: told.append(status))
     with residency.use(ModelConfig(name="m", model=str(folder), dtype="fp32"), quiet) as model:
         assert draw(model, wanted(prompt="a cat", width=64, height=64), quiet).png
     assert told[-1] == ModelStatus("ready")

@@ -21,14 +21,14 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
 
-from sfumato.catalog import Catalog
 from sfumato.config import Download, ModelConfig
 from sfumato.core import Generation
-from sfumato.engine import load
-from sfumato.engine.generation import draw
-from sfumato.engine.residency import Residency
+from sfumato.drawing.draw import draw
 from sfumato.errors import DeviceUnavailable, DownloadError, LoadError, ModelFileError
-from sfumato.pictures import decoded
+from sfumato.models import load
+from sfumato.models.pool import ModelPool
+from sfumato.pictures.images import decoded
+from sfumato.serving.catalog import Catalog
 
 
 def quiet(*args: Any) -> None: ...
@@ -185,7 +185,7 @@ def test_what_cannot_be_loaded_is_said(
 
 def test_residency_keeps_the_last_used_and_the_pinned(folder: Path) -> None:
     states: list[tuple[str, str]] = []
-    residency = Residency(2, "cpu", lambda name, status: states.append((name, status.state)))
+    residency = ModelPool(2, "cpu", lambda name, status: states.append((name, status.state)))
 
     def got(made: ModelConfig) -> load.Loaded:
         with residency.use(made, turn=lambda: pytest.fail("nobody is in the way")) as model:
@@ -203,7 +203,7 @@ def test_residency_keeps_the_last_used_and_the_pinned(folder: Path) -> None:
 
 
 def test_a_model_in_use_never_leaves(folder: Path) -> None:
-    residency = Residency(1, "cpu", quiet)
+    residency = ModelPool(1, "cpu", quiet)
     turns = 0
 
     def free() -> None:

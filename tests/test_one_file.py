@@ -20,8 +20,8 @@ from hub import Hub
 from PIL import Image
 from serving import Server
 
-from sfumato.engine import one_file
 from sfumato.errors import DownloadError
+from sfumato.models import weight_file
 
 REPO = "acme/one"
 NAME = "model.safetensors"
@@ -56,7 +56,7 @@ class Shop(NamedTuple):
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def fetch(self, sha256: str | None = None) -> bytes:
-        return one_file.fetch(self.url, self.target, sha256=sha256, report=lambda *_: None).read_bytes()
+        return weight_file.fetch(self.url, self.target, sha256=sha256, report=lambda *_: None).read_bytes()
 
     def ranges(self) -> list[str | None]:
         return [request.range for request in self.hub.requests if request.method == "GET"]
@@ -187,44 +187,44 @@ def test_a_file_that_does_not_have_the_hubs_checksum_is_refused(shop: Shop) -> N
 
 
 def test_a_file_that_is_there_is_checked_once(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = one_file._sha256_of(shop.source)
+    right = weight_file._sha256_of(shop.source)
     shop.target.parent.mkdir()
     shop.target.write_bytes(CONTENT[:-1] + b"x")
     with pytest.raises(DownloadError, match="Remove it"):
         shop.fetch(sha256=right)
     shop.target.write_bytes(CONTENT)
     assert shop.fetch(sha256=right.upper()) == CONTENT
-    monkeypatch.setattr(one_file, "_sha256_of", None)
+    monkeypatch.setattr(weight_file, "_sha256_of", None)
     assert shop.fetch(sha256=right) == CONTENT
     assert shop.ranges() == []
 
 
 def test_two_urls_have_two_places(shop: Shop, tmp_path: Path) -> None:
     other = shop.url.replace("/one/", "/two/")
-    places = {one_file.place(url, tmp_path) for url in (shop.url, other, f"{other}?version=2")}
+    places = {weight_file.place(url, tmp_path) for url in (shop.url, other, f"{other}?version=2")}
     assert len(places) == 3
     assert all(place.suffix == ".safetensors" and place.name.startswith("model-") for place in places)
-    assert one_file.place(f"{other}?token=secret", tmp_path) == one_file.place(other, tmp_path)
+    assert weight_file.place(f"{other}?token=secret", tmp_path) == weight_file.place(other, tmp_path)
     (tmp_path / NAME).write_bytes(b"put there by hand")
-    assert one_file.place(shop.url, tmp_path) == tmp_path / NAME
+    assert weight_file.place(shop.url, tmp_path) == tmp_path / NAME
 
 
 def test_two_urls_cannot_have_one_name(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     shop.fetch()
     with pytest.raises(DownloadError, match="another URL"):
-        one_file.fetch(shop.url.replace("/one/", "/two/"), shop.target, sha256=None, report=lambda *_: None)
+        weight_file.fetch(shop.url.replace("/one/", "/two/"), shop.target, sha256=None, report=lambda *_: None)
     mirror = shop.url.replace(shop.hub.url, "http://127.0.0.1:9")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    assert one_file.fetch(mirror, shop.target, sha256=None, report=lambda *_: None) == shop.target
+    assert weight_file.fetch(mirror, shop.target, sha256=None, report=lambda *_: None) == shop.target
 
 
 def test_what_a_url_carries_is_neither_told_nor_kept(shop: Shop) -> None:
     secret = shop.url.replace("http://", "http://user:SECRET@") + "?token=SECRET"
     shop.hub.fail(REPO, NAME, 500)
     with pytest.raises(DownloadError) as raised:
-        one_file.fetch(secret, shop.target, sha256=None, report=lambda *_: None)
+        weight_file.fetch(secret, shop.target, sha256=None, report=lambda *_: None)
     assert "SECRET" not in raised.value.message
-    one_file.fetch(secret, shop.target, sha256=None, report=lambda *_: None)
+    weight_file.fetch(secret, shop.target, sha256=None, report=lambda *_: None)
     assert "SECRET" not in json.dumps([path.read_text("latin1") for path in shop.target.parent.iterdir()])
 
 

@@ -10,9 +10,9 @@ import pytest
 from inside import Inside
 from pydantic import AliasChoices
 
-from sfumato.api.a1111_bodies import Img2ImgBody, Txt2ImgBody
-from sfumato.api.bodies import EditsBody, GenerationsBody, VariationsBody
+from sfumato.api.a1111.bodies import Img2ImgBody, Txt2ImgBody
 from sfumato.api.localai import InpaintingBody, UpscaleBody
+from sfumato.api.openai.bodies import EditsBody, GenerationsBody, VariationsBody
 from sfumato.core import MAX_SEED
 
 BODIES = {

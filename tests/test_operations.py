@@ -20,10 +20,11 @@ from inside import DRAW, Inside, running
 from prometheus_client.parser import text_string_to_metric_families
 from serving import Server
 
-from sfumato import logs, serve
+from sfumato import logs
+from sfumato.commands import serve
 from sfumato.core import EngineStats
 from sfumato.errors import SfumatoError
-from sfumato.metrics import COUNTED, READINGS, Metrics
+from sfumato.serving.metrics import COUNTED, READINGS, Metrics
 from sfumato.settings import Settings
 
 ORIGIN = "https://app.example"

@@ -12,9 +12,9 @@ from families import seeded as built
 from families_transformers import FAMILIES as TRANSFORMERS
 
 import sfumato
-from sfumato.engine.batching import Hub
-from sfumato.engine.standin import View, view
-from sfumato.engine.trust import Trust
+from sfumato.batching.batcher import Batcher
+from sfumato.batching.verification import Verification
+from sfumato.batching.views import View, view
 
 FAMILIES = {**PICTURES, **TRANSFORMERS}
 
@@ -36,7 +36,7 @@ def test_a_text_that_is_known_costs_no_turn(family: str) -> None:
 def test_who_has_the_same_text_goes_on_in_the_same_turn() -> None:
     pipe = FAMILIES["StableDiffusion"].build()
     pipe.set_progress_bar_config(disable=True)
-    hub = Hub()
+    hub = Batcher()
     for steps in (2, 3, 4):
         hub.submit(lambda steps=steps: view(pipe)(prompt="", negative_prompt="", num_inference_steps=steps))
     with torch.no_grad():
@@ -78,7 +78,7 @@ def test_three_kinds_of_calls_in_a_step_find_together(comes: tuple[int, ...]) ->
 
     with torch.no_grad():
         alone = [draw(seed) for seed in range(4)]
-        hub = Hub(trust=Trust("unlisted"))
+        hub = Batcher(trust=Verification("unlisted"))
         for seed in range(2):  # what is not on the list is computed twice the first time
             hub.submit(functools.partial(draw, seed))
         while hub.step():

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sfumato.engine.policy import LONGEST_LOOP, PATIENCE, Waiting, choose, loop
+from sfumato.batching.policy import LONGEST_LOOP, PATIENCE, Waiting, choose, loop
 
 
 def call(id: int, **more: object) -> Waiting:

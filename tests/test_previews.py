@@ -24,17 +24,17 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import parity
-from sfumato.catalog import EMBEDDED, Catalog
 from sfumato.config import ModelConfig
 from sfumato.core import Done, Event, Generation, Preview, Step
-from sfumato.engine import load
-from sfumato.engine.clean import GUESSES, Stepped, sample
-from sfumato.engine.colours import Colours, fit
-from sfumato.engine.generation import draw
+from sfumato.drawing.draw import draw
 from sfumato.engine.local import Local
-from sfumato.engine.preview import Sight, glance, preview
-from sfumato.engine.watch import Previews, due
 from sfumato.errors import ModelFileError
+from sfumato.models import load
+from sfumato.previews.decode import Sight, cheap_decoder, preview
+from sfumato.previews.latent_rgb import LatentRGB, fit
+from sfumato.previews.steps import RunPreviews, due
+from sfumato.previews.x0 import GUESSES, Stepped, sample
+from sfumato.serving.catalog import EMBEDDED, Catalog
 from sfumato.settings import Settings
 
 MODELS: dict[str, Callable[[], Any]] = {
@@ -168,7 +168,7 @@ def test_a_preview_that_fails_ends_the_previews_only(studio: Studio, monkeypatch
         calls.append(1)
         raise RuntimeError("cannot")
 
-    monkeypatch.setattr("sfumato.engine.watch.preview", fail)
+    monkeypatch.setattr("sfumato.previews.steps.preview", fail)
     (events,) = studio.draw(("sd", wanted("shown", previews=3)))
     assert len(calls) == 1
     assert not shown(events)
@@ -180,12 +180,12 @@ def test_a_preview_draws_no_random_numbers(monkeypatch: pytest.MonkeyPatch) -> N
         torch.rand(())
         return Sight(Image.new("RGB", (8, 8)), 64, 64)
 
-    monkeypatch.setattr("sfumato.engine.watch.preview", noisy)
+    monkeypatch.setattr("sfumato.previews.steps.preview", noisy)
     got: list[Preview] = []
     pipe = tiny.stable_diffusion()
     latents = torch.zeros(1, 4, 8, 8)
     before = torch.get_rng_state()
-    Previews(pipe, 1, None, None, got.append).after(1, 2, Stepped(diffusers.DDIMScheduler(), latents, 1, (latents,)))
+    RunPreviews(pipe, 1, None, None, got.append).after(1, 2, Stepped(diffusers.DDIMScheduler(), latents, 1, (latents,)))
     assert torch.equal(torch.get_rng_state(), before)
     assert len(got) == 1
 
@@ -312,7 +312,7 @@ def small(image: Image.Image, side: int = 16) -> np.ndarray[Any, Any]:
 
 def test_previews_of_the_embedded_model_look_like_its_pictures() -> None:
     model = load.load(Catalog([EMBEDDED]).get("sfumato-tiny"), "cpu", lambda status: None)
-    assert isinstance(model.glance, Colours)
+    assert isinstance(model.glance, LatentRGB)
     before = torch.get_rng_state()
     drawn: list[tuple[list[Preview], Done]] = []
     for seed, prompt in enumerate(("a rocket on a blue background", "a cat on a green background")):
@@ -374,7 +374,7 @@ def test_the_map_is_found_where_colours_are_linear() -> None:
 
 def test_waiting_in_main_memory_a_decoder_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = tiny.stable_diffusion()
-    colours = glance(pipe)
+    colours = cheap_decoder(pipe)
     pipe.vae._hf_hook = object()  # as model offloading leaves it
     assert preview(pipe, torch.zeros(1, 4, 8, 8), None, None) is None
     made = preview(pipe, torch.zeros(1, 4, 8, 16), None, None, colours)
@@ -431,8 +431,8 @@ WITHOUT_A_MAP = {
 @pytest.mark.filterwarnings("ignore")  # diffusers' own, some of them about toy sizes
 @pytest.mark.parametrize("family", PICTURES)
 def test_a_preview_of_the_last_step_is_the_picture(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sfumato.engine.clean.CLEAN", ())
-    monkeypatch.setattr("sfumato.engine.clean.GUESSES", {})
+    monkeypatch.setattr("sfumato.previews.x0.CLEAN", ())
+    monkeypatch.setattr("sfumato.previews.x0.GUESSES", {})
     pipe = parity.FAMILIES[family].build()
     pipe.set_progress_bar_config(disable=True)
     call = parity.seeded(parity.FAMILIES[family].calls)[0]
@@ -454,7 +454,7 @@ def test_a_preview_of_the_last_step_is_the_picture(family: str, monkeypatch: pyt
     assert (made.width, made.height) == picture.size
     if "mask_image" not in call or "9 channels" in family:  # else the pipeline puts the source's rest around it
         assert np.abs(np.asarray(made.image).astype(int) - np.asarray(picture)).max() <= 1
-    colours = glance(pipe)
+    colours = cheap_decoder(pipe)
     assert (colours is None) == (family in WITHOUT_A_MAP)
     cheap = preview(pipe, latents, call.get("width"), call.get("height"), colours)
     assert cheap is not None

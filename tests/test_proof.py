@@ -15,13 +15,13 @@ from families import FLOW, PICTURES, SD, controlled, guided_by_perturbation, liv
 from torch import nn
 
 from benchmarks import parity
-from sfumato.engine import calls as rule
-from sfumato.engine import joins, proof
-from sfumato.engine.batching import Hub, Task
-from sfumato.engine.calls import Call, Fingerprints, describe
-from sfumato.engine.joins import Joins
-from sfumato.engine.proof import examine, prove
-from sfumato.engine.standin import view
+from sfumato.batching import calls as rule
+from sfumato.batching import concatenation, proof
+from sfumato.batching.batcher import Batcher, Task
+from sfumato.batching.calls import Call, Fingerprints, describe
+from sfumato.batching.concatenation import ConcatenationCache
+from sfumato.batching.proof import examine, prove
+from sfumato.batching.views import view
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers' and transformers' own, some of them about toy sizes
 
@@ -31,7 +31,7 @@ HALVES = PRECISIONS[1:]
 each_precision = pytest.mark.parametrize("precision", PRECISIONS, ids=lambda precision: str(precision)[6:])
 
 
-class Recording(Hub):
+class Recording(Batcher):
     """Computes every call alone, and keeps the first that each request makes of each method of each module."""
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ def recorded(pipe: Any, requests: Sequence[dict[str, Any]]) -> dict[tuple[str, s
 
 
 def joined(calls: Sequence[Call]) -> dict[str, Any]:
-    return joins.join(calls, Joins())
+    return concatenation.join(calls, ConcatenationCache())
 
 
 def shown(calls: Sequence[Call], join: Callable[[Sequence[Call]], dict[str, Any]] = joined) -> str:

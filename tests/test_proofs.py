@@ -13,19 +13,19 @@ import torch
 from test_batching import NOTHING, PROOF, Coupled, noise, together
 from torch import nn
 
-from sfumato.engine import proofs, sources
-from sfumato.engine.proofs import Proofs
-from sfumato.engine.trust import Trust
+from sfumato.batching import proof_store, source_digest
+from sfumato.batching.proof_store import Proofs
+from sfumato.batching.verification import Verification
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    return tmp_path / "folder" / proofs.NAME
+    return tmp_path / "folder" / proof_store.NAME
 
 
-def trusting(path: Path) -> Trust:
+def trusting(path: Path) -> Verification:
     """As a new process would."""
-    return Trust("unlisted", NOTHING, Proofs(path))
+    return Verification("unlisted", NOTHING, Proofs(path))
 
 
 def half_unet(**changes: Any) -> Any:
@@ -102,7 +102,7 @@ class Cast:
         b"", b"{", b"[]", b"\xff\xfe", b'{"format": 0, "proofs": {}}', b'{"format": 1}', b'{"format": 1, "proofs": []}',
         b'{"format": 1, "proofs": {"a": {}, "b": 3, "c": {"signature": 1, "refused": "", "shown": ""}}}',
         b"[" * 100_000,
-        b'{"format": 1, "proofs": {}}' + b" " * (proofs.LARGEST + 1),
+        b'{"format": 1, "proofs": {}}' + b" " * (proof_store.LARGEST + 1),
     ],
     ids=range(10),
 )  # fmt: skip
@@ -128,7 +128,7 @@ def test_two_processes_keep_what_each_has_found(path: Path) -> None:
 
 
 def test_the_file_does_not_grow_for_ever(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proofs, "MOST", 3)
+    monkeypatch.setattr(proof_store, "MOST", 3)
     module = nn.Linear(2, 2)
     held = Proofs(path)
     for number in range(5):
@@ -138,7 +138,7 @@ def test_the_file_does_not_grow_for_ever(path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_folder_that_cannot_be_written_costs_nothing_but_the_memory(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    held = Proofs(tmp_path / "file" / proofs.NAME)
+    held = Proofs(tmp_path / "file" / proof_store.NAME)
     held.put(nn.Linear(2, 2), "signature", "why")
     verdict = held.get(nn.Linear(2, 2), "signature")
     assert verdict is not None
@@ -146,13 +146,13 @@ def test_a_folder_that_cannot_be_written_costs_nothing_but_the_memory(tmp_path: 
 
 
 def test_without_a_server_the_file_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
-    monkeypatch.setenv(proofs.VARIABLE, str(path))
-    assert proofs.of_user() == path
-    monkeypatch.delenv(proofs.VARIABLE)
+    monkeypatch.setenv(proof_store.VARIABLE, str(path))
+    assert proof_store.of_user() == path
+    monkeypatch.delenv(proof_store.VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(path.parent))
-    assert proofs.of_user() == path.parent / "sfumato" / proofs.NAME
+    assert proof_store.of_user() == path.parent / "sfumato" / proof_store.NAME
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert proofs.of_user() == Path.home() / ".cache/sfumato" / proofs.NAME
+    assert proof_store.of_user() == Path.home() / ".cache/sfumato" / proof_store.NAME
 
 
 # The source of a module.
@@ -174,13 +174,15 @@ class Other(nn.Module):
 
 def test_a_digest_is_of_the_source_and_of_nothing_else() -> None:
     flux = tiny.flux()
-    digest = sources.digest(flux.transformer)
-    assert sources.digest(tiny.flux(seed=1).transformer.half()) == digest
-    assert sources.digest(flux.vae) != digest
-    assert sources.digest(nn.Sequential(Block())) == sources.digest(nn.Sequential(Block(), Block()))
-    assert sources.digest(nn.Sequential(Block())) != sources.digest(nn.Sequential(Other()))
+    digest = source_digest.source_digest(flux.transformer)
+    assert source_digest.source_digest(tiny.flux(seed=1).transformer.half()) == digest
+    assert source_digest.source_digest(flux.vae) != digest
+    assert source_digest.source_digest(nn.Sequential(Block())) == source_digest.source_digest(
+        nn.Sequential(Block(), Block())
+    )
+    assert source_digest.source_digest(nn.Sequential(Block())) != source_digest.source_digest(nn.Sequential(Other()))
     flux.transformer.transformer_blocks[0].attn.processor = Processor()
-    assert sources.digest(flux.transformer) != digest
+    assert source_digest.source_digest(flux.transformer) != digest
 
 
 class Processor:
@@ -189,20 +191,20 @@ class Processor:
 
 
 def test_functions_that_a_class_calls_belong_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = sources.digest(Block())
-    sources._texts.cache_clear()
+    before = source_digest.source_digest(Block())
+    source_digest._texts.cache_clear()
 
     def another(value):
         return value * 3
 
     monkeypatch.setitem(globals(), "helped", another)
-    assert sources.digest(Block()) != before
-    sources._texts.cache_clear()
+    assert source_digest.source_digest(Block()) != before
+    source_digest._texts.cache_clear()
 
 
 def test_a_class_without_a_file_has_a_digest_too() -> None:
     made: dict[str, Any] = {"nn": nn, "__name__": "made"}
     for name, method in (("One", "sin"), ("Two", "cos")):
         exec(f"class {name}(nn.Module):\n    def forward(self, value):\n        return value.{method}()", made)
-    assert sources.digest(made["One"]()) != sources.digest(made["Two"]())
-    assert sources.digest(made["One"]()) == sources.digest(made["One"]())
+    assert source_digest.source_digest(made["One"]()) != source_digest.source_digest(made["Two"]())
+    assert source_digest.source_digest(made["One"]()) == source_digest.source_digest(made["One"]())

@@ -17,7 +17,7 @@ import pytest
 import trustme
 from inside import DRAW, Inside, running
 
-from sfumato.api.urls import check_proxies, check_public_url
+from sfumato.api.http.urls import check_proxies, check_public_url
 
 PREFIX = "/pictures/of-mine"
 URL = {**DRAW["json"], "response_format": "url"}

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sfumato.errors import TooManyRequests
-from sfumato.queue import MAX_RETRY_AFTER_S, Queue, Ticket
+from sfumato.serving.queue import MAX_RETRY_AFTER_S, Queue, Ticket
 
 
 def within_a_loop(body: Callable[[], None]) -> None:

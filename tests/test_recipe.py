@@ -12,9 +12,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
-from sfumato import recipe
 from sfumato.core import Recipe
 from sfumato.errors import InvalidPicture, InvalidRequest
+from sfumato.pictures import recipe
 
 
 def made(prompt: str = "a cat", negative: str | None = "dog") -> Recipe:

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sfumato.config import Download, ModelConfig
-from sfumato.engine.resolve import File, Folder, Hub, Url, download_url, resolve
 from sfumato.errors import LoadError, ModelFileError
+from sfumato.models.sources import File, Folder, HubRepository, Url, download_url, resolve
 
 
 def config(folder: Path, model: str, **fields: Any) -> ModelConfig:
@@ -19,11 +19,11 @@ def config(folder: Path, model: str, **fields: Any) -> ModelConfig:
 
 
 REMOTE = [
-    ("Linaqruf/animagine-xl", Hub("Linaqruf/animagine-xl")),
-    ("a/b@fp16", Hub("a/b", "fp16")),
-    ("huggingface://a/b", Hub("a/b")),
-    ("hf://a/b@v1", Hub("a/b", "v1")),
-    ("https://huggingface.co/a/b", Hub("a/b")),
+    ("Linaqruf/animagine-xl", HubRepository("Linaqruf/animagine-xl")),
+    ("a/b@fp16", HubRepository("a/b", "fp16")),
+    ("huggingface://a/b", HubRepository("a/b")),
+    ("hf://a/b@v1", HubRepository("a/b", "v1")),
+    ("https://huggingface.co/a/b", HubRepository("a/b")),
     ("https://huggingface.co/a/b/blob/main/x.safetensors", Url("https://huggingface.co/a/b/resolve/main/x.safetensors")),
     ("hf://a/b/sub/x.gguf", Url("https://hub/a/b/resolve/main/sub/x.gguf")),
     ("huggingface://a/b@v1/x.safetensors", Url("https://hub/a/b/resolve/v1/x.safetensors")),
@@ -51,7 +51,7 @@ def test_the_disk_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_artifacts_take_the_place_of_the_model(tmp_path: Path) -> None:
-    assert resolve(config(tmp_path, "x", repo="a/b", revision="v2")) == Hub("a/b", "v2")
+    assert resolve(config(tmp_path, "x", repo="a/b", revision="v2")) == HubRepository("a/b", "v2")
 
 
 def test_a_file_that_download_files_will_bring(tmp_path: Path) -> None:
@@ -122,6 +122,6 @@ def test_download_urls(monkeypatch: pytest.MonkeyPatch) -> None:
 @given(st.text(min_size=1, max_size=400))
 def test_any_text_is_a_source_or_an_error_in_words(model: str) -> None:
     try:
-        assert isinstance(resolve(config(Path("/nonexistent"), model)), Hub | Url | File | Folder)
+        assert isinstance(resolve(config(Path("/nonexistent"), model)), HubRepository | Url | File | Folder)
     except (ModelFileError, LoadError) as error:
         assert "/nonexistent/m.yaml" in error.message

@@ -16,11 +16,11 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import parity
-from sfumato.engine import masks
-from sfumato.engine.batching import Hub
-from sfumato.engine.calls import differing
-from sfumato.engine.joins import Joins, join
-from sfumato.engine.trust import Trust
+from sfumato.batching import text_masks
+from sfumato.batching.batcher import Batcher
+from sfumato.batching.calls import differing
+from sfumato.batching.concatenation import ConcatenationCache, join
+from sfumato.batching.verification import Verification
 
 
 @pytest.fixture(autouse=True)
@@ -120,7 +120,7 @@ def test_an_argument_passed_as_its_default_is_one_left_out() -> None:
     # Equal is not the same: True is no 1, and 1 no 1.0.
     for other in ({"scale": 2.0}, {"scale": 1}, {"scale": True}, {"guess_mode": 0}, {"mode": "other"}):
         assert called(module, noise(2, 4), 5, **other).key != plain.key, other
-    joined = join([plain, called(module, noise(1, 4), 6, scale=1.0)], Joins())
+    joined = join([plain, called(module, noise(1, 4), 6, scale=1.0)], ConcatenationCache())
     assert joined.keys() == {"sample", "timestep"}
 
 
@@ -165,7 +165,7 @@ def test_a_foreign_decorator_may_tell_a_default_from_nothing() -> None:
     ],
 )
 def test_the_list_has_what_published_models_pass(family: str, signature: str) -> None:
-    from sfumato.engine.trust import listed
+    from sfumato.batching.verification import listed
 
     assert f"{family}.{signature}" in listed()
 
@@ -210,7 +210,7 @@ def test_the_list_has_what_published_models_pass(family: str, signature: str) ->
 def test_text_and_mask_are_read_from_the_signature(kind: str, pairs: dict[str, str]) -> None:
     import inspect
 
-    assert masks.pairs(inspect.signature(getattr(diffusers, kind).forward).parameters) == pairs
+    assert text_masks.pairs(inspect.signature(getattr(diffusers, kind).forward).parameters) == pairs
 
 
 class Mean(nn.Module):
@@ -285,8 +285,8 @@ def test_padding_is_a_looseness_of_its_own() -> None:
     assert differing([first, timed]) == {"time"}
     assert differing([first, longer]) == {"text"}
     assert differing([first, both]) == {"text", "time"}
-    tight, loose = (Trust("unlisted", frozenset()).signature(first, frozenset(some)) for some in ((), ("time",)))
-    trust = Trust("unlisted", frozenset({tight, loose}))
+    tight, loose = (Verification("unlisted", frozenset()).signature(first, frozenset(some)) for some in ((), ("time",)))
+    trust = Verification("unlisted", frozenset({tight, loose}))
     trust.refuse(first, trust.signature(first, frozenset({"text"})), "differs")
     # Refused when padded, other time steps may still be joined.
     assert trust.width(first) == {"time"}
@@ -382,7 +382,7 @@ def test_a_list_of_pictures_is_no_list_of_rows() -> None:
 )  # fmt: skip
 def test_what_was_refused_or_unlisted_batches_in_half_precision(family: str) -> None:
     one = parity.recorded()[family]
-    parity.halve(one, Trust()._shipped)
+    parity.halve(one, Verification()._shipped)
     assert one.half[0] / one.half[1] > 1.2, one.broken
 
 
@@ -393,6 +393,6 @@ def test_text_that_must_not_be_padded_is_drawn_right(family: str) -> None:
     pipe = parity.FAMILIES[family].build()
     pipe.set_progress_bar_config(disable=True)
     alone = [parity.draw(pipe, call) for call in parity.seeded(calls)]
-    hub = Hub(max_rows=16)
+    hub = Batcher(max_rows=16)
     assert parity.difference(alone, parity.together(hub, pipe, calls)) <= parity.PIXEL
     assert [signature for signature in hub.trust.refused if signature.endswith("~text")]

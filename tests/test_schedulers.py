@@ -20,8 +20,8 @@ import torch
 
 from sfumato import schedulers
 from sfumato.core import MAX_SEED
-from sfumato.engine import handover, sampler
 from sfumato.errors import InvalidRequest
+from sfumato.pipelines import request_scheduler, scheduler_calls
 
 pytestmark = [
     # diffusers hands tensors to numpy in a way that NumPy 2 announces the end of.
@@ -177,8 +177,8 @@ def alike(one: Any, other: Any) -> bool:
 def test_draws_what_plain_diffusers_draws(pipelines: Callable[[str], Any], kind: str, name: str, hand: Hand) -> None:
     pipeline, choice = pipelines(kind), schedulers.parse(name)
     own, before = pipeline.scheduler, dict(pipeline.scheduler.config)
-    sampler.check(pipeline, choice)
-    made = sampler.make(pipeline, choice, SEED)
+    request_scheduler.check(pipeline, choice)
+    made = request_scheduler.make(pipeline, choice, SEED)
     assert type(made).__name__ == hand[0]
 
     ours = draw(pipeline, made)
@@ -188,7 +188,7 @@ def test_draws_what_plain_diffusers_draws(pipelines: Callable[[str], Any], kind:
     if kind in {"flux", "sd3"} and name in NOISY:
         # Plain diffusers takes torch's global state here, and two runs differ.
         assert not alike(draw(pipeline, plain), draw(pipeline, plain))
-        plain.step = functools.partial(plain.step, generator=sampler.noise(SEED))
+        plain.step = functools.partial(plain.step, generator=request_scheduler.noise(SEED))
     assert alike(ours, draw(pipeline, plain))
 
     assert pipeline.scheduler is own
@@ -220,7 +220,7 @@ def test_every_class_is_one_of_diffusers() -> None:
 def test_karras_differs(pipelines: Callable[[str], Any], name: str) -> None:
     sd = pipelines("sd")
     karras, plain = (
-        draw(sd, sampler.make(sd, schedulers.parse(each), SEED)) for each in (name, name.removeprefix("k_"))
+        draw(sd, request_scheduler.make(sd, schedulers.parse(each), SEED)) for each in (name, name.removeprefix("k_"))
     )
     assert not alike(karras, plain)
 
@@ -271,7 +271,7 @@ def test_the_names_need_no_torch() -> None:
 def test_each_request_has_its_own(pipelines: Callable[[str], Any]) -> None:
     sd = pipelines("sd")
     for choice in (None, schedulers.parse("dpmpp_2m")):
-        one, other = (sampler.make(sd, choice, SEED) for _ in range(2))
+        one, other = (request_scheduler.make(sd, choice, SEED) for _ in range(2))
         assert one is not other
         assert one is not sd.scheduler
         one.set_timesteps(7)
@@ -282,8 +282,8 @@ def test_each_request_has_its_own(pipelines: Callable[[str], Any]) -> None:
 @pytest.mark.parametrize("kind", ["sd", "xl", "flux", "sd3", "pixart", "ddpm"])
 def test_no_choice_is_the_model_s_own(pipelines: Callable[[str], Any], kind: str) -> None:
     pipeline = pipelines(kind)
-    sampler.check(pipeline, None)
-    made = sampler.make(pipeline, None, SEED)
+    request_scheduler.check(pipeline, None)
+    made = request_scheduler.make(pipeline, None, SEED)
     assert type(made) is type(pipeline.scheduler)
     assert {k: v for k, v in made.config.items() if k[0] != "_"} == {
         k: v for k, v in pipeline.scheduler.config.items() if k[0] != "_"
@@ -294,42 +294,42 @@ def test_no_choice_is_the_model_s_own(pipelines: Callable[[str], Any], kind: str
 @pytest.mark.parametrize("seed", [0, 2**31, MAX_SEED])
 def test_sde_takes_any_seed(pipelines: Callable[[str], Any], seed: int) -> None:
     sd, choice = pipelines("sd"), schedulers.parse("dpmpp_sde")
-    one, again = (draw(sd, sampler.make(sd, choice, seed)) for _ in range(2))
+    one, again = (draw(sd, request_scheduler.make(sd, choice, seed)) for _ in range(2))
     # The pipeline's generator has one seed throughout: only the solver's noise differs.
-    other = draw(sd, sampler.make(sd, choice, seed - 1 if seed else 1))
+    other = draw(sd, request_scheduler.make(sd, choice, seed - 1 if seed else 1))
     assert np.array_equal(one, again)
     assert not alike(one, other)
 
 
 def test_sde_draws_alone_what_it_draws_in_a_batch(pipelines: Callable[[str], Any]) -> None:
     sd, choice, seeds = pipelines("sd"), schedulers.parse("k_dpmpp_sde"), [5, 6]
-    together = draw(sd, sampler.make(sd, choice, seeds), seeds)
+    together = draw(sd, request_scheduler.make(sd, choice, seeds), seeds)
     for picture, seed in zip(together, seeds, strict=True):
-        assert np.abs(picture - draw(sd, sampler.make(sd, choice, seed), seed)[0]).max() < 1e-4
+        assert np.abs(picture - draw(sd, request_scheduler.make(sd, choice, seed), seed)[0]).max() < 1e-4
 
 
 @pytest.mark.parametrize("name", sorted(NOISY))
 def test_the_seed_decides_the_noise_of_flow_models_too(pipelines: Callable[[str], Any], name: str) -> None:
     flux, choice, seeds = pipelines("flux"), schedulers.parse(name), [0, MAX_SEED]
-    together = draw(flux, sampler.make(flux, choice, seeds), seeds)
+    together = draw(flux, request_scheduler.make(flux, choice, seeds), seeds)
     for picture, seed in zip(together, seeds, strict=True):
-        assert np.abs(picture - draw(flux, sampler.make(flux, choice, seed), seed)[0]).max() < 1e-4
+        assert np.abs(picture - draw(flux, request_scheduler.make(flux, choice, seed), seed)[0]).max() < 1e-4
     # One seed for the latents, another for the noise.
-    assert not alike(draw(flux, sampler.make(flux, choice, 1), 0), together[:1])
+    assert not alike(draw(flux, request_scheduler.make(flux, choice, 1), 0), together[:1])
     # It is not the noise that the latents began as.
     first = torch.randn(8, generator=torch.Generator().manual_seed(7))
-    assert not torch.equal(first, torch.randn(8, generator=sampler.noise(7)))
+    assert not torch.equal(first, torch.randn(8, generator=request_scheduler.noise(7)))
 
 
 def test_pipelines_may_copy_the_scheduler(pipelines: Callable[[str], Any]) -> None:
     """Some do, to step sound beside pictures: the copy has to step itself, not the original."""
-    made = sampler.make(pipelines("flux"), schedulers.parse("lcm"), SEED)
+    made = request_scheduler.make(pipelines("flux"), schedulers.parse("lcm"), SEED)
     assert copy.deepcopy(made).step.func.__self__ is not made
 
 
 def test_check_uses_up_no_random_numbers(pipelines: Callable[[str], Any]) -> None:
     torch.manual_seed(3)
-    sampler.check(pipelines("sd"), schedulers.parse("euler_a"))
+    request_scheduler.check(pipelines("sd"), schedulers.parse("euler_a"))
     used = torch.rand(1)
     torch.manual_seed(3)
     assert used == torch.rand(1)
@@ -352,13 +352,13 @@ def test_the_sampler_s_switches_do_not_carry_over() -> None:
         final_sigmas_type="sigma_min",
     )
     for name in schedulers.names():
-        config = sampler.make(own(shipped), schedulers.parse(name), SEED).config
+        config = request_scheduler.make(own(shipped), schedulers.parse(name), SEED).config
         assert bool(config.get("use_karras_sigmas")) is name.startswith("k_")
-    plain = sampler.make(own(shipped), schedulers.parse("dpmpp_2m"), SEED).config
+    plain = request_scheduler.make(own(shipped), schedulers.parse("dpmpp_2m"), SEED).config
     assert plain["algorithm_type"] == "dpmsolver++"
     assert plain["solver_order"] == 2
     # Two sigma switches at once raise in diffusers.
-    assert sampler.make(own(shipped), schedulers.parse("euler_beta"), SEED).config["use_beta_sigmas"]
+    assert request_scheduler.make(own(shipped), schedulers.parse("euler_beta"), SEED).config["use_beta_sigmas"]
 
 
 def test_the_model_s_facts_carry_over() -> None:
@@ -369,7 +369,7 @@ def test_the_model_s_facts_carry_over() -> None:
         steps_offset=1,
     )
     for name in schedulers.names():
-        made = sampler.make(own(shipped), schedulers.parse(name), SEED)
+        made = request_scheduler.make(own(shipped), schedulers.parse(name), SEED)
         assert made.config["prediction_type"] == "v_prediction"
         # Not written down by the model, and the classes' defaults disagree.
         assert made.config["beta_start"] == 0.0001
@@ -380,8 +380,8 @@ def test_the_model_s_facts_carry_over() -> None:
 
 def test_clipping_is_for_models_that_clip() -> None:
     pixels, latents = diffusers.DDPMScheduler(), diffusers.PNDMScheduler(skip_prk_steps=True)
-    assert sampler.make(own(pixels), schedulers.parse("ddim"), SEED).config["clip_sample"] is True
-    assert sampler.make(own(latents), schedulers.parse("ddim"), SEED).config["clip_sample"] is False
+    assert request_scheduler.make(own(pixels), schedulers.parse("ddim"), SEED).config["clip_sample"] is True
+    assert request_scheduler.make(own(latents), schedulers.parse("ddim"), SEED).config["clip_sample"] is False
 
 
 def test_what_the_pipeline_corrected_after_loading_stays() -> None:
@@ -389,25 +389,25 @@ def test_what_the_pipeline_corrected_after_loading_stays() -> None:
     # StableDiffusionPipeline mends old files like this, and leaves the value in the list of defaults.
     shipped._internal_dict = diffusers.configuration_utils.FrozenDict({**shipped.config, "steps_offset": 1})
     assert "steps_offset" in shipped.config["_use_default_values"]
-    assert sampler.make(own(shipped), None, SEED).config["steps_offset"] == 1
-    assert sampler.make(own(shipped), schedulers.parse("ddim"), SEED).config["steps_offset"] == 1
+    assert request_scheduler.make(own(shipped), None, SEED).config["steps_offset"] == 1
+    assert request_scheduler.make(own(shipped), schedulers.parse("ddim"), SEED).config["steps_offset"] == 1
 
 
 def test_the_shift_goes_both_ways() -> None:
     wan = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
-    euler = sampler.make(own(wan, diffusers.WanPipeline), schedulers.parse("euler"), SEED)
+    euler = request_scheduler.make(own(wan, diffusers.WanPipeline), schedulers.parse("euler"), SEED)
     assert euler.config["shift"] == 5.0
-    back = sampler.make(own(euler, diffusers.StableDiffusion3Pipeline), schedulers.parse("dpmpp_2m"), SEED)
+    back = request_scheduler.make(own(euler, diffusers.StableDiffusion3Pipeline), schedulers.parse("dpmpp_2m"), SEED)
     assert back.config["flow_shift"] == 5.0
     flux = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=0.9)
-    made = sampler.make(own(flux, diffusers.FluxPipeline), schedulers.parse("dpmpp_2m"), SEED)
+    made = request_scheduler.make(own(flux, diffusers.FluxPipeline), schedulers.parse("dpmpp_2m"), SEED)
     assert made.config["use_dynamic_shifting"] is True
     assert made.config["max_shift"] == 0.9, "the pipeline works out mu from it"
 
 
 def refusal(pipeline: Any, name: str, steps: int | None = None) -> InvalidRequest:
     with pytest.raises(InvalidRequest) as caught:
-        sampler.check(pipeline, schedulers.parse(name), steps)
+        request_scheduler.check(pipeline, schedulers.parse(name), steps)
     return caught.value
 
 
@@ -415,10 +415,10 @@ def test_a_flow_model_refuses_what_has_no_flow_form(pipelines: Callable[[str], A
     error = refusal(pipelines("flux"), "euler_a")
     assert error.param == "scheduler"
     assert "'euler_a' does not work with FluxPipeline" in error.message
-    assert f"These work: {', '.join(sampler.works_with(pipelines('flux')))}." in error.message
+    assert f"These work: {', '.join(request_scheduler.works_with(pipelines('flux')))}." in error.message
     assert "own (FlowMatchEulerDiscreteScheduler)" in error.message
     with pytest.raises(InvalidRequest):
-        sampler.make(pipelines("flux"), schedulers.parse("euler_a"), SEED)
+        request_scheduler.make(pipelines("flux"), schedulers.parse("euler_a"), SEED)
     unipc, euler = (refusal(pipelines("sd3"), name).message for name in ("k_unipc", "euler_sgm_uniform"))
     assert "with a schedule 'karras'; it takes: none" in unipc
     assert "with a schedule 'sgm_uniform'; it takes: karras, exponential, beta" in euler
@@ -448,11 +448,11 @@ def test_works_with_is_the_truth(pipelines: Callable[[str], Any], case: str) -> 
         else pipeline.scheduler
     )
     with scheduled(pipeline, shipped):
-        fitting = sampler.works_with(pipeline)
+        fitting = request_scheduler.works_with(pipeline)
         assert " ".join(fitting) == FITTING[case]
         # On the models that take nearly everything it has run above.
         for name in fitting if kind not in {"sd", "pixart"} else ("euler", "dpmpp_sde"):
-            assert np.isfinite(draw(pipeline, sampler.make(pipeline, schedulers.parse(name), SEED))).all()
+            assert np.isfinite(draw(pipeline, request_scheduler.make(pipeline, schedulers.parse(name), SEED))).all()
 
 
 @pytest.mark.parametrize(
@@ -467,7 +467,7 @@ def test_what_flux_refuses_does_fail_there(pipelines: Callable[[str], Any], name
     """The other direction: we refuse no more than we must."""
     flux = pipelines("flux")
     by_name = {**HEUN, "sa_solver": ("SASolverScheduler", FLOW), "deis": ("DEISMultistepScheduler", FLOW)}
-    assert name not in sampler.works_with(flux)
+    assert name not in request_scheduler.works_with(flux)
     hand = by_hand(flux, by_name[name])
     if name == "deis":
         hand.set_timesteps(4, mu=1.0)
@@ -485,14 +485,14 @@ def test_what_flux_refuses_does_fail_there(pipelines: Callable[[str], Any], name
     ],
 )
 def test_img2img_of_stable_diffusion_takes_every_name(cls: type) -> None:
-    assert sampler.works_with(own(diffusers.EulerDiscreteScheduler(), cls)) == schedulers.names()
+    assert request_scheduler.works_with(own(diffusers.EulerDiscreteScheduler(), cls)) == schedulers.names()
 
 
 @pytest.mark.parametrize("name", schedulers.SOLVERS)
 def test_img2img_draws(pipelines: Callable[[str], Any], name: str) -> None:
     depth = pipelines("depth")
     source = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    with scheduled(depth, sampler.make(depth, schedulers.parse(name), SEED)):
+    with scheduled(depth, request_scheduler.make(depth, schedulers.parse(name), SEED)):
         (picture,) = depth(
             prompt="a red fox",
             image=source,
@@ -509,13 +509,13 @@ def test_img2img_needs_scale_noise() -> None:
     shipped = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     picture = own(shipped, diffusers.StableDiffusion3Img2ImgPipeline)
     assert "uses the scheduler's scale_noise" in refusal(picture, "unipc").message
-    assert sampler.works_with(picture) == ("heun", "euler", "k_euler", "lcm")
+    assert request_scheduler.works_with(picture) == ("heun", "euler", "k_euler", "lcm")
 
 
 def test_own_sigmas_need_a_scheduler_that_takes_them() -> None:
     shipped = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.02, max_shift=0.9)
     qwen = own(shipped, diffusers.QwenImagePipeline)
-    assert sampler.works_with(qwen) == ("unipc", "euler", "k_euler", "lcm")
+    assert request_scheduler.works_with(qwen) == ("unipc", "euler", "k_euler", "lcm")
     assert "shift_terminal=0.02" in refusal(qwen, "dpmpp_2m").message
 
 
@@ -533,17 +533,17 @@ def test_some_models_keep_their_own(cls: type, scheduler: Any) -> None:
     error = refusal(pipeline, "euler")
     assert f"draws with {type(scheduler).__name__} and no other" in error.message
     assert "Leave the scheduler out" in error.message
-    assert sampler.works_with(pipeline) == ()
-    assert type(sampler.make(pipeline, None, SEED)) is type(scheduler)
+    assert request_scheduler.works_with(pipeline) == ()
+    assert type(request_scheduler.make(pipeline, None, SEED)) is type(scheduler)
 
 
 def test_a_pipeline_without_a_scheduler() -> None:
     for bare in (SimpleNamespace(), SimpleNamespace(scheduler=None)):
-        assert sampler.make(bare, None, SEED) is None
-        assert sampler.works_with(bare) == ()
+        assert request_scheduler.make(bare, None, SEED) is None
+        assert request_scheduler.works_with(bare) == ()
         assert "has no scheduler" in refusal(bare, "euler").message
         with pytest.raises(InvalidRequest, match="has no scheduler"):
-            sampler.make(bare, schedulers.parse("euler"), SEED)
+            request_scheduler.make(bare, schedulers.parse("euler"), SEED)
 
 
 def test_a_pipeline_that_drives_others_keeps_theirs() -> None:
@@ -553,7 +553,7 @@ def test_a_pipeline_that_drives_others_keeps_theirs() -> None:
 
 def test_a_number_of_steps_that_the_scheduler_cannot_do(pipelines: Callable[[str], Any]) -> None:
     sd = pipelines("sd")
-    sampler.check(sd, schedulers.parse("lcm"), 50)
+    request_scheduler.check(sd, schedulers.parse("lcm"), 50)
     error = refusal(sd, "lcm", 60)
     assert error.param == "step"
     assert "cannot draw in 60 steps" in error.message
@@ -566,25 +566,25 @@ def test_few_steps(pipelines: Callable[[str], Any], steps: int) -> None:
     for name in schedulers.SOLVERS:
         choice = schedulers.parse(name)
         try:
-            sampler.check(sd, choice, steps)
+            request_scheduler.check(sd, choice, steps)
         except InvalidRequest as refused:
             assert refused.param == "step"
         else:
-            assert np.isfinite(draw(sd, sampler.make(sd, choice, SEED), steps=steps)).all(), name
+            assert np.isfinite(draw(sd, request_scheduler.make(sd, choice, SEED), steps=steps)).all(), name
 
 
 def test_handover() -> None:
-    flux = handover.read(diffusers.FluxPipeline)
+    flux = scheduler_calls.read(diffusers.FluxPipeline)
     assert flux is not None
     (run,) = flux.runs
     assert run.given({}) == {"sigmas", "mu"}
     assert run.given({"use_flow_sigmas": True}) == {"mu"}
-    sd3 = handover.read(diffusers.StableDiffusion3Pipeline)
+    sd3 = scheduler_calls.read(diffusers.StableDiffusion3Pipeline)
     assert sd3 is not None
     (run,) = sd3.runs
     assert run.names({}) == set()
     assert run.names({"use_dynamic_shifting": True}) == {"mu"}
-    assert handover.read(diffusers.KandinskyV22CombinedPipeline) is None
+    assert scheduler_calls.read(diffusers.KandinskyV22CombinedPipeline) is None
 
 
 @pytest.mark.slow
@@ -595,7 +595,7 @@ def test_handover_reads_every_pipeline_of_diffusers() -> None:
         for name in dir(diffusers)
         if name.endswith("Pipeline") and "Modular" not in name and isinstance(getattr(diffusers, name), type)
     ]
-    assert sum(handover.read(cls) is not None for cls in classes) > 250
+    assert sum(scheduler_calls.read(cls) is not None for cls in classes) > 250
 
 
 # What a check costs: it is on the thread that draws for everybody.
@@ -605,39 +605,41 @@ def test_handover_reads_every_pipeline_of_diffusers() -> None:
 def rehearsals(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The schedulers that were rehearsed since the beginning of the test, by class."""
     held: list[str] = []
-    rehearse = sampler._rehearse
+    rehearse = request_scheduler._rehearse
 
     def counted(scheduler: Any, *args: Any) -> str | None:
         held.append(type(scheduler).__name__)
         return rehearse(scheduler, *args)
 
-    monkeypatch.setattr(sampler, "_rehearse", counted)
-    sampler._misfit.cache_clear()
+    monkeypatch.setattr(request_scheduler, "_rehearse", counted)
+    request_scheduler._misfit.cache_clear()
     yield held
-    sampler._misfit.cache_clear()
+    request_scheduler._misfit.cache_clear()
 
 
 def test_a_rehearsal_is_held_once(rehearsals: list[str]) -> None:
     pipeline = own(diffusers.PNDMScheduler(skip_prk_steps=True))
     for _ in range(3):
-        sampler.check(pipeline, schedulers.parse("k_dpm_2_a"), 30)
+        request_scheduler.check(pipeline, schedulers.parse("k_dpm_2_a"), 30)
         # Another object of the same content, as a second copy of the model has it.
-        sampler.check(own(diffusers.PNDMScheduler(skip_prk_steps=True)), schedulers.parse("k_dpm_2_a"), 30)
+        request_scheduler.check(own(diffusers.PNDMScheduler(skip_prk_steps=True)), schedulers.parse("k_dpm_2_a"), 30)
     assert len(rehearsals) == 1
-    sampler.check(pipeline, schedulers.parse("k_dpm_2_a"), 31)
-    sampler.check(pipeline, schedulers.parse("dpm_2_a"), 31)
-    sampler.check(own(pipeline.scheduler, diffusers.StableDiffusionImg2ImgPipeline), schedulers.parse("dpm_2_a"), 31)
+    request_scheduler.check(pipeline, schedulers.parse("k_dpm_2_a"), 31)
+    request_scheduler.check(pipeline, schedulers.parse("dpm_2_a"), 31)
+    request_scheduler.check(
+        own(pipeline.scheduler, diffusers.StableDiffusionImg2ImgPipeline), schedulers.parse("dpm_2_a"), 31
+    )
     assert len(rehearsals) == 4
 
 
 @pytest.mark.parametrize("change", [{"prediction_type": "v_prediction"}, {"trained_betas": np.full(1000, 0.01)}])
 def test_what_is_kept_belongs_to_the_content_of_the_config(rehearsals: list[str], change: dict[str, Any]) -> None:
     pipeline = own(diffusers.PNDMScheduler(skip_prk_steps=True))
-    sampler.check(pipeline, schedulers.parse("euler"))
-    sampler.check(own(diffusers.PNDMScheduler(skip_prk_steps=True, **change)), schedulers.parse("euler"))
+    request_scheduler.check(pipeline, schedulers.parse("euler"))
+    request_scheduler.check(own(diffusers.PNDMScheduler(skip_prk_steps=True, **change)), schedulers.parse("euler"))
     assert len(rehearsals) == 2
     pipeline.scheduler.register_to_config(num_train_timesteps=900)  # the same object, changed after it was looked at
-    sampler.check(pipeline, schedulers.parse("euler"))
+    request_scheduler.check(pipeline, schedulers.parse("euler"))
     assert len(rehearsals) == 3
 
 
@@ -659,10 +661,10 @@ def state(scheduler: Any) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("changes", [{}, KARRAS, {"timestep_spacing": "trailing"}, {"beta_schedule": "scaled_linear"}])
-@pytest.mark.parametrize("name", sorted(sampler.LABORIOUS))
+@pytest.mark.parametrize("name", sorted(request_scheduler.LABORIOUS))
 def test_a_scheduler_made_in_a_hurry_is_the_same_once_its_steps_are_set(name: str, changes: dict[str, Any]) -> None:
     cls = getattr(diffusers, name)
-    plain, quick = cls(**changes), sampler._unscheduled(cls, changes)
+    plain, quick = cls(**changes), request_scheduler._unscheduled(cls, changes)
     assert type(quick) is cls
     assert quick.config == plain.config
     for scheduler in (plain, quick):
@@ -673,7 +675,7 @@ def test_a_scheduler_made_in_a_hurry_is_the_same_once_its_steps_are_set(name: st
 def test_every_solver_that_begins_with_a_long_schedule_is_known() -> None:
     classes = {solver.noise.cls for solver in schedulers.SOLVERS.values()}
     begins = {name for name in classes if "self.set_timesteps(" in inspect.getsource(getattr(diffusers, name).__init__)}
-    assert begins == sampler.LABORIOUS
+    assert begins == request_scheduler.LABORIOUS
 
 
 @pytest.mark.parametrize("name", ["KDPM2AncestralDiscreteScheduler", "LMSDiscreteScheduler", "HeunDiscreteScheduler"])
@@ -691,14 +693,14 @@ def test_no_request_waits_for_a_schedule_of_all_training_steps(monkeypatch: pyte
         real(*args, **kwargs)
 
     monkeypatch.setattr(cls, "set_timesteps", counted)
-    sampler._misfit.cache_clear()
+    request_scheduler._misfit.cache_clear()
     by_class = {choice.noise.cls: choice for choice in map(schedulers.parse, schedulers.names())}
-    sampler.check(pipeline, by_class[name], 20)
-    sampler.make(pipeline, by_class[name], SEED)
-    sampler.make(pipeline, None, SEED)
+    request_scheduler.check(pipeline, by_class[name], 20)
+    request_scheduler.make(pipeline, by_class[name], SEED)
+    request_scheduler.make(pipeline, None, SEED)
     assert longest == 20
 
 
 def test_a_pipeline_that_sets_no_steps_gets_the_whole_schedule() -> None:
     combined = own(diffusers.HeunDiscreteScheduler(), diffusers.KandinskyV22CombinedPipeline)
-    assert len(sampler.make(combined, None, SEED).timesteps) == len(combined.scheduler.timesteps) > 1000
+    assert len(request_scheduler.make(combined, None, SEED).timesteps) == len(combined.scheduler.timesteps) > 1000

@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfumato.catalog import Catalog
+from sfumato.commands.generate import _as_request as as_request
 from sfumato.config import ModelConfig
 from sfumato.core import MAX_SEED, Done, EngineStats, Event, Failed, Generation, Limits, ModelStatus, Recipe, Step
-from sfumato.draw import _as_request as as_request
 from sfumato.errors import Cancelled, DrawError, InvalidRequest, ModelNotFound, RequestNotFound, TooManyRequests
-from sfumato.planning import ImageRequest, size_of
-from sfumato.service import Service
+from sfumato.serving.catalog import Catalog
+from sfumato.serving.planning import ImageRequest, size_of
+from sfumato.serving.service import Service
 from sfumato.settings import Settings
 
 

@@ -19,19 +19,19 @@ from test_fetch import DeadNames, Site
 from test_picture_urls import PICTURE
 from test_service import FakeEngine
 
-from sfumato import pictures
-from sfumato.api import answers
-from sfumato.budget import Budget
-from sfumato.catalog import Catalog
+from sfumato.api.openai import answers
 from sfumato.core import Limits
 from sfumato.errors import Cancelled, InvalidPicture, RequestTooLarge, StorageError, TooManyRequests
-from sfumato.fetch import PictureFetcher
-from sfumato.pictures import Bounds
-from sfumato.planning import ImageRequest
-from sfumato.resolving import Resolver
-from sfumato.service import Service
+from sfumato.pictures import images
+from sfumato.pictures.budget import Budget
+from sfumato.pictures.fetch import PictureFetcher
+from sfumato.pictures.images import Bounds
+from sfumato.pictures.resolving import Resolver
+from sfumato.pictures.store import Store
+from sfumato.serving.catalog import Catalog
+from sfumato.serving.planning import ImageRequest
+from sfumato.serving.service import Service
 from sfumato.settings import Settings
-from sfumato.store import Store
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "AVIF")
 OTHERS = ("TIFF", "PPM", "TGA", "PCX", "ICNS", "DDS", "SGI", "JPEG2000", "EPS", "MSP", "SPIDER", "ICO", "PDF")
@@ -93,7 +93,7 @@ def test_what_is_broken_is_refused(tmp_path: Path, format: str) -> None:
 
 def test_pillow_opens_foreign_files_in_one_place() -> None:
     """`Image.open` without a list of formats tries every plugin that there is."""
-    for path in Path(pictures.__file__).parent.rglob("*.py"):
+    for path in Path(images.__file__).parent.rglob("*.py"):
         for line in path.read_text().splitlines():
             if "Image.open(" in line:
                 assert "formats=" in line, f"{path}: {line}"
@@ -101,15 +101,15 @@ def test_pillow_opens_foreign_files_in_one_place() -> None:
 
 def test_a_large_picture_is_scaled_down_to_what_is_drawn() -> None:
     bounds = Bounds(pixels=10**6, aspect=8, kept_pixels=10_000, kept_side=200)
-    png, came = pictures.normalise(saved("PNG", (1000, 500)), "image", bounds)
+    png, came = images.normalise(saved("PNG", (1000, 500)), "image", bounds)
     assert came == (1000, 500)
-    width, height = pictures.size(png)
+    width, height = images.size(png)
     assert width * height <= 10_000
     assert width == pytest.approx(2 * height, abs=2)
-    png, _ = pictures.normalise(saved("PNG", (640, 80)), "image", bounds)
-    assert pictures.size(png) == (200, 25)
+    png, _ = images.normalise(saved("PNG", (640, 80)), "image", bounds)
+    assert images.size(png) == (200, 25)
     small = saved("PNG", (100, 100))
-    assert pictures.size(pictures.normalise(small, "image", bounds)[0]) == (100, 100)
+    assert images.size(images.normalise(small, "image", bounds)[0]) == (100, 100)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sfumato.errors import StorageError
-from sfumato.store import LOW_WATER, STRAY_S, Store
+from sfumato.pictures.store import LOW_WATER, STRAY_S, Store
 
 HOUR = 3600.0
 NOW = 1_000_000_000.0

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from serving import Server
 
-from sfumato.api import answers
+from sfumato.api.openai import answers
 
 LONG = {"prompt": "a cat", "steps": 1000, "size": "512x512"}
 """Takes many minutes: nobody waits for it."""

@@ -20,16 +20,16 @@ from starlette.testclient import TestClient
 from stub_worker import FRAMES, lives, stub
 
 from sfumato.api.app import create_app
-from sfumato.catalog import Catalog
 from sfumato.config.parse import named
 from sfumato.core import Done, Event, Failed, Generation, ModelStatus, Step
-from sfumato.engine import supervisor as module
-from sfumato.engine import wire
-from sfumato.engine.supervisor import Supervisor
 from sfumato.errors import RequestTooLarge, WorkerDied
-from sfumato.service import Service
+from sfumato.pictures.store import Store
+from sfumato.process import supervisor as module
+from sfumato.process import wire
+from sfumato.process.supervisor import Supervisor
+from sfumato.serving.catalog import Catalog
+from sfumato.serving.service import Service
 from sfumato.settings import Settings
-from sfumato.store import Store
 
 SETTINGS = Settings(log_level="critical")
 CONFIG = named("some/model")

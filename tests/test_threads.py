@@ -10,11 +10,11 @@ import pytest
 import torch
 from test_exclusive import Ended, Played, configs, guided  # noqa: F401
 
+from sfumato.batching.batcher import Batcher
+from sfumato.batching.verification import Verification
+from sfumato.batching.views import View, view
 from sfumato.core import Done, Failed, Step
-from sfumato.engine.batching import Hub
 from sfumato.engine.protocol import Cancel, Stop
-from sfumato.engine.standin import View, view
-from sfumato.engine.trust import Trust
 
 OWN = 1
 """Threads of this process here: no model's number. More are slow where others compute beside these tests."""
@@ -44,7 +44,7 @@ class Noting(torch.nn.Module):
         return sample * self.weight
 
 
-def run(hub: Hub) -> None:
+def run(hub: Batcher) -> None:
     with torch.no_grad():
         while hub.step():
             assert torch.get_num_threads() == OWN
@@ -65,7 +65,7 @@ def calling(module: Any, times: int = 4, value: float = 0.0) -> Any:
 
 @pytest.mark.parametrize("together", [1, 2])
 def test_each_model_computes_with_its_own(together: int) -> None:
-    hub = Hub(trust=Trust("unlisted", frozenset()))
+    hub = Batcher(trust=Verification("unlisted", frozenset()))
     modules = {threads: Noting() for threads in (3, 2, None)}
     tasks = {}
     for _ in range(together):
@@ -83,7 +83,7 @@ def test_each_model_computes_with_its_own(together: int) -> None:
 
 
 def test_a_shared_batch_takes_its_leaders() -> None:
-    hub, module = Hub(trust=Trust("unlisted", frozenset())), Noting()
+    hub, module = Batcher(trust=Verification("unlisted", frozenset())), Noting()
     for threads in (3, 2):
         hub.submit(calling(module)).threads = threads
     run(hub)
@@ -91,7 +91,7 @@ def test_a_shared_batch_takes_its_leaders() -> None:
 
 
 def test_failures_and_cancelling_leave_it_as_it_was() -> None:
-    hub, module, other = Hub(trust=Trust("unlisted", frozenset())), Noting(), Noting()
+    hub, module, other = Batcher(trust=Verification("unlisted", frozenset())), Noting(), Noting()
     for value in (0.0, 666.0):
         hub.submit(calling(module, value=value)).threads = 3
     victim = hub.submit(calling(module, times=99))
@@ -112,7 +112,7 @@ def test_a_request_that_does_not_switch_keeps_its_own() -> None:
     pipe.set_progress_bar_config(disable=True)
     seen = []
     hook = pipe.unet.register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads()))
-    hub, other = Hub(), Noting()
+    hub, other = Batcher(), Noting()
     hub.submit(calling(other, times=9))
     guided_task = hub.submit(lambda: view(pipe)(prompt="a cat", num_inference_steps=2))
     guided_task.threads = 2

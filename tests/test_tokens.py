@@ -9,12 +9,13 @@ import pytest
 import tiny
 from diffusers import DiffusionPipeline
 
-from sfumato.catalog import EMBEDDED, Catalog
 from sfumato.config import ModelConfig
 from sfumato.core import Generation
-from sfumato.engine import load, tokens
-from sfumato.engine.generation import draw
-from sfumato.pictures import decoded
+from sfumato.drawing.draw import draw
+from sfumato.models import load
+from sfumato.pictures.images import decoded
+from sfumato.pipelines import tokens
+from sfumato.serving.catalog import EMBEDDED, Catalog
 
 BUILD: dict[str, Any] = {
     "sd": tiny.stable_diffusion,

@@ -22,13 +22,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 import sfumato
 from sfumato import schedulers
+from sfumato.batching import adapter_state, offload, torch_state, views
+from sfumato.batching.batcher import Batcher
 from sfumato.config import ModelConfig
 from sfumato.core import Generation
-from sfumato.engine import adapters, generation, load, offload, sampler, standin, threadstate
-from sfumato.engine.batching import Hub
-from sfumato.engine.load import Loaded
-from sfumato.engine.residency import Residency
+from sfumato.drawing import draw as generation
 from sfumato.errors import DrawError
+from sfumato.models import load
+from sfumato.models.load import Loaded
+from sfumato.models.pool import ModelPool
+from sfumato.pipelines import request_scheduler
 
 SQUARE = {"width": 64, "height": 64}
 
@@ -45,14 +48,14 @@ def wanted(**fields: Any) -> Generation:
     return Generation(**{"id": "1", "prompt": "a cat", "seed": 1, "steps": 3, **SQUARE, **fields})
 
 
-def finish(hub: Hub) -> None:
+def finish(hub: Batcher) -> None:
     with torch.no_grad():
         while hub.step():
             pass
 
 
 def in_a_hub(draw: Callable[[], Any]) -> Any:
-    hub = Hub()
+    hub = Batcher()
     task = hub.submit(draw)
     finish(hub)
     return task
@@ -85,27 +88,27 @@ class Looked:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.parts = self.layers = 0
-        modules, state = torch.nn.Module.modules, adapters._state
+        modules, state = torch.nn.Module.modules, adapter_state._state
 
         def walked(module: Any) -> Iterator[Any]:
             for part in modules(module):
                 self.parts += 1
                 yield part
 
-        def read(layer: Any) -> adapters.State:
+        def read(layer: Any) -> adapter_state.State:
             self.layers += 1
             return state(layer)
 
         monkeypatch.setattr(torch.nn.Module, "modules", walked)
-        monkeypatch.setattr(adapters, "_state", read)
+        monkeypatch.setattr(adapter_state, "_state", read)
 
 
 def test_a_loaded_adapter_costs_a_request_nothing(tuned: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    standin.view(tuned)
+    views.view(tuned)
     looked = Looked(monkeypatch)
-    view = standin.view(tuned)
+    view = views.view(tuned)
     assert looked.parts == 0, "a view walks through a module"
-    hub = Hub()
+    hub = Batcher()
     hub.submit(lambda: view(prompt="a cat", num_inference_steps=3, **SQUARE))
     finish(hub)
     assert hub.counts["unet"].calls == 4
@@ -113,7 +116,7 @@ def test_a_loaded_adapter_costs_a_request_nothing(tuned: Any, monkeypatch: pytes
 
 
 def test_only_what_was_handed_out_is_looked_at(tuned: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    view = standin.view(tuned)
+    view = views.view(tuned)
     looked = Looked(monkeypatch)
     scale_lora_layers(view.text_encoder, 0.5)
     assert view.unet._sfumato_view.occupied() == "adapters are scaled for this request"
@@ -139,7 +142,7 @@ def test_a_layer_that_was_changed_keeps_its_request_apart_until_it_is_put_back(
     tuned: Any, hand: str, change: str
 ) -> None:
     before = scales(tuned.unet)
-    view = standin.view(tuned)
+    view = views.view(tuned)
     shared = view.unet._sfumato_view
     layer = HANDS[hand](view.unet)
     assert shared.occupied() == ""
@@ -150,7 +153,7 @@ def test_a_layer_that_was_changed_keeps_its_request_apart_until_it_is_put_back(
         "a number": lambda: layer.scaling.update(default=7.0),
     }[change]()
     assert shared.occupied()
-    assert standin.close(view) == []
+    assert views.close(view) == []
     assert scales(tuned.unet) == before
     assert not layer.disable_adapters
 
@@ -159,10 +162,10 @@ def test_a_request_that_fails_while_adapters_are_scaled_leaves_none_scaled(
     tuned: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = scales(tuned.text_encoder)
-    hub = Hub()
+    hub = Batcher()
 
     def failing() -> None:
-        view = standin.view(tuned)
+        view = views.view(tuned)
         scale_lora_layers(view.text_encoder, 0.3)
         view.text_encoder(torch.ones(1, 77, dtype=torch.long))
         raise ValueError("in the middle")
@@ -177,12 +180,12 @@ def test_scaling_back_is_exact_in_the_end(tuned: Any) -> None:
     """In between a rounding error is no reason to run alone."""
     before = scales(tuned.text_encoder)
     for weight in (0.3, 0.7, 1 / 3, 1.1):
-        view = standin.view(tuned)
+        view = views.view(tuned)
         for _ in range(5):
             scale_lora_layers(view.text_encoder, weight)
             unscale_lora_layers(view.text_encoder, weight)
         assert view.unet._sfumato_view.occupied() == ""
-        standin.close(view)
+        views.close(view)
         assert scales(tuned.text_encoder) == before
 
 
@@ -192,13 +195,13 @@ def test_scaling_back_is_exact_in_the_end(tuned: Any) -> None:
 def test_a_view_that_cannot_be_closed_takes_nobody_along() -> None:
     pipe = tiny.stable_diffusion()
     pipe.set_progress_bar_config(disable=True)
-    hub = Hub()
+    hub = Batcher()
 
     def stubborn(*args: Any, **kwargs: Any) -> None:
         raise torch.OutOfMemoryError("no room to cast it back")
 
     def guilty() -> str:
-        made = standin.view(pipe)
+        made = views.view(pipe)
         made.vae.to(torch.float64)
         made.unet.to(torch.float64)
         made.unet(torch.zeros(1, 4, 8, 8).double(), 1, torch.zeros(1, 77, tiny.WIDTH).double())
@@ -206,20 +209,20 @@ def test_a_view_that_cannot_be_closed_takes_nobody_along() -> None:
         return "drawn"
 
     first = hub.submit(guilty)
-    second = hub.submit(lambda: standin.view(pipe)(prompt="a cat", num_inference_steps=2, **SQUARE).images[0])
-    view = standin.view(pipe)
+    second = hub.submit(lambda: views.view(pipe)(prompt="a cat", num_inference_steps=2, **SQUARE).images[0])
+    view = views.view(pipe)
     finish(hub)
     assert first.outcome.value == "drawn"
     assert second.outcome is not None
     assert pipe.unet.dtype == torch.float32, "what could be put back was not"
     del pipe.vae.to
-    assert standin.close(view) == []
+    assert views.close(view) == []
 
 
 def test_a_model_that_could_not_be_put_back_is_loaded_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    residency = Residency(1, "cpu", quiet)
+    residency = ModelPool(1, "cpu", quiet)
     made = ModelConfig(name="m", model=str(folder), file=folder / "m.yaml", dtype="fp32")
-    restore, failures = standin.StandIn._sfumato_restore, ["once"]
+    restore, failures = views.StandIn._sfumato_restore, ["once"]
 
     def restored(self: Any) -> None:
         if failures and self._sfumato_name == "vae":
@@ -234,7 +237,7 @@ def test_a_model_that_could_not_be_put_back_is_loaded_anew(folder: Path, monkeyp
         def on_step(step: int, total: int) -> None:
             steps.append(step)
             if step == 1:  # in the middle of the neighbour's picture
-                monkeypatch.setattr(standin.StandIn, "_sfumato_restore", restored)
+                monkeypatch.setattr(views.StandIn, "_sfumato_restore", restored)
                 assert generation.draw(model, wanted(), quiet).png == expected
 
         with pytest.raises(generation.Disturbed):
@@ -283,17 +286,17 @@ def test_nothing_of_a_run_waits_for_the_collector(
 ) -> None:  # fmt: skip
     model = loaded(build())
     held: list[weakref.ref[Any]] = []
-    make = sampler.make
+    make = request_scheduler.make
 
     def made(*args: Any) -> Any:
         scheduler = make(*args)
         held.append(weakref.ref(scheduler))
         return scheduler
 
-    monkeypatch.setattr(sampler, "make", made)
+    monkeypatch.setattr(request_scheduler, "make", made)
     denoiser = getattr(model.pipeline, "unet", None) or model.pipeline.transformer
     denoiser.register_forward_hook(lambda module, args, output: held.append(weakref.ref(output[0])))
-    hub = Hub()
+    hub = Batcher()
     task = hub.submit(
         lambda: generation.draw(model, wanted(scheduler=scheduler, previews=1), on_step, quiet), caller="me"
     )
@@ -320,7 +323,7 @@ def test_gather_leaves_nothing_to_the_collector_either(uncollected: None) -> Non
 def test_a_watched_scheduler_looks_like_its_class_and_can_be_copied() -> None:
     pipe = tiny.flux()
     seen: list[int] = []
-    made = sampler.make(pipe, schedulers.parse("lcm"), 1)
+    made = request_scheduler.make(pipe, schedulers.parse("lcm"), 1)
     cls = type(made)
     watched = generation._observed(made, lambda step, total: seen.append(step))
     assert isinstance(watched, cls)
@@ -340,7 +343,7 @@ def test_a_watched_scheduler_looks_like_its_class_and_can_be_copied() -> None:
 
 
 def test_when_nobody_draws_every_module_is_put_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    residency = Residency(1, "cpu", quiet)
+    residency = ModelPool(1, "cpu", quiet)
     made = ModelConfig(name="m", model=str(folder), file=folder / "m.yaml", dtype="fp32")
     out: list[str] = []
     with residency.use(made, quiet) as model:
@@ -398,7 +401,7 @@ def test_gather_puts_the_last_module_out(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_request_keeps_the_file_that_it_was_made_with(folder: Path) -> None:
     told: list[Any] = []
-    residency = Residency(1, "cpu", lambda name, status: told.append(status.facts))
+    residency = ModelPool(1, "cpu", lambda name, status: told.append(status.facts))
     first = ModelConfig(name="m", model=str(folder), file=folder / "m.yaml", dtype="fp32", steps=3)
     with residency.use(first, quiet) as model:
         with residency.use(replace(first, steps=5, pinned=True), quiet) as newer:
@@ -416,26 +419,26 @@ def test_a_request_keeps_the_file_that_it_was_made_with(folder: Path) -> None:
 # The thread.
 
 
-@pytest.mark.parametrize("kind", threadstate.AUTOCAST)
+@pytest.mark.parametrize("kind", torch_state.AUTOCAST)
 def test_autocast_of_every_device_is_a_state_of_the_thread(kind: str) -> None:
-    before = threadstate.ambient()
+    before = torch_state.ambient()
     torch.set_autocast_enabled(kind, True)
-    changed = threadstate.ambient()
-    threadstate.restore(before)
+    changed = torch_state.ambient()
+    torch_state.restore(before)
     assert changed != before
     assert not torch.is_autocast_enabled(kind)
-    assert threadstate.ambient() == before
+    assert torch_state.ambient() == before
 
 
 def test_the_dtype_of_autocast_is_a_state_too() -> None:
     with torch.autocast("cpu", torch.bfloat16):
-        one = threadstate.ambient()
+        one = torch_state.ambient()
     with torch.autocast("cpu", torch.float16):
-        assert threadstate.ambient() != one
+        assert torch_state.ambient() != one
 
 
 def test_there_is_autocast_for_all_that_device_takes() -> None:
-    assert {"cpu", "cuda", "mps", "xpu"} <= set(threadstate.AUTOCAST)
+    assert {"cpu", "cuda", "mps", "xpu"} <= set(torch_state.AUTOCAST)
 
 
 def test_each_device_has_its_own_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -449,15 +452,15 @@ def test_each_device_has_its_own_random_numbers(monkeypatch: pytest.MonkeyPatch)
     )
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("xpu"))
     monkeypatch.setattr(torch, "get_device_module", lambda kind: {"xpu": module}[kind])
-    assert threadstate.devices() == (("xpu", 0), ("xpu", 1))
-    before = threadstate.random()
+    assert torch_state.devices() == (("xpu", 0), ("xpu", 1))
+    before = torch_state.random()
     expected = [float(torch.rand(1, generator=each)) for each in dice]
-    threadstate.set_random(before)
+    torch_state.set_random(before)
     assert [float(torch.rand(1, generator=each)) for each in dice] == expected
     module.is_initialized = lambda: False  # and is not started by looking
-    assert threadstate.devices() == ()
+    assert torch_state.devices() == ()
 
 
 def test_no_device_is_started_by_looking() -> None:
-    assert set(threadstate.random()) >= {threadstate.CPU}
+    assert set(torch_state.random()) >= {torch_state.CPU}
     assert load.choose_device(ModelConfig(name="m", model="m", cuda=False), "auto") == "cpu"

@@ -69,7 +69,7 @@ def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
 @_with_settings
 def serve(**given: Any) -> None:
     """Serve pictures over HTTP: OpenAI's Images API and LocalAI's fields."""
-    from sfumato.serve import serve as run
+    from sfumato.commands.serve import serve as run
 
     run(_settings(**given))
 
@@ -97,7 +97,7 @@ def generate(
     models: Models = None,
 ) -> None:
     """Draw pictures here, without a server; prints the path of each."""
-    from sfumato.draw import draw as run
+    from sfumato.commands.generate import generate as run
 
     if prompt is None and like is None:
         raise typer.BadParameter("say what to draw, or give --like FILE.png", param_hint="PROMPT")
@@ -145,7 +145,7 @@ def list_models(models: Models = None) -> None:
 @app.command()
 def check(models: Annotated[Path | None, typer.Argument(help="Folder of model files.")] = None) -> None:
     """Explain each model file: what is loaded from where, what is ignored and why, what is wrong."""
-    from sfumato.check import check as run
+    from sfumato.commands.check import check as run
 
     reports = run(_catalog(_settings(models=models)))
     for report in reports:
@@ -160,7 +160,7 @@ def pull(
     models: Models = None,
 ) -> None:
     """Download a model before its first use."""
-    from sfumato.draw import pull as run
+    from sfumato.commands.generate import pull as run
 
     typer.echo(run(id, _settings(models=models)))
 
@@ -173,7 +173,7 @@ def _settings(**given: Any) -> Settings:
 
 
 def _catalog(settings: Settings) -> Any:
-    from sfumato.catalog import Catalog
+    from sfumato.serving.catalog import Catalog
 
     return Catalog.of(settings)
 

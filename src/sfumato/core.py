@@ -183,7 +183,7 @@ ModelState: TypeAlias = Literal["unloaded", "downloading", "loading", "ready", "
 
 
 @dataclass(frozen=True, slots=True)
-class ModelFacts:
+class ModelInfo:
     """What is known of a model once it is loaded. None: the pipeline does not say."""
 
     pipeline: str
@@ -242,5 +242,5 @@ class ModelStatus:
     """What is being fetched, or why the load failed."""
     progress: float | None = None
     """0 .. 1 while downloading."""
-    facts: ModelFacts | None = None
+    facts: ModelInfo | None = None
     """Once it is ready."""

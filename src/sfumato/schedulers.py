@@ -6,7 +6,7 @@ A name is a solver, and behind it perhaps a schedule: how the noise levels are s
 
 `k_` in front is Karras, as the names came to be written; `k_euler`, `euler_karras` and `euler` with
 `schedule="karras"` are the same choice. `sgm_uniform` is diffusers' `timestep_spacing="trailing"`.
-Which of them fits a given model is for `sfumato.engine.sampler` to say: that takes the model.
+Which of them fits a given model is for `sfumato.pipelines.request_scheduler` to say: that takes the model.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sfumato.errors import InvalidRequest, did_you_mean
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class SolverForm:
     """A diffusers class and the constructor arguments that make it the solver of this name."""
 
     cls: str
@@ -31,9 +31,9 @@ class Form:
 @dataclass(frozen=True, slots=True)
 class Solver:
     description: str
-    noise: Form
+    noise: SolverForm
     """For models that predict noise, the picture or a velocity: Stable Diffusion 1, 2, XL and kin."""
-    flow: Form | None = None
+    flow: SolverForm | None = None
     """For flow-matching models (FLUX, Stable Diffusion 3); None where diffusers has no such form."""
 
 
@@ -46,9 +46,9 @@ class Choice:
     solver: str
     """Its key in `SOLVERS`."""
     schedule: str | None
-    noise: Form
+    noise: SolverForm
     """Its arguments include the schedule's."""
-    flow: Form | None
+    flow: SolverForm | None
     """None: no flow form, or not with this schedule."""
 
 
@@ -76,35 +76,41 @@ _LOWER_LAST = {"lower_order_final": True}
 
 SOLVERS: Mapping[str, Solver] = MappingProxyType(
     {
-        "ddim": Solver("DDIM", Form("DDIMScheduler", {}, SPACING)),
+        "ddim": Solver("DDIM", SolverForm("DDIMScheduler", {}, SPACING)),
         # The Runge-Kutta warm-up is for pixel models; every Stable Diffusion is shipped without it.
-        "pndm": Solver("PNDM", Form("PNDMScheduler", {"skip_prk_steps": True}, SPACING)),
-        "heun": Solver("Heun", Form("HeunDiscreteScheduler", {}, EVERY), Form("FlowMatchHeunDiscreteScheduler")),
-        "unipc": Solver("UniPC", Form("UniPCMultistepScheduler", {}, EVERY), Form("UniPCMultistepScheduler", FLOW)),
+        "pndm": Solver("PNDM", SolverForm("PNDMScheduler", {"skip_prk_steps": True}, SPACING)),
+        "heun": Solver(
+            "Heun", SolverForm("HeunDiscreteScheduler", {}, EVERY), SolverForm("FlowMatchHeunDiscreteScheduler")
+        ),
+        "unipc": Solver(
+            "UniPC", SolverForm("UniPCMultistepScheduler", {}, EVERY), SolverForm("UniPCMultistepScheduler", FLOW)
+        ),
         "euler": Solver(
             "Euler",
-            Form("EulerDiscreteScheduler", {}, EVERY),
-            Form("FlowMatchEulerDiscreteScheduler", {}, SIGMAS),
+            SolverForm("EulerDiscreteScheduler", {}, EVERY),
+            SolverForm("FlowMatchEulerDiscreteScheduler", {}, SIGMAS),
         ),
-        "euler_a": Solver("Euler a", Form("EulerAncestralDiscreteScheduler", {}, SPACING)),
-        "lms": Solver("LMS", Form("LMSDiscreteScheduler", {}, EVERY)),
-        "dpm_2": Solver("DPM2", Form("KDPM2DiscreteScheduler", {}, EVERY)),
-        "dpm_2_a": Solver("DPM2 a", Form("KDPM2AncestralDiscreteScheduler", {}, EVERY)),
-        "dpmpp_2m": Solver("DPM++ 2M", Form(_MULTISTEP, {}, EVERY), Form(_MULTISTEP, FLOW)),
+        "euler_a": Solver("Euler a", SolverForm("EulerAncestralDiscreteScheduler", {}, SPACING)),
+        "lms": Solver("LMS", SolverForm("LMSDiscreteScheduler", {}, EVERY)),
+        "dpm_2": Solver("DPM2", SolverForm("KDPM2DiscreteScheduler", {}, EVERY)),
+        "dpm_2_a": Solver("DPM2 a", SolverForm("KDPM2AncestralDiscreteScheduler", {}, EVERY)),
+        "dpmpp_2m": Solver("DPM++ 2M", SolverForm(_MULTISTEP, {}, EVERY), SolverForm(_MULTISTEP, FLOW)),
         # The solver of the stochastic differential equation itself, with a Brownian tree for noise.
-        "dpmpp_sde": Solver("DPM++ SDE", Form("DPMSolverSDEScheduler", {}, EVERY)),
-        "dpmpp_2m_sde": Solver("DPM++ 2M SDE", Form(_MULTISTEP, _SDE, EVERY), Form(_MULTISTEP, {**_SDE, **FLOW})),
-        "dpmpp_3m_sde": Solver("DPM++ 3M SDE", Form(_MULTISTEP, {**_SDE, "solver_order": 3}, EVERY)),
+        "dpmpp_sde": Solver("DPM++ SDE", SolverForm("DPMSolverSDEScheduler", {}, EVERY)),
+        "dpmpp_2m_sde": Solver(
+            "DPM++ 2M SDE", SolverForm(_MULTISTEP, _SDE, EVERY), SolverForm(_MULTISTEP, {**_SDE, **FLOW})
+        ),
+        "dpmpp_3m_sde": Solver("DPM++ 3M SDE", SolverForm(_MULTISTEP, {**_SDE, "solver_order": 3}, EVERY)),
         "dpmpp_2s": Solver(
-            "DPM++ 2S", Form(_SINGLESTEP, _LOWER_LAST, SIGMAS), Form(_SINGLESTEP, {**_LOWER_LAST, **FLOW})
+            "DPM++ 2S", SolverForm(_SINGLESTEP, _LOWER_LAST, SIGMAS), SolverForm(_SINGLESTEP, {**_LOWER_LAST, **FLOW})
         ),
         # No flow form for these two: diffusers' ends above zero and leaves the last step's noise.
-        "deis": Solver("DEIS", Form("DEISMultistepScheduler", {}, EVERY)),
-        "sa_solver": Solver("SA-Solver", Form("SASolverScheduler", {}, EVERY)),
-        "ddpm": Solver("DDPM", Form("DDPMScheduler", {}, SPACING)),
+        "deis": Solver("DEIS", SolverForm("DEISMultistepScheduler", {}, EVERY)),
+        "sa_solver": Solver("SA-Solver", SolverForm("SASolverScheduler", {}, EVERY)),
+        "ddpm": Solver("DDPM", SolverForm("DDPMScheduler", {}, SPACING)),
         # For models distilled for them; both space their steps in their own way.
-        "lcm": Solver("LCM", Form("LCMScheduler"), Form("FlowMatchLCMScheduler", {}, SIGMAS)),
-        "tcd": Solver("TCD", Form("TCDScheduler")),
+        "lcm": Solver("LCM", SolverForm("LCMScheduler"), SolverForm("FlowMatchLCMScheduler", {}, SIGMAS)),
+        "tcd": Solver("TCD", SolverForm("TCDScheduler")),
     }
 )
 """Name -> solver. The forms' classes and arguments are diffusers'."""
@@ -254,6 +260,6 @@ def _name(base: str, schedule: str) -> str:
     return f"k_{base}" if schedule == "karras" else f"{base}_{schedule}"
 
 
-def _scheduled(form: Form, schedule: str) -> Form:
+def _scheduled(form: SolverForm, schedule: str) -> SolverForm:
     _, arguments = SCHEDULES[schedule]
-    return Form(form.cls, {**form.arguments, **arguments}, form.schedules)
+    return SolverForm(form.cls, {**form.arguments, **arguments}, form.schedules)

@@ -13,17 +13,20 @@ from fastapi.security import HTTPBearer
 from starlette.middleware.cors import CORSMiddleware
 
 from sfumato import __version__
-from sfumato.api import a1111, errors, localai, models, openai, ops, pages, progress
-from sfumato.api.arrivals import Arrivals
-from sfumato.api.auth import Auth, parse_keys
-from sfumato.api.crosssite import CrossSite, parse_hosts
-from sfumato.api.ending import Ending, Running
-from sfumato.api.forms import Bodies
-from sfumato.api.requests import BodyCap, Head, LastResort, Observe, RequestId
-from sfumato.api.urls import Forwarded, check_proxies, check_public_url, parse_origins
+from sfumato.api import localai, models, ops, progress
+from sfumato.api.a1111 import routes as a1111
+from sfumato.api.http import errors, pages
+from sfumato.api.http.arrivals import Arrivals
+from sfumato.api.http.auth import Auth, parse_keys
+from sfumato.api.http.cross_site import CrossSite, parse_hosts
+from sfumato.api.http.forms import Bodies
+from sfumato.api.http.middleware import BodyCap, Head, LastResort, Observe, RequestId
+from sfumato.api.http.shutdown import Ending, Running
+from sfumato.api.http.urls import Forwarded, check_proxies, check_public_url, parse_origins
+from sfumato.api.openai import routes as openai
 from sfumato.core import MAX_SEED
-from sfumato.service import Service
-from sfumato.store import Store
+from sfumato.pictures.store import Store
+from sfumato.serving.service import Service
 
 log = logging.getLogger(__name__)
 

@@ -8,15 +8,15 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 from pydantic import BeforeValidator, Field
 
-from sfumato.api.answers import answer
-from sfumato.api.bodies import Body, Picture, Pictures
-from sfumato.api.documents import DRAWING
-from sfumato.api.forms import described, reader
+from sfumato.api.http.documents import DRAWING
+from sfumato.api.http.forms import described, reader
+from sfumato.api.openai.answers import answer
+from sfumato.api.openai.bodies import Body, Picture, Pictures
 from sfumato.config import ModelConfig
 from sfumato.errors import InvalidRequest
-from sfumato.planning import ImageRequest
-from sfumato.service import Service
-from sfumato.store import Store
+from sfumato.pictures.store import Store
+from sfumato.serving.planning import ImageRequest
+from sfumato.serving.service import Service
 
 UPSCALERS = ("Upscale", "SuperResolution")
 """Of which one stands in the names of diffusers' classes for it."""

@@ -7,12 +7,12 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from sfumato.api import documents
+from sfumato.api.http import documents
 from sfumato.config import ModelConfig
-from sfumato.core import QUALITIES, ModelFacts
-from sfumato.engine.foreseen import foreseen
-from sfumato.planning import MAX_STEPS
-from sfumato.service import Service
+from sfumato.core import QUALITIES, ModelInfo
+from sfumato.models.static_capabilities import static_capabilities
+from sfumato.serving.planning import MAX_STEPS
+from sfumato.serving.service import Service
 
 
 def router(service: Service) -> APIRouter:
@@ -41,7 +41,7 @@ def _model(service: Service, config: ModelConfig) -> dict[str, Any]:
     status = service.engine.status(config.name)
     facts = status.facts
     settings = service.settings
-    told = facts or foreseen(config)
+    told = facts or static_capabilities(config)
     return {
         "id": config.name,
         "object": "model",
@@ -70,7 +70,7 @@ def _model(service: Service, config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _defaults(config: ModelConfig, facts: ModelFacts | None) -> dict[str, Any]:
+def _defaults(config: ModelConfig, facts: ModelInfo | None) -> dict[str, Any]:
     width, height = (facts.width, facts.height) if facts else (config.width, config.height)
     return {
         "size": f"{width}x{height}" if width and height else None,
@@ -85,11 +85,11 @@ def _defaults(config: ModelConfig, facts: ModelFacts | None) -> dict[str, Any]:
     }
 
 
-def _steps(config: ModelConfig, facts: ModelFacts | None) -> int | None:
+def _steps(config: ModelConfig, facts: ModelInfo | None) -> int | None:
     return facts.steps if facts else config.steps
 
 
-def _qualities(config: ModelConfig, facts: ModelFacts | None) -> dict[str, int]:
+def _qualities(config: ModelConfig, facts: ModelInfo | None) -> dict[str, int]:
     steps = _steps(config, facts)
     usual = {name: max(1, round(steps * factor)) for name, factor in QUALITIES.items()} if steps else {}
     return usual | dict(config.quality_steps)

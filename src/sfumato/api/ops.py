@@ -9,10 +9,10 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from sfumato import __version__
-from sfumato.api import documents, ranges
-from sfumato.metrics import CONTENT_TYPE
-from sfumato.service import Service
-from sfumato.store import MEDIA_TYPES, Store
+from sfumato.api.http import documents, ranges
+from sfumato.pictures.store import MEDIA_TYPES, Store
+from sfumato.serving.metrics import CONTENT_TYPE
+from sfumato.serving.service import Service
 
 PICTURE_HEADERS = {"cache-control": "public, immutable", "x-content-type-options": "nosniff"}
 

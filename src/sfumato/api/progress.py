@@ -6,10 +6,10 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from sfumato.api import documents
-from sfumato.api.auth import caller_of
-from sfumato.job import Progress
-from sfumato.service import Service
+from sfumato.api.http import documents
+from sfumato.api.http.auth import caller_of
+from sfumato.serving.job import Progress
+from sfumato.serving.service import Service
 
 
 def router(service: Service) -> APIRouter:

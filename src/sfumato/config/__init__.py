@@ -9,7 +9,7 @@ reference   the tables above as documentation
 """
 
 from sfumato.config.model import DEFAULTS, Adapter, Download, ModelConfig
-from sfumato.config.parse import Broken, Outcome, Redirect, Skipped, load, outcomes
+from sfumato.config.parse import Broken, ParsedFile, Redirect, Skipped, load, outcomes
 
 __all__ = [
     "DEFAULTS",
@@ -17,7 +17,7 @@ __all__ = [
     "Broken",
     "Download",
     "ModelConfig",
-    "Outcome",
+    "ParsedFile",
     "Redirect",
     "Skipped",
     "load",

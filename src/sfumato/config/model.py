@@ -71,7 +71,7 @@ class ModelConfig:
     """Stays in memory while others leave."""
 
     model: str
-    """Where the weights come from, as written; `sfumato.engine.resolve` says what it is."""
+    """Where the weights come from, as written; `sfumato.models.sources` says what it is."""
     file: Path | None = None
     """The model file; None for a model that was named on the command line."""
     folder: Path = field(default_factory=Path)

@@ -49,10 +49,10 @@ class Broken:
     """It could not be read: that may end without the file's being changed."""
 
 
-Outcome: TypeAlias = ModelConfig | Redirect | Skipped | Broken
+ParsedFile: TypeAlias = ModelConfig | Redirect | Skipped | Broken
 
 
-def outcomes(file: Path) -> list[Outcome]:
+def outcomes(file: Path) -> list[ParsedFile]:
     """What a file holds. Never raises: what is wrong with one model does not touch the others."""
     file = file.absolute()
     text = ""
@@ -90,7 +90,7 @@ def named(model: str) -> ModelConfig:
     return ModelConfig(name=model, model=model, folder=Path.cwd(), enable_parameters=every)
 
 
-def _outcome(document: Document, file: Path, created: int, default_name: str | None) -> Outcome:
+def _outcome(document: Document, file: Path, created: int, default_name: str | None) -> ParsedFile:
     values = document.values
     name = values.get("name") or default_name
     if reason := _not_ours(values):

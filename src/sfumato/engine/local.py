@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from sfumato.config import ModelConfig
 from sfumato.core import EngineStats, Event, Generation, ModelStatus
-from sfumato.engine import process
+from sfumato.engine import environment
 from sfumato.engine.protocol import Cancel, Report, Stop, Submit
 from sfumato.engine.streams import Streams
 from sfumato.errors import WorkerDied
@@ -45,7 +45,7 @@ class Local:
         return self._streams.status(model)
 
     async def start(self) -> None:
-        process.prepare()
+        environment.prepare()
         from sfumato.engine.loop import Loop
 
         here = asyncio.get_running_loop()

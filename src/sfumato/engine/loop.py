@@ -17,15 +17,17 @@ from typing import TypeAlias
 import torch
 
 from sfumato import logs
+from sfumato.batching import proof_store
+from sfumato.batching.batcher import Batcher, Task
+from sfumato.batching.proof_store import Proofs
+from sfumato.batching.verification import Verification
 from sfumato.core import Done, Event, Failed, ModelStatus, Preview, Step
-from sfumato.engine import generation, memory, proofs
-from sfumato.engine.batching import Hub, Task
-from sfumato.engine.proofs import Proofs
-from sfumato.engine.protocol import Answer, Cancel, Command, Counted, Report, Started, Status, Stop, Submit
-from sfumato.engine.residency import Residency
-from sfumato.engine.tally import Tally
-from sfumato.engine.trust import Trust
+from sfumato.drawing import draw as generation
+from sfumato.drawing import out_of_memory
+from sfumato.engine.protocol import Answer, Cancel, Command, Report, Started, StatsReport, Status, Stop, Submit
+from sfumato.engine.stats import Stats
 from sfumato.errors import Cancelled, SfumatoError
+from sfumato.models.pool import ModelPool
 from sfumato.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -42,14 +44,16 @@ class Loop:
     def __init__(self, settings: Settings, send: Send) -> None:
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._send = send
-        trust = Trust(proofs=Proofs(Path(settings.proofs) if settings.proofs else settings.data / proofs.NAME))
-        self._hub = Hub(
+        trust = Verification(
+            proofs=Proofs(Path(settings.proofs) if settings.proofs else settings.data / proof_store.NAME)
+        )
+        self._hub = Batcher(
             max_rows=settings.max_batch, max_active=settings.max_active, trust=trust, on_listen=self._listen
         )
-        self._residency = Residency(
+        self._residency = ModelPool(
             settings.loaded_models, settings.device, self._tell, self._hub.forget, self._hub.spare
         )
-        self._tally = Tally(self._hub, self._residency)
+        self._tally = Stats(self._hub, self._residency)
         self._tasks: dict[str, Task] = {}
         """Of generations that have not been answered."""
         self._arrived: dict[str, Submit] = {}
@@ -104,7 +108,7 @@ class Loop:
             log.info("request %s is cancelled with %s steps left", id, task.left)
             del self._tasks[id]
             self._tally.ended(id)
-            self._hub.cancel(task, generation.Stopped())
+            self._hub.cancel(task, generation.RunStopped())
         elif not self._arrived.pop(id, None):
             return  # it has been answered already, or is about to be
         self._send(Answer(id, _CANCELLED))
@@ -120,7 +124,7 @@ class Loop:
             with self._residency.use(submit.config, self._hub.turn) as model, suppress(generation.Disturbed):
                 draw = functools.partial(generation.draw, model, on_step=on_step, on_preview=on_preview)
                 self._tally.started(asked.id)
-                return memory.with_less(model, asked, draw, self._hub.spare)
+                return out_of_memory.with_less(model, asked, draw, self._hub.spare)
             log.warning("request %s is drawn again: another one has left its model changed", asked.id)
 
     def _on_step(self, id: str, step: int, total: int) -> None:
@@ -141,7 +145,7 @@ class Loop:
             self._tally.ended(id)
         # Before the answers: whoever has the last one finds it counted.
         if self._tally.due(idle=not self._tasks):
-            self._send(Counted(self._tally.stats()))
+            self._send(StatsReport(self._tally.stats()))
         for id, task in done.items():
             self._send(Answer(id, _event(id, task)))
 
@@ -160,7 +164,7 @@ def _event(id: str, task: Task) -> Event:
         case None:
             done: Done = task.outcome.value
             return done
-        case generation.Stopped():
+        case generation.RunStopped():
             return _CANCELLED
         case SfumatoError() as error:
             return Failed(error)

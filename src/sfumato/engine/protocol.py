@@ -87,11 +87,11 @@ class Status:
 
 
 @dataclass(frozen=True, slots=True)
-class Counted:
+class StatsReport:
     """Since this worker started."""
 
     stats: EngineStats
 
 
 Command: TypeAlias = Submit | Cancel | Stop
-Report: TypeAlias = Ready | Started | Answer | Status | Counted
+Report: TypeAlias = Ready | Started | Answer | Status | StatsReport

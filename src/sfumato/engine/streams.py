@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 
 from sfumato.core import Done, EngineStats, Event, Failed, ModelStatus, Preview, Step
-from sfumato.engine.protocol import Answer, Counted, Ready, Report, Started, Status
+from sfumato.engine.protocol import Answer, Ready, Report, Started, StatsReport, Status
 from sfumato.errors import SfumatoError
 
 SUMS = ("forwards", "steps", "step_seconds", "loads", "evictions")
@@ -51,7 +51,7 @@ class Streams:
                     queue.put_nowait(event)
             case Status(str(model), ModelStatus() as status):
                 self._statuses[model] = status
-            case Counted(EngineStats() as stats):
+            case StatsReport(EngineStats() as stats):
                 self._stats = stats
             case Ready() | Started(str()):
                 pass

@@ -1,0 +1,158 @@
+"""What AUTOMATIC1111's routes answer: the shapes for OpenAPI, and `info`, which is JSON in a string."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from sfumato import __version__, schedulers
+from sfumato.api.a1111.bodies import DrawBody
+from sfumato.core import Done
+from sfumato.pictures import recipe
+from sfumato.serving.job import Job
+
+
+class _Item(BaseModel):
+    model_config = ConfigDict(protected_namespaces=())
+
+
+class Drawn(_Item):
+    """The pictures of txt2img and img2img."""
+
+    images: list[str] = Field(description="PNG files as base64, each with its infotext.")
+    parameters: dict[str, Any] = Field(description="The request as it was understood, without pictures.")
+    info: str = Field(description="A JSON object: seed, all_seeds, infotexts, warnings and more.")
+
+
+class Upscaled(_Item):
+    image: str = Field(description="PNG as base64.")
+    html_info: str
+
+
+class PngInfo(_Item):
+    info: str = Field(description="The infotext; empty where the picture has none.")
+    items: dict[str, str] = Field(description="Whatever else the file says in words.")
+    parameters: dict[str, str] = Field(description="The infotext's pairs.")
+
+
+class ProgressState(_Item):
+    skipped: bool
+    interrupted: bool
+    job: str = Field(description="txt2img or img2img; empty: nothing is drawn.")
+    job_count: int = Field(description="Pictures asked for.")
+    job_no: int = Field(description="Pictures done.")
+    job_timestamp: str
+    sampling_step: int = Field(description="Steps done, of the picture that is drawn.")
+    sampling_steps: int
+
+
+class ProgressAnswer(_Item):
+    progress: float = Field(description="0 to 1, of all that the caller waits for; 0: nothing, or not begun.")
+    eta_relative: float = Field(description="Seconds; 0 while nothing is known.")
+    state: ProgressState
+    current_image: str | None = Field(description="The picture as it stands: PNG as base64.")
+    textinfo: str | None
+
+
+class SdModel(_Item):
+    title: str
+    model_name: str
+    hash: str | None
+    sha256: str | None
+    filename: str
+    config: str | None
+
+
+class SamplerItem(_Item):
+    name: str
+    aliases: list[str]
+    options: dict[str, str]
+
+
+class Scheduler(_Item):
+    name: str
+    label: str
+    aliases: list[str]
+    default_rho: float
+    need_inner_model: bool
+
+
+class UpscalerItem(_Item):
+    name: str
+    model_name: str | None
+    model_path: str | None
+    model_url: str | None
+    scale: float | None
+
+
+class Named(_Item):
+    name: str
+
+
+class Embeddings(_Item):
+    loaded: dict[str, Any]
+    skipped: dict[str, Any]
+
+
+class Scripts(_Item):
+    txt2img: list[str]
+    img2img: list[str]
+
+
+class Memory(_Item):
+    ram: dict[str, Any] = Field(description="Bytes: of the machine, and what this server uses.")
+    cuda: dict[str, Any] = Field(description="Bytes allocated on the accelerator.")
+
+
+def info(body: DrawBody, job: Job, drawn: Sequence[Done], warnings: Sequence[str], urls: Sequence[str]) -> str:
+    """Of the pictures of a request."""
+    first = drawn[0].recipe
+    sampler, schedule_type = schedulers.sampler_of(first.scheduler) or (first.scheduler, schedulers.AUTOMATIC)
+    count = len(drawn)
+    return json.dumps(
+        {
+            "prompt": first.prompt,
+            "all_prompts": [done.recipe.prompt for done in drawn],
+            "negative_prompt": first.negative_prompt or "",
+            "all_negative_prompts": [done.recipe.negative_prompt or "" for done in drawn],
+            "seed": first.seed,
+            "all_seeds": [done.recipe.seed for done in drawn],
+            "subseed": first.seed,
+            "all_subseeds": [done.recipe.seed for done in drawn],
+            "subseed_strength": 0,
+            "width": first.width,
+            "height": first.height,
+            "sampler_name": sampler,
+            "cfg_scale": first.guidance_scale,
+            "steps": first.steps,
+            "batch_size": min(body.batch_size or 1, count),
+            "restore_faces": False,
+            "face_restoration_model": None,
+            "sd_model_name": first.model,
+            "sd_model_hash": None,
+            "sd_vae_name": None,
+            "sd_vae_hash": None,
+            "seed_resize_from_w": -1,
+            "seed_resize_from_h": -1,
+            "denoising_strength": first.strength,
+            "extra_generation_params": {"Schedule type": schedule_type},
+            "index_of_first_image": 0,
+            "infotexts": [recipe.infotext(done.recipe) for done in drawn],
+            "styles": [],
+            "job_timestamp": timestamp(job.created),
+            "clip_skip": (first.clip_skip or 0) + 1,
+            "is_using_inpainting_conditioning": first.mask_sha256 is not None,
+            "version": f"sfumato {__version__}",
+            "warnings": list(warnings),
+            "urls": list(urls),
+        }
+    )
+
+
+def timestamp(seconds: float) -> str:
+    """As AUTOMATIC1111 writes a time, of seconds since 1970."""
+    return time.strftime("%Y%m%d%H%M%S", time.localtime(seconds))

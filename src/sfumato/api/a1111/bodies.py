@@ -1,0 +1,234 @@
+"""What requests to AUTOMATIC1111's routes may say; fields that are not listed are kept and change nothing.
+
+Its clients send every field there is with its default. So a field counts as asked for only where its value is
+another one, and what a blank or null means is: as the model has it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import from_json, to_json
+
+from sfumato.api.openai.bodies import BLANK, Guidance, PictureCount, Seed, Steps, Strength, Text
+from sfumato.core import MAX_SEED
+from sfumato.pictures.fitting import Fitting
+from sfumato.pictures.images import from_text
+from sfumato.serving.planning import MAX_PICTURES
+
+DEFAULT_BLUR = 4.0
+"""Pixels."""
+
+CROPPED = (1, 2)
+"""Resize modes that keep the proportions; the others stretch."""
+
+NEUTRAL: Mapping[str, tuple[object, ...]] = MappingProxyType(
+    {
+        "subseed_strength": (0,), "seed_resize_from_w": (0, -1), "seed_resize_from_h": (0, -1),
+        "restore_faces": (False,), "tiling": (False,), "eta": (1,), "s_churn": (0,), "s_tmax": (0,), "s_tmin": (0,),
+        "s_noise": (1,), "s_min_uncond": (0,), "initial_noise_multiplier": (1,), "inpaint_full_res": (False,),
+        "inpainting_fill": (1,), "distilled_cfg_scale": (),
+    }
+)  # fmt: skip
+"""AUTOMATIC1111's fields that have no effect here → values that ask for nothing."""
+
+QUIET = re.compile(
+    r"hr_.*|firstphase_.*|subseed|do_not_save_.*|script_args|image_cfg_scale|mask_round|include_init_images"
+    r"|inpaint_full_res_padding|force_task_id|refiner_switch_at"
+    r"|upscaling_resize_[wh]|upscaling_crop|show_extras_results|codeformer_weight"
+)
+"""Fields that mean something only beside another one, or nothing to a caller of an API."""
+
+NO_OVERRIDES: Mapping[str, tuple[object, ...]] = MappingProxyType(
+    {"sd_vae": ("Automatic", "None"), "eta_noise_seed_delta": (0,), "samples_format": ("png",)}
+)
+"""Settings of AUTOMATIC1111's → values that ask for nothing."""
+
+BLANKS: tuple[object, ...] = (None, "", [], {}, False)
+
+MODEL, LAYERS = "sd_model_checkpoint", "CLIP_stop_at_last_layers"
+"""The settings that a request can override here."""
+
+_ADAPTER = re.compile(r"<(?:lora|lyco|hypernet):[^<>]+>", re.IGNORECASE)
+
+
+def asks(value: object, neutral: tuple[object, ...]) -> bool:
+    return value not in (*BLANKS, *neutral)
+
+
+class DrawBody(BaseModel):
+    """What txt2img and img2img have in common."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    prompt: str | None = Field("", description="What to draw.", examples=["a rocket on a blue background"])
+    negative_prompt: Text = Field(None, description="What not to draw.")
+    seed: Seed = Field(None, description=f"-1 or absent: random. Picture i has seed + i, which is at most {MAX_SEED}.")
+    steps: Steps = Field(None, description="Denoising steps.", examples=[20])
+    cfg_scale: Guidance = Field(None, description="Guidance.", examples=[7.0])
+    width: PictureCount = Field(None, description="Pixels; absent with height: the model's size.", examples=[128])
+    height: PictureCount = Field(None, description="Pixels.", examples=[128])
+    batch_size: PictureCount = Field(None, description="Pictures are batch_size times n_iter.")
+    n_iter: PictureCount = Field(None, description="As batch_size: how they are batched is the server's concern.")
+    sampler_name: Text = Field(
+        None,
+        description="A name from /sdapi/v1/samplers; an unknown one draws as the model does.",
+        examples=["Euler a"],
+    )
+    sampler_index: Annotated[str | int | None, BLANK] = Field(
+        None, description="As sampler_name, as it was once called."
+    )
+    scheduler: Text = Field(None, description="A schedule type from /sdapi/v1/schedulers.", examples=["Automatic"])
+    clip_skip: Annotated[Annotated[int, Field(ge=0, le=65)] | None, BLANK] = Field(
+        None, description="Counted from the text encoder's last layer, which is 1; also in override_settings."
+    )
+    override_settings: dict[str, Any] | None = Field(
+        None, description=f"For this request: {MODEL} (a title from /sdapi/v1/sd-models) and {LAYERS}."
+    )
+    override_settings_restore_afterwards: bool | None = Field(
+        True, description=f"false: {MODEL} of override_settings stays chosen for the caller."
+    )
+    enable_hr: bool | None = Field(None, description="Not supported: the picture is drawn at width x height.")
+    styles: list[str] | None = Field(None, description="Without effect: there are no styles.")
+    script_name: Text = Field(None, description="Without effect: there are no scripts.")
+    alwayson_scripts: dict[str, Any] | None = Field(None, description="Without effect; they are named in a header.")
+    send_images: bool | None = Field(True, description="false: the answer has no pictures.")
+    save_images: bool | None = Field(False, description="Keep the pictures on the server too; info says their URLs.")
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        return self.override_settings or {}
+
+    @property
+    def sampler(self) -> str | None:
+        name = self.sampler_name or self.sampler_index
+        return None if name is None else str(name)
+
+    @property
+    def pictures(self) -> int:
+        return (self.batch_size or 1) * (self.n_iter or 1)
+
+    @property
+    def size(self) -> str | None:
+        if self.width is None and self.height is None:
+            return None
+        return f"{self.width or 512}x{self.height or 512}"  # AUTOMATIC1111's for the side that is left out
+
+    @property
+    def layers_skipped(self) -> int | None:
+        """Ours counts the layers left out. The last one is where every client stands that asks for nothing."""
+        given = self.overrides.get(LAYERS, self.clip_skip)
+        try:
+            layer = int(given or 1)
+        except (TypeError, ValueError, OverflowError):
+            return None
+        return layer - 1 if layer > 1 else None
+
+    def ignored(self) -> list[str]:
+        """Fields that ask for something and change nothing; no values."""
+        extra = [name for name, value in (self.model_extra or {}).items() if _is_news(name, value)]
+        settings = [
+            f"override_settings.{name}"
+            for name, value in self.overrides.items()
+            if name not in (MODEL, LAYERS) and asks(value, NO_OVERRIDES.get(name, ()))
+        ]
+        scripts = [f"alwayson_scripts.{name}" for name in self.alwayson_scripts or ()]
+        named = [name for name in ("styles", "script_name") if asks(getattr(self, name), ())]
+        return [*extra, *settings, *scripts, *named]
+
+    def warnings(self) -> list[str]:
+        """What is done otherwise than asked, each a sentence that begins with the field."""
+        warnings = []
+        if self.enable_hr:
+            warnings.append("enable_hr: there is no second pass here; the pictures have width x height")
+        if found := _ADAPTER.search(self.prompt or ""):
+            warnings.append(f"prompt: {found[0][:60]!r} is read as words; adapters stand in the model file")
+        return warnings
+
+    def shown(self) -> dict[str, Any]:
+        """The answer's `parameters`: what was understood, without pictures and without foreign fields."""
+        known = {name: value for name, value in (self.model_extra or {}).items() if name in NEUTRAL}
+        shown = self.model_dump(exclude={"init_images", "mask", *(self.model_extra or {})}) | known
+        return from_json(to_json(shown, inf_nan_mode="null"))  # type: ignore[no-any-return]
+
+
+class Txt2ImgBody(DrawBody):
+    """Of `POST /sdapi/v1/txt2img`."""
+
+    denoising_strength: float | None = Field(None, description="Without effect: of the second pass.")
+
+
+class Img2ImgBody(DrawBody):
+    """Of `POST /sdapi/v1/img2img`."""
+
+    init_images: list[str] = Field(
+        min_length=1, max_length=MAX_PICTURES, description="The source picture: base64 or a data: URI."
+    )
+    denoising_strength: Strength = Field(None, description="How far to leave the source picture.", examples=[0.75])
+    resize_mode: Annotated[Literal[0, 1, 2, 3] | None, BLANK] = Field(
+        None, description="To width x height: 0 and 3 stretch the picture, 1 and 2 crop it."
+    )
+    mask: Text = Field(None, description="Base64 or a data: URI; where it is white the picture is redrawn.")
+    mask_blur: Annotated[Annotated[float, Field(ge=0, le=256)] | None, BLANK] = Field(
+        None, description="Softens the mask's edge by a Gaussian of so many pixels; absent: 4, as there."
+    )
+    inpainting_mask_invert: Annotated[Literal[0, 1] | None, BLANK] = Field(None, description="1: black is redrawn.")
+
+    def fitting(self) -> Fitting:
+        """How pictures and mask are fitted to the size asked for, or to the first picture's."""
+        return Fitting(
+            size=(self.width or 512, self.height or 512) if self.width or self.height else None,
+            crop=self.resize_mode in CROPPED,
+            blur=DEFAULT_BLUR if self.mask_blur is None else self.mask_blur,
+            invert=bool(self.inpainting_mask_invert),
+        )
+
+    def sources(self) -> tuple[list[bytes], bytes | None]:
+        """The files of pictures and mask, which this body lets go. Raises InvalidPicture. Takes a while."""
+        images = [from_text(text, f"init_images[{index}]") for index, text in enumerate(self.init_images)]
+        mask = from_text(self.mask, "mask") if self.mask else None
+        self.init_images.clear()
+        self.mask = None
+        return images, mask
+
+    def ignored(self) -> list[str]:
+        unmasked = () if self.mask else ("inpaint_full_res", "inpainting_fill")
+        return [name for name in super().ignored() if name not in unmasked]
+
+    def warnings(self) -> list[str]:
+        otherwise = {2: "resize_mode: 2 (resize and fill) is done as 1 (crop and resize)",
+                     3: "resize_mode: 3 (latent upscale) is done as 0 (just resize)"}  # fmt: skip
+        return super().warnings() + [text for mode, text in otherwise.items() if mode == self.resize_mode]
+
+
+class PngInfoBody(BaseModel):
+    """Of `POST /sdapi/v1/png-info`."""
+
+    image: str = Field(description="PNG, JPEG or WebP as base64 or a data: URI.")
+
+
+class UpscaleBody(BaseModel):
+    """Of `POST /sdapi/v1/extra-single-image`."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    image: str = Field(description="Base64 or a data: URI.")
+    upscaler_1: Text = Field(None, description="A name from /sdapi/v1/upscalers.")
+    upscaling_resize: float | None = Field(2, description="2 or 4, as the upscaler does.")
+    resize_mode: Annotated[Literal[0] | None, BLANK] = Field(None, description="Only 0: so many times larger.")
+
+    def ignored(self) -> list[str]:
+        """Asked for and without effect; the fields beside a size of resize_mode 1 say nothing here."""
+        return [
+            name
+            for name, value in (self.model_extra or {}).items()
+            if not QUIET.fullmatch(name) and asks(value, (0, "None"))
+        ]
+
+
+def _is_news(name: str, value: object) -> bool:
+    return not QUIET.fullmatch(name) and (name not in NEUTRAL or asks(value, NEUTRAL[name]))

@@ -1,0 +1,249 @@
+"""Connections of the server: how many, how slow, and which has to go for a new one.
+
+uvicorn keeps a connection for as long as its client likes, and accepts until no descriptor is left. Here whoever sends
+or takes nothing for `patience` seconds is cut off, and beyond the cap the one that has been idle longest makes room,
+so that a new client always gets in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http
+import struct
+import sys
+import time
+from typing import Any, Literal, TypeAlias
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from sfumato.api.http import errors
+from sfumato.errors import InvalidRequest, RequestTimeout, SfumatoError, TooManyConnections
+
+try:
+    import fcntl
+    import resource
+    import termios
+
+    POSIX = True
+except ImportError:  # Windows has no such limits
+    POSIX = False
+
+ACCEPTED_AT_ONCE = 4
+"""asyncio accepts so many before the first of them is counted."""
+
+WAITING_AT_ONCE = 2048
+"""Connections that the system holds until they are accepted."""
+
+READ_AT_ONCE = 2**14
+"""Bytes: what is read is parsed in one go, and meanwhile nobody else is served."""
+
+LEAST_RATE = 1024
+"""Bytes a second: slower clients count as silent."""
+
+FRESH_S = 1.0
+"""So long a new connection may take to send its request before it counts as idle."""
+
+SPARE = 32
+"""Descriptors kept for whatever is no connection, or an eighth of all."""
+
+CRUMBS, CRUMB = 2**18, 32
+"""A chunked body may have so many bytes in which a line ends more often than every `CRUMB` bytes: h11 takes some
+microseconds for each chunk, however small."""
+
+State: TypeAlias = Literal["idle", "receiving", "answering"]
+
+
+def raise_descriptor_limit() -> None:
+    """To what the system lets this process have."""
+    if POSIX:
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with contextlib.suppress(ValueError, OSError):  # macOS says "unlimited" and does not mean it
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+class Connections:
+    """Those of one server, each state's in the order in which they came to it."""
+
+    def __init__(self, most: int, patience: float) -> None:
+        self._most = most
+        self.patience = patience
+        self.of: dict[State, dict[Connection, None]] = {"idle": {}, "receiving": {}, "answering": {}}
+
+    def __len__(self) -> int:
+        return sum(map(len, self.of.values()))
+
+    @property
+    def most(self) -> int:
+        """The setting, or what descriptors there are; they may be limited while it runs."""
+        if not POSIX:
+            return self._most
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if limit == resource.RLIM_INFINITY:
+            return self._most
+        return max(1, min(self._most, limit - max(SPARE, limit // 8)))
+
+    def opened(self, new: Connection) -> None:
+        """It is here; if it is one too many, another goes, or it."""
+        self.of["idle"][new] = None
+        if len(self) <= self.most:
+            return
+        idle, receiving = self._longest("idle", new), self._longest("receiving", new)
+        fresh = idle is None or time.monotonic() - idle.since < FRESH_S
+        victim = receiving if fresh and receiving is not None else idle
+        if victim is not None:
+            victim.transport.abort()
+            return
+        # Told once it has asked: whoever is closed before that may not read why.
+        new.surplus = TooManyConnections(f"{len(self) - 1} connections are open; try again later")
+
+    def _longest(self, state: State, new: Connection) -> Connection | None:
+        return next((each for each in self.of[state] if each is not new and not each.transport.is_closing()), None)
+
+    async def sweep(self) -> None:
+        """Cut off the slow ones, until it is cancelled."""
+        while True:
+            await asyncio.sleep(min(1.0, self.patience / 4))
+            now = time.monotonic()
+            for connections in self.of.values():
+                for each in list(connections):
+                    each.look(now)
+
+
+class Connection(H11Protocol):
+    """uvicorn's, with a clock."""
+
+    state: State = "idle"
+    surplus: TooManyConnections | None = None
+    """Why it is not served."""
+
+    def __init__(self, *args: Any, connections: Connections, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._all = connections
+        self._clocked()
+
+    def _clocked(self) -> None:
+        """A state begins."""
+        self.since = self._seen = time.monotonic()
+        self._waited = 0.0
+        """Seconds in which it was for the client to send something."""
+        self._received = 0
+        self._crumbs = 0
+        self._pending, self._taken, self._stuck = 0, 0, 0.0
+        """Bytes of answers that the client has not taken, that it took, and seconds in which there were any."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        if hasattr(transport, "max_size"):
+            transport.max_size = READ_AT_ONCE
+        super().connection_made(transport)
+        self._all.opened(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._all.of[self.state].pop(self, None)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self.surplus is not None:
+            self.refuse(self.surplus)
+            return
+        self._received += len(data)
+        if self.state == "receiving":
+            self._crumbs += data.count(b"\n") * CRUMB - len(data)
+            if self._crumbs > CRUMBS and self._chunked():
+                self.refuse(InvalidRequest("the body comes in crumbs; send larger chunks, or a content-length"))
+                return
+            self._crumbs = max(0, self._crumbs)
+        if not self.transport.is_closing():
+            super().data_received(data)
+            self._note()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._note()
+
+    def send_400_response(self, msg: str) -> None:
+        """Called where h11 could not read a request."""
+        error = sys.exception()
+        status = getattr(error, "error_status_hint", 400)
+        self.refuse(InvalidRequest(f"this is no HTTP request that is read here: {str(error)[:200]}"), status)
+
+    def refuse(self, error: SfumatoError, status: int = 0) -> None:
+        """Answer, if nothing was answered yet, and close."""
+        answer = errors.response(error)
+        status = status or error.status
+        head = h11.Response(
+            status_code=status,
+            headers=[*answer.raw_headers, (b"connection", b"close")],
+            reason=http.HTTPStatus(status).phrase.encode(),
+        )
+        with contextlib.suppress(h11.LocalProtocolError):
+            for event in (head, h11.Data(data=bytes(answer.body)), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self._unset_keepalive_if_required()
+        self.transport.close()
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+
+    def look(self, now: float) -> None:
+        """Cut it off if its client was silent for too long."""
+        passed, self._seen = now - self._seen, now
+        patience = self._all.patience
+        if self._is_stuck(passed):
+            self.transport.abort()
+        elif self.transport.is_closing() or self.state == "answering" or self.flow.read_paused:
+            return
+        else:
+            self._waited += passed
+            answered = self.cycle is not None and self.cycle.response_complete
+            more = 0 if self.state == "idle" or answered else self._received / LEAST_RATE
+            if self._waited > patience + more:
+                self._end_waiting(patience)
+
+    def _end_waiting(self, patience: float) -> None:
+        begun = self.state == "receiving" or bool(self._received)
+        if begun:
+            self.refuse(RequestTimeout(f"the request did not come within {patience:g} s (the setting patience_s)"))
+        else:
+            self.transport.close()
+
+    def _is_stuck(self, passed: float) -> bool:
+        """Whether the client does not take what is sent to it."""
+        pending = self.transport.get_write_buffer_size() + _unacknowledged(self.transport)
+        self._taken += max(0, self._pending - pending)
+        self._pending = pending
+        if not pending:
+            self._taken, self._stuck = 0, 0.0
+            return False
+        self._stuck += passed
+        return self._stuck > self._all.patience + self._taken / LEAST_RATE
+
+    def _note(self) -> None:
+        """The state may be another."""
+        cycle = self.cycle
+        if self.conn.their_state is h11.SEND_BODY:
+            state: State = "receiving"
+        else:
+            state = "idle" if cycle is None or cycle.response_complete else "answering"
+        if state != self.state:
+            if self in self._all.of[self.state]:  # else it is lost
+                del self._all.of[self.state][self]
+                self._all.of[state][self] = None
+            self.state = state
+            self._clocked()
+
+    def _chunked(self) -> bool:
+        return any(name == b"transfer-encoding" for name, _ in self.headers or ())
+
+
+def _unacknowledged(transport: asyncio.Transport) -> int:
+    """Bytes that the system holds for the client."""
+    sock = transport.get_extra_info("socket")
+    if sock is None or not POSIX or not sys.platform.startswith("linux"):
+        return 0
+    try:
+        (count,) = struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0" * 4))
+    except OSError:
+        return 0
+    return int(count)

@@ -1,0 +1,137 @@
+"""Which web pages may use this server from the browsers of their visitors: none but its own, and those it is told of.
+
+A browser sends whatever a page asks for to `http://localhost:8080`, from any page on the internet. What it says with
+it cannot be forged by the page: `Origin` (with every POST and DELETE), `Sec-Fetch-Site` (where the address is
+trustworthy, which localhost is) and `Host`, which is the attacker's own name when that name was made to point here
+("DNS rebinding"). Programs that are no browsers send none of the first two and are not asked for anything.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import socket
+from collections.abc import Callable, Collection
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from sfumato.api.http import auth, errors, urls
+from sfumato.errors import Forbidden, SfumatoError, UnsupportedMedia
+from sfumato.settings import Settings
+
+NOBODYS = ("localhost", "local", "internal", "home.arpa", "lan")
+"""Endings of names that the public DNS gives to nobody, so no attacker can make one point here."""
+
+OURS = ("same-origin", "none")
+"""Values of Sec-Fetch-Site: a page of this server's own, and somebody who typed the address."""
+
+READS = ("GET", "HEAD", "OPTIONS")
+
+_NAME = re.compile(r"\*|(?:\*\.)?[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,252})")
+
+
+def parse_hosts(text: str) -> list[str]:
+    """The setting allowed_hosts. Raises ValueError, unless each word is a name, `*.name` or `*`."""
+    words = [word.strip().lower() for word in text.split(",") if word.strip()]
+    for word in words:
+        if not _NAME.fullmatch(word):
+            raise ValueError(f"allowed_hosts: {word!r} is no host name; such as images.example, *.example or *")
+    return words
+
+
+class CrossSite:
+    """ASGI middleware: refuses with 403 what a web page of another origin has a browser send.
+
+    Whoever shows a key that no browser sends by itself may call from anywhere. `rejected` is told the code of
+    each refusal.
+    """
+
+    def __init__(
+        self, app: ASGIApp, settings: Settings, origins: Collection[str], rejected: Callable[[str], None]
+    ) -> None:
+        self.app = app
+        self._open = settings.cross_site
+        self._keys = bool(settings.api_keys.strip())
+        self._origins = frozenset(origins)
+        self._public = _place(settings.public_url)
+        own = {socket.gethostname().lower(), urlsplit(settings.public_url).hostname or ""}
+        self._hosts = frozenset([*parse_hosts(settings.allowed_hosts), *own]) - {""}
+        self._rejected = rejected
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        error = self._refusal(scope) if scope["type"] == "http" and not self._open else None
+        if error is None:
+            await self.app(scope, receive, send)
+        else:
+            self._rejected(error.code)
+            await errors.response(error)(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> SfumatoError | None:
+        headers = Headers(scope=scope)
+        if auth.is_open(scope, headers) or (self._keys and auth.explicit(headers)):
+            return None
+        if scope["method"] not in READS and headers.get("content-type", "").lower().lstrip().startswith("text/plain"):
+            return UnsupportedMedia(
+                "content-type: text/plain is what web pages send without asking; application/json is needed"
+            )
+        origins, sites = headers.getlist("origin"), headers.getlist("sec-fetch-site")
+        if not origins and not sites and not _is_browser(headers):
+            return None
+        if origins and all(origin in self._origins or "*" in self._origins for origin in origins):
+            return None
+        here = {_place(f"{scope['scheme']}://{headers.get('host', '')}"), self._public} - {None}
+        foreign = [origin for origin in origins if _place(origin) not in here]
+        if foreign or any(site not in OURS for site in sites):
+            return Forbidden(
+                f"web pages of the origin {(foreign or ['?'])[0][:200]!r} may not use this server. The setting "
+                "cors_origins names pages that may; cross_site lets all of them."
+            )
+        host = urls.sent_host(scope)
+        if not self._known(host) and not (urls.by_tls(scope) and sites):
+            return Forbidden(
+                f"this server does not know the name {host[:200]!r}, and a web browser asks for it. If it is the "
+                "server's, name it in the setting allowed_hosts, or set public_url."
+            )
+        return None
+
+    def _known(self, host: str) -> bool:
+        """Whether no stranger can have made this name point here."""
+        if "*" in self._hosts:
+            return True
+        name = _hostname(host)
+        if "." not in name or name in self._hosts:
+            return bool(name)
+        parents = [name.split(".", count)[-1] for count in range(1, name.count(".") + 1)]
+        if any(parent in NOBODYS or f"*.{parent}" in self._hosts for parent in parents):
+            return True
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            return False
+        return True
+
+
+def _is_browser(headers: Headers) -> bool:
+    return "referer" in headers or "mozilla/" in headers.get("user-agent", "").lower()
+
+
+def _place(origin: str) -> str | None:
+    """Host and port, the default one left out; a proxy in between may have changed the scheme."""
+    try:
+        parts = urlsplit(origin)
+        port = parts.port
+    except ValueError:
+        return None
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        return None
+    return parts.hostname if port in (None, 80, 443) else f"{parts.hostname}:{port}"
+
+
+def _hostname(host: str) -> str:
+    """Without port, brackets and a dot at its end; an address of IPv6 has no dot and is as good as a name without."""
+    try:
+        return (urlsplit(f"//{host}").hostname or "").rstrip(".")
+    except ValueError:
+        return ""

@@ -1,0 +1,148 @@
+"""A request's body as one of `bodies`: from JSON, or from a form whose keys and strings mean the same.
+
+Reading takes time in proportion to a body, so it happens in threads of its own: nobody else waits for it, and
+no picture that is decoded makes it wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Awaitable, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+from urllib.parse import parse_qsl
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import AliasChoices, BaseModel, TypeAdapter, ValidationError
+from pydantic_core import PydanticCustomError, from_json
+
+from sfumato.api.http import body_cost, content_type, multipart
+from sfumato.errors import UnsupportedMedia
+
+Body = TypeVar("Body")
+
+THREADS = 2
+"""That read bodies. Reading holds Python's lock, so more would not make it faster."""
+
+FORMS = (content_type.MULTIPART, content_type.URLENCODED)
+
+_NESTED = re.compile(r"(\w+)\[(\w*)\]")
+"""`image[]` is one of a list, `key[sub]` a value of an object."""
+
+_OBJECT_BEGINS = re.compile(rb"\s*\{")
+
+
+class Bodies:
+    """Reads bodies for one application. `most_text` is in bytes: of what is no picture."""
+
+    def __init__(self, most_text: int) -> None:
+        self._most_text = most_text
+        self._pool: ThreadPoolExecutor | None = None
+
+    def close(self) -> None:
+        """End its threads; the next body starts others."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool = None
+
+    async def read(self, request: Request, validate: Callable[[Any], Body]) -> Body:
+        """What `validate` makes of it. Raises InvalidRequest, or RequestValidationError that names the field."""
+        said = content_type.parse(request.headers.get("content-type", ""))
+        body = bytearray()  # not `request.body()`, which holds on to its parts and to the whole
+        async for chunk in request.stream():
+            body += chunk
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(THREADS, "bodies")
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._pool, self._read, said, body, validate)
+
+    def _read(self, said: content_type.Media, body: bytearray, validate: Callable[[Any], Body]) -> Body:
+        try:
+            return validate(self._values(said, body))
+        except ValidationError as error:
+            found = [{**each, "loc": ("body", *each["loc"])} for each in error.errors(include_url=False)]
+            raise RequestValidationError(found) from None
+
+    def _values(self, said: content_type.Media, body: bytearray) -> dict[str, Any]:
+        codec = said.codec
+        if said.type == content_type.MULTIPART:
+            return _of_form(multipart.parts(body, said, self._most_text))
+        if said.type == content_type.URLENCODED and not _OBJECT_BEGINS.match(body):
+            body_cost.check_urlencoded(body, self._most_text)
+            return _of_form(parse_qsl(body.decode("latin-1"), keep_blank_values=True, encoding=codec))
+        if said.type != content_type.URLENCODED and not content_type.is_json(
+            said.type
+        ):  # curl sends JSON with -d as that
+            raise UnsupportedMedia(
+                f"content-type: {said.type[:100]!r} is not read; application/json, {' and '.join(FORMS)} are"
+            )
+        body_cost.check_json(body, self._most_text)
+        return _of_json(body if codec == "utf-8" else body.decode(codec).encode())
+
+
+def reader(kind: type[BaseModel]) -> Callable[[Request], Awaitable[Any]]:
+    """A dependency that reads a body of this kind. Raises RequestValidationError that names the field."""
+
+    async def read(request: Request) -> Any:
+        return await _bodies(request).read(request, kind.model_validate)
+
+    return read
+
+
+async def read_object(request: Request) -> dict[str, Any]:
+    """A dependency that reads any object."""
+    return await _bodies(request).read(request, _OBJECT.validate_python)
+
+
+_OBJECT = TypeAdapter(dict[str, Any])
+
+
+def described(kind: type[BaseModel]) -> dict[str, Any]:
+    """What OpenAPI says of it: the same fields as JSON and as a form, each by all its names."""
+    schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
+    for name, info in kind.model_fields.items():
+        if isinstance(info.validation_alias, AliasChoices):
+            also = [alias for alias in info.validation_alias.choices if isinstance(alias, str) and alias != name]
+            own = {key: value for key, value in schema["properties"][name].items() if key not in ("title", "examples")}
+            schema["properties"] |= {alias: own | {"description": f"Another name of `{name}`."} for alias in also}
+    content = {type: {"schema": schema} for type in ("application/json", FORMS[0])}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def _bodies(request: Request) -> Bodies:
+    bodies = request.app.state.bodies
+    assert isinstance(bodies, Bodies)
+    return bodies
+
+
+def _of_json(body: bytes | bytearray) -> dict[str, Any]:
+    try:
+        values = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise RequestValidationError([{"type": "json_invalid", "loc": ("body",), "msg": str(error)}]) from None
+    if not isinstance(values, dict):
+        wrong = PydanticCustomError("dict_type", "an object is needed")
+        raise RequestValidationError([{"type": wrong.type, "loc": ("body",), "msg": wrong.message(), "input": values}])
+    return values
+
+
+def _of_form(fields: Iterable[tuple[str, str | bytes]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in fields:
+        nested = _NESTED.fullmatch(key)
+        name, inner = (nested[1], nested[2]) if nested else (key, "")
+        if inner:
+            held = values.setdefault(name, {})
+            if isinstance(held, dict):
+                held[inner] = value
+        elif name in values:
+            held = values[name]
+            if isinstance(held, list):
+                held.append(value)
+            else:
+                values[name] = [held, value]
+        else:
+            values[name] = [value] if nested else value
+    return values

@@ -1,0 +1,190 @@
+"""What every request meets on its way in and out: an id, a line in the log, a count, a cap, a last resort."""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from urllib.parse import quote
+
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from sfumato import logs
+from sfumato.api.http import errors
+from sfumato.errors import RequestTooLarge, SfumatoError
+from sfumato.serving.metrics import Metrics
+
+access = logging.getLogger("sfumato.access")
+
+QUIET = {"/healthz", "/readyz", "/metrics", "/sdapi/v1/progress"}
+"""Asked every few seconds by machines: logged at debug."""
+
+METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
+
+GONE = 499
+"""The status, in log and metrics, of a request that nobody waited for."""
+
+
+class RequestId:
+    """Every answer carries `x-request-id`: the client's own, if it sent a sane one, else a new one."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        id = given if 0 < len(given) <= 128 and given.isascii() and given.isprintable() else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = id
+        logs.request_id.set(id)  # uvicorn gives each request a task, and with it a context, of its own
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"x-request-id", id.encode())]
+            await send(message)
+
+        await self.app(scope, receive, send_with_id)
+
+
+class Observe:
+    """A line in the access log and a count in the metrics for every request. No query string, no body."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        status = GONE
+        began = time.monotonic()
+        path = _path(scope)
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watched)
+        finally:
+            seconds = time.monotonic() - began
+            method = scope["method"] if scope["method"] in METHODS else "other"
+            self._metrics.answered(_route(scope), method, status, seconds)
+            fields = {"method": method, "path": path, "status": status, "seconds": round(seconds, 3)}
+            fields["caller"] = scope.get("state", {}).get("caller", "")
+            access.log(
+                logging.DEBUG if path in QUIET else logging.INFO,
+                "%s %s %d %.3f s caller=%s",
+                method, path, status, seconds, fields["caller"] or "-",
+                extra={"fields": fields},
+            )  # fmt: skip
+
+
+class Head:
+    """Whatever can be got answers HEAD as well: with the same status and headers, and nothing else."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self.app(scope, receive, send)
+            return
+
+        async def send_head(message: Message) -> None:
+            if message["type"] == "http.response.body":
+                message["body"] = b""
+            await send(message)
+
+        scope["method"] = "GET"
+        try:
+            await self.app(scope, receive, send_head)
+        finally:
+            scope["method"] = "HEAD"  # for log and metrics
+
+
+class LastResort:
+    """What nobody caught is logged and answered here, inside the middlewares that every answer needs."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def watched(message: Message) -> None:
+            nonlocal started
+            started = started or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watched)
+        except ClientDisconnect:
+            return  # nobody is left to answer
+        except Exception as error:
+            if scope["type"] != "http":
+                raise
+            answer = errors.response(errors.unexpected(error))
+            if not started:
+                await answer(scope, receive, send)
+            # Else the answer breaks off: the server closes a connection whose answer is not complete.
+
+
+class BodyCap:
+    """Refuse a body that is too large before it is in memory. `limit` is in bytes."""
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        self.app = app
+        self.limit = limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        declared = Headers(scope=scope).get("content-length", "0")
+        if declared.isdigit() and int(declared) > self.limit:
+            await errors.response(self._too_large())(scope, receive, send)
+            return
+        taken = 0
+
+        async def capped() -> Message:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > self.limit:
+                raise self._too_large()
+            return message
+
+        await self.app(scope, capped, send)
+
+    def _too_large(self) -> SfumatoError:
+        return RequestTooLarge(
+            f"the request body is larger than {self.limit // 2**20} MiB; send smaller pictures, "
+            "or raise the setting max_body_mb"
+        )
+
+
+def _path(scope: Scope) -> str:
+    """As it was sent, percent-encoded: it cannot break a line."""
+    raw = scope.get("raw_path")
+    return quote(scope["path"]) if raw is None else raw.decode("ascii", "backslashreplace")
+
+
+def _route(scope: Scope) -> str:
+    """The template of the route that was found, with the prefix of its router."""
+    route = scope.get("route")
+    template: str | None = getattr(route, "path_format", None) or getattr(route, "path", None)
+    if template is None:
+        return "none"
+    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    given = template
+    for name, value in scope.get("path_params", {}).items():
+        given = given.replace(f"{{{name}}}", str(value))
+    return path.removesuffix(given) + template if path.endswith(given) else template

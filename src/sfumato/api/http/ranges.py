@@ -1,0 +1,38 @@
+"""Parts of what is in memory, as RFC 9110 has them: `Range`, `If-Range`, `If-None-Match`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from fastapi import Request
+from starlette.responses import Response
+
+from sfumato.api.http import errors
+from sfumato.errors import InvalidRequest
+
+_ONE = re.compile(r"bytes\s*=\s*(?:([0-9]{1,15})\s*-\s*([0-9]{1,15})?|-\s*([0-9]{1,15}))", re.IGNORECASE)
+"""From-to, from, and the last so many. Whatever else is asked for is answered whole, which the RFC allows."""
+
+
+def answer(request: Request, data: bytes, media_type: str, *, etag: str, headers: Mapping[str, str]) -> Response:
+    """All of `data`, the part that was asked for, or that the client has it."""
+    common = {**headers, "etag": etag, "accept-ranges": "bytes"}
+    known = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
+    if etag in known or "*" in known:
+        return Response(status_code=304, headers=common)
+    match = _ONE.fullmatch(request.headers.get("range", "").strip())
+    if match is None or request.headers.get("if-range", etag) != etag:
+        return Response(data, media_type=media_type, headers=common)
+    first, last, final = (None if number is None else int(number) for number in match.groups())
+    start = max(0, len(data) - final) if final is not None else first or 0
+    end = len(data) if last is None else min(last + 1, len(data))
+    if first is not None and last is not None and last < first:  # no range at all
+        return Response(data, media_type=media_type, headers=common)
+    if start >= end:
+        refused = errors.response(InvalidRequest(f"range: the picture has {len(data)} bytes"))
+        refused.status_code = 416
+        refused.headers["content-range"] = f"bytes */{len(data)}"
+        return refused
+    common["content-range"] = f"bytes {start}-{end - 1}/{len(data)}"
+    return Response(data[start:end], status_code=206, media_type=media_type, headers=common)

@@ -1,0 +1,290 @@
+"""What the image routes answer: pictures in the format asked for, OpenAI's response and its stream."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable, Mapping, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fastapi import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from sfumato.api.http import errors, urls
+from sfumato.api.http.auth import caller_of
+from sfumato.api.openai.bodies import Body, PaintBody
+from sfumato.core import Done, Preview
+from sfumato.errors import Cancelled, InvalidRequest, SfumatoError
+from sfumato.pictures import recipe
+from sfumato.pictures.store import Store
+from sfumato.serving.job import Job
+from sfumato.serving.service import Service
+
+T = TypeVar("T")
+
+KEEP_ALIVE_S = 15.0
+"""A stream that has nothing to say sends a comment this often, so that no proxy closes it."""
+
+PATCH = 16
+"""Of `usage`: a picture counts one token for each square of so many pixels a side."""
+
+SHOWN_QUALITY = {
+    "low": "low", "medium": "medium", "high": "high", "hd": "high", "xhigh": "xhigh", "max": "max",
+}  # fmt: skip
+"""Asked for → as OpenAI's answers name it; whatever else is medium, which is the model's own number of steps."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputFormat:
+    """How the pictures of one request are to be given back."""
+
+    format: str = "png"
+    """png, webp or jpeg."""
+    compression: int = 100
+    """0 .. 100, of webp and jpeg: their quality."""
+    opaque: bool = False
+    """An alpha channel is laid on white."""
+    quality: str = "medium"
+    """Of `SHOWN_QUALITY`."""
+    base: str | None = None
+    """Of picture URLs; None: base64."""
+
+    def encoded(self, shown: Done | Preview) -> bytes:
+        """The picture, or a preview at the size of the picture."""
+        size = (shown.width, shown.height) if isinstance(shown, Preview) else None
+        return recipe.convert(shown.png, self.format, self.compression, opaque=self.opaque, size=size)
+
+
+def output_format(body: Body, base: str) -> OutputFormat:
+    """How a body wants its pictures. Raises InvalidRequest for what cannot be together."""
+    if not isinstance(body, PaintBody):
+        return OutputFormat(base=None if body.wants_b64() else base)
+    if body.background == "transparent" and body.output_format == "jpeg":
+        raise InvalidRequest(
+            "background: 'transparent' and output_format 'jpeg': a JPEG has no transparency; "
+            "ask for png or webp, or for background auto",
+            param="background",
+        )
+    return OutputFormat(
+        format=body.output_format or "png",
+        compression=100 if body.output_compression is None else body.output_compression,
+        opaque=body.background == "opaque",
+        quality=SHOWN_QUALITY.get(str(body.quality), "medium"),
+        base=None if body.wants_b64() or body.stream else base,
+    )
+
+
+async def answer(
+    service: Service, store: Store, body: Body, request: Request, event: str = "", **more: Any
+) -> Response:
+    """Draw what a body asks for, and answer with the pictures or, where it wants one, with a stream of `event`s.
+
+    `more` are fields of the request that stand in for the body's.
+    """
+    form = output_format(body, urls.base_url(request, service.settings))
+    more |= {"caller": caller_of(request), "id": request.state.request_id}
+    if isinstance(body, PaintBody) and body.stream:
+        return Stream(await unless_gone(request, _begun(service, body, more)), form, event, body.ignored())
+    return await unless_gone(request, _drawn(service, body, more, form, store))
+
+
+async def _submitted(service: Service, body: Body, more: Mapping[str, Any]) -> Job:
+    """Nobody but the job holds the pictures that were sent."""
+    asked = body.to_request(**more)
+    body.let_go()
+    return await service.submit(asked)
+
+
+async def _drawn(service: Service, body: Body, more: Mapping[str, Any], form: OutputFormat, store: Store) -> Response:
+    """OpenAI's images response. All pictures or an error."""
+    job = await _submitted(service, body, more)
+    drawn = await job.pictures()
+    said = {"created": int(job.created), "usage": usage(job, drawn)} | _shown(form, job, drawn[0])
+    headers = noted(body.ignored(), drawn)
+    files = [await asyncio.to_thread(form.encoded, done) for done in drawn]
+    if form.base is None:
+        where = [{"b64_json": _base64(file)} for file in files]
+    else:
+        names = await kept(store, files, form.format)
+        where = [{"url": f"{form.base}/generated-images/{name}"} for name in names]
+    items = [item | {"seed": done.recipe.seed} for item, done in zip(where, drawn, strict=True)]
+    return JSONResponse(said | {"data": items}, headers=headers)
+
+
+async def kept(store: Store, files: Sequence[bytes], extension: str) -> list[str]:
+    """The names of pictures in the store: of all of them or, whatever happens, of none.
+
+    Raises StorageError.
+    """
+    lock, stored, left = threading.Lock(), list[str](), False
+
+    def put() -> None:
+        names = store.put_all(files, extension)
+        with lock:
+            stored.extend(names)
+            if left:
+                store.remove(names)
+
+    try:
+        await asyncio.to_thread(put)
+    except asyncio.CancelledError:
+        with lock:  # nobody will learn the names, those included of what the thread is still writing
+            left = True
+            store.remove(stored)
+        raise
+    return stored
+
+
+async def _begun(service: Service, body: Body, more: Mapping[str, Any]) -> Job:
+    """A job that draws, or that takes long enough to begin. An error until then is not yet one inside a stream."""
+    job = await _submitted(service, body, more)
+    try:
+        with suppress(TimeoutError):  # not `wait_for`: Python 3.11's may swallow a cancellation
+            async with asyncio.timeout(KEEP_ALIVE_S):
+                await job.news.wait()
+    except asyncio.CancelledError:
+        job.cancel()
+        raise
+    if job.error:
+        raise job.error
+    return job
+
+
+class Stream(StreamingResponse):
+    """Server-sent events as OpenAI's SDK types them: `event`.partial_image, then `event`.completed."""
+
+    def __init__(self, job: Job, form: OutputFormat, event: str, ignored: Sequence[str]) -> None:
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"} | noted(ignored, ())
+        lines = _with_keep_alive(_events(job, form, event))
+        super().__init__(lines, media_type="text/event-stream", headers=headers)
+        self._job = job
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._job.cancel()  # a client that is gone at once never lets `lines` begin, and so never end
+
+
+async def _events(job: Job, form: OutputFormat, event: str) -> AsyncGenerator[str, None]:
+    several = len(job.parts) > 1
+    sent = [0] * len(job.parts)
+    """Previews sent of each picture; a worker that dies shows them again."""
+    completed = 0
+
+    async def sse(kind: str, shown: Done | Preview, index: int, **more: Any) -> str:
+        type = f"{event}.{kind}"
+        data = {"type": type, "b64_json": await _b64(shown, form), "created_at": int(job.created)} | more
+        data |= _shown(form, job, job.parts[index].done) | ({"index": index} if several else {})
+        return f"event: {type}\ndata: {json.dumps(data)}\n\n"
+
+    try:
+        async with aclosing(job.events()) as events:
+            async for index, happened in events:
+                if isinstance(happened, Preview) and happened.index == sent[index]:
+                    sent[index] += 1
+                    yield await sse("partial_image", happened, index, partial_image_index=happened.index)
+                # Completed ones come in order.
+                while completed < len(job.parts) and (done := job.parts[completed].done):
+                    said = {"warnings": list(done.warnings)} if done.warnings else {}
+                    yield await sse(
+                        "completed", done, completed, usage=usage(job, [done]), seed=done.recipe.seed, **said
+                    )
+                    completed += 1
+    except Exception as error:  # the status is sent: whatever it is, the client learns of it in the stream
+        known = error if isinstance(error, SfumatoError) else errors.unexpected(error)
+        yield f"data: {json.dumps(errors.shape(known))}\n\n"
+
+
+async def _with_keep_alive(lines: AsyncGenerator[str, None]) -> AsyncIterator[str]:
+    async with aclosing(lines):
+        following = asyncio.ensure_future(anext(lines))
+        try:
+            while True:
+                done, _ = await asyncio.wait([following], timeout=KEEP_ALIVE_S)
+                if not done:
+                    yield ": keep-alive\n\n"
+                    continue
+                try:
+                    line = following.result()
+                except StopAsyncIteration:
+                    return
+                following = asyncio.ensure_future(anext(lines))
+                yield line
+        finally:
+            following.cancel()
+            with suppress(asyncio.CancelledError, StopAsyncIteration):
+                await following
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled when the client closes the connection."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise Cancelled("the client closed the connection")
+    finally:
+        for future in (task, gone):
+            future.cancel()
+        await asyncio.wait({task, gone})
+
+
+def usage(job: Job, drawn: Sequence[Done]) -> dict[str, Any]:
+    """Tokens as OpenAI counts them: of texts those of the encoder, of pictures one for each `PATCH` square."""
+    text = sum(done.prompt_tokens for done in drawn)
+    image = sum(_patches(done.recipe.width, done.recipe.height) * len(done.recipe.image_sha256) for done in drawn)
+    output = sum(_patches(done.recipe.width, done.recipe.height) for done in drawn)
+    return {
+        "input_tokens": text + image,
+        "input_tokens_details": {"text_tokens": text, "image_tokens": image},
+        "output_tokens": output,
+        "total_tokens": text + image + output,
+    }
+
+
+def noted(ignored: Sequence[str], drawn: Iterable[Done]) -> dict[str, str]:
+    """Headers that say what was left out and what was done otherwise than asked."""
+    warnings = dict.fromkeys(warning for done in drawn for warning in done.warnings)
+    headers = {"x-sfumato-ignored": ", ".join(ignored[:32]), "x-sfumato-warning": "; ".join(warnings)}
+    return {name: _header(value) for name, value in headers.items() if value}
+
+
+def _header(text: str) -> str:
+    """What a caller sent must not end the header, or be more than a header may have."""
+    return text.encode("unicode_escape").decode()[:2000].strip()
+
+
+def _shown(form: OutputFormat, job: Job, done: Done | None) -> dict[str, str]:
+    asked = job.parts[0].generation
+    size = (done.recipe.width, done.recipe.height) if done else (asked.width, asked.height)
+    return {
+        "background": "transparent" if asked.transparent else "opaque",
+        "output_format": form.format,
+        "quality": form.quality,
+        "size": f"{size[0]}x{size[1]}" if all(size) else "auto",
+    }
+
+
+def _patches(width: int, height: int) -> int:
+    return -(-width // PATCH) * -(-height // PATCH)
+
+
+async def _b64(shown: Done | Preview, form: OutputFormat) -> str:
+    return _base64(await asyncio.to_thread(form.encoded, shown))
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

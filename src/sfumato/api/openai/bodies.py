@@ -1,0 +1,236 @@
+"""What requests to the image routes may say. Every field stands here once, with its limits.
+
+Multipart forms and JSON give the same bodies: in a form every scalar is a string, which pydantic reads, and
+a picture is a file. Fields that are not listed are kept in `model_extra` and change nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
+
+from sfumato.core import MAX_SEED, QUALITIES
+from sfumato.serving.planning import MAX_GUIDANCE, MAX_PROMPT, MAX_STEPS, RANDOM_SEED, ImageRequest
+
+MAX_PARTIAL_IMAGES = 3
+MAX_COUNT = 1000
+"""Far above any server's own limit, which is the setting max_n."""
+
+GPT_FIELDS = ("background", "output_format", "output_compression", "moderation")
+PICTURE_FIELDS = ("image", "file", "files", "ref_images", "mask")
+GPT_QUALITIES = ("auto", "low", "medium", "high")
+
+
+def _blank_is_absent(value: Any) -> Any:
+    """Forms send an empty string for a field that was left empty."""
+    return None if isinstance(value, str) and not value.strip() else value
+
+
+def _listed(value: Any) -> Any:
+    """One picture or several, each a string or OpenAI's `{"image_url": ...}`."""
+    values = value if isinstance(value, list) else [] if value in (None, "") else [value]
+    return [_url_of(each) for each in values]
+
+
+def _url_of(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    url = value.get("image_url", value.get("url"))
+    return url.get("url") if isinstance(url, dict) else url
+
+
+Picture: TypeAlias = str | bytes
+"""Base64, `data:` URI or http(s) URL; in a form a file."""
+Pictures: TypeAlias = Annotated[list[Picture], BeforeValidator(_listed)]
+BLANK = BeforeValidator(_blank_is_absent)
+Text: TypeAlias = Annotated[str | None, BLANK]
+Seed: TypeAlias = Annotated[Annotated[int, Field(ge=RANDOM_SEED, le=MAX_SEED)] | None, BLANK]
+PictureCount: TypeAlias = Annotated[Annotated[int, Field(ge=1, le=MAX_COUNT)] | None, BLANK]
+Steps: TypeAlias = Annotated[Annotated[int, Field(ge=1, le=MAX_STEPS)] | None, BLANK]
+Guidance: TypeAlias = Annotated[Annotated[float, Field(ge=0, le=MAX_GUIDANCE)] | None, BLANK]
+Layers: TypeAlias = Annotated[Annotated[int, Field(ge=0, le=64)] | None, BLANK]
+Strength: TypeAlias = Annotated[Annotated[float, Field(ge=0, le=1)] | None, BLANK]
+Percent: TypeAlias = Annotated[Annotated[int, Field(ge=0, le=100)] | None, BLANK]
+PartialImages: TypeAlias = Annotated[Annotated[int, Field(ge=0, le=MAX_PARTIAL_IMAGES)] | None, BLANK]
+
+_PROMPT = "What to draw; `positive|negative` in one text works too."
+_PICTURE = "Base64, data: URI or http(s) URL; in a form a file."
+
+
+class Body(BaseModel):
+    """What every image route takes."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=(), populate_by_name=True)
+
+    WITHOUT_EFFECT: ClassVar[tuple[str, ...]] = ("moderation", "style", "input_fidelity")
+    """Fields of OpenAI's that mean nothing to a diffusers pipeline; named in a header when they are sent."""
+
+    model: Text = Field(None, description="A name from /v1/models; the default model when absent.")
+    n: PictureCount = Field(
+        None, description="Pictures to draw; picture i has seed + i. The model list has the most that may be asked for."
+    )
+    size: Text = Field(None, description="WIDTHxHEIGHT in pixels, or auto.", examples=["128x128"])
+    response_format: Annotated[Literal["url", "b64_json"] | None, BLANK] = Field(
+        None, description="Absent: url for generations, b64_json for edits and in requests of gpt-image's style."
+    )
+    user: str | None = Field(None, description="Whoever asks, for their own use.")
+    seed: Seed = Field(
+        None, description=f"{RANDOM_SEED} or absent: random. The answer carries it. At most {MAX_SEED}, less n - 1."
+    )
+    steps: Steps = Field(
+        None,
+        validation_alias=AliasChoices("steps", "step", "num_inference_steps"),
+        description="Denoising steps; also `step` and `num_inference_steps`.",
+    )
+    guidance_scale: Guidance = Field(
+        None, validation_alias=AliasChoices("guidance_scale", "cfg_scale"), description="Also `cfg_scale`."
+    )
+    negative_prompt: str | None = Field(None, description="What not to draw.")
+    scheduler: Text = Field(
+        None,
+        validation_alias=AliasChoices("scheduler", "sampler", "scheduler_type"),
+        description="A name of docs/reference/schedulers.md; also `sampler` and `scheduler_type`.",
+        examples=["k_dpmpp_2m"],
+    )
+    clip_skip: Layers = Field(None, description="Layers of the text encoder left out.")
+    strength: Strength = Field(None, description="How far to leave the source picture.")
+
+    def ignored(self) -> list[str]:
+        """Fields that were sent and change nothing."""
+        without = [name for name in self.WITHOUT_EFFECT if getattr(self, name, None) is not None]
+        return [*(self.model_extra or {}), *without]
+
+    def wants_b64(self) -> bool:
+        return self.response_format == "b64_json"
+
+    def let_go(self) -> None:
+        """Forget the pictures: a body lives until its request is answered."""
+        for name in PICTURE_FIELDS:
+            if value := getattr(self, name, None):
+                setattr(self, name, [] if isinstance(value, list) else None)
+
+    def to_request(self, **more: Any) -> ImageRequest:
+        """Of the fields above; `more` are fields of the request that stand in for them or come on top."""
+        return ImageRequest(
+            **{
+                "prompts": [""],
+                "model": self.model,
+                "n": self.n,
+                "size": self.size,
+                "seed": self.seed,
+                "steps": self.steps,
+                "guidance_scale": self.guidance_scale,
+                "negative_prompt": self.negative_prompt,
+                "scheduler": self.scheduler,
+                "clip_skip": self.clip_skip,
+                "strength": self.strength,
+            }
+            | more
+        )
+
+
+class VariationsBody(Body):
+    """Of `POST /v1/images/variations`."""
+
+    image: Pictures = Field(min_length=1, max_length=1, description=f"The picture to vary. {_PICTURE}")
+
+    def to_request(self, **more: Any) -> ImageRequest:
+        return super().to_request(images=self.image, **more)
+
+
+class PaintBody(Body):
+    """What generations and edits have in common: format, quality, streaming."""
+
+    quality: Annotated[str | int | None, BLANK] = Field(
+        None, description=f"One of {', '.join(QUALITIES)}: steps by the model's table. A number: so many steps."
+    )
+    background: Annotated[Literal["transparent", "opaque", "auto"] | None, BLANK] = Field(
+        None, description="transparent only where the model draws an alpha channel."
+    )
+    output_format: Annotated[Literal["png", "webp", "jpeg"] | None, BLANK] = Field(None, description="Absent: png.")
+    output_compression: Percent = Field(
+        None, description="Of webp and jpeg: their quality; 100, the best, when absent."
+    )
+    stream: Annotated[bool | None, BLANK] = Field(None, description="Answer with server-sent events.")
+    partial_images: PartialImages = Field(None, description="Previews in the stream of each picture.")
+    safety_identifier: str | None = Field(None, description="As `user`.")
+
+    def ignored(self) -> list[str]:
+        pointless = {
+            "output_compression": self.output_format in (None, "png"),
+            "partial_images": not self.stream and bool(self.partial_images),
+            "response_format": bool(self.stream) and self.response_format == "url",  # events carry base64
+        }
+        return super().ignored() + [name for name, yes in pointless.items() if yes and getattr(self, name) is not None]
+
+    def to_request(self, **more: Any) -> ImageRequest:
+        text = str(self.quality) if self.quality is not None else None
+        steps = int(text) if text and text.isdecimal() and len(text) < 10 else None
+        return super().to_request(
+            **{
+                "steps": self.steps if self.steps is not None else steps,
+                "quality": text if steps is None else None,
+                "transparent": self.background == "transparent",
+                "previews": (self.partial_images or 0) if self.stream else 0,
+            }
+            | more
+        )
+
+    def wants_b64(self) -> bool:
+        """As asked; absent: a URL, but for requests in gpt-image style, whose clients expect base64."""
+        if self.response_format:
+            return self.response_format == "b64_json"
+        return (
+            (self.model or "").startswith("gpt-image")
+            or any(getattr(self, name, None) is not None for name in GPT_FIELDS)
+            or self.quality in GPT_QUALITIES
+        )
+
+
+class GenerationsBody(PaintBody):
+    """Of `POST /v1/images/generations`."""
+
+    prompt: str | list[str] = Field(description=_PROMPT, examples=["a rocket on a blue background"])
+    moderation: str | None = Field(None, description="Without effect: a model's own safety checker decides.")
+    style: str | None = Field(None, description="Without effect: say it in the prompt.")
+    image: Pictures = Field([], description=_PICTURE)
+    file: Pictures = Field([], description="As image.")
+    files: Pictures = Field([], description="As image.")
+    ref_images: Pictures = Field([], description="As image.")
+    mask: Picture | None = Field(
+        None, description="Where to redraw: where it is transparent, or light if nothing is transparent."
+    )
+
+    def to_request(self, **more: Any) -> ImageRequest:
+        return super().to_request(
+            prompts=[self.prompt] if isinstance(self.prompt, str) else self.prompt,
+            images=[*self.image, *self.file, *self.files, *self.ref_images],
+            mask=None if self.mask == "" else self.mask,
+            **more,
+        )
+
+
+class EditsBody(PaintBody):
+    """Of `POST /v1/images/edits`. In a form `image` may be repeated, and be called `image[]`."""
+
+    prompt: str = Field(max_length=MAX_PROMPT, description=_PROMPT, examples=["a rocket on a green background"])
+    image: Pictures = Field(
+        min_length=1,
+        validation_alias=AliasChoices("image", "images"),
+        description=f"The picture to edit, or several where the model takes several. {_PICTURE}",
+    )
+    mask: Annotated[Picture | None, BeforeValidator(_url_of)] = Field(
+        None, description="Of the first picture's size; where it is transparent the picture is redrawn."
+    )
+    input_fidelity: Annotated[Literal["high", "low"] | None, BLANK] = Field(
+        None, description="Without effect: `strength` says it."
+    )
+
+    def to_request(self, **more: Any) -> ImageRequest:
+        return super().to_request(
+            prompts=[self.prompt], images=self.image, mask=None if self.mask == "" else self.mask, **more
+        )
+
+    def wants_b64(self) -> bool:
+        return self.response_format != "url"

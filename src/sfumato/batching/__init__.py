@@ -1,0 +1,1 @@
+"""Step batching of any diffusers pipeline: requests park at module calls and share forwards."""

@@ -1,0 +1,375 @@
+"""The rule: which calls of one module may share a forward, and how their arguments are joined.
+
+A call is flattened to leaves: the tensors and plain values among its arguments, each with the name it
+goes by. The first tensor (or list of tensors) gives the number of rows n, and every leaf is one of
+
+    rows    first dimension n: joined end to end; the other dimensions have to agree
+    time    a time step, one for all rows or one per row: becomes one per row
+    equal   positions, rotary tables and other small tensors: the content has to agree
+    list    a list with one tensor per row: joined
+    multi   several entries per row (frames, first and last picture): joined
+    ragged  text that comes with a mask, or could: padded on the right, masked there (see `masks`)
+    each    a list with one plain value per row, all the same: repeated
+    value   anything plain: has to agree
+
+An argument that is passed as its default is one left out.
+
+What fits none of these (a random generator, a cache object, a callable, a large tensor of another
+layout) makes the call run alone. Shapes do not tell everything; the tables below hold what they do not,
+and `trust` has the last word: nothing is joined that was not shown to give the same numbers.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import inspect
+import re
+from collections.abc import Callable, Hashable, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from sfumato.batching import text_masks
+from sfumato.batching.fingerprints import Fingerprints as Fingerprints
+from sfumato.batching.outputs import PLAIN
+from sfumato.batching.reasons import Reason
+
+TIME = frozenset({
+    "timestep", "timesteps", "t", "timestep_r", "r_timestep", "timestep_ratio", "audio_timestep", "sigma",
+    "audio_sigma", "decoder_noise_time",
+})  # fmt: skip
+"""Names of time steps: the only arguments for which one value means the same value for every row."""
+
+EQUAL = frozenset({
+    # Of [n, tokens, 3] the model reads the first row only.
+    "img_ids", "txt_ids",
+    # Tables of sines and cosines by position, shared by all rows.
+    "image_rotary_emb", "rotary_embedding", "visual_rope_pos", "text_rope_pos", "freqs_cis",
+    # Of [1, 1, height, width]: where the picture is padded, whatever the number of rows.
+    "padding_mask",
+})  # fmt: skip
+"""Names of tensors that belong to all rows at once, also where the first dimension happens to be n."""
+
+EACH = frozenset({"img_shapes", "txt_seq_lens"})
+"""Names of lists with one plain value per row, of which the model reads the first: all have to be the same."""
+
+CONTENT = re.compile(r"hidden_states|embeds|residual")
+"""Names of tensors that hold something of each row. Where they have a multiple of the rows first (the frames of a
+video, two pictures of a request) each row has several entries; other tensors of such a shape belong to all rows."""
+
+ROWS_SECOND = frozenset({"encoder_hidden_states_llama3"})
+"""Names of tensors with the layers of a text encoder first and the rows second."""
+
+LARGEST_EQUAL = 4 << 20
+"""Elements. A larger tensor that is not rows first is not compared by content; the call runs alone."""
+
+LOOSE: Mapping[str, str] = {"time": "time", "list": "lengths", "ragged": "text", "mask": "text"}
+"""What members may differ in at a price, by the kind of leaf: time steps of two dtypes are converted, lists go by
+lengths of their own, text is padded."""
+
+
+@dataclass(slots=True)
+class Leaf:
+    """One tensor or plain value among the arguments."""
+
+    path: str
+    kind: str
+    value: Any
+    key: Any
+    """What has to agree with the other members."""
+    exact: Any = None
+    """What may differ, at the price of a conversion or of padding."""
+
+
+@dataclass(slots=True)
+class Call:
+    """One call of one method of one module, described so that others can be recognised as its like."""
+
+    module: Any
+    method: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    name: str
+    """What the pipeline calls the module: `unet`, `vae`."""
+    rows: int = 1
+    leaves: list[Leaf] = field(default_factory=list)
+    shape: Any = None
+    """How the leaves are nested."""
+    key: Any = None
+    """Calls with equal keys may share a forward; None: this one runs alone, for the reason `alone`."""
+    exact: Any = None
+    """Calls that also agree in this need neither conversion nor padding."""
+    alone: str = ""
+    reason: Reason = Reason.STRUCTURE
+    """The same in a word."""
+    listed: bool = False
+    pairs: Mapping[str, str] = field(default_factory=dict)
+    """Name of each text that could be padded → name of its mask."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    def run(self) -> Any:
+        """Compute it as the pipeline asked for it."""
+        return target(self.module, self.method)(*self.args, **self.kwargs)
+
+    @property
+    def loose(self) -> frozenset[str]:
+        """In what members could differ from this one; see `LOOSE`."""
+        return frozenset({LOOSE[leaf.kind] for leaf in self.leaves if leaf.exact is not None})
+
+    def narrowed(self, loose: Set[str]) -> Hashable:
+        """The key of calls that may differ from this one in `loose` and in nothing else."""
+        if self.loose <= loose:
+            return (self.key,)
+        return (self.key, tuple([None if LOOSE.get(leaf.kind) in loose else leaf.exact for leaf in self.leaves]))
+
+    def signature(self, loose: Set[str] = frozenset()) -> str:
+        """The structure of the arguments as text, without sizes and contents: what trust is about.
+
+        `loose`: what the members differ in. A list of any number of like tensors is one word. Left out are values
+        that are the default, numbers where the default is one, None, and `return_dict`, which decides the output's
+        form alone: what they are is compared by the key, and the rows don't depend on one another by it.
+        """
+        words: dict[str, list[str]] = {}
+        for leaf in self.leaves:
+            if word := _word(leaf, self.defaults, "text" in loose):
+                kinds = words.setdefault(NUMBERED.sub(".*", leaf.path), [])
+                if word not in kinds:
+                    kinds.append(word)
+        names = " ".join(f"{path}={'|'.join(kinds)}" for path, kinds in words.items())
+        return f"{self.method}({names}){''.join(f'~{what}' for what in sorted(loose))}"
+
+
+NUMBERED = re.compile(r"\.\d+(?=\.|$)")
+"""The place in a list, or a number as a key, in the path of a leaf."""
+
+
+def differing(calls: Sequence[Call]) -> frozenset[str]:
+    """In what `calls`, whose keys are equal, differ at a price; see `LOOSE`."""
+    first = calls[0]
+    return frozenset({
+        LOOSE[leaf.kind]
+        for call in calls[1:]
+        for leaf, other in zip(first.leaves, call.leaves, strict=True)
+        if leaf.exact != other.exact
+    })  # fmt: skip
+
+
+def target(module: Any, method: str) -> Callable[..., Any]:
+    """What to call: a module is called itself, so that its hooks run."""
+    return module if method == "__call__" else getattr(module, method)  # type: ignore[no-any-return]
+
+
+def plain(module: Any) -> Any:
+    """The module that was written, where this one is what `torch.compile` made of it."""
+    return getattr(module, "_orig_mod", module)
+
+
+def describe(
+    module: Any, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], prints: Fingerprints, name: str = ""
+) -> Call:
+    """Describe a call of `module` (an nn.Module; `method` is `__call__`, `forward`, `encode` ...)."""
+    call = Call(module, method, args, kwargs, name)
+    try:
+        _describe(call, prints)
+    except _Alone as reason:
+        call.key, call.alone, call.reason = None, str(reason), reason.kind
+    return call
+
+
+class _Alone(Exception):
+    """Why a call cannot be joined with any other."""
+
+    def __init__(self, detail: str, kind: Reason = Reason.STRUCTURE) -> None:
+        super().__init__(detail)
+        self.kind = kind
+
+
+def _describe(call: Call, prints: Fingerprints) -> None:
+    function = getattr(type(plain(call.module)), "forward" if call.method == "__call__" else call.method, None)
+    if function is None:
+        raise _Alone("the class does not define this method")
+    method = _method(function)
+    try:
+        arguments = dict(method.signature.bind(None, *call.args, **call.kwargs).arguments)
+    except TypeError:
+        raise _Alone("the arguments do not fit; the module will say so") from None
+    for name, parameter in method.signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            arguments |= arguments.pop(name, {})
+        elif parameter.kind is parameter.VAR_POSITIONAL and arguments.pop(name, ()):
+            raise _Alone("unnamed arguments")
+    arguments.pop(next(iter(method.signature.parameters)))  # self
+    for name in [name for name, value in arguments.items() if isinstance(value, torch.Generator)]:
+        if _reads(function, name):
+            raise _Alone("draws its own random numbers", Reason.GENERATOR)
+        del arguments[name]
+    call.defaults = method.defaults
+    if method.plain:
+        arguments = {name: value for name, value in arguments.items() if not _is_default(name, value, method.defaults)}
+    call.rows, call.listed = _rows(arguments)
+    call.pairs = text_masks.present(arguments, method.pairs, call.rows)
+    for mask in call.pairs.values():
+        arguments.setdefault(mask, None)
+    # In one order, however the caller has them.
+    call.shape = _Reader(call, prints).read(dict(sorted(arguments.items())), "", "")
+    call.key = (id(call.module), call.method, call.shape, tuple([(leaf.kind, leaf.key) for leaf in call.leaves]))
+    call.exact = tuple([leaf.exact for leaf in call.leaves])
+
+
+def _rows(arguments: Mapping[str, Any]) -> tuple[int, bool]:
+    """The number of rows, and whether the call goes by lists with one tensor per row."""
+    for value in arguments.values():
+        if isinstance(value, torch.Tensor) and value.dim():
+            return value.shape[0], False
+        if type(value) is list and value and all(isinstance(item, torch.Tensor) for item in value):
+            # A tensor per row comes with as many time steps; else it is several tensors that have rows themselves.
+            if not value[0].dim() or any(_steps(name, other) == len(value) for name, other in arguments.items()):
+                return len(value), True
+            return value[0].shape[0], False
+    raise _Alone("no tensor to read the number of rows from")
+
+
+class _Reader:
+    """Walks the arguments of one call, classifying every leaf."""
+
+    def __init__(self, call: Call, prints: Fingerprints) -> None:
+        self.call = call
+        self.rows = call.rows
+        self.prints = prints
+        self.masks = frozenset(call.pairs.values())
+
+    def read(self, value: Any, name: str, path: str) -> Any:
+        """The nesting of `value`; its leaves are added to the call."""
+        if type(value) is dict:
+            inner = [self.read(item, str(key), f"{path}.{key}" if path else str(key)) for key, item in value.items()]
+            return ("dict", tuple(value), tuple(inner))
+        if type(value) is list and name in EACH:
+            return self._leaf(path, "each", value, self._same(value))
+        if type(value) is list and self._is_row_list(value):
+            tails = {tuple(item.shape[1:]) for item in value}
+            kinds = {(item.dtype, item.device) for item in value}
+            if len(tails) > 1 or len(kinds) > 1:
+                raise _Alone(f"{path}: a list of unlike tensors")
+            lengths = tuple(sorted({item.shape[:1] for item in value}))
+            return self._leaf(path, "list", value, (tails.pop(), kinds.pop()), lengths)
+        if type(value) in (list, tuple):
+            inner = [self.read(item, name, f"{path}.{at}") for at, item in enumerate(value)]
+            return (type(value).__name__, (), tuple(inner))
+        if isinstance(value, torch.Tensor):
+            return self._tensor(value, name, path)
+        if path in self.masks:
+            return self._leaf(path, "mask", None, None, "all")
+        if name in TIME and isinstance(value, int | float) and not isinstance(value, bool):
+            return self._time(torch.tensor([value]), path)
+        if isinstance(value, PLAIN):
+            return self._leaf(path, "value", value, (type(value), value))
+        kind = type(value).__name__
+        raise _Alone(f"{path}: a {kind}", Reason.CACHE if "Cache" in kind else Reason.STRUCTURE)
+
+    def _tensor(self, value: torch.Tensor, name: str, path: str) -> Any:
+        if value.requires_grad:
+            raise _Alone(f"{path}: needs gradients")
+        if name in TIME and value.numel() == 1:
+            return self._time(value.reshape(1), path)
+        leads = value.shape[0] if value.dim() else 0
+        kind = (value.dtype, value.device)
+        if path in self.call.pairs:
+            return self._leaf(path, "ragged", value, (value.shape[2:], kind), value.shape[1])
+        if path in self.masks:
+            return self._leaf(path, "mask", value, None, (kind, value.shape[1]))
+        if name in TIME and leads == self.rows and value.dim() == 1:
+            return self._leaf(path, "time", value, value.device, value.dtype)
+        if name in ROWS_SECOND and value.dim() > 1 and value.shape[1] == self.rows:
+            return self._leaf(path, "second", value, (leads, value.shape[2:], kind))
+        if name not in EQUAL and leads:
+            if leads == self.rows:
+                return self._leaf(path, "rows", value, (value.shape[1:], kind))
+            if leads % self.rows == 0 and value.dim() > 1 and CONTENT.search(name):
+                return self._leaf(path, "multi", value, (leads // self.rows, value.shape[1:], kind))
+        if value.numel() > LARGEST_EQUAL:
+            what = f"{path}: a large tensor of shape {tuple(value.shape)} for {self.rows} rows"
+            raise _Alone(what, Reason.LARGE)
+        return self._leaf(path, "equal", value, (value.shape, kind, self.prints.of(value)))
+
+    def _time(self, value: torch.Tensor, path: str) -> Any:
+        return self._leaf(path, "time", value.expand(self.rows), value.device, value.dtype)
+
+    def _same(self, values: list[Any]) -> Any:
+        if len(values) != self.rows or any(value != values[0] for value in values[1:]):
+            raise _Alone("a list that is not one equal value per row")
+        return repr(values[0])
+
+    def _is_row_list(self, value: list[Any]) -> bool:
+        return self.call.listed and len(value) == self.rows and all(isinstance(item, torch.Tensor) for item in value)
+
+    def _leaf(self, path: str, kind: str, value: Any, key: Any, exact: Any = None) -> str:
+        self.call.leaves.append(Leaf(path, kind, value, key, exact))
+        return "leaf"
+
+
+def _word(leaf: Leaf, defaults: Mapping[str, Any], padded: bool) -> str:
+    """What a signature says of a leaf; empty where that is nothing."""
+    if leaf.kind == "mask":  # padding makes one
+        return "rows2" if padded or leaf.value is not None else ""
+    if leaf.kind != "value":
+        kind = {"ragged": "rows"}.get(leaf.kind, leaf.kind)
+        return f"{kind}{leaf.value.dim()}" if kind in ("rows", "multi", "equal", "second") else kind
+    if leaf.path == "return_dict":
+        return ""
+    default = defaults.get(leaf.path)
+    if leaf.value is None or isinstance(leaf.value, bool | str):
+        return "" if leaf.value == default and type(leaf.value) is type(default) else str(leaf.value)
+    if isinstance(leaf.value, int | float):
+        return "" if isinstance(default, int | float) and not isinstance(default, bool) else "number"
+    return type(leaf.value).__name__
+
+
+@dataclass(frozen=True, slots=True)
+class _Method:
+    """What there is to know about the method of a class."""
+
+    signature: inspect.Signature
+    defaults: Mapping[str, Any]
+    pairs: Mapping[str, str]
+    plain: bool
+    """Whether leaving an argument out is the same as passing its default; a foreign decorator may look."""
+
+
+@functools.cache
+def _method(function: Callable[..., Any]) -> _Method:
+    signature = inspect.signature(function)
+    defaults = {name: each.default for name, each in signature.parameters.items() if each.default is not each.empty}
+    return _Method(signature, defaults, text_masks.pairs(signature.parameters), _is_plain(function))
+
+
+def _is_plain(function: Callable[..., Any]) -> bool:
+    while hasattr(function, "__wrapped__"):
+        if not str(getattr(function, "__globals__", {}).get("__name__")).startswith("diffusers."):
+            return False
+        function = function.__wrapped__
+    return True
+
+
+def _is_default(name: str, value: Any, defaults: Mapping[str, Any]) -> bool:
+    if name not in defaults or not isinstance(value, PLAIN):
+        return False
+    return type(value) is type(defaults[name]) and value == defaults[name]
+
+
+def _steps(name: str, value: Any) -> int:
+    return value.numel() if name in TIME and isinstance(value, torch.Tensor) else 0
+
+
+@functools.cache
+def _reads(function: Callable[..., Any], name: str) -> bool:
+    """Whether the body of `function` uses its parameter `name`; many VAEs take a generator and never look at it."""
+    code = inspect.unwrap(function).__code__
+    if name in code.co_cellvars or (code.co_flags & inspect.CO_VARKEYWORDS and name not in code.co_varnames):
+        return True
+    return any(
+        step.opname.startswith("LOAD")
+        and (step.argval == name or (isinstance(step.argval, tuple) and name in step.argval))
+        for step in dis.get_instructions(code)
+    )

@@ -1,0 +1,165 @@
+"""Many calls made one: how each kind of leaf is joined, and concatenations that are kept.
+
+The same text embeddings come again with every step of the same requests, so what was joined is kept for a while.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sfumato.batching import text_masks
+from sfumato.batching.calls import Call, Leaf
+
+SMALL = 256 << 10
+"""Bytes. Less than this is joined anew faster than it is looked up and checked."""
+
+
+@dataclass(slots=True)
+class _Held:
+    sources: list[weakref.ref[torch.Tensor]]
+    versions: list[int]
+    joined: torch.Tensor | None = None
+    version: int = 0
+
+    def is_of(self, values: Sequence[torch.Tensor]) -> bool:
+        """Whether these very tensors were joined, and neither they nor the result was written to since."""
+        return (
+            all(source() is value for source, value in zip(self.sources, values, strict=True))
+            and self.versions == [value._version for value in values]
+            and (self.joined is None or self.joined._version == self.version)
+        )
+
+
+class ConcatenationCache:
+    """`torch.cat` that remembers: what comes a second time is kept for the third."""
+
+    def __init__(self, limit: int = 256 << 20) -> None:
+        self._limit = limit
+        self._held: OrderedDict[tuple[int, ...], _Held] = OrderedDict()
+
+    def cat(self, values: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
+        size = sum(value.nbytes for value in values)
+        if size < SMALL or size > self._limit or any(value.is_inference() for value in values):
+            return torch.cat(list(values), dim)
+        key = (dim, *(id(value) for value in values))
+        held = self._held.pop(key, None)
+        if held is None or not held.is_of(values):
+            # Latents come once; only what comes again is worth its memory.
+            self._held[key] = self._noted(key, values)
+            self._trim()
+            return torch.cat(list(values), dim)
+        if held.joined is None:
+            held.joined = torch.cat(list(values), dim)
+            held.version = held.joined._version
+        self._held[key] = held
+        self._trim()
+        return held.joined
+
+    def spare(self) -> int:
+        """Drop everything, keep half as much from now on, and return its bytes: memory is short."""
+        freed = self._bytes()
+        self.clear()
+        self._limit //= 2 if freed else 1
+        return freed
+
+    def clear(self) -> None:
+        self._held.clear()
+
+    def _noted(self, key: tuple[int, ...], values: Sequence[torch.Tensor]) -> _Held:
+        # With the first of the tensors that dies goes what was made of it.
+        sources = [weakref.ref(value, lambda _: self._held.pop(key, None)) for value in values]
+        return _Held(sources, [value._version for value in values])
+
+    def _trim(self) -> None:
+        while len(self._held) > 64 or self._bytes() > self._limit:
+            self._held.popitem(last=False)
+
+    def _bytes(self) -> int:
+        return sum(held.joined.nbytes for held in self._held.values() if held.joined is not None)
+
+
+def join(calls: Sequence[Call], joins: ConcatenationCache, *, trial: bool = False) -> dict[str, Any]:
+    """The keyword arguments of one forward for all of `calls`, whose keys are equal.
+
+    `trial`: to find out whether they may be joined, so text is padded with what must not matter.
+    """
+    joined: list[Any] = []
+    for at, leaf in enumerate(calls[0].leaves):
+        joined.append(_JOIN[leaf.kind]([call.leaves[at] for call in calls], calls, joins))
+    arguments: dict[str, Any] = _rebuilt(calls[0].shape, iter(joined))
+    for text, mask in calls[0].pairs.items():
+        if trial:
+            arguments[text] = text_masks.spoiled([_at(call, text) for call in calls])
+        arguments[mask] = _mask(text, mask, calls)
+    return arguments
+
+
+def _cat(leaves: list[Leaf], calls: Sequence[Call], joins: ConcatenationCache) -> torch.Tensor:
+    return joins.cat([leaf.value for leaf in leaves])
+
+
+def _cat_second(leaves: list[Leaf], calls: Sequence[Call], joins: ConcatenationCache) -> torch.Tensor:
+    return joins.cat([leaf.value for leaf in leaves], dim=1)
+
+
+def _cat_time(leaves: list[Leaf], calls: Sequence[Call], joins: ConcatenationCache) -> torch.Tensor:
+    # Some schedulers count in int64, some in float32; an embedding of time computes in float32 anyway.
+    values = [leaf.value for leaf in leaves]
+    if len({value.dtype for value in values}) > 1:
+        values = [value.float() for value in values]
+    return torch.cat(values)
+
+
+def _cat_ragged(leaves: list[Leaf], calls: Sequence[Call], joins: ConcatenationCache) -> torch.Tensor:
+    longest = max(leaf.value.shape[1] for leaf in leaves)
+    if all(leaf.value.shape[1] == longest for leaf in leaves):
+        return _cat(leaves, calls, joins)
+    return torch.cat([text_masks.padded(leaf.value, longest) for leaf in leaves])
+
+
+def _cat_lists(leaves: list[Leaf], calls: Sequence[Call], joins: ConcatenationCache) -> list[Any]:
+    return [item for leaf in leaves for item in leaf.value]
+
+
+def _first(leaves: list[Leaf], calls: Sequence[Call], joins: ConcatenationCache) -> Any:
+    return leaves[0].value
+
+
+def _repeat(leaves: list[Leaf], calls: Sequence[Call], joins: ConcatenationCache) -> list[Any]:
+    return [leaves[0].value[0]] * sum(call.rows for call in calls)
+
+
+_JOIN: Mapping[str, Callable[[list[Leaf], Sequence[Call], ConcatenationCache], Any]] = {
+    "rows": _cat,
+    "multi": _cat,
+    "second": _cat_second,
+    "time": _cat_time,
+    "ragged": _cat_ragged,
+    "list": _cat_lists,
+    "each": _repeat,
+    "equal": _first,
+    "value": _first,
+    "mask": _first,  # written by `_mask`, which knows the text it belongs to
+}
+
+
+def _mask(text: str, mask: str, calls: Sequence[Call]) -> torch.Tensor | None:
+    return text_masks.joined([_at(call, text) for call in calls], [_at(call, mask) for call in calls])
+
+
+def _at(call: Call, path: str) -> Any:
+    return next(leaf.value for leaf in call.leaves if leaf.path == path)
+
+
+def _rebuilt(shape: Any, leaves: Iterator[Any]) -> Any:
+    if shape == "leaf":
+        return next(leaves)
+    kind, keys, inner = shape
+    values = [_rebuilt(item, leaves) for item in inner]
+    return dict(zip(keys, values, strict=True)) if kind == "dict" else (list if kind == "list" else tuple)(values)

@@ -1,0 +1,126 @@
+"""The heart as a library: run many calls of one diffusers pipeline together, like `asyncio.gather`.
+
+from diffusers import DiffusionPipeline
+import sfumato, torch
+
+pipe = DiffusionPipeline.from_pretrained("...")
+outputs = sfumato.gather(pipe, [
+    {"prompt": "a cat", "num_inference_steps": 20, "generator": torch.Generator().manual_seed(1)},
+    {"prompt": "a dog", "num_inference_steps": 50, "guidance_scale": 3.0},
+])
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from sfumato.batching import offload, proof_store
+from sfumato.batching.batcher import Batcher, Task
+from sfumato.batching.proof_store import Proofs
+from sfumato.batching.verification import Verification
+from sfumato.batching.views import forget, view
+from sfumato.pipelines import scheduler_owners
+
+
+class GatherStopped(BaseException):
+    """Thrown into the calls that are still running when another one has failed."""
+
+
+def gather(
+    pipe: Any,
+    calls: Sequence[Mapping[str, Any]],
+    max_batch: int = 8,
+    return_exceptions: bool = False,
+    stats: dict[str, dict[str, Any]] | None = None,
+) -> list[Any]:
+    """Run `pipe(**call)` for each of `calls` at the same time and return the outputs in order.
+
+    Every call gives what it would give alone (to rounding: about 1e-6 in fp32), whatever the others ask for;
+    they share the forwards of the modules wherever shapes allow. Give each its own `generator` to make it
+    repeatable. `"scheduler"` in a call is a scheduler to use for that call instead of the pipeline's; in a combined
+    pipeline it takes the place of the one that draws the picture, not of the prior's.
+
+    `max_batch`: rows of one forward, at least 1; with guidance most pipelines take two rows per picture.
+    `return_exceptions`: a call that raises has its exception in the list; otherwise the first one ends all.
+    `stats`: filled with module name → `{"calls", "forwards", "mean_batch", "proving", "unbatched"}`: forwards of
+    proofs come on top, once for a kind of call; the last counts the calls that no other could join, by reason
+    (`sfumato.batching.reasons`).
+
+    `pipe` is not changed and can be used as before, its scheduler included.
+    """
+    _check(pipe, calls, max_batch)
+    forget(pipe)
+    trust = Verification(proofs=Proofs(proof_store.of_user()))
+    hub = Batcher(max_rows=max_batch, max_active=max(2, 2 * max_batch), trust=trust)
+    tasks = [hub.submit(_Run(pipe, call)) for call in calls]
+    try:
+        with torch.no_grad():
+            while hub.step():
+                if not return_exceptions:
+                    _raise_first(tasks)
+    finally:
+        with torch.no_grad():
+            hub.close(GatherStopped())
+            offload.rest(pipe)
+        if stats is not None:
+            stats |= {
+                name: {
+                    "calls": c.calls,
+                    "forwards": c.forwards,
+                    "mean_batch": c.calls / max(1, c.forwards),
+                    "proving": c.proving,
+                    "unbatched": {str(why): calls for (of, why), calls in hub.unbatched.items() if of == name},
+                }
+                for name, c in hub.counts.items()
+            }
+    if not return_exceptions:
+        _raise_first(tasks)
+    return [task.outcome.error or task.outcome.value for task in tasks if task.outcome is not None]
+
+
+class _Run:
+    """One call, on a view that is made when its turn comes."""
+
+    def __init__(self, pipe: Any, call: Mapping[str, Any]) -> None:
+        self._pipe = pipe
+        self._call = dict(call)
+
+    def __call__(self) -> Any:
+        made = view(self._pipe, foreign=True)
+        if "scheduler" in self._call and not _takes_scheduler(made):
+            scheduler_owners.exchange(made, copy.deepcopy(self._call.pop("scheduler")))
+        if hasattr(made, "set_progress_bar_config"):
+            made.set_progress_bar_config(disable=True)  # many bars at once are unreadable
+        return made(**self._call)
+
+
+def _takes_scheduler(pipe: Any) -> bool:
+    return "scheduler" in inspect.signature(type(pipe).__call__).parameters
+
+
+def _check(pipe: Any, calls: Sequence[Mapping[str, Any]], max_batch: int) -> None:
+    if max_batch < 1:
+        raise ValueError(f"max_batch={max_batch}: at least 1")
+    for at, call in enumerate(calls):
+        if "scheduler" in call and not _takes_scheduler(pipe) and (reason := scheduler_owners.refusal(pipe)):
+            raise ValueError(f"call {at}: {reason}")
+    owners: dict[int, int] = {}
+    for at, call in enumerate(calls):
+        given = call.get("generator")
+        for generator in given if isinstance(given, list | tuple) else [given]:
+            if generator is not None and owners.setdefault(id(generator), at) != at:
+                raise ValueError(
+                    f"calls {owners[id(generator)]} and {at} share one generator; which of them draws first would "
+                    "be chance. Give each its own: torch.Generator().manual_seed(seed)"
+                )
+
+
+def _raise_first(tasks: Sequence[Task]) -> None:
+    for task in tasks:
+        if task.outcome is not None and task.outcome.error is not None:
+            raise task.outcome.error

@@ -1,0 +1,49 @@
+"""What a parked request is told, how a request ends, and how modules are counted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sfumato.batching.verification import Trial
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Told to a parked request: here is the answer."""
+
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """Told to a parked request: compute it yourself, and report to the trial if there is one."""
+
+    trial: Trial | None = None
+    member: int = 0
+
+
+@dataclass(slots=True)
+class Count:
+    """Calls of a module, and the forwards that answered them."""
+
+    calls: int = 0
+    forwards: int = 0
+    proving: int = 0
+    """Forwards that answered nobody: those of proofs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a request ended: with a value, or with an error."""
+
+    value: Any = None
+    error: BaseException | None = None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's CPU allocator

@@ -1,0 +1,87 @@
+"""Prompt embeddings that were computed already: the same text through the same encoder gives the same numbers."""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+
+from sfumato.batching import outputs
+from sfumato.batching.calls import Call, Fingerprints
+
+TOKENS = "input_ids"
+"""The argument by which a text encoder is recognised: integers, one row of tokens per text."""
+
+READ = frozenset({TOKENS, "attention_mask", "position_ids", "token_type_ids"})
+"""Tensors that an encoder of text alone reads."""
+
+
+class PromptCache:
+    """The last outputs of text encoders, up to a number of bytes. Copies go in and come out."""
+
+    def __init__(self, limit: int = 256 << 20) -> None:
+        self._limit = limit
+        self._held: OrderedDict[Hashable, tuple[weakref.ref[Any], int, Any]] = OrderedDict()
+        self._bytes = 0
+
+    def key(self, call: Call, prints: Fingerprints) -> Hashable:
+        """What decides the output of this call, or None where that is not known to be tokens alone."""
+        if call.key is None or call.module.training:
+            return None
+        parts: list[Any] = [id(call.module), call.method, call.shape]
+        found = False
+        for leaf in call.leaves:
+            if not isinstance(leaf.value, torch.Tensor):
+                parts.append(leaf.key)
+            elif leaf.path in READ and not leaf.value.is_floating_point():
+                found |= leaf.path == TOKENS
+                parts.append((leaf.path, leaf.value.shape, leaf.value.dtype, prints.of(leaf.value)))
+            else:
+                return None
+        return tuple(parts) if found else None
+
+    def get(self, key: Hashable) -> tuple[Any] | None:
+        """A copy of the output in a tuple of one, or None."""
+        held = self._held.get(key)
+        if held is None:
+            return None
+        if held[0]() is None:  # the module is gone, and another may have its id
+            self._drop(key)
+            return None
+        self._held.move_to_end(key)
+        return (outputs.copied(held[2]),)
+
+    def put(self, key: Hashable, module: Any, output: Any) -> None:
+        """Keep a copy, unless it would take a quarter of the room."""
+        try:
+            size = sum(tensor.nbytes for tensor in outputs.tensors(output))
+            if size > self._limit // 4:
+                return
+            kept = outputs.copied(output)
+        except outputs.Unsplittable:
+            return
+        self._drop(key)
+        self._held[key] = (weakref.ref(module), size, kept)
+        self._bytes += size
+        while self._bytes > self._limit:
+            self._drop(next(iter(self._held)))
+
+    def spare(self) -> int:
+        """Forget everything, keep half as much from now on, and return its bytes: memory is short."""
+        freed = self._bytes
+        self.clear()
+        self._limit //= 2 if freed else 1
+        return freed
+
+    def clear(self) -> None:
+        """Forget everything: for when weights or adapters change."""
+        self._held.clear()
+        self._bytes = 0
+
+    def _drop(self, key: Hashable) -> None:
+        held = self._held.pop(key, None)
+        if held:
+            self._bytes -= held[1]

@@ -1,0 +1,375 @@
+"""Whether the rows of a module's calls are independent, shown by bit identity; it works in half precision.
+
+Comparing a batch with its members alone shows little in half precision: other shapes choose other kernels,
+these add up in another order, and a mistake of one hundredth drowns in that rounding. At *equal* shapes the same
+kernels run, and what a row goes through does not depend on what stands in the other rows. So nothing has to be
+tolerated where shapes stay as they are, and four questions decide about a batch of members:
+
+1. **Neighbours.** Everything that belongs to the other members is replaced by other contents of the same shape,
+   as different as possible. A member's rows must stay as they are, to the bit. This finds statistics over the batch,
+   scales of a whole tensor, and what is read from the first row for all, also where the members at hand happen to
+   agree in it.
+2. **Places.** Every member moves to the place of its neighbour. Its rows must stay as they are. This finds modules that
+   split the batch by position (perturbed-attention guidance), and values of the first member that are used for all.
+3. **Padding and conversion.** Where texts were padded, the padding is filled with noise; where time steps were
+   converted, a member alone is computed with and without. The result must stay: else what is masked is still read.
+4. **Alone.** A member's rows must be what it gets alone, but for rounding, as the shapes differ here. How much that is
+   the module says itself: it is run once more while the result of every layer is moved up or down by one unit
+   in the last place, at random. Kernels cannot differ by more: they add up in 32 bits and round once. This finds
+   what depends on the number of rows, or on the amount of padding.
+
+**The floor.** Some devices choose kernels by position or add up in an order of their own. Whether this one does is
+measured before a difference is held against the module: the same call twice (for 1 and 3) and copies of
+one member in all places (for 2) differ then as well. Only if they do, differences up to that of 4 are allowed, and
+only if the copies keep within it themselves, or else it is the module that goes by position. In full precision that
+allowance is always made: it is a thousand times smaller than any mistake.
+
+Masks may decide about a kernel by what is in them (one without a hole is often left out), so where a member changes
+with its neighbours' masks alone that much is allowed there. Not varied are integers that are zero in every row, as
+the table that they choose from may have one entry. Not asked is what members share: that they agree in it is what
+the key of a call is for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+
+from sfumato.batching import outputs, torch_state
+from sfumato.batching.calls import Call, Leaf, plain, target
+
+Join: TypeAlias = Callable[[Sequence[Call]], dict[str, Any]]
+"""Makes the keyword arguments of one forward for all of some calls."""
+
+SHARED = frozenset({"equal", "value", "each"})
+"""Kinds of leaves in which members have to agree; every other kind holds something of its member."""
+
+TOLERANCE = 1e-3
+"""Allowed between a batch and its members alone in full precision, relative to the largest number of the output.
+Rounding gives 1e-6, a mixed-up row 1e-2 and more."""
+
+HALF_UNITS = 1
+"""Units in the last place by which each layer is moved in half precision: sums are kept in 32 bits and rounded once."""
+
+FULL_UNITS = 16
+"""The same in full precision, where a sum of K products in another order differs by up to about the root of K units."""
+
+TF32 = 2.0**-10
+"""A unit in the last place where a GPU may multiply 32-bit numbers with ten bits."""
+
+HALVES = frozenset({torch.float16, torch.bfloat16})
+
+
+@dataclass(slots=True)
+class Evidence:
+    """What the forwards of a whole batch have shown; what remains is to compare its parts with the members alone."""
+
+    parts: list[Any]
+    """The batch's output, one part per member."""
+    refused: str = ""
+    """Why its rows are not independent; empty where nothing speaks against it."""
+    rounding: list[float] = field(default_factory=list)
+    """By how much a member may differ from itself alone, relative to the largest number of its output."""
+    forwards: int = 0
+    """How many were computed."""
+
+    def judge(self, errors: Sequence[float]) -> str:
+        """Why the calls may not be joined, given by how much each part differs from its member alone; else empty."""
+        if self.refused:
+            return self.refused
+        for error, allowed in zip(errors, self.rounding, strict=True):
+            if not error <= allowed:
+                return f"differs from the call alone by {error:.1e}, rounding explains {allowed:.1e}"
+        return ""
+
+
+def prove(calls: Sequence[Call], join: Join) -> str:
+    """Why `calls` (of one module, with equal keys, at least two) may not be joined by `join`; empty where they may.
+
+    The whole proof, the members alone included. Whatever the module raises is raised.
+    """
+    evidence = examine(calls, join)
+    alone = [] if evidence.refused else [call.run() for call in calls]
+    return evidence.judge([outputs.difference(part, one) for part, one in zip(evidence.parts, alone, strict=False)])
+
+
+def examine(calls: Sequence[Call], join: Join) -> Evidence:
+    """All but the comparison with the members alone.
+
+    Raises what the module raises for the batch as it is, and `outputs.Unsplittable`.
+    """
+    batch = _Batch(list(calls), join)
+    batch.parts = batch.run(batch.calls)
+    batch.rounding = batch.differences(batch.run(batch.calls, within=_disturbed(batch.module, batch.half)))
+    reason = next(
+        (reason for question in (_neighbours, _places, _padding, _conversion) if (reason := question(batch))), ""
+    )
+    allowed = batch.rounding if batch.half else [max(one, TOLERANCE) for one in batch.rounding]
+    return Evidence(batch.parts, reason, allowed, batch.forwards)
+
+
+def is_half(call: Call) -> bool:
+    """Whether a call computes in less than 32 bits, so that rounding hides mistakes."""
+    for leaf in call.leaves:
+        value = leaf.value[0] if leaf.kind == "list" else leaf.value
+        if isinstance(value, torch.Tensor) and value.dtype in HALVES:
+            return True
+    parameter = next(call.module.parameters(), None)
+    # Anything that is not full precision: int8 and fp8 weights round as well.
+    return parameter is not None and parameter.dtype not in (torch.float32, torch.float64)
+
+
+class _Batch:
+    """Some calls, how to compute them together, and what came out."""
+
+    def __init__(self, calls: list[Call], join: Join) -> None:
+        self.calls = calls
+        self.module = calls[0].module
+        self.half = is_half(calls[0])
+        self.parts: list[Any] = []
+        self.rounding: list[float] = []
+        self.forwards = 0
+        self._join = join
+        self._repeats: float | None = None
+
+    def run(
+        self,
+        calls: Sequence[Call],
+        change: Callable[[dict[str, Any]], None] = lambda arguments: None,
+        within: AbstractContextManager[Any] | None = None,
+    ) -> list[Any]:
+        """One forward for `calls`, cut into their parts; `change` is done to the joined arguments before."""
+        arguments = self._join(calls)
+        change(arguments)
+        # Layers inside a compiled module do not call their hooks.
+        module = plain(self.module) if within else self.module
+        # What draws random numbers draws the same each time: what is left to differ are its rows.
+        random = torch_state.random()
+        torch.manual_seed(0)
+        try:
+            with within or nullcontext():
+                output = target(module, calls[0].method)(**arguments)
+        finally:
+            torch_state.set_random(random)
+        self.forwards += 1
+        return outputs.split(output, [call.rows for call in calls], listed=calls[0].listed)
+
+    def differences(self, parts: Sequence[Any]) -> list[float]:
+        """Of `parts` to those of the batch as it was."""
+        return [outputs.difference(part, before) for part, before in zip(parts, self.parts, strict=True)]
+
+    def holds(self, differences: Mapping[int, float], control: Callable[[], float]) -> bool:
+        """Whether members stayed as they were; `control` is a difference that is the device's own."""
+        if not any(differences.values()):
+            return True
+        if self.half and not control():
+            return False
+        return self.within(differences)
+
+    def within(self, differences: Mapping[int, float]) -> bool:
+        """Whether rounding explains them."""
+        return all(difference <= self.rounding[member] for member, difference in differences.items())
+
+    def repeats(self) -> float:
+        """By how much the same call differs from itself."""
+        if self._repeats is None:
+            self._repeats = max(self.differences(self.run(self.calls)))
+        return self._repeats
+
+
+def _neighbours(batch: _Batch) -> str:
+    everything = _with_neighbours_changed(batch, masks=True)
+    if batch.holds(everything, batch.repeats):
+        return ""
+    if batch.repeats() > max(batch.rounding):
+        return f"the same call twice differs by {batch.repeats():.1e}"
+    if batch.within(everything) and any(_is_mask(leaf) for call in batch.calls for leaf in call.leaves):
+        everything = _with_neighbours_changed(batch, masks=False)
+        if batch.holds(everything, batch.repeats):
+            return ""
+    return f"a row changes with the rows beside it, by {max(everything.values()):.1e}"
+
+
+def _with_neighbours_changed(batch: _Batch, *, masks: bool) -> dict[int, float]:
+    """Member → by how much it changes when every other member does, in two forwards."""
+    found: dict[int, float] = {}
+    for side in (0, 1):
+        mixed = [call if place % 2 == side else _changed(call, masks=masks) for place, call in enumerate(batch.calls)]
+        differences = batch.differences(batch.run(mixed))
+        found |= {place: differences[place] for place in range(side, len(mixed), 2)}
+    return found
+
+
+def _places(batch: _Batch) -> str:
+    moved = batch.run([*batch.calls[1:], batch.calls[0]])
+    found = dict(enumerate(batch.differences([moved[-1], *moved[:-1]])))
+    if not any(found.values()):
+        return ""
+
+    def copies() -> float:
+        """By how much copies of one member differ, in the places of the batch."""
+        largest = max(batch.calls, key=_size)
+        parts = batch.run([largest] * len(batch.calls))
+        return max(outputs.difference(part, parts[0]) for part in parts)
+
+    if batch.holds(found, copies):
+        return ""
+    return f"a row changes with its place in the batch, by {max(found.values()):.1e}"
+
+
+def _padding(batch: _Batch) -> str:
+    if not any(_lengths(batch.calls, at) for at in range(len(batch.calls[0].leaves))):
+        return ""
+
+    def fill(arguments: dict[str, Any]) -> None:
+        for at, leaf in enumerate(batch.calls[0].leaves):
+            if _lengths(batch.calls, at):
+                joined = _at(arguments, leaf.path)
+                _fill(joined, [call.leaves[at].value for call in batch.calls])
+
+    found = dict(enumerate(batch.differences(batch.run(batch.calls, fill))))
+    if batch.holds(found, batch.repeats):
+        return ""
+    return f"a row changes with what is in its padding, by {max(found.values()):.1e}"
+
+
+def _conversion(batch: _Batch) -> str:
+    for at, leaf in enumerate(batch.calls[0].leaves):
+        if leaf.kind != "time":
+            continue
+        one_of_each = {call.leaves[at].value.dtype: (member, call) for member, call in enumerate(batch.calls)}
+        for member, call in one_of_each.values() if len(one_of_each) > 1 else ():
+            wide = dataclasses.replace(call.leaves[at], value=call.leaves[at].value.float())
+            converted = dataclasses.replace(call, leaves=[*call.leaves[:at], wide, *call.leaves[at + 1 :]])
+            (before,), (after,) = batch.run([call]), batch.run([converted])
+            found = {member: outputs.difference(after, before)}
+            if not batch.holds(found, batch.repeats):
+                return f"a row changes when its time step becomes a 32-bit number, by {max(found.values()):.1e}"
+    return ""
+
+
+def _lengths(calls: Sequence[Call], at: int) -> bool:
+    """Whether a leaf is padded in this batch."""
+    return calls[0].leaves[at].kind == "ragged" and len({call.leaves[at].value.shape[1] for call in calls}) > 1
+
+
+def _fill(joined: torch.Tensor, values: Sequence[torch.Tensor]) -> None:
+    """Write noise into the padding of `joined` [rows, tokens, ...]."""
+    noise = torch.randn(joined.shape, generator=torch.Generator().manual_seed(0)).to(joined.device, joined.dtype)
+    # Not of what a text has itself: without guidance that may be zeros, as padding is.
+    noise *= max(value.abs().amax() for value in values if value.numel())
+    start = 0
+    for value in values:
+        rows, length = value.shape[:2]
+        joined[start : start + rows, length:] = noise[start : start + rows, length:]
+        start += rows
+
+
+def _at(arguments: Any, path: str) -> Any:
+    for name in path.split("."):
+        arguments = arguments[name] if isinstance(arguments, dict) else arguments[int(name)]
+    return arguments
+
+
+def _size(call: Call) -> int:
+    """Elements of what belongs to a member: which one has the longest text."""
+    own = (leaf.value for leaf in call.leaves if leaf.kind not in SHARED)
+    tensors = itertools.chain.from_iterable(value if type(value) is list else [value] for value in own)
+    return sum(tensor.numel() for tensor in tensors if isinstance(tensor, torch.Tensor)) // max(1, call.rows)
+
+
+def _changed(call: Call, *, masks: bool) -> Call:
+    """The same call with other contents in all that belongs to it; with `masks=False` its masks stay."""
+    return dataclasses.replace(
+        call,
+        leaves=[
+            leaf
+            if leaf.kind in SHARED or (not masks and _is_mask(leaf))
+            else dataclasses.replace(leaf, value=_other(leaf.value))
+            for leaf in call.leaves
+        ],
+    )
+
+
+def _is_mask(leaf: Leaf) -> bool:
+    value = leaf.value
+    if not isinstance(value, torch.Tensor) or not value.numel() or value.is_complex():
+        return False
+    if leaf.kind == "mask" or value.dtype == torch.bool:
+        return True
+    return value.dim() == 2 and bool(((value == 0) | (value == 1)).all())
+
+
+def _other(value: Any) -> Any:
+    """Contents of the same shape as `value` and as different as is safe.
+
+    Whole numbers may choose from a table or be positions, and a number that is too large ends a process on a GPU:
+    they are only put into another order, or become zero.
+    """
+    if type(value) is list:
+        return [_other(item) for item in value]
+    if not isinstance(value, torch.Tensor) or not value.numel():
+        return value
+    if _is_whole(value):
+        return next((other for other in _rearranged(value) if not torch.equal(other, value)), value)
+    if value.dim() == 1:
+        return value / 2
+    # Neither the mean, nor the spread, nor the largest number stays, nor a row of zeros.
+    return -2 * value.flip(tuple(range(1, value.dim()))) + value.abs().mean()
+
+
+def _is_whole(value: torch.Tensor) -> bool:
+    if value.is_complex():
+        return False
+    return not value.is_floating_point() or bool((value == value.round()).all())
+
+
+def _rearranged(value: torch.Tensor) -> Iterator[torch.Tensor]:
+    if value.dim() > 1:
+        yield value.flip(1)
+        half = value.clone()
+        half[:, value.shape[1] // 2 :] = 0
+        yield half
+    yield torch.zeros_like(value)
+    if value.dtype == torch.bool:
+        yield ~value
+    if value.is_floating_point():
+        yield torch.full_like(value, 0.5)  # still zero where it chooses from a table
+
+
+@contextmanager
+def _disturbed(module: torch.nn.Module, half: bool) -> Iterator[None]:
+    """While entered, the result of every layer is moved up or down by some units in the last place, at random."""
+    units = HALF_UNITS if half else FULL_UNITS
+    generators: dict[torch.device, torch.Generator] = {}
+
+    def disturb(value: Any) -> Any:
+        if type(value) in (list, tuple):
+            return type(value)(disturb(item) for item in value)
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dtype.itemsize < 2:
+            return value
+        if value.device not in generators:
+            generators[value.device] = torch.Generator(value.device).manual_seed(0)
+        by = units * _unit(value)
+        # Of what the batch computes this holds the most at a time; a large batch must not fail by its proof.
+        bits = torch.randint(2, value.shape, generator=generators[value.device], device=value.device, dtype=torch.uint8)
+        return bits.to(value.dtype).mul_(2 * by).add_(1 - by).mul_(value)
+
+    layers = [part for part in plain(module).modules() if next(part.children(), None) is None]
+    hooks = [layer.register_forward_hook(lambda _module, _inputs, output: disturb(output)) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _unit(value: torch.Tensor) -> float:
+    short = torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
+    return TF32 if short and value.is_cuda and value.dtype == torch.float32 else torch.finfo(value.dtype).eps

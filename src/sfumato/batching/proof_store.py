@@ -1,0 +1,151 @@
+"""What proofs have shown, kept in a file: the next process batches from its first step on.
+
+A verdict belongs to the code that was run: to the source of the module's classes, to its configuration, precision
+and device, to torch's version, and to the structure of the call. If any of that changes, the key does, and the
+proof is made again. The file is a convenience and nothing depends on it: one that is missing, broken, of another format
+or cannot be written costs a few forwards.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import weakref
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sfumato.batching import source_digest
+from sfumato.batching.calls import plain
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Of the file, and of what a proof asks: verdicts of another one are not read."""
+
+MOST = 1000
+"""Verdicts; the oldest leave."""
+
+LARGEST = 8 << 20
+"""Bytes. A larger file is not of this making."""
+
+NAME = "proofs.json"
+
+VARIABLE = "SFUMATO_PROOFS"
+"""Names the file, for the server and for `gather`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What came out for one signature."""
+
+    signature: str
+    refused: str
+    """Why its calls run alone; empty where they may be joined."""
+    shown: str = ""
+    """The day."""
+
+
+class Proofs:
+    """The verdicts in one file. Processes may share it: each adds its own to what it finds there."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._held: dict[str, Verdict] | None = None
+        self._keys: dict[int, tuple[weakref.ref[Any], str]] = {}
+
+    def get(self, module: Any, signature: str) -> Verdict | None:
+        if self._held is None:
+            self._held = self._read()
+        verdict = self._held.get(self._key(module, signature))
+        return verdict if verdict and verdict.signature == signature else None
+
+    def put(self, module: Any, signature: str, refused: str) -> None:
+        verdict = Verdict(signature, refused, datetime.date.today().isoformat())
+        # Another process may have written since.
+        held = {**(self._held or {}), **self._read()}
+        key = self._key(module, signature)
+        held.pop(key, None)
+        held[key] = verdict
+        self._held = dict(list(held.items())[-MOST:])
+        try:
+            self._write(self._held)
+        except OSError as error:
+            log.warning("what may be batched cannot be remembered in %s: %s", self._path, error)
+
+    def _key(self, module: Any, signature: str) -> str:
+        known = self._keys.get(id(module))
+        if known is None or known[0]() is not module:
+            known = self._keys[id(module)] = (weakref.ref(module), _code(module))
+        return hashlib.blake2b(f"{known[1]}\n{signature}".encode(), digest_size=16).hexdigest()
+
+    def _read(self) -> dict[str, Verdict]:
+        try:
+            if self._path.stat().st_size > LARGEST:
+                return {}
+            content = json.loads(self._path.read_bytes())
+            if content["format"] != FORMAT:
+                return {}
+            return {str(key): Verdict(**{**entry}) for key, entry in content["proofs"].items() if _is_entry(entry)}
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            log.warning("%s cannot be read and is made anew: %s", self._path, error)
+            return {}
+
+    def _write(self, held: Mapping[str, Verdict]) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        content = {"format": FORMAT, "proofs": {key: asdict(verdict) for key, verdict in held.items()}}
+        with tempfile.NamedTemporaryFile(
+            "w", dir=self._path.parent, prefix=f".{self._path.name}.", encoding="utf-8", delete=False
+        ) as file:
+            try:
+                json.dump(content, file, indent=1)
+                file.close()
+                Path(file.name).replace(self._path)
+            except BaseException:
+                Path(file.name).unlink(missing_ok=True)
+                raise
+
+
+def of_user() -> Path:
+    """The file where no server's data folder is: what `SFUMATO_PROOFS` names, else one in the user's cache folder."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get(VARIABLE) or cache / "sfumato" / NAME)
+
+
+def _is_entry(entry: Any) -> bool:
+    fields = Verdict.__slots__
+    return isinstance(entry, dict) and entry.keys() == set(fields) and all(isinstance(v, str) for v in entry.values())
+
+
+def _code(module: Any) -> str:
+    """Everything about a module that decides how it computes, besides its weights."""
+    inner = plain(module)
+    devices = {parameter.device.type for parameter in inner.parameters()}
+    parts = {
+        "source": source_digest.source_digest(inner),
+        "config": _config(inner),
+        "precision": sorted({str(parameter.dtype) for parameter in inner.parameters()}),
+        "devices": sorted(torch.cuda.get_device_name() if device == "cuda" else device for device in devices),
+        "torch": torch.__version__,
+    }
+    return json.dumps(parts, sort_keys=True, default=str)
+
+
+def _config(module: Any) -> dict[str, Any]:
+    """A model's configuration, less where it came from and what wrote it."""
+    config = getattr(module, "config", None) or {}
+    if hasattr(config, "to_dict"):
+        config = config.to_dict()
+    if not isinstance(config, Mapping):
+        return {"config": repr(config)}
+    left_out = ("_name_or_path", "_diffusers_version", "transformers_version")
+    return {str(key): value for key, value in config.items() if key not in left_out}

@@ -1,0 +1,143 @@
+"""What each model file leads to, in words: for `sfumato check`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from sfumato.config import Broken, ModelConfig, ParsedFile, Redirect, Skipped
+from sfumato.errors import SfumatoError
+from sfumato.models import sources
+from sfumato.serving.catalog import Catalog
+
+
+@dataclass(frozen=True, slots=True)
+class FileReport:
+    """One model of one file; `str` is what a terminal shows."""
+
+    file: Path
+    title: str
+    facts: tuple[tuple[str, str], ...] = ()
+    ignored: tuple[tuple[str, str], ...] = ()
+    """Keys without effect, each with the reason."""
+    problems: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def __str__(self) -> str:
+        lines = [f"{'ok' if self.ok else 'PROBLEM':7} {self.file}: {self.title}"]
+        lines += [f"        {word + ':':12} {fact}" for word, fact in self.facts]
+        lines += [f"        {'no effect:':12} {key} ({reason})" for key, reason in self.ignored]
+        lines += [f"        {'mend:':12} {problem}" for problem in self.problems]
+        return "\n".join(lines)
+
+
+def check(catalog: Catalog) -> list[FileReport]:
+    """A report for each model of each file, in the catalog's order."""
+    complaints: dict[Path, list[str]] = {}
+    for problem in catalog.problems():
+        complaints.setdefault(problem.file, []).append(problem.message)
+    reports = []
+    for file, found in catalog.outcomes().items():
+        said = {outcome.error.message for outcome in found if isinstance(outcome, Broken)}
+        between_files = [text for text in complaints.get(file.absolute(), []) if text not in said]
+        for index, outcome in enumerate(found):
+            reports.append(_report(outcome, tuple(between_files) if index == 0 else ()))
+    return reports
+
+
+def _report(outcome: ParsedFile, complaints: tuple[str, ...]) -> FileReport:
+    match outcome:
+        case Broken(names, file, error):
+            return FileReport(file, names[0] if names else "a model", problems=(error.message, *complaints))
+        case Skipped(file, reason):
+            return FileReport(file, f"skipped: {reason}", problems=complaints)
+        case Redirect(name, target, file):
+            return FileReport(file, f"{name} is served by {target}", problems=complaints)
+    return _model(outcome, complaints)
+
+
+def _model(config: ModelConfig, complaints: tuple[str, ...]) -> FileReport:
+    facts: list[tuple[str, str]] = []
+    problems = list(complaints)
+    try:
+        facts += _source(config)
+    except SfumatoError as error:
+        problems.append(error.message)
+    facts += [(word, fact) for word, fact in _rules(config) if fact]
+    title = config.name + (" (disabled)" if config.disabled else "")
+    return FileReport(config.file or Path(), title, tuple(facts), config.ignored, tuple(problems))
+
+
+def _source(config: ModelConfig) -> Iterator[tuple[str, str]]:
+    match sources.resolve(config):
+        case sources.HubRepository(repo, revision):
+            commit = cached(repo, revision)
+            state = f"in the local cache ({commit[:8]})" if commit else "not here yet; the first request downloads it"
+            yield "weights", f"{repo}{f'@{revision}' if revision else ''} from the hub, {state}"
+            yield "pipeline", config.pipeline_type or "as the repository says"
+        case sources.Url(url):
+            yield "weights", f"{url}, kept beside the model file"
+            yield "pipeline", config.pipeline_type or "as the weights say"
+        case sources.Folder(path):
+            yield "weights", f"folder {path}"
+            yield "pipeline", config.pipeline_type or _class_name(path)
+        case sources.File(path):
+            size = f"{path.stat().st_size / 1e6:,.0f} MB" if path.exists() else "not here yet; download_files has it"
+            yield "weights", f"file {path}, {size}"
+            yield "pipeline", config.pipeline_type or "as the weights say"
+
+
+def _class_name(folder: Path) -> str:
+    try:
+        index = json.loads((folder / sources.INDEX).read_text())
+        return f"{index['_class_name']}, as {sources.INDEX} says"
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise SfumatoError(f"{folder / sources.INDEX} cannot be read: {error}; download the model again") from None
+
+
+def cached(repo: str, revision: str | None) -> str | None:
+    """The commit of a repository in the local hub cache, where its model_index.json is there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repo, sources.INDEX, revision=revision)
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
+_DEVICES = {
+    None: "the best one here",
+    True: "CUDA, or an error where there is none",
+    False: "CPU",
+}
+
+
+def _rules(config: ModelConfig) -> Iterator[tuple[str, str]]:
+    """Words and facts; an empty fact is left out."""
+    gpu = f", GPU {config.main_gpu}" if config.main_gpu is not None else ""
+    offload = ", only the module at work on it" if config.low_vram else ""
+    half = "fp16 on CUDA; " if config.f16 else ""
+    yield "aliases", ", ".join(config.aliases)
+    yield "device", _DEVICES[config.cuda] + gpu + offload
+    yield "dtype", config.dtype or f"{half}bf16 where the device has it, else fp32"
+    yield "scheduler", " ".join(filter(None, [config.scheduler_type, config.schedule])) or "the model's own"
+    yield "adapters", ", ".join(f"{adapter.source} × {adapter.scale:g}" for adapter in config.adapters)
+    yield "defaults", ", ".join(f"{word} {value}" for word, value in _defaults(config) if value is not None)
+    yield "options", ", ".join(f"{key}={value!r}" for key, value in config.options.items())
+    enabled = ", ".join(sorted(config.enable_parameters))
+    yield "requests", f"may set {enabled or 'nothing but prompt, size, seed and guidance'}"
+
+
+def _defaults(config: ModelConfig) -> Iterator[tuple[str, object]]:
+    yield "steps", config.steps
+    yield "guidance", None if config.cfg_scale is None else f"{config.cfg_scale:g}"
+    yield "size", f"{config.width}x{config.height}" if config.width else None
+    yield "clip_skip", config.clip_skip
+    yield "strength", config.strength
+    yield "seed", config.seed
+    yield "n", config.n
+    yield "negative prompt", repr(config.negative_prompt) if config.negative_prompt else None
+    yield "pictures at a time", config.max_concurrent

@@ -1,0 +1,1 @@
+"""One picture on one pipeline: arguments, scheduler, capabilities, previews."""

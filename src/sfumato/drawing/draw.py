@@ -1,0 +1,271 @@
+"""One picture: the right pipeline of the model, its arguments by signature, and the recipe of what was done."""
+
+from __future__ import annotations
+
+import functools
+import traceback
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import diffusers
+import torch
+from PIL import Image
+
+from sfumato import __version__, schedulers
+from sfumato.batching import views
+from sfumato.batching.batcher import is_out_of_memory
+from sfumato.core import OFFLOAD, VAE_TILING, Done, Generation, Recipe
+from sfumato.drawing import arguments
+from sfumato.errors import ContentFiltered, DrawError, InvalidRequest, SfumatoError
+from sfumato.models.load import OFFLOADED, Loaded
+from sfumato.models.release import let_go
+from sfumato.pictures import images, recipe
+from sfumato.pipelines import capabilities, request_scheduler, scheduler_owners, scheduler_steps, tokens
+from sfumato.pipelines.tiling import can_tile
+from sfumato.previews.steps import OnPreview, RunPreviews
+from sfumato.previews.x0 import Stepped
+
+OnStep: TypeAlias = Callable[[int, int], None]
+"""Called after each denoising step with (steps done, steps in all); may raise to stop the run."""
+
+TAKES = {"image": "image", "mask": "mask_image"}
+
+ENDED = frozenset({"DDPMWuerstchenScheduler"})
+"""Schedulers whose last time step is where the schedule ends, and not a step."""
+
+
+class RunStopped(BaseException):
+    """Raised through a pipeline by `on_step` to stop it; no pipeline code catches it."""
+
+
+class Disturbed(Exception):
+    """Another request has left the model changed while this one was drawn: it has to be drawn again, on a sound one."""
+
+
+def draw(model: Loaded, asked: Generation, on_step: OnStep, on_preview: OnPreview | None = None) -> Done:
+    """Draw one picture; `on_preview` gets the previews that were asked for, of pipelines that can show them.
+
+    Raises InvalidRequest for what this model cannot do, ContentFiltered when its safety checker fires,
+    DrawError when the pipeline raises or its result is not finite, Disturbed when the model is not to be used again.
+    """
+    # 1. the pipeline for this task, as a view: it shares the modules and nothing that a run changes
+    capabilities.check(model.config.name, model.pipeline, asked)
+    task = "mask" if asked.mask else "image" if asked.images else "text"
+    pipeline = views.view(_for_task(model, task), tiled=_tiled(model, asked))
+    try:
+        done = _draw(model, pipeline, asked, on_step, on_preview)
+    except BaseException as error:
+        let_go(error)
+        if isinstance(error, Exception) and model.condition.broken:
+            raise Disturbed from error
+        raise
+    else:
+        if model.condition.broken:
+            raise Disturbed
+        return done
+    finally:
+        if left := views.close(pipeline):
+            model.condition.broken = f"a request has left it changed: {'; '.join(left)}"
+        del pipeline  # an error that is kept holds this frame
+
+
+def _draw(model: Loaded, pipeline: Any, asked: Generation, on_step: OnStep, on_preview: OnPreview | None) -> Done:
+    # 2. what the request leaves open; source pictures at the size of the result; the arguments that this class takes
+    wanted = arguments.fill(model, pipeline, asked)
+    canvas = arguments.canvas(model, pipeline, wanted)
+    given = arguments.arguments(model, pipeline, asked, wanted, canvas)
+    # 3. a scheduler of its own
+    driver = scheduler_owners.main(pipeline)
+    choice = _choice(model, driver, wanted)
+    scheduler = request_scheduler.make(driver, choice, wanted.seed)
+    if scheduler is not None:
+        scheduler_owners.exchange(pipeline, scheduler)
+    previews = None
+    if asked.previews and on_preview:
+        previews = RunPreviews(driver, asked.previews, canvas.width, canvas.height, on_preview, model.glance)
+    _watch(pipeline, given, on_step, previews)
+    # 4. run
+    image = _run(pipeline, given, wanted.seed)
+    # 5. outside the mask every pixel stays as it was
+    if canvas.whole:
+        source, mask = canvas.whole
+        image = Image.composite(image.resize(source.size, Image.Resampling.LANCZOS), source.convert(image.mode), mask)
+    elif canvas.mask is not None and image.size == canvas.mask.size:
+        image = Image.composite(image, canvas.sources[0].convert(image.mode), canvas.mask)
+    if capabilities.upscaler(pipeline) and image.size != (canvas.width, canvas.height):
+        raise DrawError(
+            f"{type(pipeline).__name__} drew {image.width}x{image.height}, not {canvas.width}x{canvas.height}: "
+            "its weights are not those of an upscaler of this class"
+        )
+    # 6. the picture with its recipe, and what was not done as asked
+    made = _recipe(model, pipeline, wanted, image, given, choice)
+    read, cut = tokens.count(pipeline, model.config.options, model.config.name, wanted.prompt, wanted.negative_prompt)
+    return Done(recipe.encode(image, made), made, cut, read)
+
+
+def _tiled(model: Loaded, asked: Generation) -> bool:
+    if VAE_TILING not in asked.savings:
+        return False
+    if not can_tile(model.pipeline):
+        raise InvalidRequest(
+            f"savings: {model.config.name} ({type(model.pipeline).__name__}) has no VAE that works in tiles, "
+            f"and {VAE_TILING!r} was asked for; leave it out",
+            param="savings",
+        )
+    return True
+
+
+def _for_task(model: Loaded, task: str) -> Any:
+    name = type(model.pipeline).__name__
+    if task == "text":
+        if capabilities.needs_picture(model.pipeline):
+            raise InvalidRequest(
+                f"{model.config.name} draws from a picture ({name}): send one as `image`", param="image"
+            )
+        return model.pipeline
+    if capabilities.takes(model.pipeline, task):
+        return model.pipeline
+    if task not in model.siblings:
+        try:
+            sibling = getattr(diffusers, capabilities.SIBLINGS[task]).from_pipe(model.pipeline)
+        except ValueError as error:
+            raise InvalidRequest(
+                f"{model.config.name}: {name} takes no {TAKES[task]}, and diffusers has no pipeline "
+                f"on the same weights that does ({error})",
+                param=task,
+            ) from None
+        sibling.set_progress_bar_config(disable=True)
+        model.siblings[task] = sibling
+    return model.siblings[task]
+
+
+def _choice(model: Loaded, pipeline: Any, wanted: Generation) -> schedulers.Choice | None:
+    if wanted.scheduler:
+        choice = schedulers.parse(wanted.scheduler)
+    elif model.config.scheduler_type:
+        choice = schedulers.parse(model.config.scheduler_type, model.config.schedule)
+    else:
+        return None
+    request_scheduler.check(pipeline, choice, wanted.steps)
+    return choice
+
+
+def _watch(pipeline: Any, given: Mapping[str, Any], on_step: OnStep, previews: RunPreviews | None) -> None:
+    """Report the steps of every scheduler that is driven in `pipeline`, and show those that draw the picture."""
+    driving = scheduler_owners.drivers(pipeline)
+    parameters = capabilities.parameters_of(pipeline)
+    expected: dict[str, int] = {}
+    for name in driving:
+        argument = name.replace("scheduler", "num_inference_steps")
+        steps = given.get(argument, parameters[argument].default if argument in parameters else None)
+        expected[name] = steps if isinstance(steps, int) else 0
+    progress = scheduler_owners.StepCount(expected, on_step)
+    for name, driver in driving.items():
+        _observed(driver.scheduler, progress.of(name), previews if name == "scheduler" else None)
+
+
+def _observed(scheduler: Any, on_step: OnStep, previews: RunPreviews | None = None) -> Any:
+    """Report each `scheduler.step`: every denoising loop of diffusers calls it, with or without a callback."""
+    done = total = 0
+    counted: Any = None
+
+    def observed(scheduler: Any, step: Any, model_output: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal done, total, counted
+        counted = counted or weakref.ref(scheduler)
+        if counted() is not scheduler:  # a copy that the pipeline steps beside it, for sound
+            return step(model_output, timestep, *args, **kwargs)
+        if done == 0:
+            total = _remaining(scheduler, timestep)
+        result = step(model_output, timestep, *args, **kwargs)
+        done += 1
+        on_step(done, max(done, total))
+        if done >= total:
+            _refuse_nan(result)
+        if previews:
+            previews.after(done, total, Stepped(scheduler, model_output, timestep, result))
+        return result
+
+    scheduler_steps.surround(scheduler, observed)
+    return scheduler
+
+
+def _remaining(scheduler: Any, first: Any) -> int:
+    # Image-to-image starts in the middle of the schedule; second-order solvers name a time step twice
+    # and start at its second entry.
+    timesteps = torch.as_tensor(scheduler.timesteps).cpu()
+    if type(scheduler).__name__ in ENDED:
+        timesteps = timesteps[:-1]
+    at = (timesteps == torch.as_tensor(first).cpu()).nonzero()
+    return len(timesteps) - (int(at[-1, 0]) if len(at) else 0)
+
+
+def _refuse_nan(result: Any) -> None:
+    latents = result[0] if isinstance(result, tuple) else getattr(result, "prev_sample", None)
+    if isinstance(latents, torch.Tensor) and not bool(torch.isfinite(latents).all()):
+        raise DrawError(
+            "the model drew NaN: its numbers left the range of its dtype. "
+            "Set `dtype: bf16` or `dtype: fp32` in the model file, or lower the guidance scale."
+        )
+
+
+def _run(pipeline: Any, given: Mapping[str, Any], seed: int) -> Image.Image:
+    # Noise is drawn on the CPU always: the same seed gives the same on every device.
+    noise = {"generator": torch.Generator("cpu").manual_seed(seed)}
+    if "generator" not in capabilities.parameters_of(pipeline):
+        noise = {}
+    torch.manual_seed(seed)  # for the few pipelines that draw noise without their generator
+    try:
+        output = pipeline(**given, **noise)
+    except SfumatoError:
+        raise
+    except Exception as error:  # whatever a pipeline raises, the caller gets words
+        if is_out_of_memory(error):
+            raise
+        if any(frame.name == "check_inputs" for frame in traceback.extract_tb(error.__traceback__)):
+            raise InvalidRequest(f"{type(pipeline).__name__} refused the request: {error}") from error
+        raise DrawError(f"{type(pipeline).__name__}: {type(error).__name__}: {error}") from error
+    if any(getattr(output, "nsfw_content_detected", None) or ()):
+        raise ContentFiltered("the model's safety checker blocked this picture; change the prompt or the seed")
+    image = output.images[0]
+    if isinstance(image, list):  # drawn in layers: one upon the other
+        image = functools.reduce(Image.alpha_composite, (layer.convert("RGBA") for layer in image))
+    return image  # type: ignore[no-any-return]
+
+
+def _recipe(
+    model: Loaded,
+    pipeline: Any,
+    wanted: Generation,
+    image: Image.Image,
+    given: Mapping[str, Any],
+    choice: schedulers.Choice | None,
+) -> Recipe:
+    parameters = capabilities.parameters_of(pipeline)
+
+    def used(name: str) -> Any:
+        """What the pipeline really worked with, its own default included."""
+        return given.get(name, parameters[name].default if name in parameters else None)
+
+    own = getattr(model.pipeline, "scheduler", None)
+    return Recipe(
+        model=model.config.name,
+        source=model.source,
+        pipeline=type(pipeline).__name__,
+        prompt=wanted.prompt,
+        negative_prompt=wanted.negative_prompt,
+        width=image.width,
+        height=image.height,
+        steps=used("num_inference_steps"),
+        guidance_scale=used("guidance_scale"),
+        seed=wanted.seed,
+        scheduler=choice.name if choice else type(own).__name__,
+        clip_skip=wanted.clip_skip,
+        strength=wanted.strength if wanted.strength is not None else used("strength"),
+        image_sha256=tuple(images.fingerprint(png) for png in wanted.images),
+        mask_sha256=images.fingerprint(wanted.mask) if wanted.mask else None,
+        device=model.device,
+        dtype=model.dtype,
+        versions={"sfumato": __version__, "diffusers": diffusers.__version__, "torch": torch.__version__},
+        savings=wanted.savings + ((OFFLOAD,) if OFFLOADED in model.rungs else ()),
+    )

@@ -1,0 +1,93 @@
+"""Out of memory, when a request has a forward to itself: the same request again with less, rung by rung.
+
+The rungs before these are the hub's: what it keeps of earlier calls goes first, then it halves the rows of a batch
+that did not fit, and remembers. What makes a picture another one belongs to the request and stands in its recipe.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeVar
+
+from sfumato.batching import offload
+from sfumato.batching.batcher import is_out_of_memory
+from sfumato.core import VAE_TILING, Generation
+from sfumato.drawing.info import size
+from sfumato.errors import DrawError
+from sfumato.models.load import OFFLOADED, TILES, Loaded
+from sfumato.models.release import let_go
+from sfumato.pictures import images
+from sfumato.pipelines.tiling import can_tile
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+def with_less(
+    model: Loaded, asked: Generation, draw: Callable[[Generation], T], spare: Callable[[], int] = lambda: 0
+) -> T:
+    """`draw(asked)`, again after each rung while it runs out of memory. Raises DrawError when none is left.
+
+    `spare` drops what the engine keeps for speed alone and returns its bytes.
+    """
+    pixels, known = _pixels(model, asked), model.condition.tiled_from
+    if known is not None and pixels >= known:
+        asked = _tiled(asked)
+    spared = False
+    while True:
+        try:
+            return draw(asked)
+        except Exception as error:  # torch's CPU allocator raises a plain RuntimeError
+            if not is_out_of_memory(error):
+                raise
+            let_go(error)
+        gc.collect()
+        freed = spare()
+        offload.empty_cache()
+        if freed and not spared:
+            spared = True
+            log.warning("%s ran out of memory; %d bytes of kept results are dropped", model.config.name, freed)
+        elif VAE_TILING not in asked.savings and can_tile(model.pipeline):
+            asked = _tiled(asked)
+            model.condition.tiled_from = pixels if known is None else min(pixels, known)
+            _note(model, TILES)
+        elif _offload(model):
+            _note(model, OFFLOADED)
+        else:
+            raise DrawError(
+                f"{model.config.name}: out of memory, also with the VAE in tiles"
+                f"{'' if model.device == 'cpu' else ' and modules in main memory'}. Ask for a smaller size, or set a "
+                "smaller dtype in the model file."
+            )
+
+
+def _note(model: Loaded, rung: str) -> None:
+    if rung not in model.rungs:
+        log.warning("%s ran out of memory; from now on %s", model.config.name, rung)
+    model.rungs.add(rung)
+
+
+def _tiled(asked: Generation) -> Generation:
+    return replace(asked, savings=tuple(sorted({*asked.savings, VAE_TILING})))
+
+
+def _offload(model: Loaded) -> bool:
+    if model.device == "cpu" or offload.enabled(model.pipeline):
+        return False
+    offload.enable(model.pipeline, model.device)
+    return True
+
+
+def _pixels(model: Loaded, asked: Generation) -> float:
+    """Of the picture to be drawn, near enough to tell a large one from a small one; more than any if not known."""
+    if asked.width and asked.height:
+        return asked.width * asked.height
+    if asked.images:
+        return math.prod(images.size(asked.images[0])) * (asked.upscale or 1) ** 2
+    width, height = size(model)
+    return width * height if width and height else math.inf

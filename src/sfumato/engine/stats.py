@@ -1,0 +1,86 @@
+"""What the worker counts while it works, and when it says so."""
+
+from __future__ import annotations
+
+import re
+import resource
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from sfumato.batching.batcher import Batcher
+from sfumato.core import EngineStats
+from sfumato.models.pool import ModelPool
+
+EVERY_S = 1.0
+"""At most so often while nothing ends."""
+
+DENOISER = re.compile(r"(.*\.)?(unet|transformer|prior|decoder)(_\d+)?$")
+"""Names of the components that are called at each step; the denoiser of a cascade's second half is a `decoder`."""
+
+STATM = Path("/proc/self/statm")
+
+
+class Stats:
+    """Counts of one worker. The hub and the residency count for themselves; the steps are counted here."""
+
+    def __init__(self, hub: Batcher, residency: ModelPool) -> None:
+        self._hub = hub
+        self._residency = residency
+        self._steps = 0
+        self._step_seconds = 0.0
+        self._since: dict[str, float] = {}
+        self._told = 0.0
+        self._news = False
+
+    def started(self, id: str) -> None:
+        """The model is there: the first step of this request begins."""
+        self._since[id] = time.perf_counter()
+
+    def stepped(self, id: str) -> None:
+        now = time.perf_counter()
+        self._steps += 1
+        self._step_seconds += now - self._since.get(id, now)
+        self._since[id] = now
+
+    def ended(self, id: str) -> None:
+        self._since.pop(id, None)
+        self._news = True
+
+    def changed(self) -> None:
+        """A model has come, gone or failed."""
+        self._news = True
+
+    def due(self, idle: bool) -> bool:
+        """Whether to tell now: about once a second, and at once when something is new and nothing more will come."""
+        late = time.perf_counter() - self._told >= EVERY_S
+        return late or (idle and self._news)
+
+    def stats(self) -> EngineStats:
+        self._told = time.perf_counter()
+        self._news = False
+        sizes: Counter[int] = Counter()
+        for (name, calls), forwards in self._hub.shared.items():
+            if DENOISER.match(name):
+                sizes[calls] += forwards
+        return EngineStats(
+            forwards=sum(count.forwards + count.proving for count in self._hub.counts.values()),
+            batch_sizes=dict(sizes),
+            unbatched={(name, str(reason)): calls for (name, reason), calls in self._hub.unbatched.items()},
+            steps=self._steps,
+            step_seconds=self._step_seconds,
+            loads=self._residency.loads,
+            evictions=self._residency.evictions,
+            resident_models=len(self._residency),
+            memory_bytes=_memory(),
+            device_memory_bytes=torch.cuda.memory_allocated() if torch.cuda.is_available() else 0,
+        )
+
+
+def _memory() -> int:
+    """Resident memory of this process; where /proc is missing, the most it ever was."""
+    if STATM.exists():
+        return int(STATM.read_text().split()[1]) * resource.getpagesize()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,0 +1,162 @@
+"""Weights on first use: from a hub through diffusers' own selection of files, or from a plain URL.
+
+`HF_ENDPOINT`, `HF_TOKEN`, `HF_HOME` and `HF_HUB_OFFLINE` are huggingface_hub's and work as it says.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx2
+from diffusers import DiffusionPipeline
+from diffusers.loaders import single_file_utils
+from diffusers.pipelines import pipeline_utils
+from huggingface_hub import errors as hub
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from tqdm.auto import tqdm
+
+from sfumato.errors import DownloadError, LoadError
+from sfumato.models import weight_file
+from sfumato.models.weight_file import OnProgress
+
+log = logging.getLogger(__name__)
+
+DESCRIPTION_FILES = ["*.json", "*/*.json", "*.txt", "*/*.txt", "*/*.model"]
+
+
+def from_hub(
+    repo: str, *, revision: str | None, variants: Sequence[str | None], pickles: bool, report: OnProgress
+) -> Path:
+    """The local snapshot folder of a repository; what is missing in the cache is fetched first.
+
+    Of `variants` the first that the repository has. Which files a pipeline needs is diffusers' own
+    rule. Raises DownloadError or LoadError in words.
+    """
+    safetensors = None if pickles else True
+    with words_for_hub_errors(repo), _progress_to(report, repo):
+        for variant in variants[:-1]:
+            with suppress(ValueError):  # "no such modeling files are available"
+                return Path(
+                    DiffusionPipeline.download(repo, revision=revision, variant=variant, use_safetensors=safetensors)
+                )
+        return Path(
+            DiffusionPipeline.download(repo, revision=revision, variant=variants[-1], use_safetensors=safetensors)
+        )
+
+
+def from_url(url: str, target: Path, *, sha256: str | None, report: OnProgress) -> Path:
+    """Fetch a file once; it appears under its name only when it is whole (and its hash is right)."""
+    return weight_file.fetch(url, target, sha256=sha256, report=report)
+
+
+def description_of(path: Path, model: str) -> Path:
+    """The configurations and the tokenizer of the repository that a single file was made for.
+
+    A single file holds weights alone. Which repository describes them diffusers tells from the names
+    and shapes inside; its few small files are fetched once.
+    """
+    try:
+        checkpoint = single_file_utils.load_single_file_checkpoint(str(path), local_files_only=True)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise LoadError(f"{path} cannot be read as weights ({_first_line(error)}); fetch it again") from error
+    repo = single_file_utils.fetch_diffusers_config(checkpoint)["pretrained_model_name_or_path"]
+    with words_for_hub_errors(repo, f"{path.name} needs its small configuration files. Run `sfumato pull {model}`"):
+        return Path(snapshot_download(repo, allow_patterns=DESCRIPTION_FILES))
+
+
+UNREACHABLE = (hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError, httpx2.TransportError)
+"""The hub was not asked, or did not answer."""
+
+
+@contextmanager
+def words_for_hub_errors(repo: str, remedy: str = "") -> Iterator[None]:
+    """Turn what huggingface_hub and diffusers raise while fetching `repo` into errors that help."""
+    remedy = remedy or f"Run `sfumato pull {repo}`"
+    endpoint = os.environ.get("HF_ENDPOINT", "the hub")
+    try:
+        yield
+    except hub.GatedRepoError as error:
+        raise LoadError(
+            f"{repo} is gated: accept its licence on {endpoint} and set HF_TOKEN to a token of that account."
+        ) from error
+    except hub.RepositoryNotFoundError as error:
+        raise LoadError(
+            f"{repo} is not on {endpoint}, or it is private. Check the spelling of parameters.model; "
+            "for a private repository set HF_TOKEN."
+        ) from error
+    except hub.RevisionNotFoundError as error:
+        raise LoadError(f"{repo} has no such revision: {error}") from error
+    except UNREACHABLE as error:
+        raise _unreachable(repo, endpoint, remedy) from error
+    except (hub.HfHubHTTPError, httpx2.HTTPError) as error:  # httpx2 is what huggingface_hub talks with
+        raise DownloadError(f"{repo} could not be fetched from {endpoint}: {_first_line(error)}") from error
+    except OSError as error:
+        if isinstance(error.__cause__, UNREACHABLE):  # diffusers looks into its cache first, and finds nothing
+            raise _unreachable(repo, endpoint, remedy) from error
+        if not isinstance(error.__cause__, hub.EntryNotFoundError) and error.errno is not None:
+            raise DownloadError(f"{repo} could not be written to the cache: {error}") from error
+        raise LoadError(
+            f"{repo} cannot be loaded by diffusers: {_first_line(error)} "
+            "(a diffusers repository has a model_index.json and safetensors weights)"
+        ) from error
+
+
+def _unreachable(repo: str, endpoint: str, remedy: str) -> DownloadError:
+    why = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else f"{endpoint} cannot be reached"
+    return DownloadError(f"{repo} is not in the local cache and {why}. {remedy} once with a network.")
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+@contextmanager
+def _progress_to(report: OnProgress, repo: str) -> Iterator[None]:
+    # diffusers calls snapshot_download without a way to pass its `tqdm_class` on; this is that way.
+    # The worker loads in one thread, so nobody else sees the name while it is bound.
+    original = pipeline_utils.snapshot_download
+    bar = type("_Bar", (_ReportingBar,), {"report": staticmethod(report), "repo": repo})
+    pipeline_utils.snapshot_download = functools.partial(original, tqdm_class=bar)
+    try:
+        yield
+    finally:
+        pipeline_utils.snapshot_download = original
+
+
+class _ReportingBar(tqdm):  # type: ignore[misc]
+    """A tqdm that draws nothing and reports bytes; huggingface_hub makes one for files, one for bytes."""
+
+    report: OnProgress
+    repo: str
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._bytes = kwargs.get("unit") == "B"
+        self._logged = 0.0
+        kwargs.pop("name", None)
+        super().__init__(*args, **{**kwargs, "disable": False, "file": _Nowhere()})
+
+    def update(self, n: float | None = 1) -> bool | None:
+        shown: bool | None = super().update(n)
+        if self._bytes and self.total:
+            self.report(min(1.0, self.n / self.total), self.repo)
+            if time.monotonic() - self._logged > 5:
+                self._logged = time.monotonic()
+                log.info("%s: %.0f of %.0f MB", self.repo, self.n / 1e6, self.total / 1e6)
+        return shown
+
+
+class _Nowhere:
+    def write(self, text: str) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass

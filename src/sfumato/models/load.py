@@ -1,0 +1,334 @@
+"""From a model file to a diffusers pipeline on its device, ready to draw."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import diffusers
+import torch
+import transformers
+from diffusers import DiffusionPipeline
+
+from sfumato import schedulers
+from sfumato.batching import offload
+from sfumato.batching.batcher import is_out_of_memory
+from sfumato.config import ModelConfig
+from sfumato.core import ModelStatus
+from sfumato.errors import DeviceUnavailable, InvalidRequest, LoadError, ModelFileError, SfumatoError, did_you_mean
+from sfumato.models import download, sources, weight_file
+from sfumato.pipelines import request_scheduler
+from sfumato.previews.decode import CheapDecoder, cheap_decoder
+
+log = logging.getLogger(__name__)
+
+Tell: TypeAlias = Callable[[ModelStatus], None]
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+TILES = "its VAE works in slices and tiles"
+OFFLOADED = "its modules wait in main memory"
+"""What a model may have come to when memory ran out, in words."""
+
+
+@dataclass(slots=True)
+class Condition:
+    """What has become of a model since it was loaded. One for all who use it."""
+
+    tiled_from: float | None = None
+    """Pixels of the smallest picture for which its VAE ran out of memory: those as large have it in tiles at once."""
+    broken: str = ""
+    """What a request has left changed and could not put back; nobody new draws with such a model."""
+
+
+@dataclass(slots=True)
+class Loaded:
+    """A model in memory, as a request sees it: its `config` is the one that the request was made with."""
+
+    config: ModelConfig
+    pipeline: Any
+    source: str
+    device: str
+    dtype: str
+    siblings: dict[str, Any] = field(default_factory=dict)
+    """Pipelines of other tasks on the same weights, by task."""
+    rungs: set[str] = field(default_factory=set)
+    """Of TILES (for pictures as large as those that did not fit) and OFFLOADED: what was done to need less memory."""
+    condition: Condition = field(default_factory=Condition)
+    glance: CheapDecoder | None = None
+    """What shows its previews for next to nothing; None: its own decoder does."""
+
+
+def load(config: ModelConfig, device_setting: str, tell: Tell) -> Loaded:
+    """Load a model. Raises LoadError, ModelFileError or InvalidRequest, each in words; keeps nothing then.
+
+    Where memory runs out, what torch or Python raised (see `is_out_of_memory`).
+    """
+    # The server's log says what is loaded; bars are for terminals.
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        device = choose_device(config, device_setting)
+        dtype = choose_dtype(config, device)
+        pipeline, source = _pipeline(config, dtype, tell)
+        _mend_clip(pipeline)
+        _check(config, pipeline)
+        _adapters(config, pipeline)
+        shown = _glance(config, pipeline, device, dtype)
+        _place(config, pipeline, device)
+    except SfumatoError:
+        raise
+    except Exception as error:  # whatever a pipeline's loading code raises, the caller gets words
+        gc.collect()
+        if is_out_of_memory(error):
+            raise
+        log.exception("%s: load failed", config.name)
+        raise LoadError(f"{config.name}: {type(error).__name__}: {error}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    log.info("%s: %s from %s on %s in %s", config.name, type(pipeline).__name__, source, device, dtype)
+    return Loaded(config, pipeline, source, device, dtype, glance=shown)
+
+
+def choose_device(config: ModelConfig, setting: str) -> str:
+    """`setting` (not "auto") wins; then `cuda` true, false, or absent: the best device here."""
+    if setting != "auto":
+        if config.cuda and not setting.startswith("cuda"):
+            log.warning("%s: the file says cuda: true; the server's device setting is %s", config.name, setting)
+        _usable(config, setting)
+        return setting
+    if config.cuda is False:
+        return "cpu"
+    gpu = "cuda" if config.main_gpu is None else f"cuda:{config.main_gpu}"
+    if config.cuda:
+        _usable(config, gpu)
+        return gpu
+    best = torch.accelerator.current_accelerator(check_available=True)
+    if best is None:
+        return "cpu"
+    return gpu if best.type == "cuda" else str(best.type)
+
+
+def _usable(config: ModelConfig, device: str) -> None:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise DeviceUnavailable(
+            f"{config.name}: the device {device!r} cannot be used here ({str(error).splitlines()[0]}). "
+            "Set `cuda: false` in the model file, leave it out (the best device here is taken), "
+            "or start the server with --device cpu."
+        ) from error
+
+
+def choose_dtype(config: ModelConfig, device: str) -> str:
+    """`dtype` of the file; else fp16 for `f16: true` on CUDA, bf16 on CUDA and CPUs that have it, fp32."""
+    if config.dtype:
+        return config.dtype
+    fast = "bf16" if device.startswith("cuda") or (device == "cpu" and _cpu_has_bf16()) else "fp32"
+    if config.f16:
+        if device.startswith("cuda"):
+            return "fp16"
+        log.warning("%s: f16: true has no fast float16 on %s; %s is used", config.name, device, fast)
+    return fast
+
+
+def _cpu_has_bf16() -> bool:
+    has = torch.cpu.get_capabilities()
+    return bool(has.get("avx512_bf16") or has.get("amx_bf16") or has.get("bf16"))
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """Weights on this machine: a diffusers folder or a single file, and what to call them."""
+
+    path: Path
+    shown: str
+    description: Path | None = None
+    """For a single file: the folder with the configurations and the tokenizer that it lacks."""
+
+
+def fetch(config: ModelConfig, dtype: str, tell: Tell) -> Fetched:
+    """Have everything the model needs on this disk. Raises DownloadError, LoadError or ModelFileError."""
+
+    def report(fraction: float | None, what: str) -> None:
+        tell(ModelStatus("downloading", what, fraction))
+
+    for file in config.downloads:
+        url = sources.download_url(file.uri)
+        download.from_url(url, config.folder / file.filename, sha256=file.sha256, report=report)
+    match sources.resolve(config):
+        case sources.HubRepository(repo, revision):
+            tell(ModelStatus("downloading", repo))
+            folder = download.from_hub(
+                repo,
+                revision=revision,
+                variants=_variants(config, dtype),
+                pickles=config.allow_pickle,
+                report=report,
+            )
+            return Fetched(folder, f"{repo}@{folder.name}")
+        case sources.Url(url):
+            target = weight_file.place(url, config.folder)
+            path = download.from_url(url, target, sha256=None, report=report)
+            return Fetched(path, url, download.description_of(path, config.name))
+        case sources.File(path):
+            if path.suffix.lower() == ".gguf":
+                raise LoadError(
+                    f"{config.name}: {path.name}: a GGUF file holds a denoiser alone and is not loaded yet. "
+                    "Use the model's repository or its .safetensors file"
+                )
+            return Fetched(path, str(path), download.description_of(path, config.name))
+        case sources.Folder(path):
+            return Fetched(path, str(path))
+
+
+def _pipeline(config: ModelConfig, dtype: str, tell: Tell) -> tuple[Any, str]:
+    cls = pipeline_class(config)
+    fetched = fetch(config, dtype, tell)
+    tell(ModelStatus("loading", fetched.shown))
+    with download.words_for_hub_errors(fetched.shown):
+        if fetched.description:
+            return _single_file(config, fetched.path, fetched.description, cls, dtype), fetched.shown
+        return _folder(config, fetched.path, cls, dtype), fetched.shown
+
+
+def pipeline_class(config: ModelConfig) -> Any:
+    """The diffusers class the file names; DiffusionPipeline (read the repository) when it names none."""
+    name = config.pipeline_type or "DiffusionPipeline"
+    cls = getattr(diffusers, name, None) if name.endswith("Pipeline") else None
+    if not (isinstance(cls, type) and issubclass(cls, DiffusionPipeline)):
+        known = [word for word in dir(diffusers) if word.endswith("Pipeline")]
+        raise ModelFileError(
+            f"{config.name}: pipeline_type {name!r} is not a pipeline class of diffusers "
+            f"{diffusers.__version__}.{did_you_mean(name, known)} Leave it out to read it from the repository.",
+            param="pipeline_type",
+        )
+    return cls
+
+
+def _variants(config: ModelConfig, dtype: str) -> tuple[str | None, ...]:
+    """Half-precision files are half the download and hold all that a half-precision model keeps."""
+    if config.variant:
+        return (config.variant,)
+    return (None,) if dtype == "fp32" else ("fp16", None)
+
+
+def _folder(config: ModelConfig, folder: Path, cls: Any, dtype: str) -> Any:
+    variant = _variants(config, dtype)[0]
+    if not config.variant and not any(folder.glob(f"*/*.{variant}*.safetensors")):
+        variant = None
+    return cls.from_pretrained(
+        folder,
+        dtype=DTYPES[dtype],
+        variant=variant,
+        use_safetensors=None if config.allow_pickle else True,
+        local_files_only=True,
+        **_components(config, dtype),
+    )
+
+
+def _single_file(config: ModelConfig, path: Path, description: Path, cls: Any, dtype: str) -> Any:
+    if cls is DiffusionPipeline:
+        cls = getattr(diffusers, DiffusionPipeline.load_config(description)["_class_name"])
+    return cls.from_single_file(str(path), config=str(description), dtype=DTYPES[dtype], **_components(config, dtype))
+
+
+def _components(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    """Modules that the file takes from elsewhere than the model's own source."""
+    given: dict[str, Any] = {}
+    if config.control_net:
+        with download.words_for_hub_errors(config.control_net):
+            given["controlnet"] = diffusers.ControlNetModel.from_pretrained(
+                _beside(config, config.control_net), dtype=DTYPES[dtype]
+            )
+    if config.clip_model:
+        with download.words_for_hub_errors(config.clip_model):
+            given["text_encoder"] = transformers.CLIPTextModel.from_pretrained(
+                _beside(config, config.clip_model),
+                subfolder=config.clip_subfolder or "",
+                dtype=DTYPES[dtype],
+            )
+    return given
+
+
+def _glance(config: ModelConfig, pipeline: Any, device: str, dtype: str) -> CheapDecoder | None:
+    """The tiny autoencoder that the file names; else a map that is found now, while nobody draws with the model."""
+    if not config.preview_vae:
+        # Where its weights wait in main memory, the map is found there.
+        vae = getattr(pipeline, "vae", None)
+        if vae is not None and not config.low_vram:
+            vae.to(device)
+        return cheap_decoder(pipeline)
+    with download.words_for_hub_errors(config.preview_vae):
+        tiny = diffusers.AutoencoderTiny.from_pretrained(_beside(config, config.preview_vae), dtype=DTYPES[dtype])
+    takes, has = (
+        tiny.config.latent_channels,
+        getattr(getattr(pipeline, "vae", None), "config", {}).get("latent_channels"),
+    )
+    if has is not None and takes != has:
+        raise ModelFileError(
+            f"{config.name}: preview_vae {config.preview_vae} decodes latents of {takes} channels; "
+            f"this model's have {has}. Take the one made for it, or leave it out.",
+            param="diffusers.preview_vae",
+        )
+    return tiny.to(device)
+
+
+def _beside(config: ModelConfig, name: str) -> str:
+    """A path relative to the model file when it exists, else the name as it is (a hub id)."""
+    path = (config.folder / Path(name).expanduser()).resolve()
+    return str(path) if path.exists() else name
+
+
+def _mend_clip(pipeline: Any) -> None:
+    """Let `clip_skip` work: diffusers reads `text_encoder.text_model`, which transformers 5 merged into the encoder."""
+    encoder = getattr(pipeline, "text_encoder", None)
+    if type(encoder).__name__ == "CLIPTextModel" and not hasattr(encoder, "text_model"):
+        object.__setattr__(encoder, "text_model", encoder)  # not as a submodule: it would contain itself
+
+
+def _check(config: ModelConfig, pipeline: Any) -> None:
+    if config.scheduler_type:
+        choice = schedulers.parse(config.scheduler_type, config.schedule)
+        try:
+            request_scheduler.check(pipeline, choice)
+        except InvalidRequest as error:
+            raise ModelFileError(f"{config.name}: {error.message}", param="scheduler_type") from error
+    layers = encoder_layers(pipeline)
+    if config.clip_skip and layers is not None and config.clip_skip >= layers + 1:
+        raise ModelFileError(
+            f"{config.name}: clip_skip {config.clip_skip} leaves nothing of a text encoder with {layers} layers; "
+            f"0 to {layers} are valid",
+            param="clip_skip",
+        )
+
+
+def encoder_layers(pipeline: Any) -> int | None:
+    config = getattr(getattr(pipeline, "text_encoder", None), "config", None)
+    return getattr(config, "num_hidden_layers", None)
+
+
+def _adapters(config: ModelConfig, pipeline: Any) -> None:
+    if not config.adapters:
+        return
+    names = []
+    for index, adapter in enumerate(config.adapters):
+        names.append(f"adapter_{index}")
+        where = Path(_beside(config, adapter.source))
+        with download.words_for_hub_errors(adapter.source):
+            if where.is_file():
+                pipeline.load_lora_weights(where.parent, weight_name=where.name, adapter_name=names[-1])
+            else:
+                pipeline.load_lora_weights(str(where), adapter_name=names[-1])
+    pipeline.set_adapters(names, [adapter.scale for adapter in config.adapters])
+
+
+def _place(config: ModelConfig, pipeline: Any, device: str) -> None:
+    if config.low_vram and device != "cpu":
+        offload.enable(pipeline, device)
+    else:
+        pipeline.to(device)

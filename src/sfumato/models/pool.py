@@ -1,0 +1,195 @@
+"""Which models are in memory: the ones used last, up to a number; a changed model file loads anew."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from sfumato.batching import offload
+from sfumato.batching.batcher import is_out_of_memory
+from sfumato.config import ModelConfig
+from sfumato.core import ModelStatus
+from sfumato.drawing.info import model_info
+from sfumato.errors import LoadError, SfumatoError
+from sfumato.models import load
+from sfumato.models.release import let_go
+
+log = logging.getLogger(__name__)
+
+PER_REQUEST: Mapping[str, Any] = {
+    "aliases": (), "pinned": False, "disabled": False, "file": None, "enable_parameters": frozenset(),
+    "steps": None, "quality_steps": (), "cfg_scale": None, "seed": None, "n": None, "negative_prompt": None,
+    "strength": None, "width": None, "height": None, "option_lines": (), "threads": None, "max_concurrent": None,
+    "retry_after": 0,
+}  # fmt: skip
+"""Fields that have no part in loading, with a value that stands for any."""
+
+
+class ModelPool:
+    """Loaded models by name. Used from the loop's one thread, by requests that take turns on it."""
+
+    def __init__(
+        self,
+        limit: int,
+        device: str,
+        tell: Callable[[str, ModelStatus], None],
+        dropped: Callable[[], None] = lambda: None,
+        spare: Callable[[], int] = lambda: 0,
+    ) -> None:
+        """At most `limit` models, on `device` (a setting); `dropped` is called when one has left.
+
+        `spare` drops what the engine keeps for speed alone and returns its bytes: for a model that does not fit.
+        """
+        self._limit = limit
+        self._device = device
+        self._tell = tell
+        self._dropped = dropped
+        self._spare = spare
+        self._loaded: OrderedDict[str, load.Loaded] = OrderedDict()
+        self._newest: dict[str, ModelConfig] = {}
+        """Of each loaded model: the config of the request that came last."""
+        self._users: Counter[str] = Counter()
+        self._line: deque[object] = deque()
+        self.loads = 0
+        """Models that were loaded so far."""
+        self.evictions = 0
+        """Models that left so far because another one was wanted."""
+
+    def __len__(self) -> int:
+        return len(self._loaded)
+
+    @contextmanager
+    def use(self, config: ModelConfig, turn: Callable[[], None]) -> Iterator[load.Loaded]:
+        """The model with this `config`, loaded if need be, and not dropped while it is in use.
+
+        `turn` lets others go on while this one waits for room. Who came first is served first: a model
+        that waits for room is not passed by requests for those that are in memory.
+        """
+        ticket = object()
+        self._line.append(ticket)
+        try:
+            while self._line[0] is not ticket or not self._has_room(config):
+                turn()
+            model = self._get(config)
+        finally:
+            self._line.remove(ticket)
+        self._users[config.name] += 1
+        try:
+            yield model
+        finally:
+            self._users[config.name] -= 1
+            if not self._users[config.name]:
+                self._rest(config.name)
+
+    def _has_room(self, config: ModelConfig) -> bool:
+        held = self._loaded.get(config.name)
+        if held and _serves(held, config):
+            return True
+        if held and self._users[config.name]:
+            return False  # it is to be loaded anew; those who draw with the old one finish first
+        return len(self._loaded) < self._limit or self._oldest() is not None or not any(self._users.values())
+
+    def _get(self, config: ModelConfig) -> load.Loaded:
+        """The model. A failed load leaves nothing behind: the next request tries again."""
+        held = self._loaded.get(config.name)
+        if held and _serves(held, config):
+            self._loaded.move_to_end(config.name)
+            changed, self._newest[config.name] = self._newest[config.name] != config, config
+            if not self._users[config.name]:
+                held.config = config
+            # Those who draw with it keep the file that they were asked with.
+            model = held if held.config == config else replace(held, config=config)
+            if changed:  # of its defaults
+                self._tell(config.name, _ready(model))
+            return model
+        if held:
+            self._drop(config.name, held.condition.broken or "its model file changed")
+        while len(self._loaded) >= self._limit and (idle := self._oldest()):
+            self._evict(idle, "another model is wanted")
+        try:
+            self._loaded[config.name] = self._load(config)
+        except SfumatoError as error:
+            self._tell(config.name, ModelStatus("failed", error.message))
+            raise
+        self.loads += 1
+        self._newest[config.name] = config
+        model = self._loaded[config.name]
+        self._tell(config.name, _ready(model))
+        return model
+
+    def _load(self, config: ModelConfig) -> load.Loaded:
+        def tell(status: ModelStatus) -> None:
+            self._tell(config.name, status)
+
+        tell(ModelStatus("loading"))
+        while True:
+            try:
+                return load.load(config, self._device, tell)
+            except Exception as error:  # torch's CPU allocator raises a plain RuntimeError
+                if not is_out_of_memory(error):
+                    raise
+                let_go(error)
+            gc.collect()
+            if not self._spare() and not self._evict_idle():
+                raise LoadError(
+                    f"{config.name}: does not fit into memory. Try `low_vram: true`, a smaller dtype or cuda: false"
+                )
+            offload.empty_cache()
+
+    def _evict_idle(self) -> bool:
+        idle = self._oldest()
+        if idle is not None:
+            self._evict(idle, "its memory is needed")
+        return idle is not None
+
+    def _rest(self, name: str) -> None:
+        """Nobody draws with it any more."""
+        model = self._loaded[name]
+        model.config = self._newest[name]
+        try:
+            offload.rest(model.pipeline)
+        except Exception as error:  # whatever a module raises when it is moved
+            log.exception("%s: its modules could not be put into main memory", name)
+            model.condition.broken = f"its modules could not be put into main memory: {error}"
+
+    def _oldest(self) -> str | None:
+        """The model used least recently, of those that are not pinned and not in use."""
+        idle = (name for name, model in self._loaded.items() if not model.config.pinned and not self._users[name])
+        return next(idle, None)
+
+    def _evict(self, name: str, why: str) -> None:
+        self.evictions += 1
+        self._drop(name, why)
+
+    def _drop(self, name: str, why: str) -> None:
+        log.info("%s leaves memory: %s", name, why)
+        del self._loaded[name], self._newest[name]
+        self._dropped()
+        gc.collect()
+        offload.empty_cache()
+        for model in self._loaded.values():  # there is more room now: what did not fit may
+            model.condition.tiled_from = None
+        self._tell(name, ModelStatus("unloaded", why))
+
+
+def _serves(model: load.Loaded, config: ModelConfig) -> bool:
+    """Whether a request with `config` can be drawn with what is in memory."""
+    return not model.condition.broken and _of_weights(model.config) == _of_weights(config)
+
+
+def _ready(model: load.Loaded) -> ModelStatus:
+    try:
+        return ModelStatus("ready", facts=model_info(model))
+    except Exception:  # a pipeline like no other may still draw
+        log.exception("%s: what it can do is not known", model.config.name)
+        return ModelStatus("ready")
+
+
+def _of_weights(config: ModelConfig) -> ModelConfig:
+    """The config less what each request reads anew: a change of these alone loads nothing."""
+    return replace(config, **PER_REQUEST)

@@ -1,0 +1,186 @@
+"""Where a model's weights come from: one look at the disk, then at how the source is written.
+
+Nothing here downloads, and nothing imports torch or diffusers.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TypeAlias, TypeVar
+from urllib.parse import urlparse
+
+from sfumato.config import ModelConfig
+from sfumato.errors import LoadError, ModelFileError
+
+HUB = "https://huggingface.co"
+INDEX = "model_index.json"
+SAFE = (".safetensors", ".gguf")
+PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
+
+_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,95})"
+_HUB_ID = re.compile(rf"({_PART}/{_PART})(?:@([^\s@]+))?")
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/{0,2}(.*)")
+_HUB_SCHEMES = ("huggingface", "hf")
+
+
+@dataclass(frozen=True, slots=True)
+class HubRepository:
+    """A diffusers repository on the hub."""
+
+    repo: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Url:
+    """A single weight file to download."""
+
+    url: str
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A single weight file on this disk (or one of `download_files`, which is there when it is read)."""
+
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """A folder in diffusers' layout."""
+
+    path: Path
+
+
+Source: TypeAlias = HubRepository | Url | File | Folder
+AnyPath = TypeVar("AnyPath", Path, PurePosixPath)
+
+
+def resolve(config: ModelConfig) -> Source:
+    """What `parameters.model` (or `artifacts`) stands for.
+
+    A path that exists wins; then come URLs and hub ids. Raises ModelFileError where the words
+    cannot be a source, LoadError where what they name is not there.
+    """
+    written = config.repo or config.model
+    if config.repo:
+        return _hub(config, config.repo)
+    # os.path, because Path raises on `~nobody` and on names that are too long to be one.
+    path = (config.folder / os.path.expanduser(written)).absolute()  # noqa: PTH111
+    awaited = [(config.folder / file.filename).absolute() for file in config.downloads]
+    if os.path.isfile(path) or path in awaited:  # noqa: PTH113
+        return File(_weights(config, path))
+    if os.path.isdir(path):  # noqa: PTH112
+        return Folder(_layout(config, path))
+    if scheme := _SCHEME.fullmatch(written):
+        return _remote(config, scheme[1].lower(), scheme[2])
+    suffix = PurePosixPath(written).suffix.lower()
+    if suffix in SAFE + PICKLES or written.startswith(("/", "~", ".")) or not _HUB_ID.fullmatch(written):
+        raise LoadError(_not_found(config, path), param="parameters.model")
+    return _hub(config, written)
+
+
+def download_url(uri: str) -> str:
+    """The http(s) URL of a file's `uri`: a URL, or `huggingface://owner/name[@revision]/path`."""
+    scheme = _SCHEME.fullmatch(uri)
+    kind = scheme[1].lower() if scheme else ""
+    if kind in ("http", "https"):
+        return _hub_page(uri)
+    parts = scheme[2].split("/") if scheme and kind in _HUB_SCHEMES else []
+    repo = _HUB_ID.fullmatch("/".join(parts[:2]))
+    if repo is None or len(parts) < 3 or not all(parts):
+        raise ModelFileError(
+            f"uri {uri!r}: https://... or huggingface://owner/name/file is needed", param="download_files"
+        )
+    path = "/".join(parts[2:])
+    file, _, branch = path.partition("@")
+    return f"{endpoint()}/{repo[1]}/resolve/{repo[2] or branch or 'main'}/{file}"
+
+
+def endpoint() -> str:
+    """Where the hub is: without a slash at its end."""
+    return os.environ.get("HF_ENDPOINT", HUB).rstrip("/")
+
+
+def _hub_page(url: str) -> str:
+    """A link copied from a file's page on the hub leads to the file itself."""
+    return url.replace("/blob/", "/resolve/", 1) if url.startswith(f"{HUB}/") else url
+
+
+def _hub(config: ModelConfig, repo: str) -> HubRepository:
+    match = _HUB_ID.fullmatch(repo)
+    if match is None:
+        raise ModelFileError(
+            f"{_where(config)}: {repo!r} is not a hub id; owner/name or owner/name@revision is needed",
+            param="parameters.model",
+        )
+    return HubRepository(match[1], match[2] or config.revision)
+
+
+def _remote(config: ModelConfig, scheme: str, rest: str) -> Source:
+    if scheme in ("http", "https"):
+        url = f"{scheme}://{rest}"
+        segments = [part for part in urlparse(url).path.split("/") if part]
+        if url.startswith(f"{HUB}/") and len(segments) == 2:
+            return _hub(config, "/".join(segments))
+        if not urlparse(url).netloc or not segments:
+            raise ModelFileError(
+                f"{_where(config)}: {config.model!r} names no file to download", param="parameters.model"
+            )
+        _weights(config, PurePosixPath(segments[-1]))
+        return Url(_hub_page(url))
+    if scheme in _HUB_SCHEMES:
+        rest = rest.strip("/")
+        if rest.count("/") < 2:
+            return _hub(config, rest)
+        _weights(config, PurePosixPath(rest.partition("@")[0] if "@" in rest.rpartition("/")[2] else rest))
+        return Url(download_url(f"hf://{rest}"))
+    raise ModelFileError(
+        f"{_where(config)}: {config.model!r}: {scheme}:// is not a source here; http://, https://, huggingface:// "
+        "and hf:// are",
+        param="parameters.model",
+    )
+
+
+def _weights(config: ModelConfig, path: AnyPath) -> AnyPath:
+    """The path, if its file is of a kind that can be loaded."""
+    suffix = path.suffix.lower()
+    if suffix in SAFE or (suffix in PICKLES and config.allow_pickle):
+        return path
+    if suffix in PICKLES:
+        raise ModelFileError(
+            f"{_where(config)}: {path} is a pickle, which runs whatever code it holds when it is loaded. Use a "
+            ".safetensors file, or write `allow_pickle: true` if you trust it",
+            param="parameters.model",
+        )
+    raise ModelFileError(
+        f"{_where(config)}: {path} is not a weight file; {', '.join(SAFE)} can be loaded",
+        param="parameters.model",
+    )
+
+
+def _layout(config: ModelConfig, path: Path) -> Path:
+    if not (path / INDEX).is_file():
+        files = sorted(file.name for file in path.iterdir() if file.suffix.lower() in SAFE)
+        remedy = f"name the file: {config.model}/{files[0]}" if files else "download it again, or name a single file"
+        raise LoadError(
+            f"{_where(config)}: the folder {path} has no {INDEX}, which every diffusers model has; {remedy}",
+            param="parameters.model",
+        )
+    return path
+
+
+def _not_found(config: ModelConfig, path: Path) -> str:
+    beside = sorted(file.name for file in config.folder.glob("*") if file.suffix.lower() in SAFE)
+    there = f" That folder has {', '.join(beside[:8])}." if beside else ""
+    return (
+        f"{_where(config)}: {config.model!r} is neither there ({path} does not exist) nor a hub id (owner/name). "
+        f"Put it there, or mend parameters.model.{there}"
+    )
+
+
+def _where(config: ModelConfig) -> str:
+    return f"{config.file}: {config.name}" if config.file else config.name

@@ -1,0 +1,298 @@
+"""One weight file from a URL: fetched by one process at a time, resumed, and named only when it is whole.
+
+    NAME            the file; from a URL of `parameters.model` NAME has a mark of that URL, so no two share a file
+    .NAME.lock      held by the process that fetches it; the system frees it when that process dies
+    .NAME.part      what has come so far
+    .NAME.source    of which URL, and of which version of it: what a `.part` has to be to be gone on with
+
+Before it gets its name the file on disk (not what was received) has the size and, where one is known, the checksum.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TypeAlias
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
+
+import filelock
+import httpx
+
+from sfumato.errors import DownloadError
+from sfumato.models import sources
+
+log = logging.getLogger(__name__)
+
+OnProgress: TypeAlias = Callable[[float | None, str], None]
+"""Told how far a download is: fraction 0 .. 1 (None: unknown) and what is being fetched."""
+
+CHUNK = 1 << 20
+TIMEOUT_S = 30.0
+WAIT_S = 1.0
+"""Whoever waits for another process says so this often."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_RENEWED = re.compile(r"(access_?)?token|(api_?)?key|sig|signature|expires|policy|key-pair-id|x-amz-.*", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """Of which URL a file is, and which of the contents that the URL had over time."""
+
+    url: str
+    """Its SHA-256, less what in it changes without the file: a URL may carry a key."""
+    validator: str = ""
+    """A strong ETag, or the date: with it a server goes on with the same content only."""
+    size: int | None = None
+    sha256: str | None = None
+    checked: bool = False
+    """Whether the whole file had this sha256."""
+
+
+def fetch(url: str, target: Path, *, sha256: str | None, report: OnProgress) -> Path:
+    """Have the file at `target`. Raises DownloadError in words.
+
+    Of processes that want it at once one fetches it, and the others find it.
+    """
+    if sha256:
+        sha256 = sha256.lower()
+    with _words(url, target):
+        if _there(target, url, sha256):
+            return target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(target, report):
+            if not _there(target, url, sha256):
+                _download(url, target, sha256, report)
+    return target
+
+
+def place(url: str, folder: Path) -> Path:
+    """Where the file of a URL lies: under its own name with a mark of the URL, for many are called `model.safetensors`.
+
+    A file of that very name that was put there by hand is taken for it.
+    """
+    name = unquote(Path(urlsplit(url).path).name).replace("/", "_")
+    by_hand = folder / name
+    if by_hand.is_file() and _version(by_hand) is None:
+        return by_hand
+    return by_hand.with_name(f"{by_hand.stem}-{_digest(url)[:10]}{by_hand.suffix}")
+
+
+def _there(target: Path, url: str, sha256: str | None) -> bool:
+    if not target.exists():
+        return False
+    version, size = _version(target), target.stat().st_size
+    known = version.sha256 if version and version.checked and version.size == size else None
+    if sha256 is None:
+        if version and version.url != _digest(url):
+            raise DownloadError(
+                f"{target} is there already, and is the file of another URL than {_shown(url)}; "
+                "give each its own `filename`, or remove it"
+            )
+    elif known != sha256:
+        found = _sha256_of(target)
+        if found != sha256:
+            raise DownloadError(
+                f"{target}: the file's sha256 is {found}, the model file says {sha256}. "
+                "Remove it, and it is fetched anew."
+            )
+        with _optional():
+            _remember(target, Version(_digest(url), "", size, sha256, checked=True))
+    return True
+
+
+def _download(url: str, target: Path, sha256: str | None, report: OnProgress) -> None:
+    part = _beside(target, "part")
+    for resumed in (True, False):
+        if not resumed:
+            part.unlink(missing_ok=True)
+        version, began = _receive(url, target, part, report)
+        version = replace(version, sha256=sha256 or version.sha256)
+        size, found = part.stat().st_size, _sha256_of(part) if version.sha256 else None
+        if version.size in (None, size) and found == version.sha256:
+            break
+        if not (resumed and began):  # else what had come before was something else: once more from the start
+            part.unlink()
+            _beside(target, "source").unlink(missing_ok=True)
+            raise DownloadError(_broken(url, version, size, found, sha256))
+        log.warning("%s: what had come of it before does not fit; it is fetched from the start", target.name)
+    _remember(target, replace(version, size=size, checked=version.sha256 is not None))
+    part.replace(target)
+
+
+def _broken(url: str, version: Version, size: int, found: str | None, sha256: str | None) -> str:
+    if version.size not in (None, size):
+        return f"{_shown(url)}: {size} bytes came and it has {version.size}. Nothing was kept; try again."
+    who = "the model file" if sha256 else "the hub"
+    return f"{_shown(url)}: the file's sha256 is {found}, {who} says {version.sha256}. Nothing was kept."
+
+
+def _receive(url: str, target: Path, part: Path, report: OnProgress) -> tuple[Version, int]:
+    """Write what is missing of `part`; returns which version of the file it is, and where this began."""
+    before = _version(target)
+    have = part.stat().st_size if part.exists() else 0
+    if not (have and before and before.url == _digest(url) and before.validator):
+        have = 0
+    # As it is: a compressed answer has another length than the file.
+    headers = {"accept-encoding": "identity"}
+    if have and before:
+        headers |= {"range": f"bytes={have}-", "if-range": before.validator}
+    with httpx.stream("GET", url, headers=headers, follow_redirects=True, timeout=TIMEOUT_S) as response:
+        if response.status_code == httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE and have:
+            part.unlink()
+            return _receive(url, target, part, report)
+        response.raise_for_status()
+        version = _version_of(url, response)
+        span = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("content-range", ""))
+        goes_on = response.status_code == httpx.codes.PARTIAL_CONTENT
+        if goes_on and not (
+            have and before and span and int(span[1]) == have and version.validator == before.validator
+        ):
+            response.close()
+            part.unlink(missing_ok=True)  # an answer to another question
+            if not have:
+                raise DownloadError(f"{_shown(url)}: the server sends a part of it that was not asked for")
+            return _receive(url, target, part, report)
+        if not goes_on:
+            have = 0
+        _room(target, (version.size or 0) - have)
+        _remember(target, version)
+        with part.open("r+b" if have else "wb") as file:
+            file.seek(have)
+            file.truncate()
+            for chunk in response.iter_bytes(CHUNK):
+                file.write(chunk)
+                report(min(1.0, file.tell() / version.size) if version.size else None, target.name)
+            file.flush()
+            os.fsync(file.fileno())
+    return version, have
+
+
+def _version_of(url: str, response: httpx.Response) -> Version:
+    headers = response.headers
+    size = None
+    if span := re.fullmatch(r"bytes \d+-\d+/(\d+)", headers.get("content-range", "")):
+        size = int(span[1])
+    elif headers.get("content-encoding", "identity") == "identity" and headers.get("content-length", "").isdigit():
+        size = int(headers["content-length"])
+    etag = headers.get("etag", "")
+    validator = etag if etag.startswith('"') else headers.get("last-modified", "")
+    return Version(_digest(url), validator, size, _sha256_by_hub(response))
+
+
+def _sha256_by_hub(response: httpx.Response) -> str | None:
+    """A hub names large files by their SHA-256: at itself in ETag, before it leads elsewhere in X-Linked-Etag."""
+    for answer in (*response.history, response):
+        if "x-repo-commit" in answer.headers:
+            named = answer.headers.get("x-linked-etag") or answer.headers.get("etag", "")
+            if _SHA256.fullmatch(named.strip('"')):
+                return str(named).strip('"')
+    return None
+
+
+@contextmanager
+def _locked(target: Path, report: OnProgress) -> Iterator[None]:
+    lock = filelock.FileLock(_beside(target, "lock"))
+    while True:
+        try:
+            lock.acquire(timeout=WAIT_S)
+            break
+        except filelock.Timeout:
+            report(None, f"{target.name} (another process fetches it)")
+    try:
+        yield
+    finally:
+        # While it is held: who waits for this one sees that it is gone, and takes a new one.
+        _beside(target, "lock").unlink(missing_ok=True)
+        lock.release()
+
+
+def _room(target: Path, missing: int) -> None:
+    free = shutil.disk_usage(target.parent).free
+    if missing > free:
+        raise DownloadError(
+            f"{target.name}: {missing / 1e6:.0f} MB are missing and {target.parent} has room for {free / 1e6:.0f} MB; "
+            "make room on that disk"
+        )
+
+
+@contextmanager
+def _words(url: str, target: Path) -> Iterator[None]:
+    try:
+        yield
+    except httpx.HTTPStatusError as error:
+        raise DownloadError(
+            f"{_shown(url)} could not be fetched to {target}: the server answers {error.response.status_code} "
+            f"{error.response.reason_phrase}"
+        ) from error
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise DownloadError(f"{_shown(url)} could not be fetched to {target}: {error}") from error
+    except OSError as error:
+        if error.errno in FULL:
+            with _optional():
+                _beside(target, "part").unlink(missing_ok=True)
+            raise DownloadError(f"{target}: its disk is full ({error.strerror}); make room there") from error
+        raise DownloadError(
+            f"{_shown(url)} could not be written to {target}: {error.strerror or error}. Let the server write to "
+            f"{target.parent}, or put the file there"
+        ) from error
+
+
+@contextmanager
+def _optional() -> Iterator[None]:
+    """What is only remembered, where the folder may not be writable."""
+    try:
+        yield
+    except OSError as error:
+        log.debug("%s", error)
+
+
+def _beside(target: Path, what: str) -> Path:
+    return target.with_name(f".{target.name}.{what}")
+
+
+def _version(target: Path) -> Version | None:
+    """What is remembered of it; None for a file that was not fetched."""
+    try:
+        return Version(**json.loads(_beside(target, "source").read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _remember(target: Path, version: Version) -> None:
+    record = _beside(target, "source")
+    new = record.with_name(f"{record.name}.{os.getpid()}")
+    new.write_text(json.dumps(asdict(version)))
+    new.replace(record)
+
+
+def _sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(url: str) -> str:
+    """Of what stays the same: not the hub's mirror, nor keys and signatures that are renewed."""
+    mirror = sources.endpoint()
+    if url.startswith(f"{mirror}/"):
+        url = sources.HUB + url.removeprefix(mirror)
+    parts = urlsplit(url)
+    query = [(name, value) for name, value in parse_qsl(parts.query) if not _RENEWED.fullmatch(name)]
+    same = parts._replace(netloc=parts.netloc.rpartition("@")[2], query=urlencode(query), fragment="").geturl()
+    return hashlib.sha256(same.encode()).hexdigest()
+
+
+def _shown(url: str) -> str:
+    """Without a name, a key or a query, which may be secret."""
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()

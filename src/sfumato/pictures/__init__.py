@@ -1,0 +1,1 @@
+"""Picture bytes: decoding, recipes, files, fetching. No torch."""

@@ -1,0 +1,131 @@
+"""A few processes that decode what callers send, so that it can be bounded and ended.
+
+A picture of some kilobytes can take minutes to decode, and nothing stops a decoder that runs in a thread.
+Each process answers one task at a time; it is started when it is first needed, stays, and is ended and
+replaced when its task takes too long or nobody waits for it any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Any
+
+from sfumato.errors import InvalidPicture
+from sfumato.pictures import decoder_frames
+from sfumato.pictures.images import Bounds
+from sfumato.settings import Settings
+
+log = logging.getLogger(__name__)
+
+BASE_MEMORY = 512 * 2**20
+"""Bytes that a decoder may take beside what grows with the picture; of address space, most of it libraries."""
+
+BYTES_A_PIXEL = 24
+"""Of the largest picture that is decoded: the decoder's buffers, the pixels, one copy turned upright, one converted."""
+
+PATIENCE = 20
+"""A task may take so many times longer than its time of the processor: the machine may be busy."""
+
+TRIES = 2
+"""A process that somebody else killed says nothing about the picture."""
+
+
+class Decoders:
+    """Decodes pictures in at most `count` processes."""
+
+    def __init__(self, settings: Settings, count: int) -> None:
+        self._bounds = asdict(Bounds.of(settings))
+        self._seconds = settings.decode_s
+        self._memory = BASE_MEMORY + BYTES_A_PIXEL * settings.max_source_pixels
+        self._free: list[asyncio.subprocess.Process] = []
+        self._places = asyncio.Semaphore(count)
+        self._ending: set[asyncio.Task[int]] = set()
+
+    async def run(self, task: str, data: bytes, param: str, **options: Any) -> tuple[dict[str, Any], bytes]:
+        """The answer of one of `decoder.TASKS`. Cancelling ends the decoding.
+
+        Raises InvalidPicture that names `param`: what is wrong with the picture, or which limit it passed.
+        """
+        asked = {"task": task, "param": param, "bounds": self._bounds, **options}
+        async with self._places:
+            for attempt in range(TRIES):
+                process = await self._process()
+                try:
+                    async with asyncio.timeout(self._seconds * PATIENCE):
+                        said, made = await _asked(process, asked, data)
+                except TimeoutError:
+                    self._end(process)
+                    raise self._too_slow(param) from None
+                except (OSError, asyncio.IncompleteReadError):
+                    code = await self._ended(process)
+                    if code == -signal.SIGPROF:
+                        raise self._too_slow(param) from None
+                    log.warning("a decoder ended with code %d", code)
+                    if code in (-signal.SIGKILL, -signal.SIGTERM) and attempt + 1 < TRIES:
+                        continue
+                    raise InvalidPicture(
+                        f"{param}: the picture cannot be decoded: its decoder failed, or needs more than "
+                        f"{self._memory // 2**20} MiB",
+                        param=param,
+                    ) from None
+                except BaseException:
+                    self._end(process)
+                    raise
+                self._free.append(process)
+                if "error" in said:
+                    raise InvalidPicture(said["error"], param=param)
+                return said, made
+        raise AssertionError("the last try raises")
+
+    async def stop(self) -> None:
+        """End all processes."""
+        while self._free:
+            self._end(self._free.pop())
+        while self._ending:
+            await asyncio.wait(self._ending)
+
+    def _too_slow(self, param: str) -> InvalidPicture:
+        return InvalidPicture(
+            f"{param}: decoding the picture takes more than {self._seconds} s (the setting decode_s). "
+            "Send a smaller one, or one that is not progressive.",
+            param=param,
+        )
+
+    async def _process(self) -> asyncio.subprocess.Process:
+        while self._free:
+            process = self._free.pop()
+            if process.returncode is None:
+                return process
+            log.warning("an idle decoder ended with code %d", process.returncode)
+        return await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "sfumato.pictures.decoder_process", str(self._seconds), str(self._memory),
+            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
+            limit=decoder_frames.CHUNK,
+        )  # fmt: skip
+
+    def _end(self, process: asyncio.subprocess.Process) -> None:
+        """Without waiting for it: whoever leaves is not held up."""
+        task = asyncio.ensure_future(self._ended(process))
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+        with suppress(ProcessLookupError):
+            process.kill()
+
+    async def _ended(self, process: asyncio.subprocess.Process) -> int:
+        assert process.stdin is not None
+        process.stdin.close()
+        return await process.wait()
+
+
+async def _asked(
+    process: asyncio.subprocess.Process, asked: dict[str, Any], data: bytes
+) -> tuple[dict[str, Any], bytes]:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    await decoder_frames.send(process.stdin, asked, data)
+    return await decoder_frames.receive(process.stdout)

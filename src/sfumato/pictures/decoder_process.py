@@ -1,0 +1,99 @@
+"""The process that decodes: reads tasks from its standard input, answers on its standard output.
+
+It bounds itself. A task that takes more time of the processor than it may ends the process (the timer's
+signal is not caught: no decoder written in C lets Python run meanwhile), and so the memory that the
+process may take is bounded once and for all. Its parent ends it when nobody waits for the answer any more.
+"""
+
+from __future__ import annotations
+
+import resource
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from types import MappingProxyType
+from typing import Any, TypeAlias
+
+from PIL import AvifImagePlugin, Image
+
+from sfumato import allocator
+from sfumato.errors import InvalidPicture
+from sfumato.pictures import decoder_frames, fitting, images, recipe
+from sfumato.pictures.images import Bounds
+
+Answer: TypeAlias = tuple[dict[str, Any], bytes]
+"""What is said of the picture, and the bytes that were made of it."""
+
+
+def look(data: bytes, param: str, bounds: Bounds) -> Answer:
+    """`size`, from the header."""
+    return {"size": images.look(data, param, bounds)}, b""
+
+
+def picture(data: bytes, param: str, bounds: Bounds, fit: list[int] | None = None, crop: bool = False) -> Answer:
+    """A source picture as PNG, and its `size` as it came; fitted to another where one is given."""
+    png, came = images.normalise(data, param, bounds)
+    return {"size": came}, fitting.fitted(png, (fit[0], fit[1]), crop) if fit else png
+
+
+def mask(data: bytes, param: str, bounds: Bounds) -> Answer:
+    """A mask as OpenAI's clients draw them, and its `size` as it came."""
+    png, came = images.normalise(data, param, bounds)
+    return {"size": came}, images.as_mask(png)
+
+
+def fitted_mask(data: bytes, param: str, bounds: Bounds, fit: list[int], **how: Any) -> Answer:
+    """A mask as AUTOMATIC1111's clients draw them."""
+    png, came = images.normalise(data, param, bounds)
+    return {"size": came}, fitting.mask(png, (fit[0], fit[1]), fitting.Fitting(**how))
+
+
+def texts(data: bytes, param: str, bounds: Bounds) -> Answer:
+    """`texts` of a picture file; its pixels are not decoded."""
+    return {"texts": recipe.texts(data, param)}, b""
+
+
+TASKS: Mapping[str, Callable[..., Answer]] = MappingProxyType(
+    {function.__name__: function for function in (look, picture, mask, fitted_mask, texts)}
+)
+
+
+def main() -> None:
+    """Answer tasks until the input ends. Arguments: seconds of the processor for a task, bytes of memory."""
+    seconds, memory = float(sys.argv[1]), int(sys.argv[2])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    with suppress(ValueError, OSError):  # macOS has no such limit
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    allocator.give_back_large_blocks()  # it is as small after a huge picture as before it
+    Image.MAX_IMAGE_PIXELS = None  # `pictures` has a limit of its own, and words for it
+    Image.init()
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # others want the processors too
+    while True:
+        try:
+            asked, data = decoder_frames.read(sys.stdin.buffer)
+        except EOFError:
+            return
+        except MemoryError:
+            return  # the picture alone is more than the process may hold: its parent says so
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        said, made = _answer(asked, data)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        decoder_frames.write(sys.stdout.buffer, said, made)
+        del data, made
+
+
+def _answer(asked: dict[str, Any], data: bytes) -> Answer:
+    task, bounds = TASKS[asked.pop("task")], Bounds(**asked.pop("bounds"))
+    try:
+        return task(data, bounds=bounds, **asked)
+    except InvalidPicture as error:
+        return {"error": error.message}, b""
+    except MemoryError:
+        return {"error": f"{asked['param']}: decoding the picture takes too much memory"}, b""
+
+
+if __name__ == "__main__":
+    main()

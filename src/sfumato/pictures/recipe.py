@@ -1,0 +1,204 @@
+"""A picture carries its recipe: AUTOMATIC1111's infotext for other tools, our JSON to make it again.
+
+The PNG text chunk `parameters` holds the infotext (the layout that Stable Diffusion web UIs read),
+the chunk `sfumato` the whole `Recipe` as JSON; in WebP and JPEG files both stand in the EXIF block.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from PIL import ExifTags, Image, PngImagePlugin
+
+from sfumato import __version__, schedulers
+from sfumato.core import Recipe
+from sfumato.errors import InvalidPicture, InvalidRequest
+from sfumato.pictures import images
+
+INFOTEXT_CHUNK = "parameters"
+RECIPE_CHUNK = "sfumato"
+
+NEGATIVE = "Negative prompt:"
+
+_PAIR = re.compile(r'(?:^|,)\s*(\w[^:,"]*):\s*("(?:[^"\\]|\\.)*"|[^,]*)')
+"""`Key: value` or `Key: "value, quoted as in JSON"`."""
+MAX_PAIRS = 20_000
+"""Characters of the line of pairs; reading a longer one could take minutes."""
+
+_SIZE = re.compile(r"(\d+)x(\d+)")
+_UNICODE = b"UNICODE\0"
+"""What EXIF puts before a text in UTF-16."""
+
+MAX_SIDES: Mapping[str, int] = {"webp": 16383, "jpeg": 65500}
+
+MAX_EXIF = 65_000
+"""Bytes; a JPEG holds no more in one segment."""
+
+
+def encode(image: Image.Image, recipe: Recipe) -> bytes:
+    """The picture as PNG bytes with both chunks."""
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_text(INFOTEXT_CHUNK, infotext(recipe))
+    chunks.add_text(RECIPE_CHUNK, json.dumps(asdict(recipe), ensure_ascii=False))
+    file = io.BytesIO()
+    image.save(file, "PNG", pnginfo=chunks)
+    return file.getvalue()
+
+
+def convert(
+    png: bytes,
+    format: str = "png",
+    compression: int = 100,
+    *,
+    opaque: bool = False,
+    size: tuple[int, int] | None = None,
+) -> bytes:
+    """A picture of ours as png, webp or jpeg (`compression` 0 .. 100 is their quality), infotext and recipe kept.
+
+    `opaque`: an alpha channel is laid on white, as a JPEG's always is. `size`: scaled to it, for previews. A PNG that
+    needs no change is returned as it is.
+    """
+    image: Image.Image = Image.open(io.BytesIO(png), formats=("PNG",))
+    flat = "A" in image.getbands() and (opaque or format == "jpeg")
+    scaled = size is not None and image.size != size
+    if format == "png" and not flat and not scaled:
+        return png
+    image.load()
+    texts = {key: str(value) for key, value in image.info.items() if key in (INFOTEXT_CHUNK, RECIPE_CHUNK)}
+    if flat:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), rgba).convert("RGB")
+    if size and scaled:
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    options: dict[str, Any] = {"quality": compression, "exif": _exif(texts)}
+    if format == "png":
+        chunks = PngImagePlugin.PngInfo()
+        for key, text in texts.items():
+            chunks.add_text(key, text)
+        options = {"pnginfo": chunks}
+    file = io.BytesIO()
+    if max(image.size) > MAX_SIDES.get(format, max(image.size)):
+        raise InvalidRequest(
+            f"output_format: a {format} file is at most {MAX_SIDES[format]} pixels a side, the picture is "
+            f"{image.width}x{image.height}; ask for png",
+            param="output_format",
+        )
+    image.save(file, format.upper(), **options)
+    return file.getvalue()
+
+
+def _exif(texts: Mapping[str, str]) -> bytes:
+    """The infotext where AUTOMATIC1111 puts it (UserComment), the recipe in ImageDescription, if they fit."""
+    exif = Image.Exif()
+    if INFOTEXT_CHUNK in texts:
+        comment = _UNICODE + texts[INFOTEXT_CHUNK].encode("utf-16-be")
+        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
+    if RECIPE_CHUNK in texts:
+        exif[ExifTags.Base.ImageDescription] = json.dumps(json.loads(texts[RECIPE_CHUNK]))  # ASCII, as EXIF wants it
+    data = exif.tobytes()
+    return data if len(data) <= MAX_EXIF else b""
+
+
+def infotext(recipe: Recipe) -> str:
+    """One block of text as AUTOMATIC1111 writes it: prompt, negative prompt, then `Key: value` pairs."""
+    sampler, schedule_type = schedulers.sampler_of(recipe.scheduler) or (recipe.scheduler, None)
+    pairs: dict[str, Any] = {
+        "Steps": recipe.steps,
+        "Sampler": sampler,
+        "Schedule type": schedule_type,
+        "CFG scale": recipe.guidance_scale,
+        "Seed": recipe.seed,
+        "Size": f"{recipe.width}x{recipe.height}",
+        "Model": recipe.model,
+        "Denoising strength": recipe.strength,
+        "Clip skip": recipe.clip_skip + 1 if recipe.clip_skip else None,  # it counts from the last layer, which is 1
+        "Version": f"sfumato {__version__}",
+    }
+    lines = [recipe.prompt]
+    if recipe.negative_prompt:
+        lines.append(f"{NEGATIVE} {recipe.negative_prompt}")
+    lines.append(", ".join(f"{key}: {_quoted(value)}" for key, value in pairs.items() if value is not None))
+    return "\n".join(lines)
+
+
+def parse(infotext: str) -> dict[str, str]:
+    """The pairs of an infotext, with `Prompt` and `Negative prompt`; of a size `Size-1` and `Size-2`."""
+    *lines, last = infotext.strip().split("\n")
+    pairs = _PAIR.findall(last[:MAX_PAIRS])
+    if len(pairs) < 3:  # a prompt that has a colon in it
+        lines, pairs = [*lines, last], []
+    at = next((index for index, line in enumerate(lines) if line.strip().startswith(NEGATIVE)), len(lines))
+    negative = "\n".join(line.strip() for line in lines[at:]).removeprefix(NEGATIVE).strip()
+    values = {"Prompt": "\n".join(line.strip() for line in lines[:at]), "Negative prompt": negative}
+    for key, value in pairs:
+        if size := _SIZE.fullmatch(value):
+            values |= {f"{key.strip()}-1": size[1], f"{key.strip()}-2": size[2]}
+        else:
+            values[key.strip()] = _unquoted(value.strip())
+    return values
+
+
+def texts(file: bytes, param: str = "image") -> dict[str, str]:
+    """What a picture file says in words, by the name of its chunk; empty for a picture that says nothing.
+
+    Raises InvalidPicture for what is none.
+    """
+    with images.opened(file, param) as image:
+        found = {str(key): value for key, value in image.info.items() if isinstance(value, str)}
+        comment = _comment(image)
+    return {INFOTEXT_CHUNK: comment, **found} if comment else found
+
+
+def _comment(image: Image.Image) -> str:
+    """EXIF's UserComment; empty where there is none, or the block is damaged."""
+    try:
+        comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
+    except (OSError, ValueError, SyntaxError, struct.error):
+        return ""
+    if not isinstance(comment, bytes) or not comment.startswith(_UNICODE):
+        return ""
+    return comment.removeprefix(_UNICODE).decode("utf-16-be", "replace")
+
+
+def _quoted(value: Any) -> str:
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if re.search(r"[,:\n]", text) else text
+
+
+def _unquoted(text: str) -> str:
+    if len(text) < 2 or not (text[0] == text[-1] == '"'):
+        return text
+    try:
+        return str(json.loads(text))
+    except ValueError:
+        return text
+
+
+def read(path: Path) -> Recipe:
+    """The recipe inside a picture of ours. Raises InvalidPicture when there is none that we can read."""
+    try:
+        with Image.open(path, formats=images.FORMATS) as image:
+            text = image.info.get(RECIPE_CHUNK) or image.getexif().get(ExifTags.Base.ImageDescription)
+    except (OSError, struct.error) as error:
+        raise InvalidPicture(f"{path}: not a picture that can be read ({error})") from None
+    if text is None:
+        raise InvalidPicture(
+            f"{path}: carries no recipe. Only files that Sfumato made do; editors and chat programs often strip it."
+        )
+    known = {spec.name for spec in fields(Recipe)}
+    try:
+        values = json.loads(text)
+        return Recipe(**{key: _frozen(value) for key, value in values.items() if key in known})
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InvalidPicture(f"{path}: its recipe cannot be read ({error})") from None
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,117 @@
+"""The source pictures of one request: kept as they came until its turn, then decoded for the engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from sfumato.core import Limits
+from sfumato.errors import InvalidPicture, InvalidRequest
+from sfumato.pictures import images as pictures
+from sfumato.pictures.budget import Share
+from sfumato.pictures.decoder_pool import Decoders
+from sfumato.pictures.fetch import PictureFetcher
+from sfumato.pictures.fitting import Fitting
+
+
+def is_url(picture: str | bytes) -> bool:
+    return isinstance(picture, str) and picture[:16].strip().lower().startswith(("http:", "https:"))
+
+
+def weight(picture: str | bytes) -> int:
+    """Bytes of a picture before it is decoded, as far as they are known; of a URL 0."""
+    if is_url(picture):
+        return 0
+    return len(picture) if isinstance(picture, bytes) else len(picture) * 3 // 4
+
+
+class Sources:
+    """Source pictures and mask: file bytes, base64, `data:` URI or URL.
+
+    `gathered` makes bytes of all of them and checks what their headers say, `decoded` makes what the engine
+    takes. Both raise InvalidRequest that names the picture, and end with whoever awaits them.
+    """
+
+    def __init__(
+        self,
+        images: Sequence[str | bytes],
+        mask: str | bytes | None,
+        *,
+        share: Share,
+        limits: Limits,
+        fitting: Fitting | None,
+        scale: int | None,
+    ) -> None:
+        """`scale`: what is drawn is so many times as large as the first picture; None: its size is known."""
+        names = ["image" if fitting is None else f"init_images[{index}]" for index in range(len(images))]
+        self._pictures: list[tuple[str, str | bytes]] = list(zip(names, images, strict=True))
+        if mask is not None:
+            self._pictures.append(("mask", mask))
+        self._masked = mask is not None
+        self._share = share
+        self._limits = limits
+        self._fitting = fitting
+        self._scale = scale
+        share.take(sum(weight(picture) for _, picture in self._pictures))
+
+    async def gathered(self, fetcher: PictureFetcher, decoders: Decoders) -> None:
+        """Bytes of all, one after another."""
+        for index, (param, picture) in enumerate(self._pictures):
+            if isinstance(picture, bytes):
+                data = picture
+            elif is_url(picture):
+                data = await fetcher.get(picture.strip(), param, self._share.take)
+            else:
+                data = await asyncio.to_thread(pictures.from_text, picture, param)
+            self._pictures[index] = (param, data)
+            said, _ = await decoders.run("look", data, param)
+            if index == 0 and self._scale:
+                self._refuse_large(param, *said["size"])
+
+    async def decoded(self, decoders: Decoders) -> tuple[tuple[bytes, ...], bytes | None]:
+        """Pictures and mask as `Generation` has them. What they were made of is let go."""
+        made: list[bytes] = []
+        sizes: list[tuple[int, int]] = []
+        fitting = self._fitting
+        fit = fitting.size if fitting else None
+        while self._pictures:
+            param, data = self._pictures.pop(0)
+            assert isinstance(data, bytes)
+            if not self._pictures and self._masked:
+                return tuple(made), await self._mask(decoders, param, data, fit, sizes[0])
+            options = {"fit": fit, "crop": fitting.crop} if fitting and fit else {}
+            said, png = await decoders.run("picture", data, param, **options)
+            if fitting and fit is None:
+                fit = pictures.size(png)
+            self._share.count(len(png))
+            made.append(png)
+            width, height = said["size"]
+            sizes.append((width, height))
+        return tuple(made), None
+
+    async def _mask(
+        self, decoders: Decoders, param: str, data: bytes, fit: tuple[int, int] | None, first: tuple[int, int]
+    ) -> bytes:
+        if self._fitting:
+            how = {name: value for name, value in asdict(self._fitting).items() if name != "size"}
+            _, png = await decoders.run("fitted_mask", data, param, fit=fit, **how)
+        else:
+            said, png = await decoders.run("mask", data, param)
+            if (came := tuple(said["size"])) != first:
+                raise InvalidPicture(
+                    f"the mask is {came[0]}x{came[1]}, the picture {first[0]}x{first[1]}: both need the same size",
+                    param="mask",
+                )
+        self._share.count(len(png))
+        return png
+
+    def _refuse_large(self, param: str, width: int, height: int) -> None:
+        scale = self._scale or 1
+        breach = self._limits.breach(width * scale, height * scale)
+        if breach:
+            raise InvalidRequest(
+                f"{param}: it would become {width * scale}x{height * scale}; {breach}. "
+                "Send a size, or a smaller picture.",
+                param=param,
+            )

@@ -1,0 +1,376 @@
+"""A scheduler for one request, made for the pipeline that will draw it.
+
+diffusers' schedulers hold the state of a run, so each request gets its own instance; the pipeline's
+is read and never written. What carries over from it is what the model was trained with (`FACTS`) and
+what its makers set by hand (`PREFERENCES`), and never the sampler's own switches: `euler` means
+Euler without Karras sigmas, also on a model that ships with them.
+
+Whether a solver fits a pipeline is found out before the first step: `handover.read` reads what the
+pipeline's code gives to its scheduler, and a rehearsal runs the new scheduler on that for a few
+steps over an empty latent. What came out is kept: a picture waits for no rehearsal that was held before.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import json
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+
+from sfumato import schedulers
+from sfumato.errors import InvalidRequest
+from sfumato.pipelines import scheduler_calls, scheduler_steps
+from sfumato.pipelines.scheduler_calls import Handover
+from sfumato.schedulers import Choice, SolverForm
+
+FACTS = frozenset({
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
+    "rescale_betas_zero_snr", "clip_sample", "clip_sample_range", "thresholding",
+    "dynamic_thresholding_ratio", "sample_max_value", "variance_type", "original_inference_steps",
+    "timestep_scaling", "timestep_type", "sigma_min", "sigma_max", "shift", "flow_shift",
+    "use_dynamic_shifting", "time_shift_type", "base_shift", "max_shift", "base_image_seq_len",
+    "max_image_seq_len", "invert_sigmas", "shift_terminal", "stochastic_sampling", "scale_factors",
+    "upscale_mode",
+})  # fmt: skip
+"""What the model was trained with: it holds for every solver, written in the model's file or not.
+
+(diffusers' own `from_config` lets the new class's default replace a value that is not written down.
+The classes disagree on `beta_start`, for one.)
+"""
+
+PREFERENCES = frozenset({
+    "timestep_spacing", "steps_offset", "set_alpha_to_one", "skip_prk_steps", "lambda_min_clipped",
+    "interpolation_type",
+})  # fmt: skip
+"""What carries over only where the model's file says it, as in `from_config`."""
+
+NEUTRAL: Mapping[str, tuple[object, ...]] = {
+    "use_dynamic_shifting": (None, False),
+    "invert_sigmas": (None, False),
+    "shift_terminal": (None, 0),
+    "scale_factors": (None,),
+    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+}
+"""Facts that a solver can leave out only at these values; otherwise it has to know them."""
+
+SIGMA_FLAGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+
+FEW = 4
+"""Steps of a rehearsal, where no number is asked for, and of a schedule that nobody will look at."""
+
+LABORIOUS = frozenset({
+    "HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "LMSDiscreteScheduler",
+    "DPMSolverSDEScheduler",
+})  # fmt: skip
+"""Classes whose constructor makes a schedule of all the steps of training: 0.2 s for DPM2, of every picture.
+
+The first `set_timesteps` puts another in its place.
+"""
+
+_NOISE_CLASSES = frozenset(solver.noise.cls for solver in schedulers.SOLVERS.values())
+_FLOW_CLASSES = frozenset(
+    {"FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler"}
+)
+
+
+def make(pipeline: Any, choice: Choice | None, seed: int | Sequence[int]) -> Any:
+    """A fresh scheduler for one call of `pipeline`; without a choice, one like the model's own.
+
+    `seed` decides the noise that a solver adds on its way, except where the pipeline hands its own
+    generator to each step: then that one does.
+    Give one seed per picture to draw several in one call: each then equals the picture drawn alone.
+    None comes back for a pipeline that has no scheduler.
+    """
+    own = getattr(pipeline, "scheduler", None)
+    if choice is None:
+        kind: Any = type(pipeline)
+        return (
+            None
+            if own is None
+            else _noisy(pipeline, _own(own, seed, sets_steps=bool(scheduler_calls.read(kind))), seed)
+        )
+    form = _form(own, choice)
+    if form is None:
+        raise _refusal(pipeline, choice, _why_no_form(own, choice))
+    return _noisy(pipeline, _build(own, form, seed), seed)
+
+
+def check(pipeline: Any, choice: Choice | None, count: int | None = None) -> None:
+    """Raise InvalidRequest where `choice` cannot draw with `pipeline` (in `count` steps, if given)."""
+    if choice is None:
+        return
+    model = _model(pipeline)
+    reason = _misfit(model, choice.name, count)
+    if reason is None:
+        return
+    if count is not None and _misfit(model, choice.name, None) is None:
+        raise InvalidRequest(
+            f"Scheduler {choice.name!r} cannot draw in {count} steps: {reason}. Ask for another number.",
+            param="step",
+        )
+    raise _refusal(pipeline, choice, reason)
+
+
+def works_with(pipeline: Any) -> tuple[str, ...]:
+    """The names of `schedulers.names()` that `check` lets through."""
+    model = _model(pipeline)
+    return tuple(name for name in schedulers.names() if _misfit(model, name, None) is None)
+
+
+def is_flow(scheduler: Any) -> bool:
+    """Whether the model behind this scheduler predicts a flow."""
+    config = getattr(scheduler, "config", {})
+    return type(scheduler).__name__ in _FLOW_CLASSES or (
+        type(scheduler).__name__ in _NOISE_CLASSES
+        and (config.get("prediction_type") == "flow_prediction" or bool(config.get("use_flow_sigmas")))
+    )
+
+
+def _form(own: Any, choice: Choice) -> SolverForm | None:
+    """The form of the solver for the kind of model that `own` came with."""
+    if own is not None and is_flow(own):
+        return choice.flow
+    return choice.noise if type(own).__name__ in _NOISE_CLASSES else None
+
+
+def _why_no_form(own: Any, choice: Choice) -> str:
+    if own is None:
+        return "this pipeline has no scheduler"
+    if not is_flow(own):
+        return f"this model draws with {type(own).__name__} and no other"
+    flow = schedulers.SOLVERS[choice.solver].flow
+    if flow is None:
+        return f"the model is a flow-matching one, and {choice.noise.cls} has no form for that"
+    takes = ", ".join(flow.schedules) or "none"
+    return f"{flow.cls} has no form with a schedule {choice.schedule!r}; it takes: {takes}"
+
+
+def _own(own: Any, seed: int | Sequence[int], *, sets_steps: bool) -> Any:
+    if not isinstance(own, diffusers.ConfigMixin):
+        return copy.deepcopy(own)
+    # Not from_config: it takes a value that the pipeline corrected after loading for a default.
+    kind: Any = type(own)
+    parameters = _parameters(kind)
+    arguments = {key: value for key, value in own.config.items() if key in parameters}
+    return _construct(type(own), arguments | _seeded(parameters, seed), own.config, sets_steps=sets_steps)
+
+
+def _build(own: Any, form: SolverForm, seed: int | Sequence[int]) -> Any:
+    cls = getattr(diffusers, form.cls)
+    parameters = _parameters(cls)
+    carried = _carried(own)
+    # Latent pixels go beyond -1 .. 1; clipping is only for models whose own scheduler does it.
+    arguments: dict[str, Any] = {"clip_sample": False, **carried}
+    # The two families have different names for the same number.
+    shift = carried.get("shift", carried.get("flow_shift", 1.0))
+    arguments |= {"shift": shift, "flow_shift": shift}
+    arguments |= dict.fromkeys(SIGMA_FLAGS, False)
+    arguments |= form.arguments
+    arguments = {key: value for key, value in arguments.items() if key in parameters}
+    return _construct(cls, arguments | _seeded(parameters, seed), carried)
+
+
+def _carried(own: Any) -> dict[str, Any]:
+    """What every scheduler for this model should know."""
+    config = dict(own.config)
+    kind: Any = type(own)
+    parameters = _parameters(kind)
+    unwritten = {
+        key
+        for key in config.get("_use_default_values", ())
+        if key in parameters and config[key] == parameters[key].default
+    }
+    return {
+        key: value for key, value in config.items() if key in FACTS or (key in PREFERENCES and key not in unwritten)
+    }
+
+
+def _construct(cls: Any, arguments: Mapping[str, Any], config: Mapping[str, Any], *, sets_steps: bool = True) -> Any:
+    """`sets_steps`: whoever gets it sets its steps before all else, as every pipeline does that `handover` can read."""
+    scheduler = _unscheduled(cls, arguments) if sets_steps else cls(**arguments)
+    # Pipelines read settings from their scheduler's config that its class does not know (`max_shift`).
+    rest = {key: value for key, value in config.items() if key not in scheduler.config and key[0] != "_"}
+    scheduler.register_to_config(**rest)
+    return scheduler
+
+
+def _unscheduled(cls: Any, arguments: Mapping[str, Any]) -> Any:
+    """`cls(**arguments)`, less the schedule of all the steps of training that those of LABORIOUS begin with."""
+    if cls.__name__ not in LABORIOUS:
+        return cls(**arguments)
+    scheduler = cls.__new__(cls)
+
+    def few(count: int, *args: Any, **kwargs: Any) -> None:
+        cls.set_timesteps(scheduler, min(count, FEW), *args, **kwargs)
+
+    vars(scheduler)["set_timesteps"] = few
+    cls.__init__(scheduler, **arguments)
+    del vars(scheduler)["set_timesteps"]
+    return scheduler
+
+
+def _seeded(parameters: Mapping[str, inspect.Parameter], seed: int | Sequence[int]) -> dict[str, Any]:
+    if "noise_sampler_seed" not in parameters:
+        return {}
+    return {"noise_sampler_seed": seed if isinstance(seed, int) else list(seed)}
+
+
+def _noisy(pipeline: Any, scheduler: Any, seed: int | Sequence[int]) -> Any:
+    """`scheduler` with a generator for its steps, where the pipeline passes on none.
+
+    FLUX and its kin do not: a solver that adds noise would take it from torch's global state, and the
+    seed would not decide the picture.
+    """
+    kind: Any = type(pipeline)
+    asked = scheduler_calls.read(kind)
+    if asked is None or asked.generator or "generator" not in _parameters(type(scheduler).step):
+        return scheduler
+    generator = noise(seed) if isinstance(seed, int) else [noise(each) for each in seed]
+    scheduler_steps.with_noise_of(scheduler, generator)
+    return scheduler
+
+
+def noise(seed: int) -> torch.Generator:
+    """Where noise for the steps comes from; derived, as `seed` itself would repeat the first latents."""
+    derived = int(np.random.SeedSequence((seed, 1)).generate_state(1, np.uint64)[0])
+    return torch.Generator().manual_seed(derived % 2**63)
+
+
+@functools.lru_cache(maxsize=256)  # of classes and their methods, never of an instance's: it would be kept
+def _parameters(function: Any) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(function).parameters
+
+
+def _refusal(pipeline: Any, choice: Choice, reason: str) -> InvalidRequest:
+    own = getattr(pipeline, "scheduler", None)
+    fitting = works_with(pipeline)
+    remedy = f"These work: {', '.join(fitting)}. Or leave" if fitting else "Leave"
+    keep = f" to keep the model's own ({type(own).__name__})" if own is not None else ""
+    return InvalidRequest(
+        f"Scheduler {choice.name!r} does not work with {type(pipeline).__name__}: {reason}."
+        f" {remedy} the scheduler out{keep}.",
+        param="scheduler",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """What decides which schedulers fit a pipeline: equal for pipelines that are alike in it."""
+
+    kind: Any
+    """Class of the pipeline."""
+    own_kind: Any
+    """Class of its scheduler."""
+    config: str
+    """Of its scheduler, with whatever is in it, as text."""
+    own: Any = field(compare=False)
+    """Its scheduler, which is read and never written."""
+
+
+def _model(pipeline: Any) -> _Model:
+    own = getattr(pipeline, "scheduler", None)
+    config = dict(getattr(own, "config", None) or {})
+    config["_use_default_values"] = sorted(config.get("_use_default_values", ()))
+    return _Model(type(pipeline), type(own), json.dumps(config, sort_keys=True, default=_plainly), own)
+
+
+def _plainly(value: Any) -> Any:
+    """What JSON has no word for: arrays as lists, the rest as Python writes it."""
+    return value.tolist() if hasattr(value, "tolist") else repr(value)
+
+
+@functools.lru_cache(maxsize=4096)
+def _misfit(model: _Model, name: str, count: int | None) -> str | None:
+    """Why the choice of this name cannot draw with `model`, or None where it can."""
+    own, choice = model.own, schedulers.parse(name)
+    form = _form(own, choice)
+    if own is None or form is None:
+        return _why_no_form(own, choice)
+    asked = scheduler_calls.read(model.kind)
+    if asked is None:
+        return f"{model.kind.__name__} does not drive a scheduler of its own"
+    parameters = _parameters(getattr(diffusers, form.cls))
+    for key, neutral in NEUTRAL.items():
+        if own.config.get(key) not in neutral and key not in parameters:
+            return f"{form.cls} does not know the model's {key}={own.config[key]!r}"
+    scheduler = _build(own, form, seed=0)
+    return _unmet(scheduler, own, asked) or _rehearse(scheduler, asked, count)
+
+
+def _unmet(scheduler: Any, own: Any, asked: Handover) -> str | None:
+    """What the pipeline asks of its scheduler that this one lacks."""
+    cls = type(scheduler).__name__
+    for run in asked.runs:
+        unknown = run.names(scheduler.config) - _parameters(type(scheduler).set_timesteps).keys()
+        if unknown:
+            return f"the pipeline sets {_listed(unknown)}, which {cls} does not take"
+    unexpected = asked.step_arguments - _parameters(type(scheduler).step).keys()
+    if unexpected:
+        return f"the pipeline passes {_listed(unexpected)} to each step, which {cls} does not take"
+    missing = {name for name in asked.uses - asked.guarded if name in dir(own) and name not in dir(scheduler)}
+    if missing:
+        return f"the pipeline uses the scheduler's {_listed(missing)}, which {cls} does not have"
+    return None
+
+
+def _listed(words: Set[str]) -> str:
+    return " and ".join(sorted(words))
+
+
+def _rehearse(scheduler: Any, asked: Handover, count: int | None) -> str | None:
+    """Run a few steps of what the pipeline would, over an empty latent; why that fails, or None.
+
+    Its own generator: a check must not use up anyone's random numbers.
+    """
+    for run in asked.runs:
+        try:
+            _set(scheduler, run, count or FEW)
+            finite = _step(scheduler, asked)
+        # Whatever diffusers raises here, it would raise in the middle of the request.
+        except Exception as error:
+            return f"{type(scheduler).__name__} fails on what the pipeline hands it ({_words(error)})"
+        if not finite:
+            return f"{type(scheduler).__name__} comes to no finite result on this model's noise schedule"
+        # Such a scheduler counts on noise scaled up at the start and down again before each step.
+        starts = {"init_noise_sigma", "add_noise"} & asked.uses
+        scales = starts and "scale_model_input" in asked.uses
+        if float(getattr(scheduler, "init_noise_sigma", 1.0)) != 1.0 and not scales:
+            return f"the pipeline does not scale the noise as {type(scheduler).__name__} needs it"
+    return None
+
+
+def _words(error: Exception) -> str:
+    return str(error).rstrip(".") or type(error).__name__
+
+
+def _set(scheduler: Any, run: scheduler_calls.Run, count: int) -> None:
+    levels = np.linspace(1.0, 1 / count, count)
+    # What goes through `retrieve_timesteps` is an array; the few that call on their own pass lists.
+    sigmas = levels if "sigmas" in run.optional else levels.tolist()
+    values: dict[str, Any] = {"sigmas": sigmas, "timesteps": 1000 * levels, "mu": 0.8}
+    given = run.given(scheduler.config)
+    arguments = {name: values.get(name) if name in given else None for name in run.names(scheduler.config)}
+    if not given & {"sigmas", "timesteps"}:
+        arguments["num_inference_steps"] = count
+    scheduler.set_timesteps(device="cpu", **arguments)
+
+
+def _step(scheduler: Any, asked: Handover) -> bool:
+    sample = torch.zeros(1, 4, 2, 2)
+    learned = str(scheduler.config.get("variance_type")).startswith("learned")
+    prediction = torch.zeros(1, 8 if learned else 4, 2, 2)
+    extra: dict[str, Any] = {}
+    if "generator" in _parameters(type(scheduler).step):
+        extra["generator"] = torch.Generator().manual_seed(0)
+    for timestep in scheduler.timesteps[:FEW]:
+        if "scale_model_input" in asked.uses and hasattr(scheduler, "scale_model_input"):
+            scheduler.scale_model_input(sample, timestep)
+        sample = scheduler.step(prediction, timestep, sample, return_dict=False, **extra)[0]
+    return bool(torch.isfinite(sample).all())

@@ -1,0 +1,94 @@
+"""How much of a prompt the text encoders read; what is beyond is cut, and the caller is told."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from sfumato.pipelines.capabilities import parameters_of
+
+log = logging.getLogger(__name__)
+
+ENCODERS = {
+    "tokenizer": "text_encoder",
+    "tokenizer_2": "text_encoder_2",
+    "tokenizer_3": "text_encoder_3",
+    "tokenizer_4": "text_encoder_4",
+    "prior_tokenizer": "prior_text_encoder",
+}
+"""Tokenizer → the encoder that reads its tokens; a pipeline may have been loaded without one of them."""
+
+ENDLESS = 1_000_000
+"""A tokenizer with a longer `model_max_length` names none."""
+
+PLAIN = re.compile(r"CLIP|T5")
+"""Tokenizers whose pipelines encode the text as it is; others put it into a chat, so more of it may be cut."""
+
+
+KEPT = 64
+"""Texts whose tokens are known, for each tokenizer: pictures of one request have the same prompt."""
+
+_counted: weakref.WeakKeyDictionary[Any, OrderedDict[bytes, int]] = weakref.WeakKeyDictionary()
+
+
+def capacity(pipeline: Any, options: Mapping[str, Any]) -> int | None:
+    """Tokens that the encoder with most room takes, start and end marks included; None where none is told.
+
+    `options` are the model file's arguments of each call.
+    """
+    room = [room for _, room in _readers(pipeline, options)]
+    return max(room) if room else None
+
+
+def count(
+    pipeline: Any, options: Mapping[str, Any], model: str, prompt: str, negative_prompt: str | None
+) -> tuple[int, tuple[str, ...]]:
+    """Tokens of both texts, and a sentence for each of which no encoder reads the end. Each is tokenised once."""
+    reader = max(_readers(pipeline, options), key=lambda reader: reader[1], default=None)
+    if reader is None:
+        return 0, ()
+    tokenizer, room = reader
+    least = "" if PLAIN.search(type(tokenizer).__name__) else "at least "
+    texts = {"prompt": prompt, "negative_prompt": negative_prompt or ""}
+    try:
+        counts = {field: _tokens(tokenizer, text) for field, text in texts.items() if text}
+    except Exception as error:  # a tokenizer of an unknown kind: no reason to lose a picture that is drawn
+        log.info("%s: tokens of a prompt cannot be counted: %s", model, type(error).__name__)
+        return 0, ()
+    return sum(counts.values()), tuple(
+        f"{field}: {least}{count - room} of {count} tokens were cut; the text encoder of {model} takes {room}"
+        for field, count in counts.items()
+        if count > room
+    )
+
+
+def _tokens(tokenizer: Any, text: str) -> int:
+    known = _counted.setdefault(tokenizer, OrderedDict())
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    count = known.pop(digest, None)
+    if count is None:
+        count = len(tokenizer(text, verbose=False).input_ids)
+    known[digest] = count
+    while len(known) > KEPT:
+        known.popitem(last=False)
+    return count
+
+
+def _readers(pipeline: Any, options: Mapping[str, Any]) -> Iterator[tuple[Any, int]]:
+    """Each tokenizer that has an encoder, and the tokens that fit into that."""
+    limit = parameters_of(pipeline).get("max_sequence_length")
+    asked = options.get("max_sequence_length", limit.default if limit else None)
+    for name, encoder in ENCODERS.items():
+        tokenizer = getattr(pipeline, name, None)
+        if tokenizer is None or getattr(pipeline, encoder, None) is None:
+            continue
+        # CLIP has positions for so many tokens; of others the pipeline says how many it reads.
+        fixed = "CLIP" in type(tokenizer).__name__ or not isinstance(asked, int)
+        room = getattr(tokenizer, "model_max_length", ENDLESS) if fixed else asked
+        if isinstance(room, int) and room < ENDLESS:
+            yield tokenizer, room

@@ -1,0 +1,179 @@
+"""Pictures of a run on its way: latents after a scheduler step, as something cheaper than the VAE shows them.
+
+A preview is for looking at, and changes nothing of the request that it shows. It costs next to nothing where the
+model has a `Glance`: a map to colours that was fitted for its VAE, or a tiny autoencoder that its file names. Else
+the pipeline's own decoder shows it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from diffusers import AutoencoderTiny
+from PIL import Image, ImageOps
+
+from sfumato.previews.latent_rgb import LatentRGB, fit
+
+CheapDecoder: TypeAlias = LatentRGB | AutoencoderTiny
+"""What makes a picture of latents for next to nothing."""
+
+LONGEST = 512
+"""Pixels: larger previews are scaled down to this on their longer side."""
+
+CHANNELS = (1, 3, 4)
+"""Of pictures: grey, RGB and RGBA."""
+
+UNSCALED = frozenset({"LDMSuperResolutionPipeline"})
+"""Classes that hand latents to their decoder as they are, like those whose decoder is a `movq`."""
+
+
+def cheap_decoder(pipeline: Any) -> CheapDecoder | None:
+    """The map to colours of the pipeline's VAE; None where there is none, or its decoder is cheap already."""
+    vae = getattr(pipeline, _decoder(pipeline) or "", None)
+    if vae is None or isinstance(vae, AutoencoderTiny) or hasattr(pipeline, "vocoder"):
+        return None
+    return fit(vae, getattr(pipeline, "vae_scale_factor", None) or 8)
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """A small picture, and the size in pixels of the one that it stands for."""
+
+    image: Image.Image
+    width: int
+    height: int
+
+
+@torch.no_grad()
+def preview(
+    pipeline: Any, latents: torch.Tensor, width: int | None, height: int | None, glance: CheapDecoder | None = None
+) -> Sight | None:
+    """The first picture of `latents`, whose size is `width` x `height` pixels or of that shape; None if it is none.
+
+    Takes [B, C, H, W], with one frame [B, C, 1, H, W], and packed [B, tokens, C]; pixels where the pipeline
+    has no decoder.
+    """
+    if not latents.is_floating_point() or hasattr(pipeline, "vocoder"):
+        return None
+    name = _decoder(pipeline)
+    latents = latents.detach()[:1].clone()
+    if name is None:
+        return _picture(None, latents)
+    vae = getattr(pipeline, name)
+    if glance is None and hasattr(vae, "_hf_hook"):  # it waits in main memory: fetching it would put out the denoiser
+        return None
+    # A tiny autoencoder has a scale of its own; a map takes what the decoder takes.
+    decoder = glance if isinstance(glance, AutoencoderTiny) else vae
+    raw = name == "movq" or type(pipeline).__name__ in UNSCALED
+    spatial = latents if raw else _spatial(pipeline, vae, decoder, latents, width, height)
+    if spatial is None or (spatial.ndim == 5 and spatial.shape[2] != 1) or spatial.ndim not in (4, 5):
+        return None
+    if glance is not None and spatial.ndim == 5:
+        spatial = spatial[:, :, 0]
+    processor: Any = getattr(pipeline, "image_processor", None)
+    binned = hasattr(processor, "resize_and_crop_tensor")  # drew at the nearest size it knows
+    if isinstance(glance, LatentRGB):
+        return _coloured(glance, spatial, (width, height) if binned and width and height else None)
+    if glance is not None:
+        pixels = glance.decode(spatial.to(glance.device, glance.dtype), return_dict=False)[0]
+    else:
+        pixels = _decoded(pipeline, vae, spatial, {"force_not_quantize": True} if name == "movq" else {})
+    if pixels.ndim == 5:
+        pixels = pixels[:, :, 0]
+    if width and height and binned:
+        pixels = processor.resize_and_crop_tensor(pixels, width, height)
+    return _picture(processor, pixels)
+
+
+def _decoder(pipeline: Any) -> str | None:
+    """The name of the component that makes pixels of latents."""
+    return next((name for name in ("vae", "movq", "vqvae", "vqgan") if getattr(pipeline, name, None) is not None), None)
+
+
+def _coloured(colours: LatentRGB, latents: torch.Tensor, size: tuple[int, int] | None) -> Sight | None:
+    """One pixel to a latent, of a picture that will be of `size`, or as large as the latents say."""
+    sight = _picture(None, colours(latents))
+    if sight is None:
+        return None
+    small, factor = sight.image, colours.factor
+    if size is None:
+        return Sight(small, small.width * factor, small.height * factor)
+    shown = (max(1, round(size[0] / factor)), max(1, round(size[1] / factor)))
+    return Sight(ImageOps.fit(small, shown, Image.Resampling.BICUBIC), *size)
+
+
+def _spatial(
+    pipeline: Any, vae: Any, decoder: Any, latents: torch.Tensor, width: int | None, height: int | None
+) -> torch.Tensor | None:
+    """`latents` of `vae` as `decoder` takes them: unpacked to [B, C, H, W] or [B, C, 1, H, W], and unscaled."""
+    if latents.ndim != 3:
+        return _unscaled(decoder, latents)
+    grid = _grid(latents.shape[1], (width or 1) / (height or 1))
+    if grid is None:
+        return None
+    rows, columns = grid
+    if hasattr(vae, "bn") and hasattr(pipeline, "_unpatchify_latents"):  # Flux 2: normalised by patch
+        patches = latents.transpose(1, 2).reshape(1, -1, rows, columns)
+        mean, variance = (each.view(1, -1, 1, 1).to(patches) for each in (vae.bn.running_mean, vae.bn.running_var))
+        patches = patches * torch.sqrt(variance + vae.config.batch_norm_eps) + mean
+        return pipeline._unpatchify_latents(patches)  # type: ignore[no-any-return]
+    unpack = getattr(pipeline, "_unpack_latents", None)
+    if unpack is None:
+        return None
+    factor = pipeline.vae_scale_factor
+    patch = pipeline.image_processor.config.vae_scale_factor  # pixels of a token
+    known = {"latents": latents, "height": rows * patch, "width": columns * patch, "vae_scale_factor": factor}
+    wanted = inspect.signature(unpack).parameters
+    if not wanted.keys() <= known.keys():  # layers, frames, pictures side by side
+        return None
+    return _unscaled(decoder, unpack(**{name: known[name] for name in wanted}))
+
+
+def _grid(tokens: int, ratio: float) -> tuple[int, int] | None:
+    """Rows and columns of so many tokens whose shape is nearest to `ratio` (width to height), if one is near."""
+    pairs = ((rows, tokens // rows) for rows in range(1, tokens + 1) if tokens % rows == 0)
+    off, grid = min((abs(math.log(columns / rows / ratio)), (rows, columns)) for rows, columns in pairs)
+    return grid if off < 0.2 else None
+
+
+def _unscaled(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    config = vae.config
+    latents = latents / (getattr(config, "scaling_factor", None) or 1.0)
+    mean, std = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
+    if mean is None or std is None:
+        return latents + (getattr(config, "shift_factor", None) or 0.0)
+    shape = (1, -1, *[1] * (latents.ndim - 2))
+    return latents * torch.tensor(std).view(shape).to(latents) + torch.tensor(mean).view(shape).to(latents)
+
+
+def _decoded(pipeline: Any, vae: Any, latents: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
+    """[B, C, H, W] or [B, C, 1, H, W] of pixels, about -1 .. 1."""
+    dtype = vae.dtype
+    upcast = dtype == torch.float16 and hasattr(pipeline, "upcast_vae") and vae.config.force_upcast
+    if not upcast:
+        return vae.decode(latents.to(dtype), return_dict=False, **options)[0]  # type: ignore[no-any-return]
+    try:  # as the pipeline does it at its end; nobody else runs meanwhile
+        vae.to(dtype=torch.float32)
+        return vae.decode(latents.float(), return_dict=False, **options)[0]  # type: ignore[no-any-return]
+    finally:
+        vae.to(dtype=dtype)
+
+
+def _picture(processor: Any, pixels: torch.Tensor) -> Sight | None:
+    """Of [B, C, H, W] pixels, about -1 .. 1, within LONGEST; None for what is no picture."""
+    if pixels.ndim != 4 or pixels.shape[1] not in CHANNELS or not bool(torch.isfinite(pixels).all()):
+        return None
+    if processor is not None:
+        image = processor.postprocess(pixels, output_type="pil")[0]
+    else:
+        levels = ((pixels[0].float() / 2 + 0.5).clamp(0, 1) * 255).round().byte().cpu()
+        image = Image.fromarray(levels.permute(1, 2, 0).squeeze(-1).numpy())
+    if not isinstance(image, Image.Image):
+        return None
+    size = image.size
+    image.thumbnail((LONGEST, LONGEST))
+    return Sight(image, *size)

@@ -1,0 +1,290 @@
+"""The engine in a child process: started by handshake, watched, restarted with back-off.
+
+When the worker dies, what it had not answered is sent to the next one: the same seeds, so the same
+pictures. What it was drawing is suspect, and drawn again one at a time with nothing beside it; the one
+at which a worker dies again is taken for the reason and failed, and no neighbour with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import os
+import reprlib
+import signal
+import socket
+import sys
+from collections.abc import AsyncGenerator, Coroutine, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, replace
+
+from sfumato import logs
+from sfumato.config import ModelConfig
+from sfumato.core import Done, EngineStats, Event, Failed, Generation, ModelStatus
+from sfumato.engine.protocol import Answer, Cancel, Command, Ready, Report, Started, Stop, Submit
+from sfumato.engine.streams import Streams
+from sfumato.errors import RequestTooLarge, WorkerDied
+from sfumato.process import wire
+from sfumato.settings import Settings
+
+log = logging.getLogger(__name__)
+
+WORKER = (sys.executable, "-m", "sfumato.process.worker")
+
+START_TIMEOUT_S = 120.0
+"""Importing torch takes seconds, on a cold disk tens of them."""
+STOP_TIMEOUT_S = 30.0
+IDLE_STOP_TIMEOUT_S = 5.0
+"""Of a worker that nobody waits for: it may be in the middle of loading a model, which nothing interrupts."""
+MAX_BACKOFF_S = 30.0
+STARTS = 3
+"""After so many starts in a row that came to nothing, those who wait are told."""
+SETTLED_S = 30.0
+"""A worker that was up for so long is no start that came to nothing, whatever it did."""
+DEATHS = 2
+"""A generation that was being drawn at so many deaths of the worker is failed; the second time it was alone."""
+
+
+@dataclass(slots=True)
+class Flight:
+    """A generation that is not answered yet."""
+
+    submit: Submit
+    sent: bool = False
+    """Whether the present worker has it."""
+    started: bool = False
+    """Whether the present worker has begun with it."""
+    deaths: int = 0
+
+
+class Supervisor:
+    """Engine whose worker is a process of its own: whatever happens to it, this one lives on."""
+
+    def __init__(self, settings: Settings, worker: Sequence[str] = WORKER) -> None:
+        """`worker` is the command that is run; the number of its end of the socket is added to it."""
+        self._settings = settings
+        self._command = tuple(worker)
+        self._streams = Streams()
+        self._flights: dict[str, Flight] = {}
+        self._heard = 0.0
+        self._restarts = 0
+        self._up = asyncio.Event()
+        self._writer: asyncio.StreamWriter | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._keeper: asyncio.Task[None] | None = None
+        self._useful = False
+        """Whether the present worker has begun to draw anything, or was up for a good while."""
+        self._stopping = False
+
+    @property
+    def ready(self) -> bool:
+        return self._up.is_set()
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the worker that is up."""
+        return self._process.pid if self._process and self.ready else None
+
+    @property
+    def stats(self) -> EngineStats:
+        return replace(self._streams.stats, restarts=self._restarts)
+
+    def status(self, model: str) -> ModelStatus:
+        return self._streams.status(model)
+
+    async def start(self) -> None:
+        self._keeper = asyncio.create_task(self._keep())
+
+    async def stop(self) -> None:
+        self._stopping = True
+        if self._writer:
+            self._post(Stop())
+            limit = STOP_TIMEOUT_S if self._flights else IDLE_STOP_TIMEOUT_S
+            try:
+                async with asyncio.timeout(limit):
+                    await self._process.wait()  # type: ignore[union-attr]
+            except TimeoutError:
+                log.warning("the worker did not end within %.0f s; it is killed", limit)
+        if self._process:
+            _kill(self._process)
+        if self._keeper:
+            self._keeper.cancel()
+            await asyncio.wait([self._keeper])
+        self._fail_all("the server stops")
+
+    async def submit(self, config: ModelConfig, generation: Generation) -> AsyncGenerator[Event, None]:
+        id = generation.id
+        self._flights[id] = Flight(Submit(config, generation))
+        self._streams.open(id)
+        self._send()
+        try:
+            async with aclosing(self._streams.events(id, functools.partial(self._post, Cancel(id)))) as events:
+                async for event in events:
+                    yield event
+        finally:
+            self._ended(id)
+
+    def _send(self) -> None:
+        """Hand the worker what it may have now: a suspect alone, or without suspects everything."""
+        if self._writer is None:
+            return
+        flights = list(self._flights.values())
+        if not any(flight.sent for flight in flights):
+            self._heard = asyncio.get_running_loop().time()  # it was idle, and had nothing to say
+        for flight in [flight for flight in flights if flight.deaths][:1] or flights:
+            if not flight.sent:
+                flight.sent = True
+                self._submit(flight.submit)
+
+    def _submit(self, submit: Submit) -> None:
+        try:
+            self._post(submit)
+        except wire.BadFrame as error:
+            self._streams.fail(submit.generation.id, RequestTooLarge(f"the request cannot be passed on: {error}"))
+
+    def _ended(self, id: str) -> None:
+        if self._flights.pop(id, None):
+            self._send()
+
+    def _post(self, command: Command) -> None:
+        if self._writer and not self._writer.is_closing():
+            self._writer.write(wire.pack(command))
+
+    async def _keep(self) -> None:
+        """One worker after the other, until `stop`; nothing that a worker does ends this."""
+        failures = 0
+        while not self._stopping:
+            self._useful = False
+            try:
+                why = await self._live()
+            except Exception as error:  # whatever it is: without a next worker nothing would ever be drawn again
+                log.error("%s", logs.place(error))
+                why = f"it never came up ({error!r})"
+            if self._stopping:
+                break
+            failures = 0 if self._useful else failures + 1
+            if failures >= STARTS:
+                self._fail_all(f"the worker does not start: {why}; see the server's log")
+            delay = min(MAX_BACKOFF_S, 0.25 * 2**failures)
+            log.error("the worker is gone: %s; starting another in %.2f s", why, delay)
+            self._restarts += 1
+            await asyncio.sleep(delay)
+
+    async def _live(self) -> str:
+        """One worker from its start to its end; returns why it ended. Raises when it never came up."""
+        reader, writer, process = await self._spawn()
+        self._process = process
+        try:
+            writer.write(wire.pack(self._settings))
+            try:
+                async with asyncio.timeout(START_TIMEOUT_S):
+                    hello = await wire.receive_async(reader)
+            except TimeoutError:
+                raise TimeoutError(f"no handshake within {START_TIMEOUT_S:.0f} s") from None
+            if not isinstance(hello, Ready):
+                raise wire.BadFrame(f"{reprlib.repr(hello)} is no handshake")
+            log.info("worker %d is up: %s, %s", process.pid, hello.device, dict(hello.versions))
+            self._writer = writer
+            self._send()
+            self._up.set()
+            return await self._first_of(self._listen(reader), self._watch(), self._settle())
+        finally:
+            self._up.clear()
+            self._writer = None
+            writer.close()
+            _kill(process)
+            await process.wait()
+            self._streams.forget()
+            self._count_deaths()
+
+    async def _spawn(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, asyncio.subprocess.Process]:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                reader, writer = await asyncio.open_connection(sock=ours)
+            except BaseException:
+                ours.close()
+                raise
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    *self._command, str(theirs.fileno()), pass_fds=[theirs.fileno()]
+                )
+            except BaseException:
+                writer.close()
+                raise
+        return reader, writer, process
+
+    async def _first_of(self, *endings: Coroutine[None, None, str]) -> str:
+        """The result, or error, of whichever comes to its end first; the others are cancelled."""
+        tasks = [asyncio.create_task(ending) for ending in endings]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            return done.pop().result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+
+    async def _listen(self, reader: asyncio.StreamReader) -> str:
+        """Deliver what the worker reports, until it is gone or is not to be understood."""
+        while True:
+            try:
+                report = await wire.receive_async(reader)
+                self._heard = asyncio.get_running_loop().time()
+                self._take(report)
+            except (asyncio.IncompleteReadError, ConnectionError):
+                return "it closed its connection"
+            except Exception as error:  # of the frame, or of taking what was in it
+                log.error("%s", logs.place(error))
+                return f"it was not understood: {error}"
+
+    def _take(self, report: Report) -> None:
+        self._streams.deliver(report)
+        match report:
+            case Started(id) if id in self._flights:
+                self._flights[id].started = self._useful = True
+            case Answer(id, Done() | Failed()):
+                self._useful = True
+                self._ended(id)
+
+    async def _settle(self) -> str:
+        await asyncio.sleep(SETTLED_S)
+        self._useful = True
+        return await asyncio.Future()
+
+    async def _watch(self) -> str:
+        """Comes to its end when the worker owes an answer and has not been heard of for `hang_s`."""
+        limit = self._settings.hang_s
+        while True:
+            await asyncio.sleep(limit / 4)
+            # Not only what has started: whoever hung it may have gone away, and the others wait for their turn.
+            busy = any(flight.sent for flight in self._flights.values())
+            if busy and asyncio.get_running_loop().time() - self._heard > limit:
+                return f"it has not been heard of for {limit} s and is killed"
+
+    def _fail_all(self, why: str) -> None:
+        for id in self._flights:
+            self._streams.fail(id, WorkerDied(why))
+        self._flights.clear()
+
+    def _count_deaths(self) -> None:
+        for id, flight in list(self._flights.items()):
+            flight.deaths += flight.started
+            flight.sent = flight.started = False
+            if flight.deaths >= DEATHS:
+                del self._flights[id]
+                self._streams.fail(
+                    id,
+                    WorkerDied(
+                        f"the process that computes died {flight.deaths} times while it drew this; "
+                        "it is not tried again"
+                    ),
+                )
+
+
+def _kill(process: asyncio.subprocess.Process) -> None:
+    # Not `process.kill()`: that reaps a process that is dead already, and asyncio then misses its exit code.
+    if process.returncode is None:
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)

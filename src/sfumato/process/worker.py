@@ -1,0 +1,82 @@
+"""The process that computes: `python -m sfumato.process.worker FD`, started by `supervisor`.
+
+FD is one end of a socket pair. The first message in is the `Settings`, the first out `Ready`; then
+commands come in and reports go out. When the other side is gone this process ends at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+
+from sfumato import logs
+from sfumato.core import Failed
+from sfumato.engine import environment
+from sfumato.engine.protocol import Answer, Ready, Report
+from sfumato.errors import DrawError
+from sfumato.process import lean_imports, wire
+
+log = logging.getLogger(__name__)
+
+
+def main(fd: int) -> None:
+    # Ctrl-C reaches the whole process group; the API process decides when this one ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sock = socket.socket(fileno=fd)
+    settings = wire.receive(sock)
+    logs.configure(settings)
+
+    environment.prepare()
+    lean_imports.lean()
+    import diffusers
+    import torch
+
+    from sfumato.engine.loop import Loop
+
+    logs.adopt()
+    lock = threading.Lock()
+
+    def send(report: Report) -> None:
+        data = _packed(report)
+        with lock:
+            sock.sendall(data)
+
+    loop = Loop(settings, send)
+
+    def read() -> None:
+        try:
+            while True:
+                loop.post(wire.receive(sock))
+        except (EOFError, OSError):
+            os._exit(1)  # nobody is left to answer
+        except wire.BadFrame:
+            log.exception("the worker cannot understand the API process, and ends")
+            os._exit(1)  # to go on would be to be deaf for ever
+
+    best = torch.accelerator.current_accelerator(check_available=True)
+    send(Ready(str(best or "cpu"), {"diffusers": diffusers.__version__, "torch": torch.__version__}))
+    threading.Thread(target=read, daemon=True).start()
+    try:
+        loop.run()
+    except Exception:
+        log.exception("the loop broke")
+        os._exit(1)  # not by returning, which waits for threads that libraries started
+
+
+def _packed(report: Report) -> bytes:
+    """A picture that cannot be sent fails its own request, and no other."""
+    try:
+        return wire.pack(report)
+    except wire.BadFrame as error:
+        if not isinstance(report, Answer):
+            raise
+        return wire.pack(Answer(report.id, Failed(DrawError(f"what was drawn cannot be sent: {error}"))))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

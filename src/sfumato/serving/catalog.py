@@ -1,0 +1,215 @@
+"""The models that requests can name: the files of some folders, read again when they change."""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from sfumato.config import Broken, ModelConfig, ParsedFile, Redirect, Skipped, outcomes
+from sfumato.config.parse import named
+from sfumato.errors import ModelFileError, ModelNotFound, did_you_mean
+from sfumato.settings import Settings
+
+log = logging.getLogger(__name__)
+
+EMBEDDED = Path(__file__).parent / "models"
+"""The folder with the model that comes with Sfumato."""
+
+Signature: TypeAlias = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What has to be mended in a model file."""
+
+    file: Path
+    message: str
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class Catalog:
+    """Models by name and alias. Of two folders with the same name the earlier wins, without a word.
+
+    `refresh` looks at the files' dates and sizes and reads what changed, so a new, edited or removed
+    file needs no restart. A broken file breaks only its own models; one that could not be read is tried again.
+    """
+
+    def __init__(self, folders: Sequence[Path], *, default: str | None = None, open: bool = False) -> None:
+        """`folders` in order of precedence. `open`: hub ids, paths and URLs are names as well."""
+        self._folders = tuple(folders)
+        self._default = default or None
+        self._open = open
+        self._read: dict[Path, tuple[Signature, list[ParsedFile]]] = {}
+        self._models: list[ModelConfig] = []
+        self._names: dict[str, ModelConfig | ModelFileError] = {}
+        self._problems: list[Problem] = []
+        self.refresh()
+
+    @classmethod
+    def of(cls, settings: Settings, *, open: bool = False) -> Catalog:
+        """The user's models, then the embedded ones."""
+        return cls([settings.models, EMBEDDED], default=settings.default_model, open=open)
+
+    def refresh(self) -> None:
+        """Read what changed since the last time."""
+        now = {path: signature for folder in self._folders for path, signature in _files(folder)}
+        if list(now.items()) == [(path, signature) for path, (signature, _) in self._read.items()] and not any(
+            _unread(found) for _, found in self._read.values()
+        ):
+            return
+        before, self._read = self._read, {}
+        for path, signature in now.items():
+            held = before.get(path)
+            if held and held[0] == signature and not _unread(held[1]):
+                self._read[path] = held
+            else:
+                self._read[path] = signature, outcomes(path)
+                _warn(self._read[path][1])
+        self._index()
+
+    def get(self, name: str | None) -> ModelConfig:
+        """The model of a name or alias; of None the default model.
+
+        Raises ModelNotFound, and ModelFileError where the file that has this name has to be mended.
+        """
+        name = name or self._default or self._first()
+        found = self._names.get(name)
+        if isinstance(found, ModelFileError):
+            raise found
+        if found is None and self._open and _is_source(name):
+            return named(name)
+        if found is None:
+            known = ", ".join(config.name for config in self.all()) or "none"
+            shown = name if len(name) <= 100 else name[:100] + "..."
+            raise ModelNotFound(
+                f"There is no model {shown!r}.{did_you_mean(name, self._names)} These exist: {known}.", param="model"
+            )
+        if found.disabled:
+            raise ModelNotFound(
+                f"The model {found.name!r} is disabled. Remove `disabled: true` from {found.file}.", param="model"
+            )
+        return found
+
+    def all(self) -> list[ModelConfig]:
+        """Every model that can be drawn with, each once, in order of precedence."""
+        return [config for config in self._models if not config.disabled]
+
+    def problems(self) -> list[Problem]:
+        """What has to be mended, in the files' order."""
+        return list(self._problems)
+
+    def skipped(self) -> list[Skipped]:
+        """Files that are not for Sfumato, and why."""
+        return [outcome for _, found in self._read.values() for outcome in found if isinstance(outcome, Skipped)]
+
+    def outcomes(self) -> dict[Path, list[ParsedFile]]:
+        """Every file with what it holds, also the models that another file of the same name hides."""
+        return {path: list(found) for path, (_, found) in self._read.items()}
+
+    def _first(self) -> str:
+        for config in self.all():
+            return config.name
+        raise ModelNotFound(
+            f"There is no model yet. Put a model file into {self._folders[0] if self._folders else 'models'}.",
+            param="model",
+        )
+
+    def _index(self) -> None:
+        """Names, then names of broken files, then aliases within a folder; earlier folders first."""
+        self._models, self._names, self._problems = [], {}, []
+        for folder in self._folders:
+            found = [
+                outcome
+                for path, (_, read) in self._read.items()
+                if path == folder or path.parent == folder
+                for outcome in read
+            ]
+            owners: dict[str, Path] = {}
+            for outcome in found:
+                self._claim_name(outcome, owners)
+            for broken in (outcome for outcome in found if isinstance(outcome, Broken)):
+                for name in broken.names:
+                    self._names.setdefault(name, broken.error)
+            for outcome in found:
+                self._claim_aliases(outcome, owners)
+        for outcome in (outcome for _, read in self._read.values() for outcome in read):
+            if isinstance(outcome, Redirect):
+                self._redirect(outcome)
+
+    def _claim_name(self, outcome: ParsedFile, owners: dict[str, Path]) -> None:
+        match outcome:
+            case Broken(_, file, error):
+                self._problems.append(Problem(file, error.message))
+            case ModelConfig(name=name, file=Path() as file):
+                if name in owners:
+                    also = f"{name!r} is also in {owners[name]}, which wins; rename one"
+                    self._problems.append(Problem(file, f"{file}: name: {also}"))
+                elif name not in self._names:
+                    owners[name] = file
+                    self._names[name] = outcome
+                    self._models.append(outcome)
+
+    def _claim_aliases(self, outcome: ParsedFile, owners: dict[str, Path]) -> None:
+        if not isinstance(outcome, ModelConfig) or outcome.file is None or outcome not in self._models:
+            return
+        for alias in outcome.aliases:
+            owner = owners.get(alias)
+            if owner not in (None, outcome.file):
+                self._problems.append(
+                    Problem(outcome.file, f"{outcome.file}: alias: {alias!r} is also in {owner}, which wins")
+                )
+            if alias not in self._names:
+                owners[alias] = outcome.file
+                self._names[alias] = outcome
+
+    def _redirect(self, redirect: Redirect) -> None:
+        target = self._names.get(redirect.target)
+        if isinstance(target, ModelConfig):
+            self._names.setdefault(redirect.name, target)
+            return
+        error = ModelFileError(
+            f"{redirect.file}: alias: {redirect.name!r} is served by {redirect.target!r}, and there is no such model."
+            f"{did_you_mean(redirect.target, [config.name for config in self._models])}",
+            param="alias",
+        )
+        self._problems.append(Problem(redirect.file, error.message))
+        self._names.setdefault(redirect.name, error)
+
+
+def _files(folder: Path) -> Iterator[tuple[Path, Signature]]:
+    """Model files by name with what changes when they do; a file is its own folder."""
+    # os.path, because Path raises where it is forbidden to look.
+    single = os.path.isfile(folder)  # noqa: PTH113
+    paths = [folder] if single else sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")])
+    for path in paths:
+        try:
+            found = path.stat()
+        except OSError:  # a dangling link, or removed this moment
+            continue
+        if stat.S_ISREG(found.st_mode) and not path.name.startswith("."):
+            # The date of its change too: permissions, and an editor that keeps size and date, move nothing else.
+            yield path, (found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino, found.st_dev)
+
+
+def _unread(found: list[ParsedFile]) -> bool:
+    return any(isinstance(outcome, Broken) and outcome.passing for outcome in found)
+
+
+def _is_source(name: str) -> bool:
+    return "/" in name or Path(name).exists()
+
+
+def _warn(found: list[ParsedFile]) -> None:
+    for outcome in found:
+        if isinstance(outcome, ModelConfig):
+            for key, reason in outcome.ignored:
+                log.warning("%s: %s has no effect: %s", outcome.file, key, reason)
+        elif isinstance(outcome, Skipped):
+            log.info("%s is skipped: %s", outcome.file, outcome.reason)

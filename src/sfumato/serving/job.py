@@ -1,0 +1,188 @@
+"""One accepted request: where it stands, and its pictures as they come."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+from sfumato.config import ModelConfig
+from sfumato.core import Done, Generation, Preview, Step
+from sfumato.errors import Cancelled, SfumatoError
+from sfumato.pictures.budget import Share
+from sfumato.serving.queue import Queue, Ticket
+
+CANCELLED = "the request was cancelled"
+
+State: TypeAlias = Literal["queued", "drawing", "completed", "failed", "cancelled"]
+
+
+class Arrival:
+    """A request whose body is not read yet, or is not asked for yet: only who sends it is known, and its id."""
+
+    def __init__(self, id: str, caller: str) -> None:
+        self.id = id
+        self.caller = caller
+        self.cancelled = asyncio.Event()
+        self.submitted = False
+        """Whether there is, or was, a job of it."""
+
+    def submit(self) -> None:
+        """It becomes a job. Raises Cancelled where somebody has cancelled it meanwhile."""
+        if self.cancelled.is_set():
+            raise Cancelled(CANCELLED)
+        self.submitted = True
+
+    def progress(self) -> Progress:
+        return Progress(
+            id=self.id, caller=self.caller, model="", state="cancelled" if self.cancelled.is_set() else "queued",
+            step=0, total=0, pictures_done=0, pictures=0, queue_position=0, seconds_left=None,
+        )  # fmt: skip
+
+
+@dataclass(slots=True)
+class Part:
+    """One picture of a request."""
+
+    generation: Generation
+    ticket: Ticket
+    step: int = 0
+    total: int = 0
+    """Denoising steps; 0 until the first is done."""
+    began: float | None = None
+    """When its first step was done, in seconds of the monotonic clock."""
+    preview: Preview | None = None
+    """The latest."""
+    done: Done | None = None
+
+    def see(self, event: Step | Preview | Done) -> None:
+        match event:
+            case Step(step, total):
+                self.step, self.total = step, total
+                if self.began is None or step == 1:
+                    self.began = time.monotonic()
+            case Preview():
+                self.preview = event
+            case Done():
+                self.done = event
+                self.step = self.total
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A moment of a job."""
+
+    id: str
+    caller: str
+    model: str
+    """Empty until the body is read."""
+    state: State
+    step: int
+    total: int
+    """Denoising steps of all its pictures; of those that have not begun as many as the others have, 0 if none has."""
+    pictures_done: int
+    pictures: int
+    queue_position: int
+    """Turns until its first waiting picture is drawn; 0 when none waits."""
+    seconds_left: float | None
+    """Estimated; None when nothing is known yet, or it is over."""
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """Made by `Service.submit`. Whoever reads `events` or `pictures` owns it: leaving them early cancels it."""
+
+    id: str
+    """The request's; callers may choose it, so it need not be the only one of that name."""
+    caller: str
+    config: ModelConfig
+    queue: Queue
+    parts: Sequence[Part]
+    share: Share
+    """Of the bytes of source pictures."""
+    created: float = field(default_factory=time.time)
+    """Seconds since 1970."""
+    error: SfumatoError | None = None
+    task: asyncio.Task[None] | None = None
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set once its first event is there, or its end."""
+    _events: asyncio.Queue[tuple[int, Step | Preview | Done] | None] = field(default_factory=asyncio.Queue)
+
+    async def events(self) -> AsyncGenerator[tuple[int, Step | Preview | Done], None]:
+        """Index of the picture and what happened to it, until all are done. Raises the error that ended it."""
+        try:
+            while (event := await self._events.get()) is not None:
+                yield event
+        finally:
+            self.cancel()
+        if self.error:
+            raise self.error
+
+    async def pictures(self) -> list[Done]:
+        """All of them, in order, or the error that ended it."""
+        try:
+            assert self.task is not None
+            await asyncio.wait([self.task])
+        finally:
+            self.cancel()
+        if self.error:
+            raise self.error
+        return [part.done for part in self.parts if part.done]
+
+    def cancel(self) -> None:
+        """End it within a denoising step; whoever waits for it gets `Cancelled`. Does nothing when it is over."""
+        if self.task and not self.task.done():
+            self.task.cancel()
+
+    def put(self, index: int, event: Step | Preview | Done) -> None:
+        self.parts[index].see(event)
+        self._events.put_nowait((index, event))
+        self.news.set()
+
+    def end(self, error: SfumatoError | None = None) -> None:
+        self.error = error
+        self._events.put_nowait(None)
+        self.news.set()
+
+    @property
+    def over(self) -> bool:
+        return self.task is None or self.task.done()
+
+    @property
+    def state(self) -> State:
+        if self.error:
+            return "cancelled" if isinstance(self.error, Cancelled) else "failed"
+        if all(part.done for part in self.parts):
+            return "completed"
+        return "queued" if all(part.ticket.since is None and not part.done for part in self.parts) else "drawing"
+
+    def progress(self) -> Progress:
+        most = max(part.total for part in self.parts)
+        positions = [position for part in self.parts if (position := self.queue.position(part.ticket))]
+        return Progress(
+            id=self.id,
+            caller=self.caller,
+            model=self.config.name,
+            state=self.state,
+            step=sum(part.step for part in self.parts),
+            total=sum(part.total or most for part in self.parts),
+            pictures_done=sum(part.done is not None for part in self.parts),
+            pictures=len(self.parts),
+            queue_position=min(positions, default=0),
+            seconds_left=None if self.over else self._seconds_left(),
+        )
+
+    def _seconds_left(self) -> float | None:
+        """Until its last picture is done: each by its own pace, or by what pictures took lately."""
+        left = [self._left(part) for part in self.parts if not part.done]
+        known = [seconds for seconds in left if seconds is not None]
+        return max(known, default=0.0) if len(known) == len(left) else None
+
+    def _left(self, part: Part) -> float | None:
+        if part.began is not None and part.step > 1:
+            pace = (time.monotonic() - part.began) / (part.step - 1)
+            return pace * (part.total - part.step)
+        position, mean = self.queue.position(part.ticket), self.queue.mean_s
+        return None if mean is None else mean + (self.queue.wait_s(position) or 0.0)

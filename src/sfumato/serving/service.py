@@ -1,0 +1,282 @@
+"""What every front end calls: a request becomes a job in the line, whose pictures the engine draws."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import replace
+from typing import TypeAlias
+
+from sfumato import logs
+from sfumato.config import ModelConfig
+from sfumato.core import Done, Failed, Limits, Step
+from sfumato.engine.protocol import Engine
+from sfumato.errors import Cancelled, RequestNotFound, SfumatoError, TimedOut, TooManyRequests, WorkerDied
+from sfumato.pictures.budget import Budget, Share
+from sfumato.pictures.decoder_pool import Decoders
+from sfumato.pictures.fetch import PictureFetcher
+from sfumato.pictures.sources import Sources
+from sfumato.serving.catalog import Catalog
+from sfumato.serving.job import CANCELLED, Arrival, Job, Part, Progress
+from sfumato.serving.metrics import Metrics
+from sfumato.serving.planning import ImageRequest, plan, size_of
+from sfumato.serving.queue import MAX_RETRY_AFTER_S, Queue
+from sfumato.settings import Settings
+
+log = logging.getLogger(__name__)
+
+MAX_REMEMBERED = 256
+"""Requests whose end can still be asked for."""
+OnStep: TypeAlias = Callable[[int, Step], None]
+"""Called with the index of the picture and its step."""
+
+
+class Service:
+    """Draws for every front end. One instance a process."""
+
+    def __init__(self, catalog: Catalog, engine: Engine, settings: Settings) -> None:
+        self.catalog = catalog
+        self.engine = engine
+        self.settings = settings
+        self.metrics = Metrics()
+        self.queue = Queue(settings.max_active, settings.max_queue)
+        self.decoders = Decoders(settings, settings.decoders)
+        self._readers = Decoders(settings, 1)
+        """Of texts: whoever asks what a picture says does not hold up those who draw."""
+        self.budget = Budget(settings.max_waiting_mb * 2**20, self.queue.retry_after)
+        self.limits = Limits(settings.max_pixels, settings.max_side, settings.max_aspect)
+        self.fetcher = PictureFetcher(settings.picture_hosts.split(","))
+        self._arrivals: list[Arrival] = []
+        self._jobs: list[Job] = []
+        self._ended: deque[Progress] = deque(maxlen=MAX_REMEMBERED)
+
+    async def start(self) -> None:
+        await self.engine.start()
+
+    async def stop(self) -> None:
+        await self.engine.stop()
+        await self.fetcher.close()
+        await self.decoders.stop()
+        await self._readers.stop()
+
+    async def draw(self, request: ImageRequest, on_step: OnStep | None = None) -> list[Done]:
+        """The pictures, in order: for each prompt `n` of them. All of them or an error.
+
+        Cancelling the task cancels the work.
+        """
+        job = await self.submit(request)
+        if on_step is None:
+            return await job.pictures()
+        async with aclosing(job.events()) as events:
+            async for index, event in events:
+                if isinstance(event, Step):
+                    on_step(index, event)
+        return await job.pictures()
+
+    async def submit(self, request: ImageRequest) -> Job:
+        """Check a request and put it in the line. Raises what is wrong with it, or that the line is full.
+
+        Its pictures are not looked at before it has a place; what is wrong with them ends the job.
+        """
+        if arrival := self._arrival(request.id, request.caller):
+            arrival.submit()
+        self.catalog.refresh()
+        config = self.catalog.get(request.model)
+        generations = plan(request, config, self.limits, self.settings.max_n)
+        share = self.budget.share()
+        try:
+            self._admit(config, len(generations))
+            tickets = self.queue.join(request.caller, len(generations), ready=not request.images)
+        except TooManyRequests as error:
+            self.metrics.rejected(error.code)
+            raise
+        parts = [Part(generation, ticket) for generation, ticket in zip(generations, tickets, strict=True)]
+        job = Job(request.id or uuid.uuid4().hex, request.caller, config, self.queue, parts, share=share)
+        try:
+            sources = self._sources(request, share)
+        except SfumatoError as error:
+            self._leave(job)
+            if isinstance(error, TooManyRequests):
+                self.metrics.rejected(error.code)
+            raise
+        self._jobs.append(job)
+        job.task = asyncio.create_task(self._run(job, sources))
+        job.task.add_done_callback(functools.partial(self._end, job))
+        log.info("%s is asked for %s", config.name, ", ".join(part.generation.id for part in parts))
+        if self.settings.log_prompts:
+            log.info("%s is to draw %r", config.name, list(request.prompts))
+        return job
+
+    @contextmanager
+    def arriving(self, id: str, caller: str) -> Iterator[Arrival]:
+        """A request of which only the id is known yet: it can be asked for and cancelled from here on."""
+        arrival = Arrival(id, caller)
+        self._arrivals.append(arrival)
+        try:
+            yield arrival
+        finally:
+            self._arrivals.remove(arrival)
+            if arrival.cancelled.is_set() and not arrival.submitted:
+                self._ended.append(arrival.progress())
+
+    async def texts(self, data: bytes) -> dict[str, str]:
+        """What a picture file says in words (see `recipe.texts`).
+
+        Raises InvalidPicture, or TooManyRequests where too many pictures are held already.
+        """
+        share = self.budget.share()
+        try:
+            share.take(len(data))
+            said, _ = await self._readers.run("texts", data, "image")
+        finally:
+            share.give_back()
+        texts: dict[str, str] = said["texts"]
+        return texts
+
+    def jobs(self, caller: str | None = None, id: str | None = None) -> list[Job]:
+        """Those that wait or draw, oldest first: of one caller, of one id."""
+        return [job for job in self._jobs if caller in (None, job.caller) and id in (None, job.id)]
+
+    async def cancel(self, jobs: Sequence[Job], arrivals: Sequence[Arrival] = ()) -> None:
+        """End them, within a denoising step each; returns when they are over."""
+        for arrival in arrivals:
+            arrival.cancelled.set()
+        tasks = [job.task for job in jobs if job.task]
+        for job in jobs:
+            job.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    async def cancel_id(self, id: str, caller: str | None = None) -> Progress:
+        """End every request of that id (and caller), also those that are still being received; how that stands then.
+
+        Raises RequestNotFound.
+        """
+        self.progress(id, caller)
+        await self.cancel(self.jobs(caller, id), self.arrivals(caller, id))
+        return self.progress(id, caller)
+
+    def arrivals(self, caller: str | None = None, id: str | None = None) -> list[Arrival]:
+        """Requests that are being received or answered, oldest first: of one caller, of one id."""
+        return [each for each in self._arrivals if caller in (None, each.caller) and id in (None, each.id)]
+
+    def progress(self, id: str, caller: str | None = None) -> Progress:
+        """Of the latest request of that id (and caller), for a while after its end too. Raises RequestNotFound."""
+        if jobs := self.jobs(caller, id):
+            return jobs[-1].progress()
+        for arrival in reversed(self.arrivals(caller, id)):
+            if not arrival.submitted:
+                return arrival.progress()
+        for ended in reversed(self._ended):
+            if ended.id == id and caller in (None, ended.caller):
+                return ended
+        raise RequestNotFound(
+            f"no request {id!r} of yours waits, draws or ended lately. The id is the answer's x-request-id header; "
+            "a request may bring its own in that header.",
+            param="id",
+        )
+
+    async def _run(self, job: Job, sources: Sources | None) -> None:
+        limit = self.settings.time_limit_s
+        try:
+            async with asyncio.timeout(limit), asyncio.TaskGroup() as group:
+                pictures = group.create_task(self._take_pictures(job, sources)) if sources else None
+                del sources  # what came is let go as soon as it is decoded
+                for index, part in enumerate(job.parts):
+                    group.create_task(self._one(job, index, part, pictures))
+        except TimeoutError:
+            raise TimedOut(
+                f"not drawn within {limit} s (the setting time_limit_s): ask for fewer steps or a smaller size"
+            ) from None
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None  # the first to fail is why the others were cancelled
+
+    async def _take_pictures(self, job: Job, sources: Sources) -> tuple[tuple[bytes, ...], bytes | None]:
+        """Fetched at once, in a line of nobody's; decoded when the job's turn has come."""
+        await sources.gathered(self.fetcher, self.decoders)
+        tickets = [part.ticket for part in job.parts]
+        self.queue.release(tickets)
+        turns = [asyncio.ensure_future(ticket.called.wait()) for ticket in tickets]
+        try:
+            await asyncio.wait(turns, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for turn in turns:
+                turn.cancel()
+        return await sources.decoded(self.decoders)
+
+    def _leave(self, job: Job) -> None:
+        for part in job.parts:
+            self.queue.leave(part.ticket, drawn=False)
+        job.share.give_back()
+
+    def _end(self, job: Job, task: asyncio.Task[None]) -> None:
+        """Called however the job's task ended, also when it was cancelled before it began."""
+        self._leave(job)
+        raised = Cancelled(CANCELLED) if task.cancelled() else task.exception()
+        error = raised if isinstance(raised, SfumatoError) else None
+        if raised and not error:
+            log.error("request %s failed: %s", job.id, logs.place(raised))
+            error = SfumatoError(f"an error of the server's own ({type(raised).__name__}); its log says more")
+        if error:
+            self.metrics.failed(job.config.name, error.code)
+        job.end(error)
+        self._jobs.remove(job)
+        self._ended.append(job.progress())
+
+    async def _one(
+        self, job: Job, index: int, part: Part, pictures: asyncio.Task[tuple[tuple[bytes, ...], bytes | None]] | None
+    ) -> None:
+        came = time.monotonic()
+        await part.ticket.called.wait()
+        began = time.monotonic()
+        self.metrics.waited(began - came)
+        try:
+            generation = part.generation
+            if pictures:
+                images, mask = await pictures
+                generation = replace(generation, images=images, mask=mask)
+            async with aclosing(self.engine.submit(job.config, generation)) as events:
+                async for event in events:
+                    match event:
+                        case Failed(error):
+                            raise error
+                        case _:
+                            job.put(index, event)
+        finally:
+            self.queue.leave(part.ticket, drawn=part.done is not None)
+        if not part.done:
+            raise WorkerDied("the engine ended without an answer")
+        self.metrics.drew(job.config.name, time.monotonic() - began)
+
+    def _admit(self, config: ModelConfig, pictures: int) -> None:
+        running = sum(not part.done for job in self._jobs if job.config.name == config.name for part in job.parts)
+        limit = config.max_concurrent
+        if limit is not None and running and running + pictures > limit:
+            raise TooManyRequests(
+                f"{config.name} draws {running} pictures now; its file allows {limit} at a time "
+                "(limits.max_concurrent). Try again later.",
+                retry_after=min(config.retry_after, MAX_RETRY_AFTER_S),
+            )
+
+    def _sources(self, request: ImageRequest, share: Share) -> Sources | None:
+        """Raises RequestTooLarge or TooManyRequests where so much is not held."""
+        if not request.images:
+            return None
+        derived = size_of(request.size, self.limits) is None
+        return Sources(
+            request.images,
+            request.mask,
+            share=share,
+            limits=self.limits,
+            fitting=request.fitting,
+            scale=(request.upscale or 1) if derived else None,
+        )
+
+    def _arrival(self, id: str, caller: str) -> Arrival | None:
+        return next((each for each in reversed(self._arrivals) if (each.id, each.caller) == (id, caller)), None)
