@@ -306,7 +306,7 @@ def write(measured: Mapping[str, Measured]) -> None:
     ordered = [measured[name] for name in FAMILIES if name in measured]
     record = {"versions": versions(), "families": {one.name: asdict(one) for one in ordered}}
     RECORD.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
-    listed = ROOT / "src/sfumato/engine" / verification.FILE
+    listed = ROOT / "src/sfumato/batching" / verification.FILE
     listed.write_text(json.dumps(signatures(ordered), indent=1, sort_keys=True) + "\n")
     before, _, rest = PAGE.read_text().partition(BEGIN)
     PAGE.write_text(before + page(ordered) + rest.partition(END)[2])

@@ -1,126 +1,98 @@
-"""The shape of the house: imports point down, and the API process has no torch."""
+"""The shape of the house: rooms import from lower rooms only, no modules in a circle, no torch in the API process."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import sfumato
 
 ROOT = Path(sfumato.__file__).parent
 
-LAYERS = [
-    {"cli"},
-    {"draw", "serve"},
-    {"api"},
-    {"check", "service"},
-    {"planning"},
-    {"metrics"},
-    {"job"},
-    {"engine"},
-    {"catalog"},
-    {"decoder"},
-    {"sources"},
-    {"decoding"},
-    {"fitting", "recipe"},
-    {"config", "fetch", "logs", "pictures", "store"},
-    {"allocator", "budget", "frames", "queue", "resolving", "schedulers", "settings"},
-    {"core"},
-    {"errors"},
-]
-"""Top to bottom. A module imports from lower layers, or from its own package."""
+ROOMS = [
+    "cli", "commands", "api", "serving", "process", "engine", "drawing", "models", "previews", "batching", "pipelines",
+    "pictures", "config", "logs", "schedulers", "settings", "allocator", "core", "errors",
+]  # fmt: skip
+"""Top to bottom: a folder or a file of `src/sfumato`. A module imports from lower rooms, or from its own."""
 
-ENGINE = [
-    {"local", "supervisor", "worker"},
-    {"loop", "streams"},
-    {"tally"},
-    {"generation", "memory", "residency"},
-    {"facts", "foreseen"},
-    {"arguments"},
-    {"tokens"},
-    {"kinds"},
-    {"gather", "load"},
-    {"batching", "download", "drivers", "sampler", "watch"},
-    {"task"},
-    {"outcomes"},
-    {"joins", "memo", "preview", "standin", "trust"},
-    {"proof", "proofs"},
-    {"calls", "clean", "colours", "one_file"},
-    {
-        "adapters",
-        "caches",
-        "fingerprints",
-        "handover",
-        "imports",
-        "masks",
-        "offload",
-        "outputs",
-        "policy",
-        "process",
-        "protocol",
-        "reasons",
-        "release",
-        "resolve",
-        "sources",
-        "steps",
-        "threads",
-        "threadstate",
-        "tiling",
-        "wire",
-    },
-]
+BELOW_THE_SEAM = {"drawing", "models", "previews", "batching"}
+"""Rooms that need torch. `engine` has the seam itself, `pipelines` what a class says without its weights."""
 
 WITHOUT_TORCH = [
-    "sfumato.cli",
-    "sfumato.commands.serve",
-    "sfumato.commands.generate",
-    "sfumato.commands.check",
-    "sfumato.api.app",
-    "sfumato.serving.service",
-]
+    "sfumato.cli", "sfumato.commands.serve", "sfumato.commands.generate", "sfumato.commands.check", "sfumato.api.app",
+    "sfumato.serving.service", "sfumato.process.supervisor", "sfumato.engine.protocol",
+]  # fmt: skip
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {name_of(path): path for path in sorted(ROOT.rglob("*.py"))}
 
 
 def imported(path: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    """Modules of ours that this one imports, at its top or inside its functions; not those for types alone."""
+    found: set[str] = set()
+    tree = ast.parse(path.read_text())
+    for_types = {id(inner) for node in ast.walk(tree) if _is_for_types(node) for inner in ast.walk(node)}
+    for node in ast.walk(tree):
+        if id(node) in for_types:
+            continue
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            found |= {alias.name for alias in node.names if alias.name in MODULES}
+        elif isinstance(node, ast.ImportFrom) and node.module in MODULES:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else str(node.module) for name in names}
+    return found - {"sfumato"}
 
 
-def rank(layers: list[set[str]], name: str) -> int:
-    matches = [index for index, layer in enumerate(layers) if name in layer]
-    assert matches, f"{name} stands in no layer: add it where it belongs"
-    return matches[0]
+def _is_for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
-def modules() -> list[Path]:
-    return sorted(path for path in ROOT.rglob("*.py") if path.name not in ("__init__.py", "__main__.py"))
+GRAPH = {name: imported(path) for name, path in MODULES.items()}
+
+
+def room(module: str) -> str:
+    return module.split(".")[1]
+
+
+def test_every_room_has_its_place() -> None:
+    assert {room(name) for name in MODULES if name != "sfumato"} == set(ROOMS)
 
 
 def test_imports_point_down() -> None:
-    for path in modules():
-        parts = path.relative_to(ROOT).with_suffix("").parts
-        for name in imported(path):
-            if not name.startswith("sfumato."):
-                continue
-            target = name.split(".")[1:]
-            if target[0].startswith("__"):
-                continue
-            if parts[0] == target[0] and len(parts) > 1:
-                if parts[0] == "engine":
-                    assert rank(ENGINE, parts[1]) < rank(ENGINE, target[1]), f"{path} imports {name}: upward"
-                continue
-            assert rank(LAYERS, parts[0]) < rank(LAYERS, target[0]), f"{path} imports {name}: upward"
+    upward = [
+        f"{module} imports {other}"
+        for module, others in GRAPH.items()
+        for other in others
+        if module != "sfumato" and room(module) != room(other) and ROOMS.index(room(module)) > ROOMS.index(room(other))
+    ]
+    assert upward == []
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    tuple(TopologicalSorter(GRAPH).static_order())  # raises CycleError, which names them
 
 
 def test_no_file_is_large() -> None:
-    sizes = {path.name: len(path.read_text().splitlines()) for path in modules()}
+    sizes = {name: len(path.read_text().splitlines()) for name, path in MODULES.items()}
     assert {name: size for name, size in sizes.items() if size > 450} == {}
+
+
+def test_every_room_says_what_it_is() -> None:
+    for name, path in MODULES.items():
+        assert ast.get_docstring(ast.parse(path.read_text())), f"{name} has no docstring"
+
+
+def test_every_room_is_on_the_map() -> None:
+    page = (ROOT.parent.parent / "docs/concepts/architecture.md").read_text()
+    assert [name for name in ROOMS if f"`{name}" not in page] == []
 
 
 def test_the_api_process_has_no_torch() -> None:

@@ -368,6 +368,7 @@ def test_no_key_stands_in_two_tables() -> None:
 
 
 def test_reading_files_needs_no_torch() -> None:
-    code = "import sys, sfumato.config, sfumato.serving.catalog, sfumato.commands.check; print({'torch', 'diffusers'} & {*sys.modules})"
+    modules = "sfumato.config, sfumato.serving.catalog, sfumato.commands.check"
+    code = f"import sys, {modules}; print({{'torch', 'diffusers'}} & {{*sys.modules}})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -117,7 +117,7 @@ def test_facts_come_with_a_model_that_is_ready(running: Running, config: ModelCo
 
     async def run() -> None:
         await events_of(engine, config, wanted("facts"))
-        facts = engine.status("m").facts
+        facts = engine.status("m").info
         assert facts is not None
         assert (facts.pipeline, facts.width, facts.dtype) == ("StableDiffusionPipeline", 64, "fp32")
 

@@ -240,14 +240,14 @@ def test_facts_of_the_embedded_model_are_what_it_does() -> None:
 def test_facts_follow_the_model_file(tmp_path: Path) -> None:
     folder = tiny.save(tiny.stable_diffusion(), tmp_path / "sd")
     told: list[ModelStatus] = []
-    residency = ModelPool(2, "cpu", lambda model, status: told.append(status))
+    residency = ModelPool(2, "cpu", lambda model, status: told.append(status), describe=model_info)
     first = ModelConfig(name="m", model=str(folder), dtype="fp32", steps=7)
     models = []
     for config in (first, first, replace(first, steps=9, width=96, height=64)):
         with residency.use(config, quiet) as model:
             models.append(model)
     assert models[0] is models[1] is models[2]
-    known = [status.facts for status in told if status.state == "ready"]
+    known = [status.info for status in told if status.state == "ready"]
     assert all(isinstance(each, ModelInfo) for each in known)
     assert [(each.steps, each.width, each.height) for each in known if each] == [(7, 64, 64), (9, 96, 64)]
     assert residency.loads == 1
@@ -307,10 +307,9 @@ def test_a_model_that_cannot_be_described_draws_all_the_same(tmp_path: Path, mon
     def fail(model: Loaded) -> ModelInfo:
         raise AttributeError("no such part")
 
-    monkeypatch.setattr("sfumato.models.pool.facts", fail)
     folder = tiny.save(tiny.stable_diffusion(), tmp_path / "sd")
     told: list[ModelStatus] = []
-    residency = ModelPool(1, "cpu", lambda model, status: told.append(status))
+    residency = ModelPool(1, "cpu", lambda model, status: told.append(status), describe=fail)
     with residency.use(ModelConfig(name="m", model=str(folder), dtype="fp32"), quiet) as model:
         assert draw(model, wanted(prompt="a cat", width=64, height=64), quiet).png
     assert told[-1] == ModelStatus("ready")

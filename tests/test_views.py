@@ -27,6 +27,7 @@ from sfumato.batching.batcher import Batcher
 from sfumato.config import ModelConfig
 from sfumato.core import Generation
 from sfumato.drawing import draw as generation
+from sfumato.drawing.info import model_info
 from sfumato.errors import DrawError
 from sfumato.models import load
 from sfumato.models.load import Loaded
@@ -401,7 +402,7 @@ def test_gather_puts_the_last_module_out(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_request_keeps_the_file_that_it_was_made_with(folder: Path) -> None:
     told: list[Any] = []
-    residency = ModelPool(1, "cpu", lambda name, status: told.append(status.facts))
+    residency = ModelPool(1, "cpu", lambda name, status: told.append(status.info), describe=model_info)
     first = ModelConfig(name="m", model=str(folder), file=folder / "m.yaml", dtype="fp32", steps=3)
     with residency.use(first, quiet) as model:
         with residency.use(replace(first, steps=5, pinned=True), quiet) as newer:

@@ -242,5 +242,5 @@ class ModelStatus:
     """What is being fetched, or why the load failed."""
     progress: float | None = None
     """0 .. 1 while downloading."""
-    facts: ModelInfo | None = None
+    info: ModelInfo | None = None
     """Once it is ready."""

@@ -39,7 +39,7 @@ def router(service: Service) -> APIRouter:
 
 def _model(service: Service, config: ModelConfig) -> dict[str, Any]:
     status = service.engine.status(config.name)
-    facts = status.facts
+    facts = status.info
     settings = service.settings
     told = facts or static_capabilities(config)
     return {

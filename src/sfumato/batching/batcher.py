@@ -1,11 +1,11 @@
 """The heart: many requests on one thread, parked at their module calls, sharing forwards.
 
 Each request is a greenlet that runs unmodified code (a pipeline, on a `standin.view`). Where that code calls
-a heavy module the greenlet parks and control comes back to the `Hub`, which picks a group of parked calls
+a heavy module the greenlet parks and control comes back to the `Batcher`, which picks a group of parked calls
 that are alike, computes one forward for all of them, and lets each go on with its rows of the result. A call
 that is like no other is computed by its own greenlet, as if nothing were in between.
 
-`Hub.step` is one turn: admit, resume, choose, run, scatter. Nothing here knows a pipeline or a request's
+`Batcher.step` is one turn: admit, resume, choose, run, scatter. Nothing here knows a pipeline or a request's
 meaning; the policy is `policy.choose`, the rule `calls`, what may be joined `trust`.
 """
 
@@ -168,9 +168,9 @@ class Batcher:
             self.memo.put(task.memo_key, call.module, value)
 
     def _inside(self) -> Task | None:
-        """The request of this hub in which the caller is."""
+        """The request of this batcher in which the caller is."""
         current = greenlet.getcurrent()
-        return current if isinstance(current, Task) and current.hub is self else None
+        return current if isinstance(current, Task) and current.batcher is self else None
 
     # One turn, in the order in which it happens.
 

@@ -56,16 +56,16 @@ def gather(
     _check(pipe, calls, max_batch)
     forget(pipe)
     trust = Verification(proofs=Proofs(proof_store.of_user()))
-    hub = Batcher(max_rows=max_batch, max_active=max(2, 2 * max_batch), trust=trust)
-    tasks = [hub.submit(_Run(pipe, call)) for call in calls]
+    batcher = Batcher(max_rows=max_batch, max_active=max(2, 2 * max_batch), trust=trust)
+    tasks = [batcher.submit(_Run(pipe, call)) for call in calls]
     try:
         with torch.no_grad():
-            while hub.step():
+            while batcher.step():
                 if not return_exceptions:
                     _raise_first(tasks)
     finally:
         with torch.no_grad():
-            hub.close(GatherStopped())
+            batcher.close(GatherStopped())
             offload.rest(pipe)
         if stats is not None:
             stats |= {
@@ -74,9 +74,9 @@ def gather(
                     "forwards": c.forwards,
                     "mean_batch": c.calls / max(1, c.forwards),
                     "proving": c.proving,
-                    "unbatched": {str(why): calls for (of, why), calls in hub.unbatched.items() if of == name},
+                    "unbatched": {str(why): calls for (of, why), calls in batcher.unbatched.items() if of == name},
                 }
-                for name, c in hub.counts.items()
+                for name, c in batcher.counts.items()
             }
     if not return_exceptions:
         _raise_first(tasks)

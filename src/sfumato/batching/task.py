@@ -18,7 +18,7 @@ from sfumato.batching.views import Asker, StandIn, View
 
 
 class Host(Protocol):
-    """What a request needs of the hub that runs it."""
+    """What a request needs of the batcher that runs it."""
 
     now: int
     ambient: tuple[Any, ...]
@@ -41,9 +41,9 @@ class Host(Protocol):
 class Task(Asker):
     """One request. `outcome` is set once, when it has ended."""
 
-    def __init__(self, hub: Host, number: int, function: Callable[[], Any], priority: int, caller: str) -> None:
+    def __init__(self, batcher: Host, number: int, function: Callable[[], Any], priority: int, caller: str) -> None:
         super().__init__()
-        self.hub = hub
+        self.batcher = batcher
         self.number = number
         self.priority = priority
         self.caller = caller
@@ -87,36 +87,36 @@ class Task(Asker):
         """A stand-in was called inside this request: park, or compute at once where it must not switch."""
         view: View = stand_in._sfumato_view
         self.views.add(view)
-        hub = self.hub
+        batcher = self.batcher
         name = stand_in._sfumato_name
         # Autocast, grad mode and the like belong to the thread: switching inside would give them to others.
         reason = self._closing or view.occupied()
-        if reason or torch_state.ambient() != hub.ambient:
-            hub.listen()
-            hub.count(name, 1, 1)
-            hub.alone[name, str(reason or "in another state of torch than the rest")] += 1
-            hub.note_unbatched(name, view.reason(reason) if not self._closing else Reason.ENDING, reason)
+        if reason or torch_state.ambient() != batcher.ambient:
+            batcher.listen()
+            batcher.count(name, 1, 1)
+            batcher.alone[name, str(reason or "in another state of torch than the rest")] += 1
+            batcher.note_unbatched(name, view.reason(reason) if not self._closing else Reason.ENDING, reason)
             return stand_in._sfumato_compute(method, args, kwargs)
-        call = describe(stand_in._sfumato_module, method, args, kwargs, hub.prints, name)
+        call = describe(stand_in._sfumato_module, method, args, kwargs, batcher.prints, name)
         if apart := stand_in._sfumato_apart:
             call.key, call.alone = None, apart
             call.reason = Reason.CACHE if stand_in._sfumato_stateful else Reason.TILED
         if call.key is None:
-            hub.alone[name, call.alone] += 1
-        self.memo_key = hub.memo.key(call, hub.prints) if call.key is not None else None
+            batcher.alone[name, call.alone] += 1
+        self.memo_key = batcher.memo.key(call, batcher.prints) if call.key is not None else None
         reply = self._park(call)
         if isinstance(reply, Result):
             return reply.value
-        hub.count(name, 1, 1)
-        if reply.trial is None and (unbatched := hub.why_alone(call)):
-            hub.note_unbatched(name, unbatched, call.alone)
+        batcher.count(name, 1, 1)
+        if reply.trial is None and (unbatched := batcher.why_alone(call)):
+            batcher.note_unbatched(name, unbatched, call.alone)
         try:
             value = stand_in._sfumato_compute(method, args, kwargs)
         except BaseException:
             if reply.trial:
                 reply.trial.give_up(reply.member)
             raise
-        hub.computed(self, call, value)
+        batcher.computed(self, call, value)
         if reply.trial:
             reply.trial.report(reply.member, value)
         return value
@@ -142,7 +142,7 @@ class Task(Asker):
 
     def _park(self, call: Call) -> Result | Compute:
         self.call = call
-        self.since = self.hub.now
+        self.since = self.batcher.now
         self.waiting = None
         self.past.append(call.key)
         reply = self.parent.switch()
@@ -157,7 +157,7 @@ class Task(Asker):
         found = torch_state.random()
         torch_state.set_random(self._random)
         try:
-            with cpu_threads.using(self.threads or self.hub.threads):
+            with cpu_threads.using(self.threads or self.batcher.threads):
                 into()
         finally:
             self._random = torch_state.random()

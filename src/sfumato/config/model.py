@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any
 
-Scalar: TypeAlias = str | int | float | bool | None
+from sfumato.config.scalar import Scalar, scalar
 
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
@@ -133,8 +133,6 @@ class ModelConfig:
     @property
     def options(self) -> Mapping[str, Scalar]:
         """Extra arguments of the pipeline call; numbers are numbers and integers stay integers."""
-        from sfumato.config.readers import scalar
-
         return MappingProxyType({key: scalar(text) for key, text in self.option_lines})
 
     def enables(self, parameter: str) -> bool:

@@ -13,7 +13,8 @@ from pathlib import PurePosixPath
 from typing import Any, TypeAlias
 from urllib.parse import urlparse
 
-from sfumato.config.model import Download, Scalar
+from sfumato.config.model import Download
+from sfumato.config.scalar import scalar
 from sfumato.core import MAX_SEED, QUALITIES
 from sfumato.errors import did_you_mean
 
@@ -28,11 +29,8 @@ DTYPES: Mapping[str, str | None] = {
 
 MAX_SIDE = 16384
 _NAME = re.compile(r"[^\s\x00-\x1f\x7f](?:[^\x00-\x1f\x7f]{0,198}[^\s\x00-\x1f\x7f])?")
-_INTEGER = re.compile(r"[-+]?[0-9]{1,400}")
-_FLOAT = re.compile(r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?")
 _SIZE = re.compile(r"([0-9]{1,6})[xX×]([0-9]{1,6})")
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
-_WORDS: Mapping[str, Scalar] = {"true": True, "false": False, "null": None, "none": None, "~": None}
 
 
 def shown(value: Any) -> str:
@@ -43,17 +41,6 @@ def shown(value: Any) -> str:
         return short.repr(value)
     except ValueError:  # an integer of thousands of digits
         return f"a {type(value).__name__}"
-
-
-def scalar(text: str) -> Scalar:
-    """A word as YAML reads it: integer, float, true, false, null, or text."""
-    if text.lower() in _WORDS:
-        return _WORDS[text.lower()]
-    if _INTEGER.fullmatch(text):
-        return int(text)
-    if _FLOAT.fullmatch(text):
-        return float(text)
-    return text
 
 
 def string(value: Any) -> str:

@@ -1,6 +1,6 @@
 """Out of memory, when a request has a forward to itself: the same request again with less, rung by rung.
 
-The rungs before these are the hub's: what it keeps of earlier calls goes first, then it halves the rows of a batch
+The rungs before these are the batcher's: what it keeps of earlier calls goes first, then it halves the rows of a batch
 that did not fit, and remembers. What makes a picture another one belongs to the request and stands in its recipe.
 """
 

@@ -1,6 +1,6 @@
-"""The worker's one thread: takes commands, lets the hub compute one group of module calls, reports; again.
+"""The worker's one thread: takes commands, lets the batcher compute one group of module calls, reports; again.
 
-Some requests compute for long without giving the thread away (`batching.Hub.listen`). The loop then listens inside
+Some requests compute for long without giving the thread away (`batching.Batcher.listen`). The loop then listens inside
 of them, at each of their module calls and steps: who is cancelled is told so at once, new requests are put by.
 """
 
@@ -24,6 +24,7 @@ from sfumato.batching.verification import Verification
 from sfumato.core import Done, Event, Failed, ModelStatus, Preview, Step
 from sfumato.drawing import draw as generation
 from sfumato.drawing import out_of_memory
+from sfumato.drawing.info import model_info
 from sfumato.engine.protocol import Answer, Cancel, Command, Report, Started, StatsReport, Status, Stop, Submit
 from sfumato.engine.stats import Stats
 from sfumato.errors import Cancelled, SfumatoError
@@ -38,7 +39,7 @@ Send: TypeAlias = Callable[[Report], None]
 class Loop:
     """Runs commands until `Stop`. `post` may be called from any thread, the rest from the loop's own.
 
-    Each accepted generation is a task of the hub, and is answered by exactly one `Done` or `Failed`.
+    Each accepted generation is a task of the batcher, and is answered by exactly one `Done` or `Failed`.
     """
 
     def __init__(self, settings: Settings, send: Send) -> None:
@@ -47,13 +48,13 @@ class Loop:
         trust = Verification(
             proofs=Proofs(Path(settings.proofs) if settings.proofs else settings.data / proof_store.NAME)
         )
-        self._hub = Batcher(
+        self._batcher = Batcher(
             max_rows=settings.max_batch, max_active=settings.max_active, trust=trust, on_listen=self._listen
         )
-        self._residency = ModelPool(
-            settings.loaded_models, settings.device, self._tell, self._hub.forget, self._hub.spare
+        self._pool = ModelPool(
+            settings.loaded_models, settings.device, self._tell, self._batcher.forget, self._batcher.spare, model_info
         )
-        self._tally = Stats(self._hub, self._residency)
+        self._stats = Stats(self._batcher, self._pool)
         self._tasks: dict[str, Task] = {}
         """Of generations that have not been answered."""
         self._arrived: dict[str, Submit] = {}
@@ -68,7 +69,7 @@ class Loop:
         with torch.no_grad():
             while self._tasks or self._arrived or not self._stopping:
                 self._take()
-                self._hub.step()
+                self._batcher.step()
                 self._report()
 
     def _take(self) -> None:
@@ -77,7 +78,7 @@ class Loop:
             self._obey(self._inbox.get())
         self._read()
         for submit in self._arrived.values():
-            task = self._hub.submit(functools.partial(self._draw, submit), caller=submit.generation.caller)
+            task = self._batcher.submit(functools.partial(self._draw, submit), caller=submit.generation.caller)
             task.left = submit.generation.steps or submit.config.steps
             task.threads = submit.config.threads
             self._tasks[submit.generation.id] = task
@@ -107,8 +108,8 @@ class Loop:
         if task and not task.done:
             log.info("request %s is cancelled with %s steps left", id, task.left)
             del self._tasks[id]
-            self._tally.ended(id)
-            self._hub.cancel(task, generation.RunStopped())
+            self._stats.ended(id)
+            self._batcher.cancel(task, generation.RunStopped())
         elif not self._arrived.pop(id, None):
             return  # it has been answered already, or is about to be
         self._send(Answer(id, _CANCELLED))
@@ -121,18 +122,18 @@ class Loop:
         on_step = functools.partial(self._on_step, asked.id)
         on_preview = functools.partial(self._on_preview, asked.id)
         while True:
-            with self._residency.use(submit.config, self._hub.turn) as model, suppress(generation.Disturbed):
+            with self._pool.use(submit.config, self._batcher.turn) as model, suppress(generation.Disturbed):
                 draw = functools.partial(generation.draw, model, on_step=on_step, on_preview=on_preview)
-                self._tally.started(asked.id)
-                return out_of_memory.with_less(model, asked, draw, self._hub.spare)
+                self._stats.started(asked.id)
+                return out_of_memory.with_less(model, asked, draw, self._batcher.spare)
             log.warning("request %s is drawn again: another one has left its model changed", asked.id)
 
     def _on_step(self, id: str, step: int, total: int) -> None:
         if task := self._tasks.get(id):
             task.left = total - step
-            self._tally.stepped(id)
+            self._stats.stepped(id)
             self._send(Answer(id, Step(step, total)))
-        self._hub.listen()
+        self._batcher.listen()
 
     def _on_preview(self, id: str, preview: Preview) -> None:
         if id in self._tasks:
@@ -142,15 +143,15 @@ class Loop:
         done = {id: task for id, task in self._tasks.items() if task.done}
         for id in done:
             del self._tasks[id]
-            self._tally.ended(id)
+            self._stats.ended(id)
         # Before the answers: whoever has the last one finds it counted.
-        if self._tally.due(idle=not self._tasks):
-            self._send(StatsReport(self._tally.stats()))
+        if self._stats.due(idle=not self._tasks):
+            self._send(StatsReport(self._stats.stats()))
         for id, task in done.items():
             self._send(Answer(id, _event(id, task)))
 
     def _tell(self, model: str, status: ModelStatus) -> None:
-        self._tally.changed()
+        self._stats.changed()
         self._send(Status(model, status))
         self._listen()
 

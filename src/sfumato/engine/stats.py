@@ -24,11 +24,11 @@ STATM = Path("/proc/self/statm")
 
 
 class Stats:
-    """Counts of one worker. The hub and the residency count for themselves; the steps are counted here."""
+    """Counts of one worker. The batcher and the pool count for themselves; the steps are counted here."""
 
-    def __init__(self, hub: Batcher, residency: ModelPool) -> None:
-        self._hub = hub
-        self._residency = residency
+    def __init__(self, batcher: Batcher, pool: ModelPool) -> None:
+        self._batcher = batcher
+        self._pool = pool
         self._steps = 0
         self._step_seconds = 0.0
         self._since: dict[str, float] = {}
@@ -62,18 +62,18 @@ class Stats:
         self._told = time.perf_counter()
         self._news = False
         sizes: Counter[int] = Counter()
-        for (name, calls), forwards in self._hub.shared.items():
+        for (name, calls), forwards in self._batcher.shared.items():
             if DENOISER.match(name):
                 sizes[calls] += forwards
         return EngineStats(
-            forwards=sum(count.forwards + count.proving for count in self._hub.counts.values()),
+            forwards=sum(count.forwards + count.proving for count in self._batcher.counts.values()),
             batch_sizes=dict(sizes),
-            unbatched={(name, str(reason)): calls for (name, reason), calls in self._hub.unbatched.items()},
+            unbatched={(name, str(reason)): calls for (name, reason), calls in self._batcher.unbatched.items()},
             steps=self._steps,
             step_seconds=self._step_seconds,
-            loads=self._residency.loads,
-            evictions=self._residency.evictions,
-            resident_models=len(self._residency),
+            loads=self._pool.loads,
+            evictions=self._pool.evictions,
+            resident_models=len(self._pool),
             memory_bytes=_memory(),
             device_memory_bytes=torch.cuda.memory_allocated() if torch.cuda.is_available() else 0,
         )

@@ -13,8 +13,7 @@ from typing import Any
 from sfumato.batching import offload
 from sfumato.batching.batcher import is_out_of_memory
 from sfumato.config import ModelConfig
-from sfumato.core import ModelStatus
-from sfumato.drawing.info import model_info
+from sfumato.core import ModelInfo, ModelStatus
 from sfumato.errors import LoadError, SfumatoError
 from sfumato.models import load
 from sfumato.models.release import let_go
@@ -40,16 +39,19 @@ class ModelPool:
         tell: Callable[[str, ModelStatus], None],
         dropped: Callable[[], None] = lambda: None,
         spare: Callable[[], int] = lambda: 0,
+        describe: Callable[[load.Loaded], ModelInfo | None] = lambda model: None,
     ) -> None:
         """At most `limit` models, on `device` (a setting); `dropped` is called when one has left.
 
         `spare` drops what the engine keeps for speed alone and returns its bytes: for a model that does not fit.
+        `describe` says what a model can be asked for.
         """
         self._limit = limit
         self._device = device
         self._tell = tell
         self._dropped = dropped
         self._spare = spare
+        self._describe = describe
         self._loaded: OrderedDict[str, load.Loaded] = OrderedDict()
         self._newest: dict[str, ModelConfig] = {}
         """Of each loaded model: the config of the request that came last."""
@@ -105,7 +107,7 @@ class ModelPool:
             # Those who draw with it keep the file that they were asked with.
             model = held if held.config == config else replace(held, config=config)
             if changed:  # of its defaults
-                self._tell(config.name, _ready(model))
+                self._tell(config.name, self._ready(model))
             return model
         if held:
             self._drop(config.name, held.condition.broken or "its model file changed")
@@ -119,7 +121,7 @@ class ModelPool:
         self.loads += 1
         self._newest[config.name] = config
         model = self._loaded[config.name]
-        self._tell(config.name, _ready(model))
+        self._tell(config.name, self._ready(model))
         return model
 
     def _load(self, config: ModelConfig) -> load.Loaded:
@@ -140,6 +142,13 @@ class ModelPool:
                     f"{config.name}: does not fit into memory. Try `low_vram: true`, a smaller dtype or cuda: false"
                 )
             offload.empty_cache()
+
+    def _ready(self, model: load.Loaded) -> ModelStatus:
+        try:
+            return ModelStatus("ready", info=self._describe(model))
+        except Exception:  # a pipeline like no other may still draw
+            log.exception("%s: what it can do is not known", model.config.name)
+            return ModelStatus("ready")
 
     def _evict_idle(self) -> bool:
         idle = self._oldest()
@@ -180,14 +189,6 @@ class ModelPool:
 def _serves(model: load.Loaded, config: ModelConfig) -> bool:
     """Whether a request with `config` can be drawn with what is in memory."""
     return not model.condition.broken and _of_weights(model.config) == _of_weights(config)
-
-
-def _ready(model: load.Loaded) -> ModelStatus:
-    try:
-        return ModelStatus("ready", facts=model_info(model))
-    except Exception:  # a pipeline like no other may still draw
-        log.exception("%s: what it can do is not known", model.config.name)
-        return ModelStatus("ready")
 
 
 def _of_weights(config: ModelConfig) -> ModelConfig:

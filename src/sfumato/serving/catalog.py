@@ -17,7 +17,7 @@ from sfumato.settings import Settings
 
 log = logging.getLogger(__name__)
 
-EMBEDDED = Path(__file__).parent / "models"
+EMBEDDED = Path(__file__).parent.parent / "models"
 """The folder with the model that comes with Sfumato."""
 
 Signature: TypeAlias = tuple[int, ...]
