@@ -16,7 +16,7 @@ WORKDIR /opt/sfumato
 
 # PyTorch first: it is the largest layer and changes least.
 RUN pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$TORCH"
-COPY pyproject.toml requirements.txt README.md LICENSE NOTICE ./
+COPY pyproject.toml MANIFEST.in requirements.txt README.md LICENSE NOTICE ./
 COPY src ./src
 # What the server needs, at the versions it was tested with; the test tools of that list stay out.
 RUN pip install --constraint requirements.txt .

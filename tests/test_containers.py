@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
 from clients import environment
+from test_wheel import build, files_of_the_package, names
 
 from sfumato.settings import Settings, env_name
 
@@ -26,13 +28,31 @@ def test_linted(linter: str, file: str) -> None:
     assert "warning" not in done.stdout
 
 
+COPIED = [word for line in re.findall(r"^COPY (.*)$", DOCKERFILE, re.M) for word in line.split()[:-1]]
+"""What the image is built of."""
+
+
 def test_what_is_copied_is_in_the_build_context() -> None:
-    copied = [word for line in re.findall(r"^COPY (.*)$", DOCKERFILE, re.M) for word in line.split()[:-1]]
-    assert copied
+    assert COPIED
     allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
-    for name in copied:
+    for name in COPIED:
         assert (ROOT / name).exists(), f"the Dockerfile copies {name}, which is not there"
         assert name.removeprefix("./") in allowed, f"{name} is copied and .dockerignore leaves it out"
+
+
+def test_the_image_has_every_file_of_the_package(tmp_path: Path) -> None:
+    """`pip install .` in the image builds a wheel of what was copied: the same is built here."""
+    tree = tmp_path / "image"
+    tree.mkdir()
+    for name in COPIED:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, tree / Path(name).name, ignore=shutil.ignore_patterns("*.egg-info"))
+        else:
+            shutil.copy(ROOT / name, tree)
+    wheel = build(tree, "build_wheel", tmp_path)
+    assert {name for name in names(wheel) if ".dist-info/" not in name} == files_of_the_package()
+    assert "pip install --constraint requirements.txt ." in DOCKERFILE
+    assert re.search(r'^CMD \["sfumato", "serve"\]', DOCKERFILE, re.M)  # which `test_wheel` runs, installed
 
 
 def test_the_settings_exist() -> None:
