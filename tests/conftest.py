@@ -22,6 +22,7 @@ REPOSITORIES = {
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--screenshots", help="folder for the studio's pictures of every tab")
     parser.addoption("--slow", action="store_true", help="run the tests marked slow as well")
 
 

@@ -106,7 +106,7 @@ def test_every_route_of_the_schema_needs_a_key(inside: Inside) -> None:
         closed = 0
         for path, methods in schema["paths"].items():
             for method in methods:
-                if path in ("/healthz", "/readyz", "/generated-images/{name}"):
+                if path in ("/healthz", "/readyz") or path.startswith("/generated-images/"):
                     continue
                 assert client.request(method.upper(), path.replace("{", "").replace("}", "")).status_code == 401
                 closed += 1

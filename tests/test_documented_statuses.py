@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import base64
 import io
+import re
+import sqlite3
 import tempfile
 import threading
 import uuid
@@ -20,7 +22,7 @@ import pytest
 import test_kinds
 import tiny
 from inside import Inside
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from serving import Server
 
 import sfumato
@@ -41,15 +43,18 @@ KEY = {"authorization": "Bearer the-key"}
 STORED = f"{uuid.UUID(int=7).hex}.png"
 
 
-def picture(side: int, format: str = "PNG") -> str:
+def picture(side: int, format: str = "PNG", **options: Any) -> str:
     file = io.BytesIO()
-    Image.new("RGB", (side, side), "orange").save(file, format)
+    Image.new("RGB", (side, side), "orange").save(file, format, **options)
     return base64.b64encode(file.getvalue()).decode()
 
 
 PHOTO, SMALL = picture(64), picture(16)
 LARGE = picture(480, "BMP")
 """Half a mebibyte and more."""
+CHUNKS = PngImagePlugin.PngInfo()
+CHUNKS.add_text("parameters", "a cat\nSteps: 20, Sampler: Euler a, CFG scale: 7, Seed: 1, Size: 64x64")
+MADE = picture(64, pnginfo=CHUNKS)
 OPENAI = {"prompt": "a cat", "size": "64x64", "steps": 2, "response_format": "url"}
 A1111 = {"prompt": "a cat", "width": 64, "height": 64, "steps": 2, "save_images": True}
 BODIES: dict[str, dict[str, Any]] = {
@@ -63,6 +68,11 @@ BODIES: dict[str, dict[str, Any]] = {
     "POST /sdapi/v1/extra-single-image": {"image": SMALL, "upscaling_resize": 4, "upscaler_1": "enlarge"},
     "POST /sdapi/v1/png-info": {"image": PHOTO},
     "POST /sdapi/v1/options": {"sd_model_checkpoint": "painter"},
+    "POST /v1/models/load": {"model": "painter"},
+    "POST /v1/models/unload": {"model": "painter"},
+    "POST /v1/models/pin": {"model": "painter", "pinned": False},
+    "POST /v1/images/recipe": {"image": MADE},
+    "PATCH /v1/images/gallery/{name}": {"starred": True},
 }
 """A request of each operation that takes a body, for which the answer is 200."""
 
@@ -73,10 +83,27 @@ WRONG: dict[str, dict[str, Any]] = {
     "POST /sdapi/v1/extra-single-image": {"upscaling_resize": 3},
     "POST /sdapi/v1/png-info": {"image": "no picture"},
     "POST /sdapi/v1/options": {"sd_model_checkpoint": 5},
+    "POST /v1/models/load": {"model": 5},
+    "POST /v1/models/unload": {"model": 5},
+    "POST /v1/models/pin": {"pinned": "perhaps"},
+    "POST /v1/images/recipe": {"image": "no picture"},
 }
 """What makes it a 400; of others `n: 0` does."""
 
-PATHS = {"/v1/models/{id}": "painter", "/generated-images/{name}": STORED, "/v1/images/progress/{id}": "known"}
+ASKED_WRONGLY = {
+    "GET /v1/images/gallery": "?limit=0",
+    "GET /v1/images/progress": "?preview=perhaps",
+    "GET /v1/images/progress/{id}": "?preview=perhaps",
+}
+"""The same of what has no body."""
+
+PATHS = {
+    "/v1/models/{id}": "painter",
+    "/generated-images/{name}": STORED,
+    "/generated-images/{name}/thumbnail": f"{STORED}/thumbnail",
+    "/v1/images/progress/{id}": "known",
+    "/v1/images/gallery/{name}": STORED,
+}
 """Values of path parameters for which the answer is 200."""
 
 
@@ -167,6 +194,9 @@ def held(server: Server, pictures: int, **more: Any) -> Iterator[None]:
 def known(servers: Servers, label: str) -> httpx.Response:
     if "progress/{id}" in label:
         send(servers.plain, "POST /v1/images/generations", headers={"x-request-id": "known"})
+    if label == "DELETE /v1/images/gallery/{name}":
+        url = send(servers.plain, "POST /v1/images/generations").json()["data"][0]["url"]
+        return servers.plain.client.delete(f"/v1/images/gallery/{url.rsplit('/', 1)[1]}")
     return send(servers.plain, label)
 
 
@@ -177,16 +207,18 @@ def without_a_key(servers: Servers, label: str) -> httpx.Response:
 def wrong(servers: Servers, label: str) -> httpx.Response:
     if label == "GET /sdapi/v1/progress":
         return servers.plain.client.get("/sdapi/v1/progress?skip_current_image=perhaps")
+    if label in ASKED_WRONGLY:
+        return servers.plain.client.get(label.split()[1].format(id="known") + ASKED_WRONGLY[label])
     return send(servers.plain, label, **WRONG.get(label, {"n": 0}))
 
 
 def missing(servers: Servers, label: str) -> httpx.Response:
-    if label in BODIES:
+    if label in BODIES and "{" not in label:
         return send(servers.plain, label, **of_model(label, "no-such"))
     if label == "GET /sdapi/v1/options":
         return options_after(servers, Path.unlink)
     method, path = label.split()
-    return servers.plain.client.request(method, path.split("{")[0] + "no-such")
+    return servers.plain.client.request(method, re.sub("{.*?}", "no-such", path), json=BODIES.get(label))
 
 
 def too_large(servers: Servers, label: str) -> httpx.Response:
@@ -214,7 +246,10 @@ def unchanged(servers: Servers, label: str) -> httpx.Response:
 
 
 def full(servers: Servers, label: str) -> httpx.Response:
-    if label == "POST /sdapi/v1/png-info":  # nothing is drawn: it is the bytes of pictures that are too many
+    if label in (
+        "POST /sdapi/v1/png-info",
+        "POST /v1/images/recipe",
+    ):  # nothing is drawn: it is the bytes of pictures that are too many
         with held(servers.plain, 1, image=LARGE):
             return send(servers.plain, label, image=LARGE)
     with held(servers.plain, 2):
@@ -244,6 +279,8 @@ def too_slow(servers: Servers, label: str) -> httpx.Response:
 
 
 def unwritable(servers: Servers, label: str) -> httpx.Response:
+    if label == "GET /v1/images/gallery":
+        return without_its_table(servers, label)
     folder = servers.folder / "data" / "generated-images"
     aside = folder.rename(folder.with_name("aside"))
     folder.write_text("not a folder")
@@ -252,6 +289,16 @@ def unwritable(servers: Servers, label: str) -> httpx.Response:
     finally:
         folder.unlink()
         aside.rename(folder)
+
+
+def without_its_table(servers: Servers, label: str) -> httpx.Response:
+    with sqlite3.connect(servers.folder / "data" / "gallery.db") as index:
+        index.execute("ALTER TABLE pictures RENAME TO aside")
+        index.commit()
+        try:
+            return send(servers.plain, label)
+        finally:
+            index.execute("ALTER TABLE aside RENAME TO pictures")
 
 
 def options_after(servers: Servers, change: Callable[[Path], object]) -> httpx.Response:

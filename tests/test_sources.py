@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
-import resource
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,15 +17,13 @@ from test_fetch import DeadNames, Site
 from test_picture_urls import PICTURE
 from test_service import FakeEngine
 
-from sfumato.api.openai import answers
 from sfumato.core import Limits
-from sfumato.errors import Cancelled, InvalidPicture, RequestTooLarge, StorageError, TooManyRequests
+from sfumato.errors import Cancelled, InvalidPicture, RequestTooLarge, TooManyRequests
 from sfumato.pictures import images
 from sfumato.pictures.budget import Budget
 from sfumato.pictures.fetch import PictureFetcher
 from sfumato.pictures.images import Bounds
 from sfumato.pictures.resolving import Resolver
-from sfumato.pictures.store import Store
 from sfumato.serving.catalog import Catalog
 from sfumato.serving.planning import ImageRequest
 from sfumato.serving.service import Service
@@ -252,42 +248,3 @@ def test_what_a_url_brings_counts(service: Service) -> None:
 
     with Site(lambda handler: handler.say(200, PICTURE)) as site:
         asyncio.run(run(site.url))
-
-
-# What stays.
-
-
-def test_pictures_are_stored_all_or_none(tmp_path: Path) -> None:
-    store = Store(tmp_path / "pictures")
-    assert len(store.put_all([b"1", b"2"])) == 2
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-    try:
-        with pytest.raises(StorageError):
-            store.put_all([b"1", b"2", bytes(200_000)])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert len(list(store.folder.iterdir())) == 2
-
-
-def test_pictures_of_a_client_that_leaves_while_they_are_stored_are_removed(tmp_path: Path) -> None:
-    class Slow(Store):
-        begun, go = threading.Event(), threading.Event()
-
-        def put(self, data: bytes, extension: str = "png") -> str:
-            self.begun.set()
-            self.go.wait(60)
-            return super().put(data, extension)
-
-    store = Slow(tmp_path / "pictures")
-
-    async def run() -> None:
-        keeping = asyncio.create_task(answers.kept(store, [b"1", b"2"], "png"))
-        await asyncio.to_thread(store.begun.wait, 60)
-        keeping.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await keeping
-        store.go.set()
-
-    asyncio.run(run())  # it ends when its threads have
-    assert list(store.folder.iterdir()) == []

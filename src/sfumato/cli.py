@@ -165,6 +165,32 @@ def pull(
     typer.echo(run(id, _settings(models=models)))
 
 
+galleries = typer.Typer(help="The index of the pictures that were made.", no_args_is_help=True)
+app.add_typer(galleries, name="gallery")
+
+
+@galleries.command()
+def rebuild(
+    data: Annotated[Path | None, typer.Option("--data", help="Folder of the pictures.")] = None,
+    gallery_url: Annotated[str | None, typer.Option("--gallery-url", help="Database of the index.")] = None,
+    api_keys: Annotated[
+        str | None, typer.Option("--api-keys", help="NAME:KEY pairs: whose the pictures may be.")
+    ] = None,
+) -> None:
+    """Make the index anew from the recipes in the pictures' own files; stars stay."""
+    from sfumato.api.http.auth import parse_keys
+    from sfumato.pictures.gallery import Gallery
+    from sfumato.pictures.store import Store
+
+    settings = _settings(data=data, gallery_url=gallery_url, api_keys=api_keys)
+    try:
+        gallery = Gallery.of(settings, Store.of(settings), parse_keys(settings.api_keys))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    count = gallery.rebuild()
+    typer.echo(f"the gallery lists {count} {'picture' if count == 1 else 'pictures'}")
+
+
 def _settings(**given: Any) -> Settings:
     try:
         return Settings.load(given)

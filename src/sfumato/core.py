@@ -7,7 +7,7 @@ carried by something that does. Standard library only; frozen, so nothing change
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal, TypeAlias
@@ -87,6 +87,9 @@ class Generation:
     """Whoever asked: callers share the engine fairly."""
     mask: bytes | None = None
     """An encoded PNG, mode L, the size of the first image; white (255) is redrawn."""
+    mask_padding: int | None = None
+    """Only the masked area is drawn, with so many pixels around it, at the size asked for or the model's own, and put
+    back into the picture. None: all of the picture is."""
     previews: int = 0
     """0 .. MAX_PREVIEWS: pictures on the way, evenly spread over the steps and never at the last."""
     quality: str | None = None
@@ -129,6 +132,8 @@ class Recipe:
     versions: dict[str, str] = field(default_factory=dict)
     savings: tuple[str, ...] = ()
     """Names of `SAVINGS` that it was drawn with."""
+    masked_area: tuple[int, int, int] | None = None
+    """Where only the masked area was drawn: pixels of padding, width and height that it was drawn at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +183,9 @@ class Failed:
 
 Event: TypeAlias = Step | Preview | Done | Failed
 """A stream of events is any number of `Step` and `Preview`, then exactly one `Done` or `Failed`."""
+
+Keep: TypeAlias = Callable[[Done], Awaitable[str | None]]
+"""Puts a picture where it stays; its name there, or None where it was not kept."""
 
 ModelState: TypeAlias = Literal["unloaded", "downloading", "loading", "ready", "failed"]
 

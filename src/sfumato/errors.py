@@ -11,6 +11,7 @@
     ├── Forbidden                     403 forbidden              a web page of another origin asks
     ├── ModelNotFound                 404 model_not_found
     ├── RequestNotFound               404 request_not_found      no such request waits or draws
+    ├── PictureNotFound               404 picture_not_found      the gallery has none of that name
     ├── TooManyRequests               429 rate_limit_exceeded    carries retry_after seconds
     ├── TooManyConnections            503 too_many_connections
     ├── Cancelled                     499 cancelled              the caller went away or asked to stop
@@ -112,6 +113,12 @@ class RequestNotFound(SfumatoError):
     status = 404
     type = "invalid_request_error"
     code = "request_not_found"
+
+
+class PictureNotFound(SfumatoError):
+    status = 404
+    type = "invalid_request_error"
+    code = "picture_not_found"
 
 
 class TooManyRequests(SfumatoError):

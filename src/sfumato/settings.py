@@ -90,6 +90,14 @@ class Settings:
     outputs_max_mb: int = _setting(
         10_000, "The oldest generated pictures are deleted beyond so many MiB in all; 0 keeps them.", least=0
     )
+    keep_pictures: bool = _setting(
+        True, "Whether pictures that are answered as base64 are kept too, for the gallery; those with a URL always are."
+    )
+    gallery_url: str = _setting(
+        "",
+        "Database of the gallery's index, as SQLAlchemy's URL; empty: SQLite in the data folder.",
+        secret=True,
+    )
     log_format: str = _setting("text", "text, or json: one object a line.", choices=("text", "json"))
     log_prompts: bool = _setting(False, "Whether prompts may stand in the log.")
     log_level: str = _setting("info", "debug, info, warning or error.", choices=("debug", "info", "warning", "error"))

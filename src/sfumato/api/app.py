@@ -13,18 +13,21 @@ from fastapi.security import HTTPBearer
 from starlette.middleware.cors import CORSMiddleware
 
 from sfumato import __version__
-from sfumato.api import localai, models, ops, progress
+from sfumato.api import gallery, localai, models, ops, progress, status, studio
 from sfumato.api.a1111 import routes as a1111
 from sfumato.api.http import errors, pages
 from sfumato.api.http.arrivals import Arrivals
 from sfumato.api.http.auth import Auth, parse_keys
 from sfumato.api.http.cross_site import CrossSite, parse_hosts
 from sfumato.api.http.forms import Bodies
+from sfumato.api.http.headers import SecurityHeaders
 from sfumato.api.http.middleware import BodyCap, Head, LastResort, Observe, RequestId
 from sfumato.api.http.shutdown import Ending, Running
 from sfumato.api.http.urls import Forwarded, check_proxies, check_public_url, parse_origins
 from sfumato.api.openai import routes as openai
 from sfumato.core import MAX_SEED
+from sfumato.errors import SfumatoError
+from sfumato.pictures.gallery import Gallery
 from sfumato.pictures.store import Store
 from sfumato.serving.service import Service
 
@@ -76,15 +79,19 @@ def create_app(service: Service, store: Store, running: Running | None = None) -
     check_proxies(settings.trusted_proxies)
     check_public_url(settings.public_url)
     parse_hosts(settings.allowed_hosts)
+    shelf = Gallery.of(settings, store, keys)
+    history = status.History(service)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
         await service.start()
-        keeper = asyncio.create_task(_expire(store))
+        keepers = [asyncio.create_task(_expire(shelf)), asyncio.create_task(history.keep())]
         yield
-        keeper.cancel()
+        for keeper in keepers:
+            keeper.cancel()
         app.state.bodies.close()
         await service.stop()
+        shelf.close()
 
     app = Application(
         title="Sfumato",
@@ -97,19 +104,26 @@ def create_app(service: Service, store: Store, running: Running | None = None) -
         servers=[{"url": settings.public_url.rstrip("/")}] if settings.public_url else None,
     )
     app.state.bodies = Bodies(settings.max_text_mb * 2**20)
+    app.state.gallery = shelf
     errors.install(app)
     # It decides nothing: it tells OpenAPI of the key, which `Auth` checks.
     key = [Depends(HTTPBearer(auto_error=False, description="An API key of this server."))] if keys else []
     for routes in (openai, localai):
-        app.include_router(routes.router(service, store), prefix="/v1", dependencies=key)
+        app.include_router(routes.router(service, shelf), prefix="/v1", dependencies=key)
         # LocalAI's clients leave the prefix out as often as not.
-        app.include_router(routes.router(service, store), include_in_schema=False)
+        app.include_router(routes.router(service, shelf), include_in_schema=False)
     for routes in (progress, models):
         app.include_router(routes.router(service), prefix="/v1", dependencies=key)
         app.include_router(routes.router(service), include_in_schema=False)
-    app.include_router(a1111.router(service, store), dependencies=key)
+    app.include_router(gallery.router(service, shelf), prefix="/v1", dependencies=key)
+    app.include_router(gallery.router(service, shelf), include_in_schema=False)
+    app.include_router(status.router(service, history), prefix="/v1", dependencies=key)
+    app.include_router(status.router(service, history), include_in_schema=False)
+    app.include_router(a1111.router(service, shelf), dependencies=key)
     app.include_router(ops.router(service, store))
+    app.include_router(gallery.pictures(shelf))
     app.include_router(pages.router())
+    studio.install(app)
 
     # The last to be added is the first to see a request.
     app.add_middleware(Arrivals, service=service)
@@ -122,23 +136,36 @@ def create_app(service: Service, store: Store, running: Running | None = None) -
         app.add_middleware(
             CORSMiddleware,
             allow_origins=origins,
-            allow_methods=("GET", "POST", "DELETE", "OPTIONS"),
+            allow_methods=("GET", "POST", "PATCH", "DELETE", "OPTIONS"),
             allow_headers=("*",),  # SDKs send headers of their own; nothing rides on cookies
             expose_headers=EXPOSED,
             allow_private_network=True,
         )
     app.add_middleware(Head)
     app.add_middleware(Forwarded, trusted=settings.trusted_proxies)
+    app.add_middleware(SecurityHeaders)
     app.add_middleware(Observe, metrics=service.metrics)
     app.add_middleware(RequestId)
     return app
 
 
-async def _expire(store: Store) -> None:
-    """Delete old pictures now and every so often, until it is cancelled."""
+async def _expire(shelf: Gallery) -> None:
+    """Delete old pictures and bring the gallery up to date, now and every so often, until it is cancelled."""
     while True:
         try:
-            await asyncio.to_thread(store.expire)
-        except OSError as error:
+            await asyncio.to_thread(_tidy, shelf)
+        except (OSError, SfumatoError) as error:
             log.warning("old pictures could not be looked for: %s", error)
         await asyncio.sleep(EXPIRE_EVERY_S)
+
+
+def _tidy(shelf: Gallery) -> None:
+    try:
+        stars = shelf.starred()
+    except SfumatoError:
+        shelf.store.expire()  # a disk that is full, say
+        raise
+    shelf.store.expire(spare=stars)
+    added, gone = shelf.reconcile()
+    if added or gone:
+        log.info("the gallery lists %d pictures more that lay in the folder, and %d less that are gone", added, gone)

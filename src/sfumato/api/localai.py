@@ -14,7 +14,7 @@ from sfumato.api.openai.answers import answer
 from sfumato.api.openai.bodies import Body, Picture, Pictures
 from sfumato.config import ModelConfig
 from sfumato.errors import InvalidRequest
-from sfumato.pictures.store import Store
+from sfumato.pictures.gallery import Gallery
 from sfumato.serving.planning import ImageRequest
 from sfumato.serving.service import Service
 
@@ -52,7 +52,7 @@ class UpscaleBody(Body):
         return super().to_request(**only | more)
 
 
-def router(service: Service, store: Store) -> APIRouter:
+def router(service: Service, gallery: Gallery) -> APIRouter:
     routes = APIRouter(tags=["LocalAI"])
 
     @routes.post(
@@ -64,14 +64,14 @@ def router(service: Service, store: Store) -> APIRouter:
     async def inpainting(
         body: Annotated[InpaintingBody, Depends(reader(InpaintingBody))], request: Request
     ) -> Response:
-        return await answer(service, store, body, request)
+        return await answer(service, gallery, body, request)
 
     @routes.post(
         "/images/upscale", summary="Enlarge a picture", openapi_extra=described(UpscaleBody), responses=DRAWING
     )
     async def upscale(body: Annotated[UpscaleBody, Depends(reader(UpscaleBody))], request: Request) -> Response:
         service.catalog.refresh()
-        return await answer(service, store, body, request, model=body.model or _upscaler(service.catalog.all()))
+        return await answer(service, gallery, body, request, model=body.model or _upscaler(service.catalog.all()))
 
     return routes
 

@@ -3,20 +3,88 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends
+from pydantic import BaseModel, Field
 
+from sfumato import schedulers
 from sfumato.api.http import documents
+from sfumato.api.http.forms import described, reader
 from sfumato.config import ModelConfig
 from sfumato.core import QUALITIES, ModelInfo
 from sfumato.models.static_capabilities import static_capabilities
 from sfumato.serving.planning import MAX_STEPS
 from sfumato.serving.service import Service
 
+MAX_NAME = 1000
+"""Characters of a model's name."""
+
+
+class ModelBody(BaseModel):
+    """Of `POST /v1/models/load`."""
+
+    model: str = Field(max_length=MAX_NAME, description="A name from /v1/models.")
+
+
+class UnloadBody(BaseModel):
+    """Of `POST /v1/models/unload`."""
+
+    model: Annotated[
+        str | None, Field(max_length=MAX_NAME, description="A name from /v1/models; absent: every one.")
+    ] = None
+
+
+class PinBody(ModelBody):
+    """Of `POST /v1/models/pin`."""
+
+    pinned: bool = Field(True, description="Whether it stays in memory while others leave.")
+
+
+class Taken(BaseModel):
+    """It is under way; the model list says how it goes."""
+
+    success: bool
+
+
+ORDERS = documents.errors(400, 401, 403, 404, 413, 415, 500)
+
 
 def router(service: Service) -> APIRouter:
     routes = APIRouter(tags=["Models"])
+
+    @routes.post(
+        "/models/load",
+        summary="Bring a model into memory before somebody draws with it",
+        openapi_extra=described(ModelBody),
+        response_model=Taken,
+        responses=ORDERS,
+    )
+    async def load(body: Annotated[ModelBody, Depends(reader(ModelBody))]) -> dict[str, Any]:
+        service.load(body.model)
+        return {"success": True}
+
+    @routes.post(
+        "/models/unload",
+        summary="Let a model leave memory, once nobody draws with it",
+        openapi_extra=described(UnloadBody),
+        response_model=Taken,
+        responses=ORDERS,
+    )
+    async def unload(body: Annotated[UnloadBody, Depends(reader(UnloadBody))]) -> dict[str, Any]:
+        service.unload(body.model)
+        return {"success": True}
+
+    @routes.post(
+        "/models/pin",
+        summary="Have a model stay in memory while others leave, until the server is restarted",
+        openapi_extra=described(PinBody),
+        response_model=Taken,
+        responses=ORDERS,
+    )
+    async def pin(body: Annotated[PinBody, Depends(reader(PinBody))]) -> dict[str, Any]:
+        service.pin(body.model, body.pinned)
+        return {"success": True}
 
     @routes.get("/models", summary="Every model", response_model=documents.Models, responses=documents.errors(401, 403))
     async def models() -> dict[str, Any]:
@@ -33,6 +101,17 @@ def router(service: Service) -> APIRouter:
     async def model(id: str) -> dict[str, Any]:
         service.catalog.refresh()
         return await asyncio.to_thread(_model, service, service.catalog.get(id)) | {"id": id}
+
+    @routes.get(
+        "/schedulers",
+        summary="Every scheduler",
+        response_model=documents.Schedulers,
+        responses=documents.errors(401, 403),
+    )
+    async def all_schedulers() -> dict[str, Any]:
+        named = [(name, schedulers.parse(name).description) for name in schedulers.names()]
+        data = [{"id": name, "object": "scheduler", "description": description} for name, description in named]
+        return {"object": "list", "data": data}
 
     return routes
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
+import base64
+from contextlib import suppress
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 
-from sfumato.api.http import documents
+from sfumato.api.http import documents, errors
 from sfumato.api.http.auth import caller_of
-from sfumato.serving.job import Progress
+from sfumato.errors import RequestNotFound
+from sfumato.pictures import recipe
+from sfumato.serving.job import Job, Progress
 from sfumato.serving.service import Service
+
+MAX_IDS = 100
+"""Requests that are asked for at once."""
 
 
 def router(service: Service) -> APIRouter:
@@ -19,14 +27,42 @@ def router(service: Service) -> APIRouter:
         """Whose requests may be seen: without keys everybody's, as addresses are no proof of anything."""
         return caller_of(request) if service.settings.api_keys else None
 
+    async def shown(progress: Progress, request: Request, preview: bool) -> dict[str, Any]:
+        said = _shown(progress)
+        if preview and (jobs := service.jobs(owner(request), progress.id)):
+            said["preview"] = await asyncio.to_thread(_preview, jobs[-1])
+        return said
+
+    @routes.get(
+        "/images/progress",
+        summary="Where the caller's requests stand that wait or draw, oldest first; without keys everybody's",
+        response_model=documents.ProgressList,
+        responses=documents.errors(400, 401, 403),
+    )
+    async def several(
+        request: Request,
+        id: Annotated[list[str], Query(max_length=MAX_IDS, description="These, also if they ended lately.")] = [],  # noqa: B006
+        preview: Annotated[bool, Query(description="With their latest previews.")] = False,
+    ) -> dict[str, Any]:
+        if not id:
+            found = [job.progress() for job in service.jobs(owner(request))]
+        else:
+            found = []
+            for each in dict.fromkeys(id):
+                with suppress(RequestNotFound):
+                    found.append(service.progress(each, owner(request)))
+        return {"object": "list", "data": [await shown(progress, request, preview) for progress in found]}
+
     @routes.get(
         "/images/progress/{id:path}",
         summary="Where a request stands",
         response_model=documents.ProgressState,
-        responses=documents.errors(401, 403, 404),
+        responses=documents.errors(400, 401, 403, 404),
     )
-    async def progress(id: str, request: Request) -> dict[str, Any]:
-        return _shown(service.progress(id, owner(request)))
+    async def progress(
+        id: str, request: Request, preview: Annotated[bool, Query(description="With the latest preview.")] = False
+    ) -> dict[str, Any]:
+        return await shown(service.progress(id, owner(request)), request, preview)
 
     @routes.delete(
         "/images/progress/{id:path}",
@@ -46,6 +82,7 @@ def _shown(progress: Progress) -> dict[str, Any]:
         "id": progress.id,
         "object": "image.progress",
         "model": progress.model,
+        "prompt": progress.prompt,
         "status": progress.state,
         "step": progress.step,
         "total": progress.total,
@@ -53,4 +90,17 @@ def _shown(progress: Progress) -> dict[str, Any]:
         "pictures_done": progress.pictures_done,
         "queue_position": progress.queue_position,
         "seconds_left": None if left is None else round(left, 1),
+        "kept": [{"index": index, "name": name, "seed": seed} for index, name, seed in progress.kept],
+        "error": errors.shape(progress.error)["error"] if progress.error else None,
+        "preview": None,
     }
+
+
+def _preview(job: Job) -> dict[str, Any] | None:
+    """Of the first picture that has one and is not done."""
+    for index, part in enumerate(job.parts):
+        if part.preview and not part.done:
+            seen = part.preview
+            png = recipe.convert(seen.png, size=(seen.width, seen.height))
+            return {"index": index, "step": seen.step, "b64_json": base64.b64encode(png).decode()}
+    return None

@@ -81,6 +81,7 @@ def _as_request(made: Recipe) -> dict[str, Any]:
         "strength": made.strength if made.image_sha256 else None,
         # What changes pixels; where modules wait is this machine's business.
         "savings": tuple(name for name in made.savings if name == VAE_TILING),
+        "mask_padding": made.masked_area[0] if made.masked_area else None,
     }
 
 
@@ -104,6 +105,9 @@ def _sized(request: ImageRequest, made: Recipe, settings: Settings) -> ImageRequ
     """A masked picture comes back as large as it came, which need not be a size that can be asked for."""
     if not made.mask_sha256:
         return request
+    if made.masked_area:
+        _, width, height = made.masked_area
+        return replace(request, size=f"{width}x{height}")
     source = request.images[0]
     assert isinstance(source, bytes)
     _, size = images.normalise(source, "--image", images.Bounds.of(settings))

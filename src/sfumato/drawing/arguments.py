@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 
 from sfumato.config import DEFAULTS
 from sfumato.core import QUALITIES, Generation
+from sfumato.drawing import crop
 from sfumato.errors import InvalidRequest
 from sfumato.models.load import Loaded, encoder_layers
 from sfumato.pictures import images
@@ -36,7 +37,9 @@ class Canvas:
     mask: Image.Image | None
     """L; white is redrawn."""
     whole: tuple[Image.Image, Image.Image] | None = None
-    """Picture and mask as they came, where the model cannot draw at their size and no other was asked for."""
+    """Picture and mask as they came, where another size is drawn and put back into them."""
+    box: crop.Box | None = None
+    """The part of `whole` that is drawn; None: all of it."""
 
     @property
     def image(self) -> Image.Image | list[Image.Image] | None:
@@ -163,6 +166,8 @@ def _canvas(model: Loaded, pipeline: Any, wanted: Generation) -> Canvas:
             f"the mask is {_size(mask)}, the picture {_size(sources[0])}: both need the same size",
             param="mask",
         )
+    if mask is not None and wanted.mask_padding is not None:
+        return _masked_area(model, wanted, sources, mask, multiple)
     if not (width and height):
         width, height = (_near(side, multiple) for side in sources[0].size)
     if mask is not None and not (wanted.width and wanted.height) and (width, height) != sources[0].size:
@@ -174,6 +179,42 @@ def _canvas(model: Loaded, pipeline: Any, wanted: Generation) -> Canvas:
     if len(sources) == 1:
         sources = [fit(source) for source in sources]
     return Canvas(width, height, sources, mask and fit(mask, method=Image.Resampling.NEAREST))
+
+
+def _masked_area(
+    model: Loaded, wanted: Generation, sources: list[Image.Image], mask: Image.Image, multiple: int
+) -> Canvas:
+    """The part around the mask, at the size asked for, the model's own, or as it is."""
+    assert wanted.mask_padding is not None
+    first = sources[0]
+    width, height = (wanted.width, wanted.height) if wanted.width else own_size(model)
+    box = crop.around(mask, wanted.mask_padding, (width, height) if width and height else first.size)
+    if not (width and height):
+        width, height = (_near(end - start, multiple) for start, end in zip(box[:2], box[2:], strict=True))
+    size = (width, height)
+    part = first.crop(box).resize(size, Image.Resampling.LANCZOS)
+    masked = mask.crop(box).resize(size, Image.Resampling.NEAREST)
+    return Canvas(width, height, [part, *sources[1:]], masked, (first, mask), box)
+
+
+def own_size(model: Loaded) -> tuple[int | None, int | None]:
+    """The model file's, the signature's, or what the denoiser was made for: one side or (height, width) of latents."""
+    if model.config.width:
+        return model.config.width, model.config.height
+    pipeline = model.pipeline
+    signature = [signature_default(pipeline, side) for side in ("width", "height")]
+    if all(isinstance(side, int) for side in signature):
+        return signature[0], signature[1]
+    denoiser = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
+    latents: Any = getattr(pipeline, "default_sample_size", None)
+    latents = latents or getattr(denoiser, "config", {}).get("sample_size")
+    factor = getattr(pipeline, "vae_scale_factor", 1)
+    match latents:
+        case int(side):
+            return side * factor, side * factor
+        case [int(height), int(width)]:
+            return width * factor, height * factor
+    return None, None
 
 
 def _enlarged(model: Loaded, factor: int, multiple: int, wanted: Generation, sources: list[Image.Image]) -> Canvas:

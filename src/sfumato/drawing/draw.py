@@ -16,7 +16,7 @@ from sfumato import __version__, schedulers
 from sfumato.batching import views
 from sfumato.batching.batcher import is_out_of_memory
 from sfumato.core import OFFLOAD, VAE_TILING, Done, Generation, Recipe
-from sfumato.drawing import arguments
+from sfumato.drawing import arguments, crop
 from sfumato.errors import ContentFiltered, DrawError, InvalidRequest, SfumatoError
 from sfumato.models.load import OFFLOADED, Loaded
 from sfumato.models.release import let_go
@@ -88,7 +88,9 @@ def _draw(model: Loaded, pipeline: Any, asked: Generation, on_step: OnStep, on_p
     # 4. run
     image = _run(pipeline, given, wanted.seed)
     # 5. outside the mask every pixel stays as it was
-    if canvas.whole:
+    if canvas.whole and canvas.box:
+        image = crop.pasted(canvas.whole[0], image, canvas.whole[1], canvas.box)
+    elif canvas.whole:
         source, mask = canvas.whole
         image = Image.composite(image.resize(source.size, Image.Resampling.LANCZOS), source.convert(image.mode), mask)
     elif canvas.mask is not None and image.size == canvas.mask.size:
@@ -99,7 +101,7 @@ def _draw(model: Loaded, pipeline: Any, asked: Generation, on_step: OnStep, on_p
             "its weights are not those of an upscaler of this class"
         )
     # 6. the picture with its recipe, and what was not done as asked
-    made = _recipe(model, pipeline, wanted, image, given, choice)
+    made = _recipe(model, pipeline, wanted, image, given, choice, canvas)
     read, cut = tokens.count(pipeline, model.config.options, model.config.name, wanted.prompt, wanted.negative_prompt)
     return Done(recipe.encode(image, made), made, cut, read)
 
@@ -240,6 +242,7 @@ def _recipe(
     image: Image.Image,
     given: Mapping[str, Any],
     choice: schedulers.Choice | None,
+    canvas: arguments.Canvas,
 ) -> Recipe:
     parameters = capabilities.parameters_of(pipeline)
 
@@ -268,4 +271,5 @@ def _recipe(
         dtype=model.dtype,
         versions={"sfumato": __version__, "diffusers": diffusers.__version__, "torch": torch.__version__},
         savings=wanted.savings + ((OFFLOAD,) if OFFLOADED in model.rungs else ()),
+        masked_area=(wanted.mask_padding or 0, canvas.width or 0, canvas.height or 0) if canvas.box else None,
     )

@@ -16,7 +16,7 @@ from typing import TypeVar
 from sfumato.batching import offload
 from sfumato.batching.batcher import is_out_of_memory
 from sfumato.core import VAE_TILING, Generation
-from sfumato.drawing.info import size
+from sfumato.drawing.arguments import own_size
 from sfumato.errors import DrawError
 from sfumato.models.load import OFFLOADED, TILES, Loaded
 from sfumato.models.release import let_go
@@ -89,5 +89,5 @@ def _pixels(model: Loaded, asked: Generation) -> float:
         return asked.width * asked.height
     if asked.images:
         return math.prod(images.size(asked.images[0])) * (asked.upscale or 1) ** 2
-    width, height = size(model)
+    width, height = own_size(model)
     return width * height if width and height else math.inf

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from sfumato.config import ModelConfig
 from sfumato.core import EngineStats, Event, Generation, ModelStatus
 from sfumato.engine import environment
-from sfumato.engine.protocol import Cancel, Report, Stop, Submit
+from sfumato.engine.protocol import Cancel, Order, Report, Stop, Submit
 from sfumato.engine.streams import Streams
 from sfumato.errors import WorkerDied
 from sfumato.settings import Settings
@@ -40,6 +40,10 @@ class Local:
     @property
     def stats(self) -> EngineStats:
         return self._streams.stats
+
+    def order(self, command: Order) -> None:
+        if self._loop:
+            self._loop.post(command)
 
     def status(self, model: str) -> ModelStatus:
         return self._streams.status(model)

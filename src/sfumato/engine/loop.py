@@ -21,11 +21,25 @@ from sfumato.batching import proof_store
 from sfumato.batching.batcher import Batcher, Task
 from sfumato.batching.proof_store import Proofs
 from sfumato.batching.verification import Verification
+from sfumato.config import ModelConfig
 from sfumato.core import Done, Event, Failed, ModelStatus, Preview, Step
 from sfumato.drawing import draw as generation
 from sfumato.drawing import out_of_memory
 from sfumato.drawing.info import model_info
-from sfumato.engine.protocol import Answer, Cancel, Command, Report, Started, StatsReport, Status, Stop, Submit
+from sfumato.engine.protocol import (
+    Answer,
+    Cancel,
+    Command,
+    Load,
+    Pin,
+    Report,
+    Started,
+    StatsReport,
+    Status,
+    Stop,
+    Submit,
+    Unload,
+)
 from sfumato.engine.stats import Stats
 from sfumato.errors import Cancelled, SfumatoError
 from sfumato.models.pool import ModelPool
@@ -34,6 +48,9 @@ from sfumato.settings import Settings
 log = logging.getLogger(__name__)
 
 Send: TypeAlias = Callable[[Report], None]
+
+LOAD = "load "
+"""Begins the id of a task that is no generation, and that nobody waits for."""
 
 
 class Loop:
@@ -59,6 +76,8 @@ class Loop:
         """Of generations that have not been answered."""
         self._arrived: dict[str, Submit] = {}
         """Generations that came while a request ran, and are no tasks yet."""
+        self._orders: list[Load | Unload] = []
+        """The same of orders: models come and go between requests' turns only."""
         self._stopping = False
 
     def post(self, command: Command) -> None:
@@ -74,9 +93,12 @@ class Loop:
 
     def _take(self) -> None:
         """Every command that is there; with nothing to do, wait for one."""
-        if not (self._tasks or self._arrived or self._stopping):
+        if not (self._tasks or self._arrived or self._orders or self._stopping):
             self._obey(self._inbox.get())
         self._read()
+        orders, self._orders = self._orders, []
+        for order in orders:
+            self._carry_out(order)
         for submit in self._arrived.values():
             task = self._batcher.submit(functools.partial(self._draw, submit), caller=submit.generation.caller)
             task.left = submit.generation.steps or submit.config.steps
@@ -99,8 +121,24 @@ class Loop:
                 self._arrived[asked.id] = command
             case Cancel(id):
                 self._cancel(id)
+            case Load() | Unload() as order:
+                self._orders.append(order)
+            case Pin(name, pinned):
+                self._pool.pin(name, pinned)
             case Stop():
                 self._stopping = True
+
+    def _carry_out(self, order: Load | Unload) -> None:
+        match order:
+            case Load(config):
+                self._tasks[f"{LOAD}{config.name}"] = self._batcher.submit(functools.partial(self._bring, config))
+            case Unload(name):
+                self._pool.unload(name)
+
+    def _bring(self, config: ModelConfig) -> None:
+        """A model into memory. Who asked for it sees in its status how that goes."""
+        with self._pool.use(config, self._batcher.turn):
+            pass
 
     def _cancel(self, id: str) -> None:
         """Answered at once. A request that is running ends when it listens next, one that is parked when it may."""
@@ -148,7 +186,9 @@ class Loop:
         if self._stats.due(idle=not self._tasks):
             self._send(StatsReport(self._stats.stats()))
         for id, task in done.items():
-            self._send(Answer(id, _event(id, task)))
+            event = _event(id, task)
+            if not id.startswith(LOAD):
+                self._send(Answer(id, event))
 
     def _tell(self, model: str, status: ModelStatus) -> None:
         self._stats.changed()

@@ -25,6 +25,9 @@ class Engine(Protocol):
         Closing the generator cancels the work within one denoising step.
         """
 
+    def order(self, command: Order) -> None:
+        """Have a model loaded, unloaded or pinned, as soon as a worker is up to do it; `status` says how it goes."""
+
     def status(self, model: str) -> ModelStatus:
         """Where the model of that name stands."""
 
@@ -49,6 +52,28 @@ class Submit:
 @dataclass(frozen=True, slots=True)
 class Cancel:
     id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Bring a model into memory before somebody draws with it."""
+
+    config: ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Unload:
+    """Let a model go, or with None every one, each as soon as nobody draws with it."""
+
+    model: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """Whether a model stays while others leave, whatever its file says."""
+
+    model: str
+    pinned: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,5 +118,6 @@ class StatsReport:
     stats: EngineStats
 
 
-Command: TypeAlias = Submit | Cancel | Stop
+Order: TypeAlias = Load | Unload | Pin
+Command: TypeAlias = Submit | Cancel | Order | Stop
 Report: TypeAlias = Ready | Started | Answer | Status | StatsReport

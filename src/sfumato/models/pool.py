@@ -20,6 +20,8 @@ from sfumato.models.release import let_go
 
 log = logging.getLogger(__name__)
 
+ASKED = "it was asked to leave"
+
 PER_REQUEST: Mapping[str, Any] = {
     "aliases": (), "pinned": False, "disabled": False, "file": None, "enable_parameters": frozenset(),
     "steps": None, "quality_steps": (), "cfg_scale": None, "seed": None, "n": None, "negative_prompt": None,
@@ -56,6 +58,10 @@ class ModelPool:
         self._newest: dict[str, ModelConfig] = {}
         """Of each loaded model: the config of the request that came last."""
         self._users: Counter[str] = Counter()
+        self._pins: dict[str, bool] = {}
+        """Whether a model stays, where somebody has said otherwise than its file."""
+        self._leaving: set[str] = set()
+        """Models that leave as soon as nobody draws with them."""
         self._line: deque[object] = deque()
         self.loads = 0
         """Models that were loaded so far."""
@@ -87,6 +93,19 @@ class ModelPool:
             self._users[config.name] -= 1
             if not self._users[config.name]:
                 self._rest(config.name)
+                if config.name in self._leaving:
+                    self._drop(config.name, ASKED)
+
+    def unload(self, name: str | None) -> None:
+        """Let a model leave (None: every one), pinned or not, once nobody draws with it."""
+        for each in [name] if name is not None else list(self._loaded):
+            if each in self._loaded and self._users[each]:
+                self._leaving.add(each)
+            elif each in self._loaded:
+                self._drop(each, ASKED)
+
+    def pin(self, name: str, pinned: bool) -> None:
+        self._pins[name] = pinned
 
     def _has_room(self, config: ModelConfig) -> bool:
         held = self._loaded.get(config.name)
@@ -101,6 +120,7 @@ class ModelPool:
         held = self._loaded.get(config.name)
         if held and _serves(held, config):
             self._loaded.move_to_end(config.name)
+            self._leaving.discard(config.name)  # somebody wants it again
             changed, self._newest[config.name] = self._newest[config.name] != config, config
             if not self._users[config.name]:
                 held.config = config
@@ -168,8 +188,11 @@ class ModelPool:
 
     def _oldest(self) -> str | None:
         """The model used least recently, of those that are not pinned and not in use."""
-        idle = (name for name, model in self._loaded.items() if not model.config.pinned and not self._users[name])
+        idle = (name for name, model in self._loaded.items() if not self._pinned(model) and not self._users[name])
         return next(idle, None)
+
+    def _pinned(self, model: load.Loaded) -> bool:
+        return self._pins.get(model.config.name, model.config.pinned)
 
     def _evict(self, name: str, why: str) -> None:
         self.evictions += 1
@@ -178,6 +201,7 @@ class ModelPool:
     def _drop(self, name: str, why: str) -> None:
         log.info("%s leaves memory: %s", name, why)
         del self._loaded[name], self._newest[name]
+        self._leaving.discard(name)
         self._dropped()
         gc.collect()
         offload.empty_cache()

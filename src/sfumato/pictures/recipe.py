@@ -94,6 +94,20 @@ def convert(
     return file.getvalue()
 
 
+def thumbnail(file: bytes, side: int) -> bytes | None:
+    """A picture of ours as WebP, at most `side` pixels a side, without its recipe; None when it cannot be read."""
+    try:
+        with Image.open(io.BytesIO(file), formats=("PNG", "WEBP", "JPEG")) as image:
+            image.draft("RGB", (side, side))  # a JPEG is decoded small
+            image.thumbnail((side, side), Image.Resampling.LANCZOS)
+            small = image.convert("RGBA" if "A" in image.getbands() else "RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+    answer = io.BytesIO()
+    small.save(answer, "WEBP", quality=85)
+    return answer.getvalue()
+
+
 def _exif(texts: Mapping[str, str]) -> bytes:
     """The infotext where AUTOMATIC1111 puts it (UserComment), the recipe in ImageDescription, if they fit."""
     exif = Image.Exif()
@@ -152,8 +166,9 @@ def texts(file: bytes, param: str = "image") -> dict[str, str]:
     """
     with images.opened(file, param) as image:
         found = {str(key): value for key, value in image.info.items() if isinstance(value, str)}
-        comment = _comment(image)
-    return {INFOTEXT_CHUNK: comment, **found} if comment else found
+        comment, described = _comment(image), _description(image)
+    ours = {RECIPE_CHUNK: described} if described.startswith("{") else {}
+    return ours | ({INFOTEXT_CHUNK: comment} if comment else {}) | found
 
 
 def _comment(image: Image.Image) -> str:
@@ -165,6 +180,14 @@ def _comment(image: Image.Image) -> str:
     if not isinstance(comment, bytes) or not comment.startswith(_UNICODE):
         return ""
     return comment.removeprefix(_UNICODE).decode("utf-16-be", "replace")
+
+
+def _description(image: Image.Image) -> str:
+    """EXIF's ImageDescription, where a WebP or JPEG of ours has its recipe."""
+    try:
+        return str(image.getexif().get(ExifTags.Base.ImageDescription) or "")
+    except (OSError, ValueError, SyntaxError, struct.error):
+        return ""
 
 
 def _quoted(value: Any) -> str:

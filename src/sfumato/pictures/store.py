@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
+import secrets
 import tempfile
 import threading
 import time
-import uuid
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,9 @@ LOW_WATER = 0.95
 
 STRAY_S = 3600
 """A file that was not finished after so many seconds never will be."""
+
+RANDOM_DIGITS = 26
+"""Of a name, hexadecimal digits that are chance; the six behind them say whose it is, to who knows the owners."""
 
 _NAME = re.compile(rf"[0-9a-f]{{32}}\.({'|'.join(MEDIA_TYPES)})")
 _PART = re.compile(r"sfumato-\w+\.part")
@@ -64,13 +67,13 @@ class Store:
             max_bytes=settings.outputs_max_mb * 2**20,
         )
 
-    def put(self, data: bytes, extension: str = "png") -> str:
-        """Keep a picture (`extension` is one of `MEDIA_TYPES`); returns its name.
+    def put(self, data: bytes, extension: str = "png", *, owner: str = "") -> str:
+        """Keep a picture (`extension` is one of `MEDIA_TYPES`); returns its name, which `owner_of` reads.
 
         Raises StorageError when it cannot be written. Blocks.
         """
         assert extension in MEDIA_TYPES, extension
-        name = f"{uuid.uuid4().hex}.{extension}"
+        name = self.named(owner, extension)
         temporary: str | None = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -90,25 +93,11 @@ class Store:
             self.expire()
         return name
 
-    def put_all(self, files: Iterable[bytes], extension: str = "png") -> list[str]:
-        """As `put`, all of them or none: those of a request that fails half way would be known to nobody. Blocks."""
-        names: list[str] = []
-        try:
-            for data in files:
-                names.append(self.put(data, extension))
-        except BaseException:
-            self.remove(names)
-            raise
-        return names
-
-    def remove(self, names: Iterable[str]) -> None:
-        """Pictures that nobody is to get. Blocks for a moment."""
-        for name in names:
-            path = self.folder / name
-            with self._lock, suppress(OSError):
-                size = path.stat().st_size
-                if _delete(path) and self._bytes is not None:
-                    self._bytes -= size
+    @staticmethod
+    def named(owner: str, extension: str) -> str:
+        """A new name."""
+        random = secrets.token_hex(RANDOM_DIGITS // 2)
+        return f"{random}{_mark(random, owner)}.{extension}"
 
     def get(self, name: str) -> StoredPicture | None:
         """The picture of that name, whole, or None when there is none (any other name included). Blocks."""
@@ -121,10 +110,29 @@ class Store:
             return None  # it has just expired, or somebody deleted it
         return StoredPicture(data, MEDIA_TYPES[match[1]]) if data else None
 
-    def expire(self, now: float | None = None) -> int:
+    def has(self, name: str) -> bool:
+        """Whether there is a picture of that name. Blocks."""
+        return bool(_NAME.fullmatch(name)) and (self.folder / name).is_file()
+
+    def names(self) -> dict[str, float]:
+        """Every picture that there is, with when it was written, in seconds since 1970. Blocks."""
+        return {path.name: modified for modified, path, _ in self._pictures(time.time())}
+
+    def delete(self, name: str) -> None:
+        """The picture of that name, if there is one. Raises StorageError when it cannot be deleted. Blocks."""
+        if not _NAME.fullmatch(name):
+            return
+        try:
+            (self.folder / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(f"{name} cannot be deleted from {self.folder}: {error.strerror}") from error
+        with self._lock:
+            self._bytes = None  # counted anew when it matters
+
+    def expire(self, now: float | None = None, *, spare: Container[str] = ()) -> int:
         """Delete what is too old, then the oldest while all are too large; returns how many pictures went.
 
-        The newest stays, however large. `now` is in seconds since 1970. Blocks.
+        The newest stays, however large; names in `spare` do not grow too old. `now` is in seconds since 1970. Blocks.
         """
         now = time.time() if now is None else now
         with self._lock:
@@ -133,7 +141,7 @@ class Store:
             room = self._max_bytes * LOW_WATER if self._max_bytes and total > self._max_bytes else total
             gone = 0
             for index, (modified, path, size) in enumerate(found):
-                old = self._max_age_s and now - modified > self._max_age_s
+                old = self._max_age_s and now - modified > self._max_age_s and path.name not in spare
                 over = total > room and index < len(found) - 1
                 if (old or over) and _delete(path):
                     total -= size
@@ -164,6 +172,16 @@ class Store:
             elif _PART.fullmatch(entry.name) and now - about.st_mtime > STRAY_S:
                 _delete(Path(entry.path))
         return sorted(found)
+
+
+def owner_of(name: str, owners: Iterable[str]) -> str | None:
+    """The one of `owners` that the picture of this name was put for; None when it is none of them."""
+    random, mark = name[:RANDOM_DIGITS], name[RANDOM_DIGITS : RANDOM_DIGITS + 6]
+    return next((owner for owner in owners if _mark(random, owner) == mark), None)
+
+
+def _mark(random: str, owner: str) -> str:
+    return hashlib.sha256(f"{random} {owner}".encode()).hexdigest()[:6]
 
 
 def _scan(folder: Path) -> list[os.DirEntry[str]]:

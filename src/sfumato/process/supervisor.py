@@ -15,6 +15,7 @@ import reprlib
 import signal
 import socket
 import sys
+from collections import deque
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from dataclasses import dataclass, replace
 from sfumato import logs
 from sfumato.config import ModelConfig
 from sfumato.core import Done, EngineStats, Event, Failed, Generation, ModelStatus
-from sfumato.engine.protocol import Answer, Cancel, Command, Ready, Report, Started, Stop, Submit
+from sfumato.engine.protocol import Answer, Cancel, Command, Order, Pin, Ready, Report, Started, Stop, Submit
 from sfumato.engine.streams import Streams
 from sfumato.errors import RequestTooLarge, WorkerDied
 from sfumato.process import wire
@@ -42,6 +43,7 @@ STARTS = 3
 """After so many starts in a row that came to nothing, those who wait are told."""
 SETTLED_S = 30.0
 """A worker that was up for so long is no start that came to nothing, whatever it did."""
+MAX_ORDERS = 100
 DEATHS = 2
 """A generation that was being drawn at so many deaths of the worker is failed; the second time it was alone."""
 
@@ -67,6 +69,10 @@ class Supervisor:
         self._command = tuple(worker)
         self._streams = Streams()
         self._flights: dict[str, Flight] = {}
+        self._pins: dict[str, Pin] = {}
+        """Of all workers: each is told."""
+        self._orders: deque[Order] = deque(maxlen=MAX_ORDERS)
+        """Those that came while no worker was up."""
         self._heard = 0.0
         self._restarts = 0
         self._up = asyncio.Event()
@@ -92,6 +98,14 @@ class Supervisor:
 
     def status(self, model: str) -> ModelStatus:
         return self._streams.status(model)
+
+    def order(self, command: Order) -> None:
+        if isinstance(command, Pin):
+            self._pins[command.model] = command
+        if self._writer:
+            self._post(command)
+        elif not isinstance(command, Pin):
+            self._orders.append(command)
 
     async def start(self) -> None:
         self._keeper = asyncio.create_task(self._keep())
@@ -186,6 +200,9 @@ class Supervisor:
                 raise wire.BadFrame(f"{reprlib.repr(hello)} is no handshake")
             log.info("worker %d is up: %s, %s", process.pid, hello.device, dict(hello.versions))
             self._writer = writer
+            for order in [*self._pins.values(), *self._orders]:
+                self._post(order)
+            self._orders.clear()
             self._send()
             self._up.set()
             return await self._first_of(self._listen(reader), self._watch(), self._settle())

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from sfumato.config import ModelConfig
-from sfumato.core import Done, Generation, Preview, Step
+from sfumato.core import Done, Generation, Keep, Preview, Step
 from sfumato.errors import Cancelled, SfumatoError
 from sfumato.pictures.budget import Share
 from sfumato.serving.queue import Queue, Ticket
@@ -37,9 +37,18 @@ class Arrival:
 
     def progress(self) -> Progress:
         return Progress(
-            id=self.id, caller=self.caller, model="", state="cancelled" if self.cancelled.is_set() else "queued",
-            step=0, total=0, pictures_done=0, pictures=0, queue_position=0, seconds_left=None,
-        )  # fmt: skip
+            id=self.id,
+            caller=self.caller,
+            model="",
+            prompt="",
+            state="cancelled" if self.cancelled.is_set() else "queued",
+            step=0,
+            total=0,
+            pictures_done=0,
+            pictures=0,
+            queue_position=0,
+            seconds_left=None,
+        )
 
 
 @dataclass(slots=True)
@@ -56,6 +65,8 @@ class Part:
     preview: Preview | None = None
     """The latest."""
     done: Done | None = None
+    name: str | None = None
+    """Where it is kept in the store."""
 
     def see(self, event: Step | Preview | Done) -> None:
         match event:
@@ -78,6 +89,8 @@ class Progress:
     caller: str
     model: str
     """Empty until the body is read."""
+    prompt: str
+    """Of its first picture."""
     state: State
     step: int
     total: int
@@ -88,11 +101,16 @@ class Progress:
     """Turns until its first waiting picture is drawn; 0 when none waits."""
     seconds_left: float | None
     """Estimated; None when nothing is known yet, or it is over."""
+    kept: tuple[tuple[int, str, int], ...] = ()
+    """Of each picture that is done and kept: its index, its name in the store and its seed."""
+    error: SfumatoError | None = None
+    """Why it ended without pictures."""
 
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """Made by `Service.submit`. Whoever reads `events` or `pictures` owns it: leaving them early cancels it."""
+    """Made by `Service.submit`. Whoever reads `events` or `pictures` owns it: leaving them early cancels it,
+    unless it is detached."""
 
     id: str
     """The request's; callers may choose it, so it need not be the only one of that name."""
@@ -104,6 +122,9 @@ class Job:
     """Of the bytes of source pictures."""
     created: float = field(default_factory=time.time)
     """Seconds since 1970."""
+    detached: bool = False
+    """It goes on when whoever asked has gone."""
+    keep: Keep | None = None
     error: SfumatoError | None = None
     task: asyncio.Task[None] | None = None
     news: asyncio.Event = field(default_factory=asyncio.Event)
@@ -116,7 +137,7 @@ class Job:
             while (event := await self._events.get()) is not None:
                 yield event
         finally:
-            self.cancel()
+            self.leave()
         if self.error:
             raise self.error
 
@@ -126,7 +147,7 @@ class Job:
             assert self.task is not None
             await asyncio.wait([self.task])
         finally:
-            self.cancel()
+            self.leave()
         if self.error:
             raise self.error
         return [part.done for part in self.parts if part.done]
@@ -135,6 +156,11 @@ class Job:
         """End it within a denoising step; whoever waits for it gets `Cancelled`. Does nothing when it is over."""
         if self.task and not self.task.done():
             self.task.cancel()
+
+    def leave(self) -> None:
+        """Whoever asked has gone: cancel it, unless it is detached."""
+        if not self.detached:
+            self.cancel()
 
     def put(self, index: int, event: Step | Preview | Done) -> None:
         self.parts[index].see(event)
@@ -165,6 +191,7 @@ class Job:
             id=self.id,
             caller=self.caller,
             model=self.config.name,
+            prompt=self.parts[0].generation.prompt,
             state=self.state,
             step=sum(part.step for part in self.parts),
             total=sum(part.total or most for part in self.parts),
@@ -172,6 +199,8 @@ class Job:
             pictures=len(self.parts),
             queue_position=min(positions, default=0),
             seconds_left=None if self.over else self._seconds_left(),
+            kept=tuple((index, part.name, part.generation.seed) for index, part in enumerate(self.parts) if part.name),
+            error=self.error,
         )
 
     def _seconds_left(self) -> float | None:

@@ -125,6 +125,8 @@ class Metrics:
     """The counts of one server; two in one process share nothing."""
 
     def __init__(self) -> None:
+        self.pictures = 0
+        """Drawn so far."""
         self._born = time.monotonic()
         self._registry = registry = CollectorRegistry()
         self._http = HTTP.counter(registry)
@@ -146,6 +148,7 @@ class Metrics:
 
     def drew(self, model: str, seconds: float) -> None:
         """One picture is done, so long after its turn began."""
+        self.pictures += 1
         self._drew.labels(model).observe(seconds)
 
     def failed(self, model: str, code: str) -> None:

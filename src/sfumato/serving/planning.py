@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from sfumato import schedulers
 from sfumato.config import ModelConfig
-from sfumato.core import MAX_SEED, QUALITIES, Generation, Limits
+from sfumato.core import MAX_SEED, QUALITIES, Generation, Keep, Limits
 from sfumato.errors import InvalidRequest
 from sfumato.pictures.fitting import Fitting
 
@@ -19,6 +19,9 @@ MAX_PROMPT = 32_000
 MAX_STEPS = 1000
 MAX_GUIDANCE = 100.0
 MAX_PICTURES = 16
+MAX_PADDING = 4096
+DEFAULT_PADDING = 32
+"""Pixels around a masked area that is drawn alone, as AUTOMATIC1111's page has it."""
 RANDOM_SEED = -1
 """What AUTOMATIC1111 and LocalAI clients send for "any seed"."""
 
@@ -53,6 +56,8 @@ class ImageRequest:
     """White is redrawn; where the picture has transparency, transparent is redrawn."""
     fitting: Fitting | None = None
     """Pictures and mask are of AUTOMATIC1111's kind; None: of OpenAI's."""
+    mask_padding: int | None = None
+    """Draw the masked area only, with so many pixels around it; None: all of the picture."""
     quality: str | None = None
     """A name of `core.QUALITIES`: steps by the model's table, unless `steps` says a number."""
     transparent: bool = False
@@ -66,6 +71,10 @@ class ImageRequest:
     """By which its progress can be asked for and which cancels it; empty: a new one."""
     caller: str = ""
     """Whoever asks: callers share the engine fairly."""
+    detached: bool = False
+    """Drawn to its end also when whoever asked has gone."""
+    keep: Keep | None = None
+    """Is given each picture as it is done."""
     operator: bool = False
     """Asked by whoever owns the model files: their `enable_parameters` does not bind."""
 
@@ -96,6 +105,11 @@ def plan(request: ImageRequest, config: ModelConfig, limits: Limits, most: int) 
     _within("guidance_scale", request.guidance_scale, 0, MAX_GUIDANCE)
     _within("strength", request.strength, 0, 1)
     _within("clip_skip", request.clip_skip, 0, 64)
+    _within("mask_padding", request.mask_padding, 0, MAX_PADDING)
+    if request.mask_padding is not None and request.mask is None:
+        raise InvalidRequest(
+            "masked_area_only: nothing says what the masked area is; send `mask` too", param="masked_area_only"
+        )
     if request.quality is not None and request.quality not in QUALITIES:
         raise InvalidRequest(
             f"quality: {request.quality[:100]!r}; {', '.join(QUALITIES)} or a number of steps are valid",
@@ -126,6 +140,7 @@ def plan(request: ImageRequest, config: ModelConfig, limits: Limits, most: int) 
             scheduler=request.scheduler or None,
             clip_skip=request.clip_skip,
             strength=request.strength,
+            mask_padding=request.mask_padding,
             quality=request.quality,
             transparent=request.transparent,
             upscale=request.upscale,

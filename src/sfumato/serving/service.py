@@ -16,7 +16,7 @@ from typing import TypeAlias
 from sfumato import logs
 from sfumato.config import ModelConfig
 from sfumato.core import Done, Failed, Limits, Step
-from sfumato.engine.protocol import Engine
+from sfumato.engine.protocol import Engine, Load, Pin, Unload
 from sfumato.errors import Cancelled, RequestNotFound, SfumatoError, TimedOut, TooManyRequests, WorkerDied
 from sfumato.pictures.budget import Budget, Share
 from sfumato.pictures.decoder_pool import Decoders
@@ -54,6 +54,7 @@ class Service:
         self.fetcher = PictureFetcher(settings.picture_hosts.split(","))
         self._arrivals: list[Arrival] = []
         self._jobs: list[Job] = []
+        self._pins: dict[str, bool] = {}
         self._ended: deque[Progress] = deque(maxlen=MAX_REMEMBERED)
 
     async def start(self) -> None:
@@ -97,7 +98,16 @@ class Service:
             self.metrics.rejected(error.code)
             raise
         parts = [Part(generation, ticket) for generation, ticket in zip(generations, tickets, strict=True)]
-        job = Job(request.id or uuid.uuid4().hex, request.caller, config, self.queue, parts, share=share)
+        job = Job(
+            request.id or uuid.uuid4().hex,
+            request.caller,
+            config,
+            self.queue,
+            parts,
+            share=share,
+            detached=request.detached,
+            keep=request.keep,
+        )
         try:
             sources = self._sources(request, share)
         except SfumatoError as error:
@@ -138,6 +148,26 @@ class Service:
             share.give_back()
         texts: dict[str, str] = said["texts"]
         return texts
+
+    def load(self, name: str | None) -> None:
+        """Have a model loaded, in its turn. Raises ModelNotFound, or what is wrong with its file."""
+        self.catalog.refresh()
+        self.engine.order(Load(self.catalog.get(name)))
+
+    def unload(self, name: str | None) -> None:
+        """Have a model leave memory once nobody draws with it; None: every one. Raises ModelNotFound."""
+        self.catalog.refresh()
+        self.engine.order(Unload(self.catalog.get(name).name if name is not None else None))
+
+    def pin(self, name: str, pinned: bool) -> None:
+        """Whether a model stays in memory, until this process ends. Raises ModelNotFound."""
+        self.catalog.refresh()
+        config = self.catalog.get(name)
+        self._pins[config.name] = pinned
+        self.engine.order(Pin(config.name, pinned))
+
+    def pinned(self, config: ModelConfig) -> bool:
+        return self._pins.get(config.name, config.pinned)
 
     def jobs(self, caller: str | None = None, id: str | None = None) -> list[Job]:
         """Those that wait or draw, oldest first: of one caller, of one id."""
@@ -246,6 +276,9 @@ class Service:
                     match event:
                         case Failed(error):
                             raise error
+                        case Done() if job.keep:
+                            part.name = await job.keep(event)
+                            job.put(index, event)
                         case _:
                             job.put(index, event)
         finally:

@@ -18,7 +18,7 @@ from sfumato.api.openai.bodies import BLANK, Guidance, PictureCount, Seed, Steps
 from sfumato.core import MAX_SEED
 from sfumato.pictures.fitting import Fitting
 from sfumato.pictures.images import from_text
-from sfumato.serving.planning import MAX_PICTURES
+from sfumato.serving.planning import MAX_PADDING, MAX_PICTURES
 
 DEFAULT_BLUR = 4.0
 """Pixels."""
@@ -30,7 +30,7 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = MappingProxyType(
     {
         "subseed_strength": (0,), "seed_resize_from_w": (0, -1), "seed_resize_from_h": (0, -1),
         "restore_faces": (False,), "tiling": (False,), "eta": (1,), "s_churn": (0,), "s_tmax": (0,), "s_tmin": (0,),
-        "s_noise": (1,), "s_min_uncond": (0,), "initial_noise_multiplier": (1,), "inpaint_full_res": (False,),
+        "s_noise": (1,), "s_min_uncond": (0,), "initial_noise_multiplier": (1,),
         "inpainting_fill": (1,), "distilled_cfg_scale": (),
     }
 )  # fmt: skip
@@ -38,7 +38,7 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = MappingProxyType(
 
 QUIET = re.compile(
     r"hr_.*|firstphase_.*|subseed|do_not_save_.*|script_args|image_cfg_scale|mask_round|include_init_images"
-    r"|inpaint_full_res_padding|force_task_id|refiner_switch_at"
+    r"|force_task_id|refiner_switch_at"
     r"|upscaling_resize_[wh]|upscaling_crop|show_extras_results|codeformer_weight"
 )
 """Fields that mean something only beside another one, or nothing to a caller of an API."""
@@ -176,12 +176,24 @@ class Img2ImgBody(DrawBody):
     mask_blur: Annotated[Annotated[float, Field(ge=0, le=256)] | None, BLANK] = Field(
         None, description="Softens the mask's edge by a Gaussian of so many pixels; absent: 4, as there."
     )
+    inpaint_full_res: Annotated[bool | None, BLANK] = Field(
+        None, description="Draw only the part around the mask, at width x height, and put it back into the picture."
+    )
+    inpaint_full_res_padding: Annotated[Annotated[int, Field(ge=0, le=MAX_PADDING)] | None, BLANK] = Field(
+        None, description="With inpaint_full_res: pixels around the mask that are seen too; 0 if absent, as there."
+    )
     inpainting_mask_invert: Annotated[Literal[0, 1] | None, BLANK] = Field(None, description="1: black is redrawn.")
+
+    @property
+    def mask_padding(self) -> int | None:
+        """Of an edit of the masked area only; None for one of the whole picture."""
+        return (self.inpaint_full_res_padding or 0) if self.inpaint_full_res and self.mask else None
 
     def fitting(self) -> Fitting:
         """How pictures and mask are fitted to the size asked for, or to the first picture's."""
+        whole = self.mask_padding is None  # else the size is that of the part that is drawn
         return Fitting(
-            size=(self.width or 512, self.height or 512) if self.width or self.height else None,
+            size=(self.width or 512, self.height or 512) if whole and (self.width or self.height) else None,
             crop=self.resize_mode in CROPPED,
             blur=DEFAULT_BLUR if self.mask_blur is None else self.mask_blur,
             invert=bool(self.inpainting_mask_invert),
@@ -196,7 +208,7 @@ class Img2ImgBody(DrawBody):
         return images, mask
 
     def ignored(self) -> list[str]:
-        unmasked = () if self.mask else ("inpaint_full_res", "inpainting_fill")
+        unmasked = () if self.mask else ("inpainting_fill",)
         return [name for name in super().ignored() if name not in unmasked]
 
     def warnings(self) -> list[str]:

@@ -22,12 +22,13 @@ from sfumato.api.a1111.samplers import choose, plainer
 from sfumato.api.http import documents, urls
 from sfumato.api.http.auth import caller_of
 from sfumato.api.http.forms import described, reader
+from sfumato.api.keeping import keeper
 from sfumato.api.openai import answers
-from sfumato.core import Done
+from sfumato.core import Done, Keep
 from sfumato.errors import Cancelled, InvalidRequest
 from sfumato.pictures import images as pictures
 from sfumato.pictures import recipe
-from sfumato.pictures.store import Store
+from sfumato.pictures.gallery import Gallery
 from sfumato.serving.job import Job
 from sfumato.serving.planning import ImageRequest, refuse_size
 from sfumato.serving.service import Service
@@ -44,7 +45,7 @@ ERRORS = documents.errors(*documents.REASONS)
 UPSCALE_ERRORS = {status: said for status, said in ERRORS.items() if status not in (404, 507)}
 
 
-def router(service: Service, store: Store) -> APIRouter:
+def router(service: Service, gallery: Gallery) -> APIRouter:
     """Its own prefix is `/sdapi/v1`."""
     routes = APIRouter(prefix="/sdapi/v1", tags=["AUTOMATIC1111"])
     choices = lists.Choices(service)
@@ -54,15 +55,21 @@ def router(service: Service, store: Store) -> APIRouter:
     def mine(request: Request) -> list[Job]:
         return [job for job in service.jobs(caller_of(request)) if job in running]
 
+    def kept_as_drawn(request: Request, *, must: bool) -> Keep | None:
+        return keeper(gallery, caller_of(request), "png", lambda done: done.png, must=must)
+
     async def paint(body: DrawBody, request: Request, name: str) -> JSONResponse:
         asked, warnings = _asked(service, choices, body, request)
         ignored = body.ignored()
+        asked = replace(asked, keep=kept_as_drawn(request, must=bool(body.save_images)))
         if isinstance(body, Img2ImgBody):
-            fitting = body.fitting()
+            asked = replace(
+                asked, fitting=body.fitting(), strength=body.denoising_strength, mask_padding=body.mask_padding
+            )
             images, mask = await asyncio.to_thread(body.sources)
-            asked = replace(asked, images=images, mask=mask, fitting=fitting, strength=body.denoising_strength)
+            asked = replace(asked, images=images, mask=mask)
         job, drawn = await finish(asked, name, warnings)
-        saved = await answers.kept(store, [done.png for done in drawn], "png") if body.save_images else []
+        saved = [part.name for part in job.parts if part.name] if body.save_images else []
         base = urls.base_url(request, service.settings)
         warnings += [warning for done in drawn for warning in done.warnings]
         info = shapes.info(body, job, drawn, warnings, [f"{base}/generated-images/{each}" for each in saved])
@@ -130,6 +137,7 @@ def router(service: Service, store: Store) -> APIRouter:
             upscale=_scale(body.upscaling_resize),
             id=request.state.request_id,
             caller=caller_of(request),
+            keep=kept_as_drawn(request, must=False),
         )
         _, drawn = await answers.unless_gone(request, draw(asked, "extras", []))
         answer = {"image": _base64(drawn[0].png), "html_info": ""}

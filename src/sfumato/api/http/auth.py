@@ -21,7 +21,7 @@ from sfumato.errors import Unauthorized
 OPEN = ("/healthz", "/readyz", "/", "/docs", "/openapi.json")
 """Without a key: what orchestrators ask, and what any copy of this program tells."""
 
-OPEN_BELOW = ("/generated-images/", "/docs/")
+OPEN_BELOW = ("/generated-images/", "/docs/", "/studio/")
 """The same for all below. The names of pictures cannot be guessed, and clients fetch them without a key."""
 
 

@@ -106,12 +106,40 @@ class Models(BaseModel):
     data: list[Model]
 
 
+class Scheduler(BaseModel):
+    id: str = Field(description="For `scheduler` in a request.")
+    object: str
+    description: str
+
+
+class Schedulers(BaseModel):
+    object: str
+    data: list[Scheduler]
+
+
+class KeptPicture(BaseModel):
+    """A picture of a request that is done and lies at /generated-images/{name}."""
+
+    index: int
+    name: str
+    seed: int
+
+
+class PreviewPicture(BaseModel):
+    """A picture as it stands after `step`, as PNG."""
+
+    index: int
+    step: int
+    b64_json: str
+
+
 class ProgressState(BaseModel):
     """Where a request stands."""
 
     id: str
     object: str
     model: str
+    prompt: str = Field(description="Of its first picture.")
     status: str = Field(description="queued, drawing, completed, failed or cancelled.")
     step: int = Field(description="Denoising steps done, of all its pictures.")
     total: int
@@ -119,13 +147,21 @@ class ProgressState(BaseModel):
     pictures_done: int
     queue_position: int = Field(description="Turns until its next picture is drawn; 0: none waits.")
     seconds_left: float | None = Field(description="Estimated; null while nothing is known.")
+    kept: list[KeptPicture]
+    error: ErrorDetail | None = Field(description="Why it ended without its pictures.")
+    preview: PreviewPicture | None = Field(description="Where it was asked for and there is one.")
+
+
+class ProgressList(BaseModel):
+    object: str
+    data: list[ProgressState]
 
 
 REASONS = {
     400: "A field is wrong; the message names it, its value and what is valid",
     401: "Keys are configured and none of them came",
     403: "A web page of another origin asks, or a browser by a name that is not the server's",
-    404: "No such model or request",
+    404: "No such model, request or picture",
     413: "The body is too large",
     415: "The body is of a kind that is not read",
     429: "Too much waits already; `retry-after` says when to come again",
@@ -133,7 +169,7 @@ REASONS = {
     500: "The model file is wrong, the model cannot be loaded or it drew nothing that can be shown",
     503: "The weights could not be downloaded, or the worker died twice",
     504: "Not drawn within the time limit",
-    507: "The picture could not be written",
+    507: "The picture could not be written, or the gallery's index not be used",
 }
 
 

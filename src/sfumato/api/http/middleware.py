@@ -18,7 +18,7 @@ from sfumato.serving.metrics import Metrics
 
 access = logging.getLogger("sfumato.access")
 
-QUIET = {"/healthz", "/readyz", "/metrics", "/sdapi/v1/progress"}
+QUIET = {"/healthz", "/readyz", "/metrics", "/sdapi/v1/progress", "/v1/status", "/v1/images/progress"}
 """Asked every few seconds by machines: logged at debug."""
 
 METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}

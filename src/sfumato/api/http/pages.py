@@ -13,11 +13,17 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse, Response
+from fastapi.responses import FileResponse, HTMLResponse, Response
 from starlette.exceptions import HTTPException
 
 FILES = ("swagger-ui-bundle.js", "swagger-ui.css", "favicon.png")
 """Of the package fastapi-offline, which ships them and is kept current."""
+
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
+    "frame-ancestors 'none'"
+)
+"""Swagger UI starts itself with a script in its page."""
 
 
 def router() -> APIRouter:
@@ -26,21 +32,19 @@ def router() -> APIRouter:
     making = asyncio.Lock()
     folder = Path(str(resources.files("fastapi_offline"))) / "static"
 
-    @routes.get("/")
-    async def root() -> RedirectResponse:
-        return RedirectResponse("docs")
-
     @routes.get("/docs")
     async def page() -> HTMLResponse:
         script, style, icon = (f"docs/{name}" for name in FILES)
         # Relative, so that it is found below a proxy's prefix.
-        return get_swagger_ui_html(
+        page = get_swagger_ui_html(
             openapi_url="openapi.json",
             title="Sfumato",
             swagger_js_url=script,
             swagger_css_url=style,
             swagger_favicon_url=icon,
         )
+        page.headers["content-security-policy"] = POLICY
+        return page
 
     @routes.get("/openapi.json")
     async def openapi(request: Request) -> Response:

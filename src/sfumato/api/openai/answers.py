@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
@@ -17,12 +16,13 @@ from starlette.types import Receive, Scope, Send
 
 from sfumato.api.http import errors, urls
 from sfumato.api.http.auth import caller_of
+from sfumato.api.keeping import drop, keeper
 from sfumato.api.openai.bodies import Body, PaintBody
 from sfumato.core import Done, Preview
 from sfumato.errors import Cancelled, InvalidRequest, SfumatoError
 from sfumato.pictures import recipe
-from sfumato.pictures.store import Store
-from sfumato.serving.job import Job
+from sfumato.pictures.gallery import Gallery
+from sfumato.serving.job import Job, Part
 from sfumato.serving.service import Service
 
 T = TypeVar("T")
@@ -80,17 +80,19 @@ def output_format(body: Body, base: str) -> OutputFormat:
 
 
 async def answer(
-    service: Service, store: Store, body: Body, request: Request, event: str = "", **more: Any
+    service: Service, gallery: Gallery, body: Body, request: Request, event: str = "", **more: Any
 ) -> Response:
     """Draw what a body asks for, and answer with the pictures or, where it wants one, with a stream of `event`s.
 
     `more` are fields of the request that stand in for the body's.
     """
     form = output_format(body, urls.base_url(request, service.settings))
-    more |= {"caller": caller_of(request), "id": request.state.request_id}
+    caller = caller_of(request)
+    keep = keeper(gallery, caller, form.format, form.encoded, must=form.base is not None)
+    more |= {"caller": caller, "id": request.state.request_id, "keep": keep}
     if isinstance(body, PaintBody) and body.stream:
         return Stream(await unless_gone(request, _begun(service, body, more)), form, event, body.ignored())
-    return await unless_gone(request, _drawn(service, body, more, form, store))
+    return await unless_gone(request, _drawn(service, body, more, form, gallery))
 
 
 async def _submitted(service: Service, body: Body, more: Mapping[str, Any]) -> Job:
@@ -100,44 +102,20 @@ async def _submitted(service: Service, body: Body, more: Mapping[str, Any]) -> J
     return await service.submit(asked)
 
 
-async def _drawn(service: Service, body: Body, more: Mapping[str, Any], form: OutputFormat, store: Store) -> Response:
+async def _drawn(
+    service: Service, body: Body, more: Mapping[str, Any], form: OutputFormat, gallery: Gallery
+) -> Response:
     """OpenAI's images response. All pictures or an error."""
     job = await _submitted(service, body, more)
-    drawn = await job.pictures()
-    said = {"created": int(job.created), "usage": usage(job, drawn)} | _shown(form, job, drawn[0])
-    headers = noted(body.ignored(), drawn)
-    files = [await asyncio.to_thread(form.encoded, done) for done in drawn]
-    if form.base is None:
-        where = [{"b64_json": _base64(file)} for file in files]
-    else:
-        names = await kept(store, files, form.format)
-        where = [{"url": f"{form.base}/generated-images/{name}"} for name in names]
-    items = [item | {"seed": done.recipe.seed} for item, done in zip(where, drawn, strict=True)]
-    return JSONResponse(said | {"data": items}, headers=headers)
-
-
-async def kept(store: Store, files: Sequence[bytes], extension: str) -> list[str]:
-    """The names of pictures in the store: of all of them or, whatever happens, of none.
-
-    Raises StorageError.
-    """
-    lock, stored, left = threading.Lock(), list[str](), False
-
-    def put() -> None:
-        names = store.put_all(files, extension)
-        with lock:
-            stored.extend(names)
-            if left:
-                store.remove(names)
-
     try:
-        await asyncio.to_thread(put)
-    except asyncio.CancelledError:
-        with lock:  # nobody will learn the names, those included of what the thread is still writing
-            left = True
-            store.remove(stored)
+        drawn = await job.pictures()
+    except BaseException:
+        if not job.detached:  # whoever asked gets none of them
+            await asyncio.shield(asyncio.to_thread(drop, gallery, job))
         raise
-    return stored
+    said = {"created": int(job.created), "usage": usage(job, drawn)} | _shown(form, job, drawn[0])
+    items = [await _item(part, form) for part in job.parts]
+    return JSONResponse(said | {"data": items}, headers=noted(body.ignored(), drawn))
 
 
 async def _begun(service: Service, body: Body, more: Mapping[str, Any]) -> Job:
@@ -148,7 +126,7 @@ async def _begun(service: Service, body: Body, more: Mapping[str, Any]) -> Job:
             async with asyncio.timeout(KEEP_ALIVE_S):
                 await job.news.wait()
     except asyncio.CancelledError:
-        job.cancel()
+        job.leave()
         raise
     if job.error:
         raise job.error
@@ -168,7 +146,7 @@ class Stream(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._job.cancel()  # a client that is gone at once never lets `lines` begin, and so never end
+            self._job.leave()  # a client that is gone at once never lets `lines` begin, and so never end
 
 
 async def _events(job: Job, form: OutputFormat, event: str) -> AsyncGenerator[str, None]:
@@ -191,7 +169,9 @@ async def _events(job: Job, form: OutputFormat, event: str) -> AsyncGenerator[st
                     yield await sse("partial_image", happened, index, partial_image_index=happened.index)
                 # Completed ones come in order.
                 while completed < len(job.parts) and (done := job.parts[completed].done):
-                    said = {"warnings": list(done.warnings)} if done.warnings else {}
+                    said: dict[str, Any] = {"warnings": list(done.warnings)} if done.warnings else {}
+                    if name := job.parts[completed].name:
+                        said["name"] = name
                     yield await sse(
                         "completed", done, completed, usage=usage(job, [done]), seed=done.recipe.seed, **said
                     )
@@ -277,12 +257,16 @@ def _patches(width: int, height: int) -> int:
     return -(-width // PATCH) * -(-height // PATCH)
 
 
+async def _item(part: Part, form: OutputFormat) -> dict[str, Any]:
+    assert part.done
+    seed = part.done.recipe.seed
+    if form.base is None:
+        return {"b64_json": await _b64(part.done, form), "seed": seed}
+    return {"url": f"{form.base}/generated-images/{part.name}", "seed": seed}
+
+
 async def _b64(shown: Done | Preview, form: OutputFormat) -> str:
-    return _base64(await asyncio.to_thread(form.encoded, shown))
-
-
-def _base64(data: bytes) -> str:
-    return base64.b64encode(data).decode()
+    return base64.b64encode(await asyncio.to_thread(form.encoded, shown)).decode()
 
 
 async def _disconnected(request: Request) -> None:

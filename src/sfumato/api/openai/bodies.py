@@ -11,7 +11,15 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
 
 from sfumato.core import MAX_SEED, QUALITIES
-from sfumato.serving.planning import MAX_GUIDANCE, MAX_PROMPT, MAX_STEPS, RANDOM_SEED, ImageRequest
+from sfumato.serving.planning import (
+    DEFAULT_PADDING,
+    MAX_GUIDANCE,
+    MAX_PADDING,
+    MAX_PROMPT,
+    MAX_STEPS,
+    RANDOM_SEED,
+    ImageRequest,
+)
 
 MAX_PARTIAL_IMAGES = 3
 MAX_COUNT = 1000
@@ -155,6 +163,10 @@ class PaintBody(Body):
     stream: Annotated[bool | None, BLANK] = Field(None, description="Answer with server-sent events.")
     partial_images: PartialImages = Field(None, description="Previews in the stream of each picture.")
     safety_identifier: str | None = Field(None, description="As `user`.")
+    detached: Annotated[bool | None, BLANK] = Field(
+        None,
+        description="Draw on when the connection is gone; its progress has the pictures.",
+    )
 
     def ignored(self) -> list[str]:
         pointless = {
@@ -173,6 +185,7 @@ class PaintBody(Body):
                 "quality": text if steps is None else None,
                 "transparent": self.background == "transparent",
                 "previews": (self.partial_images or 0) if self.stream else 0,
+                "detached": bool(self.detached),
             }
             | more
         )
@@ -223,13 +236,30 @@ class EditsBody(PaintBody):
     mask: Annotated[Picture | None, BeforeValidator(_url_of)] = Field(
         None, description="Of the first picture's size; where it is transparent the picture is redrawn."
     )
+    masked_area_only: Annotated[bool | None, BLANK] = Field(
+        None,
+        description="Draw only the part around the mask, at `size` or the model's own, and put it back.",
+    )
+    mask_padding: Annotated[Annotated[int, Field(ge=0, le=MAX_PADDING)] | None, BLANK] = Field(
+        None,
+        description=f"With masked_area_only: pixels around the mask that are seen too; {DEFAULT_PADDING} if absent.",
+    )
     input_fidelity: Annotated[Literal["high", "low"] | None, BLANK] = Field(
         None, description="Without effect: `strength` says it."
     )
 
+    def ignored(self) -> list[str]:
+        alone = self.mask_padding is not None and not self.masked_area_only
+        return super().ignored() + (["mask_padding"] if alone else [])
+
     def to_request(self, **more: Any) -> ImageRequest:
+        padding = DEFAULT_PADDING if self.mask_padding is None else self.mask_padding
         return super().to_request(
-            prompts=[self.prompt], images=self.image, mask=None if self.mask == "" else self.mask, **more
+            prompts=[self.prompt],
+            images=self.image,
+            mask=None if self.mask == "" else self.mask,
+            mask_padding=padding if self.masked_area_only else None,
+            **more,
         )
 
     def wants_b64(self) -> bool:

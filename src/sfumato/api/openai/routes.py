@@ -11,11 +11,11 @@ from sfumato.api.http.documents import DRAWING, STREAMING
 from sfumato.api.http.forms import described, reader
 from sfumato.api.openai.answers import answer
 from sfumato.api.openai.bodies import EditsBody, GenerationsBody, VariationsBody
-from sfumato.pictures.store import Store
+from sfumato.pictures.gallery import Gallery
 from sfumato.serving.service import Service
 
 
-def router(service: Service, store: Store) -> APIRouter:
+def router(service: Service, gallery: Gallery) -> APIRouter:
     routes = APIRouter(tags=["Images"])
 
     @routes.post(
@@ -24,7 +24,7 @@ def router(service: Service, store: Store) -> APIRouter:
     async def generations(
         body: Annotated[GenerationsBody, Depends(reader(GenerationsBody))], request: Request
     ) -> Response:
-        return await answer(service, store, body, request, "image_generation")
+        return await answer(service, gallery, body, request, "image_generation")
 
     @routes.post(
         "/images/edits",
@@ -33,7 +33,7 @@ def router(service: Service, store: Store) -> APIRouter:
         responses=STREAMING,
     )
     async def edits(body: Annotated[EditsBody, Depends(reader(EditsBody))], request: Request) -> Response:
-        return await answer(service, store, body, request, "image_edit")
+        return await answer(service, gallery, body, request, "image_edit")
 
     @routes.post(
         "/images/variations", summary="Vary a picture", openapi_extra=described(VariationsBody), responses=DRAWING
@@ -41,6 +41,6 @@ def router(service: Service, store: Store) -> APIRouter:
     async def variations(
         body: Annotated[VariationsBody, Depends(reader(VariationsBody))], request: Request
     ) -> Response:
-        return await answer(service, store, body, request)
+        return await answer(service, gallery, body, request)
 
     return routes

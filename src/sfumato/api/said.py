@@ -1,0 +1,182 @@
+"""What a picture file says of how it was made, as fields of a request: ours, AUTOMATIC1111's, InvokeAI's, and of
+ComfyUI's those that carry AUTOMATIC1111's text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from sfumato import schedulers
+from sfumato.api.a1111.samplers import choose
+from sfumato.core import MAX_SEED
+from sfumato.errors import InvalidPicture, InvalidRequest
+from sfumato.pictures import recipe
+
+INVOKE_CHUNKS = ("invokeai_metadata", "invokeai", "sd-metadata")
+"""Where InvokeAI writes its JSON: since 3, in some of 3's, in 2."""
+
+MAX_TEXT = 1_000_000
+"""Characters of one chunk."""
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """`source` is who wrote it; `fields` are of a request; what could not be taken over is told in `warnings`."""
+
+    source: str
+    fields: dict[str, Any]
+    warnings: tuple[str, ...] = field(default=())
+
+
+def read(texts: Mapping[str, str]) -> Said:
+    """Of `recipe.texts` of a picture. Raises InvalidPicture where nothing in them can be read."""
+    texts = {name: text for name, text in texts.items() if len(text) <= MAX_TEXT}
+    for reader in (_ours, _invoke, _infotext):
+        if said := reader(texts):
+            return said
+    if "workflow" in texts or "prompt" in texts:
+        raise InvalidPicture(
+            "image: it carries a workflow of ComfyUI and no AUTOMATIC1111-style text, which is what is read. Save it "
+            "with a node that writes that text.",
+            param="image",
+        )
+    raise InvalidPicture(
+        "image: it does not say how it was made. Sfumato, AUTOMATIC1111, InvokeAI and some ComfyUI nodes write that "
+        "into their files; chat programs and editors strip it.",
+        param="image",
+    )
+
+
+def _ours(texts: Mapping[str, str]) -> Said | None:
+    made = _object(texts.get(recipe.RECIPE_CHUNK))
+    if made is None:
+        return None
+    wanted = {name: made.get(name) for name in ("model", "prompt", "negative_prompt", "width", "height", "steps")}
+    wanted |= {name: made.get(name) for name in ("guidance_scale", "seed", "clip_skip")}
+    if made.get("image_sha256"):
+        wanted["strength"] = made.get("strength")
+    wanted["scheduler"] = _named(made.get("scheduler"))
+    sources = ("it was made from a picture, which is needed again for the same one",) if "strength" in wanted else ()
+    return Said("sfumato", _clean(wanted), sources)
+
+
+def _infotext(texts: Mapping[str, str]) -> Said | None:
+    text = texts.get(recipe.INFOTEXT_CHUNK, "")
+    pairs = recipe.parse(text) if text.strip() else {}
+    if not pairs.get("Steps") and not pairs.get("Seed"):
+        return None
+    chosen = choose(pairs.get("Sampler"), pairs.get("Schedule type"))
+    layer = _number(int, pairs.get("Clip skip")) or 1
+    wanted = {
+        "model": pairs.get("Model"),
+        "prompt": pairs.get("Prompt"),
+        "negative_prompt": pairs.get("Negative prompt"),
+        "width": pairs.get("Size-1"),
+        "height": pairs.get("Size-2"),
+        "steps": pairs.get("Steps"),
+        "guidance_scale": pairs.get("CFG scale"),
+        "seed": pairs.get("Seed"),
+        "scheduler": chosen.scheduler,
+        "clip_skip": layer - 1 if layer > 1 else None,
+        "strength": pairs.get("Denoising strength"),
+    }
+    comfy = "ComfyUI" in pairs.get("Version", "") or "workflow" in texts
+    return Said("comfyui" if comfy else "automatic1111", _clean(wanted), chosen.warnings)
+
+
+def _invoke(texts: Mapping[str, str]) -> Said | None:
+    made = next((found for name in INVOKE_CHUNKS if (found := _object(texts.get(name))) is not None), None)
+    if made is None:
+        return None
+    inner = made.get("image")
+    flat = inner if isinstance(inner, dict) else made  # version 2 keeps all of it one level deeper
+    prompt, negative = flat.get("positive_prompt", flat.get("prompt")), flat.get("negative_prompt")
+    if isinstance(prompt, list):  # version 2: parts with weights, and the negative prompt in brackets
+        prompt = ", ".join(str(part.get("prompt", "")) for part in prompt if isinstance(part, dict))
+    named = made.get("model", made.get("model_weights"))
+    model = named.get("name", named.get("model_name")) if isinstance(named, dict) else named
+    wanted = {
+        "model": model,
+        "prompt": prompt,
+        "negative_prompt": negative,
+        "width": flat.get("width"),
+        "height": flat.get("height"),
+        "steps": flat.get("steps"),
+        "guidance_scale": flat.get("cfg_scale"),
+        "seed": flat.get("seed"),
+        "clip_skip": flat.get("clip_skip") or None,
+        "strength": flat.get("strength"),
+    }
+    name = str(flat.get("scheduler", flat.get("sampler")) or "")
+    scheduler, warnings = _of_invoke(name)
+    return Said("invokeai", _clean(wanted | {"scheduler": scheduler}), warnings)
+
+
+def _of_invoke(name: str) -> tuple[str | None, tuple[str, ...]]:
+    """`dpmpp_2m_k` there is `k_dpmpp_2m` here."""
+    if not name:
+        return None, ()
+    plain = name.removeprefix("k_")
+    for ours in (f"k_{plain[:-2]}" if plain.endswith("_k") else plain, plain.removesuffix("_k")):
+        if known := _named(ours):
+            return known, ()
+    return None, (f"scheduler: there is no {name[:80]!r} here; the model's own draws",)
+
+
+def _named(scheduler: Any) -> str | None:
+    """Our name of a scheduler; None for what is none of ours, such as the class of a model's own."""
+    try:
+        return schedulers.parse(str(scheduler)[:80]).name
+    except InvalidRequest:
+        return None
+
+
+def _object(text: str | None) -> dict[str, Any] | None:
+    try:
+        found = json.loads(text) if text else None
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _number(kind: Callable[[Any], Any], value: Any) -> Any:
+    try:
+        return kind(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def _side(value: Any) -> int | None:
+    found = _number(int, value)
+    return found if found is not None and 0 < found < 100_000 else None
+
+
+def _seed(value: Any) -> int | None:
+    found = _number(int, value)
+    return found if found is not None and 0 <= found <= MAX_SEED else None
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+def _real(value: Any) -> float | None:
+    found = _number(float, value)
+    return found if found is not None and abs(found) < 1e6 else None  # infinity and NaN neither
+
+
+KINDS: Mapping[str, Callable[[Any], Any]] = MappingProxyType(
+    {
+        "model": _text, "prompt": _text, "negative_prompt": _text, "scheduler": _text, "width": _side, "height": _side,
+        "steps": _side, "seed": _seed, "clip_skip": _side, "guidance_scale": _real, "strength": _real,
+    }
+)  # fmt: skip
+"""Field → what of a foreign value can be taken over."""
+
+
+def _clean(wanted: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: KINDS[name](value) for name, value in wanted.items() if KINDS[name](value) is not None}

@@ -1,0 +1,313 @@
+"""The gallery: an index over the pictures in the store, for those who look for one.
+
+What a row says comes from the picture's own recipe and name, but for the star; so the index can be made again
+from the folder (`rebuild`), and a file that somebody deleted is missed, not an error.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sql
+from sqlalchemy.engine import RowMapping
+
+from sfumato.core import Recipe
+from sfumato.errors import InvalidPicture, SfumatoError, StorageError
+from sfumato.pictures import recipe
+from sfumato.pictures.store import Store, owner_of
+from sfumato.settings import Settings
+
+log = logging.getLogger(__name__)
+
+MAX_PAGE = 200
+"""Pictures of one answer."""
+
+BATCH = 500
+"""Rows of one statement."""
+
+TABLES = sql.MetaData()
+
+PICTURES = sql.Table(
+    "pictures",
+    TABLES,
+    sql.Column("name", sql.String(48), primary_key=True),
+    sql.Column("created", sql.Double, nullable=False),
+    sql.Column("caller", sql.String(255), nullable=False),
+    sql.Column("model", sql.Text, nullable=False),
+    sql.Column("words", sql.Text, nullable=False),
+    sql.Column("starred", sql.Boolean, nullable=False),
+    sql.Column("recipe", sql.Text),
+    sql.Index("pictures_newest", "created", "name"),
+    sql.Index("pictures_of", "caller", "created", "name"),
+)
+"""`created` in seconds since 1970; `words` are prompt and negative prompt in lower case; `recipe` is JSON."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """One picture of the gallery."""
+
+    name: str
+    created: float
+    """Seconds since 1970."""
+    model: str
+    starred: bool
+    recipe: Mapping[str, Any] | None
+    """Fields of `core.Recipe`; None for a file that carries none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Which pictures to list."""
+
+    caller: str | None = None
+    """None: everybody's."""
+    words: str = ""
+    """Each of them stands in the prompt or the negative prompt."""
+    model: str | None = None
+    starred: bool = False
+
+
+class Gallery:
+    """Blocks: call it from a thread. `url` is SQLAlchemy's; tables are made at first use.
+
+    `callers` are the names that pictures can belong to; without any, all belong to everybody.
+    """
+
+    def __init__(self, store: Store, url: str, callers: Iterable[str] = (), *, keeps: bool = True) -> None:
+        self.store = store
+        self.keeps = keeps
+        """Whether pictures that nobody asked to keep are kept."""
+        self._callers = tuple(callers)
+        self._lock = threading.Lock()
+        self._ready = False
+        try:
+            self._engine = sql.create_engine(url)
+        except (sql.exc.ArgumentError, sql.exc.NoSuchModuleError, ModuleNotFoundError) as error:
+            raise ValueError(
+                f"gallery_url: {error}; sqlite:///FILE is valid, and postgresql+psycopg://... with psycopg installed"
+            ) from None
+        if self._engine.dialect.name == "sqlite":
+            sql.event.listen(self._engine, "connect", _sqlite)
+
+    @classmethod
+    def of(cls, settings: Settings, store: Store, callers: Iterable[str] = ()) -> Gallery:
+        """As the settings say. Raises ValueError for a URL that SQLAlchemy does not understand."""
+        url = settings.gallery_url or f"sqlite:///{(settings.data / 'gallery.db').absolute()}"
+        return cls(store, url, callers, keeps=settings.keep_pictures)
+
+    def keep(self, data: bytes, extension: str, caller: str, made: Recipe, created: float) -> str:
+        """Put a picture into the store and the index; returns its name. Raises StorageError of the store's."""
+        name = self.store.put(data, extension, owner=caller if self._callers else "")
+        row = _row(name, created, caller if self._callers else "", asdict(made))
+        try:
+            with self._begin() as connection:
+                connection.execute(sql.insert(PICTURES), [row])
+        except StorageError as error:
+            log.warning("%s is kept and not listed yet: %s", name, error)  # `reconcile` finds it
+        return name
+
+    def page(
+        self, wanted: Wanted, *, before: tuple[float, str] | None = None, limit: int = 60
+    ) -> tuple[list[Kept], bool]:
+        """The newest that are wanted, older than `before` (time and name), and whether there are more."""
+        rows = sql.select(PICTURES).where(*_matching(wanted))
+        if before is not None:
+            rows = rows.where(sql.tuple_(PICTURES.c.created, PICTURES.c.name) < sql.tuple_(*before))
+        rows = rows.order_by(PICTURES.c.created.desc(), PICTURES.c.name.desc()).limit(limit + 1)
+        with self._begin() as connection:
+            found = [dict(row) for row in connection.execute(rows).mappings()]
+            gone = [row["name"] for row in found if not self.store.has(row["name"])]
+            _forget(connection, gone)
+        kept = [_kept(row) for row in found[:limit] if row["name"] not in gone]
+        return kept, len(found) > limit
+
+    def count(self, wanted: Wanted) -> int:
+        with self._begin() as connection:
+            return connection.execute(
+                sql.select(sql.func.count()).select_from(PICTURES).where(*_matching(wanted))
+            ).scalar_one()
+
+    def get(self, name: str, caller: str | None = None) -> Kept | None:
+        """The picture of that name, of that caller (None: anybody's); None when there is none."""
+        with self._begin() as connection:
+            found = connection.execute(sql.select(PICTURES).where(*_named(name, caller))).mappings().first()
+            if found is not None and not self.store.has(name):
+                _forget(connection, [name])
+                found = None
+        return _kept(found) if found is not None else None
+
+    def star(self, name: str, starred: bool, caller: str | None = None) -> None:
+        with self._begin() as connection:
+            connection.execute(sql.update(PICTURES).where(*_named(name, caller)).values(starred=starred))
+
+    def delete(self, name: str) -> None:
+        """The file and its row. Raises StorageError when the file cannot be deleted."""
+        self.store.delete(name)
+        with self._begin() as connection:
+            _forget(connection, [name])
+
+    def starred(self) -> set[str]:
+        """Names of all pictures with a star."""
+        with self._begin() as connection:
+            return set(connection.execute(sql.select(PICTURES.c.name).where(PICTURES.c.starred)).scalars())
+
+    def reconcile(self) -> tuple[int, int]:
+        """List what lies in the folder and is not listed, forget what is gone; returns how many of each."""
+        files = self.store.names()
+        with self._begin() as connection:
+            listed = set(connection.execute(sql.select(PICTURES.c.name)).scalars())
+            _forget(connection, sorted(listed - files.keys()))
+        added = 0
+        for names in _batches(sorted(files.keys() - listed)):
+            rows = [self._read(name, files[name]) for name in names]
+            with self._begin() as connection:
+                there = set(
+                    connection.execute(sql.select(PICTURES.c.name).where(PICTURES.c.name.in_(names))).scalars()
+                )  # a picture that was kept meanwhile
+                if rows := [row for row in rows if row["name"] not in there]:
+                    connection.execute(sql.insert(PICTURES), rows)
+            added += len(rows)
+        return added, len(listed - files.keys())
+
+    def rebuild(self) -> int:
+        """Read every picture's recipe anew; stars stay. Returns how many are listed."""
+        stars = self.starred()
+        with self._begin() as connection:
+            connection.execute(sql.delete(PICTURES))
+        added, _ = self.reconcile()
+        for names in _batches(sorted(stars)):
+            with self._begin() as connection:
+                connection.execute(sql.update(PICTURES).where(PICTURES.c.name.in_(names)).values(starred=True))
+        return added
+
+    def thumbnail(self, name: str, side: int) -> bytes | None:
+        """A picture of the store as WebP, at most `side` pixels a side; None when there is none that can be read."""
+        found = self.store.get(name)
+        return recipe.thumbnail(found.data, side) if found else None
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    def _read(self, name: str, modified: float) -> dict[str, Any]:
+        try:
+            made = asdict(recipe.read(self.store.folder / name))
+        except InvalidPicture:
+            made = None
+        return _row(name, modified, owner_of(name, self._callers) or "", made)
+
+    def _begin(self) -> _Transaction:
+        with self._lock:
+            if not self._ready:
+                self._make()
+                self._ready = True
+        return _Transaction(self._engine)
+
+    def _make(self) -> None:
+        """The tables. A SQLite file that is damaged is laid aside: all that is in it but the stars is in the folder."""
+        file = Path(self._engine.url.database or "") if self._engine.dialect.name == "sqlite" else None
+        try:
+            if file:
+                file.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                TABLES.create_all(self._engine)
+            except sql.exc.DatabaseError as error:
+                if file is None or "not a database" not in str(error):
+                    raise
+                log.warning("%s is damaged and laid aside as %s.damaged; the gallery is read anew", file, file.name)
+                self._engine.dispose()
+                file.replace(file.with_name(file.name + ".damaged"))
+                TABLES.create_all(self._engine)
+        except (OSError, sql.exc.SQLAlchemyError) as error:
+            raise _failed(error) from error
+
+
+class _Transaction:
+    """`with` a connection whose errors are StorageError."""
+
+    def __init__(self, engine: sql.Engine) -> None:
+        self._context = engine.begin()
+
+    def __enter__(self) -> sql.Connection:
+        try:
+            return self._context.__enter__()
+        except sql.exc.SQLAlchemyError as error:
+            raise _failed(error) from error
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        try:
+            self._context.__exit__(kind, error, trace)
+        except sql.exc.SQLAlchemyError as failed:
+            raise _failed(failed) from failed
+        if isinstance(error, sql.exc.SQLAlchemyError):
+            raise _failed(error) from error
+
+
+def _failed(error: Exception) -> SfumatoError:
+    said = getattr(error, "orig", None) or error
+    return StorageError(f"the gallery's index cannot be used ({said}); see the setting gallery_url, or mend its folder")
+
+
+def _sqlite(connection: Any, _: Any) -> None:
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA journal_mode=WAL")  # readers do not wait for a writer
+    cursor.execute("PRAGMA synchronous=NORMAL")  # what a power cut loses, `reconcile` finds again
+    cursor.execute("PRAGMA busy_timeout=10000")
+    cursor.close()
+
+
+def _row(name: str, created: float, caller: str, made: Mapping[str, Any] | None) -> dict[str, Any]:
+    texts = (str(made.get(key) or "") for key in ("prompt", "negative_prompt")) if made else ()
+    return {
+        "name": name,
+        "created": created,
+        "caller": caller,
+        "model": str(made["model"]) if made else "",
+        "words": _plain("\n".join(texts)),
+        "starred": False,
+        "recipe": json.dumps(made) if made else None,
+    }
+
+
+def _plain(text: str) -> str:
+    return text.casefold().replace("\0", " ")  # PostgreSQL takes no NUL
+
+
+def _kept(row: Mapping[str, Any] | RowMapping) -> Kept:
+    return Kept(
+        name=row["name"],
+        created=row["created"],
+        model=row["model"],
+        starred=bool(row["starred"]),
+        recipe=json.loads(row["recipe"]) if row["recipe"] else None,
+    )
+
+
+def _matching(wanted: Wanted) -> list[sql.ColumnElement[bool]]:
+    clauses = [PICTURES.c.words.contains(word, autoescape=True) for word in _plain(wanted.words).split()]
+    if wanted.caller is not None:
+        clauses.append(PICTURES.c.caller == wanted.caller)
+    if wanted.model is not None:
+        clauses.append(PICTURES.c.model == wanted.model)
+    if wanted.starred:
+        clauses.append(PICTURES.c.starred)
+    return clauses
+
+
+def _named(name: str, caller: str | None) -> list[sql.ColumnElement[bool]]:
+    return [PICTURES.c.name == name] + ([] if caller is None else [PICTURES.c.caller == caller])
+
+
+def _forget(connection: sql.Connection, names: Sequence[str]) -> None:
+    for some in _batches(names):
+        connection.execute(sql.delete(PICTURES).where(PICTURES.c.name.in_(some)))
+
+
+def _batches(names: Sequence[str]) -> list[Sequence[str]]:
+    return [names[start : start + BATCH] for start in range(0, len(names), BATCH)]

@@ -1,0 +1,44 @@
+// Whether the server answers. When it does not, a banner says so, and it is asked again until it does.
+import { html, nothing, signal } from "./lib.js";
+
+const AGAIN_MS = 1000;
+
+export const online = signal(true);
+let waiting = null;
+
+export const reached = () => {
+  online.value = true;
+};
+
+export function lost() {
+  online.value = false;
+  back();
+}
+
+/** Resolves once the server answers again. */
+export function back() {
+  if (online.value) return Promise.resolve();
+  waiting ??= ask().finally(() => {
+    waiting = null;
+  });
+  return waiting;
+}
+
+async function ask() {
+  while (!online.value) {
+    await new Promise((resolve) => setTimeout(resolve, AGAIN_MS));
+    try {
+      const answer = await fetch(new URL("healthz", document.baseURI), { cache: "no-store" });
+      if (answer.ok) reached();
+    } catch {
+      // still gone
+    }
+  }
+}
+
+export const banner = () =>
+  online.value
+    ? nothing
+    : html`<p class="banner" role="alert">
+        The server does not answer. Is it running? This page asks again every second and goes on by itself.
+      </p>`;

@@ -1,0 +1,99 @@
+// The fields of a request, and the request that they make. They outlive a reload.
+import { batch, signal } from "./lib.js";
+import { kept } from "./kept.js";
+import { defaults, limits, model, takes, wanted } from "./models.js";
+
+const MAX_SEED = 9223372036854775807n;
+
+export const form = {
+  prompt: kept("prompt", ""),
+  negative: kept("negative", ""),
+  width: kept("width", ""),
+  height: kept("height", ""),
+  steps: kept("steps", ""),
+  guidance: kept("guidance", ""),
+  scheduler: kept("scheduler", ""),
+  seed: kept("seed", ""),
+  locked: kept("locked", false),
+  count: kept("count", "1"),
+  clip_skip: kept("clip_skip", ""),
+};
+
+/** `{ param, message }` of the field that the server refused; cleared by the next change. */
+export const problem = signal(null);
+
+export const problemOf = (...params) =>
+  problem.value && params.includes(problem.value.param) ? problem.value.message : "";
+
+export function set(field, value) {
+  batch(() => {
+    problem.value = null;
+    form[field].value = value;
+  });
+}
+
+export const randomSeed = () => String(crypto.getRandomValues(new Uint32Array(1))[0]);
+
+/** The next seed: the one in the field while it is locked, else a new one. */
+function nextSeed() {
+  const { seed, locked } = form;
+  if (!locked.value || !seed.value) seed.value = randomSeed();
+  return seed.value;
+}
+
+// Numbers of a JSON body; one too large for a double travels as text, which the server reads as well.
+const whole = (text) => {
+  const value = Number(text);
+  return Number.isSafeInteger(value) ? value : text.trim();
+};
+
+export const size = () => {
+  const [width, height] = (defaults.value.size ?? "x").split("x");
+  const { width: wide, height: high } = form;
+  return wide.value || high.value ? `${wide.value || width}x${high.value || height}` : "";
+};
+
+/** What the fields ask for, as the body of `POST /v1/images/generations`. */
+export function request() {
+  const given = {
+    model: model.value?.id,
+    prompt: form.prompt.value.trim(),
+    n: Math.max(1, Math.min(Number(form.count.value) || 1, limits.value.n ?? 10)),
+    seed: whole(nextSeed()),
+    size: size(),
+    negative_prompt: takes("negative") ? form.negative.value.trim() : "",
+    steps: takes("steps") ? form.steps.value : "",
+    guidance_scale: takes("guidance_scale") ? form.guidance.value : "",
+    scheduler: form.scheduler.value,
+    clip_skip: takes("clip_skip") ? form.clip_skip.value : "",
+  };
+  return Object.fromEntries(Object.entries(given).filter(([, value]) => value !== "" && value !== undefined));
+}
+
+export const seedIsValid = (text) => /^\d{0,19}$/.test(text) && BigInt(text || 0) <= MAX_SEED;
+
+/** Take over what made a picture: `what` is `all`, `prompt` or `seed`. */
+export function use(recipe, what = "all") {
+  const text = (value) => (value === null || value === undefined ? "" : String(value));
+  batch(() => {
+    problem.value = null;
+    if (what !== "seed") {
+      form.prompt.value = text(recipe.prompt);
+      form.negative.value = text(recipe.negative_prompt);
+    }
+    if (what !== "prompt" && text(recipe.seed)) {
+      form.seed.value = text(recipe.seed);
+      form.locked.value = true;
+    }
+    if (what === "all") {
+      if (recipe.model) wanted.value = recipe.model;
+      form.width.value = text(recipe.width);
+      form.height.value = text(recipe.height);
+      form.steps.value = text(recipe.steps);
+      form.guidance.value = text(recipe.guidance_scale);
+      form.scheduler.value = /^[a-z]/.test(recipe.scheduler ?? "") ? recipe.scheduler : ""; // else a class: the model's own
+      form.clip_skip.value = text(recipe.clip_skip);
+      form.count.value = "1";
+    }
+  });
+}

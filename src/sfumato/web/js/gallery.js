@@ -1,0 +1,128 @@
+// What this server made: pages of it, newest first, and what one does with one or several of them.
+import { batch, effect, signal } from "./lib.js";
+import { get, patch, picture, remove } from "./api.js";
+import { ended } from "./drawings.js";
+
+const PAGE = 60;
+const LOOK_MS = 15000;
+
+export const filter = { words: signal(""), model: signal(""), starred: signal(false) };
+export const items = signal([]);
+export const total = signal(null); // of all that match
+export const fresh = signal(0); // made since the list was read
+export const busy = signal(false);
+export const trouble = signal("");
+export const selected = signal(new Set()); // names
+export const more = signal(null); // where the next page begins, or null
+
+let asked = 0; // numbers the questions: a late answer to an old one is dropped
+
+const query = (extra) => {
+  const given = { q: filter.words.value, model: filter.model.value, starred: filter.starred.value || "", ...extra };
+  return new URLSearchParams(Object.entries(given).filter(([, value]) => value !== "" && value !== null));
+};
+
+/** Read the list anew. */
+export async function load() {
+  const mine = (asked += 1);
+  busy.value = true;
+  try {
+    const page = await get(`v1/images/gallery?${query({ limit: PAGE })}`);
+    if (mine !== asked) return;
+    batch(() => {
+      items.value = page.data;
+      more.value = page.next;
+      total.value = page.total;
+      fresh.value = 0;
+      trouble.value = "";
+      selected.value = new Set();
+    });
+  } catch (error) {
+    if (mine === asked && !error.offline) trouble.value = error.message;
+  } finally {
+    if (mine === asked) busy.value = false;
+  }
+}
+
+/** Read the following page, if there is one. */
+export async function loadMore() {
+  if (busy.value || !more.value) return;
+  const mine = (asked += 1);
+  busy.value = true;
+  try {
+    const page = await get(`v1/images/gallery?${query({ limit: PAGE, before: more.value })}`);
+    if (mine !== asked) return;
+    batch(() => {
+      items.value = [...items.value, ...page.data];
+      more.value = page.next;
+    });
+  } catch (error) {
+    if (mine === asked && !error.offline) trouble.value = error.message;
+  } finally {
+    if (mine === asked) busy.value = false;
+  }
+}
+
+/** Count what is new; the list itself stays as it is until somebody asks. */
+async function look() {
+  if (location.hash !== "#gallery" || document.hidden || busy.value || total.value === null) return;
+  const page = await get(`v1/images/gallery?${query({ limit: 1 })}`).catch(() => null);
+  if (!page || busy.value) return;
+  if (!items.value.length && page.total) return load();
+  if (page.data[0] && page.data[0].name !== items.value[0]?.name) fresh.value = Math.max(1, page.total - total.value);
+}
+
+setInterval(look, LOOK_MS);
+effect(() => void (ended.value && queueMicrotask(look)));
+
+let typing = 0;
+
+export function search(words) {
+  filter.words.value = words;
+  clearTimeout(typing);
+  typing = setTimeout(load, 200);
+}
+
+const change = (one) => {
+  items.value = items.value.map((each) => (each.name === one.name ? one : each));
+};
+
+export async function star(names, starred) {
+  for (const name of names) change(await patch(`v1/images/gallery/${name}`, { starred }));
+}
+
+export async function erase(names) {
+  const gone = new Set();
+  try {
+    for (const name of names) {
+      await remove(`v1/images/gallery/${name}`).catch((error) => {
+        if (error.code !== "picture_not_found") throw error; // else it was gone already
+      });
+      gone.add(name);
+    }
+  } catch (error) {
+    trouble.value = error.message;
+  }
+  batch(() => {
+    items.value = items.value.filter((each) => !gone.has(each.name));
+    total.value -= gone.size;
+    selected.value = new Set([...selected.value].filter((name) => !gone.has(name)));
+  });
+}
+
+export function download(names) {
+  for (const name of names) {
+    const link = Object.assign(document.createElement("a"), { href: picture(name), download: name });
+    link.click();
+  }
+}
+
+export function select(name, on = !selected.value.has(name)) {
+  const names = new Set(selected.value);
+  if (on) names.add(name);
+  else names.delete(name);
+  selected.value = names;
+}
+
+export const selectAll = () => (selected.value = new Set(items.value.map((each) => each.name)));
+export const selectNone = () => (selected.value = new Set());

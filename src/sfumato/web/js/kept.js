@@ -1,0 +1,31 @@
+// What outlives a reload: in localStorage for good, in sessionStorage for this tab.
+import { effect, signal } from "./lib.js";
+
+const read = (storage, name) => {
+  try {
+    return JSON.parse(storage.getItem(`sfumato.${name}`));
+  } catch {
+    return null; // somebody else's, or storage is off
+  }
+};
+
+const write = (storage, name, value) => {
+  try {
+    storage.setItem(`sfumato.${name}`, JSON.stringify(value));
+  } catch {
+    // full or off: the page works without
+  }
+};
+
+/** A signal that starts with what was kept under `name` and is kept whenever it changes. */
+export function kept(name, initial, storage = localStorage) {
+  const found = read(storage, name);
+  const one = signal(typeof found === typeof initial && found !== null ? found : initial);
+  effect(() => write(storage, name, one.value));
+  return one;
+}
+
+export const session = {
+  read: (name) => read(sessionStorage, name),
+  write: (name, value) => write(sessionStorage, name, value),
+};

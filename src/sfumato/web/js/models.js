@@ -1,0 +1,46 @@
+// The models, and what the chosen one takes: fields that mean nothing to it are not shown.
+import { computed, signal } from "./lib.js";
+import { get } from "./api.js";
+import { kept } from "./kept.js";
+
+export const EMBEDDED = "sfumato-tiny";
+
+export const models = signal([]);
+export const schedulers = signal([]);
+export const wanted = kept("model", "");
+
+export const model = computed(
+  () => models.value.find((each) => each.id === wanted.value) ?? models.value[0] ?? null,
+);
+export const about = computed(() => model.value?.sfumato ?? null);
+export const defaults = computed(() => about.value?.defaults ?? {});
+export const limits = computed(() => about.value?.limits ?? {});
+
+/** Whether the chosen model does one of text-to-image, image-to-image, inpainting; unknown until it was loaded once. */
+export const does = (task) => about.value?.tasks?.includes(task) ?? true;
+
+// Our field → what model files call it in `enable_parameters`.
+const ENABLED = { negative: "negative_prompt", steps: "num_inference_steps", clip_skip: "clip_skip" };
+
+/** Whether a request to the chosen model may carry this field. */
+export function takes(field) {
+  const { enable_parameters: enabled, status } = about.value ?? {};
+  const named = ENABLED[field];
+  if (named && enabled && !enabled.includes(named)) return false;
+  // Of a model in memory all is known: no default means that its pipeline has no such number.
+  return status !== "ready" || !["steps", "guidance_scale"].includes(field) || defaults.value[field] !== null;
+}
+
+/** The first model that enlarges, and how many times; null when there is none. */
+export const upscaler = computed(() => {
+  const found = models.value.find(
+    ({ sfumato }) => sfumato.tasks?.includes("upscaling") || /Upscale|SuperResolution/.test(sfumato.pipeline ?? ""),
+  );
+  return found ? { model: found.id, scale: /Latent/.test(found.sfumato.pipeline ?? "") ? 2 : 4 } : null;
+});
+
+export async function loadModels() {
+  const [listed, named] = await Promise.all([get("v1/models"), get("v1/schedulers")]);
+  models.value = listed.data;
+  schedulers.value = named.data;
+}
