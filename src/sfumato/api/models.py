@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter
@@ -21,8 +22,7 @@ def router(service: Service) -> APIRouter:
     @routes.get("/models", summary="Every model", response_model=documents.Models, responses=documents.errors(401, 403))
     async def models() -> dict[str, Any]:
         service.catalog.refresh()
-        models = [await asyncio.to_thread(_model, service, config) for config in service.catalog.all()]
-        return {"object": "list", "data": models}
+        return {"object": "list", "data": await asyncio.to_thread(_models, service, service.catalog.all())}
 
     @routes.get(
         "/models/{id:path}",
@@ -35,6 +35,10 @@ def router(service: Service) -> APIRouter:
         return await asyncio.to_thread(_model, service, service.catalog.get(id)) | {"id": id}
 
     return routes
+
+
+def _models(service: Service, configs: Sequence[ModelConfig]) -> list[dict[str, Any]]:
+    return [_model(service, config) for config in configs]
 
 
 def _model(service: Service, config: ModelConfig) -> dict[str, Any]:
