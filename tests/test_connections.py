@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import http.client
 import json
 import logging
@@ -14,10 +16,14 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
+import uvicorn
 from answerable import answerable, descriptors, memory_mb, threads, within
+from fastapi import FastAPI
 from serving import Server
+from uvicorn.server import ServerState
 
 from sfumato import logs
+from sfumato.api.http.connections import Connection, Connections
 
 PATIENCE = 3
 GET = b"GET /healthz HTTP/1.1\r\nhost: x\r\n"
@@ -264,6 +270,34 @@ def test_keep_alive_lasts(server: Server) -> None:
     first = connection.sock
     assert first is not None
     connection.close()
+
+
+def test_answers_are_sent_at_once() -> None:
+    """As `sfumato serve` makes its socket: its protocol is not named, and asyncio then lets answers wait 40 ms."""
+    held: list[int] = []
+
+    class Seen(Connection):
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            accepted = transport.get_extra_info("socket")
+            held.append(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+
+    async def connect() -> None:
+        config = uvicorn.Config(FastAPI(), port=0, log_config=None)
+        config.load()
+        made = functools.partial(
+            Seen, connections=Connections(9, 9), config=config, server_state=ServerState(), app_state={}
+        )
+        sock = config.bind_socket()
+        async with await asyncio.get_running_loop().create_server(made, sock=sock) as server:
+            reader, writer = await asyncio.open_connection(*sock.getsockname()[:2])
+            writer.write(GET + b"connection: close\r\n\r\n")
+            assert b"404" in await reader.read()
+            writer.close()
+            server.close()
+
+    asyncio.run(connect())
+    assert held == [1]
 
 
 def test_lines_are_not_repeated_without_end() -> None:
