@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import base64
 import json
+import logging
 import random
 import sys
 import tempfile
@@ -26,6 +27,8 @@ from urllib.parse import quote, urlencode
 import broken_pictures
 from inside import Inside
 from starlette.types import Message, Scope
+
+from sfumato import logs
 
 MOST_CPU_S = 1.0
 MOST_S = 60.0
@@ -319,6 +322,8 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=100_000)
     parser.add_argument("--first", type=int, default=0)
     asked = parser.parse_args()
+    for name in logs.ANSWERED:
+        logging.getLogger(name).setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
         report = asyncio.run(run(Path(folder), asked.first, asked.cases, shown=True))
     print(report)

@@ -214,6 +214,18 @@ def test_a_body_in_crumbs_is_refused(server: Server) -> None:
                 connection.sendall(b"1\r\nx\r\n" * 10_000)
 
 
+@pytest.mark.parametrize("path", [b"/v1/images/generations", b"/healthz", b"/nothing"])
+def test_a_body_that_says_its_length_twice_brings_no_second_request(server: Server, path: bytes) -> None:
+    """A proxy may believe the one word, and take what comes after the other for somebody else's request."""
+    hidden = GET + b"\r\n"
+    head = b"POST %s HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\ncontent-length: %d\r\n\r\n"
+    with Clients(server) as clients:
+        answer = read(clients.connect(head % (path, 5 + len(hidden)) + b"0\r\n\r\n" + hidden))
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert answer.count(b"HTTP/1.1 ") == 1
+    assert b"send one of them" in answer
+
+
 def test_what_is_no_http_is_answered_in_our_shape(server: Server) -> None:
     before = len(server.lines)
     wrong = {

@@ -200,6 +200,8 @@ def test_boundaries_that_are_none(client: TestClient, boundary: str) -> None:
     [
         ("", PROMPT),
         (JSON, PROMPT),
+        (JSON, b"\xef\xbb\xbf" + PROMPT),  # as Windows' editors save a file
+        (URLENCODED, b"\xef\xbb\xbf" + PROMPT),
         ("Application/JSON ; Charset=UTF-8", PROMPT),
         ("application/vnd.api+json", PROMPT),
         (f"{JSON}; charset=iso-8859-1", '{"prompt": "Grüße"}'.encode("latin-1")),

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
+import broken_pictures
+import jsonschema_rs
 import pytest
 from inside import Inside
 from pydantic import AliasChoices
@@ -50,6 +54,20 @@ def test_every_name_of_a_field_is_listed(text: str, path: str) -> None:
             shapes = [schema["properties"][alias] for alias in aliases]
             assert all(shape.get("anyOf") == shapes[0].get("anyOf") for shape in shapes), name
             assert all(shape["description"] for shape in shapes)
+
+
+def test_a_field_that_is_required_may_have_any_of_its_names(text: str, tmp_path: Path) -> None:
+    picture = "data:image/png;base64," + base64.b64encode(broken_pictures.good()["png"]).decode()
+    complete = {"prompt": "a cat", "image": picture, "images": picture, "mask": picture, "scale": 2}
+    with Inside(tmp_path).client() as client:
+        for path in BODIES:
+            for schema in schemas(text, path):
+                check = jsonschema_rs.validator_for(schema)
+                for names in itertools.chain.from_iterable(itertools.combinations(complete, n) for n in range(4)):
+                    body = {name: complete[name] for name in names if name in schema["properties"]}
+                    answer = client.post(path, json=body)
+                    missing = "this field is required" in answer.text
+                    assert missing != check.is_valid(body), (path, list(body), answer.text)
 
 
 def test_the_names_do_what_is_said(tmp_path: Path) -> None:

@@ -144,6 +144,12 @@ def base(folder: Path, headers: dict[str, str], peer: str = "127.0.0.1", **setti
     [
         ({}, "http://testserver"),
         ({"x-forwarded-proto": "https"}, "https://testserver"),
+        ({"x-forwarded-proto": "https, http"}, "https://testserver"),
+        ({"x-forwarded-proto": "http, https"}, "http://testserver"),
+        ({"x-forwarded-proto": "HTTPS,http,http"}, "https://testserver"),
+        ({"x-forwarded-proto": "https, http", "x-forwarded-host": "a.example, b"}, "https://a.example"),
+        ({"x-forwarded-port": "8443, 80"}, "http://testserver:8443"),
+        ({"x-forwarded-prefix": "/a, /b"}, "http://testserver/a"),
         ({"x-forwarded-host": "a.example"}, "http://a.example"),
         ({"x-forwarded-host": "a.example:81"}, "http://a.example:81"),
         ({"x-forwarded-host": "[2001:db8::1]:81"}, "http://[2001:db8::1]:81"),
@@ -172,6 +178,14 @@ def base(folder: Path, headers: dict[str, str], peer: str = "127.0.0.1", **setti
 )
 def test_what_is_forwarded(tmp_path: Path, headers: dict[str, str], expected: str) -> None:
     assert base(tmp_path, headers) == expected
+
+
+def test_headers_of_proxies_in_a_row_may_be_lines_of_their_own(tmp_path: Path) -> None:
+    headers = [("x-forwarded-proto", "https"), ("x-forwarded-proto", "http"), ("x-forwarded-host", "a.example"),
+               ("x-forwarded-host", "b")]  # fmt: skip
+    with Inside(tmp_path).client(("127.0.0.1", 1)) as client:
+        answer = client.post("/v1/images/generations", json=URL, headers=headers)
+    assert answer.json()["data"][0]["url"].startswith("https://a.example/")
 
 
 EVERYTHING = {

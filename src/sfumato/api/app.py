@@ -21,7 +21,7 @@ from sfumato.api.http.auth import Auth, parse_keys
 from sfumato.api.http.cross_site import CrossSite, parse_hosts
 from sfumato.api.http.forms import Bodies
 from sfumato.api.http.headers import SecurityHeaders
-from sfumato.api.http.middleware import BodyCap, Head, LastResort, Observe, RequestId
+from sfumato.api.http.middleware import BodyCap, Framing, Head, LastResort, Observe, RequestId
 from sfumato.api.http.shutdown import Ending, Running
 from sfumato.api.http.urls import Forwarded, check_proxies, check_public_url, parse_origins
 from sfumato.api.openai import routes as openai
@@ -144,6 +144,7 @@ def create_app(service: Service, store: Store, running: Running | None = None) -
     app.add_middleware(Head)
     app.add_middleware(Forwarded, trusted=settings.trusted_proxies)
     app.add_middleware(SecurityHeaders)
+    app.add_middleware(Framing)
     app.add_middleware(Observe, metrics=service.metrics)
     app.add_middleware(RequestId)
     return app

@@ -7,6 +7,7 @@ no picture that is decoded makes it wait.
 from __future__ import annotations
 
 import asyncio
+import codecs
 import re
 from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,9 @@ _NESTED = re.compile(r"(\w+)\[(\w*)\]")
 """`image[]` is one of a list, `key[sub]` a value of an object."""
 
 _OBJECT_BEGINS = re.compile(rb"\s*\{")
+
+_MARK = codecs.BOM_UTF8
+"""What some editors and shells put before a text, which is no part of it."""
 
 
 class Bodies:
@@ -67,6 +71,7 @@ class Bodies:
 
     def _values(self, said: content_type.Media, body: bytearray) -> dict[str, Any]:
         codec = said.codec
+        body = body.removeprefix(_MARK)
         if said.type == content_type.MULTIPART:
             return _of_form(multipart.parts(body, said, self._most_text))
         if said.type == content_type.URLENCODED and not _OBJECT_BEGINS.match(body):
@@ -107,6 +112,10 @@ def described(kind: type[BaseModel]) -> dict[str, Any]:
             also = [alias for alias in info.validation_alias.choices if isinstance(alias, str) and alias != name]
             own = {key: value for key, value in schema["properties"][name].items() if key not in ("title", "examples")}
             schema["properties"] |= {alias: own | {"description": f"Another name of `{name}`."} for alias in also}
+            if name in schema.get("required", ()):
+                schema["required"].remove(name)
+                any_of = [{"required": [each]} for each in (name, *also)]
+                schema.setdefault("allOf", []).append({"anyOf": any_of})
     content = {type: {"schema": schema} for type in ("application/json", FORMS[0])}
     return {"requestBody": {"required": True, "content": content}}
 

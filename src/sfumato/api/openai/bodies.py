@@ -50,7 +50,10 @@ def _url_of(value: Any) -> Any:
 
 Picture: TypeAlias = str | bytes
 """Base64, `data:` URI or http(s) URL; in a form a file."""
-Pictures: TypeAlias = Annotated[list[Picture], BeforeValidator(_listed)]
+OnePicture: TypeAlias = Picture | dict[str, Any]
+Pictures: TypeAlias = Annotated[
+    list[Picture], BeforeValidator(_listed, json_schema_input_type=OnePicture | list[OnePicture])
+]
 BLANK = BeforeValidator(_blank_is_absent)
 Text: TypeAlias = Annotated[str | None, BLANK]
 Seed: TypeAlias = Annotated[Annotated[int, Field(ge=RANDOM_SEED, le=MAX_SEED)] | None, BLANK]
