@@ -131,7 +131,9 @@ def _operation(document: Mapping[str, Any], title: str, operation: Mapping[str, 
         media = " or ".join(f"`{each}`" for each in content)
         schema = _resolved(document, next(iter(content.values()))["schema"])
         lines += [f"Takes {media}.", "", "| field | type | default | |", "|---|---|---|---|"]
-        required = schema.get("required", ())
+        # Of what may come by one of several names the first is the field's own.
+        either = [each["anyOf"][0]["required"][0] for each in schema.get("allOf", ())]
+        required = [*schema.get("required", ()), *either]
         for name, field in sorted(schema.get("properties", {}).items(), key=lambda item: item[0] not in required):
             default = "required" if name in required else _code(field.get("default"))
             said = field.get("description", "").replace("|", "\\|")

@@ -31,10 +31,10 @@ CONTENT, OTHER = (bytes([value]) * SIZE for value in (1, 2))
 FETCH = """
 import sys
 from pathlib import Path
-from sfumato.engine import one_file
+from sfumato.models import weight_file
 def report(fraction, what):
     print("waits" if "another process" in what else "fetches", flush=True)
-one_file.fetch(sys.argv[1], Path(sys.argv[2]), sha256=None, report=report)
+weight_file.fetch(sys.argv[1], Path(sys.argv[2]), sha256=None, report=report)
 print("done", flush=True)
 """
 

@@ -102,8 +102,8 @@ def serve(settings: Settings) -> None:
         host=settings.host,
         port=settings.port,
         log_config=None,
-        access_log=False,  # `api.requests` writes one, with the caller and without the query
-        proxy_headers=False,  # `api.urls` reads them
+        access_log=False,  # `http.middleware` writes one, with the caller and without the query
+        proxy_headers=False,  # `http.urls` reads them
         timeout_graceful_shutdown=settings.grace_s + ENDING_S,
     )
     sock = config.bind_socket()

@@ -1,7 +1,7 @@
 """What a model can be asked for, told before it was loaded: from its files, and from diffusers' source as text.
 
 Nothing is imported of diffusers or torch, which would take seconds and gigabytes in the process that answers HTTP.
-What a file does not say is None; once the model is loaded `facts` says it all.
+What a file does not say is None; once the model is loaded `core.ModelInfo` says it all.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ DEFAULT_MULTIPLE = 8
 
 @dataclass(frozen=True, slots=True)
 class StaticCapabilities:
-    """The part of `core.ModelFacts` that files tell."""
+    """The part of `core.ModelInfo` that files tell."""
 
     pipeline: str | None = None
     tasks: tuple[str, ...] | None = None
@@ -176,7 +176,7 @@ def _worked_out(node: ast.expr, own: Mapping[str, Any], parts: _Parts) -> Any:
 
 
 def _parameters(name: str) -> dict[str, inspect.Parameter] | None:
-    """What one may pass to a pipeline's call, as `kinds.parameters_of` has it; None: there is no such class."""
+    """What one may pass to a pipeline's call, as `capabilities.parameters_of` has it; None: there is no such class."""
     for function in _methods(name, "__call__"):
         defaults = _defaults(function)
         names = [each.arg for each in (*function.args.args, *function.args.kwonlyargs) if each.arg != "self"]

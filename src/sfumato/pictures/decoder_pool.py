@@ -47,7 +47,7 @@ class Decoders:
         self._ending: set[asyncio.Task[int]] = set()
 
     async def run(self, task: str, data: bytes, param: str, **options: Any) -> tuple[dict[str, Any], bytes]:
-        """The answer of one of `decoder.TASKS`. Cancelling ends the decoding.
+        """The answer of one of `decoder_process.TASKS`. Cancelling ends the decoding.
 
         Raises InvalidPicture that names `param`: what is wrong with the picture, or which limit it passed.
         """

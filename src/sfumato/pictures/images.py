@@ -2,7 +2,7 @@
 
 Nothing is trusted: the header is read before pixels are decoded, and what cannot be decoded is refused
 with the reason. `opened` is the one place where a foreign picture is opened; the server calls it in the
-processes of `decoding` only, which can be ended.
+processes of `decoder_pool` only, which can be ended.
 """
 
 from __future__ import annotations

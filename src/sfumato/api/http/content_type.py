@@ -10,7 +10,7 @@ from types import MappingProxyType
 from sfumato.errors import UnsupportedMedia
 
 JSON = ("", "application/json", "text/json", "text/plain")
-"""Read as JSON; nothing said is JSON too. Whether `text/plain` is taken at all is `crosssite`'s to decide."""
+"""Read as JSON; nothing said is JSON too. Whether `text/plain` is taken at all is `cross_site`'s to decide."""
 URLENCODED = "application/x-www-form-urlencoded"
 MULTIPART = "multipart/form-data"
 
