@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import io
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import broken_pictures
 import httpx
 import pytest
 import test_kinds
 import tiny
 from hypothesis import given
 from hypothesis import strategies as st
+from inside import Inside, Painter
 from PIL import Image, ImageChops
 from serving import TIMEOUT_S, Server
 from test_service import FakeEngine
@@ -24,6 +27,8 @@ from test_service import FakeEngine
 from sfumato import schedulers
 from sfumato.api.a1111 import samplers as a1111_samplers
 from sfumato.api.a1111.bodies import NEUTRAL, DrawBody, Img2ImgBody, UpscaleBody
+from sfumato.config import ModelConfig
+from sfumato.core import Event, Generation
 from sfumato.errors import InvalidPicture
 from sfumato.pictures.sources import Sources
 from sfumato.serving.catalog import EMBEDDED, Catalog
@@ -762,3 +767,27 @@ def test_openapi_says_what_is_sent_and_answered(ann: httpx.Client, server: Serve
 def test_the_page_names_every_sampler() -> None:
     page = (Path(__file__).parent.parent / "docs/clients/automatic1111.md").read_text()
     assert [name for name in schedulers.SAMPLERS if f"| {name} |" not in page] == []
+
+
+def test_a_picture_to_enlarge_is_not_held_as_text_while_it_waits(tmp_path: Path) -> None:
+    inside = Inside(tmp_path)
+    (tmp_path / "models" / "up.yaml").write_text(
+        "name: up\nparameters:\n  model: some/one\ndiffusers:\n  pipeline_type: StableDiffusionUpscalePipeline\n"
+    )
+    held: list[str] = []
+
+    class Looking(Painter):
+        def submit(self, config: ModelConfig, generation: Generation) -> AsyncGenerator[Event, None]:
+            held.extend(each.image for each in gc.get_objects() if type(each) is UpscaleBody)
+            return super().submit(config, generation)
+
+    inside.service.engine = Looking()
+    body = {
+        "image": base64.b64encode(broken_pictures.good()["png"]).decode(),
+        "upscaler_1": "up",
+        "upscaling_resize": 4,
+    }
+    with inside.client() as client:
+        answer = client.post("/sdapi/v1/extra-single-image", json=body)
+    assert answer.status_code == 200, answer.text
+    assert held == [""]

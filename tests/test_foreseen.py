@@ -114,8 +114,8 @@ def test_neither_torch_nor_diffusers_is_imported(repositories: dict[str, Path], 
     told(tmp_path, repositories["tiny/sd3"])
     program = (
         "import sys; from pathlib import Path; from sfumato.serving.catalog import Catalog; "
-        "from sfumato.models.static_capabilities import foreseen; "
-        f"assert foreseen(Catalog([Path({str(tmp_path)!r})]).get('m')).size_multiple; "
+        "from sfumato.models.static_capabilities import static_capabilities; "
+        f"assert static_capabilities(Catalog([Path({str(tmp_path)!r})]).get('m')).size_multiple; "
         "sys.exit(' '.join({'torch', 'diffusers', 'transformers'} & set(sys.modules)) or 0)"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

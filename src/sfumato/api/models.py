@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
@@ -89,8 +90,7 @@ def router(service: Service) -> APIRouter:
     @routes.get("/models", summary="Every model", response_model=documents.Models, responses=documents.errors(401, 403))
     async def models() -> dict[str, Any]:
         service.catalog.refresh()
-        models = [await asyncio.to_thread(_model, service, config) for config in service.catalog.all()]
-        return {"object": "list", "data": models}
+        return {"object": "list", "data": await asyncio.to_thread(_models, service, service.catalog.all())}
 
     @routes.get(
         "/models/{id:path}",
@@ -114,6 +114,10 @@ def router(service: Service) -> APIRouter:
         return {"object": "list", "data": data}
 
     return routes
+
+
+def _models(service: Service, configs: Sequence[ModelConfig]) -> list[dict[str, Any]]:
+    return [_model(service, config) for config in configs]
 
 
 def _model(service: Service, config: ModelConfig) -> dict[str, Any]:

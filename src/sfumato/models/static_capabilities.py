@@ -175,7 +175,8 @@ def _worked_out(node: ast.expr, own: Mapping[str, Any], parts: _Parts) -> Any:
     raise _Unknown
 
 
-def _parameters(name: str) -> dict[str, inspect.Parameter] | None:
+@functools.cache
+def _parameters(name: str) -> Mapping[str, inspect.Parameter] | None:
     """What one may pass to a pipeline's call, as `capabilities.parameters_of` has it; None: there is no such class."""
     for function in _methods(name, "__call__"):
         defaults = _defaults(function)

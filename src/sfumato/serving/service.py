@@ -288,9 +288,11 @@ class Service:
         self.metrics.drew(job.config.name, time.monotonic() - began)
 
     def _admit(self, config: ModelConfig, pictures: int) -> None:
-        running = sum(not part.done for job in self._jobs if job.config.name == config.name for part in job.parts)
         limit = config.max_concurrent
-        if limit is not None and running and running + pictures > limit:
+        if limit is None:
+            return
+        running = sum(not part.done for job in self._jobs if job.config.name == config.name for part in job.parts)
+        if running and running + pictures > limit:
             raise TooManyRequests(
                 f"{config.name} draws {running} pictures now; its file allows {limit} at a time "
                 "(limits.max_concurrent). Try again later.",

@@ -129,11 +129,14 @@ def router(service: Service, gallery: Gallery) -> APIRouter:
         responses={**UPSCALE_ERRORS, 200: {"model": shapes.Upscaled}},
     )
     async def upscale(body: Annotated[UpscaleBody, Depends(reader(UpscaleBody))], request: Request) -> JSONResponse:
+        model = _upscaler(service, body.upscaler_1)
+        data = await asyncio.to_thread(pictures.from_text, body.image, "image")
+        body.image = ""
         asked = ImageRequest(
             prompts=[""],
-            model=_upscaler(service, body.upscaler_1),
+            model=model,
             n=1,
-            images=[await asyncio.to_thread(pictures.from_text, body.image, "image")],
+            images=[data],
             upscale=_scale(body.upscaling_resize),
             id=request.state.request_id,
             caller=caller_of(request),
