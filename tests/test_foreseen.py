@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -15,12 +16,13 @@ import families_transformers
 import pytest
 import tiny
 from conftest import REPOSITORIES
+from diffusers.loaders import single_file_utils
 from hub import Hub
 from serving import Server
 
 from sfumato.drawing import arguments
 from sfumato.drawing.info import model_info
-from sfumato.models import load, static_capabilities
+from sfumato.models import load, single_file, static_capabilities
 from sfumato.pipelines import capabilities, tokens
 from sfumato.serving.catalog import Catalog
 
@@ -82,6 +84,40 @@ def test_a_snapshot_in_the_hubs_cache_is_read_and_nothing_is_fetched(
     (cached / "refs" / "main").write_text("abc")
     for model in ("tiny/flux", "tiny/flux@abc"):
         assert told(tmp_path, model) == told(tmp_path, repositories["tiny/flux"])
+
+
+def test_a_single_file_is_told_by_its_header_and_the_repository_that_describes_it(
+    repositories: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    file = tiny.single_file(tiny.stable_diffusion(), tmp_path / "one.safetensors")
+    assert told(tmp_path, file) == static_capabilities.StaticCapabilities()  # what describes it is not here
+    checkpoint = single_file_utils.load_single_file_checkpoint(str(file))
+    repo = single_file_utils.fetch_diffusers_config(checkpoint)["pretrained_model_name_or_path"]
+    assert single_file.described_by(file) == repo == "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    cached = tmp_path / "hf" / "hub" / ("models--" + repo.replace("/", "--"))
+    shutil.copytree(repositories[repo], cached / "snapshots" / "abc")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc")
+    assert told(tmp_path, file) == told(tmp_path, repositories[repo])
+    assert told(tmp_path, file).size_multiple
+    url = "https://models.example/download/one.safetensors"
+    assert told(tmp_path, url) == told(tmp_path, file)  # put there by hand
+    assert told(tmp_path, url.replace("one", "another")) == static_capabilities.StaticCapabilities()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"x" * 7, b"\xff" * 99, struct.pack("<Q", 2**24) + b"{}", struct.pack("<Q", 2) + b"[]",
+     struct.pack("<Q", 2) + b"{}", struct.pack("<Q", 7) + b'{"a":1}', struct.pack("<Q", 9) + b"[" * 9,
+     struct.pack("<Q", 100_000) + b"[" * 100_000, struct.pack("<Q", 20) + b'{"a":{"shape":null}}'],
+)  # fmt: skip
+def test_single_files_that_say_nothing_are_no_error(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "one.safetensors").write_bytes(data)
+    assert told(tmp_path, tmp_path / "one.safetensors").tasks is None
+    (tmp_path / "one.safetensors").unlink()
+    assert single_file.described_by(tmp_path / "one.safetensors") is None
 
 
 def test_the_model_files_options_count(repositories: dict[str, Path], tmp_path: Path) -> None:

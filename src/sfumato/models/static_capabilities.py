@@ -22,7 +22,7 @@ from typing import Any
 
 from sfumato.config import ModelConfig
 from sfumato.errors import SfumatoError
-from sfumato.models import sources
+from sfumato.models import single_file, sources, weight_file
 from sfumato.pipelines import capabilities, tokens
 
 FOLDERS = ("pipelines", "models", "image_processor.py")
@@ -250,8 +250,16 @@ def _folder(config: ModelConfig) -> Path | None:
             return path
         case sources.HubRepository(repo, revision):
             return _snapshot(repo, revision or "main")
-        case _:
-            return None
+        case sources.File(path):
+            return _description(path)
+        case sources.Url(url):
+            return _description(weight_file.place(url, config.folder))
+
+
+def _description(path: Path) -> Path | None:
+    """The folder that describes a single file, if it was fetched."""
+    repo = single_file.described_by(path)
+    return _snapshot(repo, "main") if repo else None
 
 
 def _snapshot(repo: str, revision: str) -> Path | None:
