@@ -378,6 +378,15 @@ def test_random_numbers_belong_to_the_request() -> None:
     assert results == [pytest.approx(expected)] * 2
 
 
+def test_an_ended_request_keeps_no_random_state() -> None:
+    hub = Batcher()
+    tasks = [hub.submit(lambda: torch.randn(1)), hub.submit(hub.turn)]
+    hub.step()
+    assert tasks[1]._random is not None
+    hub.cancel(tasks[1], RuntimeError("cancelled"))
+    assert all(task.done and task._random is None for task in tasks)
+
+
 def test_a_prompt_is_encoded_once() -> None:
     encoder = T5EncoderModel(
         T5Config(vocab_size=20, d_model=8, d_kv=4, num_heads=2, d_ff=8, num_layers=1, dropout_rate=0.0)

@@ -234,7 +234,7 @@ def test_a_generation_at_two_deaths_is_failed_and_the_others_go_on(config: Model
 
 def test_a_worker_that_hangs_is_replaced(config: ModelConfig) -> None:
     async def run() -> None:
-        supervisor = Supervisor(replace(SETTINGS, hang_s=5))
+        supervisor = Supervisor(replace(SETTINGS, hang_s=20))
         await supervisor.start()
         async with aclosing(supervisor.submit(config, wanted("victim", steps=20))) as events:
             assert isinstance(await anext(events), Step)
@@ -256,7 +256,7 @@ def test_a_broken_loop_fails_what_waits(config: ModelConfig) -> None:
         local = Local(SETTINGS)
         await local.start()
         assert local._loop
-        del local._loop._hub  # an error of the loop's own, not of a request
+        del local._loop._batcher  # an error of the loop's own, not of a request
         (failed,) = await events_of(local, config, wanted())
         assert isinstance(failed, Failed)
         assert isinstance(failed.error, WorkerDied)

@@ -109,7 +109,7 @@ def test_a_cancelled_request_takes_at_most_one_more_step(
     assert cancelled(events)
     assert sum(isinstance(event, Step) for event in events) <= step + 1
     assert isinstance(play.events("next")[-1], Done)
-    assert not any(play.loop._residency._users.values())
+    assert not any(play.loop._pool._users.values())
 
 
 def test_others_are_heard_while_one_does_not_switch(configs: dict[str, ModelConfig]) -> None:

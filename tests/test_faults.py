@@ -160,7 +160,7 @@ class Workshop:
     @property
     def model(self) -> Loaded:
         assert self.engine._loop
-        return self.engine._loop._residency._loaded["m"]
+        return self.engine._loop._pool._loaded["m"]
 
     @property
     def unet(self) -> Any:
@@ -357,8 +357,8 @@ def test_a_picture_in_tiles_is_made_again_where_there_is_room(workshop: Workshop
 def kept(workshop: Workshop) -> int:
     """Bytes that the engine keeps of earlier calls."""
     assert workshop.engine._loop
-    hub = workshop.engine._loop._hub
-    return hub.memo._bytes + hub.joins._bytes()
+    batcher = workshop.engine._loop._batcher
+    return batcher.memo._bytes + batcher.joins._bytes()
 
 
 @pytest.mark.parametrize("count", [1, 4])
@@ -402,13 +402,13 @@ def test_what_is_kept_goes_for_a_model_that_does_not_fit(
 
     monkeypatch.setattr(load, "_place", around)
     assert workshop.engine._loop
-    residency = workshop.engine._loop._residency
-    residency._limit = 2
+    pool = workshop.engine._loop._pool
+    pool._limit = 2
     other = replace(config, name="other")
     (answer,) = workshop.run(answers_of(workshop.engine, other, [wanted("other")]))
     assert isinstance(answer, Done)
     assert tried == 2
-    assert residency.evictions == 0
+    assert pool.evictions == 0
     # With nothing left to drop the idle model goes, and then it is an error in words.
     monkeypatch.setattr(load, "_place", lambda *args: (_ for _ in ()).throw(error))
     third = replace(config, name="third")
@@ -416,7 +416,7 @@ def test_what_is_kept_goes_for_a_model_that_does_not_fit(
     assert isinstance(answer, Failed)
     assert isinstance(answer.error, LoadError)
     assert "does not fit into memory" in answer.error.message
-    assert residency.evictions == 2
+    assert pool.evictions == 2
 
 
 def test_a_picture_that_never_fits_fails_in_words_and_the_next_is_drawn(workshop: Workshop) -> None:

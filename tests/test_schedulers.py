@@ -284,7 +284,7 @@ def test_no_choice_is_the_model_s_own(pipelines: Callable[[str], Any], kind: str
     pipeline = pipelines(kind)
     request_scheduler.check(pipeline, None)
     made = request_scheduler.make(pipeline, None, SEED)
-    assert type(made) is type(pipeline.scheduler)
+    assert isinstance(made, type(pipeline.scheduler))
     assert {k: v for k, v in made.config.items() if k[0] != "_"} == {
         k: v for k, v in pipeline.scheduler.config.items() if k[0] != "_"
     }

@@ -129,7 +129,7 @@ def test_from_a_model_file_to_every_module_of_the_pipeline(configs: Any) -> None
 
     def on(play: Played, id: str, event: Any) -> None:
         if event == Step(1, 4):
-            for name, model in play.loop._residency._loaded.items():
+            for name, model in play.loop._pool._loaded.items():
                 for part in ("text_encoder", "unet", "vae"):
                     where = model.pipeline.vae.decoder if part == "vae" else getattr(model.pipeline, part)
                     where.register_forward_pre_hook(
@@ -142,8 +142,8 @@ def test_from_a_model_file_to_every_module_of_the_pipeline(configs: Any) -> None
             play.loop.post(Stop())
 
     play = Played({**configs, "pag": replace(configs["pag"], threads=2)}, on)
-    tell = play.loop._residency._tell
-    play.loop._residency._tell = lambda name, status: (
+    tell = play.loop._pool._tell
+    play.loop._pool._tell = lambda name, status: (
         loads.append((name, torch.get_num_threads())),
         tell(name, status),
     )

@@ -84,18 +84,13 @@ class ConcatenationCache:
         return sum(held.joined.nbytes for held in self._held.values() if held.joined is not None)
 
 
-def join(calls: Sequence[Call], joins: ConcatenationCache, *, trial: bool = False) -> dict[str, Any]:
-    """The keyword arguments of one forward for all of `calls`, whose keys are equal.
-
-    `trial`: to find out whether they may be joined, so text is padded with what must not matter.
-    """
+def join(calls: Sequence[Call], joins: ConcatenationCache) -> dict[str, Any]:
+    """The keyword arguments of one forward for all of `calls`, whose keys are equal."""
     joined: list[Any] = []
     for at, leaf in enumerate(calls[0].leaves):
         joined.append(_JOIN[leaf.kind]([call.leaves[at] for call in calls], calls, joins))
     arguments: dict[str, Any] = _rebuilt(calls[0].shape, iter(joined))
     for text, mask in calls[0].pairs.items():
-        if trial:
-            arguments[text] = text_masks.spoiled([_at(call, text) for call in calls])
         arguments[mask] = _mask(text, mask, calls)
     return arguments
 

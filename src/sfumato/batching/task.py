@@ -160,7 +160,7 @@ class Task(Asker):
             with cpu_threads.using(self.threads or self.batcher.threads):
                 into()
         finally:
-            self._random = torch_state.random()
+            self._random = None if self.done else torch_state.random()
             torch_state.set_random(found)
 
     def _end(self) -> None:

@@ -57,27 +57,6 @@ def padded(value: torch.Tensor, length: int) -> torch.Tensor:
     return value if not missing else torch.cat([value, value.new_zeros(len(value), missing, *value.shape[2:])], 1)
 
 
-def spoiled(texts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """`texts` joined, with padding that says something: where it is masked in earnest nothing may come of it.
-
-    With zeros a module that averages over the padding too, say, can be right to a thousandth for the texts at hand
-    and wrong for others. The last token of the padding is zeros all the same, as all of it will be.
-    """
-    longest = max(text.shape[1] for text in texts)
-    random = torch.Generator().manual_seed(0)
-    whole = []
-    for text in texts:
-        value = padded(text, longest)
-        noise = torch.randn(len(text), max(0, longest - text.shape[1] - 1), *text.shape[2:], generator=random)
-        spread = text.float().std().nan_to_num(1.0).clamp(min=1e-3)
-        if noise.shape[1]:
-            value[:, text.shape[1] : -1] = (noise.to(text.device) * spread).to(text.dtype)
-        elif longest > text.shape[1]:
-            value[:, -1:] = (text[:, -1:].float() + spread).to(text.dtype)
-        whole.append(value)
-    return torch.cat(whole)
-
-
 def joined(texts: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     """One mask for `texts` when they are padded to the longest; None where none is needed and none was there."""
     longest = max(text.shape[1] for text in texts)

@@ -1,6 +1,6 @@
 """A quicker start: what diffusers and transformers import and drawing does not use is left out, or waits for its use.
 
-    torch._dynamo, torch.compiler   nothing is compiled in a worker
+    torch._dynamo                   nothing is compiled in a worker
     torch.distributed               it is alone
     scipy.stats, scipy.integrate    asked for by beta schedules and LMS only
     scipy in transformers           losses of detectors that are being trained
@@ -39,7 +39,10 @@ WAITING: Mapping[str, Mapping[str, Any]] = {
     "scipy.stats": {},
     "scipy.integrate": {},
 }
-"""Modules that run when something in them is asked for that does not stand here."""
+"""Modules that run when something in them is asked for that does not stand here, or a module below them."""
+
+APART = frozenset({"torch._dynamo._trace_wrapped_higher_order_op"})
+"""Modules below them that do without them. transformers imports it for its masks."""
 
 
 def lean() -> None:
@@ -49,7 +52,6 @@ def lean() -> None:
     import torch
 
     torch.distributed.is_available = lambda: False
-    torch.compiler.disable = _as_it_is
     sys.meta_path.insert(0, _Finder())
     from transformers import utils
 
@@ -63,6 +65,13 @@ def lean() -> None:
 
 class _Finder(MetaPathFinder):
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        above = sys.modules.get(name.rpartition(".")[0])
+        if type(above) is _Waiting and name not in APART:
+            # Their parts import each other in a circle, which goes well only when it is entered at the top.
+            above.run()
+            if known := sys.modules.get(name):
+                known.__spec__ = ModuleSpec(name, _Known(known))  # what the import system goes on with
+                return known.__spec__
         if name not in LATER and name not in WAITING:
             return None
         spec = PathFinder.find_spec(name, path)
@@ -83,20 +92,19 @@ class _Names(Loader):
     def exec_module(self, module: ModuleType) -> None:
         package = module.__name__
         source = self._loader.get_source(package) or ""
-        places = {
-            alias.asname or alias.name: (node.module, alias.name)
-            for node in ast.walk(ast.parse(source))
-            if isinstance(node, ast.ImportFrom) and node.level == 1
-            for alias in node.names
-        }
+        imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom) and node.level == 1]
+        places = {alias.asname or alias.name: (node.module, alias.name) for node in imports for alias in node.names}
+        parts = {node.module for node in imports}
 
         def find(name: str) -> Any:
-            if name not in places:
-                raise AttributeError(f"module {package!r} has no attribute {name!r}")
-            where, what = places[name]
-            value = getattr(importlib.import_module(f"{package}.{where}"), what)
-            setattr(module, name, value)
-            return value
+            if name in places:
+                where, what = places[name]
+                value = getattr(importlib.import_module(f"{package}.{where}"), what)
+                setattr(module, name, value)
+                return value
+            if name in parts:
+                return importlib.import_module(f"{package}.{name}")
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
         vars(module).update(__getattr__=find, __all__=sorted(places), __dir__=lambda: sorted({*vars(module), *places}))
 
@@ -119,9 +127,26 @@ class _Waiting(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or type(self) is not _Waiting:  # the import system looks at these
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        self.run()
+        return getattr(self, name)
+
+    def run(self) -> None:
         spec = self.__spec__
         assert spec and isinstance(spec.loader, _Whole)
         self.__class__ = ModuleType  # type: ignore[assignment]
         spec.loader = spec.loader._loader
         spec.loader.exec_module(self)
-        return getattr(self, name)
+
+
+class _Known(Loader):
+    """A module that is there already: the one above it has imported it."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self._module = module
+        self._spec = module.__spec__
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return self._module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self._spec
