@@ -17,7 +17,7 @@ from sfumato.batching import outputs
 from sfumato.batching.calls import TIME, Call, describe, differing, target
 from sfumato.batching.concatenation import ConcatenationCache, join
 from sfumato.batching.fingerprints import Fingerprints
-from sfumato.batching.proof import TOLERANCE
+from sfumato.batching.proof import TOLERANCE, prove
 from sfumato.batching.verification import Verification
 
 SCALED = "attention_kwargs"
@@ -57,16 +57,21 @@ def _try(calls: Sequence[Call], trust: Verification, shown: dict[str, float], wr
         return
     try:
         with torch.no_grad():
-            output = target(first.module, first.method)(**join(calls, ConcatenationCache(), trial=True))
-        parts = outputs.split(output, [call.rows for call in calls], listed=first.listed)
+            output = target(first.module, first.method)(**_joined(calls))
+            parts = outputs.split(output, [call.rows for call in calls], listed=first.listed)
+            reason = prove(calls, _joined)
     except Exception as error:  # a batch that fails where its members do not
         wrong[signature] = f"together: {error}"
         return
     error = max(outputs.difference(part, one) for part, one in zip(parts, alone, strict=True))
-    if error <= TOLERANCE:
+    if error <= TOLERANCE and not reason:
         shown[signature] = error
     else:
-        wrong[signature] = f"differs by {error:.1e}"
+        wrong[signature] = reason or f"differs by {error:.1e}"
+
+
+def _joined(calls: Sequence[Call]) -> dict[str, Any]:
+    return join(calls, ConcatenationCache())
 
 
 def _combinations(calls: Sequence[Call]) -> Iterator[list[dict[str, Any]]]:

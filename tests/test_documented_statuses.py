@@ -250,7 +250,8 @@ def full(servers: Servers, label: str) -> httpx.Response:
         "POST /sdapi/v1/png-info",
         "POST /v1/images/recipe",
     ):  # nothing is drawn: it is the bytes of pictures that are too many
-        with held(servers.plain, 1, image=LARGE):
+        # One is drawn, and the other holds its source while it waits.
+        with held(servers.plain, 1), held(servers.plain, 1, image=LARGE):
             return send(servers.plain, label, image=LARGE)
     with held(servers.plain, 2):
         return send(servers.plain, label)

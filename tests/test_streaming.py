@@ -208,8 +208,9 @@ def test_row_21_a_full_line_answers_429(narrow: Server) -> None:
         running = pool.submit(narrow.client.post, "/v1/images/generations", json=LONG, headers={"x-request-id": "r"})
         await_step(narrow, "r")
         waiting = pool.submit(narrow.client.post, "/v1/images/generations", json=LONG, headers={"x-request-id": "w"})
-        while (seen := progress(narrow, "w"))["status"] is None:
-            pass
+        # It is known from its first byte on, and in the line once its body was read.
+        while not (seen := progress(narrow, "w"))["queue_position"]:
+            assert seen["status"] in (None, "queued")
         assert (seen["status"], seen["queue_position"]) == ("queued", 1)
         refused = narrow.draw(prompt="a cat")
         assert refused.status_code == 429
