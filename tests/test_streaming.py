@@ -209,7 +209,7 @@ def test_row_21_a_full_line_answers_429(narrow: Server) -> None:
         await_step(narrow, "r")
         waiting = pool.submit(narrow.client.post, "/v1/images/generations", json=LONG, headers={"x-request-id": "w"})
         # It is known from its first byte on, and in the line once its body was read.
-        while not (seen := progress(narrow, "w"))["queue_position"]:
+        while not (seen := progress(narrow, "w")).get("queue_position"):
             assert seen["status"] in (None, "queued")
         assert (seen["status"], seen["queue_position"]) == ("queued", 1)
         refused = narrow.draw(prompt="a cat")
