@@ -29,6 +29,6 @@ class Reason(StrEnum):
     ROWS = "max_batch"
     """It has as many rows as a forward may have, by `max_batch` or because more did not fit into memory."""
     UNPROVEN = "unproven"
-    """Whether its rows are independent could not be shown: the module is in training mode, and rounds."""
+    """Whether its rows are independent could not be shown: it raised when the rows beside it were changed."""
     REFUSED = "refused"
     """Its rows are not independent, or a batch of its kind raised, or its output cannot be cut."""
