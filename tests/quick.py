@@ -9,6 +9,7 @@ import asyncio
 import io
 import sys
 from collections.abc import AsyncGenerator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,9 @@ class Square:
     stats = EngineStats()
 
     def __init__(self, settings: Settings) -> None: ...
+
+    def launched(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     async def start(self) -> None: ...
 

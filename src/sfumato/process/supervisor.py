@@ -10,15 +10,15 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import os
 import reprlib
-import signal
 import socket
+import subprocess
 import sys
 from collections import deque
-from collections.abc import AsyncGenerator, Coroutine, Sequence
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from sfumato import logs
 from sfumato.config import ModelConfig
@@ -60,6 +60,13 @@ class Flight:
     deaths: int = 0
 
 
+class Launched(NamedTuple):
+    """A worker that was started, and our end of the socket to it."""
+
+    sock: socket.socket
+    process: subprocess.Popen[bytes]
+
+
 class Supervisor:
     """Engine whose worker is a process of its own: whatever happens to it, this one lives on."""
 
@@ -77,7 +84,9 @@ class Supervisor:
         self._restarts = 0
         self._up = asyncio.Event()
         self._writer: asyncio.StreamWriter | None = None
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._launched: Launched | None = None
+        """The first worker, if it was started before the event loop."""
         self._keeper: asyncio.Task[None] | None = None
         self._useful = False
         """Whether the present worker has begun to draw anything, or was up for a good while."""
@@ -107,21 +116,34 @@ class Supervisor:
         elif not isinstance(command, Pin):
             self._orders.append(command)
 
+    @contextmanager
+    def launched(self) -> Iterator[None]:
+        """Within, the first worker is there before the event loop runs; it ends with it where `start` never came."""
+        with suppress(OSError):  # `start` meets it again, and says so
+            self._launched = self._spawn()
+        try:
+            yield
+        finally:
+            if self._launched:
+                self._launched.sock.close()
+                self._launched.process.kill()
+                self._launched.process.wait()
+
     async def start(self) -> None:
         self._keeper = asyncio.create_task(self._keep())
 
     async def stop(self) -> None:
         self._stopping = True
-        if self._writer:
+        if self._writer and self._process:
             self._post(Stop())
             limit = STOP_TIMEOUT_S if self._flights else IDLE_STOP_TIMEOUT_S
             try:
                 async with asyncio.timeout(limit):
-                    await self._process.wait()  # type: ignore[union-attr]
+                    await self._reap(self._process)
             except TimeoutError:
                 log.warning("the worker did not end within %.0f s; it is killed", limit)
         if self._process:
-            _kill(self._process)
+            self._process.kill()
         if self._keeper:
             self._keeper.cancel()
             await asyncio.wait([self._keeper])
@@ -187,10 +209,11 @@ class Supervisor:
 
     async def _live(self) -> str:
         """One worker from its start to its end; returns why it ended. Raises when it never came up."""
-        reader, writer, process = await self._spawn()
-        self._process = process
+        launched, self._launched = self._launched or self._spawn(), None
+        self._process = process = launched.process
+        writer: asyncio.StreamWriter | None = None
         try:
-            writer.write(wire.pack(self._settings))
+            reader, writer = await asyncio.open_connection(sock=launched.sock)
             try:
                 async with asyncio.timeout(START_TIMEOUT_S):
                     hello = await wire.receive_async(reader)
@@ -209,28 +232,26 @@ class Supervisor:
         finally:
             self._up.clear()
             self._writer = None
-            writer.close()
-            _kill(process)
-            await process.wait()
+            (writer or launched.sock).close()
+            process.kill()
+            await self._reap(process)
             self._streams.forget()
             self._count_deaths()
 
-    async def _spawn(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, asyncio.subprocess.Process]:
+    def _spawn(self) -> Launched:
+        """A worker that has its settings, and imports. Raises OSError."""
         ours, theirs = socket.socketpair()
         with theirs:
             try:
-                reader, writer = await asyncio.open_connection(sock=ours)
+                process = subprocess.Popen([*self._command, str(theirs.fileno())], pass_fds=[theirs.fileno()])
+                ours.sendall(wire.pack(self._settings))
             except BaseException:
                 ours.close()
                 raise
-            try:
-                process = await asyncio.create_subprocess_exec(
-                    *self._command, str(theirs.fileno()), pass_fds=[theirs.fileno()]
-                )
-            except BaseException:
-                writer.close()
-                raise
-        return reader, writer, process
+        return Launched(ours, process)
+
+    async def _reap(self, process: subprocess.Popen[bytes]) -> None:
+        await asyncio.to_thread(process.wait)
 
     async def _first_of(self, *endings: Coroutine[None, None, str]) -> str:
         """The result, or error, of whichever comes to its end first; the others are cancelled."""
@@ -298,10 +319,3 @@ class Supervisor:
                         "it is not tried again"
                     ),
                 )
-
-
-def _kill(process: asyncio.subprocess.Process) -> None:
-    # Not `process.kill()`: that reaps a process that is dead already, and asyncio then misses its exit code.
-    if process.returncode is None:
-        with suppress(ProcessLookupError):
-            os.kill(process.pid, signal.SIGKILL)

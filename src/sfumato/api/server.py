@@ -1,0 +1,119 @@
+"""The application on a socket: uvicorn with a cap and a clock for its connections, and an end for its requests."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import signal
+import socket
+import sys
+from types import FrameType
+
+import uvicorn
+
+from sfumato import __version__, allocator
+from sfumato.api.app import create_app
+from sfumato.api.http.connections import (
+    ACCEPTED_AT_ONCE,
+    WAITING_AT_ONCE,
+    Connection,
+    Connections,
+    raise_descriptor_limit,
+)
+from sfumato.api.http.shutdown import Running
+from sfumato.engine.protocol import Engine
+from sfumato.errors import SfumatoError
+from sfumato.pictures.store import Store
+from sfumato.serving.catalog import Catalog
+from sfumato.serving.service import Service
+from sfumato.settings import Settings
+
+log = logging.getLogger("sfumato")
+
+ENDING_S = 15
+"""How long it may take after the grace time to tell those who still wait."""
+INTERRUPTED = 130
+"""Exit code after a second Ctrl-C, as of every program that Ctrl-C ended."""
+
+
+class Server(uvicorn.Server):
+    """uvicorn, over `Connections`, and requests are ended by us: when the grace time is over, or on a second Ctrl-C."""
+
+    def __init__(self, config: uvicorn.Config, connections: Connections, running: Running, grace_s: float) -> None:
+        super().__init__(config)
+        self.hurried = False
+        self._connections = connections
+        self._running = running
+        self._grace_s = grace_s
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit and sig == signal.SIGINT and not self.hurried:
+            self.hurried = True  # a third one is uvicorn's, which then lets everything fall
+        else:
+            super().handle_exit(sig, frame)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        # asyncio takes the one number for how many it accepts at once and how many may wait for that.
+        for each in sockets or ():
+            each.listen(WAITING_AT_ONCE)
+        self._sweeper = asyncio.create_task(self._connections.sweep())
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        ending = asyncio.create_task(self._end())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            ending.cancel()
+
+    async def _end(self) -> None:
+        end = asyncio.get_running_loop().time() + self._grace_s
+        while not self.hurried and asyncio.get_running_loop().time() < end:  # noqa: ASYNC110
+            await asyncio.sleep(0.1)  # uvicorn looks as often; a signal handler sets no event of asyncio
+        if count := self._running.end():
+            log.warning("the server stops; %d requests that still ran are answered with 503", count)
+
+
+def run(settings: Settings, engine: Engine) -> None:
+    """Serve until SIGTERM or Ctrl-C; running requests are finished first, as far as `grace_s` allows.
+
+    A second Ctrl-C ends them at once, and the process with exit code 130.
+
+    Raises SfumatoError that names a setting which cannot be understood.
+    """
+    allocator.give_back_large_blocks()
+    raise_descriptor_limit()
+    catalog = Catalog.of(settings)
+    for problem in catalog.problems():
+        log.warning("%s", problem)
+    running = Running()
+    try:
+        application = create_app(Service(catalog, engine, settings), Store.of(settings), running)
+    except ValueError as error:
+        raise SfumatoError(str(error)) from None
+    connections = Connections(settings.max_connections, settings.patience_s)
+    config = uvicorn.Config(
+        application,
+        http=functools.partial(Connection, connections=connections),  # type: ignore[arg-type]
+        ws="none",
+        backlog=ACCEPTED_AT_ONCE,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,  # `http.middleware` writes one, with the caller and without the query
+        proxy_headers=False,  # `http.urls` reads them
+        timeout_graceful_shutdown=settings.grace_s + ENDING_S,
+    )
+    sock = config.bind_socket()
+    sock.listen(WAITING_AT_ONCE)  # whoever reads the line below may connect at once
+    host, port = sock.getsockname()[:2]
+    names = ", ".join(model.name for model in catalog.all())
+    log.info("Sfumato %s on http://%s:%d with %s", __version__, host, port, names)
+    # uvicorn raises the signal that stopped it once more when it is done, for whoever was there before it.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    server = Server(config, connections, running, settings.grace_s)
+    server.run(sockets=[sock])
+    if server.hurried:
+        sys.exit(INTERRUPTED)
