@@ -240,17 +240,17 @@ def test_facts_of_the_embedded_model_are_what_it_does() -> None:
 def test_facts_follow_the_model_file(tmp_path: Path) -> None:
     folder = tiny.save(tiny.stable_diffusion(), tmp_path / "sd")
     told: list[ModelStatus] = []
-    residency = ModelPool(2, "cpu", lambda model, status: told.append(status), describe=model_info)
+    pool = ModelPool(2, "cpu", lambda model, status: told.append(status), describe=model_info)
     first = ModelConfig(name="m", model=str(folder), dtype="fp32", steps=7)
     models = []
     for config in (first, first, replace(first, steps=9, width=96, height=64)):
-        with residency.use(config, quiet) as model:
+        with pool.use(config, quiet) as model:
             models.append(model)
     assert models[0] is models[1] is models[2]
     known = [status.info for status in told if status.state == "ready"]
     assert all(isinstance(each, ModelInfo) for each in known)
     assert [(each.steps, each.width, each.height) for each in known if each] == [(7, 64, 64), (9, 96, 64)]
-    assert residency.loads == 1
+    assert pool.loads == 1
 
 
 # Quality
@@ -309,7 +309,7 @@ def test_a_model_that_cannot_be_described_draws_all_the_same(tmp_path: Path, mon
 
     folder = tiny.save(tiny.stable_diffusion(), tmp_path / "sd")
     told: list[ModelStatus] = []
-    residency = ModelPool(1, "cpu", lambda model, status: told.append(status), describe=fail)
-    with residency.use(ModelConfig(name="m", model=str(folder), dtype="fp32"), quiet) as model:
+    pool = ModelPool(1, "cpu", lambda model, status: told.append(status), describe=fail)
+    with pool.use(ModelConfig(name="m", model=str(folder), dtype="fp32"), quiet) as model:
         assert draw(model, wanted(prompt="a cat", width=64, height=64), quiet).png
     assert told[-1] == ModelStatus("ready")

@@ -185,10 +185,10 @@ def test_what_cannot_be_loaded_is_said(
 
 def test_residency_keeps_the_last_used_and_the_pinned(folder: Path) -> None:
     states: list[tuple[str, str]] = []
-    residency = ModelPool(2, "cpu", lambda name, status: states.append((name, status.state)))
+    pool = ModelPool(2, "cpu", lambda name, status: states.append((name, status.state)))
 
     def got(made: ModelConfig) -> load.Loaded:
-        with residency.use(made, turn=lambda: pytest.fail("nobody is in the way")) as model:
+        with pool.use(made, turn=lambda: pytest.fail("nobody is in the way")) as model:
             return model
 
     a, b, c = (config(folder, name=name) for name in "abc")
@@ -203,7 +203,7 @@ def test_residency_keeps_the_last_used_and_the_pinned(folder: Path) -> None:
 
 
 def test_a_model_in_use_never_leaves(folder: Path) -> None:
-    residency = ModelPool(1, "cpu", quiet)
+    pool = ModelPool(1, "cpu", quiet)
     turns = 0
 
     def free() -> None:
@@ -212,7 +212,7 @@ def test_a_model_in_use_never_leaves(folder: Path) -> None:
         held.close()
 
     held = ExitStack()
-    held.enter_context(residency.use(config(folder, name="a"), quiet))
-    with residency.use(config(folder, name="b"), free) as model:
+    held.enter_context(pool.use(config(folder, name="a"), quiet))
+    with pool.use(config(folder, name="b"), free) as model:
         assert model.config.name == "b"
     assert turns == 1

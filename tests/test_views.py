@@ -221,7 +221,7 @@ def test_a_view_that_cannot_be_closed_takes_nobody_along() -> None:
 
 
 def test_a_model_that_could_not_be_put_back_is_loaded_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    residency = ModelPool(1, "cpu", quiet)
+    pool = ModelPool(1, "cpu", quiet)
     made = ModelConfig(name="m", model=str(folder), file=folder / "m.yaml", dtype="fp32")
     restore, failures = views.StandIn._sfumato_restore, ["once"]
 
@@ -230,9 +230,9 @@ def test_a_model_that_could_not_be_put_back_is_loaded_anew(folder: Path, monkeyp
             raise RuntimeError(f"it fails {failures.pop()}")
         restore(self)
 
-    with residency.use(made, quiet) as model:
+    with pool.use(made, quiet) as model:
         expected = generation.draw(model, wanted(), quiet).png
-    with residency.use(made, quiet) as model, residency.use(made, quiet) as neighbour:
+    with pool.use(made, quiet) as model, pool.use(made, quiet) as neighbour:
         steps: list[int] = []
 
         def on_step(step: int, total: int) -> None:
@@ -244,10 +244,10 @@ def test_a_model_that_could_not_be_put_back_is_loaded_anew(folder: Path, monkeyp
         with pytest.raises(generation.Disturbed):
             generation.draw(neighbour, wanted(), on_step)
         assert "it fails once" in neighbour.condition.broken
-    with residency.use(made, quiet) as model:
+    with pool.use(made, quiet) as model:
         assert model.pipeline is not neighbour.pipeline
         assert generation.draw(model, wanted(), quiet).png == expected
-    assert residency.loads == 2
+    assert pool.loads == 2
 
 
 @pytest.fixture(scope="module")
@@ -344,17 +344,17 @@ def test_a_watched_scheduler_looks_like_its_class_and_can_be_copied() -> None:
 
 
 def test_when_nobody_draws_every_module_is_put_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    residency = ModelPool(1, "cpu", quiet)
+    pool = ModelPool(1, "cpu", quiet)
     made = ModelConfig(name="m", model=str(folder), file=folder / "m.yaml", dtype="fp32")
     out: list[str] = []
-    with residency.use(made, quiet) as model:
+    with pool.use(made, quiet) as model:
         pipe = model.pipeline
         pipe._all_hooks, hook = [], None
         for name in ("text_encoder", "unet", "vae"):
             _, hook = accelerate.cpu_offload_with_hook(getattr(pipe, name), "cpu", prev_module_hook=hook)
             monkeypatch.setattr(hook.hook, "init_hook", lambda module, name=name: out.append(name) or module)
             pipe._all_hooks.append(hook)
-        with residency.use(made, quiet) as neighbour:
+        with pool.use(made, quiet) as neighbour:
             task = in_a_hub(lambda: generation.draw(neighbour, wanted(), quiet))
             assert task.outcome.error is None
         assert "vae" not in out, "somebody draws still"
@@ -402,10 +402,10 @@ def test_gather_puts_the_last_module_out(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_request_keeps_the_file_that_it_was_made_with(folder: Path) -> None:
     told: list[Any] = []
-    residency = ModelPool(1, "cpu", lambda name, status: told.append(status.info), describe=model_info)
+    pool = ModelPool(1, "cpu", lambda name, status: told.append(status.info), describe=model_info)
     first = ModelConfig(name="m", model=str(folder), file=folder / "m.yaml", dtype="fp32", steps=3)
-    with residency.use(first, quiet) as model:
-        with residency.use(replace(first, steps=5, pinned=True), quiet) as newer:
+    with pool.use(first, quiet) as model:
+        with pool.use(replace(first, steps=5, pinned=True), quiet) as newer:
             assert newer.config.steps == 5
             assert newer.pipeline is model.pipeline
             assert newer.siblings is model.siblings
@@ -414,7 +414,7 @@ def test_a_request_keeps_the_file_that_it_was_made_with(folder: Path) -> None:
             assert generation.draw(newer, wanted(steps=None), quiet).recipe.steps == 5
         assert model.config.steps == 3
     assert [facts.steps for facts in told if facts] == [3, 5]
-    assert residency._loaded["m"].config.pinned, "the newest file is forgotten"
+    assert pool._loaded["m"].config.pinned, "the newest file is forgotten"
 
 
 # The thread.

@@ -1,12 +1,12 @@
 """The heart: many requests on one thread, parked at their module calls, sharing forwards.
 
-Each request is a greenlet that runs unmodified code (a pipeline, on a `standin.view`). Where that code calls
+Each request is a greenlet that runs unmodified code (a pipeline, on a `views.view`). Where that code calls
 a heavy module the greenlet parks and control comes back to the `Batcher`, which picks a group of parked calls
 that are alike, computes one forward for all of them, and lets each go on with its rows of the result. A call
 that is like no other is computed by its own greenlet, as if nothing were in between.
 
 `Batcher.step` is one turn: admit, resume, choose, run, scatter. Nothing here knows a pipeline or a request's
-meaning; the policy is `policy.choose`, the rule `calls`, what may be joined `trust`.
+meaning; the policy is `policy.choose`, the rule `calls`, what may be joined `verification`.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ class Batcher:
             self._given[task.caller] = max(self._given.get(task.caller, 0.0), min(had, default=0.0))
 
     def _go_on(self) -> None:
-        """Whoever needs no forward goes on, and again whom the memo answers, so that all park at what is new."""
+        """Whoever needs no forward goes on, and again whom the prompt cache answers, so that all park at what is new."""
         self._answer_known()
         ready = [task for task in self._active.values() if task.call is None or task.reply is not None]
         while ready:
@@ -245,7 +245,7 @@ class Batcher:
         for task in group:
             if task.call is not None:
                 self._given[task.caller] = self._given.get(task.caller, 0.0) + task.call.rows
-            # Of equal texts one is computed; the others find it in the memo before the next forward is chosen.
+            # Of equal texts one is computed; the others find it in the prompt cache before the next forward is chosen.
             leaders.setdefault(task.memo_key if task.memo_key is not None else task.number, task)
         members = list(leaders.values())
         if len(members) == 1:

@@ -5,7 +5,7 @@ is read and never written. What carries over from it is what the model was train
 what its makers set by hand (`PREFERENCES`), and never the sampler's own switches: `euler` means
 Euler without Karras sigmas, also on a model that ships with them.
 
-Whether a solver fits a pipeline is found out before the first step: `handover.read` reads what the
+Whether a solver fits a pipeline is found out before the first step: `scheduler_calls.read` reads what the
 pipeline's code gives to its scheduler, and a rehearsal runs the new scheduler on that for a few
 steps over an empty latent. What came out is kept: a picture waits for no rehearsal that was held before.
 """
