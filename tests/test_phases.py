@@ -1,4 +1,4 @@
-"""Requests stay in step with each other: what the prompt cache knows costs no turn, and several kinds of calls no company."""
+"""Requests stay in step with each other: a known text costs no turn, and several kinds of calls no company."""
 
 from __future__ import annotations
 

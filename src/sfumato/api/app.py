@@ -143,8 +143,8 @@ def create_app(service: Service, store: Store, running: Running | None = None) -
         )
     app.add_middleware(Head)
     app.add_middleware(Forwarded, trusted=settings.trusted_proxies)
-    app.add_middleware(SecurityHeaders)
     app.add_middleware(Framing)
+    app.add_middleware(SecurityHeaders)
     app.add_middleware(Observe, metrics=service.metrics)
     app.add_middleware(RequestId)
     return app

@@ -183,7 +183,7 @@ class Batcher:
             self._given[task.caller] = max(self._given.get(task.caller, 0.0), min(had, default=0.0))
 
     def _go_on(self) -> None:
-        """Whoever needs no forward goes on, and again whom the prompt cache answers, so that all park at what is new."""
+        """Whoever needs no forward goes on, also whom the prompt cache answers, until all are parked at what is new."""
         self._answer_known()
         ready = [task for task in self._active.values() if task.call is None or task.reply is not None]
         while ready:
