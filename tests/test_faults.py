@@ -10,6 +10,7 @@ import io
 import os
 import random
 import signal
+import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
@@ -529,19 +530,20 @@ def test_starts_that_fail_are_repeated_and_then_told(
     config: ModelConfig, monkeypatch: pytest.MonkeyPatch, bad: int
 ) -> None:
     """So many first starts end with a kill in the middle."""
-    start, starts = asyncio.create_subprocess_exec, 0
+    start, starts = subprocess.Popen, 0
 
-    async def killed(*args: Any, **kwargs: Any) -> asyncio.subprocess.Process:
+    def killed(*args: Any, **kwargs: Any) -> subprocess.Popen[bytes]:
         nonlocal starts
-        process = await start(*args, **kwargs)
+        process = start(*args, **kwargs)
         starts += 1
         if starts <= bad:
             process.kill()
         return process
 
-    monkeypatch.setattr(asyncio, "create_subprocess_exec", killed)
+    monkeypatch.setattr(subprocess, "Popen", killed)
     with supervised() as (runner, supervisor):
         (answer,) = runner.run(answers_of(supervisor, config, [wanted("patient")]))
+    assert starts == min(bad + 1, 3)
     if bad < 3:
         assert isinstance(answer, Done)
     else:

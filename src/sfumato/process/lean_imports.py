@@ -70,14 +70,15 @@ class _Finder(MetaPathFinder):
             # Their parts import each other in a circle, which goes well only when it is entered at the top.
             above.run()
             if known := sys.modules.get(name):
-                known.__spec__ = ModuleSpec(name, _Known(known))  # what the import system goes on with
-                return known.__spec__
+                spec = ModuleSpec(name, _Known(known))
+                vars(known)["__spec__"] = spec  # what the import system goes on with; torch's configs refuse assignment
+                return spec
         if name not in LATER and name not in WAITING:
             return None
-        spec = PathFinder.find_spec(name, path)
-        if spec and isinstance(spec.loader, SourceLoader):
-            spec.loader = _Names(spec.loader) if name in LATER else _Whole(spec.loader, WAITING[name])
-        return spec
+        found = PathFinder.find_spec(name, path)
+        if found and isinstance(found.loader, SourceLoader):
+            found.loader = _Names(found.loader) if name in LATER else _Whole(found.loader, WAITING[name])
+        return found
 
 
 class _Names(Loader):
@@ -149,4 +150,4 @@ class _Known(Loader):
         return self._module
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__ = self._spec
+        vars(module)["__spec__"] = self._spec
