@@ -15,7 +15,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST)
 
 fuzz: $(READY)
-	$(BIN)/python tests/fuzz.py $(FUZZ)
+	PYTHONPATH=tests $(BIN)/python -m support.fuzz $(FUZZ)
 
 train: $(READY)
 	$(BIN)/python -m training

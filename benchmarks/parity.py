@@ -5,7 +5,7 @@
     python -m benchmarks.parity --write               write the record, the list and the table in the docs
     python -m benchmarks.parity --write Flux          the same, measuring only some families again
 
-Each family of `tests/families.py` draws three pictures (prompts, lengths, seeds, steps and guidance differ)
+Each family of `tests/support/families.py` draws three pictures (prompts, lengths, seeds, steps and guidance differ)
 three times: one after another with the plain pipeline, together while every kind of batch is also computed
 member by member, and together trusting what that has shown; then the same with three calls that are alike in
 all but prompt and seed. All in fp32; then the three once more in bf16, with the list as it ships. The counts are
@@ -46,14 +46,13 @@ from sfumato.batching.views import view
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from families import FAMILIES as PICTURES  # noqa: E402
-from families import Call, Family  # noqa: E402
-from families_controlled import FAMILIES as CONTROLLED  # noqa: E402
-from families_moving import FAMILIES as MOVING  # noqa: E402
-from families_newer import FAMILIES as NEWER  # noqa: E402
-from families_transformers import FAMILIES as TRANSFORMERS  # noqa: E402
-
 from benchmarks.variations import variations  # noqa: E402
+from support.families import FAMILIES as PICTURES  # noqa: E402
+from support.families import Call, Family  # noqa: E402
+from support.families_controlled import FAMILIES as CONTROLLED  # noqa: E402
+from support.families_moving import FAMILIES as MOVING  # noqa: E402
+from support.families_newer import FAMILIES as NEWER  # noqa: E402
+from support.families_transformers import FAMILIES as TRANSFORMERS  # noqa: E402
 
 FAMILIES: dict[str, Family] = {**PICTURES, **CONTROLLED, **TRANSFORMERS, **NEWER, **MOVING}
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import tiny
-from hub import Hub
+
+from support import tiny
+from support.hub import Hub
+
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+"""Processes that tests start find `support` too."""
 
 REPOSITORIES = {
     "Linaqruf/animagine-xl": tiny.stable_diffusion_xl,

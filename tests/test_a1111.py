@@ -12,18 +12,13 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import broken_pictures
 import httpx
 import pytest
-import test_kinds
-import tiny
 from hypothesis import given
 from hypothesis import strategies as st
-from inside import Inside, Painter
 from PIL import Image, ImageChops
-from serving import TIMEOUT_S, Server
-from test_service import FakeEngine
 
+import test_kinds
 from sfumato import schedulers
 from sfumato.api.a1111 import samplers as a1111_samplers
 from sfumato.api.a1111.bodies import NEUTRAL, DrawBody, Img2ImgBody, UpscaleBody
@@ -34,6 +29,10 @@ from sfumato.pictures.sources import Sources
 from sfumato.serving.catalog import EMBEDDED, Catalog
 from sfumato.serving.service import Service
 from sfumato.settings import Settings
+from support import broken_pictures, tiny
+from support.fake_engine import FakeEngine
+from support.inside import Inside, Painter
+from support.serving import TIMEOUT_S, Server
 
 FEW = {"prompt": "a cat", "steps": 2, "seed": 5, "width": 64, "height": 64}
 LONG = {"prompt": "a cat", "steps": 1000, "sampler_name": "Euler", "width": 128, "height": 128}

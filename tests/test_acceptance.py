@@ -12,10 +12,11 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-import tiny
-from hub import Hub
 from PIL import Image
-from serving import Server
+
+from support import tiny
+from support.hub import Hub
+from support.serving import Server
 
 FILES = {
     "plain": {"model": "nitrosocke/Ghibli-Diffusion", "top": "dtype: fp32\n"},

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -24,6 +23,7 @@ from sfumato.pictures.images import decoded
 from sfumato.process.supervisor import Supervisor
 from sfumato.serving.catalog import Catalog
 from sfumato.settings import Settings
+from support import tiny
 
 ONE = Settings(device="cpu", log_level="error", loaded_models=1)
 """Only one model fits."""

@@ -15,12 +15,13 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-import tiny
 import torch
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-from serving import Server
-from test_acceptance import error_of, image_of, pixels
 from transformers import CLIPConfig, CLIPImageProcessorPil
+
+from support import tiny
+from support.serving import Server
+from test_acceptance import error_of, image_of, pixels
 
 MODEL = "name: {name}\nparameters:\n  model: {folder}\ndtype: fp32\ncuda: false\n"
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from inside import DRAW, ELSEWHERE, Inside
 
 from sfumato.api.http.auth import parse_keys
 from sfumato.settings import Settings
+from support.inside import DRAW, ELSEWHERE, Inside
 
 ANNA, BERT = "anna-secret-1", "bört-secret-2"
 KEYS = f"anna:{ANNA}, bert:{BERT}"

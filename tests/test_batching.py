@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import pytest
-import tiny
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -20,6 +19,7 @@ from sfumato.batching.concatenation import ConcatenationCache, join
 from sfumato.batching.prompt_cache import PromptCache
 from sfumato.batching.verification import Verification
 from sfumato.batching.views import View, exclusive, view
+from support import tiny
 
 NOTHING: frozenset[str] = frozenset()
 

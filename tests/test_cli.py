@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hub import Hub
 from PIL import Image
 
 from sfumato.pictures import recipe
+from support.hub import Hub
 
 
 def sfumato(*arguments: str | Path, cwd: Path, code: int = 0, env: dict[str, str] | None = None) -> str:

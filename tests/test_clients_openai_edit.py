@@ -14,7 +14,8 @@ import openai
 import pytest
 from openai.types import ImagesResponse
 from PIL import Image
-from serving import Server
+
+from support.serving import Server
 
 FEW = {"steps": 4, "seed": 1}
 

@@ -13,7 +13,8 @@ from openai.types import ImageEditCompletedEvent, ImageGenCompletedEvent, ImageG
 from openai.types.image_edit_partial_image_event import ImageEditPartialImageEvent
 from openai.types.image_gen_stream_event import ImageGenStreamEvent
 from PIL import Image
-from serving import Server
+
+from support.serving import Server
 
 STEPS = {"steps": 8, "seed": 1}
 

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from clients import environment
 from PIL import Image
-from serving import Server
+
+from clients import environment
+from support.serving import Server
 
 pytestmark = pytest.mark.slow
 

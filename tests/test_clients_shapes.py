@@ -15,7 +15,8 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
-from serving import Server
+
+from support.serving import Server
 
 STRICT = {"created", "data", "background", "output_format", "quality", "size", "usage"}
 """Top-level keys that strictly typed clients know."""

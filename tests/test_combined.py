@@ -10,17 +10,17 @@ from collections.abc import Callable
 from typing import Any
 
 import diffusers
-import families_newer
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_kinds import loaded, wanted
 
 import sfumato
 from sfumato.core import Preview
 from sfumato.drawing.draw import draw
 from sfumato.pipelines import scheduler_owners
+from support import families_newer
+from test_kinds import loaded, wanted
 
 CASCADE = {"height": 128, "width": 128}
 KANDINSKY = {"height": 64, "width": 64}

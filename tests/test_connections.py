@@ -17,13 +17,13 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 import uvicorn
-from answerable import answerable, descriptors, memory_mb, threads, within
 from fastapi import FastAPI
-from serving import Server
 from uvicorn.server import ServerState
 
 from sfumato import logs
 from sfumato.api.http.connections import Connection, Connections
+from support.answerable import answerable, descriptors, memory_mb, threads, within
+from support.serving import Server
 
 PATIENCE = 3
 GET = b"GET /healthz HTTP/1.1\r\nhost: x\r\n"

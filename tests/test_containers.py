@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from clients import environment
-from test_wheel import build, files_of_the_package, names
 
+from clients import environment
 from sfumato.settings import Settings, env_name
+from test_wheel import build, files_of_the_package, names
 
 ROOT = Path(__file__).parent.parent
 DOCKERFILE = (ROOT / "Dockerfile").read_text()

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
-from inside import DRAW, Inside
 
 from sfumato.api.http.cross_site import parse_hosts
+from support.inside import DRAW, Inside
 
 EVIL = "https://evil.example"
 BASIC = {"authorization": "Basic " + base64.b64encode(b"anna:secret").decode()}

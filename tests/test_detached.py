@@ -13,7 +13,8 @@ from typing import Any
 import httpx
 import pytest
 from PIL import Image
-from serving import Server
+
+from support.serving import Server
 
 LONG = 400
 """Steps."""

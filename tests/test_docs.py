@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 from PIL import Image
-from serving import Server
+
+from support.serving import Server
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "docs"))

@@ -19,13 +19,13 @@ from typing import Any
 
 import httpx
 import pytest
-import test_kinds
-import tiny
-from inside import Inside
 from PIL import Image, PngImagePlugin
-from serving import Server
 
 import sfumato
+import test_kinds
+from support import tiny
+from support.inside import Inside
+from support.serving import Server
 
 TINY = Path(sfumato.__file__).parent / "models" / "sfumato-tiny"
 ENABLE = "  enable_parameters: image,num_inference_steps\n"

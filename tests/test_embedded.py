@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from serving import Server
 
+from support.serving import Server
 from training.judge import Judge
 
 ROOT = Path(__file__).parent.parent

@@ -13,14 +13,15 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from serving import Server
+
+from support.serving import Server
 
 LONG = {"prompt": "hang"}
 """The stub worker does one step of it, and hears nothing from then on: what `stop` has to cope with, too."""
 
 
 def serving(folder: Path, *flags: str) -> Server:
-    program = (sys.executable, str(Path(__file__).parent / "stub_serve.py"), str(folder))
+    program = (sys.executable, "-m", "support.stub_serve", str(folder))
     return Server(folder / "models", folder / "data", *flags, program=program)
 
 

@@ -10,10 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from diffusers import StableDiffusionPAGPipeline
-from families_moving import animate_diff_free_init
 
 from sfumato.batching import torch_state
 from sfumato.batching.batcher import Batcher
@@ -25,6 +23,8 @@ from sfumato.engine.protocol import Answer, Cancel, Report, Started, Stop, Submi
 from sfumato.errors import Cancelled
 from sfumato.serving.catalog import Catalog
 from sfumato.settings import Settings
+from support import tiny
+from support.families_moving import animate_diff_free_init
 
 STEPS = 12
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import httpx
 import pytest
-import tiny
-from serving import Server
+
+from support import tiny
+from support.serving import Server
 from test_exclusive import guided
 
 LONG: dict[str, Any] = {"prompt": "a cat", "model": "pag", "step": 900, "size": "64x64", "scheduler": "ddim"}

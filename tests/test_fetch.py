@@ -16,14 +16,14 @@ from typing import Any
 
 import httpx
 import pytest
-from answerable import answerable, within
-from inside import DRAW, Inside, running
-from test_picture_urls import PICTURE
 
 from sfumato.errors import InvalidPicture
 from sfumato.pictures import fetch
 from sfumato.pictures.fetch import PictureFetcher
 from sfumato.pictures.resolving import Resolver, Unresolved
+from support.answerable import answerable, within
+from support.inside import DRAW, Inside, running
+from test_picture_urls import PICTURE
 
 BOMB = gzip.compress(gzip.compress(gzip.compress(bytes(200 * 2**20), 9), 9), 9)
 """Some hundred bytes that are 200 MiB."""

@@ -10,21 +10,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import families
-import families_moving
-import families_transformers
 import pytest
-import tiny
-from conftest import REPOSITORIES
 from diffusers.loaders import single_file_utils
-from hub import Hub
-from serving import Server
 
+from conftest import REPOSITORIES
 from sfumato.drawing import arguments
 from sfumato.drawing.info import model_info
 from sfumato.models import load, single_file, static_capabilities
 from sfumato.pipelines import capabilities, tokens
 from sfumato.serving.catalog import Catalog
+from support import families, families_moving, families_transformers, tiny
+from support.hub import Hub
+from support.serving import Server
 
 FAMILIES = {**families.FAMILIES, **families_transformers.FAMILIES, **families_moving.FAMILIES}
 MODEL = "name: m\nparameters:\n  model: {model}\ncuda: false\n"

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny
-from hub import Hub
-from serving import Server
+
+from support import tiny
+from support.hub import Hub
+from support.serving import Server
 
 
 @pytest.mark.slow

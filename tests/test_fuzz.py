@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-import fuzz
 import pytest
-from inside import Inside
 from starlette.types import Receive, Scope, Send
+
+from support import fuzz
+from support.inside import Inside
 
 CASES = 2000
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from inside import DRAW, Inside, Painter
 from PIL import ExifTags, Image, PngImagePlugin
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
@@ -24,6 +23,7 @@ from sfumato.errors import DrawError, StorageError
 from sfumato.pictures import recipe
 from sfumato.pictures.gallery import Gallery, Wanted
 from sfumato.pictures.store import Store, owner_of
+from support.inside import DRAW, Inside, Painter
 
 MADE = Recipe(
     model="m", source="some/one", pipeline="StableDiffusionPipeline", prompt="a cat", negative_prompt=None, width=8,

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_gallery import MADE, keep, names, png
 
 from sfumato.pictures.gallery import Gallery, Wanted
 from sfumato.pictures.store import Store
+from test_gallery import MADE, keep, names, png
 
 pytestmark = pytest.mark.slow
 

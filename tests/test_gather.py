@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from diffusers import (
     DDIMScheduler,
@@ -24,6 +23,7 @@ from PIL import Image
 import sfumato
 from sfumato.batching.batcher import Batcher
 from sfumato.batching.views import view
+from support import tiny
 
 Calls = list[dict[str, Any]]
 

@@ -6,18 +6,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from diffusers import FirstBlockCacheConfig, FluxPipeline, PyramidAttentionBroadcastConfig
-from families import guided_by_perturbation
-from families_transformers import flux_with
 from peft import LoraConfig
-from test_gather import MIXED, SQUARE, alone, check, seeded
 
 import sfumato
 from sfumato.batching import verification
 from sfumato.batching.batcher import Batcher
 from sfumato.batching.views import view
+from support import tiny
+from support.families import guided_by_perturbation
+from support.families_transformers import flux_with
+from test_gather import MIXED, SQUARE, alone, check, seeded
 
 PLAIN = [{**call, **SQUARE, "num_inference_steps": steps} for call, steps in zip(MIXED[:3], (3, 6, 4), strict=True)]
 FLOW = [{key: value for key, value in call.items() if key != "negative_prompt"} for call in PLAIN]

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
-from inside import Inside
+
+from support.inside import Inside
 
 DATA = bytes(range(100))
 READ = (

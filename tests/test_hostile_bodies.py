@@ -12,14 +12,14 @@ from typing import Any
 
 import httpx
 import pytest
-from answerable import answerable, memory_mb, threads, within
 from fastapi.testclient import TestClient
-from inside import Inside
 from PIL import Image
-from serving import Server
 
 from sfumato.api.http import body_cost, content_type, multipart
 from sfumato.errors import InvalidRequest, RequestTooLarge, UnsupportedMedia
+from support.answerable import answerable, memory_mb, threads, within
+from support.inside import Inside
+from support.serving import Server
 
 JSON, URLENCODED = "application/json", "application/x-www-form-urlencoded"
 MULTIPART = "multipart/form-data; boundary=B"

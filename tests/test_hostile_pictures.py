@@ -19,10 +19,11 @@ from urllib.parse import urlsplit
 import httpx
 import psutil
 import pytest
-from answerable import answerable, descriptors, memory_mb, threads, within
-from hostile import many_scans
 from PIL import Image
-from quick import NOISE, Server
+
+from support.answerable import answerable, descriptors, memory_mb, threads, within
+from support.hostile import many_scans
+from support.quick import NOISE, Server
 
 DRAW = {"prompt": "a cat", "size": "64x64", "steps": 2, "response_format": "b64_json"}
 LIMITS = ("--decode-s", "1", "--decoders", "2", "--max-waiting-mb", "2", "--max-active", "2", "--max-queue", "8")

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from hub import Hub
-from serving import Server
+
+from support.hub import Hub
+from support.serving import Server
 
 MODEL = "name: {name}\nparameters:\n  model: nitrosocke/Ghibli-Diffusion\nstep: 2\n"
 

@@ -9,8 +9,6 @@ import threading
 from pathlib import Path
 
 import pytest
-import tiny
-from hub import Hub
 from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -19,7 +17,10 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from tiny_checkpoint import CONFIGS
+
+from support import tiny
+from support.hub import Hub
+from support.tiny_checkpoint import CONFIGS
 
 REPO = "someone/something"
 CONTENT = {"README.md": b"# Hello\n", "unet/config.json": b"{}", "unet/weights.safetensors": bytes(1000)}

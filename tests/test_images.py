@@ -13,10 +13,10 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
-from serving import Server
 
 import sfumato
 from sfumato.pictures import recipe
+from support.serving import Server
 from training.judge import Judge
 
 TINY = Path(sfumato.__file__).parent / "models" / "sfumato-tiny"

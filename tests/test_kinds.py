@@ -12,7 +12,6 @@ from typing import Any
 import diffusers
 import numpy as np
 import pytest
-import tiny
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
@@ -28,6 +27,7 @@ from sfumato.models.pool import ModelPool
 from sfumato.pictures.images import decoded
 from sfumato.pipelines import capabilities
 from sfumato.serving.catalog import EMBEDDED, Catalog
+from support import tiny
 
 
 def quiet(*args: Any) -> None: ...

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from diffusers import ControlNetModel
 from peft import LoraConfig
@@ -29,6 +28,7 @@ from sfumato.models import load
 from sfumato.models.pool import ModelPool
 from sfumato.pictures.images import decoded
 from sfumato.serving.catalog import Catalog
+from support import tiny
 
 
 def quiet(*args: Any) -> None: ...

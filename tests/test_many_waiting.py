@@ -7,8 +7,9 @@ import time
 from pathlib import Path
 
 import httpx
-from answerable import answerable, within
-from serving import Server
+
+from support.answerable import answerable, within
+from support.serving import Server
 
 WAITING = 1000
 

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageChops, ImageDraw
-from serving import Server
 
 from sfumato.drawing import crop
+from support.serving import Server
 
 SIZE = (300, 200)
 AREA = (180, 60, 220, 100)

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import tiny
-from hub import Hub
 from PIL import Image
-from serving import Server
 
 from sfumato.errors import DownloadError
 from sfumato.models import weight_file
+from support import tiny
+from support.hub import Hub
+from support.serving import Server
 
 REPO = "acme/one"
 NAME = "model.safetensors"

@@ -17,9 +17,9 @@ import openai
 import pytest
 from openai.types import ImagesResponse
 from PIL import Image
-from serving import Server
 
 import sfumato
+from support.serving import Server
 
 TINY = Path(sfumato.__file__).parent / "models" / "sfumato-tiny"
 FILE = "name: {name}\nparameters:\n  model: {source}\n"

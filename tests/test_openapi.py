@@ -8,16 +8,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-import broken_pictures
 import jsonschema_rs
 import pytest
-from inside import Inside
 from pydantic import AliasChoices
 
 from sfumato.api.a1111.bodies import Img2ImgBody, Txt2ImgBody
 from sfumato.api.localai import InpaintingBody, UpscaleBody
 from sfumato.api.openai.bodies import EditsBody, GenerationsBody, VariationsBody
 from sfumato.core import MAX_SEED
+from support import broken_pictures
+from support.inside import Inside
 
 BODIES = {
     "/v1/images/generations": GenerationsBody,

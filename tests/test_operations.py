@@ -16,9 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
-from inside import DRAW, Inside, running
 from prometheus_client.parser import text_string_to_metric_families
-from serving import Server
 
 from sfumato import logs
 from sfumato.commands import serve
@@ -26,6 +24,8 @@ from sfumato.core import EngineStats
 from sfumato.errors import SfumatoError
 from sfumato.serving.metrics import COUNTED, READINGS, Metrics
 from sfumato.settings import Settings
+from support.inside import DRAW, Inside, running
+from support.serving import Server
 
 ORIGIN = "https://app.example"
 URL = {"json": {**DRAW["json"], "response_format": "url"}}

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import Server
 
 import sfumato
+from support.serving import Server
 
 TINY = Path(sfumato.__file__).parent / "models" / "sfumato-tiny"
 FILE = (

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES as PICTURES
-from families import seeded as built
-from families_transformers import FAMILIES as TRANSFORMERS
 
 import sfumato
 from sfumato.batching.batcher import Batcher
 from sfumato.batching.verification import Verification
 from sfumato.batching.views import View, view
+from support.families import FAMILIES as PICTURES
+from support.families import seeded as built
+from support.families_transformers import FAMILIES as TRANSFORMERS
 
 FAMILIES = {**PICTURES, **TRANSFORMERS}
 

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from inside import DRAW, Inside
-from serving import Server
+
+from support.inside import DRAW, Inside
+from support.serving import Server
 
 PICTURE = base64.b64decode(Server.png_data_uri().partition(",")[2])
 

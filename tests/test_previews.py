@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import families
 import numpy as np
 import pytest
-import tiny
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from PIL import Image
+
+from support import families, tiny
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import parity

@@ -7,11 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import diffusers as d
-import families_transformers as ft
 import pytest
-import tiny
 import torch
-from families import FLOW, PICTURES, SD, controlled, guided_by_perturbation, lively, negative, numbers, without
 from torch import nn
 
 from benchmarks import parity
@@ -22,6 +19,9 @@ from sfumato.batching.calls import Call, Fingerprints, describe
 from sfumato.batching.concatenation import ConcatenationCache
 from sfumato.batching.proof import examine, prove
 from sfumato.batching.views import view
+from support import families_transformers as ft
+from support import tiny
+from support.families import FLOW, PICTURES, SD, controlled, guided_by_perturbation, lively, negative, numbers, without
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers' and transformers' own, some of them about toy sizes
 

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from test_batching import NOTHING, PROOF, Coupled, noise, together
 from torch import nn
 
 from sfumato.batching import proof_store, source_digest
 from sfumato.batching.proof_store import Proofs
 from sfumato.batching.verification import Verification
+from support import tiny
+from test_batching import NOTHING, PROOF, Coupled, noise, together
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ from typing import Any
 import httpx
 import pytest
 import trustme
-from inside import DRAW, Inside, running
 
 from sfumato.api.http.urls import check_proxies, check_public_url
+from support.inside import DRAW, Inside, running
 
 PREFIX = "/pictures/of-mine"
 URL = {**DRAW["json"], "response_format": "url"}

@@ -11,8 +11,9 @@ import diffusers
 import pytest
 import torch
 from diffusers.utils.peft_utils import apply_lora_scale
-from test_batching import called, noise, together
 from torch import nn
+
+from test_batching import called, noise, together
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import parity

@@ -15,13 +15,13 @@ from typing import Any
 import diffusers
 import numpy as np
 import pytest
-import tiny
 import torch
 
 from sfumato import schedulers
 from sfumato.core import MAX_SEED
 from sfumato.errors import InvalidRequest
 from sfumato.pipelines import request_scheduler, scheduler_calls
+from support import tiny
 
 pytestmark = [
     # diffusers hands tensors to numpy in a way that NumPy 2 announces the end of.

@@ -27,9 +27,9 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
-from serving import Server
 
 import sfumato
+from support.serving import Server
 
 pytestmark = pytest.mark.slow
 

@@ -16,11 +16,12 @@ from typing import Any
 
 import httpx
 import pytest
-import tiny
 import yaml
-from hub import Hub
 from PIL import Image
-from serving import Server
+
+from support import tiny
+from support.hub import Hub
+from support.serving import Server
 
 PAGE = (Path(__file__).parent / "data" / "seed.md").read_text(encoding="utf-8", errors="replace")
 FILES = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
@@ -14,56 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sfumato.commands.generate import _as_request as as_request
-from sfumato.config import ModelConfig
-from sfumato.core import MAX_SEED, Done, EngineStats, Event, Failed, Generation, Limits, ModelStatus, Recipe, Step
+from sfumato.core import MAX_SEED, Done, Limits
 from sfumato.errors import Cancelled, DrawError, InvalidRequest, ModelNotFound, RequestNotFound, TooManyRequests
 from sfumato.serving.catalog import Catalog
 from sfumato.serving.planning import ImageRequest, size_of
 from sfumato.serving.service import Service
 from sfumato.settings import Settings
-
-
-class FakeEngine:
-    """Answers each generation with its own id; `hold` keeps them open, `fail` fails the seeds in it."""
-
-    ready = True
-    stats = EngineStats()
-
-    def __init__(self) -> None:
-        self.seen: list[Generation] = []
-        self.closed: list[int] = []
-        self.hold = asyncio.Event()
-        self.hold.set()
-        self.fail: set[int] = set()
-        self.arrived: asyncio.Queue[int] = asyncio.Queue()
-
-    async def start(self) -> None: ...
-
-    async def stop(self) -> None: ...
-
-    def status(self, model: str) -> ModelStatus:
-        return ModelStatus()
-
-    async def submit(self, config: ModelConfig, generation: Generation) -> AsyncGenerator[Event, None]:
-        self.seen.append(generation)
-        self.arrived.put_nowait(generation.seed)
-        try:
-            yield Step(1, 2)
-            if generation.seed in self.fail:
-                yield Failed(DrawError("drew nothing"))
-                return
-            await self.hold.wait()
-            yield Done(str(generation.seed).encode(), recipe_of(config, generation))
-        finally:
-            self.closed.append(generation.seed)
-
-
-def recipe_of(config: ModelConfig, asked: Generation) -> Recipe:
-    return Recipe(
-        model=config.name, source="", pipeline="", prompt=asked.prompt, negative_prompt=asked.negative_prompt,
-        width=1, height=1, steps=1, guidance_scale=1.0, seed=asked.seed, scheduler="", clip_skip=None, strength=None,
-        image_sha256=(), mask_sha256=None, device="cpu", dtype="fp32",
-    )  # fmt: skip
+from support.fake_engine import FakeEngine
 
 
 @pytest.fixture

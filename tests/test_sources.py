@@ -10,12 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile import many_scans
-from inside import DRAW, Inside
 from PIL import Image
-from test_fetch import DeadNames, Site
-from test_picture_urls import PICTURE
-from test_service import FakeEngine
 
 from sfumato.core import Limits
 from sfumato.errors import Cancelled, InvalidPicture, RequestTooLarge, TooManyRequests
@@ -28,6 +23,11 @@ from sfumato.serving.catalog import Catalog
 from sfumato.serving.planning import ImageRequest
 from sfumato.serving.service import Service
 from sfumato.settings import Settings
+from support.fake_engine import FakeEngine
+from support.hostile import many_scans
+from support.inside import DRAW, Inside
+from test_fetch import DeadNames, Site
+from test_picture_urls import PICTURE
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "AVIF")
 OTHERS = ("TIFF", "PPM", "TGA", "PCX", "ICNS", "DDS", "SGI", "JPEG2000", "EPS", "MSP", "SPIDER", "ICO", "PDF")

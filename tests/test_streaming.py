@@ -15,9 +15,9 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
-from serving import Server
 
 from sfumato.api.openai import answers
+from support.serving import Server
 
 LONG = {"prompt": "a cat", "steps": 1000, "size": "512x512"}
 """Takes many minutes: nobody waits for it."""

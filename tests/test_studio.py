@@ -12,14 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import browser as chrome
 import pytest
-from browser import visit
 from PIL import ExifTags, Image, ImageChops, PngImagePlugin
 from playwright.sync_api import Browser, Locator, Page, expect
-from serving import Server
 
 from sfumato.pictures.store import Store
+from support import browser as chrome
+from support.browser import visit
+from support.serving import Server
 
 TABS = ("Make", "Rework", "Gallery", "Compare", "Server")
 ROCKET = "a rocket on a blue background"

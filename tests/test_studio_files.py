@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from inside import Inside
 from starlette.testclient import TestClient
 
 import sfumato
+from support.inside import Inside
 
 WEB = Path(sfumato.__file__).parent / "web"
 VENDOR = WEB / "vendor"

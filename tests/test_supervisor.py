@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
-from stub_worker import FRAMES, lives, stub
 
 from sfumato.api.app import create_app
 from sfumato.config.parse import named
@@ -30,6 +29,7 @@ from sfumato.process.supervisor import Supervisor
 from sfumato.serving.catalog import Catalog
 from sfumato.serving.service import Service
 from sfumato.settings import Settings
+from support.stub_worker import FRAMES, lives, stub
 
 SETTINGS = Settings(log_level="critical")
 CONFIG = named("some/model")

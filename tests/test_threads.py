@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_exclusive import Ended, Played, configs, guided  # noqa: F401
 
 from sfumato.batching.batcher import Batcher
 from sfumato.batching.verification import Verification
 from sfumato.batching.views import View, view
 from sfumato.core import Done, Failed, Step
 from sfumato.engine.protocol import Cancel, Stop
+from test_exclusive import Ended, Played, configs, guided  # noqa: F401
 
 OWN = 1
 """Threads of this process here: no model's number. More are slow where others compute beside these tests."""

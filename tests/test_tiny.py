@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from PIL import Image
+
+from support import tiny
 
 BUILDERS = [
     tiny.stable_diffusion,

@@ -6,7 +6,6 @@ import functools
 from typing import Any
 
 import pytest
-import tiny
 from diffusers import DiffusionPipeline
 
 from sfumato.config import ModelConfig
@@ -16,6 +15,7 @@ from sfumato.models import load
 from sfumato.pictures.images import decoded
 from sfumato.pipelines import tokens
 from sfumato.serving.catalog import EMBEDDED, Catalog
+from support import tiny
 
 BUILD: dict[str, Any] = {
     "sd": tiny.stable_diffusion,

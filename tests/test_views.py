@@ -14,7 +14,6 @@ from typing import Any
 
 import accelerate
 import pytest
-import tiny
 import torch
 from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
 from peft import LoraConfig
@@ -33,6 +32,7 @@ from sfumato.models import load
 from sfumato.models.load import Loaded
 from sfumato.models.pool import ModelPool
 from sfumato.pipelines import request_scheduler
+from support import tiny
 
 SQUARE = {"width": 64, "height": 64}
 

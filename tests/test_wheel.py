@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 import pytest
 from PIL import Image
-from serving import Server
+
+from support.serving import Server
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ("src", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "NOTICE")

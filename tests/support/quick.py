@@ -13,13 +13,13 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import serving
 from PIL import Image
 
 from sfumato.commands import serve
 from sfumato.config import ModelConfig
 from sfumato.core import Done, EngineStats, Event, Generation, ModelStatus, Recipe, Step
 from sfumato.settings import Settings
+from support import serving
 
 FOR_EVER = 1000
 """Steps of a picture that is never done."""
@@ -37,7 +37,8 @@ class Server(serving.Server):
         given = dict(zip(names, flags[1::2], strict=True))
         self._command = [
             sys.executable,
-            __file__,
+            "-m",
+            "support.quick",
             repr({"port": "0", "models": str(models), "data": str(data)} | given),
         ]
 

@@ -13,10 +13,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from clients import environment
 from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
 
-HERE = Path(__file__).parent
+from clients import environment
+
+HERE = Path(__file__).parent.parent
 AXE = HERE.parent / ".venv-axe"
 CHROMIUM = shutil.which("chromium")
 ARGS = (

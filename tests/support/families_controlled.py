@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import diffusers as d
-from families import (
+
+from support.families import (
     DEEP,
     FLOW,
     PICTURES,
@@ -24,13 +25,13 @@ from families import (
     without,
     xl_parts,
 )
-from families_transformers import (
+from support.families_transformers import (
     hunyuan_dit,
     qwen_image,
     sana,
     stable_diffusion_3_controlled,
 )
-from tiny import WIDTH, seeded
+from support.tiny import WIDTH, seeded
 
 DEEP_UNET: dict[str, Any] = {
     "block_out_channels": (8, 16, 16, 16), "layers_per_block": 2, "norm_num_groups": 4, "attention_head_dim": 4,
@@ -132,7 +133,7 @@ def ip_adapted() -> Any:
 
 
 def prompted_by_picture(calls: list[Call]) -> list[Call]:
-    from families import numbers
+    from support.families import numbers
 
     return [{**call, "ip_adapter_image_embeds": [numbers(at, 2, 1, WIDTH)]} for at, call in enumerate(calls)]
 

@@ -13,7 +13,6 @@ import uvicorn
 from fastapi import FastAPI
 from PIL import Image
 from starlette.testclient import TestClient
-from test_service import FakeEngine, recipe_of
 
 from sfumato.api.app import create_app
 from sfumato.config import ModelConfig
@@ -22,6 +21,7 @@ from sfumato.pictures.store import Store
 from sfumato.serving.catalog import Catalog
 from sfumato.serving.service import Service
 from sfumato.settings import Settings
+from support.fake_engine import FakeEngine, recipe_of
 
 ELSEWHERE = ("203.0.113.7", 50000)
 """A client that is no proxy of anybody's."""

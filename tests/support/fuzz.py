@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
-import broken_pictures
-from inside import Inside
 from starlette.types import Message, Scope
 
 from sfumato import logs
+from support import broken_pictures
+from support.inside import Inside
 
 MOST_CPU_S = 1.0
 MOST_S = 60.0

@@ -1,7 +1,7 @@
 """Tiny real pipelines of many families, each with three calls that differ in all they can.
 
 The weights are random and the sizes absurd; classes, wiring and code paths are diffusers' own. What
-`tests/tiny.py` has is taken from there. `FAMILIES` is the table of those with a UNet; `families_transformers.py`
+`tiny.py` has is taken from there. `FAMILIES` is the table of those with a UNet; `families_transformers.py`
 and `families_moving.py` (videos and sound) go on.
 """
 
@@ -13,10 +13,11 @@ from typing import Any
 
 import diffusers as d
 import numpy as np
-import tiny
 import torch
 from PIL import Image
-from tiny import STABLE_DIFFUSION_NOISE, WIDTH, seeded
+
+from support import tiny
+from support.tiny import STABLE_DIFFUSION_NOISE, WIDTH, seeded
 
 Call = dict[str, Any]
 

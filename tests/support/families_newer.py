@@ -6,10 +6,22 @@ from types import SimpleNamespace
 from typing import Any
 
 import diffusers as d
-import tiny
 import torch
 from diffusers.models.transformers import transformer_cosmos
-from families import (
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3Model,
+)
+
+from support import tiny
+from support.families import (
     DEEP,
     FLOW,
     Call,
@@ -26,21 +38,20 @@ from families import (
     with_pictures,
     without,
 )
-from families_moving import moving, wan
-from families_transformers import LANGUAGE, any_tokenizer, flow, flow_vae, flux_with, gemma, qwen_image, sana, umt5
-from tiny import WIDTH, seeded
-from tiny_text import clip_tokenizer, t5_tokenizer
-from transformers import (
-    CLIPImageProcessor,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPVisionConfig,
-    CLIPVisionModelWithProjection,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen3Config,
-    Qwen3Model,
+from support.families_moving import moving, wan
+from support.families_transformers import (
+    LANGUAGE,
+    any_tokenizer,
+    flow,
+    flow_vae,
+    flux_with,
+    gemma,
+    qwen_image,
+    sana,
+    umt5,
 )
+from support.tiny import WIDTH, seeded
+from support.tiny_text import clip_tokenizer, t5_tokenizer
 
 SCHNELL: dict[str, Any] = {"guidance_embeds": False}
 """FLUX.1-schnell has no embedding of guidance, and passes None."""

@@ -35,8 +35,6 @@ from diffusers import (
     UNet2DConditionModel,
     UNet2DModel,
 )
-from tiny_checkpoint import single_file as single_file
-from tiny_text import BOS, EOS, VOCABULARY, clip_tokenizer, t5_tokenizer
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -47,6 +45,9 @@ from transformers import (
     T5Config,
     T5EncoderModel,
 )
+
+from support.tiny_checkpoint import single_file as single_file
+from support.tiny_text import BOS, EOS, VOCABULARY, clip_tokenizer, t5_tokenizer
 
 WIDTH = 32
 """Features of every tiny text encoder; what cross-attention reads is a multiple of it."""

@@ -6,24 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import diffusers as d
-import tiny
 import torch
-from families import (
-    DEEP,
-    FLOW,
-    PICTURES,
-    SQUARE,
-    Family,
-    half_mask,
-    lively,
-    negative,
-    over,
-    three,
-    with_pictures,
-    without,
-)
-from tiny import WIDTH, seeded
-from tiny_text import clip_tokenizer, t5_tokenizer
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
@@ -46,6 +29,24 @@ from transformers import (
     UMT5Config,
     UMT5EncoderModel,
 )
+
+from support import tiny
+from support.families import (
+    DEEP,
+    FLOW,
+    PICTURES,
+    SQUARE,
+    Family,
+    half_mask,
+    lively,
+    negative,
+    over,
+    three,
+    with_pictures,
+    without,
+)
+from support.tiny import WIDTH, seeded
+from support.tiny_text import clip_tokenizer, t5_tokenizer
 
 
 def any_tokenizer(length: int = 512) -> PreTrainedTokenizerFast:

@@ -5,12 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import diffusers as d
-import tiny
 import torch
-from families import Call, Family, controlled, negative, picture, three, with_pictures, without
-from families_transformers import LANGUAGE, any_tokenizer, flow, umt5
-from tiny import STABLE_DIFFUSION_NOISE, WIDTH, seeded
-from tiny_text import clip_tokenizer, t5_tokenizer
 from transformers import (
     CLIPImageProcessor,
     CLIPTextModel,
@@ -19,6 +14,12 @@ from transformers import (
     LlamaConfig,
     LlamaModel,
 )
+
+from support import tiny
+from support.families import Call, Family, controlled, negative, picture, three, with_pictures, without
+from support.families_transformers import LANGUAGE, any_tokenizer, flow, umt5
+from support.tiny import STABLE_DIFFUSION_NOISE, WIDTH, seeded
+from support.tiny_text import clip_tokenizer, t5_tokenizer
 
 
 def wan() -> Any:

@@ -1,0 +1,1 @@
+"""What several tests share: tiny models, a hub, servers, stand-in workers."""

@@ -1,0 +1,53 @@
+"""An engine that draws nothing, for what stands in front of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+
+from sfumato.config import ModelConfig
+from sfumato.core import Done, EngineStats, Event, Failed, Generation, ModelStatus, Recipe, Step
+from sfumato.errors import DrawError
+
+
+class FakeEngine:
+    """Answers each generation with its own id; `hold` keeps them open, `fail` fails the seeds in it."""
+
+    ready = True
+    stats = EngineStats()
+
+    def __init__(self) -> None:
+        self.seen: list[Generation] = []
+        self.closed: list[int] = []
+        self.hold = asyncio.Event()
+        self.hold.set()
+        self.fail: set[int] = set()
+        self.arrived: asyncio.Queue[int] = asyncio.Queue()
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+    def status(self, model: str) -> ModelStatus:
+        return ModelStatus()
+
+    async def submit(self, config: ModelConfig, generation: Generation) -> AsyncGenerator[Event, None]:
+        self.seen.append(generation)
+        self.arrived.put_nowait(generation.seed)
+        try:
+            yield Step(1, 2)
+            if generation.seed in self.fail:
+                yield Failed(DrawError("drew nothing"))
+                return
+            await self.hold.wait()
+            yield Done(str(generation.seed).encode(), recipe_of(config, generation))
+        finally:
+            self.closed.append(generation.seed)
+
+
+def recipe_of(config: ModelConfig, asked: Generation) -> Recipe:
+    return Recipe(
+        model=config.name, source="", pipeline="", prompt=asked.prompt, negative_prompt=asked.negative_prompt,
+        width=1, height=1, steps=1, guidance_scale=1.0, seed=asked.seed, scheduler="", clip_skip=None, strength=None,
+        image_sha256=(), mask_sha256=None, device="cpu", dtype="fp32",
+    )  # fmt: skip
