@@ -1,6 +1,6 @@
-"""One function per kind of value. Each gives the typed value or raises ValueError with what is valid.
+"""One function per type of value. Each returns the typed value or raises ValueError saying what is valid.
 
-An absent value (no text, or an empty string, as LocalAI has it) never gets here.
+Absent values (null, or an empty string as in LocalAI) never get here.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 
 
 def shown(value: Any) -> str:
-    """The value for an error message: short, and never an exception of its own."""
-    short = reprlib.Repr()  # bounded: aliases make a few lines of YAML into gigabytes of text
+    """The value as text for an error message: short, and never raises."""
+    short = reprlib.Repr()  # bounded: aliases can turn a few lines of YAML into gigabytes of text
     short.maxlevel, short.maxlist, short.maxdict, short.maxstring = 2, 4, 4, 80
     try:
         return short.repr(value)
@@ -107,11 +107,11 @@ def _range(least: float, most: float | None) -> str:
 
 
 seed = whole(0, MAX_SEED, absent=-1)
-"""-1 is LocalAI's word for a random seed."""
+"""-1 is LocalAI's value for a random seed."""
 
 
 def qualities(value: Any) -> tuple[tuple[str, int], ...]:
-    """A mapping of names of `QUALITIES` to denoising steps, in the table's order."""
+    """A mapping from names in `QUALITIES` to denoising steps, in the table's order."""
     if not isinstance(value, dict):
         raise ValueError("needs `name: steps` lines, e.g. {low: 10, high: 40}")
     read = whole(1, 10_000)
@@ -119,7 +119,7 @@ def qualities(value: Any) -> tuple[tuple[str, int], ...]:
     for word, number in value.items():
         if word not in QUALITIES:
             near = did_you_mean(word, QUALITIES) if isinstance(word, str) else ""
-            raise ValueError(f"{shown(word)} is none of {', '.join(QUALITIES)}.{near}")
+            raise ValueError(f"{shown(word)} is not one of {', '.join(QUALITIES)}.{near}")
         try:
             steps[word] = read(number)
         except ValueError as error:
@@ -138,7 +138,7 @@ def one_of(words: Mapping[str, Any]) -> Reader:
     def read(value: Any) -> Any:
         word = str(value).removeprefix("torch.").lower() if isinstance(value, str) else ""
         if word not in words:
-            raise ValueError(f"is none of {', '.join(words)}.{did_you_mean(word, words)}")
+            raise ValueError(f"is not one of {', '.join(words)}.{did_you_mean(word, words)}")
         return words[word]
 
     return read
@@ -186,14 +186,14 @@ def parameters(value: Any) -> frozenset[str]:
 
 
 def options(value: Any) -> tuple[tuple[str, str], ...]:
-    """A list of `key:value`; the value may hold colons. The last of several with one key counts."""
+    """A list of `key:value`; the value may contain colons. The last of several with the same key wins."""
     if not isinstance(value, list):
-        raise ValueError('needs a list with one "key:value" a line')
+        raise ValueError('needs a list with one "key:value" per line')
     return tuple(dict(_option(item) for item in value).items())
 
 
 def _option(item: Any) -> tuple[str, str]:
-    if isinstance(item, dict) and len(item) == 1:  # `- key: value`, the space makes it a mapping
+    if isinstance(item, dict) and len(item) == 1:  # `- key: value`: the space makes it a mapping
         (key, value), *_ = item.items()
         text = "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
         item = f"{key}:{text}" if not isinstance(value, list | dict) else None
@@ -218,7 +218,7 @@ def _download(item: Any) -> Download:
     filename = string(item.get("filename") or PurePosixPath(urlparse(item["uri"]).path).name)
     path = PurePosixPath(filename)
     if not path.name or path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"filename {shown(filename)} has to stay in the model file's folder")
+        raise ValueError(f"filename {shown(filename)} must stay in the model file's folder")
     sha256 = item.get("sha256") or None
     if sha256 is not None and not (isinstance(sha256, str) and _SHA256.fullmatch(sha256)):
         raise ValueError(f"sha256 {shown(sha256)} is not 64 hexadecimal digits")
@@ -226,7 +226,7 @@ def _download(item: Any) -> Download:
 
 
 def artifacts(value: Any) -> tuple[str, str | None]:
-    """LocalAI's managed snapshot -> (hub id, revision). Others beside the one for `model` are not for us."""
+    """LocalAI's managed snapshot -> (hub id, revision). Only the entry for `model` is used."""
     entries = value if isinstance(value, list) else [value]
     ours = [item for item in entries if isinstance(item, dict) and (item.get("target") or "model") == "model"]
     source = ours[0].get("source") if len(ours) == 1 else None
