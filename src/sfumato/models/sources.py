@@ -1,4 +1,4 @@
-"""Where a model's weights come from: one look at the disk, then at how the source is written.
+"""Where a model's weights come from: existing paths first, then by the form of the source.
 
 Nothing here downloads, and nothing imports torch or diffusers.
 """
@@ -43,7 +43,7 @@ class Url:
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A single weight file on this disk (or one of `download_files`, which is there when it is read)."""
+    """A single weight file on this disk (or one of `download_files`, downloaded before it is read)."""
 
     path: Path
 
@@ -60,15 +60,15 @@ AnyPath = TypeVar("AnyPath", Path, PurePosixPath)
 
 
 def resolve(config: ModelConfig) -> Source:
-    """What `parameters.model` (or `artifacts`) stands for.
+    """What `parameters.model` (or `artifacts`) refers to.
 
-    A path that exists wins; then come URLs and hub ids. Raises ModelFileError where the words
-    cannot be a source, LoadError where what they name is not there.
+    An existing path wins; then come URLs and hub ids. Raises ModelFileError if the text cannot be
+    a source, LoadError if what it names does not exist.
     """
     written = config.repo or config.model
     if config.repo:
         return _hub(config, config.repo)
-    # os.path, because Path raises on `~nobody` and on names that are too long to be one.
+    # os.path, because Path raises on `~nobody` and on names that are too long.
     path = (config.folder / os.path.expanduser(written)).absolute()  # noqa: PTH111
     awaited = [(config.folder / file.filename).absolute() for file in config.downloads]
     if os.path.isfile(path) or path in awaited:  # noqa: PTH113
@@ -93,7 +93,7 @@ def download_url(uri: str) -> str:
     repo = _HUB_ID.fullmatch("/".join(parts[:2]))
     if repo is None or len(parts) < 3 or not all(parts):
         raise ModelFileError(
-            f"uri {uri!r}: https://... or huggingface://owner/name/file is needed", param="download_files"
+            f"uri {uri!r}: must be https://... or huggingface://owner/name/file", param="download_files"
         )
     path = "/".join(parts[2:])
     file, _, branch = path.partition("@")
@@ -101,12 +101,12 @@ def download_url(uri: str) -> str:
 
 
 def endpoint() -> str:
-    """Where the hub is: without a slash at its end."""
+    """The hub's URL, without a trailing slash."""
     return os.environ.get("HF_ENDPOINT", HUB).rstrip("/")
 
 
 def _hub_page(url: str) -> str:
-    """A link copied from a file's page on the hub leads to the file itself."""
+    """Turn the link of a file's page on the hub into the link of the file itself."""
     return url.replace("/blob/", "/resolve/", 1) if url.startswith(f"{HUB}/") else url
 
 
@@ -114,7 +114,7 @@ def _hub(config: ModelConfig, repo: str) -> HubRepository:
     match = _HUB_ID.fullmatch(repo)
     if match is None:
         raise ModelFileError(
-            f"{_where(config)}: {repo!r} is not a hub id; owner/name or owner/name@revision is needed",
+            f"{_where(config)}: {repo!r} is not a hub id; use owner/name or owner/name@revision",
             param="parameters.model",
         )
     return HubRepository(match[1], match[2] or config.revision)
@@ -139,25 +139,25 @@ def _remote(config: ModelConfig, scheme: str, rest: str) -> Source:
         _weights(config, PurePosixPath(rest.partition("@")[0] if "@" in rest.rpartition("/")[2] else rest))
         return Url(download_url(f"hf://{rest}"))
     raise ModelFileError(
-        f"{_where(config)}: {config.model!r}: {scheme}:// is not a source here; http://, https://, huggingface:// "
-        "and hf:// are",
+        f"{_where(config)}: {config.model!r}: {scheme}:// is not supported; use http://, https://, huggingface:// "
+        "or hf://",
         param="parameters.model",
     )
 
 
 def _weights(config: ModelConfig, path: AnyPath) -> AnyPath:
-    """The path, if its file is of a kind that can be loaded."""
+    """The path, if its file type can be loaded."""
     suffix = path.suffix.lower()
     if suffix in SAFE or (suffix in PICKLES and config.allow_pickle):
         return path
     if suffix in PICKLES:
         raise ModelFileError(
-            f"{_where(config)}: {path} is a pickle, which runs whatever code it holds when it is loaded. Use a "
-            ".safetensors file, or write `allow_pickle: true` if you trust it",
+            f"{_where(config)}: {path} is a pickle, which can run arbitrary code when it is loaded. Use a "
+            ".safetensors file, or set `allow_pickle: true` if you trust it",
             param="parameters.model",
         )
     raise ModelFileError(
-        f"{_where(config)}: {path} is not a weight file; {', '.join(SAFE)} can be loaded",
+        f"{_where(config)}: {path} is not a weight file; use one of {', '.join(SAFE)}",
         param="parameters.model",
     )
 
@@ -167,7 +167,7 @@ def _layout(config: ModelConfig, path: Path) -> Path:
         files = sorted(file.name for file in path.iterdir() if file.suffix.lower() in SAFE)
         remedy = f"name the file: {config.model}/{files[0]}" if files else "download it again, or name a single file"
         raise LoadError(
-            f"{_where(config)}: the folder {path} has no {INDEX}, which every diffusers model has; {remedy}",
+            f"{_where(config)}: the folder {path} has no {INDEX}, which every diffusers model needs; {remedy}",
             param="parameters.model",
         )
     return path
@@ -177,8 +177,8 @@ def _not_found(config: ModelConfig, path: Path) -> str:
     beside = sorted(file.name for file in config.folder.glob("*") if file.suffix.lower() in SAFE)
     there = f" That folder has {', '.join(beside[:8])}." if beside else ""
     return (
-        f"{_where(config)}: {config.model!r} is neither there ({path} does not exist) nor a hub id (owner/name). "
-        f"Put it there, or mend parameters.model.{there}"
+        f"{_where(config)}: {config.model!r} is neither a path ({path} does not exist) nor a hub id (owner/name). "
+        f"Put it there, or fix parameters.model.{there}"
     )
 
 

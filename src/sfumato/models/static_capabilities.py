@@ -1,7 +1,7 @@
-"""What a model can be asked for, told before it was loaded: from its files, and from diffusers' source as text.
+"""A model's capabilities before it is loaded: read from its files, and from diffusers' source as text.
 
-Nothing is imported of diffusers or torch, which would take seconds and gigabytes in the process that answers HTTP.
-What a file does not say is None; once the model is loaded `core.ModelInfo` says it all.
+Neither diffusers nor torch is imported, which would take seconds and gigabytes in the API process.
+What the files do not say is None; once the model is loaded, `core.ModelInfo` has everything.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from sfumato.models import single_file, sources, weight_file
 from sfumato.pipelines import capabilities, tokens
 
 FOLDERS = ("pipelines", "models", "image_processor.py")
-"""Of diffusers' source, which have the classes that are asked about."""
+"""The parts of diffusers' source with the classes to look up."""
 
 DEFAULT_MULTIPLE = 8
-"""Of diffusers' image processors."""
+"""Default of diffusers' image processors."""
 
 
 @dataclass(frozen=True, slots=True)
 class StaticCapabilities:
-    """The part of `core.ModelInfo` that files tell."""
+    """The part of `core.ModelInfo` that files reveal."""
 
     pipeline: str | None = None
     tasks: tuple[str, ...] | None = None
@@ -43,11 +43,11 @@ class StaticCapabilities:
 
 
 class _Unknown(Exception):
-    """An expression that needs the model itself."""
+    """An expression that cannot be evaluated without the model."""
 
 
 def static_capabilities(config: ModelConfig) -> StaticCapabilities:
-    """Of a model file; what is not on this disk is None. Blocks."""
+    """Capabilities of a model file; None for what is not on this disk. Blocks."""
     folder = _folder(config)
     index = _json(folder / sources.INDEX) if folder else {}
     name = config.pipeline_type if config.pipeline_type not in (None, "DiffusionPipeline") else index.get("_class_name")
@@ -62,7 +62,7 @@ def static_capabilities(config: ModelConfig) -> StaticCapabilities:
 
 
 class _Parts:
-    """The components of a folder in diffusers' layout, by their configurations."""
+    """The components of a folder in diffusers' layout, read from their configurations."""
 
     def __init__(self, folder: Path, index: Mapping[str, Any]) -> None:
         self._folder = folder
@@ -74,7 +74,7 @@ class _Parts:
         return part in self._classes
 
     def setting(self, part: str, key: str) -> Any:
-        """Of its configuration, else its class's default. Raises _Unknown."""
+        """A component's setting: from its configuration, else its class's default. Raises _Unknown."""
         config = _json(self._folder / part / "config.json")
         if key in config:
             return config[key]
@@ -84,13 +84,13 @@ class _Parts:
         raise _Unknown
 
     def tokenizer(self, part: str) -> tuple[str, Any]:
-        """Its class, and the tokens that it reads, if it says so."""
+        """The tokenizer's class, and its maximum length in tokens, if it says so."""
         config = _json(self._folder / part / "tokenizer_config.json")
         return self._classes.get(part, ""), config.get("model_max_length")
 
 
 def _tokens(parameters: Mapping[str, inspect.Parameter], parts: _Parts, options: Mapping[str, Any]) -> int | None:
-    """As `tokens.capacity` has it of a loaded pipeline."""
+    """Equals `tokens.capacity` of the loaded pipeline."""
     limit = parameters.get("max_sequence_length")
     asked = options.get("max_sequence_length", limit.default if limit else None)
     rooms = []
@@ -104,7 +104,7 @@ def _tokens(parameters: Mapping[str, inspect.Parameter], parts: _Parts, options:
 
 
 def _multiple(name: str, parts: _Parts) -> int | None:
-    """As `arguments.size_multiple` has it, by the arithmetic in the class's `__init__`."""
+    """Equals `arguments.size_multiple`, from the arithmetic in the class's `__init__`."""
     if larger := capabilities.UPSCALERS.get(name):
         return larger.multiple * larger.factor
     own: dict[str, Any] = {}
@@ -121,14 +121,14 @@ def _multiple(name: str, parts: _Parts) -> int | None:
 
 
 def _assigned(function: ast.FunctionDef) -> Iterator[tuple[str, ast.expr]]:
-    """What it assigns to attributes of `self`, in order."""
+    """Its assignments to attributes of `self`, in order."""
     for node in ast.walk(function):
         if isinstance(node, ast.Assign) and len(node.targets) == 1 and _attribute(node.targets[0]):
             yield _attribute(node.targets[0]), node.value
 
 
 def _attribute(node: ast.expr) -> str:
-    """`name` of `self.name`, else nothing."""
+    """`name` of `self.name`, else an empty string."""
     own = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
     return node.attr if own and isinstance(node, ast.Attribute) else ""
 
@@ -141,7 +141,7 @@ FUNCTIONS: Mapping[str, Callable[[Any], Any]] = MappingProxyType({"len": len, "s
 
 
 def _value(node: ast.expr, own: Mapping[str, Any], parts: _Parts) -> Any:
-    """Of an expression over components' configurations; None where it needs more than those."""
+    """Value of an expression over components' configurations; None if it needs more than those."""
     try:
         return _worked_out(node, own, parts)
     except (_Unknown, TypeError, ValueError):
@@ -177,7 +177,7 @@ def _worked_out(node: ast.expr, own: Mapping[str, Any], parts: _Parts) -> Any:
 
 @functools.cache
 def _parameters(name: str) -> Mapping[str, inspect.Parameter] | None:
-    """What one may pass to a pipeline's call, as `capabilities.parameters_of` has it; None: there is no such class."""
+    """The parameters of a pipeline's call, as in `capabilities.parameters_of`; None if there is no such class."""
     for function in _methods(name, "__call__"):
         defaults = _defaults(function)
         names = [each.arg for each in (*function.args.args, *function.args.kwonlyargs) if each.arg != "self"]
@@ -189,7 +189,7 @@ def _parameters(name: str) -> Mapping[str, inspect.Parameter] | None:
 
 
 def _defaults(function: ast.FunctionDef) -> dict[str, Any]:
-    """Argument → default; what is no literal is `...`."""
+    """Argument → default; `...` for anything but a literal."""
     positional, spec = function.args.args, function.args
     pairs = [
         *zip(positional[len(positional) - len(spec.defaults) :], spec.defaults, strict=True),
@@ -205,7 +205,7 @@ def _defaults(function: ast.FunctionDef) -> dict[str, Any]:
 
 
 def _methods(name: str, method: str) -> Iterator[ast.FunctionDef]:
-    """Those of this name of a class of diffusers' and, after it, of its bases."""
+    """The methods of this name of a diffusers class and then of its bases."""
     known = _class(name)
     if known is None:
         return
@@ -228,7 +228,7 @@ def _class(name: str) -> ast.ClassDef | None:
 
 @functools.cache
 def _files() -> Mapping[str, Path]:
-    """Class of diffusers' → the file that has it."""
+    """diffusers class → the file that defines it."""
     found = importlib.util.find_spec("diffusers")
     assert found and found.origin
     root = Path(found.origin).parent
@@ -240,11 +240,11 @@ def _files() -> Mapping[str, Path]:
 
 
 def _folder(config: ModelConfig) -> Path | None:
-    """Where the model's files lie in diffusers' layout, if they are on this disk."""
+    """The folder with the model's files in diffusers' layout, if it is on this disk."""
     try:
         source = sources.resolve(config)
     except SfumatoError:
-        return None  # whoever asks for the model is told
+        return None  # requests for the model get this error
     match source:
         case sources.Folder(path):
             return path
@@ -257,7 +257,7 @@ def _folder(config: ModelConfig) -> Path | None:
 
 
 def _description(path: Path) -> Path | None:
-    """The folder that describes a single file, if it was fetched."""
+    """The folder that describes a single file, if it was downloaded."""
     repo = single_file.described_by(path)
     return _snapshot(repo, "main") if repo else None
 
@@ -276,7 +276,7 @@ def _snapshot(repo: str, revision: str) -> Path | None:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """Empty where it is not there, or no object."""
+    """The object in a JSON file; empty if the file is missing or does not contain an object."""
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
