@@ -363,7 +363,7 @@ def test_an_output_without_rows_makes_the_calls_run_alone() -> None:
 
     results, hub = together(Summed(), [lambda m, n=n: m(noise(1, 4, seed=n)) for n in range(2)])
     assert [float(result) for result in results] == [float(noise(1, 4, seed=n).sum()) for n in range(2)]
-    assert "does not divide" in next(iter(hub.trust.refused.values()))
+    assert "cannot be split" in next(iter(hub.trust.refused.values()))
 
 
 def test_a_request_in_another_state_of_torch_does_not_switch() -> None:
