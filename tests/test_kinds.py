@@ -131,7 +131,7 @@ def test_what_an_upscaler_refuses(name: str) -> None:
         (wanted(images=fits, upscale=3 * factor), "scale", f"{factor} is valid"),
         (wanted(images=odd, upscale=factor), "image", f"{width + 1}x{height}.*nearest size is {width}x{height}"),
         (wanted(images=fits, width=64, height=64), "size", f"becomes {width * factor}x{height * factor}"),
-        (wanted(), "image", "draws from a picture"),
+        (wanted(), "image", "needs a source picture"),
         (wanted(images=fits, limits=Limits(2**22, factor * width - 1, 8)), "image", "max_side"),
         (wanted(images=fits, limits=Limits(factor**2 * width * height - 1, 4096, 8)), "image", "max_pixels"),
     ):
