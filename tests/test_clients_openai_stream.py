@@ -131,7 +131,7 @@ def test_closing_a_stream_stops_the_work(server: Server, client: openai.OpenAI) 
     )
     with stream:
         assert next(iter(stream)).type == "image_generation.partial_image"
-    left = int(server.wait_for(r"is cancelled with (\d+) steps left", before)[1])
+    left = int(server.wait_for(r"was cancelled with (\d+) steps left", before)[1])
     assert left > 500
 
 

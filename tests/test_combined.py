@@ -89,7 +89,7 @@ class Cascaded(Bare):
 
 def test_where_there_is_no_one_place_for_it_the_call_is_refused() -> None:
     scheduler = diffusers.DDIMScheduler()
-    with pytest.raises(ValueError, match=r"call 1: Bare has no one scheduler .*it has none.* Leave `scheduler` out"):
+    with pytest.raises(ValueError, match=r"call 1: Bare has no single scheduler .*it has none.* Leave `scheduler` out"):
         sfumato.gather(Bare(), [{"prompt": "a"}, {"prompt": "a", "scheduler": scheduler}])
     pipe = Cascaded(diffusers.DDIMScheduler(), diffusers.DDPMScheduler())
     with pytest.raises(ValueError, match=r"call 0: Cascaded .*decoder_scheduler, prior_scheduler; set that on"):

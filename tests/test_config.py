@@ -182,9 +182,7 @@ def test_a_list_of_models_and_one_of_them_broken(tmp_path: Path) -> None:
     assert isinstance(a, ModelConfig)
     assert isinstance(b, Broken)
     assert b.names == ("b",)
-    assert b.error.message == (
-        f"{file}, line 2: stepp: unknown key. Did you mean 'step'? A key that means nothing here has to go."
-    )
+    assert b.error.message == (f"{file}, line 2: stepp: unknown key. Did you mean 'step'? Correct or remove it.")
     assert isinstance(c, Skipped)
     assert "llama-cpp" in c.reason
     assert d == Redirect("gpt", "a", file)
@@ -225,7 +223,7 @@ BAD: list[tuple[str, str | None, str]] = [
     ("name: [a\n", None, "line 2: not valid YAML"),
     ("name: a\n\tstep: 3\n", None, "line 2: not valid YAML"),
     ("name: a\n---\nname: b\n", None, "not valid YAML"),
-    ("name: a\nname: b\n", "name", "line 2: name: stands here and in line 1"),
+    ("name: a\nname: b\n", "name", "line 2: name: duplicate key, also in line 1"),
     ("name: a\ndiffusers:\n  cuda: true\n  cuda: false\n", "cuda", "line 4"),
     ("name: a\n", "parameters.model", "is missing"),
     ("name: ' a'\nparameters: {model: o/r}", "name", "needs a name"),

@@ -253,7 +253,7 @@ def test_every_choice_can_be_parsed_from_its_name() -> None:
         ("k_euler", "beta", "names the schedule 'karras'"),
         ("euler_a", "karras", "it takes: sgm_uniform. These take 'karras': heun"),
         ("lcm", "beta", "it takes: none"),
-        ("k_ddim", None, "'ddim' does not take the schedule 'karras'"),
+        ("k_ddim", None, "'ddim' does not support the schedule 'karras'"),
     ],
 )
 def test_what_cannot_be_parsed(name: str, schedule: str | None, words: str) -> None:
@@ -420,8 +420,8 @@ def test_a_flow_model_refuses_what_has_no_flow_form(pipelines: Callable[[str], A
     with pytest.raises(InvalidRequest):
         request_scheduler.make(pipelines("flux"), schedulers.parse("euler_a"), SEED)
     unipc, euler = (refusal(pipelines("sd3"), name).message for name in ("k_unipc", "euler_sgm_uniform"))
-    assert "with a schedule 'karras'; it takes: none" in unipc
-    assert "with a schedule 'sgm_uniform'; it takes: karras, exponential, beta" in euler
+    assert "support the schedule 'karras'; it supports: none" in unipc
+    assert "support the schedule 'sgm_uniform'; it supports: karras, exponential, beta" in euler
 
 
 FITTING = {

@@ -132,7 +132,7 @@ def test_a_stream_that_is_dropped_stops_the_work(server: Server) -> None:
     headers = {"x-request-id": "dropped"}
     with server.client.stream("POST", "/v1/images/generations", json=body, headers=headers) as answer:
         assert answer.status_code == 200
-    server.wait_for(r"is cancelled with \d+ steps left", after=lines)
+    server.wait_for(r"was cancelled with \d+ steps left", after=lines)
     assert progress(server, "dropped")["status"] == "cancelled"
 
 

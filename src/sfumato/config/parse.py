@@ -140,7 +140,7 @@ def _parse(source: _Source, file: Path, created: int, default_name: str | None) 
     given = dict(source.entries())
     for path in given:
         if path not in _BY_PATH and path not in IGNORED:
-            raise source.error(path, f"unknown key.{_nearest(path)} Remove keys that do not exist.")
+            raise source.error(path, f"unknown key.{_nearest(path)} Correct or remove it.")
     ignored = tuple((path, IGNORED[path]) for path in given if path in IGNORED)
 
     # 2. Read every value; if two keys set one field, the later row of the table wins.
