@@ -412,9 +412,9 @@ def test_names_are_understood(sampler: str | None, schedule: str | None, ours: s
     [
         ("No such sampler", None, None, "sampler_name: there is no sampler 'No such sampler'."),
         ("DPM++ 2S a", None, None, "Did you mean 'DPM++ 2S'?"),
-        ("Euler a", "Karras", "euler_a", "scheduler: Euler a takes no schedule 'Karras'"),
+        ("Euler a", "Karras", "euler_a", "scheduler: Euler a does not support the schedule 'Karras'"),
         ("UniPC Karras", None, "k_unipc", None),
-        ("DPM++ 2M", "KL Optimal", "k_dpmpp_2m", "scheduler: 'KL Optimal' is no schedule type"),
+        ("DPM++ 2M", "KL Optimal", "k_dpmpp_2m", "scheduler: 'KL Optimal' is not a schedule type"),
     ],
 )
 def test_names_that_are_not_here_are_told(
@@ -660,7 +660,7 @@ def test_an_interrupted_request_answers_with_what_is_done(ann: httpx.Client) -> 
         images, info = drawn(drawing.end())
     assert len(images) in (2, 3)
     assert info["all_seeds"] == [5, 6, 7][: len(images)]
-    assert info["warnings"] == [f"interrupted: {len(images)} of 4 pictures were done"]
+    assert info["warnings"] == [f"interrupted: {len(images)} of 4 pictures were finished"]
 
 
 def test_an_interruption_ends_nothing_of_other_routes(server: Server, ann: httpx.Client) -> None:

@@ -262,7 +262,7 @@ def test_a_new_client_is_told_when_all_others_are_busy(tmp_path: Path) -> None:
         for _ in range(3):
             clients.connect(POST + b"content-length: %d\r\n\r\n" % len(body) + body)
         within(
-            60, lambda: server.log.count("is asked for") == 4
+            60, lambda: server.log.count(": accepted") == 4
         )  # one was drawn before; until it asks any may have to go
         answers: list[bytes] = []
 

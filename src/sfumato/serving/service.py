@@ -118,7 +118,7 @@ class Service:
         self._jobs.append(job)
         job.task = asyncio.create_task(self._run(job, sources))
         job.task.add_done_callback(functools.partial(self._end, job))
-        log.info("%s is asked for %s", config.name, ", ".join(part.generation.id for part in parts))
+        log.info("%s: accepted %s", config.name, ", ".join(part.generation.id for part in parts))
         if self.settings.log_prompts:
             log.info("%s will draw %r", config.name, list(request.prompts))
         return job
