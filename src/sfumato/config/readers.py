@@ -84,7 +84,7 @@ def number(least: float, most: float = math.inf) -> Reader:
 
 
 def whole(least: int, most: int | None = None, *, absent: int | None = None) -> Reader:
-    """A whole number from `least` to `most`; `absent` is the number that stands for "not given"."""
+    """A whole number from `least` to `most`; `absent` is the number that stands for "not set"."""
 
     def read(value: Any) -> int | None:
         given = scalar(value) if isinstance(value, str) else value
