@@ -1,4 +1,4 @@
-# `make serve` and `make test` are the whole set-up on a fresh machine with Python 3.11 and make.
+# `make serve` and `make test` do the whole set-up on a new machine with Python 3.11 and make.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
@@ -32,7 +32,7 @@ docs: $(READY)
 clean:
 	rm -rf .venv
 
-# PyTorch first: with it in place nothing below pulls another build of it.
+# PyTorch first, so that nothing below installs another build of it.
 $(READY): requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet torch==2.13.0
