@@ -140,7 +140,7 @@ def _operation(document: Mapping[str, Any], title: str, operation: Mapping[str, 
             lines.append(f"| `{name}` | {_type(document, field)} | {default} | {said} |")
         lines.append("")
     statuses = ", ".join(str(status) for status in operation["responses"])
-    return [*lines, f"Answers: {statuses}.", ""]
+    return [*lines, f"Responses: {statuses}.", ""]
 
 
 def _type(document: Mapping[str, Any], field: Mapping[str, Any]) -> str:

@@ -101,7 +101,7 @@ class Body(BaseModel):
     scheduler: Text = Field(
         None,
         validation_alias=AliasChoices("scheduler", "sampler", "scheduler_type"),
-        description="A name of docs/reference/schedulers.md; also `sampler` and `scheduler_type`.",
+        description="A name from docs/reference/schedulers.md; also `sampler` and `scheduler_type`.",
         examples=["k_dpmpp_2m"],
     )
     clip_skip: Layers = Field(None, description="Number of last text encoder layers to skip.")
@@ -163,7 +163,7 @@ class PaintBody(Body):
     output_compression: Percent = Field(None, description="Quality of webp and jpeg; absent: 100, the best.")
     stream: Annotated[bool | None, BLANK] = Field(None, description="Answer with server-sent events.")
     partial_images: PartialImages = Field(None, description="Number of previews per picture in the stream.")
-    safety_identifier: str | None = Field(None, description="As `user`.")
+    safety_identifier: str | None = Field(None, description="Same as `user`.")
     detached: Annotated[bool | None, BLANK] = Field(
         None,
         description="Continue if the connection is closed; the request's progress has the pictures.",
@@ -209,9 +209,9 @@ class GenerationsBody(PaintBody):
     moderation: str | None = Field(None, description="Without effect: the model's own safety checker decides.")
     style: str | None = Field(None, description="Without effect: describe it in the prompt.")
     image: Pictures = Field([], description=_PICTURE)
-    file: Pictures = Field([], description="As image.")
-    files: Pictures = Field([], description="As image.")
-    ref_images: Pictures = Field([], description="As image.")
+    file: Pictures = Field([], description="Same as image.")
+    files: Pictures = Field([], description="Same as image.")
+    ref_images: Pictures = Field([], description="Same as image.")
     mask: Picture | None = Field(
         None, description="Transparent areas (or, without transparency, light ones) are redrawn."
     )
