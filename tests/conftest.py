@@ -8,22 +8,24 @@ from pathlib import Path
 
 import pytest
 
-from support import tiny
 from support.hub import Hub
 
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
 """Processes that tests start find `support` too."""
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+"""Of every process, and set before torch is imported. As many processes as cores, each with as many threads as cores,
+spin on one another's barriers: pictures of this size took ten times as long."""
 
 REPOSITORIES = {
-    "Linaqruf/animagine-xl": tiny.stable_diffusion_xl,
-    "nitrosocke/Ghibli-Diffusion": tiny.stable_diffusion,
-    "stabilityai/stable-diffusion-2-depth": tiny.stable_diffusion_depth,
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": tiny.stable_diffusion,
-    "tiny/flux": tiny.flux,
-    "tiny/sd3": tiny.stable_diffusion_3,
-    "tiny/inpaint": tiny.inpaint_unet,
+    "Linaqruf/animagine-xl": "stable_diffusion_xl",
+    "nitrosocke/Ghibli-Diffusion": "stable_diffusion",
+    "stabilityai/stable-diffusion-2-depth": "stable_diffusion_depth",
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "stable_diffusion",
+    "tiny/flux": "flux",
+    "tiny/sd3": "stable_diffusion_3",
+    "tiny/inpaint": "inpaint_unet",
 }
-"""The models that people's files name, and one of each other family."""
+"""The models that people's files name, and one of each other family, by their functions in `support.tiny`."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -41,8 +43,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def repositories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Hub id to diffusers folder, each built once."""
+    from support import tiny  # and with it torch, which the process that hands out the tests has no use for
+
     root = tmp_path_factory.mktemp("repositories")
-    return {repo: tiny.save(build(), root / repo) for repo, build in REPOSITORIES.items()}
+    return {repo: tiny.save(getattr(tiny, build)(), root / repo) for repo, build in REPOSITORIES.items()}
 
 
 @pytest.fixture(scope="session")
