@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from support.hub import Hub
+from support.serving import Server
 
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
 """Processes that tests start find `support` too."""
@@ -56,6 +57,18 @@ def hub(repositories: dict[str, Path]) -> Iterator[Hub]:
         for repo, folder in repositories.items():
             hub.add(repo, folder)
         yield hub
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The server as it starts without settings and model files, one for all modules that need no other.
+
+    A test looks at what it requested itself, and at differences. A module whose server has settings makes its own.
+    """
+    folder = tmp_path_factory.mktemp("server")
+    (folder / "models").mkdir()
+    with Server(folder / "models", folder / "data") as server:
+        yield server
 
 
 @pytest.fixture(autouse=True)
