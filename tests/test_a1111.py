@@ -18,7 +18,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageChops
 
-import test_kinds
 from sfumato import schedulers
 from sfumato.api.a1111 import samplers as a1111_samplers
 from sfumato.api.a1111.bodies import NEUTRAL, DrawBody, Img2ImgBody, UpscaleBody
@@ -29,7 +28,7 @@ from sfumato.pictures.sources import Sources
 from sfumato.serving.catalog import EMBEDDED, Catalog
 from sfumato.serving.service import Service
 from sfumato.settings import Settings
-from support import broken_pictures, tiny
+from support import broken_pictures, tiny, upscalers
 from support.fake_engine import FakeEngine
 from support.inside import Inside, Painter
 from support.serving import TIMEOUT_S, Server
@@ -48,7 +47,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     tiny.save(tiny.flux(), models / "flowing-weights")
-    tiny.save(test_kinds.four_times(), models / "enlarge-weights")
+    tiny.save(upscalers.four_times(), models / "enlarge-weights")
     (models / "flowing.yaml").write_text("name: flowing\nparameters:\n  model: flowing-weights\n")
     (models / "fixed.yaml").write_text(
         f"name: fixed\nparameters:\n  model: {EMBEDDED}/sfumato-tiny\nclip_skip: 1\n"
