@@ -10,7 +10,6 @@ import io
 import os
 import random
 import signal
-import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
@@ -523,33 +522,6 @@ def test_kill_9_at_any_moment_loses_nothing(config: ModelConfig) -> None:
             for generation, answer in zip(asked, answers, strict=True):
                 assert same(answer, undisturbed[generation]), (number, moment, generation)
         assert len(workers) == ROUNDS
-
-
-@pytest.mark.parametrize("bad", [1, 2, 99])
-def test_starts_that_fail_are_repeated_and_then_told(
-    config: ModelConfig, monkeypatch: pytest.MonkeyPatch, bad: int
-) -> None:
-    """So many first starts end with a kill in the middle."""
-    start, starts = subprocess.Popen, 0
-
-    def killed(*args: Any, **kwargs: Any) -> subprocess.Popen[bytes]:
-        nonlocal starts
-        process = start(*args, **kwargs)
-        starts += 1
-        if starts <= bad:
-            process.kill()
-        return process
-
-    monkeypatch.setattr(subprocess, "Popen", killed)
-    with supervised() as (runner, supervisor):
-        (answer,) = runner.run(answers_of(supervisor, config, [wanted("patient")]))
-    assert starts == min(bad + 1, 3)
-    if bad < 3:
-        assert isinstance(answer, Done)
-    else:
-        assert isinstance(answer, Failed)
-        assert isinstance(answer.error, WorkerDied)
-        assert "does not start" in answer.error.message
 
 
 @pytest.mark.slow

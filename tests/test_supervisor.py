@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import aclosing
@@ -124,6 +125,35 @@ def test_starts_that_come_to_nothing_are_told_and_the_keeper_goes_on(
         assert isinstance(await answer(supervisor, "later"), Done)
 
     run(work, stub(tmp_path, fault, fault, fault, "well"))
+
+
+@pytest.mark.parametrize("bad", [1, 2, 99])
+def test_starts_that_fail_are_repeated_and_then_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: int) -> None:
+    """So many first starts end with a kill in the middle."""
+    start, starts = subprocess.Popen, 0
+
+    def killed(*args: Any, **kwargs: Any) -> subprocess.Popen[bytes]:
+        nonlocal starts
+        process = start(*args, **kwargs)
+        starts += 1
+        if starts <= bad:
+            process.kill()
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", killed)
+    monkeypatch.setattr(module, "MAX_BACKOFF_S", 30.0)  # the fourth start is a second after the third
+
+    async def work(supervisor: Supervisor) -> None:
+        end = await answer(supervisor, "patient")
+        assert starts == min(bad + 1, 3)
+        if bad < 3:
+            assert isinstance(end, Done)
+        else:
+            assert isinstance(end, Failed)
+            assert isinstance(end.error, WorkerDied)
+            assert "does not start" in end.error.message
+
+    run(work, stub(tmp_path))
 
 
 def test_what_a_worker_prints_disturbs_nobody(tmp_path: Path) -> None:
