@@ -36,7 +36,8 @@ from sfumato.settings import Settings
 
 SETTINGS = Settings(device="cpu", log_level="critical")
 
-ROUNDS = 50
+ROUNDS = 10
+"""Of a kill each. What a kill does to the pixels is shown here; fifty at any moment in `test_supervisor.py`."""
 
 CUDA_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 CPU_MEMORY = RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory")
@@ -492,7 +493,7 @@ def send(supervisor: Supervisor, number: signal.Signals) -> None:
 
 @pytest.mark.slow
 def test_kill_9_at_any_moment_loses_nothing(config: ModelConfig) -> None:
-    """50 times. Each round's requests are answered before the next kill: two deaths would make them suspects."""
+    """Each round's requests are answered before the next kill: two deaths would make them suspects."""
     dice = random.Random(9)
     pool = mixed(24, seed=6)
     with supervised() as (runner, supervisor):
