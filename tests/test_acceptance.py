@@ -16,6 +16,7 @@ from PIL import Image
 from support import tiny
 from support.answers import error_of, image_of, pixels
 from support.hub import Hub
+from support.pictures import uri
 from support.serving import Server
 
 FILES = {
@@ -44,12 +45,6 @@ def server(tmp_path_factory: pytest.TempPathFactory, hub: Hub) -> Iterator[Serve
         write(models, name, **keys)
     with Server(models, folder / "data", "--loaded-models", "10", env=hub.environment(folder / "hf")) as server:
         yield server
-
-
-def uri(image: Image.Image, format: str = "PNG", **options: Any) -> str:
-    file = io.BytesIO()
-    image.save(file, format, **options)
-    return f"data:image/{format.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def test_row_05_every_image_can_be_made_again(server: Server) -> None:

@@ -15,18 +15,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from support.pictures import encoded
 from support.serving import Server
 
 STRICT = {"created", "data", "background", "output_format", "quality", "size", "usage"}
 """Top-level keys that strictly typed clients know."""
 
 FEW = {"steps": 4, "seed": 1}
-
-
-def encoded(image: Image.Image, format: str = "PNG") -> bytes:
-    file = io.BytesIO()
-    image.save(file, format)
-    return file.getvalue()
 
 
 SOURCE = Image.radial_gradient("L").convert("RGB").resize((128, 128))

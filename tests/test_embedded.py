@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from support.pictures import uri
 from support.serving import Server
 from training.judge import Judge
 
@@ -36,12 +37,6 @@ def drawn(server: Server, prompt: str, **fields: Any) -> list[Image.Image]:
     assert answer.status_code == 200, answer.text
     items = answer.json()["data"]
     return [Image.open(io.BytesIO(base64.b64decode(item["b64_json"]))).convert("RGB") for item in items]
-
-
-def uri(image: Image.Image) -> str:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def far(one: Image.Image, other: Image.Image) -> float:
