@@ -17,7 +17,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(
 """Processes that tests start find `support` too."""
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 """Of every process, and set before torch is imported. As many processes as cores, each with as many threads as cores,
-spin on one another's barriers: pictures of this size took ten times as long."""
+spin on one another's barriers: pictures of this size took six times as much CPU time."""
 
 REPOSITORIES = {
     "Linaqruf/animagine-xl": "stable_diffusion_xl",

@@ -7,7 +7,16 @@ from xdist.scheduler import LoadScopeScheduling
 
 LONGEST = (
     "test_studio.py",
+    "test_wheel.py",
     "test_faults.py",
+    "test_clients_packages.py",
+    "test_schemathesis.py",
+    "test_a1111.py",
+    "test_hostile_bodies.py",
+    "test_operations.py",
+    "test_documented_statuses.py",
+    "test_hostile_pictures.py",
+    "test_docs.py",
 )
 """Files of more than half a minute, the longest first: one that came last would leave the other processes idle."""
 
