@@ -12,7 +12,7 @@ test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST)
+	$(BIN)/python -m pytest -n 2 --durations=10 --durations-min=1 $(PYTEST)
 
 fuzz: $(READY)
 	PYTHONPATH=tests $(BIN)/python -m support.fuzz $(FUZZ)

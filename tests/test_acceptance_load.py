@@ -20,8 +20,8 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from transformers import CLIPConfig, CLIPImageProcessorPil
 
 from support import tiny
+from support.answers import error_of, image_of, pixels
 from support.serving import Server
-from test_acceptance import error_of, image_of, pixels
 
 MODEL = "name: {name}\nparameters:\n  model: {folder}\ndtype: fp32\ncuda: false\n"
 

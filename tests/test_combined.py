@@ -20,7 +20,7 @@ from sfumato.core import Preview
 from sfumato.drawing.draw import draw
 from sfumato.pipelines import scheduler_owners
 from support import families_newer
-from test_kinds import loaded, wanted
+from support.drawing import loaded, wanted
 
 CASCADE = {"height": 128, "width": 128}
 KANDINSKY = {"height": 64, "width": 64}

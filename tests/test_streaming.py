@@ -24,14 +24,6 @@ LONG = {"prompt": "a cat", "steps": 1000, "size": "512x512"}
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("streaming")
-    (folder / "models").mkdir()
-    with Server(folder / "models", folder / "data") as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
 def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One picture at a time, one may wait, four seconds for each request."""
     folder = tmp_path_factory.mktemp("narrow")

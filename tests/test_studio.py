@@ -415,7 +415,7 @@ def test_a_file_of_another_program_is_read(browser: Browser, server: Server) -> 
 
 
 def test_ten_thousand_pictures_scroll_and_are_searched(browser: Browser, tmp_path: Path) -> None:
-    from test_gallery import png
+    from support.gallery import png
 
     folder = tmp_path / "data" / "generated-images"
     folder.mkdir(parents=True)

@@ -16,6 +16,7 @@ from sfumato.pictures.images import decoded
 from sfumato.pipelines import tokens
 from sfumato.serving.catalog import EMBEDDED, Catalog
 from support import tiny
+from support.drawing import quiet
 
 BUILD: dict[str, Any] = {
     "sd": tiny.stable_diffusion,
@@ -32,9 +33,6 @@ def pipeline(name: str) -> DiffusionPipeline:
     pipe = BUILD[name]()
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def quiet(*args: Any) -> None: ...
 
 
 def letters(count: int) -> str:
