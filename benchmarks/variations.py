@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from sfumato.batching import outputs
-from sfumato.batching.calls import TIME, Call, describe, differing, target
+from sfumato.batching.calls import TIME, Call, describe, differing
 from sfumato.batching.concatenation import ConcatenationCache, join
 from sfumato.batching.fingerprints import Fingerprints
-from sfumato.batching.proof import TOLERANCE, prove
+from sfumato.batching.proof import TOLERANCE, examine
 from sfumato.batching.verification import Verification
 
 SCALED = "attention_kwargs"
@@ -57,13 +57,12 @@ def _try(calls: Sequence[Call], trust: Verification, shown: dict[str, float], wr
         return
     try:
         with torch.no_grad():
-            output = target(first.module, first.method)(**_joined(calls))
-            parts = outputs.split(output, [call.rows for call in calls], listed=first.listed)
-            reason = prove(calls, _joined)
+            evidence = examine(calls, _joined)
     except Exception as error:  # the batch fails although its members do not
         wrong[signature] = f"together: {error}"
         return
-    error = max(outputs.difference(part, one) for part, one in zip(parts, alone, strict=True))
+    errors = [outputs.difference(part, one) for part, one in zip(evidence.parts, alone, strict=True)]
+    error, reason = max(errors), evidence.judge(errors)
     if error <= TOLERANCE and not reason:
         shown[signature] = error
     else:
