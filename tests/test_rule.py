@@ -388,7 +388,10 @@ def test_what_was_refused_or_unlisted_batches_in_half_precision(family: str) -> 
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "precision",
+    [torch.float32, *(pytest.param(half, marks=pytest.mark.slow) for half in (torch.bfloat16, torch.float16))],
+)
 @pytest.mark.parametrize("family", ["Kandinsky3", "CogView4", "LongCatAudioDiT"])
 def test_text_that_must_not_be_padded_is_drawn_right(family: str, precision: torch.dtype) -> None:
     calls = parity.FAMILIES[family].calls

@@ -275,6 +275,7 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
+@pytest.mark.slow  # two servers, as the next one
 def test_a_server_that_dies_in_the_middle_is_waited_for_and_the_picture_drawn(browser: Browser, tmp_path: Path) -> None:
     port = str(free_port())
     with serve(tmp_path, "--port", port) as first, visit(browser, first.url) as (page, watch):
@@ -295,6 +296,7 @@ def test_a_server_that_dies_in_the_middle_is_waited_for_and_the_picture_drawn(br
         watch.forgive(chrome.AWAY)
 
 
+@pytest.mark.slow
 def test_the_gallery_outlives_a_reload_and_a_restart(browser: Browser, tmp_path: Path) -> None:
     port = str(free_port())
     with serve(tmp_path, "--port", port) as first, visit(browser, first.url) as (page, _):
