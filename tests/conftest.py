@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from support.distributing import ByFile, ordered
@@ -18,6 +19,9 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 """Of every process, and set before torch is imported. As many processes as cores, each with as many threads as cores,
 spin on one another's barriers: pictures of this size took six times as much CPU time."""
+
+hypothesis.settings.register_profile("busy", deadline=None)
+hypothesis.settings.load_profile("busy")  # how long one example takes says nothing where others compute too
 
 REPOSITORIES = {
     "Linaqruf/animagine-xl": "stable_diffusion_xl",
