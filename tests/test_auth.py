@@ -148,7 +148,7 @@ def test_the_address_is_that_behind_a_trusted_proxy_only(tmp_path: Path) -> None
         ("a:s3cret,", "entry 2"),
         ("a:s3cret,a:other", "repeats the name 'a'"),
         ("a:s3cret,b:s3cret", "'b'"),
-        ("a:s3cret b:s3cret", "blank"),
+        ("a:s3cret b:s3cret", "space"),
     ],
 )
 def test_keys_that_cannot_be_understood(text: str, words: str) -> None:

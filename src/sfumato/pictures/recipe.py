@@ -210,7 +210,7 @@ def read(path: Path) -> Recipe:
         with Image.open(path, formats=images.FORMATS) as image:
             text = image.info.get(RECIPE_CHUNK) or image.getexif().get(ExifTags.Base.ImageDescription)
     except (OSError, struct.error) as error:
-        raise InvalidPicture(f"{path}: cannot be read as a picture ({error})") from None
+        raise InvalidPicture(f"{path}: not a picture, or damaged ({error})") from None
     if text is None:
         raise InvalidPicture(
             f"{path}: contains no recipe. Only files made by Sfumato have one; editors and chats often strip it."
