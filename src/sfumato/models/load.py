@@ -284,7 +284,9 @@ def _beside(config: ModelConfig, name: str) -> str:
 
 
 def _check(config: ModelConfig, pipeline: Any) -> None:
-    if config.scheduler_type:
+    if config.scheduler_type and (why := request_scheduler.keeps_own(pipeline)):
+        log.warning("%s: scheduler_type %s is left out: %s", config.name, config.scheduler_type, why)
+    elif config.scheduler_type:
         choice = schedulers.parse(config.scheduler_type, config.schedule)
         try:
             request_scheduler.check(pipeline, choice)
