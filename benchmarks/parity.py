@@ -4,6 +4,8 @@
     python -m benchmarks.parity Flux QwenImage        some of them
     python -m benchmarks.parity --write               write the record, the list and the table in the docs
     python -m benchmarks.parity --write Flux          the same, but measure only some families again
+    python -m benchmarks.parity --sources             no measurement: the digests of the record made anew
+    python -m benchmarks.parity --unproven            classes whose source is not the measured one; writes them down
 
 Each family of `tests/support/families.py` draws three pictures (prompts, lengths, seeds, steps and guidance differ)
 three times: one after another with the plain pipeline, batched while every kind of batch is also computed
@@ -14,7 +16,11 @@ those of the first three.
 Every proved batch of a denoiser is repeated with each combination of its optional arguments left out
 (see `variations`), so that the list covers everything a pipeline may pass.
 
-`tests/data/parity.json` records the results; the list and the table are generated from it alone.
+`tests/data/parity.json` is the record of all that; the list and the table are made of it alone. What was shown belongs
+to the source of the classes that a module consists of: their digests are in the record. `--sources` builds every family
+and writes the digests without drawing; it refuses where other versions are installed than those that were measured.
+After an upgrade `--unproven` says which classes have another source, so are proved at first use until they are measured
+again; the record has to say so (a test).
 """
 
 from __future__ import annotations
@@ -27,7 +33,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +43,7 @@ import numpy as np
 import torch
 import transformers
 
-from sfumato.batching import verification
+from sfumato.batching import shipped_list, verification
 from sfumato.batching.batcher import Batcher, Task
 from sfumato.batching.calls import Call as ModuleCall
 from sfumato.batching.calls import differing
@@ -97,7 +103,11 @@ class Measured:
     """The same for `variations` that no pipeline passed."""
     alone: dict[str, int] = field(default_factory=dict)
     half: tuple[int, int] = (0, 0)
-    """Calls and forward passes of the denoiser in bf16."""
+    """Calls and forwards of the denoiser in bf16."""
+    sources: dict[str, str] = field(default_factory=dict)
+    """Path of each class that took part in what was shown → digest of its source."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Of the packages that it was measured with."""
     broken: str = ""
     """Why the pipeline does not run in bf16, even alone."""
 
@@ -148,11 +158,31 @@ def measure(name: str) -> Measured:
     if error > PIXEL:
         with jittered(getattr(pipe, family.denoiser)):
             jitter = difference(alone, [draw(pipe, call) for call in seeded(family.calls)])
-    shown, wrong = variations(learning.batches.values(), learning.trust)
+    variants, wrong = variations(learning.batches.values(), learning.trust)
+    shown = variants | learning.trust.shown
+    alone_for = {f"{module}: {reason}": times for (module, reason), times in trusting.alone.items()}
     return Measured(
-        name, error, jitter, count.calls, count.forwards, shown | learning.trust.shown, dict(learning.trust.refused),
-        wrong, {f"{module}: {reason}": times for (module, reason), times in trusting.alone.items()},
+        name, error, jitter, count.calls, count.forwards, shown, dict(learning.trust.refused), wrong, alone_for,
+        sources=sources(pipe, shown), versions=versions(),
     )  # fmt: skip
+
+
+def sources(pipe: Any, shown: Iterable[str]) -> dict[str, str]:
+    """Digests of all classes in those modules of `pipe` that something was shown of."""
+    kinds = {signature.partition(".")[0] for signature in shown}
+    modules = {verification.kind_of(module): module for module in _modules(pipe)}
+    found: dict[str, str] = {}
+    for kind in kinds & modules.keys():
+        found |= shipped_list.digests_of(modules[kind])
+    return found
+
+
+def _modules(pipe: Any) -> Iterator[torch.nn.Module]:
+    for value in vars(pipe).values():
+        if isinstance(value, torch.nn.Module):
+            yield value
+        elif isinstance(value, diffusers.DiffusionPipeline):
+            yield from _modules(value)
 
 
 def halve(one: Measured, shipped: frozenset[str]) -> None:
@@ -236,24 +266,26 @@ class jittered:
         self._hook.remove()
 
 
-def signatures(measured: Iterable[Measured]) -> dict[str, Any]:
-    """The content of `mergeable.json`: signatures proved in every family that uses them."""
+def signatures(measured: Collection[Measured]) -> dict[str, Any]:
+    """The content of `mergeable.json`: what was shown in every family that uses it."""
     worst: dict[str, float] = {}
     refused: set[str] = set()
     for one in measured:
         for signature, error in one.shown.items():
             worst[signature] = max(error, worst.get(signature, 0.0))
         refused |= one.refused.keys() | one.wrong.keys()
-    packages: dict[str, Any] = {
-        package.__name__: {"version": package.__version__, "calls": {}} for package in (diffusers, transformers)
-    }
+    calls: dict[str, list[str]] = {}
     for signature in sorted(worst):
-        kind, _, call = signature.partition(".")
-        # Not every diffusers model can be imported from its package.
-        package = "transformers" if hasattr(transformers, kind.partition("+")[0]) else "diffusers"
         if worst[signature] <= SHOWN and signature not in refused:
-            packages[package]["calls"].setdefault(kind, []).append(call)
-    return packages
+            kind, _, call = signature.partition(".")
+            calls.setdefault(kind, []).append(call)
+    seen: dict[str, set[str]] = {}
+    for one in measured:
+        for path, digest in one.sources.items():
+            seen.setdefault(path, set()).add(digest)
+    # Where families were measured with different sources of a class, neither has shown all of it.
+    known = {path: digest for path, digests in seen.items() if len(digests) == 1 for digest in digests}
+    return {"sources": known, "calls": calls}
 
 
 def run(names: Iterable[str], tell: Callable[[str], object] = print) -> list[Measured]:
@@ -300,28 +332,56 @@ def versions() -> dict[str, str]:
     return {package.__name__: package.__version__ for package in (diffusers, transformers)}
 
 
-def write(measured: Mapping[str, Measured]) -> None:
-    """Write the record, and the files generated from it."""
+def write(measured: Mapping[str, Measured], unproven: Collection[str] = ()) -> None:
+    """Write the record, and what is made of it."""
     ordered = [measured[name] for name in FAMILIES if name in measured]
-    record = {"versions": versions(), "families": {one.name: asdict(one) for one in ordered}}
+    families = {one.name: asdict(one) for one in ordered}
+    record = {"unproven": sorted(unproven), "families": families}
     RECORD.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
-    listed = ROOT / "src/sfumato/batching" / verification.FILE
+    listed = ROOT / "src/sfumato/batching" / shipped_list.FILE
     listed.write_text(json.dumps(signatures(ordered), indent=1, sort_keys=True) + "\n")
     before, _, rest = PAGE.read_text().partition(BEGIN)
     PAGE.write_text(before + page(ordered) + rest.partition(END)[2])
 
 
-def shipped(measured: Iterable[Measured]) -> frozenset[str]:
-    """The list as it would ship after these measurements."""
-    packages = signatures(measured).values()
-    return frozenset(f"{kind}.{call}" for part in packages for kind, calls in part["calls"].items() for call in calls)
+def shipped(measured: Collection[Measured]) -> frozenset[str]:
+    """The signatures on the list as it would ship after these measurements."""
+    calls = signatures(measured)["calls"].items()
+    return frozenset(f"{kind}.{call}" for kind, each in calls for call in each)
+
+
+def note(unproven: Collection[str]) -> None:
+    """Let the record say which classes of the installed versions are not proved."""
+    record = json.loads(RECORD.read_text())
+    RECORD.write_text(json.dumps(record | {"unproven": sorted(unproven)}, indent=1, sort_keys=True) + "\n")
+
+
+def digest_again(known: Mapping[str, Measured]) -> None:
+    """Fill in `sources` of the record without drawing, for the versions that it was measured with."""
+    for name, one in known.items():
+        if one.versions != versions():
+            raise SystemExit(f"{name} was measured with {one.versions}, not {versions()}: measure it again (--write)")
+        one.sources = sources(FAMILIES[name].build(), one.shown)
+        print(f"{name:46} {len(one.sources)} classes", flush=True)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("families", nargs="*", help=f"of: {', '.join(FAMILIES)}")
     parser.add_argument("--write", action="store_true", help="write the record, the list and the table in the docs")
+    parser.add_argument("--sources", action="store_true", help="write the digests of the record's classes anew")
+    parser.add_argument("--unproven", action="store_true", help="say which classes have another source, and record it")
     options = parser.parse_args()
+    if options.sources:
+        known = recorded()
+        digest_again(known)
+        write(known)
+        return 0
+    if options.unproven:
+        changed = shipped_list.shipped().changed()
+        print("\n".join(changed) or "every class on the list has the source that was measured")
+        note(changed)
+        return 0
     results = run(options.families or FAMILIES, lambda line: print(line, flush=True))
     known = recorded() | {one.name: one for one in results}
     for one in results:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import socket
+import ssl
 import threading
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import certifi
 import httpx
 import pytest
+import trustme
 
 from sfumato.errors import InvalidPicture
 from sfumato.pictures import fetch
@@ -228,3 +233,40 @@ def test_row_24_what_is_wrong_with_a_name_is_told() -> None:
         assert await Resolver().address("127.0.0.1", 80) == "127.0.0.1"
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("certified", ["pictures.example", "other.example"])
+def test_a_name_stays_a_name_where_its_address_is_connected_to(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, certified: str
+) -> None:
+    """For the `Host` that the server reads, the name that it is greeted with, and the certificate it has to have."""
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    monkeypatch.setattr(certifi, "where", lambda: str(tmp_path / "ca.pem"))
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert(certified).configure_cert(tls)
+    greeted: list[str | None] = []
+    tls.sni_callback = lambda _socket, name, _context: greeted.append(name)
+    asked: list[tuple[str, int]] = []
+
+    def lookup(host: str, port: int, **more: Any) -> list[tuple[Any, ...]]:
+        asked.append((host, port))
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
+
+    async def fetched(site: Site) -> bytes:
+        fetcher = PictureFetcher(["pictures.example"], Resolver(lookup))
+        try:
+            return await fetcher.get(f"https://pictures.example:{site.port}/picture", "image")
+        finally:
+            await fetcher.close()
+
+    with Site(lambda h: h.say(200, PICTURE), tls) as site:
+        if certified == "pictures.example":
+            assert asyncio.run(fetched(site)) == PICTURE
+            assert [seen["host"] for seen in site.seen] == [f"pictures.example:{site.port}"]
+        else:
+            with pytest.raises(InvalidPicture, match="CERTIFICATE_VERIFY_FAILED"):
+                asyncio.run(fetched(site))
+            assert site.seen == []
+    assert greeted == ["pictures.example"]
+    assert asked == [("pictures.example", site.port)]

@@ -11,7 +11,7 @@ from diffusers import FirstBlockCacheConfig, FluxPipeline, PyramidAttentionBroad
 from peft import LoraConfig
 
 import sfumato
-from sfumato.batching import verification
+from sfumato.batching import shipped_list
 from sfumato.batching.batcher import Batcher
 from sfumato.batching.views import view
 from support import tiny
@@ -58,7 +58,7 @@ def test_half_precision_is_proved_where_it_was_not_shown(precision: torch.dtype)
     expected = alone(pipe, calls)
     before: dict[str, dict[str, Any]] = {}
     with pytest.MonkeyPatch.context() as patch:  # whatever the shipped list has
-        patch.setattr(verification, "listed", lambda: frozenset())
+        patch.setattr(shipped_list, "shipped", lambda: shipped_list.ShippedList({}, frozenset()))
         sfumato.gather(pipe, seeded(calls), stats=before)
         after: dict[str, dict[str, Any]] = {}
         got = sfumato.gather(pipe, seeded(calls), stats=after)

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
+import transformers
+from diffusers.models.resnet import ResnetBlock2D
+from peft import LoraConfig
 from torch import nn
 
-from sfumato.batching import proof_store, source_digest
+from sfumato.batching import proof_store, shipped_list
 from sfumato.batching.proof_store import Proofs
 from sfumato.batching.verification import Verification
+from sfumato.pipelines import source_digest
 from support import tiny
 from support.batches import NOTHING, PROOF, Coupled, noise, together
 
@@ -153,6 +159,87 @@ def test_without_a_server_the_file_is_where_the_environment_says(monkeypatch: py
     assert proof_store.of_user() == path.parent / "sfumato" / proof_store.NAME
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert proof_store.of_user() == Path.home() / ".cache/sfumato" / proof_store.NAME
+
+
+# The list that comes with Sfumato.
+
+
+def listed_forwards(module: nn.Module, path: Path) -> tuple[int, int]:
+    """Forwards and those of proofs among them, of two runs of two calls with the shipped list."""
+    runs = [lambda m, seed=seed: denoised(m, seed) for seed in (1, 2)]
+    _, hub = together(module, runs, trust=Verification(proofs=Proofs(path)))
+    return hub.counts["module"].forwards, hub.counts["module"].proving
+
+
+def denoised(unet: Any, seed: int) -> Any:
+    return unet(noise(1, 4, 8, 8, seed=seed), 3, encoder_hidden_states=noise(1, 7, tiny.WIDTH, seed=seed)).sample
+
+
+def whole_unet() -> Any:
+    with tiny.seeded(0):
+        return tiny._unet().requires_grad_(False)
+
+
+@pytest.fixture
+def other_source(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As if the next release of diffusers had changed one block of the UNet."""
+
+    def forward(self, *args, **kwargs):
+        return before(self, *args, **kwargs)
+
+    before = ResnetBlock2D.forward
+    for known in (source_digest.class_digest, source_digest._texts):
+        known.cache_clear()
+    monkeypatch.setattr(ResnetBlock2D, "forward", forward)
+    yield
+    monkeypatch.undo()
+    for known in (source_digest.class_digest, source_digest._texts):
+        known.cache_clear()
+
+
+def test_a_class_on_the_list_is_proved_whatever_the_version(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in (diffusers, transformers):
+        monkeypatch.setattr(package, "__version__", "99.0")
+    assert listed_forwards(whole_unet(), path) == (1, 0)
+    assert not path.exists()
+
+
+def test_a_changed_class_is_proved_again_at_first_use(
+    path: Path, other_source: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        assert listed_forwards(whole_unet(), path)[1] > 0
+    lines = [record.message for record in caplog.records if "at first use" in record.message]
+    assert len(lines) == 1
+    assert "ResnetBlock2D" in lines[0]
+    assert "Transformer2DModel" not in lines[0]
+    assert listed_forwards(whole_unet(), path) == (1, 0)  # and that is kept
+    text = tiny.stable_diffusion().text_encoder
+    assert shipped_list.shipped().unproven(text) == ()  # what has none of it is as it was
+
+
+def test_what_has_changed_in_the_installed_packages_is_told(other_source: None) -> None:
+    changed = shipped_list.shipped().changed()
+    assert "diffusers.models.resnet.ResnetBlock2D" in changed
+    assert "diffusers.models.transformers.transformer_flux.FluxTransformer2DModel" not in changed
+    gone = shipped_list.ShippedList({"diffusers.models.gone.Gone": "0", "no.such.Module": "0"}, frozenset())
+    assert set(gone.changed()) == set(gone.sources)
+
+
+def test_a_class_that_was_moved_is_known_by_its_source() -> None:
+    known = shipped_list.shipped()
+    moved = {path.replace("diffusers.", "diffusers.moved."): digest for path, digest in known.sources.items()}
+    assert shipped_list.ShippedList(moved, known.signatures).unproven(whole_unet()) == ()
+
+
+def test_what_others_put_into_a_module_is_not_looked_at() -> None:
+    unet = whole_unet()
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    assert shipped_list.shipped().unproven(unet) == ()
+    unet.conv_in.forward = lambda value: value  # its own source is
+    assert shipped_list.shipped().unproven(unet) == ()
+    unet.mid_block.resnets[0].forward = ResnetBlock2D.forward.__get__(unet.mid_block.resnets[0])
+    assert shipped_list.shipped().unproven(unet) == ("diffusers.models.resnet.ResnetBlock2D.forward",)
 
 
 # The source of a module.

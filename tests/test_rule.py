@@ -17,7 +17,7 @@ from support.batches import called, noise, together
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import parity
-from sfumato.batching import text_masks
+from sfumato.batching import shipped_list, text_masks
 from sfumato.batching.batcher import Batcher
 from sfumato.batching.calls import differing
 from sfumato.batching.concatenation import ConcatenationCache, join
@@ -166,9 +166,8 @@ def test_a_foreign_decorator_may_tell_a_default_from_nothing() -> None:
     ],
 )
 def test_the_list_has_what_published_models_pass(family: str, signature: str) -> None:
-    from sfumato.batching.verification import listed
 
-    assert f"{family}.{signature}" in listed()
+    assert f"{family}.{signature}" in shipped_list.shipped().signatures
 
 
 # Text with a mask.
@@ -383,7 +382,7 @@ def test_a_list_of_pictures_is_no_list_of_rows() -> None:
 )  # fmt: skip
 def test_what_was_refused_or_unlisted_batches_in_half_precision(family: str) -> None:
     one = parity.recorded()[family]
-    parity.halve(one, Verification()._shipped)
+    parity.halve(one, shipped_list.shipped().signatures)
     assert one.half[0] / one.half[1] > 1.2, one.broken
 
 

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import http.server
 import socket
+import ssl
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -42,13 +43,16 @@ class Elsewhere(http.server.BaseHTTPRequestHandler):
 class Site:
     """A server on the loopback interface whose answers a function writes; `seen` are the headers it was sent."""
 
-    def __init__(self, answer: Callable[[Elsewhere], None]) -> None:
+    def __init__(self, answer: Callable[[Elsewhere], None], tls: ssl.SSLContext | None = None) -> None:
         self.seen: list[dict[str, str]] = []
         handler = type("Answering", (Elsewhere,), {"answer": answer, "seen": self.seen})
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        if tls:
+            self._server.socket = tls.wrap_socket(self._server.socket, server_side=True)
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
-        self.url = f"http://127.0.0.1:{self._server.server_port}/picture"
+        self.port = self._server.server_port
+        self.url = f"http://127.0.0.1:{self.port}/picture"
 
     def __enter__(self) -> Site:
         self._thread.start()

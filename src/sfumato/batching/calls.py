@@ -21,7 +21,6 @@ and `verification` has the last word: only calls shown to give the same numbers 
 
 from __future__ import annotations
 
-import dis
 import functools
 import inspect
 import re
@@ -35,6 +34,7 @@ from sfumato.batching import text_masks
 from sfumato.batching.fingerprints import Fingerprints as Fingerprints
 from sfumato.batching.outputs import PLAIN
 from sfumato.batching.reasons import Reason
+from sfumato.pipelines import generators
 
 TIME = frozenset({
     "timestep", "timesteps", "t", "timestep_r", "r_timestep", "timestep_ratio", "audio_timestep", "sigma",
@@ -187,7 +187,9 @@ class _Alone(Exception):
 
 
 def _describe(call: Call, prints: Fingerprints) -> None:
-    function = getattr(type(plain(call.module)), "forward" if call.method == "__call__" else call.method, None)
+    kind: Any = type(plain(call.module))
+    name_of_method = "forward" if call.method == "__call__" else call.method
+    function = getattr(kind, name_of_method, None)
     if function is None:
         raise _Alone("the class does not define this method")
     method = _method(function)
@@ -202,7 +204,7 @@ def _describe(call: Call, prints: Fingerprints) -> None:
             raise _Alone("it takes *args")
     arguments.pop(next(iter(method.signature.parameters)))  # self
     for name in [name for name, value in arguments.items() if isinstance(value, torch.Generator)]:
-        if _reads(function, name):
+        if generators.reads(kind, name_of_method, name):
             raise _Alone("draws its own random numbers", Reason.GENERATOR)
         del arguments[name]
     call.defaults = method.defaults
@@ -360,16 +362,3 @@ def _is_default(name: str, value: Any, defaults: Mapping[str, Any]) -> bool:
 
 def _steps(name: str, value: Any) -> int:
     return value.numel() if name in TIME and isinstance(value, torch.Tensor) else 0
-
-
-@functools.cache
-def _reads(function: Callable[..., Any], name: str) -> bool:
-    """Whether the body of `function` uses its parameter `name`; many VAEs accept a generator and never use it."""
-    code = inspect.unwrap(function).__code__
-    if name in code.co_cellvars or (code.co_flags & inspect.CO_VARKEYWORDS and name not in code.co_varnames):
-        return True
-    return any(
-        step.opname.startswith("LOAD")
-        and (step.argval == name or (isinstance(step.argval, tuple) and name in step.argval))
-        for step in dis.get_instructions(code)
-    )

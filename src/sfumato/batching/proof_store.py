@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from sfumato.batching import source_digest
 from sfumato.batching.calls import plain
+from sfumato.pipelines import source_digest
 
 log = logging.getLogger(__name__)
 

@@ -1,27 +1,21 @@
 """What may be batched: only calls that were shown to give the same numbers.
 
 The shapes of a call's arguments do not prove that its rows are independent. Signatures (a call's key without
-sizes and contents) on the shipped list are trusted: each was shown in fp32 by `benchmarks/parity.py` for the
-versions of diffusers and transformers that the list names. For any other, the first batch is a proof (`proof`),
-in any precision: a few additional forward passes, whose verdict holds from then on, also for the next
-process (`proof_store`). A signature whose rows turn out to depend on each other runs alone.
+sizes and contents) on the shipped list are trusted: each was shown in fp32 by `benchmarks/parity.py`, for classes whose
+source has not changed since (`shipped_list`). For any other, the first batch is a proof (`proof`), in any precision: a
+few additional forward passes, whose verdict holds from then on, also for the next process (`proof_store`). A signature
+whose rows turn out to depend on each other runs alone.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
-import json
 import logging
 import weakref
 from collections.abc import Callable, Sequence
-from importlib import resources
 from typing import Any, Literal, TypeAlias
 
-import diffusers
-import transformers
-
-from sfumato.batching import outputs
+from sfumato.batching import outputs, shipped_list
 from sfumato.batching.calls import Call, plain
 from sfumato.batching.proof import Evidence
 from sfumato.batching.proof_store import Proofs
@@ -35,25 +29,6 @@ Verify: TypeAlias = Literal["unlisted", "always"]
 Width: TypeAlias = frozenset[str] | None
 """A call may be batched with calls that differ from it at most in this (see `calls.LOOSE`); None: with none."""
 
-FILE = "mergeable.json"
-
-
-@functools.cache
-def listed() -> frozenset[str]:
-    """Signatures proved in fp32 for the installed packages; those of another version's classes are left out."""
-    shipped = json.loads(resources.files("sfumato.batching").joinpath(FILE).read_text())
-    found: set[str] = set()
-    for package in (diffusers, transformers):
-        part = shipped[package.__name__]
-        if part["version"] == package.__version__:
-            found |= {f"{kind}.{call}" for kind, calls in part["calls"].items() for call in calls}
-        else:
-            log.warning(
-                "the shipped list of proofs is for %s %s; %s is installed: its modules are proved on first use",
-                package.__name__, part["version"], package.__version__,
-            )  # fmt: skip
-    return frozenset(found)
-
 
 class Verification:
     """Verdicts about signatures, per module: `shown` and `refused`."""
@@ -61,9 +36,13 @@ class Verification:
     def __init__(
         self, verify: Verify = "unlisted", shipped: frozenset[str] | None = None, proofs: Proofs | None = None
     ) -> None:
-        """`shipped` replaces the list that comes with Sfumato. `proofs`: where to keep verdicts, if anywhere."""
+        """`shipped`: signatures that are trusted, of whatever source, instead of the list that comes with Sfumato.
+
+        `proofs`: where verdicts are kept, if anywhere.
+        """
         self._verify = verify
-        self._shipped = listed() if shipped is None else shipped
+        self._trusted = shipped
+        self._unproven: dict[int, tuple[str, ...]] = {}
         self._proofs = proofs
         self._kinds: dict[int, tuple[weakref.ref[Any], str]] = {}
         self._verdicts: dict[tuple[int, str], str] = {}
@@ -100,7 +79,7 @@ class Verification:
     def settle(self, call: Call, signature: str, evidence: Evidence, errors: Sequence[float]) -> None:
         """End a proof; `errors`: how much each member differed from its part."""
         reason = evidence.judge(errors)
-        if self._proofs and not call.module.training and signature not in self._shipped:
+        if self._proofs and not call.module.training and not self._is_listed(call, signature):
             self._proofs.put(call.module, signature, reason)
         if reason:
             self.refuse(call, signature, reason)
@@ -129,16 +108,34 @@ class Verification:
             return known[1]
         # Another module had this id before: its entries are void.
         self._verdicts = {key: verdict for key, verdict in self._verdicts.items() if key[0] != id(module)}
-        kind = _kind(module)
+        self._unproven.pop(id(module), None)
+        kind = kind_of(module)
         self._kinds[id(module)] = (weakref.ref(module), kind)
         return kind
+
+    def _is_listed(self, call: Call, signature: str) -> bool:
+        """Whether it was shown before Sfumato was shipped, of what the module consists of today."""
+        if self._trusted is not None:
+            return signature in self._trusted
+        shipped = shipped_list.shipped()
+        if signature not in shipped.signatures:
+            return False
+        unproven = self._unproven.get(id(call.module))
+        if unproven is None:
+            unproven = self._unproven[id(call.module)] = shipped.unproven(plain(call.module))
+            if unproven:
+                log.info(
+                    "%s is proved at first use: the list of what may be batched was not made with the source of %s",
+                    self.kind(call.module), ", ".join(unproven),
+                )  # fmt: skip
+        return not unproven
 
     def _first_ruling(self, call: Call, signature: str) -> str:
         # Shipped and stored verdicts are for modules without dropout. Some pipelines leave a module without dropout
         # in training mode; with dropout, a row's numbers depend on its place.
         if call.module.training or self._verify == "always":
             return "try"
-        if signature in self._shipped:
+        if self._is_listed(call, signature):
             return "yes"
         verdict = self._proofs.get(call.module, signature) if self._proofs else None
         if verdict is None:
@@ -175,7 +172,8 @@ class Trial:
             self._settle(self._errors)
 
 
-def _kind(module: Any) -> str:
+def kind_of(module: Any) -> str:
+    """Class of a module, with what else changes how it computes."""
     compiled = plain(module) is not module
     module = plain(module)
     package = type(module).__module__.partition(".")[0]

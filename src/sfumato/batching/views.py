@@ -33,7 +33,7 @@ from sfumato.batching import feature_caches
 from sfumato.batching.adapter_state import Adapters
 from sfumato.batching.calls import target
 from sfumato.batching.reasons import Reason
-from sfumato.pipelines import tiling
+from sfumato.pipelines import compat, scheduler_calls, source_table, tiling
 
 log = logging.getLogger(__name__)
 
@@ -170,7 +170,12 @@ class StandIn:
         return _ask(self, "__call__", args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        value = getattr(self._sfumato_module, name)
+        try:
+            value = getattr(self._sfumato_module, name)
+        except AttributeError:
+            if compat.is_itself(self._sfumato_module, name):
+                return self
+            raise
         if isinstance(value, torch.nn.Module):
             self._sfumato_view.hand_out(self, value)
             return value
@@ -279,8 +284,8 @@ def exclusive(pipeline: Any) -> str:
         if getattr(each, "free_init_enabled", False):
             return "FreeInit runs the whole schedule several times over one state"
         kind: Any = type(each)
-        if word := _intrusion(kind):
-            return f"its code contains: {word}"
+        if reason := _intrusion(kind):
+            return reason
         for module in vars(each).values():
             if isinstance(module, torch.nn.Module) and feature_caches.state_managers(module) == ():
                 return "a cache inside a module keeps one state for all requests"
@@ -298,17 +303,24 @@ def _patched(pipeline: Any) -> str:
 
 @functools.cache
 def _intrusion(kind: Any) -> str:
+    """That a pipeline rewires shared modules, or that nobody knows."""
+    try:
+        known = source_table.row(kind)
+        word = known["intrusion"] if known else source_table.read(kind, "use of modules", intrusion)
+    except source_table.Unreadable as error:
+        return str(error)
+    return f"its code contains: {word}" if word else scheduler_calls.unreadable(kind)
+
+
+def intrusion(kind: Any) -> str:
+    """Code of a pipeline that rewires shared modules, read from its source. Raises what that makes this code raise."""
     for base in kind.__mro__:
         # The base class of all pipelines has such methods, for users to call.
         if base.__module__.startswith(("diffusers.pipelines.pipeline_utils", "diffusers.loaders", "builtins")):
             continue
         if not issubclass(base, DiffusionPipeline) and not base.__module__.startswith("diffusers.pipelines."):
             continue
-        try:
-            code = inspect.getsource(base)
-        except (OSError, TypeError):
-            return "its source cannot be read"
-        if found := INTRUSIVE.search(code):
+        if found := INTRUSIVE.search(inspect.getsource(base)):
             return found[0]
     return ""
 

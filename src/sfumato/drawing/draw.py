@@ -103,7 +103,7 @@ def _draw(model: Loaded, pipeline: Any, asked: Generation, on_step: OnStep, on_p
     # 6. the picture with its recipe, and warnings for what differs from the request
     made = _recipe(model, pipeline, wanted, image, given, choice, canvas)
     read, cut = tokens.count(pipeline, model.config.options, model.config.name, wanted.prompt, wanted.negative_prompt)
-    return Done(recipe.encode(image, made), made, cut, read)
+    return Done(recipe.encode(image, made), made, cut + _kept_scheduler(driver, wanted), read)
 
 
 def _tiled(model: Loaded, asked: Generation) -> bool:
@@ -149,8 +149,17 @@ def _choice(model: Loaded, pipeline: Any, wanted: Generation) -> schedulers.Choi
         choice = schedulers.parse(model.config.scheduler_type, model.config.schedule)
     else:
         return None
+    if request_scheduler.keeps_own(pipeline):
+        return None
     request_scheduler.check(pipeline, choice, wanted.steps)
     return choice
+
+
+def _kept_scheduler(pipeline: Any, wanted: Generation) -> tuple[str, ...]:
+    """A sentence where another scheduler was asked for than the one that drew."""
+    why = request_scheduler.keeps_own(pipeline) if wanted.scheduler else ""
+    own = type(pipeline.scheduler).__name__ if why else ""
+    return (f"scheduler: {wanted.scheduler} was not used but the model's own ({own}): {why}",) if why else ()
 
 
 def _watch(pipeline: Any, given: Mapping[str, Any], on_step: OnStep, previews: RunPreviews | None) -> None:

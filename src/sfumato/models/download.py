@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import functools
+import glob
+import json
 import logging
 import os
 import time
@@ -17,14 +19,13 @@ from typing import Any
 import httpx2
 from diffusers import DiffusionPipeline
 from diffusers.loaders import single_file_utils
-from diffusers.pipelines import pipeline_utils
 from huggingface_hub import errors as hub
-from huggingface_hub import snapshot_download
+from huggingface_hub import get_cached_repo_tree, snapshot_download
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from sfumato.errors import DownloadError, LoadError
-from sfumato.models import weight_file
+from sfumato.models import repository_files, sources, weight_file
 from sfumato.models.weight_file import OnProgress
 
 log = logging.getLogger(__name__)
@@ -40,16 +41,32 @@ def from_hub(
     Takes the first of `variants` that the repository has. diffusers decides which files a pipeline
     needs. Raises DownloadError or LoadError with a readable message.
     """
-    safetensors = None if pickles else True
-    with words_for_hub_errors(repo), _progress_to(report, repo):
+    with words_for_hub_errors(repo):
+        commit = _fetched(repo, revision, variants, pickles, report)
+        # diffusers looks whether all is there by its own rule, fetches what is not, and refuses what it cannot load.
+        complete = functools.partial(
+            DiffusionPipeline.download, repo, revision=commit, use_safetensors=None if pickles else True
+        )
         for variant in variants[:-1]:
             with suppress(ValueError):  # "no such modeling files are available"
-                return Path(
-                    DiffusionPipeline.download(repo, revision=revision, variant=variant, use_safetensors=safetensors)
-                )
-        return Path(
-            DiffusionPipeline.download(repo, revision=revision, variant=variants[-1], use_safetensors=safetensors)
-        )
+                return Path(complete(variant=variant))
+        return Path(complete(variant=variants[-1]))
+
+
+def _fetched(repo: str, revision: str | None, variants: Sequence[str | None], pickles: bool, report: OnProgress) -> str:
+    """Have the files in the cache that `needed` names, and tell of every byte. The commit they are of."""
+    folder = Path(snapshot_download(repo, revision=revision, allow_patterns=[sources.INDEX], tqdm_class=_Silent))
+    index = folder / sources.INDEX
+    try:
+        names = [file.path for file in get_cached_repo_tree(repo, revision=folder.name)]
+        files = repository_files.needed(names, json.loads(index.read_bytes()), variants, pickles=pickles)
+    except (hub.CachedRepoTreeNotFoundError, FileNotFoundError):  # a cache of old, or no repository of diffusers
+        return folder.name
+    if files:
+        bar = type("_Bar", (_ReportingBar,), {"report": staticmethod(report), "repo": repo})
+        patterns = [glob.escape(name) for name in files]
+        snapshot_download(repo, revision=folder.name, allow_patterns=patterns, tqdm_class=bar)
+    return folder.name
 
 
 def from_url(url: str, target: Path, *, sha256: str | None, report: OnProgress) -> Path:
@@ -71,6 +88,8 @@ def description_of(path: Path, model: str) -> Path:
     with words_for_hub_errors(repo, f"{path.name} needs its small configuration files. Run `sfumato pull {model}`"):
         return Path(snapshot_download(repo, allow_patterns=DESCRIPTION_FILES))
 
+
+DIFFUSERS = "(a diffusers repository has a model_index.json and safetensors weights)"
 
 UNREACHABLE = (hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError, httpx2.TransportError)
 """The hub was not contacted, or did not answer."""
@@ -95,7 +114,13 @@ def words_for_hub_errors(repo: str, remedy: str = "") -> Iterator[None]:
     except hub.RevisionNotFoundError as error:
         raise LoadError(f"{repo} has no such revision: {error}") from error
     except UNREACHABLE as error:
+        if isinstance(error.__cause__, hub.HfHubHTTPError):  # it did answer
+            raise DownloadError(
+                f"{repo} could not be fetched from {endpoint}: {_first_line(error.__cause__)}"
+            ) from error
         raise _unreachable(repo, endpoint, remedy) from error
+    except hub.RemoteEntryNotFoundError as error:
+        raise LoadError(f"{repo} cannot be loaded by diffusers: {_first_line(error)} {DIFFUSERS}") from error
     except (hub.HfHubHTTPError, httpx2.HTTPError) as error:  # httpx2 is huggingface_hub's HTTP client
         raise DownloadError(f"{repo} could not be fetched from {endpoint}: {_first_line(error)}") from error
     except OSError as error:
@@ -103,10 +128,7 @@ def words_for_hub_errors(repo: str, remedy: str = "") -> Iterator[None]:
             raise _unreachable(repo, endpoint, remedy) from error
         if not isinstance(error.__cause__, hub.EntryNotFoundError) and error.errno is not None:
             raise DownloadError(f"{repo} could not be written to the cache: {error}") from error
-        raise LoadError(
-            f"{repo} cannot be loaded by diffusers: {_first_line(error)} "
-            "(a diffusers repository has a model_index.json and safetensors weights)"
-        ) from error
+        raise LoadError(f"{repo} cannot be loaded by diffusers: {_first_line(error)} {DIFFUSERS}") from error
 
 
 def _unreachable(repo: str, endpoint: str, remedy: str) -> DownloadError:
@@ -119,30 +141,21 @@ def _first_line(error: BaseException) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
-@contextmanager
-def _progress_to(report: OnProgress, repo: str) -> Iterator[None]:
-    # diffusers calls snapshot_download and offers no way to pass `tqdm_class`; this is one.
-    # The worker loads in one thread, so no other code sees the patched name.
-    original = pipeline_utils.snapshot_download
-    bar = type("_Bar", (_ReportingBar,), {"report": staticmethod(report), "repo": repo})
-    pipeline_utils.snapshot_download = functools.partial(original, tqdm_class=bar)
-    try:
-        yield
-    finally:
-        pipeline_utils.snapshot_download = original
-
-
-class _ReportingBar(tqdm):  # type: ignore[misc]
-    """A tqdm that draws nothing and reports bytes; huggingface_hub makes one for files, one for bytes."""
-
-    report: OnProgress
-    repo: str
+class _Silent(tqdm):  # type: ignore[misc]
+    """A tqdm that draws nothing; huggingface_hub makes one for files, two for bytes."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._bytes = kwargs.get("unit") == "B"
-        self._logged = 0.0
         kwargs.pop("name", None)
         super().__init__(*args, **{**kwargs, "disable": False, "file": _Nowhere()})
+
+
+class _ReportingBar(_Silent):
+    """Tells how many of the bytes are here."""
+
+    report: OnProgress
+    repo: str
+    _logged = 0.0
 
     def update(self, n: float | None = 1) -> bool | None:
         shown: bool | None = super().update(n)

@@ -76,7 +76,6 @@ def load(config: ModelConfig, device_setting: str, tell: Tell) -> Loaded:
         device = choose_device(config, device_setting)
         dtype = choose_dtype(config, device)
         pipeline, source = _pipeline(config, dtype, tell)
-        _mend_clip(pipeline)
         _check(config, pipeline)
         _adapters(config, pipeline)
         shown = _glance(config, pipeline, device, dtype)
@@ -284,15 +283,10 @@ def _beside(config: ModelConfig, name: str) -> str:
     return str(path) if path.exists() else name
 
 
-def _mend_clip(pipeline: Any) -> None:
-    """Make `clip_skip` work: diffusers reads `text_encoder.text_model`, which transformers 5 merged into its parent."""
-    encoder = getattr(pipeline, "text_encoder", None)
-    if type(encoder).__name__ == "CLIPTextModel" and not hasattr(encoder, "text_model"):
-        object.__setattr__(encoder, "text_model", encoder)  # not as a submodule: it would contain itself
-
-
 def _check(config: ModelConfig, pipeline: Any) -> None:
-    if config.scheduler_type:
+    if config.scheduler_type and (why := request_scheduler.keeps_own(pipeline)):
+        log.warning("%s: scheduler_type %s is left out: %s", config.name, config.scheduler_type, why)
+    elif config.scheduler_type:
         choice = schedulers.parse(config.scheduler_type, config.schedule)
         try:
             request_scheduler.check(pipeline, choice)

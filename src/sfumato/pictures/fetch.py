@@ -11,9 +11,7 @@ import asyncio
 import ipaddress
 from collections.abc import Callable, Iterable
 from http.cookiejar import CookieJar, DefaultCookiePolicy
-from typing import Any
 
-import httpcore
 import httpx
 
 from sfumato import __version__
@@ -36,18 +34,9 @@ class PictureFetcher:
     """Fetches picture URLs. `hosts` are names that may resolve to private addresses."""
 
     def __init__(self, hosts: Iterable[str] = (), resolver: Resolver | None = None) -> None:
-        transport = httpx.AsyncHTTPTransport(trust_env=False)
-        # httpx has no public way to choose the address; its connection pool takes a network backend.
-        transport._pool = httpcore.AsyncConnectionPool(
-            ssl_context=httpx.create_ssl_context(trust_env=False),
-            max_connections=MAX_CONNECTIONS,
-            max_keepalive_connections=0,  # hosts are rarely used again, and must not keep file descriptors open
-            network_backend=_PublicOnly(
-                frozenset(host.strip().lower() for host in hosts if host.strip()), resolver or Resolver()
-            ),
-        )
+        allowed = frozenset(host.strip().lower() for host in hosts if host.strip())
         self._client = httpx.AsyncClient(
-            transport=transport,
+            transport=_PublicOnly(allowed, resolver or Resolver()),
             timeout=TIMEOUT_S,
             # Redirects are followed here: httpx would read and decompress the body of each, however large.
             follow_redirects=False,
@@ -68,12 +57,7 @@ class PictureFetcher:
             raise InvalidPicture(
                 f"{param}: {url} took longer than {TIMEOUT_S:.0f} s; send the picture itself", param=param
             ) from None
-        except (
-            httpx.HTTPError,
-            httpx.InvalidURL,
-            httpcore.ConnectError,
-            ValueError,
-        ) as error:  # ValueError: also from IDNA
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:  # ValueError: also from IDNA
             reason = str(error) or type(error).__name__
             raise InvalidPicture(f"{param}: {url} could not be fetched: {reason}", param=param) from None
 
@@ -134,37 +118,51 @@ def is_public(text: str) -> bool:
     return address.is_global and not address.is_multicast
 
 
-class _PublicOnly(httpcore.AsyncNetworkBackend):
+PORTS = {"http": 80, "https": 443}
+
+
+class _PublicOnly(httpx.AsyncBaseTransport):
     """Connects only to public addresses, and exactly to the address that was checked."""
 
     def __init__(self, hosts: frozenset[str], resolver: Resolver) -> None:
         self._hosts = hosts
         self._resolver = resolver
-        self._inner = httpcore.AnyIOBackend()
+        # No connection is kept: nobody comes back soon, whoever answers must not hold descriptors, and one that was
+        # made for a name must not serve another at the same address.
+        limits = httpx.Limits(max_connections=MAX_CONNECTIONS, max_keepalive_connections=0)
+        self._inner = httpx.AsyncHTTPTransport(trust_env=False, limits=limits)
 
-    async def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,
-        local_address: str | None = None,
-        socket_options: Iterable[Any] | None = None,
-    ) -> httpcore.AsyncNetworkStream:
-        if not 0 < port < 65536:
-            raise httpcore.ConnectError(f"port {port} does not exist")
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        url = request.url
+        port = PORTS.get(url.scheme) if url.port is None else url.port
+        if url.scheme not in PORTS or not url.host:
+            raise httpx.UnsupportedProtocol("picture URLs must be http or https, with a host", request=request)
+        if not port:
+            raise httpx.ConnectError(f"port {port} does not exist", request=request)
+        host = url.raw_host.decode("ascii")
+        address = await self._checked(host, port, request)
+        # `Host` in the headers and the name in the certificate stay those of the URL.
+        pinned = httpx.Request(
+            request.method,
+            url.copy_with(host=address),
+            headers=request.headers,
+            stream=request.stream,
+            extensions={**request.extensions, "sni_hostname": host},
+        )
+        return await self._inner.handle_async_request(pinned)
+
+    async def _checked(self, host: str, port: int, request: httpx.Request) -> str:
         try:
             address = await self._resolver.address(host, port)
         except Unresolved as error:
-            raise httpcore.ConnectError(str(error)) from None
+            raise httpx.ConnectError(str(error), request=request) from None
         if host.lower() not in self._hosts and not is_public(address):
-            raise httpcore.ConnectError(
+            raise httpx.ConnectError(
                 f"{host!r} resolves to {address}, which is not a public address. "
-                "The operator can allow the host with the setting picture_hosts."
+                "The operator can allow the host with the setting picture_hosts.",
+                request=request,
             )
-        return await self._inner.connect_tcp(address, port, timeout, local_address, socket_options)
+        return address
 
-    async def connect_unix_socket(self, *args: Any, **kwargs: Any) -> httpcore.AsyncNetworkStream:
-        raise httpcore.ConnectError("picture URLs must be http or https")
-
-    async def sleep(self, seconds: float) -> None:
-        await self._inner.sleep(seconds)
+    async def aclose(self) -> None:
+        await self._inner.aclose()

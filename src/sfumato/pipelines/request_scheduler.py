@@ -118,6 +118,15 @@ def check(pipeline: Any, choice: Choice | None, count: int | None = None) -> Non
     raise _refusal(pipeline, choice, reason)
 
 
+def keeps_own(pipeline: Any) -> str:
+    """Why `pipeline` draws with its own scheduler, whichever is asked for; empty where another may take its place.
+
+    Nobody knows what such a pipeline gives to its scheduler, so none can be shown to fit.
+    """
+    kind: Any = type(pipeline)
+    return scheduler_calls.unreadable(kind) if getattr(pipeline, "scheduler", None) is not None else ""
+
+
 def works_with(pipeline: Any) -> tuple[str, ...]:
     """The names in `schedulers.names()` that `check` accepts."""
     model = _model(pipeline)

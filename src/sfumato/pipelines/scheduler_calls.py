@@ -7,7 +7,8 @@ such arguments raises. The calls appear in the pipeline class in one of two form
     retrieve_timesteps(self.scheduler, num_inference_steps, device, sigmas=sigmas, mu=mu)
     self.scheduler.set_timesteps(num_inference_steps, device=device)
 
-If the code depends on a condition, we assume that the argument may be passed.
+If the code depends on a condition, we assume that the argument may be passed. For the classes of the diffusers that
+Sfumato was made with, the answers are in a table (`source_table`); any other class is read on first use.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, TypeAlias
+
+from sfumato.pipelines import source_table
+from sfumato.pipelines.source_table import Unreadable
 
 Given: TypeAlias = Literal["never", "if_dynamic", "unless_flow_sigmas", "always"]
 """When an argument has a value if the caller passes none to the pipeline: never (None is passed),
@@ -67,9 +71,46 @@ class Handover:
     """Those of them that are checked first, with `hasattr`."""
 
 
-@lru_cache(maxsize=64)
 def read(pipeline: type) -> Handover | None:
-    """What this pipeline class passes to its scheduler; None if it sets no steps, or its source is missing."""
+    """What this pipeline class passes to its scheduler; None if it sets no steps, or cannot be read."""
+    return _known(pipeline)[0]
+
+
+def unreadable(pipeline: type) -> str:
+    """Why it is unknown what this pipeline class passes to its scheduler; empty if it is known."""
+    return _known(pipeline)[1]
+
+
+@lru_cache(maxsize=64)
+def _known(pipeline: type) -> tuple[Handover | None, str]:
+    if row := source_table.row(pipeline):
+        return from_row(row["scheduler"]), ""
+    try:
+        return source_table.read(pipeline, "use of the scheduler", from_source), ""
+    except Unreadable as error:
+        return None, str(error)
+
+
+def from_row(content: Mapping[str, Any] | None) -> Handover | None:
+    """From the table."""
+    if content is None:
+        return None
+    runs = tuple(Run(dict(run["arguments"]), frozenset(run["optional"])) for run in content["runs"])
+    sets = {name: frozenset(content[name]) for name in ("step_arguments", "uses", "guarded")}
+    return Handover(runs, generator=content["generator"], **sets)
+
+
+def to_row(handover: Handover | None) -> dict[str, Any] | None:
+    """For the table."""
+    if handover is None:
+        return None
+    runs = [{"arguments": dict(run.arguments), "optional": sorted(run.optional)} for run in handover.runs]
+    sets = {name: sorted(getattr(handover, name)) for name in ("step_arguments", "uses", "guarded")}
+    return {"runs": runs, "generator": handover.generator, **sets}
+
+
+def from_source(pipeline: type) -> Handover | None:
+    """Reads the class. Raises whatever its source makes this code raise."""
     functions = list(_functions(pipeline))
     runs = [run for function in functions for run in _runs(function)]
     if not runs:
@@ -99,10 +140,7 @@ def _functions(pipeline: type) -> Iterator[ast.FunctionDef]:
         function = inspect.unwrap(member) if callable(member) else None
         if not inspect.isfunction(function) or "scheduler" not in function.__code__.co_names:
             continue
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-        except (OSError, SyntaxError):
-            continue
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
         yield from (node for node in tree.body if isinstance(node, ast.FunctionDef))
 
 

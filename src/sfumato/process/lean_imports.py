@@ -3,10 +3,15 @@
     torch._dynamo                   a worker compiles nothing
     torch.distributed               a worker is a single process
     scipy.stats, scipy.integrate    used only by beta schedules and LMS
-    scipy in transformers           training losses of detectors
+    scipy.optimize                  training losses of detectors
     packages of `LATER`             each of their `__init__` imports every existing model
 
 All of it stays usable: on first use a module is imported with its dependencies.
+
+This is the one place where something of another package is replaced: torch's answer whether it can be distributed, by
+which diffusers, accelerate and transformers decide what to import. No public switch says it, and without it a worker
+imports 190 modules more, a third of its start after torch. It is replaced in workers only, never where Sfumato is a
+library (`gather`). What is done about the others is Python's own import hook.
 """
 
 from __future__ import annotations
@@ -31,6 +36,14 @@ def _as_it_is(fn: Callable[..., Any] | None = None, *_: Any, **__: Any) -> Any:
     return fn or (lambda fn: fn)
 
 
+def _linear_sum_assignment(*args: Any, **kwargs: Any) -> Any:
+    """What transformers' losses take from scipy by name when they are imported."""
+    module: Any = importlib.import_module("scipy.optimize")
+    if type(module) is _Waiting:
+        module.run()
+    return module.linear_sum_assignment(*args, **kwargs)
+
+
 WAITING: Mapping[str, Mapping[str, Any]] = {
     "torch._dynamo": {
         **dict.fromkeys(("allow_in_graph", "assume_constant_result", "disable"), _as_it_is),
@@ -38,6 +51,7 @@ WAITING: Mapping[str, Mapping[str, Any]] = {
     },
     "scipy.stats": {},
     "scipy.integrate": {},
+    "scipy.optimize": {"linear_sum_assignment": _linear_sum_assignment},
 }
 """Modules that are executed when a submodule, or a name that is not listed here, is first used."""
 
@@ -53,14 +67,6 @@ def lean() -> None:
 
     torch.distributed.is_available = lambda: False
     sys.meta_path.insert(0, _Finder())
-    from transformers import utils
-
-    known = utils.is_scipy_available
-    utils.is_scipy_available = lambda: False
-    try:
-        importlib.import_module("transformers.loss.loss_utils")
-    finally:
-        utils.is_scipy_available = known
 
 
 class _Finder(MetaPathFinder):

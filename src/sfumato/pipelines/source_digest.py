@@ -2,8 +2,8 @@
 
 A version is both too strict and too loose: most classes do not change in the next release of diffusers, and a
 module may be third-party code. The digest covers every method of every class in the module (its blocks,
-their attention processors, its adapters' layers) and the functions that these methods name. Inherited
-loading and saving code is left out; so is torch, whose version is stored beside the digest.
+their attention processors, its adapters' layers) and the functions that these methods name, and those name in turn.
+Inherited loading and saving code is left out; so is torch, whose version is stored beside the digest.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import functools
 import hashlib
 import inspect
 import linecache
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
@@ -21,9 +21,9 @@ import torch
 APART = (
     "torch.", "builtins", "abc", "typing", "collections", "dataclasses", "enum", "functools", "huggingface_hub.",
     "diffusers.models.modeling_utils", "diffusers.models.auto_model", "diffusers.configuration_utils",
-    "diffusers.loaders.", "diffusers.utils.", "diffusers.hooks.", "transformers.modeling_utils",
-    "transformers.configuration_utils", "transformers.utils.", "transformers.integrations.", "transformers.generation.",
-    "accelerate.",
+    "diffusers.pipelines.pipeline_utils", "diffusers.loaders.", "diffusers.utils.", "diffusers.hooks.",
+    "transformers.modeling_utils", "transformers.configuration_utils", "transformers.utils.",
+    "transformers.integrations.", "transformers.generation.", "accelerate.",
 )  # fmt: skip
 """Modules whose classes and functions load, save, move or decorate, but do not compute."""
 
@@ -38,7 +38,38 @@ def source_digest(module: torch.nn.Module) -> str:
         for value in vars(part).values():
             if isinstance(value, FunctionType | MethodType) and not _is_apart(value.__module__):
                 texts.update(_with_named(value))
-    lines = sorted(hashlib.blake2b(text.encode(), digest_size=16).hexdigest() for text in texts)
+    return _digest(texts)
+
+
+def class_digests(module: torch.nn.Module) -> dict[str, str]:
+    """Path of each class that `module` consists of → the digest of its source; those that compute nothing left out.
+
+    A `forward` that was put over a class's own counts as a class.
+    """
+    found: dict[str, str] = {}
+    for part in module.modules():
+        for kind in _kinds(part):
+            if digest := class_digest(kind):
+                found[path(kind)] = digest
+        for value in vars(part).values():
+            if isinstance(value, FunctionType | MethodType) and not _is_apart(value.__module__):
+                found[f"{value.__module__}.{value.__qualname__}"] = _digest(_with_named(value))
+    return found
+
+
+@functools.cache
+def class_digest(kind: type) -> str:
+    """32 hexadecimal digits for the source of a class and what it inherits; empty where it computes nothing."""
+    texts = _texts(kind)
+    return _digest(texts) if texts else ""
+
+
+def path(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _digest(texts: Iterable[str]) -> str:
+    lines = sorted({hashlib.blake2b(text.encode(), digest_size=16).hexdigest() for text in texts})
     return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
 
 
@@ -70,15 +101,20 @@ def _function(value: Any) -> Callable[..., Any] | None:
     return value if isinstance(value, FunctionType) else None
 
 
-def _with_named(function: Callable[..., Any]) -> Iterator[str]:
-    """The text of `function` and of the functions it calls by a global name, and the names of such classes."""
-    function = inspect.unwrap(function)
-    code: CodeType = function.__code__
-    yield _text(code)
-    for name in {name for each in _nested(code) for name in each.co_names}:
-        named = function.__globals__.get(name)
-        if isinstance(named, FunctionType) and not _is_apart(named.__module__):
-            yield _text(inspect.unwrap(named).__code__)
+def _with_named(function: Callable[..., Any]) -> set[str]:
+    """The text of `function`, of the functions that it calls by a global name, and of those that these call."""
+    found: dict[CodeType, str] = {}
+    waiting = [inspect.unwrap(function)]
+    while waiting:
+        each: Any = waiting.pop()
+        if each.__code__ in found:
+            continue
+        found[each.__code__] = _text(each.__code__)
+        for name in {name for code in _nested(each.__code__) for name in code.co_names}:
+            named = each.__globals__.get(name)
+            if isinstance(named, FunctionType) and not _is_apart(named.__module__):
+                waiting.append(inspect.unwrap(named))
+    return set(found.values())
 
 
 def _text(code: CodeType) -> str:
