@@ -292,16 +292,17 @@ def _mend_clip(pipeline: Any) -> None:
 
 
 def _check(config: ModelConfig, pipeline: Any) -> None:
-    if config.scheduler_type:
-        choice = schedulers.parse(config.scheduler_type, config.schedule)
+    if config.sampling.scheduler:
+        choice = schedulers.parse(config.sampling.scheduler)
         try:
             request_scheduler.check(pipeline, choice)
         except InvalidRequest as error:
             raise ModelFileError(f"{config.name}: {error.message}", param="scheduler_type") from error
     layers = encoder_layers(pipeline)
-    if config.clip_skip and layers is not None and config.clip_skip >= layers + 1:
+    clip_skip = config.sampling.clip_skip
+    if clip_skip and layers is not None and clip_skip >= layers + 1:
         raise ModelFileError(
-            f"{config.name}: clip_skip {config.clip_skip} skips every layer of a text encoder with {layers} layers; "
+            f"{config.name}: clip_skip {clip_skip} skips every layer of a text encoder with {layers} layers; "
             f"0 to {layers} are valid",
             param="clip_skip",
         )
