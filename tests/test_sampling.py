@@ -144,6 +144,10 @@ def test_a1111(inside: Inside, parameter: Parameter) -> None:
     assert seen(inside, f"/sdapi/v1/{path}", json={"prompt": "a"} | body)[parameter] == value
 
 
+def test_a1111_sizes_of_large_models(inside: Inside) -> None:
+    assert seen(inside, "/sdapi/v1/txt2img", json={"prompt": "a", "width": 1024, "height": 1216}).size == (1024, 1216)
+
+
 def test_a1111_values_that_ask_for_nothing(inside: Inside) -> None:
     for each in PARAMETERS:
         for neutral in each.neutral:
@@ -330,6 +334,7 @@ def test_it_changes_the_picture_and_can_be_had_again(name: str) -> None:
     assert np.array_equal(pixels(drawn(by_file, **{name: 0.0})), pixels(plain))
 
 
+@pytest.mark.slow
 def test_requests_that_differ_in_it_share_forwards() -> None:
     """And each is the picture that it is alone."""
     call = {
@@ -358,6 +363,14 @@ def test_a_scheduler_that_takes_no_eta_is_told_of() -> None:
     assert np.array_equal(pixels(plain), pixels(noisy))
     assert noisy.warnings == ("eta: 0.5 has no effect, EulerDiscreteScheduler does not take it",)
     assert plain.warnings == none.warnings == ()
+
+
+def test_what_rescales_no_guidance_is_told_of() -> None:
+    model = loaded()
+    plain, rescaled = (drawn(model, guidance_scale=1.0, guidance_rescale=value) for value in (None, 0.5))
+    assert np.array_equal(pixels(plain), pixels(rescaled))
+    assert rescaled.warnings == ("guidance_rescale: 0.5 has no effect without guidance",)
+    assert plain.warnings == ()
 
 
 @pytest.mark.parametrize("name", ["eta", "guidance_rescale"])

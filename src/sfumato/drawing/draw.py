@@ -107,7 +107,7 @@ def _draw(model: Loaded, pipeline: Any, asked: Generation, on_step: OnStep, on_p
     made = _recipe(model, pipeline, wanted, image, given, choice, canvas)
     negative = wanted.sampling.negative_prompt
     read, cut = tokens.count(pipeline, model.config.options, model.config.name, wanted.prompt, negative)
-    warnings = (*cut, *_not_taken(model, pipeline, wanted.sampling, given), *_without_effect(driver, given))
+    warnings = (*cut, *_not_taken(model, pipeline, wanted.sampling, given), *_without_effect(pipeline, driver, given))
     return Done(recipe.encode(image, made), made, warnings, read)
 
 
@@ -248,16 +248,20 @@ def _not_taken(model: Loaded, pipeline: Any, wanted: Sampling, given: Mapping[st
     ]
 
 
-def _without_effect(driver: Any, given: Mapping[str, Any]) -> list[str]:
-    """Of arguments that the pipeline hands on to its scheduler, those that this scheduler does not take."""
+def _without_effect(pipeline: Any, driver: Any, given: Mapping[str, Any]) -> list[str]:
+    """Of what the pipeline took, what its scheduler does not take, or what there was no guidance for."""
     scheduler = type(getattr(driver, "scheduler", None))
     step = getattr(scheduler, "step", None)
     taken = inspect.signature(step).parameters if step else {}
-    return [
+    unheard = [
         f"{each.name}: {given[argument]:g} has no effect, {scheduler.__name__} does not take it"
         for each in PARAMETERS
         if each.stepped and (argument := each.argument) and given.get(argument) and argument not in taken
     ]
+    rescale = given.get("guidance_rescale")
+    if rescale and not getattr(pipeline, "do_classifier_free_guidance", True):
+        unheard.append(f"guidance_rescale: {rescale:g} has no effect without guidance")
+    return unheard
 
 
 def _recipe(
@@ -269,7 +273,6 @@ def _recipe(
     choice: schedulers.Choice | None,
     canvas: arguments.Canvas,
 ) -> Recipe:
-
     def used(parameter: Parameter) -> Any:
         """The value the pipeline actually used, including its own default."""
         argument = parameter.argument or ""
