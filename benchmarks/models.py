@@ -9,6 +9,7 @@ from typing import Any
 from sfumato import schedulers
 from sfumato.config import ModelConfig
 from sfumato.core import Generation
+from sfumato.sampling import PARAMETERS, Sampling
 from sfumato.serving.catalog import EMBEDDED, Catalog
 
 SIZES = {"embedded": 128, "middle": 256}
@@ -57,12 +58,14 @@ def mixed(model: str, count: int, seed: int) -> list[Generation]:
             id=f"{seed}-{index}",
             prompt=dice.choice(TEXTS),
             seed=dice.randrange(2**32),
-            negative_prompt=dice.choice((None, "blurry")),
-            width=side,
-            height=side,
-            steps=dice.randint(*STEPS[model]),
-            guidance_scale=dice.choice((2.0, 3.0, 5.0)),
-            scheduler=dice.choice(SCHEDULERS),
+            sampling=Sampling(
+                negative_prompt=dice.choice((None, "blurry")),
+                width=side,
+                height=side,
+                steps=dice.randint(*STEPS[model]),
+                guidance_scale=dice.choice((2.0, 3.0, 5.0)),
+                scheduler=dice.choice(SCHEDULERS),
+            ),
         )
         for index in range(count)
     ]
@@ -83,7 +86,7 @@ class Plain:
 
         from sfumato.pipelines import request_scheduler
 
-        choice = schedulers.parse(asked.scheduler) if asked.scheduler else None
+        choice = schedulers.parse(asked.sampling.scheduler) if asked.sampling.scheduler else None
         own = self.pipeline.scheduler
         self.pipeline.scheduler = request_scheduler.make(self.pipeline, choice, asked.seed)
         try:
@@ -99,10 +102,8 @@ def arguments(asked: Generation) -> dict[str, Any]:
 
     return {
         "prompt": asked.prompt,
-        "negative_prompt": asked.negative_prompt,
-        "width": asked.width,
-        "height": asked.height,
-        "num_inference_steps": asked.steps,
-        "guidance_scale": asked.guidance_scale,
+        **{
+            each.argument: value for each in PARAMETERS if each.argument and (value := asked.sampling[each]) is not None
+        },
         "generator": torch.Generator("cpu").manual_seed(asked.seed),
     }

@@ -22,6 +22,7 @@ from benchmarks import models
 from benchmarks.figures import arguments, figure, table, write
 from sfumato.config import ModelConfig
 from sfumato.engine import environment
+from sfumato.sampling import Sampling
 
 COUNT = 3
 
@@ -45,7 +46,9 @@ def measure(config: ModelConfig, model: str, device: str, repeats: int) -> dict[
         fits.append(clock() - start)
     decoder = replace(loaded, glance=None)
     side = models.SIZES[model]
-    plain = Generation(id="1", prompt="a red ball", seed=1, steps=STEPS[model], width=side, height=side)
+    plain = Generation(
+        id="1", prompt="a red ball", seed=1, sampling=Sampling(steps=STEPS[model], width=side, height=side)
+    )
     shown = replace(plain, previews=COUNT)
     ways: dict[str, tuple[Any, Generation]] = {
         "without": (loaded, plain),

@@ -21,6 +21,7 @@ from sfumato.engine.local import Local
 from sfumato.engine.protocol import Engine
 from sfumato.pictures.images import decoded
 from sfumato.process.supervisor import Supervisor
+from sfumato.sampling import nested
 from sfumato.serving.catalog import Catalog
 from sfumato.settings import Settings
 from support import tiny
@@ -53,7 +54,9 @@ def catalog(repositories: dict[str, Path], tmp_path_factory: pytest.TempPathFact
 
 
 def wanted(id: str, **fields: Any) -> Generation:
-    return Generation(**{"id": id, "prompt": "a cat", "seed": 1, "steps": 2, "width": 64, "height": 64, **fields})
+    return Generation(
+        **nested({"id": id, "prompt": "a cat", "seed": 1, "steps": 2, "width": 64, "height": 64, **fields})
+    )
 
 
 async def drawn(engine: Engine, catalog: Catalog, model: str) -> str:

@@ -37,7 +37,7 @@ def test_a_new_an_edited_and_a_removed_file_need_no_restart(tmp_path: Path) -> N
     assert catalog.get("a") is held
     write(tmp_path, "a.yaml", model("a", "step: 7\n"))
     catalog.refresh()
-    assert catalog.get("a").steps == 7
+    assert catalog.get("a").sampling.steps == 7
     file.unlink()
     catalog.refresh()
     assert catalog.all() == []
@@ -49,14 +49,14 @@ def test_a_file_of_the_same_size_is_read_again(tmp_path: Path) -> None:
     write(tmp_path, "a.yaml", model("a", "step: 8\n"))
     os.utime(file, ns=(1, 1))
     catalog.refresh()
-    assert catalog.get("a").steps == 8
+    assert catalog.get("a").sampling.steps == 8
 
 
 def test_a_broken_file_breaks_only_itself(tmp_path: Path) -> None:
     write(tmp_path, "a.yaml", model("a"))
     bad = write(tmp_path, "b.yaml", model("bee", "step: 3\n"))
     catalog = Catalog([tmp_path])
-    assert catalog.get("bee").steps == 3
+    assert catalog.get("bee").sampling.steps == 3
     for text in (model("bee", "stepp: 3\n"), model("bee", "step: [\n")):
         bad.write_text(text)
         catalog.refresh()
@@ -89,7 +89,7 @@ def test_unknown_and_disabled_models(tmp_path: Path) -> None:
 def test_two_files_with_one_name(tmp_path: Path) -> None:
     first, second = write(tmp_path, "1.yaml", model("x", "step: 1")), write(tmp_path, "2.yml", model("x", "step: 2"))
     catalog = Catalog([tmp_path])
-    assert catalog.get("x").steps == 1
+    assert catalog.get("x").sampling.steps == 1
     (problem,) = catalog.problems()
     assert problem.file == second
     assert str(first) in problem.message
@@ -155,7 +155,12 @@ def test_the_default_and_the_settings(tmp_path: Path) -> None:
 def test_the_embedded_model(tmp_path: Path) -> None:
     catalog = Catalog([tmp_path / "none", EMBEDDED])
     tiny = catalog.get("dall-e-2")
-    assert (tiny.name, tiny.width, tiny.height, tiny.steps, tiny.cfg_scale) == ("sfumato-tiny", 128, 128, 20, 3.0)
+    assert (tiny.name, tiny.sampling.size, tiny.sampling.steps, tiny.sampling.guidance_scale) == (
+        "sfumato-tiny",
+        (128, 128),
+        20,
+        3.0,
+    )
     assert tiny.folder / tiny.model == EMBEDDED / "sfumato-tiny"
     assert tiny.enables("image")
     assert catalog.problems() == []
@@ -177,7 +182,7 @@ def test_a_file_of_the_same_size_and_date_is_read_again(tmp_path: Path) -> None:
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert file.stat().st_mtime_ns == before.st_mtime_ns
     catalog.refresh()
-    assert catalog.get("a").steps == 8
+    assert catalog.get("a").sampling.steps == 8
 
 
 def test_a_change_of_permissions_is_a_change(tmp_path: Path) -> None:
@@ -226,12 +231,12 @@ def test_links_and_folders_that_are_mended(tmp_path: Path) -> None:
     assert catalog.all() == []
     write(tmp_path, "a.yaml", model("a", "step: 7\n"))
     catalog.refresh()
-    assert catalog.get("a").steps == 7
+    assert catalog.get("a").sampling.steps == 7
     write(tmp_path, "b.yaml", model("a", "step: 8\n"))
     (models / "a.yaml").unlink()
     (models / "a.yaml").symlink_to(tmp_path / "b.yaml")
     catalog.refresh()
-    assert catalog.get("a").steps == 8
+    assert catalog.get("a").sampling.steps == 8
 
 
 def merges(levels: int) -> str:
@@ -293,4 +298,4 @@ def test_anchors_and_merge_keys_of_an_ordinary_size_work(tmp_path: Path) -> None
         "- <<: [{step: 9}, *base]\n  name: c\n",
     )  # fmt: skip
     catalog = Catalog([tmp_path])
-    assert [(config.name, config.steps) for config in catalog.all()] == [("a", 7), ("b", 7), ("c", 9)]
+    assert [(config.name, config.sampling.steps) for config in catalog.all()] == [("a", 7), ("b", 7), ("c", 9)]

@@ -38,7 +38,8 @@ def test_generate_and_make_it_again(tmp_path: Path) -> None:
     out = sfumato("generate", "a rocket on a blue background", *options, "-o", "first.png", cwd=tmp_path)
     assert out.strip() == "first.png"
     made = recipe.read(tmp_path / "first.png")
-    assert (made.negative_prompt, made.steps, made.guidance_scale, made.seed) == ("red", 6, 2.5, 11)
+    said = made.sampling
+    assert (said.negative_prompt, said.steps, said.guidance_scale, made.seed) == ("red", 6, 2.5, 11)
     sfumato("generate", "--like", "first.png", "-o", "again.png", cwd=tmp_path)
     assert pixels(tmp_path / "first.png") == pixels(tmp_path / "again.png")
     assert recipe.read(tmp_path / "again.png") == made

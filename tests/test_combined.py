@@ -148,5 +148,5 @@ def test_a_scheduler_of_the_request_draws_the_picture() -> None:
     model = loaded(kandinsky())
     plain = draw(model, wanted(prompt="a cat", steps=3, **KANDINSKY), lambda *at: None)
     other = draw(model, wanted(prompt="a cat", steps=3, scheduler="ddim", **KANDINSKY), lambda *at: None)
-    assert other.recipe.scheduler == "ddim"
+    assert other.recipe.sampling.scheduler == "ddim"
     assert plain.png != other.png

@@ -19,6 +19,7 @@ from sfumato.config import DEFAULTS, Adapter, Broken, Download, ModelConfig, Red
 from sfumato.config.keys import IGNORED, IMG2IMG, KEYS
 from sfumato.config.reference import markdown
 from sfumato.errors import ModelFileError
+from sfumato.sampling import NAMED, Sampling
 
 ROOT = Path(__file__).parent.parent
 PAGE = (Path(__file__).parent / "data" / "seed.md").read_text()
@@ -49,16 +50,20 @@ def refused(folder: Path, text: str) -> ModelFileError:
 def test_the_four_files_of_the_page(tmp_path: Path) -> None:
     xl, local, edit, depth = (one(tmp_path, text, f"{index}.yaml") for index, text in enumerate(FILES))
     assert (xl.name, xl.model, xl.cuda, xl.f16) == ("animagine-xl", "Linaqruf/animagine-xl", False, False)
-    assert (xl.pipeline_type, xl.scheduler_type) == ("StableDiffusionXLPipeline", "euler_a")
+    assert (xl.pipeline_type, xl.sampling.scheduler) == ("StableDiffusionXLPipeline", "euler_a")
     assert (local.model, local.folder) == ("toonyou_beta6.safetensors", tmp_path)
-    assert (local.steps, local.cfg_scale, local.clip_skip, local.f16, local.cuda) == (30, 8.0, 11, True, True)
-    assert local.scheduler_type == "k_dpmpp_sde"
+    assert local.sampling == Sampling(steps=30, guidance_scale=8.0, clip_skip=11, scheduler="k_dpmpp_sde")
+    assert (local.f16, local.cuda) == (True, True)
     assert not local.enables("image")
     assert edit.enables("image")
     assert edit.enables("mask_image")
     assert edit.enables("strength")
     assert not edit.enables("clip_skip")
-    assert (depth.steps, depth.cfg_scale, depth.pipeline_type) == (50, 6.0, "StableDiffusionDepth2ImgPipeline")
+    assert (depth.sampling.steps, depth.sampling.guidance_scale, depth.pipeline_type) == (
+        50,
+        6.0,
+        "StableDiffusionDepth2ImgPipeline",
+    )
     for config in (xl, local, edit, depth):
         assert config.ignored == ()
 
@@ -70,7 +75,7 @@ def test_the_page_s_defaults(tmp_path: Path) -> None:
     assert set(TABLE["enable_parameters"].strip("`").split(",")) == DEFAULTS["enable_parameters"]
     config = of(tmp_path, "")
     assert config.enable_parameters == DEFAULTS["enable_parameters"]
-    assert (config.name, config.steps, config.cfg_scale, config.cuda) == ("m", None, None, None)
+    assert (config.name, config.sampling, config.cuda) == ("m", Sampling(), None)
 
 
 NAMES = re.findall(r"^\| `(\w+)` \| [^|]* \|$", PAGE.partition("types of schedulers")[2], re.MULTILINE)
@@ -78,7 +83,9 @@ NAMES = re.findall(r"^\| `(\w+)` \| [^|]* \|$", PAGE.partition("types of schedul
 
 @pytest.mark.parametrize("name", [*[word for word in NAMES if not word.endswith("Pipeline")], "k_dpp_sde"])
 def test_the_page_s_schedulers(name: str, tmp_path: Path) -> None:
-    assert of(tmp_path, f"diffusers: {{scheduler_type: {name}}}").scheduler_type == name
+    assert of(tmp_path, f"diffusers: {{scheduler_type: {name}}}").sampling.scheduler == schedulers.ALIASES.get(
+        name, name
+    )
 
 
 # What each key becomes
@@ -91,9 +98,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("step: 0", {"steps": None}),
     ("step:", {"steps": None}),
     ("step: '12'", {"steps": 12}),
-    ("cfg_scale: 0", {"cfg_scale": 0.0}),
-    ("cfg_scale: 3\ndiffusers: {cfg_scale: 0}", {"cfg_scale": 0.0}),
-    ("diffusers: {cfg_scale: 5e-1}\ncfg_scale: 3", {"cfg_scale": 0.5}),
+    ("cfg_scale: 0", {"guidance_scale": 0.0}),
+    ("cfg_scale: 3\ndiffusers: {cfg_scale: 0}", {"guidance_scale": 0.0}),
+    ("diffusers: {cfg_scale: 5e-1}\ncfg_scale: 3", {"guidance_scale": 0.5}),
     ("diffusers: {cuda: false}\ncuda: true", {"cuda": False}),
     ("cuda: true", {"cuda": True}),
     ("clip_skip: 1\ndiffusers: {clip_skip: 2}", {"clip_skip": 2}),
@@ -101,7 +108,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("diffusers: {img2img: true}", {"img2img": True, "pipeline_type": None}),
     ("diffusers: {img2img: true, pipeline_type: FluxPipeline}", {"pipeline_type": "FluxImg2ImgPipeline"}),
     ("diffusers: {img2img: true, pipeline_type: OtherPipeline}", {"pipeline_type": "OtherPipeline"}),
-    ("diffusers: {scheduler_type: euler, schedule: karras}", {"scheduler_type": "euler", "schedule": "karras"}),
+    ("diffusers: {scheduler_type: euler, schedule: karras}", {"scheduler": "k_euler"}),
     ("diffusers: {control_net: a/b, clip_model: c/d, clip_subfolder: e}", {"control_net": "a/b", "clip_model": "c/d"}),
     ("dtype: float16", {"dtype": "fp16"}),
     ("dtype: auto", {"dtype": None}),
@@ -129,12 +136,12 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize(("text", "expected"), CASES)
 def test_a_key_becomes(text: str, expected: dict[str, Any], tmp_path: Path) -> None:
     config = of(tmp_path, text)
-    assert {field: getattr(config, field) for field in expected} == expected
+    assert {field: getattr(config.sampling if field in NAMED else config, field) for field in expected} == expected
 
 
 def test_parameters_are_read(tmp_path: Path) -> None:
     config = one(tmp_path, "parameters: {model: o/r, seed: 0, n: 3, negative_prompt: bad, clip_skip: 1}")
-    assert (config.seed, config.n, config.negative_prompt, config.clip_skip) == (0, 3, "bad", 1)
+    assert (config.seed, config.n, config.sampling) == (0, 3, Sampling(negative_prompt="bad", clip_skip=1))
     assert one(tmp_path, "parameters: {model: o/r, seed: -1}").seed is None
     assert one(tmp_path, f"parameters: {{model: o/r, seed: {2**63 - 1}}}").seed == 2**63 - 1
 

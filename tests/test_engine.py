@@ -19,6 +19,7 @@ from sfumato.engine.local import Local
 from sfumato.engine.protocol import Engine
 from sfumato.errors import Cancelled, LoadError, WorkerDied
 from sfumato.process.supervisor import Supervisor
+from sfumato.sampling import nested
 from sfumato.serving.catalog import Catalog
 from sfumato.settings import Settings
 
@@ -35,7 +36,9 @@ def config(repositories: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
 
 
 def wanted(id: str = "1", **fields: Any) -> Generation:
-    return Generation(**{"id": id, "prompt": "a cat", "seed": 1, "steps": 3, "width": 64, "height": 64, **fields})
+    return Generation(
+        **nested({"id": id, "prompt": "a cat", "seed": 1, "steps": 3, "width": 64, "height": 64, **fields})
+    )
 
 
 class Running:

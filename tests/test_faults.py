@@ -31,6 +31,7 @@ from sfumato.errors import DrawError, LoadError, WorkerDied
 from sfumato.models import load
 from sfumato.models.load import Loaded
 from sfumato.process.supervisor import Supervisor
+from sfumato.sampling import nested
 from sfumato.serving.catalog import Catalog
 from sfumato.settings import Settings
 
@@ -53,7 +54,9 @@ def config(repositories: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
 
 
 def wanted(id: str, **fields: Any) -> Generation:
-    return Generation(**{"id": id, "prompt": "a cat", "seed": 1, "steps": 4, "width": 64, "height": 64, **fields})
+    return Generation(
+        **nested({"id": id, "prompt": "a cat", "seed": 1, "steps": 4, "width": 64, "height": 64, **fields})
+    )
 
 
 def source() -> bytes:
@@ -502,7 +505,7 @@ def test_kill_9_at_any_moment_loses_nothing(config: ModelConfig) -> None:
         for number in range(ROUNDS):
             asked = dice.sample(pool, 6)
             # Each step is an event, and each picture; 0 is before the first of them.
-            moment = dice.randrange(sum(generation.steps or 0 for generation in asked) // 2)
+            moment = dice.randrange(sum(generation.sampling.steps or 0 for generation in asked) // 2)
             heard = 0
 
             def seen(_: Event, moment: int = moment) -> None:

@@ -145,7 +145,7 @@ def test_the_format_asked_for_with_its_recipe(server: Server, format: str, kind:
     assert fetched.headers["content-type"] == f"image/{format}"
     (tmp_path / "picture").write_bytes(fetched.content)
     made = recipe.read(tmp_path / "picture")
-    assert (made.prompt, made.negative_prompt, made.seed, made.steps) == ("ein Bär", "blau", 3, 2)
+    assert (made.prompt, made.sampling.negative_prompt, made.seed, made.sampling.steps) == ("ein Bär", "blau", 3, 2)
 
 
 def test_compression_makes_files_smaller(server: Server) -> None:

@@ -26,6 +26,7 @@ import asyncio
 from sfumato.serving.catalog import EMBEDDED
 from sfumato.config import load
 from sfumato.core import Done, Generation
+from sfumato.sampling import Sampling
 from sfumato.engine.local import Local
 from sfumato.settings import Settings
 
@@ -33,7 +34,7 @@ async def draw():
     engine = Local(Settings(device="cpu"))
     await engine.start()
     (config,) = load(EMBEDDED / "sfumato-tiny.yaml")
-    async for event in engine.submit(config, Generation(id="a", prompt="a red circle", seed=1, steps=2)):
+    async for event in engine.submit(config, Generation("a", "a red circle", 1, Sampling(steps=2))):
         last = event
     assert isinstance(last, Done), last
     await engine.stop()

@@ -26,6 +26,7 @@ from sfumato.models.load import Loaded, load
 from sfumato.models.pool import ModelPool
 from sfumato.pictures.images import decoded
 from sfumato.pipelines import capabilities
+from sfumato.sampling import NAMED, Sampling, flat
 from sfumato.serving.catalog import EMBEDDED, Catalog
 from support import tiny
 from support.drawing import loaded, quiet, source, wanted
@@ -41,11 +42,11 @@ def test_an_upscaler_enlarges_by_its_factor(name: str) -> None:
     picture = wanted(images=(source(width, height),))
     done = draw(model, replace(picture, upscale=factor), quiet)
     assert decoded(done.png).size == (width * factor, height * factor)
-    assert (done.recipe.width, done.recipe.height) == (width * factor, height * factor)
+    assert done.recipe.size == (width * factor, height * factor)
     # An ordinary request with a picture is the same to it.
     assert draw(model, picture, quiet).png == done.png
     known = model_info(model)
-    assert (known.tasks, known.upscale, known.width) == (("upscaling",), factor, None)
+    assert (known.tasks, known.upscale, known.sampling.width) == (("upscaling",), factor, None)
 
 
 @pytest.mark.parametrize("name", UPSCALERS)
@@ -150,8 +151,8 @@ KNOWN: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
 def test_facts_of(name: str) -> None:
     build, expected = KNOWN[name]
     known = model_info(loaded(build()))
-    assert {field: getattr(known, field) for field in expected} == expected
-    assert known.height == known.width
+    assert {field: getattr(known.sampling if field in NAMED else known, field) for field in expected} == expected
+    assert known.sampling.height == known.sampling.width
     assert (known.device, known.dtype, known.upscale) == ("cpu", "fp32", None)
 
 
@@ -160,23 +161,23 @@ def test_facts_of_the_embedded_model_are_what_it_does() -> None:
     known = model_info(model)
     done = draw(model, Generation(id="1", prompt="a cat", seed=1), quiet)
     recipe = done.recipe
-    assert (known.width, known.height, known.steps) == (recipe.width, recipe.height, recipe.steps)
-    assert (known.guidance_scale, known.pipeline) == (recipe.guidance_scale, recipe.pipeline)
+    assert flat(known.sampling) | {"scheduler": None} == flat(recipe.sampling) | {"scheduler": None}
+    assert known.pipeline == recipe.pipeline
 
 
 def test_facts_follow_the_model_file(tmp_path: Path) -> None:
     folder = tiny.save(tiny.stable_diffusion(), tmp_path / "sd")
     told: list[ModelStatus] = []
     pool = ModelPool(2, "cpu", lambda model, status: told.append(status), describe=model_info)
-    first = ModelConfig(name="m", model=str(folder), dtype="fp32", steps=7)
+    first = ModelConfig(name="m", model=str(folder), dtype="fp32", sampling=Sampling(steps=7))
     models = []
-    for config in (first, first, replace(first, steps=9, width=96, height=64)):
+    for config in (first, first, replace(first, sampling=Sampling(steps=9, width=96, height=64))):
         with pool.use(config, quiet) as model:
             models.append(model)
     assert models[0] is models[1] is models[2]
     known = [status.info for status in told if status.state == "ready"]
     assert all(isinstance(each, ModelInfo) for each in known)
-    assert [(each.steps, each.width, each.height) for each in known if each] == [(7, 64, 64), (9, 96, 64)]
+    assert [(each.sampling.steps, each.sampling.size) for each in known if each] == [(7, (64, 64)), (9, (96, 64))]
     assert pool.loads == 1
 
 
@@ -199,7 +200,7 @@ QUALITY: list[tuple[dict[str, Any], dict[str, Any], int | None]] = [
 def test_quality_is_steps(file: dict[str, Any], request_: dict[str, Any], steps: int | None) -> None:
     model = loaded(_shared(tiny.stable_diffusion), **file)
     asked = wanted(**{"steps": None, **request_})
-    assert arguments.fill(model, model.pipeline, asked).steps == steps
+    assert arguments.fill(model, model.pipeline, asked).sampling.steps == steps
 
 
 @pytest.mark.parametrize(
@@ -208,8 +209,8 @@ def test_quality_is_steps(file: dict[str, Any], request_: dict[str, Any], steps:
 )
 def test_quality_of_classes_with_their_own_default(build: Callable[[], Any], quality: str | None, steps: int) -> None:
     model = loaded(_shared(build))
-    filled = arguments.fill(model, model.pipeline, wanted(steps=None, quality=quality)).steps
-    assert (filled or arguments.default_steps(model, model.pipeline)) == steps
+    filled = arguments.fill(model, model.pipeline, wanted(steps=None, quality=quality)).sampling.steps
+    assert (filled or arguments.defaults(model, model.pipeline).steps) == steps
 
 
 def test_quality_of_a_class_without_steps_changes_nothing() -> None:
@@ -222,7 +223,7 @@ def test_quality_of_a_class_without_steps_changes_nothing() -> None:
     plain = draw(model, wanted(prompt="a cat", steps=None), quiet)
     high = draw(model, wanted(prompt="a cat", steps=None, quality="high"), quiet)
     assert np.array_equal(np.asarray(decoded(plain.png)), np.asarray(decoded(high.png)))
-    assert model_info(model).steps is None
+    assert model_info(model).sampling.steps is None
 
 
 @functools.cache

@@ -27,6 +27,7 @@ from sfumato.errors import DeviceUnavailable, DownloadError, LoadError, ModelFil
 from sfumato.models import load
 from sfumato.models.pool import ModelPool
 from sfumato.pictures.images import decoded
+from sfumato.sampling import Sampling, nested
 from sfumato.serving.catalog import Catalog
 from support import tiny
 from support.drawing import quiet
@@ -38,12 +39,14 @@ def folder(repositories: dict[str, Path]) -> Path:
 
 
 def config(model: Path | str, **fields: Any) -> ModelConfig:
-    return ModelConfig(**{"name": "m", "model": str(model), "dtype": "fp32", **fields})
+    return ModelConfig(**nested({"name": "m", "model": str(model), "dtype": "fp32", **fields}))
 
 
 def drawn(made: ModelConfig, **fields: Any) -> Any:
     model = load.load(made, "cpu", quiet)
-    asked = Generation(**{"id": "1", "prompt": "a cat", "seed": 1, "steps": 2, "width": 64, "height": 64, **fields})
+    asked = Generation(
+        **nested({"id": "1", "prompt": "a cat", "seed": 1, "steps": 2, "width": 64, "height": 64, **fields})
+    )
     return np.asarray(decoded(draw(model, asked, quiet).png)).astype(int)
 
 
@@ -167,7 +170,7 @@ def test_device_and_dtype_rules(folder: Path, caplog: pytest.LogCaptureFixture) 
         ({"pipeline_type": "AutoencoderKL"}, ModelFileError, "not a pipeline class"),
         ({"model": "no-such-folder/"}, LoadError, "no-such-folder"),
         ({"pipeline_type": "FluxPipeline"}, LoadError, "m: "),
-        ({"scheduler_type": "lcm", "schedule": None, "pipeline_type": "StableDiffusionPipeline"}, None, ""),
+        ({"sampling": Sampling(scheduler="lcm"), "pipeline_type": "StableDiffusionPipeline"}, None, ""),
     ],
 )
 def test_what_cannot_be_loaded_is_said(
@@ -196,7 +199,7 @@ def test_residency_keeps_the_last_used_and_the_pinned(folder: Path) -> None:
     assert ("b", "unloaded") in states
     assert got(replace(a, pinned=True)) is first
     # What each request reads anew loads nothing; what was loaded does.
-    assert got(replace(a, pinned=True, steps=5, cfg_scale=1.0)) is first
+    assert got(replace(a, pinned=True, sampling=Sampling(steps=5, guidance_scale=1.0))) is first
     assert got(replace(a, pinned=True, dtype="bf16")) is not first
 
 

@@ -83,7 +83,7 @@ def test_the_names_do_what_is_said(tmp_path: Path) -> None:
             assert answer.status_code == 400, answer.text  # the file does not let requests choose their steps
             del body[steps]
             assert client.post("/v1/images/generations", json=body).status_code == 200
-    assert {(seen.guidance_scale, seen.scheduler) for seen in inside.engine.seen} == {(3.5, "ddim")}
+    assert {(seen.sampling.guidance_scale, seen.sampling.scheduler) for seen in inside.engine.seen} == {(3.5, "ddim")}
 
 
 @pytest.mark.parametrize("path", BODIES)

@@ -34,6 +34,7 @@ from sfumato.previews.decode import Sight, cheap_decoder, preview
 from sfumato.previews.latent_rgb import LatentRGB, fit
 from sfumato.previews.steps import RunPreviews, due
 from sfumato.previews.x0 import GUESSES, Stepped, sample
+from sfumato.sampling import nested
 from sfumato.serving.catalog import EMBEDDED, Catalog
 from sfumato.settings import Settings
 
@@ -87,7 +88,9 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
 
 
 def wanted(id: str, **fields: Any) -> Generation:
-    return Generation(**{"id": id, "prompt": "a cat", "seed": 1, "steps": 8, "width": 64, "height": 64, **fields})
+    return Generation(
+        **nested({"id": id, "prompt": "a cat", "seed": 1, "steps": 8, "width": 64, "height": 64, **fields})
+    )
 
 
 def pixels(data: bytes) -> np.ndarray[Any, Any]:
@@ -317,7 +320,7 @@ def test_previews_of_the_embedded_model_look_like_its_pictures() -> None:
     drawn: list[tuple[list[Preview], Done]] = []
     for seed, prompt in enumerate(("a rocket on a blue background", "a cat on a green background")):
         got: list[Preview] = []
-        asked = Generation(id="1", prompt=prompt, seed=seed, steps=12, previews=3)
+        asked = wanted("1", prompt=prompt, seed=seed, steps=12, width=None, height=None, previews=3)
         torch.set_rng_state(before)
         drawn.append((got, draw(model, asked, lambda *_: None, got.append)))
     finals = [small(Image.open(io.BytesIO(done.png))) for _, done in drawn]
@@ -470,7 +473,7 @@ def test_a_preview_of_the_last_step_is_the_picture(family: str, monkeypatch: pyt
     assert latents is not None
     made = preview(pipe, latents, call.get("width"), call.get("height"))
     assert made is not None
-    assert (made.width, made.height) == picture.size
+    assert made.size == picture.size
     if "mask_image" not in call or "9 channels" in family:  # else the pipeline puts the source's rest around it
         assert np.abs(np.asarray(made.image).astype(int) - np.asarray(picture)).max() <= 1
     colours = cheap_decoder(pipe)

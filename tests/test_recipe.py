@@ -15,13 +15,15 @@ from PIL import ExifTags, Image
 from sfumato.core import Recipe
 from sfumato.errors import InvalidPicture, InvalidRequest
 from sfumato.pictures import recipe
+from sfumato.sampling import Sampling
 
 
 def made(prompt: str = "a cat", negative: str | None = "dog") -> Recipe:
     return Recipe(
-        model="m", source="some/one@abc", pipeline="StableDiffusionPipeline", prompt=prompt, negative_prompt=negative,
-        width=64, height=48, steps=20, guidance_scale=7.5, seed=2**63 - 1, scheduler="euler_a", clip_skip=2,
-        strength=0.5, image_sha256=("ab",), mask_sha256=None, device="cpu", dtype="fp32", versions={"torch": "2"},
+        model="m", source="some/one@abc", pipeline="StableDiffusionPipeline", prompt=prompt, seed=2**63 - 1,
+        sampling=Sampling(negative_prompt=negative, width=64, height=48, steps=20, guidance_scale=7.5,
+                          scheduler="euler_a", clip_skip=2, strength=0.5),
+        image_sha256=("ab",), mask_sha256=None, device="cpu", dtype="fp32", versions={"torch": "2"},
     )  # fmt: skip
 
 
@@ -59,7 +61,7 @@ def test_infotext_is_what_web_uis_read() -> None:
     ],
 )
 def test_samplers_have_the_names_of_web_uis(scheduler: str, words: str) -> None:
-    assert words in recipe.infotext(replace(made(), scheduler=scheduler))
+    assert words in recipe.infotext(replace(made(), sampling=replace(made().sampling, scheduler=scheduler)))
 
 
 def tidy(text: str) -> str:

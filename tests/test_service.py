@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from sfumato.commands.generate import _as_request as as_request
 from sfumato.core import MAX_SEED, Done, Limits
 from sfumato.errors import Cancelled, DrawError, InvalidRequest, ModelNotFound, RequestNotFound, TooManyRequests
+from sfumato.sampling import Sampling, nested
 from sfumato.serving.catalog import Catalog
-from sfumato.serving.planning import ImageRequest, size_of
+from sfumato.serving.planning import ImageRequest, refuse_size, size_of
 from sfumato.serving.service import Service
 from sfumato.settings import Settings
 from support.fake_engine import FakeEngine
@@ -36,7 +37,7 @@ def service(folder: Path) -> Service:
 
 def draw(service: Service, prompt: Any = "a cat", **fields: Any) -> list[Done]:
     prompts = [prompt] if isinstance(prompt, str) else prompt
-    return asyncio.run(service.draw(ImageRequest(prompts=prompts, **fields)))
+    return asyncio.run(service.draw(ImageRequest(prompts=prompts, **nested(fields))))
 
 
 def engine_of(service: Service) -> FakeEngine:
@@ -52,14 +53,14 @@ def test_n_pictures_are_n_generations(service: Service) -> None:
 
 def test_each_prompt_of_a_list_is_drawn_n_times(service: Service) -> None:
     drawn = draw(service, ["one", "two|dark"], n=2, seed=0)
-    made = [(done.recipe.prompt, done.recipe.negative_prompt, done.recipe.seed) for done in drawn]
+    made = [(done.recipe.prompt, done.recipe.sampling.negative_prompt, done.recipe.seed) for done in drawn]
     assert made == [("one", None, 0), ("one", None, 1), ("two", "dark", 0), ("two", "dark", 1)]
 
 
 def test_what_changed_the_pixels_of_a_picture_is_asked_for_again(service: Service) -> None:
     """`--like`: tiles, and not where modules waited, which is the other machine's business."""
     (done,) = draw(service, seed=1)
-    made = replace(done.recipe, width=64, height=64, savings=("offload", "vae_tiling"))
+    made = replace(done.recipe, sampling=Sampling(width=64, height=64), savings=("offload", "vae_tiling"))
     asyncio.run(service.draw(ImageRequest(**as_request(made))))
     assert engine_of(service).seen[-1].savings == ("vae_tiling",)
     assert engine_of(service).seen[0].savings == ()
@@ -94,7 +95,7 @@ def test_any_seed_can_be_had_again(service: Service) -> None:
         ({"scheduler": "eulr"}, "scheduler"),
         ({"strength": 0.5}, "strength"),
         ({"mask": "AAAA"}, "mask"),
-        ({"size": "64by64"}, "size"),
+        ({"width": 64, "height": 10_000}, "size"),
         ({"images": ["AAAA"] * 17}, "image"),
     ],
 )
@@ -109,10 +110,21 @@ def test_bad_input_names_its_field(service: Service, fields: dict[str, Any], par
 @given(st.text(max_size=20))
 def test_a_size_is_understood_or_refused(text: str) -> None:
     try:
-        size = size_of(text, Limits(2048 * 2048, 4096, 8))
-    except InvalidRequest:
+        width, height = size_of(text)
+        if width is not None:
+            refuse_size(Limits(2048 * 2048, 4096, 8), width, height, "size")
+    except InvalidRequest as error:
+        assert error.param == "size"
         return
-    assert size is None or min(size) > 0
+    assert (width is None) == (height is None)
+    assert width is None or min(width, height) > 0
+
+
+@pytest.mark.parametrize("text", ["64by64", "64", "64x", "x", "-1x64", "64x64x64"])
+def test_what_is_no_size_is_named(text: str) -> None:
+    with pytest.raises(InvalidRequest, match="is not WIDTHxHEIGHT") as caught:
+        size_of(text)
+    assert caught.value.param == "size"
 
 
 def test_an_unknown_model_is_named_with_those_there_are(service: Service) -> None:

@@ -14,6 +14,7 @@ from sfumato.drawing.draw import draw
 from sfumato.models import load
 from sfumato.pictures.images import decoded
 from sfumato.pipelines import tokens
+from sfumato.sampling import Sampling
 from sfumato.serving.catalog import EMBEDDED, Catalog
 from support import tiny
 from support.drawing import quiet
@@ -89,14 +90,17 @@ def test_a_tokenizer_that_cannot_count_costs_no_picture() -> None:
     assert tokens.count(pipe, {}, "m", letters(999), None)[1] == ()
 
 
+SMALL = {"steps": 2, "width": 64, "height": 64}
+
+
 def test_row_23_a_long_negative_prompt_beside_a_short_prompt_is_drawn_with_a_warning() -> None:
     model = load.Loaded(ModelConfig(name="m", model="m"), pipeline("sd"), "m", "cpu", "fp32")
-    asked = Generation(id="1", prompt=letters(8), negative_prompt=letters(118), seed=1, steps=2, width=64, height=64)
+    asked = Generation("1", letters(8), 1, Sampling(negative_prompt=letters(118), **SMALL))
     done = draw(model, asked, quiet)
     (warning,) = done.warnings
     assert warning == "negative_prompt: 43 of 120 tokens were cut off; the text encoder of m takes 77"
     # The first 77 are all that is heard.
-    heard = Generation(id="2", prompt=letters(8), negative_prompt=letters(75), seed=1, steps=2, width=64, height=64)
+    heard = Generation("2", letters(8), 1, Sampling(negative_prompt=letters(75), **SMALL))
     same = draw(model, heard, quiet)
     assert same.warnings == ()
     assert pixels(same.png) == pixels(done.png)
@@ -109,11 +113,11 @@ def test_the_embedded_model_tells() -> None:
     text = "cat " * 200
     count = len(model.pipeline.tokenizer(text, verbose=False).input_ids)
     assert count > room
-    done = draw(model, Generation(id="1", prompt=text, seed=1, steps=1), quiet)
+    done = draw(model, Generation("1", text, 1, Sampling(steps=1)), quiet)
     assert done.warnings == (
         f"prompt: {count - room} of {count} tokens were cut off; the text encoder of sfumato-tiny takes {room}",
     )
-    assert draw(model, Generation(id="1", prompt="a cat", seed=1, steps=1), quiet).warnings == ()
+    assert draw(model, Generation("1", "a cat", 1, Sampling(steps=1)), quiet).warnings == ()
 
 
 def pixels(png: bytes) -> bytes:

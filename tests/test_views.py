@@ -32,6 +32,7 @@ from sfumato.models import load
 from sfumato.models.load import Loaded
 from sfumato.models.pool import ModelPool
 from sfumato.pipelines import request_scheduler
+from sfumato.sampling import Sampling, nested
 from support import tiny
 from support.drawing import quiet
 
@@ -44,7 +45,7 @@ def loaded(pipeline: Any) -> Loaded:
 
 
 def wanted(**fields: Any) -> Generation:
-    return Generation(**{"id": "1", "prompt": "a cat", "seed": 1, "steps": 3, **SQUARE, **fields})
+    return Generation(**nested({"id": "1", "prompt": "a cat", "seed": 1, "steps": 3, **SQUARE, **fields}))
 
 
 def finish(hub: Batcher) -> None:
@@ -401,17 +402,17 @@ def test_gather_puts_the_last_module_out(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_request_keeps_the_file_that_it_was_made_with(folder: Path) -> None:
     told: list[Any] = []
     pool = ModelPool(1, "cpu", lambda name, status: told.append(status.info), describe=model_info)
-    first = ModelConfig(name="m", model=str(folder), file=folder / "m.yaml", dtype="fp32", steps=3)
+    first = ModelConfig(name="m", model=str(folder), file=folder / "m.yaml", dtype="fp32", sampling=Sampling(steps=3))
     with pool.use(first, quiet) as model:
-        with pool.use(replace(first, steps=5, pinned=True), quiet) as newer:
-            assert newer.config.steps == 5
+        with pool.use(replace(first, sampling=Sampling(steps=5), pinned=True), quiet) as newer:
+            assert newer.config.sampling.steps == 5
             assert newer.pipeline is model.pipeline
             assert newer.siblings is model.siblings
-            assert model.config.steps == 3
-            assert generation.draw(model, wanted(steps=None), quiet).recipe.steps == 3
-            assert generation.draw(newer, wanted(steps=None), quiet).recipe.steps == 5
-        assert model.config.steps == 3
-    assert [facts.steps for facts in told if facts] == [3, 5]
+            assert model.config.sampling.steps == 3
+            assert generation.draw(model, wanted(steps=None), quiet).recipe.sampling.steps == 3
+            assert generation.draw(newer, wanted(steps=None), quiet).recipe.sampling.steps == 5
+        assert model.config.sampling.steps == 3
+    assert [facts.sampling.steps for facts in told if facts] == [3, 5]
     assert pool._loaded["m"].config.pinned, "the newest file is forgotten"
 
 

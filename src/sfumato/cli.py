@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Sequence
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from sfumato import __version__
+from sfumato.sampling import PARAMETERS, Sampling
 from sfumato.settings import Settings, env_name, flag, kind
 
 app = typer.Typer(
@@ -43,26 +44,35 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
         raise typer.Exit
 
 
-def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command one option for each field of `Settings`, with its name, help and default."""
-    parameters = [
-        inspect.Parameter(
-            spec.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=None,
-            annotation=Annotated[
-                kind(spec) | None,
-                typer.Option(
-                    flag(spec),
-                    help=f"{spec.metadata['help']} [{env_name(spec)}; default: {spec.default or 'none'}]",
-                ),
-            ],
-        )
-        for spec in fields(Settings)
-    ]
+def _option(name: str, kind: type, flag: str, help: str) -> inspect.Parameter:
+    """One of a command, which is None where it is not given."""
+    annotation = Annotated[kind | None, typer.Option(flag, help=help)]  # type: ignore[valid-type]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _with_options(command: Callable[..., None], options: Sequence[inspect.Parameter]) -> Callable[..., None]:
+    """The command with these options in the place of its `**more`."""
+    own = inspect.signature(command, eval_str=True).parameters.values()
+    parameters = [each.replace(kind=each.KEYWORD_ONLY) for each in own if each.kind is not each.VAR_KEYWORD]
+    parameters += options
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
+
+
+def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one option for each field of `Settings`, with its name, help and default."""
+
+    def help(spec: Field[Any]) -> str:
+        return f"{spec.metadata['help']} [{env_name(spec)}; default: {spec.default or 'none'}]"
+
+    return _with_options(command, [_option(spec.name, kind(spec), flag(spec), help(spec)) for spec in fields(Settings)])
+
+
+def _with_sampling(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one option for each field of `Sampling`, with its flag and help."""
+    named = [each for each in PARAMETERS if not each.side]
+    return _with_options(command, [_option(each.name, each.kind, each.flag, f"{each.help}.") for each in named])
 
 
 @app.command()
@@ -75,26 +85,22 @@ def serve(**given: Any) -> None:
 
 
 @app.command()
+@_with_sampling
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="What to draw.")] = None,
     model: Annotated[str | None, typer.Option("-m", "--model", help="A model file's name, or a hub id.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="File to write (PNG).")] = None,
-    negative: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed; absent: a random one.")] = None,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT.")] = None,
-    scheduler: Annotated[str | None, typer.Option(help="Scheduler name.")] = None,
-    clip_skip: Annotated[int | None, typer.Option(help="Text encoder layers to skip.")] = None,
     image: Annotated[Path | None, typer.Option(help="Source picture.", exists=True, dir_okay=False)] = None,
     mask: Annotated[Path | None, typer.Option(help="Mask: white is redrawn.", exists=True, dir_okay=False)] = None,
-    strength: Annotated[float | None, typer.Option(help="0..1: how far the result may move from the source.")] = None,
     n: Annotated[int, typer.Option("-n", "--n", help="Pictures to draw, with seeds seed, seed + 1, ...")] = 1,
     like: Annotated[
         Path | None,
         typer.Option(help="Reproduce this picture from its recipe.", exists=True, dir_okay=False),
     ] = None,
     models: Models = None,
+    **sampling: Any,
 ) -> None:
     """Draw pictures in this process, without a server; prints the path of each."""
     from sfumato.commands.generate import generate as run
@@ -104,16 +110,11 @@ def generate(
     given = {
         "prompts": [prompt] if prompt is not None else None,
         "model": model,
-        "negative_prompt": negative,
-        "steps": steps,
-        "guidance_scale": guidance,
-        "seed": seed,
+        "sampling": Sampling(**sampling),
         "size": size,
-        "scheduler": scheduler,
-        "clip_skip": clip_skip,
+        "seed": seed,
         "images": [image.read_bytes()] if image else None,
         "mask": mask.read_bytes() if mask else None,
-        "strength": strength,
         "n": n,
     }
     given = {name: value for name, value in given.items() if value is not None}
@@ -135,7 +136,7 @@ def list_models(models: Models = None) -> None:
             ", ".join(config.aliases),
             config.model,
             config.pipeline_type or "as the repository says",
-            config.scheduler_type or "the model's own",
+            config.sampling.scheduler or "the model's own",
         )
     Console().print(table)
     for problem in catalog.problems():

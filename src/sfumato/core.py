@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Literal, TypeAlias
 
 from sfumato.errors import SfumatoError
+from sfumato.sampling import Sampling
 
 MAX_SEED = 2**63 - 1
 """Largest seed: torch's generators take 64 bits, but JSON clients treat them as signed."""
@@ -61,26 +62,14 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """One picture to draw. `n` pictures are `n` of these, with seeds `seed`, `seed + 1`, ...
-
-    `None` means "the model's default": the pipeline's own value stays in force.
-    """
+    """One picture to draw. `n` pictures are `n` of these, with seeds `seed`, `seed + 1`, ..."""
 
     id: str
     prompt: str
     seed: int
     """0 .. MAX_SEED."""
-    negative_prompt: str | None = None
-    width: int | None = None
-    height: int | None = None
-    """In pixels. Both or neither are set."""
-    steps: int | None = None
-    guidance_scale: float | None = None
-    scheduler: str | None = None
-    """A name of `sfumato.schedulers`; None keeps the model file's, then the model's own."""
-    clip_skip: int | None = None
-    strength: float | None = None
-    """0 .. 1: how far image-to-image may move from its source."""
+    sampling: Sampling = field(default_factory=Sampling)
+    """Both of width and height are set, or neither."""
     images: tuple[bytes, ...] = ()
     """Source pictures, each an encoded PNG, upright, RGB or RGBA."""
     caller: str = ""
@@ -93,7 +82,7 @@ class Generation:
     previews: int = 0
     """0 .. MAX_PREVIEWS: number of previews, spread evenly over the steps; never at the last step."""
     quality: str | None = None
-    """A key of `QUALITIES`: takes the steps from the model's table if `steps` is None."""
+    """A key of `QUALITIES`: takes the steps from the model's table if `sampling.steps` is None."""
     transparent: bool = False
     """Request an alpha channel; a pipeline that cannot draw one refuses."""
     upscale: int | None = None
@@ -114,16 +103,10 @@ class Recipe:
     pipeline: str
     """diffusers class that drew it."""
     prompt: str
-    negative_prompt: str | None
-    width: int
-    height: int
-    steps: int | None
-    guidance_scale: float | None
     seed: int
-    scheduler: str
-    """Our name for it, or the diffusers class if the model's own scheduler was kept."""
-    clip_skip: int | None
-    strength: float | None
+    sampling: Sampling
+    """The values that the pipeline used, including its own defaults. Width and height are those of the picture; the
+    scheduler is our name for it, or the diffusers class if the model's own was kept."""
     image_sha256: tuple[str, ...]
     """Digests of the decoded source pictures as the pipeline received them (see `pictures.fingerprint`)."""
     mask_sha256: str | None
@@ -134,6 +117,11 @@ class Recipe:
     """Names of `SAVINGS` that the picture was drawn with."""
     masked_area: tuple[int, int, int] | None = None
     """If only the masked area was drawn: padding in pixels, and the width and height it was drawn at."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the picture, in pixels."""
+        return self.sampling.size or (0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,14 +186,10 @@ class ModelInfo:
     """diffusers class."""
     tasks: tuple[str, ...]
     """The subset of text-to-image, image-to-image, inpainting and upscaling that these weights support."""
-    width: int | None
-    height: int | None
-    """Default size, in pixels, for requests without a size."""
+    sampling: Sampling
+    """Defaults for requests, including the model file's."""
     size_multiple: int
     """Both sides are multiples of this, in pixels."""
-    steps: int | None
-    guidance_scale: float | None
-    """Defaults of a request, the model file's included."""
     prompt_tokens: int | None
     """Maximum prompt length of the text encoder in tokens, including its start and end tokens."""
     transparent: bool

@@ -213,6 +213,14 @@ def parse(name: str, schedule: str | None = None) -> Choice:
     return _choice(base, named or schedule)
 
 
+def named(name: object) -> str | None:
+    """The name that `parse` gives it; None for what is none of ours, such as the class of a model's own."""
+    try:
+        return parse(str(name)[:80]).name
+    except InvalidRequest:
+        return None
+
+
 def _split(name: str) -> tuple[str, str | None]:
     """Split a name into solver and schedule."""
     plain = ALIASES.get(name, name)

@@ -10,6 +10,7 @@ from PIL import Image
 from sfumato.config import ModelConfig
 from sfumato.core import Generation
 from sfumato.models.load import Loaded
+from sfumato.sampling import nested
 
 
 def quiet(*args: Any) -> None: ...
@@ -18,12 +19,12 @@ def quiet(*args: Any) -> None: ...
 def loaded(pipeline: Any, **fields: Any) -> Loaded:
     """`pipeline` as if it had been loaded."""
     pipeline.set_progress_bar_config(disable=True)
-    config = ModelConfig(**{"name": "m", "model": "m", "dtype": "fp32", **fields})
+    config = ModelConfig(**nested({"name": "m", "model": "m", "dtype": "fp32", **fields}))
     return Loaded(config, pipeline, "m", "cpu", "fp32")
 
 
 def wanted(**fields: Any) -> Generation:
-    return Generation(**{"id": "1", "prompt": "", "seed": 1, "steps": 2, **fields})
+    return Generation(**nested({"id": "1", "prompt": "", "seed": 1, "steps": 2, **fields}))
 
 
 def source(width: int, height: int) -> bytes:

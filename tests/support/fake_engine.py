@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator
 from sfumato.config import ModelConfig
 from sfumato.core import Done, EngineStats, Event, Failed, Generation, ModelStatus, Recipe, Step
 from sfumato.errors import DrawError
+from sfumato.sampling import Sampling
 
 
 class FakeEngine:
@@ -47,7 +48,8 @@ class FakeEngine:
 
 def recipe_of(config: ModelConfig, asked: Generation) -> Recipe:
     return Recipe(
-        model=config.name, source="", pipeline="", prompt=asked.prompt, negative_prompt=asked.negative_prompt,
-        width=1, height=1, steps=1, guidance_scale=1.0, seed=asked.seed, scheduler="", clip_skip=None, strength=None,
+        model=config.name, source="", pipeline="", prompt=asked.prompt, seed=asked.seed,
+        sampling=Sampling(width=1, height=1, steps=1, guidance_scale=1.0, scheduler="",
+                          negative_prompt=asked.sampling.negative_prompt),
         image_sha256=(), mask_sha256=None, device="cpu", dtype="fp32",
     )  # fmt: skip

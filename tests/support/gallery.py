@@ -13,10 +13,11 @@ from sfumato.core import Recipe
 from sfumato.pictures import recipe
 from sfumato.pictures.gallery import Gallery, Wanted
 from sfumato.pictures.store import Store
+from sfumato.sampling import Sampling
 
 MADE = Recipe(
-    model="m", source="some/one", pipeline="StableDiffusionPipeline", prompt="a cat", negative_prompt=None, width=8,
-    height=8, steps=2, guidance_scale=3.0, seed=1, scheduler="euler", clip_skip=None, strength=None, image_sha256=(),
+    model="m", source="some/one", pipeline="StableDiffusionPipeline", prompt="a cat", seed=1,
+    sampling=Sampling(width=8, height=8, steps=2, guidance_scale=3.0, scheduler="euler"), image_sha256=(),
     mask_sha256=None, device="cpu", dtype="fp32",
 )  # fmt: skip
 

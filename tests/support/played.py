@@ -12,6 +12,7 @@ from sfumato.config import ModelConfig
 from sfumato.core import Generation
 from sfumato.engine.loop import Loop
 from sfumato.engine.protocol import Answer, Report, Submit
+from sfumato.sampling import nested
 from sfumato.serving.catalog import Catalog
 from sfumato.settings import Settings
 from support import tiny
@@ -41,7 +42,7 @@ def saved(folder: Path) -> dict[str, ModelConfig]:
 
 def wanted(id: str, **fields: Any) -> Generation:
     asked = {"id": id, "prompt": "a cat", "seed": 1, "steps": STEPS, "width": 64, "height": 64, "scheduler": "ddim"}
-    return Generation(**{**asked, **fields})
+    return Generation(**nested({**asked, **fields}))
 
 
 class Played:

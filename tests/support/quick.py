@@ -18,6 +18,7 @@ from PIL import Image
 from sfumato.commands import serve
 from sfumato.config import ModelConfig
 from sfumato.core import Done, EngineStats, Event, Generation, ModelStatus, Recipe, Step
+from sfumato.sampling import Sampling
 from sfumato.settings import Settings
 from support import serving
 
@@ -63,7 +64,7 @@ class Square:
 
     async def submit(self, config: ModelConfig, generation: Generation) -> AsyncGenerator[Event, None]:
         yield Step(1, 2)
-        if generation.steps == FOR_EVER:
+        if generation.sampling.steps == FOR_EVER:
             await asyncio.Event().wait()
         noisy = generation.prompt == NOISE
         image = Image.effect_noise((512, 512), 80) if noisy else Image.new("RGB", (8, 8), "orange")
@@ -74,8 +75,9 @@ class Square:
 
 def _recipe(config: ModelConfig, asked: Generation) -> Recipe:
     return Recipe(
-        model=config.name, source="", pipeline="", prompt=asked.prompt, negative_prompt=asked.negative_prompt,
-        width=8, height=8, steps=1, guidance_scale=1.0, seed=asked.seed, scheduler="", clip_skip=None, strength=None,
+        model=config.name, source="", pipeline="", prompt=asked.prompt, seed=asked.seed,
+        sampling=Sampling(width=8, height=8, steps=1, guidance_scale=1.0, scheduler="",
+                          negative_prompt=asked.sampling.negative_prompt),
         image_sha256=(), mask_sha256=None, device="cpu", dtype="fp32",
     )  # fmt: skip
 

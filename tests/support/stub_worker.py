@@ -25,6 +25,7 @@ from typing import Any
 from sfumato.core import Done, Generation, Recipe, Step
 from sfumato.engine.protocol import Answer, Cancel, Ready, Started, Status, Stop, Submit
 from sfumato.process import wire
+from sfumato.sampling import Sampling
 
 HELLO = Ready("cpu", {"stub": "1"})
 PNG = base64.b64decode(
@@ -114,8 +115,8 @@ def draw(generation: Generation, sock: socket.socket) -> None:
     for step in range(1, TOTAL + 1):
         sock.sendall(wire.pack(Answer(id, Step(step, TOTAL))))
     recipe = Recipe(
-        model="m", source="stub", pipeline="Stub", prompt=generation.prompt, negative_prompt=None, width=8, height=8,
-        steps=TOTAL, guidance_scale=None, seed=generation.seed, scheduler="stub", clip_skip=None, strength=None,
+        model="m", source="stub", pipeline="Stub", prompt=generation.prompt, seed=generation.seed,
+        sampling=Sampling(width=8, height=8, steps=TOTAL, scheduler="stub"),
         image_sha256=(), mask_sha256=None, device="cpu", dtype="fp32",
     )  # fmt: skip
     sock.sendall(wire.pack(Answer(id, Done(PNG, recipe))))

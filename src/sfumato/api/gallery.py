@@ -17,6 +17,7 @@ from sfumato.api.openai.bodies import Picture
 from sfumato.errors import InvalidRequest, PictureNotFound
 from sfumato.pictures.gallery import MAX_PAGE, Gallery, Kept, Wanted
 from sfumato.pictures.images import from_text
+from sfumato.sampling import NAMED
 from sfumato.serving.service import Service
 
 MAX_WORDS = 500
@@ -61,8 +62,7 @@ class FileRecipe(BaseModel):
     object: str
     source: str = Field(description="The program that wrote it: sfumato, automatic1111, invokeai or comfyui.")
     recipe: dict[str, Any] = Field(
-        description="Request fields, as far as the file has them: model, prompt, negative_prompt, width, height, "
-        "steps, guidance_scale, seed, scheduler, clip_skip, strength."
+        description=f"Request fields, as far as the file has them: model, prompt, seed, {', '.join(NAMED)}."
     )
     warnings: list[str] = Field(description="Parameters that could not be used.")
 

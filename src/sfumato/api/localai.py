@@ -15,6 +15,7 @@ from sfumato.api.openai.bodies import Body, Picture, Pictures
 from sfumato.config import ModelConfig
 from sfumato.errors import InvalidRequest
 from sfumato.pictures.gallery import Gallery
+from sfumato.sampling import Sampling
 from sfumato.serving.planning import ImageRequest
 from sfumato.serving.service import Service
 
@@ -50,8 +51,11 @@ class UpscaleBody(Body):
     prompt: str = Field("", description="What the picture shows, for upscalers that take a prompt.")
 
     def to_request(self, **more: object) -> ImageRequest:
-        only = {"prompts": [self.prompt], "images": self.image, "upscale": self.scale, "size": None, "strength": None}
+        only = {"prompts": [self.prompt], "images": self.image, "upscale": self.scale}
         return super().to_request(**only | more)
+
+    def sampling(self) -> Sampling:
+        return Body.sampling(self.model_copy(update={"size": None, "strength": None}))
 
 
 def router(service: Service, gallery: Gallery) -> APIRouter:

@@ -15,7 +15,7 @@ from sfumato.api.http.forms import described, reader
 from sfumato.config import ModelConfig
 from sfumato.core import QUALITIES, ModelInfo
 from sfumato.models.static_capabilities import static_capabilities
-from sfumato.serving.planning import MAX_STEPS
+from sfumato.sampling import NAMED, PARAMETERS
 from sfumato.serving.service import Service
 
 MAX_NAME = 1000
@@ -142,7 +142,7 @@ def _model(service: Service, config: ModelConfig) -> dict[str, Any]:
             "defaults": _defaults(config, facts),
             "limits": {
                 "n": settings.max_n,
-                "steps": MAX_STEPS,
+                "steps": int(NAMED["steps"].most or 0),
                 "pixels": settings.max_pixels,
                 "size_multiple": told.size_multiple,
                 "prompt_tokens": told.prompt_tokens,
@@ -154,25 +154,13 @@ def _model(service: Service, config: ModelConfig) -> dict[str, Any]:
 
 
 def _defaults(config: ModelConfig, facts: ModelInfo | None) -> dict[str, Any]:
-    width, height = (facts.width, facts.height) if facts else (config.width, config.height)
-    return {
-        "size": f"{width}x{height}" if width and height else None,
-        "steps": _steps(config, facts),
-        "guidance_scale": facts.guidance_scale if facts else config.cfg_scale,
-        "scheduler": config.scheduler_type,
-        "negative_prompt": config.negative_prompt,
-        "clip_skip": config.clip_skip,
-        "strength": config.strength,
-        "n": config.n or 1,
-        "seed": config.seed,
-    }
-
-
-def _steps(config: ModelConfig, facts: ModelInfo | None) -> int | None:
-    return facts.steps if facts else config.steps
+    sampling = facts.sampling if facts else config.sampling
+    size = "{}x{}".format(*sampling.size) if sampling.size else None
+    own = {each.name: sampling[each] for each in PARAMETERS if not each.side}
+    return {"size": size, **own, "n": config.n or 1, "seed": config.seed}
 
 
 def _qualities(config: ModelConfig, facts: ModelInfo | None) -> dict[str, int]:
-    steps = _steps(config, facts)
+    steps = (facts.sampling if facts else config.sampling).steps
     usual = {name: max(1, round(steps * factor)) for name, factor in QUALITIES.items()} if steps else {}
     return usual | dict(config.quality_steps)

@@ -13,8 +13,9 @@ from typing import Any
 from sfumato import schedulers
 from sfumato.api.a1111.samplers import choose
 from sfumato.core import MAX_SEED
-from sfumato.errors import InvalidPicture, InvalidRequest
+from sfumato.errors import InvalidPicture
 from sfumato.pictures import recipe
+from sfumato.sampling import PARAMETERS
 
 INVOKE_CHUNKS = ("invokeai_metadata", "invokeai", "sd-metadata")
 """Chunks where InvokeAI writes its JSON: version 3 and later, some of 3, version 2."""
@@ -55,12 +56,11 @@ def _ours(texts: Mapping[str, str]) -> Said | None:
     made = _object(texts.get(recipe.RECIPE_CHUNK))
     if made is None:
         return None
-    wanted = {name: made.get(name) for name in ("model", "prompt", "negative_prompt", "width", "height", "steps")}
-    wanted |= {name: made.get(name) for name in ("guidance_scale", "seed", "clip_skip")}
-    if made.get("image_sha256"):
-        wanted["strength"] = made.get("strength")
-    wanted["scheduler"] = _named(made.get("scheduler"))
-    sources = ("it was made from a source picture, which is needed to reproduce it",) if "strength" in wanted else ()
+    from_picture = bool(made.get("image_sha256"))
+    wanted = {name: made.get(name) for name in ("model", "prompt", "seed")}
+    wanted |= {each.name: made.get(each.name) for each in PARAMETERS if from_picture or not each.source}
+    wanted["scheduler"] = schedulers.named(made.get("scheduler"))
+    sources = ("it was made from a picture, which is needed again for the same one",) if from_picture else ()
     return Said("sfumato", _clean(wanted), sources)
 
 
@@ -70,20 +70,13 @@ def _infotext(texts: Mapping[str, str]) -> Said | None:
     if not pairs.get("Steps") and not pairs.get("Seed"):
         return None
     chosen = choose(pairs.get("Sampler"), pairs.get("Schedule type"))
-    layer = _number(int, pairs.get("Clip skip")) or 1
-    wanted = {
-        "model": pairs.get("Model"),
-        "prompt": pairs.get("Prompt"),
-        "negative_prompt": pairs.get("Negative prompt"),
-        "width": pairs.get("Size-1"),
-        "height": pairs.get("Size-2"),
-        "steps": pairs.get("Steps"),
-        "guidance_scale": pairs.get("CFG scale"),
-        "seed": pairs.get("Seed"),
-        "scheduler": chosen.scheduler,
-        "clip_skip": layer - 1 if layer > 1 else None,
-        "strength": pairs.get("Denoising strength"),
-    }
+    wanted: dict[str, Any] = {"model": pairs.get("Model"), "prompt": pairs.get("Prompt"), "seed": pairs.get("Seed")}
+    wanted |= {"width": pairs.get("Size-1"), "height": pairs.get("Size-2"), "scheduler": chosen.scheduler}
+    wanted |= {"negative_prompt": pairs.get("Negative prompt")}
+    for each in PARAMETERS:
+        if each.infotext:
+            value = pairs.get(each.infotext)
+            wanted[each.name] = (_number(int, value) or 1) - 1 or None if each.one_based else value
     comfy = "ComfyUI" in pairs.get("Version", "") or "workflow" in texts
     return Said("comfyui" if comfy else "automatic1111", _clean(wanted), chosen.warnings)
 
@@ -93,24 +86,14 @@ def _invoke(texts: Mapping[str, str]) -> Said | None:
     if made is None:
         return None
     inner = made.get("image")
-    flat = inner if isinstance(inner, dict) else made  # version 2 nests everything one level deeper
-    prompt, negative = flat.get("positive_prompt", flat.get("prompt")), flat.get("negative_prompt")
-    if isinstance(prompt, list):  # version 2: weighted parts, and the negative prompt in brackets
+    flat = inner if isinstance(inner, dict) else made  # version 2 keeps all of it one level deeper
+    prompt = flat.get("positive_prompt", flat.get("prompt"))
+    if isinstance(prompt, list):  # version 2: parts with weights, and the negative prompt in brackets
         prompt = ", ".join(str(part.get("prompt", "")) for part in prompt if isinstance(part, dict))
     named = made.get("model", made.get("model_weights"))
     model = named.get("name", named.get("model_name")) if isinstance(named, dict) else named
-    wanted = {
-        "model": model,
-        "prompt": prompt,
-        "negative_prompt": negative,
-        "width": flat.get("width"),
-        "height": flat.get("height"),
-        "steps": flat.get("steps"),
-        "guidance_scale": flat.get("cfg_scale"),
-        "seed": flat.get("seed"),
-        "clip_skip": flat.get("clip_skip") or None,
-        "strength": flat.get("strength"),
-    }
+    wanted = {"model": model, "prompt": prompt, "seed": flat.get("seed")}
+    wanted |= {each.name: flat.get(each.invoke) for each in PARAMETERS if each.invoke}
     name = str(flat.get("scheduler", flat.get("sampler")) or "")
     scheduler, warnings = _of_invoke(name)
     return Said("invokeai", _clean(wanted | {"scheduler": scheduler}), warnings)
@@ -122,17 +105,9 @@ def _of_invoke(name: str) -> tuple[str | None, tuple[str, ...]]:
         return None, ()
     plain = name.removeprefix("k_")
     for ours in (f"k_{plain[:-2]}" if plain.endswith("_k") else plain, plain.removesuffix("_k")):
-        if known := _named(ours):
+        if known := schedulers.named(ours):
             return known, ()
     return None, (f"scheduler: {name[:80]!r} does not exist here; the model's own is used",)
-
-
-def _named(scheduler: Any) -> str | None:
-    """The scheduler's name if it is one of ours; None otherwise, e.g. for the class of a model's own."""
-    try:
-        return schedulers.parse(str(scheduler)[:80]).name
-    except InvalidRequest:
-        return None
 
 
 def _object(text: str | None) -> dict[str, Any] | None:
@@ -171,10 +146,10 @@ def _real(value: Any) -> float | None:
 
 KINDS: Mapping[str, Callable[[Any], Any]] = MappingProxyType(
     {
-        "model": _text, "prompt": _text, "negative_prompt": _text, "scheduler": _text, "width": _side, "height": _side,
-        "steps": _side, "seed": _seed, "clip_skip": _side, "guidance_scale": _real, "strength": _real,
+        **{each.name: {str: _text, int: _side, float: _real}[each.kind] for each in PARAMETERS},
+        **{"model": _text, "prompt": _text, "seed": _seed},
     }
-)  # fmt: skip
+)
 """Field → function that converts another program's value; None if it cannot be used."""
 
 

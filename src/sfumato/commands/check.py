@@ -10,6 +10,7 @@ from pathlib import Path
 from sfumato.config import Broken, ModelConfig, ParsedFile, Redirect, Skipped
 from sfumato.errors import SfumatoError
 from sfumato.models import sources
+from sfumato.sampling import PARAMETERS
 from sfumato.serving.catalog import Catalog
 
 
@@ -123,21 +124,21 @@ def _rules(config: ModelConfig) -> Iterator[tuple[str, str]]:
     yield "aliases", ", ".join(config.aliases)
     yield "device", _DEVICES[config.cuda] + gpu + offload
     yield "dtype", config.dtype or f"{half}bf16 if the device supports it, else fp32"
-    yield "scheduler", " ".join(filter(None, [config.scheduler_type, config.schedule])) or "the model's own"
+    yield "scheduler", config.sampling.scheduler or "the model's own"
     yield "adapters", ", ".join(f"{adapter.source} × {adapter.scale:g}" for adapter in config.adapters)
     yield "defaults", ", ".join(f"{word} {value}" for word, value in _defaults(config) if value is not None)
     yield "options", ", ".join(f"{key}={value!r}" for key, value in config.options.items())
     enabled = ", ".join(sorted(config.enable_parameters))
-    yield "requests", f"may set {enabled or 'nothing but prompt, size, seed and guidance'}"
+    yield "requests", f"may set {enabled or 'nothing but prompt, size, seed, guidance and eta'}"
 
 
 def _defaults(config: ModelConfig) -> Iterator[tuple[str, object]]:
-    yield "steps", config.steps
-    yield "guidance", None if config.cfg_scale is None else f"{config.cfg_scale:g}"
-    yield "size", f"{config.width}x{config.height}" if config.width else None
-    yield "clip_skip", config.clip_skip
-    yield "strength", config.strength
+    sampling = config.sampling
+    yield "size", "{}x{}".format(*sampling.size) if sampling.size else None
+    for each in PARAMETERS:
+        if each.argument and not each.side:
+            word, value = each.flag.removeprefix("--").replace("-", "_"), sampling[each]
+            yield word, f"{value:g}" if isinstance(value, float) else value
     yield "seed", config.seed
     yield "n", config.n
-    yield "negative prompt", repr(config.negative_prompt) if config.negative_prompt else None
     yield "pictures at a time", config.max_concurrent

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +20,9 @@ from sfumato.engine import environment
 from sfumato.engine.local import Local
 from sfumato.errors import InvalidRequest, StorageError
 from sfumato.pictures import images, recipe
+from sfumato.sampling import Sampling, merged
 from sfumato.serving.catalog import Catalog
-from sfumato.serving.planning import ImageRequest
+from sfumato.serving.planning import ImageRequest, size_of
 from sfumato.serving.service import Service
 from sfumato.settings import Settings
 
@@ -31,15 +32,21 @@ POLL_S = 0.2
 """How often the progress bar polls the model's status while it loads."""
 
 
-def generate(given: Mapping[str, Any], like: Path | None, output: Path | None, settings: Settings) -> list[Path]:
+def generate(given: dict[str, Any], like: Path | None, output: Path | None, settings: Settings) -> list[Path]:
     """Draw and write; returns the paths.
 
-    `given` holds fields of `ImageRequest`; absent ones come from the recipe in `like`, if any.
+    `given` holds fields of `ImageRequest`, and `size` as a text; absent ones, of `sampling` too, come from the recipe
+    in `like`, if any.
     Raises what the service raises, and StorageError when a file cannot be written.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     again = recipe.read(like) if like else None
-    request = ImageRequest(**{**(_as_request(again) if again else {}), **given}, operator=True)
+    like_it = _as_request(again) if again else {}
+    sampling = merged(given.get("sampling", Sampling()), like_it.get("sampling", Sampling()))
+    if "size" in given:
+        width, height = size_of(given.pop("size"))
+        sampling = replace(sampling, width=width, height=height)
+    request = ImageRequest(**{**like_it, **given, "sampling": sampling}, operator=True)
     if again:
         _check_sources(request, again, settings)
         request = _sized(request, again, settings)
@@ -67,18 +74,15 @@ def pull(name: str, settings: Settings) -> str:
 
 
 def _as_request(made: Recipe) -> dict[str, Any]:
-    ours = made.scheduler if made.scheduler in schedulers.names() else None
     return {
         "prompts": [made.prompt],
         "model": made.model,
-        "negative_prompt": made.negative_prompt,
-        "size": f"{made.width}x{made.height}",
-        "steps": made.steps,
-        "guidance_scale": made.guidance_scale,
         "seed": made.seed,
-        "scheduler": ours,
-        "clip_skip": made.clip_skip,
-        "strength": made.strength if made.image_sha256 else None,
+        "sampling": replace(
+            made.sampling,
+            scheduler=schedulers.named(made.sampling.scheduler),
+            strength=made.sampling.strength if made.image_sha256 else None,
+        ),
         # Only savings that change pixels; where modules wait depends on this machine.
         "savings": tuple(name for name in made.savings if name == VAE_TILING),
         "mask_padding": made.masked_area[0] if made.masked_area else None,
@@ -107,11 +111,12 @@ def _sized(request: ImageRequest, made: Recipe, settings: Settings) -> ImageRequ
         return request
     if made.masked_area:
         _, width, height = made.masked_area
-        return replace(request, size=f"{width}x{height}")
+        return replace(request, sampling=replace(request.sampling, width=width, height=height))
     source = request.images[0]
     assert isinstance(source, bytes)
     _, size = images.normalise(source, "--image", images.Bounds.of(settings))
-    return replace(request, size=None) if size == (made.width, made.height) else request
+    unsized = replace(request.sampling, width=None, height=None)
+    return replace(request, sampling=unsized) if size == made.size else request
 
 
 def _warn_of_differences(made: Recipe, now: Recipe) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from sfumato.config import readers as read
 from sfumato.config.readers import Reader
+from sfumato.sampling import PARAMETERS, Parameter
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +17,7 @@ class Key:
     path: str
     """Dotted path in the file: `step`, `diffusers.clip_skip`."""
     field: str
-    """The field of `ModelConfig`, or a name that `parse` handles."""
+    """The field of `ModelConfig` or of its `sampling`, or a name that `parse` handles."""
     read: Reader
     help: str
     group: str
@@ -25,9 +27,28 @@ def _group(group: str, *rows: tuple[str, str, Reader, str]) -> tuple[Key, ...]:
     return tuple(Key(path, field, reader, help, group) for path, field, reader, help in rows)
 
 
-_STEPS = read.whole(1, 10_000, absent=0)
-_GUIDANCE = read.number(0, 1000)
-_CLIP_SKIP = read.whole(0, 100)
+def _of_sampling(parameter: Parameter) -> tuple[Key, ...]:
+    """Its rows: the first says what it is, the others which of them wins."""
+    if not parameter.keys:
+        return ()
+    first, *others = parameter.keys
+    absent = f" Absent: {parameter.absent}." if parameter.absent else ""
+    rows = [(first, f"{parameter.help}.{absent}")]
+    same = f"Same as `{first}`; takes precedence over"
+    rows += [(key, f"{same} {'both' if at else 'it'}.") for at, key in enumerate(others)]
+    return _group(DEFAULTS, *((key, parameter.name, _reader(parameter), text) for key, text in rows))
+
+
+def _reader(parameter: Parameter) -> Reader:
+    if parameter.kind is str:
+        return read.string
+    least, most = parameter.least or 0, parameter.most_in_file or parameter.most or math.inf
+    if parameter.kind is float:
+        return read.number(least, most)
+    return read.whole(int(least), int(most), absent=0 if least else None)
+
+
+DEFAULTS = "Defaults of requests"
 
 KEYS: tuple[Key, ...] = (
     *_group(
@@ -57,8 +78,6 @@ KEYS: tuple[Key, ...] = (
     *_group(
         "Pipeline",
         ("diffusers.pipeline_type", "pipeline_type", read.string, "diffusers class. Absent: as the repository says."),
-        ("diffusers.scheduler_type", "scheduler_type", read.string, "Scheduler name. Absent: the model's own."),
-        ("diffusers.schedule", "schedule", read.string, "Noise schedule of that scheduler, e.g. `karras`."),
         ("diffusers.img2img", "img2img", read.flag, "Use the image-to-image class and accept source pictures."),
         ("diffusers.control_net", "control_net", read.string, "ControlNet: folder or hub id."),
         ("diffusers.clip_model", "clip_model", read.string, "Another CLIP text encoder: folder or hub id."),
@@ -72,28 +91,22 @@ KEYS: tuple[Key, ...] = (
         ("lora_adapters", "lora_adapters", read.strings, "Several LoRAs."),
         ("lora_scales", "lora_scales", read.numbers, "One weight for each of them. Absent: 1."),
     ),
+    *(key for parameter in PARAMETERS for key in _of_sampling(parameter)),
     *_group(
-        "Defaults of requests",
-        ("step", "steps", _STEPS, "Denoising steps. Absent: 30 for Stable Diffusion, else the pipeline's own."),
+        DEFAULTS,
+        ("diffusers.schedule", "schedule", read.string, "Noise schedule of the scheduler, e.g. `karras`."),
         (
             "quality_steps", "quality_steps", read.qualities,
             "Steps by `quality`: `{low: 10, high: 40}`. A missing one: low is 0.5, high and hd 1.5, "
             "xhigh 2, max 3 times the default steps.",
         ),
-        ("cfg_scale", "cfg_scale", _GUIDANCE, "Guidance scale; 0 is none. Absent: 8 for Stable Diffusion."),
-        ("diffusers.cfg_scale", "cfg_scale", _GUIDANCE, "Same as `cfg_scale`; takes precedence over it."),
-        ("clip_skip", "clip_skip", _CLIP_SKIP, "Number of last text encoder layers to skip."),
-        ("parameters.clip_skip", "clip_skip", _CLIP_SKIP, "Same as `clip_skip`; takes precedence over it."),
-        ("diffusers.clip_skip", "clip_skip", _CLIP_SKIP, "Same as `clip_skip`; takes precedence over both."),
         ("parameters.seed", "seed", read.seed, "Seed; -1 is random. Absent: random."),
         ("parameters.n", "n", read.whole(1, 10, absent=0), "Pictures per request. Absent: 1."),
-        ("parameters.negative_prompt", "negative_prompt", read.string, "What to keep out of the picture."),
-        ("strength", "strength", read.number(0, 1), "0..1: how far image-to-image may move from its source."),
         ("size", "size", read.size, 'Size in pixels, `"512x768"`. Absent or `auto`: the model\'s own.'),
         (
             "diffusers.enable_parameters", "enable_parameters", read.parameters,
             "Pipeline arguments that requests may set. Absent: `negative_prompt,num_inference_steps,clip_skip`. "
-            "`none`: only prompt, size, seed and guidance. `image` allows source pictures, masks and strength.",
+            "`none`: only prompt, size, seed, guidance and eta. `image` allows source pictures, masks and strength.",
         ),
         (
             "options", "options", read.options,

@@ -13,13 +13,14 @@ from types import MappingProxyType
 from typing import Any
 
 from sfumato.config.scalar import Scalar, scalar
+from sfumato.sampling import PARAMETERS, Sampling
 
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
         "f16": False,
         "step": 30,
         "cuda": None,
-        "enable_parameters": frozenset({"negative_prompt", "num_inference_steps", "clip_skip"}),
+        "enable_parameters": frozenset(each.argument for each in PARAMETERS if each.guarded and each.argument),
         "scheduler_type": None,
         "cfg_scale": 8.0,
         "clip_skip": None,
@@ -34,10 +35,15 @@ the model decides: `cuda` the best available device, `scheduler_type` the model'
 `pipeline_type` the class that the repository's model_index.json names, `clip_skip` no layer skipped.
 """
 
-ALWAYS = frozenset({"prompt", "guidance_scale", "width", "height", "generator"})
+PAGE = Sampling(**{each.name: DEFAULTS.get(each.keys[0].rpartition(".")[2]) for each in PARAMETERS if each.keys})
+"""Of `DEFAULTS`, what a request may say."""
+
+ALWAYS = frozenset({"prompt", "generator"}) | {
+    each.argument for each in PARAMETERS if each.argument and not each.guarded and not each.source
+}
 """Pipeline arguments that every model accepts, even with `enable_parameters: none`."""
 
-WITH_IMAGE = frozenset({"mask_image", "strength"})
+WITH_IMAGE = frozenset({"mask_image"}) | {each.argument for each in PARAMETERS if each.argument and each.source}
 """Pipeline arguments that only concern a source picture: `image` enables them."""
 
 
@@ -87,8 +93,6 @@ class ModelConfig:
     pipeline_type: str | None = None
     img2img: bool = False
     """Used for image-to-image; `pipeline_type` is already the class for it, if known."""
-    scheduler_type: str | None = None
-    schedule: str | None = None
     control_net: str | None = None
     clip_model: str | None = None
     clip_subfolder: str | None = None
@@ -96,18 +100,12 @@ class ModelConfig:
     """A tiny autoencoder for previews."""
     adapters: tuple[Adapter, ...] = ()
 
-    steps: int | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    """Of requests that leave something open; a scheduler with the schedule that the file has beside it."""
     quality_steps: tuple[tuple[str, int], ...] = ()
-    """Name of a quality → steps, for those in the file."""
-    cfg_scale: float | None = None
-    """0 is a value: no guidance."""
+    """Name of a quality → steps, for those that the file names."""
     seed: int | None = None
     n: int | None = None
-    negative_prompt: str | None = None
-    clip_skip: int | None = None
-    strength: float | None = None
-    width: int | None = None
-    height: int | None = None
     option_lines: tuple[tuple[str, str], ...] = ()
     """`options` as written. Kept as text: 1, 1.0 and true are equal in Python but not the same."""
     enable_parameters: frozenset[str] = DEFAULTS["enable_parameters"]

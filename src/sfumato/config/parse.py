@@ -14,6 +14,7 @@ from sfumato.config.document import Document, documents, read
 from sfumato.config.keys import IGNORED, IMG2IMG, KEYS, REDIRECTS, SECTIONS
 from sfumato.config.model import Adapter, ModelConfig
 from sfumato.errors import InvalidRequest, ModelFileError, did_you_mean
+from sfumato.sampling import nested
 
 _BY_PATH = {key.path: key for key in KEYS}
 _KNOWN = (*_BY_PATH, *IGNORED, *SECTIONS)
@@ -178,7 +179,8 @@ def _parse(source: _Source, file: Path, created: int, default_name: str | None) 
 
     # 4. A value that its reader takes as "not set" leaves the default in force.
     fields = {field: value for field, value in fields.items() if value is not None}
-    return ModelConfig(name=name, file=file, folder=file.parent, created=created, ignored=ignored, **fields)
+    made = nested(fields)
+    return ModelConfig(name=name, file=file, folder=file.parent, created=created, ignored=ignored, **made)
 
 
 def _word(key: Any) -> str:
@@ -221,11 +223,11 @@ def _img2img(fields: dict[str, Any]) -> None:
 
 
 def _scheduler(source: _Source, fields: dict[str, Any]) -> None:
-    name, schedule = fields.get("scheduler_type"), fields.get("schedule")
+    name, schedule = fields.get("scheduler"), fields.pop("schedule", None)
     if schedule and not name:
         raise source.error("diffusers.schedule", f"{schedule!r} needs a diffusers.scheduler_type beside it")
     if name:
         try:
-            schedulers.parse(name, schedule)
+            fields["scheduler"] = schedulers.parse(name, schedule).name
         except InvalidRequest as error:
             raise source.error("diffusers.scheduler_type", error.message) from None

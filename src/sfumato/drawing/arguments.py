@@ -11,13 +11,14 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from sfumato.config import DEFAULTS
+from sfumato.config.model import PAGE
 from sfumato.core import QUALITIES, Generation
 from sfumato.drawing import crop
 from sfumato.errors import InvalidRequest
 from sfumato.models.load import Loaded, encoder_layers
 from sfumato.pictures import images
 from sfumato.pipelines.capabilities import parameters_of, upscaler
+from sfumato.sampling import PARAMETERS, Parameter, Sampling, merged
 
 MANY_PICTURES = re.compile(r"Flux2|EditPlus|OmniGen|Kontext(?!Inpaint)")
 """Classes that take several reference pictures for one result; for others a list is a batch."""
@@ -48,33 +49,28 @@ class Canvas:
 
 def fill(model: Loaded, pipeline: Any, asked: Generation) -> Generation:
     """Fill in what the request leaves open, from the model file and the seed page; class defaults stay None."""
-    config = model.config
-
-    def enabled(name: str, value: Any) -> Any:
-        return value if config.enables(name) else None
-
-    return replace(
-        asked,
-        steps=_first(asked.steps, _steps_of_quality(model, pipeline, asked.quality), _steps(model, pipeline)),
-        guidance_scale=_first(asked.guidance_scale, _guidance(model, pipeline)),
-        negative_prompt=_first(asked.negative_prompt, enabled("negative_prompt", config.negative_prompt)),
-        clip_skip=_first(asked.clip_skip, enabled("clip_skip", config.clip_skip)),
-        strength=_first(asked.strength, config.strength) if asked.images else asked.strength,
-        width=_first(asked.width, None if asked.images else config.width),
-        height=_first(asked.height, None if asked.images else config.height),
-    )
+    of_quality = Sampling(steps=_steps_of_quality(model, pipeline, asked.quality))
+    left_open = _of_file(model, pipeline, pictures=bool(asked.images))
+    return replace(asked, sampling=merged(asked.sampling, of_quality, left_open))
 
 
-def default_steps(model: Loaded, pipeline: Any) -> int | None:
-    """Default for requests; None: the class has no such argument, or no default number."""
-    steps = _default(model, pipeline, "num_inference_steps", _steps(model, pipeline))
-    return steps if isinstance(steps, int) else None
+def defaults(model: Loaded, pipeline: Any) -> Sampling:
+    """Defaults for requests, including the class's own; None: it has no such argument, or no default of that type."""
+    file = _of_file(model, pipeline)
 
+    def default(parameter: Parameter) -> Any:
+        argument = parameter.argument
+        if argument is None or parameter.source:  # of the class that takes a picture
+            return model.config.sampling[parameter]
+        if argument not in parameters_of(pipeline):
+            return None
+        options, own = model.config.options, signature_default(pipeline, argument)
+        value = next((each for each in (options.get(argument), file[parameter], own) if each is not None), None)
+        if parameter.kind is float and isinstance(value, int):
+            return float(value)
+        return value if isinstance(value, parameter.kind) else None
 
-def default_guidance(model: Loaded, pipeline: Any) -> float | None:
-    """Default for requests; None: the class has no such argument, or no default number."""
-    guidance = _default(model, pipeline, "guidance_scale", _guidance(model, pipeline))
-    return float(guidance) if isinstance(guidance, int | float) else None
+    return Sampling(**{each.name: default(each) for each in PARAMETERS})
 
 
 def signature_default(pipeline: Any, argument: str) -> Any:
@@ -83,31 +79,21 @@ def signature_default(pipeline: Any, argument: str) -> Any:
     return None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
 
 
-def _first(*values: Any) -> Any:
-    return next((value for value in values if value is not None), None)
-
-
 def _paged(pipeline: Any) -> bool:
     return bool(PAGE_CLASSES.match(type(pipeline).__name__))
 
 
-def _steps(model: Loaded, pipeline: Any) -> int | None:
-    """The model file's steps, else the seed page's."""
-    if not model.config.enables("num_inference_steps"):
-        return None
-    return _first(model.config.steps, DEFAULTS["step"] if _paged(pipeline) else None)  # type: ignore[no-any-return]
+def _of_file(model: Loaded, pipeline: Any, *, pictures: bool = False) -> Sampling:
+    """The model file's defaults, then the seed page's, that apply to a request with or without `pictures`."""
+    config = model.config
+    chosen = merged(config.sampling, PAGE if _paged(pipeline) else Sampling())
 
+    def applies(parameter: Parameter) -> bool:
+        enabled = not parameter.guarded or config.enables(parameter.argument or "")
+        # A source picture brings its size.
+        return enabled and (not parameter.source if not pictures else not parameter.side)
 
-def _guidance(model: Loaded, pipeline: Any) -> float | None:
-    page = float(DEFAULTS["cfg_scale"]) if _paged(pipeline) else None
-    return _first(model.config.cfg_scale, page)  # type: ignore[no-any-return]
-
-
-def _default(model: Loaded, pipeline: Any, argument: str, given: Any) -> Any:
-    """Default of `argument` for requests; the file's `options` take precedence over all else."""
-    if argument not in parameters_of(pipeline):
-        return None
-    return _first(model.config.options.get(argument), given, signature_default(pipeline, argument))
+    return Sampling(**{each.name: chosen[each] for each in PARAMETERS if applies(each)})
 
 
 def _steps_of_quality(model: Loaded, pipeline: Any, quality: str | None) -> int | None:
@@ -116,7 +102,7 @@ def _steps_of_quality(model: Loaded, pipeline: Any, quality: str | None) -> int 
         return None
     if "num_inference_steps" not in parameters_of(pipeline):
         return None
-    default = default_steps(model, pipeline)
+    default = defaults(model, pipeline).steps
     own = dict(model.config.quality_steps).get(quality)
     return own or (default and max(1, round(default * QUALITIES[quality])))
 
@@ -141,7 +127,7 @@ def canvas(model: Loaded, pipeline: Any, wanted: Generation) -> Canvas:
 
 
 def _canvas(model: Loaded, pipeline: Any, wanted: Generation) -> Canvas:
-    width, height = wanted.width, wanted.height
+    width, height = wanted.sampling.width, wanted.sampling.height
     multiple = size_multiple(pipeline)
     if width and height and (width % multiple or height % multiple):
         near = f"{_near(width, multiple)}x{_near(height, multiple)}"
@@ -170,7 +156,7 @@ def _canvas(model: Loaded, pipeline: Any, wanted: Generation) -> Canvas:
         return _masked_area(model, wanted, sources, mask, multiple)
     if not (width and height):
         width, height = (_near(side, multiple) for side in sources[0].size)
-    if mask is not None and not (wanted.width and wanted.height) and (width, height) != sources[0].size:
+    if mask is not None and not wanted.sampling.size and (width, height) != sources[0].size:
         # Stretched slightly for the model, then pasted into the original: outside the mask nothing changes.
         size, first = (width, height), sources[0]
         stretched = [source.resize(size, Image.Resampling.LANCZOS) for source in sources[:1]] + sources[1:]
@@ -187,7 +173,7 @@ def _masked_area(
     """The area around the mask, at the requested size, the model's own, or unscaled."""
     assert wanted.mask_padding is not None
     first = sources[0]
-    width, height = (wanted.width, wanted.height) if wanted.width else own_size(model)
+    width, height = wanted.sampling.size or own_size(model)
     box = crop.around(mask, wanted.mask_padding, (width, height) if width and height else first.size)
     if not (width and height):
         width, height = (_near(end - start, multiple) for start, end in zip(box[:2], box[2:], strict=True))
@@ -199,8 +185,8 @@ def _masked_area(
 
 def own_size(model: Loaded) -> tuple[int | None, int | None]:
     """The size in the model file or the signature, else the denoiser's: one side or (height, width) of latents."""
-    if model.config.width:
-        return model.config.width, model.config.height
+    if model.config.sampling.size:
+        return model.config.sampling.size
     pipeline = model.pipeline
     signature = [signature_default(pipeline, side) for side in ("width", "height")]
     if all(isinstance(side, int) for side in signature):
@@ -227,9 +213,10 @@ def _enlarged(model: Loaded, factor: int, multiple: int, wanted: Generation, sou
             param="image",
         )
     width, height = source.width * factor, source.height * factor
-    if wanted.width and (wanted.width, wanted.height) != (width, height):
+    size = wanted.sampling.size
+    if size and size != (width, height):
         raise InvalidRequest(
-            f"size {wanted.width}x{wanted.height}: {model.config.name} enlarges {factor} times; "
+            f"size {size[0]}x{size[1]}: {model.config.name} enlarges {factor} times; "
             f"a picture of {_size(source)} becomes {width}x{height}. Leave the size out.",
             param="size",
         )
@@ -239,23 +226,27 @@ def _enlarged(model: Loaded, factor: int, multiple: int, wanted: Generation, sou
 def arguments(model: Loaded, pipeline: Any, asked: Generation, wanted: Generation, canvas: Canvas) -> dict[str, Any]:
     """The arguments for this class. Raises InvalidRequest if it does not take one that was requested."""
     name, parameters = type(pipeline).__name__, parameters_of(pipeline)
+    # The source picture already has the requested size.
+    requested_here = [each for each in PARAMETERS if not (canvas.sources and each.side)]
+    used = replace(
+        wanted.sampling, strength=_strength(wanted.sampling, parameters), width=canvas.width, height=canvas.height
+    )
     values = {
         "prompt": (wanted.prompt, asked.prompt or None),
-        "negative_prompt": (wanted.negative_prompt, asked.negative_prompt),
-        "num_inference_steps": (wanted.steps, asked.steps),
-        "guidance_scale": (wanted.guidance_scale, asked.guidance_scale),
-        "clip_skip": (wanted.clip_skip, asked.clip_skip),
-        "strength": (_strength(wanted, parameters), asked.strength),
-        # The source picture already has the requested size.
-        "width": (canvas.width, None if canvas.sources else asked.width),
-        "height": (canvas.height, None if canvas.sources else asked.height),
+        **{
+            each.argument: (used[each], asked.sampling[each] if each in requested_here else None)
+            for each in PARAMETERS
+            if each.argument
+        },
         "image": (canvas.image, canvas.image),
         "mask_image": (canvas.mask, canvas.mask),
     }
     for argument, (_, requested) in values.items():
         if requested is not None and argument not in parameters:
+            value = f"{requested}; " if isinstance(requested, int | float) else ""
             raise InvalidRequest(
-                f"{argument}: {model.config.name} ({name}) does not take it. It takes: {', '.join(parameters)}",
+                f"{argument}: {value}{model.config.name} ({name}) does not take it. Leave it out. "
+                f"It takes: {', '.join(parameters)}",
                 param="size" if argument in ("width", "height") else argument,
             )
     _refuse_unheard_negative(model, parameters, asked)
@@ -273,15 +264,16 @@ def arguments(model: Loaded, pipeline: Any, asked: Generation, wanted: Generatio
 
 def _refuse_deep_clip_skip(model: Loaded, pipeline: Any, asked: Generation) -> None:
     layers = encoder_layers(pipeline)
-    if asked.clip_skip is not None and layers is not None and asked.clip_skip > layers:
+    clip_skip = asked.sampling.clip_skip
+    if clip_skip is not None and layers is not None and clip_skip > layers:
         raise InvalidRequest(
-            f"clip_skip {asked.clip_skip}: the text encoder of {model.config.name} has {layers} layers; "
+            f"clip_skip {clip_skip}: the text encoder of {model.config.name} has {layers} layers; "
             f"0 to {layers} are valid",
             param="clip_skip",
         )
 
 
-def _strength(wanted: Generation, parameters: Mapping[str, inspect.Parameter]) -> float | None:
+def _strength(wanted: Sampling, parameters: Mapping[str, inspect.Parameter]) -> float | None:
     """Strength for at least one denoising step: diffusers runs int(steps * strength). None: the class's default."""
     own = parameters["strength"].default if "strength" in parameters else None
     strength = own if wanted.strength is None else wanted.strength
@@ -296,7 +288,7 @@ def _strength(wanted: Generation, parameters: Mapping[str, inspect.Parameter]) -
 def _refuse_unheard_negative(model: Loaded, parameters: Mapping[str, Any], asked: Generation) -> None:
     # Distilled models accept a negative prompt but ignore it unless "true" guidance is on.
     true_cfg = parameters.get("true_cfg_scale")
-    if asked.negative_prompt and true_cfg is not None:
+    if asked.sampling.negative_prompt and true_cfg is not None:
         scale = model.config.options.get("true_cfg_scale", true_cfg.default)
         if not scale or scale <= 1:
             raise InvalidRequest(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import traceback
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import diffusers
@@ -25,6 +27,7 @@ from sfumato.pipelines import capabilities, request_scheduler, scheduler_owners,
 from sfumato.pipelines.tiling import can_tile
 from sfumato.previews.steps import OnPreview, RunPreviews
 from sfumato.previews.x0 import Stepped
+from sfumato.sampling import PARAMETERS, Parameter, Sampling
 
 OnStep: TypeAlias = Callable[[int, int], None]
 """Called after each denoising step with (steps done, total steps); may raise to stop the run."""
@@ -77,7 +80,7 @@ def _draw(model: Loaded, pipeline: Any, asked: Generation, on_step: OnStep, on_p
     given = arguments.arguments(model, pipeline, asked, wanted, canvas)
     # 3. its own scheduler
     driver = scheduler_owners.main(pipeline)
-    choice = _choice(model, driver, wanted)
+    choice = _choice(driver, wanted.sampling)
     scheduler = request_scheduler.make(driver, choice, wanted.seed)
     if scheduler is not None:
         scheduler_owners.exchange(pipeline, scheduler)
@@ -102,8 +105,15 @@ def _draw(model: Loaded, pipeline: Any, asked: Generation, on_step: OnStep, on_p
         )
     # 6. the picture with its recipe, and warnings for what differs from the request
     made = _recipe(model, pipeline, wanted, image, given, choice, canvas)
-    read, cut = tokens.count(pipeline, model.config.options, model.config.name, wanted.prompt, wanted.negative_prompt)
-    return Done(recipe.encode(image, made), made, cut + _kept_scheduler(driver, wanted), read)
+    negative = wanted.sampling.negative_prompt
+    read, cut = tokens.count(pipeline, model.config.options, model.config.name, wanted.prompt, negative)
+    warnings = (
+        *cut,
+        *_kept_scheduler(driver, wanted.sampling),
+        *_not_taken(model, pipeline, wanted.sampling, given),
+        *_without_effect(pipeline, driver, given),
+    )
+    return Done(recipe.encode(image, made), made, warnings, read)
 
 
 def _tiled(model: Loaded, asked: Generation) -> bool:
@@ -142,20 +152,15 @@ def _for_task(model: Loaded, task: str) -> Any:
     return model.siblings[task]
 
 
-def _choice(model: Loaded, pipeline: Any, wanted: Generation) -> schedulers.Choice | None:
-    if wanted.scheduler:
-        choice = schedulers.parse(wanted.scheduler)
-    elif model.config.scheduler_type:
-        choice = schedulers.parse(model.config.scheduler_type, model.config.schedule)
-    else:
+def _choice(pipeline: Any, wanted: Sampling) -> schedulers.Choice | None:
+    if not wanted.scheduler or request_scheduler.keeps_own(pipeline):
         return None
-    if request_scheduler.keeps_own(pipeline):
-        return None
+    choice = schedulers.parse(wanted.scheduler)
     request_scheduler.check(pipeline, choice, wanted.steps)
     return choice
 
 
-def _kept_scheduler(pipeline: Any, wanted: Generation) -> tuple[str, ...]:
+def _kept_scheduler(pipeline: Any, wanted: Sampling) -> tuple[str, ...]:
     """A sentence where another scheduler was asked for than the one that drew."""
     why = request_scheduler.keeps_own(pipeline) if wanted.scheduler else ""
     own = type(pipeline.scheduler).__name__ if why else ""
@@ -244,6 +249,33 @@ def _run(pipeline: Any, given: Mapping[str, Any], seed: int) -> Image.Image:
     return image  # type: ignore[no-any-return]
 
 
+def _not_taken(model: Loaded, pipeline: Any, wanted: Sampling, given: Mapping[str, Any]) -> list[str]:
+    """Of the model file's defaults, those that are no arguments of this class; a request's were refused."""
+    file = model.config.sampling
+    return [
+        f"{each.name}: {file[each]!r} of the model file has no effect, {type(pipeline).__name__} does not take it"
+        for each in PARAMETERS
+        if each.argument and not each.side and each.argument not in given
+        if file[each] is not None and wanted[each] == file[each]
+    ]
+
+
+def _without_effect(pipeline: Any, driver: Any, given: Mapping[str, Any]) -> list[str]:
+    """Of what the pipeline took, what its scheduler does not take, or what there was no guidance for."""
+    scheduler = type(getattr(driver, "scheduler", None))
+    step = getattr(scheduler, "step", None)
+    taken = inspect.signature(step).parameters if step else {}
+    unheard = [
+        f"{each.name}: {given[argument]:g} has no effect, {scheduler.__name__} does not take it"
+        for each in PARAMETERS
+        if each.stepped and (argument := each.argument) and given.get(argument) and argument not in taken
+    ]
+    rescale = given.get("guidance_rescale")
+    if rescale and not getattr(pipeline, "do_classifier_free_guidance", True):
+        unheard.append(f"guidance_rescale: {rescale:g} has no effect without guidance")
+    return unheard
+
+
 def _recipe(
     model: Loaded,
     pipeline: Any,
@@ -253,27 +285,27 @@ def _recipe(
     choice: schedulers.Choice | None,
     canvas: arguments.Canvas,
 ) -> Recipe:
-    parameters = capabilities.parameters_of(pipeline)
-
-    def used(name: str) -> Any:
+    def used(parameter: Parameter) -> Any:
         """The value the pipeline actually used, including its own default."""
-        return given.get(name, parameters[name].default if name in parameters else None)
+        argument = parameter.argument or ""
+        own = arguments.signature_default(pipeline, argument) if parameter.reported else None
+        return given.get(argument, own)
 
+    sampling = Sampling(**{each.name: used(each) for each in PARAMETERS})
     own = getattr(model.pipeline, "scheduler", None)
     return Recipe(
         model=model.config.name,
         source=model.source,
         pipeline=type(pipeline).__name__,
         prompt=wanted.prompt,
-        negative_prompt=wanted.negative_prompt,
-        width=image.width,
-        height=image.height,
-        steps=used("num_inference_steps"),
-        guidance_scale=used("guidance_scale"),
         seed=wanted.seed,
-        scheduler=choice.name if choice else type(own).__name__,
-        clip_skip=wanted.clip_skip,
-        strength=wanted.strength if wanted.strength is not None else used("strength"),
+        sampling=replace(
+            sampling,
+            width=image.width,
+            height=image.height,
+            scheduler=choice.name if choice else type(own).__name__,
+            strength=sampling.strength if wanted.sampling.strength is None else wanted.sampling.strength,
+        ),
         image_sha256=tuple(images.fingerprint(png) for png in wanted.images),
         mask_sha256=images.fingerprint(wanted.mask) if wanted.mask else None,
         device=model.device,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from sfumato.core import ModelInfo
 from sfumato.drawing import arguments
 from sfumato.models.load import Loaded
@@ -13,14 +15,12 @@ def model_info(model: Loaded) -> ModelInfo:
     upscaler = capabilities.upscaler(pipeline)
     tasks = capabilities.tasks(pipeline)
     width, height = arguments.own_size(model) if "text-to-image" in tasks else (None, None)
+    sampling = replace(arguments.defaults(model, pipeline), width=width, height=height)
     return ModelInfo(
         pipeline=type(pipeline).__name__,
         tasks=tasks,
-        width=width,
-        height=height,
+        sampling=sampling,
         size_multiple=upscaler.multiple * upscaler.factor if upscaler else arguments.size_multiple(pipeline),
-        steps=arguments.default_steps(model, pipeline),
-        guidance_scale=arguments.default_guidance(model, pipeline),
         prompt_tokens=tokens.capacity(pipeline, model.config.options),
         transparent=capabilities.transparent(pipeline),
         upscale=upscaler.factor if upscaler else None,

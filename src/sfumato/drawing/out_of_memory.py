@@ -85,8 +85,8 @@ def _offload(model: Loaded) -> bool:
 
 def _pixels(model: Loaded, asked: Generation) -> float:
     """Approximate pixels of the picture to draw, to tell large from small; infinite if unknown."""
-    if asked.width and asked.height:
-        return asked.width * asked.height
+    if size := asked.sampling.size:
+        return math.prod(size)
     if asked.images:
         return math.prod(images.size(asked.images[0])) * (asked.upscale or 1) ** 2
     width, height = own_size(model)

@@ -101,7 +101,7 @@ class Loop:
             self._carry_out(order)
         for submit in self._arrived.values():
             task = self._batcher.submit(functools.partial(self._draw, submit), caller=submit.generation.caller)
-            task.left = submit.generation.steps or submit.config.steps
+            task.left = submit.generation.sampling.steps or submit.config.sampling.steps
             task.threads = submit.config.threads
             self._tasks[submit.generation.id] = task
         self._arrived.clear()

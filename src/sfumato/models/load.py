@@ -284,18 +284,20 @@ def _beside(config: ModelConfig, name: str) -> str:
 
 
 def _check(config: ModelConfig, pipeline: Any) -> None:
-    if config.scheduler_type and (why := request_scheduler.keeps_own(pipeline)):
-        log.warning("%s: scheduler_type %s is left out: %s", config.name, config.scheduler_type, why)
-    elif config.scheduler_type:
-        choice = schedulers.parse(config.scheduler_type, config.schedule)
+    scheduler = config.sampling.scheduler
+    if scheduler and (why := request_scheduler.keeps_own(pipeline)):
+        log.warning("%s: scheduler_type %s is left out: %s", config.name, scheduler, why)
+    elif scheduler:
+        choice = schedulers.parse(scheduler)
         try:
             request_scheduler.check(pipeline, choice)
         except InvalidRequest as error:
             raise ModelFileError(f"{config.name}: {error.message}", param="scheduler_type") from error
     layers = encoder_layers(pipeline)
-    if config.clip_skip and layers is not None and config.clip_skip >= layers + 1:
+    clip_skip = config.sampling.clip_skip
+    if clip_skip and layers is not None and clip_skip >= layers + 1:
         raise ModelFileError(
-            f"{config.name}: clip_skip {config.clip_skip} skips every layer of a text encoder with {layers} layers; "
+            f"{config.name}: clip_skip {clip_skip} skips every layer of a text encoder with {layers} layers; "
             f"0 to {layers} are valid",
             param="clip_skip",
         )

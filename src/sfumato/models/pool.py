@@ -17,6 +17,7 @@ from sfumato.core import ModelInfo, ModelStatus
 from sfumato.errors import LoadError, SfumatoError
 from sfumato.models import load
 from sfumato.models.release import let_go
+from sfumato.sampling import Sampling
 
 log = logging.getLogger(__name__)
 
@@ -24,8 +25,7 @@ ASKED = "unloading was requested"
 
 PER_REQUEST: Mapping[str, Any] = {
     "aliases": (), "pinned": False, "disabled": False, "file": None, "enable_parameters": frozenset(),
-    "steps": None, "quality_steps": (), "cfg_scale": None, "seed": None, "n": None, "negative_prompt": None,
-    "strength": None, "width": None, "height": None, "option_lines": (), "threads": None, "max_concurrent": None,
+    "quality_steps": (), "seed": None, "n": None, "option_lines": (), "threads": None, "max_concurrent": None,
     "retry_after": 0,
 }  # fmt: skip
 """Fields without effect on loading, with a value that replaces them in comparisons."""
@@ -217,4 +217,5 @@ def _serves(model: load.Loaded, config: ModelConfig) -> bool:
 
 def _of_weights(config: ModelConfig) -> ModelConfig:
     """The config without the fields that each request reads itself: changing only those does not reload."""
-    return replace(config, **PER_REQUEST)
+    sampling = Sampling(scheduler=config.sampling.scheduler, clip_skip=config.sampling.clip_skip)  # `load` checks these
+    return replace(config, **PER_REQUEST, sampling=sampling)

@@ -10,7 +10,7 @@ import json
 import logging
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ class Gallery:
     def keep(self, data: bytes, extension: str, caller: str, made: Recipe, created: float) -> str:
         """Add a picture to the store and the index; returns its name. Raises the store's StorageError."""
         name = self.store.put(data, extension, owner=caller if self._callers else "")
-        row = _row(name, created, caller if self._callers else "", asdict(made))
+        row = _row(name, created, caller if self._callers else "", recipe.as_json(made))
         try:
             with self._begin() as connection:
                 connection.execute(sql.insert(PICTURES), [row])
@@ -197,7 +197,7 @@ class Gallery:
 
     def _read(self, name: str, modified: float) -> dict[str, Any]:
         try:
-            made = asdict(recipe.read(self.store.folder / name))
+            made = recipe.as_json(recipe.read(self.store.folder / name))
         except InvalidPicture:
             made = None
         return _row(name, modified, owner_of(name, self._callers) or "", made)

@@ -21,6 +21,7 @@ from sfumato import __version__, schedulers
 from sfumato.core import Recipe
 from sfumato.errors import InvalidPicture, InvalidRequest
 from sfumato.pictures import images
+from sfumato.sampling import PARAMETERS, flat, nested
 
 INFOTEXT_CHUNK = "parameters"
 RECIPE_CHUNK = "sfumato"
@@ -46,7 +47,7 @@ def encode(image: Image.Image, recipe: Recipe) -> bytes:
     """The picture as PNG bytes with both chunks."""
     chunks = PngImagePlugin.PngInfo()
     chunks.add_text(INFOTEXT_CHUNK, infotext(recipe))
-    chunks.add_text(RECIPE_CHUNK, json.dumps(asdict(recipe), ensure_ascii=False))
+    chunks.add_text(RECIPE_CHUNK, json.dumps(as_json(recipe), ensure_ascii=False))
     file = io.BytesIO()
     image.save(file, "PNG", pnginfo=chunks)
     return file.getvalue()
@@ -120,24 +121,30 @@ def _exif(texts: Mapping[str, str]) -> bytes:
     return data if len(data) <= MAX_EXIF else b""
 
 
+def as_json(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as an object of JSON, all of its fields side by side."""
+    return {key: value for key, value in asdict(recipe).items() if key != "sampling"} | flat(recipe.sampling)
+
+
 def infotext(recipe: Recipe) -> str:
     """One block of text as AUTOMATIC1111 writes it: prompt, negative prompt, then `Key: value` pairs."""
-    sampler, schedule_type = schedulers.sampler_of(recipe.scheduler) or (recipe.scheduler, None)
-    pairs: dict[str, Any] = {
-        "Steps": recipe.steps,
-        "Sampler": sampler,
-        "Schedule type": schedule_type,
-        "CFG scale": recipe.guidance_scale,
-        "Seed": recipe.seed,
-        "Size": f"{recipe.width}x{recipe.height}",
-        "Model": recipe.model,
-        "Denoising strength": recipe.strength,
-        "Clip skip": recipe.clip_skip + 1 if recipe.clip_skip else None,  # AUTOMATIC1111 counts the last layer as 1
-        "Version": f"sfumato {__version__}",
+    sampling = recipe.sampling
+    sampler, schedule_type = schedulers.sampler_of(sampling.scheduler or "") or (sampling.scheduler, None)
+    width, height = recipe.size
+    said_otherwise: dict[str, dict[str, Any]] = {
+        "scheduler": {"Sampler": sampler, "Schedule type": schedule_type},
+        "width": {"Seed": recipe.seed, "Size": f"{width}x{height}", "Model": recipe.model},
     }
+    pairs: dict[str, Any] = {}
+    for each in PARAMETERS:
+        value = sampling[each]
+        if each.one_based:
+            value = value + 1 if value else None
+        pairs |= {each.infotext: value} if each.infotext else said_otherwise.get(each.name, {})
+    pairs["Version"] = f"sfumato {__version__}"
     lines = [recipe.prompt]
-    if recipe.negative_prompt:
-        lines.append(f"{NEGATIVE} {recipe.negative_prompt}")
+    if sampling.negative_prompt:
+        lines.append(f"{NEGATIVE} {sampling.negative_prompt}")
     lines.append(", ".join(f"{key}: {_quoted(value)}" for key, value in pairs.items() if value is not None))
     return "\n".join(lines)
 
@@ -215,12 +222,17 @@ def read(path: Path) -> Recipe:
         raise InvalidPicture(
             f"{path}: contains no recipe. Only files made by Sfumato have one; editors and chats often strip it."
         )
-    known = {spec.name for spec in fields(Recipe)}
     try:
-        values = json.loads(text)
-        return Recipe(**{key: _frozen(value) for key, value in values.items() if key in known})
+        return from_json(json.loads(text))
     except (ValueError, TypeError, AttributeError) as error:
         raise InvalidPicture(f"{path}: its recipe cannot be read ({error})") from None
+
+
+def from_json(values: Mapping[str, Any]) -> Recipe:
+    """What `as_json` gave, or an earlier version's. Raises TypeError, ValueError or AttributeError for others."""
+    known = {spec.name for spec in fields(Recipe)}
+    made = nested({key: _frozen(value) for key, value in values.items()})
+    return Recipe(**{key: value for key, value in made.items() if key in known})
 
 
 def _frozen(value: Any) -> Any:

@@ -6,27 +6,21 @@ import re
 import secrets
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from dataclasses import dataclass, field, replace
 
 from sfumato import schedulers
 from sfumato.config import ModelConfig
 from sfumato.core import MAX_SEED, QUALITIES, Generation, Keep, Limits
 from sfumato.errors import InvalidRequest
 from sfumato.pictures.fitting import Fitting
+from sfumato.sampling import MAX_PROMPT, PARAMETERS, Sampling
 
-MAX_PROMPT = 32_000
-MAX_STEPS = 1000
-MAX_GUIDANCE = 100.0
 MAX_PICTURES = 16
 MAX_PADDING = 4096
 DEFAULT_PADDING = 32
 """Pixels around the masked area if only that is redrawn; AUTOMATIC1111's default."""
 RANDOM_SEED = -1
 """The value that AUTOMATIC1111 and LocalAI clients send for a random seed."""
-
-
-Number = TypeVar("Number", int, float)
 
 _SIZE = re.compile(r"\s*([0-9]{1,9})\s*[xX×]\s*([0-9]{1,9})\s*")
 
@@ -39,17 +33,10 @@ class ImageRequest:
     bar: bool = True
     """Whether `positive|negative` in a prompt is split; in other dialects the bar has other meanings."""
     model: str | None = None
-    negative_prompt: str | None = None
     n: int | None = None
-    size: str | None = None
-    """`WIDTHxHEIGHT` in pixels, `auto` or None."""
-    steps: int | None = None
-    guidance_scale: float | None = None
+    sampling: Sampling = field(default_factory=Sampling)
     seed: int | None = None
     """0 .. MAX_SEED; -1 or None: a random one."""
-    scheduler: str | None = None
-    clip_skip: int | None = None
-    strength: float | None = None
     images: Sequence[str | bytes] = ()
     """Source pictures: file bytes, base64, `data:` URI or http(s) URL."""
     mask: str | bytes | None = None
@@ -59,7 +46,7 @@ class ImageRequest:
     mask_padding: int | None = None
     """Redraw only the masked area plus this many pixels around it; None: the whole picture."""
     quality: str | None = None
-    """A name of `core.QUALITIES`: takes the steps from the model's table, unless `steps` is set."""
+    """A name of `core.QUALITIES`: takes the steps from the model's table, unless `sampling.steps` is set."""
     transparent: bool = False
     upscale: int | None = None
     """2 or 4: upscaling factor for the source picture."""
@@ -87,13 +74,8 @@ def plan(request: ImageRequest, config: ModelConfig, limits: Limits, most: int) 
     prompt_pairs = [_split(prompt) if request.bar else (prompt, None) for prompt in request.prompts]
     if not prompt_pairs:
         raise InvalidRequest("prompt: must be a text or a list of texts", param="prompt")
-    texts = [
-        *(("prompt", prompt) for prompt in request.prompts),
-        ("negative_prompt", request.negative_prompt or ""),
-    ]
-    for name, text in texts:
-        if len(text) > MAX_PROMPT:
-            raise InvalidRequest(f"{name}: {len(text)} characters; at most {MAX_PROMPT} are allowed", param=name)
+    for prompt in request.prompts:
+        _no_longer("prompt", prompt, MAX_PROMPT)
     n = request.n if request.n is not None else min(config.n or 1, most)
     _within("n", n, 1, most)
     if n * len(prompt_pairs) > most:
@@ -101,10 +83,7 @@ def plan(request: ImageRequest, config: ModelConfig, limits: Limits, most: int) 
             f"n: {len(prompt_pairs)} prompts with {n} pictures each; at most {most} per request",
             param="n",
         )
-    _within("steps", request.steps, 1, MAX_STEPS)
-    _within("guidance_scale", request.guidance_scale, 0, MAX_GUIDANCE)
-    _within("strength", request.strength, 0, 1)
-    _within("clip_skip", request.clip_skip, 0, 64)
+    _check(request.sampling, limits)
     _within("mask_padding", request.mask_padding, 0, MAX_PADDING)
     if request.mask_padding is not None and request.mask is None:
         raise InvalidRequest("masked_area_only: needs a mask; send `mask` too", param="masked_area_only")
@@ -113,35 +92,26 @@ def plan(request: ImageRequest, config: ModelConfig, limits: Limits, most: int) 
             f"quality: {request.quality[:100]!r}; {', '.join(QUALITIES)} or a number of steps are valid",
             param="quality",
         )
-    if request.scheduler:
-        schedulers.parse(request.scheduler)
-    size = size_of(request.size, limits)
     if len(request.images) > MAX_PICTURES:
         raise InvalidRequest(
             f"image: {len(request.images)} pictures; at most {MAX_PICTURES} are allowed", param="image"
         )
     if request.mask is not None and not request.images:
         raise InvalidRequest("mask: needs a picture to redraw; send `image` too", param="mask")
-    if request.strength is not None and not request.images:
+    if request.sampling.strength is not None and not request.images:
         raise InvalidRequest(
             "strength: applies only to a source picture; send `image`, or leave it out", param="strength"
         )
     seed = _seed(config.seed if request.seed is None else request.seed, n)
     generations = []
     for prompt, inline_negative in prompt_pairs:
-        negative = ", ".join(text for text in (request.negative_prompt, inline_negative) if text)
+        own = request.sampling.negative_prompt
+        negative = ", ".join(text for text in (own, inline_negative) if text)
         asked = Generation(
             id="",
             prompt=prompt,
-            negative_prompt=negative or request.negative_prompt,
+            sampling=replace(request.sampling, negative_prompt=negative or own),
             seed=seed,
-            width=size and size[0],
-            height=size and size[1],
-            steps=request.steps,
-            guidance_scale=request.guidance_scale,
-            scheduler=request.scheduler or None,
-            clip_skip=request.clip_skip,
-            strength=request.strength,
             mask_padding=request.mask_padding,
             quality=request.quality,
             transparent=request.transparent,
@@ -157,16 +127,29 @@ def plan(request: ImageRequest, config: ModelConfig, limits: Limits, most: int) 
     return generations
 
 
-def size_of(text: str | None, limits: Limits) -> tuple[int, int] | None:
-    """`WIDTHxHEIGHT` as numbers; None for None and for auto. Raises InvalidRequest for a size that is not allowed."""
+def _check(sampling: Sampling, limits: Limits) -> None:
+    for parameter in PARAMETERS:
+        value = sampling[parameter]
+        if value is None or parameter.most is None:
+            continue
+        if isinstance(value, str):
+            _no_longer(parameter.name, value, int(parameter.most))
+        else:
+            _within(parameter.name, value, parameter.least or 0, parameter.most)
+    if sampling.scheduler:
+        schedulers.parse(sampling.scheduler)
+    if (sampling.width, sampling.height) != (None, None):
+        refuse_size(limits, sampling.width or 0, sampling.height or 0, "size")
+
+
+def size_of(text: str | None) -> tuple[int, int] | tuple[None, None]:
+    """Width and height of `WIDTHxHEIGHT`; no numbers for none and for auto. Raises InvalidRequest for others."""
     if text is None or text.strip().lower() in ("", "auto"):
-        return None
+        return None, None
     match = _SIZE.fullmatch(text)
     if not match:
         raise InvalidRequest(f"size: {text[:100]!r} is not WIDTHxHEIGHT (such as 512x512) or auto", param="size")
-    width, height = int(match[1]), int(match[2])
-    refuse_size(limits, width, height, "size")
-    return width, height
+    return int(match[1]), int(match[2])
 
 
 def refuse_size(limits: Limits, width: int, height: int, name: str, param: str = "") -> None:
@@ -193,14 +176,11 @@ def _split(prompt: str) -> tuple[str, str | None]:
 
 
 def _refuse_disabled(config: ModelConfig, asked: Generation, pictures: bool) -> None:
-    used = {
-        "negative_prompt": asked.negative_prompt,
-        "num_inference_steps": asked.steps,
-        "clip_skip": asked.clip_skip,
-        "image": (pictures and not asked.upscale) or None,  # an upscaler always takes a picture
-    }
-    for name, value in used.items():
-        if value is not None and not config.enables(name):
+    used = [each.argument for each in PARAMETERS if each.guarded and asked.sampling[each] is not None]
+    if pictures and not asked.upscale:  # an upscaler always takes a picture
+        used.append("image")
+    for name in used:
+        if name and not config.enables(name):
             raise InvalidRequest(
                 f"{name}: {config.name} does not allow requests to set it. Add {name} to "
                 f"diffusers.enable_parameters in {config.file}, or leave it out.",
@@ -208,6 +188,11 @@ def _refuse_disabled(config: ModelConfig, asked: Generation, pictures: bool) -> 
             )
 
 
-def _within(name: str, value: Number | None, least: float, most: float) -> None:
+def _no_longer(name: str, text: str, most: int) -> None:
+    if len(text) > most:
+        raise InvalidRequest(f"{name}: {len(text)} characters; at most {most} are allowed", param=name)
+
+
+def _within(name: str, value: float | None, least: float, most: float) -> None:
     if value is not None and not least <= value <= most:  # also refuses NaN
         raise InvalidRequest(f"{name}: {value}; {least} to {most} are valid", param=name)

@@ -25,7 +25,7 @@ from sfumato.pictures.sources import Sources
 from sfumato.serving.catalog import Catalog
 from sfumato.serving.job import CANCELLED, Arrival, Job, Part, Progress
 from sfumato.serving.metrics import Metrics
-from sfumato.serving.planning import ImageRequest, plan, size_of
+from sfumato.serving.planning import ImageRequest, plan
 from sfumato.serving.queue import MAX_RETRY_AFTER_S, Queue
 from sfumato.settings import Settings
 
@@ -304,7 +304,7 @@ class Service:
         """Raises RequestTooLarge or TooManyRequests if the pictures exceed the budget."""
         if not request.images:
             return None
-        derived = size_of(request.size, self.limits) is None
+        derived = request.sampling.size is None
         return Sources(
             request.images,
             request.mask,

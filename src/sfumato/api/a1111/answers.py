@@ -11,8 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sfumato import __version__, schedulers
 from sfumato.api.a1111.bodies import DrawBody
-from sfumato.core import Done
+from sfumato.core import Done, Recipe
 from sfumato.pictures import recipe
+from sfumato.sampling import PARAMETERS, Parameter
 from sfumato.serving.job import Job
 
 
@@ -111,24 +112,25 @@ class Memory(_Item):
 def info(body: DrawBody, job: Job, drawn: Sequence[Done], warnings: Sequence[str], urls: Sequence[str]) -> str:
     """The `info` of a request's pictures."""
     first = drawn[0].recipe
-    sampler, schedule_type = schedulers.sampler_of(first.scheduler) or (first.scheduler, schedulers.AUTOMATIC)
+    scheduler = first.sampling.scheduler or ""
+    sampler, schedule_type = schedulers.sampler_of(scheduler) or (scheduler, schedulers.AUTOMATIC)
+    rare = [each for each in PARAMETERS if not each.reported and first.sampling[each] is not None]
+    width, height = first.size
     count = len(drawn)
     return json.dumps(
         {
             "prompt": first.prompt,
             "all_prompts": [done.recipe.prompt for done in drawn],
-            "negative_prompt": first.negative_prompt or "",
-            "all_negative_prompts": [done.recipe.negative_prompt or "" for done in drawn],
+            **{each.a1111: _as_there(each, first) for each in PARAMETERS if each.a1111 and each.reported},
+            "all_negative_prompts": [done.recipe.sampling.negative_prompt or "" for done in drawn],
             "seed": first.seed,
             "all_seeds": [done.recipe.seed for done in drawn],
             "subseed": first.seed,
             "all_subseeds": [done.recipe.seed for done in drawn],
             "subseed_strength": 0,
-            "width": first.width,
-            "height": first.height,
+            "width": width,
+            "height": height,
             "sampler_name": sampler,
-            "cfg_scale": first.guidance_scale,
-            "steps": first.steps,
             "batch_size": min(body.batch_size or 1, count),
             "restore_faces": False,
             "face_restoration_model": None,
@@ -138,19 +140,27 @@ def info(body: DrawBody, job: Job, drawn: Sequence[Done], warnings: Sequence[str
             "sd_vae_hash": None,
             "seed_resize_from_w": -1,
             "seed_resize_from_h": -1,
-            "denoising_strength": first.strength,
-            "extra_generation_params": {"Schedule type": schedule_type},
+            "extra_generation_params": {
+                "Schedule type": schedule_type,
+                **{each.infotext: first.sampling[each] for each in rare},
+            },
             "index_of_first_image": 0,
             "infotexts": [recipe.infotext(done.recipe) for done in drawn],
             "styles": [],
             "job_timestamp": timestamp(job.created),
-            "clip_skip": (first.clip_skip or 0) + 1,
             "is_using_inpainting_conditioning": first.mask_sha256 is not None,
             "version": f"sfumato {__version__}",
             "warnings": list(warnings),
             "urls": list(urls),
         }
     )
+
+
+def _as_there(parameter: Parameter, made: Recipe) -> Any:
+    value = made.sampling[parameter]
+    if parameter.one_based:
+        return (value or 0) + 1
+    return value or "" if parameter.kind is str else value
 
 
 def timestamp(seconds: float) -> str:

@@ -9,15 +9,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model
 from pydantic_core import from_json, to_json
 
-from sfumato.api.openai.bodies import BLANK, Guidance, PictureCount, Seed, Steps, Strength, Text
+from sfumato.api.fields import BLANK, PictureCount, Seed, Side, Text, a1111_field
 from sfumato.core import MAX_SEED
 from sfumato.pictures.fitting import Fitting
 from sfumato.pictures.images import from_text
+from sfumato.sampling import PARAMETERS, Parameter, Sampling
 from sfumato.serving.planning import MAX_PADDING, MAX_PICTURES
 
 DEFAULT_BLUR = 4.0
@@ -29,7 +30,7 @@ CROPPED = (1, 2)
 NEUTRAL: Mapping[str, tuple[object, ...]] = MappingProxyType(
     {
         "subseed_strength": (0,), "seed_resize_from_w": (0, -1), "seed_resize_from_h": (0, -1),
-        "restore_faces": (False,), "tiling": (False,), "eta": (1,), "s_churn": (0,), "s_tmax": (0,), "s_tmin": (0,),
+        "restore_faces": (False,), "tiling": (False,), "s_churn": (0,), "s_tmax": (0,), "s_tmin": (0,),
         "s_noise": (1,), "s_min_uncond": (0,), "initial_noise_multiplier": (1,),
         "inpainting_fill": (1,), "distilled_cfg_scale": (),
     }
@@ -60,18 +61,24 @@ def asks(value: object, neutral: tuple[object, ...]) -> bool:
     return value not in (*BLANKS, *neutral)
 
 
-class DrawBody(BaseModel):
-    """Common fields of txt2img and img2img."""
+TAKEN = tuple(each for each in PARAMETERS if each.a1111)
+"""Each is a field of its own."""
+UNSOURCED = tuple(each for each in TAKEN if not each.source)
 
+
+def _with_fields(base: type[BaseModel], taken: tuple[Parameter, ...]) -> type[BaseModel]:
+    """`base` with these, by the names that they have there."""
+    definitions: dict[str, Any] = {str(each.a1111): a1111_field(each) for each in taken}
+    return create_model(base.__name__, __base__=base, **definitions)
+
+
+class _Common(BaseModel):
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
     prompt: str | None = Field("", description="What to draw.", examples=["a rocket on a blue background"])
-    negative_prompt: Text = Field(None, description="What to keep out of the picture.")
     seed: Seed = Field(None, description=f"-1 or absent: random. Picture i gets seed + i, at most {MAX_SEED}.")
-    steps: Steps = Field(None, description="Denoising steps.", examples=[20])
-    cfg_scale: Guidance = Field(None, description="Guidance.", examples=[7.0])
-    width: PictureCount = Field(None, description="Pixels; if height is absent too: the model's size.", examples=[128])
-    height: PictureCount = Field(None, description="Pixels.", examples=[128])
+    width: Side = Field(None, description="Pixels; if height is absent too: the model's size.", examples=[128])
+    height: Side = Field(None, description="Pixels.", examples=[128])
     batch_size: PictureCount = Field(None, description="The number of pictures is batch_size times n_iter.")
     n_iter: PictureCount = Field(None, description="Same as batch_size: the server decides how to batch.")
     sampler_name: Text = Field(
@@ -81,9 +88,6 @@ class DrawBody(BaseModel):
     )
     sampler_index: Annotated[str | int | None, BLANK] = Field(None, description="Older name of sampler_name.")
     scheduler: Text = Field(None, description="A schedule type from /sdapi/v1/schedulers.", examples=["Automatic"])
-    clip_skip: Annotated[Annotated[int, Field(ge=0, le=65)] | None, BLANK] = Field(
-        None, description="Layer of the text encoder to stop at, the last one being 1; also in override_settings."
-    )
     override_settings: dict[str, Any] | None = Field(
         None, description=f"For this request only: {MODEL} (a title from /sdapi/v1/sd-models) and {LAYERS}."
     )
@@ -96,6 +100,18 @@ class DrawBody(BaseModel):
     alwayson_scripts: dict[str, Any] | None = Field(None, description="Without effect; a header lists them.")
     send_images: bool | None = Field(True, description="false: the answer has no pictures.")
     save_images: bool | None = Field(False, description="Also store the pictures on the server; info has their URLs.")
+
+
+if TYPE_CHECKING:
+    _Sampled = _Common
+else:
+    _Sampled = _with_fields(_Common, UNSOURCED)
+
+
+class DrawBody(_Sampled):
+    """Common fields of txt2img and img2img."""
+
+    TAKES: ClassVar[tuple[Parameter, ...]] = UNSOURCED
 
     @property
     def overrides(self) -> dict[str, Any]:
@@ -111,20 +127,22 @@ class DrawBody(BaseModel):
         return (self.batch_size or 1) * (self.n_iter or 1)
 
     @property
-    def size(self) -> str | None:
+    def size(self) -> tuple[int, int] | tuple[None, None]:
         if self.width is None and self.height is None:
-            return None
-        return f"{self.width or 512}x{self.height or 512}"  # AUTOMATIC1111's default for an omitted side
+            return None, None
+        return self.width or 512, self.height or 512  # AUTOMATIC1111's default for an omitted side
 
-    @property
-    def layers_skipped(self) -> int | None:
-        """Our count of layers to skip. Clients send the last layer by default."""
-        given = self.overrides.get(LAYERS, self.clip_skip)
-        try:
-            layer = int(given or 1)
-        except (TypeError, ValueError, OverflowError):
-            return None
-        return layer - 1 if layer > 1 else None
+    def sampling(self, scheduler: str | None) -> Sampling:
+        """What is asked for, with the scheduler that `sampler` was understood as."""
+        width, height = self.size
+        values = {each.name: self._value(each) for each in self.TAKES}
+        return Sampling(**values, scheduler=scheduler, width=width, height=height)
+
+    def _value(self, parameter: Parameter) -> Any:
+        value = getattr(self, parameter.a1111 or "")
+        if parameter.one_based:
+            value = _from_one(self.overrides.get(LAYERS, value))
+        return None if value in parameter.neutral else value
 
     def ignored(self) -> list[str]:
         """Names of fields that are set but have no effect; no values."""
@@ -160,14 +178,19 @@ class Txt2ImgBody(DrawBody):
     denoising_strength: float | None = Field(None, description="Without effect: belongs to the second pass.")
 
 
-class Img2ImgBody(DrawBody):
+if TYPE_CHECKING:
+    _SampledFromPicture = DrawBody
+else:
+    _SampledFromPicture = _with_fields(DrawBody, tuple(each for each in TAKEN if each.source))
+
+
+class Img2ImgBody(_SampledFromPicture):
     """Of `POST /sdapi/v1/img2img`."""
+
+    TAKES = TAKEN
 
     init_images: list[str] = Field(
         min_length=1, max_length=MAX_PICTURES, description="The source picture: base64 or a data: URI."
-    )
-    denoising_strength: Strength = Field(
-        None, description="How far the result may move from the source picture.", examples=[0.75]
     )
     resize_mode: Annotated[Literal[0, 1, 2, 3] | None, BLANK] = Field(
         None, description="How to fit to width x height: 0 and 3 stretch the picture, 1 and 2 crop it."
@@ -246,3 +269,12 @@ class UpscaleBody(BaseModel):
 
 def _is_news(name: str, value: object) -> bool:
     return not QUIET.fullmatch(name) and (name not in NEUTRAL or asks(value, NEUTRAL[name]))
+
+
+def _from_one(value: object) -> int | None:
+    """Our count of layers to skip. Clients send the last layer by default."""
+    try:
+        layer = int(value or 1)  # type: ignore[call-overload]
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return layer - 1 if layer > 1 else None

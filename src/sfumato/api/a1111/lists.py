@@ -81,7 +81,7 @@ def router(service: Service, choices: Choices) -> APIRouter:
             MODEL: name,
             "sd_checkpoint_hash": None,
             "sd_vae": "Automatic",
-            LAYERS: ((config and config.clip_skip) or 0) + 1,
+            LAYERS: ((config and config.sampling.clip_skip) or 0) + 1,
             "eta_noise_seed_delta": 0,
             "return_grid": False,
             "live_previews_enable": True,

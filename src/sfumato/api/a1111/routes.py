@@ -29,6 +29,7 @@ from sfumato.errors import Cancelled, InvalidRequest
 from sfumato.pictures import images as pictures
 from sfumato.pictures import recipe
 from sfumato.pictures.gallery import Gallery
+from sfumato.sampling import PARAMETERS
 from sfumato.serving.job import Job
 from sfumato.serving.planning import ImageRequest, refuse_size
 from sfumato.serving.service import Service
@@ -37,9 +38,10 @@ PREVIEWS = 8
 """Previews per picture, for `progress`."""
 
 SENT_UNASKED: Mapping[str, str] = MappingProxyType(
-    {"scheduler": "scheduler", "step": "scheduler", "guidance_scale": "guidance_scale", "num_inference_steps": "steps"}
+    {"scheduler": "scheduler", "step": "scheduler"}
+    | {each.argument: each.name for each in PARAMETERS if each.argument and each.optional}
 )
-"""Parameter that the engine may refuse → field of `ImageRequest` to drop: clients send these to every model."""
+"""Parameter that the engine may refuse → field of `Sampling` to drop: clients send these to every model."""
 
 ERRORS = documents.errors(*documents.REASONS)
 UPSCALE_ERRORS = {status: said for status, said in ERRORS.items() if status not in (404, 507)}
@@ -63,9 +65,7 @@ def router(service: Service, gallery: Gallery) -> APIRouter:
         ignored = body.ignored()
         asked = replace(asked, keep=kept_as_drawn(request, must=bool(body.save_images)))
         if isinstance(body, Img2ImgBody):
-            asked = replace(
-                asked, fitting=body.fitting(), strength=body.denoising_strength, mask_padding=body.mask_padding
-            )
+            asked = replace(asked, fitting=body.fitting(), mask_padding=body.mask_padding)
             images, mask = await asyncio.to_thread(body.sources)
             asked = replace(asked, images=images, mask=mask)
         job, drawn = await finish(asked, name, warnings)
@@ -216,15 +216,10 @@ def _asked(
     asked = ImageRequest(
         prompts=[body.prompt or ""],
         bar=False,
-        negative_prompt=body.negative_prompt,
         model=model,
         n=body.pictures,
-        size=body.size,
-        steps=body.steps,
-        guidance_scale=body.cfg_scale,
         seed=body.seed,
-        scheduler=chosen.scheduler,
-        clip_skip=body.layers_skipped,
+        sampling=body.sampling(chosen.scheduler),
         previews=PREVIEWS,
         id=request.state.request_id,
         caller=caller,
@@ -234,15 +229,12 @@ def _asked(
 
 def _without(asked: ImageRequest, error: InvalidRequest) -> ImageRequest | None:
     """The request without the field that the model refuses; None if that field must not be dropped."""
-    match SENT_UNASKED.get(error.param or ""):
-        case "scheduler" if asked.scheduler:
-            return replace(asked, scheduler=plainer(asked.scheduler))
-        case "steps" if asked.steps is not None:
-            return replace(asked, steps=None)
-        case "guidance_scale" if asked.guidance_scale is not None:
-            return replace(asked, guidance_scale=None)
-        case _:
-            return None
+    name = SENT_UNASKED.get(error.param or "")
+    if name is None or getattr(asked.sampling, name) is None:
+        return None
+    scheduler = asked.sampling.scheduler
+    less: dict[str, Any] = {name: plainer(scheduler) if name == "scheduler" and scheduler else None}
+    return replace(asked, sampling=replace(asked.sampling, **less))
 
 
 def _current_image(jobs: list[Job]) -> str | None:

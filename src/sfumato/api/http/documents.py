@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, create_model
+
+from sfumato.sampling import PARAMETERS
 
 
 class ErrorDetail(BaseModel):
@@ -52,18 +54,23 @@ class Images(BaseModel):
     usage: Usage
 
 
-class ModelDefaults(BaseModel):
+class _Defaults(BaseModel):
     """Defaults for requests; null: the model's own, known once it is loaded."""
 
     size: str | None
-    steps: int | None
-    guidance_scale: float | None
-    scheduler: str | None
-    negative_prompt: str | None
-    clip_skip: int | None
-    strength: float | None
     n: int
     seed: int | None
+
+
+if TYPE_CHECKING:
+    ModelDefaults = _Defaults
+else:
+    ModelDefaults = create_model(
+        "ModelDefaults",
+        __base__=_Defaults,
+        __doc__=_Defaults.__doc__,
+        **{each.name: (each.kind | None, ...) for each in PARAMETERS if not each.side},
+    )
 
 
 class ModelLimits(BaseModel):

@@ -220,8 +220,8 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
 def usage(job: Job, drawn: Sequence[Done]) -> dict[str, Any]:
     """OpenAI's token counts: the encoder's tokens for texts, one per `PATCH` square for pictures."""
     text = sum(done.prompt_tokens for done in drawn)
-    image = sum(_patches(done.recipe.width, done.recipe.height) * len(done.recipe.image_sha256) for done in drawn)
-    output = sum(_patches(done.recipe.width, done.recipe.height) for done in drawn)
+    image = sum(_patches(*done.recipe.size) * len(done.recipe.image_sha256) for done in drawn)
+    output = sum(_patches(*done.recipe.size) for done in drawn)
     return {
         "input_tokens": text + image,
         "input_tokens_details": {"text_tokens": text, "image_tokens": image},
@@ -244,12 +244,12 @@ def _header(text: str) -> str:
 
 def _shown(form: OutputFormat, job: Job, done: Done | None) -> dict[str, str]:
     asked = job.parts[0].generation
-    size = (done.recipe.width, done.recipe.height) if done else (asked.width, asked.height)
+    size = done.recipe.size if done else asked.sampling.size
     return {
         "background": "transparent" if asked.transparent else "opaque",
         "output_format": form.format,
         "quality": form.quality,
-        "size": f"{size[0]}x{size[1]}" if all(size) else "auto",
+        "size": f"{size[0]}x{size[1]}" if size else "auto",
     }
 
 

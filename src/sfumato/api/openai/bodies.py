@@ -6,33 +6,21 @@ a picture is a file. Unlisted fields are kept in `model_extra` without effect.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
+from sfumato.api.fields import BLANK, PictureCount, Seed, Text, openai_field
 from sfumato.core import MAX_SEED, QUALITIES
-from sfumato.serving.planning import (
-    DEFAULT_PADDING,
-    MAX_GUIDANCE,
-    MAX_PADDING,
-    MAX_PROMPT,
-    MAX_STEPS,
-    RANDOM_SEED,
-    ImageRequest,
-)
+from sfumato.sampling import MAX_PROMPT, PARAMETERS, Sampling
+from sfumato.serving.planning import DEFAULT_PADDING, MAX_PADDING, RANDOM_SEED, ImageRequest, size_of
 
 MAX_PARTIAL_IMAGES = 3
-MAX_COUNT = 1000
-"""Well above any server's own limit, the setting max_n."""
 
 GPT_FIELDS = ("background", "output_format", "output_compression", "moderation")
 PICTURE_FIELDS = ("image", "file", "files", "ref_images", "mask")
 GPT_QUALITIES = ("auto", "low", "medium", "high")
-
-
-def _blank_is_absent(value: Any) -> Any:
-    """Forms send an empty string for an empty field."""
-    return None if isinstance(value, str) and not value.strip() else value
 
 
 def _listed(value: Any) -> Any:
@@ -54,14 +42,6 @@ OnePicture: TypeAlias = Picture | dict[str, Any]
 Pictures: TypeAlias = Annotated[
     list[Picture], BeforeValidator(_listed, json_schema_input_type=OnePicture | list[OnePicture])
 ]
-BLANK = BeforeValidator(_blank_is_absent)
-Text: TypeAlias = Annotated[str | None, BLANK]
-Seed: TypeAlias = Annotated[Annotated[int, Field(ge=RANDOM_SEED, le=MAX_SEED)] | None, BLANK]
-PictureCount: TypeAlias = Annotated[Annotated[int, Field(ge=1, le=MAX_COUNT)] | None, BLANK]
-Steps: TypeAlias = Annotated[Annotated[int, Field(ge=1, le=MAX_STEPS)] | None, BLANK]
-Guidance: TypeAlias = Annotated[Annotated[float, Field(ge=0, le=MAX_GUIDANCE)] | None, BLANK]
-Layers: TypeAlias = Annotated[Annotated[int, Field(ge=0, le=64)] | None, BLANK]
-Strength: TypeAlias = Annotated[Annotated[float, Field(ge=0, le=1)] | None, BLANK]
 Percent: TypeAlias = Annotated[Annotated[int, Field(ge=0, le=100)] | None, BLANK]
 PartialImages: TypeAlias = Annotated[Annotated[int, Field(ge=0, le=MAX_PARTIAL_IMAGES)] | None, BLANK]
 
@@ -69,13 +49,12 @@ _PROMPT = "What to draw; `positive|negative` in one text also works."
 _PICTURE = "Base64, data: URI or http(s) URL; in a form, a file."
 
 
-class Body(BaseModel):
-    """Common fields of all image routes."""
+TAKEN = tuple(each for each in PARAMETERS if not each.side)
+"""Each is a field of its own; width and height are `size`."""
 
+
+class _Common(BaseModel):
     model_config = ConfigDict(extra="allow", protected_namespaces=(), populate_by_name=True)
-
-    WITHOUT_EFFECT: ClassVar[tuple[str, ...]] = ("moderation", "style", "input_fidelity")
-    """OpenAI's fields without meaning for a diffusers pipeline; if sent, a header lists them."""
 
     model: Text = Field(None, description="A name from /v1/models; absent: the default model.")
     n: PictureCount = Field(
@@ -89,23 +68,19 @@ class Body(BaseModel):
     seed: Seed = Field(
         None, description=f"{RANDOM_SEED} or absent: random; the response contains it. At most {MAX_SEED}, minus n - 1."
     )
-    steps: Steps = Field(
-        None,
-        validation_alias=AliasChoices("steps", "step", "num_inference_steps"),
-        description="Denoising steps; also `step` and `num_inference_steps`.",
-    )
-    guidance_scale: Guidance = Field(
-        None, validation_alias=AliasChoices("guidance_scale", "cfg_scale"), description="Also `cfg_scale`."
-    )
-    negative_prompt: str | None = Field(None, description="What to keep out of the picture.")
-    scheduler: Text = Field(
-        None,
-        validation_alias=AliasChoices("scheduler", "sampler", "scheduler_type"),
-        description="A name from docs/reference/schedulers.md; also `sampler` and `scheduler_type`.",
-        examples=["k_dpmpp_2m"],
-    )
-    clip_skip: Layers = Field(None, description="Number of last text encoder layers to skip.")
-    strength: Strength = Field(None, description="How far the result may move from the source picture.")
+
+
+if TYPE_CHECKING:
+    _Sampled = _Common
+else:
+    _Sampled = create_model("_Sampled", __base__=_Common, **{each.name: openai_field(each) for each in TAKEN})
+
+
+class Body(_Sampled):
+    """Common fields of all image routes."""
+
+    WITHOUT_EFFECT: ClassVar[tuple[str, ...]] = ("moderation", "style", "input_fidelity")
+    """OpenAI's fields without meaning for a diffusers pipeline; if sent, a header lists them."""
 
     def ignored(self) -> list[str]:
         """Fields that were sent but have no effect."""
@@ -121,24 +96,15 @@ class Body(BaseModel):
             if value := getattr(self, name, None):
                 setattr(self, name, [] if isinstance(value, list) else None)
 
+    def sampling(self) -> Sampling:
+        """Raises InvalidRequest for a size that is none."""
+        width, height = size_of(self.size)
+        return Sampling(**{each.name: getattr(self, each.name) for each in TAKEN}, width=width, height=height)
+
     def to_request(self, **more: Any) -> ImageRequest:
         """The request; `more` holds fields that override or extend those above."""
-        return ImageRequest(
-            **{
-                "prompts": [""],
-                "model": self.model,
-                "n": self.n,
-                "size": self.size,
-                "seed": self.seed,
-                "steps": self.steps,
-                "guidance_scale": self.guidance_scale,
-                "negative_prompt": self.negative_prompt,
-                "scheduler": self.scheduler,
-                "clip_skip": self.clip_skip,
-                "strength": self.strength,
-            }
-            | more
-        )
+        known = {"prompts": [""], "model": self.model, "n": self.n, "seed": self.seed, "sampling": self.sampling()}
+        return ImageRequest(**known | more)
 
 
 class VariationsBody(Body):
@@ -177,13 +143,20 @@ class PaintBody(Body):
         }
         return super().ignored() + [name for name, yes in pointless.items() if yes and getattr(self, name) is not None]
 
+    @property
+    def _steps_as_quality(self) -> int | None:
+        text = str(self.quality)
+        return int(text) if text.isdecimal() and len(text) < 10 else None
+
+    def sampling(self) -> Sampling:
+        said = super().sampling()
+        return replace(said, steps=self._steps_as_quality) if said.steps is None else said
+
     def to_request(self, **more: Any) -> ImageRequest:
-        text = str(self.quality) if self.quality is not None else None
-        steps = int(text) if text and text.isdecimal() and len(text) < 10 else None
+        named = self.quality is not None and self._steps_as_quality is None
         return super().to_request(
             **{
-                "steps": self.steps if self.steps is not None else steps,
-                "quality": text if steps is None else None,
+                "quality": str(self.quality) if named else None,
                 "transparent": self.background == "transparent",
                 "previews": (self.partial_images or 0) if self.stream else 0,
                 "detached": bool(self.detached),

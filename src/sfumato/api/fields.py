@@ -1,0 +1,54 @@
+"""Fields of request bodies: the kinds that both dialects share, and those that `sfumato.sampling` describes."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, TypeAlias
+
+from pydantic import AliasChoices, BeforeValidator, Field
+
+from sfumato.core import MAX_SEED
+from sfumato.sampling import Parameter
+from sfumato.serving.planning import RANDOM_SEED
+
+MAX_COUNT = 1000
+"""Well above any server's own limit, the setting max_n."""
+
+MAX_SIDE = 100_000
+"""Well above any server's own limit, the setting max_side."""
+
+
+def _blank_is_absent(value: Any) -> Any:
+    """Forms send an empty string for an empty field."""
+    return None if isinstance(value, str) and not value.strip() else value
+
+
+BLANK = BeforeValidator(_blank_is_absent)
+Text: TypeAlias = Annotated[str | None, BLANK]
+Seed: TypeAlias = Annotated[Annotated[int, Field(ge=RANDOM_SEED, le=MAX_SEED)] | None, BLANK]
+PictureCount: TypeAlias = Annotated[Annotated[int, Field(ge=1, le=MAX_COUNT)] | None, BLANK]
+Side: TypeAlias = Annotated[Annotated[int, Field(ge=1, le=MAX_SIDE)] | None, BLANK]
+
+
+def openai_field(parameter: Parameter) -> tuple[Any, Any]:
+    """Type and description of a parameter in bodies of OpenAI's kind."""
+    kind = str | None if parameter.empty else _kind(parameter)
+    names = (parameter.name, *parameter.aliases)
+    also = f"; also {' and '.join(f'`{alias}`' for alias in parameter.aliases)}" if parameter.aliases else ""
+    examples = [parameter.example] if parameter.kind is str and parameter.example else None
+    alias = AliasChoices(*names) if parameter.aliases else None
+    return kind, Field(None, validation_alias=alias, description=f"{parameter.help}{also}.", examples=examples)
+
+
+def a1111_field(parameter: Parameter) -> tuple[Any, Any]:
+    """The same in bodies of AUTOMATIC1111's kind."""
+    base = "; counted from 1, which is none" if parameter.one_based else ""
+    asked = f"; {', '.join(map(str, parameter.neutral))} asks for nothing, as there" if parameter.neutral else ""
+    examples = [parameter.example] if parameter.example is not None else None
+    return _kind(parameter), Field(None, description=f"{parameter.help}{base}{asked}.", examples=examples)
+
+
+def _kind(parameter: Parameter) -> Any:
+    if parameter.kind is str:
+        return Text
+    most = parameter.most if parameter.most is None or not parameter.one_based else parameter.most + 1
+    return Annotated[Annotated[parameter.kind, Field(ge=parameter.least, le=most)] | None, BLANK]
