@@ -253,7 +253,7 @@ def test_every_choice_can_be_parsed_from_its_name() -> None:
         ("k_euler", "beta", "names the schedule 'karras'"),
         ("euler_a", "karras", "it takes: sgm_uniform. These take 'karras': heun"),
         ("lcm", "beta", "it takes: none"),
-        ("k_ddim", None, "'ddim' does not take the schedule 'karras'"),
+        ("ddim", "karras", "'ddim' does not take the schedule 'karras'"),
     ],
 )
 def test_what_cannot_be_parsed(name: str, schedule: str | None, words: str) -> None:

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
+from urllib.parse import urlsplit
 
 from sfumato import schedulers
 from sfumato.config import readers
 from sfumato.config.document import Document, documents, read
-from sfumato.config.keys import IGNORED, IMG2IMG, KEYS, REDIRECTS, SECTIONS
+from sfumato.config.keys import IGNORED, IMG2IMG, KEYS, LANGUAGE, OWN, PICTURES, REDIRECTS, SECTIONS
 from sfumato.config.model import Adapter, ModelConfig
 from sfumato.errors import InvalidRequest, ModelFileError, did_you_mean
 
@@ -112,6 +113,25 @@ def _not_ours(values: Any) -> str | None:
     routes = [key for key in REDIRECTS if values.get(key)]
     if routes and not model and not values.get("artifacts"):
         return f"`{routes[0]}` without `parameters.model`: it describes how LocalAI routes, not a model"
+    if not backend and (mark := _of_language(values, model)):
+        return f"{mark}, and no word of pictures: not an image model. Write `backend: diffusers` if it is one"
+    return None
+
+
+def _of_language(values: Any, model: Any) -> str | None:
+    """What tells that a file without `backend` is for another of LocalAI's backends."""
+    uses = values.get("known_usecases")
+    words = [
+        str(use).lower().removeprefix("flag_") for use in (uses if isinstance(uses, list) else [uses] if uses else [])
+    ]
+    if any(word in ("image", "video", "any") for word in words) or any(key in values for key in PICTURES):
+        return None
+    if words:
+        return f"`known_usecases` are {', '.join(words[:5])}"
+    if marks := [key for key in LANGUAGE if values.get(key)]:
+        return f"it has `{marks[0]}`"
+    if isinstance(model, str) and urlsplit(model).path.lower().endswith(".gguf"):
+        return "it is a .gguf file"
     return None
 
 
@@ -139,9 +159,9 @@ def _parse(source: _Source, file: Path, created: int, default_name: str | None) 
     # 1. Every key is known, or named with the nearest one that is.
     given = dict(source.entries())
     for path in given:
-        if path not in _BY_PATH and path not in IGNORED:
+        if path not in _BY_PATH and path not in IGNORED and not path.startswith(OWN):
             raise source.error(path, f"unknown key.{_nearest(path)} A key that means nothing here has to go.")
-    ignored = tuple((path, IGNORED[path]) for path in given if path in IGNORED)
+    ignored = [(path, IGNORED[path]) for path in given if path in IGNORED]
 
     # 2. Every value is read; of two places for one field the later row of the table wins.
     fields: dict[str, Any] = {}
@@ -149,6 +169,8 @@ def _parse(source: _Source, file: Path, created: int, default_name: str | None) 
         value = given.get(key.path)
         if value is None or value == "":
             continue
+        if key.read in readers.TEXTS:
+            value = source.document.texts.get(key.path, value)
         try:
             fields[key.field] = key.read(value)
         except ValueError as error:
@@ -162,7 +184,7 @@ def _parse(source: _Source, file: Path, created: int, default_name: str | None) 
     if not name:
         raise source.error("name", "is missing; each model of a list needs one")
     alias: tuple[str, ...] = fields.pop("alias", ())
-    repo, revision = fields.pop("artifacts", (None, None))
+    repo, revision, fields["snapshot"] = fields.pop("artifacts", (None, None, None))
     fields["repo"], fields["revision"] = repo, fields.get("revision") or revision
     fields["model"] = fields.get("model") or repo
     if not fields["model"]:
@@ -172,13 +194,15 @@ def _parse(source: _Source, file: Path, created: int, default_name: str | None) 
     fields["aliases"] = tuple(dict.fromkeys([*alias, *fields.get("aliases", ())]))
     fields["width"], fields["height"] = fields.pop("size", None) or (None, None)
     fields["adapters"] = _adapters(source, fields)
-    _options(source, fields)
+    ignored += _options(source, fields)
+    if str(fields.get("vae", "")).lower() in ("none", "automatic"):
+        del fields["vae"]
     _img2img(fields)
     _scheduler(source, fields)
 
     # 4. What a reader gave as "not given" leaves the default in force.
     fields = {field: value for field, value in fields.items() if value is not None}
-    return ModelConfig(name=name, file=file, folder=file.parent, created=created, ignored=ignored, **fields)
+    return ModelConfig(name=name, file=file, folder=file.parent, created=created, ignored=tuple(ignored), **fields)
 
 
 def _word(key: Any) -> str:
@@ -200,11 +224,13 @@ def _adapters(source: _Source, fields: dict[str, Any]) -> tuple[Adapter, ...]:
             "lora_scales", f"{len(scales)} scales for {len(several)} lora_adapters; give one for each, or none"
         )
     first = (Adapter(single, scale),) if single else ()
-    return first + tuple(map(Adapter, several, scales or [1.0] * len(several)))
+    return first + tuple(map(Adapter, several, scales or [scale] * len(several)))
 
 
-def _options(source: _Source, fields: dict[str, Any]) -> None:
-    lines = dict(fields.pop("options", ()))
+def _options(source: _Source, fields: dict[str, Any]) -> list[tuple[str, str]]:
+    """Sets what they say; returns those that say nothing, as `ModelConfig.ignored` has it."""
+    lines, switches = fields.pop("options", ((), ()))
+    lines = dict(lines)
     if "torch_dtype" in lines:
         try:
             dtype = readers.dtype(lines.pop("torch_dtype"))
@@ -212,6 +238,7 @@ def _options(source: _Source, fields: dict[str, Any]) -> None:
             raise source.error("options", f"torch_dtype {error}") from None
         fields["dtype"] = fields.get("dtype") or dtype
     fields["option_lines"] = tuple(lines.items())
+    return [(f"options: {word}", "a switch of another backend: an argument is `key:value`") for word in switches]
 
 
 def _img2img(fields: dict[str, Any]) -> None:

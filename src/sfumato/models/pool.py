@@ -25,7 +25,8 @@ ASKED = "it was asked to leave"
 PER_REQUEST: Mapping[str, Any] = {
     "aliases": (), "pinned": False, "disabled": False, "file": None, "enable_parameters": frozenset(),
     "steps": None, "quality_steps": (), "cfg_scale": None, "seed": None, "n": None, "negative_prompt": None,
-    "strength": None, "width": None, "height": None, "option_lines": (), "threads": None, "max_concurrent": None,
+    "strength": None, "width": None, "height": None, "option_lines": (), "locked": frozenset(),
+    "threads": None, "max_concurrent": None,
     "retry_after": 0,
 }  # fmt: skip
 """Fields that have no part in loading, with a value that stands for any."""
