@@ -33,7 +33,7 @@ from sfumato.batching import feature_caches
 from sfumato.batching.adapter_state import Adapters
 from sfumato.batching.calls import target
 from sfumato.batching.reasons import Reason
-from sfumato.pipelines import tiling
+from sfumato.pipelines import compat, tiling
 
 log = logging.getLogger(__name__)
 
@@ -170,7 +170,12 @@ class StandIn:
         return _ask(self, "__call__", args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        value = getattr(self._sfumato_module, name)
+        try:
+            value = getattr(self._sfumato_module, name)
+        except AttributeError:
+            if compat.is_itself(self._sfumato_module, name):
+                return self
+            raise
         if isinstance(value, torch.nn.Module):
             self._sfumato_view.hand_out(self, value)
             return value

@@ -76,7 +76,6 @@ def load(config: ModelConfig, device_setting: str, tell: Tell) -> Loaded:
         device = choose_device(config, device_setting)
         dtype = choose_dtype(config, device)
         pipeline, source = _pipeline(config, dtype, tell)
-        _mend_clip(pipeline)
         _check(config, pipeline)
         _adapters(config, pipeline)
         shown = _glance(config, pipeline, device, dtype)
@@ -282,13 +281,6 @@ def _beside(config: ModelConfig, name: str) -> str:
     """A path relative to the model file when it exists, else the name as it is (a hub id)."""
     path = (config.folder / Path(name).expanduser()).resolve()
     return str(path) if path.exists() else name
-
-
-def _mend_clip(pipeline: Any) -> None:
-    """Let `clip_skip` work: diffusers reads `text_encoder.text_model`, which transformers 5 merged into the encoder."""
-    encoder = getattr(pipeline, "text_encoder", None)
-    if type(encoder).__name__ == "CLIPTextModel" and not hasattr(encoder, "text_model"):
-        object.__setattr__(encoder, "text_model", encoder)  # not as a submodule: it would contain itself
 
 
 def _check(config: ModelConfig, pipeline: Any) -> None:
