@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from support import tiny
+from support.here import use
 from support.hub import Hub
+from support.tiny_checkpoint import single_file
 
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
 """Processes that tests start find `support` too."""
@@ -52,6 +54,19 @@ def hub(repositories: dict[str, Path]) -> Iterator[Hub]:
         for repo, folder in repositories.items():
             hub.add(repo, folder)
         yield hub
+
+
+@pytest.fixture
+def here(hub: Hub, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """The shared hub, asked by this process, with an empty cache."""
+    use(hub, tmp_path_factory.mktemp("cache"), monkeypatch)
+    return hub
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Stable Diffusion 1 as one file in the original layout, which the hub's stable-diffusion-v1-5 describes."""
+    return single_file(tiny.stable_diffusion(), tmp_path_factory.mktemp("checkpoint") / "model.safetensors")
 
 
 @pytest.fixture(autouse=True)

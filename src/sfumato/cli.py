@@ -133,7 +133,7 @@ def list_models(models: Models = None) -> None:
         table.add_row(
             config.name,
             ", ".join(config.aliases),
-            config.model,
+            config.shown,
             config.pipeline_type or "as the repository says",
             config.scheduler_type or "the model's own",
         )

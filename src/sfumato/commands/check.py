@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sfumato.config import Broken, ModelConfig, ParsedFile, Redirect, Skipped
+from sfumato.config import Broken, ModelConfig, ParsedFile, Redirect, Skipped, addresses
 from sfumato.errors import SfumatoError
 from sfumato.models import sources
 from sfumato.serving.catalog import Catalog
@@ -81,10 +81,13 @@ def _source(config: ModelConfig) -> Iterator[tuple[str, str]]:
             yield "weights", f"{repo}{f'@{revision}' if revision else ''} from the hub, {state}"
             yield "pipeline", config.pipeline_type or "as the repository says"
         case sources.Url(url):
-            yield "weights", f"{url}, kept beside the model file"
+            yield "weights", f"{addresses.shown(url)}, kept beside the model file"
             yield "pipeline", config.pipeline_type or "as the weights say"
         case sources.Folder(path):
-            yield "weights", f"folder {path}"
+            yield (
+                "weights",
+                f"{config.repo}@{config.revision} in {path}, fetched by LocalAI" if config.repo else f"folder {path}",
+            )
             yield "pipeline", config.pipeline_type or _class_name(path)
         case sources.File(path):
             size = f"{path.stat().st_size / 1e6:,.0f} MB" if path.exists() else "not here yet; download_files has it"
@@ -124,7 +127,7 @@ def _rules(config: ModelConfig) -> Iterator[tuple[str, str]]:
     yield "device", _DEVICES[config.cuda] + gpu + offload
     yield "dtype", config.dtype or f"{half}bf16 where the device has it, else fp32"
     yield "scheduler", " ".join(filter(None, [config.scheduler_type, config.schedule])) or "the model's own"
-    yield "adapters", ", ".join(f"{adapter.source} × {adapter.scale:g}" for adapter in config.adapters)
+    yield "adapters", ", ".join(f"{addresses.shown(adapter.source)} × {adapter.scale:g}" for adapter in config.adapters)
     yield "defaults", ", ".join(f"{word} {value}" for word, value in _defaults(config) if value is not None)
     yield "options", ", ".join(f"{key}={value!r}" for key, value in config.options.items())
     enabled = ", ".join(sorted(config.enable_parameters))

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from sfumato.config import addresses
 from sfumato.config.scalar import Scalar, scalar
 
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
@@ -152,6 +153,14 @@ class ModelConfig:
     def locks(self, parameter: str) -> bool:
         """Whether the file's value of this argument holds whatever a request says."""
         return parameter in self.locked or ("*" in self.locked and parameter in self.options)
+
+    def __repr__(self) -> str:  # its URLs may carry secrets
+        return f"ModelConfig({self.name!r}, {self.shown!r})"
+
+    @property
+    def shown(self) -> str:
+        """`model` as people may see it: without what in a URL may be secret."""
+        return addresses.shown(self.model)
 
     def enables(self, parameter: str) -> bool:
         """Whether a request may set this argument of the pipeline call."""

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from urllib.parse import urlsplit
 
 from sfumato import schedulers
-from sfumato.config import readers
+from sfumato.config import addresses, readers
 from sfumato.config.document import Document, documents, read
 from sfumato.config.keys import IGNORED, IMG2IMG, KEYS, LANGUAGE, OWN, PICTURES, REDIRECTS, SECTIONS
 from sfumato.config.model import Adapter, ModelConfig
@@ -88,7 +88,7 @@ def load(file: Path) -> list[ModelConfig]:
 def named(model: str) -> ModelConfig:
     """A config for weights that no file describes: a hub id, path or URL from a command line."""
     every = ModelConfig.enable_parameters | {"image"}
-    return ModelConfig(name=model, model=model, folder=Path.cwd(), enable_parameters=every)
+    return ModelConfig(name=addresses.shown(model), model=model, folder=Path.cwd(), enable_parameters=every)
 
 
 def _outcome(document: Document, file: Path, created: int, default_name: str | None) -> ParsedFile:

@@ -14,6 +14,7 @@ from pathlib import PurePosixPath
 from typing import Any, TypeAlias
 from urllib.parse import urlparse
 
+from sfumato.config import addresses
 from sfumato.config.model import Download
 from sfumato.config.scalar import scalar
 from sfumato.core import MAX_SEED, QUALITIES
@@ -43,7 +44,7 @@ def shown(value: Any) -> str:
     short = reprlib.Repr()  # bounded: aliases make a few lines of YAML into gigabytes of text
     short.maxlevel, short.maxlist, short.maxdict, short.maxstring = 2, 4, 4, 80
     try:
-        return short.repr(value)
+        return addresses.shown(short.repr(value))
     except ValueError:  # an integer of thousands of digits
         return f"a {type(value).__name__}"
 

@@ -64,7 +64,8 @@ def description_of(path: Path, model: str) -> Path:
     and shapes inside; its few small files are fetched once.
     """
     try:
-        checkpoint = single_file_utils.load_single_file_checkpoint(str(path), local_files_only=True)
+        with weight_file.in_lower_case(path) as named:
+            checkpoint = single_file_utils.load_single_file_checkpoint(str(named), local_files_only=True)
     except (OSError, SafetensorError, ValueError) as error:
         raise LoadError(f"{path} cannot be read as weights ({_first_line(error)}); fetch it again") from error
     repo = single_file_utils.fetch_diffusers_config(checkpoint)["pretrained_model_name_or_path"]

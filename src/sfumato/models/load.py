@@ -17,7 +17,7 @@ from diffusers import DiffusionPipeline
 from sfumato import schedulers
 from sfumato.batching import offload
 from sfumato.batching.batcher import is_out_of_memory
-from sfumato.config import ModelConfig
+from sfumato.config import ModelConfig, addresses
 from sfumato.core import ModelStatus
 from sfumato.errors import DeviceUnavailable, InvalidRequest, LoadError, ModelFileError, SfumatoError, did_you_mean
 from sfumato.models import download, sources, weight_file
@@ -87,7 +87,7 @@ def load(config: ModelConfig, device_setting: str, tell: Tell) -> Loaded:
         if is_out_of_memory(error):
             raise
         log.exception("%s: load failed", config.name)
-        raise LoadError(f"{config.name}: {type(error).__name__}: {error}") from error
+        raise LoadError(f"{config.name}: {type(error).__name__}: {addresses.shown(str(error))}") from error
     pipeline.set_progress_bar_config(disable=True)
     log.info("%s: %s from %s on %s in %s", config.name, type(pipeline).__name__, source, device, dtype)
     return Loaded(config, pipeline, source, device, dtype, glance=shown)
@@ -142,7 +142,7 @@ def _cpu_has_bf16() -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """Weights on this machine: a diffusers folder or a single file, and what to call them."""
+    """Weights on this machine: a diffusers folder or a single file, and what to call them, without secrets."""
 
     path: Path
     shown: str
@@ -171,9 +171,8 @@ def fetch(config: ModelConfig, dtype: str, tell: Tell) -> Fetched:
             )
             return Fetched(folder, f"{repo}@{folder.name}")
         case sources.Url(url):
-            target = weight_file.place(url, config.folder)
-            path = download.from_url(url, target, sha256=None, report=report)
-            return Fetched(path, url, download.description_of(path, config.name))
+            path = sources.weights(config, weight_file.obtain(url, config.folder, report=report))
+            return Fetched(path, addresses.shown(url), download.description_of(path, config.name))
         case sources.File(path):
             if path.suffix.lower() == ".gguf":
                 raise LoadError(
@@ -182,7 +181,8 @@ def fetch(config: ModelConfig, dtype: str, tell: Tell) -> Fetched:
                 )
             return Fetched(path, str(path), download.description_of(path, config.name))
         case sources.Folder(path):
-            return Fetched(path, str(path))
+            pinned = f"{config.repo}@{config.revision or 'main'}" if config.repo else str(path)
+            return Fetched(path, pinned)
 
 
 def _pipeline(config: ModelConfig, dtype: str, tell: Tell) -> tuple[Any, str]:
@@ -233,7 +233,10 @@ def _folder(config: ModelConfig, folder: Path, cls: Any, dtype: str) -> Any:
 def _single_file(config: ModelConfig, path: Path, description: Path, cls: Any, dtype: str) -> Any:
     if cls is DiffusionPipeline:
         cls = getattr(diffusers, DiffusionPipeline.load_config(description)["_class_name"])
-    return cls.from_single_file(str(path), config=str(description), dtype=DTYPES[dtype], **_components(config, dtype))
+    with weight_file.in_lower_case(path) as named:
+        return cls.from_single_file(
+            str(named), config=str(description), dtype=DTYPES[dtype], **_components(config, dtype)
+        )
 
 
 def _components(config: ModelConfig, dtype: str) -> dict[str, Any]:
