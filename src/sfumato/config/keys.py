@@ -225,6 +225,9 @@ IGNORED: Mapping[str, str] = MappingProxyType(
 
 IMG2IMG: Mapping[str, str] = MappingProxyType(
     {
+        "AutoPipelineForText2Image": "AutoPipelineForImage2Image",
+    }
+    | {
         f"{family}Pipeline": f"{family}Img2ImgPipeline"
         for family in ("StableDiffusion", "StableDiffusionXL", "StableDiffusion3", "Flux", "Kandinsky",
                        "KandinskyV22", "Kandinsky3", "QwenImage")

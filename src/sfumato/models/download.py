@@ -9,7 +9,7 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,13 @@ import httpx2
 from diffusers import DiffusionPipeline
 from diffusers.loaders import single_file_utils
 from diffusers.pipelines import pipeline_utils
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub import errors as hub
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from sfumato.errors import DownloadError, LoadError
-from sfumato.models import weight_file
+from sfumato.models import diffusers_source, sources, weight_file
 from sfumato.models.weight_file import OnProgress
 
 log = logging.getLogger(__name__)
@@ -32,24 +32,40 @@ log = logging.getLogger(__name__)
 DESCRIPTION_FILES = ["*.json", "*/*.json", "*.txt", "*/*.txt", "*/*.model"]
 
 
-def from_hub(
-    repo: str, *, revision: str | None, variants: Sequence[str | None], pickles: bool, report: OnProgress
-) -> Path:
+def from_hub(repo: str, *, revision: str | None, variant: str | None, pickles: bool, report: OnProgress) -> Path:
     """The local snapshot folder of a repository; what is missing in the cache is fetched first.
 
-    Of `variants` the first that the repository has. Which files a pipeline needs is diffusers' own
-    rule. Raises DownloadError or LoadError in words.
+    Which files a pipeline needs is diffusers' own rule. Raises DownloadError or LoadError in words.
     """
-    safetensors = None if pickles else True
     with words_for_hub_errors(repo), _progress_to(report, repo):
-        for variant in variants[:-1]:
-            with suppress(ValueError):  # "no such modeling files are available"
-                return Path(
-                    DiffusionPipeline.download(repo, revision=revision, variant=variant, use_safetensors=safetensors)
-                )
         return Path(
-            DiffusionPipeline.download(repo, revision=revision, variant=variants[-1], use_safetensors=safetensors)
+            DiffusionPipeline.download(
+                repo, revision=revision, variant=variant, use_safetensors=None if pickles else True
+            )
         )
+
+
+def files_of(repo: str, revision: str | None) -> list[str]:
+    """Paths in a repository on the hub or, where it cannot be asked, in the cache; empty where it is in neither."""
+    with words_for_hub_errors(repo):
+        try:
+            return list(HfApi().list_repo_files(repo, revision=revision))
+        except UNREACHABLE:
+            pass
+        except hub.HfHubHTTPError as error:
+            if error.response is not None and error.response.status_code < httpx2.codes.INTERNAL_SERVER_ERROR:
+                raise
+    with suppress(hub.LocalEntryNotFoundError):
+        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    return []
+
+
+def index_of(repo: str, revision: str | None) -> dict[str, Any]:
+    """A repository's `model_index.json`, before anything else of it is fetched; empty where it has none."""
+    with words_for_hub_errors(repo), suppress(hub.EntryNotFoundError):
+        return diffusers_source.json_of(Path(hf_hub_download(repo, sources.INDEX, revision=revision)))
+    return {}
 
 
 def from_url(url: str, target: Path, *, sha256: str | None, report: OnProgress) -> Path:

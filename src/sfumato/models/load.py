@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -12,15 +12,14 @@ from typing import Any, TypeAlias
 import diffusers
 import torch
 import transformers
-from diffusers import DiffusionPipeline
 
 from sfumato import schedulers
 from sfumato.batching import offload
 from sfumato.batching.batcher import is_out_of_memory
 from sfumato.config import ModelConfig, addresses
 from sfumato.core import ModelStatus
-from sfumato.errors import DeviceUnavailable, InvalidRequest, LoadError, ModelFileError, SfumatoError, did_you_mean
-from sfumato.models import download, sources, weight_file
+from sfumato.errors import DeviceUnavailable, InvalidRequest, LoadError, ModelFileError, SfumatoError
+from sfumato.models import download, parts, pipeline_class, prediction, sources, variants, weight_file
 from sfumato.pipelines import request_scheduler
 from sfumato.previews.decode import CheapDecoder, cheap_decoder
 
@@ -72,12 +71,19 @@ def load(config: ModelConfig, device_setting: str, tell: Tell) -> Loaded:
     # The server's log says what is loaded; bars are for terminals.
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+
+    def report(fraction: float | None, what: str) -> None:
+        tell(ModelStatus("downloading", what, fraction))
+
     try:
         device = choose_device(config, device_setting)
         dtype = choose_dtype(config, device)
-        pipeline, source = _pipeline(config, dtype, tell)
+        pipeline, fetched = _pipeline(config, dtype, tell)
+        source = fetched.shown
+        prediction.apply(config, pipeline, fetched.path if fetched.description else None)
         _check(config, pipeline)
-        _adapters(config, pipeline)
+        parts.put_vae(config, pipeline, DTYPES[dtype], report)
+        parts.load_adapters(config, pipeline, report)
         shown = _glance(config, pipeline, device, dtype)
         _place(config, pipeline, device)
     except SfumatoError:
@@ -162,10 +168,11 @@ def fetch(config: ModelConfig, dtype: str, tell: Tell) -> Fetched:
     match sources.resolve(config):
         case sources.HubRepository(repo, revision):
             tell(ModelStatus("downloading", repo))
+            pipeline_class.choose(config, download.index_of(repo, revision))
             folder = download.from_hub(
                 repo,
                 revision=revision,
-                variants=_variants(config, dtype),
+                variant=_variant(config, dtype, download.files_of(repo, revision)),
                 pickles=config.allow_pickle,
                 report=report,
             )
@@ -185,76 +192,54 @@ def fetch(config: ModelConfig, dtype: str, tell: Tell) -> Fetched:
             return Fetched(path, pinned)
 
 
-def _pipeline(config: ModelConfig, dtype: str, tell: Tell) -> tuple[Any, str]:
-    cls = pipeline_class(config)
+def _pipeline(config: ModelConfig, dtype: str, tell: Tell) -> tuple[Any, Fetched]:
+    pipeline_class.choose(config, None)  # a word that is no class is told before anything is fetched
     fetched = fetch(config, dtype, tell)
     tell(ModelStatus("loading", fetched.shown))
+    index = pipeline_class.index_of(fetched.description or fetched.path)
+    cls = getattr(diffusers, pipeline_class.choose(config, index))
     with download.words_for_hub_errors(fetched.shown):
         if fetched.description:
-            return _single_file(config, fetched.path, fetched.description, cls, dtype), fetched.shown
-        return _folder(config, fetched.path, cls, dtype), fetched.shown
+            return _single_file(config, fetched, cls, dtype), fetched
+        return _folder(config, fetched.path, cls, dtype), fetched
 
 
-def pipeline_class(config: ModelConfig) -> Any:
-    """The diffusers class the file names; DiffusionPipeline (read the repository) when it names none."""
-    name = config.pipeline_type or "DiffusionPipeline"
-    cls = getattr(diffusers, name, None) if name.endswith("Pipeline") else None
-    if not (isinstance(cls, type) and issubclass(cls, DiffusionPipeline)):
-        known = [word for word in dir(diffusers) if word.endswith("Pipeline")]
-        raise ModelFileError(
-            f"{config.name}: pipeline_type {name!r} is not a pipeline class of diffusers "
-            f"{diffusers.__version__}.{did_you_mean(name, known)} Leave it out to read it from the repository.",
-            param="pipeline_type",
-        )
-    return cls
-
-
-def _variants(config: ModelConfig, dtype: str) -> tuple[str | None, ...]:
+def _wanted(config: ModelConfig, dtype: str) -> tuple[str | None, ...]:
     """Half-precision files are half the download and hold all that a half-precision model keeps."""
     if config.variant:
         return (config.variant,)
     return (None,) if dtype == "fp32" else ("fp16", None)
 
 
+def _variant(config: ModelConfig, dtype: str, files: Iterable[str]) -> str | None:
+    """The variant of a repository's files that is loaded, with a word where it is another than the one wanted."""
+    wanted = _wanted(config, dtype)
+    variant = variants.pick(files, wanted)
+    if variant not in wanted:
+        log.warning(
+            "%s: there are no %s weights; the variant %s is loaded, in %s",
+            config.name, wanted[0] or "plain", variant or "without a name", dtype,
+        )  # fmt: skip
+    return variant
+
+
 def _folder(config: ModelConfig, folder: Path, cls: Any, dtype: str) -> Any:
-    variant = _variants(config, dtype)[0]
-    if not config.variant and not any(folder.glob(f"*/*.{variant}*.safetensors")):
-        variant = None
+    files = [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
     return cls.from_pretrained(
         folder,
         dtype=DTYPES[dtype],
-        variant=variant,
+        variant=_variant(config, dtype, files),
         use_safetensors=None if config.allow_pickle else True,
         local_files_only=True,
-        **_components(config, dtype),
+        **parts.given(config, DTYPES[dtype]),
     )
 
 
-def _single_file(config: ModelConfig, path: Path, description: Path, cls: Any, dtype: str) -> Any:
-    if cls is DiffusionPipeline:
-        cls = getattr(diffusers, DiffusionPipeline.load_config(description)["_class_name"])
-    with weight_file.in_lower_case(path) as named:
+def _single_file(config: ModelConfig, fetched: Fetched, cls: Any, dtype: str) -> Any:
+    with weight_file.in_lower_case(fetched.path) as named:
         return cls.from_single_file(
-            str(named), config=str(description), dtype=DTYPES[dtype], **_components(config, dtype)
+            str(named), config=str(fetched.description), dtype=DTYPES[dtype], **parts.given(config, DTYPES[dtype])
         )
-
-
-def _components(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """Modules that the file takes from elsewhere than the model's own source."""
-    given: dict[str, Any] = {}
-    if config.control_net:
-        with download.words_for_hub_errors(config.control_net):
-            given["controlnet"] = diffusers.ControlNetModel.from_pretrained(
-                _beside(config, config.control_net), dtype=DTYPES[dtype]
-            )
-    if config.clip_model:
-        with download.words_for_hub_errors(config.clip_model):
-            given["text_encoder"] = transformers.CLIPTextModel.from_pretrained(
-                _beside(config, config.clip_model),
-                subfolder=config.clip_subfolder or "",
-                dtype=DTYPES[dtype],
-            )
-    return given
 
 
 def _glance(config: ModelConfig, pipeline: Any, device: str, dtype: str) -> CheapDecoder | None:
@@ -266,7 +251,7 @@ def _glance(config: ModelConfig, pipeline: Any, device: str, dtype: str) -> Chea
             vae.to(device)
         return cheap_decoder(pipeline)
     with download.words_for_hub_errors(config.preview_vae):
-        tiny = diffusers.AutoencoderTiny.from_pretrained(_beside(config, config.preview_vae), dtype=DTYPES[dtype])
+        tiny = diffusers.AutoencoderTiny.from_pretrained(parts.beside(config, config.preview_vae), dtype=DTYPES[dtype])
     takes, has = (
         tiny.config.latent_channels,
         getattr(getattr(pipeline, "vae", None), "config", {}).get("latent_channels"),
@@ -278,12 +263,6 @@ def _glance(config: ModelConfig, pipeline: Any, device: str, dtype: str) -> Chea
             param="diffusers.preview_vae",
         )
     return tiny.to(device)
-
-
-def _beside(config: ModelConfig, name: str) -> str:
-    """A path relative to the model file when it exists, else the name as it is (a hub id)."""
-    path = (config.folder / Path(name).expanduser()).resolve()
-    return str(path) if path.exists() else name
 
 
 def _check(config: ModelConfig, pipeline: Any) -> None:
@@ -305,21 +284,6 @@ def _check(config: ModelConfig, pipeline: Any) -> None:
 def encoder_layers(pipeline: Any) -> int | None:
     config = getattr(getattr(pipeline, "text_encoder", None), "config", None)
     return getattr(config, "num_hidden_layers", None)
-
-
-def _adapters(config: ModelConfig, pipeline: Any) -> None:
-    if not config.adapters:
-        return
-    names = []
-    for index, adapter in enumerate(config.adapters):
-        names.append(f"adapter_{index}")
-        where = Path(_beside(config, adapter.source))
-        with download.words_for_hub_errors(adapter.source):
-            if where.is_file():
-                pipeline.load_lora_weights(where.parent, weight_name=where.name, adapter_name=names[-1])
-            else:
-                pipeline.load_lora_weights(str(where), adapter_name=names[-1])
-    pipeline.set_adapters(names, [adapter.scale for adapter in config.adapters])
 
 
 def _place(config: ModelConfig, pipeline: Any, device: str) -> None:

@@ -93,7 +93,7 @@ def download_url(uri: str, revision: str | None = None) -> str:
     scheme = _SCHEME.fullmatch(uri)
     kind = scheme[1].lower() if scheme else ""
     if kind in ("http", "https"):
-        return _hub_page(uri)
+        return hub_page(uri)
     parts = scheme[2].split("/") if scheme and kind in _HUB_SCHEMES else []
     repo = _HUB_ID.fullmatch("/".join(parts[:2]))
     if repo is None or len(parts) < 3 or not all(parts):
@@ -111,7 +111,7 @@ def endpoint() -> str:
     return os.environ.get("HF_ENDPOINT", HUB).rstrip("/")
 
 
-def _hub_page(url: str) -> str:
+def hub_page(url: str) -> str:
     """A link copied from a file's page on the hub leads to the file itself."""
     return url.replace("/blob/", "/resolve/", 1) if url.startswith(f"{HUB}/") else url
 
@@ -138,7 +138,7 @@ def _remote(config: ModelConfig, scheme: str, rest: str) -> Source:
             )
         if mimetypes.guess_type(segments[-1])[0] or PurePosixPath(segments[-1]).suffix.lower() in SAFE + PICKLES:
             weights(config, PurePosixPath(segments[-1]))
-        return Url(_hub_page(url))  # which may not tell what it leads to: its answer does
+        return Url(hub_page(url))  # which may not tell what it leads to: its answer does
     if scheme in _HUB_SCHEMES:
         rest = re.split(r"[?#]", rest)[0].strip("/")
         if rest.count("/") < 2:
@@ -152,8 +152,8 @@ def _remote(config: ModelConfig, scheme: str, rest: str) -> Source:
     )
 
 
-def weights(config: ModelConfig, path: AnyPath) -> AnyPath:
-    """The path, if its file is of a kind that can be loaded."""
+def weights(config: ModelConfig, path: AnyPath, key: str = "parameters.model") -> AnyPath:
+    """The path, if its file is of a kind that can be loaded; `key` is what names it in the model file."""
     suffix = path.suffix.lower()
     if suffix in SAFE or (suffix in PICKLES and config.allow_pickle):
         return path
@@ -161,11 +161,11 @@ def weights(config: ModelConfig, path: AnyPath) -> AnyPath:
         raise ModelFileError(
             f"{_where(config)}: {path} is a pickle, which runs whatever code it holds when it is loaded. Use a "
             ".safetensors file, or write `allow_pickle: true` if you trust it",
-            param="parameters.model",
+            param=key,
         )
     raise ModelFileError(
         f"{_where(config)}: {path} is not a weight file; {', '.join(SAFE)} can be loaded",
-        param="parameters.model",
+        param=key,
     )
 
 
