@@ -6,24 +6,30 @@ import importlib.util
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
+import transformers
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTokenizer
 
 from sfumato import schedulers
 from sfumato.commands.check import check
 from sfumato.config import Adapter, ModelConfig
+from sfumato.drawing import arguments
 from sfumato.errors import LoadError, ModelFileError, SfumatoError
-from sfumato.models import load, pipeline_class, static_capabilities, variants
+from sfumato.models import descriptions, download, load, pipeline_class, static_capabilities, variants
 from sfumato.serving.catalog import Catalog
 from support import tiny
-from support.here import config, cut, drawn, quiet
+from support.here import asked, config, cut, drawn, quiet, use
 from support.hub import Hub
+from support.tiny_checkpoint import single_file
 
 
 @pytest.fixture(scope="module")
@@ -392,3 +398,149 @@ def test_row_39_no_class_of_stable_diffusion_needs_more_than_is_here() -> None:
         "DiffusionPipeline",
     ):
         assert pipeline_class.packages(name) == ()
+
+
+# Row 25: a lone single file.
+
+SIZES = [
+    ("stable-diffusion-v1-5/stable-diffusion-v1-5", {"unet": 859_520_964, "text_encoder": 123_060_480}),
+    ("stable-diffusion-v1-5/stable-diffusion-inpainting", {"unet": 859_535_364, "text_encoder": 123_060_480}),
+    ("stabilityai/stable-diffusion-2-1", {"unet": 865_910_724, "text_encoder": 340_387_840}),
+    ("stabilityai/stable-diffusion-2-inpainting", {"unet": 865_925_124, "text_encoder": 340_387_840}),
+    (
+        "stabilityai/stable-diffusion-xl-base-1.0",
+        {"unet": 2_567_463_684, "text_encoder": 123_060_480, "text_encoder_2": 694_659_840},
+    ),
+    ("diffusers/stable-diffusion-xl-1.0-inpainting-0.1", {"unet": 2_567_478_084, "text_encoder_2": 694_659_840}),
+    ("stabilityai/stable-diffusion-xl-refiner-1.0", {"text_encoder_2": 694_659_840}),
+]
+
+
+@pytest.mark.parametrize(("repo", "sizes"), SIZES)
+def test_row_25_what_is_shipped_describes_the_real_models(repo: str, sizes: dict[str, int]) -> None:
+    folder = descriptions.of(repo)
+    assert folder
+    index = pipeline_class.index_of(folder)
+    for part, size in {**sizes, "vae": 83_653_863}.items():
+        library, kind = index[part]
+        with torch.device("meta"):
+            if library == "diffusers":
+                made = getattr(diffusers, kind).from_config(json.loads((folder / part / "config.json").read_text()))
+            else:
+                made = getattr(transformers, kind)(transformers.CLIPTextConfig.from_pretrained(folder / part))
+        assert sum(tensor.numel() for tensor in made.parameters()) == size, part
+    getattr(diffusers, index["scheduler"][1]).from_pretrained(folder / "scheduler")
+    assert pipeline_class.choose(ModelConfig(name="m", model="m"), index) == index["_class_name"]
+
+
+def test_row_25_the_tokenizer_is_clip_s() -> None:
+    folder = descriptions.of("stabilityai/stable-diffusion-xl-base-1.0")
+    assert folder
+    with descriptions.whole(folder) as whole:
+        one, other = (CLIPTokenizer.from_pretrained(whole / part) for part in ("tokenizer", "tokenizer_2"))
+    assert len(one) == 49408
+    assert one("a photo of a Cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
+    assert (one.pad_token_id, other.pad_token_id, one.model_max_length) == (49407, 0, 77)
+
+
+def test_row_25_without_network_and_cache_it_is_used(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Hub() as hub:
+        use(hub, tmp_path / "cache", monkeypatch)  # which has no such repository
+        described = download.description_of(checkpoint, "m")
+    assert described == descriptions.of("stable-diffusion-v1-5/stable-diffusion-v1-5")
+    assert download.description_of(checkpoint, "m") == described  # the hub is gone
+    cut(monkeypatch)
+    assert download.description_of(checkpoint, "m") == described
+    made = config(tmp_path, checkpoint)
+    told = static_capabilities.static_capabilities(made)
+    assert (told.pipeline, told.size_multiple, told.prompt_tokens) == ("StableDiffusionPipeline", 8, 77)
+
+
+ORIGINAL = """
+model:
+  params:
+    unet_config:
+      params: {in_channels: 4, out_channels: 4, model_channels: 32, attention_resolutions: [1], num_res_blocks: 1,
+               channel_mult: [1, 2], num_heads: 4, transformer_depth: 1, context_dim: 32, use_spatial_transformer: true}
+    first_stage_config:
+      params:
+        ddconfig: {z_channels: 4, ch: 32, ch_mult: [1, 1, 1, 1], num_res_blocks: 1, in_channels: 3, out_ch: 3}
+"""
+
+
+def test_row_25_the_original_configuration_is_heard(here: Hub, tmp_path: Path) -> None:
+    pipeline = tiny.stable_diffusion()
+    with tiny.seeded(1):
+        pipeline.register_modules(
+            unet=tiny._unet(block_out_channels=(32, 64), norm_num_groups=32),
+            vae=tiny._vae(block_out_channels=(32,) * 4, norm_num_groups=32),
+        )
+    single_file(pipeline, tmp_path / "x.safetensors")
+    (tmp_path / "v1.yaml.txt").write_text(ORIGINAL)
+    made = config(tmp_path, "x.safetensors", original_config="v1.yaml.txt")
+    loaded = load.load(made, "cpu", quiet).pipeline
+    for part in ("unet", "vae"):
+        for name, tensor in getattr(pipeline, part).state_dict().items():
+            assert torch.equal(getattr(loaded, part).state_dict()[name], tensor), name
+    with pytest.raises(LoadError, match="original_config_file"):
+        load.load(config(tmp_path, "x.safetensors", original_config="gone.yaml"), "cpu", quiet)
+
+
+# Rows 14 and 15: the file's values and the request's.
+
+
+@pytest.fixture(scope="module")
+def loaded(folder: Path) -> load.Loaded:
+    return load.load(config(folder.parent, folder), "cpu", quiet)
+
+
+VALUES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    # 14: the file's own values hold whatever requests may set
+    ("step: 4\nclip_skip: 2", {}, {"num_inference_steps": 4, "clip_skip": 2}),
+    ("step: 4\nparameters: {negative_prompt: bad}", {}, {"num_inference_steps": 4, "negative_prompt": "bad"}),
+    ("", {}, {"num_inference_steps": 30}),
+    ("step: 4\nclip_skip: 2", {"quality": "high"}, {"num_inference_steps": 4}),
+    # 15: a request's value wins over options
+    ("options: ['num_inference_steps:6']", {}, {"num_inference_steps": 6}),
+    ("options: ['num_inference_steps:6']", {"steps": 3}, {"num_inference_steps": 3}),
+    ("step: 5\noptions: ['num_inference_steps:6']", {}, {"num_inference_steps": 6}),
+    ("options: ['guidance_scale:2', 'eta:0.5']", {"guidance_scale": 3.0}, {"guidance_scale": 3.0, "eta": 0.5}),
+    ("options: ['clip_skip:3', 'negative_prompt:x']", {"clip_skip": 1, "negative_prompt": "y"},
+     {"clip_skip": 1, "negative_prompt": "y"}),
+    ("options: ['num_inference_steps:6']\nlocked: num_inference_steps", {"steps": 3}, {"num_inference_steps": 6}),
+    ("options: ['num_inference_steps:6', 'guidance_scale:2']\nlocked: true", {"steps": 3, "guidance_scale": 5.0},
+     {"num_inference_steps": 6, "guidance_scale": 2}),
+    ("options: ['num_inference_steps:6', 'guidance_scale:2']\nlocked: [step]", {"steps": 3, "guidance_scale": 5.0},
+     {"num_inference_steps": 6, "guidance_scale": 5.0}),
+    ("step: 4\nclip_skip: 2\nlocked: [step, clip_skip]", {"steps": 3, "clip_skip": 1, "quality": "max"},
+     {"num_inference_steps": 4, "clip_skip": 2}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "requested", "wanted"), VALUES)
+@pytest.mark.parametrize("enabled", ["num_inference_steps,clip_skip", "none", "negative_prompt"])
+def test_rows_14_and_15_whose_value_is_used(
+    text: str, requested: dict[str, Any], wanted: dict[str, Any], enabled: str, loaded: load.Loaded, tmp_path: Path
+) -> None:
+    if "quality" in requested and "num_inference_steps" in enabled and "locked" not in text:
+        pytest.skip("where requests may choose the steps, quality does")
+    parameters = "" if "parameters:" in text else "parameters: {model: o/r}\n"
+    text = text.replace("parameters: {", "parameters: {model: o/r, ")
+    (tmp_path / "m.yaml").write_text(f"{parameters}{text}\ndiffusers: {{enable_parameters: '{enabled}'}}\n")
+    model = replace(loaded, config=Catalog([tmp_path]).get("m"))
+    generation = asked(**{"steps": None, **requested})
+    filled = arguments.fill(model, model.pipeline, generation)
+    canvas = arguments.canvas(model, model.pipeline, filled)
+    given = arguments.arguments(model, model.pipeline, generation, filled, canvas)
+    assert {key: given.get(key) for key in wanted} == wanted
+
+
+def test_row_15_quality_counts_as_a_request_s_value(loaded: load.Loaded, tmp_path: Path) -> None:
+    (tmp_path / "m.yaml").write_text("parameters: {model: o/r}\noptions: ['num_inference_steps:6']\n")
+    model = replace(loaded, config=Catalog([tmp_path]).get("m"))
+    generation = asked(steps=None, quality="high")
+    filled = arguments.fill(model, model.pipeline, generation)
+    canvas = arguments.canvas(model, model.pipeline, filled)
+    assert arguments.arguments(model, model.pipeline, generation, filled, canvas)["num_inference_steps"] == 9

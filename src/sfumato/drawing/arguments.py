@@ -50,16 +50,18 @@ def fill(model: Loaded, pipeline: Any, asked: Generation) -> Generation:
     """What the request leaves open, from the model file and the page's defaults; the class's own stay None."""
     config = model.config
 
-    def enabled(name: str, value: Any) -> Any:
-        return value if config.enables(name) else None
+    def of(argument: str, requested: Any, file: Any) -> Any:
+        """The file's value holds where a request has none, and where the file locks it."""
+        return file if file is not None and argument in config.locked else _first(requested, file)
 
+    steps = None if "num_inference_steps" in config.locked else _steps_of_quality(model, pipeline, asked.quality)
     return replace(
         asked,
-        steps=_first(asked.steps, _steps_of_quality(model, pipeline, asked.quality), _steps(model, pipeline)),
-        guidance_scale=_first(asked.guidance_scale, _guidance(model, pipeline)),
-        negative_prompt=_first(asked.negative_prompt, enabled("negative_prompt", config.negative_prompt)),
-        clip_skip=_first(asked.clip_skip, enabled("clip_skip", config.clip_skip)),
-        strength=_first(asked.strength, config.strength) if asked.images else asked.strength,
+        steps=of("num_inference_steps", _first(asked.steps, steps), _steps(model, pipeline)),
+        guidance_scale=of("guidance_scale", asked.guidance_scale, _guidance(model, pipeline)),
+        negative_prompt=of("negative_prompt", asked.negative_prompt, config.negative_prompt),
+        clip_skip=of("clip_skip", asked.clip_skip, config.clip_skip),
+        strength=of("strength", asked.strength, config.strength) if asked.images else asked.strength,
         width=_first(asked.width, None if asked.images else config.width),
         height=_first(asked.height, None if asked.images else config.height),
     )
@@ -93,8 +95,6 @@ def _paged(pipeline: Any) -> bool:
 
 def _steps(model: Loaded, pipeline: Any) -> int | None:
     """The model file's, or the page's."""
-    if not model.config.enables("num_inference_steps"):
-        return None
     return _first(model.config.steps, DEFAULTS["step"] if _paged(pipeline) else None)  # type: ignore[no-any-return]
 
 
@@ -268,7 +268,14 @@ def arguments(model: Loaded, pipeline: Any, asked: Generation, wanted: Generatio
             param="options",
         )
     taken = {argument: value for argument, (value, _) in values.items() if value is not None and argument in parameters}
-    return taken | dict(model.config.options)
+    by_request = {argument for argument, (_, requested) in values.items() if requested is not None}
+    if _steps_of_quality(model, pipeline, asked.quality):
+        by_request.add("num_inference_steps")
+    return taken | {
+        option: value
+        for option, value in model.config.options.items()
+        if option not in by_request or model.config.locks(option)
+    }
 
 
 def _refuse_deep_clip_skip(model: Loaded, pipeline: Any, asked: Generation) -> None:

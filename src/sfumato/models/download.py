@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from sfumato.errors import DownloadError, LoadError
-from sfumato.models import diffusers_source, sources, weight_file
+from sfumato.models import descriptions, diffusers_source, sources, weight_file
 from sfumato.models.weight_file import OnProgress
 
 log = logging.getLogger(__name__)
@@ -85,8 +85,15 @@ def description_of(path: Path, model: str) -> Path:
     except (OSError, SafetensorError, ValueError) as error:
         raise LoadError(f"{path} cannot be read as weights ({_first_line(error)}); fetch it again") from error
     repo = single_file_utils.fetch_diffusers_config(checkpoint)["pretrained_model_name_or_path"]
+    shipped = descriptions.of(repo)
     with words_for_hub_errors(repo, f"{path.name} needs its small configuration files. Run `sfumato pull {model}`"):
-        return Path(snapshot_download(repo, allow_patterns=DESCRIPTION_FILES))
+        try:
+            return Path(snapshot_download(repo, allow_patterns=DESCRIPTION_FILES))
+        except (*UNREACHABLE, hub.HfHubHTTPError) as error:
+            if shipped is None:
+                raise
+            log.info("%s: %s cannot be asked (%s); what Sfumato knows of it is used", path, repo, type(error).__name__)
+            return shipped
 
 
 UNREACHABLE = (hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError, httpx2.TransportError)

@@ -19,7 +19,7 @@ from sfumato.batching.batcher import is_out_of_memory
 from sfumato.config import ModelConfig, addresses
 from sfumato.core import ModelStatus
 from sfumato.errors import DeviceUnavailable, InvalidRequest, LoadError, ModelFileError, SfumatoError
-from sfumato.models import download, parts, pipeline_class, prediction, sources, variants, weight_file
+from sfumato.models import descriptions, download, parts, pipeline_class, prediction, sources, variants, weight_file
 from sfumato.pipelines import request_scheduler
 from sfumato.previews.decode import CheapDecoder, cheap_decoder
 
@@ -236,9 +236,11 @@ def _folder(config: ModelConfig, folder: Path, cls: Any, dtype: str) -> Any:
 
 
 def _single_file(config: ModelConfig, fetched: Fetched, cls: Any, dtype: str) -> Any:
-    with weight_file.in_lower_case(fetched.path) as named:
+    assert fetched.description
+    original = {"original_config": str(parts.original_config(config))} if config.original_config else {}
+    with weight_file.in_lower_case(fetched.path) as named, descriptions.whole(fetched.description) as described:
         return cls.from_single_file(
-            str(named), config=str(fetched.description), dtype=DTYPES[dtype], **parts.given(config, DTYPES[dtype])
+            str(named), config=str(described), dtype=DTYPES[dtype], **original, **parts.given(config, DTYPES[dtype])
         )
 
 

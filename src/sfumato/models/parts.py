@@ -18,7 +18,7 @@ from huggingface_hub import snapshot_download
 from sfumato.batching.batcher import is_out_of_memory
 from sfumato.config import ModelConfig, addresses
 from sfumato.errors import LoadError, ModelFileError
-from sfumato.models import diffusers_source, download, named, variants, weight_file
+from sfumato.models import diffusers_source, download, named, sources, variants, weight_file
 from sfumato.models.weight_file import OnProgress
 
 
@@ -38,6 +38,22 @@ def given(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
                 dtype=dtype,
             )
     return found
+
+
+def original_config(config: ModelConfig) -> Path:
+    """The YAML that a single file was trained with, on this disk. Raises LoadError or DownloadError in words."""
+    name = config.original_config or ""
+    if re.match(r"https?://", name, re.IGNORECASE):
+        url = sources.hub_page(name)
+        target = weight_file.place(url, config.folder)
+        return weight_file.fetch(url, target, sha256=None, report=lambda fraction, what: None)
+    path = Path(beside(config, name))
+    if not path.is_file():
+        raise LoadError(
+            f"{config.name}: original_config_file: {name!r} does not exist; a path beside the model file, or a URL",
+            param="diffusers.original_config_file",
+        )
+    return path
 
 
 def beside(config: ModelConfig, name: str) -> str:
@@ -128,7 +144,7 @@ def _words_for(config: ModelConfig, source: str, pipeline: Any) -> Iterator[None
         if is_out_of_memory(error):
             raise
         raise LoadError(
-            f"{config.name}: the LoRA {addresses.shown(source)} has nothing for {type(pipeline).__name__} ({error}); it "
-            "may be made for models of another kind",
+            f"{config.name}: the LoRA {addresses.shown(source)} has nothing for {type(pipeline).__name__} ({error}); "
+            "it may be made for models of another kind",
             param="lora_adapter",
         ) from error

@@ -19,7 +19,7 @@ from typing import Any
 
 from sfumato.config import ModelConfig
 from sfumato.errors import SfumatoError
-from sfumato.models import diffusers_source, pipeline_class, single_file, sources, weight_file
+from sfumato.models import descriptions, diffusers_source, pipeline_class, single_file, sources, weight_file
 from sfumato.pipelines import capabilities, tokens
 
 DEFAULT_MULTIPLE = 8
@@ -214,7 +214,7 @@ def _folder(config: ModelConfig) -> Path | None:
 def _description(path: Path) -> Path | None:
     """The folder that describes a single file, if it was fetched."""
     repo = single_file.described_by(path)
-    return _snapshot(repo, "main") if repo else None
+    return (_snapshot(repo, "main") or descriptions.of(repo)) if repo else None
 
 
 def _snapshot(repo: str, revision: str) -> Path | None:
