@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from gguf import GGUFWriter
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
@@ -544,3 +545,51 @@ def test_row_15_quality_counts_as_a_request_s_value(loaded: load.Loaded, tmp_pat
     filled = arguments.fill(model, model.pipeline, generation)
     canvas = arguments.canvas(model, model.pipeline, filled)
     assert arguments.arguments(model, model.pipeline, generation, filled, canvas)["num_inference_steps"] == 9
+
+
+# Row 24: GGUF.
+
+
+def as_gguf(module: torch.nn.Module, path: Path) -> Path:
+    """The tensors of a module as they are, F16 and F32, under their own names."""
+    writer = GGUFWriter(path, "flux")
+    for name, tensor in module.state_dict().items():
+        writer.add_tensor(name, tensor.half().numpy() if tensor.dim() > 1 else tensor.float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_row_24_a_denoiser_takes_all_else_from_its_base(
+    here: Hub, repositories: dict[str, Path], tmp_path: Path
+) -> None:
+    as_gguf(tiny.flux(seed=9).transformer, tmp_path / "X.GGUF")
+    shutil.copytree(repositories["tiny/flux"], tmp_path / "base")
+    here.add("tiny/base", tmp_path / "base")
+    for where in ("base", "tiny/base"):
+        made = config(tmp_path, "X.GGUF", base_model=where)
+        model = load.load(made, "cpu", quiet)
+        assert type(model.pipeline).__name__ == "FluxPipeline"
+        assert np.abs(drawn(made) - drawn(config(tmp_path, tmp_path / "base"))).max() > 1
+        assert static_capabilities.static_capabilities(made).pipeline == "FluxPipeline"
+    fetched = here.downloads("tiny/base")
+    assert "transformer/config.json" in fetched
+    assert not [path for path in fetched if path.startswith("transformer/") and path.endswith(".safetensors")]
+
+
+@pytest.mark.parametrize("model", ["x.gguf", "huggingface://a/b/x.gguf", "https://h.example/x.gguf", "X.GGUF"])
+def test_row_24_what_is_missing_is_said_at_check(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("x.gguf", "X.GGUF"):
+        (tmp_path / name).write_bytes(b"GGUF")
+    (tmp_path / "m.yaml").write_text(f"backend: diffusers\nparameters: {{model: '{model}'}}\n")
+    (report,) = check(Catalog([tmp_path]))
+    assert "base_model" in str(report)
+    assert not report.ok
+    with pytest.raises(ModelFileError, match="base_model"):
+        load.load(Catalog([tmp_path]).get("m"), "cpu", quiet)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "gguf" else find(name, *rest))
+    (report,) = check(Catalog([tmp_path]))
+    assert "sfumato[gguf]" in str(report)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sfumato.config import Broken, ModelConfig, ParsedFile, Redirect, Skipped, addresses
 from sfumato.errors import SfumatoError
-from sfumato.models import pipeline_class, sources, static_capabilities
+from sfumato.models import gguf, pipeline_class, sources, static_capabilities
 from sfumato.serving.catalog import Catalog
 
 
@@ -67,6 +67,8 @@ def _model(config: ModelConfig, complaints: tuple[str, ...]) -> FileReport:
     try:
         facts += _source(config)
         pipeline_class.choose(config, static_capabilities.index_of(config))
+        if gguf.is_one(config):
+            gguf.base(config)
     except SfumatoError as error:
         problems.append(error.message)
     facts += [(word, fact) for word, fact in _rules(config) if fact]

@@ -9,7 +9,7 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -32,17 +32,34 @@ log = logging.getLogger(__name__)
 DESCRIPTION_FILES = ["*.json", "*/*.json", "*.txt", "*/*.txt", "*/*.model"]
 
 
-def from_hub(repo: str, *, revision: str | None, variant: str | None, pickles: bool, report: OnProgress) -> Path:
+def from_hub(
+    repo: str,
+    *,
+    revision: str | None,
+    variant: str | None,
+    pickles: bool,
+    report: OnProgress,
+    without: Sequence[str] = (),
+) -> Path:
     """The local snapshot folder of a repository; what is missing in the cache is fetched first.
 
-    Which files a pipeline needs is diffusers' own rule. Raises DownloadError or LoadError in words.
+    Which files a pipeline needs is diffusers' own rule; `without`: of these components the configuration alone.
+    Raises DownloadError or LoadError in words.
     """
     with words_for_hub_errors(repo), _progress_to(report, repo):
-        return Path(
+        folder = Path(
             DiffusionPipeline.download(
-                repo, revision=revision, variant=variant, use_safetensors=None if pickles else True
+                repo,
+                revision=revision,
+                variant=variant,
+                use_safetensors=None if pickles else True,
+                **dict.fromkeys(without),
             )
         )
+        for part in without:
+            with suppress(hub.EntryNotFoundError):
+                hf_hub_download(repo, f"{part}/config.json", revision=revision)
+        return folder
 
 
 def files_of(repo: str, revision: str | None) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -19,7 +19,17 @@ from sfumato.batching.batcher import is_out_of_memory
 from sfumato.config import ModelConfig, addresses
 from sfumato.core import ModelStatus
 from sfumato.errors import DeviceUnavailable, InvalidRequest, LoadError, ModelFileError, SfumatoError
-from sfumato.models import descriptions, download, parts, pipeline_class, prediction, sources, variants, weight_file
+from sfumato.models import (
+    descriptions,
+    download,
+    gguf,
+    parts,
+    pipeline_class,
+    prediction,
+    sources,
+    variants,
+    weight_file,
+)
 from sfumato.pipelines import request_scheduler
 from sfumato.previews.decode import CheapDecoder, cheap_decoder
 
@@ -80,7 +90,7 @@ def load(config: ModelConfig, device_setting: str, tell: Tell) -> Loaded:
         dtype = choose_dtype(config, device)
         pipeline, fetched = _pipeline(config, dtype, tell)
         source = fetched.shown
-        prediction.apply(config, pipeline, fetched.path if fetched.description else None)
+        prediction.apply(config, pipeline, fetched.path if fetched.description and not gguf.is_one(config) else None)
         _check(config, pipeline)
         parts.put_vae(config, pipeline, DTYPES[dtype], report)
         parts.load_adapters(config, pipeline, report)
@@ -156,8 +166,13 @@ class Fetched:
     """For a single file: the folder with the configurations and the tokenizer that it lacks."""
 
 
-def fetch(config: ModelConfig, dtype: str, tell: Tell) -> Fetched:
-    """Have everything the model needs on this disk. Raises DownloadError, LoadError or ModelFileError."""
+def fetch(config: ModelConfig, dtype: str, tell: Tell, without: Sequence[str] = ()) -> Fetched:
+    """Have everything the model needs on this disk. Raises DownloadError, LoadError or ModelFileError.
+
+    `without`: of these components the configurations alone.
+    """
+    if gguf.is_one(config):
+        gguf.base(config)  # says what is missing before anything is fetched
 
     def report(fraction: float | None, what: str) -> None:
         tell(ModelStatus("downloading", what, fraction))
@@ -174,22 +189,25 @@ def fetch(config: ModelConfig, dtype: str, tell: Tell) -> Fetched:
                 revision=revision,
                 variant=_variant(config, dtype, download.files_of(repo, revision)),
                 pickles=config.allow_pickle,
+                without=without,
                 report=report,
             )
             return Fetched(folder, f"{repo}@{folder.name}")
         case sources.Url(url):
             path = sources.weights(config, weight_file.obtain(url, config.folder, report=report))
-            return Fetched(path, addresses.shown(url), download.description_of(path, config.name))
+            return _described(config, path, addresses.shown(url), dtype, tell)
         case sources.File(path):
-            if path.suffix.lower() == ".gguf":
-                raise LoadError(
-                    f"{config.name}: {path.name}: a GGUF file holds a denoiser alone and is not loaded yet. "
-                    "Use the model's repository or its .safetensors file"
-                )
-            return Fetched(path, str(path), download.description_of(path, config.name))
+            return _described(config, path, str(path), dtype, tell)
         case sources.Folder(path):
             pinned = f"{config.repo}@{config.revision or 'main'}" if config.repo else str(path)
             return Fetched(path, pinned)
+
+
+def _described(config: ModelConfig, path: Path, shown: str, dtype: str, tell: Tell) -> Fetched:
+    """A single file with what describes it; a denoiser alone with the model that it is put into."""
+    if path.suffix.lower() != gguf.SUFFIX:
+        return Fetched(path, shown, download.description_of(path, config.name))
+    return Fetched(path, shown, fetch(gguf.base(config), dtype, tell, without=gguf.DENOISERS).path)
 
 
 def _pipeline(config: ModelConfig, dtype: str, tell: Tell) -> tuple[Any, Fetched]:
@@ -199,6 +217,10 @@ def _pipeline(config: ModelConfig, dtype: str, tell: Tell) -> tuple[Any, Fetched
     index = pipeline_class.index_of(fetched.description or fetched.path)
     cls = getattr(diffusers, pipeline_class.choose(config, index))
     with download.words_for_hub_errors(fetched.shown):
+        if fetched.path.suffix.lower() == gguf.SUFFIX and fetched.description:
+            with weight_file.in_lower_case(fetched.path) as named:
+                given = gguf.denoiser(named, fetched.description, index, DTYPES[dtype])
+            return _folder(config, fetched.description, cls, dtype, **given), fetched
         if fetched.description:
             return _single_file(config, fetched, cls, dtype), fetched
         return _folder(config, fetched.path, cls, dtype), fetched
@@ -223,7 +245,7 @@ def _variant(config: ModelConfig, dtype: str, files: Iterable[str]) -> str | Non
     return variant
 
 
-def _folder(config: ModelConfig, folder: Path, cls: Any, dtype: str) -> Any:
+def _folder(config: ModelConfig, folder: Path, cls: Any, dtype: str, **given: Any) -> Any:
     files = [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
     return cls.from_pretrained(
         folder,
@@ -232,6 +254,7 @@ def _folder(config: ModelConfig, folder: Path, cls: Any, dtype: str) -> Any:
         use_safetensors=None if config.allow_pickle else True,
         local_files_only=True,
         **parts.given(config, DTYPES[dtype]),
+        **given,
     )
 
 

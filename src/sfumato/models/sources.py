@@ -14,7 +14,7 @@ from typing import TypeAlias, TypeVar
 from urllib.parse import urlparse
 
 from sfumato.config import ModelConfig, addresses
-from sfumato.errors import LoadError, ModelFileError
+from sfumato.errors import LoadError, ModelFileError, SfumatoError
 
 HUB = "https://huggingface.co"
 INDEX = "model_index.json"
@@ -83,6 +83,20 @@ def resolve(config: ModelConfig) -> Source:
     if suffix in SAFE + PICKLES or written.startswith(("/", "~", ".")) or not _HUB_ID.fullmatch(written):
         raise LoadError(_not_found(config, path), param="parameters.model")
     return _hub(config, written)
+
+
+def suffix_of(config: ModelConfig) -> str:
+    """Of the file that a model's weights are, in lower case; empty for a repository, a folder and what is no source."""
+    try:
+        source = resolve(config)
+    except SfumatoError:
+        return PurePosixPath(config.model).suffix.lower()
+    match source:
+        case File(path):
+            return path.suffix.lower()
+        case Url(url):
+            return PurePosixPath(urlparse(url).path).suffix.lower()
+    return ""
 
 
 def download_url(uri: str, revision: str | None = None) -> str:

@@ -12,14 +12,14 @@ import inspect
 import operator
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from sfumato.config import ModelConfig
 from sfumato.errors import SfumatoError
-from sfumato.models import descriptions, diffusers_source, pipeline_class, single_file, sources, weight_file
+from sfumato.models import descriptions, diffusers_source, gguf, pipeline_class, single_file, sources, weight_file
 from sfumato.pipelines import capabilities, tokens
 
 DEFAULT_MULTIPLE = 8
@@ -196,6 +196,10 @@ def _parameters(name: str) -> Mapping[str, inspect.Parameter] | None:
 
 def _folder(config: ModelConfig) -> Path | None:
     """Where the model's files lie in diffusers' layout, if they are on this disk."""
+    if sources.suffix_of(config) == gguf.SUFFIX:
+        return (
+            _folder(replace(config, model=config.base_model, base_model=None, repo=None)) if config.base_model else None
+        )
     try:
         source = sources.resolve(config)
     except SfumatoError:
