@@ -1,7 +1,7 @@
 # The server in a container. CPU:
 #   docker build -t sfumato .
-# PyTorch's default build for x86-64 holds CUDA, so the same image draws on a GPU (`docker run --gpus all`). For a smaller
-# image without CUDA name an index that has CPU builds; for another CUDA release, that release's index:
+# PyTorch's default build for x86-64 includes CUDA, so the same image works on a GPU (`docker run --gpus all`). For a smaller
+# image without CUDA pass an index with CPU builds; for another CUDA release, that release's index:
 #   docker build --build-arg TORCH_INDEX=URL -t sfumato .
 FROM python:3.11-slim
 
@@ -14,14 +14,14 @@ ENV PIP_NO_CACHE_DIR=1 \
 
 WORKDIR /opt/sfumato
 
-# PyTorch first: it is the largest layer and changes least.
+# PyTorch first: it is the largest layer and changes least often.
 RUN pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$TORCH"
 COPY pyproject.toml MANIFEST.in requirements.txt README.md LICENSE NOTICE ./
 COPY src ./src
-# What the server needs, at the versions it was tested with; the test tools of that list stay out.
+# The server's dependencies at the tested versions; test tools in that list are not installed.
 RUN pip install --constraint requirements.txt .
 
-# Model files and weights, generated pictures, and what is downloaded from the hub.
+# Model files and weights, generated pictures, and the hub's cache.
 ENV SFUMATO_HOST=0.0.0.0 \
     SFUMATO_MODELS=/models \
     SFUMATO_DATA=/data \

@@ -1,4 +1,4 @@
-# `make serve` and `make test` are the whole set-up on a fresh machine with Python 3.11 and make.
+# `make serve` and `make test` do the whole set-up on a new machine with Python 3.11 and make.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
@@ -12,7 +12,7 @@ test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST)
+	$(BIN)/python -m pytest -n 2 --durations=10 --durations-min=1 $(PYTEST)
 
 fuzz: $(READY)
 	PYTHONPATH=tests $(BIN)/python -m support.fuzz $(FUZZ)
@@ -32,7 +32,7 @@ docs: $(READY)
 clean:
 	rm -rf .venv
 
-# PyTorch first: with it in place nothing below pulls another build of it.
+# PyTorch first, so that nothing below installs another build of it.
 $(READY): requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet torch==2.13.0

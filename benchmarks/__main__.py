@@ -1,6 +1,6 @@
 """All figures: `python -m benchmarks [--device cuda]`. About a quarter of an hour on two cores.
 
-Each benchmark is a process of its own: what one leaves behind in memory or in torch's settings is not the next one's.
+Each benchmark runs in its own process, so that memory and torch settings of one do not affect the next.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What every benchmark shares: medians with their spread, a table, and a JSON file that says where it was made."""
+"""Shared by all benchmarks: medians with their spread, a table, and a JSON file with machine and versions."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 def arguments(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
-    parser.add_argument("--repeats", type=int, default=3, help="how often each variant is measured; they take turns")
+    parser.add_argument("--repeats", type=int, default=3, help="measurements per variant, alternating")
     return parser
 
 

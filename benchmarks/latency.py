@@ -2,8 +2,8 @@
 
     python -m benchmarks.latency [--device cuda]
 
-Six requests of 50 steps are being drawn; one of 4 steps comes. Its time over its time on an idle engine, with the
-engine as it is, with `max_batch` 1, and first come first served (`max_active` 1), as servers do that draw one
+Six requests of 50 steps are in flight; one of 4 steps arrives. Its time over its time on an idle engine, with the
+default engine, with `max_batch` 1, and first come, first served (`max_active` 1), like servers that draw one
 request after another.
 """
 
@@ -52,7 +52,7 @@ async def alone(engine: Engine, config: ModelConfig, asked: Generation) -> float
 
 
 async def behind(engine: Engine, config: ModelConfig, asked: Generation, longs: Sequence[Generation], at: int) -> float:
-    """The same while others are drawn: it comes when they have had `at` steps together. They are stopped then."""
+    """The same while others are in flight: it arrives after their first `at` steps. They are then stopped."""
     under_way = asyncio.Event()
     heard = 0
 
@@ -89,7 +89,7 @@ def measure(config: ModelConfig, model: str, device: str, repeats: int) -> dict[
                     solo = runner.run(alone(engine, config, wanted(model, "solo", SHORT_STEPS, 10_000 + repeat)))
                     short = wanted(model, "short", SHORT_STEPS, 20_000 + repeat)
                     waited = runner.run(behind(engine, config, short, longs, at=10 + repeat))
-                    # The engine alone again: what else the machine does changes within a run.
+                    # The engine alone again: the machine's load changes within a run.
                     solo_after = runner.run(alone(engine, config, wanted(model, "solo", SHORT_STEPS, 30_000 + repeat)))
                     solos += [solo, solo_after]
                     ratios[name].append(2 * waited / (solo + solo_after))

@@ -1,4 +1,4 @@
-"""The models that are measured (the embedded one, a Stable Diffusion of a third of the width) and the requests."""
+"""The measured models (the built-in one, a Stable Diffusion with a third of the width) and the requests."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from sfumato.core import Generation
 from sfumato.serving.catalog import EMBEDDED, Catalog
 
 SIZES = {"embedded": 128, "middle": 256}
-"""Pixels a side."""
+"""Pixels per side."""
 
 STEPS = {"embedded": (12, 28), "middle": (5, 9)}
-"""Fewest and most of a mixed request."""
+"""Minimum and maximum steps of a mixed request."""
 
 TEXTS = ("a red ball", "two blue cubes on yellow", "a green cup", "a small house on a dark background", "a star")
 SCHEDULERS = (None, "euler", "ddim", "k_dpmpp_2m", "unipc")
 
 
 def config(name: str, folder: Path, device: str) -> ModelConfig:
-    """The model of that name; what has to be built is built in `folder`."""
+    """The model of that name, built in `folder` if necessary."""
     if name == "embedded":
         return Catalog([EMBEDDED]).get("sfumato-tiny")
     _middle().save_pretrained(folder / "middle-weights")
@@ -49,7 +49,7 @@ def _middle() -> Any:
 
 
 def mixed(model: str, count: int, seed: int) -> list[Generation]:
-    """Requests that agree in nothing but the size."""
+    """Requests that have only the size in common."""
     dice = random.Random(seed)
     side = SIZES[model]
     return [
@@ -69,7 +69,7 @@ def mixed(model: str, count: int, seed: int) -> list[Generation]:
 
 
 class Plain:
-    """diffusers as its documentation says: one pipeline, one call after another."""
+    """diffusers used as documented: one pipeline, one call after another."""
 
     def __init__(self, config: ModelConfig, device: str) -> None:
         from sfumato.models import load
@@ -78,7 +78,7 @@ class Plain:
         self.device = device
 
     def draw(self, asked: Generation) -> Any:
-        """The picture. The scheduler is made as the engine makes it."""
+        """The picture, with a scheduler made like the engine's."""
         import torch
 
         from sfumato.pipelines import request_scheduler
@@ -94,7 +94,7 @@ class Plain:
 
 
 def arguments(asked: Generation) -> dict[str, Any]:
-    """What `pipe(...)` is called with."""
+    """The arguments of `pipe(...)`."""
     import torch
 
     return {

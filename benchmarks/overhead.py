@@ -1,13 +1,13 @@
-"""What the heart costs: per module call, for a single request over a bare `pipe()`, and in memory.
+"""Overhead of the batcher: per module call, for a single request over a plain `pipe()`, and in memory.
 
     python -m benchmarks.overhead [--device cuda]
 
-1. Microseconds per module call. The module does next to nothing, so what is measured is everything around it:
-   describing the call, choosing, joining the arguments, cutting the output, switching. Sizes are those of Stable
+1. Microseconds per module call. The module does almost nothing, so this measures everything around it:
+   describing the call, choosing, joining the arguments, splitting the output, switching. Sizes are those of Stable
    Diffusion 1.5 at 512x512 with guidance, and of FLUX.1 at 1024x1024.
-2. One request through the heart over the same pipeline called plainly, taking turns. On the CPU in the processor
-   time of the thread, with one thread of torch, so that what else the machine does does not enter; on a GPU in seconds.
-3. What a request holds while it is parked: what Python allocated besides tensors, and what the process grew by.
+2. One request through the batcher over the same pipeline called directly, alternating. On the CPU in CPU time of the
+   thread, with one torch thread, so that the machine's other load does not matter; on a GPU in seconds.
+3. Memory of a parked request: Python allocations besides tensors, and the growth of the process.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def clock(device: str) -> Callable[[], float]:
 
 
 def per_call(run: Callable[[Any, str], None], module: torch.nn.Module, requests: int, device: str) -> float:
-    """Microseconds per module call and request, over a direct call, with everything trusted."""
+    """Additional microseconds per module call and request over a direct call, without proofs."""
     now = clock(device)
     stand_in = View("").stand_in(module, "module")
     learning = Batcher(trust=Verification("always", frozenset()))
@@ -116,7 +116,7 @@ class Single:
     """A call of the denoiser."""
     calls: int
     over_bare: Figure
-    """1.02 is two per cent more."""
+    """1.02 means two per cent more."""
     us_per_call: Figure
 
 
@@ -148,7 +148,7 @@ def single(name: str, folder: Path, device: str, repeats: int) -> Single:
     with torch.no_grad():
         bare(0), through(0)
         for repeat in range(repeats):
-            hub.memo.clear()  # else the heart would gain by not encoding a text twice
+            hub.memo.clear()  # else the batcher would gain from the prompt-embedding cache
             hub.counts.clear()
             one, other = (bare, through) if repeat % 2 else (through, bare)
             first, second = one(repeat), other(repeat)
@@ -165,7 +165,7 @@ def single(name: str, folder: Path, device: str, repeats: int) -> Single:
 
 
 def python_memory(device: str, count: int = 200) -> float:
-    """KiB of Python that a parked request holds besides its tensors and its pipeline's own variables."""
+    """KiB of Python objects of a parked request besides its tensors and its pipeline's own variables."""
     hub = Batcher(max_active=count)
     stand_in = View("").stand_in(UNet().eval(), "module")
     value, text = torch.randn(2, 4, 64, 64, device=device), torch.randn(2, 77, 768, device=device)
@@ -181,7 +181,7 @@ def python_memory(device: str, count: int = 200) -> float:
 
 
 def process_memory(folder: Path, count: int = 64) -> float:
-    """KiB that the process grows by per request of the embedded model, parked at its third step; all included."""
+    """Growth of the process in KiB per request of the built-in model, parked at its third step; everything included."""
     pipe = models.Plain(models.config("embedded", folder, "cpu"), "cpu").pipeline
     asked = models.mixed("embedded", 8 + count, seed=7)
 
@@ -194,7 +194,7 @@ def process_memory(folder: Path, count: int = 64) -> float:
         return hub
 
     with torch.no_grad():
-        park(asked[:8], 8).close(KeyboardInterrupt())  # what torch and the allocator take once
+        park(asked[:8], 8).close(KeyboardInterrupt())  # what torch and the allocator allocate once
         gc.collect()
         before = resident()
         hub = park(asked[8:], count)
@@ -204,7 +204,7 @@ def process_memory(folder: Path, count: int = 64) -> float:
 
 
 def resident() -> int:
-    """Bytes of this process in main memory."""
+    """Resident bytes of this process."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
@@ -226,7 +226,7 @@ def run(device: str, repeats: int) -> None:
         memory = {"python KiB": round(python_memory(device), 1), "process KiB": round(process_memory(Path(folder)), 1)}
     print(
         f"a parked request: {memory['python KiB']} KiB of Python besides tensors; the process grows by "
-        f"{memory['process KiB']} KiB, tensors of a picture of 128x128 included"
+        f"{memory['process KiB']} KiB, including the tensors of a 128x128 picture"
     )
     per = [{"shape": name, "requests": requests, "us": asdict(found)} for name, requests, found in rows]
     print(write("overhead", device, {"per call": per, "single": singles, "parked": memory}))

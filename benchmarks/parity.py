@@ -1,20 +1,20 @@
-"""Does every family draw together what it draws alone? Also writes the list of what may be batched.
+"""Does every family draw the same in a batch as alone? Also writes the list of signatures that may be batched.
 
     python -m benchmarks.parity                       every family, a table
     python -m benchmarks.parity Flux QwenImage        some of them
     python -m benchmarks.parity --write               write the record, the list and the table in the docs
-    python -m benchmarks.parity --write Flux          the same, measuring only some families again
+    python -m benchmarks.parity --write Flux          the same, but measure only some families again
 
 Each family of `tests/support/families.py` draws three pictures (prompts, lengths, seeds, steps and guidance differ)
-three times: one after another with the plain pipeline, together while every kind of batch is also computed
-member by member, and together trusting what that has shown; then the same with three calls that are alike in
-all but prompt and seed. All in fp32; then the three once more in bf16, with the list as it ships. The counts are
-those of the three that differ.
+three times: one after another with the plain pipeline, batched while every kind of batch is also computed
+member by member, and batched with the verdicts of that; then the same with three calls that differ only in
+prompt and seed. All in fp32; then the first three again in bf16, with the shipped list. The counts are
+those of the first three.
 
-Every batch of a denoiser that was shown is tried again with each combination of its optional arguments left out
-(see `variations`), so that the list speaks of all that a pipeline may pass.
+Every proved batch of a denoiser is repeated with each combination of its optional arguments left out
+(see `variations`), so that the list covers everything a pipeline may pass.
 
-`tests/data/parity.json` is the record of all that; the list and the table are made of it alone.
+`tests/data/parity.json` records the results; the list and the table are generated from it alone.
 """
 
 from __future__ import annotations
@@ -62,19 +62,19 @@ PAGE = ROOT / "docs/concepts/batching.md"
 BEGIN, END = "<!-- families: written by benchmarks/parity.py -->", "<!-- end of families -->"
 
 PIXEL = 1e-4
-"""Largest error of a pixel (0 .. 1) that counts as the same picture."""
+"""Largest pixel error (0 .. 1) that counts as the same picture."""
 
 SHOWN = 3e-4
-"""Largest error of a module's output, relative to its largest number, that puts its signature on the list."""
+"""Largest error of a module's output, relative to its largest value, with which its signature goes on the list."""
 
 JITTER = 3e-7
-"""About one rounding error of fp32: by what a denoiser's output is disturbed to see how chaotic toy weights are."""
+"""About one fp32 rounding error: disturbance of a denoiser's output, to measure how chaotic toy weights are."""
 
 CHAOS = 10.0
 """A family whose pixels differ by more than PIXEL passes if a jitter of one rounding error makes a tenth of that."""
 
 HOPELESS = 0.02
-"""Where the pixels differ by more, the toy weights decide nothing."""
+"""If the pixels differ by more, the toy weights prove nothing."""
 
 
 @dataclass
@@ -85,21 +85,21 @@ class Measured:
     error: float
     """Of the worst pixel, in fp32."""
     jitter: float | None
-    """What JITTER alone does to the worst pixel, where the error is above PIXEL."""
+    """Effect of JITTER alone on the worst pixel, if the error is above PIXEL."""
     calls: int
     forwards: int
-    """Of the denoiser, in the run that trusts."""
+    """Forward passes of the denoiser, in the run with verdicts."""
     shown: dict[str, float] = field(default_factory=dict)
     """Signature → error of the module's output."""
     refused: dict[str, str] = field(default_factory=dict)
-    """What the run found to be wrong when it is joined, and why."""
+    """Signature → why it may not be batched."""
     wrong: dict[str, str] = field(default_factory=dict)
-    """The same of `variations`, which no pipeline passed."""
+    """The same for `variations` that no pipeline passed."""
     alone: dict[str, int] = field(default_factory=dict)
     half: tuple[int, int] = (0, 0)
-    """Calls and forwards of the denoiser in bf16."""
+    """Calls and forward passes of the denoiser in bf16."""
     broken: str = ""
-    """Why the pipeline doesn't run in bf16, alone either."""
+    """Why the pipeline does not run in bf16, even alone."""
 
     @property
     def mean_batch(self) -> float:
@@ -113,7 +113,7 @@ class Measured:
 
 
 class Learning(Batcher):
-    """Keeps two calls of every kind of batch; where text is padded, two that differ in it."""
+    """Keeps two calls of every kind of batch; if text is padded, two that differ in its length."""
 
     def __init__(self) -> None:
         super().__init__(max_rows=16, trust=verification.Verification("always", frozenset()))
@@ -134,7 +134,7 @@ def measure(name: str) -> Measured:
     alone = [draw(pipe, call) for call in seeded(family.calls)]
     learning = Learning()
     first = together(learning, pipe, family.calls)
-    # Where texts keep their length and requests never meet, some modules are joined only among twins.
+    # If text is not padded and requests never meet, some modules are batched only among equal calls.
     twins = alike(family.calls[0])
     alone_twins = [draw(pipe, call) for call in seeded(twins)]
     first_twins = together(learning, pipe, twins)
@@ -172,7 +172,7 @@ def halve(one: Measured, shipped: frozenset[str]) -> None:
 
 
 def alike(call: Call) -> list[Call]:
-    """Three calls that differ in seed and prompt only, and not in the prompt's length."""
+    """Three calls that differ only in seed and prompt, with prompts of equal length."""
     names = [name for name in ("prompt", "negative_prompt") if name in call]
     return [{**call, **dict.fromkeys(names, f"a {word}")} for word in ("cat", "dog", "hen")]
 
@@ -182,7 +182,7 @@ def seeded(calls: Iterable[Call]) -> list[Call]:
 
 
 def draw(pipe: Any, call: Call) -> Any:
-    """The pixels or samples of one call, as an array. `scheduler` in a call takes the place of the pipeline's."""
+    """The pixels or samples of one call, as an array. `scheduler` in a call replaces the pipeline's."""
     call = dict(call)
     if "scheduler" in call:
         own, pipe.scheduler = pipe.scheduler, copy.deepcopy(call.pop("scheduler"))
@@ -217,7 +217,7 @@ def difference(one: list[Any], other: list[Any]) -> float:
 
 
 class jittered:
-    """While entered, the module's first output is disturbed by JITTER of its largest number."""
+    """Inside the context, the module's first output is disturbed by JITTER times its largest value."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         self._module = module
@@ -237,7 +237,7 @@ class jittered:
 
 
 def signatures(measured: Iterable[Measured]) -> dict[str, Any]:
-    """The content of `mergeable.json`: what was shown in every family that uses it."""
+    """The content of `mergeable.json`: signatures proved in every family that uses them."""
     worst: dict[str, float] = {}
     refused: set[str] = set()
     for one in measured:
@@ -249,7 +249,7 @@ def signatures(measured: Iterable[Measured]) -> dict[str, Any]:
     }
     for signature in sorted(worst):
         kind, _, call = signature.partition(".")
-        # Not every model of diffusers is to be had by its package.
+        # Not every diffusers model can be imported from its package.
         package = "transformers" if hasattr(transformers, kind.partition("+")[0]) else "diffusers"
         if worst[signature] <= SHOWN and signature not in refused:
             packages[package]["calls"].setdefault(kind, []).append(call)
@@ -301,7 +301,7 @@ def versions() -> dict[str, str]:
 
 
 def write(measured: Mapping[str, Measured]) -> None:
-    """Write the record, and what is made of it."""
+    """Write the record, and the files generated from it."""
     ordered = [measured[name] for name in FAMILIES if name in measured]
     record = {"versions": versions(), "families": {one.name: asdict(one) for one in ordered}}
     RECORD.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")

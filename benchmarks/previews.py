@@ -1,10 +1,10 @@
-"""What previews cost: a picture with three of them over the same picture without.
+"""Cost of previews: a picture with three previews over the same picture without.
 
     python -m benchmarks.previews [--device cuda]
 
-In turns within one run: without, with three as the model shows them (by a map to colours that was fitted when it was
-loaded), and with three by its own decoder. On a CPU in processor time of one thread, which others on the machine
-disturb less than the clock. Also what fitting the map took.
+Alternating within one run: without, with three latent-to-RGB previews (the map was fitted when the model was
+loaded), and with three by its own decoder. On a CPU in CPU time of one thread, which other load on the machine
+affects less than the clock. Also the time for fitting the map.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def measure(config: ModelConfig, model: str, device: str, repeats: int) -> dict[
     def seconds(way: str) -> float:
         which, asked = ways[way]
         got: list[Preview] = []
-        gc.collect()  # not in the middle of one of them
+        gc.collect()  # not during a measurement
         start = clock()
         with torch.no_grad():
             draw(which, asked, lambda done, total: None, got.append)
@@ -68,7 +68,7 @@ def measure(config: ModelConfig, model: str, device: str, repeats: int) -> dict[
         seconds(way)
     took: dict[str, list[float]] = {way: [] for way in ways}
     for repeat in range(repeats):
-        # Each comes first, second and third as often: a machine that warms up or is disturbed favours none.
+        # Each is first, second and third equally often: a machine that warms up or is disturbed favours none.
         order = [*ways][repeat % 3 :] + [*ways][: repeat % 3]
         for way in order:
             took[way].append(seconds(way))

@@ -2,8 +2,8 @@
 
     python -m benchmarks.throughput [--device cuda] [--model embedded] [--concurrent 1 2 4 8 16]
 
-N requests with different prompts, seeds, steps, guidance and schedulers come at once. Three ways to draw them
-take turns: the engine (a worker process, as `sfumato serve` has it), the same with `max_batch` 1, and a plain
+N requests with different prompts, seeds, steps, guidance and schedulers arrive at once. Three ways to draw them
+alternate: the engine (a worker process, as in `sfumato serve`), the same with `max_batch` 1, and a plain
 pipeline in this process, one call after another. Rates are relative to plain diffusers in the same round.
 """
 
@@ -29,7 +29,7 @@ from sfumato.settings import Settings
 
 CONCURRENT = (1, 2, 4, 8, 16)
 MIDDLE_CONCURRENT = (1, 4)
-"""Of the model whose pictures take seconds."""
+"""For the model whose pictures take seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ def one_by_one(plain: models.Plain, asked: Sequence[Generation]) -> Round:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One number of concurrent requests. Ratios are of one round; seconds are medians over the rounds."""
+    """Results for one number of concurrent requests. Ratios are within a round; seconds are medians over the rounds."""
 
     concurrent: int
     over_plain: Figure
@@ -142,7 +142,7 @@ def run(device: str, repeats: int, names: Sequence[str], concurrent: Sequence[in
             config = models.config(name, Path(folder), device)
             counts = concurrent or (CONCURRENT if name == "embedded" else MIDDLE_CONCURRENT)
             results = measure(config, name, device, counts, repeats)
-            print(f"\n{name}, {models.SIZES[name]} pixels a side, {device}; rates, and seconds of waiting")
+            print(f"\n{name}, {models.SIZES[name]} pixels per side, {device}; rates, and waiting times in seconds")
             print(table(HEAD, [row(result) for result in results]))
             figures[name] = [asdict(result) for result in results]
     print(write("throughput", device, figures))

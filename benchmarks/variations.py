@@ -1,7 +1,7 @@
-"""The same batch with some of its optional arguments left out, or given: what else a pipeline may pass.
+"""The same batch with some of its optional arguments left out or added: everything else a pipeline may pass.
 
-A pipeline passes an argument or not, by its own arguments and by the model's config: residuals of a ControlNet, masks,
-pooled text, the scale of a LoRA. What the families happen to pass is one combination each; here are the others.
+Whether a pipeline passes an argument depends on its own arguments and the model's config: residuals of a ControlNet,
+masks, pooled text, the scale of a LoRA. Each family passes one combination; these are the others.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from sfumato.batching.proof import TOLERANCE, prove
 from sfumato.batching.verification import Verification
 
 SCALED = "attention_kwargs"
-"""The end of the names under which pipelines pass the scale of a LoRA."""
+"""Suffix of the argument names with which pipelines pass the scale of a LoRA."""
 
 MOST = 6
-"""Optional arguments of which every combination is tried; of more, those with one or two left out."""
+"""Up to this many optional arguments every combination is tried; with more, those with one or two left out."""
 
 
 def variations(batches: Iterable[Sequence[Call]], trust: Verification) -> tuple[dict[str, float], dict[str, str]]:
-    """What was shown of diffusers' modules, signature → relative error, and what was wrong, signature → why."""
+    """For diffusers' modules: proved signatures → relative error, and refused signatures → why."""
     shown: dict[str, float] = {}
     wrong: dict[str, str] = {}
     for calls in batches:
@@ -53,14 +53,14 @@ def _try(calls: Sequence[Call], trust: Verification, shown: dict[str, float], wr
     try:
         with torch.no_grad():
             alone = [call.run() for call in calls]
-    except Exception:  # whatever the module says: it can't do without that
+    except Exception:  # the module requires the argument
         return
     try:
         with torch.no_grad():
             output = target(first.module, first.method)(**_joined(calls))
             parts = outputs.split(output, [call.rows for call in calls], listed=first.listed)
             reason = prove(calls, _joined)
-    except Exception as error:  # a batch that fails where its members do not
+    except Exception as error:  # the batch fails although its members do not
         wrong[signature] = f"together: {error}"
         return
     error = max(outputs.difference(part, one) for part, one in zip(parts, alone, strict=True))
@@ -95,7 +95,7 @@ def _combinations(calls: Sequence[Call]) -> Iterator[list[dict[str, Any]]]:
 
 
 def _recast(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The same with time steps that are counted in float32, as other schedulers count them; empty if they are."""
+    """The same with float32 time steps, as other schedulers use; empty if they are float32 already."""
     whole = {
         name: value
         for name, value in arguments.items()

@@ -24,7 +24,7 @@ def settings_page() -> str:
     lines = [
         "# Settings",
         "",
-        "Each is read from the command line, else from the environment, else it has its default.",
+        "Each is read from the command line, else from the environment, else the default applies.",
         "",
         "| flag | environment | default | what it does |",
         "|---|---|---|---|",
@@ -34,7 +34,7 @@ def settings_page() -> str:
         lines.append(f"| `{flag(spec)}` | `{env_name(spec)}` | {default} | {spec.metadata['help']} |")
     lines += [
         "",
-        "Of huggingface_hub these are honoured: `HF_ENDPOINT`, `HF_TOKEN`, `HF_HOME`, `HF_HUB_OFFLINE`.",
+        "huggingface_hub's `HF_ENDPOINT`, `HF_TOKEN`, `HF_HOME` and `HF_HUB_OFFLINE` also apply.",
         "",
     ]
     return "\n".join(lines)
@@ -44,11 +44,11 @@ def schedulers_page() -> str:
     lines = [
         "# Schedulers",
         "",
-        "For `scheduler_type` in a model file, `scheduler` in a request, `--scheduler` on the command line. Each",
-        "request has an instance of its own. A `k_` in front means Karras sigmas; `_karras`, `_exponential`, `_beta`",
-        "and `_sgm_uniform` behind the name (or `schedule` in a model file) choose how the noise levels are spread,",
-        "where the solver can. Flow-matching models get the flow form of a solver where diffusers has one; other",
-        "names are refused with those that work.",
+        "Use these names for `scheduler_type` in a model file, `scheduler` in a request, and `--scheduler` on the",
+        "command line. Each request has its own instance. The prefix `k_` means Karras sigmas; the suffixes `_karras`,",
+        "`_exponential`, `_beta` and `_sgm_uniform` (or `schedule` in a model file) choose how the noise levels are",
+        "spread, if the solver supports it. Flow-matching models get a solver's flow form if diffusers has one; other",
+        "names are refused with a list of those that work.",
         "",
         "| name | solver | diffusers class | on flow-matching models | schedules |",
         "|---|---|---|---|---|",
@@ -70,14 +70,14 @@ def model_files_page() -> str:
 
 
 def http_page() -> str:
-    """Every route with its fields, answers and errors, from the OpenAPI document that the server gives out."""
+    """Every route with its fields, responses and errors, from the server's OpenAPI document."""
     settings = Settings()
     service = Service(Catalog.of(settings), Supervisor(settings), settings)
     document = create_app(service, Store(settings.data)).openapi()
     lines = [
         "# HTTP",
         "",
-        "The same as a document for programs: `/openapi.json`. The routes under `/v1` answer without `/v1` too.",
+        "For programs: `/openapi.json`. The routes under `/v1` also work without `/v1`.",
         "",
         HTTP_PREFACE,
         "## Statuses",
@@ -99,28 +99,28 @@ def http_page() -> str:
 
 HTTP_PREFACE = """\
 Errors have one shape on every route, `{"error": {"message", "type", "param", "code"}}`; the message names the field,
-its value, what is valid and what to do. Headers of answers:
+its value, what is valid and what to do. Response headers:
 
 | header | meaning |
 |---|---|
-| `x-request-id` | the request's id, for `/v1/images/progress/{id}`: its own if it brought this header, else a new one |
-| `x-sfumato-ignored` | fields that were sent and changed nothing |
-| `x-sfumato-warning` | what was done otherwise than asked, such as a prompt that was cut |
+| `x-request-id` | the request's id, for `/v1/images/progress/{id}`: the one it sent in this header, else a new one |
+| `x-sfumato-ignored` | fields that were sent but have no effect |
+| `x-sfumato-warning` | where the result differs from the request, such as a truncated prompt |
 | `x-should-retry` | on errors: whether the same request may succeed when it is sent again |
 | `retry-after` | on 429: seconds, at most 120 |
 
 With API keys configured, send `Authorization: Bearer KEY`, `x-api-key: KEY`, or Basic authentication (name and key).
 
-Before a request is read: 408 when it comes too slowly, 431 when its head is too large, 503 when too many connections
+Before a request is read: 408 if it arrives too slowly, 431 if its headers are too large, 503 if too many connections
 are open. `HEAD` works wherever `GET` does.
 
-A picture in a request is base64, a `data:` URI or an http(s) URL of a public address; in a form it is a file. `usage`
-counts a picture as one token for each 16x16 pixels.
+A picture in a request is base64, a `data:` URI or an http(s) URL of a public address; in a form, it is a file. `usage`
+counts a picture as one token per 16x16 pixels.
 
-With `stream: true` the answer is server-sent events: `image_generation.partial_image` (`b64_json`,
+With `stream: true` the response is server-sent events: `image_generation.partial_image` (`b64_json`,
 `partial_image_index` from 0), then `image_generation.completed` (`b64_json`, `usage`); for edits `image_edit.…`. With
-several pictures each event has an `index`. A failure on the way is `data: {"error": …}`. Comments keep a quiet stream
-open; closing it cancels the work within a step.
+several pictures each event has an `index`. A later failure is sent as `data: {"error": …}`. Comments keep an idle
+stream open; closing it cancels the work within one step.
 """
 
 
@@ -140,7 +140,7 @@ def _operation(document: Mapping[str, Any], title: str, operation: Mapping[str, 
             lines.append(f"| `{name}` | {_type(document, field)} | {default} | {said} |")
         lines.append("")
     statuses = ", ".join(str(status) for status in operation["responses"])
-    return [*lines, f"Answers: {statuses}.", ""]
+    return [*lines, f"Responses: {statuses}.", ""]
 
 
 def _type(document: Mapping[str, Any], field: Mapping[str, Any]) -> str:
@@ -180,8 +180,8 @@ def metrics_page() -> str:
         "# Metrics",
         "",
         "`GET /metrics` answers in Prometheus' text format. Times are seconds, sizes bytes. `route` is a path template",
-        "(`none`: there is no such route), `code` an error's code. The API process adds Prometheus' own `process_*`;",
-        "`sfumato_worker_memory_bytes` is that of the process that computes.",
+        "(`none`: no such route), `code` an error's code. The API process adds Prometheus' own `process_*`;",
+        "`sfumato_worker_memory_bytes` is that of the worker process.",
         "",
         "| metric | kind | labels | what it is |",
         "|---|---|---|---|",

@@ -18,7 +18,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageChops
 
-import test_kinds
 from sfumato import schedulers
 from sfumato.api.a1111 import samplers as a1111_samplers
 from sfumato.api.a1111.bodies import NEUTRAL, DrawBody, Img2ImgBody, UpscaleBody
@@ -29,9 +28,11 @@ from sfumato.pictures.sources import Sources
 from sfumato.serving.catalog import EMBEDDED, Catalog
 from sfumato.serving.service import Service
 from sfumato.settings import Settings
-from support import broken_pictures, tiny
+from support import broken_pictures, tiny, upscalers
+from support.answers import error_of
 from support.fake_engine import FakeEngine
 from support.inside import Inside, Painter
+from support.pictures import base64_of
 from support.serving import TIMEOUT_S, Server
 
 FEW = {"prompt": "a cat", "steps": 2, "seed": 5, "width": 64, "height": 64}
@@ -48,7 +49,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     tiny.save(tiny.flux(), models / "flowing-weights")
-    tiny.save(test_kinds.four_times(), models / "enlarge-weights")
+    tiny.save(upscalers.four_times(), models / "enlarge-weights")
     (models / "flowing.yaml").write_text("name: flowing\nparameters:\n  model: flowing-weights\n")
     (models / "fixed.yaml").write_text(
         f"name: fixed\nparameters:\n  model: {EMBEDDED}/sfumato-tiny\nclip_skip: 1\n"
@@ -97,20 +98,9 @@ def opened(text: str) -> Image.Image:
     return image
 
 
-def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> str:
-    file = io.BytesIO()
-    image.save(file, format, **options)
-    return base64.b64encode(file.getvalue()).decode()
-
-
 def most_apart(one: Image.Image, other: Image.Image) -> int:
     """Levels, 0 .. 255."""
     return max(high for _, high in ImageChops.difference(one.convert("RGB"), other.convert("RGB")).getextrema())
-
-
-def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
-    assert answer.status_code == status, answer.text
-    return dict(answer.json()["error"])
 
 
 SOURCE = Image.radial_gradient("L").convert("RGB").resize((128, 128))
@@ -412,9 +402,9 @@ def test_names_are_understood(sampler: str | None, schedule: str | None, ours: s
     [
         ("No such sampler", None, None, "sampler_name: there is no sampler 'No such sampler'."),
         ("DPM++ 2S a", None, None, "Did you mean 'DPM++ 2S'?"),
-        ("Euler a", "Karras", "euler_a", "scheduler: Euler a takes no schedule 'Karras'"),
+        ("Euler a", "Karras", "euler_a", "scheduler: Euler a does not support the schedule 'Karras'"),
         ("UniPC Karras", None, "k_unipc", None),
-        ("DPM++ 2M", "KL Optimal", "k_dpmpp_2m", "scheduler: 'KL Optimal' is no schedule type"),
+        ("DPM++ 2M", "KL Optimal", "k_dpmpp_2m", "scheduler: 'KL Optimal' is not a schedule type"),
     ],
 )
 def test_names_that_are_not_here_are_told(
@@ -467,11 +457,11 @@ def test_a_sampler_that_the_model_cannot_use_is_left_out(server: Server, ann: ht
 
 
 def test_a_picture_is_drawn_over(ann: httpx.Client) -> None:
-    body = {"prompt": "a cat", "init_images": [encoded(SOURCE)], "steps": 8, "seed": 1}
+    body = {"prompt": "a cat", "init_images": [base64_of(SOURCE)], "steps": 8, "seed": 1}
     images, info = drawn(ann.post("img2img", json=body | {"denoising_strength": 0.5}))
     assert (images[0].size, info["denoising_strength"]) == ((128, 128), 0.5)
     assert "Denoising strength: 0.5" in info["infotexts"][0]
-    uri = "data:image/png;base64," + encoded(SOURCE)
+    uri = "data:image/png;base64," + base64_of(SOURCE)
     again, _ = drawn(ann.post("img2img", json=body | {"denoising_strength": 0.5, "init_images": [uri]}))
     assert again[0].tobytes() == images[0].tobytes()
     strong, _ = drawn(ann.post("img2img", json=body | {"denoising_strength": 1}))
@@ -484,7 +474,7 @@ SIDES = {"left": (0, 0, 64, 128), "right": (64, 0, 128, 128)}
 @pytest.mark.parametrize(("invert", "kept", "new"), [(0, "right", "left"), (1, "left", "right")])
 def test_a_mask_redraws_where_it_is_white(ann: httpx.Client, invert: int, kept: str, new: str) -> None:
     body = {
-        "prompt": "a cat", "init_images": [encoded(SOURCE)], "mask": encoded(LEFT), "mask_blur": 0, "steps": 8,
+        "prompt": "a cat", "init_images": [base64_of(SOURCE)], "mask": base64_of(LEFT), "mask_blur": 0, "steps": 8,
         "inpainting_mask_invert": invert, "denoising_strength": 1, "seed": 1, "width": 128, "height": 128,
     }  # fmt: skip
     answer = ann.post("img2img", json=body)
@@ -497,7 +487,7 @@ def test_a_mask_redraws_where_it_is_white(ann: httpx.Client, invert: int, kept: 
 
 
 def test_a_blurred_mask_leaves_what_is_far(ann: httpx.Client) -> None:
-    body = {"prompt": "a cat", "init_images": [encoded(SOURCE)], "mask": encoded(LEFT), "steps": 4, "seed": 1}
+    body = {"prompt": "a cat", "init_images": [base64_of(SOURCE)], "mask": base64_of(LEFT), "steps": 4, "seed": 1}
     images, _ = drawn(ann.post("img2img", json=body))
     far = (64 + 4 * 4, 0, 128, 128)
     assert images[0].convert("RGB").crop(far).tobytes() == SOURCE.crop(far).tobytes()
@@ -525,7 +515,7 @@ def prepared(body: Img2ImgBody, **settings: Any) -> tuple[tuple[bytes, ...], byt
 
 
 def mask_of(mask: Image.Image, **more: Any) -> Image.Image:
-    body = Img2ImgBody(init_images=[encoded(SOURCE)], mask=encoded(mask), mask_blur=0, **more)
+    body = Img2ImgBody(init_images=[base64_of(SOURCE)], mask=base64_of(mask), mask_blur=0, **more)
     prepared_mask = prepared(body)[1]
     assert prepared_mask
     return Image.open(io.BytesIO(prepared_mask))
@@ -548,7 +538,7 @@ def test_a_mask_of_another_size_is_fitted() -> None:
 def test_a_picture_is_stretched_or_cropped(mode: int | None, corner: str) -> None:
     wide = Image.new("RGB", (128, 64), "lime")
     wide.paste("red", (0, 0, 32, 64))
-    body = Img2ImgBody(init_images=[encoded(wide)], width=64, height=64, resize_mode=mode)
+    body = Img2ImgBody(init_images=[base64_of(wide)], width=64, height=64, resize_mode=mode)
     image = Image.open(io.BytesIO(prepared(body)[0][0]))
     assert image.size == (64, 64)
     assert image.getpixel((2, 2)) == Image.new("RGB", (1, 1), corner).getpixel((0, 0))
@@ -568,7 +558,7 @@ def test_a_picture_is_needed(ann: httpx.Client) -> None:
 
 def test_a_huge_picture_is_not_decoded() -> None:
     with pytest.raises(InvalidPicture, match="at most 100 pixels"):
-        prepared(Img2ImgBody(init_images=[encoded(SOURCE)]), max_source_pixels=100)
+        prepared(Img2ImgBody(init_images=[base64_of(SOURCE)]), max_source_pixels=100)
 
 
 # Progress
@@ -660,7 +650,7 @@ def test_an_interrupted_request_answers_with_what_is_done(ann: httpx.Client) -> 
         images, info = drawn(drawing.end())
     assert len(images) in (2, 3)
     assert info["all_seeds"] == [5, 6, 7][: len(images)]
-    assert info["warnings"] == [f"interrupted: {len(images)} of 4 pictures were done"]
+    assert info["warnings"] == [f"interrupted: {len(images)} of 4 pictures were finished"]
 
 
 def test_an_interruption_ends_nothing_of_other_routes(server: Server, ann: httpx.Client) -> None:
@@ -700,7 +690,7 @@ def test_the_infotext_is_read_back(ann: httpx.Client) -> None:
 
 
 def test_a_picture_that_says_nothing(ann: httpx.Client) -> None:
-    answer = ann.post("png-info", json={"image": encoded(SOURCE)})
+    answer = ann.post("png-info", json={"image": base64_of(SOURCE)})
     assert answer.json() == {"info": "", "items": {}, "parameters": {}}
     for picture in ("nonsense", base64.b64encode(b"text").decode()):
         assert error_of(ann.post("png-info", json={"image": picture}), 400)["code"] == "invalid_image"
@@ -710,7 +700,7 @@ def test_a_picture_that_says_nothing(ann: httpx.Client) -> None:
 
 
 def test_a_model_enlarges(ann: httpx.Client) -> None:
-    body = {"image": encoded(SOURCE.resize((16, 16))), "upscaler_1": UPSCALER, "upscaling_resize": 4}
+    body = {"image": base64_of(SOURCE.resize((16, 16))), "upscaler_1": UPSCALER, "upscaling_resize": 4}
     answer = ann.post("extra-single-image", json=body | {"gfpgan_visibility": 1, "codeformer_visibility": 0})
     assert answer.status_code == 200, answer.text
     assert opened(answer.json()["image"]).size == (64, 64)
@@ -728,7 +718,7 @@ def test_a_model_enlarges(ann: httpx.Client) -> None:
     ],
 )
 def test_nothing_is_enlarged_without_a_model(ann: httpx.Client, more: dict[str, Any], param: str) -> None:
-    assert error_of(ann.post("extra-single-image", json={"image": encoded(SOURCE)} | more), 400)["param"] == param
+    assert error_of(ann.post("extra-single-image", json={"image": base64_of(SOURCE)} | more), 400)["param"] == param
 
 
 # The shapes themselves

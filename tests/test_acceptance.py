@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 from PIL import Image
 
 from support import tiny
+from support.answers import error_of, image_of, pixels
 from support.hub import Hub
+from support.pictures import uri
 from support.serving import Server
 
 FILES = {
@@ -44,31 +45,6 @@ def server(tmp_path_factory: pytest.TempPathFactory, hub: Hub) -> Iterator[Serve
         write(models, name, **keys)
     with Server(models, folder / "data", "--loaded-models", "10", env=hub.environment(folder / "hf")) as server:
         yield server
-
-
-def image_of(answer: httpx.Response, index: int = 0) -> Image.Image:
-    assert answer.status_code == 200, answer.text
-    item = answer.json()["data"][index]
-    data = base64.b64decode(item["b64_json"]) if "b64_json" in item else httpx.get(item["url"]).content
-    return Image.open(io.BytesIO(data))
-
-
-def error_of(answer: httpx.Response, status: int = 400) -> dict[str, Any]:
-    assert answer.status_code == status, answer.text
-    error: dict[str, Any] = answer.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert answer.headers["x-should-retry"] in ("true", "false")
-    return error
-
-
-def pixels(image: Image.Image) -> Any:
-    return np.asarray(image)
-
-
-def uri(image: Image.Image, format: str = "PNG", **options: Any) -> str:
-    file = io.BytesIO()
-    image.save(file, format, **options)
-    return f"data:image/{format.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def test_row_05_every_image_can_be_made_again(server: Server) -> None:

@@ -133,7 +133,7 @@ def test_row_10_the_idle_model_leaves_and_never_one_in_use(catalog: Catalog) -> 
         # It was in use: the other one waited. Then it was idle, and left.
         assert order.index("a Done") < order.index("b Step")
         assert (engine.status("a").state, engine.status("b").state) == ("unloaded", "ready")
-        assert "another model is wanted" in engine.status("a").detail
+        assert "another model needs its place" in engine.status("a").detail
         assert (engine.stats.loads, engine.stats.evictions, engine.stats.resident_models) == (2, 1, 1)
 
     with_engine(Supervisor, work)

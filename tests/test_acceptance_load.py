@@ -20,8 +20,8 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from transformers import CLIPConfig, CLIPImageProcessorPil
 
 from support import tiny
+from support.answers import error_of, image_of, pixels
 from support.serving import Server
-from test_acceptance import error_of, image_of, pixels
 
 MODEL = "name: {name}\nparameters:\n  model: {folder}\ndtype: fp32\ncuda: false\n"
 
@@ -149,7 +149,7 @@ def test_row_06_and_07_a_client_that_leaves_stops_its_own_work_only(server: Serv
         assert same(neighbour.result(), server.draw(**body(step=60)))
     # Nothing of the nine hundred steps is left: nobody waits behind them.
     assert server.draw(**body()).status_code == 200
-    assert server.log.count("is cancelled with") == 1
+    assert server.log.count("was cancelled with") == 1
 
 
 def test_row_08_health_and_models_during_a_generation(server: Server) -> None:

@@ -102,3 +102,14 @@ def test_the_api_process_has_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_no_test_module_imports_another() -> None:
+    """What two need stands in `tests/support`."""
+    tests = Path(__file__).parent
+    names = {path.stem for path in tests.glob("test_*.py")}
+    for path in tests.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            of = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            of += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+            assert not names & {name.partition(".")[0] for name in of}, f"{path.name}:{node.lineno}"

@@ -146,7 +146,7 @@ def test_the_address_is_that_behind_a_trusted_proxy_only(tmp_path: Path) -> None
         ("a:", "empty key"),
         ("a:s3cret,,b:other", "entry 2"),
         ("a:s3cret,", "entry 2"),
-        ("a:s3cret,a:other", "'a' once more"),
+        ("a:s3cret,a:other", "repeats the name 'a'"),
         ("a:s3cret,b:s3cret", "'b'"),
         ("a:s3cret b:s3cret", "blank"),
     ],

@@ -14,14 +14,13 @@ from transformers import DynamicCache, T5Config, T5EncoderModel
 
 from sfumato.batching import outputs
 from sfumato.batching.batcher import Batcher
-from sfumato.batching.calls import Call, Fingerprints, describe
+from sfumato.batching.calls import Fingerprints, describe
 from sfumato.batching.concatenation import ConcatenationCache, join
 from sfumato.batching.prompt_cache import PromptCache
 from sfumato.batching.verification import Verification
 from sfumato.batching.views import View, exclusive, view
 from support import tiny
-
-NOTHING: frozenset[str] = frozenset()
+from support.batches import NOTHING, PROOF, Coupled, called, noise, together
 
 
 @pytest.fixture(autouse=True)
@@ -40,14 +39,6 @@ class Any_(nn.Module):
 
     def forward(self, sample, timestep=None, ids=None, mask=None, generator=None, img_ids=None, **more):
         return sample
-
-
-def called(module: nn.Module, *args: Any, method: str = "__call__", **kwargs: Any) -> Call:
-    return describe(module, method, args, kwargs, Fingerprints())
-
-
-def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 # What is alike.
@@ -211,15 +202,6 @@ def test_a_difference_is_relative_and_infinite_across_shapes() -> None:
 # One turn after another.
 
 
-def together(module: nn.Module, calls: list[Callable[[Any], Any]], **options: Any) -> tuple[list[Any], Batcher]:
-    hub = Batcher(**{"trust": Verification("unlisted", NOTHING), **options})
-    stand_in = View("").stand_in(module, "module")
-    tasks = [hub.submit(lambda call=call: call(stand_in)) for call in calls]
-    while hub.step():
-        pass
-    return [task.outcome.error or task.outcome.value for task in tasks if task.outcome], hub
-
-
 def denoise(seed: int, steps: int = 2, rows: int = 1) -> Callable[[Any], torch.Tensor]:
     def run(unet: Any) -> torch.Tensor:
         value, text = noise(rows, 4, 8, 8, seed=seed), noise(rows, 7, tiny.WIDTH, seed=seed)
@@ -242,10 +224,6 @@ def test_a_batch_gives_what_each_gets_alone(unet: UNet2DConditionModel) -> None:
     assert all(error < 1e-5 for error in hub.trust.shown.values())
 
 
-PROOF = 5
-"""Forwards of a proof besides its members alone: as it is, disturbed, twice other neighbours, other places."""
-
-
 def test_a_listed_signature_needs_no_proof(unet: UNet2DConditionModel) -> None:
     _, hub = together(unet, [denoise(1), denoise(2)])
     shipped = frozenset(hub.trust.shown)
@@ -253,15 +231,6 @@ def test_a_listed_signature_needs_no_proof(unet: UNet2DConditionModel) -> None:
     assert hub.counts["module"].forwards == 2
     _, hub = together(unet, [denoise(1), denoise(2)], trust=Verification("always", shipped))
     assert hub.counts["module"].forwards == 2 + 2
-
-
-class Coupled(nn.Module):
-    """Wrong to batch, and no shape tells: each row depends on the mean of all."""
-
-    weight = nn.Parameter(torch.ones(1), requires_grad=False)
-
-    def forward(self, sample):
-        return sample - sample.mean()
 
 
 def test_a_module_that_mixes_rows_is_found_out() -> None:
@@ -363,7 +332,7 @@ def test_an_output_without_rows_makes_the_calls_run_alone() -> None:
 
     results, hub = together(Summed(), [lambda m, n=n: m(noise(1, 4, seed=n)) for n in range(2)])
     assert [float(result) for result in results] == [float(noise(1, 4, seed=n).sum()) for n in range(2)]
-    assert "does not divide" in next(iter(hub.trust.refused.values()))
+    assert "cannot be split" in next(iter(hub.trust.refused.values()))
 
 
 def test_a_request_in_another_state_of_torch_does_not_switch() -> None:

@@ -7,19 +7,10 @@ from pathlib import Path
 import pytest
 
 from sfumato import schedulers
-from sfumato.config import Broken, ModelConfig, Skipped, outcomes
+from sfumato.config import Broken, Skipped, outcomes
 from sfumato.config.keys import IGNORED
 from sfumato.serving.catalog import Catalog
-
-
-def read(folder: Path, text: str) -> ModelConfig:
-    (folder / "m.yaml").write_text(text)
-    (found,) = outcomes(folder / "m.yaml")
-    if isinstance(found, Broken):
-        raise found.error
-    assert isinstance(found, ModelConfig), found
-    return found
-
+from support.model_files import read
 
 # Row 9: files of other backends that do not say so.
 

@@ -25,7 +25,7 @@ from sfumato.serving.catalog import Catalog
 from support.here import asked, config, quiet
 from support.hub import Hub
 from support.inside import Inside
-from test_cases_models import read
+from support.model_files import read
 
 SECRET = "S3CRET"
 

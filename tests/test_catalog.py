@@ -80,7 +80,7 @@ def test_unknown_and_disabled_models(tmp_path: Path) -> None:
         catalog.get("animagin")
     assert caught.value.param == "model"
     assert "Did you mean 'animagine'?" in caught.value.message
-    assert "These exist: animagine." in caught.value.message
+    assert "Available: animagine." in caught.value.message
     with pytest.raises(ModelNotFound, match="is disabled"):
         catalog.get("resting")
     assert [config.name for config in catalog.all()] == ["animagine"]

@@ -15,29 +15,16 @@ import pytest
 from openai.types import ImagesResponse
 from PIL import Image
 
+from support.pictures import encoded
 from support.serving import Server
 
 FEW = {"steps": 4, "seed": 1}
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("edit")
-    (folder / "models").mkdir()
-    with Server(folder / "models", folder / "data") as server:
-        yield server
 
 
 @pytest.fixture
 def client(server: Server) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as client:
         yield client
-
-
-def encoded(image: Image.Image, format: str = "PNG") -> bytes:
-    file = io.BytesIO()
-    image.save(file, format)
-    return file.getvalue()
 
 
 SOURCE = Image.radial_gradient("L").convert("RGB").resize((128, 128))

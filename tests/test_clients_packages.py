@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,14 +28,6 @@ def blocks(language: str) -> list[object]:
 @pytest.fixture(scope="module", autouse=True)
 def made() -> None:
     environment.make()
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("clients")
-    (folder / "models").mkdir()
-    with Server(folder / "models", folder / "data") as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -16,26 +15,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from support.pictures import encoded
 from support.serving import Server
 
 STRICT = {"created", "data", "background", "output_format", "quality", "size", "usage"}
 """Top-level keys that strictly typed clients know."""
 
 FEW = {"steps": 4, "seed": 1}
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("shapes")
-    (folder / "models").mkdir()
-    with Server(folder / "models", folder / "data") as server:
-        yield server
-
-
-def encoded(image: Image.Image, format: str = "PNG") -> bytes:
-    file = io.BytesIO()
-    image.save(file, format)
-    return file.getvalue()
 
 
 SOURCE = Image.radial_gradient("L").convert("RGB").resize((128, 128))

@@ -20,7 +20,7 @@ from sfumato.core import Preview
 from sfumato.drawing.draw import draw
 from sfumato.pipelines import scheduler_owners
 from support import families_newer
-from test_kinds import loaded, wanted
+from support.drawing import loaded, wanted
 
 CASCADE = {"height": 128, "width": 128}
 KANDINSKY = {"height": 64, "width": 64}
@@ -89,7 +89,7 @@ class Cascaded(Bare):
 
 def test_where_there_is_no_one_place_for_it_the_call_is_refused() -> None:
     scheduler = diffusers.DDIMScheduler()
-    with pytest.raises(ValueError, match=r"call 1: Bare has no one scheduler .*it has none.* Leave `scheduler` out"):
+    with pytest.raises(ValueError, match=r"call 1: Bare has no single scheduler .*it has none.* Leave `scheduler` out"):
         sfumato.gather(Bare(), [{"prompt": "a"}, {"prompt": "a", "scheduler": scheduler}])
     pipe = Cascaded(diffusers.DDIMScheduler(), diffusers.DDPMScheduler())
     with pytest.raises(ValueError, match=r"call 0: Cascaded .*decoder_scheduler, prior_scheduler; set that on"):

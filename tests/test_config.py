@@ -182,9 +182,7 @@ def test_a_list_of_models_and_one_of_them_broken(tmp_path: Path) -> None:
     assert isinstance(a, ModelConfig)
     assert isinstance(b, Broken)
     assert b.names == ("b",)
-    assert b.error.message == (
-        f"{file}, line 2: stepp: unknown key. Did you mean 'step'? A key that means nothing here has to go."
-    )
+    assert b.error.message == (f"{file}, line 2: stepp: unknown key. Did you mean 'step'? Correct or remove it.")
     assert isinstance(c, Skipped)
     assert "llama-cpp" in c.reason
     assert d == Redirect("gpt", "a", file)
@@ -225,7 +223,7 @@ BAD: list[tuple[str, str | None, str]] = [
     ("name: [a\n", None, "line 2: not valid YAML"),
     ("name: a\n\tstep: 3\n", None, "line 2: not valid YAML"),
     ("name: a\n---\nname: b\n", None, "not valid YAML"),
-    ("name: a\nname: b\n", "name", "line 2: name: stands here and in line 1"),
+    ("name: a\nname: b\n", "name", "line 2: name: duplicate key, also in line 1"),
     ("name: a\ndiffusers:\n  cuda: true\n  cuda: false\n", "cuda", "line 4"),
     ("name: a\n", "parameters.model", "is missing"),
     ("name: ' a'\nparameters: {model: o/r}", "name", "needs a name"),
@@ -245,13 +243,13 @@ BAD_KEYS: list[tuple[str, str, str]] = [
     ("size: 512", "size", "512x768"),
     ("size: 0x64", "size", "from 1 to 16384"),
     ("quality_steps: {hihg: 40}", "quality_steps", "hd. Did you mean 'high'?"),
-    ("quality_steps: {1: 40}", "quality_steps", "1 is none of low"),
+    ("quality_steps: {1: 40}", "quality_steps", "1 is not one of low"),
     ("quality_steps: {high: 0}", "quality_steps", "high needs a whole number from 1 to 10000"),
     ("quality_steps: 40", "quality_steps", "{low: 10, high: 40}"),
-    ("dtype: int8", "dtype", "is none of"),
+    ("dtype: int8", "dtype", "is not one of"),
     ("options: a:b", "options", "needs a list"),
     ("options: ['a b:c']", "options", '"key:value"'),
-    ("options: ['torch_dtype:int4']", "options", "torch_dtype is none of"),
+    ("options: ['torch_dtype:int4']", "options", "torch_dtype is not one of"),
     ("lora_adapters: [a, b]\nlora_scales: [1]", "lora_scales", "1 scales for 2 lora_adapters"),
     ("main_gpu: best", "main_gpu", "number of a GPU"),
     ("pipeline_type: FluxPipeline", "pipeline_type", "Did you mean 'diffusers.pipeline_type'?"),
@@ -261,7 +259,7 @@ BAD_KEYS: list[tuple[str, str, str]] = [
     ("diffusers: {schedule: karras}", "diffusers.schedule", "needs a diffusers.scheduler_type"),
     ("diffusers: {enable_parameters: 'a b'}", "diffusers.enable_parameters", "is not the name of a pipeline argument"),
     ("download_files: [{filename: x}]", "download_files", "needs a `uri`"),
-    ("download_files: [{uri: 'https://h/x', filename: ../x}]", "download_files", "has to stay"),
+    ("download_files: [{uri: 'https://h/x', filename: ../x}]", "download_files", "must stay"),
     ("download_files: [{uri: 'https://h/x', sha256: abc}]", "download_files", "64 hexadecimal digits"),
     ("artifacts: [{source: {type: s3, repo: a/b}}]", "artifacts", "huggingface"),
     ("artifacts: [{source: {repo: a}}]", "artifacts", "owner/name"),

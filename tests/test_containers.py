@@ -12,7 +12,7 @@ import yaml
 
 from clients import environment
 from sfumato.settings import Settings, env_name
-from test_wheel import build, files_of_the_package, names
+from support.distribution import build, files_of_the_package, names
 
 ROOT = Path(__file__).parent.parent
 DOCKERFILE = (ROOT / "Dockerfile").read_text()

@@ -41,14 +41,6 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert target.startswith("http") or (page.parent / target).exists(), target
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("docs")
-    (folder / "models").mkdir()
-    with Server(folder / "models", folder / "data") as server:
-        yield server
-
-
 @pytest.fixture
 def run(server: Server, tmp_path: Path) -> Iterator[object]:
     """Run a block in an empty folder with a photo in it; only the address of the server is ours."""

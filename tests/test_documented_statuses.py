@@ -22,8 +22,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 import sfumato
-import test_kinds
-from support import tiny
+from support import tiny, upscalers
 from support.inside import Inside
 from support.serving import Server
 
@@ -121,7 +120,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     models.mkdir()
     pictures.mkdir(parents=True)
     (pictures / STORED).write_bytes(base64.b64decode(PHOTO))
-    tiny.save(test_kinds.four_times(), models / "enlarge")
+    tiny.save(upscalers.four_times(), models / "enlarge")
     for name, text in FILES.items():
         (models / f"{name}.yaml").write_text(f"name: {name}\n{text}")
     env = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(folder / "hf")}  # nobody listens there

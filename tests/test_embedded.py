@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from support.pictures import uri
 from support.serving import Server
 from training.judge import Judge
 
@@ -28,14 +28,6 @@ PAIRS = [
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("embedded")
-    (folder / "models").mkdir()
-    with Server(folder / "models", folder / "data") as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
 def judge() -> Judge:
     return Judge.load()
 
@@ -45,12 +37,6 @@ def drawn(server: Server, prompt: str, **fields: Any) -> list[Image.Image]:
     assert answer.status_code == 200, answer.text
     items = answer.json()["data"]
     return [Image.open(io.BytesIO(base64.b64decode(item["b64_json"]))).convert("RGB") for item in items]
-
-
-def uri(image: Image.Image) -> str:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def far(one: Image.Image, other: Image.Image) -> float:

@@ -11,78 +11,22 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPAGPipeline
 
 from sfumato.batching import torch_state
 from sfumato.batching.batcher import Batcher
 from sfumato.batching.views import View, view
 from sfumato.config import ModelConfig
-from sfumato.core import Done, Failed, Generation, Preview, Step
-from sfumato.engine.loop import Loop
-from sfumato.engine.protocol import Answer, Cancel, Report, Started, Stop, Submit
+from sfumato.core import Done, Failed, Preview, Step
+from sfumato.engine.protocol import Answer, Cancel, Started, Stop
 from sfumato.errors import Cancelled
-from sfumato.serving.catalog import Catalog
-from sfumato.settings import Settings
 from support import tiny
 from support.families_moving import animate_diff_free_init
-
-STEPS = 12
-
-
-class Ended(BaseException):
-    """Thrown into a request that is cancelled."""
-
-
-def guided() -> Any:
-    """Perturbed-attention guidance on the parts of Stable Diffusion."""
-    parts = {name: part for name, part in tiny.stable_diffusion().components.items() if name != "image_encoder"}
-    return StableDiffusionPAGPipeline(**parts, requires_safety_checker=False, pag_applied_layers="mid")
+from support.played import STEPS, Ended, Played, guided, saved
 
 
 @pytest.fixture(scope="module")
 def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelConfig]:
-    folder = tmp_path_factory.mktemp("models")
-    tiny.save(guided(), folder / "pag")
-    tiny.save(tiny.stable_diffusion(), folder / "sd")
-    for name in ("pag", "sd"):
-        (folder / f"{name}.yaml").write_text(f"name: {name}\nparameters:\n  model: {folder / name}\ndtype: fp32\n")
-    catalog = Catalog([folder])
-    return {name: catalog.get(name) for name in ("pag", "sd")}
-
-
-def wanted(id: str, **fields: Any) -> Generation:
-    asked = {"id": id, "prompt": "a cat", "seed": 1, "steps": STEPS, "width": 64, "height": 64, "scheduler": "ddim"}
-    return Generation(**{**asked, **fields})
-
-
-class Played:
-    """A loop whose reports are answered, in its own thread, by commands; `sent` is what it said, in order."""
-
-    def __init__(self, configs: dict[str, ModelConfig], on: Callable[[Played, str, Any], None]) -> None:
-        self.sent: list[Report] = []
-        self.configs = configs
-        self._on = on
-        self.loop = Loop(Settings(device="cpu", loaded_models=2, log_level="error"), self._send)
-
-    def submit(self, model: str, id: str, **fields: Any) -> None:
-        self.loop.post(Submit(self.configs[model], wanted(id, **fields)))
-
-    def run(self) -> None:
-        self.loop.run()
-
-    def _send(self, report: Report) -> None:
-        self.sent.append(report)
-        if isinstance(report, Answer):
-            self._on(self, report.id, report.event)
-
-    def events(self, id: str) -> list[Any]:
-        return [report.event for report in self.sent if isinstance(report, Answer) and report.id == id]
-
-    def at(self, id: str, kind: Any) -> int:
-        """Where in `sent` the first event of that kind for `id` is."""
-        return next(
-            n for n, it in enumerate(self.sent) if isinstance(it, Answer) and it.id == id and isinstance(it.event, kind)
-        )
+    return saved(tmp_path_factory.mktemp("models"))
 
 
 def cancelled(events: list[Any]) -> bool:

@@ -14,8 +14,8 @@ import httpx
 import pytest
 
 from support import tiny
+from support.played import guided
 from support.serving import Server
-from test_exclusive import guided
 
 LONG: dict[str, Any] = {"prompt": "a cat", "model": "pag", "step": 900, "size": "64x64", "scheduler": "ddim"}
 

@@ -18,35 +18,13 @@ from typer.testing import CliRunner
 
 from sfumato.cli import app as command
 from sfumato.config import ModelConfig
-from sfumato.core import Event, Failed, Generation, Recipe
+from sfumato.core import Event, Failed, Generation
 from sfumato.errors import DrawError, StorageError
 from sfumato.pictures import recipe
 from sfumato.pictures.gallery import Gallery, Wanted
 from sfumato.pictures.store import Store, owner_of
+from support.gallery import MADE, gallery, keep, names, png
 from support.inside import DRAW, Inside, Painter
-
-MADE = Recipe(
-    model="m", source="some/one", pipeline="StableDiffusionPipeline", prompt="a cat", negative_prompt=None, width=8,
-    height=8, steps=2, guidance_scale=3.0, seed=1, scheduler="euler", clip_skip=None, strength=None, image_sha256=(),
-    mask_sha256=None, device="cpu", dtype="fp32",
-)  # fmt: skip
-
-
-def png(made: Recipe = MADE) -> bytes:
-    return recipe.encode(Image.new("RGB", (8, 8), "orange"), made)
-
-
-def gallery(folder: Path, callers: tuple[str, ...] = (), **more: Any) -> Gallery:
-    return Gallery(Store(folder / "generated-images"), f"sqlite:///{folder / 'gallery.db'}", callers, **more)
-
-
-def keep(gallery: Gallery, prompt: str = "a cat", caller: str = "", created: float | None = None, **more: Any) -> str:
-    made = replace(MADE, prompt=prompt, **more)
-    return gallery.keep(png(made), "png", caller, made, time.time() if created is None else created)
-
-
-def names(gallery: Gallery, **wanted: Any) -> list[str]:
-    return [kept.name for kept in gallery.page(Wanted(**wanted))[0]]
 
 
 def test_the_newest_comes_first_and_pages_go_on_where_they_ended(tmp_path: Path) -> None:

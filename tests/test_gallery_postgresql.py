@@ -13,7 +13,7 @@ import pytest
 
 from sfumato.pictures.gallery import Gallery, Wanted
 from sfumato.pictures.store import Store
-from test_gallery import MADE, keep, names, png
+from support.gallery import MADE, keep, names, png
 
 pytestmark = pytest.mark.slow
 

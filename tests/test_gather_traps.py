@@ -17,7 +17,7 @@ from sfumato.batching.views import view
 from support import tiny
 from support.families import guided_by_perturbation
 from support.families_transformers import flux_with
-from test_gather import MIXED, SQUARE, alone, check, seeded
+from support.gathered import MIXED, SQUARE, alone, check, seeded
 
 PLAIN = [{**call, **SQUARE, "num_inference_steps": steps} for call, steps in zip(MIXED[:3], (3, 6, 4), strict=True)]
 FLOW = [{key: value for key, value in call.items() if key != "negative_prompt"} for call in PLAIN]

@@ -149,7 +149,7 @@ def test_row_16_odd_charsets_are_refused_by_name(client: TestClient, kind: str, 
         assert status == 415
         assert repr(charset) in message
     for said in (f"{kind}; charset=utf-8; charset={charset}", f"{kind}; charset={charset}; charset=utf-8"):
-        assert post(client, said, b"a-" * MB) == (415, f"content-type: charset comes twice in {said!r}")
+        assert post(client, said, b"a-" * MB) == (415, f"content-type: charset occurs twice in {said!r}")
 
 
 @pytest.mark.parametrize(

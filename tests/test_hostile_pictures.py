@@ -22,6 +22,7 @@ import pytest
 from PIL import Image
 
 from support.answerable import answerable, descriptors, memory_mb, threads, within
+from support.answers import error_of
 from support.hostile import many_scans
 from support.quick import NOISE, Server
 
@@ -64,12 +65,6 @@ def decoders(server: Server) -> list[psutil.Process]:
 
 def text(data: bytes) -> str:
     return base64.b64encode(data).decode()
-
-
-def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
-    assert answer.status_code == status, answer.text[:300]
-    error: dict[str, Any] = answer.json()["error"]
-    return error
 
 
 # Decoding.

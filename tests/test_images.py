@@ -16,6 +16,8 @@ from PIL import Image
 
 import sfumato
 from sfumato.pictures import recipe
+from support.answers import error_of
+from support.pictures import encoded
 from support.serving import Server
 from training.judge import Judge
 
@@ -39,12 +41,6 @@ def judge() -> Judge:
     return Judge.load()
 
 
-def png(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
-
-
 def items_of(answer: httpx.Response) -> list[dict[str, Any]]:
     assert answer.status_code == 200, answer.text
     body = answer.json()
@@ -61,12 +57,6 @@ def images_of(answer: httpx.Response) -> list[Image.Image]:
     return found
 
 
-def error_of(answer: httpx.Response, status: int = 400) -> dict[str, Any]:
-    assert answer.status_code == status, answer.text
-    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
-    return dict(answer.json()["error"])
-
-
 def draw(server: Server, prompt: str, **fields: Any) -> Image.Image:
     return images_of(server.draw(prompt=prompt, **{"seed": 1, "response_format": "b64_json"} | fields))[0]
 
@@ -74,7 +64,7 @@ def draw(server: Server, prompt: str, **fields: Any) -> Image.Image:
 def edit(
     server: Server, source: Image.Image, prompt: str, mask: Image.Image | None = None, **fields: str
 ) -> Image.Image:
-    files = {"image": ("source.png", png(source))} | ({"mask": ("mask.png", png(mask))} if mask else {})
+    files = {"image": ("source.png", encoded(source))} | ({"mask": ("mask.png", encoded(mask))} if mask else {})
     form = {"prompt": prompt, "seed": "1", **fields}
     answer = server.client.post("/v1/images/edits", data=form, files=files)
     return images_of(answer)[0].convert("RGB")
@@ -123,7 +113,7 @@ def test_an_edit_without_a_mask_stays_near_at_low_strength_and_follows_at_high(s
 
 def test_a_variation_is_like_its_source_and_not_the_same(server: Server, judge: Judge) -> None:
     source = draw(server, "a cat on a green background")
-    files = {"image": ("source.png", png(source))}
+    files = {"image": ("source.png", encoded(source))}
     answer = server.client.post("/v1/images/variations", data={"n": "2", "seed": "1", "strength": "0.5"}, files=files)
     assert all("url" in item for item in items_of(answer))
     for varied in images_of(answer):
@@ -184,7 +174,7 @@ def test_quality_chooses_steps_by_the_models_table(server: Server) -> None:
 
 
 def test_every_picture_field_and_every_way_to_send_one(server: Server) -> None:
-    source = png(Image.linear_gradient("L").convert("RGB").resize((128, 128)))
+    source = encoded(Image.linear_gradient("L").convert("RGB").resize((128, 128)))
     text = base64.b64encode(source).decode()
     fields: dict[str, Any] = {"prompt": "a cat", "seed": 1, "steps": 3, "strength": 0.5, "response_format": "b64_json"}
     form = {key: str(value) for key, value in fields.items()}
@@ -207,7 +197,7 @@ def test_every_picture_field_and_every_way_to_send_one(server: Server) -> None:
 
 
 def test_base64_is_the_default_of_edits_and_of_gpt_image_style(server: Server) -> None:
-    files = {"image": ("a.png", png(Image.new("RGB", (128, 128), "red")))}
+    files = {"image": ("a.png", encoded(Image.new("RGB", (128, 128), "red")))}
     edits = server.client.post("/v1/images/edits", data={"prompt": "a cat", "steps": "2"}, files=files)
     assert "b64_json" in items_of(edits)[0]
     for fields, key in (
@@ -258,13 +248,13 @@ def test_bad_fields_are_named(server: Server, fields: dict[str, Any], param: str
 
 
 def test_an_edit_needs_a_picture_and_a_mask_that_marks_something(server: Server) -> None:
-    source = ("a.png", png(Image.new("RGB", (128, 128), "red")))
+    source = ("a.png", encoded(Image.new("RGB", (128, 128), "red")))
     url = "/v1/images/edits"
     nothing = error_of(server.client.post(url, data={"prompt": "a cat"}, files={"unused": source}))
     assert nothing["param"] == "image"
-    empty = {"image": source, "mask": ("m.png", png(Image.new("RGBA", (128, 128), (0, 0, 0, 255))))}
+    empty = {"image": source, "mask": ("m.png", encoded(Image.new("RGBA", (128, 128), (0, 0, 0, 255))))}
     assert error_of(server.client.post(url, data={"prompt": "a cat"}, files=empty))["param"] == "mask"
-    small = {"image": source, "mask": ("m.png", png(Image.new("L", (64, 64), 255)))}
+    small = {"image": source, "mask": ("m.png", encoded(Image.new("L", (64, 64), 255)))}
     assert error_of(server.client.post(url, data={"prompt": "a cat"}, files=small))["param"] == "mask"
     many = [("image[]", source), ("image[]", source)]
     assert error_of(server.client.post(url, data={"prompt": "a cat"}, files=many))["param"] == "image"
@@ -317,7 +307,7 @@ def test_inpainting_as_localai_has_it(server: Server) -> None:
     source = draw(server, "a rocket on a blue background")
     mask = Image.new("L", (128, 128), 0)
     mask.paste(255, (32, 32, 96, 96))
-    files = {"image": ("i.png", png(source)), "mask": ("m.png", png(mask))}
+    files = {"image": ("i.png", encoded(source)), "mask": ("m.png", encoded(mask))}
     form = {"model": "sfumato-tiny", "prompt": "a cat", "steps": "4"}
     for path in ("/v1/images/inpainting", "/images/inpainting"):
         (after,) = images_of(server.client.post(path, data=form, files=files))
@@ -327,7 +317,7 @@ def test_inpainting_as_localai_has_it(server: Server) -> None:
 
 
 def test_upscaling_without_an_upscaler_is_refused_and_never_a_resize(server: Server) -> None:
-    files = {"image": ("i.png", png(Image.new("RGB", (64, 64), "red")))}
+    files = {"image": ("i.png", encoded(Image.new("RGB", (64, 64), "red")))}
     for form in ({"scale": "2"}, {"scale": "4", "model": "sfumato-tiny"}):
         error = error_of(server.client.post("/v1/images/upscale", data=form, files=files))
         assert error["param"] == "model"
@@ -351,13 +341,13 @@ def test_outside_the_mask_nothing_changes_at_sizes_that_the_model_does_not_draw(
 
 
 def test_an_empty_mask_file_is_refused_and_not_left_out(server: Server) -> None:
-    files = {"image": ("a.png", png(Image.new("RGB", (128, 128), "red"))), "mask": ("m.png", b"")}
+    files = {"image": ("a.png", encoded(Image.new("RGB", (128, 128), "red"))), "mask": ("m.png", b"")}
     assert error_of(server.client.post("/v1/images/edits", data={"prompt": "a cat"}, files=files))["param"] == "mask"
 
 
 def test_sixteen_bits_are_read_as_levels(server: Server) -> None:
     levels = np.tile(np.linspace(0, 255, 128).astype(np.uint16), (128, 1))
-    files = {"image": ("a.png", png(Image.fromarray(levels * 256)))}
+    files = {"image": ("a.png", encoded(Image.fromarray(levels * 256)))}
     form = {"prompt": "a cat", "steps": "50", "strength": "0.02", "seed": "1"}
     (after,) = images_of(server.client.post("/v1/images/edits", data=form, files=files))
     assert np.abs(np.asarray(after.convert("L"), float).mean(0) - np.linspace(0, 255, 128)).mean() < 20

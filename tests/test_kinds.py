@@ -28,83 +28,10 @@ from sfumato.pictures.images import decoded
 from sfumato.pipelines import capabilities
 from sfumato.serving.catalog import EMBEDDED, Catalog
 from support import tiny
-
-
-def quiet(*args: Any) -> None: ...
-
-
-def loaded(pipeline: Any, **fields: Any) -> Loaded:
-    """`pipeline` as if it had been loaded."""
-    pipeline.set_progress_bar_config(disable=True)
-    config = ModelConfig(**{"name": "m", "model": "m", "dtype": "fp32", **fields})
-    return Loaded(config, pipeline, "m", "cpu", "fp32")
-
-
-def wanted(**fields: Any) -> Generation:
-    return Generation(**{"id": "1", "prompt": "", "seed": 1, "steps": 2, **fields})
-
-
-def source(width: int, height: int) -> bytes:
-    file = io.BytesIO()
-    Image.linear_gradient("L").resize((width, height)).convert("RGB").save(file, "PNG")
-    return file.getvalue()
-
+from support.drawing import loaded, quiet, source, wanted
+from support.upscalers import UPSCALERS, four_times, twice
 
 # Enlarging
-
-
-def four_times() -> Any:
-    """StableDiffusionUpscalePipeline: its VAE has 4 pixels to a latent, and the latents the size of the source."""
-    with tiny.seeded(0):
-        parts = tiny._first_generation()
-        for absent in ("requires_safety_checker", "safety_checker", "feature_extractor"):
-            del parts[absent]
-        blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
-        parts["vae"] = tiny._vae(block_out_channels=(8, 8, 8), scaling_factor=0.08333, **blocks)
-        unet = tiny._unet(in_channels=7, num_class_embeds=1000)
-        return diffusers.StableDiffusionUpscalePipeline(
-            unet=unet, scheduler=diffusers.DDIMScheduler(), low_res_scheduler=diffusers.DDPMScheduler(), **parts
-        )
-
-
-def twice() -> Any:
-    """StableDiffusionLatentUpscalePipeline with as many halvings as the published one."""
-    with tiny.seeded(0):
-        parts = tiny._first_generation()
-        for absent in ("requires_safety_checker", "safety_checker", "feature_extractor"):
-            del parts[absent]
-        unet = diffusers.UNet2DConditionModel(
-            sample_size=16, in_channels=8, out_channels=5, block_out_channels=(32, 32, 64, 64), layers_per_block=1,
-            act_fn="gelu", attention_head_dim=8, norm_num_groups=None, cross_attention_dim=tiny.WIDTH,
-            down_block_types=("KDownBlock2D",) + ("KCrossAttnDownBlock2D",) * 3, mid_block_type=None,
-            up_block_types=("KCrossAttnUpBlock2D",) * 3 + ("KUpBlock2D",), conv_in_kernel=1, conv_out_kernel=1,
-            resnet_time_scale_shift="scale_shift", time_embedding_type="fourier", timestep_post_act="gelu",
-            time_cond_proj_dim=128 + tiny.WIDTH, only_cross_attention=False, dual_cross_attention=False,
-        ).eval()  # fmt: skip
-        schedule = diffusers.EulerDiscreteScheduler(prediction_type="sample")
-        return diffusers.StableDiffusionLatentUpscalePipeline(unet=unet, scheduler=schedule, **parts)
-
-
-def super_resolution() -> Any:
-    """LDMSuperResolutionPipeline, which takes no prompt."""
-    with tiny.seeded(0):
-        unet = diffusers.UNet2DModel(
-            sample_size=32, in_channels=6, out_channels=3, block_out_channels=(8, 16), layers_per_block=1,
-            norm_num_groups=4, attention_head_dim=4, down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        ).eval()  # fmt: skip
-        vqvae = diffusers.VQModel(
-            block_out_channels=(8, 8, 8), norm_num_groups=4, num_vq_embeddings=16, latent_channels=3,
-            down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-        ).eval()  # fmt: skip
-        return diffusers.LDMSuperResolutionPipeline(vqvae=vqvae, unet=unet, scheduler=diffusers.DDIMScheduler())
-
-
-UPSCALERS: dict[str, tuple[Callable[[], Any], int, tuple[int, int]]] = {
-    "four times": (four_times, 4, (36, 20)),
-    "twice": (twice, 2, (96, 64)),
-    "four times, without a prompt": (super_resolution, 4, (64, 32)),
-}
 
 
 @pytest.mark.parametrize("name", UPSCALERS)
@@ -131,7 +58,7 @@ def test_what_an_upscaler_refuses(name: str) -> None:
         (wanted(images=fits, upscale=3 * factor), "scale", f"{factor} is valid"),
         (wanted(images=odd, upscale=factor), "image", f"{width + 1}x{height}.*nearest size is {width}x{height}"),
         (wanted(images=fits, width=64, height=64), "size", f"becomes {width * factor}x{height * factor}"),
-        (wanted(), "image", "draws from a picture"),
+        (wanted(), "image", "needs a source picture"),
         (wanted(images=fits, limits=Limits(2**22, factor * width - 1, 8)), "image", "max_side"),
         (wanted(images=fits, limits=Limits(factor**2 * width * height - 1, 4096, 8)), "image", "max_pixels"),
     ):

@@ -29,9 +29,7 @@ from sfumato.models.pool import ModelPool
 from sfumato.pictures.images import decoded
 from sfumato.serving.catalog import Catalog
 from support import tiny
-
-
-def quiet(*args: Any) -> None: ...
+from support.drawing import quiet
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageChops, ImageDraw
 
 from sfumato.drawing import crop
+from support.pictures import base64_of
 from support.serving import Server
 
 SIZE = (300, 200)
@@ -58,22 +58,8 @@ def mask(mode: str = "L") -> Image.Image:
     return image
 
 
-def encoded(image: Image.Image) -> str:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return base64.b64encode(file.getvalue()).decode()
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("area")
-    (folder / "models").mkdir()
-    with Server(folder / "models", folder / "data") as server:
-        yield server
-
-
 def edited(server: Server, **more: Any) -> tuple[Image.Image, dict[str, Any]]:
-    body = {"prompt": "a cat", "image": encoded(picture()), "mask": encoded(mask("RGBA")), "steps": 4, "seed": 3}
+    body = {"prompt": "a cat", "image": base64_of(picture()), "mask": base64_of(mask("RGBA")), "steps": 4, "seed": 3}
     answer = server.client.post("/v1/images/edits", json=body | more)
     assert answer.status_code == 200, answer.text
     image = Image.open(io.BytesIO(base64.b64decode(answer.json()["data"][0]["b64_json"])))
@@ -131,7 +117,7 @@ def test_it_is_made_again_from_its_recipe(server: Server, tmp_path: Path) -> Non
 
 def test_automatic1111_says_it_as_inpaint_full_res(server: Server) -> None:
     body = {
-        "prompt": "a cat", "init_images": [encoded(picture())], "mask": encoded(mask()), "steps": 4, "mask_blur": 0,
+        "prompt": "a cat", "init_images": [base64_of(picture())], "mask": base64_of(mask()), "steps": 4, "mask_blur": 0,
         "inpaint_full_res": 1, "inpaint_full_res_padding": 16, "width": 128, "height": 64, "denoising_strength": 0.9,
     }  # fmt: skip
     answer = server.client.post("/sdapi/v1/img2img", json=body)
@@ -154,13 +140,13 @@ def test_automatic1111_says_it_as_inpaint_full_res(server: Server) -> None:
     ],
 )
 def test_what_cannot_be_is_named(server: Server, more: dict[str, Any], param: str) -> None:
-    body = {"prompt": "a cat", "image": encoded(picture()), "mask": encoded(mask("RGBA"))}
+    body = {"prompt": "a cat", "image": base64_of(picture()), "mask": base64_of(mask("RGBA"))}
     answer = server.client.post("/v1/images/edits", json=body | more)
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == param
 
 
 def test_padding_alone_is_told_to_change_nothing(server: Server) -> None:
-    body = {"prompt": "a cat", "image": encoded(picture()), "mask": encoded(mask("RGBA")), "steps": 1}
+    body = {"prompt": "a cat", "image": base64_of(picture()), "mask": base64_of(mask("RGBA")), "steps": 1}
     answer = server.client.post("/v1/images/edits", json=body | {"mask_padding": 3})
     assert answer.headers["x-sfumato-ignored"] == "mask_padding"

@@ -230,7 +230,7 @@ def test_what_a_url_carries_is_neither_told_nor_kept(shop: Shop) -> None:
 
 def test_a_disk_without_room_is_told_before_anything_is_written(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**7, 10**7, 10**6))
-    with pytest.raises(DownloadError, match=r"6 MB are missing and .* has room for 1 MB"):
+    with pytest.raises(DownloadError, match=r"6 MB are needed but .* has 1 MB free"):
         shop.fetch()
     assert not list(shop.target.parent.iterdir())
 

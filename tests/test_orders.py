@@ -52,7 +52,7 @@ def test_a_model_is_loaded_and_unloaded_at_a_word(server: Server) -> None:
     order(server, "load", model="one")  # the worker may not be up yet: it is told when it is
     assert until(server, "one", "ready")["device"] == "cpu"
     order(server, "unload", model="one")
-    assert until(server, "one", "unloaded")["detail"] == "it was asked to leave"
+    assert until(server, "one", "unloaded")["detail"] == "unloading was requested"
     order(server, "load", model="one")
     until(server, "one", "ready")
     order(server, "unload")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import http.server
 import socket
 import threading
@@ -12,9 +11,7 @@ from pathlib import Path
 import pytest
 
 from support.inside import DRAW, Inside
-from support.serving import Server
-
-PICTURE = base64.b64decode(Server.png_data_uri().partition(",")[2])
+from support.sites import PICTURE
 
 
 class Target(http.server.BaseHTTPRequestHandler):

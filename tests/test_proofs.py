@@ -15,7 +15,7 @@ from sfumato.batching import proof_store, source_digest
 from sfumato.batching.proof_store import Proofs
 from sfumato.batching.verification import Verification
 from support import tiny
-from test_batching import NOTHING, PROOF, Coupled, noise, together
+from support.batches import NOTHING, PROOF, Coupled, noise, together
 
 
 @pytest.fixture

@@ -125,7 +125,7 @@ def test_a_file_that_is_no_picture(tmp_path: Path, content: bytes) -> None:
 
 def test_a_picture_without_a_recipe(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
-    with pytest.raises(InvalidPicture, match="carries no recipe"):
+    with pytest.raises(InvalidPicture, match="contains no recipe"):
         recipe.read(tmp_path / "x.png")
 
 

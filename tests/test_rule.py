@@ -13,7 +13,7 @@ import torch
 from diffusers.utils.peft_utils import apply_lora_scale
 from torch import nn
 
-from test_batching import called, noise, together
+from support.batches import called, noise, together
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import parity

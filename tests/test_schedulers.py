@@ -248,12 +248,12 @@ def test_every_choice_can_be_parsed_from_its_name() -> None:
         ("eular", None, "'eular'. Did you mean 'euler'?"),
         ("dpmpp2m", None, "Did you mean 'dpmpp_2m'?"),
         ("dpmpp_2m_sgm_unifrom", None, "Did you mean 'dpmpp_2m_sgm_uniform'?"),
-        ("", None, "These exist: ddim, pndm"),
+        ("", None, "Valid: ddim, pndm"),
         ("euler", "karas", "Did you mean 'karras'?"),
         ("k_euler", "beta", "names the schedule 'karras'"),
-        ("euler_a", "karras", "it takes: sgm_uniform. These take 'karras': heun"),
-        ("lcm", "beta", "it takes: none"),
-        ("ddim", "karras", "'ddim' does not take the schedule 'karras'"),
+        ("euler_a", "karras", "it supports: sgm_uniform. Schedulers that support 'karras': heun"),
+        ("lcm", "beta", "it supports: none"),
+        ("ddim", "karras", "'ddim' does not support the schedule 'karras'"),
     ],
 )
 def test_what_cannot_be_parsed(name: str, schedule: str | None, words: str) -> None:
@@ -420,8 +420,8 @@ def test_a_flow_model_refuses_what_has_no_flow_form(pipelines: Callable[[str], A
     with pytest.raises(InvalidRequest):
         request_scheduler.make(pipelines("flux"), schedulers.parse("euler_a"), SEED)
     unipc, euler = (refusal(pipelines("sd3"), name).message for name in ("k_unipc", "euler_sgm_uniform"))
-    assert "with a schedule 'karras'; it takes: none" in unipc
-    assert "with a schedule 'sgm_uniform'; it takes: karras, exponential, beta" in euler
+    assert "support the schedule 'karras'; it supports: none" in unipc
+    assert "support the schedule 'sgm_uniform'; it supports: karras, exponential, beta" in euler
 
 
 FITTING = {
@@ -531,7 +531,7 @@ def test_own_sigmas_need_a_scheduler_that_takes_them() -> None:
 def test_some_models_keep_their_own(cls: type, scheduler: Any) -> None:
     pipeline = own(scheduler, cls)
     error = refusal(pipeline, "euler")
-    assert f"draws with {type(scheduler).__name__} and no other" in error.message
+    assert f"works only with {type(scheduler).__name__}" in error.message
     assert "Leave the scheduler out" in error.message
     assert request_scheduler.works_with(pipeline) == ()
     assert type(request_scheduler.make(pipeline, None, SEED)) is type(scheduler)
@@ -548,7 +548,7 @@ def test_a_pipeline_without_a_scheduler() -> None:
 
 def test_a_pipeline_that_drives_others_keeps_theirs() -> None:
     combined = own(diffusers.DDPMScheduler(), diffusers.KandinskyV22CombinedPipeline)
-    assert "does not drive a scheduler" in refusal(combined, "ddim").message
+    assert "does not use a scheduler" in refusal(combined, "ddim").message
 
 
 def test_a_number_of_steps_that_the_scheduler_cannot_do(pipelines: Callable[[str], Any]) -> None:

@@ -26,8 +26,7 @@ from sfumato.settings import Settings
 from support.fake_engine import FakeEngine
 from support.hostile import many_scans
 from support.inside import DRAW, Inside
-from test_fetch import DeadNames, Site
-from test_picture_urls import PICTURE
+from support.sites import PICTURE, DeadNames, Site
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "AVIF")
 OTHERS = ("TIFF", "PPM", "TGA", "PCX", "ICNS", "DDS", "SGI", "JPEG2000", "EPS", "MSP", "SPIDER", "ICO", "PDF")

@@ -24,14 +24,6 @@ LONG = {"prompt": "a cat", "steps": 1000, "size": "512x512"}
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("streaming")
-    (folder / "models").mkdir()
-    with Server(folder / "models", folder / "data") as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
 def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One picture at a time, one may wait, four seconds for each request."""
     folder = tmp_path_factory.mktemp("narrow")
@@ -132,7 +124,7 @@ def test_a_stream_that_is_dropped_stops_the_work(server: Server) -> None:
     headers = {"x-request-id": "dropped"}
     with server.client.stream("POST", "/v1/images/generations", json=body, headers=headers) as answer:
         assert answer.status_code == 200
-    server.wait_for(r"is cancelled with \d+ steps left", after=lines)
+    server.wait_for(r"was cancelled with \d+ steps left", after=lines)
     assert progress(server, "dropped")["status"] == "cancelled"
 
 

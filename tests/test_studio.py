@@ -284,7 +284,7 @@ def test_a_server_that_dies_in_the_middle_is_waited_for_and_the_picture_drawn(br
         button(page, "Draw").click()
         expect(page.get_by_role("status")).to_have_text(re.compile("Step"))
         first._process.send_signal(signal.SIGKILL)
-        expect(page.get_by_role("alert")).to_contain_text("does not answer")
+        expect(page.get_by_role("alert")).to_contain_text("does not respond")
         first.stop()
         with serve(tmp_path, "--port", port):
             expect(page.get_by_role("alert")).to_have_count(0)
@@ -415,7 +415,7 @@ def test_a_file_of_another_program_is_read(browser: Browser, server: Server) -> 
 
 
 def test_ten_thousand_pictures_scroll_and_are_searched(browser: Browser, tmp_path: Path) -> None:
-    from test_gallery import png
+    from support.gallery import png
 
     folder = tmp_path / "data" / "generated-images"
     folder.mkdir(parents=True)

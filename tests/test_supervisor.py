@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import aclosing
@@ -29,11 +31,13 @@ from sfumato.process.supervisor import Supervisor
 from sfumato.serving.catalog import Catalog
 from sfumato.serving.service import Service
 from sfumato.settings import Settings
-from support.stub_worker import FRAMES, lives, stub
+from support.stub_worker import FRAMES, TOTAL, lives, stub
 
 SETTINGS = Settings(log_level="critical")
 CONFIG = named("some/model")
 PATIENCE_S = 60
+PICTURES = 6
+"""Of a round that a worker is killed in."""
 
 
 @pytest.fixture(autouse=True)
@@ -124,6 +128,76 @@ def test_starts_that_come_to_nothing_are_told_and_the_keeper_goes_on(
         assert isinstance(await answer(supervisor, "later"), Done)
 
     run(work, stub(tmp_path, fault, fault, fault, "well"))
+
+
+@pytest.mark.parametrize("bad", [1, 2, 99])
+def test_starts_that_fail_are_repeated_and_then_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: int) -> None:
+    """So many first starts end with a kill in the middle."""
+    start, starts = subprocess.Popen, 0
+
+    def killed(*args: Any, **kwargs: Any) -> subprocess.Popen[bytes]:
+        nonlocal starts
+        process = start(*args, **kwargs)
+        starts += 1
+        if starts <= bad:
+            process.kill()
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", killed)
+    monkeypatch.setattr(module, "MAX_BACKOFF_S", 30.0)  # the fourth start is a second after the third
+
+    async def work(supervisor: Supervisor) -> None:
+        end = await answer(supervisor, "patient")
+        assert starts == min(bad + 1, 3)
+        if bad < 3:
+            assert isinstance(end, Done)
+        else:
+            assert isinstance(end, Failed)
+            assert isinstance(end.error, WorkerDied)
+            assert "does not start" in end.error.message
+
+    run(work, stub(tmp_path))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_kill_9_at_any_moment_loses_nothing(tmp_path: Path, seed: int) -> None:
+    """Ten times each. A round's requests are answered before the next kill: two deaths would make them suspects."""
+    dice = random.Random(seed)
+
+    async def work(supervisor: Supervisor) -> None:
+        killed: set[int | None] = set()
+        heard = moment = 0
+
+        def kill() -> None:
+            killed.add(supervisor.pid)
+            assert supervisor.pid
+            os.kill(supervisor.pid, signal.SIGKILL)
+
+        async def drawn(id: str) -> list[Event]:
+            nonlocal heard
+            seen = []
+            async with aclosing(supervisor.submit(CONFIG, Generation(id=id, prompt="a cat", seed=7))) as events:
+                async for event in events:
+                    seen.append(event)
+                    heard += 1
+                    if heard == moment:
+                        kill()
+            return seen
+
+        for number in range(10):
+            while supervisor.pid in killed:  # noqa: ASYNC110, there is no event of its end
+                await asyncio.sleep(0.01)
+            await up(supervisor)
+            heard, moment = 0, dice.randrange(PICTURES * TOTAL)  # 0 is before the first event
+            if moment == 0:
+                asyncio.get_running_loop().call_soon(kill)
+            each = await asyncio.gather(*(drawn(f"{number}-{at}") for at in range(PICTURES)))
+            for events in each:
+                assert isinstance(events[-1], Done)
+                assert not any(isinstance(event, Done | Failed) for event in events[:-1])
+        assert len(killed) == 10
+
+    run(work, stub(tmp_path))
 
 
 def test_what_a_worker_prints_disturbs_nobody(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from sfumato.batching.verification import Verification
 from sfumato.batching.views import View, view
 from sfumato.core import Done, Failed, Step
 from sfumato.engine.protocol import Cancel, Stop
-from test_exclusive import Ended, Played, configs, guided  # noqa: F401
+from support.played import Ended, Played, guided, saved
 
 OWN = 1
 """Threads of this process here: no model's number. More are slow where others compute beside these tests."""
@@ -122,8 +123,9 @@ def test_a_request_that_does_not_switch_keeps_its_own() -> None:
     assert {threads for _, threads in other.seen} == {OWN}
 
 
-def test_from_a_model_file_to_every_module_of_the_pipeline(configs: Any) -> None:  # noqa: F811
+def test_from_a_model_file_to_every_module_of_the_pipeline(tmp_path: Path) -> None:
     """Loading, encoding, denoising and decoding of two models at the same time, one cancelled in the middle."""
+    configs = saved(tmp_path)
     loads: list[tuple[str, int]] = []
     seen: set[tuple[str, str, int]] = set()
 
@@ -141,7 +143,7 @@ def test_from_a_model_file_to_every_module_of_the_pipeline(configs: Any) -> None
             play.submit("sd", "too", prompt="something else", steps=2)
             play.loop.post(Stop())
 
-    play = Played({**configs, "pag": replace(configs["pag"], threads=2)}, on)
+    play = Played(configs | {"pag": replace(configs["pag"], threads=2)}, on)
     tell = play.loop._pool._tell
     play.loop._pool._tell = lambda name, status: (
         loads.append((name, torch.get_num_threads())),

@@ -16,6 +16,7 @@ from sfumato.pictures.images import decoded
 from sfumato.pipelines import tokens
 from sfumato.serving.catalog import EMBEDDED, Catalog
 from support import tiny
+from support.drawing import quiet
 
 BUILD: dict[str, Any] = {
     "sd": tiny.stable_diffusion,
@@ -34,9 +35,6 @@ def pipeline(name: str) -> DiffusionPipeline:
     return pipe
 
 
-def quiet(*args: Any) -> None: ...
-
-
 def letters(count: int) -> str:
     """A text of so many tokens for the tiny CLIP tokenizer, its two marks not counted."""
     return "a " * count
@@ -44,18 +42,18 @@ def letters(count: int) -> str:
 
 CASES: list[tuple[str, dict[str, Any], str, str | None, tuple[str, ...]]] = [
     ("sd", {}, letters(75), letters(75), ()),
-    ("sd", {}, letters(118), None, ("prompt: 43 of 120 tokens were cut; the text encoder of m takes 77",)),
+    ("sd", {}, letters(118), None, ("prompt: 43 of 120 tokens were cut off; the text encoder of m takes 77",)),
     # Either is cut at its own end, whatever the other's length: row 23.
     ("sd", {}, letters(8), letters(118),
-     ("negative_prompt: 43 of 120 tokens were cut; the text encoder of m takes 77",)),
-    ("xl", {}, letters(76), None, ("prompt: 1 of 78 tokens were cut; the text encoder of m takes 77",)),
+     ("negative_prompt: 43 of 120 tokens were cut off; the text encoder of m takes 77",)),
+    ("xl", {}, letters(76), None, ("prompt: 1 of 78 tokens were cut off; the text encoder of m takes 77",)),
     # T5 reads what CLIP does not. Its toy tokenizer has a token for each letter and each space.
     ("sd3", {}, "a" * 200, None, ()),
-    ("sd3", {}, "a" * 300, None, ("prompt: 46 of 302 tokens were cut; the text encoder of m takes 256",)),
+    ("sd3", {}, "a" * 300, None, ("prompt: 46 of 302 tokens were cut off; the text encoder of m takes 256",)),
     ("flux", {"max_sequence_length": 100}, "a" * 200, None,
-     ("prompt: 102 of 202 tokens were cut; the text encoder of m takes 100",)),
+     ("prompt: 102 of 202 tokens were cut off; the text encoder of m takes 100",)),
     ("flux", {}, "a" * 200, None, ()),
-    ("pixart", {}, "a" * 299, None, ("prompt: 1 of 301 tokens were cut; the text encoder of m takes 300",)),
+    ("pixart", {}, "a" * 299, None, ("prompt: 1 of 301 tokens were cut off; the text encoder of m takes 300",)),
     ("ddpm", {}, letters(999), None, ()),
 ]  # fmt: skip
 
@@ -96,7 +94,7 @@ def test_row_23_a_long_negative_prompt_beside_a_short_prompt_is_drawn_with_a_war
     asked = Generation(id="1", prompt=letters(8), negative_prompt=letters(118), seed=1, steps=2, width=64, height=64)
     done = draw(model, asked, quiet)
     (warning,) = done.warnings
-    assert warning == "negative_prompt: 43 of 120 tokens were cut; the text encoder of m takes 77"
+    assert warning == "negative_prompt: 43 of 120 tokens were cut off; the text encoder of m takes 77"
     # The first 77 are all that is heard.
     heard = Generation(id="2", prompt=letters(8), negative_prompt=letters(75), seed=1, steps=2, width=64, height=64)
     same = draw(model, heard, quiet)
@@ -113,7 +111,7 @@ def test_the_embedded_model_tells() -> None:
     assert count > room
     done = draw(model, Generation(id="1", prompt=text, seed=1, steps=1), quiet)
     assert done.warnings == (
-        f"prompt: {count - room} of {count} tokens were cut; the text encoder of sfumato-tiny takes {room}",
+        f"prompt: {count - room} of {count} tokens were cut off; the text encoder of sfumato-tiny takes {room}",
     )
     assert draw(model, Generation(id="1", prompt="a cat", seed=1, steps=1), quiet).warnings == ()
 

@@ -33,11 +33,9 @@ from sfumato.models.load import Loaded
 from sfumato.models.pool import ModelPool
 from sfumato.pipelines import request_scheduler
 from support import tiny
+from support.drawing import quiet
 
 SQUARE = {"width": 64, "height": 64}
-
-
-def quiet(*args: Any) -> None: ...
 
 
 def loaded(pipeline: Any) -> Loaded:

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tarfile
 import tomllib
-import zipfile
 from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import NamedTuple
@@ -19,25 +18,16 @@ from typing import NamedTuple
 import pytest
 from PIL import Image
 
+from support.distribution import ROOT, build, files_of_the_package, names
 from support.serving import Server
 
-ROOT = Path(__file__).parent.parent
 SOURCES = ("src", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "NOTICE")
-BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
 
 
 class Built(NamedTuple):
     wheel: Path
     sdist: Path
     wheel_of_sdist: Path
-
-
-def build(source: Path, kind: str, target: Path) -> Path:
-    """What PEP 517's `kind` makes of the folder `source`."""
-    command = [sys.executable, "-c", BUILD, kind, str(target)]
-    done = subprocess.run(command, cwd=source, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return target / done.stdout.splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
@@ -57,20 +47,6 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     (unpacked,) = (folder / "unpacked").iterdir()
     (folder / "again").mkdir()
     return Built(build(tree, "build_wheel", folder), sdist, build(unpacked, "build_wheel", folder / "again"))
-
-
-def files_of_the_package() -> set[str]:
-    package = ROOT / "src" / "sfumato"
-    return {
-        path.relative_to(package.parent).as_posix()
-        for path in package.rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
-    }
-
-
-def names(wheel: Path) -> set[str]:
-    with zipfile.ZipFile(wheel) as archive:
-        return set(archive.namelist())
 
 
 def test_the_wheel_has_every_file_of_the_package(built: Built) -> None:

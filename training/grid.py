@@ -1,4 +1,4 @@
-"""The picture in the README: ``python -m training.grid`` paints six by four samples."""
+"""The picture in training/README.md: ``python -m training.grid`` paints six by four samples."""
 
 import torch
 from PIL import Image

@@ -1,7 +1,7 @@
-"""Large blocks go back to the system when they are freed.
+"""Return large memory blocks to the system when they are freed.
 
-glibc raises its threshold for them as it goes, up to 32 MiB, and keeps what is below: after a few large bodies and
-pictures a process is hundreds of megabytes larger for ever. A threshold that is set stays.
+By default glibc raises its mmap threshold over time, up to 32 MiB, and keeps smaller blocks: after a few large bodies
+and pictures a process stays hundreds of megabytes larger for good. A threshold that is set explicitly does not move.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ LARGE = 2**18
 
 
 def give_back_large_blocks() -> None:
-    """Of this process, from now on. Does nothing where the C library is another."""
+    """Fix this process's malloc thresholds from now on. Does nothing with a C library other than glibc."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, LARGE)

@@ -26,7 +26,7 @@ Models = Annotated[Path | None, typer.Option("--models", help="Folder of model f
 
 
 def main() -> None:
-    """Entry point: errors of ours are one line on stderr and exit code 1, not a traceback."""
+    """Entry point: our own errors print one line on stderr and exit with code 1, without a traceback."""
     from sfumato.errors import SfumatoError
 
     try:
@@ -87,20 +87,20 @@ def generate(
     scheduler: Annotated[str | None, typer.Option(help="Scheduler name.")] = None,
     clip_skip: Annotated[int | None, typer.Option(help="Text encoder layers to skip.")] = None,
     image: Annotated[Path | None, typer.Option(help="Source picture.", exists=True, dir_okay=False)] = None,
-    mask: Annotated[Path | None, typer.Option(help="White is redrawn.", exists=True, dir_okay=False)] = None,
-    strength: Annotated[float | None, typer.Option(help="0..1: how far to leave the source.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="Mask: white is redrawn.", exists=True, dir_okay=False)] = None,
+    strength: Annotated[float | None, typer.Option(help="0..1: how far the result may move from the source.")] = None,
     n: Annotated[int, typer.Option("-n", "--n", help="Pictures to draw, with seeds seed, seed + 1, ...")] = 1,
     like: Annotated[
         Path | None,
-        typer.Option(help="Make this picture again from its recipe.", exists=True, dir_okay=False),
+        typer.Option(help="Reproduce this picture from its recipe.", exists=True, dir_okay=False),
     ] = None,
     models: Models = None,
 ) -> None:
-    """Draw pictures here, without a server; prints the path of each."""
+    """Draw pictures in this process, without a server; prints the path of each."""
     from sfumato.commands.generate import generate as run
 
     if prompt is None and like is None:
-        raise typer.BadParameter("say what to draw, or give --like FILE.png", param_hint="PROMPT")
+        raise typer.BadParameter("say what to draw, or pass --like FILE.png", param_hint="PROMPT")
     given = {
         "prompts": [prompt] if prompt is not None else None,
         "model": model,
@@ -144,7 +144,7 @@ def list_models(models: Models = None) -> None:
 
 @app.command()
 def check(models: Annotated[Path | None, typer.Argument(help="Folder of model files.")] = None) -> None:
-    """Explain each model file: what is loaded from where, what is ignored and why, what is wrong."""
+    """Explain each model file: what is loaded and from where, which keys are ignored and why, what is wrong."""
     from sfumato.commands.check import check as run
 
     reports = run(_catalog(_settings(models=models)))
@@ -174,10 +174,10 @@ def rebuild(
     data: Annotated[Path | None, typer.Option("--data", help="Folder of the pictures.")] = None,
     gallery_url: Annotated[str | None, typer.Option("--gallery-url", help="Database of the index.")] = None,
     api_keys: Annotated[
-        str | None, typer.Option("--api-keys", help="NAME:KEY pairs: whose the pictures may be.")
+        str | None, typer.Option("--api-keys", help="NAME:KEY pairs of the callers who may own pictures.")
     ] = None,
 ) -> None:
-    """Make the index anew from the recipes in the pictures' own files; stars stay."""
+    """Rebuild the index from the recipes in the picture files; stars are kept."""
     from sfumato.api.http.auth import parse_keys
     from sfumato.pictures.gallery import Gallery
     from sfumato.pictures.store import Store

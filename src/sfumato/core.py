@@ -1,7 +1,7 @@
-"""The vocabulary of Sfumato: what a front end asks for and what the engine answers.
+"""The vocabulary of Sfumato: what a front end requests and what the engine answers.
 
-Everything that crosses the pipe between the API process and the worker stands in this file or is
-carried by something that does. Standard library only; frozen, so nothing changes under a reader.
+Everything that crosses the pipe between the API process and the worker is defined in this file or carried by a class
+defined here. Standard library only; frozen, so nothing changes under a reader.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Literal, TypeAlias
 from sfumato.errors import SfumatoError
 
 MAX_SEED = 2**63 - 1
-"""Largest seed: torch's generators take 64 bits, JSON clients sign them."""
+"""Largest seed: torch's generators take 64 bits, but JSON clients treat them as signed."""
 
 MAX_PREVIEWS = 16
-"""Most previews of one generation."""
+"""Maximum number of previews per generation."""
 
 VAE_TILING = "vae_tiling"
 """A name of `SAVINGS`: the VAE works in tiles, which changes pixels where they meet."""
@@ -27,33 +27,33 @@ OFFLOAD = "offload"
 """A name of `SAVINGS`: modules wait in main memory, which changes no pixel."""
 
 SAVINGS = (VAE_TILING, OFFLOAD)
-"""What a picture may have been drawn with because memory ran out."""
+"""Memory savings (out-of-memory fallbacks) that a picture may be drawn with."""
 
 QUALITIES: Mapping[str, float] = MappingProxyType(
     {"low": 0.5, "medium": 1.0, "high": 1.5, "xhigh": 2.0, "max": 3.0, "auto": 1.0, "standard": 1.0, "hd": 1.5}
 )
-"""OpenAI's `quality` → how many times the model's default steps, where its file has no number of its own."""
+"""OpenAI's `quality` → multiple of the model's default steps, unless the model file sets its own step count."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a picture that is drawn may measure. One forward of a huge or a very long one holds up all others."""
+    """Size limits for a picture. One forward pass of a huge or very elongated one would hold up all the others."""
 
     pixels: int
     side: int
-    """Of the longer side, in pixels."""
+    """Maximum length of the longer side, in pixels."""
     aspect: int
-    """How many times longer than the other a side may be."""
+    """Maximum ratio of the longer side to the shorter one."""
 
     def breach(self, width: int, height: int) -> str:
-        """Why this size is not drawn, in words; empty where it is."""
+        """Why this size is refused, in words; empty if it is allowed."""
         if min(width, height) < 1:
             return "both sides need at least 1 pixel"
         if max(width, height) > self.side:
             return f"no side may be longer than {self.side} pixels (the setting max_side)"
         if width * height > self.pixels:
             root = math.isqrt(self.pixels)
-            return f"at most {self.pixels} pixels in all ({root}x{root}) are drawn (the setting max_pixels)"
+            return f"a picture has at most {self.pixels} pixels in all ({root}x{root}; the setting max_pixels)"
         if max(width, height) > self.aspect * min(width, height):
             return f"no side may be longer than {self.aspect} times the other (the setting max_aspect)"
         return ""
@@ -63,7 +63,7 @@ class Limits:
 class Generation:
     """One picture to draw. `n` pictures are `n` of these, with seeds `seed`, `seed + 1`, ...
 
-    `None` means "as the model has it": the pipeline's own default stays in force.
+    `None` means "the model's default": the pipeline's own value stays in force.
     """
 
     id: str
@@ -73,40 +73,40 @@ class Generation:
     negative_prompt: str | None = None
     width: int | None = None
     height: int | None = None
-    """Pixels. Both are given or neither."""
+    """In pixels. Both or neither are set."""
     steps: int | None = None
     guidance_scale: float | None = None
     scheduler: str | None = None
     """A name of `sfumato.schedulers`; None keeps the model file's, then the model's own."""
     clip_skip: int | None = None
     strength: float | None = None
-    """0 .. 1: how far image-to-image may leave its source."""
+    """0 .. 1: how far image-to-image may move from its source."""
     images: tuple[bytes, ...] = ()
     """Source pictures, each an encoded PNG, upright, RGB or RGBA."""
     caller: str = ""
-    """Whoever asked: callers share the engine fairly."""
+    """Who sent the request; the engine is shared fairly between callers."""
     mask: bytes | None = None
-    """An encoded PNG, mode L, the size of the first image; white (255) is redrawn."""
+    """An encoded PNG, mode L, of the first image's size; white (255) areas are redrawn."""
     mask_padding: int | None = None
-    """Only the masked area is drawn, with so many pixels around it, at the size asked for or the model's own, and put
-    back into the picture. None: all of the picture is."""
+    """Draw only the masked area plus this many pixels around it, at the requested or the model's own size, and paste it
+    back into the picture. None: redraw the whole picture."""
     previews: int = 0
-    """0 .. MAX_PREVIEWS: pictures on the way, evenly spread over the steps and never at the last."""
+    """0 .. MAX_PREVIEWS: number of previews, spread evenly over the steps; never at the last step."""
     quality: str | None = None
-    """A name of `QUALITIES`: steps by the model's table, where `steps` says nothing."""
+    """A key of `QUALITIES`: takes the steps from the model's table if `steps` is None."""
     transparent: bool = False
-    """The picture is to have an alpha channel; a pipeline that draws none refuses."""
+    """Request an alpha channel; a pipeline that cannot draw one refuses."""
     upscale: int | None = None
-    """How many times larger than its source, on each side; a pipeline that is no upscaler refuses."""
+    """Upscaling factor of each side; a pipeline that is not an upscaler refuses."""
     savings: tuple[str, ...] = ()
-    """Names of `SAVINGS` to draw with from the start, as a picture was drawn that is to be made again."""
+    """Names of `SAVINGS` to apply from the start, to reproduce a picture that was drawn with them."""
     limits: Limits | None = None
-    """Of a size that comes from a source picture; None: any."""
+    """Limits for a size that is taken from a source picture; None: no limit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Everything that made one picture; `sfumato generate --like` makes it again from this alone."""
+    """Everything that made one picture; `sfumato generate --like` reproduces it from this alone."""
 
     model: str
     source: str
@@ -121,24 +121,24 @@ class Recipe:
     guidance_scale: float | None
     seed: int
     scheduler: str
-    """Our name, or the diffusers class when the model's own scheduler was kept."""
+    """Our name for it, or the diffusers class if the model's own scheduler was kept."""
     clip_skip: int | None
     strength: float | None
     image_sha256: tuple[str, ...]
-    """Of the decoded source pictures as the pipeline got them (see `pictures.fingerprint`)."""
+    """Digests of the decoded source pictures as the pipeline received them (see `pictures.fingerprint`)."""
     mask_sha256: str | None
     device: str
     dtype: str
     versions: dict[str, str] = field(default_factory=dict)
     savings: tuple[str, ...] = ()
-    """Names of `SAVINGS` that it was drawn with."""
+    """Names of `SAVINGS` that the picture was drawn with."""
     masked_area: tuple[int, int, int] | None = None
-    """Where only the masked area was drawn: pixels of padding, width and height that it was drawn at."""
+    """If only the masked area was drawn: padding in pixels, and the width and height it was drawn at."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """`step` of `total` denoising steps are done (1 .. total)."""
+    """Denoising step `step` of `total` is complete (1 .. total)."""
 
     step: int
     total: int
@@ -146,9 +146,9 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """The picture as it stands after `step` of `total`.
+    """The picture after denoising step `step` of `total`.
 
-    A run that has to start again shows its previews again, from 0.
+    A run that has to restart sends its previews again, from 0.
     """
 
     index: int
@@ -156,22 +156,22 @@ class Preview:
     step: int
     total: int
     png: bytes
-    """Mostly smaller than the picture that it stands for, whose shape it has; whoever shows it scales it up."""
+    """Usually smaller than the final picture, with the same aspect ratio; clients scale it up."""
     width: int
     height: int
-    """Pixels of the picture that it stands for."""
+    """Size of the final picture, in pixels."""
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """Terminal: the picture as PNG bytes with its recipe inside."""
+    """Terminal: the picture as PNG bytes, with its recipe embedded."""
 
     png: bytes
     recipe: Recipe
     warnings: tuple[str, ...] = ()
-    """What was done otherwise than asked, each a sentence that begins with the request's field."""
+    """Where the result differs from the request, one sentence each, beginning with the request's field."""
     prompt_tokens: int = 0
-    """Of prompt and negative prompt, as the text encoder counts them; 0 where there is none."""
+    """Tokens of prompt and negative prompt, as the text encoder counts them; 0 without a text encoder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,65 +185,65 @@ Event: TypeAlias = Step | Preview | Done | Failed
 """A stream of events is any number of `Step` and `Preview`, then exactly one `Done` or `Failed`."""
 
 Keep: TypeAlias = Callable[[Done], Awaitable[str | None]]
-"""Puts a picture where it stays; its name there, or None where it was not kept."""
+"""Stores a picture and returns its name there, or None if it was not kept."""
 
 ModelState: TypeAlias = Literal["unloaded", "downloading", "loading", "ready", "failed"]
 
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What is known of a model once it is loaded. None: the pipeline does not say."""
+    """What is known about a loaded model. None: the pipeline does not say."""
 
     pipeline: str
     """diffusers class."""
     tasks: tuple[str, ...]
-    """Of text-to-image, image-to-image, inpainting, upscaling: what it can be asked for on the same weights."""
+    """The subset of text-to-image, image-to-image, inpainting and upscaling that these weights support."""
     width: int | None
     height: int | None
-    """Pixels of a picture whose request names no size."""
+    """Default size, in pixels, for requests without a size."""
     size_multiple: int
     """Both sides are multiples of this, in pixels."""
     steps: int | None
     guidance_scale: float | None
     """Defaults of a request, the model file's included."""
     prompt_tokens: int | None
-    """Tokens of a prompt that the text encoder takes, its start and end marks included."""
+    """Maximum prompt length of the text encoder in tokens, including its start and end tokens."""
     transparent: bool
-    """Whether it draws pictures with an alpha channel."""
+    """Whether the model draws pictures with an alpha channel."""
     upscale: int | None
-    """How many times larger than its source, for an upscaler."""
+    """Upscaling factor, for an upscaler."""
     device: str
     dtype: str
 
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Counted since the engine started; a worker that dies takes its counts along into the next one's."""
+    """Counters since the engine started; they continue when a worker dies and the next one starts."""
 
     forwards: int = 0
-    """Of heavy modules."""
+    """Forward passes of heavy modules."""
     batch_sizes: Mapping[int, int] = field(default_factory=dict)
-    """Requests that shared a forward of the denoiser → how many forwards had that many."""
+    """Number of requests that shared a denoiser forward pass → number of such forward passes."""
     unbatched: Mapping[tuple[str, str], int] = field(default_factory=dict)
-    """Module name (`unet`, `vae` ...) and reason → forwards that no other request could share, whoever was there."""
+    """Module name (`unet`, `vae` ...) and reason → forward passes that could not have been batched with any request."""
     steps: int = 0
-    """Denoising steps of all requests."""
+    """Total denoising steps of all requests."""
     step_seconds: float = 0.0
-    """Time between steps, summed over requests: divided by `steps`, what a step takes."""
+    """Time between steps, summed over requests; divided by `steps` it is the mean time per step."""
     loads: int = 0
     evictions: int = 0
     restarts: int = 0
-    """Workers that were started because one had died."""
+    """Workers started to replace one that had died."""
     resident_models: int = 0
     memory_bytes: int = 0
     """Resident memory of the worker."""
     device_memory_bytes: int = 0
-    """Allocated on the accelerator."""
+    """Memory allocated on the accelerator."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelStatus:
-    """Where a model stands in the engine."""
+    """State of a model in the engine."""
 
     state: ModelState = "unloaded"
     detail: str = ""
@@ -251,4 +251,4 @@ class ModelStatus:
     progress: float | None = None
     """0 .. 1 while downloading."""
     info: ModelInfo | None = None
-    """Once it is ready."""
+    """Set once the model is ready."""

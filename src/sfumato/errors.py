@@ -1,32 +1,32 @@
-"""Every error a caller can meet, each with its HTTP status and OpenAI error type and code.
+"""Every error a caller can get, each with its HTTP status and OpenAI error type and code.
 
     SfumatoError                      500 internal_error
-    ├── InvalidRequest                400 invalid_value          the caller can mend it
+    ├── InvalidRequest                400 invalid_value          the caller can fix it
     │   ├── InvalidPicture            400 invalid_image
     │   ├── RequestTooLarge           413 request_too_large
-    │   ├── RequestTimeout            408 request_timeout        it came too slowly
+    │   ├── RequestTimeout            408 request_timeout        the request arrived too slowly
     │   ├── UnsupportedMedia          415 unsupported_media_type
     │   └── ContentFiltered           400 content_policy_violation
     ├── Unauthorized                  401 invalid_api_key
-    ├── Forbidden                     403 forbidden              a web page of another origin asks
+    ├── Forbidden                     403 forbidden              the request came from a web page of another origin
     ├── ModelNotFound                 404 model_not_found
-    ├── RequestNotFound               404 request_not_found      no such request waits or draws
-    ├── PictureNotFound               404 picture_not_found      the gallery has none of that name
+    ├── RequestNotFound               404 request_not_found      no such request is queued or running
+    ├── PictureNotFound               404 picture_not_found      the gallery has no picture of that name
     ├── TooManyRequests               429 rate_limit_exceeded    carries retry_after seconds
     ├── TooManyConnections            503 too_many_connections
-    ├── Cancelled                     499 cancelled              the caller went away or asked to stop
-    ├── ModelFileError                500 model_file_invalid     the YAML file has to be mended
+    ├── Cancelled                     499 cancelled              the caller disconnected or cancelled
+    ├── ModelFileError                500 model_file_invalid     the YAML file must be fixed
     ├── LoadError                     500 model_load_failed
     │   ├── DownloadError             503 model_download_failed  the next request tries again
     │   └── DeviceUnavailable         500 device_unavailable
     ├── DrawError                     500 generation_failed      the pipeline raised, or drew NaN
     ├── StorageError                  507 storage_failed         a picture could not be written
     ├── TimedOut                      504 timeout
-    ├── ServerStops                   503 server_stopping        it was told to stop before the answer was there
+    ├── ServerStops                   503 server_stopping        the server was stopped before the answer was ready
     └── WorkerDied                    503 worker_died
 
-A message says which field is wrong, its value, what is valid and what to do. Errors cross the
-pipe between the processes, so each is picklable with all it carries.
+A message names the field at fault, its value, what is valid and what to do. Errors cross the
+pipe between the processes, so each can be pickled with all its attributes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from typing import Any, ClassVar
 
 
 class SfumatoError(Exception):
-    """Base of the tree. `param` names the request field or file key at fault, where there is one."""
+    """Base of the tree. `param` names the request field or model-file key at fault, if any."""
 
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
@@ -188,6 +188,6 @@ class WorkerDied(SfumatoError):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`" Did you mean 'x'?"` for the nearest known word, or an empty string when none is near."""
-    near = difflib.get_close_matches(word[:100], list(known), n=1, cutoff=0.6)  # quadratic in what a caller sent
+    """`" Did you mean 'x'?"` for the nearest known word, or an empty string if none is close."""
+    near = difflib.get_close_matches(word[:100], list(known), n=1, cutoff=0.6)  # quadratic in the word's length
     return f" Did you mean {near[0]!r}?" if near else ""

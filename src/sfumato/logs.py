@@ -1,8 +1,7 @@
-"""How the processes log: text or JSON lines on stderr, each with the id of its request.
+"""Logging of all processes: text or JSON lines on stderr, each with its request's id.
 
-Prompts, pictures, keys and query strings are not logged. Other libraries log them at their lower levels
-(HTTP headers, the end of a prompt that was cut off), so of those only warnings are let through, and of the
-pipelines of diffusers only errors.
+Prompts, pictures, keys and query strings are not logged. Other libraries log them at lower levels (HTTP headers, the
+truncated end of a prompt), so only their warnings are passed on, and only errors from diffusers' pipelines.
 """
 
 from __future__ import annotations
@@ -21,25 +20,25 @@ from typing import Any
 from sfumato.settings import Settings
 
 request_id: ContextVar[str] = ContextVar("request_id", default="")
-"""Of the request that this task serves; empty outside of one."""
+"""Id of the request that this task serves; empty outside a request."""
 
 OURS = ("sfumato", "uvicorn")
 """Loggers that follow the setting log_level."""
 
 TALKATIVE = ("diffusers.pipelines", "diffusers.modular_pipelines")
-"""They warn with the words of a prompt that did not fit."""
+"""Their warnings quote the part of a prompt that did not fit."""
 
 ANSWERED = ("python_multipart",)
-"""They warn of each form that they cannot read, which its sender is told of."""
+"""They warn about each form they cannot parse; its sender gets an error anyway."""
 
 LIBRARIES = ("diffusers", "transformers", "huggingface_hub")
-"""They bring handlers of their own."""
+"""They install their own handlers."""
 
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
 
 
 def configure(settings: Settings) -> None:
-    """Send this process's log to stderr, as the settings say. Call it once, first of all."""
+    """Send this process's log to stderr, as the settings say. Call it once, before anything logs."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_FORMATS[settings.log_format]())
     handler.addFilter(Repeated())
@@ -58,7 +57,7 @@ def configure(settings: Settings) -> None:
 
 
 def adopt() -> None:
-    """Have libraries log through our handler instead of their own. Call it once they are imported."""
+    """Make libraries log through our handler instead of their own. Call it once they are imported."""
     for name in LIBRARIES:
         logger = logging.getLogger(name)
         logger.handlers.clear()
@@ -66,29 +65,29 @@ def adopt() -> None:
 
 
 def place(error: BaseException) -> str:
-    """Type of an error and where it was raised, without its words, which may be a caller's."""
+    """Type of an error and where it was raised, without its message, which may quote a caller."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return f"{type(error).__name__} at\n{''.join(traceback.format_tb(error.__traceback__)).rstrip()}"
 
 
 class Repeated(logging.Filter):
-    """Lets a warning or error through `MOST` times in `WINDOW_S` seconds; the next one says how many were left out.
+    """Passes a warning or error `MOST` times in `WINDOW_S` seconds; the next one says how many were suppressed.
 
-    Of our own loggers it is the same one if it has the same words; of others, which put whatever a client sent
-    into theirs, if it has the same template. The access log is not touched: its lines are level info.
+    For our own loggers two messages are the same if their text is; for others, which insert what a client sent, if
+    their template is. The access log is not affected: its lines are level info.
     """
 
     MOST = 20
     WINDOW_S = 60.0
     KINDS = 1000
-    """That are told apart."""
+    """Maximum number of distinct messages to track."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
         self._clock = clock
         self._seen: OrderedDict[tuple[str, int, str], tuple[float, int]] = OrderedDict()
-        """What → when its window began, and how many there were in it."""
+        """Message → when its window began, and how often it occurred in it."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.levelno < logging.WARNING:
@@ -104,7 +103,7 @@ class Repeated(logging.Filter):
         if len(self._seen) > self.KINDS:
             self._seen.popitem(last=False)
         if left_out:
-            record.msg, record.args = f"{record.getMessage()} ({left_out} more like it were left out)", None
+            record.msg, record.args = f"{record.getMessage()} ({left_out} similar messages suppressed)", None
         return count < self.MOST
 
 
@@ -117,12 +116,12 @@ class TextLines(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:
         id = request_id.get()
         line = super().formatMessage(record) + (f" [{id}]" if id else "")
-        # What a client chose must not look like another line.
+        # Client-supplied text must not look like a separate log line.
         return line.replace("\n", "\n    ").translate(_CONTROL)
 
 
 class JsonLines(logging.Formatter):
-    """One object a line: time (UTC), level, logger, message, request_id, what `fields` carries, and error."""
+    """One object per line: time (UTC), level, logger, message, request_id, the items of `fields`, and error."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {

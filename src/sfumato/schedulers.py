@@ -1,6 +1,6 @@
-"""The schedulers one can ask for, by name. A table; nothing here imports torch or diffusers.
+"""The schedulers a request can name. A table; nothing here imports torch or diffusers.
 
-A name is a solver, and behind it perhaps a schedule: how the noise levels are spread over the steps.
+A name is a solver, optionally followed by a schedule: how the noise levels are spread over the steps.
 
     euler   k_euler   euler_beta   dpmpp_2m_sgm_uniform        "euler", schedule="karras"
 
@@ -20,26 +20,26 @@ from sfumato.errors import InvalidRequest, did_you_mean
 
 @dataclass(frozen=True, slots=True)
 class SolverForm:
-    """A diffusers class and the constructor arguments that make it the solver of this name."""
+    """A diffusers class, and the constructor arguments that make it this solver."""
 
     cls: str
     arguments: Mapping[str, object] = field(default_factory=dict)
     schedules: tuple[str, ...] = ()
-    """The schedules that this class can be given."""
+    """The schedules that this class supports."""
 
 
 @dataclass(frozen=True, slots=True)
 class Solver:
     description: str
     noise: SolverForm
-    """For models that predict noise, the picture or a velocity: Stable Diffusion 1, 2, XL and kin."""
+    """For models that predict noise, the sample or a velocity: Stable Diffusion 1, 2, XL and similar."""
     flow: SolverForm | None = None
-    """For flow-matching models (FLUX, Stable Diffusion 3); None where diffusers has no such form."""
+    """For flow-matching models (FLUX, Stable Diffusion 3); None if diffusers has no such form."""
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One solver with one schedule. `parse(choice.name)` gives it back."""
+    """One solver with one schedule. `parse(choice.name)` returns an equal one."""
 
     name: str
     description: str
@@ -47,9 +47,9 @@ class Choice:
     """Its key in `SOLVERS`."""
     schedule: str | None
     noise: SolverForm
-    """Its arguments include the schedule's."""
+    """Its arguments include those of the schedule."""
     flow: SolverForm | None
-    """None: no flow form, or not with this schedule."""
+    """None: there is no flow form, or not with this schedule."""
 
 
 SCHEDULES: Mapping[str, tuple[str, Mapping[str, object]]] = MappingProxyType(
@@ -67,17 +67,17 @@ SPACING = ("sgm_uniform",)
 EVERY = SIGMAS + SPACING
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-"""What turns diffusers' noise solvers into their flow form."""
+"""Constructor arguments that turn diffusers' noise solvers into their flow form."""
 
 _SDE = {"algorithm_type": "sde-dpmsolver++"}
 _MULTISTEP, _SINGLESTEP = "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"
-# Odd step counts need it; diffusers would set it behind our back, with a warning.
+# Odd step counts need it; otherwise diffusers sets it silently, with a warning.
 _LOWER_LAST = {"lower_order_final": True}
 
 SOLVERS: Mapping[str, Solver] = MappingProxyType(
     {
         "ddim": Solver("DDIM", SolverForm("DDIMScheduler", {}, SPACING)),
-        # The Runge-Kutta warm-up is for pixel models; every Stable Diffusion is shipped without it.
+        # The Runge-Kutta warm-up is for pixel models; every Stable Diffusion model ships without it.
         "pndm": Solver("PNDM", SolverForm("PNDMScheduler", {"skip_prk_steps": True}, SPACING)),
         "heun": Solver(
             "Heun", SolverForm("HeunDiscreteScheduler", {}, EVERY), SolverForm("FlowMatchHeunDiscreteScheduler")
@@ -104,11 +104,11 @@ SOLVERS: Mapping[str, Solver] = MappingProxyType(
         "dpmpp_2s": Solver(
             "DPM++ 2S", SolverForm(_SINGLESTEP, _LOWER_LAST, SIGMAS), SolverForm(_SINGLESTEP, {**_LOWER_LAST, **FLOW})
         ),
-        # No flow form for these two: diffusers' ends above zero and leaves the last step's noise.
+        # No flow form for these two: diffusers' version ends above zero and leaves the last step's noise.
         "deis": Solver("DEIS", SolverForm("DEISMultistepScheduler", {}, EVERY)),
         "sa_solver": Solver("SA-Solver", SolverForm("SASolverScheduler", {}, EVERY)),
         "ddpm": Solver("DDPM", SolverForm("DDPMScheduler", {}, SPACING)),
-        # For models distilled for them; both space their steps in their own way.
+        # For models distilled for them; both have their own step spacing.
         "lcm": Solver("LCM", SolverForm("LCMScheduler"), SolverForm("FlowMatchLCMScheduler", {}, SIGMAS)),
         "tcd": Solver("TCD", SolverForm("TCDScheduler")),
     }
@@ -116,19 +116,19 @@ SOLVERS: Mapping[str, Solver] = MappingProxyType(
 """Name -> solver. The forms' classes and arguments are diffusers'."""
 
 ALIASES: Mapping[str, str] = MappingProxyType(
-    # LocalAI's page names this one as its default, and the table on the same page spells it otherwise.
+    # LocalAI's page gives this as its default; the table on the same page spells it differently.
     {"k_dpp_sde": "k_dpmpp_sde"}
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Sampler:
-    """A solver as AUTOMATIC1111 knows it."""
+    """A solver under its AUTOMATIC1111 name."""
 
     solver: str
     """Its key in `SOLVERS`."""
     automatic: str | None = None
-    """The schedule that goes with it where none is asked for."""
+    """The schedule used with it if the request names none."""
     aliases: tuple[str, ...] = ()
 
 
@@ -155,19 +155,19 @@ SAMPLERS: Mapping[str, Sampler] = MappingProxyType(
         "TCD": Sampler("tcd"),
     }
 )
-"""Name in AUTOMATIC1111 -> solver. There `k_` means k-diffusion and says nothing of Karras."""
+"""Name in AUTOMATIC1111 -> solver. There `k_` means k-diffusion, not Karras."""
 
 SCHEDULE_TYPES: Mapping[str, str] = MappingProxyType(
     {"karras": "Karras", "exponential": "Exponential", "sgm_uniform": "SGM Uniform", "beta": "Beta"}
 )
-"""Schedule -> AUTOMATIC1111's word for it."""
+"""Schedule -> AUTOMATIC1111's name for it."""
 
 AUTOMATIC, UNIFORM = "Automatic", "Uniform"
-"""Its words for the schedule that goes with a sampler, and for none."""
+"""AUTOMATIC1111's names for a sampler's default schedule, and for no schedule."""
 
 
 def sampler_of(name: str) -> tuple[str, str] | None:
-    """Sampler and schedule type, as AUTOMATIC1111 calls them, of a name that `parse` takes; None for another."""
+    """AUTOMATIC1111's sampler and schedule type for a name that `parse` accepts; None if it has none."""
     try:
         choice = parse(name)
     except InvalidRequest:
@@ -193,28 +193,28 @@ def descriptions() -> dict[str, str]:
 
 
 def parse(name: str, schedule: str | None = None) -> Choice:
-    """The choice that a name, and a schedule beside it, stand for.
+    """The choice for a name and an optional separate schedule.
 
-    Raises InvalidRequest where either is unknown, where the name and the schedule beside it disagree,
-    and where the solver cannot take the schedule.
+    Raises InvalidRequest if either is unknown, if the schedule in the name and the separate one disagree,
+    or if the solver does not support the schedule.
     """
     if schedule is not None and schedule not in SCHEDULES:
         raise InvalidRequest(
-            f"Unknown schedule {schedule!r}.{did_you_mean(schedule, SCHEDULES)} These exist: {', '.join(SCHEDULES)}.",
+            f"Unknown schedule {schedule!r}.{did_you_mean(schedule, SCHEDULES)} Valid: {', '.join(SCHEDULES)}.",
             param="scheduler",
         )
     base, named = _split(name)
     if named and schedule and named != schedule:
         raise InvalidRequest(
-            f"Scheduler {name!r} names the schedule {named!r}, and the schedule beside it is {schedule!r}."
-            f" Ask for {base!r} with one of them.",
+            f"Scheduler {name!r} names the schedule {named!r}, but the separate schedule is {schedule!r}."
+            f" Use {base!r} with one of them.",
             param="scheduler",
         )
     return _choice(base, named or schedule)
 
 
 def _split(name: str) -> tuple[str, str | None]:
-    """The solver and the schedule that a name is made of."""
+    """Split a name into solver and schedule."""
     plain = ALIASES.get(name, name)
     if plain in SOLVERS:
         return plain, None
@@ -228,7 +228,7 @@ def _split(name: str) -> tuple[str, str | None]:
     suffixed = [_name(base, schedule) for base in SOLVERS for schedule in SOLVERS[base].noise.schedules]
     raise InvalidRequest(
         f"Unknown scheduler {name!r}.{did_you_mean(name, [*names(), *suffixed])}"
-        f" These exist: {', '.join(names())}; with a schedule behind them: {', '.join(SCHEDULES)}.",
+        f" Valid: {', '.join(names())}; each may be followed by a schedule: {', '.join(SCHEDULES)}.",
         param="scheduler",
     )
 
@@ -241,8 +241,8 @@ def _choice(base: str, schedule: str | None) -> Choice:
         fitting = [other for other, each in SOLVERS.items() if schedule in each.noise.schedules]
         takes = ", ".join(solver.noise.schedules) or "none"
         raise InvalidRequest(
-            f"Scheduler {base!r} does not take the schedule {schedule!r}; it takes: {takes}."
-            f" These take {schedule!r}: {', '.join(fitting)}.",
+            f"Scheduler {base!r} does not support the schedule {schedule!r}; it supports: {takes}."
+            f" Schedulers that support {schedule!r}: {', '.join(fitting)}.",
             param="scheduler",
         )
     words, _ = SCHEDULES[schedule]

@@ -1,4 +1,4 @@
-"""Server settings: one table, from which come the environment names, the flags and the docs.
+"""Server settings: one table from which the environment names, the flags and the docs are made.
 
 Each field is read from, in this order: the command line (`--max-pixels`), the environment
 (`SFUMATO_MAX_PIXELS`), the default below.
@@ -23,90 +23,90 @@ def _setting(default: Any, help: str, *, secret: bool = False, **limits: Any) ->
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What the operator decides; see `help` of each field."""
+    """The operator's choices; see each field's `help`."""
 
-    host: str = _setting("127.0.0.1", "Address to listen on; 0.0.0.0 serves the network.")
-    port: int = _setting(8080, "Port to listen on; 0 takes a free one.", least=0)
-    models: Path = _setting(Path("models"), "Folder of model files (*.yaml) and of the weights beside them.")
+    host: str = _setting("127.0.0.1", "Address to listen on; 0.0.0.0 listens on all interfaces.")
+    port: int = _setting(8080, "Port to listen on; 0 picks a free one.", least=0)
+    models: Path = _setting(Path("models"), "Folder with model files (*.yaml) and the weights beside them.")
     data: Path = _setting(Path("data"), "Folder for generated pictures.")
     proofs: str = _setting(
-        "", "File that keeps what was shown about batching; empty: `proofs.json` in the data folder."
+        "", "File for the results of batching verification; empty: `proofs.json` in the data folder."
     )
-    default_model: str = _setting("", "Model for requests that name none; empty: the first model file.")
+    default_model: str = _setting("", "Model for requests without a model name; empty: the first model file.")
     device: str = _setting(
         "auto", "Device for every model: auto (as the model file says), cpu, cuda, cuda:1, mps, xpu."
     )
-    loaded_models: int = _setting(2, "How many models stay in memory; the least recently used leaves.", least=1)
-    max_batch: int = _setting(8, "Largest batch of one forward, in rows; with guidance a picture takes two.", least=1)
-    max_active: int = _setting(16, "Pictures that are drawn at the same time; others wait.", least=1)
-    max_queue: int = _setting(64, "Pictures that may wait for their turn; more are refused with 429.", least=1)
-    hang_s: int = _setting(1800, "A worker that draws and is silent for so many seconds is replaced.", least=1)
+    loaded_models: int = _setting(2, "Maximum models in memory; the least recently used is unloaded.", least=1)
+    max_batch: int = _setting(8, "Largest batch of a forward pass, in rows; guidance takes two per picture.", least=1)
+    max_active: int = _setting(16, "Maximum pictures in flight at the same time; others wait.", least=1)
+    max_queue: int = _setting(64, "Maximum pictures in the queue; further ones get a 429.", least=1)
+    hang_s: int = _setting(1800, "Seconds after which a drawing worker that sends nothing is replaced.", least=1)
     grace_s: int = _setting(
-        30, "Seconds that running requests may take once the server is told to stop; then they get a 503.", least=0
+        30, "Seconds that running requests get to finish when the server is stopped; then they get a 503.", least=0
     )
-    time_limit_s: int = _setting(3600, "Longest time from a request to its pictures, in seconds.", least=1)
+    time_limit_s: int = _setting(3600, "Time limit of a request, queueing included, in seconds.", least=1)
     max_connections: int = _setting(
         1000,
-        "Most open connections, fewer where there are few descriptors; beyond it the one idle longest is closed.",
+        "Maximum open connections (fewer if file descriptors are short); beyond it the longest idle one is closed.",
         least=1,
     )
     patience_s: int = _setting(
-        30, "A client that sends or takes nothing for so many seconds, in the middle of a request, is cut off.", least=1
+        30, "Seconds after which a client that stalls in the middle of a request is disconnected.", least=1
     )
-    public_url: str = _setting("", "Base of the picture URLs, e.g. https://host/prefix, behind a proxy.")
+    public_url: str = _setting("", "Base of picture URLs behind a proxy, e.g. https://host/prefix.")
     trusted_proxies: str = _setting(
-        "127.0.0.1", "Addresses or networks (comma-separated, * for any) whose X-Forwarded-* headers are believed."
+        "127.0.0.1", "Addresses or networks (comma-separated, * for any) whose X-Forwarded-* headers are trusted."
     )
     api_keys: str = _setting(
         "",
-        "NAME:KEY pairs, comma-separated; callers need one of the keys and share the queue by name. Empty: no key.",
+        "NAME:KEY pairs, comma-separated; callers must send one of the keys; the queue is fair by name. Empty: no key.",
         secret=True,
     )
     cors_origins: str = _setting("", "Origins (comma-separated, * for any) of web pages that may call this server.")
     allowed_hosts: str = _setting(
         "",
-        "Names (comma-separated, *.name for all below one, * for any) by which web browsers may ask for this server, "
-        "besides addresses, names of the local network and the one in public_url.",
+        "Host names (comma-separated, *.name for all subdomains, * for any) that browsers may reach this server by, "
+        "besides IP addresses, names of the local network and the host in public_url.",
     )
-    cross_site: bool = _setting(False, "Whether any web page may use this server from its visitors' browsers.")
-    max_n: int = _setting(10, "Most pictures of one request.", least=1)
-    max_pixels: int = _setting(2048 * 2048, "Largest picture that may be asked for, in pixels.", least=64)
-    max_side: int = _setting(4096, "Longest side of a picture that may be asked for, in pixels.", least=64)
+    cross_site: bool = _setting(False, "Whether any web page may use this server from a visitor's browser.")
+    max_n: int = _setting(10, "Maximum pictures per request.", least=1)
+    max_pixels: int = _setting(2048 * 2048, "Largest picture that may be requested, in pixels.", least=64)
+    max_side: int = _setting(4096, "Longest side of a picture that may be requested, in pixels.", least=64)
     max_aspect: int = _setting(
-        8, "How many times longer than the other a side may be, of pictures asked for and of source pictures.", least=1
+        8, "Maximum aspect ratio (longer to shorter side) of requested and source pictures.", least=1
     )
     max_body_mb: int = _setting(64, "Largest request body, in MiB.", least=1)
-    max_text_mb: int = _setting(4, "Largest part of a request that is no picture: prompts, fields; in MiB.", least=1)
+    max_text_mb: int = _setting(4, "Maximum size of a request without its pictures (prompts, fields), in MiB.", least=1)
     max_source_pixels: int = _setting(64_000_000, "Largest source picture that is decoded, in pixels.", least=64)
     max_waiting_mb: int = _setting(
-        512, "Source pictures of all requests that wait and draw, in MiB; more are refused with 429.", least=1
+        512, "Source pictures of all queued and running requests, in MiB; further ones get a 429.", least=1
     )
-    decoders: int = _setting(2, "Source pictures that are decoded at the same time, each in a process.", least=1)
-    decode_s: int = _setting(10, "Longest time of the processor that decoding a source picture may take.", least=1)
+    decoders: int = _setting(2, "Maximum source pictures decoded at the same time, each in its own process.", least=1)
+    decode_s: int = _setting(10, "Maximum CPU time for decoding a source picture, in seconds.", least=1)
     picture_hosts: str = _setting(
-        "", "Hosts (comma-separated) whose picture URLs are fetched although their address is not public."
+        "", "Hosts (comma-separated) whose picture URLs are fetched even if their address is not public."
     )
-    outputs_max_age_h: int = _setting(168, "Generated pictures are deleted after so many hours; 0 keeps them.", least=0)
+    outputs_max_age_h: int = _setting(168, "Hours after which generated pictures are deleted; 0 keeps them.", least=0)
     outputs_max_mb: int = _setting(
-        10_000, "The oldest generated pictures are deleted beyond so many MiB in all; 0 keeps them.", least=0
+        10_000, "Total MiB of generated pictures beyond which the oldest are deleted; 0 keeps them.", least=0
     )
     keep_pictures: bool = _setting(
-        True, "Whether pictures that are answered as base64 are kept too, for the gallery; those with a URL always are."
+        True, "Whether pictures returned as base64 are also stored, for the gallery; those with a URL always are."
     )
     gallery_url: str = _setting(
         "",
-        "Database of the gallery's index, as SQLAlchemy's URL; empty: SQLite in the data folder.",
+        "Database of the gallery index, as an SQLAlchemy URL; empty: SQLite in the data folder.",
         secret=True,
     )
-    log_format: str = _setting("text", "text, or json: one object a line.", choices=("text", "json"))
-    log_prompts: bool = _setting(False, "Whether prompts may stand in the log.")
+    log_format: str = _setting("text", "text, or json: one object per line.", choices=("text", "json"))
+    log_prompts: bool = _setting(False, "Whether prompts may appear in the log.")
     log_level: str = _setting("info", "debug, info, warning or error.", choices=("debug", "info", "warning", "error"))
 
     @classmethod
     def load(cls, given: Mapping[str, Any] | None = None, env: Mapping[str, str] = os.environ) -> Settings:
-        """Settings from `given` (None values count as not given), then the environment, then defaults.
+        """Settings from `given` (None means "not set"), then the environment, then defaults.
 
-        Raises ValueError that names the setting, its value and what is valid.
+        Raises ValueError naming the setting, its value and what is valid.
         """
         values: dict[str, Any] = {}
         for spec in fields(cls):
@@ -135,17 +135,17 @@ def kind(spec: Field[Any]) -> type:
 def _parse(spec: Field[Any], name: str, raw: Any) -> Any:
     if kind(spec) is bool and isinstance(raw, str):
         if raw.lower() not in _FLAGS:
-            raise ValueError(f"{name}={raw!r}: true or false is needed. {spec.metadata['help']}")
+            raise ValueError(f"{name}={raw!r}: must be true or false. {spec.metadata['help']}")
         raw = _FLAGS[raw.lower()]
     choices = spec.metadata.get("choices")
     if choices and str(raw).lower() not in choices:
-        raise ValueError(f"{name}={raw!r}: {', '.join(choices)} are valid. {spec.metadata['help']}")
+        raise ValueError(f"{name}={raw!r}: must be one of {', '.join(choices)}. {spec.metadata['help']}")
     if choices:
         raw = str(raw).lower()
     try:
         value = kind(spec)(raw)
     except ValueError:
-        raise ValueError(f"{name}={raw!r}: a whole number is needed. {spec.metadata['help']}") from None
+        raise ValueError(f"{name}={raw!r}: must be a whole number. {spec.metadata['help']}") from None
     least = spec.metadata.get("least")
     if least is not None and value < least:
         raise ValueError(f"{name}={raw!r}: must be at least {least}. {spec.metadata['help']}")

@@ -13,6 +13,8 @@ import sys
 import venv
 from pathlib import Path
 
+from filelock import FileLock
+
 HERE = Path(__file__).parent
 FOLDER = HERE.parent.parent / ".venv-clients"
 BIN = FOLDER / "bin"
@@ -21,7 +23,12 @@ NODE = FOLDER / "node"
 
 
 def make() -> None:
-    """Make what is not there or out of date: a minute or two at first, then nothing."""
+    """Make what is not there or out of date: a minute or two at first, then nothing. One process does, others wait."""
+    with FileLock(f"{FOLDER}.lock"):
+        _make()
+
+
+def _make() -> None:
     if _changed("requirements.txt", FOLDER):
         venv.create(FOLDER, clear=True, with_pip=True)
         install = [str(BIN / "python"), "-m", "pip", "install", "--quiet", "--no-deps", "-r", "requirements.txt"]

@@ -1,1 +1,1 @@
-"""HTTP front ends over `service`. No torch here: this process answers while another computes."""
+"""HTTP front ends over `service`. No torch: this process answers while the worker computes."""

@@ -1,4 +1,4 @@
-"""The ASGI application: routes, and what every request passes on its way to them."""
+"""The ASGI application: routes and middleware."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from sfumato.serving.service import Service
 log = logging.getLogger(__name__)
 
 EXPIRE_EVERY_S = 600
-"""How often old pictures are looked for."""
+"""Interval at which expired pictures are deleted."""
 
 EXPOSED = ("x-request-id", "x-sfumato-ignored", "x-sfumato-warning", "retry-after", "x-should-retry")
-"""Headers that scripts of other origins may read."""
+"""Response headers that scripts of other origins may read."""
 
 
 class Application(FastAPI):
-    """FastAPI, whose OpenAPI document promises 422 where `errors` answers 400."""
+    """FastAPI with 400 instead of 422 in its OpenAPI document, as `errors` answers."""
 
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema:
@@ -57,7 +57,7 @@ class Application(FastAPI):
 
 
 def _exact(schema: Any) -> None:
-    """Limits of whole numbers as whole numbers: FastAPI makes them floats, and the highest seed is none."""
+    """Integer limits as integers: FastAPI makes them floats, which cannot represent the highest seed."""
     if isinstance(schema, dict):
         if schema.get("type") == "integer":
             whole = {name: int(schema[name]) for name in ("minimum", "maximum") if name in schema}
@@ -69,9 +69,9 @@ def _exact(schema: Any) -> None:
 
 
 def create_app(service: Service, store: Store, running: Running | None = None) -> FastAPI:
-    """The application over a service that is started and stopped with it; `running` knows its requests.
+    """The application for a service, which it starts and stops; `running` tracks its requests.
 
-    Raises ValueError that names a setting which cannot be understood.
+    Raises ValueError naming the setting at fault.
     """
     settings = service.settings
     keys = parse_keys(settings.api_keys)
@@ -98,7 +98,7 @@ def create_app(service: Service, store: Store, running: Running | None = None) -
         version=__version__,
         description="Text-to-image, image-to-image and inpainting with any diffusers pipeline.",
         lifespan=lifespan,
-        openapi_url=None,  # `pages` has it
+        openapi_url=None,  # served by `pages`
         docs_url=None,
         redoc_url=None,
         servers=[{"url": settings.public_url.rstrip("/")}] if settings.public_url else None,
@@ -106,11 +106,11 @@ def create_app(service: Service, store: Store, running: Running | None = None) -
     app.state.bodies = Bodies(settings.max_text_mb * 2**20)
     app.state.gallery = shelf
     errors.install(app)
-    # It decides nothing: it tells OpenAPI of the key, which `Auth` checks.
+    # Only documents the key in OpenAPI; `Auth` checks it.
     key = [Depends(HTTPBearer(auto_error=False, description="An API key of this server."))] if keys else []
     for routes in (openai, localai):
         app.include_router(routes.router(service, shelf), prefix="/v1", dependencies=key)
-        # LocalAI's clients leave the prefix out as often as not.
+        # LocalAI's clients often omit the prefix.
         app.include_router(routes.router(service, shelf), include_in_schema=False)
     for routes in (progress, models):
         app.include_router(routes.router(service), prefix="/v1", dependencies=key)
@@ -125,7 +125,7 @@ def create_app(service: Service, store: Store, running: Running | None = None) -
     app.include_router(pages.router())
     studio.install(app)
 
-    # The last to be added is the first to see a request.
+    # The middleware added last sees a request first.
     app.add_middleware(Arrivals, service=service)
     app.add_middleware(Ending, running=running or Running())
     app.add_middleware(BodyCap, limit=settings.max_body_mb * 2**20)
@@ -137,7 +137,7 @@ def create_app(service: Service, store: Store, running: Running | None = None) -
             CORSMiddleware,
             allow_origins=origins,
             allow_methods=("GET", "POST", "PATCH", "DELETE", "OPTIONS"),
-            allow_headers=("*",),  # SDKs send headers of their own; nothing rides on cookies
+            allow_headers=("*",),  # SDKs send their own headers; cookies are not used
             expose_headers=EXPOSED,
             allow_private_network=True,
         )
@@ -151,12 +151,12 @@ def create_app(service: Service, store: Store, running: Running | None = None) -
 
 
 async def _expire(shelf: Gallery) -> None:
-    """Delete old pictures and bring the gallery up to date, now and every so often, until it is cancelled."""
+    """Delete expired pictures and update the gallery, now and periodically, until cancelled."""
     while True:
         try:
             await asyncio.to_thread(_tidy, shelf)
         except (OSError, SfumatoError) as error:
-            log.warning("old pictures could not be looked for: %s", error)
+            log.warning("expired pictures could not be deleted: %s", error)
         await asyncio.sleep(EXPIRE_EVERY_S)
 
 
@@ -164,9 +164,9 @@ def _tidy(shelf: Gallery) -> None:
     try:
         stars = shelf.starred()
     except SfumatoError:
-        shelf.store.expire()  # a disk that is full, say
+        shelf.store.expire()  # e.g. the disk is full
         raise
     shelf.store.expire(spare=stars)
     added, gone = shelf.reconcile()
     if added or gone:
-        log.info("the gallery lists %d pictures more that lay in the folder, and %d less that are gone", added, gone)
+        log.info("the gallery now lists %d more pictures found in its folder, and %d fewer that were gone", added, gone)

@@ -1,4 +1,4 @@
-"""The gallery over HTTP: the pictures of the caller's key, or without keys everybody's."""
+"""The gallery over HTTP: the pictures of the caller's key, or all pictures if there are no keys."""
 
 from __future__ import annotations
 
@@ -20,51 +20,51 @@ from sfumato.pictures.images import from_text
 from sfumato.serving.service import Service
 
 MAX_WORDS = 500
-"""Characters of a search."""
+"""Maximum characters of a search."""
 
 THUMBNAIL = 320
-"""Pixels of the longer side."""
+"""Longer side in pixels."""
 
-Name = Annotated[str, Path(description="As in the gallery, or at the end of a picture's URL.")]
+Name = Annotated[str, Path(description="Name in the gallery, or the last part of a picture's URL.")]
 
 
 class GalleryPicture(BaseModel):
-    """One picture that was made; `recipe` is null for a file that carries none."""
+    """One generated picture; `recipe` is null for a file without one."""
 
     name: str = Field(description="The picture is at /generated-images/{name}.")
     object: str
     created: float = Field(description="Seconds since 1970.")
     model: str
     starred: bool
-    recipe: dict[str, Any] | None = Field(description="All that made it, as the file carries it.")
+    recipe: dict[str, Any] | None = Field(description="The complete recipe embedded in the file.")
 
 
 class GalleryPage(BaseModel):
-    """Some of the pictures, newest first."""
+    """One page of pictures, newest first."""
 
     object: str
     data: list[GalleryPicture]
     has_more: bool
-    next: str | None = Field(description="`before` of the following page.")
-    total: int | None = Field(description="Of all that match; only on the first page.")
+    next: str | None = Field(description="Value of `before` for the next page.")
+    total: int | None = Field(description="Number of all matching pictures; only on the first page.")
 
 
 class RecipeBody(BaseModel):
     """Of `POST /v1/images/recipe`."""
 
-    image: Picture = Field(description="PNG, JPEG or WebP: base64 or a data: URI; in a form a file.")
+    image: Picture = Field(description="PNG, JPEG or WebP: base64 or a data: URI; in a form, a file.")
 
 
 class FileRecipe(BaseModel):
-    """What a picture file says of how it was made."""
+    """The generation parameters in a picture file."""
 
     object: str
-    source: str = Field(description="Who wrote it: sfumato, automatic1111, invokeai or comfyui.")
+    source: str = Field(description="The program that wrote it: sfumato, automatic1111, invokeai or comfyui.")
     recipe: dict[str, Any] = Field(
-        description="Fields of a request, as far as the file has them: model, prompt, negative_prompt, width, height, "
+        description="Request fields, as far as the file has them: model, prompt, negative_prompt, width, height, "
         "steps, guidance_scale, seed, scheduler, clip_skip, strength."
     )
-    warnings: list[str] = Field(description="What could not be taken over.")
+    warnings: list[str] = Field(description="Parameters that could not be used.")
 
 
 class StarBody(BaseModel):
@@ -72,7 +72,7 @@ class StarBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    starred: bool = Field(description="Whether it is among the best: it can be listed by that, and does not grow old.")
+    starred: bool = Field(description="Whether it has a star: it can be listed by that, and does not expire by age.")
 
 
 def router(service: Service, gallery: Gallery) -> APIRouter:
@@ -85,24 +85,24 @@ def router(service: Service, gallery: Gallery) -> APIRouter:
         kept = await asyncio.to_thread(gallery.get, name, owner(request))
         if kept is None:
             raise PictureNotFound(
-                f"there is no picture {name[:100]!r} of yours; it may have expired. GET /v1/images/gallery lists them.",
+                f"you have no picture {name[:100]!r}; it may have expired. GET /v1/images/gallery lists yours.",
                 param="name",
             )
         return kept
 
     @routes.get(
         "/images/gallery",
-        summary="Pictures that were made, newest first",
+        summary="Generated pictures, newest first",
         response_model=GalleryPage,
         responses=documents.errors(400, 401, 403, 507),
     )
     async def page(
         request: Request,
-        q: Annotated[str, Query(max_length=MAX_WORDS, description="Words that its prompts have.")] = "",
+        q: Annotated[str, Query(max_length=MAX_WORDS, description="Words that its prompts must contain.")] = "",
         model: Annotated[str | None, Query(max_length=MAX_WORDS, description="Made by this model.")] = None,
-        starred: Annotated[bool, Query(description="Only those with a star.")] = False,
-        before: Annotated[str | None, Query(max_length=100, description="`next` of the page before.")] = None,
-        limit: Annotated[int, Query(ge=1, le=MAX_PAGE, description="Pictures of one page.")] = 60,
+        starred: Annotated[bool, Query(description="Only pictures with a star.")] = False,
+        before: Annotated[str | None, Query(max_length=100, description="`next` of the previous page.")] = None,
+        limit: Annotated[int, Query(ge=1, le=MAX_PAGE, description="Pictures per page.")] = 60,
     ) -> dict[str, Any]:
         wanted = Wanted(owner(request), q, model, starred)
         place = _place(before)
@@ -114,7 +114,7 @@ def router(service: Service, gallery: Gallery) -> APIRouter:
 
     @routes.get(
         "/images/gallery/{name}",
-        summary="One of them, with its recipe",
+        summary="One picture, with its recipe",
         response_model=GalleryPicture,
         responses=documents.errors(401, 403, 404),
     )
@@ -123,7 +123,7 @@ def router(service: Service, gallery: Gallery) -> APIRouter:
 
     @routes.patch(
         "/images/gallery/{name}",
-        summary="Give it a star, or take it away",
+        summary="Add or remove the star of a picture",
         openapi_extra=described(StarBody),
         response_model=GalleryPicture,
         responses=documents.errors(400, 401, 403, 404, 413, 415),
@@ -137,7 +137,7 @@ def router(service: Service, gallery: Gallery) -> APIRouter:
 
     @routes.delete(
         "/images/gallery/{name}",
-        summary="Delete it, the file too",
+        summary="Delete a picture and its file",
         response_model=GalleryPicture,
         responses=documents.errors(401, 403, 404),
     )
@@ -148,7 +148,7 @@ def router(service: Service, gallery: Gallery) -> APIRouter:
 
     @routes.post(
         "/images/recipe",
-        summary="Read how a picture file was made",
+        summary="Read the generation parameters of a picture file",
         openapi_extra=described(RecipeBody),
         response_model=FileRecipe,
         responses=documents.errors(400, 401, 403, 413, 415, 429),
@@ -164,12 +164,12 @@ def router(service: Service, gallery: Gallery) -> APIRouter:
 
 
 def pictures(gallery: Gallery) -> APIRouter:
-    """What stands beside the pictures themselves, and like them needs no key but a name that cannot be guessed."""
+    """Routes next to the pictures themselves; like them they need no key, only a name that cannot be guessed."""
     routes = APIRouter(tags=["Gallery"])
 
     @routes.get(
         "/generated-images/{name}/thumbnail",
-        summary=f"A picture that was drawn, at most {THUMBNAIL} pixels a side",
+        summary=f"A generated picture, at most {THUMBNAIL} pixels per side",
         response_class=Response,
         responses={200: {"content": {"image/webp": {}}}, **documents.errors(404)},
     )
@@ -196,4 +196,4 @@ def _place(before: str | None) -> tuple[float, str] | None:
             return time, name
     except ValueError:
         pass
-    raise InvalidRequest(f"before: {before[:100]!r}; what the page before said as `next` is valid", param="before")
+    raise InvalidRequest(f"before: {before[:100]!r}; send the `next` of the previous page", param="before")

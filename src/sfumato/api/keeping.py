@@ -1,4 +1,4 @@
-"""What becomes of the pictures of a request: where each is kept as soon as it is done."""
+"""Store the pictures of a request in the gallery, each as soon as it is finished."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ log = logging.getLogger(__name__)
 
 
 def keeper(gallery: Gallery, caller: str, format: str, encoded: Callable[[Done], bytes], *, must: bool) -> Keep | None:
-    """Puts each picture, as it is `encoded`, into the gallery; None where the setting says that it is not kept.
+    """A callback that stores each picture, `encoded`, in the gallery; None if the settings say not to keep it.
 
-    `must`: the answer is its URL. Without that a full disk costs nobody a picture.
+    `must`: the answer is its URL, so storing must succeed; otherwise a full disk only logs a warning.
     """
     if not must and not gallery.keeps:
         return None
@@ -31,14 +31,14 @@ def keeper(gallery: Gallery, caller: str, format: str, encoded: Callable[[Done],
         except StorageError as error:
             if must:
                 raise
-            log.warning("a picture is answered and not kept: %s", error.message)
+            log.warning("a picture was returned but could not be stored: %s", error.message)
             return None
 
     return keep
 
 
 def drop(gallery: Gallery, job: Job) -> None:
-    """Delete what was kept of a request whose caller gets nothing of it. Blocks."""
+    """Delete the stored pictures of a request whose caller does not get them. Blocks."""
     for part in job.parts:
         if part.name:
             with suppress(StorageError):

@@ -19,20 +19,22 @@ from sfumato.serving.planning import ImageRequest
 from sfumato.serving.service import Service
 
 UPSCALERS = ("Upscale", "SuperResolution")
-"""Of which one stands in the names of diffusers' classes for it."""
+"""diffusers' class names for upscaling contain one of these."""
 
 
 def _number(value: object) -> object:
-    """Forms send digits."""
+    """Forms send numbers as text."""
     return int(value) if isinstance(value, str) and value.strip().isdecimal() else value
 
 
 class InpaintingBody(Body):
     """Of `POST /v1/images/inpainting`."""
 
-    prompt: str = Field(description="What to draw where the mask says.", examples=["a cat"])
+    prompt: str = Field(description="What to draw in the masked area.", examples=["a cat"])
     image: Pictures = Field(min_length=1, max_length=1, description="The picture: a file, base64, data: URI or URL.")
-    mask: Picture = Field(description="Of the same size: transparent, or light if nothing is transparent, is redrawn.")
+    mask: Picture = Field(
+        description="A mask of the same size: transparent (or, without transparency, light) areas are redrawn."
+    )
 
     def to_request(self, **more: object) -> ImageRequest:
         return super().to_request(prompts=[self.prompt], images=self.image, mask=self.mask, **more)
@@ -43,9 +45,9 @@ class UpscaleBody(Body):
 
     WITHOUT_EFFECT: ClassVar[tuple[str, ...]] = (*Body.WITHOUT_EFFECT, "size", "strength")
 
-    scale: Annotated[Literal[2, 4], BeforeValidator(_number)] = Field(description="How many times larger on each side.")
+    scale: Annotated[Literal[2, 4], BeforeValidator(_number)] = Field(description="Upscaling factor of each side.")
     image: Pictures = Field(min_length=1, max_length=1, description="The picture: a file, base64, data: URI or URL.")
-    prompt: str = Field("", description="What it shows, for upscalers that take a prompt.")
+    prompt: str = Field("", description="What the picture shows, for upscalers that take a prompt.")
 
     def to_request(self, **more: object) -> ImageRequest:
         only = {"prompts": [self.prompt], "images": self.image, "upscale": self.scale, "size": None, "strength": None}
@@ -57,7 +59,7 @@ def router(service: Service, gallery: Gallery) -> APIRouter:
 
     @routes.post(
         "/images/inpainting",
-        summary="Redraw where a mask says",
+        summary="Redraw the masked area of a picture",
         openapi_extra=described(InpaintingBody),
         responses=DRAWING,
     )
@@ -67,7 +69,7 @@ def router(service: Service, gallery: Gallery) -> APIRouter:
         return await answer(service, gallery, body, request)
 
     @routes.post(
-        "/images/upscale", summary="Enlarge a picture", openapi_extra=described(UpscaleBody), responses=DRAWING
+        "/images/upscale", summary="Upscale a picture", openapi_extra=described(UpscaleBody), responses=DRAWING
     )
     async def upscale(body: Annotated[UpscaleBody, Depends(reader(UpscaleBody))], request: Request) -> Response:
         service.catalog.refresh()
@@ -77,12 +79,12 @@ def router(service: Service, gallery: Gallery) -> APIRouter:
 
 
 def _upscaler(models: list[ModelConfig]) -> str:
-    """The first model file that is one. Raises InvalidRequest when there is none."""
+    """The first model that is an upscaler. Raises InvalidRequest if there is none."""
     for config in models:
         if any(word in (config.pipeline_type or "") for word in UPSCALERS):
             return config.name
     raise InvalidRequest(
-        "model: no model file names an upscaler. Name the model, or add one with `pipeline_type: "
+        "model: there is no upscaler. Set `model`, or add a model file with `pipeline_type: "
         "StableDiffusionUpscalePipeline` (4 times) or `StableDiffusionLatentUpscalePipeline` (2 times).",
         param="model",
     )

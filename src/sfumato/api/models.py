@@ -1,4 +1,4 @@
-"""The models that can be asked for, and what each can do."""
+"""The available models and their capabilities."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sfumato.serving.planning import MAX_STEPS
 from sfumato.serving.service import Service
 
 MAX_NAME = 1000
-"""Characters of a model's name."""
+"""Maximum characters of a model's name."""
 
 
 class ModelBody(BaseModel):
@@ -32,18 +32,18 @@ class UnloadBody(BaseModel):
     """Of `POST /v1/models/unload`."""
 
     model: Annotated[
-        str | None, Field(max_length=MAX_NAME, description="A name from /v1/models; absent: every one.")
+        str | None, Field(max_length=MAX_NAME, description="A name from /v1/models; absent: all models.")
     ] = None
 
 
 class PinBody(ModelBody):
     """Of `POST /v1/models/pin`."""
 
-    pinned: bool = Field(True, description="Whether it stays in memory while others leave.")
+    pinned: bool = Field(True, description="Whether to keep it in memory when other models need room.")
 
 
 class Taken(BaseModel):
-    """It is under way; the model list says how it goes."""
+    """Accepted; the model list shows the progress."""
 
     success: bool
 
@@ -56,7 +56,7 @@ def router(service: Service) -> APIRouter:
 
     @routes.post(
         "/models/load",
-        summary="Bring a model into memory before somebody draws with it",
+        summary="Load a model before its first request",
         openapi_extra=described(ModelBody),
         response_model=Taken,
         responses=ORDERS,
@@ -67,7 +67,7 @@ def router(service: Service) -> APIRouter:
 
     @routes.post(
         "/models/unload",
-        summary="Let a model leave memory, once nobody draws with it",
+        summary="Unload a model once no request uses it",
         openapi_extra=described(UnloadBody),
         response_model=Taken,
         responses=ORDERS,
@@ -78,7 +78,7 @@ def router(service: Service) -> APIRouter:
 
     @routes.post(
         "/models/pin",
-        summary="Have a model stay in memory while others leave, until the server is restarted",
+        summary="Keep a model in memory when others need room, until the server restarts",
         openapi_extra=described(PinBody),
         response_model=Taken,
         responses=ORDERS,
@@ -87,7 +87,7 @@ def router(service: Service) -> APIRouter:
         service.pin(body.model, body.pinned)
         return {"success": True}
 
-    @routes.get("/models", summary="Every model", response_model=documents.Models, responses=documents.errors(401, 403))
+    @routes.get("/models", summary="All models", response_model=documents.Models, responses=documents.errors(401, 403))
     async def models() -> dict[str, Any]:
         service.catalog.refresh()
         return {"object": "list", "data": await asyncio.to_thread(_models, service, service.catalog.all())}
@@ -104,7 +104,7 @@ def router(service: Service) -> APIRouter:
 
     @routes.get(
         "/schedulers",
-        summary="Every scheduler",
+        summary="All schedulers",
         response_model=documents.Schedulers,
         responses=documents.errors(401, 403),
     )

@@ -1,4 +1,4 @@
-"""Health, metrics, and the pictures that were drawn."""
+"""Health, metrics, and generated pictures."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def router(service: Service, store: Store) -> APIRouter:
     async def healthz() -> dict[str, str]:
         return {"status": "ok", "version": __version__}
 
-    @routes.get("/readyz", summary="Can it draw?", responses={503: {"description": "Not yet"}})
+    @routes.get("/readyz", summary="Is it ready to draw?", responses={503: {"description": "Not ready yet"}})
     async def readyz() -> JSONResponse:
         reason = _not_ready(service)
         if reason:
@@ -33,7 +33,7 @@ def router(service: Service, store: Store) -> APIRouter:
 
     @routes.get(
         "/metrics",
-        summary="Counts and times, for Prometheus",
+        summary="Metrics, for Prometheus",
         response_class=Response,
         responses={200: {"content": {"text/plain": {}}}, **documents.errors(401, 403)},
     )
@@ -48,18 +48,18 @@ def router(service: Service, store: Store) -> APIRouter:
 
     @routes.get(
         "/generated-images/{name}",
-        summary="A picture that was drawn",
+        summary="A generated picture",
         response_class=Response,
         responses={
             200: {"content": {media_type: {} for media_type in MEDIA_TYPES.values()}},
-            206: {"description": "The bytes of a `Range`"},
-            304: {"description": "The same as `If-None-Match` has"},
+            206: {"description": "The requested `Range`"},
+            304: {"description": "Not modified: `If-None-Match` matches"},
             404: {"model": documents.Error, "description": "No such picture; it may have expired"},
-            416: {"model": documents.Error, "description": "It has no such bytes"},
+            416: {"model": documents.Error, "description": "The range is outside the picture"},
         },
     )
     async def picture(name: str, request: Request) -> Response:
-        # Whole before the first byte is sent: it may be deleted at any time.
+        # Read completely before sending: the file may be deleted at any time.
         found = await asyncio.to_thread(store.get, name)
         if found is None:
             raise HTTPException(404)
@@ -69,9 +69,9 @@ def router(service: Service, store: Store) -> APIRouter:
 
 
 def _not_ready(service: Service) -> str:
-    """Why it cannot draw, or an empty text."""
+    """Why the server is not ready; empty if it is."""
     if not service.engine.ready:
         restarted = service.engine.stats.restarts
         return "the worker died; the next one is starting (see the log)" if restarted else "the worker is not up yet"
     service.catalog.refresh()
-    return "" if service.catalog.all() else "no model file can be used: `sfumato check` says why"
+    return "" if service.catalog.all() else "no model file is usable: `sfumato check` shows why"

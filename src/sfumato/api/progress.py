@@ -1,4 +1,4 @@
-"""Where a request stands, by the id of its `x-request-id` header, and the way to end it."""
+"""Progress of a request, by the id in its `x-request-id` header, and cancelling it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from sfumato.serving.job import Job, Progress
 from sfumato.serving.service import Service
 
 MAX_IDS = 100
-"""Requests that are asked for at once."""
+"""Maximum number of ids per query."""
 
 
 def router(service: Service) -> APIRouter:
     routes = APIRouter(tags=["Progress"])
 
     def owner(request: Request) -> str | None:
-        """Whose requests may be seen: without keys everybody's, as addresses are no proof of anything."""
+        """Whose requests are visible: without keys everyone's, as addresses prove nothing."""
         return caller_of(request) if service.settings.api_keys else None
 
     async def shown(progress: Progress, request: Request, preview: bool) -> dict[str, Any]:
@@ -35,14 +35,16 @@ def router(service: Service) -> APIRouter:
 
     @routes.get(
         "/images/progress",
-        summary="Where the caller's requests stand that wait or draw, oldest first; without keys everybody's",
+        summary="Progress of the caller's queued and running requests, oldest first; without keys, of all requests",
         response_model=documents.ProgressList,
         responses=documents.errors(400, 401, 403),
     )
     async def several(
         request: Request,
-        id: Annotated[list[str], Query(max_length=MAX_IDS, description="These, also if they ended lately.")] = [],  # noqa: B006
-        preview: Annotated[bool, Query(description="With their latest previews.")] = False,
+        id: Annotated[
+            list[str], Query(max_length=MAX_IDS, description="Only these, including recently ended ones.")
+        ] = [],  # noqa: B006
+        preview: Annotated[bool, Query(description="Include their latest previews.")] = False,
     ) -> dict[str, Any]:
         if not id:
             found = [job.progress() for job in service.jobs(owner(request))]
@@ -55,18 +57,18 @@ def router(service: Service) -> APIRouter:
 
     @routes.get(
         "/images/progress/{id:path}",
-        summary="Where a request stands",
+        summary="Progress of a request",
         response_model=documents.ProgressState,
         responses=documents.errors(400, 401, 403, 404),
     )
     async def progress(
-        id: str, request: Request, preview: Annotated[bool, Query(description="With the latest preview.")] = False
+        id: str, request: Request, preview: Annotated[bool, Query(description="Include the latest preview.")] = False
     ) -> dict[str, Any]:
         return await shown(service.progress(id, owner(request)), request, preview)
 
     @routes.delete(
         "/images/progress/{id:path}",
-        summary="Cancel a request: it ends within a denoising step, and its caller gets 499",
+        summary="Cancel a request: it ends within one denoising step, and its caller gets 499",
         response_model=documents.ProgressState,
         responses=documents.errors(401, 403, 404),
     )
@@ -97,7 +99,7 @@ def _shown(progress: Progress) -> dict[str, Any]:
 
 
 def _preview(job: Job) -> dict[str, Any] | None:
-    """Of the first picture that has one and is not done."""
+    """Preview of the first unfinished picture that has one."""
     for index, part in enumerate(job.parts):
         if part.preview and not part.done:
             seen = part.preview

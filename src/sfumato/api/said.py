@@ -1,5 +1,5 @@
-"""What a picture file says of how it was made, as fields of a request: ours, AUTOMATIC1111's, InvokeAI's, and of
-ComfyUI's those that carry AUTOMATIC1111's text.
+"""Read the generation parameters of a picture file as request fields: from Sfumato, AUTOMATIC1111, InvokeAI, and
+from ComfyUI if the file has AUTOMATIC1111's infotext.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from sfumato.errors import InvalidPicture, InvalidRequest
 from sfumato.pictures import recipe
 
 INVOKE_CHUNKS = ("invokeai_metadata", "invokeai", "sd-metadata")
-"""Where InvokeAI writes its JSON: since 3, in some of 3's, in 2."""
+"""Chunks where InvokeAI writes its JSON: version 3 and later, some of 3, version 2."""
 
 MAX_TEXT = 1_000_000
-"""Characters of one chunk."""
+"""Maximum characters of one chunk."""
 
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """`source` is who wrote it; `fields` are of a request; what could not be taken over is told in `warnings`."""
+    """`source`: the program that wrote it; `fields`: request fields; `warnings`: what could not be used."""
 
     source: str
     fields: dict[str, Any]
@@ -33,20 +33,20 @@ class Said:
 
 
 def read(texts: Mapping[str, str]) -> Said:
-    """Of `recipe.texts` of a picture. Raises InvalidPicture where nothing in them can be read."""
+    """Parse the result of `recipe.texts`. Raises InvalidPicture if nothing in it is understood."""
     texts = {name: text for name, text in texts.items() if len(text) <= MAX_TEXT}
     for reader in (_ours, _invoke, _infotext):
         if said := reader(texts):
             return said
     if "workflow" in texts or "prompt" in texts:
         raise InvalidPicture(
-            "image: it carries a workflow of ComfyUI and no AUTOMATIC1111-style text, which is what is read. Save it "
-            "with a node that writes that text.",
+            "image: it contains a ComfyUI workflow but no AUTOMATIC1111 infotext, and only that can be read. Save it "
+            "with a node that writes the infotext.",
             param="image",
         )
     raise InvalidPicture(
         "image: it does not say how it was made. Sfumato, AUTOMATIC1111, InvokeAI and some ComfyUI nodes write that "
-        "into their files; chat programs and editors strip it.",
+        "into their files; chat programs and editors remove it.",
         param="image",
     )
 
@@ -60,7 +60,7 @@ def _ours(texts: Mapping[str, str]) -> Said | None:
     if made.get("image_sha256"):
         wanted["strength"] = made.get("strength")
     wanted["scheduler"] = _named(made.get("scheduler"))
-    sources = ("it was made from a picture, which is needed again for the same one",) if "strength" in wanted else ()
+    sources = ("it was made from a source picture, which is needed to reproduce it",) if "strength" in wanted else ()
     return Said("sfumato", _clean(wanted), sources)
 
 
@@ -93,9 +93,9 @@ def _invoke(texts: Mapping[str, str]) -> Said | None:
     if made is None:
         return None
     inner = made.get("image")
-    flat = inner if isinstance(inner, dict) else made  # version 2 keeps all of it one level deeper
+    flat = inner if isinstance(inner, dict) else made  # version 2 nests everything one level deeper
     prompt, negative = flat.get("positive_prompt", flat.get("prompt")), flat.get("negative_prompt")
-    if isinstance(prompt, list):  # version 2: parts with weights, and the negative prompt in brackets
+    if isinstance(prompt, list):  # version 2: weighted parts, and the negative prompt in brackets
         prompt = ", ".join(str(part.get("prompt", "")) for part in prompt if isinstance(part, dict))
     named = made.get("model", made.get("model_weights"))
     model = named.get("name", named.get("model_name")) if isinstance(named, dict) else named
@@ -124,11 +124,11 @@ def _of_invoke(name: str) -> tuple[str | None, tuple[str, ...]]:
     for ours in (f"k_{plain[:-2]}" if plain.endswith("_k") else plain, plain.removesuffix("_k")):
         if known := _named(ours):
             return known, ()
-    return None, (f"scheduler: there is no {name[:80]!r} here; the model's own draws",)
+    return None, (f"scheduler: {name[:80]!r} does not exist here; the model's own is used",)
 
 
 def _named(scheduler: Any) -> str | None:
-    """Our name of a scheduler; None for what is none of ours, such as the class of a model's own."""
+    """The scheduler's name if it is one of ours; None otherwise, e.g. for the class of a model's own."""
     try:
         return schedulers.parse(str(scheduler)[:80]).name
     except InvalidRequest:
@@ -166,7 +166,7 @@ def _text(value: Any) -> str | None:
 
 def _real(value: Any) -> float | None:
     found = _number(float, value)
-    return found if found is not None and abs(found) < 1e6 else None  # infinity and NaN neither
+    return found if found is not None and abs(found) < 1e6 else None  # excludes infinity and NaN
 
 
 KINDS: Mapping[str, Callable[[Any], Any]] = MappingProxyType(
@@ -175,7 +175,7 @@ KINDS: Mapping[str, Callable[[Any], Any]] = MappingProxyType(
         "steps": _side, "seed": _seed, "clip_skip": _side, "guidance_scale": _real, "strength": _real,
     }
 )  # fmt: skip
-"""Field → what of a foreign value can be taken over."""
+"""Field → function that converts another program's value; None if it cannot be used."""
 
 
 def _clean(wanted: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The application on a socket: uvicorn with a cap and a clock for its connections, and an end for its requests."""
+"""The application on a socket: uvicorn with limits on connections and time, and an orderly end of its requests."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from sfumato.settings import Settings
 log = logging.getLogger("sfumato")
 
 ENDING_S = 15
-"""How long it may take after the grace time to tell those who still wait."""
+"""Seconds after the grace time for answering the remaining requests."""
 INTERRUPTED = 130
-"""Exit code after a second Ctrl-C, as of every program that Ctrl-C ended."""
+"""Exit code after a second Ctrl-C, as usual for programs ended by Ctrl-C."""
 
 
 class Server(uvicorn.Server):
-    """uvicorn, over `Connections`, and requests are ended by us: when the grace time is over, or on a second Ctrl-C."""
+    """uvicorn with `Connections`; we end its requests after the grace time, or on a second Ctrl-C."""
 
     def __init__(self, config: uvicorn.Config, connections: Connections, running: Running, grace_s: float) -> None:
         super().__init__(config)
@@ -49,13 +49,13 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit and sig == signal.SIGINT and not self.hurried:
-            self.hurried = True  # a third one is uvicorn's, which then lets everything fall
+            self.hurried = True  # uvicorn handles a third one by dropping everything
         else:
             super().handle_exit(sig, frame)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
-        # asyncio takes the one number for how many it accepts at once and how many may wait for that.
+        # asyncio uses one number for connections accepted at once and for the backlog.
         for each in sockets or ():
             each.listen(WAITING_AT_ONCE)
         self._sweeper = asyncio.create_task(self._connections.sweep())
@@ -70,17 +70,17 @@ class Server(uvicorn.Server):
     async def _end(self) -> None:
         end = asyncio.get_running_loop().time() + self._grace_s
         while not self.hurried and asyncio.get_running_loop().time() < end:  # noqa: ASYNC110
-            await asyncio.sleep(0.1)  # uvicorn looks as often; a signal handler sets no event of asyncio
+            await asyncio.sleep(0.1)  # as often as uvicorn checks; a signal handler cannot set an asyncio event
         if count := self._running.end():
-            log.warning("the server stops; %d requests that still ran are answered with 503", count)
+            log.warning("the server is stopping; %d running requests are answered with 503", count)
 
 
 def run(settings: Settings, engine: Engine) -> None:
     """Serve until SIGTERM or Ctrl-C; running requests are finished first, as far as `grace_s` allows.
 
-    A second Ctrl-C ends them at once, and the process with exit code 130.
+    A second Ctrl-C ends them at once, and the process exits with code 130.
 
-    Raises SfumatoError that names a setting which cannot be understood.
+    Raises SfumatoError naming the setting at fault.
     """
     allocator.give_back_large_blocks()
     raise_descriptor_limit()
@@ -101,16 +101,16 @@ def run(settings: Settings, engine: Engine) -> None:
         host=settings.host,
         port=settings.port,
         log_config=None,
-        access_log=False,  # `http.middleware` writes one, with the caller and without the query
-        proxy_headers=False,  # `http.urls` reads them
+        access_log=False,  # `http.middleware` writes its own, with the caller and without the query string
+        proxy_headers=False,  # `http.urls` handles them
         timeout_graceful_shutdown=settings.grace_s + ENDING_S,
     )
     sock = config.bind_socket()
-    sock.listen(WAITING_AT_ONCE)  # whoever reads the line below may connect at once
+    sock.listen(WAITING_AT_ONCE)  # clients may connect as soon as the line below is logged
     host, port = sock.getsockname()[:2]
     names = ", ".join(model.name for model in catalog.all())
     log.info("Sfumato %s on http://%s:%d with %s", __version__, host, port, names)
-    # uvicorn raises the signal that stopped it once more when it is done, for whoever was there before it.
+    # uvicorn raises the signal that stopped it again at its end, for earlier handlers.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     server = Server(config, connections, running, settings.grace_s)

@@ -1,4 +1,4 @@
-"""The state of the server for those who look at it: models, memory, the line, and how much was drawn lately."""
+"""The state of the server: models, memory, the queue, and recent throughput."""
 
 from __future__ import annotations
 
@@ -18,52 +18,52 @@ from sfumato.serving.service import Service
 
 EVERY_S = 5.0
 SAMPLES = 120
-"""Ten minutes."""
+"""Ten minutes of samples."""
 
 
 class ModelState(BaseModel):
     id: str
     status: str = Field(description="unloaded, downloading, loading, ready or failed.")
-    detail: str = Field(description="What is fetched, or why it failed or left.")
-    progress: float | None = Field(description="0 to 1 while it is downloaded.")
-    pinned: bool = Field(description="Stays in memory while others leave.")
+    detail: str = Field(description="What is being downloaded, or why it failed or was unloaded.")
+    progress: float | None = Field(description="0 to 1 while downloading.")
+    pinned: bool = Field(description="Kept in memory when other models need room.")
     device: str | None
     dtype: str | None
 
 
 class Memory(BaseModel):
-    """Of the process that computes, in bytes."""
+    """Memory of the worker process, in bytes."""
 
     resident: int
-    device: int = Field(description="Allocated on the accelerator.")
+    device: int = Field(description="Memory allocated on the accelerator.")
 
 
 class Line(BaseModel):
-    """Pictures of all callers."""
+    """The queue: pictures of all callers."""
 
     waiting: int
     drawing: int
-    places: int = Field(description="So many are drawn at a time; others wait.")
-    limit: int = Field(description="So many may wait; a request beyond is refused with 429.")
+    places: int = Field(description="Maximum pictures in flight; others wait.")
+    limit: int = Field(description="Maximum pictures waiting; requests beyond it get a 429.")
 
 
 class Sample(BaseModel):
-    """A few seconds of work."""
+    """Throughput over a few seconds."""
 
     seconds_ago: float
     steps_per_s: float
     pictures_per_min: float
-    mean_batch: float | None = Field(description="Requests that shared a forward of the denoiser; null: none ran.")
+    mean_batch: float | None = Field(description="Mean requests per forward pass of the denoiser; null: none ran.")
 
 
 class ServerState(BaseModel):
-    """How the server is. It tells nothing of what anybody asked for."""
+    """The state of the server. Contains nothing about the contents of requests."""
 
     object: str
     version: str
     uptime_s: float
     ready: bool
-    keeps_pictures: bool = Field(description="Whether pictures that are answered as base64 are in the gallery too.")
+    keeps_pictures: bool = Field(description="Whether pictures returned as base64 are also stored in the gallery.")
     models: list[ModelState]
     memory: Memory
     line: Line
@@ -75,18 +75,18 @@ class ServerState(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """What had been done at a time."""
+    """Counters at a point in time."""
 
     time: float
     steps: int
     pictures: int
     forwards: int
     rows: int
-    """Requests in these forwards, one counted for each forward that it shared."""
+    """Requests in these forward passes, each counted once per forward pass."""
 
 
 class History:
-    """Counts of the last minutes, taken by `keep` until it is cancelled."""
+    """Counters of the last minutes, recorded by `keep` until it is cancelled."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -124,7 +124,7 @@ def router(service: Service, history: History) -> APIRouter:
 
     @routes.get(
         "/status",
-        summary="Models, memory, the line and throughput",
+        summary="Models, memory, the queue and throughput",
         response_model=ServerState,
         responses=documents.errors(401, 403),
     )

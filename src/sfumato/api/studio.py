@@ -1,4 +1,4 @@
-"""The studio: the page at `/`, and its modules and styles below `/studio`. It talks to the public API only."""
+"""The studio: the page at `/`, and its modules and styles below `/studio`. It uses only the public API."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-"""Nothing inline, nothing of anybody else's; `blob:` and `data:` are pictures that the page itself has made."""
+"""No inline code, nothing from other hosts; `blob:` and `data:` are pictures that the page itself creates."""
 
 HEADERS = {
     "content-security-policy": POLICY,
-    "cache-control": "no-cache",  # asked for again each time, answered with 304: a new version shows at once
+    "cache-control": "no-cache",  # revalidated every time, mostly with a 304: a new version is visible at once
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
     "permissions-policy": "camera=(), microphone=(), geolocation=()",
@@ -31,7 +31,7 @@ HEADERS = {
 
 
 class _Files(StaticFiles):
-    """Only what a page is made of, with the page's headers."""
+    """Serves only the page's own file types, with the page's headers."""
 
     def file_response(self, full_path: object, stat_result: object, scope: Scope, status_code: int = 200) -> Response:
         answer = super().file_response(full_path, stat_result, scope, status_code)  # type: ignore[arg-type]

@@ -1,1 +1,1 @@
-"""Step batching of any diffusers pipeline: requests park at module calls and share forwards."""
+"""Step batching of any diffusers pipeline: requests park at module calls and share forward passes."""

@@ -1,8 +1,8 @@
-"""What a request does to the adapters of a module that it shares: whether they are as they were, and putting them back.
+"""Track and undo what a request does to the adapters of a shared module.
 
-diffusers scales adapters for one call by walking over the parts of a module (`scale_lora_layers`). Whoever changes
-a layer has to get hold of it first, so layers are looked at from then on, and a request that was handed none pays
-nothing, however many layers there are.
+diffusers scales adapters for one call by iterating over a module's submodules (`scale_lora_layers`). A layer must be
+accessed before it can be changed, so layers are tracked from then on; a request that never accesses one pays nothing,
+however many layers there are.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ import math
 from typing import Any, TypeAlias
 
 State: TypeAlias = tuple[tuple[str, ...], bool, dict[str, float]]
-"""Of one layer: active adapters, whether they are switched off, and the scale of each."""
+"""State of one layer: active adapters, whether they are disabled, and the scale of each."""
 
 
 class Adapters:
-    """Layers that one request was handed, each with the state that it had before."""
+    """Layers that one request accessed, each with its earlier state."""
 
     def __init__(self) -> None:
         self._before: dict[int, tuple[Any, State]] = {}
         self._walked: set[int] = set()
 
     def hand_out(self, part: Any) -> None:
-        """The request gets hold of `part`, a module, and so of all layers in it."""
+        """The request accesses `part`, a module, and thereby all layers in it."""
         if id(part) in self._walked:
             return
         self._walked.add(id(part))
@@ -34,7 +34,7 @@ class Adapters:
         return any(not _alike(_state(layer), before) for layer, before in self._before.values())
 
     def restore(self) -> None:
-        """Exactly as it was: scaling and unscaling leaves a rounding error that would add up in the shared layer."""
+        """Restore the exact state: scaling and unscaling leaves rounding errors that would accumulate in the layer."""
         for layer, before in self._before.values():
             active, disabled, scaling = before
             now = _state(layer)
@@ -53,7 +53,7 @@ def _state(layer: Any) -> State:
 
 
 def _alike(one: State, other: State) -> bool:
-    """To the rounding error of scaling by a number and back."""
+    """Equal up to the rounding error of scaling and unscaling."""
     return (
         one[:2] == other[:2]
         and one[2].keys() == other[2].keys()

@@ -1,12 +1,12 @@
-"""The heart: many requests on one thread, parked at their module calls, sharing forwards.
+"""The core: many requests on one thread, parked at their module calls, sharing forward passes.
 
 Each request is a greenlet that runs unmodified code (a pipeline, on a `views.view`). Where that code calls
-a heavy module the greenlet parks and control comes back to the `Batcher`, which picks a group of parked calls
-that are alike, computes one forward for all of them, and lets each go on with its rows of the result. A call
-that is like no other is computed by its own greenlet, as if nothing were in between.
+a heavy module, the greenlet parks and control returns to the `Batcher`, which picks a group of compatible
+parked calls, runs one forward pass for all of them, and resumes each with its rows of the result. A call
+compatible with no other is computed by its own greenlet, as if the batcher did not exist.
 
-`Batcher.step` is one turn: admit, resume, choose, run, scatter. Nothing here knows a pipeline or a request's
-meaning; the policy is `policy.choose`, the rule `calls`, what may be joined `verification`.
+`Batcher.step` is one turn: admit, resume, choose, run, scatter. Nothing here knows about pipelines or the meaning
+of a request. `policy.choose` is the policy, `calls` the batching rule, `verification` decides what may be batched.
 """
 
 from __future__ import annotations
@@ -41,31 +41,31 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Batcher:
-    """Runs tasks on the thread that calls `step`. All methods are for that thread."""
+    """Runs tasks on the thread that calls `step`. Call all methods on that thread."""
 
     max_rows: int = 8
-    """Rows of one forward. A request with guidance mostly has two; one that has more than this runs alone."""
+    """Maximum rows of a forward pass. A request with guidance usually has two; one with more than this runs alone."""
     max_active: int = 16
-    """Requests that have started and not ended. Each keeps its tensors in memory."""
+    """Maximum requests in flight. Each keeps its tensors in memory."""
     patience: int = policy.PATIENCE
     on_listen: Callable[[], None] = lambda: None
-    """Called inside a request that computes without a switch, before each call, so that others are heard meanwhile."""
+    """Called before each call of a request that runs without switching, so that commands are read meanwhile."""
     trust: Verification = field(default_factory=Verification)
     memo: PromptCache = field(default_factory=PromptCache)
     prints: Fingerprints = field(default_factory=Fingerprints)
     joins: ConcatenationCache = field(default_factory=ConcatenationCache)
     counts: dict[str, Count] = field(default_factory=lambda: defaultdict(Count))
     shared: Counter[tuple[str, int]] = field(default_factory=Counter)
-    """Module name and the number of calls that a forward answered → such forwards."""
+    """Module name and number of calls in a forward pass → number of such forward passes."""
     alone: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """Module name and reason → calls that could not be joined; `trust.refused` has what was found out by trial."""
+    """Module name and reason → calls that could not be batched; `trust.refused` has those refused by a trial."""
     unbatched: Counter[tuple[str, Reason]] = field(default_factory=Counter)
-    """Module name and kind of reason → calls that no other could join, whoever was there."""
+    """Module name and kind of reason → calls that could not have been batched with any other."""
     now: int = 0
-    """Turns so far in which something was computed."""
+    """Number of turns so far in which something was computed."""
     ambient: tuple[Any, ...] = ()
     threads: int = field(default_factory=torch.get_num_threads)
-    """CPU threads of requests that do not say how many."""
+    """CPU threads for requests that do not set a number."""
     _ending: list[Task] = field(default_factory=list)
     _queue: deque[Task] = field(default_factory=deque)
     _active: dict[int, Task] = field(default_factory=dict)
@@ -93,24 +93,24 @@ class Batcher:
         return bool(self._active or self._queue)
 
     def turn(self) -> None:
-        """Called inside a request: let everybody else go on, then come back. For what waits on its neighbours."""
+        """Called inside a request that waits for others: let all others continue once, then return."""
         task = greenlet.getcurrent()
         assert isinstance(task, Task)
         task.parent.switch()
 
     def listen(self) -> None:
-        """Called inside a request that may not switch: hear what has come in. Raises what ends this very request."""
+        """Called inside a request that may not switch: read new commands. Raises if one of them ends this request."""
         self.on_listen()
         task = self._inside()
         if task and task.ending is not None and not task._closing:
             task.cancel(task.ending)
 
     def cancel(self, task: Task, error: BaseException) -> None:
-        """End `task` with `error` wherever it is. Neighbours do not notice.
+        """End `task` with `error` wherever it is, without effect on other tasks.
 
-        Inside a request it is only marked. That request itself ends when it next calls `listen`, or at its next
-        module call; others end when it has parked: their `finally` blocks must find torch and the shared modules
-        as they left them, not as the running request has set them for itself.
+        While a request runs, the task is only marked. The running request itself ends at its next `listen` or
+        module call; others end once it has parked: their `finally` blocks must find torch and the shared modules
+        as they left them, not as the running request has set them.
         """
         if task.done:
             return
@@ -130,13 +130,13 @@ class Batcher:
             self.cancel(task, error)
 
     def spare(self) -> int:
-        """Drop what is kept for speed alone, as memory is short, and keep half as much from now on; its bytes."""
+        """Memory is short: drop all caches and halve their limits; returns the bytes freed."""
         freed = self.memo.spare() + self.joins.spare()
         self.prints.clear()
         return freed
 
     def forget(self) -> None:
-        """Drop what is kept of earlier calls: for when a model is unloaded or its weights or adapters change."""
+        """Drop cached results: call it when a model is unloaded or its weights or adapters change."""
         self.memo.clear()
         self.joins.clear()
         self._widths.clear()
@@ -149,13 +149,13 @@ class Batcher:
             self.shared[name, calls] += forwards
 
     def note_unbatched(self, name: str, reason: Reason, detail: str = "") -> None:
-        """A call of that module was computed alone, and had to be. What was refused by a proof is logged there."""
+        """Count a call of this module that had to run alone. Refusals by a proof are logged there."""
         if (name, reason) not in self.unbatched and detail:
             log.info("calls of %s are not batched (%s): %s", name, reason, detail)
         self.unbatched[name, reason] += 1
 
     def why_alone(self, call: Call) -> Reason | None:
-        """Why nothing can be joined with this call; None where it was alone by chance."""
+        """Why this call cannot be batched; None if it was alone by chance."""
         if call.key is None:
             return call.reason
         if self._key(call) is None:
@@ -163,12 +163,12 @@ class Batcher:
         return Reason.ROWS if 2 * call.rows > self._limit(call) else None
 
     def computed(self, task: Task, call: Call, value: Any) -> None:
-        """A request computed its own call."""
+        """Count a call that a request computed itself."""
         if task.memo_key is not None:
             self.memo.put(task.memo_key, call.module, value)
 
     def _inside(self) -> Task | None:
-        """The request of this batcher in which the caller is."""
+        """The request of this batcher that is running now, if any."""
         current = greenlet.getcurrent()
         return current if isinstance(current, Task) and current.batcher is self else None
 
@@ -178,12 +178,12 @@ class Batcher:
         while self._queue and len(self._active) < self.max_active:
             task = self._queue.popleft()
             self._active[task.number] = task
-            # A caller who comes back after a while has not saved up turns.
+            # A caller who returns after a while has not accumulated turns.
             had = [self._given[other.caller] for other in self._active.values() if other.caller in self._given]
             self._given[task.caller] = max(self._given.get(task.caller, 0.0), min(had, default=0.0))
 
     def _go_on(self) -> None:
-        """Whoever needs no forward goes on, also whom the prompt cache answers, until all are parked at what is new."""
+        """Resume requests that need no forward pass, or whose call is in the prompt cache, until all are parked."""
         self._answer_known()
         ready = [task for task in self._active.values() if task.call is None or task.reply is not None]
         while ready:
@@ -201,7 +201,7 @@ class Batcher:
 
     def _resume(self, task: Task) -> None:
         self._end_marked()
-        if task.done:  # cancelled by another one in this very turn
+        if task.done:  # cancelled by another one in this turn
             return
         task.resume()
         if task.outcome is not None:
@@ -211,7 +211,7 @@ class Batcher:
             if isinstance(task.outcome.error, KeyboardInterrupt | SystemExit):
                 raise task.outcome.error
         if torch_state.ambient() != self.ambient:
-            # Requests park in the ambient state only; this one has ended without putting it back.
+            # Requests park only in the ambient state; this one ended without restoring it.
             log.warning(
                 "request %d left torch's state changed: %s, was %s", task.number, torch_state.ambient(), self.ambient
             )
@@ -226,7 +226,9 @@ class Batcher:
 
     def _waiting(self, task: Task, call: Call) -> policy.Waiting:
         key = self._key(call)
-        if task.waiting is None or task.waiting.key != key:  # just parked, or a trial has changed what is alike
+        if (
+            task.waiting is None or task.waiting.key != key
+        ):  # just parked, or a trial changed which calls are compatible
             task.past[-1] = key if key is not None else (id(call.module), call.method)
             task.waiting = policy.Waiting(
                 id=task.number,
@@ -245,7 +247,7 @@ class Batcher:
         for task in group:
             if task.call is not None:
                 self._given[task.caller] = self._given.get(task.caller, 0.0) + task.call.rows
-            # Of equal texts one is computed; the others find it in the prompt cache before the next forward is chosen.
+            # Equal texts are computed once; the others get it from the prompt cache before the next forward pass.
             leaders.setdefault(task.memo_key if task.memo_key is not None else task.number, task)
         members = list(leaders.values())
         if len(members) == 1:
@@ -267,7 +269,7 @@ class Batcher:
             self.count(first.name, 0, 1)
             self._all_alone(members)
             return
-        except Exception as error:  # whatever a module raises: find out whose fault it is
+        except Exception as error:  # whatever a module raises: find out which call caused it
             self.count(first.name, 0, 1)
             if is_out_of_memory(error):
                 self._shrink(calls)
@@ -287,17 +289,17 @@ class Batcher:
             task.reply = Result(part)
 
     def _prove(self, members: list[Task], calls: list[Call], signature: str, parts: list[Any]) -> None:
-        """The first batch of its kind. Whatever comes out, every member gets what it computes alone."""
+        """The first batch of its kind: prove it. In any case every member gets the result it computes alone."""
         first = calls[0]
         try:
             evidence = proof.examine(calls, lambda some: join(some, ConcatenationCache()))
-        except Exception as error:  # the batch went well, one with other contents did not
+        except Exception as error:  # the batch worked, but failed with other contents
             self.count(first.name, 0, 1)
             if is_out_of_memory(error):
                 self._shrink(calls)
                 return
             if proof.is_half(first):
-                why = f"raised {type(error).__name__} when the rows beside it were changed"
+                why = f"raised {type(error).__name__} when the other rows were changed"
                 self.trust.refuse(first, signature, why, Reason.UNPROVEN)
             evidence = Evidence(parts, rounding=[proof.TOLERANCE] * len(calls))
         self.count(first.name, 0, 1)
@@ -346,18 +348,18 @@ class Batcher:
         return self._limit(call)
 
     def _limit(self, call: Call) -> int:
-        """Rows that a forward of this kind may have."""
+        """Maximum rows of a forward pass of this kind."""
         return min(self.max_rows, self._caps.get(_sizes(call), self.max_rows)) if self._caps else self.max_rows
 
     def _shrink(self, calls: list[Call]) -> None:
-        """Out of memory: without what is kept of earlier calls; else half as many rows for this module and shape.
+        """Out of memory: drop the caches; if they were empty, halve the rows for this module and shape.
 
-        The members stay parked, and the next turn tries them again.
+        The members stay parked, and the next turn retries them.
         """
         freed = self.spare()
         offload.empty_cache()
         if freed:
-            log.warning("out of memory: %d bytes of kept results are dropped for %s", freed, calls[0].name)
+            log.warning("out of memory: dropped %d bytes of cached results for %s", freed, calls[0].name)
             return
         sizes = _sizes(calls[0])
         self._caps[sizes] = max(1, sum(call.rows for call in calls) // 2)
@@ -365,6 +367,6 @@ class Batcher:
 
 
 def _sizes(call: Call) -> Hashable:
-    """Module and shapes without rows or contents: what a cap is remembered for."""
+    """Module and shapes without rows or contents: the key of a remembered row limit."""
     shapes = [(leaf.path, leaf.value.shape[1:]) for leaf in call.leaves if leaf.kind in ("rows", "multi", "ragged")]
     return (id(call.module), call.method, tuple(shapes))

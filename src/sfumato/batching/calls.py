@@ -1,22 +1,22 @@
-"""The rule: which calls of one module may share a forward, and how their arguments are joined.
+"""The batching rule: which calls of one module may share a forward pass, and how their arguments are joined.
 
-A call is flattened to leaves: the tensors and plain values among its arguments, each with the name it
-goes by. The first tensor (or list of tensors) gives the number of rows n, and every leaf is one of
+A call is flattened to leaves: the tensors and plain values among its arguments, each with its
+name. The first tensor (or list of tensors) gives the number of rows n, and every leaf is one of
 
-    rows    first dimension n: joined end to end; the other dimensions have to agree
-    time    a time step, one for all rows or one per row: becomes one per row
-    equal   positions, rotary tables and other small tensors: the content has to agree
+    rows    first dimension n: concatenated; the other dimensions must agree
+    time    a time step, one for all rows or one per row: expanded to one per row
+    equal   positions, rotary tables and other small tensors: the contents must agree
     list    a list with one tensor per row: joined
     multi   several entries per row (frames, first and last picture): joined
-    ragged  text that comes with a mask, or could: padded on the right, masked there (see `masks`)
-    each    a list with one plain value per row, all the same: repeated
-    value   anything plain: has to agree
+    ragged  text with a mask, or that could have one: padded on the right and masked there (see `text_masks`)
+    each    a list with one plain value per row, all equal: repeated
+    value   any other plain value: must agree
 
-An argument that is passed as its default is one left out.
+An argument passed with its default value counts as absent.
 
-What fits none of these (a random generator, a cache object, a callable, a large tensor of another
-layout) makes the call run alone. Shapes do not tell everything; the tables below hold what they do not,
-and `trust` has the last word: nothing is joined that was not shown to give the same numbers.
+Anything else (a random generator, a cache object, a callable, a large tensor of another
+layout) makes the call run alone. Shapes do not reveal everything; the tables below add the rest,
+and `verification` has the last word: only calls shown to give the same numbers are batched.
 """
 
 from __future__ import annotations
@@ -40,34 +40,34 @@ TIME = frozenset({
     "timestep", "timesteps", "t", "timestep_r", "r_timestep", "timestep_ratio", "audio_timestep", "sigma",
     "audio_sigma", "decoder_noise_time",
 })  # fmt: skip
-"""Names of time steps: the only arguments for which one value means the same value for every row."""
+"""Names of time steps: the only arguments where one value applies to every row."""
 
 EQUAL = frozenset({
-    # Of [n, tokens, 3] the model reads the first row only.
+    # The model reads only the first row of [n, tokens, 3].
     "img_ids", "txt_ids",
     # Tables of sines and cosines by position, shared by all rows.
     "image_rotary_emb", "rotary_embedding", "visual_rope_pos", "text_rope_pos", "freqs_cis",
-    # Of [1, 1, height, width]: where the picture is padded, whatever the number of rows.
+    # [1, 1, height, width]: the padding of the picture, for any number of rows.
     "padding_mask",
 })  # fmt: skip
-"""Names of tensors that belong to all rows at once, also where the first dimension happens to be n."""
+"""Names of tensors that belong to all rows at once, even if the first dimension happens to be n."""
 
 EACH = frozenset({"img_shapes", "txt_seq_lens"})
-"""Names of lists with one plain value per row, of which the model reads the first: all have to be the same."""
+"""Names of lists with one plain value per row of which the model reads only the first: all must be equal."""
 
 CONTENT = re.compile(r"hidden_states|embeds|residual")
-"""Names of tensors that hold something of each row. Where they have a multiple of the rows first (the frames of a
-video, two pictures of a request) each row has several entries; other tensors of such a shape belong to all rows."""
+"""Names of tensors with contents per row. If their first dimension is a multiple of the rows (frames of a video, two
+pictures of a request), each row has several entries; other tensors of such a shape belong to all rows."""
 
 ROWS_SECOND = frozenset({"encoder_hidden_states_llama3"})
 """Names of tensors with the layers of a text encoder first and the rows second."""
 
 LARGEST_EQUAL = 4 << 20
-"""Elements. A larger tensor that is not rows first is not compared by content; the call runs alone."""
+"""In elements. A larger tensor without rows first is not compared by content; the call runs alone."""
 
 LOOSE: Mapping[str, str] = {"time": "time", "list": "lengths", "ragged": "text", "mask": "text"}
-"""What members may differ in at a price, by the kind of leaf: time steps of two dtypes are converted, lists go by
-lengths of their own, text is padded."""
+"""Permitted differences between members, by kind of leaf: time steps of two dtypes are converted, lists may differ in
+length, text is padded."""
 
 
 @dataclass(slots=True)
@@ -78,58 +78,58 @@ class Leaf:
     kind: str
     value: Any
     key: Any
-    """What has to agree with the other members."""
+    """Must agree with the other members."""
     exact: Any = None
-    """What may differ, at the price of a conversion or of padding."""
+    """May differ, at the price of a conversion or of padding."""
 
 
 @dataclass(slots=True)
 class Call:
-    """One call of one method of one module, described so that others can be recognised as its like."""
+    """One call of one method of one module, described so that compatible calls can be recognised."""
 
     module: Any
     method: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     name: str
-    """What the pipeline calls the module: `unet`, `vae`."""
+    """The pipeline's name for the module: `unet`, `vae`."""
     rows: int = 1
     leaves: list[Leaf] = field(default_factory=list)
     shape: Any = None
     """How the leaves are nested."""
     key: Any = None
-    """Calls with equal keys may share a forward; None: this one runs alone, for the reason `alone`."""
+    """Calls with equal keys may share a forward pass; None: this one runs alone, for the reason `alone`."""
     exact: Any = None
     """Calls that also agree in this need neither conversion nor padding."""
     alone: str = ""
     reason: Reason = Reason.STRUCTURE
-    """The same in a word."""
+    """The reason as a category."""
     listed: bool = False
     pairs: Mapping[str, str] = field(default_factory=dict)
-    """Name of each text that could be padded → name of its mask."""
+    """Name of each text that can be padded → name of its mask."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def run(self) -> Any:
-        """Compute it as the pipeline asked for it."""
+        """Compute the call exactly as the pipeline made it."""
         return target(self.module, self.method)(*self.args, **self.kwargs)
 
     @property
     def loose(self) -> frozenset[str]:
-        """In what members could differ from this one; see `LOOSE`."""
+        """Differences that members may have from this one; see `LOOSE`."""
         return frozenset({LOOSE[leaf.kind] for leaf in self.leaves if leaf.exact is not None})
 
     def narrowed(self, loose: Set[str]) -> Hashable:
-        """The key of calls that may differ from this one in `loose` and in nothing else."""
+        """The key of calls that may differ from this one only in `loose`."""
         if self.loose <= loose:
             return (self.key,)
         return (self.key, tuple([None if LOOSE.get(leaf.kind) in loose else leaf.exact for leaf in self.leaves]))
 
     def signature(self, loose: Set[str] = frozenset()) -> str:
-        """The structure of the arguments as text, without sizes and contents: what trust is about.
+        """The structure of the arguments as text, without sizes and contents: the unit of verification.
 
-        `loose`: what the members differ in. A list of any number of like tensors is one word. Left out are values
-        that are the default, numbers where the default is one, None, and `return_dict`, which decides the output's
-        form alone: what they are is compared by the key, and the rows don't depend on one another by it.
+        `loose`: what the members differ in. A list of similar tensors of any length is one word. Omitted are default
+        values, numbers whose default is a number, None, and `return_dict`, which only decides the form of the
+        output: the key compares their values, and they cannot make rows depend on each other.
         """
         words: dict[str, list[str]] = {}
         for leaf in self.leaves:
@@ -142,11 +142,11 @@ class Call:
 
 
 NUMBERED = re.compile(r"\.\d+(?=\.|$)")
-"""The place in a list, or a number as a key, in the path of a leaf."""
+"""A list index, or a numeric key, in the path of a leaf."""
 
 
 def differing(calls: Sequence[Call]) -> frozenset[str]:
-    """In what `calls`, whose keys are equal, differ at a price; see `LOOSE`."""
+    """Which of the permitted differences `LOOSE` occur between `calls`, whose keys are equal."""
     first = calls[0]
     return frozenset({
         LOOSE[leaf.kind]
@@ -157,12 +157,12 @@ def differing(calls: Sequence[Call]) -> frozenset[str]:
 
 
 def target(module: Any, method: str) -> Callable[..., Any]:
-    """What to call: a module is called itself, so that its hooks run."""
+    """The callable: for `__call__` the module itself, so that its hooks run."""
     return module if method == "__call__" else getattr(module, method)  # type: ignore[no-any-return]
 
 
 def plain(module: Any) -> Any:
-    """The module that was written, where this one is what `torch.compile` made of it."""
+    """The original module, if this one was made by `torch.compile`."""
     return getattr(module, "_orig_mod", module)
 
 
@@ -179,7 +179,7 @@ def describe(
 
 
 class _Alone(Exception):
-    """Why a call cannot be joined with any other."""
+    """Why a call cannot be batched."""
 
     def __init__(self, detail: str, kind: Reason = Reason.STRUCTURE) -> None:
         super().__init__(detail)
@@ -194,12 +194,12 @@ def _describe(call: Call, prints: Fingerprints) -> None:
     try:
         arguments = dict(method.signature.bind(None, *call.args, **call.kwargs).arguments)
     except TypeError:
-        raise _Alone("the arguments do not fit; the module will say so") from None
+        raise _Alone("the arguments do not fit the signature; the module will raise") from None
     for name, parameter in method.signature.parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
             arguments |= arguments.pop(name, {})
         elif parameter.kind is parameter.VAR_POSITIONAL and arguments.pop(name, ()):
-            raise _Alone("unnamed arguments")
+            raise _Alone("it takes *args")
     arguments.pop(next(iter(method.signature.parameters)))  # self
     for name in [name for name, value in arguments.items() if isinstance(value, torch.Generator)]:
         if _reads(function, name):
@@ -212,19 +212,19 @@ def _describe(call: Call, prints: Fingerprints) -> None:
     call.pairs = text_masks.present(arguments, method.pairs, call.rows)
     for mask in call.pairs.values():
         arguments.setdefault(mask, None)
-    # In one order, however the caller has them.
+    # In a fixed order, whatever order the caller uses.
     call.shape = _Reader(call, prints).read(dict(sorted(arguments.items())), "", "")
     call.key = (id(call.module), call.method, call.shape, tuple([(leaf.kind, leaf.key) for leaf in call.leaves]))
     call.exact = tuple([leaf.exact for leaf in call.leaves])
 
 
 def _rows(arguments: Mapping[str, Any]) -> tuple[int, bool]:
-    """The number of rows, and whether the call goes by lists with one tensor per row."""
+    """The number of rows, and whether the call uses lists with one tensor per row."""
     for value in arguments.values():
         if isinstance(value, torch.Tensor) and value.dim():
             return value.shape[0], False
         if type(value) is list and value and all(isinstance(item, torch.Tensor) for item in value):
-            # A tensor per row comes with as many time steps; else it is several tensors that have rows themselves.
+            # One tensor per row comes with as many time steps; else each tensor of the list has rows itself.
             if not value[0].dim() or any(_steps(name, other) == len(value) for name, other in arguments.items()):
                 return len(value), True
             return value[0].shape[0], False
@@ -241,7 +241,7 @@ class _Reader:
         self.masks = frozenset(call.pairs.values())
 
     def read(self, value: Any, name: str, path: str) -> Any:
-        """The nesting of `value`; its leaves are added to the call."""
+        """Returns the nesting of `value` and adds its leaves to the call."""
         if type(value) is dict:
             inner = [self.read(item, str(key), f"{path}.{key}" if path else str(key)) for key, item in value.items()]
             return ("dict", tuple(value), tuple(inner))
@@ -251,7 +251,7 @@ class _Reader:
             tails = {tuple(item.shape[1:]) for item in value}
             kinds = {(item.dtype, item.device) for item in value}
             if len(tails) > 1 or len(kinds) > 1:
-                raise _Alone(f"{path}: a list of unlike tensors")
+                raise _Alone(f"{path}: a list of tensors of different kinds")
             lengths = tuple(sorted({item.shape[:1] for item in value}))
             return self._leaf(path, "list", value, (tails.pop(), kinds.pop()), lengths)
         if type(value) in (list, tuple):
@@ -310,7 +310,7 @@ class _Reader:
 
 
 def _word(leaf: Leaf, defaults: Mapping[str, Any], padded: bool) -> str:
-    """What a signature says of a leaf; empty where that is nothing."""
+    """A leaf's word in a signature; empty if it has none."""
     if leaf.kind == "mask":  # padding makes one
         return "rows2" if padded or leaf.value is not None else ""
     if leaf.kind != "value":
@@ -328,13 +328,13 @@ def _word(leaf: Leaf, defaults: Mapping[str, Any], padded: bool) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Method:
-    """What there is to know about the method of a class."""
+    """What is known about a class's method."""
 
     signature: inspect.Signature
     defaults: Mapping[str, Any]
     pairs: Mapping[str, str]
     plain: bool
-    """Whether leaving an argument out is the same as passing its default; a foreign decorator may look."""
+    """Whether omitting an argument equals passing its default; a third-party decorator may tell them apart."""
 
 
 @functools.cache
@@ -364,7 +364,7 @@ def _steps(name: str, value: Any) -> int:
 
 @functools.cache
 def _reads(function: Callable[..., Any], name: str) -> bool:
-    """Whether the body of `function` uses its parameter `name`; many VAEs take a generator and never look at it."""
+    """Whether the body of `function` uses its parameter `name`; many VAEs accept a generator and never use it."""
     code = inspect.unwrap(function).__code__
     if name in code.co_cellvars or (code.co_flags & inspect.CO_VARKEYWORDS and name not in code.co_varnames):
         return True

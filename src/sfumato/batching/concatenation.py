@@ -1,6 +1,6 @@
-"""Many calls made one: how each kind of leaf is joined, and concatenations that are kept.
+"""Join many calls into one: how each kind of leaf is joined, and a cache of concatenations.
 
-The same text embeddings come again with every step of the same requests, so what was joined is kept for a while.
+The same text embeddings recur at every step of the same requests, so concatenated tensors are kept for a while.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sfumato.batching import text_masks
 from sfumato.batching.calls import Call, Leaf
 
 SMALL = 256 << 10
-"""Bytes. Less than this is joined anew faster than it is looked up and checked."""
+"""In bytes. Smaller tensors are concatenated faster than they are looked up and checked."""
 
 
 @dataclass(slots=True)
@@ -28,7 +28,7 @@ class _Held:
     version: int = 0
 
     def is_of(self, values: Sequence[torch.Tensor]) -> bool:
-        """Whether these very tensors were joined, and neither they nor the result was written to since."""
+        """Whether exactly these tensors were joined, and neither they nor the result were modified since."""
         return (
             all(source() is value for source, value in zip(self.sources, values, strict=True))
             and self.versions == [value._version for value in values]
@@ -37,7 +37,7 @@ class _Held:
 
 
 class ConcatenationCache:
-    """`torch.cat` that remembers: what comes a second time is kept for the third."""
+    """`torch.cat` with a cache: a result is kept from its second use on."""
 
     def __init__(self, limit: int = 256 << 20) -> None:
         self._limit = limit
@@ -50,7 +50,7 @@ class ConcatenationCache:
         key = (dim, *(id(value) for value in values))
         held = self._held.pop(key, None)
         if held is None or not held.is_of(values):
-            # Latents come once; only what comes again is worth its memory.
+            # Latents occur once; only repeated tensors are worth the memory.
             self._held[key] = self._noted(key, values)
             self._trim()
             return torch.cat(list(values), dim)
@@ -62,7 +62,7 @@ class ConcatenationCache:
         return held.joined
 
     def spare(self) -> int:
-        """Drop everything, keep half as much from now on, and return its bytes: memory is short."""
+        """Memory is short: drop everything, halve the limit, and return the bytes freed."""
         freed = self._bytes()
         self.clear()
         self._limit //= 2 if freed else 1
@@ -72,7 +72,7 @@ class ConcatenationCache:
         self._held.clear()
 
     def _noted(self, key: tuple[int, ...], values: Sequence[torch.Tensor]) -> _Held:
-        # With the first of the tensors that dies goes what was made of it.
+        # The entry is dropped with the first of its tensors that dies.
         sources = [weakref.ref(value, lambda _: self._held.pop(key, None)) for value in values]
         return _Held(sources, [value._version for value in values])
 
@@ -85,7 +85,7 @@ class ConcatenationCache:
 
 
 def join(calls: Sequence[Call], joins: ConcatenationCache) -> dict[str, Any]:
-    """The keyword arguments of one forward for all of `calls`, whose keys are equal."""
+    """The keyword arguments of one forward pass for all of `calls`, whose keys are equal."""
     joined: list[Any] = []
     for at, leaf in enumerate(calls[0].leaves):
         joined.append(_JOIN[leaf.kind]([call.leaves[at] for call in calls], calls, joins))
@@ -104,7 +104,7 @@ def _cat_second(leaves: list[Leaf], calls: Sequence[Call], joins: ConcatenationC
 
 
 def _cat_time(leaves: list[Leaf], calls: Sequence[Call], joins: ConcatenationCache) -> torch.Tensor:
-    # Some schedulers count in int64, some in float32; an embedding of time computes in float32 anyway.
+    # Some schedulers use int64, some float32; time embeddings compute in float32 anyway.
     values = [leaf.value for leaf in leaves]
     if len({value.dtype for value in values}) > 1:
         values = [value.float() for value in values]
@@ -140,7 +140,7 @@ _JOIN: Mapping[str, Callable[[list[Leaf], Sequence[Call], ConcatenationCache], A
     "each": _repeat,
     "equal": _first,
     "value": _first,
-    "mask": _first,  # written by `_mask`, which knows the text it belongs to
+    "mask": _first,  # filled in by `_mask`, which knows the text it belongs to
 }
 
 

@@ -1,4 +1,4 @@
-"""CPU threads for a while: `torch.set_num_threads` is the process's, but `threads` in a model file the model's."""
+"""Temporary CPU threads: `torch.set_num_threads` is per process, but `threads` in a model file is per model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def using(count: int) -> Iterator[None]:
-    """`count` threads while entered, then as many as before."""
+    """Use `count` threads inside the context, then as many as before."""
     before = torch.get_num_threads()
     if count != before:
         torch.set_num_threads(count)

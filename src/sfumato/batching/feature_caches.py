@@ -1,4 +1,4 @@
-"""Feature caches inside a denoiser (first-block cache, TaylorSeer ...): what keeps their states."""
+"""Feature caches inside a denoiser (first-block cache, TaylorSeer ...): find the objects that keep their states."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import weakref
 from typing import Any
 
 _none: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
-"""Modules in which no cache was found, with the `id` of the cache's configuration at that time.
+"""Modules without a cache, with the `id` of the cache configuration when that was checked.
 
-A module with adapters has thousands of parts: looking through them takes longer than all else about a view.
+A module with adapters has thousands of submodules: searching them takes longer than anything else about a view.
 """
 
 
 def state_managers(module: Any) -> tuple[Any, ...] | None:
-    """What keeps states per cache context in `module`: None without a cache, empty if it knows no contexts."""
+    """The objects that keep a state per cache context in `module`: None without a cache, empty without contexts."""
     configuration = id(getattr(module, "_cache_config", None))
     if not hasattr(module, "cache_context") or _none.get(module) == configuration:
         return None
@@ -37,5 +37,5 @@ def state_managers(module: Any) -> tuple[Any, ...] | None:
 
 
 def forget(module: Any) -> None:
-    """Look through it anew next time: something that may have put a cache into it has had its hands on it."""
+    """Search `module` again next time: other code may have added a cache to it."""
     _none.pop(module, None)

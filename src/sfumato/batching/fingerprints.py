@@ -1,4 +1,4 @@
-"""The content of small tensors as a digest: what belongs to all rows has to be the same for all members."""
+"""Digests of small tensors: tensors that belong to all rows must have the same content for all members."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 
 
 class Fingerprints:
-    """The content of small tensors as a digest, taken once per tensor object.
+    """Digests of the content of small tensors, computed once per tensor object.
 
-    On a GPU a digest waits for the device, so it is kept as long as the tensor lives and is not written to.
+    On a GPU a digest has to wait for the device, so it is kept as long as the tensor lives and is not modified.
     """
 
     def __init__(self) -> None:
@@ -21,7 +21,7 @@ class Fingerprints:
         self._known.clear()
 
     def of(self, tensor: torch.Tensor) -> bytes:
-        if tensor.is_inference():  # made in inference mode: nothing tells whether it was written to
+        if tensor.is_inference():  # made in inference mode: no way to tell whether it was modified
             return _digest(tensor)
         known = self._known.get(id(tensor))
         if known and known[0]() is tensor and known[1] == tensor._version:

@@ -1,4 +1,4 @@
-"""The heart as a library: run many calls of one diffusers pipeline together, like `asyncio.gather`.
+"""Batching as a library: run many calls of one diffusers pipeline together, like `asyncio.gather`.
 
 from diffusers import DiffusionPipeline
 import sfumato, torch
@@ -28,7 +28,7 @@ from sfumato.pipelines import scheduler_owners
 
 
 class GatherStopped(BaseException):
-    """Thrown into the calls that are still running when another one has failed."""
+    """Raised in the calls that are still running when another one has failed."""
 
 
 def gather(
@@ -40,16 +40,16 @@ def gather(
 ) -> list[Any]:
     """Run `pipe(**call)` for each of `calls` at the same time and return the outputs in order.
 
-    Every call gives what it would give alone (to rounding: about 1e-6 in fp32), whatever the others ask for;
-    they share the forwards of the modules wherever shapes allow. Give each its own `generator` to make it
-    repeatable. `"scheduler"` in a call is a scheduler to use for that call instead of the pipeline's; in a combined
-    pipeline it takes the place of the one that draws the picture, not of the prior's.
+    Every call returns what it would return alone (up to rounding: about 1e-6 in fp32), whatever the others do;
+    they share the forward passes of the modules wherever shapes allow. Give each its own `generator` to make it
+    repeatable. `"scheduler"` in a call replaces the pipeline's scheduler for that call; in a combined pipeline it
+    replaces the scheduler that draws the picture, not the prior's.
 
-    `max_batch`: rows of one forward, at least 1; with guidance most pipelines take two rows per picture.
-    `return_exceptions`: a call that raises has its exception in the list; otherwise the first one ends all.
-    `stats`: filled with module name → `{"calls", "forwards", "mean_batch", "proving", "unbatched"}`: forwards of
-    proofs come on top, once for a kind of call; the last counts the calls that no other could join, by reason
-    (`sfumato.batching.reasons`).
+    `max_batch`: maximum rows of a forward pass, at least 1; with guidance most pipelines use two rows per picture.
+    `return_exceptions`: put the exception of a failed call into the list; otherwise the first one ends all calls.
+    `stats`: filled with module name → `{"calls", "forwards", "mean_batch", "proving", "unbatched"}`. "proving" counts
+    the additional forward passes of proofs, made once per kind of call; "unbatched" counts the calls that could not
+    be batched, by reason (`sfumato.batching.reasons`).
 
     `pipe` is not changed and can be used as before, its scheduler included.
     """
@@ -84,7 +84,7 @@ def gather(
 
 
 class _Run:
-    """One call, on a view that is made when its turn comes."""
+    """One call, on a view that is created when its turn comes."""
 
     def __init__(self, pipe: Any, call: Mapping[str, Any]) -> None:
         self._pipe = pipe
@@ -95,7 +95,7 @@ class _Run:
         if "scheduler" in self._call and not _takes_scheduler(made):
             scheduler_owners.exchange(made, copy.deepcopy(self._call.pop("scheduler")))
         if hasattr(made, "set_progress_bar_config"):
-            made.set_progress_bar_config(disable=True)  # many bars at once are unreadable
+            made.set_progress_bar_config(disable=True)  # several bars at once are unreadable
         return made(**self._call)
 
 
@@ -105,7 +105,7 @@ def _takes_scheduler(pipe: Any) -> bool:
 
 def _check(pipe: Any, calls: Sequence[Mapping[str, Any]], max_batch: int) -> None:
     if max_batch < 1:
-        raise ValueError(f"max_batch={max_batch}: at least 1")
+        raise ValueError(f"max_batch={max_batch}: must be at least 1")
     for at, call in enumerate(calls):
         if "scheduler" in call and not _takes_scheduler(pipe) and (reason := scheduler_owners.refusal(pipe)):
             raise ValueError(f"call {at}: {reason}")
@@ -115,8 +115,8 @@ def _check(pipe: Any, calls: Sequence[Mapping[str, Any]], max_batch: int) -> Non
         for generator in given if isinstance(given, list | tuple) else [given]:
             if generator is not None and owners.setdefault(id(generator), at) != at:
                 raise ValueError(
-                    f"calls {owners[id(generator)]} and {at} share one generator; which of them draws first would "
-                    "be chance. Give each its own: torch.Generator().manual_seed(seed)"
+                    f"calls {owners[id(generator)]} and {at} share one generator, so their results would depend on "
+                    "timing. Give each its own: torch.Generator().manual_seed(seed)"
                 )
 
 

@@ -1,8 +1,8 @@
-"""Modules that wait in main memory until they are called: `low_vram`, and after running out of memory.
+"""Offload modules to main memory until they are called: for `low_vram`, and after running out of memory.
 
-A pipeline that runs alone puts its last module out at its end, and each but the first puts out the one before it.
-With many requests on it there is no such order: a module is put out when another is called, and the last when
-nobody is left.
+In diffusers each module of a pipeline offloads the previous one, and the pipeline offloads the last one at its end.
+With many requests there is no such order: a module is offloaded when another is called, and the last one when no
+request is left.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ log = logging.getLogger(__name__)
 
 
 def enable(pipeline: Any, device: str) -> None:
-    """From now on, at most one module of the pipeline's sequence is on `device`."""
+    """Keep at most one module of the pipeline's sequence on `device` from now on."""
     pipeline.enable_model_cpu_offload(device=device)
     in_order = set((pipeline.model_cpu_offload_seq or "").split("->"))
-    # Those in no order, such as a ControlNet, are called in turns with the denoiser and stay with it.
+    # Modules outside the sequence, such as a ControlNet, alternate with the denoiser and stay with it.
     modules = [module for name, module in pipeline.components.items() if name in in_order]
     hooks = [hook for hook in pipeline._all_hooks if any(hook.model is module for module in modules)]
     for hook in hooks:
@@ -34,7 +34,7 @@ def enabled(pipeline: Any) -> bool:
 
 
 def rest(pipeline: Any) -> None:
-    """Nobody draws with it any more: put every module out that its hooks have left on the device."""
+    """No request uses the pipeline any more: offload every module still on the device."""
     if not enabled(pipeline):
         return
     for hook in pipeline._all_hooks:
@@ -43,20 +43,20 @@ def rest(pipeline: Any) -> None:
 
 
 def empty_cache() -> None:
-    """Give back what the device's allocator keeps for later."""
+    """Release unused memory cached by the device's allocator."""
     if torch.accelerator.is_available():
         torch.accelerator.memory.empty_cache()
 
 
 class _Others(UserCpuOffloadHook):  # type: ignore[misc]
-    """What accelerate puts out before a module is called: here every other one that is on the device."""
+    """What accelerate offloads before a module is called: here every other module on the device."""
 
     def __init__(self, others: Sequence[Any]) -> None:
         self._others = others
 
     @property
     def model(self) -> Any:
-        """One that is there, if any: accelerate looks at it to see whether there is something to put out."""
+        """A module on the device, if any: accelerate checks it to see whether there is something to offload."""
         return next((hook.model for hook in self._others if _is_out(hook.model)), self._others[0].model)
 
     def offload(self) -> None:
@@ -66,6 +66,6 @@ class _Others(UserCpuOffloadHook):  # type: ignore[misc]
 
 
 def _is_out(module: Any) -> bool:
-    """Whether it is elsewhere than in main memory."""
+    """Whether the module is on a device other than the CPU."""
     parameter = next(module.parameters(), None)
     return parameter is not None and parameter.device.type != "cpu"

@@ -1,4 +1,4 @@
-"""What a parked request is told, how a request ends, and how modules are counted."""
+"""Replies to a parked request, how a request ends, and the counters of modules."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from sfumato.batching.verification import Trial
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Told to a parked request: here is the answer."""
+    """Reply to a parked request: here is the result."""
 
     value: Any
 
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """Told to a parked request: compute it yourself, and report to the trial if there is one."""
+    """Reply to a parked request: compute the call yourself, and report to the trial if there is one."""
 
     trial: Trial | None = None
     member: int = 0
@@ -27,12 +27,12 @@ class Compute:
 
 @dataclass(slots=True)
 class Count:
-    """Calls of a module, and the forwards that answered them."""
+    """Calls of a module, and the forward passes that computed them."""
 
     calls: int = 0
     forwards: int = 0
     proving: int = 0
-    """Forwards that answered nobody: those of proofs."""
+    """Additional forward passes of proofs."""
 
 
 @dataclass(frozen=True, slots=True)

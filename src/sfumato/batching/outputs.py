@@ -1,7 +1,7 @@
-"""What a module returns: taken apart by rows, copied, and compared.
+"""Module outputs: split by rows, copied, and compared.
 
-A forward over several requests gives one output; each request gets its rows of every tensor in it.
-What cannot be cut by rows is never dropped: `Unsplittable` is raised and the calls run alone.
+A forward pass over several requests returns one output; each request gets its rows of every tensor in it.
+Parts that cannot be split are never dropped: `Unsplittable` is raised and the calls run alone.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ DISTRIBUTIONS = frozenset({
     "DiagonalGaussianDistribution", "OobleckDiagonalGaussianDistribution", "IdentityDistribution",
     "MiniMaxH3AudioDiagonalGaussianDistribution",
 })  # fmt: skip
-"""What VAEs return from `encode`: everything in them is computed from one tensor, `parameters`."""
+"""Return types of a VAE's `encode`, fully determined by one tensor, `parameters`."""
 
 DYNAMIC_LAYERS = frozenset({"DynamicLayer", "DynamicSlidingWindowLayer"})
-"""Layers of a key-value cache whose tensors are rows first, and replaced rather than written."""
+"""Key-value cache layers whose tensors have the rows first and are replaced, not modified."""
 
 OnTensor: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 OnList: TypeAlias = Callable[[list[Any]], list[Any] | None]
 
 
 class Unsplittable(Exception):
-    """An output has a part that belongs to all rows at once, or that nobody knows how to cut."""
+    """An output has a part that belongs to all rows at once, or of an unknown type."""
 
 
 def split(output: Any, rows: Sequence[int], *, listed: bool = False) -> list[Any]:
-    """`output` of a forward over `sum(rows)` rows, cut into one output per member.
+    """Split the `output` of a forward pass over `sum(rows)` rows into one output per member.
 
     A tensor's first dimension must be a multiple of the rows: video models return rows × frames.
     `listed`: the module takes and returns a list with one tensor per row. The parts are copies, as a
-    view of one row would keep the whole batch in memory.
+    tensor view of one row would keep the whole batch in memory.
     """
     total = sum(rows)
     parts = []
@@ -66,7 +66,7 @@ def tensors(output: Any) -> list[torch.Tensor]:
 
 
 def difference(part: Any, alone: Any) -> float:
-    """Largest error of `part` relative to the largest value of each tensor of `alone`; inf where the shapes differ."""
+    """Largest error of `part` relative to the largest value of each tensor of `alone`; inf if the shapes differ."""
     ours, theirs = tensors(part), tensors(alone)
     if len(ours) != len(theirs) or type(part) is not type(alone):
         return float("inf")
@@ -82,7 +82,7 @@ def _error(a: torch.Tensor, b: torch.Tensor) -> float:
         return 0.0 if torch.equal(a, b) else float("inf")
     wide = torch.complex128 if b.is_complex() else torch.float64
     a, b = a.to(wide), b.to(wide)
-    # NaN in the same places is the same answer.
+    # NaN in the same places counts as equal.
     a, b = torch.where(a.isnan() & b.isnan(), 0, a), torch.where(a.isnan() & b.isnan(), 0, b)
     error = (a - b).abs().max().item() / max(b.abs().max().item(), 1e-12)
     return float("inf") if error != error else float(error)
@@ -91,7 +91,7 @@ def _error(a: torch.Tensor, b: torch.Tensor) -> float:
 def _narrow(start: int, count: int, total: int) -> OnTensor:
     def narrow(tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.dim() or tensor.shape[0] % total or not tensor.shape[0]:
-            raise Unsplittable(f"an output of shape {tuple(tensor.shape)} does not divide into {total} rows")
+            raise Unsplittable(f"an output of shape {tuple(tensor.shape)} cannot be split into {total} rows")
         each = tensor.shape[0] // total
         return tensor.narrow(0, start * each, count * each).clone()
 
@@ -108,7 +108,7 @@ def _sliced(start: int, count: int, total: int) -> OnList:
 
 
 def _mapped(value: Any, on_tensor: OnTensor, on_list: OnList | None = None) -> Any:
-    """A copy of `value` with every tensor replaced; raises Unsplittable at what it does not know."""
+    """A copy of `value` with every tensor replaced; raises Unsplittable for an unknown type."""
     if isinstance(value, torch.Tensor):
         return on_tensor(value)
     if isinstance(value, PLAIN):
@@ -128,11 +128,11 @@ def _mapped(value: Any, on_tensor: OnTensor, on_list: OnList | None = None) -> A
         return type(value)(**{name: _mapped(item, on_tensor, on_list) for name, item in fields.items()})
     if hasattr(value, "layers") and all(type(layer).__name__ in DYNAMIC_LAYERS for layer in value.layers):
         return _mapped_cache(value, on_tensor)
-    raise Unsplittable(f"an output holds a {type(value).__name__}")
+    raise Unsplittable(f"an output contains a {type(value).__name__}")
 
 
 def _mapped_cache(cache: Any, on_tensor: OnTensor) -> Any:
-    # transformers' DynamicCache: text encoders return one that hardly anybody reads.
+    # transformers' DynamicCache: text encoders return one that is rarely used.
     made = copy.copy(cache)
     made.layers = [copy.copy(layer) for layer in cache.layers]
     for layer in made.layers:

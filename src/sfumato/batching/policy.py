@@ -1,25 +1,25 @@
 """Which parked calls run next: one pure function over what is known about them, without torch.
 
-Every active request has at most one call parked. The next forward goes to
+Every active request has at most one call parked. The next forward pass goes to
 
-1. a call that has waited `patience` forwards, the one waiting longest;
+1. a call that has waited `patience` forward passes, the longest-waiting first;
 2. the highest priority;
-3. the caller that has been given least so far;
-4. the request with the fewest steps left, where that is known: short ones overtake long ones;
-5. what is called once, text encoders and decoders, and of that what most others are like;
-6. the one that has waited longest.
+3. the caller that has received least so far;
+4. the request with the fewest steps left, if known: short ones overtake long ones;
+5. modules called once (text encoders, decoders), and among those the call compatible with most others;
+6. the call that has waited longest.
 
-Others with an equal key join it in the same order, as long as there is room.
+Calls with an equal key join its batch in the same order, as long as there is room.
 
-Requests that call several modules in each step can be out of phase, one group at the ControlNet while another
-is at the UNet, and taking turns would keep them so for ever. So a leader whose batch has room left lets others
-go first if they are on their way to it (`Waiting.loop`), are more than its batch has, or as many and were the
-last to move: the group that moves goes on moving, comes by, and from then on they run together. That costs the
-leader a step's worth of forwards at most, as a rule, and it is no more than its patience.
+Requests that call several modules per step can be out of phase, one group at the ControlNet while another
+is at the UNet, and alternating would keep them so forever. So a leader whose batch has room left lets another
+group go first if that group will reach the leader's call (`Waiting.loop`) and is larger than its batch, or equally
+large and moved last: that group keeps moving until it reaches the leader, and from then on they run together. This
+usually costs the leader at most one step's forward passes, and never more than its patience.
 
-No call starves: with A active requests it runs at the latest in forward `patience + A` after it parked.
-Once it has waited `patience` forwards it lets nobody go first, and only calls that parked earlier lead. There are
-at most A - 1 of them, every forward takes the first of them away, and none is added.
+No call starves: with A active requests it runs at the latest `patience + A` forward passes after it parked.
+Once it has waited `patience` forward passes it lets no group go first, and only calls that parked earlier lead. There
+are at most A - 1 of them, every forward pass removes the first of them, and none is added.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from collections.abc import Callable, Hashable, Iterable, Sequence, Set
 from dataclasses import dataclass
 
 PATIENCE = 16
-"""Forwards of others that a call lets pass at most, besides those of other calls as impatient as itself."""
+"""Maximum forward passes of others that a call waits for, besides those of other calls that waited this long."""
 
 LONGEST_LOOP = 64
-"""Calls of one step that are looked at: ten ControlNets and a denoiser for each of five conditions are 55."""
+"""Maximum calls per step to consider: ten ControlNets and a denoiser for each of five conditions are 55."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,19 +40,19 @@ class Waiting:
     """A parked call as the policy sees it."""
 
     id: int
-    """Of its request; requests are numbered as they come."""
+    """Number of its request, in order of arrival."""
     key: Hashable
     """Calls with equal keys may share a forward; None: this one runs alone."""
     rows: int
     since: int
-    """How many forwards had run when it parked."""
+    """Number of forward passes that had run when it parked."""
     priority: int = 0
     """Higher goes first."""
     caller: str = ""
     left: int | None = None
-    """Denoising steps that its request still has to do."""
+    """Remaining denoising steps of its request."""
     loop: Set[Hashable] = frozenset()
-    """Keys that its request calls over and over, as far as is known: it will come by there."""
+    """Keys that its request is known to call in every step, so it will reach them again."""
 
 
 def choose(
@@ -62,10 +62,10 @@ def choose(
     given: Callable[[str], float] = lambda caller: 0.0,
     patience: int = PATIENCE,
 ) -> list[Waiting]:
-    """The calls of the next forward; the first of them decides which.
+    """The calls of the next forward pass; the first one is the leader.
 
-    `now`: forwards so far. `room`: rows that a forward of this kind may have; a call with more runs alone.
-    `given`: what a caller has had so far, in rows.
+    `now`: forward passes so far. `room`: maximum rows of a forward pass of this kind; a call with more runs alone.
+    `given`: rows computed for each caller so far.
     """
     alike: dict[Hashable, list[Waiting]] = {}
     for call in waiting:
@@ -107,9 +107,9 @@ def choose(
 
 
 def loop(past: Sequence[Hashable]) -> Set[Hashable]:
-    """What a request calls over and over: all since the last time but one that it was where it is now, `past`'s end.
+    """The keys a request calls repeatedly: all since the second last occurrence of its current one, `past`'s end.
 
-    The last time is not enough: a step may call one ControlNet for both of two conditions.
+    The last occurrence is not enough: a step may call one ControlNet for each of two conditions.
     """
     now = past[-1]
     earlier = [at for at, key in enumerate(past[:-1]) if key == now]
@@ -138,5 +138,5 @@ def _with_company(leader: Waiting, ranked: Iterable[Waiting], room: Callable[[Wa
 
 
 def _pull(group: Sequence[Waiting]) -> tuple[int, int]:
-    """Of groups on their way to each other: the largest moves, of equal ones the one that moved last."""
+    """Sort key of groups that approach each other: the largest moves, of equal ones the one that moved last."""
     return len(group), max(call.since for call in group)

@@ -1,4 +1,4 @@
-"""Prompt embeddings that were computed already: the same text through the same encoder gives the same numbers."""
+"""Prompt-embedding cache: the same text through the same encoder gives the same numbers."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from sfumato.batching import outputs
 from sfumato.batching.calls import Call, Fingerprints
 
 TOKENS = "input_ids"
-"""The argument by which a text encoder is recognised: integers, one row of tokens per text."""
+"""The argument that identifies a text encoder: integers, one row of tokens per text."""
 
 READ = frozenset({TOKENS, "attention_mask", "position_ids", "token_type_ids"})
-"""Tensors that an encoder of text alone reads."""
+"""The tensors that a pure text encoder reads."""
 
 
 class PromptCache:
-    """The last outputs of text encoders, up to a number of bytes. Copies go in and come out."""
+    """The latest outputs of text encoders, up to a number of bytes. Stores and returns copies."""
 
     def __init__(self, limit: int = 256 << 20) -> None:
         self._limit = limit
@@ -28,7 +28,7 @@ class PromptCache:
         self._bytes = 0
 
     def key(self, call: Call, prints: Fingerprints) -> Hashable:
-        """What decides the output of this call, or None where that is not known to be tokens alone."""
+        """Key that determines the output of this call; None unless it depends only on tokens."""
         if call.key is None or call.module.training:
             return None
         parts: list[Any] = [id(call.module), call.method, call.shape]
@@ -48,14 +48,14 @@ class PromptCache:
         held = self._held.get(key)
         if held is None:
             return None
-        if held[0]() is None:  # the module is gone, and another may have its id
+        if held[0]() is None:  # the module is gone, and another may have reused its id
             self._drop(key)
             return None
         self._held.move_to_end(key)
         return (outputs.copied(held[2]),)
 
     def put(self, key: Hashable, module: Any, output: Any) -> None:
-        """Keep a copy, unless it would take a quarter of the room."""
+        """Keep a copy, unless it would take more than a quarter of the space."""
         try:
             size = sum(tensor.nbytes for tensor in outputs.tensors(output))
             if size > self._limit // 4:
@@ -70,14 +70,14 @@ class PromptCache:
             self._drop(next(iter(self._held)))
 
     def spare(self) -> int:
-        """Forget everything, keep half as much from now on, and return its bytes: memory is short."""
+        """Memory is short: forget everything, halve the limit, and return the bytes freed."""
         freed = self._bytes
         self.clear()
         self._limit //= 2 if freed else 1
         return freed
 
     def clear(self) -> None:
-        """Forget everything: for when weights or adapters change."""
+        """Forget everything: call it when weights or adapters change."""
         self._held.clear()
         self._bytes = 0
 

@@ -1,33 +1,33 @@
-"""Whether the rows of a module's calls are independent, shown by bit identity; it works in half precision.
+"""Prove by bit identity that the rows of a module's calls are independent; also works in half precision.
 
-Comparing a batch with its members alone shows little in half precision: other shapes choose other kernels,
-these add up in another order, and a mistake of one hundredth drowns in that rounding. At *equal* shapes the same
-kernels run, and what a row goes through does not depend on what stands in the other rows. So nothing has to be
-tolerated where shapes stay as they are, and four questions decide about a batch of members:
+Comparing a batch with its members alone shows little in half precision: different shapes select different kernels,
+which sum in a different order, and an error of one percent is lost in that rounding. With *equal* shapes the same
+kernels run, and the computation of a row does not depend on the contents of the other rows. So no tolerance is
+needed as long as shapes stay the same, and four tests decide about a batch of members:
 
-1. **Neighbours.** Everything that belongs to the other members is replaced by other contents of the same shape,
-   as different as possible. A member's rows must stay as they are, to the bit. This finds statistics over the batch,
-   scales of a whole tensor, and what is read from the first row for all, also where the members at hand happen to
-   agree in it.
-2. **Places.** Every member moves to the place of its neighbour. Its rows must stay as they are. This finds modules that
+1. **Neighbours.** Everything that belongs to the other members is replaced by contents of the same shape that are as
+   different as possible. A member's rows must not change by a single bit. This detects statistics over the batch,
+   scales of a whole tensor, and values read from the first row for all, even if the tested members happen to
+   agree in them.
+2. **Places.** Every member moves to the place of its neighbour. Its rows must not change. This detects modules that
    split the batch by position (perturbed-attention guidance), and values of the first member that are used for all.
-3. **Padding and conversion.** Where texts were padded, the padding is filled with noise; where time steps were
-   converted, a member alone is computed with and without. The result must stay: else what is masked is still read.
-4. **Alone.** A member's rows must be what it gets alone, but for rounding, as the shapes differ here. How much that is
-   the module says itself: it is run once more while the result of every layer is moved up or down by one unit
-   in the last place, at random. Kernels cannot differ by more: they add up in 32 bits and round once. This finds
-   what depends on the number of rows, or on the amount of padding.
+3. **Padding and conversion.** If texts were padded, the padding is filled with noise; if time steps were converted,
+   a member alone is computed with and without conversion. The result must not change: else masked values are read.
+4. **Alone.** A member's rows must equal what it gets alone, except for rounding, as shapes differ here. The allowance
+   is measured on the module: it runs once more while the result of every layer is moved up or down at random by one
+   unit in the last place. Kernels cannot differ by more: they accumulate in 32 bits and round once. This detects
+   dependence on the number of rows, or on the amount of padding.
 
-**The floor.** Some devices choose kernels by position or add up in an order of their own. Whether this one does is
-measured before a difference is held against the module: the same call twice (for 1 and 3) and copies of
-one member in all places (for 2) differ then as well. Only if they do, differences up to that of 4 are allowed, and
-only if the copies keep within it themselves, or else it is the module that goes by position. In full precision that
-allowance is always made: it is a thousand times smaller than any mistake.
+**The floor.** Some devices choose kernels by position or sum in no fixed order. This is measured before
+a difference counts against the module: the same call twice (for 1 and 3) and copies of one member in all
+places (for 2) then differ as well. Only if they do, differences up to that of 4 are allowed, and only
+if the copies themselves stay within it, or else the module depends on position. In full precision
+this allowance always applies: it is a thousand times smaller than any real error.
 
-Masks may decide about a kernel by what is in them (one without a hole is often left out), so where a member changes
-with its neighbours' masks alone that much is allowed there. Not varied are integers that are zero in every row, as
-the table that they choose from may have one entry. Not asked is what members share: that they agree in it is what
-the key of a call is for.
+The contents of a mask may select the kernel (a mask without gaps is often dropped), so if a member changes only with
+its neighbours' masks, that same allowance applies. Integers that are zero in every row are not varied, as the table
+they index may have a single entry. What members share is not tested: the key of a call already makes sure that they
+agree in it.
 """
 
 from __future__ import annotations
@@ -45,20 +45,20 @@ from sfumato.batching import outputs, torch_state
 from sfumato.batching.calls import Call, Leaf, plain, target
 
 Join: TypeAlias = Callable[[Sequence[Call]], dict[str, Any]]
-"""Makes the keyword arguments of one forward for all of some calls."""
+"""Makes the keyword arguments of one forward pass for several calls."""
 
 SHARED = frozenset({"equal", "value", "each"})
-"""Kinds of leaves in which members have to agree; every other kind holds something of its member."""
+"""Kinds of leaves in which members must agree; every other kind has contents of its member."""
 
 TOLERANCE = 1e-3
-"""Allowed between a batch and its members alone in full precision, relative to the largest number of the output.
+"""Allowed error between a batch and its members alone in full precision, relative to the output's largest value.
 Rounding gives 1e-6, a mixed-up row 1e-2 and more."""
 
 HALF_UNITS = 1
-"""Units in the last place by which each layer is moved in half precision: sums are kept in 32 bits and rounded once."""
+"""Units in the last place by which each layer is moved in half precision: sums accumulate in 32 bits, rounded once."""
 
 FULL_UNITS = 16
-"""The same in full precision, where a sum of K products in another order differs by up to about the root of K units."""
+"""The same in full precision, where a sum of K products in another order differs by up to about sqrt(K) units."""
 
 TF32 = 2.0**-10
 """A unit in the last place where a GPU may multiply 32-bit numbers with ten bits."""
@@ -68,31 +68,31 @@ HALVES = frozenset({torch.float16, torch.bfloat16})
 
 @dataclass(slots=True)
 class Evidence:
-    """What the forwards of a whole batch have shown; what remains is to compare its parts with the members alone."""
+    """Results of the forward passes of a whole batch; comparing its parts with the members alone remains."""
 
     parts: list[Any]
     """The batch's output, one part per member."""
     refused: str = ""
-    """Why its rows are not independent; empty where nothing speaks against it."""
+    """Why its rows are not independent; empty if nothing was found."""
     rounding: list[float] = field(default_factory=list)
-    """By how much a member may differ from itself alone, relative to the largest number of its output."""
+    """Per member: allowed difference from itself alone, relative to its output's largest value."""
     forwards: int = 0
-    """How many were computed."""
+    """Number of forward passes computed."""
 
     def judge(self, errors: Sequence[float]) -> str:
-        """Why the calls may not be joined, given by how much each part differs from its member alone; else empty."""
+        """Why the calls may not be batched, given each part's difference from its member alone; else empty."""
         if self.refused:
             return self.refused
         for error, allowed in zip(errors, self.rounding, strict=True):
             if not error <= allowed:
-                return f"differs from the call alone by {error:.1e}, rounding explains {allowed:.1e}"
+                return f"differs from the call alone by {error:.1e}, rounding explains only {allowed:.1e}"
         return ""
 
 
 def prove(calls: Sequence[Call], join: Join) -> str:
-    """Why `calls` (of one module, with equal keys, at least two) may not be joined by `join`; empty where they may.
+    """Why `calls` (of one module, with equal keys, at least two) may not be joined by `join`; empty if they may.
 
-    The whole proof, the members alone included. Whatever the module raises is raised.
+    The whole proof, including the members alone. Lets the module's exceptions through.
     """
     evidence = examine(calls, join)
     alone = [] if evidence.refused else [call.run() for call in calls]
@@ -100,9 +100,9 @@ def prove(calls: Sequence[Call], join: Join) -> str:
 
 
 def examine(calls: Sequence[Call], join: Join) -> Evidence:
-    """All but the comparison with the members alone.
+    """The proof without the comparison with the members alone.
 
-    Raises what the module raises for the batch as it is, and `outputs.Unsplittable`.
+    Raises what the module raises for the unchanged batch, and `outputs.Unsplittable`.
     """
     batch = _Batch(list(calls), join)
     batch.parts = batch.run(batch.calls)
@@ -115,18 +115,18 @@ def examine(calls: Sequence[Call], join: Join) -> Evidence:
 
 
 def is_half(call: Call) -> bool:
-    """Whether a call computes in less than 32 bits, so that rounding hides mistakes."""
+    """Whether a call computes in less than 32 bits, where rounding hides errors."""
     for leaf in call.leaves:
         value = leaf.value[0] if leaf.kind == "list" else leaf.value
         if isinstance(value, torch.Tensor) and value.dtype in HALVES:
             return True
     parameter = next(call.module.parameters(), None)
-    # Anything that is not full precision: int8 and fp8 weights round as well.
+    # Anything below full precision: int8 and fp8 weights round as well.
     return parameter is not None and parameter.dtype not in (torch.float32, torch.float64)
 
 
 class _Batch:
-    """Some calls, how to compute them together, and what came out."""
+    """Some calls, how to compute them together, and the result."""
 
     def __init__(self, calls: list[Call], join: Join) -> None:
         self.calls = calls
@@ -144,12 +144,12 @@ class _Batch:
         change: Callable[[dict[str, Any]], None] = lambda arguments: None,
         within: AbstractContextManager[Any] | None = None,
     ) -> list[Any]:
-        """One forward for `calls`, cut into their parts; `change` is done to the joined arguments before."""
+        """One forward pass for `calls`, split into their parts; `change` modifies the joined arguments first."""
         arguments = self._join(calls)
         change(arguments)
         # Layers inside a compiled module do not call their hooks.
         module = plain(self.module) if within else self.module
-        # What draws random numbers draws the same each time: what is left to differ are its rows.
+        # Random numbers are the same each time, so only the rows can differ.
         random = torch_state.random()
         torch.manual_seed(0)
         try:
@@ -161,11 +161,11 @@ class _Batch:
         return outputs.split(output, [call.rows for call in calls], listed=calls[0].listed)
 
     def differences(self, parts: Sequence[Any]) -> list[float]:
-        """Of `parts` to those of the batch as it was."""
+        """Differences of `parts` from those of the unchanged batch."""
         return [outputs.difference(part, before) for part, before in zip(parts, self.parts, strict=True)]
 
     def holds(self, differences: Mapping[int, float], control: Callable[[], float]) -> bool:
-        """Whether members stayed as they were; `control` is a difference that is the device's own."""
+        """Whether members did not change; `control` measures the difference that the device itself causes."""
         if not any(differences.values()):
             return True
         if self.half and not control():
@@ -173,11 +173,11 @@ class _Batch:
         return self.within(differences)
 
     def within(self, differences: Mapping[int, float]) -> bool:
-        """Whether rounding explains them."""
+        """Whether rounding explains the differences."""
         return all(difference <= self.rounding[member] for member, difference in differences.items())
 
     def repeats(self) -> float:
-        """By how much the same call differs from itself."""
+        """Difference between two runs of the same call."""
         if self._repeats is None:
             self._repeats = max(self.differences(self.run(self.calls)))
         return self._repeats
@@ -197,7 +197,7 @@ def _neighbours(batch: _Batch) -> str:
 
 
 def _with_neighbours_changed(batch: _Batch, *, masks: bool) -> dict[int, float]:
-    """Member → by how much it changes when every other member does, in two forwards."""
+    """Member → its change when every other member changes, in two forward passes."""
     found: dict[int, float] = {}
     for side in (0, 1):
         mixed = [call if place % 2 == side else _changed(call, masks=masks) for place, call in enumerate(batch.calls)]
@@ -213,7 +213,7 @@ def _places(batch: _Batch) -> str:
         return ""
 
     def copies() -> float:
-        """By how much copies of one member differ, in the places of the batch."""
+        """Difference between copies of one member in all places of the batch."""
         largest = max(batch.calls, key=_size)
         parts = batch.run([largest] * len(batch.calls))
         return max(outputs.difference(part, parts[0]) for part in parts)
@@ -262,7 +262,7 @@ def _lengths(calls: Sequence[Call], at: int) -> bool:
 def _fill(joined: torch.Tensor, values: Sequence[torch.Tensor]) -> None:
     """Write noise into the padding of `joined` [rows, tokens, ...]."""
     noise = torch.randn(joined.shape, generator=torch.Generator().manual_seed(0)).to(joined.device, joined.dtype)
-    # Not of what a text has itself: without guidance that may be zeros, as padding is.
+    # Noise not scaled by the text: without guidance that may be zeros, as padding is.
     noise *= max(value.abs().amax() for value in values if value.numel())
     start = 0
     for value in values:
@@ -278,14 +278,14 @@ def _at(arguments: Any, path: str) -> Any:
 
 
 def _size(call: Call) -> int:
-    """Elements of what belongs to a member: which one has the longest text."""
+    """Number of elements that belong to a member, to find the one with the longest text."""
     own = (leaf.value for leaf in call.leaves if leaf.kind not in SHARED)
     tensors = itertools.chain.from_iterable(value if type(value) is list else [value] for value in own)
     return sum(tensor.numel() for tensor in tensors if isinstance(tensor, torch.Tensor)) // max(1, call.rows)
 
 
 def _changed(call: Call, *, masks: bool) -> Call:
-    """The same call with other contents in all that belongs to it; with `masks=False` its masks stay."""
+    """The same call with all its own contents replaced; with `masks=False` its masks stay."""
     return dataclasses.replace(
         call,
         leaves=[
@@ -307,10 +307,10 @@ def _is_mask(leaf: Leaf) -> bool:
 
 
 def _other(value: Any) -> Any:
-    """Contents of the same shape as `value` and as different as is safe.
+    """Contents of the same shape as `value` that are as different as is safe.
 
-    Whole numbers may choose from a table or be positions, and a number that is too large ends a process on a GPU:
-    they are only put into another order, or become zero.
+    Integers may be table indices or positions, and one out of range crashes a process on a GPU: they are
+    only permuted, or set to zero.
     """
     if type(value) is list:
         return [_other(item) for item in value]
@@ -320,7 +320,7 @@ def _other(value: Any) -> Any:
         return next((other for other in _rearranged(value) if not torch.equal(other, value)), value)
     if value.dim() == 1:
         return value / 2
-    # Neither the mean, nor the spread, nor the largest number stays, nor a row of zeros.
+    # Changes the mean, the spread and the maximum, and leaves no row of zeros.
     return -2 * value.flip(tuple(range(1, value.dim()))) + value.abs().mean()
 
 
@@ -340,12 +340,12 @@ def _rearranged(value: torch.Tensor) -> Iterator[torch.Tensor]:
     if value.dtype == torch.bool:
         yield ~value
     if value.is_floating_point():
-        yield torch.full_like(value, 0.5)  # still zero where it chooses from a table
+        yield torch.full_like(value, 0.5)  # still zero if it is used as a table index
 
 
 @contextmanager
 def _disturbed(module: torch.nn.Module, half: bool) -> Iterator[None]:
-    """While entered, the result of every layer is moved up or down by some units in the last place, at random."""
+    """Inside the context, the result of every layer is moved up or down at random by some units in the last place."""
     units = HALF_UNITS if half else FULL_UNITS
     generators: dict[torch.device, torch.Generator] = {}
 
@@ -357,7 +357,7 @@ def _disturbed(module: torch.nn.Module, half: bool) -> Iterator[None]:
         if value.device not in generators:
             generators[value.device] = torch.Generator(value.device).manual_seed(0)
         by = units * _unit(value)
-        # Of what the batch computes this holds the most at a time; a large batch must not fail by its proof.
+        # This is the peak of memory use; a large batch must not fail because of its proof.
         bits = torch.randint(2, value.shape, generator=generators[value.device], device=value.device, dtype=torch.uint8)
         return bits.to(value.dtype).mul_(2 * by).add_(1 - by).mul_(value)
 

@@ -1,9 +1,9 @@
-"""What proofs have shown, kept in a file: the next process batches from its first step on.
+"""The verdicts of proofs, kept in a file: the next process batches from its first step.
 
-A verdict belongs to the code that was run: to the source of the module's classes, to its configuration, precision
-and device, to torch's version, and to the structure of the call. If any of that changes, the key does, and the
-proof is made again. The file is a convenience and nothing depends on it: one that is missing, broken, of another format
-or cannot be written costs a few forwards.
+A verdict is keyed by the code that ran: the source of the module's classes, its configuration, precision and device,
+torch's version, and the structure of the call. If any of these changes, so does the key, and the proof is repeated.
+The file is optional: if it is missing, damaged, of another format or not writable, that costs a few
+forward passes.
 """
 
 from __future__ import annotations
@@ -28,33 +28,33 @@ from sfumato.batching.calls import plain
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-"""Of the file, and of what a proof asks: verdicts of another one are not read."""
+"""Version of the file and of the proof's tests: verdicts of another version are ignored."""
 
 MOST = 1000
-"""Verdicts; the oldest leave."""
+"""Maximum number of verdicts; the oldest are dropped."""
 
 LARGEST = 8 << 20
-"""Bytes. A larger file is not of this making."""
+"""In bytes. A larger file was not written by this module."""
 
 NAME = "proofs.json"
 
 VARIABLE = "SFUMATO_PROOFS"
-"""Names the file, for the server and for `gather`."""
+"""Environment variable with the file's path, for the server and for `gather`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What came out for one signature."""
+    """The result for one signature."""
 
     signature: str
     refused: str
-    """Why its calls run alone; empty where they may be joined."""
+    """Why its calls run alone; empty if they may be batched."""
     shown: str = ""
-    """The day."""
+    """Date of the proof."""
 
 
 class Proofs:
-    """The verdicts in one file. Processes may share it: each adds its own to what it finds there."""
+    """The verdicts in one file. Processes may share it: each merges its own verdicts into the file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -78,7 +78,7 @@ class Proofs:
         try:
             self._write(self._held)
         except OSError as error:
-            log.warning("what may be batched cannot be remembered in %s: %s", self._path, error)
+            log.warning("batching verdicts cannot be saved in %s: %s", self._path, error)
 
     def _key(self, module: Any, signature: str) -> str:
         known = self._keys.get(id(module))
@@ -97,7 +97,7 @@ class Proofs:
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            log.warning("%s cannot be read and is made anew: %s", self._path, error)
+            log.warning("%s cannot be read and will be rewritten: %s", self._path, error)
             return {}
 
     def _write(self, held: Mapping[str, Verdict]) -> None:
@@ -116,7 +116,7 @@ class Proofs:
 
 
 def of_user() -> Path:
-    """The file where no server's data folder is: what `SFUMATO_PROOFS` names, else one in the user's cache folder."""
+    """The file without a server's data folder: `SFUMATO_PROOFS`, else a file in the user's cache folder."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(os.environ.get(VARIABLE) or cache / "sfumato" / NAME)
 
@@ -127,7 +127,7 @@ def _is_entry(entry: Any) -> bool:
 
 
 def _code(module: Any) -> str:
-    """Everything about a module that decides how it computes, besides its weights."""
+    """Everything that decides how a module computes, except its weights."""
     inner = plain(module)
     devices = {parameter.device.type for parameter in inner.parameters()}
     parts = {
@@ -141,7 +141,7 @@ def _code(module: Any) -> str:
 
 
 def _config(module: Any) -> dict[str, Any]:
-    """A model's configuration, less where it came from and what wrote it."""
+    """A model's configuration, without its path and the version that wrote it."""
     config = getattr(module, "config", None) or {}
     if hasattr(config, "to_dict"):
         config = config.to_dict()

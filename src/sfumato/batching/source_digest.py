@@ -1,9 +1,9 @@
-"""The source text that a module computes with, as a digest: what was shown of a class holds while this is the same.
+"""Digest of the source text that a module computes with: a verdict about a class is valid while it stays the same.
 
-A version says too much and too little: most classes are the same in the next release of diffusers, and a
-module may be anybody's own. What counts is the text of every method of every class in the module (its blocks,
-their attention processors, its adapters' layers) and of the functions that these methods name. Code that all
-models inherit to load and save themselves is left out; so is torch, whose version belongs beside the digest.
+A version is both too strict and too loose: most classes do not change in the next release of diffusers, and a
+module may be third-party code. The digest covers every method of every class in the module (its blocks,
+their attention processors, its adapters' layers) and the functions that these methods name. Inherited
+loading and saving code is left out; so is torch, whose version is stored beside the digest.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ APART = (
     "transformers.configuration_utils", "transformers.utils.", "transformers.integrations.", "transformers.generation.",
     "accelerate.",
 )  # fmt: skip
-"""Modules whose classes and functions load, save, place or decorate, and compute nothing."""
+"""Modules whose classes and functions load, save, move or decorate, but do not compute."""
 
 
 def source_digest(module: torch.nn.Module) -> str:
-    """32 hexadecimal digits for the source of `module`: equal for equal code, whatever the weights and sizes."""
+    """32 hexadecimal digits for the source of `module`: equal for equal code, whatever its weights and sizes."""
     texts: set[str] = set()
     for kind in {kind for part in module.modules() for kind in _kinds(part)}:
         texts.update(_texts(kind))
     for part in module.modules():
-        # A forward that was put over the class's own.
+        # A forward that replaces the class's own.
         for value in vars(part).values():
             if isinstance(value, FunctionType | MethodType) and not _is_apart(value.__module__):
                 texts.update(_with_named(value))
@@ -43,7 +43,7 @@ def source_digest(module: torch.nn.Module) -> str:
 
 
 def _kinds(part: torch.nn.Module) -> Iterator[type]:
-    """Classes that take part in the forward of `part` itself: its own, and those of what it holds to be called."""
+    """Classes used in the forward pass of `part` itself: its own, and those of the callables it holds."""
     yield type(part)
     for value in vars(part).values():
         if callable(value) and not isinstance(value, torch.nn.Module | FunctionType | MethodType | type):
@@ -71,7 +71,7 @@ def _function(value: Any) -> Callable[..., Any] | None:
 
 
 def _with_named(function: Callable[..., Any]) -> Iterator[str]:
-    """The text of `function`, and of the functions and classes' names that it calls by a global name."""
+    """The text of `function` and of the functions it calls by a global name, and the names of such classes."""
     function = inspect.unwrap(function)
     code: CodeType = function.__code__
     yield _text(code)
@@ -82,7 +82,7 @@ def _with_named(function: Callable[..., Any]) -> Iterator[str]:
 
 
 def _text(code: CodeType) -> str:
-    """The lines of a function, its decorators included; its instructions where it has no file."""
+    """The lines of a function, including decorators; its bytecode if it has no file."""
     lines = linecache.getlines(code.co_filename)
     last = max((end for each in _nested(code) for _, end, _, _ in each.co_positions() if end), default=0)
     if last <= len(lines) and last:

@@ -1,4 +1,4 @@
-"""One request: a greenlet that parks at its module calls, with the state of torch that is its own."""
+"""One request: a greenlet that parks at its module calls and has its own torch state."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sfumato.batching.views import Asker, StandIn, View
 
 
 class Host(Protocol):
-    """What a request needs of the batcher that runs it."""
+    """What a request needs from the batcher that runs it."""
 
     now: int
     ambient: tuple[Any, ...]
@@ -48,26 +48,26 @@ class Task(Asker):
         self.priority = priority
         self.caller = caller
         self.left: int | None = None
-        """Denoising steps still to do, if whoever submitted it says so; short requests overtake long ones."""
+        """Remaining denoising steps, if the submitter sets them; short requests overtake long ones."""
         self.threads: int | None = None
-        """CPU threads while it computes and in batches that it leads; None: as many as the process has."""
+        """CPU threads while it computes and in batches that it leads; None: the process's number."""
         self.outcome: Outcome | None = None
         self.call: Call | None = None
-        """What it is parked at."""
+        """The call it is parked at."""
         self.since = 0
         self.past: deque[Hashable] = deque(maxlen=policy.LONGEST_LOOP)
-        """What it parked at so far, as the policy sees it: keys, and for calls without one what is called."""
+        """Its past calls as the policy sees them: their keys, or the callee for calls without a key."""
         self.waiting: policy.Waiting | None = None
         """Its call as the policy sees it."""
         self.ending: BaseException | None = None
-        """With what it is to end as soon as nobody else is in the middle of something."""
+        """The error to end it with as soon as no other request is running."""
         self.reply: Result | Compute | None = None
         self.memo_key: Hashable = None
         self.views: set[View] = set()
         self._function: Callable[[], Any] | None = function
         self._closing = ""
         self._random: torch_state.Random | None = None
-        # A greenlet starts with an empty context; requests see the variables of whoever submitted them.
+        # A greenlet starts with an empty context; requests see the context variables of their submitter.
         self.gr_context = contextvars.copy_context()
 
     @property
@@ -78,18 +78,18 @@ class Task(Asker):
         assert self._function is not None
         try:
             self.outcome = Outcome(value=self._function())
-        except BaseException as error:  # a cancelled request ends here too, and an error belongs to its request alone
+        except BaseException as error:  # a cancelled request ends here too; an error ends only its own request
             self.outcome = Outcome(error=error)
         finally:
             self._end()
 
     def ask(self, stand_in: StandIn, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A stand-in was called inside this request: park, or compute at once where it must not switch."""
+        """A stand-in was called inside this request: park, or compute at once if it must not switch."""
         view: View = stand_in._sfumato_view
         self.views.add(view)
         batcher = self.batcher
         name = stand_in._sfumato_name
-        # Autocast, grad mode and the like belong to the thread: switching inside would give them to others.
+        # Autocast, grad mode etc. are per thread: switching now would leak them to other requests.
         reason = self._closing or view.occupied()
         if reason or torch_state.ambient() != batcher.ambient:
             batcher.listen()
@@ -122,12 +122,12 @@ class Task(Asker):
         return value
 
     def resume(self) -> None:
-        """Run it until it parks or ends."""
+        """Run until it parks or ends."""
         reply, self.reply, self.call = self.reply, None, None
         self._switch(lambda: self.switch(reply) if reply else self.switch())
 
     def cancel(self, error: BaseException) -> None:
-        """End it now with `error`, which is raised where it is parked; its `finally` blocks run, without a switch."""
+        """End it now: raise `error` where it is parked; its `finally` blocks run without switching."""
         if self.done:
             return
         self._closing = "the request is being ended"

@@ -1,8 +1,8 @@
-"""Text of different lengths that comes with a mask: which parameters those are, and how they are joined.
+"""Masked text of different lengths: which parameters these are, and how they are joined.
 
 The names are read from a method's signature: `encoder_hidden_states` with `encoder_attention_mask`,
 `encoder_hidden_states_2` with `encoder_attention_mask_2` and so on. Names prove nothing: a module may take a mask and
-still count the padding in, so padded text is a signature of its own (`~text`) that has to be shown to be right.
+still use the padding, so padded text has its own signature (`~text`) and must be proved.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 TEXTS = ("encoder_hidden_states", "hidden_states")
-"""Names of text embeddings, with something before or after that the name of their mask has too; the best first."""
+"""Names of text embeddings, in order of preference; a prefix or suffix must also occur in their mask's name."""
 
 MASKS = (
     "encoder_hidden_states_mask",
@@ -22,7 +22,7 @@ MASKS = (
     "encoder_mask",
     "attention_mask",
 )
-"""Names of masks: 1 or true for a token that counts. The first that is there counts."""
+"""Names of masks: 1 or true for a valid token. The first existing one is used."""
 
 
 def pairs(parameters: Iterable[str]) -> dict[str, str]:
@@ -41,7 +41,7 @@ def pairs(parameters: Iterable[str]) -> dict[str, str]:
 
 
 def present(arguments: Mapping[str, Any], known: Mapping[str, str], rows: int) -> dict[str, str]:
-    """Those of `known` whose text is [rows, tokens, features] here, with a mask [rows, tokens] or without any."""
+    """The entries of `known` whose text is [rows, tokens, features] here, with a mask [rows, tokens] or no mask."""
     return {text: mask for text, mask in known.items() if _fit(arguments.get(text), arguments.get(mask), rows)}
 
 
@@ -58,7 +58,7 @@ def padded(value: torch.Tensor, length: int) -> torch.Tensor:
 
 
 def joined(texts: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-    """One mask for `texts` when they are padded to the longest; None where none is needed and none was there."""
+    """One mask for `texts` padded to the longest; None if none is needed and there was none."""
     longest = max(text.shape[1] for text in texts)
     given = next((mask for mask in masks if mask is not None), None)
     if given is None and all(text.shape[1] == longest for text in texts):

@@ -1,8 +1,8 @@
-"""State of torch that belongs to the thread, and so to every request on it, unless it is looked after.
+"""torch state that is per thread, and so would be shared by all requests unless it is managed.
 
-Grad mode, autocast and function modes have to be the same on both sides of a switch. The global random
-generators are given to each request as its own: some pipelines and schedulers draw from them. Both hold for
-every type of device that torch knows and for each device of the machine, not for the one in use alone.
+Grad mode, autocast and function modes must be the same on both sides of a switch. Each request gets its own
+state of the global random generators: some pipelines and schedulers draw from them. Both apply to
+every device type that torch knows and to each device of the machine, not only to the one in use.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ Device: TypeAlias = tuple[str, int]
 """Type and index: ("cuda", 1)."""
 
 Random: TypeAlias = Mapping[Device, torch.Tensor]
-"""State of the generator of each device."""
+"""Generator state of each device."""
 
 CPU: Device = ("cpu", 0)
 
 
 def _casting() -> tuple[str, ...]:
-    """Types of devices that have an autocast of their own."""
+    """Device types with their own autocast."""
     known = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", torch._C._get_privateuse1_backend_name())
     found = []
     for kind in known:
         try:
             torch.is_autocast_enabled(kind)
-        except RuntimeError:  # this torch was built without a word for it
+        except RuntimeError:  # this torch build does not know the type
             continue
         found.append(kind)
     return tuple(found)
@@ -38,7 +38,7 @@ AUTOCAST = _casting()
 
 
 def ambient() -> tuple[Any, ...]:
-    """What has to be the same on both sides of a switch."""
+    """The state that must be the same on both sides of a switch."""
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
@@ -51,7 +51,7 @@ def ambient() -> tuple[Any, ...]:
 
 
 def restore(found: tuple[Any, ...]) -> None:
-    """Put back what can be put back of an earlier `ambient()`."""
+    """Restore an earlier `ambient()` as far as possible."""
     torch.set_grad_enabled(found[0])
     torch.set_default_dtype(found[2])
     torch.set_autocast_cache_enabled(found[5])
@@ -62,9 +62,9 @@ def restore(found: tuple[Any, ...]) -> None:
 
 
 def seeded() -> Random:
-    """For a new request: streams of its own, decided by the global one."""
+    """Random states for a new request, derived from the global one."""
     seed = int(torch.randint(2**62, ()).item())
-    # What a generator's state is made of differs from device to device; a generator there knows.
+    # The format of a generator's state depends on the device; a generator on it knows.
     return {device: torch.Generator(_name(device)).manual_seed(seed).get_state() for device in (CPU, *devices())}
 
 
@@ -76,7 +76,7 @@ def random() -> Random:
 
 
 def set_random(states: Random) -> None:
-    """A device that came into use after they were taken is left as it is."""
+    """Restore the states; a device first used after they were saved is left alone."""
     torch.set_rng_state(states[CPU])
     for (kind, index), state in states.items():
         if kind != "cpu":
@@ -84,12 +84,12 @@ def set_random(states: Random) -> None:
 
 
 def devices() -> tuple[Device, ...]:
-    """Every device beside the CPU whose generator may have been drawn from."""
+    """Every device besides the CPU whose generator may have been used."""
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is None:
         return ()
     module = torch.get_device_module(accelerator.type)
-    # Asking a device that nobody has used would start it, which takes seconds and memory.
+    # Querying an unused device would initialise it, which takes seconds and memory.
     started = getattr(module, "is_initialized", torch.accelerator.is_available)
     return tuple((accelerator.type, index) for index in range(module.device_count())) if started() else ()
 

@@ -1,10 +1,10 @@
-"""What may be joined: only what was shown to give the same numbers.
+"""What may be batched: only calls that were shown to give the same numbers.
 
 The shapes of a call's arguments do not prove that its rows are independent. Signatures (a call's key without
 sizes and contents) on the shipped list are trusted: each was shown in fp32 by `benchmarks/parity.py` for the
-versions of diffusers and transformers that the list names. Of any other the first batch is a proof (`proof`),
-in whatever precision: a few forwards more, and what they show holds from then on, also for the next
-process (`proofs`). A signature whose rows turn out to depend on one another runs alone.
+versions of diffusers and transformers that the list names. For any other, the first batch is a proof (`proof`),
+in any precision: a few additional forward passes, whose verdict holds from then on, also for the next
+process (`proof_store`). A signature whose rows turn out to depend on each other runs alone.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from sfumato.batching.reasons import Reason
 log = logging.getLogger(__name__)
 
 Verify: TypeAlias = Literal["unlisted", "always"]
-"""Which signatures are proved at first: those that neither list nor file has, or all."""
+"""Which signatures need a proof: those missing from list and file, or all."""
 
 Width: TypeAlias = frozenset[str] | None
-"""With whom a call may be joined: those that differ from it in no more than this (see `calls.LOOSE`); None: nobody."""
+"""A call may be batched with calls that differ from it at most in this (see `calls.LOOSE`); None: with none."""
 
 FILE = "mergeable.json"
 
 
 @functools.cache
 def listed() -> frozenset[str]:
-    """Signatures shown in fp32 for the installed packages; those of another version's classes are left out."""
+    """Signatures proved in fp32 for the installed packages; those of another version's classes are left out."""
     shipped = json.loads(resources.files("sfumato.batching").joinpath(FILE).read_text())
     found: set[str] = set()
     for package in (diffusers, transformers):
@@ -49,28 +49,28 @@ def listed() -> frozenset[str]:
             found |= {f"{kind}.{call}" for kind, calls in part["calls"].items() for call in calls}
         else:
             log.warning(
-                "the list of what may be batched is for %s %s; %s is installed: its modules are proved at first use",
+                "the shipped list of proofs is for %s %s; %s is installed: its modules are proved on first use",
                 package.__name__, part["version"], package.__version__,
             )  # fmt: skip
     return frozenset(found)
 
 
 class Verification:
-    """What is known about signatures, per module. `shown` and `refused` say how it came out."""
+    """Verdicts about signatures, per module: `shown` and `refused`."""
 
     def __init__(
         self, verify: Verify = "unlisted", shipped: frozenset[str] | None = None, proofs: Proofs | None = None
     ) -> None:
-        """`shipped`: instead of the list that comes with Sfumato. `proofs`: where verdicts are kept, if anywhere."""
+        """`shipped` replaces the list that comes with Sfumato. `proofs`: where to keep verdicts, if anywhere."""
         self._verify = verify
         self._shipped = listed() if shipped is None else shipped
         self._proofs = proofs
         self._kinds: dict[int, tuple[weakref.ref[Any], str]] = {}
         self._verdicts: dict[tuple[int, str], str] = {}
         self.changes = 0
-        """Grows with every verdict."""
+        """Increases with every verdict."""
         self.shown: dict[str, float] = {}
-        """Signature → largest relative error of those proved here."""
+        """Signature proved in this process → largest relative error."""
         self.refused: dict[str, str] = {}
         """Signature → why it runs alone."""
         self._labels: dict[str, Reason] = {}
@@ -90,7 +90,7 @@ class Verification:
         return self.ruling(call, self.signature(call, loose)) == "no"
 
     def ruling(self, call: Call, signature: str) -> Literal["yes", "try", "no"]:
-        """Whether calls with this signature may be joined, with or without a trial."""
+        """Whether calls with this signature may be batched, with or without a trial."""
         verdict = self._verdicts.get((id(call.module), signature))
         if verdict is None:
             verdict = self._first_ruling(call, signature)
@@ -98,7 +98,7 @@ class Verification:
         return verdict  # type: ignore[return-value]
 
     def settle(self, call: Call, signature: str, evidence: Evidence, errors: Sequence[float]) -> None:
-        """The end of a proof: by how much each member differed from its part."""
+        """End a proof; `errors`: how much each member differed from its part."""
         reason = evidence.judge(errors)
         if self._proofs and not call.module.training and signature not in self._shipped:
             self._proofs.put(call.module, signature, reason)
@@ -110,7 +110,7 @@ class Verification:
         self.changes += 1
 
     def refuse(self, call: Call, signature: str, reason: str, label: Reason = Reason.REFUSED) -> None:
-        """From now on calls with this signature run alone. One line in the log, however many calls there will be."""
+        """Run calls with this signature alone from now on. Logs one line, however many calls follow."""
         if signature not in self.refused:
             log.warning("%s is not batched: %s", signature, reason)
         self.refused[signature] = reason
@@ -119,23 +119,23 @@ class Verification:
         self.changes += 1
 
     def label(self, call: Call) -> Reason:
-        """Why calls like this one run alone, of those that were refused."""
+        """Why calls with this refused signature run alone."""
         return self._labels.get(self.signature(call), Reason.REFUSED)
 
     def kind(self, module: Any) -> str:
-        """Class of a module, with what else changes how it computes: attention processors, quantisation."""
+        """Class of a module, plus what else changes its computation: attention processors, quantisation."""
         known = self._kinds.get(id(module))
         if known and known[0]() is module:
             return known[1]
-        # Another module had this id before: what was known about that one is void.
+        # Another module had this id before: its entries are void.
         self._verdicts = {key: verdict for key, verdict in self._verdicts.items() if key[0] != id(module)}
         kind = _kind(module)
         self._kinds[id(module)] = (weakref.ref(module), kind)
         return kind
 
     def _first_ruling(self, call: Call, signature: str) -> str:
-        # Lists and kept verdicts are of modules without dropout. Some pipelines leave a module in training mode that
-        # has none; where there is some, a row's numbers depend on its place.
+        # Shipped and stored verdicts are for modules without dropout. Some pipelines leave a module without dropout
+        # in training mode; with dropout, a row's numbers depend on its place.
         if call.module.training or self._verify == "always":
             return "try"
         if signature in self._shipped:
@@ -150,10 +150,10 @@ class Verification:
 
 
 class Trial:
-    """One batch whose members also run alone: compares each with its part, and settles when all are in."""
+    """One batch whose members also run alone: compares each with its part, and settles when all are done."""
 
     def __init__(self, parts: list[Any], settle: Callable[[list[float]], None]) -> None:
-        """`settle` is told by how much each member differed, relative; inf where it cannot be compared."""
+        """`settle` gets the relative difference of each member; inf if it cannot be compared."""
         self._parts = parts
         self._open = set(range(len(parts)))
         self._settle = settle
@@ -165,7 +165,7 @@ class Trial:
         self._close(member)
 
     def give_up(self, member: int) -> None:
-        """This member failed on its own: nothing is settled, the next batch tries again."""
+        """This member itself failed: nothing is settled, the next batch tries again."""
         self._sound = False
         self._close(member)
 

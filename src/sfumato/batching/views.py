@@ -1,13 +1,13 @@
-"""A view of a pipeline for one request, in which stand-ins take the place of the heavy modules.
+"""A view of a pipeline for one request, with stand-ins in place of the heavy modules.
 
 A view is a shallow copy: tokenizers, processors and modules are shared, schedulers and guiders are copied,
-and each module is replaced by an object that looks like it, has all its attributes and its class, and turns
-a call into a question to whoever runs the request. The modules themselves are never touched, so the
-pipeline can be used plainly beside its views. Outside a request a stand-in calls straight through.
+and each module is replaced by a stand-in with the same attributes and class that passes a call on
+to the batcher. The modules themselves are never modified, so the
+pipeline can be used directly beside its views. Outside a request a stand-in calls the module directly.
 
-Some things a request does forbid switching to another one while they last (`View.occupied`): changing a
-shared module, or scaling its adapters. Some pipelines do that all the time; their views never switch.
-At its end a view is closed, which puts back what was changed and tells what could not be.
+A request must not switch to another one while it has changed a shared module or scaled its adapters
+(`View.occupied`). Some pipelines do that throughout; their views never switch.
+Closing a view restores the changes and reports those that could not be restored.
 """
 
 from __future__ import annotations
@@ -38,38 +38,38 @@ from sfumato.pipelines import compat, tiling
 log = logging.getLogger(__name__)
 
 METHODS = frozenset({"forward", "encode", "decode", "get_text_features", "get_image_features"})
-"""What a stand-in intercepts besides being called."""
+"""The methods that a stand-in intercepts besides `__call__`."""
 
 MUTATORS = re.compile(
     r"(to|cuda|cpu|half|float|bfloat16|double|type|to_empty|train|eval|requires_grad_|apply|load_\w+|register_\w+"
     r"|(enable|disable)_\w+|set_\w+|(un)?fuse_\w+|add_\w*adapter\w*|delete_adapters?|compile|resize_\w+)$"
 )
-"""Names of methods that change a module for everybody."""
+"""Names of methods that change a module for all requests."""
 
 GETTERS = frozenset({"add_embedding", "add_time_proj", "register_buffer_names", "set_extra_state"})
-"""Names that look like `MUTATORS` and change nothing."""
+"""Names that match `MUTATORS` but change nothing."""
 
 PARTS = frozenset({"modules", "named_modules", "children", "named_children", "get_submodule", "_modules"})
-"""Names that give away parts of a module, which can then be changed without a word to the stand-in."""
+"""Names that expose submodules, which can then be changed without the stand-in noticing."""
 
 READERS = frozenset({
     ("diffusers.pipelines.pipeline_utils", "_execution_device"),
     ("diffusers.hooks.group_offloading", "_get_top_level_group_offload_hook"),
     ("diffusers.hooks.group_offloading", "_is_group_offload_enabled"),
 })  # fmt: skip
-"""Functions, by module and name, that walk over all parts of all modules in each request, and change none."""
+"""Functions, by module and name, that iterate over all submodules in each request but change none."""
 
 INTRUSIVE = re.compile(
     r"set_attn_processor\(|\.processor = |enable_grad\(|autograd\.grad|\.(named_)?modules\(\)|requires_grad_\(True"
 )
-"""Code of pipelines that rewire shared modules during a call or compute gradients: PAG, LEdits, SAG, GLIGEN,
-Attend-and-Excite, DiffEdit, zero-shot video. A batch with another request would be computed with their wiring."""
+"""Source patterns of pipelines that rewire shared modules during a call or compute gradients: PAG, LEdits, SAG,
+GLIGEN, Attend-and-Excite, DiffEdit, zero-shot video. Batched requests would be computed with their rewiring."""
 
 numbers = itertools.count(1)
 
 
 class Asker(greenlet.greenlet):  # type: ignore[misc]
-    """The greenlet of a request: stand-ins that are called inside ask it for the answer."""
+    """The greenlet of a request: stand-ins called inside it pass their calls to it."""
 
     def ask(self, stand_in: StandIn, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         raise NotImplementedError
@@ -82,13 +82,13 @@ class View:
         self.tiled = tiled
         """Whether its VAE works in tiles for this request."""
         self.exclusive = exclusive
-        """Why the whole pipeline runs without a switch; empty where it need not."""
+        """Why the whole pipeline runs without switching; empty if it may switch."""
         self.number = next(numbers)
         self.stand_ins: dict[int, StandIn] = {}
         self.changed: dict[int, str] = {}
-        """Modules that this request has changed → by what."""
+        """Id of each module that this request changed → how."""
         self.left: list[str] = []
-        """What could not be put back when the view was closed: modules that are not as they should be."""
+        """What could not be restored when the view was closed."""
         self._adapters = Adapters()
         self._processors: list[tuple[Any, Any]] = []
 
@@ -101,26 +101,26 @@ class View:
         return made
 
     def occupied(self) -> str:
-        """Why this request must not switch now; empty when it may."""
+        """Why this request must not switch now; empty if it may."""
         if self.exclusive or self.changed:
             return self.exclusive or next(iter(self.changed.values()))
         return "adapters are scaled for this request" if self._adapters.changed() else ""
 
     def hand_out(self, stand_in: StandIn, part: Any) -> None:
-        """The request gets hold of a part of a module itself."""
+        """The request accesses a submodule directly."""
         if getattr(stand_in._sfumato_module, "peft_config", None):
             self._adapters.hand_out(part)
 
     def reason(self, occupied: str) -> Reason:
-        """`occupied`, or another state of torch where that is empty, in a word."""
+        """The category of `occupied`, or of a different torch state if that is empty."""
         if self.exclusive:
             return Reason.EXCLUSIVE
         return Reason.CHANGED if occupied else Reason.STATE
 
     def close(self) -> None:
-        """At the end of a request: put back what its pipeline left changed, forget what caches hold for it.
+        """At the end of a request: restore what its pipeline left changed, and drop its feature-cache states.
 
-        Raises nothing: whoever closes a view has others to look after. What could not be put back is in `left`.
+        Never raises, as the caller has other requests to serve. What could not be restored is in `left`.
         """
         self._attempt("adapters", self._adapters.restore)
         for module, processors in self._processors:
@@ -130,18 +130,18 @@ class View:
         self.changed.clear()
         self._processors.clear()
         self._adapters = Adapters()
-        self.stand_ins.clear()  # each refers to the view: it would stay until Python's collector comes by
+        self.stand_ins.clear()  # each refers to the view, which would stay until Python's garbage collector runs
 
     def _attempt(self, what: str, restore: Callable[[], None]) -> None:
         try:
             restore()
         except Exception as error:  # whatever a module raises when it is moved or cast
-            log.exception("%s could not be put back at the end of a request", what)
+            log.exception("%s could not be restored at the end of a request", what)
             self.left.append(f"{what}: {type(error).__name__}: {error}")
 
 
 class StandIn:
-    """Looks like `module`, is not it: calls become questions, everything else goes through."""
+    """Proxy for `module`: calls go to the batcher, everything else to the module."""
 
     __slots__ = (
         "__weakref__",
@@ -203,13 +203,13 @@ class StandIn:
         return f"<stand-in for {self._sfumato_module!r}>"
 
     def _sfumato_compute(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """On the module itself, within the cache context that the pipeline asked for."""
+        """Call the module itself, within the cache context that the pipeline requested."""
         with self._sfumato_within():
             return target(self._sfumato_module, method)(*args, **kwargs)
 
     @property
     def _sfumato_apart(self) -> str:
-        """Why its calls are not joined with those of other requests; empty where they may be."""
+        """Why its calls must not be batched with other requests; empty if they may be."""
         if self._sfumato_stateful:
             return "a cache inside the module keeps a state per request"
         return "it works in tiles for this request" if self._sfumato_tiled else ""
@@ -236,7 +236,7 @@ class StandIn:
         object.__setattr__(self, "_sfumato_place", None)
         if place is not None:
             self._sfumato_module.to(**place)
-        if self._sfumato_stateful == ():  # one state for all, and so for the next one too
+        if self._sfumato_stateful == ():  # one state for all requests, also for the next one
             self._sfumato_module._reset_stateful_cache()
         for manager in self._sfumato_stateful or ():
             for name in [name for name in manager._state_cache if name.endswith(self._sfumato_suffix())]:
@@ -244,17 +244,17 @@ class StandIn:
 
 
 def view(pipeline: Any, *, foreign: bool = False, tiled: bool = False) -> Any:
-    """A copy of `pipeline` for one request, of the same class, that shares the weights and nothing a call changes.
+    """A copy of `pipeline` for one request, of the same class, sharing the weights but no state that a call changes.
 
-    `foreign`: others had their hands on it, so look for modules that they have patched. `tiled`: its VAE works in
-    tiles, for this request alone.
+    `foreign`: the pipeline comes from a library user, so look for patched modules. `tiled`: its VAE works in
+    tiles, for this request only.
     """
     reason = exclusive(pipeline) or (foreign and _patched(pipeline)) or ""
     return _view(pipeline, View(reason, tiled=tiled), {}, "")
 
 
 def close(pipeline: Any) -> list[str]:
-    """Close the view that `pipeline` is, and all of it; what could not be put back."""
+    """Close the view `pipeline` and the views inside it; returns what could not be restored."""
     shared = {stand_in._sfumato_view for stand_in in _stand_ins(pipeline)}
     for each in shared:
         each.close()
@@ -270,7 +270,7 @@ def _stand_ins(pipeline: Any) -> Iterator[StandIn]:
 
 
 def forget(pipeline: Any) -> None:
-    """Look at its modules anew: for pipelines that others may have changed since they were looked at."""
+    """Inspect the modules again: for pipelines that other code may have changed in the meantime."""
     for value in vars(pipeline).values():
         if isinstance(value, DiffusionPipeline):
             forget(value)
@@ -279,13 +279,13 @@ def forget(pipeline: Any) -> None:
 
 
 def exclusive(pipeline: Any) -> str:
-    """Why this pipeline runs from start to end without a switch; empty for most."""
+    """Why this pipeline runs from start to end without switching; empty for most."""
     for each in (pipeline, *(value for value in vars(pipeline).values() if isinstance(value, DiffusionPipeline))):
         if getattr(each, "free_init_enabled", False):
             return "FreeInit runs the whole schedule several times over one state"
         kind: Any = type(each)
         if word := _intrusion(kind):
-            return f"its code has: {word}"
+            return f"its code contains: {word}"
         for module in vars(each).values():
             if isinstance(module, torch.nn.Module) and feature_caches.state_managers(module) == ():
                 return "a cache inside a module keeps one state for all requests"
@@ -293,7 +293,7 @@ def exclusive(pipeline: Any) -> str:
 
 
 def _patched(pipeline: Any) -> str:
-    """Which module has a `forward` put over its own, as feature caches of third parties do to keep a state."""
+    """Which module has a replaced `forward`, as third-party feature caches do to keep a state."""
     for name, module in vars(pipeline).items():
         hooked = ("_hf_hook", "_old_forward", "_diffusers_hook")  # accelerate's and diffusers' own
         if isinstance(module, torch.nn.Module) and "forward" in vars(module) and not vars(module).keys() & set(hooked):
@@ -304,7 +304,7 @@ def _patched(pipeline: Any) -> str:
 @functools.cache
 def _intrusion(kind: Any) -> str:
     for base in kind.__mro__:
-        # What all pipelines inherit has such methods, for others to call.
+        # The base class of all pipelines has such methods, for users to call.
         if base.__module__.startswith(("diffusers.pipelines.pipeline_utils", "diffusers.loaders", "builtins")):
             continue
         if not issubclass(base, DiffusionPipeline) and not base.__module__.startswith("diffusers.pipelines."):
@@ -312,7 +312,7 @@ def _intrusion(kind: Any) -> str:
         try:
             code = inspect.getsource(base)
         except (OSError, TypeError):
-            return "no source to be read"
+            return "its source cannot be read"
         if found := INTRUSIVE.search(code):
             return found[0]
     return ""
@@ -323,7 +323,7 @@ def _view(pipeline: Any, shared: View, done: dict[int, Any], prefix: str) -> Any
     done[id(pipeline)] = made
     for name, value in vars(pipeline).items():
         made.__dict__[name] = _viewed(value, shared, done, f"{prefix}{name}", pipeline, made)
-    # It resets the caches and offload hooks of everybody. Inside a request that is not this pipeline's to decide.
+    # It resets the caches and offload hooks of all requests, which one request must not do.
     made.__dict__["maybe_free_model_hooks"] = _bound(_free_outside, made)
     return made
 
@@ -350,7 +350,7 @@ def _viewed(value: Any, shared: View, done: dict[int, Any], name: str, pipeline:
 
 
 def _bound(function: Callable[..., Any], made: Any) -> Callable[..., Any]:
-    """Like a method of `made`, for an attribute of it: a real one would make a cycle that keeps what a run leaves."""
+    """Like a bound method of `made`, stored on it: a real one would be a reference cycle that keeps a run's memory."""
     method, view = MethodType(function, made), weakref.ref(made)
 
     def bound(*args: Any, **kwargs: Any) -> Any:
@@ -374,7 +374,7 @@ def _ask(stand_in: StandIn, method: str, args: tuple[Any, ...], kwargs: dict[str
 
 
 def _asking(stand_in: StandIn, method: str, real: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(real)  # pipelines read its signature to learn what it takes
+    @functools.wraps(real)  # pipelines inspect its signature
     def asking(*args: Any, **kwargs: Any) -> Any:
         return _ask(stand_in, method, args, kwargs)
 
@@ -404,7 +404,7 @@ def _changing(stand_in: StandIn, name: str, real: Callable[..., Any]) -> Callabl
 
 
 def _to(stand_in: StandIn, *args: Any, **kwargs: Any) -> StandIn:
-    """`module.to`: a change for as long as the module is not back where it was."""
+    """`module.to`: counts as a change until the module is back on its device and dtype."""
     module = stand_in._sfumato_module
     before = _place(module)
     module.to(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""What each model file leads to, in words: for `sfumato check`."""
+"""A readable report on each model file: for `sfumato check`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sfumato.serving.catalog import Catalog
 
 @dataclass(frozen=True, slots=True)
 class FileReport:
-    """One model of one file; `str` is what a terminal shows."""
+    """The report on one model of one file; `str` formats it for a terminal."""
 
     file: Path
     title: str
@@ -32,7 +32,7 @@ class FileReport:
         lines = [f"{'ok' if self.ok else 'PROBLEM':7} {self.file}: {self.title}"]
         lines += [f"        {word + ':':12} {fact}" for word, fact in self.facts]
         lines += [f"        {'no effect:':12} {key} ({reason})" for key, reason in self.ignored]
-        lines += [f"        {'mend:':12} {problem}" for problem in self.problems]
+        lines += [f"        {'fix:':12} {problem}" for problem in self.problems]
         return "\n".join(lines)
 
 
@@ -93,7 +93,7 @@ def _source(config: ModelConfig) -> Iterator[tuple[str, str]]:
             )
             yield "pipeline", config.pipeline_type or _class_name(path)
         case sources.File(path):
-            size = f"{path.stat().st_size / 1e6:,.0f} MB" if path.exists() else "not here yet; download_files has it"
+            size = f"{path.stat().st_size / 1e6:,.0f} MB" if path.exists() else "not here yet; download_files lists it"
             yield "weights", f"file {path}, {size}"
             yield "pipeline", config.pipeline_type or "as the weights say"
 
@@ -107,7 +107,7 @@ def _class_name(folder: Path) -> str:
 
 
 def cached(repo: str, revision: str | None) -> str | None:
-    """The commit of a repository in the local hub cache, where its model_index.json is there."""
+    """The commit of a repository in the local hub cache, or None if its model_index.json is not cached."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(repo, sources.INDEX, revision=revision)
@@ -115,20 +115,20 @@ def cached(repo: str, revision: str | None) -> str | None:
 
 
 _DEVICES = {
-    None: "the best one here",
-    True: "CUDA, or an error where there is none",
+    None: "the best one available",
+    True: "CUDA, or an error if there is none",
     False: "CPU",
 }
 
 
 def _rules(config: ModelConfig) -> Iterator[tuple[str, str]]:
-    """Words and facts; an empty fact is left out."""
+    """Labels and their text; an empty text is left out."""
     gpu = f", GPU {config.main_gpu}" if config.main_gpu is not None else ""
-    offload = ", only the module at work on it" if config.low_vram else ""
+    offload = ", holding only the active module" if config.low_vram else ""
     half = "fp16 on CUDA; " if config.f16 else ""
     yield "aliases", ", ".join(config.aliases)
     yield "device", _DEVICES[config.cuda] + gpu + offload
-    yield "dtype", config.dtype or f"{half}bf16 where the device has it, else fp32"
+    yield "dtype", config.dtype or f"{half}bf16 if the device supports it, else fp32"
     yield "scheduler", " ".join(filter(None, [config.scheduler_type, config.schedule])) or "the model's own"
     yield "adapters", ", ".join(f"{addresses.shown(adapter.source)} × {adapter.scale:g}" for adapter in config.adapters)
     yield "defaults", ", ".join(f"{word} {value}" for word, value in _defaults(config) if value is not None)

@@ -28,13 +28,13 @@ from sfumato.settings import Settings
 log = logging.getLogger(__name__)
 
 POLL_S = 0.2
-"""How often the bar looks at the model's status while it loads."""
+"""How often the progress bar polls the model's status while it loads."""
 
 
 def generate(given: Mapping[str, Any], like: Path | None, output: Path | None, settings: Settings) -> list[Path]:
     """Draw and write; returns the paths.
 
-    `given` are fields of `ImageRequest`; what is absent comes from the recipe in `like`, if there is one.
+    `given` holds fields of `ImageRequest`; absent ones come from the recipe in `like`, if any.
     Raises what the service raises, and StorageError when a file cannot be written.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
@@ -43,7 +43,7 @@ def generate(given: Mapping[str, Any], like: Path | None, output: Path | None, s
     if again:
         _check_sources(request, again, settings)
         request = _sized(request, again, settings)
-    # One at a time: what is drawn beside others can differ in its last bits, and here nobody waits.
+    # One at a time: batching can change the last bits of a picture, and here nobody else waits.
     settings = replace(settings, max_batch=1)
     drawn = asyncio.run(_draw(request, settings))
     if again:
@@ -52,7 +52,7 @@ def generate(given: Mapping[str, Any], like: Path | None, output: Path | None, s
 
 
 def pull(name: str, settings: Settings) -> str:
-    """Fetch what a model file (or a hub id) needs; returns where it lies."""
+    """Download what a model file (or a hub id) needs; returns its path."""
     environment.prepare()
     from sfumato.models import load
 
@@ -79,7 +79,7 @@ def _as_request(made: Recipe) -> dict[str, Any]:
         "scheduler": ours,
         "clip_skip": made.clip_skip,
         "strength": made.strength if made.image_sha256 else None,
-        # What changes pixels; where modules wait is this machine's business.
+        # Only savings that change pixels; where modules wait depends on this machine.
         "savings": tuple(name for name in made.savings if name == VAE_TILING),
         "mask_padding": made.masked_area[0] if made.masked_area else None,
     }
@@ -91,8 +91,8 @@ def _check_sources(request: ImageRequest, made: Recipe, settings: Settings) -> N
     for flag, sources, digests in (("--image", request.images, made.image_sha256), ("--mask", masks, needed)):
         if len(sources) != len(digests):
             raise InvalidRequest(
-                f"{flag}: the recipe was made from {len(digests)} such pictures, {len(sources)} were given. "
-                "A recipe keeps the fingerprint of a source picture, not the picture."
+                f"{flag}: the recipe was made from {len(digests)} such pictures, but {len(sources)} were passed. "
+                "A recipe keeps the fingerprint of a source picture, not the picture itself; pass the same files."
             )
         for source, digest in zip(sources, digests, strict=True):
             assert isinstance(source, bytes)
@@ -102,7 +102,7 @@ def _check_sources(request: ImageRequest, made: Recipe, settings: Settings) -> N
 
 
 def _sized(request: ImageRequest, made: Recipe, settings: Settings) -> ImageRequest:
-    """A masked picture comes back as large as it came, which need not be a size that can be asked for."""
+    """An inpainted picture keeps its source's size, which a request might not be allowed to name."""
     if not made.mask_sha256:
         return request
     if made.masked_area:
@@ -118,7 +118,7 @@ def _warn_of_differences(made: Recipe, now: Recipe) -> None:
     for name in ("source", "pipeline", "device", "dtype", "versions"):
         if getattr(made, name) != getattr(now, name):
             log.warning(
-                "%s was %s and is %s now: the pixels may differ",
+                "%s was %s, now it is %s: the pixels may differ",
                 name,
                 getattr(made, name),
                 getattr(now, name),

@@ -8,11 +8,11 @@ from sfumato.settings import Settings
 
 
 def serve(settings: Settings) -> None:
-    """Serve until SIGTERM or Ctrl-C. Raises SfumatoError that names a setting which cannot be understood."""
+    """Serve until SIGTERM or Ctrl-C. Raises SfumatoError naming the setting at fault."""
     logs.configure(settings)
     engine = Supervisor(settings)
     with engine.launched():
-        # The worker imports for seconds. What the server itself needs is imported meanwhile, not before.
+        # The worker takes seconds to import its libraries. The server imports its own meanwhile.
         from sfumato.api.server import run
 
         run(settings, engine)

@@ -1,8 +1,8 @@
 """Model files: one YAML mapping -> one `ModelConfig`.
 
-model       the value that comes out, and the defaults
-keys        every key: the ones that mean something here, and LocalAI's that do not, each with why
-readers     one function per kind of value
+model       the resulting value, and the defaults
+keys        every key: those with an effect here, and LocalAI's without one, each with the reason
+readers     one function per type of value
 document    YAML text -> plain mappings with line numbers
 parse       a mapping -> ModelConfig
 reference   the tables above as documentation

@@ -13,17 +13,17 @@ from sfumato.config.readers import shown
 from sfumato.errors import ModelFileError
 
 _CONSTRUCTION = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
-"""What PyYAML raises: besides its own errors whatever `int`, `datetime` and friends make of a bad scalar."""
+"""What PyYAML raises: its own errors, and whatever `int`, `datetime` and others raise for a bad scalar."""
 
 
 MAX_BYTES = 256 * 1024
-"""Of a model file: PyYAML takes a second for it. The longest that people have are a few kilobytes."""
+"""Maximum size of a model file: PyYAML takes a second for it. Real ones are a few kilobytes."""
 MAX_NODES = 50_000
-"""Of what a file stands for once its aliases and merge keys are written out."""
+"""Maximum values of a file after its aliases and merge keys are expanded."""
 MAX_DEPTH = 32
 MAX_KEY = 200
 MAX_NUMBER = 400
-"""Characters of what is no text: reading a number takes time with the square of its length."""
+"""Maximum characters of a scalar that is not text: parsing a number takes quadratic time."""
 
 _TOO_DEEP = f"it is nested deeper than {MAX_DEPTH} levels, which no model file needs to be"
 _MERGE = "tag:yaml.org,2002:merge"
@@ -42,7 +42,7 @@ class Document:
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """Does not go deeper into a text than is allowed; PyYAML would up to the end of Python's stack."""
+    """Limits the nesting depth; PyYAML itself would recurse until Python's stack overflows."""
 
     _depth = 0
 
@@ -84,7 +84,7 @@ def documents(text: str, file: Path) -> list[Document]:
             raise ModelFileError(f"{file}: is empty; a model file has at least `parameters: {{model: ...}}`")
         _check_extent(root, file)
         _check_keys(root, file)
-        # One construction for all: an anchor may be shared between the models of a list.
+        # One construction for all models: those of a list may share an anchor.
         value = loader.construct_document(root)
     except yaml.MarkedYAMLError as error:
         raise ModelFileError(f"{file}{_line(error)}: not valid YAML: {error.problem or error.context}") from None
@@ -122,7 +122,7 @@ def _pairs(node: yaml.Node, depth: int, prefix: str = "") -> Iterator[tuple[str,
 
 
 def _check_extent(root: yaml.Node, file: Path) -> None:
-    """Refuse what a few aliases make endless: as a tree it may be exponentially larger than its text."""
+    """Refuse documents that aliases blow up: the expanded tree may be exponentially larger than the text."""
     sizes: dict[int, int] = {}
     above: set[int] = set()
 
@@ -132,7 +132,7 @@ def _check_extent(root: yaml.Node, file: Path) -> None:
         if id(node) not in sizes:
             where = f"{file}, line {node.start_mark.line + 1}"
             if id(node) in above:
-                raise ModelFileError(f"{where}: what has this anchor contains itself")
+                raise ModelFileError(f"{where}: the node with this anchor contains itself; remove that alias")
             if len(above) >= MAX_DEPTH:
                 raise ModelFileError(f"{where}: {_TOO_DEEP}")
             above.add(id(node))
@@ -143,7 +143,7 @@ def _check_extent(root: yaml.Node, file: Path) -> None:
             above.remove(id(node))
             if sizes[id(node)] > MAX_NODES:
                 raise ModelFileError(
-                    f"{where}: with its aliases written out this is more than {MAX_NODES} values; use fewer of them"
+                    f"{where}: this expands to more than {MAX_NODES} values with its aliases; use fewer aliases"
                 )
         return sizes[id(node)]
 
@@ -151,17 +151,17 @@ def _check_extent(root: yaml.Node, file: Path) -> None:
 
 
 def _check_keys(root: yaml.Node, file: Path) -> None:
-    """Refuse keys that stand twice, of which PyYAML lets the last one win, and words that are too long to be meant."""
+    """Refuse duplicate keys, of which PyYAML silently keeps the last, and keys or numbers that are absurdly long."""
     waiting, known = [root], set()
     while waiting:
         node = waiting.pop()
-        if id(node) in known:  # an alias may point back at what holds it
+        if id(node) in known:  # an alias may point back at its own parent
             continue
         known.add(id(node))
         if isinstance(node, yaml.ScalarNode) and node.tag != _TEXT and len(node.value) > MAX_NUMBER:
             raise ModelFileError(
                 f"{file}, line {node.start_mark.line + 1}: {shown(node.value)} is too long for a number; "
-                "put quotes around what is text"
+                "put quotes around it if it is text"
             )
         if isinstance(node, yaml.SequenceNode):
             waiting += node.value
@@ -173,10 +173,10 @@ def _check_keys(root: yaml.Node, file: Path) -> None:
                     continue
                 line = key.start_mark.line + 1
                 if len(key.value) > MAX_KEY:
-                    raise ModelFileError(f"{file}, line {line}: {shown(key.value)} is too long for a key")
+                    raise ModelFileError(f"{file}, line {line}: {shown(key.value)} is too long for a key ({MAX_KEY})")
                 if key.value in seen and key.tag != _MERGE:
                     raise ModelFileError(
-                        f"{file}, line {line}: {key.value}: stands here and in line {seen[key.value]}; remove one",
+                        f"{file}, line {line}: {key.value}: duplicate key, also in line {seen[key.value]}; remove one",
                         param=key.value,
                     )
                 seen[key.value] = line

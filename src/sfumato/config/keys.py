@@ -1,4 +1,4 @@
-"""Every key of a model file: those that mean something here, and LocalAI's that do not, each with why."""
+"""Every key of a model file: those with an effect here, and LocalAI's without one, each with the reason."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from sfumato.config.readers import Reader
 @dataclass(frozen=True, slots=True)
 class Key:
     path: str
-    """Where it stands: `step`, `diffusers.clip_skip`."""
+    """Dotted path in the file: `step`, `diffusers.clip_skip`."""
     field: str
-    """The field of `ModelConfig`, or a word that `parse` knows."""
+    """The field of `ModelConfig`, or a name that `parse` handles."""
     read: Reader
     help: str
     group: str
@@ -32,14 +32,14 @@ _CLIP_SKIP = read.whole(0, 100)
 KEYS: tuple[Key, ...] = (
     *_group(
         "Identity",
-        ("name", "name", read.name, "Name that requests use. Absent: the file's name without `.yaml`."),
-        ("alias", "alias", read.names, "Another name, or a list. With no `parameters.model`: what serves it."),
-        ("aliases", "aliases", read.names, "More names of the model."),
-        ("backend", "backend", read.string, "`diffusers` or a variant (`cuda12-diffusers`). Others: not read here."),
-        ("description", "description", read.string, "For people."),
-        ("usage", "usage", read.string, "For people."),
-        ("disabled", "disabled", read.flag, "Requests for it are refused."),
-        ("pinned", "pinned", read.flag, "Stays in memory while others leave."),
+        ("name", "name", read.name, "Model name in requests. Absent: the file's name without `.yaml`."),
+        ("alias", "alias", read.names, "Another name, or a list. Without `parameters.model`: the model serving it."),
+        ("aliases", "aliases", read.names, "More names for the model."),
+        ("backend", "backend", read.string, "`diffusers` or a variant (`cuda12-diffusers`). Others are skipped."),
+        ("description", "description", read.string, "Free text for people."),
+        ("usage", "usage", read.string, "Free text for people."),
+        ("disabled", "disabled", read.flag, "Requests for this model are refused."),
+        ("pinned", "pinned", read.flag, "Never unloaded to make room for another model."),
     ),
     *_group(
         "Source",
@@ -69,9 +69,9 @@ KEYS: tuple[Key, ...] = (
     *_group(
         "Pipeline",
         ("diffusers.pipeline_type", "pipeline_type", read.string, "diffusers class. Absent: as the repository says."),
-        ("diffusers.scheduler_type", "scheduler_type", read.string, "Scheduler by name. Absent: the model's own."),
-        ("diffusers.schedule", "schedule", read.string, "Noise schedule of it, e.g. `karras`."),
-        ("diffusers.img2img", "img2img", read.flag, "Takes the image-to-image class and lets pictures through."),
+        ("diffusers.scheduler_type", "scheduler_type", read.string, "Scheduler name. Absent: the model's own."),
+        ("diffusers.schedule", "schedule", read.string, "Noise schedule of that scheduler, e.g. `karras`."),
+        ("diffusers.img2img", "img2img", read.flag, "Use the image-to-image class and accept source pictures."),
         ("diffusers.control_net", "control_net", read.string, "ControlNet: folder or hub id."),
         ("diffusers.clip_model", "clip_model", read.string, "Another CLIP text encoder: folder or hub id."),
         ("diffusers.clip_subfolder", "clip_subfolder", read.string, "Where in it the text encoder stands."),
@@ -110,23 +110,23 @@ KEYS: tuple[Key, ...] = (
         ("step", "steps", _STEPS, "Denoising steps. Absent: 30 for Stable Diffusion, else the pipeline's own."),
         (
             "quality_steps", "quality_steps", read.qualities,
-            "Steps by `quality`: `{low: 10, high: 40}`. Absent, or without that one: low is 0.5, high and hd 1.5, "
+            "Steps by `quality`: `{low: 10, high: 40}`. A missing one: low is 0.5, high and hd 1.5, "
             "xhigh 2, max 3 times the default steps.",
         ),
-        ("cfg_scale", "cfg_scale", _GUIDANCE, "Guidance; 0 is none. Absent: 8 for Stable Diffusion."),
-        ("diffusers.cfg_scale", "cfg_scale", _GUIDANCE, "As `cfg_scale`, and wins over it."),
-        ("clip_skip", "clip_skip", _CLIP_SKIP, "Layers to leave out at the end of the text encoder."),
-        ("parameters.clip_skip", "clip_skip", _CLIP_SKIP, "As `clip_skip`, and wins over it."),
-        ("diffusers.clip_skip", "clip_skip", _CLIP_SKIP, "As `clip_skip`, and wins over both."),
+        ("cfg_scale", "cfg_scale", _GUIDANCE, "Guidance scale; 0 is none. Absent: 8 for Stable Diffusion."),
+        ("diffusers.cfg_scale", "cfg_scale", _GUIDANCE, "Same as `cfg_scale`; takes precedence over it."),
+        ("clip_skip", "clip_skip", _CLIP_SKIP, "Number of last text encoder layers to skip."),
+        ("parameters.clip_skip", "clip_skip", _CLIP_SKIP, "Same as `clip_skip`; takes precedence over it."),
+        ("diffusers.clip_skip", "clip_skip", _CLIP_SKIP, "Same as `clip_skip`; takes precedence over both."),
         ("parameters.seed", "seed", read.seed, "Seed; -1 is random. Absent: random."),
         ("parameters.n", "n", read.whole(1, 10, absent=0), "Pictures per request. Absent: 1."),
-        ("parameters.negative_prompt", "negative_prompt", read.string, "What not to draw."),
-        ("strength", "strength", read.number(0, 1), "How far image-to-image may leave its source."),
-        ("size", "size", read.size, 'Pixels, `"512x768"`. Absent or `auto`: the model\'s own.'),
+        ("parameters.negative_prompt", "negative_prompt", read.string, "What to keep out of the picture."),
+        ("strength", "strength", read.number(0, 1), "0..1: how far image-to-image may move from its source."),
+        ("size", "size", read.size, 'Size in pixels, `"512x768"`. Absent or `auto`: the model\'s own.'),
         (
             "diffusers.enable_parameters", "enable_parameters", read.parameters,
             "Pipeline arguments that requests may set. Absent: `negative_prompt,num_inference_steps,clip_skip`. "
-            "`none`: only prompt, size, seed and guidance. `image` lets pictures, masks and strength through.",
+            "`none`: only prompt, size, seed and guidance. `image` allows source pictures, masks and strength.",
         ),
         (
             "options", "options", read.options,
@@ -137,24 +137,24 @@ KEYS: tuple[Key, ...] = (
     ),
     *_group(
         "Device",
-        ("f16", "f16", read.flag, "float16 on CUDA. Absent: bfloat16 where the device has it, else float32."),
-        ("dtype", "dtype", read.dtype, "`fp16`, `bf16` or `fp32`, and wins over `f16`."),
-        ("cuda", "cuda", read.flag, "true: CUDA or an error. false: CPU. Absent: the best device here."),
-        ("diffusers.cuda", "cuda", read.flag, "As `cuda`, and wins over it."),
+        ("f16", "f16", read.flag, "float16 on CUDA. Absent: bfloat16 if the device supports it, else float32."),
+        ("dtype", "dtype", read.dtype, "`fp16`, `bf16` or `fp32`; takes precedence over `f16`."),
+        ("cuda", "cuda", read.flag, "true: CUDA or an error. false: CPU. Absent: the best device available."),
+        ("diffusers.cuda", "cuda", read.flag, "Same as `cuda`; takes precedence over it."),
         ("main_gpu", "main_gpu", read.gpu, "Number of the GPU."),
-        ("low_vram", "low_vram", read.flag, "Keeps only the module at work on the GPU."),
+        ("low_vram", "low_vram", read.flag, "Keep only the active module on the GPU."),
         ("threads", "threads", read.whole(1, 4096, absent=0), "CPU threads."),
     ),
     *_group(
         "Serving",
         ("limits.max_concurrent", "max_concurrent", read.whole(1, absent=0), "Pictures at a time. Absent: no limit."),
-        ("limits.retry_after_seconds", "retry_after", read.whole(1, 86400, absent=0), "Told to whom is refused."),
+        ("limits.retry_after_seconds", "retry_after", read.whole(1, 86400, absent=0), "`Retry-After` of a 429."),
     ),
 )  # fmt: skip
-"""In order of precedence: of two rows with one field, the later one (the more specific place) wins."""
+"""In order of precedence: of two rows for the same field, the later (more specific) one wins."""
 
 SECTIONS = ("parameters", "diffusers", "limits")
-"""Keys that hold keys."""
+"""Keys whose value is a mapping of keys."""
 
 REDIRECTS = ("failover", "router", "pipeline", "proxy", "mitm")
 """Without `parameters.model`, a file with one of these describes how LocalAI routes, not a model."""
@@ -175,8 +175,8 @@ _TEXT = "is for language models"
 _SAMPLING = "is about sampling text"
 _RUNNER = "is a switch of another backend"
 _SPEECH = "is for speech"
-_ROUTING = "is about LocalAI's routing"
-_PLACEMENT = "Sfumato places models by itself"
+_ROUTING = "configures LocalAI's routing"
+_PLACEMENT = "Sfumato places models itself"
 
 
 _SAMPLING_KEYS = (
@@ -195,14 +195,14 @@ IGNORED: Mapping[str, str] = MappingProxyType(
     {
         **_because("what a model can do is read from its pipeline class",
                    "known_usecases known_input_modalities known_output_modalities"),
-        **_because("LocalAI's switches for itself", "feature_flags"),
+        **_because("configures LocalAI itself", "feature_flags"),
         **_because("there is no separate backend process to set up", "grpc env"),
         **_because("the server's log level decides", "debug disable_log_stats"),
         **_because("one GPU draws; set `main_gpu` to choose it", "tensor_parallel_size tensor_split"),
-        **_because("weights are loaded as they are: choose quantised ones (`.gguf`) or a `dtype`",
+        **_because("weights are loaded unchanged: choose quantised ones (`.gguf`) or set `dtype`",
                    "quantization load_format"),
         **_because(_PLACEMENT, "concurrency_groups gpu_memory_utilization swap_space mmap mmlock numa gpu_layers"),
-        **_because("a LoRA acts on the model of this file", "lora_base"),
+        **_because("a LoRA applies to the model of this file", "lora_base"),
         **_because("code from repositories is never run", "trust_remote_code"),
         **_because("diffusers tells the architecture from the weights", "type"),
         **_because("is for people and galleries", "license tags url urls icon icons files config_file"),
@@ -221,7 +221,7 @@ IGNORED: Mapping[str, str] = MappingProxyType(
         **_because(_SPEECH, "language translate", "parameters."),
     }
 )  # fmt: skip
-"""Keys that mean something to LocalAI and nothing here, with the reason; each costs one warning."""
+"""LocalAI's keys without effect here, with the reason; each logs one warning."""
 
 IMG2IMG: Mapping[str, str] = MappingProxyType(
     {
@@ -233,4 +233,4 @@ IMG2IMG: Mapping[str, str] = MappingProxyType(
                        "KandinskyV22", "Kandinsky3", "QwenImage")
     }
 )  # fmt: skip
-"""Text-to-image class -> its image-to-image sibling, for `img2img: true`."""
+"""Text-to-image class -> the corresponding image-to-image class, for `img2img: true`."""

@@ -1,7 +1,7 @@
 """What a model file says, as one frozen value.
 
-It travels to the worker, which loads a model anew when its config is no longer equal to the one in
-memory; so equality and hash go by content, without what only people read.
+It is sent to the worker, which reloads a model when its config no longer equals the one in
+memory; so equality and hash depend on the content, without the fields that only people read.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "pipeline_type": None,
     }
 )
-"""What holds for a key that a file leaves out.
+"""Defaults for keys that a file leaves out.
 
-`step` and `cfg_scale` are filled in by the worker, for Stable Diffusion classes only: other classes
-keep their own signature's defaults, so an absent key stays None in `ModelConfig`. None here means that
-the model decides: `cuda` the best device present, `scheduler_type` the model's own scheduler,
+The worker fills in `step` and `cfg_scale`, for Stable Diffusion classes only: other classes
+keep the defaults of their own signature, so an absent key stays None in `ModelConfig`. None here means that
+the model decides: `cuda` the best available device, `scheduler_type` the model's own scheduler,
 `pipeline_type` the class that the repository's model_index.json names, `clip_skip` no layer skipped.
 """
 
 ALWAYS = frozenset({"prompt", "guidance_scale", "width", "height", "generator"})
-"""Pipeline arguments that every model lets through, also with `enable_parameters: none`."""
+"""Pipeline arguments that every model accepts, even with `enable_parameters: none`."""
 
 WITH_IMAGE = frozenset({"mask_image", "strength"})
-"""Pipeline arguments that are only about a source picture: `image` stands for them."""
+"""Pipeline arguments that only concern a source picture: `image` enables them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A LoRA: a file beside the model file or a hub id, and how strongly it acts."""
+    """A LoRA: a file beside the model file or a hub id, and its weight."""
 
     source: str
     scale: float = 1.0
@@ -69,19 +69,19 @@ class ModelConfig:
     usage: str | None = field(default=None, compare=False)
     disabled: bool = False
     pinned: bool = False
-    """Stays in memory while others leave."""
+    """Never unloaded to make room for another model."""
 
     model: str
     """Where the weights come from, as written; `sfumato.models.sources` says what it is."""
     file: Path | None = None
     """The model file; None for a model that was named on the command line."""
     folder: Path = field(default_factory=Path)
-    """Relative paths are relative to it."""
+    """Relative paths are resolved against it."""
     repo: str | None = None
-    """Hub id of the file's `artifacts`; it takes the place of `model`."""
+    """Hub id from the file's `artifacts`; replaces `model`."""
     revision: str | None = None
     variant: str | None = None
-    """Of the weight files in a repository: fp16, ema, ..."""
+    """Variant of the weight files in a repository: fp16, ema, ..."""
     downloads: tuple[Download, ...] = ()
     allow_pickle: bool = False
     snapshot: str | None = None
@@ -93,7 +93,7 @@ class ModelConfig:
 
     pipeline_type: str | None = None
     img2img: bool = False
-    """Made for image-to-image; `pipeline_type` is already the class for it where that is known."""
+    """Used for image-to-image; `pipeline_type` is already the class for it, if known."""
     scheduler_type: str | None = None
     schedule: str | None = None
     control_net: str | None = None
@@ -111,7 +111,7 @@ class ModelConfig:
 
     steps: int | None = None
     quality_steps: tuple[tuple[str, int], ...] = ()
-    """Name of a quality → steps, for those that the file names."""
+    """Name of a quality → steps, for those in the file."""
     cfg_scale: float | None = None
     """0 is a value: no guidance."""
     seed: int | None = None
@@ -122,7 +122,7 @@ class ModelConfig:
     width: int | None = None
     height: int | None = None
     option_lines: tuple[tuple[str, str], ...] = ()
-    """`options` as written. Kept as text: 1, 1.0 and true are equal in Python and not the same."""
+    """`options` as written. Kept as text: 1, 1.0 and true are equal in Python but not the same."""
     enable_parameters: frozenset[str] = DEFAULTS["enable_parameters"]
     locked: frozenset[str] = frozenset()
     """Pipeline arguments that requests cannot change; `*`: all of `options`."""
@@ -130,13 +130,13 @@ class ModelConfig:
     f16: bool = DEFAULTS["f16"]
     cuda: bool | None = DEFAULTS["cuda"]
     dtype: str | None = None
-    """fp16, bf16 or fp32; wins over `f16`."""
+    """fp16, bf16 or fp32; takes precedence over `f16`."""
     main_gpu: int | None = None
     low_vram: bool = False
     threads: int | None = None
 
     max_concurrent: int | None = None
-    """Pictures drawn at a time; None is no limit."""
+    """Maximum pictures drawn at a time; None: no limit."""
     retry_after: int = 1
     """Seconds that a refused caller is told to wait."""
 

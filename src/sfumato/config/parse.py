@@ -1,4 +1,4 @@
-"""A mapping of a model file -> `ModelConfig`, or why it is not one."""
+"""A mapping of a model file -> `ModelConfig`, or the reason why it is not one."""
 
 from __future__ import annotations
 
@@ -41,20 +41,20 @@ class Skipped:
 
 @dataclass(frozen=True, slots=True)
 class Broken:
-    """A model that has to be mended; requests for one of `names` get the error."""
+    """A model definition with an error; requests for one of `names` get that error."""
 
     names: tuple[str, ...]
     file: Path
     error: ModelFileError
     passing: bool = False
-    """It could not be read: that may end without the file's being changed."""
+    """The file could not be read: this may resolve itself without a change to the file."""
 
 
 ParsedFile: TypeAlias = ModelConfig | Redirect | Skipped | Broken
 
 
 def outcomes(file: Path) -> list[ParsedFile]:
-    """What a file holds. Never raises: what is wrong with one model does not touch the others."""
+    """The models of a file. Never raises: an error in one model does not affect the others."""
     file = file.absolute()
     text = ""
     try:
@@ -64,20 +64,20 @@ def outcomes(file: Path) -> list[ParsedFile]:
     except ModelFileError as error:
         return [Broken((*_names_in(text), file.stem), file, error)]
     except OSError as error:
-        unread = ModelFileError(f"{file}: cannot be read: {error.strerror}; mend that, or remove the file")
+        unread = ModelFileError(f"{file}: cannot be read: {error.strerror}; fix that, or remove the file")
         return [Broken((*_names_in(text), file.stem), file, unread, passing=True)]
     default_name = file.stem if len(found) == 1 else None
     return [_outcome(document, file, created, default_name) for document in found]
 
 
 def _names_in(text: str) -> list[str]:
-    """What a file that is no YAML seems to call its models."""
+    """The model names that a file with invalid YAML seems to contain."""
     lines = (line.partition("#")[0].strip().strip("\"'") for line in _NAME_LINE.findall(text))
     return [name for name in dict.fromkeys(lines) if name]
 
 
 def load(file: Path) -> list[ModelConfig]:
-    """The models of one file. Raises ModelFileError for the first that has to be mended."""
+    """The models of one file. Raises ModelFileError for the first one with an error."""
     found = outcomes(file)
     for outcome in found:
         if isinstance(outcome, Broken):
@@ -86,7 +86,7 @@ def load(file: Path) -> list[ModelConfig]:
 
 
 def named(model: str) -> ModelConfig:
-    """A config for weights that no file describes: a hub id, path or URL from a command line."""
+    """A config for weights without a model file: a hub id, path or URL from the command line."""
     every = ModelConfig.enable_parameters | {"image"}
     return ModelConfig(name=addresses.shown(model), model=model, folder=Path.cwd(), enable_parameters=every)
 
@@ -107,12 +107,12 @@ def _not_ours(values: Any) -> str | None:
         return f"not a model file: it has none of the keys {', '.join(sorted(_MODEL_KEYS))}"
     backend = values.get("backend")
     if isinstance(backend, str) and backend and "diffusers" not in backend.split("-"):
-        return f"backend {backend} is not Sfumato's; it draws with diffusers"
+        return f"backend {backend} is not for Sfumato, which uses diffusers"
     parameters = values.get("parameters")
     model = parameters.get("model") if isinstance(parameters, dict) else None
     routes = [key for key in REDIRECTS if values.get(key)]
     if routes and not model and not values.get("artifacts"):
-        return f"`{routes[0]}` without `parameters.model`: it describes how LocalAI routes, not a model"
+        return f"`{routes[0]}` without `parameters.model`: it configures LocalAI's routing, not a model"
     if not backend and (mark := _of_language(values, model)):
         return f"{mark}, and no word of pictures: not an image model. Write `backend: diffusers` if it is one"
     return None
@@ -145,7 +145,7 @@ class _Source:
         return ModelFileError(f"{self.file}{f', line {line}' if line else ''}: {path}: {message}", param=path)
 
     def entries(self) -> Iterator[tuple[str, Any]]:
-        """Dotted path and value of every key that is given; null and "" count as not given."""
+        """Dotted path and value of every key that is set; null and "" count as not set."""
         for key, value in self.document.values.items():
             if key not in SECTIONS:
                 yield key, value
@@ -156,14 +156,14 @@ class _Source:
 
 
 def _parse(source: _Source, file: Path, created: int, default_name: str | None) -> ModelConfig | Redirect:
-    # 1. Every key is known, or named with the nearest one that is.
+    # 1. Reject unknown keys, with the nearest known one as a suggestion.
     given = dict(source.entries())
     for path in given:
         if path not in _BY_PATH and path not in IGNORED and not path.startswith(OWN):
-            raise source.error(path, f"unknown key.{_nearest(path)} A key that means nothing here has to go.")
+            raise source.error(path, f"unknown key.{_nearest(path)} Correct or remove it.")
     ignored = [(path, IGNORED[path]) for path in given if path in IGNORED]
 
-    # 2. Every value is read; of two places for one field the later row of the table wins.
+    # 2. Read every value; if two keys set one field, the later row of the table wins.
     fields: dict[str, Any] = {}
     for key in KEYS:
         value = given.get(key.path)
@@ -176,13 +176,13 @@ def _parse(source: _Source, file: Path, created: int, default_name: str | None) 
         except ValueError as error:
             raise source.error(key.path, f"{readers.shown(value)}: {error}") from None
 
-    # 3. Words that are not fields themselves.
+    # 3. Keys that are not fields themselves.
     backend = fields.pop("backend", None)
     if backend and "diffusers" not in backend.split("-"):
-        raise source.error("backend", f"{backend} is not the name of a backend; `diffusers` is")
+        raise source.error("backend", f"{backend} is not the name of a backend; use `diffusers`")
     name = fields.pop("name", None) or default_name
     if not name:
-        raise source.error("name", "is missing; each model of a list needs one")
+        raise source.error("name", "is missing; each model in a list needs one")
     alias: tuple[str, ...] = fields.pop("alias", ())
     repo, revision, fields["snapshot"] = fields.pop("artifacts", (None, None, None))
     fields["repo"], fields["revision"] = repo, fields.get("revision") or revision
@@ -190,7 +190,7 @@ def _parse(source: _Source, file: Path, created: int, default_name: str | None) 
     if not fields["model"]:
         if len(alias) == 1:
             return Redirect(name, alias[0], file)
-        raise source.error("parameters.model", "is missing: a hub id, a folder, a .safetensors file or a URL")
+        raise source.error("parameters.model", "is missing; set it to a hub id, a folder, a .safetensors file or a URL")
     fields["aliases"] = tuple(dict.fromkeys([*alias, *fields.get("aliases", ())]))
     fields["width"], fields["height"] = fields.pop("size", None) or (None, None)
     fields["adapters"] = _adapters(source, fields)
@@ -200,7 +200,7 @@ def _parse(source: _Source, file: Path, created: int, default_name: str | None) 
     _img2img(fields)
     _scheduler(source, fields)
 
-    # 4. What a reader gave as "not given" leaves the default in force.
+    # 4. A value that its reader takes as "not set" leaves the default in force.
     fields = {field: value for field, value in fields.items() if value is not None}
     return ModelConfig(name=name, file=file, folder=file.parent, created=created, ignored=tuple(ignored), **fields)
 
@@ -210,7 +210,7 @@ def _word(key: Any) -> str:
 
 
 def _nearest(path: str) -> str:
-    """The same word in its right place, else the nearest word."""
+    """Suggest the same key in its right section, else the nearest key."""
     word = path.rpartition(".")[2]
     moved = [known for known in _KNOWN if known.rpartition(".")[2] == word]
     return f" Did you mean {moved[0]!r}?" if moved else did_you_mean(path, _KNOWN)
@@ -221,7 +221,7 @@ def _adapters(source: _Source, fields: dict[str, Any]) -> tuple[Adapter, ...]:
     several, scales = fields.pop("lora_adapters", ()), fields.pop("lora_scales", ())
     if scales and len(scales) != len(several):
         raise source.error(
-            "lora_scales", f"{len(scales)} scales for {len(several)} lora_adapters; give one for each, or none"
+            "lora_scales", f"{len(scales)} scales for {len(several)} lora_adapters; set one for each, or none"
         )
     first = (Adapter(single, scale),) if single else ()
     return first + tuple(map(Adapter, several, scales or [scale] * len(several)))

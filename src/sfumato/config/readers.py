@@ -1,6 +1,6 @@
-"""One function per kind of value. Each gives the typed value or raises ValueError with what is valid.
+"""One function per type of value. Each returns the typed value or raises ValueError saying what is valid.
 
-An absent value (no text, or an empty string, as LocalAI has it) never gets here.
+Absent values (null, or an empty string as in LocalAI) never get here.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 
 
 def shown(value: Any) -> str:
-    """The value for an error message: short, and never an exception of its own."""
-    short = reprlib.Repr()  # bounded: aliases make a few lines of YAML into gigabytes of text
+    """The value as text for an error message: short, and never raises."""
+    short = reprlib.Repr()  # bounded: aliases can turn a few lines of YAML into gigabytes of text
     short.maxlevel, short.maxlist, short.maxdict, short.maxstring = 2, 4, 4, 80
     try:
         return addresses.shown(short.repr(value))
@@ -94,7 +94,7 @@ def number(least: float, most: float = math.inf) -> Reader:
 
 
 def whole(least: int, most: int | None = None, *, absent: int | None = None) -> Reader:
-    """A whole number from `least` to `most`; `absent` is the number that stands for "not given"."""
+    """A whole number from `least` to `most`; `absent` is the number that stands for "not set"."""
 
     def read(value: Any) -> int | None:
         given = scalar(value) if isinstance(value, str) else value
@@ -117,11 +117,11 @@ def _range(least: float, most: float | None) -> str:
 
 
 seed = whole(0, MAX_SEED, absent=-1)
-"""-1 is LocalAI's word for a random seed."""
+"""-1 is LocalAI's value for a random seed."""
 
 
 def qualities(value: Any) -> tuple[tuple[str, int], ...]:
-    """A mapping of names of `QUALITIES` to denoising steps, in the table's order."""
+    """A mapping from names in `QUALITIES` to denoising steps, in the table's order."""
     if not isinstance(value, dict):
         raise ValueError("needs `name: steps` lines, e.g. {low: 10, high: 40}")
     read = whole(1, 10_000)
@@ -129,7 +129,7 @@ def qualities(value: Any) -> tuple[tuple[str, int], ...]:
     for word, number in value.items():
         if word not in QUALITIES:
             near = did_you_mean(word, QUALITIES) if isinstance(word, str) else ""
-            raise ValueError(f"{shown(word)} is none of {', '.join(QUALITIES)}.{near}")
+            raise ValueError(f"{shown(word)} is not one of {', '.join(QUALITIES)}.{near}")
         try:
             steps[word] = read(number)
         except ValueError as error:
@@ -148,7 +148,7 @@ def one_of(words: Mapping[str, Any]) -> Reader:
     def read(value: Any) -> Any:
         word = str(value).removeprefix("torch.").lower() if isinstance(value, str) else ""
         if word not in words:
-            raise ValueError(f"is none of {', '.join(words)}.{did_you_mean(word, words)}")
+            raise ValueError(f"is not one of {', '.join(words)}.{did_you_mean(word, words)}")
         return words[word]
 
     return read
@@ -217,7 +217,7 @@ def options(value: Any) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
 
 
 def _option(item: Any) -> tuple[str, str]:
-    if isinstance(item, dict) and len(item) == 1:  # `- key: value`, the space makes it a mapping
+    if isinstance(item, dict) and len(item) == 1:  # `- key: value`: the space makes it a mapping
         (key, value), *_ = item.items()
         text = "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
         item = f"{key}:{text}" if not isinstance(value, list | dict) else None
@@ -242,7 +242,7 @@ def _download(item: Any) -> Download:
     filename = string(item.get("filename") or PurePosixPath(urlparse(item["uri"]).path).name)
     path = PurePosixPath(filename)
     if not path.name or path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"filename {shown(filename)} has to stay in the model file's folder")
+        raise ValueError(f"filename {shown(filename)} must stay in the model file's folder")
     sha256 = item.get("sha256") or None
     if sha256 is not None and not (isinstance(sha256, str) and _SHA256.fullmatch(sha256)):
         raise ValueError(f"sha256 {shown(sha256)} is not 64 hexadecimal digits")

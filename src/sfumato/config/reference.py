@@ -10,7 +10,7 @@ HEAD = """\
 # Model files
 
 A model file is a `.yaml` file in the models folder that describes one model, or a list of them. LocalAI's files
-work as they are. Files are read again when they change; `sfumato check` says what each leads to.
+work unchanged. Files are read again when they change; `sfumato check` explains each of them.
 
 ```yaml
 name: ghibli
@@ -20,16 +20,16 @@ diffusers:
   enable_parameters: negative_prompt,num_inference_steps,image
 ```
 
-Of two keys for the same thing the one under `diffusers:` wins. An empty value counts as absent. An unknown key is an
-error, and so is a value of the wrong kind; the message says what is valid.
+If two keys set the same thing, the one under `diffusers:` wins. An empty value counts as absent. An unknown key is an
+error, and so is a value of the wrong type; the message says what is valid.
 
-This page is made from the program: `python -m sfumato.config.reference > docs/reference/model-files.md`.
+This page is generated: `python -m sfumato.config.reference > docs/reference/model-files.md`.
 """
 
 IGNORED_HEAD = """
-## Keys of LocalAI without effect
+## LocalAI keys without effect
 
-They are accepted, with one warning each.
+They are accepted and log one warning each.
 
 | Key | Why it has no effect |
 | --- | --- |

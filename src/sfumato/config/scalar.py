@@ -1,4 +1,4 @@
-"""A word of a model file as YAML reads it: the values of `options`, and of keys that were written in quotes."""
+"""Parse a word of a model file as YAML does: values of `options`, and of keys written in quotes."""
 
 from __future__ import annotations
 

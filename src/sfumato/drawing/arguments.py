@@ -1,4 +1,4 @@
-"""What a pipeline is called with: the request, then the model file, then the class's own defaults."""
+"""The arguments of a pipeline call: from the request, then the model file, then the class's own defaults."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sfumato.pictures import images
 from sfumato.pipelines.capabilities import parameters_of, upscaler
 
 MANY_PICTURES = re.compile(r"Flux2|EditPlus|OmniGen|Kontext(?!Inpaint)")
-"""Names of classes that take several reference pictures for one result; for others a list is a batch."""
+"""Classes that take several reference pictures for one result; for others a list is a batch."""
 
 PAGE_CLASSES = re.compile(r"StableDiffusion(?!3)")
 """The seed page's defaults (30 steps, guidance 8) are Stable Diffusion's; other classes keep their own."""
@@ -28,18 +28,18 @@ PAGE_CLASSES = re.compile(r"StableDiffusion(?!3)")
 
 @dataclass(frozen=True, slots=True)
 class Canvas:
-    """The size of the result in pixels (None: the class's own) and the pictures that go into it, at that size."""
+    """The size of the result in pixels (None: the class's own) and its source pictures, at that size."""
 
     width: int | None
     height: int | None
     sources: list[Image.Image]
     """RGB, upright."""
     mask: Image.Image | None
-    """L; white is redrawn."""
+    """Mode L; white is redrawn."""
     whole: tuple[Image.Image, Image.Image] | None = None
-    """Picture and mask as they came, where another size is drawn and put back into them."""
+    """The original picture and mask, if another size is drawn and pasted back into them."""
     box: crop.Box | None = None
-    """The part of `whole` that is drawn; None: all of it."""
+    """The area of `whole` that is drawn; None: all of it."""
 
     @property
     def image(self) -> Image.Image | list[Image.Image] | None:
@@ -47,7 +47,7 @@ class Canvas:
 
 
 def fill(model: Loaded, pipeline: Any, asked: Generation) -> Generation:
-    """What the request leaves open, from the model file and the page's defaults; the class's own stay None."""
+    """Fill in what the request leaves open, from the model file and the seed page; class defaults stay None."""
     config = model.config
 
     def of(argument: str, requested: Any, file: Any) -> Any:
@@ -68,19 +68,19 @@ def fill(model: Loaded, pipeline: Any, asked: Generation) -> Generation:
 
 
 def default_steps(model: Loaded, pipeline: Any) -> int | None:
-    """Of a request that says nothing; None: the class has no such thing, or no number."""
+    """Default for requests; None: the class has no such argument, or no default number."""
     steps = _default(model, pipeline, "num_inference_steps", _steps(model, pipeline))
     return steps if isinstance(steps, int) else None
 
 
 def default_guidance(model: Loaded, pipeline: Any) -> float | None:
-    """Of a request that says nothing; None: the class has no such thing, or no number."""
+    """Default for requests; None: the class has no such argument, or no default number."""
     guidance = _default(model, pipeline, "guidance_scale", _guidance(model, pipeline))
     return float(guidance) if isinstance(guidance, int | float) else None
 
 
 def signature_default(pipeline: Any, argument: str) -> Any:
-    """The class's own default of an argument of its call; None where it has none."""
+    """The class's own default for an argument of its call; None if it has none."""
     parameter = parameters_of(pipeline).get(argument)
     return None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
 
@@ -104,14 +104,14 @@ def _guidance(model: Loaded, pipeline: Any) -> float | None:
 
 
 def _default(model: Loaded, pipeline: Any, argument: str, given: Any) -> Any:
-    """Of `argument` where a request says nothing; the file's `options` win over all else."""
+    """Default of `argument` for requests; the file's `options` take precedence over all else."""
     if argument not in parameters_of(pipeline):
         return None
     return _first(model.config.options.get(argument), given, signature_default(pipeline, argument))
 
 
 def _steps_of_quality(model: Loaded, pipeline: Any, quality: str | None) -> int | None:
-    """The file's number for it, else a multiple of the default; None where nobody may choose the steps."""
+    """The file's number for this quality, else a multiple of the default; None if requests may not set the steps."""
     if not quality or not model.config.enables("num_inference_steps"):
         return None
     if "num_inference_steps" not in parameters_of(pipeline):
@@ -122,7 +122,7 @@ def _steps_of_quality(model: Loaded, pipeline: Any, quality: str | None) -> int 
 
 
 def canvas(model: Loaded, pipeline: Any, wanted: Generation) -> Canvas:
-    """Sources and mask at the size asked for, or the size of the source. Raises InvalidRequest for what cannot be."""
+    """Sources and mask at the requested size, else the source's. Raises InvalidRequest for what is not possible."""
     canvas = _canvas(model, pipeline, wanted)
     breach = (
         wanted.limits
@@ -146,7 +146,7 @@ def _canvas(model: Loaded, pipeline: Any, wanted: Generation) -> Canvas:
     if width and height and (width % multiple or height % multiple):
         near = f"{_near(width, multiple)}x{_near(height, multiple)}"
         raise InvalidRequest(
-            f"size {width}x{height}: {model.config.name} draws sizes that are multiples of {multiple}; "
+            f"size {width}x{height}: {model.config.name} needs sides that are multiples of {multiple}; "
             f"the nearest is {near}",
             param="size",
         )
@@ -155,7 +155,7 @@ def _canvas(model: Loaded, pipeline: Any, wanted: Generation) -> Canvas:
         return Canvas(width, height, [], None)
     if len(sources) > 1 and not MANY_PICTURES.search(type(pipeline).__name__):
         raise InvalidRequest(
-            f"{model.config.name} ({type(pipeline).__name__}) takes one picture, got {len(sources)}",
+            f"{model.config.name} ({type(pipeline).__name__}) takes one picture, got {len(sources)}; send only one",
             param="image",
         )
     mask = images.decoded(wanted.mask).convert("L") if wanted.mask else None
@@ -163,7 +163,7 @@ def _canvas(model: Loaded, pipeline: Any, wanted: Generation) -> Canvas:
         return _enlarged(model, larger.factor, larger.multiple, wanted, sources)
     if mask is not None and mask.size != sources[0].size:
         raise InvalidRequest(
-            f"the mask is {_size(mask)}, the picture {_size(sources[0])}: both need the same size",
+            f"the mask is {_size(mask)}, the picture {_size(sources[0])}: both must have the same size",
             param="mask",
         )
     if mask is not None and wanted.mask_padding is not None:
@@ -171,7 +171,7 @@ def _canvas(model: Loaded, pipeline: Any, wanted: Generation) -> Canvas:
     if not (width and height):
         width, height = (_near(side, multiple) for side in sources[0].size)
     if mask is not None and not (wanted.width and wanted.height) and (width, height) != sources[0].size:
-        # Stretched a little for the model, and put back into the picture as it came: outside the mask nothing changes.
+        # Stretched slightly for the model, then pasted into the original: outside the mask nothing changes.
         size, first = (width, height), sources[0]
         stretched = [source.resize(size, Image.Resampling.LANCZOS) for source in sources[:1]] + sources[1:]
         return Canvas(width, height, stretched, mask.resize(size, Image.Resampling.NEAREST), (first, mask))
@@ -184,7 +184,7 @@ def _canvas(model: Loaded, pipeline: Any, wanted: Generation) -> Canvas:
 def _masked_area(
     model: Loaded, wanted: Generation, sources: list[Image.Image], mask: Image.Image, multiple: int
 ) -> Canvas:
-    """The part around the mask, at the size asked for, the model's own, or as it is."""
+    """The area around the mask, at the requested size, the model's own, or unscaled."""
     assert wanted.mask_padding is not None
     first = sources[0]
     width, height = (wanted.width, wanted.height) if wanted.width else own_size(model)
@@ -198,7 +198,7 @@ def _masked_area(
 
 
 def own_size(model: Loaded) -> tuple[int | None, int | None]:
-    """The model file's, the signature's, or what the denoiser was made for: one side or (height, width) of latents."""
+    """The size in the model file or the signature, else the denoiser's: one side or (height, width) of latents."""
     if model.config.width:
         return model.config.width, model.config.height
     pipeline = model.pipeline
@@ -218,11 +218,11 @@ def own_size(model: Loaded) -> tuple[int | None, int | None]:
 
 
 def _enlarged(model: Loaded, factor: int, multiple: int, wanted: Generation, sources: list[Image.Image]) -> Canvas:
-    """The source as it is. Raises InvalidRequest where the pipeline would resize it, or for another size."""
+    """The unscaled source. Raises InvalidRequest if the pipeline would resize it, or for another requested size."""
     (source,) = sources
     if source.width % multiple or source.height % multiple:
         raise InvalidRequest(
-            f"the picture is {_size(source)}: {model.config.name} enlarges pictures whose sides are multiples of "
+            f"the picture is {_size(source)}: {model.config.name} upscales pictures whose sides are multiples of "
             f"{multiple}; the nearest size is {_near(source.width, multiple)}x{_near(source.height, multiple)}",
             param="image",
         )
@@ -237,7 +237,7 @@ def _enlarged(model: Loaded, factor: int, multiple: int, wanted: Generation, sou
 
 
 def arguments(model: Loaded, pipeline: Any, asked: Generation, wanted: Generation, canvas: Canvas) -> dict[str, Any]:
-    """The arguments that this class takes. Raises InvalidRequest for one that was asked for and is not taken."""
+    """The arguments for this class. Raises InvalidRequest if it does not take one that was requested."""
     name, parameters = type(pipeline).__name__, parameters_of(pipeline)
     values = {
         "prompt": (wanted.prompt, asked.prompt or None),
@@ -246,7 +246,7 @@ def arguments(model: Loaded, pipeline: Any, asked: Generation, wanted: Generatio
         "guidance_scale": (wanted.guidance_scale, asked.guidance_scale),
         "clip_skip": (wanted.clip_skip, asked.clip_skip),
         "strength": (_strength(wanted, parameters), asked.strength),
-        # A source picture already has the size that was asked for.
+        # The source picture already has the requested size.
         "width": (canvas.width, None if canvas.sources else asked.width),
         "height": (canvas.height, None if canvas.sources else asked.height),
         "image": (canvas.image, canvas.image),
@@ -289,7 +289,7 @@ def _refuse_deep_clip_skip(model: Loaded, pipeline: Any, asked: Generation) -> N
 
 
 def _strength(wanted: Generation, parameters: Mapping[str, inspect.Parameter]) -> float | None:
-    """At least one denoising step is run: diffusers runs int(steps * strength) of them. None: the class's own does."""
+    """Strength for at least one denoising step: diffusers runs int(steps * strength). None: the class's default."""
     own = parameters["strength"].default if "strength" in parameters else None
     strength = own if wanted.strength is None else wanted.strength
     if not isinstance(strength, int | float) or not wanted.steps:
@@ -301,13 +301,13 @@ def _strength(wanted: Generation, parameters: Mapping[str, inspect.Parameter]) -
 
 
 def _refuse_unheard_negative(model: Loaded, parameters: Mapping[str, Any], asked: Generation) -> None:
-    # Distilled models take a negative prompt and ignore it unless "true" guidance is on.
+    # Distilled models accept a negative prompt but ignore it unless "true" guidance is on.
     true_cfg = parameters.get("true_cfg_scale")
     if asked.negative_prompt and true_cfg is not None:
         scale = model.config.options.get("true_cfg_scale", true_cfg.default)
         if not scale or scale <= 1:
             raise InvalidRequest(
-                f"negative_prompt: {model.config.name} hears it only with true_cfg_scale above 1. "
+                f"negative_prompt: {model.config.name} uses it only with true_cfg_scale above 1. "
                 f"Add `true_cfg_scale:4` to `options` in {model.config.file}, or leave it out.",
                 param="negative_prompt",
             )
@@ -329,7 +329,7 @@ def _size(image: Image.Image) -> str:
 
 
 def _flat(image: Image.Image) -> Image.Image:
-    """RGB; what was transparent becomes white, as a browser on a white page shows it."""
+    """Convert to RGB on white, as a browser shows it on a white page."""
     if image.mode == "RGBA":
         ground = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(ground, image).convert("RGB")

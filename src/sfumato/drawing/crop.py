@@ -1,20 +1,20 @@
-"""The part of a picture around its mask, for those who have only that part drawn, at the model's own size."""
+"""The area of a picture around its mask, for requests that redraw only that area, at the model's own size."""
 
 from __future__ import annotations
 
 from PIL import Image
 
 Box = tuple[int, int, int, int]
-"""Left, top, right, bottom in pixels; right and bottom are the first outside."""
+"""Left, top, right, bottom in pixels; right and bottom are exclusive."""
 
 
 def around(mask: Image.Image, padding: int, shape: tuple[int, int]) -> Box:
-    """The masked part of `mask` (L, not all black), `padding` pixels more, widened to the proportions of `shape`.
+    """The masked area of `mask` (L, not all black) plus `padding` pixels, widened to the aspect ratio of `shape`.
 
-    Where the picture ends it ends too: in a narrow picture the proportions may differ.
+    Clipped to the picture, so in a narrow picture the aspect ratio may differ.
     """
     found = mask.getbbox()
-    assert found, "a mask marks something"
+    assert found, "the mask must not be all black"
     left, top = (max(0, side - padding) for side in found[:2])
     right, bottom = (min(most, side + padding) for side, most in zip(found[2:], mask.size, strict=True))
     width, height = right - left, bottom - top
@@ -27,7 +27,7 @@ def around(mask: Image.Image, padding: int, shape: tuple[int, int]) -> Box:
 
 
 def pasted(picture: Image.Image, drawn: Image.Image, mask: Image.Image, box: Box) -> Image.Image:
-    """`picture` with `drawn`, scaled to `box`, where the mask is white; elsewhere it is as it was."""
+    """`picture` with `drawn`, scaled to `box`, where the mask is white; unchanged elsewhere."""
     size = (box[2] - box[0], box[3] - box[1])
     whole = picture.convert(drawn.mode)
     part = drawn if drawn.size == size else drawn.resize(size, Image.Resampling.LANCZOS)
@@ -36,7 +36,7 @@ def pasted(picture: Image.Image, drawn: Image.Image, mask: Image.Image, box: Box
 
 
 def _widened(first: int, last: int, length: int, most: int) -> tuple[int, int]:
-    """`first` to `last`, grown on both sides to `length` as far as 0 to `most` lets it."""
+    """`first` to `last`, extended on both sides to `length` within 0 to `most`."""
     length = min(max(length, last - first), most)
     first = min(max(0, first - (length - (last - first)) // 2), most - length)
     return first, first + length

@@ -1,4 +1,4 @@
-"""One picture: the right pipeline of the model, its arguments by signature, and the recipe of what was done."""
+"""Draw one picture: choose the pipeline, build its arguments by signature, run it, and record the recipe."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from sfumato.previews.steps import OnPreview, RunPreviews
 from sfumato.previews.x0 import Stepped
 
 OnStep: TypeAlias = Callable[[int, int], None]
-"""Called after each denoising step with (steps done, steps in all); may raise to stop the run."""
+"""Called after each denoising step with (steps done, total steps); may raise to stop the run."""
 
 TAKES = {"image": "image", "mask": "mask_image"}
 
 ENDED = frozenset({"DDPMWuerstchenScheduler"})
-"""Schedulers whose last time step is where the schedule ends, and not a step."""
+"""Schedulers whose last time step marks the end of the schedule and is not a step."""
 
 
 class RunStopped(BaseException):
@@ -40,16 +40,16 @@ class RunStopped(BaseException):
 
 
 class Disturbed(Exception):
-    """Another request has left the model changed while this one was drawn: it has to be drawn again, on a sound one."""
+    """Another request left the model changed during this one: draw it again, on a freshly loaded model."""
 
 
 def draw(model: Loaded, asked: Generation, on_step: OnStep, on_preview: OnPreview | None = None) -> Done:
-    """Draw one picture; `on_preview` gets the previews that were asked for, of pipelines that can show them.
+    """Draw one picture; `on_preview` receives the requested previews, if the pipeline supports them.
 
-    Raises InvalidRequest for what this model cannot do, ContentFiltered when its safety checker fires,
-    DrawError when the pipeline raises or its result is not finite, Disturbed when the model is not to be used again.
+    Raises InvalidRequest for what this model cannot do, ContentFiltered if its safety checker fires,
+    DrawError if the pipeline raises or its result is not finite, Disturbed if the model must be reloaded.
     """
-    # 1. the pipeline for this task, as a view: it shares the modules and nothing that a run changes
+    # 1. the pipeline for this task, as a view: it shares the modules but no state that a run changes
     capabilities.check(model.config.name, model.pipeline, asked)
     task = "mask" if asked.mask else "image" if asked.images else "text"
     pipeline = views.view(_for_task(model, task), tiled=_tiled(model, asked))
@@ -66,16 +66,16 @@ def draw(model: Loaded, asked: Generation, on_step: OnStep, on_preview: OnPrevie
         return done
     finally:
         if left := views.close(pipeline):
-            model.condition.broken = f"a request has left it changed: {'; '.join(left)}"
-        del pipeline  # an error that is kept holds this frame
+            model.condition.broken = f"a request left it changed: {'; '.join(left)}"
+        del pipeline  # a stored error would keep this frame
 
 
 def _draw(model: Loaded, pipeline: Any, asked: Generation, on_step: OnStep, on_preview: OnPreview | None) -> Done:
-    # 2. what the request leaves open; source pictures at the size of the result; the arguments that this class takes
+    # 2. defaults for what the request leaves open; source pictures at the result's size; the class's arguments
     wanted = arguments.fill(model, pipeline, asked)
     canvas = arguments.canvas(model, pipeline, wanted)
     given = arguments.arguments(model, pipeline, asked, wanted, canvas)
-    # 3. a scheduler of its own
+    # 3. its own scheduler
     driver = scheduler_owners.main(pipeline)
     choice = _choice(model, driver, wanted)
     scheduler = request_scheduler.make(driver, choice, wanted.seed)
@@ -87,7 +87,7 @@ def _draw(model: Loaded, pipeline: Any, asked: Generation, on_step: OnStep, on_p
     _watch(pipeline, given, on_step, previews)
     # 4. run
     image = _run(pipeline, given, wanted.seed)
-    # 5. outside the mask every pixel stays as it was
+    # 5. outside the mask every pixel stays unchanged
     if canvas.whole and canvas.box:
         image = crop.pasted(canvas.whole[0], image, canvas.whole[1], canvas.box)
     elif canvas.whole:
@@ -98,9 +98,9 @@ def _draw(model: Loaded, pipeline: Any, asked: Generation, on_step: OnStep, on_p
     if capabilities.upscaler(pipeline) and image.size != (canvas.width, canvas.height):
         raise DrawError(
             f"{type(pipeline).__name__} drew {image.width}x{image.height}, not {canvas.width}x{canvas.height}: "
-            "its weights are not those of an upscaler of this class"
+            "its weights do not belong to an upscaler of this class"
         )
-    # 6. the picture with its recipe, and what was not done as asked
+    # 6. the picture with its recipe, and warnings for what differs from the request
     made = _recipe(model, pipeline, wanted, image, given, choice, canvas)
     read, cut = tokens.count(pipeline, model.config.options, model.config.name, wanted.prompt, wanted.negative_prompt)
     return Done(recipe.encode(image, made), made, cut, read)
@@ -111,8 +111,8 @@ def _tiled(model: Loaded, asked: Generation) -> bool:
         return False
     if not can_tile(model.pipeline):
         raise InvalidRequest(
-            f"savings: {model.config.name} ({type(model.pipeline).__name__}) has no VAE that works in tiles, "
-            f"and {VAE_TILING!r} was asked for; leave it out",
+            f"savings: {model.config.name} ({type(model.pipeline).__name__}) has no VAE that supports tiling, "
+            f"but {VAE_TILING!r} was requested; leave it out",
             param="savings",
         )
     return True
@@ -123,7 +123,7 @@ def _for_task(model: Loaded, task: str) -> Any:
     if task == "text":
         if capabilities.needs_picture(model.pipeline):
             raise InvalidRequest(
-                f"{model.config.name} draws from a picture ({name}): send one as `image`", param="image"
+                f"{model.config.name} needs a source picture ({name}): send one as `image`", param="image"
             )
         return model.pipeline
     if capabilities.takes(model.pipeline, task):
@@ -133,8 +133,8 @@ def _for_task(model: Loaded, task: str) -> Any:
             sibling = getattr(diffusers, capabilities.SIBLINGS[task]).from_pipe(model.pipeline)
         except ValueError as error:
             raise InvalidRequest(
-                f"{model.config.name}: {name} takes no {TAKES[task]}, and diffusers has no pipeline "
-                f"on the same weights that does ({error})",
+                f"{model.config.name}: {name} does not take {TAKES[task]}, and diffusers has no pipeline "
+                f"for the same weights that does ({error})",
                 param=task,
             ) from None
         sibling.set_progress_bar_config(disable=True)
@@ -154,7 +154,7 @@ def _choice(model: Loaded, pipeline: Any, wanted: Generation) -> schedulers.Choi
 
 
 def _watch(pipeline: Any, given: Mapping[str, Any], on_step: OnStep, previews: RunPreviews | None) -> None:
-    """Report the steps of every scheduler that is driven in `pipeline`, and show those that draw the picture."""
+    """Report the steps of every scheduler used in `pipeline`, with previews for the one that draws the picture."""
     driving = scheduler_owners.drivers(pipeline)
     parameters = capabilities.parameters_of(pipeline)
     expected: dict[str, int] = {}
@@ -175,7 +175,7 @@ def _observed(scheduler: Any, on_step: OnStep, previews: RunPreviews | None = No
     def observed(scheduler: Any, step: Any, model_output: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal done, total, counted
         counted = counted or weakref.ref(scheduler)
-        if counted() is not scheduler:  # a copy that the pipeline steps beside it, for sound
+        if counted() is not scheduler:  # a copy that the pipeline steps in parallel, for audio
             return step(model_output, timestep, *args, **kwargs)
         if done == 0:
             total = _remaining(scheduler, timestep)
@@ -212,7 +212,7 @@ def _refuse_nan(result: Any) -> None:
 
 
 def _run(pipeline: Any, given: Mapping[str, Any], seed: int) -> Image.Image:
-    # Noise is drawn on the CPU always: the same seed gives the same on every device.
+    # Noise is always drawn on the CPU: the same seed gives the same noise on every device.
     noise = {"generator": torch.Generator("cpu").manual_seed(seed)}
     if "generator" not in capabilities.parameters_of(pipeline):
         noise = {}
@@ -221,7 +221,7 @@ def _run(pipeline: Any, given: Mapping[str, Any], seed: int) -> Image.Image:
         output = pipeline(**given, **noise)
     except SfumatoError:
         raise
-    except Exception as error:  # whatever a pipeline raises, the caller gets words
+    except Exception as error:  # whatever a pipeline raises, the caller gets a readable message
         if is_out_of_memory(error):
             raise
         if any(frame.name == "check_inputs" for frame in traceback.extract_tb(error.__traceback__)):
@@ -230,7 +230,7 @@ def _run(pipeline: Any, given: Mapping[str, Any], seed: int) -> Image.Image:
     if any(getattr(output, "nsfw_content_detected", None) or ()):
         raise ContentFiltered("the model's safety checker blocked this picture; change the prompt or the seed")
     image = output.images[0]
-    if isinstance(image, list):  # drawn in layers: one upon the other
+    if isinstance(image, list):  # layers: composite them
         image = functools.reduce(Image.alpha_composite, (layer.convert("RGBA") for layer in image))
     return image  # type: ignore[no-any-return]
 
@@ -247,7 +247,7 @@ def _recipe(
     parameters = capabilities.parameters_of(pipeline)
 
     def used(name: str) -> Any:
-        """What the pipeline really worked with, its own default included."""
+        """The value the pipeline actually used, including its own default."""
         return given.get(name, parameters[name].default if name in parameters else None)
 
     own = getattr(model.pipeline, "scheduler", None)

@@ -1,4 +1,4 @@
-"""What is known of a model once it is loaded, for those who choose one and ask it for something."""
+"""What is known about a loaded model, for clients that choose one and send requests to it."""
 
 from __future__ import annotations
 

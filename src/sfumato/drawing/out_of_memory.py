@@ -1,7 +1,7 @@
-"""Out of memory, when a request has a forward to itself: the same request again with less, rung by rung.
+"""Out-of-memory fallbacks for a request that already runs alone: retry it with less memory, step by step.
 
-The rungs before these are the batcher's: what it keeps of earlier calls goes first, then it halves the rows of a batch
-that did not fit, and remembers. What makes a picture another one belongs to the request and stands in its recipe.
+The earlier fallbacks are the batcher's: it drops its caches, then halves the rows of a batch that did not fit, and
+remembers the limit. A fallback that changes pixels applies to the request and is recorded in its recipe.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ T = TypeVar("T")
 def with_less(
     model: Loaded, asked: Generation, draw: Callable[[Generation], T], spare: Callable[[], int] = lambda: 0
 ) -> T:
-    """`draw(asked)`, again after each rung while it runs out of memory. Raises DrawError when none is left.
+    """Run `draw(asked)`, and again after each fallback while it runs out of memory. Raises DrawError if none is left.
 
-    `spare` drops what the engine keeps for speed alone and returns its bytes.
+    `spare` drops the engine's caches and returns the bytes freed.
     """
     pixels, known = _pixels(model, asked), model.condition.tiled_from
     if known is not None and pixels >= known:
@@ -51,7 +51,7 @@ def with_less(
         offload.empty_cache()
         if freed and not spared:
             spared = True
-            log.warning("%s ran out of memory; %d bytes of kept results are dropped", model.config.name, freed)
+            log.warning("%s ran out of memory; dropped %d bytes of cached results", model.config.name, freed)
         elif VAE_TILING not in asked.savings and can_tile(model.pipeline):
             asked = _tiled(asked)
             model.condition.tiled_from = pixels if known is None else min(pixels, known)
@@ -60,8 +60,8 @@ def with_less(
             _note(model, OFFLOADED)
         else:
             raise DrawError(
-                f"{model.config.name}: out of memory, also with the VAE in tiles"
-                f"{'' if model.device == 'cpu' else ' and modules in main memory'}. Ask for a smaller size, or set a "
+                f"{model.config.name}: out of memory, even with the VAE in tiles"
+                f"{'' if model.device == 'cpu' else ' and modules in main memory'}. Request a smaller size, or set a "
                 "smaller dtype in the model file."
             )
 
@@ -84,7 +84,7 @@ def _offload(model: Loaded) -> bool:
 
 
 def _pixels(model: Loaded, asked: Generation) -> float:
-    """Of the picture to be drawn, near enough to tell a large one from a small one; more than any if not known."""
+    """Approximate pixels of the picture to draw, to tell large from small; infinite if unknown."""
     if asked.width and asked.height:
         return asked.width * asked.height
     if asked.images:

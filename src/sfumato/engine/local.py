@@ -1,4 +1,4 @@
-"""The engine in a thread of this process: for the command line and for tests of the layers below."""
+"""The engine in a thread of this process: for the command line, and for tests of the layers below."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class Local:
-    """Engine whose loop runs in a thread; imports torch into this process when it is started."""
+    """Engine whose loop runs in a thread; imports torch into this process when started."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -62,9 +62,9 @@ class Local:
         def run() -> None:
             try:
                 loop.run()
-            except Exception:  # an error of the loop's own; a thread has nobody else to tell
-                log.exception("the loop broke")
-            finally:  # whoever still waits would wait for ever
+            except Exception:  # an error in the loop itself; a thread can only log it
+                log.exception("the loop failed")
+            finally:  # otherwise waiting requests would wait forever
                 here.call_soon_threadsafe(self._streams.fail_all, WorkerDied("the engine has stopped"))
 
         self._thread = threading.Thread(target=run, name="sfumato-loop", daemon=True)
@@ -77,7 +77,7 @@ class Local:
 
     async def submit(self, config: ModelConfig, generation: Generation) -> AsyncGenerator[Event, None]:
         loop = self._loop
-        assert loop is not None, "start() comes before submit()"
+        assert loop is not None, "call start() before submit()"
         loop.post(Submit(config, generation))
         cancel = functools.partial(loop.post, Cancel(generation.id))
         async with aclosing(self._streams.events(generation.id, cancel)) as events:

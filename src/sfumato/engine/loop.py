@@ -1,7 +1,7 @@
-"""The worker's one thread: takes commands, lets the batcher compute one group of module calls, reports; again.
+"""The worker's only thread, in a loop: take commands, let the batcher run one group of module calls, report.
 
-Some requests compute for long without giving the thread away (`batching.Batcher.listen`). The loop then listens inside
-of them, at each of their module calls and steps: who is cancelled is told so at once, new requests are put by.
+Some requests compute for a long time without yielding the thread (`batching.Batcher.listen`). The loop then listens
+inside them, at each module call and step: cancelled requests are answered at once, new requests are set aside.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 Send: TypeAlias = Callable[[Report], None]
 
 LOAD = "load "
-"""Begins the id of a task that is no generation, and that nobody waits for."""
+"""Id prefix of tasks that load a model; no request waits for them."""
 
 
 class Loop:
@@ -73,18 +73,18 @@ class Loop:
         )
         self._stats = Stats(self._batcher, self._pool)
         self._tasks: dict[str, Task] = {}
-        """Of generations that have not been answered."""
+        """Tasks of unanswered generations."""
         self._arrived: dict[str, Submit] = {}
-        """Generations that came while a request ran, and are no tasks yet."""
+        """Generations that arrived while a request ran and have no task yet."""
         self._orders: list[Load | Unload] = []
-        """The same of orders: models come and go between requests' turns only."""
+        """Orders that arrived while a request ran: models are loaded and unloaded only between turns."""
         self._stopping = False
 
     def post(self, command: Command) -> None:
         self._inbox.put(command)
 
     def run(self) -> None:
-        """Until `Stop` comes; what was posted before it is answered first."""
+        """Run until `Stop`; commands posted before it are answered first."""
         with torch.no_grad():
             while self._tasks or self._arrived or not self._stopping:
                 self._take()
@@ -136,24 +136,24 @@ class Loop:
                 self._pool.unload(name)
 
     def _bring(self, config: ModelConfig) -> None:
-        """A model into memory. Who asked for it sees in its status how that goes."""
+        """Load a model; progress and errors appear in its status."""
         with self._pool.use(config, self._batcher.turn):
             pass
 
     def _cancel(self, id: str) -> None:
-        """Answered at once. A request that is running ends when it listens next, one that is parked when it may."""
+        """Answer at once. A running request ends when it next listens, a parked one at its next turn."""
         task = self._tasks.get(id)
         if task and not task.done:
-            log.info("request %s is cancelled with %s steps left", id, task.left)
+            log.info("request %s was cancelled with %s steps left", id, task.left)
             del self._tasks[id]
             self._stats.ended(id)
             self._batcher.cancel(task, generation.RunStopped())
         elif not self._arrived.pop(id, None):
-            return  # it has been answered already, or is about to be
+            return  # already answered, or about to be
         self._send(Answer(id, _CANCELLED))
 
     def _draw(self, submit: Submit) -> Done:
-        """In the request's greenlet, from its first turn to its end."""
+        """Runs in the request's greenlet, from its first turn to its end."""
         asked = submit.generation
         self._send(Started(asked.id))
         log.info("request %s starts", asked.id)
@@ -164,7 +164,7 @@ class Loop:
                 draw = functools.partial(generation.draw, model, on_step=on_step, on_preview=on_preview)
                 self._stats.started(asked.id)
                 return out_of_memory.with_less(model, asked, draw, self._batcher.spare)
-            log.warning("request %s is drawn again: another one has left its model changed", asked.id)
+            log.warning("request %s is drawn again: another request left its model changed", asked.id)
 
     def _on_step(self, id: str, step: int, total: int) -> None:
         if task := self._tasks.get(id):
@@ -182,7 +182,7 @@ class Loop:
         for id in done:
             del self._tasks[id]
             self._stats.ended(id)
-        # Before the answers: whoever has the last one finds it counted.
+        # Before the answers: the counters must include a request once its answer is read.
         if self._stats.due(idle=not self._tasks):
             self._send(StatsReport(self._stats.stats()))
         for id, task in done.items():

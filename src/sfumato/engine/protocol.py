@@ -14,10 +14,10 @@ class Engine(Protocol):
     """Draws pictures. Implementations: `supervisor` (a child process), `local` (a thread of this one)."""
 
     async def start(self) -> None:
-        """Make ready to take requests; returns at once, requests wait until the worker is up."""
+        """Accept requests from now on; returns at once, requests wait until the worker is up."""
 
     async def stop(self) -> None:
-        """Let what runs come to its end within the grace time, fail the rest, and go."""
+        """Let running requests finish within the grace time, fail the rest, and stop."""
 
     def submit(self, config: ModelConfig, generation: Generation) -> AsyncGenerator[Event, None]:
         """Events of one generation: any number of `Step`, then one `Done` or `Failed`.
@@ -26,18 +26,18 @@ class Engine(Protocol):
         """
 
     def order(self, command: Order) -> None:
-        """Have a model loaded, unloaded or pinned, as soon as a worker is up to do it; `status` says how it goes."""
+        """Load, unload or pin a model, as soon as a worker is up; `status` reports the progress."""
 
     def status(self, model: str) -> ModelStatus:
-        """Where the model of that name stands."""
+        """State of the model of that name."""
 
     @property
     def ready(self) -> bool:
-        """Whether a worker is up to draw."""
+        """Whether a worker is up and ready to draw."""
 
     @property
     def stats(self) -> EngineStats:
-        """What it counted so far, at most about a second old."""
+        """The counters so far, at most about a second old."""
 
 
 # To the worker.
@@ -56,21 +56,21 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Bring a model into memory before somebody draws with it."""
+    """Load a model before the first request needs it."""
 
     config: ModelConfig
 
 
 @dataclass(frozen=True, slots=True)
 class Unload:
-    """Let a model go, or with None every one, each as soon as nobody draws with it."""
+    """Unload a model (None: all), each as soon as no request uses it."""
 
     model: str | None
 
 
 @dataclass(frozen=True, slots=True)
 class Pin:
-    """Whether a model stays while others leave, whatever its file says."""
+    """Pin or unpin a model, whatever its file says."""
 
     model: str
     pinned: bool
@@ -78,7 +78,7 @@ class Pin:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """Finish what runs, then exit."""
+    """Finish running requests, then exit."""
 
 
 # From the worker.
@@ -86,7 +86,7 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """The handshake: the worker has imported torch and takes requests."""
+    """The handshake: the worker has imported torch and accepts requests."""
 
     device: str
     versions: Mapping[str, str]
@@ -94,7 +94,7 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """This generation has left the queue; from now on it may be the reason if the worker dies."""
+    """This generation has left the queue; if the worker dies from now on, it may be the cause."""
 
     id: str
 
@@ -113,7 +113,7 @@ class Status:
 
 @dataclass(frozen=True, slots=True)
 class StatsReport:
-    """Since this worker started."""
+    """Counters since this worker started."""
 
     stats: EngineStats
 

@@ -1,4 +1,4 @@
-"""What the worker counts while it works, and when it says so."""
+"""The worker's counters, and when it reports them."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from sfumato.core import EngineStats
 from sfumato.models.pool import ModelPool
 
 EVERY_S = 1.0
-"""At most so often while nothing ends."""
+"""Minimum interval between reports while no request ends."""
 
 DENOISER = re.compile(r"(.*\.)?(unet|transformer|prior|decoder)(_\d+)?$")
-"""Names of the components that are called at each step; the denoiser of a cascade's second half is a `decoder`."""
+"""Names of components called at each step; the denoiser of a cascade's second stage is a `decoder`."""
 
 STATM = Path("/proc/self/statm")
 
 
 class Stats:
-    """Counts of one worker. The batcher and the pool count for themselves; the steps are counted here."""
+    """Counters of one worker. The batcher and the pool have their own; the steps are counted here."""
 
     def __init__(self, batcher: Batcher, pool: ModelPool) -> None:
         self._batcher = batcher
@@ -36,7 +36,7 @@ class Stats:
         self._news = False
 
     def started(self, id: str) -> None:
-        """The model is there: the first step of this request begins."""
+        """The model is loaded: the first step of this request begins."""
         self._since[id] = time.perf_counter()
 
     def stepped(self, id: str) -> None:
@@ -50,11 +50,11 @@ class Stats:
         self._news = True
 
     def changed(self) -> None:
-        """A model has come, gone or failed."""
+        """A model was loaded, unloaded or failed to load."""
         self._news = True
 
     def due(self, idle: bool) -> bool:
-        """Whether to tell now: about once a second, and at once when something is new and nothing more will come."""
+        """Whether to report now: about once a second, and at once if there is news and the worker is idle."""
         late = time.perf_counter() - self._told >= EVERY_S
         return late or (idle and self._news)
 
@@ -80,7 +80,7 @@ class Stats:
 
 
 def _memory() -> int:
-    """Resident memory of this process; where /proc is missing, the most it ever was."""
+    """Resident memory of this process, in bytes; without /proc, its peak."""
     if STATM.exists():
         return int(STATM.read_text().split()[1]) * resource.getpagesize()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""The API side of running requests: each has a queue of events until its terminal one."""
+"""The API side of running requests: each has a queue of events up to its terminal one."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from sfumato.engine.protocol import Answer, Ready, Report, Started, StatsReport,
 from sfumato.errors import SfumatoError
 
 SUMS = ("forwards", "steps", "step_seconds", "loads", "evictions")
-"""Of `EngineStats`: what never goes down, whichever worker counts."""
+"""Fields of `EngineStats` that never decrease, even across workers."""
 
 
 class Streams:
-    """Routes a worker's reports to those who wait for them."""
+    """Routes a worker's reports to the waiting requests."""
 
     def __init__(self) -> None:
         self._queues: dict[str, asyncio.Queue[Event]] = {}
@@ -26,11 +26,11 @@ class Streams:
         self._before = EngineStats()
 
     def open(self, id: str) -> asyncio.Queue[Event]:
-        """From now on events of this request are kept until they are read."""
+        """Queue the events of this request, from now on, until they are read."""
         return self._queues.setdefault(id, asyncio.Queue())
 
     async def events(self, id: str, cancel: Callable[[], None]) -> AsyncGenerator[Event, None]:
-        """Events of one request; calls `cancel` when it is closed before the terminal event."""
+        """Events of one request; calls `cancel` if closed before the terminal event."""
         queue = self.open(id)
         ended = False
         try:
@@ -44,7 +44,7 @@ class Streams:
                 cancel()
 
     def deliver(self, report: Report) -> None:
-        """Take a report. Raises TypeError for what is none, and takes nothing of it."""
+        """Handle a report. Raises TypeError, and changes nothing, if it is not one."""
         match report:
             case Answer(str(id), Step() | Preview() | Done() | Failed(SfumatoError()) as event):
                 if queue := self._queues.get(id):
@@ -56,7 +56,7 @@ class Streams:
             case Ready() | Started(str()):
                 pass
             case _:
-                raise TypeError(f"{reprlib.repr(report)} is no report")
+                raise TypeError(f"{reprlib.repr(report)} is not a report")
 
     def fail(self, id: str, error: SfumatoError) -> None:
         """End one stream."""
@@ -69,13 +69,13 @@ class Streams:
             self.fail(id, error)
 
     def forget(self) -> None:
-        """The worker is gone, and with it every model that was loaded."""
+        """The worker is gone, and with it every loaded model."""
         self._statuses.clear()
         self._before, self._stats = self.stats, EngineStats()
 
     @property
     def stats(self) -> EngineStats:
-        """What all workers counted; memory and models are those of the present one."""
+        """Sum over all workers; memory and models are those of the current one."""
         before, now = self._before, self._stats
         sizes = Counter(before.batch_sizes) + Counter(now.batch_sizes)
         unbatched = Counter(before.unbatched) + Counter(now.unbatched)

@@ -1,1 +1,1 @@
-"""Weights: sources, download, load, the pool of loaded models, memory. The embedded model's files lie here too."""
+"""Weights: sources, download, load, the pool of loaded models, memory. The built-in model's files are here too."""

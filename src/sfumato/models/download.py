@@ -1,6 +1,6 @@
-"""Weights on first use: from a hub through diffusers' own selection of files, or from a plain URL.
+"""Download weights on first use: from a hub, with diffusers' own selection of files, or from a plain URL.
 
-`HF_ENDPOINT`, `HF_TOKEN`, `HF_HOME` and `HF_HUB_OFFLINE` are huggingface_hub's and work as it says.
+`HF_ENDPOINT`, `HF_TOKEN`, `HF_HOME` and `HF_HUB_OFFLINE` are huggingface_hub's and work as documented there.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def from_hub(
     report: OnProgress,
     without: Sequence[str] = (),
 ) -> Path:
-    """The local snapshot folder of a repository; what is missing in the cache is fetched first.
+    """The local snapshot folder of a repository; files missing from the cache are downloaded first.
 
     Which files a pipeline needs is diffusers' own rule; `without`: of these components the configuration alone.
     Raises DownloadError or LoadError in words.
@@ -86,21 +86,21 @@ def index_of(repo: str, revision: str | None) -> dict[str, Any]:
 
 
 def from_url(url: str, target: Path, *, sha256: str | None, report: OnProgress) -> Path:
-    """Fetch a file once; it appears under its name only when it is whole (and its hash is right)."""
+    """Download a file once; it gets its name only when it is complete (and its hash is right)."""
     return weight_file.fetch(url, target, sha256=sha256, report=report)
 
 
 def description_of(path: Path, model: str) -> Path:
-    """The configurations and the tokenizer of the repository that a single file was made for.
+    """The folder with the configurations and the tokenizer that belong to a single file.
 
-    A single file holds weights alone. Which repository describes them diffusers tells from the names
-    and shapes inside; its few small files are fetched once.
+    A single file contains only weights. diffusers identifies the matching repository from their names
+    and shapes; its few small files are downloaded once.
     """
     try:
         with weight_file.in_lower_case(path) as named:
             checkpoint = single_file_utils.load_single_file_checkpoint(str(named), local_files_only=True)
     except (OSError, SafetensorError, ValueError) as error:
-        raise LoadError(f"{path} cannot be read as weights ({_first_line(error)}); fetch it again") from error
+        raise LoadError(f"{path} cannot be read as weights ({_first_line(error)}); download it again") from error
     repo = single_file_utils.fetch_diffusers_config(checkpoint)["pretrained_model_name_or_path"]
     shipped = descriptions.of(repo)
     with words_for_hub_errors(repo, f"{path.name} needs its small configuration files. Run `sfumato pull {model}`"):
@@ -114,12 +114,12 @@ def description_of(path: Path, model: str) -> Path:
 
 
 UNREACHABLE = (hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError, httpx2.TransportError)
-"""The hub was not asked, or did not answer."""
+"""The hub was not contacted, or did not answer."""
 
 
 @contextmanager
 def words_for_hub_errors(repo: str, remedy: str = "") -> Iterator[None]:
-    """Turn what huggingface_hub and diffusers raise while fetching `repo` into errors that help."""
+    """Turn what huggingface_hub and diffusers raise while downloading `repo` into errors with a remedy."""
     remedy = remedy or f"Run `sfumato pull {repo}`"
     endpoint = os.environ.get("HF_ENDPOINT", "the hub")
     try:
@@ -137,10 +137,10 @@ def words_for_hub_errors(repo: str, remedy: str = "") -> Iterator[None]:
         raise LoadError(f"{repo} has no such revision: {error}") from error
     except UNREACHABLE as error:
         raise _unreachable(repo, endpoint, remedy) from error
-    except (hub.HfHubHTTPError, httpx2.HTTPError) as error:  # httpx2 is what huggingface_hub talks with
+    except (hub.HfHubHTTPError, httpx2.HTTPError) as error:  # httpx2 is huggingface_hub's HTTP client
         raise DownloadError(f"{repo} could not be fetched from {endpoint}: {_first_line(error)}") from error
     except OSError as error:
-        if isinstance(error.__cause__, UNREACHABLE):  # diffusers looks into its cache first, and finds nothing
+        if isinstance(error.__cause__, UNREACHABLE):  # diffusers looked into its cache first and found nothing
             raise _unreachable(repo, endpoint, remedy) from error
         if not isinstance(error.__cause__, hub.EntryNotFoundError) and error.errno is not None:
             raise DownloadError(f"{repo} could not be written to the cache: {error}") from error
@@ -152,7 +152,7 @@ def words_for_hub_errors(repo: str, remedy: str = "") -> Iterator[None]:
 
 def _unreachable(repo: str, endpoint: str, remedy: str) -> DownloadError:
     why = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else f"{endpoint} cannot be reached"
-    return DownloadError(f"{repo} is not in the local cache and {why}. {remedy} once with a network.")
+    return DownloadError(f"{repo} is not in the local cache and {why}. {remedy} once while online.")
 
 
 def _first_line(error: BaseException) -> str:
@@ -162,8 +162,8 @@ def _first_line(error: BaseException) -> str:
 
 @contextmanager
 def _progress_to(report: OnProgress, repo: str) -> Iterator[None]:
-    # diffusers calls snapshot_download without a way to pass its `tqdm_class` on; this is that way.
-    # The worker loads in one thread, so nobody else sees the name while it is bound.
+    # diffusers calls snapshot_download and offers no way to pass `tqdm_class`; this is one.
+    # The worker loads in one thread, so no other code sees the patched name.
     original = pipeline_utils.snapshot_download
     bar = type("_Bar", (_ReportingBar,), {"report": staticmethod(report), "repo": repo})
     pipeline_utils.snapshot_download = functools.partial(original, tqdm_class=bar)

@@ -1,4 +1,4 @@
-"""From a model file to a diffusers pipeline on its device, ready to draw."""
+"""Load a model file into a diffusers pipeline on its device, ready to draw."""
 
 from __future__ import annotations
 
@@ -42,22 +42,22 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 TILES = "its VAE works in slices and tiles"
 OFFLOADED = "its modules wait in main memory"
-"""What a model may have come to when memory ran out, in words."""
+"""Descriptions of the out-of-memory fallbacks a model may be using."""
 
 
 @dataclass(slots=True)
 class Condition:
-    """What has become of a model since it was loaded. One for all who use it."""
+    """State of a model that changed after loading; shared by all its requests."""
 
     tiled_from: float | None = None
-    """Pixels of the smallest picture for which its VAE ran out of memory: those as large have it in tiles at once."""
+    """Pixels of the smallest picture for which the VAE ran out of memory; from that size on it is tiled at once."""
     broken: str = ""
-    """What a request has left changed and could not put back; nobody new draws with such a model."""
+    """What a request changed and could not restore; new requests do not use such a model."""
 
 
 @dataclass(slots=True)
 class Loaded:
-    """A model in memory, as a request sees it: its `config` is the one that the request was made with."""
+    """A model in memory as one request sees it: `config` is the one that request was made with."""
 
     config: ModelConfig
     pipeline: Any
@@ -65,20 +65,20 @@ class Loaded:
     device: str
     dtype: str
     siblings: dict[str, Any] = field(default_factory=dict)
-    """Pipelines of other tasks on the same weights, by task."""
+    """Pipelines for other tasks on the same weights, by task."""
     rungs: set[str] = field(default_factory=set)
-    """Of TILES (for pictures as large as those that did not fit) and OFFLOADED: what was done to need less memory."""
+    """The out-of-memory fallbacks in use: TILES (from the size that did not fit) and OFFLOADED."""
     condition: Condition = field(default_factory=Condition)
     glance: CheapDecoder | None = None
-    """What shows its previews for next to nothing; None: its own decoder does."""
+    """Cheap preview decoder; None: previews use the model's own VAE."""
 
 
 def load(config: ModelConfig, device_setting: str, tell: Tell) -> Loaded:
-    """Load a model. Raises LoadError, ModelFileError or InvalidRequest, each in words; keeps nothing then.
+    """Load a model. Raises LoadError, ModelFileError or InvalidRequest with a readable message, and then keeps nothing.
 
-    Where memory runs out, what torch or Python raised (see `is_out_of_memory`).
+    If memory runs out, raises what torch or Python raised (see `is_out_of_memory`).
     """
-    # The server's log says what is loaded; bars are for terminals.
+    # The server logs what is loaded; progress bars are for terminals.
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
 
@@ -98,7 +98,7 @@ def load(config: ModelConfig, device_setting: str, tell: Tell) -> Loaded:
         _place(config, pipeline, device)
     except SfumatoError:
         raise
-    except Exception as error:  # whatever a pipeline's loading code raises, the caller gets words
+    except Exception as error:  # whatever a pipeline's loading code raises, the caller gets a readable message
         gc.collect()
         if is_out_of_memory(error):
             raise
@@ -110,7 +110,7 @@ def load(config: ModelConfig, device_setting: str, tell: Tell) -> Loaded:
 
 
 def choose_device(config: ModelConfig, setting: str) -> str:
-    """`setting` (not "auto") wins; then `cuda` true, false, or absent: the best device here."""
+    """`setting` wins unless "auto"; then the file's `cuda`: true, false, or absent for the best available device."""
     if setting != "auto":
         if config.cuda and not setting.startswith("cuda"):
             log.warning("%s: the file says cuda: true; the server's device setting is %s", config.name, setting)
@@ -133,21 +133,21 @@ def _usable(config: ModelConfig, device: str) -> None:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise DeviceUnavailable(
-            f"{config.name}: the device {device!r} cannot be used here ({str(error).splitlines()[0]}). "
-            "Set `cuda: false` in the model file, leave it out (the best device here is taken), "
+            f"{config.name}: the device {device!r} is not usable on this machine ({str(error).splitlines()[0]}). "
+            "Set `cuda: false` in the model file, leave it out (to take the best available device), "
             "or start the server with --device cpu."
         ) from error
 
 
 def choose_dtype(config: ModelConfig, device: str) -> str:
-    """`dtype` of the file; else fp16 for `f16: true` on CUDA, bf16 on CUDA and CPUs that have it, fp32."""
+    """The file's `dtype`; else fp16 for `f16: true` on CUDA, bf16 on CUDA and CPUs that support it, else fp32."""
     if config.dtype:
         return config.dtype
     fast = "bf16" if device.startswith("cuda") or (device == "cpu" and _cpu_has_bf16()) else "fp32"
     if config.f16:
         if device.startswith("cuda"):
             return "fp16"
-        log.warning("%s: f16: true has no fast float16 on %s; %s is used", config.name, device, fast)
+        log.warning("%s: f16: true: float16 is slow on %s; %s is used", config.name, device, fast)
     return fast
 
 
@@ -163,7 +163,7 @@ class Fetched:
     path: Path
     shown: str
     description: Path | None = None
-    """For a single file: the folder with the configurations and the tokenizer that it lacks."""
+    """For a single file: the folder with its configurations and tokenizer."""
 
 
 def fetch(config: ModelConfig, dtype: str, tell: Tell, without: Sequence[str] = ()) -> Fetched:
@@ -268,9 +268,9 @@ def _single_file(config: ModelConfig, fetched: Fetched, cls: Any, dtype: str) ->
 
 
 def _glance(config: ModelConfig, pipeline: Any, device: str, dtype: str) -> CheapDecoder | None:
-    """The tiny autoencoder that the file names; else a map that is found now, while nobody draws with the model."""
+    """The tiny autoencoder that the file names; else a latent-to-RGB map, fitted now while the model is idle."""
     if not config.preview_vae:
-        # Where its weights wait in main memory, the map is found there.
+        # With weights offloaded to main memory, the map is fitted there.
         vae = getattr(pipeline, "vae", None)
         if vae is not None and not config.low_vram:
             vae.to(device)
@@ -283,8 +283,8 @@ def _glance(config: ModelConfig, pipeline: Any, device: str, dtype: str) -> Chea
     )
     if has is not None and takes != has:
         raise ModelFileError(
-            f"{config.name}: preview_vae {config.preview_vae} decodes latents of {takes} channels; "
-            f"this model's have {has}. Take the one made for it, or leave it out.",
+            f"{config.name}: preview_vae {config.preview_vae} decodes latents with {takes} channels; "
+            f"this model's have {has}. Use one made for this model, or leave it out.",
             param="diffusers.preview_vae",
         )
     return tiny.to(device)
@@ -300,7 +300,7 @@ def _check(config: ModelConfig, pipeline: Any) -> None:
     layers = encoder_layers(pipeline)
     if config.clip_skip and layers is not None and config.clip_skip >= layers + 1:
         raise ModelFileError(
-            f"{config.name}: clip_skip {config.clip_skip} leaves nothing of a text encoder with {layers} layers; "
+            f"{config.name}: clip_skip {config.clip_skip} skips every layer of a text encoder with {layers} layers; "
             f"0 to {layers} are valid",
             param="clip_skip",
         )

@@ -1,4 +1,4 @@
-"""Which models are in memory: the ones used last, up to a number; a changed model file loads anew."""
+"""The models in memory: the most recently used ones, up to a limit; a changed model file is reloaded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sfumato.models.release import let_go
 
 log = logging.getLogger(__name__)
 
-ASKED = "it was asked to leave"
+ASKED = "unloading was requested"
 
 PER_REQUEST: Mapping[str, Any] = {
     "aliases": (), "pinned": False, "disabled": False, "file": None, "enable_parameters": frozenset(),
@@ -29,11 +29,11 @@ PER_REQUEST: Mapping[str, Any] = {
     "threads": None, "max_concurrent": None,
     "retry_after": 0,
 }  # fmt: skip
-"""Fields that have no part in loading, with a value that stands for any."""
+"""Fields without effect on loading, with a value that replaces them in comparisons."""
 
 
 class ModelPool:
-    """Loaded models by name. Used from the loop's one thread, by requests that take turns on it."""
+    """Loaded models by name. Used only on the loop's thread, by requests that take turns on it."""
 
     def __init__(
         self,
@@ -44,10 +44,10 @@ class ModelPool:
         spare: Callable[[], int] = lambda: 0,
         describe: Callable[[load.Loaded], ModelInfo | None] = lambda model: None,
     ) -> None:
-        """At most `limit` models, on `device` (a setting); `dropped` is called when one has left.
+        """Hold at most `limit` models, on `device` (a setting); `dropped` is called after one was unloaded.
 
-        `spare` drops what the engine keeps for speed alone and returns its bytes: for a model that does not fit.
-        `describe` says what a model can be asked for.
+        `spare` drops the engine's caches and returns the bytes freed, for a model that does not fit.
+        `describe` returns a model's capabilities.
         """
         self._limit = limit
         self._device = device
@@ -57,27 +57,27 @@ class ModelPool:
         self._describe = describe
         self._loaded: OrderedDict[str, load.Loaded] = OrderedDict()
         self._newest: dict[str, ModelConfig] = {}
-        """Of each loaded model: the config of the request that came last."""
+        """Loaded model → the config of its latest request."""
         self._users: Counter[str] = Counter()
         self._pins: dict[str, bool] = {}
-        """Whether a model stays, where somebody has said otherwise than its file."""
+        """Model → whether it is pinned, if a request overrode its model file."""
         self._leaving: set[str] = set()
-        """Models that leave as soon as nobody draws with them."""
+        """Models to unload as soon as no request uses them."""
         self._line: deque[object] = deque()
         self.loads = 0
-        """Models that were loaded so far."""
+        """Models loaded so far."""
         self.evictions = 0
-        """Models that left so far because another one was wanted."""
+        """Models unloaded so far to make room for another."""
 
     def __len__(self) -> int:
         return len(self._loaded)
 
     @contextmanager
     def use(self, config: ModelConfig, turn: Callable[[], None]) -> Iterator[load.Loaded]:
-        """The model with this `config`, loaded if need be, and not dropped while it is in use.
+        """The model for this `config`, loaded if necessary, and not unloaded while in use.
 
-        `turn` lets others go on while this one waits for room. Who came first is served first: a model
-        that waits for room is not passed by requests for those that are in memory.
+        `turn` lets other requests continue while this one waits for room. First come, first served: requests for
+        loaded models do not overtake a model that waits for room.
         """
         ticket = object()
         self._line.append(ticket)
@@ -98,7 +98,7 @@ class ModelPool:
                     self._drop(config.name, ASKED)
 
     def unload(self, name: str | None) -> None:
-        """Let a model leave (None: every one), pinned or not, once nobody draws with it."""
+        """Unload a model (None: all), pinned or not, once no request uses it."""
         for each in [name] if name is not None else list(self._loaded):
             if each in self._loaded and self._users[each]:
                 self._leaving.add(each)
@@ -113,7 +113,7 @@ class ModelPool:
         if held and _serves(held, config):
             return True
         if held and self._users[config.name]:
-            return False  # it is to be loaded anew; those who draw with the old one finish first
+            return False  # it must be reloaded; requests that use the old one finish first
         return len(self._loaded) < self._limit or self._oldest() is not None or not any(self._users.values())
 
     def _get(self, config: ModelConfig) -> load.Loaded:
@@ -121,19 +121,19 @@ class ModelPool:
         held = self._loaded.get(config.name)
         if held and _serves(held, config):
             self._loaded.move_to_end(config.name)
-            self._leaving.discard(config.name)  # somebody wants it again
+            self._leaving.discard(config.name)  # it is requested again
             changed, self._newest[config.name] = self._newest[config.name] != config, config
             if not self._users[config.name]:
                 held.config = config
-            # Those who draw with it keep the file that they were asked with.
+            # Running requests keep the model file they were made with.
             model = held if held.config == config else replace(held, config=config)
-            if changed:  # of its defaults
+            if changed:  # a default of requests changed
                 self._tell(config.name, self._ready(model))
             return model
         if held:
             self._drop(config.name, held.condition.broken or "its model file changed")
         while len(self._loaded) >= self._limit and (idle := self._oldest()):
-            self._evict(idle, "another model is wanted")
+            self._evict(idle, "another model needs its place")
         try:
             self._loaded[config.name] = self._load(config)
         except SfumatoError as error:
@@ -167,8 +167,8 @@ class ModelPool:
     def _ready(self, model: load.Loaded) -> ModelStatus:
         try:
             return ModelStatus("ready", info=self._describe(model))
-        except Exception:  # a pipeline like no other may still draw
-            log.exception("%s: what it can do is not known", model.config.name)
+        except Exception:  # an unusual pipeline may still be able to draw
+            log.exception("%s: its capabilities could not be read", model.config.name)
             return ModelStatus("ready")
 
     def _evict_idle(self) -> bool:
@@ -178,7 +178,7 @@ class ModelPool:
         return idle is not None
 
     def _rest(self, name: str) -> None:
-        """Nobody draws with it any more."""
+        """Called when the last request using the model has ended."""
         model = self._loaded[name]
         model.config = self._newest[name]
         try:
@@ -188,7 +188,7 @@ class ModelPool:
             model.condition.broken = f"its modules could not be put into main memory: {error}"
 
     def _oldest(self) -> str | None:
-        """The model used least recently, of those that are not pinned and not in use."""
+        """The least recently used model that is neither pinned nor in use."""
         idle = (name for name, model in self._loaded.items() if not self._pinned(model) and not self._users[name])
         return next(idle, None)
 
@@ -200,22 +200,22 @@ class ModelPool:
         self._drop(name, why)
 
     def _drop(self, name: str, why: str) -> None:
-        log.info("%s leaves memory: %s", name, why)
+        log.info("%s was unloaded: %s", name, why)
         del self._loaded[name], self._newest[name]
         self._leaving.discard(name)
         self._dropped()
         gc.collect()
         offload.empty_cache()
-        for model in self._loaded.values():  # there is more room now: what did not fit may
+        for model in self._loaded.values():  # there is more room now: models that did not fit may fit
             model.condition.tiled_from = None
         self._tell(name, ModelStatus("unloaded", why))
 
 
 def _serves(model: load.Loaded, config: ModelConfig) -> bool:
-    """Whether a request with `config` can be drawn with what is in memory."""
+    """Whether the loaded model can serve a request with `config`."""
     return not model.condition.broken and _of_weights(model.config) == _of_weights(config)
 
 
 def _of_weights(config: ModelConfig) -> ModelConfig:
-    """The config less what each request reads anew: a change of these alone loads nothing."""
+    """The config without the fields that each request reads itself: changing only those does not reload."""
     return replace(config, **PER_REQUEST)

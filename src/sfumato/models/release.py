@@ -1,4 +1,4 @@
-"""An error holds the frames that it came through, and they hold every tensor of the run that failed."""
+"""Release the memory an error keeps: its traceback's frames hold every tensor of the failed run."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import traceback
 
 
 def let_go(error: BaseException | None) -> None:
-    """Empty the frames that have ended, of `error` and of what led to it; its words and lines stay.
+    """Clear the finished frames of `error` and of its causes; its message and line numbers stay.
 
-    An error that is kept, in an answer or by a frame that it passed, is part of a cycle: without this the latents of
-    a failed or cancelled run stay in memory until Python's collector comes by.
+    A stored error (in an answer, or in a frame it passed through) is part of a reference cycle: without this the
+    latents of a failed or cancelled run stay in memory until Python's garbage collector runs.
     """
     seen: set[int] = set()
     while error is not None and id(error) not in seen:

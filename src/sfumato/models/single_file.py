@@ -1,7 +1,7 @@
-"""Which repository describes a single weight file: told from the file's header, by diffusers' own rules.
+"""Find the repository that describes a single weight file, from the file's header and by diffusers' own rules.
 
-The rules are a function of its source that looks at names and shapes alone. It is run without its module, whose
-import would bring torch.
+The rules are a function in its source that reads only names and shapes. It is executed without its module, whose
+import would import torch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 MAX_HEADER = 16 * 2**20
-"""Bytes. A model of ten thousand tensors has one."""
+"""In bytes. A model of ten thousand tensors has a header of one MiB."""
 
 TYPE_OF = "infer_diffusers_model_type"
 REPOSITORIES = "DIFFUSERS_DEFAULT_PIPELINE_PATHS"
@@ -28,7 +28,7 @@ NEEDED = ("CHECKPOINT_KEY_NAMES", REPOSITORIES, TYPE_OF)
 
 
 def described_by(path: Path) -> str | None:
-    """The hub id of the repository with its configurations; None where the file cannot be read. Blocks."""
+    """The hub id of the repository with its configurations; None if the file cannot be read. Blocks."""
     try:
         about = path.stat()
         return _described_by(path, about.st_mtime_ns, about.st_size)
@@ -44,7 +44,7 @@ def _described_by(path: Path, changed: int, size: int) -> str | None:
     type_of, repositories = _rules()
     try:
         return str(repositories[type_of(shapes)]["pretrained_model_name_or_path"])
-    except Exception as error:  # foreign code over a foreign file
+    except Exception as error:  # third-party code over an untrusted file
         log.debug("%s: %r", path, error)
         return None
 

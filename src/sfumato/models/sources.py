@@ -1,4 +1,4 @@
-"""Where a model's weights come from: one look at the disk, then at how the source is written.
+"""Where a model's weights come from: existing paths first, then by the form of the source.
 
 Nothing here downloads, and nothing imports torch or diffusers.
 """
@@ -44,7 +44,7 @@ class Url:
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A single weight file on this disk (or one of `download_files`, which is there when it is read)."""
+    """A single weight file on this disk (or one of `download_files`, downloaded before it is read)."""
 
     path: Path
 
@@ -61,10 +61,10 @@ AnyPath = TypeVar("AnyPath", Path, PurePosixPath)
 
 
 def resolve(config: ModelConfig) -> Source:
-    """What `parameters.model` (or `artifacts`) stands for.
+    """What `parameters.model` (or `artifacts`) refers to.
 
-    A path that exists wins; then come URLs and hub ids. Raises ModelFileError where the words
-    cannot be a source, LoadError where what they name is not there.
+    An existing path wins; then come URLs and hub ids. Raises ModelFileError if the text cannot be
+    a source, LoadError if what it names does not exist.
     """
     written = config.repo or config.model
     if config.repo:
@@ -112,7 +112,7 @@ def download_url(uri: str, revision: str | None = None) -> str:
     repo = _HUB_ID.fullmatch("/".join(parts[:2]))
     if repo is None or len(parts) < 3 or not all(parts):
         raise ModelFileError(
-            f"uri {addresses.shown(uri)!r}: https://... or huggingface://owner/name/file is needed",
+            f"uri {addresses.shown(uri)!r}: must be https://... or huggingface://owner/name/file",
             param="download_files",
         )
     path = "/".join(parts[2:])
@@ -121,7 +121,7 @@ def download_url(uri: str, revision: str | None = None) -> str:
 
 
 def endpoint() -> str:
-    """Where the hub is: without a slash at its end."""
+    """The hub's URL, without a trailing slash."""
     return os.environ.get("HF_ENDPOINT", HUB).rstrip("/")
 
 
@@ -134,7 +134,7 @@ def _hub(config: ModelConfig, repo: str) -> HubRepository:
     match = _HUB_ID.fullmatch(repo)
     if match is None:
         raise ModelFileError(
-            f"{_where(config)}: {repo!r} is not a hub id; owner/name or owner/name@revision is needed",
+            f"{_where(config)}: {repo!r} is not a hub id; use owner/name or owner/name@revision",
             param="parameters.model",
         )
     return HubRepository(match[1], match[2] or config.revision)
@@ -160,8 +160,8 @@ def _remote(config: ModelConfig, scheme: str, rest: str) -> Source:
         weights(config, PurePosixPath(rest.partition("@")[0] if "@" in rest.rpartition("/")[2] else rest))
         return Url(download_url(f"hf://{rest}", config.revision))
     raise ModelFileError(
-        f"{_where(config)}: {config.shown!r}: {scheme}:// is not a source here; http://, https://, huggingface:// "
-        "and hf:// are",
+        f"{_where(config)}: {config.shown!r}: {scheme}:// is not supported; use http://, https://, huggingface:// "
+        "or hf://",
         param="parameters.model",
     )
 
@@ -173,12 +173,12 @@ def weights(config: ModelConfig, path: AnyPath, key: str = "parameters.model") -
         return path
     if suffix in PICKLES:
         raise ModelFileError(
-            f"{_where(config)}: {path} is a pickle, which runs whatever code it holds when it is loaded. Use a "
-            ".safetensors file, or write `allow_pickle: true` if you trust it",
+            f"{_where(config)}: {path} is a pickle, which can run arbitrary code when it is loaded. Use a "
+            ".safetensors file, or set `allow_pickle: true` if you trust it",
             param=key,
         )
     raise ModelFileError(
-        f"{_where(config)}: {path} is not a weight file; {', '.join(SAFE)} can be loaded",
+        f"{_where(config)}: {path} is not a weight file; use one of {', '.join(SAFE)}",
         param=key,
     )
 
@@ -188,7 +188,7 @@ def _layout(config: ModelConfig, path: Path) -> Path:
         files = sorted(file.name for file in path.iterdir() if file.suffix.lower() in SAFE)
         remedy = f"name the file: {config.shown}/{files[0]}" if files else "download it again, or name a single file"
         raise LoadError(
-            f"{_where(config)}: the folder {path} has no {INDEX}, which every diffusers model has; {remedy}",
+            f"{_where(config)}: the folder {path} has no {INDEX}, which every diffusers model needs; {remedy}",
             param="parameters.model",
         )
     return path
@@ -198,8 +198,8 @@ def _not_found(config: ModelConfig, path: Path) -> str:
     beside = sorted(file.name for file in config.folder.glob("*") if file.suffix.lower() in SAFE)
     there = f" That folder has {', '.join(beside[:8])}." if beside else ""
     return (
-        f"{_where(config)}: {config.shown!r} is neither there ({path} does not exist) nor a hub id (owner/name). "
-        f"Put it there, or mend parameters.model.{there}"
+        f"{_where(config)}: {config.shown!r} is neither a path ({path} does not exist) nor a hub id (owner/name). "
+        f"Put it there, or fix parameters.model.{there}"
     )
 
 

@@ -1,7 +1,7 @@
-"""What a model can be asked for, told before it was loaded: from its files, and from diffusers' source as text.
+"""A model's capabilities before it is loaded: read from its files, and from diffusers' source as text.
 
-Nothing is imported of diffusers or torch, which would take seconds and gigabytes in the process that answers HTTP.
-What a file does not say is None; once the model is loaded `core.ModelInfo` says it all.
+Neither diffusers nor torch is imported, which would take seconds and gigabytes in the API process.
+What the files do not say is None; once the model is loaded, `core.ModelInfo` has everything.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from sfumato.models import descriptions, diffusers_source, gguf, pipeline_class,
 from sfumato.pipelines import capabilities, tokens
 
 DEFAULT_MULTIPLE = 8
-"""Of diffusers' image processors."""
+"""Default of diffusers' image processors."""
 
 
 @dataclass(frozen=True, slots=True)
 class StaticCapabilities:
-    """The part of `core.ModelInfo` that files tell."""
+    """The part of `core.ModelInfo` that files reveal."""
 
     pipeline: str | None = None
     tasks: tuple[str, ...] | None = None
@@ -37,11 +37,11 @@ class StaticCapabilities:
 
 
 class _Unknown(Exception):
-    """An expression that needs the model itself."""
+    """An expression that cannot be evaluated without the model."""
 
 
 def static_capabilities(config: ModelConfig) -> StaticCapabilities:
-    """Of a model file; what is not on this disk is None. Blocks."""
+    """Capabilities of a model file; None for what is not on this disk. Blocks."""
     folder = _folder(config)
     index = diffusers_source.json_of(folder / sources.INDEX) if folder else {}
     name: Any
@@ -68,7 +68,7 @@ def index_of(config: ModelConfig) -> dict[str, Any]:
 
 
 class _Parts:
-    """The components of a folder in diffusers' layout, by their configurations."""
+    """The components of a folder in diffusers' layout, read from their configurations."""
 
     def __init__(self, folder: Path, index: Mapping[str, Any]) -> None:
         self._folder = folder
@@ -96,7 +96,7 @@ class _Parts:
 
 
 def _tokens(parameters: Mapping[str, inspect.Parameter], parts: _Parts, options: Mapping[str, Any]) -> int | None:
-    """As `tokens.capacity` has it of a loaded pipeline."""
+    """Equals `tokens.capacity` of the loaded pipeline."""
     limit = parameters.get("max_sequence_length")
     asked = options.get("max_sequence_length", limit.default if limit else None)
     rooms = []
@@ -110,7 +110,7 @@ def _tokens(parameters: Mapping[str, inspect.Parameter], parts: _Parts, options:
 
 
 def _multiple(name: str, parts: _Parts) -> int | None:
-    """As `arguments.size_multiple` has it, by the arithmetic in the class's `__init__`."""
+    """Equals `arguments.size_multiple`, from the arithmetic in the class's `__init__`."""
     if larger := capabilities.UPSCALERS.get(name):
         return larger.multiple * larger.factor
     own: dict[str, Any] = {}
@@ -127,14 +127,14 @@ def _multiple(name: str, parts: _Parts) -> int | None:
 
 
 def _assigned(function: ast.FunctionDef) -> Iterator[tuple[str, ast.expr]]:
-    """What it assigns to attributes of `self`, in order."""
+    """Its assignments to attributes of `self`, in order."""
     for node in ast.walk(function):
         if isinstance(node, ast.Assign) and len(node.targets) == 1 and _attribute(node.targets[0]):
             yield _attribute(node.targets[0]), node.value
 
 
 def _attribute(node: ast.expr) -> str:
-    """`name` of `self.name`, else nothing."""
+    """`name` of `self.name`, else an empty string."""
     own = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
     return node.attr if own and isinstance(node, ast.Attribute) else ""
 
@@ -147,7 +147,7 @@ FUNCTIONS: Mapping[str, Callable[[Any], Any]] = MappingProxyType({"len": len, "s
 
 
 def _value(node: ast.expr, own: Mapping[str, Any], parts: _Parts) -> Any:
-    """Of an expression over components' configurations; None where it needs more than those."""
+    """Value of an expression over components' configurations; None if it needs more than those."""
     try:
         return _worked_out(node, own, parts)
     except (_Unknown, TypeError, ValueError):
@@ -203,7 +203,7 @@ def _folder(config: ModelConfig) -> Path | None:
     try:
         source = sources.resolve(config)
     except SfumatoError:
-        return None  # whoever asks for the model is told
+        return None  # requests for the model get this error
     match source:
         case sources.Folder(path):
             return path
@@ -216,7 +216,7 @@ def _folder(config: ModelConfig) -> Path | None:
 
 
 def _description(path: Path) -> Path | None:
-    """The folder that describes a single file, if it was fetched."""
+    """The folder that describes a single file, if it was downloaded."""
     repo = single_file.described_by(path)
     return (_snapshot(repo, "main") or descriptions.of(repo)) if repo else None
 

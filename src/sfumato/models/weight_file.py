@@ -1,11 +1,11 @@
-"""One weight file from a URL: fetched by one process at a time, resumed, and named only when it is whole.
+"""One weight file from a URL: downloaded by one process at a time, resumed, and renamed only when complete.
 
-    NAME            the file; from a URL of `parameters.model` NAME has a mark of that URL, so no two share a file
-    .NAME.lock      held by the process that fetches it; the system frees it when that process dies
-    .NAME.part      what has come so far
-    .NAME.source    of which URL, and of which version of it: what a `.part` has to be to be gone on with
+    NAME            the file; for a URL in `parameters.model` NAME includes a hash of the URL, so no two share a file
+    .NAME.lock      held by the downloading process; the system releases it if that process dies
+    .NAME.part      the bytes received so far
+    .NAME.source    the URL and the version of its content; a `.part` is resumed only if both match
 
-Before it gets its name the file on disk (not what was received) has the size and, where one is known, the checksum.
+Before the rename the file on disk (not the received bytes) must have the right size and, if known, checksum.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from sfumato.models import sources
 log = logging.getLogger(__name__)
 
 OnProgress: TypeAlias = Callable[[float | None, str], None]
-"""Told how far a download is: fraction 0 .. 1 (None: unknown) and what is being fetched."""
+"""Called with the progress of a download: fraction 0 .. 1 (None: unknown) and the name of the file."""
 
 CHUNK = 1 << 20
 TIMEOUT_S = 30.0
@@ -52,12 +52,12 @@ _RENEWED = re.compile(r"(access_?)?token|(api_?)?key|sig|signature|expires|polic
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """Of which URL a file is, and which of the contents that the URL had over time."""
+    """The URL of a file, and which version of the URL's content it is."""
 
     url: str
-    """Its SHA-256, less what in it changes without the file: a URL may carry a key."""
+    """SHA-256 of the URL without the parts that change independently of the file, such as a key."""
     validator: str = ""
-    """A strong ETag, or the date: with it a server goes on with the same content only."""
+    """A strong ETag, or the date: with it a server resumes only the same content."""
     size: int | None = None
     sha256: str | None = None
     checked: bool = False
@@ -67,9 +67,9 @@ class Version:
 
 
 def fetch(url: str, target: Path, *, sha256: str | None, report: OnProgress) -> Path:
-    """Have the file at `target`. Raises DownloadError in words.
+    """Download the file to `target`. Raises DownloadError with a readable message.
 
-    Of processes that want it at once one fetches it, and the others find it.
+    If several processes need it at once, one downloads it and the others wait for it.
     """
     if sha256:
         sha256 = sha256.lower()
@@ -84,7 +84,7 @@ def fetch(url: str, target: Path, *, sha256: str | None, report: OnProgress) -> 
 
 
 def place(url: str, folder: Path) -> Path:
-    """Where the file of a URL lies: under its own name with a mark of the URL, for many are called `model.safetensors`.
+    """Path for the file of a URL: its own name plus a hash of the URL, as many are called `model.safetensors`.
 
     A file of that very name that was put there by hand is taken for it, by the first URL that wants one. Where a URL
     tells no name, its answer gave the file one; before that it is called by its mark alone.
@@ -169,15 +169,14 @@ def _there(target: Path, url: str, sha256: str | None) -> bool:
     if sha256 is None:
         if version and version.url != _digest(url):
             raise DownloadError(
-                f"{target} is there already, and is the file of another URL than {addresses.shown(url)}; "
-                "give each its own `filename`, or remove it"
+                f"{target} exists already and came from another URL than {addresses.shown(url)}; "
+                "give each its own `filename`, or remove the file"
             )
     elif known != sha256:
         found = _sha256_of(target)
         if found != sha256:
             raise DownloadError(
-                f"{target}: the file's sha256 is {found}, the model file says {sha256}. "
-                "Remove it, and it is fetched anew."
+                f"{target}: the file's sha256 is {found}, the model file says {sha256}. Remove it to download it again."
             )
         with _optional():
             _remember(target, Version(_digest(url), "", size, sha256, checked=True))
@@ -196,24 +195,24 @@ def _download(url: str, target: Path, sha256: str | None, report: OnProgress) ->
         size, found = part.stat().st_size, _sha256_of(part) if version.sha256 else None
         if version.size in (None, size) and found == version.sha256:
             break
-        if not (resumed and began):  # else what had come before was something else: once more from the start
+        if not (resumed and began):  # else the earlier part was of other content: restart once from the beginning
             part.unlink()
             _beside(target, "source").unlink(missing_ok=True)
             raise DownloadError(_broken(url, version, size, found, sha256))
-        log.warning("%s: what had come of it before does not fit; it is fetched from the start", target.name)
+        log.warning("%s: the partial download does not match; starting over", target.name)
     _remember(target, replace(version, size=size, checked=version.sha256 is not None))
     part.replace(target)
 
 
 def _broken(url: str, version: Version, size: int, found: str | None, sha256: str | None) -> str:
     if version.size not in (None, size):
-        return f"{addresses.shown(url)}: {size} bytes came and it has {version.size}. Nothing was kept; try again."
+        return f"{addresses.shown(url)}: {size} of {version.size} bytes arrived. Nothing was kept; try again."
     who = "the model file" if sha256 else "the hub"
     return f"{addresses.shown(url)}: the file's sha256 is {found}, {who} says {version.sha256}. Nothing was kept."
 
 
 def _receive(url: str, target: Path, part: Path, report: OnProgress) -> tuple[Version, int]:
-    """Write what is missing of `part`; returns which version of the file it is, and where this began."""
+    """Download the missing bytes of `part`; returns the version of the file and the offset this started at."""
     before = _version(target)
     have = part.stat().st_size if part.exists() else 0
     if not (have and before and before.url == _digest(url) and before.validator):
@@ -234,9 +233,9 @@ def _receive(url: str, target: Path, part: Path, report: OnProgress) -> tuple[Ve
             have and before and span and int(span[1]) == have and version.validator == before.validator
         ):
             response.close()
-            part.unlink(missing_ok=True)  # an answer to another question
+            part.unlink(missing_ok=True)  # not the range that was requested
             if not have:
-                raise DownloadError(f"{addresses.shown(url)}: the server sends a part of it that was not asked for")
+                raise DownloadError(f"{addresses.shown(url)}: the server sent a range that was not requested")
             return _receive(url, target, part, report)
         if not goes_on:
             have = 0
@@ -290,7 +289,7 @@ def _name_of(response: httpx.Response) -> str:
 
 
 def _sha256_by_hub(response: httpx.Response) -> str | None:
-    """A hub names large files by their SHA-256: at itself in ETag, before it leads elsewhere in X-Linked-Etag."""
+    """The SHA-256 that a hub sends for large files: in ETag, or in X-Linked-Etag when it redirects."""
     for answer in (*response.history, response):
         if "x-repo-commit" in answer.headers:
             named = answer.headers.get("x-linked-etag") or answer.headers.get("etag", "")
@@ -307,11 +306,11 @@ def _locked(target: Path, report: OnProgress) -> Iterator[None]:
             lock.acquire(timeout=WAIT_S)
             break
         except filelock.Timeout:
-            report(None, f"{target.name} (another process fetches it)")
+            report(None, f"{target.name} (another process is downloading it)")
     try:
         yield
     finally:
-        # While it is held: who waits for this one sees that it is gone, and takes a new one.
+        # Before releasing it: a process waiting for this file sees that it is gone, and creates a new one.
         _beside(target, "lock").unlink(missing_ok=True)
         lock.release()
 
@@ -320,7 +319,7 @@ def _room(target: Path, missing: int) -> None:
     free = shutil.disk_usage(target.parent).free
     if missing > free:
         raise DownloadError(
-            f"{target.name}: {missing / 1e6:.0f} MB are missing and {target.parent} has room for {free / 1e6:.0f} MB; "
+            f"{target.name}: {missing / 1e6:.0f} MB are needed but {target.parent} has {free / 1e6:.0f} MB free; "
             "make room on that disk"
         )
 
@@ -333,18 +332,18 @@ def _words(url: str, target: Path) -> Iterator[None]:
         if error.response.status_code in (401, 403):
             raise LoadError(_refused(url, error.response.status_code)) from None  # its words have the URL
         raise DownloadError(
-            f"{addresses.shown(url)} could not be fetched to {target}: the server answers {error.response.status_code} "
-            f"{error.response.reason_phrase}"
+            f"{addresses.shown(url)} could not be downloaded to {target}: the server answered "
+            f"{error.response.status_code} {error.response.reason_phrase}"
         ) from None
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise DownloadError(
-            f"{addresses.shown(url)} could not be fetched to {target}: {addresses.shown(str(error))}"
+            f"{addresses.shown(url)} could not be downloaded to {target}: {addresses.shown(str(error))}"
         ) from None
     except OSError as error:
         if error.errno in FULL:
             with _optional():
                 _beside(target, "part").unlink(missing_ok=True)
-            raise DownloadError(f"{target}: its disk is full ({error.strerror}); make room there") from error
+            raise DownloadError(f"{target}: the disk is full ({error.strerror}); make room there") from error
         raise DownloadError(
             f"{addresses.shown(url)} could not be written to {target}: {error.strerror or error}. Let the server "
             f"write to {target.parent}, or put the file there"
@@ -361,7 +360,7 @@ def _refused(url: str, status: int) -> str:
 
 @contextmanager
 def _optional() -> Iterator[None]:
-    """What is only remembered, where the folder may not be writable."""
+    """Ignore errors when writing optional records, as the folder may not be writable."""
     try:
         yield
     except OSError as error:
@@ -373,7 +372,7 @@ def _beside(target: Path, what: str) -> Path:
 
 
 def _version(target: Path) -> Version | None:
-    """What is remembered of it; None for a file that was not fetched."""
+    """The recorded version of a file; None if it was not downloaded."""
     try:
         return Version(**json.loads(_beside(target, "source").read_bytes()))
     except (OSError, ValueError, TypeError):
@@ -393,7 +392,7 @@ def _sha256_of(path: Path) -> str:
 
 
 def _digest(url: str) -> str:
-    """Of what stays the same: not the hub's mirror, nor keys and signatures that are renewed."""
+    """Hash of the stable parts of a URL: without the hub's mirror, keys and signatures."""
     mirror = sources.endpoint()
     if url.startswith(f"{mirror}/"):
         url = sources.HUB + url.removeprefix(mirror)

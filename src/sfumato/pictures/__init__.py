@@ -1,1 +1,1 @@
-"""Picture bytes: decoding, recipes, files, fetching. No torch."""
+"""Picture bytes: decoding, recipes, storage, downloading. No torch."""

@@ -1,4 +1,4 @@
-"""How many bytes of source pictures may be held at a time, and by whom."""
+"""Limit on the bytes of source pictures in memory, shared by all requests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from sfumato.errors import RequestTooLarge, TooManyRequests
 
 
 class Budget:
-    """`limit` bytes for all requests. `retry_after` says in how many seconds some may be free."""
+    """`limit` bytes for all requests. `retry_after` returns the seconds until some may be free."""
 
     def __init__(self, limit: int, retry_after: Callable[[], int]) -> None:
         self.limit = limit
@@ -20,32 +20,34 @@ class Budget:
 
 
 class Share:
-    """What one request holds of a budget, until it gives it back."""
+    """One request's share of a budget, until it gives it back."""
 
     def __init__(self, budget: Budget) -> None:
         self._budget = budget
         self.used = 0
 
     def take(self, count: int) -> None:
-        """So many bytes more. Raises RequestTooLarge, or TooManyRequests where others hold the rest."""
+        """Take `count` more bytes. Raises RequestTooLarge, or TooManyRequests if others hold the rest."""
         budget = self._budget
-        most = f"{budget.limit // 2**20} MiB of source pictures are held at a time (the setting max_waiting_mb)"
+        most = f"{budget.limit // 2**20} MiB of source pictures may be held at a time (the setting max_waiting_mb)"
         if self.used + count > budget.limit:
-            raise RequestTooLarge(f"image: at most {most}, and this request alone has more", param="image")
+            raise RequestTooLarge(
+                f"image: at most {most}, but this request alone has more; send fewer or smaller ones", param="image"
+            )
         if budget.used + count > budget.limit:
             raise TooManyRequests(
-                f"image: at most {most}, and those of other requests wait already. Try again later.",
+                f"image: at most {most}, and other requests hold them now. Try again later.",
                 retry_after=budget.retry_after(),
                 param="image",
             )
         self.count(count)
 
     def count(self, count: int) -> None:
-        """What is there already, whatever the limit says: less is left for others."""
+        """Count bytes that are in memory already, even beyond the limit."""
         self.used += count
         self._budget.used += count
 
     def give_back(self) -> None:
-        """All of it. May be called again."""
+        """Release everything. May be called more than once."""
         self._budget.used -= self.used
         self.used = 0

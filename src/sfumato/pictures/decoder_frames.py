@@ -1,6 +1,6 @@
-"""Frames on the pipes of a decoder: a JSON object and a blob of bytes, each with its length before it.
+"""Frames on the pipes of a decoder: a JSON object and a blob of bytes, each preceded by its length.
 
-Not pickle: what comes back was made by a process that read hostile bytes.
+Not pickle: the answers come from a process that has read hostile bytes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 _LENGTHS = struct.Struct("!IQ")
 
 CHUNK = 2**20
-"""Bytes that are copied at a time."""
+"""Bytes copied at a time."""
 
 
 def write(file: BinaryIO, said: dict[str, Any], blob: bytes) -> None:
@@ -24,13 +24,13 @@ def write(file: BinaryIO, said: dict[str, Any], blob: bytes) -> None:
 
 
 def read(file: BinaryIO) -> tuple[dict[str, Any], bytes]:
-    """The next frame; blocks. Raises EOFError when the other side is gone."""
+    """The next frame; blocks. Raises EOFError if the other side is gone."""
     head, blob = _LENGTHS.unpack(_exactly(file, _LENGTHS.size))
     return json.loads(_exactly(file, head)), _exactly(file, blob)
 
 
 async def send(writer: asyncio.StreamWriter, said: dict[str, Any], blob: bytes) -> None:
-    """In pieces, so that no second copy of a large picture waits to be sent."""
+    """Send in chunks, so that no second copy of a large picture is buffered."""
     head = json.dumps(said).encode()
     writer.write(_LENGTHS.pack(len(head), len(blob)) + head)
     view = memoryview(blob)
@@ -41,7 +41,7 @@ async def send(writer: asyncio.StreamWriter, said: dict[str, Any], blob: bytes) 
 
 
 async def receive(reader: asyncio.StreamReader) -> tuple[dict[str, Any], bytes]:
-    """The next frame. Raises asyncio.IncompleteReadError when the other side is gone."""
+    """The next frame. Raises asyncio.IncompleteReadError if the other side is gone."""
     head, blob = _LENGTHS.unpack(await reader.readexactly(_LENGTHS.size))
     return json.loads(await reader.readexactly(head)), await reader.readexactly(blob)
 

@@ -1,8 +1,8 @@
-"""A few processes that decode what callers send, so that it can be bounded and ended.
+"""A pool of processes that decode callers' pictures, so that decoding can be limited and stopped.
 
-A picture of some kilobytes can take minutes to decode, and nothing stops a decoder that runs in a thread.
-Each process answers one task at a time; it is started when it is first needed, stays, and is ended and
-replaced when its task takes too long or nobody waits for it any more.
+A picture of a few kilobytes can take minutes to decode, and a decoder in a thread cannot be stopped.
+Each process handles one task at a time. It is started when first needed and reused; it is killed and
+replaced if its task takes too long or its request is gone.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from sfumato.settings import Settings
 log = logging.getLogger(__name__)
 
 BASE_MEMORY = 512 * 2**20
-"""Bytes that a decoder may take beside what grows with the picture; of address space, most of it libraries."""
+"""Address space a decoder may use besides what grows with the picture, in bytes; mostly libraries."""
 
 BYTES_A_PIXEL = 24
-"""Of the largest picture that is decoded: the decoder's buffers, the pixels, one copy turned upright, one converted."""
+"""For the largest picture allowed: the decoder's buffers, the pixels, one rotated copy, one converted copy."""
 
 PATIENCE = 20
-"""A task may take so many times longer than its time of the processor: the machine may be busy."""
+"""Allowed ratio of wall-clock time to CPU time of a task: the machine may be busy."""
 
 TRIES = 2
-"""A process that somebody else killed says nothing about the picture."""
+"""Attempts per task: if something else killed the process, the picture is not at fault."""
 
 
 class Decoders:
@@ -47,9 +47,9 @@ class Decoders:
         self._ending: set[asyncio.Task[int]] = set()
 
     async def run(self, task: str, data: bytes, param: str, **options: Any) -> tuple[dict[str, Any], bytes]:
-        """The answer of one of `decoder_process.TASKS`. Cancelling ends the decoding.
+        """Run one of `decoder_process.TASKS`. Cancelling stops the decoding.
 
-        Raises InvalidPicture that names `param`: what is wrong with the picture, or which limit it passed.
+        Raises InvalidPicture naming `param`, with what is wrong with the picture or the limit it exceeded.
         """
         asked = {"task": task, "param": param, "bounds": self._bounds, **options}
         async with self._places:
@@ -65,7 +65,7 @@ class Decoders:
                     code = await self._ended(process)
                     if code == -signal.SIGPROF:
                         raise self._too_slow(param) from None
-                    log.warning("a decoder ended with code %d", code)
+                    log.warning("a decoder exited with code %d", code)
                     if code in (-signal.SIGKILL, -signal.SIGTERM) and attempt + 1 < TRIES:
                         continue
                     raise InvalidPicture(
@@ -80,10 +80,10 @@ class Decoders:
                 if "error" in said:
                     raise InvalidPicture(said["error"], param=param)
                 return said, made
-        raise AssertionError("the last try raises")
+        raise AssertionError("the last attempt raises")
 
     async def stop(self) -> None:
-        """End all processes."""
+        """Stop all processes."""
         while self._free:
             self._end(self._free.pop())
         while self._ending:
@@ -101,7 +101,7 @@ class Decoders:
             process = self._free.pop()
             if process.returncode is None:
                 return process
-            log.warning("an idle decoder ended with code %d", process.returncode)
+            log.warning("an idle decoder exited with code %d", process.returncode)
         return await asyncio.create_subprocess_exec(
             sys.executable, "-m", "sfumato.pictures.decoder_process", str(self._seconds), str(self._memory),
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
@@ -109,7 +109,7 @@ class Decoders:
         )  # fmt: skip
 
     def _end(self, process: asyncio.subprocess.Process) -> None:
-        """Without waiting for it: whoever leaves is not held up."""
+        """Kill the process without waiting for it."""
         task = asyncio.ensure_future(self._ended(process))
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)

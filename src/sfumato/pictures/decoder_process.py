@@ -1,8 +1,8 @@
-"""The process that decodes: reads tasks from its standard input, answers on its standard output.
+"""The decoder process: reads tasks from its standard input, answers on its standard output.
 
-It bounds itself. A task that takes more time of the processor than it may ends the process (the timer's
-signal is not caught: no decoder written in C lets Python run meanwhile), and so the memory that the
-process may take is bounded once and for all. Its parent ends it when nobody waits for the answer any more.
+It limits itself. A task that exceeds its CPU time ends the process (the timer's signal is not caught, as
+decoders written in C do not let Python run), and the memory of the
+process is limited once at start. Its parent kills it if the answer is no longer needed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sfumato.pictures import decoder_frames, fitting, images, recipe
 from sfumato.pictures.images import Bounds
 
 Answer: TypeAlias = tuple[dict[str, Any], bytes]
-"""What is said of the picture, and the bytes that were made of it."""
+"""What is known about the picture, and the resulting bytes."""
 
 
 def look(data: bytes, param: str, bounds: Bounds) -> Answer:
@@ -32,19 +32,19 @@ def look(data: bytes, param: str, bounds: Bounds) -> Answer:
 
 
 def picture(data: bytes, param: str, bounds: Bounds, fit: list[int] | None = None, crop: bool = False) -> Answer:
-    """A source picture as PNG, and its `size` as it came; fitted to another where one is given."""
+    """A source picture as PNG, and its original `size`; fitted to the size `fit` if given."""
     png, came = images.normalise(data, param, bounds)
     return {"size": came}, fitting.fitted(png, (fit[0], fit[1]), crop) if fit else png
 
 
 def mask(data: bytes, param: str, bounds: Bounds) -> Answer:
-    """A mask as OpenAI's clients draw them, and its `size` as it came."""
+    """A mask in OpenAI's form, and its original `size`."""
     png, came = images.normalise(data, param, bounds)
     return {"size": came}, images.as_mask(png)
 
 
 def fitted_mask(data: bytes, param: str, bounds: Bounds, fit: list[int], **how: Any) -> Answer:
-    """A mask as AUTOMATIC1111's clients draw them."""
+    """A mask in AUTOMATIC1111's form."""
     png, came = images.normalise(data, param, bounds)
     return {"size": came}, fitting.mask(png, (fit[0], fit[1]), fitting.Fitting(**how))
 
@@ -60,24 +60,24 @@ TASKS: Mapping[str, Callable[..., Answer]] = MappingProxyType(
 
 
 def main() -> None:
-    """Answer tasks until the input ends. Arguments: seconds of the processor for a task, bytes of memory."""
+    """Answer tasks until the input ends. Arguments: CPU seconds per task, bytes of memory."""
     seconds, memory = float(sys.argv[1]), int(sys.argv[2])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    with suppress(ValueError, OSError):  # macOS has no such limit
+    with suppress(ValueError, OSError):  # macOS does not support this limit
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     with suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    allocator.give_back_large_blocks()  # it is as small after a huge picture as before it
-    Image.MAX_IMAGE_PIXELS = None  # `pictures` has a limit of its own, and words for it
+    allocator.give_back_large_blocks()  # so that the process shrinks again after a huge picture
+    Image.MAX_IMAGE_PIXELS = None  # `pictures.images` has its own limit, with its own message
     Image.init()
-    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # others want the processors too
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # leave the other CPU cores to others
     while True:
         try:
             asked, data = decoder_frames.read(sys.stdin.buffer)
         except EOFError:
             return
         except MemoryError:
-            return  # the picture alone is more than the process may hold: its parent says so
+            return  # the file alone exceeds the memory limit: the parent reports it
         signal.setitimer(signal.ITIMER_PROF, seconds)
         said, made = _answer(asked, data)
         signal.setitimer(signal.ITIMER_PROF, 0)

@@ -1,8 +1,8 @@
-"""Picture URLs: fetched with a cap and a time limit, and only from public addresses.
+"""Fetch picture URLs with a size limit and a time limit, and only from public addresses.
 
-The name is resolved once and the connection goes to the address that was checked, for every
-redirect anew, so neither DNS nor a redirect can point the server at its own network. What comes is
-taken as it is sent, never decompressed: a server elsewhere does not decide how much memory is used here.
+The name is resolved once and the connection goes to the address that was checked, separately for every
+redirect, so neither DNS nor a redirect can point the server at its own network. Bodies are never
+decompressed, so a remote server cannot decide how much memory is used here.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from sfumato.pictures.resolving import Resolver, Unresolved
 
 MAX_BYTES = 32 * 2**20
 TIMEOUT_S = 20.0
-"""For all of it: the name, the redirects, the last byte."""
+"""Total time, from resolving the name to the last byte."""
 MAX_REDIRECTS = 3
 MAX_CONNECTIONS = 64
-"""At a time; further ones wait, within their time limit."""
+"""At the same time; further ones wait, within their time limit."""
 
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 ROUTED = ipaddress.IPv6Network("2000::/3")
-"""All IPv6 unicast that the internet routes."""
+"""All globally routed IPv6 unicast addresses."""
 
 
 class PictureFetcher:
@@ -37,11 +37,11 @@ class PictureFetcher:
 
     def __init__(self, hosts: Iterable[str] = (), resolver: Resolver | None = None) -> None:
         transport = httpx.AsyncHTTPTransport(trust_env=False)
-        # httpx has no public way to choose the address; its pool takes a network backend.
+        # httpx has no public way to choose the address; its connection pool takes a network backend.
         transport._pool = httpcore.AsyncConnectionPool(
             ssl_context=httpx.create_ssl_context(trust_env=False),
             max_connections=MAX_CONNECTIONS,
-            max_keepalive_connections=0,  # nobody comes back soon, and whoever answers must not hold descriptors
+            max_keepalive_connections=0,  # hosts are rarely used again, and must not keep file descriptors open
             network_backend=_PublicOnly(
                 frozenset(host.strip().lower() for host in hosts if host.strip()), resolver or Resolver()
             ),
@@ -49,7 +49,7 @@ class PictureFetcher:
         self._client = httpx.AsyncClient(
             transport=transport,
             timeout=TIMEOUT_S,
-            # Redirects are followed here: httpx reads the body of each, however large, and decompresses it.
+            # Redirects are followed here: httpx would read and decompress the body of each, however large.
             follow_redirects=False,
             cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),  # none are kept
             headers={"user-agent": f"sfumato/{__version__}", "accept": "image/*", "accept-encoding": "identity"},
@@ -57,16 +57,23 @@ class PictureFetcher:
         )
 
     async def get(self, url: str, param: str, take: Callable[[int], None] = lambda count: None) -> bytes:
-        """The body. `take` is told of every piece before it is kept, and may raise.
+        """The body. `take` is called with the size of every chunk before it is kept, and may raise.
 
-        Raises InvalidPicture that names the URL and why it was not fetched.
+        Raises InvalidPicture naming the URL and the reason.
         """
         try:
             async with asyncio.timeout(TIMEOUT_S):
                 return await self._get(url, param, take)
         except TimeoutError:
-            raise InvalidPicture(f"{param}: {url} took longer than {TIMEOUT_S:.0f} s", param=param) from None
-        except (httpx.HTTPError, httpx.InvalidURL, httpcore.ConnectError, ValueError) as error:  # also of IDNA
+            raise InvalidPicture(
+                f"{param}: {url} took longer than {TIMEOUT_S:.0f} s; send the picture itself", param=param
+            ) from None
+        except (
+            httpx.HTTPError,
+            httpx.InvalidURL,
+            httpcore.ConnectError,
+            ValueError,
+        ) as error:  # ValueError: also from IDNA
             reason = str(error) or type(error).__name__
             raise InvalidPicture(f"{param}: {url} could not be fetched: {reason}", param=param) from None
 
@@ -88,7 +95,7 @@ class PictureFetcher:
 
 
 async def _body(response: httpx.Response, url: str, param: str, take: Callable[[int], None]) -> bytes:
-    """What it says, byte for byte. Raises InvalidPicture for what is not taken, before it is read where it says so."""
+    """The raw body. Raises InvalidPicture if it is refused, before reading it if the headers suffice."""
     if response.status_code != 200:
         raise InvalidPicture(
             f"{param}: {url} answered {response.status_code} {response.reason_phrase[:100]}", param=param
@@ -96,8 +103,8 @@ async def _body(response: httpx.Response, url: str, param: str, take: Callable[[
     encoding = response.headers.get("content-encoding", "").strip()
     if encoding.lower() not in ("", "identity"):
         raise InvalidPicture(
-            f"{param}: {url} answered with content-encoding {encoding[:60]!r} although identity was asked for; "
-            "only pictures that are sent as they are are taken",
+            f"{param}: {url} answered with content-encoding {encoding[:60]!r} although identity was requested; "
+            "only uncompressed responses are accepted",
             param=param,
         )
     too_large = InvalidPicture(f"{param}: {url} is larger than {MAX_BYTES // 2**20} MiB", param=param)
@@ -114,7 +121,7 @@ async def _body(response: httpx.Response, url: str, param: str, take: Callable[[
 
 
 def is_public(text: str) -> bool:
-    """Whether an address is one of the internet's, also where it hides an IPv4 address (mapped, NAT64, 6to4)."""
+    """Whether an address is public, including any embedded IPv4 address (mapped, NAT64, 6to4)."""
     address = ipaddress.ip_address(text)
     if isinstance(address, ipaddress.IPv6Address):
         inner = address.ipv4_mapped or address.sixtofour
@@ -128,7 +135,7 @@ def is_public(text: str) -> bool:
 
 
 class _PublicOnly(httpcore.AsyncNetworkBackend):
-    """Connects to public addresses only, and to exactly the address that was checked."""
+    """Connects only to public addresses, and exactly to the address that was checked."""
 
     def __init__(self, hosts: frozenset[str], resolver: Resolver) -> None:
         self._hosts = hosts
@@ -144,20 +151,20 @@ class _PublicOnly(httpcore.AsyncNetworkBackend):
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.AsyncNetworkStream:
         if not 0 < port < 65536:
-            raise httpcore.ConnectError(f"there is no port {port}")
+            raise httpcore.ConnectError(f"port {port} does not exist")
         try:
             address = await self._resolver.address(host, port)
         except Unresolved as error:
             raise httpcore.ConnectError(str(error)) from None
         if host.lower() not in self._hosts and not is_public(address):
             raise httpcore.ConnectError(
-                f"{host!r} is at {address}, which is not a public address. "
+                f"{host!r} resolves to {address}, which is not a public address. "
                 "The operator can allow the host with the setting picture_hosts."
             )
         return await self._inner.connect_tcp(address, port, timeout, local_address, socket_options)
 
     async def connect_unix_socket(self, *args: Any, **kwargs: Any) -> httpcore.AsyncNetworkStream:
-        raise httpcore.ConnectError("picture URLs are http or https")
+        raise httpcore.ConnectError("picture URLs must be http or https")
 
     async def sleep(self, seconds: float) -> None:
         await self._inner.sleep(seconds)

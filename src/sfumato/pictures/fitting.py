@@ -1,4 +1,4 @@
-"""Source pictures and masks as AUTOMATIC1111 fits them to the size that is asked for."""
+"""Fit source pictures and masks to the requested size, as AUTOMATIC1111 does."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from sfumato.pictures import images
 
 @dataclass(frozen=True, slots=True)
 class Fitting:
-    """What its requests say beside the pictures."""
+    """Parameters of its requests besides the pictures."""
 
     size: tuple[int, int] | None = None
-    """Pixels; None: the first picture's."""
+    """In pixels; None: the first picture's size."""
     crop: bool = False
-    """Keep the proportions and crop what is over; else stretch."""
+    """Keep the aspect ratio and crop the excess; else stretch."""
     blur: float = 0.0
     """Radius of the Gaussian that softens the mask's edge, in pixels."""
     invert: bool = False
-    """Black is redrawn."""
+    """Redraw the black area instead of the white one."""
 
 
 def fitted(png: bytes, size: tuple[int, int], crop: bool) -> bytes:
-    """A picture that went through `normalise`, at this size."""
+    """Fit a picture from `normalise` to this size."""
     image = images.decoded(png)
     if image.size == size:
         return png
@@ -32,7 +32,7 @@ def fitted(png: bytes, size: tuple[int, int], crop: bool) -> bytes:
 
 
 def mask(png: bytes, size: tuple[int, int], how: Fitting) -> bytes:
-    """A mask that went through `normalise`, as L at this size: white where the picture is redrawn."""
+    """A mask from `normalise` in mode L at this size: white is redrawn."""
     image = _white_where_opaque(images.decoded(png))
     if how.invert:
         image = ImageOps.invert(image)
@@ -42,9 +42,9 @@ def mask(png: bytes, size: tuple[int, int], how: Fitting) -> bytes:
 
 
 def _white_where_opaque(image: Image.Image) -> Image.Image:
-    """White where it is opaque, if something of it is not; else where it is light.
+    """White where the mask is opaque, if any part is transparent; else where it is light.
 
-    An alpha channel means the reverse of what OpenAI's masks mean by it.
+    An alpha channel means the opposite of OpenAI's masks.
     """
     if image.mode == "RGBA" and image.getchannel("A").getextrema() != (255, 255):
         return image.getchannel("A").point([0] * 129 + [255] * 127)

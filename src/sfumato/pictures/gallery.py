@@ -1,7 +1,7 @@
-"""The gallery: an index over the pictures in the store, for those who look for one.
+"""The gallery: a searchable index of the pictures in the store.
 
-What a row says comes from the picture's own recipe and name, but for the star; so the index can be made again
-from the folder (`rebuild`), and a file that somebody deleted is missed, not an error.
+Except for the star, a row's contents come from the picture's own recipe and name; so the index can be rebuilt
+from the folder (`rebuild`), and a file that was deleted by hand is dropped from it without an error.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from sfumato.settings import Settings
 log = logging.getLogger(__name__)
 
 MAX_PAGE = 200
-"""Pictures of one answer."""
+"""Maximum pictures per page."""
 
 BATCH = 500
-"""Rows of one statement."""
+"""Rows per SQL statement."""
 
 TABLES = sql.MetaData()
 
@@ -51,7 +51,7 @@ PICTURES = sql.Table(
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """One picture of the gallery."""
+    """One picture in the gallery."""
 
     name: str
     created: float
@@ -59,31 +59,31 @@ class Kept:
     model: str
     starred: bool
     recipe: Mapping[str, Any] | None
-    """Fields of `core.Recipe`; None for a file that carries none."""
+    """Fields of `core.Recipe`; None for a file without one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """Which pictures to list."""
+    """Filter of the pictures to list."""
 
     caller: str | None = None
     """None: everybody's."""
     words: str = ""
-    """Each of them stands in the prompt or the negative prompt."""
+    """Each word must occur in the prompt or the negative prompt."""
     model: str | None = None
     starred: bool = False
 
 
 class Gallery:
-    """Blocks: call it from a thread. `url` is SQLAlchemy's; tables are made at first use.
+    """Blocks: call it from a thread. `url` is an SQLAlchemy URL; tables are created on first use.
 
-    `callers` are the names that pictures can belong to; without any, all belong to everybody.
+    `callers` are the names that can own pictures; without any, all pictures are shared.
     """
 
     def __init__(self, store: Store, url: str, callers: Iterable[str] = (), *, keeps: bool = True) -> None:
         self.store = store
         self.keeps = keeps
-        """Whether pictures that nobody asked to keep are kept."""
+        """Whether to keep pictures whose requests did not ask for it."""
         self._callers = tuple(callers)
         self._lock = threading.Lock()
         self._ready = False
@@ -98,25 +98,25 @@ class Gallery:
 
     @classmethod
     def of(cls, settings: Settings, store: Store, callers: Iterable[str] = ()) -> Gallery:
-        """As the settings say. Raises ValueError for a URL that SQLAlchemy does not understand."""
+        """From the settings. Raises ValueError for a URL that SQLAlchemy does not accept."""
         url = settings.gallery_url or f"sqlite:///{(settings.data / 'gallery.db').absolute()}"
         return cls(store, url, callers, keeps=settings.keep_pictures)
 
     def keep(self, data: bytes, extension: str, caller: str, made: Recipe, created: float) -> str:
-        """Put a picture into the store and the index; returns its name. Raises StorageError of the store's."""
+        """Add a picture to the store and the index; returns its name. Raises the store's StorageError."""
         name = self.store.put(data, extension, owner=caller if self._callers else "")
         row = _row(name, created, caller if self._callers else "", asdict(made))
         try:
             with self._begin() as connection:
                 connection.execute(sql.insert(PICTURES), [row])
         except StorageError as error:
-            log.warning("%s is kept and not listed yet: %s", name, error)  # `reconcile` finds it
+            log.warning("%s is stored but not listed yet: %s", name, error)  # `reconcile` finds it
         return name
 
     def page(
         self, wanted: Wanted, *, before: tuple[float, str] | None = None, limit: int = 60
     ) -> tuple[list[Kept], bool]:
-        """The newest that are wanted, older than `before` (time and name), and whether there are more."""
+        """The newest matching pictures older than `before` (time and name), and whether there are more."""
         rows = sql.select(PICTURES).where(*_matching(wanted))
         if before is not None:
             rows = rows.where(sql.tuple_(PICTURES.c.created, PICTURES.c.name) < sql.tuple_(*before))
@@ -135,7 +135,7 @@ class Gallery:
             ).scalar_one()
 
     def get(self, name: str, caller: str | None = None) -> Kept | None:
-        """The picture of that name, of that caller (None: anybody's); None when there is none."""
+        """The picture of that name and caller (None: any caller); None if there is none."""
         with self._begin() as connection:
             found = connection.execute(sql.select(PICTURES).where(*_named(name, caller))).mappings().first()
             if found is not None and not self.store.has(name):
@@ -148,7 +148,7 @@ class Gallery:
             connection.execute(sql.update(PICTURES).where(*_named(name, caller)).values(starred=starred))
 
     def delete(self, name: str) -> None:
-        """The file and its row. Raises StorageError when the file cannot be deleted."""
+        """Delete the file and its row. Raises StorageError if the file cannot be deleted."""
         self.store.delete(name)
         with self._begin() as connection:
             _forget(connection, [name])
@@ -159,7 +159,7 @@ class Gallery:
             return set(connection.execute(sql.select(PICTURES.c.name).where(PICTURES.c.starred)).scalars())
 
     def reconcile(self) -> tuple[int, int]:
-        """List what lies in the folder and is not listed, forget what is gone; returns how many of each."""
+        """Add unlisted files of the folder, drop rows without a file; returns how many of each."""
         files = self.store.names()
         with self._begin() as connection:
             listed = set(connection.execute(sql.select(PICTURES.c.name)).scalars())
@@ -170,14 +170,14 @@ class Gallery:
             with self._begin() as connection:
                 there = set(
                     connection.execute(sql.select(PICTURES.c.name).where(PICTURES.c.name.in_(names))).scalars()
-                )  # a picture that was kept meanwhile
+                )  # a picture that was stored in the meantime
                 if rows := [row for row in rows if row["name"] not in there]:
                     connection.execute(sql.insert(PICTURES), rows)
             added += len(rows)
         return added, len(listed - files.keys())
 
     def rebuild(self) -> int:
-        """Read every picture's recipe anew; stars stay. Returns how many are listed."""
+        """Read every picture's recipe again; stars are kept. Returns the number of pictures listed."""
         stars = self.starred()
         with self._begin() as connection:
             connection.execute(sql.delete(PICTURES))
@@ -188,7 +188,7 @@ class Gallery:
         return added
 
     def thumbnail(self, name: str, side: int) -> bytes | None:
-        """A picture of the store as WebP, at most `side` pixels a side; None when there is none that can be read."""
+        """A stored picture as WebP, at most `side` pixels per side; None if it is missing or unreadable."""
         found = self.store.get(name)
         return recipe.thumbnail(found.data, side) if found else None
 
@@ -210,7 +210,7 @@ class Gallery:
         return _Transaction(self._engine)
 
     def _make(self) -> None:
-        """The tables. A SQLite file that is damaged is laid aside: all that is in it but the stars is in the folder."""
+        """Create the tables. A damaged SQLite file is renamed: everything but the stars can be read from the folder."""
         file = Path(self._engine.url.database or "") if self._engine.dialect.name == "sqlite" else None
         try:
             if file:
@@ -220,7 +220,7 @@ class Gallery:
             except sql.exc.DatabaseError as error:
                 if file is None or "not a database" not in str(error):
                     raise
-                log.warning("%s is damaged and laid aside as %s.damaged; the gallery is read anew", file, file.name)
+                log.warning("%s is damaged and was renamed to %s.damaged; rebuilding the gallery", file, file.name)
                 self._engine.dispose()
                 file.replace(file.with_name(file.name + ".damaged"))
                 TABLES.create_all(self._engine)
@@ -251,13 +251,15 @@ class _Transaction:
 
 def _failed(error: Exception) -> SfumatoError:
     said = getattr(error, "orig", None) or error
-    return StorageError(f"the gallery's index cannot be used ({said}); see the setting gallery_url, or mend its folder")
+    return StorageError(
+        f"the gallery's index cannot be used ({said}); check the setting gallery_url, or the permissions of its folder"
+    )
 
 
 def _sqlite(connection: Any, _: Any) -> None:
     cursor = connection.cursor()
     cursor.execute("PRAGMA journal_mode=WAL")  # readers do not wait for a writer
-    cursor.execute("PRAGMA synchronous=NORMAL")  # what a power cut loses, `reconcile` finds again
+    cursor.execute("PRAGMA synchronous=NORMAL")  # `reconcile` restores what a power failure loses
     cursor.execute("PRAGMA busy_timeout=10000")
     cursor.close()
 
@@ -276,7 +278,7 @@ def _row(name: str, created: float, caller: str, made: Mapping[str, Any] | None)
 
 
 def _plain(text: str) -> str:
-    return text.casefold().replace("\0", " ")  # PostgreSQL takes no NUL
+    return text.casefold().replace("\0", " ")  # PostgreSQL does not accept NUL
 
 
 def _kept(row: Mapping[str, Any] | RowMapping) -> Kept:

@@ -1,8 +1,8 @@
-"""Pictures that callers send: from base64, a `data:` URI or a file to an upright RGB or RGBA PNG.
+"""Decode callers' pictures: from base64, a `data:` URI or a file to an upright RGB or RGBA PNG.
 
-Nothing is trusted: the header is read before pixels are decoded, and what cannot be decoded is refused
-with the reason. `opened` is the one place where a foreign picture is opened; the server calls it in the
-processes of `decoder_pool` only, which can be ended.
+Nothing is trusted: the header is read before pixels are decoded, and anything that cannot be decoded is refused
+with the reason. `opened` is the only place where an untrusted picture is opened; the server calls it only in the
+processes of `decoder_pool`, which can be killed.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ from sfumato.errors import InvalidPicture
 from sfumato.settings import Settings
 
 MIN_SIDE: Final = 8
-"""Pixels. Smaller than one latent of most autoencoders: nothing could be made of it."""
+"""In pixels. Smaller pictures are less than one latent of most autoencoders."""
 
 FORMATS: Final = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "AVIF")
-"""What is decoded. Others of Pillow's start programs (EPS), or take time with the square of the file (TIFF)."""
+"""Formats to decode. Some of Pillow's others start programs (EPS) or take quadratic time (TIFF)."""
 
 ANIMATED: Final = ("PNG", "WEBP", "GIF", "AVIF")
-"""Those whose frames are an animation; phones put a second one into a JPEG."""
+"""Formats where several frames are an animation; phones put a second picture into a JPEG."""
 
 REDUCING_GAP: Final = 1.5
-"""A picture that is scaled down a lot is first averaged to this many times its new size, which is much faster."""
+"""Before strong downscaling, pictures are box-averaged to this many times the new size, which is much faster."""
 
 _DATA_URI = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(?:;[\w=-]+)*?(?P<base64>;base64)?,", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What a source picture may measure, and what is made of it."""
+    """Size limits for a source picture, and the size it is scaled down to."""
 
     pixels: int
-    """More are not decoded."""
+    """Maximum number of pixels to decode."""
     aspect: int
-    """How many times longer than the other a side may be."""
+    """Maximum ratio of the longer side to the shorter one."""
     kept_pixels: int
     kept_side: int
-    """Larger ones are scaled down to this: nothing larger is drawn."""
+    """Larger pictures are scaled down to this longer side, as nothing larger is drawn."""
 
     @classmethod
     def of(cls, settings: Settings) -> Bounds:
@@ -72,7 +72,7 @@ def from_text(text: str, param: str) -> bytes:
 
 @contextmanager
 def opened(data: bytes, param: str) -> Iterator[Image.Image]:
-    """A foreign picture, its header read. Whatever its decoder raises inside becomes InvalidPicture."""
+    """Open an untrusted picture and read its header. Errors of its decoder become InvalidPicture."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             yield image
@@ -85,32 +85,34 @@ def opened(data: bytes, param: str) -> Iterator[Image.Image]:
         ) from None
     except MemoryError:
         raise InvalidPicture(f"{param}: decoding the picture takes too much memory", param=param) from None
-    except Exception as error:  # decoders raise whatever they like
+    except Exception as error:  # decoders may raise anything
         raise InvalidPicture(
             f"{param}: the picture is damaged ({error or type(error).__name__})", param=param
         ) from None
 
 
 def look(data: bytes, param: str, bounds: Bounds) -> tuple[int, int]:
-    """Width and height as the header says. Raises InvalidPicture for what will not be decoded."""
+    """Width and height from the header. Raises InvalidPicture if the picture is refused."""
     with opened(data, param) as image:
         _check(image, param, bounds)
         return image.size
 
 
 def normalise(data: bytes, param: str, bounds: Bounds) -> tuple[bytes, tuple[int, int]]:
-    """The picture upright (EXIF), in RGB or RGBA, as PNG, and its size before it was scaled down to `bounds`.
+    """The picture upright (EXIF), in RGB or RGBA, as PNG, and its size before scaling down to `bounds`.
 
-    Raises InvalidPicture that says why not.
+    Raises InvalidPicture with the reason.
     """
     with opened(data, param) as image:
         _check(image, param, bounds)
         image.load()
         upright = ImageOps.exif_transpose(image)
-        if upright.mode.startswith("I"):  # 16 bits; a plain conversion would clip all but the darkest to white
+        if upright.mode.startswith("I"):  # 16 bits; a plain conversion would clip all but the darkest levels to white
             upright = upright.point(lambda level: level / 256).convert("L")
         elif upright.mode == "F":
-            raise InvalidPicture(f"{param}: its levels are fractions; send 8 or 16 bits for each channel", param=param)
+            raise InvalidPicture(
+                f"{param}: floating-point pixels are not supported; send 8 or 16 bits per channel", param=param
+            )
         came = upright.size
         upright = _scaled_down(upright.convert("RGBA" if _transparent(upright) else "RGB"), bounds)
     return png(upright), came
@@ -123,28 +125,28 @@ def png(image: Image.Image) -> bytes:
 
 
 def decoded(png: bytes) -> Image.Image:
-    """The pixels of a picture that went through `normalise`."""
+    """The pixels of a picture from `normalise`."""
     image = Image.open(io.BytesIO(png), formats=("PNG",))
     image.load()
     return image
 
 
 def size(png: bytes) -> tuple[int, int]:
-    """Width and height in pixels of a picture that went through `normalise`."""
+    """Width and height in pixels of a picture from `normalise`."""
     with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
         return image.size
 
 
 def fingerprint(png: bytes) -> str:
-    """SHA-256 over mode, size and pixels: the same for the same picture, however it was compressed."""
+    """SHA-256 over mode, size and pixels: independent of how the picture was compressed."""
     image = decoded(png)
     return hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).hexdigest()
 
 
 def as_mask(png_data: bytes) -> bytes:
-    """A mask as L, white where the picture is to be redrawn: where it is transparent, else where it is light.
+    """A mask in mode L, white where the picture is redrawn: where it is transparent, else where it is light.
 
-    Raises InvalidPicture when that is nowhere.
+    Raises InvalidPicture if that is nowhere.
     """
     image = decoded(png_data)
     mask = ImageOps.invert(image.getchannel("A")) if image.mode == "RGBA" else image.convert("L")
@@ -152,8 +154,8 @@ def as_mask(png_data: bytes) -> bytes:
         mask = image.convert("L")
     if mask.getextrema() == (0, 0):
         raise InvalidPicture(
-            "mask: nothing in it is transparent or light, so nothing would be redrawn. "
-            "Make the part to redraw transparent, or leave the mask out to redraw all of it.",
+            "mask: no part is transparent or light, so nothing would be redrawn. "
+            "Make the area to redraw transparent, or leave the mask out to redraw everything.",
             param="mask",
         )
     return png(mask)
@@ -163,7 +165,7 @@ def _check(image: Image.Image, param: str, bounds: Bounds) -> None:
     width, height = image.size
     if width * height > bounds.pixels:
         raise InvalidPicture(
-            f"{param}: the picture is {width}x{height}; at most {bounds.pixels} pixels are taken "
+            f"{param}: the picture is {width}x{height}; at most {bounds.pixels} pixels are accepted "
             "(the setting max_source_pixels). Scale it down.",
             param=param,
         )
@@ -177,7 +179,7 @@ def _check(image: Image.Image, param: str, bounds: Bounds) -> None:
             "(the setting max_aspect). Crop it.",
             param=param,
         )
-    # Frames are not counted: in a TIFF that takes time with the square of their number.
+    # Frames are not counted: in a TIFF that takes quadratic time.
     if image.format in ANIMATED and getattr(image, "is_animated", False):
         raise InvalidPicture(f"{param}: the picture is animated. Send one frame.", param=param)
 

@@ -1,7 +1,7 @@
-"""A picture carries its recipe: AUTOMATIC1111's infotext for other tools, our JSON to make it again.
+"""The recipe embedded in a picture: AUTOMATIC1111's infotext for other tools, our JSON to reproduce it.
 
 The PNG text chunk `parameters` holds the infotext (the layout that Stable Diffusion web UIs read),
-the chunk `sfumato` the whole `Recipe` as JSON; in WebP and JPEG files both stand in the EXIF block.
+the chunk `sfumato` the whole `Recipe` as JSON; in WebP and JPEG files both are in the EXIF block.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ NEGATIVE = "Negative prompt:"
 _PAIR = re.compile(r'(?:^|,)\s*(\w[^:,"]*):\s*("(?:[^"\\]|\\.)*"|[^,]*)')
 """`Key: value` or `Key: "value, quoted as in JSON"`."""
 MAX_PAIRS = 20_000
-"""Characters of the line of pairs; reading a longer one could take minutes."""
+"""Maximum characters of the line of pairs; parsing a longer one could take minutes."""
 
 _SIZE = re.compile(r"(\d+)x(\d+)")
 _UNICODE = b"UNICODE\0"
-"""What EXIF puts before a text in UTF-16."""
+"""EXIF's prefix for a text in UTF-16."""
 
 MAX_SIDES: Mapping[str, int] = {"webp": 16383, "jpeg": 65500}
 
 MAX_EXIF = 65_000
-"""Bytes; a JPEG holds no more in one segment."""
+"""In bytes; the limit of a JPEG segment."""
 
 
 def encode(image: Image.Image, recipe: Recipe) -> bytes:
@@ -60,10 +60,10 @@ def convert(
     opaque: bool = False,
     size: tuple[int, int] | None = None,
 ) -> bytes:
-    """A picture of ours as png, webp or jpeg (`compression` 0 .. 100 is their quality), infotext and recipe kept.
+    """Convert a picture of ours to png, webp or jpeg (`compression` 0 .. 100 is their quality), keeping its recipe.
 
-    `opaque`: an alpha channel is laid on white, as a JPEG's always is. `size`: scaled to it, for previews. A PNG that
-    needs no change is returned as it is.
+    `opaque`: put an alpha channel on white, as always for JPEG. `size`: scale to it, for previews. A PNG that needs no
+    change is returned unchanged.
     """
     image: Image.Image = Image.open(io.BytesIO(png), formats=("PNG",))
     flat = "A" in image.getbands() and (opaque or format == "jpeg")
@@ -86,8 +86,8 @@ def convert(
     file = io.BytesIO()
     if max(image.size) > MAX_SIDES.get(format, max(image.size)):
         raise InvalidRequest(
-            f"output_format: a {format} file is at most {MAX_SIDES[format]} pixels a side, the picture is "
-            f"{image.width}x{image.height}; ask for png",
+            f"output_format: a {format} file has at most {MAX_SIDES[format]} pixels per side, the picture is "
+            f"{image.width}x{image.height}; request png",
             param="output_format",
         )
     image.save(file, format.upper(), **options)
@@ -95,10 +95,10 @@ def convert(
 
 
 def thumbnail(file: bytes, side: int) -> bytes | None:
-    """A picture of ours as WebP, at most `side` pixels a side, without its recipe; None when it cannot be read."""
+    """A picture of ours as WebP, at most `side` pixels per side, without its recipe; None if it cannot be read."""
     try:
         with Image.open(io.BytesIO(file), formats=("PNG", "WEBP", "JPEG")) as image:
-            image.draft("RGB", (side, side))  # a JPEG is decoded small
+            image.draft("RGB", (side, side))  # decode a JPEG at reduced size
             image.thumbnail((side, side), Image.Resampling.LANCZOS)
             small = image.convert("RGBA" if "A" in image.getbands() else "RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
@@ -115,7 +115,7 @@ def _exif(texts: Mapping[str, str]) -> bytes:
         comment = _UNICODE + texts[INFOTEXT_CHUNK].encode("utf-16-be")
         exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
     if RECIPE_CHUNK in texts:
-        exif[ExifTags.Base.ImageDescription] = json.dumps(json.loads(texts[RECIPE_CHUNK]))  # ASCII, as EXIF wants it
+        exif[ExifTags.Base.ImageDescription] = json.dumps(json.loads(texts[RECIPE_CHUNK]))  # ASCII, as EXIF requires
     data = exif.tobytes()
     return data if len(data) <= MAX_EXIF else b""
 
@@ -132,7 +132,7 @@ def infotext(recipe: Recipe) -> str:
         "Size": f"{recipe.width}x{recipe.height}",
         "Model": recipe.model,
         "Denoising strength": recipe.strength,
-        "Clip skip": recipe.clip_skip + 1 if recipe.clip_skip else None,  # it counts from the last layer, which is 1
+        "Clip skip": recipe.clip_skip + 1 if recipe.clip_skip else None,  # AUTOMATIC1111 counts the last layer as 1
         "Version": f"sfumato {__version__}",
     }
     lines = [recipe.prompt]
@@ -143,10 +143,10 @@ def infotext(recipe: Recipe) -> str:
 
 
 def parse(infotext: str) -> dict[str, str]:
-    """The pairs of an infotext, with `Prompt` and `Negative prompt`; of a size `Size-1` and `Size-2`."""
+    """The pairs of an infotext, with `Prompt` and `Negative prompt`; a size becomes `Size-1` and `Size-2`."""
     *lines, last = infotext.strip().split("\n")
     pairs = _PAIR.findall(last[:MAX_PAIRS])
-    if len(pairs) < 3:  # a prompt that has a colon in it
+    if len(pairs) < 3:  # a prompt with a colon in it
         lines, pairs = [*lines, last], []
     at = next((index for index, line in enumerate(lines) if line.strip().startswith(NEGATIVE)), len(lines))
     negative = "\n".join(line.strip() for line in lines[at:]).removeprefix(NEGATIVE).strip()
@@ -160,9 +160,9 @@ def parse(infotext: str) -> dict[str, str]:
 
 
 def texts(file: bytes, param: str = "image") -> dict[str, str]:
-    """What a picture file says in words, by the name of its chunk; empty for a picture that says nothing.
+    """Texts in a picture file by the name of their chunk; empty if there are none.
 
-    Raises InvalidPicture for what is none.
+    Raises InvalidPicture if the file is not a picture.
     """
     with images.opened(file, param) as image:
         found = {str(key): value for key, value in image.info.items() if isinstance(value, str)}
@@ -172,7 +172,7 @@ def texts(file: bytes, param: str = "image") -> dict[str, str]:
 
 
 def _comment(image: Image.Image) -> str:
-    """EXIF's UserComment; empty where there is none, or the block is damaged."""
+    """EXIF's UserComment; empty if there is none, or the block is damaged."""
     try:
         comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
     except (OSError, ValueError, SyntaxError, struct.error):
@@ -183,7 +183,7 @@ def _comment(image: Image.Image) -> str:
 
 
 def _description(image: Image.Image) -> str:
-    """EXIF's ImageDescription, where a WebP or JPEG of ours has its recipe."""
+    """EXIF's ImageDescription, which contains the recipe in our WebP and JPEG files."""
     try:
         return str(image.getexif().get(ExifTags.Base.ImageDescription) or "")
     except (OSError, ValueError, SyntaxError, struct.error):
@@ -205,15 +205,15 @@ def _unquoted(text: str) -> str:
 
 
 def read(path: Path) -> Recipe:
-    """The recipe inside a picture of ours. Raises InvalidPicture when there is none that we can read."""
+    """The recipe inside a picture of ours. Raises InvalidPicture if there is none or it cannot be read."""
     try:
         with Image.open(path, formats=images.FORMATS) as image:
             text = image.info.get(RECIPE_CHUNK) or image.getexif().get(ExifTags.Base.ImageDescription)
     except (OSError, struct.error) as error:
-        raise InvalidPicture(f"{path}: not a picture that can be read ({error})") from None
+        raise InvalidPicture(f"{path}: cannot be read as a picture ({error})") from None
     if text is None:
         raise InvalidPicture(
-            f"{path}: carries no recipe. Only files that Sfumato made do; editors and chat programs often strip it."
+            f"{path}: contains no recipe. Only files made by Sfumato have one; editors and chats often strip it."
         )
     known = {spec.name for spec in fields(Recipe)}
     try:

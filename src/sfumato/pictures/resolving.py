@@ -1,8 +1,8 @@
-"""Names of hosts, looked up so that those which never resolve hold up nobody else.
+"""Resolve host names so that one that never resolves does not block other requests.
 
-The system's lookup (it reads /etc/hosts, and what else the operator has set) cannot be stopped and may take
-half a minute. Each runs in a thread of its own, of which there are only so many; whoever asks waits for a
-while, or until the client has gone.
+The system's lookup (which respects /etc/hosts and the operator's configuration) cannot be cancelled and may take
+half a minute. Each lookup runs in its own thread, of a limited number; the caller waits for a limited time, or
+until its client disconnects.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ Lookup: TypeAlias = Callable[..., list[tuple[Any, ...]]]
 """As `socket.getaddrinfo`."""
 
 MAX_LOOKUPS = 32
-"""At a time, those included for which nobody waits any more."""
+"""At the same time, including lookups whose caller has given up."""
 
 WAIT_S = 5.0
-"""For a name, and for a thread to look it up in."""
+"""Maximum wait for a name, including the wait for a thread."""
 
 
 class Unresolved(Exception):
@@ -28,7 +28,7 @@ class Unresolved(Exception):
 
 
 class Resolver:
-    """The address of a name. `lookup` is `socket.getaddrinfo` unless it is given; it may block for ever."""
+    """Resolves names. `lookup` is `socket.getaddrinfo` by default; it may block forever."""
 
     def __init__(self, lookup: Lookup | None = None, wait_s: float = WAIT_S, lookups: int = MAX_LOOKUPS) -> None:
         self._lookup = lookup
@@ -36,7 +36,7 @@ class Resolver:
         self._threads = asyncio.Semaphore(lookups)
 
     async def address(self, host: str, port: int) -> str:
-        """The first. Raises Unresolved."""
+        """The first address. Raises Unresolved."""
         name = repr(host[:100])
         try:
             async with asyncio.timeout(self._wait_s):
@@ -54,7 +54,7 @@ class Resolver:
 
         def settle(address: str | None, error: BaseException | None) -> None:
             self._threads.release()
-            if answer.done():  # nobody waits any more
+            if answer.done():  # the caller has given up
                 return
             if error:
                 answer.set_exception(error)
@@ -66,17 +66,17 @@ class Resolver:
             address, failed = None, None
             try:
                 address = str(lookup(host, port, type=socket.SOCK_STREAM)[0][4][0])
-            except Exception as error:  # it is raised to whoever asked
+            except Exception as error:  # it is raised in the caller
                 failed = error
             try:
                 loop.call_soon_threadsafe(settle, address, failed)
             except RuntimeError:
-                return  # the loop is closed: the server has ended meanwhile
+                return  # the event loop is closed: the server has stopped
 
-        # A daemon: a name that does not resolve must not keep the process from ending.
+        # A daemon thread: a name that does not resolve must not keep the process from exiting.
         try:
             threading.Thread(target=look_up, name="resolve", daemon=True).start()
-        except RuntimeError as error:  # the machine has no more
+        except RuntimeError as error:  # no more threads available
             self._threads.release()
             raise OSError(str(error)) from None
         return await answer

@@ -1,4 +1,4 @@
-"""The source pictures of one request: kept as they came until its turn, then decoded for the engine."""
+"""The source pictures of one request: kept encoded until its turn, then decoded for the engine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def is_url(picture: str | bytes) -> bool:
 
 
 def weight(picture: str | bytes) -> int:
-    """Bytes of a picture before it is decoded, as far as they are known; of a URL 0."""
+    """Bytes of an encoded picture, as far as known; 0 for a URL."""
     if is_url(picture):
         return 0
     return len(picture) if isinstance(picture, bytes) else len(picture) * 3 // 4
@@ -29,8 +29,8 @@ def weight(picture: str | bytes) -> int:
 class Sources:
     """Source pictures and mask: file bytes, base64, `data:` URI or URL.
 
-    `gathered` makes bytes of all of them and checks what their headers say, `decoded` makes what the engine
-    takes. Both raise InvalidRequest that names the picture, and end with whoever awaits them.
+    `gathered` turns all of them into bytes and checks their headers, `decoded` turns them into what the engine
+    takes. Both raise InvalidRequest naming the picture, and stop when cancelled.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Sources:
         fitting: Fitting | None,
         scale: int | None,
     ) -> None:
-        """`scale`: what is drawn is so many times as large as the first picture; None: its size is known."""
+        """`scale`: size of the result relative to the first picture; None: the size is known."""
         names = ["image" if fitting is None else f"init_images[{index}]" for index in range(len(images))]
         self._pictures: list[tuple[str, str | bytes]] = list(zip(names, images, strict=True))
         if mask is not None:
@@ -56,7 +56,7 @@ class Sources:
         share.take(sum(weight(picture) for _, picture in self._pictures))
 
     async def gathered(self, fetcher: PictureFetcher, decoders: Decoders) -> None:
-        """Bytes of all, one after another."""
+        """Turn all of them into bytes, one after another."""
         for index, (param, picture) in enumerate(self._pictures):
             if isinstance(picture, bytes):
                 data = picture
@@ -70,7 +70,7 @@ class Sources:
                 self._refuse_large(param, *said["size"])
 
     async def decoded(self, decoders: Decoders) -> tuple[tuple[bytes, ...], bytes | None]:
-        """Pictures and mask as `Generation` has them. What they were made of is let go."""
+        """Pictures and mask in the form of `Generation`. The encoded ones are released."""
         made: list[bytes] = []
         sizes: list[tuple[int, int]] = []
         fitting = self._fitting
@@ -100,7 +100,7 @@ class Sources:
             said, png = await decoders.run("mask", data, param)
             if (came := tuple(said["size"])) != first:
                 raise InvalidPicture(
-                    f"the mask is {came[0]}x{came[1]}, the picture {first[0]}x{first[1]}: both need the same size",
+                    f"the mask is {came[0]}x{came[1]}, the picture {first[0]}x{first[1]}: both must have the same size",
                     param="mask",
                 )
         self._share.count(len(png))

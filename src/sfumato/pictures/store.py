@@ -1,4 +1,4 @@
-"""Pictures on disk. A file appears under its name whole or not at all, and leaves when it is old."""
+"""Pictures on disk. A file appears under its name complete or not at all, and is deleted when it is old."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from sfumato.settings import Settings
 log = logging.getLogger(__name__)
 
 MEDIA_TYPES = {"png": "image/png", "webp": "image/webp", "jpeg": "image/jpeg"}
-"""What is kept, by the extension of its name."""
+"""Media types of stored files, by extension."""
 
 LOW_WATER = 0.95
-"""Of the limit is what stays when it was passed, so that not every picture has the whole folder counted."""
+"""Fraction of the limit to shrink to once it is exceeded, so that not every new picture rescans the folder."""
 
 STRAY_S = 3600
-"""A file that was not finished after so many seconds never will be."""
+"""Seconds after which an unfinished file is considered abandoned."""
 
 RANDOM_DIGITS = 26
-"""Of a name, hexadecimal digits that are chance; the six behind them say whose it is, to who knows the owners."""
+"""Random hexadecimal digits of a name; the six after them identify the owner, to those who know the owners."""
 
 _NAME = re.compile(rf"[0-9a-f]{{32}}\.({'|'.join(MEDIA_TYPES)})")
 _PART = re.compile(r"sfumato-\w+\.part")
@@ -37,7 +37,7 @@ _PART = re.compile(r"sfumato-\w+\.part")
 
 @dataclass(frozen=True, slots=True)
 class StoredPicture:
-    """A picture as it is sent."""
+    """A stored picture, ready to be sent."""
 
     data: bytes
     media_type: str
@@ -46,8 +46,8 @@ class StoredPicture:
 class Store:
     """A folder of pictures, each under a random name that cannot be guessed.
 
-    `max_age_s` and `max_bytes` (of all together) are kept by `expire`, and by `put` for the bytes; 0 is no
-    limit. Whatever else lies in the folder is left alone.
+    `max_age_s` and `max_bytes` (total) are enforced by `expire`, and `max_bytes` also by `put`; 0 is no
+    limit. Other files in the folder are left alone.
     """
 
     def __init__(self, folder: Path, *, max_age_s: float = 0, max_bytes: int = 0) -> None:
@@ -56,11 +56,11 @@ class Store:
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._bytes: int | None = None
-        """Of all pictures, as far as this process knows; None before it looked."""
+        """Total of all pictures, as far as this process knows; None before the first scan."""
 
     @classmethod
     def of(cls, settings: Settings) -> Store:
-        """The folder and limits that the settings say."""
+        """A store with the folder and limits from the settings."""
         return cls(
             settings.data / "generated-images",
             max_age_s=settings.outputs_max_age_h * 3600,
@@ -68,9 +68,9 @@ class Store:
         )
 
     def put(self, data: bytes, extension: str = "png", *, owner: str = "") -> str:
-        """Keep a picture (`extension` is one of `MEDIA_TYPES`); returns its name, which `owner_of` reads.
+        """Store a picture (`extension` is one of `MEDIA_TYPES`); returns its name, which `owner_of` understands.
 
-        Raises StorageError when it cannot be written. Blocks.
+        Raises StorageError if it cannot be written. Blocks.
         """
         assert extension in MEDIA_TYPES, extension
         name = self.named(owner, extension)
@@ -87,7 +87,7 @@ class Store:
                 Path(temporary).unlink(missing_ok=True)
             raise StorageError(
                 f"the picture was drawn but could not be written to {self.folder}: {error.strerror}. "
-                "Free space there, mend its permissions, or ask for response_format b64_json."
+                "Free space there, fix its permissions, or request response_format b64_json."
             ) from error
         if self._max_bytes and self._grew(len(data)) > self._max_bytes:
             self.expire()
@@ -100,26 +100,26 @@ class Store:
         return f"{random}{_mark(random, owner)}.{extension}"
 
     def get(self, name: str) -> StoredPicture | None:
-        """The picture of that name, whole, or None when there is none (any other name included). Blocks."""
+        """The picture of that name, or None if there is none or the name is invalid. Blocks."""
         match = _NAME.fullmatch(name)
         if not match:
             return None
         try:
             data = (self.folder / name).read_bytes()
         except OSError:
-            return None  # it has just expired, or somebody deleted it
+            return None  # it has just expired, or was deleted by hand
         return StoredPicture(data, MEDIA_TYPES[match[1]]) if data else None
 
     def has(self, name: str) -> bool:
-        """Whether there is a picture of that name. Blocks."""
+        """Whether a picture of that name exists. Blocks."""
         return bool(_NAME.fullmatch(name)) and (self.folder / name).is_file()
 
     def names(self) -> dict[str, float]:
-        """Every picture that there is, with when it was written, in seconds since 1970. Blocks."""
+        """Every picture and when it was written, in seconds since 1970. Blocks."""
         return {path.name: modified for modified, path, _ in self._pictures(time.time())}
 
     def delete(self, name: str) -> None:
-        """The picture of that name, if there is one. Raises StorageError when it cannot be deleted. Blocks."""
+        """Delete the picture of that name, if there is one. Raises StorageError if that fails. Blocks."""
         if not _NAME.fullmatch(name):
             return
         try:
@@ -127,12 +127,12 @@ class Store:
         except OSError as error:
             raise StorageError(f"{name} cannot be deleted from {self.folder}: {error.strerror}") from error
         with self._lock:
-            self._bytes = None  # counted anew when it matters
+            self._bytes = None  # rescanned when needed
 
     def expire(self, now: float | None = None, *, spare: Container[str] = ()) -> int:
-        """Delete what is too old, then the oldest while all are too large; returns how many pictures went.
+        """Delete pictures that are too old, then the oldest until the total fits; returns how many were deleted.
 
-        The newest stays, however large; names in `spare` do not grow too old. `now` is in seconds since 1970. Blocks.
+        The newest always stays; names in `spare` do not expire by age. `now` is in seconds since 1970. Blocks.
         """
         now = time.time() if now is None else now
         with self._lock:
@@ -152,7 +152,7 @@ class Store:
         return gone
 
     def _grew(self, size: int) -> int:
-        """All bytes after a picture of `size` came; where nobody has counted yet, more than any limit."""
+        """Total bytes after adding a picture of `size`; before the first scan, more than any limit."""
         with self._lock:
             if self._bytes is None:
                 return self._max_bytes + 1
@@ -160,7 +160,7 @@ class Store:
             return self._bytes
 
     def _pictures(self, now: float) -> list[tuple[float, Path, int]]:
-        """Time, path and size of each picture, oldest first. Unfinished files of long ago go."""
+        """Time, path and size of each picture, oldest first. Deletes abandoned unfinished files."""
         found = []
         for entry in _scan(self.folder):
             try:
@@ -175,7 +175,7 @@ class Store:
 
 
 def owner_of(name: str, owners: Iterable[str]) -> str | None:
-    """The one of `owners` that the picture of this name was put for; None when it is none of them."""
+    """The one of `owners` that owns the picture of this name; None if it is none of them."""
     random, mark = name[:RANDOM_DIGITS], name[RANDOM_DIGITS : RANDOM_DIGITS + 6]
     return next((owner for owner in owners if _mark(random, owner) == mark), None)
 
@@ -189,7 +189,7 @@ def _scan(folder: Path) -> list[os.DirEntry[str]]:
         with os.scandir(folder) as entries:
             return [entry for entry in entries if entry.is_file(follow_symlinks=False)]
     except OSError:
-        return []  # there is none yet; `put` says what is wrong with it
+        return []  # the folder does not exist yet; `put` reports any problem with it
 
 
 def _delete(path: Path) -> bool:

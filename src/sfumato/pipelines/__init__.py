@@ -1,1 +1,1 @@
-"""What a diffusers pipeline takes, does with its scheduler, and can be asked for."""
+"""What is known about a diffusers pipeline: its parameters, its use of the scheduler, its capabilities."""

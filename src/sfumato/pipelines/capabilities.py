@@ -1,4 +1,4 @@
-"""What a pipeline can be asked for, told by its class and its parts."""
+"""Capabilities of a pipeline, derived from its class and components."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from sfumato.core import Generation
 from sfumato.errors import InvalidRequest
 
 SIBLINGS = {"image": "AutoPipelineForImage2Image", "mask": "AutoPipelineForInpainting"}
-"""By name: importing them imports every pipeline there is, which takes seconds."""
+"""By name: importing them imports every pipeline class, which takes seconds."""
 
 NEEDS_PICTURE = re.compile(r"Img2Img|Inpaint|Depth2Img|Upscale|SuperResolution|InstructPix2Pix|ControlNet|Edit")
-"""Names of classes that draw nothing without a source picture, whatever their signature's defaults say."""
+"""Names of classes that need a source picture, whatever their signature's defaults say."""
 
 
 @dataclass(frozen=True, slots=True)
 class Upscaler:
     factor: int
-    """How many times longer the sides of the result are than those of its source."""
+    """Upscaling factor of each side."""
     multiple: int
-    """Pixels: sides of a source are multiples of it, or the class would resize the source."""
+    """The source's sides must be multiples of this many pixels, or the class would resize it."""
 
 
 UPSCALERS: Mapping[str, Upscaler] = MappingProxyType(
@@ -37,7 +37,7 @@ UPSCALERS: Mapping[str, Upscaler] = MappingProxyType(
         "LDMSuperResolutionPipeline": Upscaler(4, 32),
     }
 )
-"""Classes of diffusers that take a small picture and give the same one larger."""
+"""diffusers' upscaler classes."""
 
 
 def upscaler(pipeline: Any) -> Upscaler | None:
@@ -45,18 +45,18 @@ def upscaler(pipeline: Any) -> Upscaler | None:
 
 
 def transparent(pipeline: Any) -> bool:
-    """Whether its pictures have an alpha channel: its VAE decodes to four channels."""
+    """Whether it draws an alpha channel: its VAE decodes to four channels."""
     config = getattr(getattr(pipeline, "vae", None), "config", {})
     return 4 in (config.get("out_channels"), config.get("input_channels"))
 
 
 def parameters_of(pipeline: Any) -> Mapping[str, inspect.Parameter]:
-    """What one may pass to a pipeline's call, by name."""
+    """The parameters of a pipeline's call, by name."""
     kind: Any = type(pipeline)
     return _parameters(kind.__call__)
 
 
-@functools.lru_cache(maxsize=256)  # asked for some thirty times for each picture
+@functools.lru_cache(maxsize=256)  # called about thirty times per picture
 def _parameters(call: Any) -> Mapping[str, inspect.Parameter]:
     signature = inspect.signature(call).parameters
     return MappingProxyType(
@@ -65,7 +65,7 @@ def _parameters(call: Any) -> Mapping[str, inspect.Parameter]:
 
 
 def needs_picture(pipeline: Any) -> bool:
-    """Whether it draws nothing from a prompt alone."""
+    """Whether it cannot draw from a prompt alone."""
     return _needs_picture(type(pipeline).__name__, parameters_of(pipeline))
 
 
@@ -76,7 +76,7 @@ def _needs_picture(name: str, parameters: Mapping[str, inspect.Parameter]) -> bo
 
 
 def takes(pipeline: Any, task: str) -> bool:
-    """Whether the class itself does `image` (a source picture without a mask) or `mask`."""
+    """Whether the class itself supports `image` (a source picture without a mask) or `mask`."""
     return _takes(parameters_of(pipeline), task)
 
 
@@ -85,12 +85,12 @@ def _takes(parameters: Mapping[str, inspect.Parameter], task: str) -> bool:
 
 
 def tasks(pipeline: Any) -> tuple[str, ...]:
-    """Of text-to-image, image-to-image, inpainting, upscaling: what the weights can do."""
+    """The subset of text-to-image, image-to-image, inpainting and upscaling that the weights support."""
     return tasks_of(type(pipeline).__name__, parameters_of(pipeline))
 
 
 def tasks_of(name: str, parameters: Mapping[str, inspect.Parameter]) -> tuple[str, ...]:
-    """The same, of a class by its name and what its call takes."""
+    """The same, from the class's name and its call's parameters."""
     if name in UPSCALERS:
         return ("upscaling",)
     found = {"text-to-image": not _needs_picture(name, parameters)}
@@ -100,7 +100,7 @@ def tasks_of(name: str, parameters: Mapping[str, inspect.Parameter]) -> tuple[st
 
 
 def has_sibling(name: str, task: str) -> bool:
-    """Whether diffusers has a class for `task` on the weights of the class `name`."""
+    """Whether diffusers has a class for `task` that shares the weights of the class `name`."""
     families = {family for known in _mappings().values() for family, kind in known.items() if kind == name}
     return not families.isdisjoint(_mappings()[_MAPPINGS[task]])
 
@@ -129,7 +129,7 @@ _MAPPINGS = {
 @functools.cache
 def _mappings() -> Mapping[str, Mapping[str, str]]:
     """The tables behind `SIBLINGS`, family of models to class; read as text, for the same reason."""
-    found = importlib.util.find_spec("diffusers")  # of what is below, it would import this
+    found = importlib.util.find_spec("diffusers")  # find_spec of a submodule would import diffusers
     assert found and found.origin
     text = (Path(found.origin).parent / "pipelines" / "auto_pipeline.py").read_text()
     tables = re.findall(r"^(AUTO_\w+_MAPPING) = OrderedDict\((.*?)^\)", text, re.M | re.S)
@@ -140,11 +140,11 @@ def _mappings() -> Mapping[str, Mapping[str, str]]:
 
 
 def check(model: str, pipeline: Any, asked: Generation) -> None:
-    """Raises InvalidRequest for a kind of picture that this pipeline does not make."""
+    """Raises InvalidRequest for a task that this pipeline does not support."""
     kind = type(pipeline).__name__
     if asked.transparent and not transparent(pipeline):
         raise InvalidRequest(
-            f"background transparent: {model} ({kind}) draws no alpha channel; opaque and auto are valid",
+            f"background transparent: {model} ({kind}) cannot draw an alpha channel; opaque and auto are valid",
             param="background",
         )
     if asked.upscale is None:
@@ -152,11 +152,11 @@ def check(model: str, pipeline: Any, asked: Generation) -> None:
     own = upscaler(pipeline)
     if own is None:
         raise InvalidRequest(
-            f"{model} ({kind}) draws pictures and does not enlarge them. For that a model file needs one of these as "
+            f"{model} ({kind}) is not an upscaler. For that a model file needs one of these as "
             f"diffusers.pipeline_type: {', '.join(UPSCALERS)}",
             param="model",
         )
     if asked.upscale != own.factor:
         raise InvalidRequest(
-            f"scale {asked.upscale}: {model} enlarges {own.factor} times; {own.factor} is valid", param="scale"
+            f"scale {asked.upscale}: {model} upscales {own.factor} times; only {own.factor} is valid", param="scale"
         )

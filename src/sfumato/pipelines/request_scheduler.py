@@ -1,13 +1,13 @@
-"""A scheduler for one request, made for the pipeline that will draw it.
+"""Create a scheduler for one request, to fit the pipeline that will draw it.
 
 diffusers' schedulers hold the state of a run, so each request gets its own instance; the pipeline's
-is read and never written. What carries over from it is what the model was trained with (`FACTS`) and
-what its makers set by hand (`PREFERENCES`), and never the sampler's own switches: `euler` means
-Euler without Karras sigmas, also on a model that ships with them.
+is read and never written. The request's scheduler takes over how the model was trained (`FACTS`) and
+what its authors set explicitly (`PREFERENCES`), but never the sampler's own switches: `euler` means
+Euler without Karras sigmas, even on a model that ships with them.
 
-Whether a solver fits a pipeline is found out before the first step: `scheduler_calls.read` reads what the
-pipeline's code gives to its scheduler, and a rehearsal runs the new scheduler on that for a few
-steps over an empty latent. What came out is kept: a picture waits for no rehearsal that was held before.
+Whether a solver fits a pipeline is checked before the first step: `scheduler_calls.read` reads what the
+pipeline's code passes to its scheduler, and a rehearsal runs the new scheduler on that for a few
+steps over an empty latent. The result is cached, so each combination is rehearsed once.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ FACTS = frozenset({
     "max_image_seq_len", "invert_sigmas", "shift_terminal", "stochastic_sampling", "scale_factors",
     "upscale_mode",
 })  # fmt: skip
-"""What the model was trained with: it holds for every solver, written in the model's file or not.
+"""How the model was trained: applies to every solver, whether or not the model's config states it.
 
-(diffusers' own `from_config` lets the new class's default replace a value that is not written down.
-The classes disagree on `beta_start`, for one.)
+(diffusers' own `from_config` replaces a value that is not in the config with the new class's default.
+The classes disagree on `beta_start`, for example.)
 """
 
 PREFERENCES = frozenset({
     "timestep_spacing", "steps_offset", "set_alpha_to_one", "skip_prk_steps", "lambda_min_clipped",
     "interpolation_type",
 })  # fmt: skip
-"""What carries over only where the model's file says it, as in `from_config`."""
+"""Taken over only if the model's config states it, as in `from_config`."""
 
 NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "use_dynamic_shifting": (None, False),
@@ -58,20 +58,20 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "scale_factors": (None,),
     "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
 }
-"""Facts that a solver can leave out only at these values; otherwise it has to know them."""
+"""Facts that a solver may ignore at these values; for other values it must support them."""
 
 SIGMA_FLAGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
 FEW = 4
-"""Steps of a rehearsal, where no number is asked for, and of a schedule that nobody will look at."""
+"""Steps of a rehearsal without a requested number, and of a schedule that is never used."""
 
 LABORIOUS = frozenset({
     "HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "LMSDiscreteScheduler",
     "DPMSolverSDEScheduler",
 })  # fmt: skip
-"""Classes whose constructor makes a schedule of all the steps of training: 0.2 s for DPM2, of every picture.
+"""Classes whose constructor computes a schedule of all training steps: 0.2 s per picture for DPM2.
 
-The first `set_timesteps` puts another in its place.
+The first `set_timesteps` replaces it.
 """
 
 _NOISE_CLASSES = frozenset(solver.noise.cls for solver in schedulers.SOLVERS.values())
@@ -83,10 +83,10 @@ _FLOW_CLASSES = frozenset(
 def make(pipeline: Any, choice: Choice | None, seed: int | Sequence[int]) -> Any:
     """A fresh scheduler for one call of `pipeline`; without a choice, one like the model's own.
 
-    `seed` decides the noise that a solver adds on its way, except where the pipeline hands its own
-    generator to each step: then that one does.
-    Give one seed per picture to draw several in one call: each then equals the picture drawn alone.
-    None comes back for a pipeline that has no scheduler.
+    `seed` determines the noise that a solver adds during the run, unless the pipeline passes its own
+    generator to each step.
+    To draw several pictures in one call, pass one seed per picture: each then equals the picture drawn alone.
+    Returns None for a pipeline without a scheduler.
     """
     own = getattr(pipeline, "scheduler", None)
     if choice is None:
@@ -103,7 +103,7 @@ def make(pipeline: Any, choice: Choice | None, seed: int | Sequence[int]) -> Any
 
 
 def check(pipeline: Any, choice: Choice | None, count: int | None = None) -> None:
-    """Raise InvalidRequest where `choice` cannot draw with `pipeline` (in `count` steps, if given)."""
+    """Raise InvalidRequest if `choice` cannot draw with `pipeline` (in `count` steps, if not None)."""
     if choice is None:
         return
     model = _model(pipeline)
@@ -112,14 +112,14 @@ def check(pipeline: Any, choice: Choice | None, count: int | None = None) -> Non
         return
     if count is not None and _misfit(model, choice.name, None) is None:
         raise InvalidRequest(
-            f"Scheduler {choice.name!r} cannot draw in {count} steps: {reason}. Ask for another number.",
+            f"Scheduler {choice.name!r} cannot draw in {count} steps: {reason}. Use another number of steps.",
             param="step",
         )
     raise _refusal(pipeline, choice, reason)
 
 
 def works_with(pipeline: Any) -> tuple[str, ...]:
-    """The names of `schedulers.names()` that `check` lets through."""
+    """The names in `schedulers.names()` that `check` accepts."""
     model = _model(pipeline)
     return tuple(name for name in schedulers.names() if _misfit(model, name, None) is None)
 
@@ -134,7 +134,7 @@ def is_flow(scheduler: Any) -> bool:
 
 
 def _form(own: Any, choice: Choice) -> SolverForm | None:
-    """The form of the solver for the kind of model that `own` came with."""
+    """The form of the solver for the kind of model that `own` belongs to."""
     if own is not None and is_flow(own):
         return choice.flow
     return choice.noise if type(own).__name__ in _NOISE_CLASSES else None
@@ -144,18 +144,18 @@ def _why_no_form(own: Any, choice: Choice) -> str:
     if own is None:
         return "this pipeline has no scheduler"
     if not is_flow(own):
-        return f"this model draws with {type(own).__name__} and no other"
+        return f"this model works only with {type(own).__name__}"
     flow = schedulers.SOLVERS[choice.solver].flow
     if flow is None:
-        return f"the model is a flow-matching one, and {choice.noise.cls} has no form for that"
+        return f"this is a flow-matching model, which {choice.noise.cls} does not support"
     takes = ", ".join(flow.schedules) or "none"
-    return f"{flow.cls} has no form with a schedule {choice.schedule!r}; it takes: {takes}"
+    return f"{flow.cls} does not support the schedule {choice.schedule!r}; it supports: {takes}"
 
 
 def _own(own: Any, seed: int | Sequence[int], *, sets_steps: bool) -> Any:
     if not isinstance(own, diffusers.ConfigMixin):
         return copy.deepcopy(own)
-    # Not from_config: it takes a value that the pipeline corrected after loading for a default.
+    # Not from_config: it treats a value that the pipeline corrected after loading as a default.
     kind: Any = type(own)
     parameters = _parameters(kind)
     arguments = {key: value for key, value in own.config.items() if key in parameters}
@@ -166,7 +166,7 @@ def _build(own: Any, form: SolverForm, seed: int | Sequence[int]) -> Any:
     cls = getattr(diffusers, form.cls)
     parameters = _parameters(cls)
     carried = _carried(own)
-    # Latent pixels go beyond -1 .. 1; clipping is only for models whose own scheduler does it.
+    # Latents exceed -1 .. 1; clipping is only for models whose own scheduler does it.
     arguments: dict[str, Any] = {"clip_sample": False, **carried}
     # The two families have different names for the same number.
     shift = carried.get("shift", carried.get("flow_shift", 1.0))
@@ -178,7 +178,7 @@ def _build(own: Any, form: SolverForm, seed: int | Sequence[int]) -> Any:
 
 
 def _carried(own: Any) -> dict[str, Any]:
-    """What every scheduler for this model should know."""
+    """Configuration that every scheduler for this model should have."""
     config = dict(own.config)
     kind: Any = type(own)
     parameters = _parameters(kind)
@@ -193,16 +193,16 @@ def _carried(own: Any) -> dict[str, Any]:
 
 
 def _construct(cls: Any, arguments: Mapping[str, Any], config: Mapping[str, Any], *, sets_steps: bool = True) -> Any:
-    """`sets_steps`: whoever gets it sets its steps before all else, as every pipeline does that `handover` can read."""
+    """`sets_steps`: the caller sets the steps before anything else, as every pipeline does that `read` understands."""
     scheduler = _unscheduled(cls, arguments) if sets_steps else cls(**arguments)
-    # Pipelines read settings from their scheduler's config that its class does not know (`max_shift`).
+    # Pipelines read settings from their scheduler's config that its class does not define (`max_shift`).
     rest = {key: value for key, value in config.items() if key not in scheduler.config and key[0] != "_"}
     scheduler.register_to_config(**rest)
     return scheduler
 
 
 def _unscheduled(cls: Any, arguments: Mapping[str, Any]) -> Any:
-    """`cls(**arguments)`, less the schedule of all the steps of training that those of LABORIOUS begin with."""
+    """`cls(**arguments)` without the initial schedule of all training steps that the LABORIOUS ones compute."""
     if cls.__name__ not in LABORIOUS:
         return cls(**arguments)
     scheduler = cls.__new__(cls)
@@ -223,10 +223,10 @@ def _seeded(parameters: Mapping[str, inspect.Parameter], seed: int | Sequence[in
 
 
 def _noisy(pipeline: Any, scheduler: Any, seed: int | Sequence[int]) -> Any:
-    """`scheduler` with a generator for its steps, where the pipeline passes on none.
+    """`scheduler` with a generator for its steps, if the pipeline does not pass one.
 
-    FLUX and its kin do not: a solver that adds noise would take it from torch's global state, and the
-    seed would not decide the picture.
+    FLUX and similar ones do not: a solver that adds noise would draw it from torch's global state, and the
+    seed would not determine the picture.
     """
     kind: Any = type(pipeline)
     asked = scheduler_calls.read(kind)
@@ -238,12 +238,12 @@ def _noisy(pipeline: Any, scheduler: Any, seed: int | Sequence[int]) -> Any:
 
 
 def noise(seed: int) -> torch.Generator:
-    """Where noise for the steps comes from; derived, as `seed` itself would repeat the first latents."""
+    """Generator for the steps' noise; derived, as `seed` itself would repeat the initial latents."""
     derived = int(np.random.SeedSequence((seed, 1)).generate_state(1, np.uint64)[0])
     return torch.Generator().manual_seed(derived % 2**63)
 
 
-@functools.lru_cache(maxsize=256)  # of classes and their methods, never of an instance's: it would be kept
+@functools.lru_cache(maxsize=256)  # for classes and their methods only: instances would be kept alive
 def _parameters(function: Any) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(function).parameters
 
@@ -262,16 +262,16 @@ def _refusal(pipeline: Any, choice: Choice, reason: str) -> InvalidRequest:
 
 @dataclass(frozen=True, slots=True)
 class _Model:
-    """What decides which schedulers fit a pipeline: equal for pipelines that are alike in it."""
+    """Everything that decides which schedulers fit a pipeline; equal for equivalent pipelines."""
 
     kind: Any
     """Class of the pipeline."""
     own_kind: Any
     """Class of its scheduler."""
     config: str
-    """Of its scheduler, with whatever is in it, as text."""
+    """Its scheduler's whole configuration, as text."""
     own: Any = field(compare=False)
-    """Its scheduler, which is read and never written."""
+    """Its scheduler; read-only."""
 
 
 def _model(pipeline: Any) -> _Model:
@@ -282,30 +282,30 @@ def _model(pipeline: Any) -> _Model:
 
 
 def _plainly(value: Any) -> Any:
-    """What JSON has no word for: arrays as lists, the rest as Python writes it."""
+    """Serialise what JSON does not support: arrays as lists, the rest as `repr`."""
     return value.tolist() if hasattr(value, "tolist") else repr(value)
 
 
 @functools.lru_cache(maxsize=4096)
 def _misfit(model: _Model, name: str, count: int | None) -> str | None:
-    """Why the choice of this name cannot draw with `model`, or None where it can."""
+    """Why the scheduler of this name cannot draw with `model`, or None if it can."""
     own, choice = model.own, schedulers.parse(name)
     form = _form(own, choice)
     if own is None or form is None:
         return _why_no_form(own, choice)
     asked = scheduler_calls.read(model.kind)
     if asked is None:
-        return f"{model.kind.__name__} does not drive a scheduler of its own"
+        return f"{model.kind.__name__} does not use a scheduler of its own"
     parameters = _parameters(getattr(diffusers, form.cls))
     for key, neutral in NEUTRAL.items():
         if own.config.get(key) not in neutral and key not in parameters:
-            return f"{form.cls} does not know the model's {key}={own.config[key]!r}"
+            return f"{form.cls} does not support the model's {key}={own.config[key]!r}"
     scheduler = _build(own, form, seed=0)
     return _unmet(scheduler, own, asked) or _rehearse(scheduler, asked, count)
 
 
 def _unmet(scheduler: Any, own: Any, asked: Handover) -> str | None:
-    """What the pipeline asks of its scheduler that this one lacks."""
+    """What the pipeline requires of its scheduler but this one lacks."""
     cls = type(scheduler).__name__
     for run in asked.runs:
         unknown = run.names(scheduler.config) - _parameters(type(scheduler).set_timesteps).keys()
@@ -325,20 +325,20 @@ def _listed(words: Set[str]) -> str:
 
 
 def _rehearse(scheduler: Any, asked: Handover, count: int | None) -> str | None:
-    """Run a few steps of what the pipeline would, over an empty latent; why that fails, or None.
+    """Run a few steps as the pipeline would, over an empty latent; returns why that fails, or None.
 
-    Its own generator: a check must not use up anyone's random numbers.
+    Uses its own generator: a check must not consume other random numbers.
     """
     for run in asked.runs:
         try:
             _set(scheduler, run, count or FEW)
             finite = _step(scheduler, asked)
-        # Whatever diffusers raises here, it would raise in the middle of the request.
+        # Whatever diffusers raises here, it would raise in the middle of a request.
         except Exception as error:
-            return f"{type(scheduler).__name__} fails on what the pipeline hands it ({_words(error)})"
+            return f"{type(scheduler).__name__} fails with the arguments that the pipeline passes ({_words(error)})"
         if not finite:
-            return f"{type(scheduler).__name__} comes to no finite result on this model's noise schedule"
-        # Such a scheduler counts on noise scaled up at the start and down again before each step.
+            return f"{type(scheduler).__name__} gives no finite result with this model's noise schedule"
+        # Such a scheduler expects noise scaled up at the start and down again before each step.
         starts = {"init_noise_sigma", "add_noise"} & asked.uses
         scales = starts and "scale_model_input" in asked.uses
         if float(getattr(scheduler, "init_noise_sigma", 1.0)) != 1.0 and not scales:
@@ -352,7 +352,7 @@ def _words(error: Exception) -> str:
 
 def _set(scheduler: Any, run: scheduler_calls.Run, count: int) -> None:
     levels = np.linspace(1.0, 1 / count, count)
-    # What goes through `retrieve_timesteps` is an array; the few that call on their own pass lists.
+    # `retrieve_timesteps` passes arrays; the few pipelines that call it directly pass lists.
     sigmas = levels if "sigmas" in run.optional else levels.tolist()
     values: dict[str, Any] = {"sigmas": sigmas, "timesteps": 1000 * levels, "mu": 0.8}
     given = run.given(scheduler.config)

@@ -1,13 +1,13 @@
-"""What a diffusers pipeline hands to its scheduler, read from the pipeline's source.
+"""What a diffusers pipeline passes to its scheduler, read from the pipeline's source.
 
-diffusers writes down nowhere which scheduler fits which pipeline, and a wrong one fails in the middle
+diffusers does not document which scheduler fits which pipeline, and a wrong one fails in the middle
 of a request: FLUX passes its own `sigmas` and a `mu` to `set_timesteps`, and a scheduler without
-such arguments raises. The calls stand in the pipeline class in one of two shapes, so we read them:
+such arguments raises. The calls appear in the pipeline class in one of two forms, so we read them:
 
     retrieve_timesteps(self.scheduler, num_inference_steps, device, sigmas=sigmas, mu=mu)
     self.scheduler.set_timesteps(num_inference_steps, device=device)
 
-Where the code decides by a condition, the answer errs towards "it may be handed over".
+If the code depends on a condition, we assume that the argument may be passed.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from functools import lru_cache
 from typing import Any, Literal, TypeAlias
 
 Given: TypeAlias = Literal["never", "if_dynamic", "unless_flow_sigmas", "always"]
-"""When an argument has a value, for a caller who gives the pipeline none: never (it is passed on as
-None), only on models with `use_dynamic_shifting`, unless the scheduler has `use_flow_sigmas`, always."""
+"""When an argument has a value if the caller passes none to the pipeline: never (None is passed),
+only on models with `use_dynamic_shifting`, unless the scheduler has `use_flow_sigmas`, always."""
 
 _POSITIONAL = {
     "retrieve_timesteps": ("scheduler", "num_inference_steps", "device", "timesteps", "sigmas"),
@@ -33,14 +33,14 @@ _PLAIN = {"scheduler", "num_inference_steps", "device"}
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One call that sets the steps: its arguments beside their number and the device."""
+    """One call that sets the steps: its arguments besides their number and the device."""
 
     arguments: Mapping[str, Given]
     optional: frozenset[str]
-    """Those that are left out of the call, not passed as None, when they have no value."""
+    """Those that are omitted from the call, rather than passed as None, if they have no value."""
 
     def given(self, config: Mapping[str, Any]) -> set[str]:
-        """The arguments that have a value, with a scheduler of this config."""
+        """The arguments that have a value with a scheduler of this config."""
         holds = {
             "never": False,
             "if_dynamic": bool(config.get("use_dynamic_shifting")),
@@ -50,7 +50,7 @@ class Run:
         return {name for name, when in self.arguments.items() if holds[when]}
 
     def names(self, config: Mapping[str, Any]) -> set[str]:
-        """The arguments that `set_timesteps` has to take."""
+        """The arguments that `set_timesteps` must accept."""
         return (self.arguments.keys() - self.optional) | self.given(config)
 
 
@@ -58,18 +58,18 @@ class Run:
 class Handover:
     runs: tuple[Run, ...]
     step_arguments: frozenset[str]
-    """Keywords that are passed to `step` in every case."""
+    """Keywords that are always passed to `step`."""
     generator: bool
     """Whether the caller's generator reaches `step`: by name, by position or in `**extra_step_kwargs`."""
     uses: frozenset[str]
-    """Attributes of the scheduler that are used."""
+    """Attributes of the scheduler that the pipeline uses."""
     guarded: frozenset[str]
-    """Those of them that it is asked for first, with `hasattr`."""
+    """Those of them that are checked first, with `hasattr`."""
 
 
 @lru_cache(maxsize=64)
 def read(pipeline: type) -> Handover | None:
-    """What this pipeline class hands over; None where it sets no scheduler's steps, or has no source."""
+    """What this pipeline class passes to its scheduler; None if it sets no steps, or its source is missing."""
     functions = list(_functions(pipeline))
     runs = [run for function in functions for run in _runs(function)]
     if not runs:
@@ -86,7 +86,7 @@ def read(pipeline: type) -> Handover | None:
     return Handover(
         runs=tuple(runs),
         step_arguments=frozenset(name for name in named if name),
-        # `**` has no name.
+        # A `**` argument has no name.
         generator=bool({"generator", None} & named) or "generator" in positional,
         uses=frozenset(uses),
         guarded=frozenset(guarded),
@@ -94,7 +94,7 @@ def read(pipeline: type) -> Handover | None:
 
 
 def _functions(pipeline: type) -> Iterator[ast.FunctionDef]:
-    """The syntax of every method of the class that touches its scheduler."""
+    """The syntax tree of every method of the class that uses its scheduler."""
     for _, member in inspect.getmembers_static(pipeline):
         function = inspect.unwrap(member) if callable(member) else None
         if not inspect.isfunction(function) or "scheduler" not in function.__code__.co_names:
@@ -132,7 +132,7 @@ def _run(function: ast.FunctionDef, call: ast.Call, callee: str) -> Run | None:
             spread = _spread(function, call, keyword.value.id)
             optional |= {name for name in spread if name not in arguments}
             arguments |= spread
-    # `set_timesteps(timesteps=timesteps)` with nothing else is the branch for a caller who gives some.
+    # `set_timesteps(timesteps=timesteps)` alone is the branch for callers who pass timesteps.
     if "num_inference_steps" not in named and "never" in (arguments.get(name) for name in ("timesteps", "sigmas")):
         return None
     return Run(arguments, frozenset(optional))
@@ -152,7 +152,7 @@ def _when(function: ast.FunctionDef, call: ast.Call, value: ast.expr) -> Given:
 
 
 def _assigned(before: Given, value: ast.expr, conditions: str) -> Given:
-    """When a variable has a value after an assignment that stands under these conditions."""
+    """When a variable has a value after an assignment under these conditions."""
     none = isinstance(value, ast.Constant) and value.value is None
     if none:
         if "use_flow_sigmas" in conditions and before == "always":
@@ -180,14 +180,14 @@ def _spread(function: ast.FunctionDef, call: ast.Call, variable: str) -> dict[st
                 and isinstance(target.slice, ast.Constant)
             ):
                 name = str(target.slice.value)
-                # `elif mu is not None`: the branch for a caller who gives one.
+                # `elif mu is not None`: the branch for callers who pass one.
                 if f"{ast.unparse(node.value)} is not None" not in conditions:
                     found[name] = _assigned(found.get(name, "never"), node.value, conditions)
     return found
 
 
 def _before(function: ast.FunctionDef, call: ast.Call) -> Iterator[tuple[ast.stmt, str]]:
-    """Every statement that stands before the call, with the conditions it stands under."""
+    """Every statement before the call, with its conditions."""
 
     def walk(body: list[ast.stmt], conditions: str) -> Iterator[tuple[ast.stmt, str]]:
         for statement in body:
@@ -216,7 +216,7 @@ def _is_call(node: ast.AST, name: str) -> bool:
 
 
 def _method(call: ast.Call) -> str | None:
-    """The name of the scheduler's method that is called here."""
+    """The name of the scheduler method called here."""
     function = call.func
     return function.attr if isinstance(function, ast.Attribute) and _on_scheduler(function.value) else None
 

@@ -1,8 +1,8 @@
-"""A scheduler whose `step` does more than its class's.
+"""Wrap a scheduler's `step`.
 
-`scheduler.step = something(scheduler.step)` would be a cycle: the scheduler refers to the step, and the step to the
-scheduler. What a solver keeps of a run, latents among them, would stay in memory until Python's collector comes by.
-So the step belongs to a class that is made for it, and what it needs to know is an attribute of the scheduler.
+`scheduler.step = something(scheduler.step)` would be a reference cycle: the scheduler refers to the step, and the step
+to the scheduler. A solver's state, including latents, would stay in memory until Python's garbage collector runs.
+So the step belongs to a generated subclass, and its state is an attribute of the scheduler.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ GENERATOR, AROUND = "_sfumato_generator", "_sfumato_around"
 
 
 def with_noise_of(scheduler: Any, generator: torch.Generator | list[torch.Generator]) -> None:
-    """Let each step draw its noise from `generator`, unless it is called with another one."""
+    """Make each step draw its noise from `generator`, unless it is called with another one."""
     setattr(_enriched(scheduler), GENERATOR, generator)
 
 
 def surround(scheduler: Any, around: Around) -> None:
-    """Let `around(scheduler, step, *args, **kwargs)` be called for each step.
+    """Call `around(scheduler, step, *args, **kwargs)` for each step.
 
-    `around` must not refer to the scheduler. A copy of the scheduler calls it as well, with itself.
+    `around` must not refer to the scheduler. A copy of the scheduler calls it too, passing itself.
     """
     setattr(_enriched(scheduler), AROUND, _Shared(around))
 
 
 class _Shared:
-    """Not copied when the scheduler is."""
+    """Not copied together with the scheduler."""
 
     def __init__(self, around: Around) -> None:
         self.around = around
@@ -45,7 +45,7 @@ class _Shared:
 
 
 class _Step:
-    """The attribute `step` of the class: what its own `step` was, with what the instance has asked for."""
+    """The class attribute `step`: the original `step`, plus what was set on the instance."""
 
     def __init__(self, own: Callable[..., Any]) -> None:
         self.own = own
@@ -58,7 +58,7 @@ class _Step:
         if GENERATOR in state:
             step = functools.partial(step, generator=state[GENERATOR])
         if AROUND in state:
-            # No closure, which the frames of an error would keep. Pipelines read its signature to learn what it takes.
+            # Not a closure, which the frames of an error would keep alive. Pipelines inspect its signature.
             step = functools.update_wrapper(functools.partial(state[AROUND].around, scheduler, step), step)
         return step
 
@@ -72,6 +72,6 @@ def _enriched(scheduler: Any) -> Any:
 
 @functools.cache
 def _class(kind: Any) -> type:
-    """`kind` under its own name, with a `_Step`."""
+    """A subclass of `kind` of the same name, with a `_Step`."""
     names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
     return type(kind.__name__, (kind,), {"step": _Step(kind.step), **names})

@@ -1,6 +1,6 @@
-"""A VAE that works in tiles for one request: a large picture piece by piece, in a fraction of the memory.
+"""Run a VAE in tiles for one request: a large picture in a fraction of the memory.
 
-Where tiles meet the pixels differ a little, so it belongs to a request: others on the same VAE have none of it.
+Pixels differ slightly where tiles meet, so it applies to one request and not to others on the same VAE.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 NAME = "vae"
-"""Of the component that can do it."""
+"""Name of the component that supports tiling."""
 
 
 def can_tile(pipeline: Any) -> bool:
@@ -19,7 +19,7 @@ def can_tile(pipeline: Any) -> bool:
 
 @contextmanager
 def tiled(vae: Any) -> Iterator[None]:
-    """While entered, `vae` works in tiles, and a picture at a time; afterwards as before."""
+    """Inside the context `vae` works in tiles, one picture at a time; afterwards as before."""
     before = dict(vars(vae))
     try:
         for enable in ("enable_slicing", "enable_tiling"):

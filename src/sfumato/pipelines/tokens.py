@@ -1,4 +1,4 @@
-"""How much of a prompt the text encoders read; what is beyond is cut, and the caller is told."""
+"""How much of a prompt the text encoders read; the rest is cut off, and the caller gets a warning."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ ENCODERS = {
     "tokenizer_4": "text_encoder_4",
     "prior_tokenizer": "prior_text_encoder",
 }
-"""Tokenizer → the encoder that reads its tokens; a pipeline may have been loaded without one of them."""
+"""Tokenizer → the encoder that reads its tokens; a pipeline may be loaded without some of them."""
 
 ENDLESS = 1_000_000
-"""A tokenizer with a longer `model_max_length` names none."""
+"""A tokenizer with a larger `model_max_length` has no limit."""
 
 PLAIN = re.compile(r"CLIP|T5")
-"""Tokenizers whose pipelines encode the text as it is; others put it into a chat, so more of it may be cut."""
+"""Tokenizers whose pipelines encode the text unchanged; others insert it into a chat, so more may be cut off."""
 
 
 KEPT = 64
-"""Texts whose tokens are known, for each tokenizer: pictures of one request have the same prompt."""
+"""Texts with cached tokens per tokenizer: the pictures of one request have the same prompt."""
 
 _counted: weakref.WeakKeyDictionary[Any, OrderedDict[bytes, int]] = weakref.WeakKeyDictionary()
 
 
 def capacity(pipeline: Any, options: Mapping[str, Any]) -> int | None:
-    """Tokens that the encoder with most room takes, start and end marks included; None where none is told.
+    """Maximum tokens of the longest encoder, including start and end tokens; None if none is stated.
 
-    `options` are the model file's arguments of each call.
+    `options` are the model file's arguments for every call.
     """
     room = [room for _, room in _readers(pipeline, options)]
     return max(room) if room else None
@@ -48,7 +48,7 @@ def capacity(pipeline: Any, options: Mapping[str, Any]) -> int | None:
 def count(
     pipeline: Any, options: Mapping[str, Any], model: str, prompt: str, negative_prompt: str | None
 ) -> tuple[int, tuple[str, ...]]:
-    """Tokens of both texts, and a sentence for each of which no encoder reads the end. Each is tokenised once."""
+    """Tokens of both texts, and a warning for each text that every encoder cuts off. Tokenises each text once."""
     reader = max(_readers(pipeline, options), key=lambda reader: reader[1], default=None)
     if reader is None:
         return 0, ()
@@ -57,11 +57,11 @@ def count(
     texts = {"prompt": prompt, "negative_prompt": negative_prompt or ""}
     try:
         counts = {field: _tokens(tokenizer, text) for field, text in texts.items() if text}
-    except Exception as error:  # a tokenizer of an unknown kind: no reason to lose a picture that is drawn
-        log.info("%s: tokens of a prompt cannot be counted: %s", model, type(error).__name__)
+    except Exception as error:  # an unknown kind of tokenizer must not lose a finished picture
+        log.info("%s: cannot count the tokens of a prompt: %s", model, type(error).__name__)
         return 0, ()
     return sum(counts.values()), tuple(
-        f"{field}: {least}{count - room} of {count} tokens were cut; the text encoder of {model} takes {room}"
+        f"{field}: {least}{count - room} of {count} tokens were cut off; the text encoder of {model} takes {room}"
         for field, count in counts.items()
         if count > room
     )
@@ -80,14 +80,14 @@ def _tokens(tokenizer: Any, text: str) -> int:
 
 
 def _readers(pipeline: Any, options: Mapping[str, Any]) -> Iterator[tuple[Any, int]]:
-    """Each tokenizer that has an encoder, and the tokens that fit into that."""
+    """Each tokenizer with an encoder, and the maximum tokens of that encoder."""
     limit = parameters_of(pipeline).get("max_sequence_length")
     asked = options.get("max_sequence_length", limit.default if limit else None)
     for name, encoder in ENCODERS.items():
         tokenizer = getattr(pipeline, name, None)
         if tokenizer is None or getattr(pipeline, encoder, None) is None:
             continue
-        # CLIP has positions for so many tokens; of others the pipeline says how many it reads.
+        # CLIP has a fixed number of positions; for others the pipeline decides how many tokens are read.
         fixed = "CLIP" in type(tokenizer).__name__ or not isinstance(asked, int)
         room = getattr(tokenizer, "model_max_length", ENDLESS) if fixed else asked
         if isinstance(room, int) and room < ENDLESS:

@@ -1,1 +1,1 @@
-"""Pictures of a run on its way: latent-to-RGB previews and tiny decoders."""
+"""Previews of a run in progress: latent-to-RGB previews and tiny decoders."""

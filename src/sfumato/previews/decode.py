@@ -1,8 +1,7 @@
-"""Pictures of a run on its way: latents after a scheduler step, as something cheaper than the VAE shows them.
+"""Decode the latents after a scheduler step into a preview, more cheaply than with the VAE.
 
-A preview is for looking at, and changes nothing of the request that it shows. It costs next to nothing where the
-model has a `Glance`: a map to colours that was fitted for its VAE, or a tiny autoencoder that its file names. Else
-the pipeline's own decoder shows it.
+A preview changes nothing about its request. It is nearly free if the model has a `CheapDecoder`: a latent-to-RGB
+map fitted for its VAE, or a tiny autoencoder named in its model file. Otherwise the pipeline's own decoder is used.
 """
 
 from __future__ import annotations
@@ -19,20 +18,20 @@ from PIL import Image, ImageOps
 from sfumato.previews.latent_rgb import LatentRGB, fit
 
 CheapDecoder: TypeAlias = LatentRGB | AutoencoderTiny
-"""What makes a picture of latents for next to nothing."""
+"""Turns latents into a picture at almost no cost."""
 
 LONGEST = 512
-"""Pixels: larger previews are scaled down to this on their longer side."""
+"""Larger previews are scaled down to this many pixels on the longer side."""
 
 CHANNELS = (1, 3, 4)
-"""Of pictures: grey, RGB and RGBA."""
+"""Valid numbers of channels: grey, RGB and RGBA."""
 
 UNSCALED = frozenset({"LDMSuperResolutionPipeline"})
-"""Classes that hand latents to their decoder as they are, like those whose decoder is a `movq`."""
+"""Classes that pass latents to their decoder unscaled, like those whose decoder is a `movq`."""
 
 
 def cheap_decoder(pipeline: Any) -> CheapDecoder | None:
-    """The map to colours of the pipeline's VAE; None where there is none, or its decoder is cheap already."""
+    """The latent-to-RGB map of the pipeline's VAE; None if there is none, or its decoder is cheap already."""
     vae = getattr(pipeline, _decoder(pipeline) or "", None)
     if vae is None or isinstance(vae, AutoencoderTiny) or hasattr(pipeline, "vocoder"):
         return None
@@ -41,7 +40,7 @@ def cheap_decoder(pipeline: Any) -> CheapDecoder | None:
 
 @dataclass(frozen=True, slots=True)
 class Sight:
-    """A small picture, and the size in pixels of the one that it stands for."""
+    """A small picture, and the size in pixels of the final one."""
 
     image: Image.Image
     width: int
@@ -52,9 +51,9 @@ class Sight:
 def preview(
     pipeline: Any, latents: torch.Tensor, width: int | None, height: int | None, glance: CheapDecoder | None = None
 ) -> Sight | None:
-    """The first picture of `latents`, whose size is `width` x `height` pixels or of that shape; None if it is none.
+    """Preview of the first picture in `latents`, of `width` x `height` pixels or that shape; None if not a picture.
 
-    Takes [B, C, H, W], with one frame [B, C, 1, H, W], and packed [B, tokens, C]; pixels where the pipeline
+    Takes [B, C, H, W], [B, C, 1, H, W] with one frame, and packed [B, tokens, C]; pixels if the pipeline
     has no decoder.
     """
     if not latents.is_floating_point() or hasattr(pipeline, "vocoder"):
@@ -64,9 +63,11 @@ def preview(
     if name is None:
         return _picture(None, latents)
     vae = getattr(pipeline, name)
-    if glance is None and hasattr(vae, "_hf_hook"):  # it waits in main memory: fetching it would put out the denoiser
+    if glance is None and hasattr(
+        vae, "_hf_hook"
+    ):  # it is offloaded: moving it to the device would offload the denoiser
         return None
-    # A tiny autoencoder has a scale of its own; a map takes what the decoder takes.
+    # A tiny autoencoder has its own scale; a map takes the decoder's input.
     decoder = glance if isinstance(glance, AutoencoderTiny) else vae
     raw = name == "movq" or type(pipeline).__name__ in UNSCALED
     spatial = latents if raw else _spatial(pipeline, vae, decoder, latents, width, height)
@@ -75,7 +76,7 @@ def preview(
     if glance is not None and spatial.ndim == 5:
         spatial = spatial[:, :, 0]
     processor: Any = getattr(pipeline, "image_processor", None)
-    binned = hasattr(processor, "resize_and_crop_tensor")  # drew at the nearest size it knows
+    binned = hasattr(processor, "resize_and_crop_tensor")  # draws at the nearest size in its table
     if isinstance(glance, LatentRGB):
         return _coloured(glance, spatial, (width, height) if binned and width and height else None)
     if glance is not None:
@@ -90,12 +91,12 @@ def preview(
 
 
 def _decoder(pipeline: Any) -> str | None:
-    """The name of the component that makes pixels of latents."""
+    """The name of the component that decodes latents to pixels."""
     return next((name for name in ("vae", "movq", "vqvae", "vqgan") if getattr(pipeline, name, None) is not None), None)
 
 
 def _coloured(colours: LatentRGB, latents: torch.Tensor, size: tuple[int, int] | None) -> Sight | None:
-    """One pixel to a latent, of a picture that will be of `size`, or as large as the latents say."""
+    """One pixel per latent, for a picture of `size`, or of the size that follows from the latents."""
     sight = _picture(None, colours(latents))
     if sight is None:
         return None
@@ -109,7 +110,7 @@ def _coloured(colours: LatentRGB, latents: torch.Tensor, size: tuple[int, int] |
 def _spatial(
     pipeline: Any, vae: Any, decoder: Any, latents: torch.Tensor, width: int | None, height: int | None
 ) -> torch.Tensor | None:
-    """`latents` of `vae` as `decoder` takes them: unpacked to [B, C, H, W] or [B, C, 1, H, W], and unscaled."""
+    """`latents` of `vae` in the form `decoder` takes: unpacked to [B, C, H, W] or [B, C, 1, H, W], and unscaled."""
     if latents.ndim != 3:
         return _unscaled(decoder, latents)
     grid = _grid(latents.shape[1], (width or 1) / (height or 1))
@@ -125,16 +126,16 @@ def _spatial(
     if unpack is None:
         return None
     factor = pipeline.vae_scale_factor
-    patch = pipeline.image_processor.config.vae_scale_factor  # pixels of a token
+    patch = pipeline.image_processor.config.vae_scale_factor  # pixels per token
     known = {"latents": latents, "height": rows * patch, "width": columns * patch, "vae_scale_factor": factor}
     wanted = inspect.signature(unpack).parameters
-    if not wanted.keys() <= known.keys():  # layers, frames, pictures side by side
+    if not wanted.keys() <= known.keys():  # layers, frames, or pictures side by side
         return None
     return _unscaled(decoder, unpack(**{name: known[name] for name in wanted}))
 
 
 def _grid(tokens: int, ratio: float) -> tuple[int, int] | None:
-    """Rows and columns of so many tokens whose shape is nearest to `ratio` (width to height), if one is near."""
+    """Rows and columns of `tokens` closest to `ratio` (width to height), if one is close enough."""
     pairs = ((rows, tokens // rows) for rows in range(1, tokens + 1) if tokens % rows == 0)
     off, grid = min((abs(math.log(columns / rows / ratio)), (rows, columns)) for rows, columns in pairs)
     return grid if off < 0.2 else None
@@ -151,12 +152,12 @@ def _unscaled(vae: Any, latents: torch.Tensor) -> torch.Tensor:
 
 
 def _decoded(pipeline: Any, vae: Any, latents: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
-    """[B, C, H, W] or [B, C, 1, H, W] of pixels, about -1 .. 1."""
+    """Pixels [B, C, H, W] or [B, C, 1, H, W], about -1 .. 1."""
     dtype = vae.dtype
     upcast = dtype == torch.float16 and hasattr(pipeline, "upcast_vae") and vae.config.force_upcast
     if not upcast:
         return vae.decode(latents.to(dtype), return_dict=False, **options)[0]  # type: ignore[no-any-return]
-    try:  # as the pipeline does it at its end; nobody else runs meanwhile
+    try:  # as the pipeline does at its end; no other request runs meanwhile
         vae.to(dtype=torch.float32)
         return vae.decode(latents.float(), return_dict=False, **options)[0]  # type: ignore[no-any-return]
     finally:
@@ -164,7 +165,7 @@ def _decoded(pipeline: Any, vae: Any, latents: torch.Tensor, options: dict[str, 
 
 
 def _picture(processor: Any, pixels: torch.Tensor) -> Sight | None:
-    """Of [B, C, H, W] pixels, about -1 .. 1, within LONGEST; None for what is no picture."""
+    """Picture of pixels [B, C, H, W], about -1 .. 1, at most LONGEST on a side; None if they are not a picture."""
     if pixels.ndim != 4 or pixels.shape[1] not in CHANNELS or not bool(torch.isfinite(pixels).all()):
         return None
     if processor is not None:

@@ -1,8 +1,8 @@
-"""A linear map from latents to colours: what a VAE's decoder does to a picture as a whole, for next to nothing.
+"""Latent-to-RGB previews: a linear map that approximates a VAE's decoder at almost no cost.
 
-The latents of every VAE hold a small blurred picture that a matrix can take out. The matrix is found by letting the
-VAE encode a few smooth random pictures, once for each loaded model: 0.04 s for the embedded model, 0.4 s on two
-cores for the VAE of Stable Diffusion.
+The latents of every VAE contain a small blurred picture that a matrix can extract. The matrix is fitted on a few
+smooth random pictures that the VAE encodes, once for each loaded model: 0.04 s for the built-in model, 0.4 s on
+two cores for the VAE of Stable Diffusion.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from torch.nn import functional
 log = logging.getLogger(__name__)
 
 PICTURES = 4
-"""Encoded together to find the map."""
+"""Number of pictures encoded together to fit the map."""
 
 CELLS = 12
-"""Latents on each side of these pictures."""
+"""Latents per side of these pictures."""
 
 LARGEST = 192
-"""Pixels on each side of these pictures, whatever the VAE's factor."""
+"""Maximum pixels per side of these pictures, whatever the VAE's factor."""
 
 GRIDS = ((2, 1.0), (4, 0.5), (8, 0.35))
-"""Random colours on a grid of so many points a side, smoothed, and how strongly they go into a picture."""
+"""Grids of random colours that are smoothed and added up: points per side, and weight."""
 
 RIDGE = 1e-3
-"""Of the mean variance: keeps directions that smooth pictures hardly use from being blown up."""
+"""Fraction of the mean variance: prevents amplifying directions that smooth pictures hardly use."""
 
 
 @dataclass(frozen=True, slots=True)
 class LatentRGB:
-    """`latents` [B, channels, H, W], as the VAE's decoder takes them, to RGB of the same height and width."""
+    """Maps `latents` [B, channels, H, W], as the VAE's decoder takes them, to RGB of the same height and width."""
 
     weight: torch.Tensor
     """[channels, 3], fp32, in main memory."""
     bias: torch.Tensor
     factor: int
-    """Pixels of the picture to a latent, on each side."""
+    """Pixels per latent, on each side."""
 
     def __call__(self, latents: torch.Tensor) -> torch.Tensor:
         """[B, 3, H, W], about -1 .. 1, in main memory."""
@@ -50,15 +50,15 @@ class LatentRGB:
 
 @torch.no_grad()
 def fit(vae: Any, factor: int) -> LatentRGB | None:
-    """The map of `vae`, which has about `factor` pixels to a latent on each side; None where there is none to find.
+    """Fit the map of `vae`, which has about `factor` pixels per latent on each side; None if that is not possible.
 
-    Draws no random numbers that anybody else draws, and leaves `vae` as it was.
+    Does not touch global random generators, and leaves `vae` unchanged.
     """
     dtype = getattr(vae, "dtype", None)
     if not hasattr(vae, "encode"):
         return None
     try:
-        if dtype == torch.float16:  # some overflow in it
+        if dtype == torch.float16:  # some VAEs overflow in it
             vae.to(dtype=torch.float32)
         try:
             pictures = _pictures(min(LARGEST, CELLS * factor))
@@ -67,13 +67,13 @@ def fit(vae: Any, factor: int) -> LatentRGB | None:
             if dtype == torch.float16:
                 vae.to(dtype=dtype)
         return _regressed(latents, pictures)
-    except Exception as error:  # whatever a VAE makes of it: without a map its own decoder shows previews
-        log.info("%s: previews come from its decoder, no map was found: %r", type(vae).__name__, error)
+    except Exception as error:  # whatever a VAE raises: without a map its own decoder makes the previews
+        log.info("%s: previews use its decoder, as no latent-to-RGB map could be fitted: %r", type(vae).__name__, error)
         return None
 
 
 def _pictures(side: int) -> torch.Tensor:
-    """[PICTURES, 3, side, side], -1 .. 1, the same ever: soft fields of colour."""
+    """[PICTURES, 3, side, side], -1 .. 1: soft fields of colour, always the same ones."""
     dice = torch.Generator().manual_seed(0)
     pictures = torch.randn(PICTURES, 3, 1, 1, generator=dice) * 0.4
     for points, strength in GRIDS:
@@ -83,9 +83,9 @@ def _pictures(side: int) -> torch.Tensor:
 
 
 def _encoded(vae: Any, pictures: torch.Tensor) -> torch.Tensor:
-    """[PICTURES, channels, H, W], without noise."""
+    """Latents [PICTURES, channels, H, W], without noise."""
     kernel = next(weight for weight in vae.parameters() if weight.ndim >= 4)
-    # A VAE with a fourth channel, for transparency, gets opaque pictures.
+    # A VAE with an alpha channel gets opaque pictures.
     channels = getattr(vae.config, "in_channels", None) or getattr(vae.config, "input_channels", None) or 3
     alpha = torch.ones(len(pictures), channels - 3, *pictures.shape[2:])
     given = torch.cat([pictures, alpha], dim=1).to(kernel.device, kernel.dtype)
@@ -99,7 +99,7 @@ def _encoded(vae: Any, pictures: torch.Tensor) -> torch.Tensor:
 
 
 def _regressed(latents: torch.Tensor, pictures: torch.Tensor) -> LatentRGB | None:
-    """The matrix and the constant that take `latents` nearest to the shrunk `pictures`."""
+    """The matrix and constant that map `latents` closest to the downscaled `pictures`."""
     shrunk = functional.adaptive_avg_pool2d(pictures, (latents.shape[2], latents.shape[3]))
     have, want = (each.movedim(1, -1).flatten(0, 2) for each in (latents, shrunk))
     middle, colour = have.mean(0), want.mean(0)

@@ -1,4 +1,4 @@
-"""When a run shows itself: at which steps, what of a step's result, and to whom."""
+"""When a run sends previews: at which steps, and from which part of a step's result."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OnPreview: TypeAlias = Callable[[Preview], None]
 
 
 class RunPreviews:
-    """The previews of one run, `count` of them, evenly spread over its steps and never at the last."""
+    """The `count` previews of one run, spread evenly over its steps; never at the last step."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class RunPreviews:
         on_preview: OnPreview,
         glance: CheapDecoder | None = None,
     ) -> None:
-        # Weak: its scheduler holds this, and a pipeline that is part of a cycle keeps its weights in memory.
+        # Weak: its scheduler refers to this object, and a reference cycle would keep the pipeline's weights in memory.
         self._pipeline = weakref.ref(pipeline)
         self._left = min(count, MAX_PREVIEWS)
         self._count = self._left
@@ -42,7 +42,7 @@ class RunPreviews:
         self._glance = glance
 
     def after(self, step: int, total: int, stepped: Stepped) -> None:
-        """To be called after each of `total` steps. The first failure is the last."""
+        """Call this after each of `total` steps. After one failure no more previews are tried."""
         index = due(step, total, self._count)
         pipeline = self._pipeline()
         if index is None or not self._left or pipeline is None:
@@ -52,8 +52,8 @@ class RunPreviews:
         try:
             latents = sample(stepped)
             sight = None if latents is None else preview(pipeline, latents, *self._size, self._glance)
-        except Exception as error:  # nothing that a preview meets may reach the request
-            log.debug("%s shows no previews: %r", type(pipeline).__name__, error)
+        except Exception as error:  # a failing preview must not affect its request
+            log.debug("no previews for %s: %r", type(pipeline).__name__, error)
         finally:
             torch_state.set_random(found)
         if sight is None:
@@ -64,7 +64,7 @@ class RunPreviews:
 
 
 def due(step: int, total: int, count: int) -> int | None:
-    """Which of `count` previews (0 is the first) belongs to `step` of `total`, if one does."""
+    """Which of `count` previews (0 is the first) belongs to `step` of `total`, if any."""
     shown = min(count, total - 1)
     return next((index for index in range(shown) if total * (index + 1) // (shown + 1) == step), None)
 

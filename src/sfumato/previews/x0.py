@@ -1,6 +1,6 @@
-"""What the picture will be, by a scheduler's step: its guess at the clean sample, where there is one.
+"""x0 prediction: a scheduler step's estimate of the clean sample, if available.
 
-After a quarter of the steps the sample itself is mostly noise; the guess is a blurred picture already.
+After a quarter of the steps the sample itself is mostly noise, but the x0 prediction is already a blurred picture.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from typing import Any
 import torch
 
 CLEAN = ("pred_original_sample", "denoised")
-"""What schedulers call their guess, if they return it."""
+"""Schedulers' names for their x0 prediction, if they return it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stepped:
-    """One call of `scheduler.step` that has returned."""
+    """One completed call of `scheduler.step`."""
 
     scheduler: Any
     output: torch.Tensor
-    """Of the denoiser."""
+    """The denoiser's output."""
     timestep: Any
     result: Any
     """What the scheduler returned: a tuple or an object."""
 
 
 def sample(stepped: Stepped) -> torch.Tensor | None:
-    """The predicted clean sample if it is there or can be had, else the next noisy one."""
+    """The x0 prediction if it is returned or can be computed, else the next noisy sample."""
     result = stepped.result
     named: dict[str, Any]
     if isinstance(result, tuple):
@@ -49,7 +49,7 @@ def sample(stepped: Stepped) -> torch.Tensor | None:
 
 
 def _kept(stepped: Stepped, noisy: torch.Tensor) -> torch.Tensor | None:
-    """Multistep solvers keep their newest guess and do not return it."""
+    """Multistep solvers keep their latest x0 prediction but do not return it."""
     config = stepped.scheduler.config
     if not (config.get("predict_x0") or str(config.get("algorithm_type")).endswith("dpmsolver++")):
         return None
@@ -57,7 +57,7 @@ def _kept(stepped: Stepped, noisy: torch.Tensor) -> torch.Tensor | None:
 
 
 def _straight(stepped: Stepped, noisy: torch.Tensor) -> torch.Tensor | None:
-    """Flow matching: the denoiser points from the picture to the noise, and `noisy` has gone some of the way back."""
+    """Flow matching: the denoiser predicts the direction from picture to noise; subtract it from `noisy`."""
     config, at = stepped.scheduler.config, stepped.scheduler.step_index
     if at is None or config.get("stochastic_sampling") or config.get("invert_sigmas"):
         return None
@@ -66,12 +66,12 @@ def _straight(stepped: Stepped, noisy: torch.Tensor) -> torch.Tensor | None:
 
 
 def _without_noise(stepped: Stepped, noisy: torch.Tensor) -> torch.Tensor | None:
-    """PNDM: `noisy` less the noise that the denoiser has found in it."""
+    """PNDM: `noisy` minus the predicted noise."""
     scheduler = stepped.scheduler
     if scheduler.config.prediction_type != "epsilon":
         return None
     stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
-    # Its second call is for the same step again, and names the step that the first has led to.
+    # Its second call repeats the same step, but passes the time step that the first one led to.
     at = int(stepped.timestep) - (0 if scheduler.counter == 2 else stride)
     alpha = float(scheduler.alphas_cumprod[at] if at >= 0 else scheduler.final_alpha_cumprod)
     return (noisy.float() - math.sqrt(1 - alpha) * stepped.output.float()) / math.sqrt(alpha)
@@ -86,12 +86,12 @@ GUESSES: Mapping[str, Callable[[Stepped, torch.Tensor], torch.Tensor | None]] = 
         "PNDMScheduler": _without_noise,
     }
 )
-"""How to have the guess of schedulers that do not return it."""
+"""How to compute the x0 prediction of schedulers that do not return it."""
 
 
 @functools.cache
 def _names(kind: Any) -> tuple[str, ...]:
-    """Names of what the tuple has that a scheduler's `step` returns: those of the class it returns otherwise."""
+    """Names of the items in the tuple that a scheduler's `step` returns: the fields of its output class."""
     try:
         kinds = typing.get_args(typing.get_type_hints(kind.step)["return"])
     except (NameError, KeyError, TypeError):

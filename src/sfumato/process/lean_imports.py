@@ -1,12 +1,12 @@
-"""A quicker start: what diffusers and transformers import and drawing does not use is left out, or waits for its use.
+"""A quicker start: skip or defer what diffusers and transformers import but drawing does not use.
 
-    torch._dynamo                   nothing is compiled in a worker
-    torch.distributed               it is alone
-    scipy.stats, scipy.integrate    asked for by beta schedules and LMS only
-    scipy in transformers           losses of detectors that are being trained
-    packages of `LATER`             each of their `__init__` imports every model that there is
+    torch._dynamo                   a worker compiles nothing
+    torch.distributed               a worker is a single process
+    scipy.stats, scipy.integrate    used only by beta schedules and LMS
+    scipy in transformers           training losses of detectors
+    packages of `LATER`             each of their `__init__` imports every existing model
 
-All of it stays usable: what is asked for is imported then, with what it needs.
+All of it stays usable: on first use a module is imported with its dependencies.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 LATER = frozenset(f"diffusers.{name}" for name in (
     "hooks", "models.autoencoders", "models.controlnets", "models.transformers", "models.unets",
 ))  # fmt: skip
-"""Packages whose names are imported when they are asked for."""
+"""Packages whose names are imported on first use."""
 
 
 def _as_it_is(fn: Callable[..., Any] | None = None, *_: Any, **__: Any) -> Any:
@@ -39,14 +39,14 @@ WAITING: Mapping[str, Mapping[str, Any]] = {
     "scipy.stats": {},
     "scipy.integrate": {},
 }
-"""Modules that run when something in them is asked for that does not stand here, or a module below them."""
+"""Modules that are executed when a submodule, or a name that is not listed here, is first used."""
 
 APART = frozenset({"torch._dynamo._trace_wrapped_higher_order_op"})
-"""Modules below them that do without them. transformers imports it for its masks."""
+"""Submodules that work without their parent. transformers imports this one for its masks."""
 
 
 def lean() -> None:
-    """Call it once, before diffusers and transformers are imported. It is for processes that only draw."""
+    """Call it once, before diffusers and transformers are imported. Only for processes that draw."""
     if "diffusers" in sys.modules:
         return
     import torch
@@ -67,11 +67,11 @@ class _Finder(MetaPathFinder):
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         above = sys.modules.get(name.rpartition(".")[0])
         if type(above) is _Waiting and name not in APART:
-            # Their parts import each other in a circle, which goes well only when it is entered at the top.
+            # Their submodules import each other in a circle, which only works when entered at the top.
             above.run()
             if known := sys.modules.get(name):
                 spec = ModuleSpec(name, _Known(known))
-                vars(known)["__spec__"] = spec  # what the import system goes on with; torch's configs refuse assignment
+                vars(known)["__spec__"] = spec  # the import system continues with it; torch's configs refuse assignment
                 return spec
         if name not in LATER and name not in WAITING:
             return None
@@ -82,7 +82,7 @@ class _Finder(MetaPathFinder):
 
 
 class _Names(Loader):
-    """A package whose `__init__` only gathers names of its modules: each is looked up when it is asked for."""
+    """A package whose `__init__` only collects names of its modules: each is looked up on first use."""
 
     def __init__(self, loader: SourceLoader) -> None:
         self._loader = loader
@@ -111,7 +111,7 @@ class _Names(Loader):
 
 
 class _Whole(Loader):
-    """A module that runs when something in it is asked for, other than `known`."""
+    """A module that is executed when a name other than `known` is first used."""
 
     def __init__(self, loader: SourceLoader, known: Mapping[str, Any]) -> None:
         self._loader = loader
@@ -140,7 +140,7 @@ class _Waiting(ModuleType):
 
 
 class _Known(Loader):
-    """A module that is there already: the one above it has imported it."""
+    """A module that its parent has already imported."""
 
     def __init__(self, module: ModuleType) -> None:
         self._module = module

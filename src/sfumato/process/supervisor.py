@@ -1,8 +1,8 @@
-"""The engine in a child process: started by handshake, watched, restarted with back-off.
+"""The engine in a child process: started with a handshake, watched, restarted with back-off.
 
-When the worker dies, what it had not answered is sent to the next one: the same seeds, so the same
-pictures. What it was drawing is suspect, and drawn again one at a time with nothing beside it; the one
-at which a worker dies again is taken for the reason and failed, and no neighbour with it.
+When the worker dies, its unanswered generations are sent to the next one: the same seeds, so the same
+pictures. Those in flight are suspects and are drawn again alone, one at a time; the one during which
+a worker dies again is taken as the cause and failed, and no other with it.
 """
 
 from __future__ import annotations
@@ -34,52 +34,52 @@ log = logging.getLogger(__name__)
 WORKER = (sys.executable, "-m", "sfumato.process.worker")
 
 START_TIMEOUT_S = 120.0
-"""Importing torch takes seconds, on a cold disk tens of them."""
+"""Importing torch takes seconds, on a cold disk tens of seconds."""
 STOP_TIMEOUT_S = 30.0
 IDLE_STOP_TIMEOUT_S = 5.0
-"""Of a worker that nobody waits for: it may be in the middle of loading a model, which nothing interrupts."""
+"""For a worker without requests: it may be loading a model, which cannot be interrupted."""
 MAX_BACKOFF_S = 30.0
 STARTS = 3
-"""After so many starts in a row that came to nothing, those who wait are told."""
+"""Failed starts in a row after which waiting requests are failed."""
 SETTLED_S = 30.0
-"""A worker that was up for so long is no start that came to nothing, whatever it did."""
+"""A start counts as successful once the worker was up for this long."""
 MAX_ORDERS = 100
 DEATHS = 2
-"""A generation that was being drawn at so many deaths of the worker is failed; the second time it was alone."""
+"""A generation in flight at this many worker deaths is failed; the second time it was alone."""
 
 
 @dataclass(slots=True)
 class Flight:
-    """A generation that is not answered yet."""
+    """A generation that has not been answered yet."""
 
     submit: Submit
     sent: bool = False
-    """Whether the present worker has it."""
+    """Whether it was sent to the current worker."""
     started: bool = False
-    """Whether the present worker has begun with it."""
+    """Whether the current worker has started it."""
     deaths: int = 0
 
 
 class Launched(NamedTuple):
-    """A worker that was started, and our end of the socket to it."""
+    """A started worker, and our end of its socket."""
 
     sock: socket.socket
     process: subprocess.Popen[bytes]
 
 
 class Supervisor:
-    """Engine whose worker is a process of its own: whatever happens to it, this one lives on."""
+    """Engine whose worker is a separate process: this process survives whatever happens to it."""
 
     def __init__(self, settings: Settings, worker: Sequence[str] = WORKER) -> None:
-        """`worker` is the command that is run; the number of its end of the socket is added to it."""
+        """`worker` is the command to run; the file descriptor of its socket end is appended."""
         self._settings = settings
         self._command = tuple(worker)
         self._streams = Streams()
         self._flights: dict[str, Flight] = {}
         self._pins: dict[str, Pin] = {}
-        """Of all workers: each is told."""
+        """Pins that every new worker is told."""
         self._orders: deque[Order] = deque(maxlen=MAX_ORDERS)
-        """Those that came while no worker was up."""
+        """Orders that arrived while no worker was up."""
         self._heard = 0.0
         self._restarts = 0
         self._up = asyncio.Event()
@@ -89,7 +89,7 @@ class Supervisor:
         """The first worker, if it was started before the event loop."""
         self._keeper: asyncio.Task[None] | None = None
         self._useful = False
-        """Whether the present worker has begun to draw anything, or was up for a good while."""
+        """Whether the current worker has started a generation, or was up for `SETTLED_S`."""
         self._stopping = False
 
     @property
@@ -98,7 +98,7 @@ class Supervisor:
 
     @property
     def pid(self) -> int | None:
-        """Process id of the worker that is up."""
+        """Process id of the current worker."""
         return self._process.pid if self._process and self.ready else None
 
     @property
@@ -118,8 +118,8 @@ class Supervisor:
 
     @contextmanager
     def launched(self) -> Iterator[None]:
-        """Within, the first worker is there before the event loop runs; it ends with it where `start` never came."""
-        with suppress(OSError):  # `start` meets it again, and says so
+        """Start the first worker before the event loop; it is ended on exit if `start` was never called."""
+        with suppress(OSError):  # `start` will hit the same error and report it
             self._launched = self._spawn()
         try:
             yield
@@ -141,13 +141,13 @@ class Supervisor:
                 async with asyncio.timeout(limit):
                     await self._reap(self._process)
             except TimeoutError:
-                log.warning("the worker did not end within %.0f s; it is killed", limit)
+                log.warning("the worker did not stop within %.0f s; killing it", limit)
         if self._process:
             self._process.kill()
         if self._keeper:
             self._keeper.cancel()
             await asyncio.wait([self._keeper])
-        self._fail_all("the server stops")
+        self._fail_all("the server is stopping")
 
     async def submit(self, config: ModelConfig, generation: Generation) -> AsyncGenerator[Event, None]:
         id = generation.id
@@ -162,12 +162,12 @@ class Supervisor:
             self._ended(id)
 
     def _send(self) -> None:
-        """Hand the worker what it may have now: a suspect alone, or without suspects everything."""
+        """Send the worker what it may have now: one suspect alone, or everything if there are no suspects."""
         if self._writer is None:
             return
         flights = list(self._flights.values())
         if not any(flight.sent for flight in flights):
-            self._heard = asyncio.get_running_loop().time()  # it was idle, and had nothing to say
+            self._heard = asyncio.get_running_loop().time()  # an idle worker sends nothing
         for flight in [flight for flight in flights if flight.deaths][:1] or flights:
             if not flight.sent:
                 flight.sent = True
@@ -177,7 +177,9 @@ class Supervisor:
         try:
             self._post(submit)
         except wire.BadFrame as error:
-            self._streams.fail(submit.generation.id, RequestTooLarge(f"the request cannot be passed on: {error}"))
+            self._streams.fail(
+                submit.generation.id, RequestTooLarge(f"the request cannot be sent to the worker: {error}")
+            )
 
     def _ended(self, id: str) -> None:
         if self._flights.pop(id, None):
@@ -188,27 +190,27 @@ class Supervisor:
             self._writer.write(wire.pack(command))
 
     async def _keep(self) -> None:
-        """One worker after the other, until `stop`; nothing that a worker does ends this."""
+        """Run one worker after another until `stop`, whatever a worker does."""
         failures = 0
         while not self._stopping:
             self._useful = False
             try:
                 why = await self._live()
-            except Exception as error:  # whatever it is: without a next worker nothing would ever be drawn again
+            except Exception as error:  # any error: without a next worker nothing would be drawn again
                 log.error("%s", logs.place(error))
-                why = f"it never came up ({error!r})"
+                why = f"it failed to start ({error!r})"
             if self._stopping:
                 break
             failures = 0 if self._useful else failures + 1
             if failures >= STARTS:
                 self._fail_all(f"the worker does not start: {why}; see the server's log")
             delay = min(MAX_BACKOFF_S, 0.25 * 2**failures)
-            log.error("the worker is gone: %s; starting another in %.2f s", why, delay)
+            log.error("the worker ended: %s; starting another in %.2f s", why, delay)
             self._restarts += 1
             await asyncio.sleep(delay)
 
     async def _live(self) -> str:
-        """One worker from its start to its end; returns why it ended. Raises when it never came up."""
+        """One worker from its start to its end; returns why it ended. Raises if it failed to start."""
         launched, self._launched = self._launched or self._spawn(), None
         self._process = process = launched.process
         writer: asyncio.StreamWriter | None = None
@@ -220,7 +222,7 @@ class Supervisor:
             except TimeoutError:
                 raise TimeoutError(f"no handshake within {START_TIMEOUT_S:.0f} s") from None
             if not isinstance(hello, Ready):
-                raise wire.BadFrame(f"{reprlib.repr(hello)} is no handshake")
+                raise wire.BadFrame(f"{reprlib.repr(hello)} is not a handshake")
             log.info("worker %d is up: %s, %s", process.pid, hello.device, dict(hello.versions))
             self._writer = writer
             for order in [*self._pins.values(), *self._orders]:
@@ -239,7 +241,7 @@ class Supervisor:
             self._count_deaths()
 
     def _spawn(self) -> Launched:
-        """A worker that has its settings, and imports. Raises OSError."""
+        """Start a worker and send it its settings; it begins to import. Raises OSError."""
         ours, theirs = socket.socketpair()
         with theirs:
             try:
@@ -254,7 +256,7 @@ class Supervisor:
         await asyncio.to_thread(process.wait)
 
     async def _first_of(self, *endings: Coroutine[None, None, str]) -> str:
-        """The result, or error, of whichever comes to its end first; the others are cancelled."""
+        """The result or error of whichever finishes first; the others are cancelled."""
         tasks = [asyncio.create_task(ending) for ending in endings]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -265,7 +267,7 @@ class Supervisor:
             await asyncio.wait(tasks)
 
     async def _listen(self, reader: asyncio.StreamReader) -> str:
-        """Deliver what the worker reports, until it is gone or is not to be understood."""
+        """Deliver the worker's reports until it is gone or sends something invalid."""
         while True:
             try:
                 report = await wire.receive_async(reader)
@@ -273,9 +275,9 @@ class Supervisor:
                 self._take(report)
             except (asyncio.IncompleteReadError, ConnectionError):
                 return "it closed its connection"
-            except Exception as error:  # of the frame, or of taking what was in it
+            except Exception as error:  # from the frame, or from handling its content
                 log.error("%s", logs.place(error))
-                return f"it was not understood: {error}"
+                return f"it sent an invalid message: {error}"
 
     def _take(self, report: Report) -> None:
         self._streams.deliver(report)
@@ -292,14 +294,14 @@ class Supervisor:
         return await asyncio.Future()
 
     async def _watch(self) -> str:
-        """Comes to its end when the worker owes an answer and has not been heard of for `hang_s`."""
+        """Returns when the worker owes an answer and has sent nothing for `hang_s`."""
         limit = self._settings.hang_s
         while True:
             await asyncio.sleep(limit / 4)
-            # Not only what has started: whoever hung it may have gone away, and the others wait for their turn.
+            # Not only started ones: the request that hung it may be gone, and the others wait for their turn.
             busy = any(flight.sent for flight in self._flights.values())
             if busy and asyncio.get_running_loop().time() - self._heard > limit:
-                return f"it has not been heard of for {limit} s and is killed"
+                return f"it sent nothing for {limit} s and was killed"
 
     def _fail_all(self, why: str) -> None:
         for id in self._flights:
@@ -315,7 +317,6 @@ class Supervisor:
                 self._streams.fail(
                     id,
                     WorkerDied(
-                        f"the process that computes died {flight.deaths} times while it drew this; "
-                        "it is not tried again"
+                        f"the worker process died {flight.deaths} times while drawing this; it is not tried again"
                     ),
                 )

@@ -1,7 +1,7 @@
 """Messages on the socket between the API process and its worker: an 8-byte length, then a pickle.
 
-Both ends are ours and the socket is an unnamed pair that only they hold, so pickle is safe here. What a
-broken process writes into it is another matter: whatever is no message raises `BadFrame`, and nothing else.
+Both ends are ours and the socket is an unnamed pair that only they hold, so pickle is safe here. A broken process
+may still write garbage: anything that is not a message raises `BadFrame`, and nothing else.
 """
 
 from __future__ import annotations
@@ -13,47 +13,47 @@ import struct
 from typing import Any
 
 MAX_BYTES = 2**30
-"""Of one message. The largest that are sent carry a request's source pictures or a picture that was drawn."""
+"""Limit of one message. The largest messages carry a request's source pictures or a finished picture."""
 
 _LENGTH = struct.Struct("!Q")
 
 
 class BadFrame(Exception):
-    """What came is no message, or what is to be sent does not fit into one."""
+    """The received bytes are not a message, or the object to send does not fit into one."""
 
 
 def pack(message: object) -> bytes:
-    """The message as it goes over the socket. Raises BadFrame for what cannot be sent."""
+    """The encoded message. Raises BadFrame if it cannot be sent."""
     try:
         body = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
-    except Exception as error:  # whatever the parts of a message raise
+    except Exception as error:  # pickling may raise anything
         raise BadFrame(f"a {type(message).__name__} cannot be pickled: {error!r}") from error
     return _LENGTH.pack(_checked(len(body))) + body
 
 
 def receive(sock: socket.socket) -> Any:
-    """The next message; blocks. Raises EOFError when the other side is gone, BadFrame for what is no message."""
+    """The next message; blocks. Raises EOFError if the other side is gone, BadFrame if the bytes are not a message."""
     (length,) = _LENGTH.unpack(_exactly(sock, _LENGTH.size))
     return _unpack(_exactly(sock, _checked(length)))
 
 
 async def receive_async(reader: asyncio.StreamReader) -> Any:
-    """As `receive`. Raises asyncio.IncompleteReadError when the other side is gone."""
+    """Like `receive`. Raises asyncio.IncompleteReadError if the other side is gone."""
     (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
     return _unpack(await reader.readexactly(_checked(length)))
 
 
 def _checked(length: int) -> int:
     if length > MAX_BYTES:
-        raise BadFrame(f"a message of {length} bytes; at most {MAX_BYTES} are sent")
+        raise BadFrame(f"a message of {length} bytes; the limit is {MAX_BYTES}")
     return length
 
 
 def _unpack(body: bytes) -> Any:
     try:
         return pickle.loads(body)
-    except Exception as error:  # unpickling what is no pickle raises nearly anything
-        raise BadFrame(f"{len(body)} bytes that are no message: {error!r}") from error
+    except Exception as error:  # unpickling garbage can raise nearly anything
+        raise BadFrame(f"{len(body)} bytes that are not a message: {error!r}") from error
 
 
 def _exactly(sock: socket.socket, size: int) -> bytes:

@@ -1,7 +1,7 @@
-"""The process that computes: `python -m sfumato.process.worker FD`, started by `supervisor`.
+"""The worker process: `python -m sfumato.process.worker FD`, started by `supervisor`.
 
 FD is one end of a socket pair. The first message in is the `Settings`, the first out `Ready`; then
-commands come in and reports go out. When the other side is gone this process ends at once.
+commands come in and reports go out. If the other side disappears, this process exits at once.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 def main(fd: int) -> None:
-    # Ctrl-C reaches the whole process group; the API process decides when this one ends.
+    # Ctrl-C reaches the whole process group; the API process decides when the worker ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sock = socket.socket(fileno=fd)
@@ -55,8 +55,8 @@ def main(fd: int) -> None:
         except (EOFError, OSError):
             os._exit(1)  # nobody is left to answer
         except wire.BadFrame:
-            log.exception("the worker cannot understand the API process, and ends")
-            os._exit(1)  # to go on would be to be deaf for ever
+            log.exception("the worker received an invalid message from the API process and exits")
+            os._exit(1)  # it could never receive a command again
 
     best = torch.accelerator.current_accelerator(check_available=True)
     send(Ready(str(best or "cpu"), {"diffusers": diffusers.__version__, "torch": torch.__version__}))
@@ -64,18 +64,18 @@ def main(fd: int) -> None:
     try:
         loop.run()
     except Exception:
-        log.exception("the loop broke")
-        os._exit(1)  # not by returning, which waits for threads that libraries started
+        log.exception("the loop failed")
+        os._exit(1)  # returning would wait for threads that libraries started
 
 
 def _packed(report: Report) -> bytes:
-    """A picture that cannot be sent fails its own request, and no other."""
+    """Encode a report; a picture that cannot be sent fails only its own request."""
     try:
         return wire.pack(report)
     except wire.BadFrame as error:
         if not isinstance(report, Answer):
             raise
-        return wire.pack(Answer(report.id, Failed(DrawError(f"what was drawn cannot be sent: {error}"))))
+        return wire.pack(Answer(report.id, Failed(DrawError(f"the picture cannot be sent: {error}"))))
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What every front end calls. No torch."""
+"""The service that every front end calls. No torch."""

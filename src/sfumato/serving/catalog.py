@@ -1,4 +1,4 @@
-"""The models that requests can name: the files of some folders, read again when they change."""
+"""The models that requests can name: from the model files in some folders, reread when they change."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Signature: TypeAlias = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What has to be mended in a model file."""
+    """An error in a model file."""
 
     file: Path
     message: str
@@ -35,14 +35,14 @@ class Problem:
 
 
 class Catalog:
-    """Models by name and alias. Of two folders with the same name the earlier wins, without a word.
+    """Models by name and alias. If two folders have the same name, the earlier folder silently wins.
 
-    `refresh` looks at the files' dates and sizes and reads what changed, so a new, edited or removed
-    file needs no restart. A broken file breaks only its own models; one that could not be read is tried again.
+    `refresh` checks the files' dates and sizes and reads what changed, so a new, edited or removed
+    file needs no restart. An invalid file affects only its own models; one that could not be read is retried.
     """
 
     def __init__(self, folders: Sequence[Path], *, default: str | None = None, open: bool = False) -> None:
-        """`folders` in order of precedence. `open`: hub ids, paths and URLs are names as well."""
+        """`folders` in order of precedence. `open`: hub ids, paths and URLs are valid names too."""
         self._folders = tuple(folders)
         self._default = default or None
         self._open = open
@@ -54,11 +54,11 @@ class Catalog:
 
     @classmethod
     def of(cls, settings: Settings, *, open: bool = False) -> Catalog:
-        """The user's models, then the embedded ones."""
+        """The user's models, then the built-in ones."""
         return cls([settings.models, EMBEDDED], default=settings.default_model, open=open)
 
     def refresh(self) -> None:
-        """Read what changed since the last time."""
+        """Read files that changed since the last time."""
         now = {path: signature for folder in self._folders for path, signature in _files(folder)}
         if list(now.items()) == [(path, signature) for path, (signature, _) in self._read.items()] and not any(
             _unread(found) for _, found in self._read.values()
@@ -75,9 +75,9 @@ class Catalog:
         self._index()
 
     def get(self, name: str | None) -> ModelConfig:
-        """The model of a name or alias; of None the default model.
+        """The model of a name or alias; for None the default model.
 
-        Raises ModelNotFound, and ModelFileError where the file that has this name has to be mended.
+        Raises ModelNotFound, and ModelFileError if the file with this name has an error.
         """
         name = name or self._default or self._first()
         found = self._names.get(name)
@@ -89,7 +89,7 @@ class Catalog:
             known = ", ".join(config.name for config in self.all()) or "none"
             shown = name if len(name) <= 100 else name[:100] + "..."
             raise ModelNotFound(
-                f"There is no model {shown!r}.{did_you_mean(name, self._names)} These exist: {known}.", param="model"
+                f"There is no model {shown!r}.{did_you_mean(name, self._names)} Available: {known}.", param="model"
             )
         if found.disabled:
             raise ModelNotFound(
@@ -98,11 +98,11 @@ class Catalog:
         return found
 
     def all(self) -> list[ModelConfig]:
-        """Every model that can be drawn with, each once, in order of precedence."""
+        """Every usable model once, in order of precedence."""
         return [config for config in self._models if not config.disabled]
 
     def problems(self) -> list[Problem]:
-        """What has to be mended, in the files' order."""
+        """All errors, in the files' order."""
         return list(self._problems)
 
     def skipped(self) -> list[Skipped]:
@@ -110,7 +110,7 @@ class Catalog:
         return [outcome for _, found in self._read.values() for outcome in found if isinstance(outcome, Skipped)]
 
     def outcomes(self) -> dict[Path, list[ParsedFile]]:
-        """Every file with what it holds, also the models that another file of the same name hides."""
+        """Every file with its models, including those hidden by another file with the same name."""
         return {path: list(found) for path, (_, found) in self._read.items()}
 
     def _first(self) -> str:
@@ -122,7 +122,7 @@ class Catalog:
         )
 
     def _index(self) -> None:
-        """Names, then names of broken files, then aliases within a folder; earlier folders first."""
+        """Register names, then names in invalid files, then aliases, folder by folder; earlier folders win."""
         self._models, self._names, self._problems = [], {}, []
         for folder in self._folders:
             found = [
@@ -175,7 +175,7 @@ class Catalog:
             self._names.setdefault(redirect.name, target)
             return
         error = ModelFileError(
-            f"{redirect.file}: alias: {redirect.name!r} is served by {redirect.target!r}, and there is no such model."
+            f"{redirect.file}: alias: {redirect.name!r} points to {redirect.target!r}, but there is no such model."
             f"{did_you_mean(redirect.target, [config.name for config in self._models])}",
             param="alias",
         )
@@ -184,17 +184,17 @@ class Catalog:
 
 
 def _files(folder: Path) -> Iterator[tuple[Path, Signature]]:
-    """Model files by name with what changes when they do; a file is its own folder."""
-    # os.path, because Path raises where it is forbidden to look.
+    """Model files by name, each with a signature that changes with the file; a file counts as its own folder."""
+    # os.path, because Path raises on missing permissions.
     single = os.path.isfile(folder)  # noqa: PTH113
     paths = [folder] if single else sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")])
     for path in paths:
         try:
             found = path.stat()
-        except OSError:  # a dangling link, or removed this moment
+        except OSError:  # a dangling link, or just removed
             continue
         if stat.S_ISREG(found.st_mode) and not path.name.startswith("."):
-            # The date of its change too: permissions, and an editor that keeps size and date, move nothing else.
+            # ctime too: a change of permissions, or an editor that preserves size and date, changes nothing else.
             yield path, (found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino, found.st_dev)
 
 
@@ -212,4 +212,4 @@ def _warn(found: list[ParsedFile]) -> None:
             for key, reason in outcome.ignored:
                 log.warning("%s: %s has no effect: %s", outcome.file, key, reason)
         elif isinstance(outcome, Skipped):
-            log.info("%s is skipped: %s", outcome.file, outcome.reason)
+            log.info("%s skipped: %s", outcome.file, outcome.reason)

@@ -1,4 +1,4 @@
-"""One accepted request: where it stands, and its pictures as they come."""
+"""One accepted request: its progress, and its pictures as they are finished."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ State: TypeAlias = Literal["queued", "drawing", "completed", "failed", "cancelle
 
 
 class Arrival:
-    """A request whose body is not read yet, or is not asked for yet: only who sends it is known, and its id."""
+    """A request whose body has not been read yet: only its caller and its id are known."""
 
     def __init__(self, id: str, caller: str) -> None:
         self.id = id
         self.caller = caller
         self.cancelled = asyncio.Event()
         self.submitted = False
-        """Whether there is, or was, a job of it."""
+        """Whether it has become a job."""
 
     def submit(self) -> None:
-        """It becomes a job. Raises Cancelled where somebody has cancelled it meanwhile."""
+        """Turn it into a job. Raises Cancelled if it was cancelled in the meantime."""
         if self.cancelled.is_set():
             raise Cancelled(CANCELLED)
         self.submitted = True
@@ -59,14 +59,14 @@ class Part:
     ticket: Ticket
     step: int = 0
     total: int = 0
-    """Denoising steps; 0 until the first is done."""
+    """Denoising steps; 0 until the first is complete."""
     began: float | None = None
-    """When its first step was done, in seconds of the monotonic clock."""
+    """When its first step completed, in seconds of the monotonic clock."""
     preview: Preview | None = None
-    """The latest."""
+    """The latest preview."""
     done: Done | None = None
     name: str | None = None
-    """Where it is kept in the store."""
+    """Its name in the store."""
 
     def see(self, event: Step | Preview | Done) -> None:
         match event:
@@ -83,56 +83,56 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """A moment of a job."""
+    """Snapshot of a job."""
 
     id: str
     caller: str
     model: str
     """Empty until the body is read."""
     prompt: str
-    """Of its first picture."""
+    """The first picture's prompt."""
     state: State
     step: int
     total: int
-    """Denoising steps of all its pictures; of those that have not begun as many as the others have, 0 if none has."""
+    """Total steps of all pictures; unstarted ones count as many as the others, or 0 if none has started."""
     pictures_done: int
     pictures: int
     queue_position: int
-    """Turns until its first waiting picture is drawn; 0 when none waits."""
+    """Turns until its first waiting picture is drawn; 0 if none waits."""
     seconds_left: float | None
-    """Estimated; None when nothing is known yet, or it is over."""
+    """Estimate; None if nothing is known yet, or the job has ended."""
     kept: tuple[tuple[int, str, int], ...] = ()
-    """Of each picture that is done and kept: its index, its name in the store and its seed."""
+    """For each finished and stored picture: its index, its name in the store and its seed."""
     error: SfumatoError | None = None
     """Why it ended without pictures."""
 
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """Made by `Service.submit`. Whoever reads `events` or `pictures` owns it: leaving them early cancels it,
+    """Made by `Service.submit`. The reader of `events` or `pictures` owns it: stopping early cancels it,
     unless it is detached."""
 
     id: str
-    """The request's; callers may choose it, so it need not be the only one of that name."""
+    """The request's id; callers may choose it, so it need not be unique."""
     caller: str
     config: ModelConfig
     queue: Queue
     parts: Sequence[Part]
     share: Share
-    """Of the bytes of source pictures."""
+    """Its share of the budget for source pictures."""
     created: float = field(default_factory=time.time)
     """Seconds since 1970."""
     detached: bool = False
-    """It goes on when whoever asked has gone."""
+    """Continues even if its client disconnects."""
     keep: Keep | None = None
     error: SfumatoError | None = None
     task: asyncio.Task[None] | None = None
     news: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set once its first event is there, or its end."""
+    """Set at its first event, or its end."""
     _events: asyncio.Queue[tuple[int, Step | Preview | Done] | None] = field(default_factory=asyncio.Queue)
 
     async def events(self) -> AsyncGenerator[tuple[int, Step | Preview | Done], None]:
-        """Index of the picture and what happened to it, until all are done. Raises the error that ended it."""
+        """(picture index, event) until all are done. Raises the error that ended the job."""
         try:
             while (event := await self._events.get()) is not None:
                 yield event
@@ -142,7 +142,7 @@ class Job:
             raise self.error
 
     async def pictures(self) -> list[Done]:
-        """All of them, in order, or the error that ended it."""
+        """All pictures in order. Raises the error that ended the job."""
         try:
             assert self.task is not None
             await asyncio.wait([self.task])
@@ -153,12 +153,12 @@ class Job:
         return [part.done for part in self.parts if part.done]
 
     def cancel(self) -> None:
-        """End it within a denoising step; whoever waits for it gets `Cancelled`. Does nothing when it is over."""
+        """End it within one denoising step; its reader gets `Cancelled`. Does nothing if it has ended."""
         if self.task and not self.task.done():
             self.task.cancel()
 
     def leave(self) -> None:
-        """Whoever asked has gone: cancel it, unless it is detached."""
+        """The client has disconnected: cancel it, unless it is detached."""
         if not self.detached:
             self.cancel()
 
@@ -204,7 +204,7 @@ class Job:
         )
 
     def _seconds_left(self) -> float | None:
-        """Until its last picture is done: each by its own pace, or by what pictures took lately."""
+        """Estimate until its last picture is done: from each one's own pace, or from recent pictures."""
         left = [self._left(part) for part in self.parts if not part.done]
         known = [seconds for seconds in left if seconds is not None]
         return max(known, default=0.0) if len(known) == len(left) else None

@@ -1,7 +1,7 @@
-"""What is counted, for `GET /metrics` in Prometheus' text format. Every metric's name stands in this file.
+"""All metrics, for `GET /metrics` in Prometheus' text format. Every metric's name is in this file.
 
-What this process sees is counted as it happens; what the engine counts, and what stands at the moment,
-is read when somebody asks.
+Events in this process are counted as they happen; the engine's counters and current values are
+read on each scrape.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 180
 
 @dataclass(frozen=True, slots=True)
 class Counted:
-    """One metric that is counted as things happen: a histogram of seconds, or a counter if it ends in `_total`."""
+    """One metric updated as events happen: a histogram of seconds, or a counter if its name ends in `_total`."""
 
     name: str
     help: str
@@ -44,19 +44,21 @@ class Counted:
         return Histogram(self.name, self.help, self.labels, registry=registry, buckets=SECONDS)
 
 
-HTTP = Counted("sfumato_http_requests_total", "Requests answered.", ("route", "method", "status"))
-HTTP_SECONDS = Counted("sfumato_http_request_seconds", "From a request to the end of its answer.", ("route", "method"))
-WAITED = Counted("sfumato_queue_wait_seconds", "What a picture waited for its turn.")
-DREW = Counted("sfumato_picture_seconds", "What a picture took from its turn to its end.", ("model",))
-FAILED = Counted("sfumato_failures_total", "Requests that were accepted and not drawn.", ("model", "code"))
-REJECTED = Counted("sfumato_rejected_total", "Requests turned away at the door.", ("code",))
+HTTP = Counted("sfumato_http_requests_total", "HTTP requests answered.", ("route", "method", "status"))
+HTTP_SECONDS = Counted(
+    "sfumato_http_request_seconds", "Time from a request to the end of its answer.", ("route", "method")
+)
+WAITED = Counted("sfumato_queue_wait_seconds", "Time a picture waited in the queue.")
+DREW = Counted("sfumato_picture_seconds", "Time from a picture's turn to its end.", ("model",))
+FAILED = Counted("sfumato_failures_total", "Requests that were accepted but failed.", ("model", "code"))
+REJECTED = Counted("sfumato_rejected_total", "Requests that were not accepted.", ("code",))
 
 COUNTED = (HTTP, HTTP_SECONDS, WAITED, DREW, FAILED, REJECTED)
 
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """What is read when somebody asks."""
+    """Values that are read on each scrape."""
 
     ready: bool
     queue_depth: int
@@ -67,13 +69,13 @@ class Moment:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """One metric that is read from a `Moment`."""
+    """One metric read from a `Moment`."""
 
     name: str
-    """A counter's ends in `_total`."""
+    """A counter's name ends in `_total`."""
     help: str
     value: Callable[[Moment], float | Mapping[tuple[str, ...], float]]
-    """A number, or one for each combination of the values of `labels`."""
+    """A number, or one for each combination of label values."""
     labels: tuple[str, ...] = ()
 
     @property
@@ -90,43 +92,47 @@ class Reading:
 
 
 READINGS = (
-    Reading("sfumato_build_info", "1, with the version.", lambda now: {(__version__,): 1}, ("version",)),
-    Reading("sfumato_uptime_seconds", "Since this process started.", lambda now: now.uptime),
-    Reading("sfumato_ready", "1 when a worker is up and a model file can be used.", lambda now: now.ready),
-    Reading("sfumato_queue_depth", "Pictures that wait for their turn.", lambda now: now.queue_depth),
-    Reading("sfumato_running_pictures", "Pictures that are being drawn.", lambda now: now.running),
-    Reading("sfumato_forwards_total", "Forwards of heavy modules.", lambda now: now.stats.forwards),
+    Reading("sfumato_build_info", "Always 1; the label is the version.", lambda now: {(__version__,): 1}, ("version",)),
+    Reading("sfumato_uptime_seconds", "Time since this process started.", lambda now: now.uptime),
+    Reading("sfumato_ready", "1 if a worker is up and a model file is usable.", lambda now: now.ready),
+    Reading("sfumato_queue_depth", "Pictures waiting in the queue.", lambda now: now.queue_depth),
+    Reading("sfumato_running_pictures", "Pictures in flight.", lambda now: now.running),
+    Reading("sfumato_forwards_total", "Forward passes of heavy modules.", lambda now: now.stats.forwards),
     Reading(
         "sfumato_batch_size_forwards_total",
-        "Forwards of the denoiser, by how many requests shared them.",
+        "Forward passes of the denoiser, by how many requests shared them.",
         lambda now: {(str(size),): count for size, count in sorted(now.stats.batch_sizes.items())},
         ("size",),
     ),
     Reading(
         "sfumato_unbatched_forwards_total",
-        "Forwards that no other picture could share, whoever was there.",
+        "Forward passes that could not have been batched with any other picture.",
         lambda now: dict(sorted(now.stats.unbatched.items())),
         ("module", "reason"),
     ),
-    Reading("sfumato_steps_total", "Denoising steps of all pictures.", lambda now: now.stats.steps),
+    Reading("sfumato_steps_total", "Total denoising steps of all pictures.", lambda now: now.stats.steps),
     Reading(
-        "sfumato_step_seconds_total", "Time of these steps, summed over pictures.", lambda now: now.stats.step_seconds
+        "sfumato_step_seconds_total",
+        "Total time of these steps, summed over pictures.",
+        lambda now: now.stats.step_seconds,
     ),
-    Reading("sfumato_model_loads_total", "Models brought into memory.", lambda now: now.stats.loads),
-    Reading("sfumato_model_evictions_total", "Models that had to leave memory.", lambda now: now.stats.evictions),
-    Reading("sfumato_worker_restarts_total", "Workers started because one had died.", lambda now: now.stats.restarts),
+    Reading("sfumato_model_loads_total", "Models loaded into memory.", lambda now: now.stats.loads),
+    Reading("sfumato_model_evictions_total", "Models unloaded to make room.", lambda now: now.stats.evictions),
+    Reading("sfumato_worker_restarts_total", "Workers started to replace a dead one.", lambda now: now.stats.restarts),
     Reading("sfumato_resident_models", "Models in memory.", lambda now: now.stats.resident_models),
     Reading("sfumato_worker_memory_bytes", "Resident memory of the worker.", lambda now: now.stats.memory_bytes),
-    Reading("sfumato_device_memory_bytes", "Allocated on the accelerator.", lambda now: now.stats.device_memory_bytes),
+    Reading(
+        "sfumato_device_memory_bytes", "Memory allocated on the accelerator.", lambda now: now.stats.device_memory_bytes
+    ),
 )
 
 
 class Metrics:
-    """The counts of one server; two in one process share nothing."""
+    """The metrics of one server; two servers in one process share nothing."""
 
     def __init__(self) -> None:
         self.pictures = 0
-        """Drawn so far."""
+        """Pictures drawn so far."""
         self._born = time.monotonic()
         self._registry = registry = CollectorRegistry()
         self._http = HTTP.counter(registry)
@@ -138,25 +144,25 @@ class Metrics:
         ProcessCollector(registry=registry)
 
     def answered(self, route: str, method: str, status: int, seconds: float) -> None:
-        """One HTTP request; `route` is a path template, so that there are finitely many."""
+        """Count one HTTP request; `route` is a path template, so that their number is finite."""
         self._http.labels(route, method, str(status)).inc()
         self._http_seconds.labels(route, method).observe(seconds)
 
     def waited(self, seconds: float) -> None:
-        """One picture waited so long for its turn."""
+        """Record how long one picture waited for its turn."""
         self._waited.observe(seconds)
 
     def drew(self, model: str, seconds: float) -> None:
-        """One picture is done, so long after its turn began."""
+        """Record how long one picture took from its turn to its end."""
         self.pictures += 1
         self._drew.labels(model).observe(seconds)
 
     def failed(self, model: str, code: str) -> None:
-        """Accepted and not drawn; `code` is the error's."""
+        """Count a request that was accepted but failed; `code` is the error's."""
         self._failed.labels(model, code).inc()
 
     def rejected(self, code: str) -> None:
-        """Not accepted: the queue is full, the key is wrong."""
+        """Count a request that was not accepted: the queue is full, the key is wrong, ..."""
         self._rejected.labels(code).inc()
 
     def render(self, *, ready: bool, queue_depth: int, running: int, stats: EngineStats) -> bytes:

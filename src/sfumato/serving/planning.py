@@ -1,4 +1,4 @@
-"""What a request asks for, and the pictures that it stands for: every field checked but the source pictures."""
+"""A request, and the generations it is split into: checks every field except the source pictures."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ MAX_GUIDANCE = 100.0
 MAX_PICTURES = 16
 MAX_PADDING = 4096
 DEFAULT_PADDING = 32
-"""Pixels around a masked area that is drawn alone, as AUTOMATIC1111's page has it."""
+"""Pixels around the masked area if only that is redrawn; AUTOMATIC1111's default."""
 RANDOM_SEED = -1
-"""What AUTOMATIC1111 and LocalAI clients send for "any seed"."""
+"""The value that AUTOMATIC1111 and LocalAI clients send for a random seed."""
 
 
 Number = TypeVar("Number", int, float)
@@ -33,11 +33,11 @@ _SIZE = re.compile(r"\s*([0-9]{1,9})\s*[xX×]\s*([0-9]{1,9})\s*")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageRequest:
-    """One request of a caller, before anything was looked at. None means not given."""
+    """One unchecked request of a caller. None means "not set"."""
 
     prompts: Sequence[str]
     bar: bool = True
-    """Whether `positive|negative` in a prompt are two; elsewhere the bar means other things."""
+    """Whether `positive|negative` in a prompt is split; in other dialects the bar has other meanings."""
     model: str | None = None
     negative_prompt: str | None = None
     n: int | None = None
@@ -53,52 +53,52 @@ class ImageRequest:
     images: Sequence[str | bytes] = ()
     """Source pictures: file bytes, base64, `data:` URI or http(s) URL."""
     mask: str | bytes | None = None
-    """White is redrawn; where the picture has transparency, transparent is redrawn."""
+    """White is redrawn; if the mask has transparency, transparent areas are redrawn."""
     fitting: Fitting | None = None
-    """Pictures and mask are of AUTOMATIC1111's kind; None: of OpenAI's."""
+    """Set if pictures and mask follow AUTOMATIC1111's conventions; None: OpenAI's."""
     mask_padding: int | None = None
-    """Draw the masked area only, with so many pixels around it; None: all of the picture."""
+    """Redraw only the masked area plus this many pixels around it; None: the whole picture."""
     quality: str | None = None
-    """A name of `core.QUALITIES`: steps by the model's table, unless `steps` says a number."""
+    """A name of `core.QUALITIES`: takes the steps from the model's table, unless `steps` is set."""
     transparent: bool = False
     upscale: int | None = None
-    """2 or 4: the source picture so many times larger."""
+    """2 or 4: upscaling factor for the source picture."""
     savings: tuple[str, ...] = ()
-    """Names of `core.SAVINGS`, of a picture that is to be made again."""
+    """Names of `core.SAVINGS`, to reproduce a picture that used them."""
     previews: int = 0
-    """Of each picture on its way, 0 .. core.MAX_PREVIEWS."""
+    """Previews per picture, 0 .. core.MAX_PREVIEWS."""
     id: str = ""
-    """By which its progress can be asked for and which cancels it; empty: a new one."""
+    """Id for progress and cancelling; empty: a new one."""
     caller: str = ""
-    """Whoever asks: callers share the engine fairly."""
+    """Who sent the request; the engine is shared fairly between callers."""
     detached: bool = False
-    """Drawn to its end also when whoever asked has gone."""
+    """Drawn to its end even if its client disconnects."""
     keep: Keep | None = None
-    """Is given each picture as it is done."""
+    """Called with each finished picture."""
     operator: bool = False
-    """Asked by whoever owns the model files: their `enable_parameters` does not bind."""
+    """Sent by the owner of the model files: `enable_parameters` does not apply."""
 
 
 def plan(request: ImageRequest, config: ModelConfig, limits: Limits, most: int) -> list[Generation]:
-    """The generations a request stands for, without its pictures; `most` pictures may be drawn of one request.
+    """The generations of a request, without source pictures; at most `most` pictures per request.
 
-    Raises InvalidRequest that names the field at fault.
+    Raises InvalidRequest naming the field at fault.
     """
     prompt_pairs = [_split(prompt) if request.bar else (prompt, None) for prompt in request.prompts]
     if not prompt_pairs:
-        raise InvalidRequest("prompt: a text or a list of texts is needed", param="prompt")
+        raise InvalidRequest("prompt: must be a text or a list of texts", param="prompt")
     texts = [
         *(("prompt", prompt) for prompt in request.prompts),
         ("negative_prompt", request.negative_prompt or ""),
     ]
     for name, text in texts:
         if len(text) > MAX_PROMPT:
-            raise InvalidRequest(f"{name}: {len(text)} characters; at most {MAX_PROMPT} are taken", param=name)
+            raise InvalidRequest(f"{name}: {len(text)} characters; at most {MAX_PROMPT} are allowed", param=name)
     n = request.n if request.n is not None else min(config.n or 1, most)
     _within("n", n, 1, most)
     if n * len(prompt_pairs) > most:
         raise InvalidRequest(
-            f"n: {len(prompt_pairs)} prompts with {n} pictures each; at most {most} in one request",
+            f"n: {len(prompt_pairs)} prompts with {n} pictures each; at most {most} per request",
             param="n",
         )
     _within("steps", request.steps, 1, MAX_STEPS)
@@ -107,9 +107,7 @@ def plan(request: ImageRequest, config: ModelConfig, limits: Limits, most: int) 
     _within("clip_skip", request.clip_skip, 0, 64)
     _within("mask_padding", request.mask_padding, 0, MAX_PADDING)
     if request.mask_padding is not None and request.mask is None:
-        raise InvalidRequest(
-            "masked_area_only: nothing says what the masked area is; send `mask` too", param="masked_area_only"
-        )
+        raise InvalidRequest("masked_area_only: needs a mask; send `mask` too", param="masked_area_only")
     if request.quality is not None and request.quality not in QUALITIES:
         raise InvalidRequest(
             f"quality: {request.quality[:100]!r}; {', '.join(QUALITIES)} or a number of steps are valid",
@@ -119,11 +117,15 @@ def plan(request: ImageRequest, config: ModelConfig, limits: Limits, most: int) 
         schedulers.parse(request.scheduler)
     size = size_of(request.size, limits)
     if len(request.images) > MAX_PICTURES:
-        raise InvalidRequest(f"image: {len(request.images)} pictures; at most {MAX_PICTURES} are taken", param="image")
+        raise InvalidRequest(
+            f"image: {len(request.images)} pictures; at most {MAX_PICTURES} are allowed", param="image"
+        )
     if request.mask is not None and not request.images:
-        raise InvalidRequest("mask: says where to redraw a picture; send `image` too", param="mask")
+        raise InvalidRequest("mask: needs a picture to redraw; send `image` too", param="mask")
     if request.strength is not None and not request.images:
-        raise InvalidRequest("strength: says how far to leave a source picture; send `image`", param="strength")
+        raise InvalidRequest(
+            "strength: applies only to a source picture; send `image`, or leave it out", param="strength"
+        )
     seed = _seed(config.seed if request.seed is None else request.seed, n)
     generations = []
     for prompt, inline_negative in prompt_pairs:
@@ -156,7 +158,7 @@ def plan(request: ImageRequest, config: ModelConfig, limits: Limits, most: int) 
 
 
 def size_of(text: str | None, limits: Limits) -> tuple[int, int] | None:
-    """`WIDTHxHEIGHT` as numbers; None for none and for auto. Raises InvalidRequest for what is not drawn."""
+    """`WIDTHxHEIGHT` as numbers; None for None and for auto. Raises InvalidRequest for a size that is not allowed."""
     if text is None or text.strip().lower() in ("", "auto"):
         return None
     match = _SIZE.fullmatch(text)
@@ -168,24 +170,24 @@ def size_of(text: str | None, limits: Limits) -> tuple[int, int] | None:
 
 
 def refuse_size(limits: Limits, width: int, height: int, name: str, param: str = "") -> None:
-    """Raises InvalidRequest that names the field (`param` where its name is another), unless this size is drawn."""
+    """Raises InvalidRequest naming the field (`param` if it has another name), unless this size is allowed."""
     if breach := limits.breach(width, height):
         raise InvalidRequest(f"{name}: {width}x{height}; {breach}", param=param or name)
 
 
 def _seed(seed: int | None, n: int) -> int:
     if seed is None or seed == RANDOM_SEED:
-        return secrets.randbelow(2**32)  # short enough for every client's numbers
+        return secrets.randbelow(2**32)  # small enough for every client's number type
     if not 0 <= seed <= MAX_SEED - (n - 1):
         raise InvalidRequest(
-            f"seed: {seed}; 0 to {MAX_SEED} are valid (less n - 1), -1 or no seed for a random one",
+            f"seed: {seed}; 0 to {MAX_SEED} are valid (minus n - 1), -1 or no seed for a random one",
             param="seed",
         )
     return seed
 
 
 def _split(prompt: str) -> tuple[str, str | None]:
-    """`positive|negative`, LocalAI's way to send both in one field."""
+    """Split `positive|negative`, LocalAI's way to send both in one field."""
     positive, bar, negative = prompt.partition("|")
     return (positive.strip(), negative.strip() or None) if bar else (prompt, None)
 
@@ -195,17 +197,17 @@ def _refuse_disabled(config: ModelConfig, asked: Generation, pictures: bool) -> 
         "negative_prompt": asked.negative_prompt,
         "num_inference_steps": asked.steps,
         "clip_skip": asked.clip_skip,
-        "image": (pictures and not asked.upscale) or None,  # an upscaler that takes no picture is none
+        "image": (pictures and not asked.upscale) or None,  # an upscaler always takes a picture
     }
     for name, value in used.items():
         if value is not None and not config.enables(name):
             raise InvalidRequest(
-                f"{name}: {config.name} does not let requests set it. Add {name} to "
+                f"{name}: {config.name} does not allow requests to set it. Add {name} to "
                 f"diffusers.enable_parameters in {config.file}, or leave it out.",
                 param=name,
             )
 
 
 def _within(name: str, value: Number | None, least: float, most: float) -> None:
-    if value is not None and not least <= value <= most:  # NaN neither
+    if value is not None and not least <= value <= most:  # also refuses NaN
         raise InvalidRequest(f"{name}: {value}; {least} to {most} are valid", param=name)

@@ -1,8 +1,8 @@
-"""Whose turn it is to draw: a bounded line, fair between callers.
+"""The queue: bounded, and fair between callers.
 
-Of those who wait the caller who holds the fewest places goes first, then the one who was served longest
-ago; within a caller, who came first. The last free place is kept for a caller who has none, so whoever
-asks for one picture beside somebody's hundred does not wait for any of them.
+Next is the waiting caller with the fewest pictures in flight, then the one served longest ago; for one
+caller, first come, first served. The last free place is reserved for a caller with nothing in flight, so a
+single picture does not have to wait for another caller's hundred.
 """
 
 from __future__ import annotations
@@ -17,50 +17,50 @@ from collections.abc import Sequence
 from sfumato.errors import TooManyRequests
 
 MAX_RETRY_AFTER_S = 120
-"""Clients of OpenAI give up at longer ones."""
+"""OpenAI's clients give up on longer ones."""
 
 FIRST_GUESS_S = 10.0
-"""What a picture takes, before one was drawn."""
+"""Assumed time per picture before the first one was drawn."""
 
 SHARE = 4
-"""A caller who has nothing in a full line may still add this part of its limit, until it is twice as long."""
+"""A caller with nothing in a full queue may still add 1/SHARE of its limit, until it is twice as long."""
 
 WEIGHT = 0.2
-"""Of the latest picture in the running mean of what a picture takes."""
+"""Weight of the latest picture in the running mean of the time per picture."""
 
 
 class Ticket:
-    """A place in the line for one picture."""
+    """A place in the queue for one picture."""
 
     def __init__(self, caller: str, number: int) -> None:
         self.caller = caller
         self.number = number
-        """Tickets are numbered as they come."""
+        """Tickets are numbered in order of arrival."""
         self.called = asyncio.Event()
         self.since: float | None = None
         """When its turn began, in seconds of the monotonic clock."""
 
 
 class Queue:
-    """`places` pictures are drawn at a time and `limit` may wait; a request that would be beyond is refused."""
+    """`places` pictures are in flight at a time and `limit` may wait; requests beyond that are refused."""
 
     def __init__(self, places: int, limit: int) -> None:
         self._places = places
         self._limit = limit
         self._lines: dict[str, dict[Ticket, None]] = {}
-        """Caller → its tickets that wait, as they came; of callers that have any."""
+        """Caller → its waiting tickets in order of arrival; only callers that have any."""
         self._unready: dict[str, dict[Ticket, None]] = {}
-        """The same of tickets that may not be called yet: their pictures are still fetched."""
+        """The same for tickets that must not be called yet, as their pictures are still being fetched."""
         self._waiting = 0
         self._held: Counter[str] = Counter()
         self._running = 0
         self._served: dict[str, int] = {}
-        """Caller → how many turns had begun when it last got one; of callers in the line or in a place."""
+        """Caller → number of turns begun when it last got one; only callers waiting or in flight."""
         self._turns = 0
         self._numbers = 0
         self._mean: float | None = None
         self._positions: dict[Ticket, int] | None = None
-        """Of all that wait, until the line changes; None before somebody asks."""
+        """Cached positions of all waiting tickets, until the queue changes."""
 
     @property
     def waiting(self) -> int:
@@ -72,20 +72,20 @@ class Queue:
 
     @property
     def mean_s(self) -> float | None:
-        """What a picture took lately from its turn to its end, in seconds; None before the first."""
+        """Recent mean time from a picture's turn to its end, in seconds; None before the first."""
         return self._mean
 
     def join(self, caller: str, count: int, *, ready: bool = True) -> list[Ticket]:
-        """`count` tickets. Raises TooManyRequests when so many more may not wait.
+        """Returns `count` new tickets. Raises TooManyRequests if the queue has no room for them.
 
-        Those that are not `ready` are passed over until `release`.
+        Tickets that are not `ready` are skipped until `release`.
         """
         room = self._limit + self._free(caller)
         if caller not in self._lines and caller not in self._unready and count <= max(1, self._limit // SHARE):
-            room += self._limit  # others have filled the line; that is no reason to refuse who has nothing in it
+            room += self._limit  # others have filled the queue; a caller with nothing in it still gets some room
         if self.waiting + count > room:
             raise TooManyRequests(
-                f"{self.waiting} pictures wait already; at most {self._limit} may (the setting max_queue). "
+                f"{self.waiting} pictures are waiting already; the limit is {self._limit} (the setting max_queue). "
                 "Try again later.",
                 retry_after=self.retry_after(),
             )
@@ -98,7 +98,7 @@ class Queue:
         return tickets
 
     def release(self, tickets: Sequence[Ticket]) -> None:
-        """They may be called from now on, by the place in the line that they have had since they came."""
+        """Allow these tickets to be called; they keep the place they got on arrival."""
         for ticket in tickets:
             if ticket in self._unready.get(ticket.caller, ()):
                 self._take(ticket)
@@ -108,7 +108,7 @@ class Queue:
         self._call()
 
     def leave(self, ticket: Ticket, *, drawn: bool) -> None:
-        """It is done, whether its turn had come or not; `drawn`: with a picture. May be called again."""
+        """End a ticket, waiting or in flight; `drawn`: with a picture. May be called more than once."""
         if ticket in self._lines.get(ticket.caller, ()) or ticket in self._unready.get(ticket.caller, ()):
             self._take(ticket)
         elif ticket.since is not None:
@@ -127,22 +127,22 @@ class Queue:
             self._served.pop(ticket.caller, None)
 
     def position(self, ticket: Ticket) -> int:
-        """How many turns until its own, if nobody else comes: 1 is the next; 0: it has come, or waits for pictures."""
+        """Turns until its own, if no other arrives: 1 is next; 0: its turn has come, or it is not ready."""
         if self._positions is None:
             self._positions = self._foreseen()
         return self._positions.get(ticket, 0)
 
     def wait_s(self, position: int) -> float | None:
-        """Seconds that this many turns take to come; None when no picture was drawn yet."""
+        """Estimated seconds until this many turns have passed; None if no picture was drawn yet."""
         return None if self._mean is None else position * self._mean / self._places
 
     def _free(self, caller: str) -> int:
-        """Places that this caller may take now; the last is for who has none."""
+        """Places that this caller may take now; the last one is reserved for callers without any."""
         left = self._places - self.running
         return left if self._places == 1 or (left == 1 and not self._held[caller]) else max(0, left - 1)
 
     def _call(self) -> None:
-        """Whoever may draw now is told."""
+        """Notify the tickets whose turn has come."""
         self._positions = None
         while self._lines and self._running < self._places:
             caller = min(self._lines, key=self._rank)
@@ -159,7 +159,7 @@ class Queue:
             ticket.called.set()
 
     def _take(self, ticket: Ticket) -> None:
-        """Out of the line."""
+        """Remove a ticket from the queue."""
         lines = self._lines if ticket in self._lines.get(ticket.caller, ()) else self._unready
         del lines[ticket.caller][ticket]
         if not lines[ticket.caller]:
@@ -167,11 +167,11 @@ class Queue:
         self._waiting -= 1
 
     def _rank(self, caller: str) -> tuple[int, int, int]:
-        """Of a caller that waits; the least is the next."""
+        """Sort key of a waiting caller; the smallest is next."""
         return self._held[caller], self._served.get(caller, 0), next(iter(self._lines[caller])).number
 
     def _foreseen(self) -> dict[Ticket, int]:
-        """The position of everybody: turns are given out as `_call` would, by a heap of callers."""
+        """The positions of all tickets, by simulating `_call` with a heap of callers."""
         lines = {caller: iter(line) for caller, line in self._lines.items()}
         heap = [(self._rank(caller), caller, next(lines[caller])) for caller in lines]
         heapq.heapify(heap)
@@ -188,6 +188,6 @@ class Queue:
         return positions
 
     def retry_after(self) -> int:
-        """In how many seconds whoever is refused may come again, 1 .. MAX_RETRY_AFTER_S."""
+        """Seconds after which a refused caller may retry, 1 .. MAX_RETRY_AFTER_S."""
         seconds = (self._waiting + 1) * (self._mean or FIRST_GUESS_S) / self._places
         return min(MAX_RETRY_AFTER_S, max(1, math.ceil(seconds)))

@@ -1,4 +1,4 @@
-"""What every front end calls: a request becomes a job in the line, whose pictures the engine draws."""
+"""What every front end calls: a request becomes a job in the queue, whose pictures the engine draws."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from sfumato.settings import Settings
 log = logging.getLogger(__name__)
 
 MAX_REMEMBERED = 256
-"""Requests whose end can still be asked for."""
+"""Number of ended requests whose progress is still available."""
 OnStep: TypeAlias = Callable[[int, Step], None]
 """Called with the index of the picture and its step."""
 
 
 class Service:
-    """Draws for every front end. One instance a process."""
+    """Draws for every front end. One instance per process."""
 
     def __init__(self, catalog: Catalog, engine: Engine, settings: Settings) -> None:
         self.catalog = catalog
@@ -48,7 +48,7 @@ class Service:
         self.queue = Queue(settings.max_active, settings.max_queue)
         self.decoders = Decoders(settings, settings.decoders)
         self._readers = Decoders(settings, 1)
-        """Of texts: whoever asks what a picture says does not hold up those who draw."""
+        """Separate decoder for texts, so that reading them does not delay drawing requests."""
         self.budget = Budget(settings.max_waiting_mb * 2**20, self.queue.retry_after)
         self.limits = Limits(settings.max_pixels, settings.max_side, settings.max_aspect)
         self.fetcher = PictureFetcher(settings.picture_hosts.split(","))
@@ -67,7 +67,7 @@ class Service:
         await self._readers.stop()
 
     async def draw(self, request: ImageRequest, on_step: OnStep | None = None) -> list[Done]:
-        """The pictures, in order: for each prompt `n` of them. All of them or an error.
+        """The pictures in order, `n` for each prompt: all of them, or an error.
 
         Cancelling the task cancels the work.
         """
@@ -81,9 +81,9 @@ class Service:
         return await job.pictures()
 
     async def submit(self, request: ImageRequest) -> Job:
-        """Check a request and put it in the line. Raises what is wrong with it, or that the line is full.
+        """Check a request and put it into the queue. Raises if it is invalid, or if the queue is full.
 
-        Its pictures are not looked at before it has a place; what is wrong with them ends the job.
+        Its source pictures are checked once it has a place; an error in them ends the job.
         """
         if arrival := self._arrival(request.id, request.caller):
             arrival.submit()
@@ -118,14 +118,14 @@ class Service:
         self._jobs.append(job)
         job.task = asyncio.create_task(self._run(job, sources))
         job.task.add_done_callback(functools.partial(self._end, job))
-        log.info("%s is asked for %s", config.name, ", ".join(part.generation.id for part in parts))
+        log.info("%s: accepted %s", config.name, ", ".join(part.generation.id for part in parts))
         if self.settings.log_prompts:
-            log.info("%s is to draw %r", config.name, list(request.prompts))
+            log.info("%s will draw %r", config.name, list(request.prompts))
         return job
 
     @contextmanager
     def arriving(self, id: str, caller: str) -> Iterator[Arrival]:
-        """A request of which only the id is known yet: it can be asked for and cancelled from here on."""
+        """A request of which only the id is known yet; its progress and cancelling work from now on."""
         arrival = Arrival(id, caller)
         self._arrivals.append(arrival)
         try:
@@ -136,9 +136,9 @@ class Service:
                 self._ended.append(arrival.progress())
 
     async def texts(self, data: bytes) -> dict[str, str]:
-        """What a picture file says in words (see `recipe.texts`).
+        """The texts in a picture file (see `recipe.texts`).
 
-        Raises InvalidPicture, or TooManyRequests where too many pictures are held already.
+        Raises InvalidPicture, or TooManyRequests if too many pictures are in memory already.
         """
         share = self.budget.share()
         try:
@@ -150,17 +150,17 @@ class Service:
         return texts
 
     def load(self, name: str | None) -> None:
-        """Have a model loaded, in its turn. Raises ModelNotFound, or what is wrong with its file."""
+        """Queue the loading of a model. Raises ModelNotFound, or the error in its file."""
         self.catalog.refresh()
         self.engine.order(Load(self.catalog.get(name)))
 
     def unload(self, name: str | None) -> None:
-        """Have a model leave memory once nobody draws with it; None: every one. Raises ModelNotFound."""
+        """Unload a model (None: all) once no request uses it. Raises ModelNotFound."""
         self.catalog.refresh()
         self.engine.order(Unload(self.catalog.get(name).name if name is not None else None))
 
     def pin(self, name: str, pinned: bool) -> None:
-        """Whether a model stays in memory, until this process ends. Raises ModelNotFound."""
+        """Pin or unpin a model until this process ends. Raises ModelNotFound."""
         self.catalog.refresh()
         config = self.catalog.get(name)
         self._pins[config.name] = pinned
@@ -170,11 +170,11 @@ class Service:
         return self._pins.get(config.name, config.pinned)
 
     def jobs(self, caller: str | None = None, id: str | None = None) -> list[Job]:
-        """Those that wait or draw, oldest first: of one caller, of one id."""
+        """Queued and running jobs, oldest first, optionally only those of one caller or one id."""
         return [job for job in self._jobs if caller in (None, job.caller) and id in (None, job.id)]
 
     async def cancel(self, jobs: Sequence[Job], arrivals: Sequence[Arrival] = ()) -> None:
-        """End them, within a denoising step each; returns when they are over."""
+        """End them, each within one denoising step; returns when all have ended."""
         for arrival in arrivals:
             arrival.cancelled.set()
         tasks = [job.task for job in jobs if job.task]
@@ -184,7 +184,7 @@ class Service:
             await asyncio.wait(tasks)
 
     async def cancel_id(self, id: str, caller: str | None = None) -> Progress:
-        """End every request of that id (and caller), also those that are still being received; how that stands then.
+        """End every request of that id (and caller), including those still being received; returns the final progress.
 
         Raises RequestNotFound.
         """
@@ -193,11 +193,12 @@ class Service:
         return self.progress(id, caller)
 
     def arrivals(self, caller: str | None = None, id: str | None = None) -> list[Arrival]:
-        """Requests that are being received or answered, oldest first: of one caller, of one id."""
+        """Requests being received or answered, oldest first, optionally only those of one caller or one id."""
         return [each for each in self._arrivals if caller in (None, each.caller) and id in (None, each.id)]
 
     def progress(self, id: str, caller: str | None = None) -> Progress:
-        """Of the latest request of that id (and caller), for a while after its end too. Raises RequestNotFound."""
+        """Progress of the latest request of that id (and caller), also for a while after it ended.
+        Raises RequestNotFound."""
         if jobs := self.jobs(caller, id):
             return jobs[-1].progress()
         for arrival in reversed(self.arrivals(caller, id)):
@@ -207,8 +208,8 @@ class Service:
             if ended.id == id and caller in (None, ended.caller):
                 return ended
         raise RequestNotFound(
-            f"no request {id!r} of yours waits, draws or ended lately. The id is the answer's x-request-id header; "
-            "a request may bring its own in that header.",
+            f"you have no queued, running or recent request {id!r}. The id is the answer's x-request-id header; "
+            "a request may set its own in that header.",
             param="id",
         )
 
@@ -217,18 +218,18 @@ class Service:
         try:
             async with asyncio.timeout(limit), asyncio.TaskGroup() as group:
                 pictures = group.create_task(self._take_pictures(job, sources)) if sources else None
-                del sources  # what came is let go as soon as it is decoded
+                del sources  # the encoded pictures are released as soon as they are decoded
                 for index, part in enumerate(job.parts):
                     group.create_task(self._one(job, index, part, pictures))
         except TimeoutError:
             raise TimedOut(
-                f"not drawn within {limit} s (the setting time_limit_s): ask for fewer steps or a smaller size"
+                f"not drawn within {limit} s (the setting time_limit_s): request fewer steps or a smaller size"
             ) from None
         except ExceptionGroup as failures:
-            raise failures.exceptions[0] from None  # the first to fail is why the others were cancelled
+            raise failures.exceptions[0] from None  # the first failure is why the others were cancelled
 
     async def _take_pictures(self, job: Job, sources: Sources) -> tuple[tuple[bytes, ...], bytes | None]:
-        """Fetched at once, in a line of nobody's; decoded when the job's turn has come."""
+        """Fetch the pictures immediately, and decode them when the job's turn has come."""
         await sources.gathered(self.fetcher, self.decoders)
         tickets = [part.ticket for part in job.parts]
         self.queue.release(tickets)
@@ -246,13 +247,13 @@ class Service:
         job.share.give_back()
 
     def _end(self, job: Job, task: asyncio.Task[None]) -> None:
-        """Called however the job's task ended, also when it was cancelled before it began."""
+        """Called when the job's task has ended in any way, even if it was cancelled before it began."""
         self._leave(job)
         raised = Cancelled(CANCELLED) if task.cancelled() else task.exception()
         error = raised if isinstance(raised, SfumatoError) else None
         if raised and not error:
             log.error("request %s failed: %s", job.id, logs.place(raised))
-            error = SfumatoError(f"an error of the server's own ({type(raised).__name__}); its log says more")
+            error = SfumatoError(f"internal server error ({type(raised).__name__}); see the server's log")
         if error:
             self.metrics.failed(job.config.name, error.code)
         job.end(error)
@@ -284,7 +285,7 @@ class Service:
         finally:
             self.queue.leave(part.ticket, drawn=part.done is not None)
         if not part.done:
-            raise WorkerDied("the engine ended without an answer")
+            raise WorkerDied("the engine stopped without an answer")
         self.metrics.drew(job.config.name, time.monotonic() - began)
 
     def _admit(self, config: ModelConfig, pictures: int) -> None:
@@ -294,13 +295,13 @@ class Service:
         running = sum(not part.done for job in self._jobs if job.config.name == config.name for part in job.parts)
         if running and running + pictures > limit:
             raise TooManyRequests(
-                f"{config.name} draws {running} pictures now; its file allows {limit} at a time "
+                f"{config.name} is drawing {running} pictures; its file allows {limit} at a time "
                 "(limits.max_concurrent). Try again later.",
                 retry_after=min(config.retry_after, MAX_RETRY_AFTER_S),
             )
 
     def _sources(self, request: ImageRequest, share: Share) -> Sources | None:
-        """Raises RequestTooLarge or TooManyRequests where so much is not held."""
+        """Raises RequestTooLarge or TooManyRequests if the pictures exceed the budget."""
         if not request.images:
             return None
         derived = size_of(request.size, self.limits) is None

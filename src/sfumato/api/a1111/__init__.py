@@ -1,1 +1,1 @@
-"""AUTOMATIC1111's API, as much of it as its clients call."""
+"""The part of AUTOMATIC1111's API that its clients use."""

@@ -1,4 +1,4 @@
-"""What AUTOMATIC1111's routes answer: the shapes for OpenAPI, and `info`, which is JSON in a string."""
+"""Responses of AUTOMATIC1111's routes: their shapes for OpenAPI, and `info`, which is JSON in a string."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Drawn(_Item):
     """The pictures of txt2img and img2img."""
 
     images: list[str] = Field(description="PNG files as base64, each with its infotext.")
-    parameters: dict[str, Any] = Field(description="The request as it was understood, without pictures.")
+    parameters: dict[str, Any] = Field(description="The request as understood, without pictures.")
     info: str = Field(description="A JSON object: seed, all_seeds, infotexts, warnings and more.")
 
 
@@ -34,27 +34,27 @@ class Upscaled(_Item):
 
 
 class PngInfo(_Item):
-    info: str = Field(description="The infotext; empty where the picture has none.")
-    items: dict[str, str] = Field(description="Whatever else the file says in words.")
+    info: str = Field(description="The infotext; empty if the picture has none.")
+    items: dict[str, str] = Field(description="Other texts in the file.")
     parameters: dict[str, str] = Field(description="The infotext's pairs.")
 
 
 class ProgressState(_Item):
     skipped: bool
     interrupted: bool
-    job: str = Field(description="txt2img or img2img; empty: nothing is drawn.")
-    job_count: int = Field(description="Pictures asked for.")
-    job_no: int = Field(description="Pictures done.")
+    job: str = Field(description="txt2img or img2img; empty: nothing is running.")
+    job_count: int = Field(description="Pictures requested.")
+    job_no: int = Field(description="Pictures finished.")
     job_timestamp: str
-    sampling_step: int = Field(description="Steps done, of the picture that is drawn.")
+    sampling_step: int = Field(description="Steps completed of the current picture.")
     sampling_steps: int
 
 
 class ProgressAnswer(_Item):
-    progress: float = Field(description="0 to 1, of all that the caller waits for; 0: nothing, or not begun.")
-    eta_relative: float = Field(description="Seconds; 0 while nothing is known.")
+    progress: float = Field(description="0 to 1, over all the caller's requests; 0: none, or not started.")
+    eta_relative: float = Field(description="Estimated seconds left; 0 if unknown.")
     state: ProgressState
-    current_image: str | None = Field(description="The picture as it stands: PNG as base64.")
+    current_image: str | None = Field(description="Preview of the picture: PNG as base64.")
     textinfo: str | None
 
 
@@ -104,12 +104,12 @@ class Scripts(_Item):
 
 
 class Memory(_Item):
-    ram: dict[str, Any] = Field(description="Bytes: of the machine, and what this server uses.")
+    ram: dict[str, Any] = Field(description="Bytes of the machine, and bytes used by this server.")
     cuda: dict[str, Any] = Field(description="Bytes allocated on the accelerator.")
 
 
 def info(body: DrawBody, job: Job, drawn: Sequence[Done], warnings: Sequence[str], urls: Sequence[str]) -> str:
-    """Of the pictures of a request."""
+    """The `info` of a request's pictures."""
     first = drawn[0].recipe
     sampler, schedule_type = schedulers.sampler_of(first.scheduler) or (first.scheduler, schedulers.AUTOMATIC)
     count = len(drawn)
@@ -154,5 +154,5 @@ def info(body: DrawBody, job: Job, drawn: Sequence[Done], warnings: Sequence[str
 
 
 def timestamp(seconds: float) -> str:
-    """As AUTOMATIC1111 writes a time, of seconds since 1970."""
+    """`seconds` since 1970 in AUTOMATIC1111's time format."""
     return time.strftime("%Y%m%d%H%M%S", time.localtime(seconds))

@@ -1,7 +1,7 @@
-"""What requests to AUTOMATIC1111's routes may say; fields that are not listed are kept and change nothing.
+"""Request bodies of AUTOMATIC1111's routes; unlisted fields are accepted without effect.
 
-Its clients send every field there is with its default. So a field counts as asked for only where its value is
-another one, and what a blank or null means is: as the model has it.
+Its clients send every field with its default. So a field counts as set only if its value differs from the
+default; blank and null mean the model's default.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DEFAULT_BLUR = 4.0
 """Pixels."""
 
 CROPPED = (1, 2)
-"""Resize modes that keep the proportions; the others stretch."""
+"""Resize modes that keep the aspect ratio; the others stretch."""
 
 NEUTRAL: Mapping[str, tuple[object, ...]] = MappingProxyType(
     {
@@ -34,24 +34,24 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = MappingProxyType(
         "inpainting_fill": (1,), "distilled_cfg_scale": (),
     }
 )  # fmt: skip
-"""AUTOMATIC1111's fields that have no effect here → values that ask for nothing."""
+"""AUTOMATIC1111's fields without effect here → values that count as not set."""
 
 QUIET = re.compile(
     r"hr_.*|firstphase_.*|subseed|do_not_save_.*|script_args|image_cfg_scale|mask_round|include_init_images"
     r"|force_task_id|refiner_switch_at"
     r"|upscaling_resize_[wh]|upscaling_crop|show_extras_results|codeformer_weight"
 )
-"""Fields that mean something only beside another one, or nothing to a caller of an API."""
+"""Fields that only matter together with another one, or not at all for API callers."""
 
 NO_OVERRIDES: Mapping[str, tuple[object, ...]] = MappingProxyType(
     {"sd_vae": ("Automatic", "None"), "eta_noise_seed_delta": (0,), "samples_format": ("png",)}
 )
-"""Settings of AUTOMATIC1111's → values that ask for nothing."""
+"""AUTOMATIC1111's settings → values that count as not set."""
 
 BLANKS: tuple[object, ...] = (None, "", [], {}, False)
 
 MODEL, LAYERS = "sd_model_checkpoint", "CLIP_stop_at_last_layers"
-"""The settings that a request can override here."""
+"""The settings that a request can override."""
 
 _ADAPTER = re.compile(r"<(?:lora|lyco|hypernet):[^<>]+>", re.IGNORECASE)
 
@@ -61,43 +61,41 @@ def asks(value: object, neutral: tuple[object, ...]) -> bool:
 
 
 class DrawBody(BaseModel):
-    """What txt2img and img2img have in common."""
+    """Common fields of txt2img and img2img."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
     prompt: str | None = Field("", description="What to draw.", examples=["a rocket on a blue background"])
-    negative_prompt: Text = Field(None, description="What not to draw.")
-    seed: Seed = Field(None, description=f"-1 or absent: random. Picture i has seed + i, which is at most {MAX_SEED}.")
+    negative_prompt: Text = Field(None, description="What to keep out of the picture.")
+    seed: Seed = Field(None, description=f"-1 or absent: random. Picture i gets seed + i, at most {MAX_SEED}.")
     steps: Steps = Field(None, description="Denoising steps.", examples=[20])
     cfg_scale: Guidance = Field(None, description="Guidance.", examples=[7.0])
-    width: PictureCount = Field(None, description="Pixels; absent with height: the model's size.", examples=[128])
+    width: PictureCount = Field(None, description="Pixels; if height is absent too: the model's size.", examples=[128])
     height: PictureCount = Field(None, description="Pixels.", examples=[128])
-    batch_size: PictureCount = Field(None, description="Pictures are batch_size times n_iter.")
-    n_iter: PictureCount = Field(None, description="As batch_size: how they are batched is the server's concern.")
+    batch_size: PictureCount = Field(None, description="The number of pictures is batch_size times n_iter.")
+    n_iter: PictureCount = Field(None, description="Same as batch_size: the server decides how to batch.")
     sampler_name: Text = Field(
         None,
-        description="A name from /sdapi/v1/samplers; an unknown one draws as the model does.",
+        description="A name from /sdapi/v1/samplers; an unknown one falls back to the model's own.",
         examples=["Euler a"],
     )
-    sampler_index: Annotated[str | int | None, BLANK] = Field(
-        None, description="As sampler_name, as it was once called."
-    )
+    sampler_index: Annotated[str | int | None, BLANK] = Field(None, description="Older name of sampler_name.")
     scheduler: Text = Field(None, description="A schedule type from /sdapi/v1/schedulers.", examples=["Automatic"])
     clip_skip: Annotated[Annotated[int, Field(ge=0, le=65)] | None, BLANK] = Field(
-        None, description="Counted from the text encoder's last layer, which is 1; also in override_settings."
+        None, description="Layer of the text encoder to stop at, the last one being 1; also in override_settings."
     )
     override_settings: dict[str, Any] | None = Field(
-        None, description=f"For this request: {MODEL} (a title from /sdapi/v1/sd-models) and {LAYERS}."
+        None, description=f"For this request only: {MODEL} (a title from /sdapi/v1/sd-models) and {LAYERS}."
     )
     override_settings_restore_afterwards: bool | None = Field(
-        True, description=f"false: {MODEL} of override_settings stays chosen for the caller."
+        True, description=f"false: {MODEL} of override_settings stays selected for the caller."
     )
     enable_hr: bool | None = Field(None, description="Not supported: the picture is drawn at width x height.")
     styles: list[str] | None = Field(None, description="Without effect: there are no styles.")
     script_name: Text = Field(None, description="Without effect: there are no scripts.")
-    alwayson_scripts: dict[str, Any] | None = Field(None, description="Without effect; they are named in a header.")
+    alwayson_scripts: dict[str, Any] | None = Field(None, description="Without effect; a header lists them.")
     send_images: bool | None = Field(True, description="false: the answer has no pictures.")
-    save_images: bool | None = Field(False, description="Keep the pictures on the server too; info says their URLs.")
+    save_images: bool | None = Field(False, description="Also store the pictures on the server; info has their URLs.")
 
     @property
     def overrides(self) -> dict[str, Any]:
@@ -116,11 +114,11 @@ class DrawBody(BaseModel):
     def size(self) -> str | None:
         if self.width is None and self.height is None:
             return None
-        return f"{self.width or 512}x{self.height or 512}"  # AUTOMATIC1111's for the side that is left out
+        return f"{self.width or 512}x{self.height or 512}"  # AUTOMATIC1111's default for an omitted side
 
     @property
     def layers_skipped(self) -> int | None:
-        """Ours counts the layers left out. The last one is where every client stands that asks for nothing."""
+        """Our count of layers to skip. Clients send the last layer by default."""
         given = self.overrides.get(LAYERS, self.clip_skip)
         try:
             layer = int(given or 1)
@@ -129,7 +127,7 @@ class DrawBody(BaseModel):
         return layer - 1 if layer > 1 else None
 
     def ignored(self) -> list[str]:
-        """Fields that ask for something and change nothing; no values."""
+        """Names of fields that are set but have no effect; no values."""
         extra = [name for name, value in (self.model_extra or {}).items() if _is_news(name, value)]
         settings = [
             f"override_settings.{name}"
@@ -141,16 +139,16 @@ class DrawBody(BaseModel):
         return [*extra, *settings, *scripts, *named]
 
     def warnings(self) -> list[str]:
-        """What is done otherwise than asked, each a sentence that begins with the field."""
+        """Where the result differs from the request, one sentence each, beginning with the field."""
         warnings = []
         if self.enable_hr:
-            warnings.append("enable_hr: there is no second pass here; the pictures have width x height")
+            warnings.append("enable_hr: a second pass is not supported; the pictures have width x height")
         if found := _ADAPTER.search(self.prompt or ""):
-            warnings.append(f"prompt: {found[0][:60]!r} is read as words; adapters stand in the model file")
+            warnings.append(f"prompt: {found[0][:60]!r} is treated as text; configure adapters in the model file")
         return warnings
 
     def shown(self) -> dict[str, Any]:
-        """The answer's `parameters`: what was understood, without pictures and without foreign fields."""
+        """The response's `parameters`: the request as understood, without pictures and unknown fields."""
         known = {name: value for name, value in (self.model_extra or {}).items() if name in NEUTRAL}
         shown = self.model_dump(exclude={"init_images", "mask", *(self.model_extra or {})}) | known
         return from_json(to_json(shown, inf_nan_mode="null"))  # type: ignore[no-any-return]
@@ -159,7 +157,7 @@ class DrawBody(BaseModel):
 class Txt2ImgBody(DrawBody):
     """Of `POST /sdapi/v1/txt2img`."""
 
-    denoising_strength: float | None = Field(None, description="Without effect: of the second pass.")
+    denoising_strength: float | None = Field(None, description="Without effect: belongs to the second pass.")
 
 
 class Img2ImgBody(DrawBody):
@@ -168,30 +166,34 @@ class Img2ImgBody(DrawBody):
     init_images: list[str] = Field(
         min_length=1, max_length=MAX_PICTURES, description="The source picture: base64 or a data: URI."
     )
-    denoising_strength: Strength = Field(None, description="How far to leave the source picture.", examples=[0.75])
-    resize_mode: Annotated[Literal[0, 1, 2, 3] | None, BLANK] = Field(
-        None, description="To width x height: 0 and 3 stretch the picture, 1 and 2 crop it."
+    denoising_strength: Strength = Field(
+        None, description="How far the result may move from the source picture.", examples=[0.75]
     )
-    mask: Text = Field(None, description="Base64 or a data: URI; where it is white the picture is redrawn.")
+    resize_mode: Annotated[Literal[0, 1, 2, 3] | None, BLANK] = Field(
+        None, description="How to fit to width x height: 0 and 3 stretch the picture, 1 and 2 crop it."
+    )
+    mask: Text = Field(None, description="Base64 or a data: URI; white areas are redrawn.")
     mask_blur: Annotated[Annotated[float, Field(ge=0, le=256)] | None, BLANK] = Field(
-        None, description="Softens the mask's edge by a Gaussian of so many pixels; absent: 4, as there."
+        None, description="Gaussian blur of the mask's edge, in pixels; absent: 4, as in AUTOMATIC1111."
     )
     inpaint_full_res: Annotated[bool | None, BLANK] = Field(
-        None, description="Draw only the part around the mask, at width x height, and put it back into the picture."
+        None, description="Draw only the area around the mask, at width x height, and paste it back into the picture."
     )
     inpaint_full_res_padding: Annotated[Annotated[int, Field(ge=0, le=MAX_PADDING)] | None, BLANK] = Field(
-        None, description="With inpaint_full_res: pixels around the mask that are seen too; 0 if absent, as there."
+        None, description="With inpaint_full_res: context pixels around the mask; absent: 0, as in AUTOMATIC1111."
     )
-    inpainting_mask_invert: Annotated[Literal[0, 1] | None, BLANK] = Field(None, description="1: black is redrawn.")
+    inpainting_mask_invert: Annotated[Literal[0, 1] | None, BLANK] = Field(
+        None, description="1: black areas are redrawn."
+    )
 
     @property
     def mask_padding(self) -> int | None:
-        """Of an edit of the masked area only; None for one of the whole picture."""
+        """Padding of an edit of the masked area only; None for an edit of the whole picture."""
         return (self.inpaint_full_res_padding or 0) if self.inpaint_full_res and self.mask else None
 
     def fitting(self) -> Fitting:
-        """How pictures and mask are fitted to the size asked for, or to the first picture's."""
-        whole = self.mask_padding is None  # else the size is that of the part that is drawn
+        """How pictures and mask are fitted to the requested size, or to the first picture's."""
+        whole = self.mask_padding is None  # else the size is that of the drawn area
         return Fitting(
             size=(self.width or 512, self.height or 512) if whole and (self.width or self.height) else None,
             crop=self.resize_mode in CROPPED,
@@ -200,7 +202,7 @@ class Img2ImgBody(DrawBody):
         )
 
     def sources(self) -> tuple[list[bytes], bytes | None]:
-        """The files of pictures and mask, which this body lets go. Raises InvalidPicture. Takes a while."""
+        """The files of pictures and mask, which this body then releases. Raises InvalidPicture. Slow."""
         images = [from_text(text, f"init_images[{index}]") for index, text in enumerate(self.init_images)]
         mask = from_text(self.mask, "mask") if self.mask else None
         self.init_images.clear()
@@ -212,8 +214,8 @@ class Img2ImgBody(DrawBody):
         return [name for name in super().ignored() if name not in unmasked]
 
     def warnings(self) -> list[str]:
-        otherwise = {2: "resize_mode: 2 (resize and fill) is done as 1 (crop and resize)",
-                     3: "resize_mode: 3 (latent upscale) is done as 0 (just resize)"}  # fmt: skip
+        otherwise = {2: "resize_mode: 2 (resize and fill) is treated as 1 (crop and resize)",
+                     3: "resize_mode: 3 (latent upscale) is treated as 0 (just resize)"}  # fmt: skip
         return super().warnings() + [text for mode, text in otherwise.items() if mode == self.resize_mode]
 
 
@@ -230,11 +232,11 @@ class UpscaleBody(BaseModel):
 
     image: str = Field(description="Base64 or a data: URI.")
     upscaler_1: Text = Field(None, description="A name from /sdapi/v1/upscalers.")
-    upscaling_resize: float | None = Field(2, description="2 or 4, as the upscaler does.")
-    resize_mode: Annotated[Literal[0] | None, BLANK] = Field(None, description="Only 0: so many times larger.")
+    upscaling_resize: float | None = Field(2, description="2 or 4, whichever the upscaler supports.")
+    resize_mode: Annotated[Literal[0] | None, BLANK] = Field(None, description="Only 0: scale by upscaling_resize.")
 
     def ignored(self) -> list[str]:
-        """Asked for and without effect; the fields beside a size of resize_mode 1 say nothing here."""
+        """Fields that are set but have no effect; those of resize_mode 1 do not count."""
         return [
             name
             for name, value in (self.model_extra or {}).items()

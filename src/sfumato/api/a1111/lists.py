@@ -1,4 +1,4 @@
-"""What AUTOMATIC1111's clients ask before they draw: settings, and lists of all there is to choose."""
+"""What AUTOMATIC1111's clients query before they draw: settings, and lists of choices."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ from sfumato.errors import InvalidRequest
 from sfumato.serving.service import Service
 
 MAX_CALLERS = 1024
-"""Whose choice of a model is remembered; who chose longest ago is forgotten."""
+"""Maximum callers whose selected model is remembered; the oldest selection is forgotten first."""
 
 MAX_TITLE = 1000
-"""Characters; the search for a similar name takes long for a long one."""
+"""In characters; searching similar names is slow for long ones."""
 
 _DECORATION = re.compile(r"(?:\.(?:safetensors|ckpt))?(?:\s*\[[0-9a-fA-F]*\])?\s*")
-"""What clients have behind a model's name: an ending, a hash."""
+"""What clients append to a model's name: an extension, a hash."""
 
 NOTHING: dict[str, Any] = {
     "latent-upscale-modes": [], "sd-vae": [], "loras": [], "hypernetworks": [], "face-restorers": [],
     "realesrgan-models": [], "prompt-styles": [], "script-info": [], "extensions": [],
 }  # fmt: skip
-"""Routes → what they list: there is none of these here."""
+"""Routes of lists that are always empty here → their response."""
 
 _ANY_OBJECT = {"type": "object", "additionalProperties": True, "title": "Options"}
 
 
 class Choices:
-    """The model that each caller chose. Another caller's stays as it is, unlike there."""
+    """The model that each caller selected; unlike in AUTOMATIC1111, other callers are not affected."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
         self._chosen: OrderedDict[str, str] = OrderedDict()
 
     def of(self, caller: str) -> str | None:
-        """A model's name; None for who never chose."""
+        """The caller's model; None if it selected none."""
         return self._chosen.get(caller)
 
     def choose(self, caller: str, name: str) -> None:
@@ -57,11 +57,9 @@ class Choices:
             self._chosen.popitem(last=False)
 
     def found(self, title: object) -> str:
-        """The name of the model of this title. Raises ModelNotFound."""
+        """The name of the model with this title. Raises ModelNotFound."""
         if not isinstance(title, str) or not title.strip():
-            raise InvalidRequest(
-                f"{MODEL}: {repr(title)[:80]}; a title from /sdapi/v1/sd-models is needed", param=MODEL
-            )
+            raise InvalidRequest(f"{MODEL}: {repr(title)[:80]}; must be a title from /sdapi/v1/sd-models", param=MODEL)
         catalog = self._service.catalog
         catalog.refresh()
         names = {name for config in catalog.all() for name in (config.name, *config.aliases)}
@@ -76,7 +74,7 @@ def router(service: Service, choices: Choices) -> APIRouter:
     def options_of(caller: str) -> dict[str, Any]:
         service.catalog.refresh()
         name = choices.of(caller) or service.catalog.get(None).name
-        # A model may be gone that was chosen; whoever asks for it is to hear so, and here to choose another.
+        # The selected model may be gone: drawing requests report that, and here another can be selected.
         config = next((each for each in service.catalog.all() if each.name == name), None)
         return {
             "samples_format": "png",
@@ -89,13 +87,13 @@ def router(service: Service, choices: Choices) -> APIRouter:
             "live_previews_enable": True,
         }
 
-    @routes.get("/options", summary="Settings, as they are for the caller", responses=documents.errors(404, 500))
+    @routes.get("/options", summary="The caller's settings", responses=documents.errors(404, 500))
     async def options(request: Request) -> dict[str, Any]:
         return options_of(caller_of(request))
 
     @routes.post(
         "/options",
-        summary=f"Choose a model, for the caller only: `{MODEL}`; others are named in a header",
+        summary=f"Select a model, for this caller only: `{MODEL}`; a header lists ignored settings",
         openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": _ANY_OBJECT}}}},
         response_model=None,
         responses=documents.errors(400, 404, 413, 415, 500),
@@ -108,7 +106,7 @@ def router(service: Service, choices: Choices) -> APIRouter:
         ignored = [name for name, value in options.items() if name != MODEL and standing.get(name, "") != value]
         return JSONResponse(None, headers=answers.noted(ignored, ()))
 
-    @routes.get("/sd-models", summary="Every model", response_model=list[shapes.SdModel])
+    @routes.get("/sd-models", summary="All models", response_model=list[shapes.SdModel])
     async def models() -> list[dict[str, Any]]:
         service.catalog.refresh()
         return [
@@ -117,7 +115,7 @@ def router(service: Service, choices: Choices) -> APIRouter:
             for config in service.catalog.all()
         ]  # fmt: skip
 
-    @routes.get("/samplers", summary="Every sampler", response_model=list[shapes.SamplerItem])
+    @routes.get("/samplers", summary="All samplers", response_model=list[shapes.SamplerItem])
     async def samplers() -> list[dict[str, Any]]:
         return [
             {
@@ -128,7 +126,7 @@ def router(service: Service, choices: Choices) -> APIRouter:
             for name, sampler in schedulers.SAMPLERS.items()
         ]
 
-    @routes.get("/schedulers", summary="Every schedule type", response_model=list[shapes.Scheduler])
+    @routes.get("/schedulers", summary="All schedule types", response_model=list[shapes.Scheduler])
     async def schedule_types() -> list[dict[str, Any]]:
         labels = {word.casefold(): word for word in (schedulers.AUTOMATIC, schedulers.UNIFORM)} | dict(
             schedulers.SCHEDULE_TYPES
@@ -139,11 +137,11 @@ def router(service: Service, choices: Choices) -> APIRouter:
         ]
 
     @routes.get(
-        "/upscalers", summary="None, and every model that is an upscaler", response_model=list[shapes.UpscalerItem]
+        "/upscalers", summary="`None`, and every model that is an upscaler", response_model=list[shapes.UpscalerItem]
     )
     async def upscalers() -> list[dict[str, Any]]:
         service.catalog.refresh()
-        # Clients take the first for "no upscaler".
+        # Clients treat the first entry as "no upscaler".
         none = {"name": "None", "model_name": None, "model_path": None, "model_url": None, "scale": 4}
         return [none] + [none | {"name": name, "model_name": name} for name in upscaler_names(service)]
 
@@ -155,11 +153,11 @@ def router(service: Service, choices: Choices) -> APIRouter:
     async def scripts() -> dict[str, Any]:
         return {"txt2img": [], "img2img": []}
 
-    @routes.get("/cmd-flags", summary="Flags of its command line: none")
+    @routes.get("/cmd-flags", summary="Command line flags: none")
     async def flags() -> dict[str, Any]:
         return {}
 
-    @routes.get("/memory", summary="Bytes in use", response_model=shapes.Memory)
+    @routes.get("/memory", summary="Memory in use", response_model=shapes.Memory)
     async def memory() -> dict[str, Any]:
         stats = service.engine.stats
         cuda = {"allocated": {"current": stats.device_memory_bytes}} if stats.device_memory_bytes else {}
@@ -171,14 +169,14 @@ def router(service: Service, choices: Choices) -> APIRouter:
         return JSONResponse(None)
 
     for path, none in NOTHING.items():
-        routes.add_api_route(f"/{path}", _lists(none), summary="None here", response_model=list[shapes.Named])
+        routes.add_api_route(f"/{path}", _lists(none), summary="Always empty", response_model=list[shapes.Named])
     return routes
 
 
 def _ram() -> dict[str, int]:
-    """Bytes of the machine, where the system tells."""
+    """The machine's memory in bytes, if the system reports it."""
     names = {"free": "SC_AVPHYS_PAGES", "total": "SC_PHYS_PAGES"}
-    known = getattr(os, "sysconf_names", {})  # macOS has not the first, Windows none
+    known = getattr(os, "sysconf_names", {})  # macOS lacks the first, Windows both
     return {word: os.sysconf("SC_PAGE_SIZE") * os.sysconf(name) for word, name in names.items() if name in known}
 
 

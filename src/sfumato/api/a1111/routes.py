@@ -1,6 +1,6 @@
-"""AUTOMATIC1111's API, as much of it as its clients call: drawing, progress, interruption.
+"""The part of AUTOMATIC1111's API that its clients use: drawing, progress, interruption.
 
-It has no job ids and no keys of a request's own: all of it is about whoever calls (`auth.caller_of`).
+It has no job ids: everything refers to the caller's own requests (`auth.caller_of`).
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ from sfumato.serving.planning import ImageRequest, refuse_size
 from sfumato.serving.service import Service
 
 PREVIEWS = 8
-"""Of each picture, for `progress`."""
+"""Previews per picture, for `progress`."""
 
 SENT_UNASKED: Mapping[str, str] = MappingProxyType(
     {"scheduler": "scheduler", "step": "scheduler", "guidance_scale": "guidance_scale", "num_inference_steps": "steps"}
 )
-"""What the engine refuses → the field of `ImageRequest` to do without: clients send these to every model."""
+"""Parameter that the engine may refuse → field of `ImageRequest` to drop: clients send these to every model."""
 
 ERRORS = documents.errors(*documents.REASONS)
 UPSCALE_ERRORS = {status: said for status, said in ERRORS.items() if status not in (404, 507)}
 
 
 def router(service: Service, gallery: Gallery) -> APIRouter:
-    """Its own prefix is `/sdapi/v1`."""
+    """The routes below `/sdapi/v1`."""
     routes = APIRouter(prefix="/sdapi/v1", tags=["AUTOMATIC1111"])
     choices = lists.Choices(service)
     running: dict[Job, str] = {}
-    """Jobs of these routes → what their state calls them. Others of the same caller are none of these clients'."""
+    """Jobs of these routes → their name in `state`. Other jobs of the caller do not belong to these clients."""
 
     def mine(request: Request) -> list[Job]:
         return [job for job in service.jobs(caller_of(request)) if job in running]
@@ -78,7 +78,7 @@ def router(service: Service, gallery: Gallery) -> APIRouter:
         return JSONResponse({"images": sent, "parameters": body.shown(), "info": info}, headers=headers)
 
     async def finish(asked: ImageRequest, name: str, warnings: list[str]) -> tuple[Job, list[Done]]:
-        """The job and its pictures. What the model cannot do and clients send unasked is left out, with a warning."""
+        """The job and its pictures. Drops parameters that clients always send but the model refuses, with a warning."""
         while True:
             try:
                 return await draw(asked, name, warnings)
@@ -86,7 +86,7 @@ def router(service: Service, gallery: Gallery) -> APIRouter:
                 less = _without(asked, error)
                 if less is None:
                     raise
-                # A refusal comes before the first step: nothing is drawn twice.
+                # Refusals come before the first step, so nothing is drawn twice.
                 warnings.append(f"{SENT_UNASKED[error.param or '']}: left out: {error.message}")
                 asked = less
 
@@ -98,8 +98,8 @@ def router(service: Service, gallery: Gallery) -> APIRouter:
         except Cancelled:
             drawn = [part.done for part in job.parts if part.done]
             if not drawn:
-                raise Cancelled("interrupted before a picture was done") from None
-            warnings.append(f"interrupted: {len(drawn)} of {len(job.parts)} pictures were done")
+                raise Cancelled("interrupted before a picture was finished") from None
+            warnings.append(f"interrupted: {len(drawn)} of {len(job.parts)} pictures were finished")
             return job, drawn
         finally:
             del running[job]
@@ -115,7 +115,7 @@ def router(service: Service, gallery: Gallery) -> APIRouter:
 
     @routes.post(
         "/img2img",
-        summary="Draw from a picture, or redraw where a mask is white",
+        summary="Draw from a picture, or redraw where the mask is white",
         openapi_extra=_json(Img2ImgBody),
         responses={**ERRORS, 200: {"model": shapes.Drawn}},
     )
@@ -124,7 +124,7 @@ def router(service: Service, gallery: Gallery) -> APIRouter:
 
     @routes.post(
         "/extra-single-image",
-        summary="Enlarge a picture with an upscaling model",
+        summary="Upscale a picture with an upscaling model",
         openapi_extra=_json(UpscaleBody),
         responses={**UPSCALE_ERRORS, 200: {"model": shapes.Upscaled}},
     )
@@ -148,7 +148,7 @@ def router(service: Service, gallery: Gallery) -> APIRouter:
 
     @routes.post(
         "/png-info",
-        summary="What a picture says of how it was made",
+        summary="The generation parameters in a picture",
         openapi_extra=_json(PngInfoBody),
         response_model=shapes.PngInfo,
         responses=documents.errors(400, 401, 403, 413, 415, 429),
@@ -162,7 +162,7 @@ def router(service: Service, gallery: Gallery) -> APIRouter:
 
     @routes.get(
         "/progress",
-        summary="Where the caller's own requests of these routes stand",
+        summary="Progress of the caller's requests on these routes",
         response_model=shapes.ProgressAnswer,
         responses=documents.errors(400, 401, 403),
     )
@@ -173,7 +173,7 @@ def router(service: Service, gallery: Gallery) -> APIRouter:
 
     @routes.post(
         "/interrupt",
-        summary="End all that the caller draws by these routes; what is done is answered, else 499",
+        summary="End all the caller's requests on these routes; they return finished pictures, else 499",
         response_model=None,
         responses=documents.errors(401, 403),
     )
@@ -183,7 +183,7 @@ def router(service: Service, gallery: Gallery) -> APIRouter:
 
     @routes.post(
         "/skip",
-        summary="The same for the oldest of the caller's requests",
+        summary="End only the oldest of the caller's requests",
         response_model=None,
         responses=documents.errors(401, 403),
     )
@@ -198,11 +198,11 @@ def router(service: Service, gallery: Gallery) -> APIRouter:
 def _asked(
     service: Service, choices: lists.Choices, body: DrawBody, request: Request
 ) -> tuple[ImageRequest, list[str]]:
-    """The request without its pictures, and what is already known to be done otherwise."""
+    """The request without its pictures, and warnings for known differences."""
     settings, caller = service.settings, caller_of(request)
     if body.pictures > settings.max_n:
         raise InvalidRequest(
-            f"batch_size x n_iter: {body.pictures} pictures; at most {settings.max_n} are drawn in one request",
+            f"batch_size x n_iter: {body.pictures} pictures; at most {settings.max_n} per request",
             param="batch_size",
         )
     if body.width or body.height:
@@ -233,7 +233,7 @@ def _asked(
 
 
 def _without(asked: ImageRequest, error: InvalidRequest) -> ImageRequest | None:
-    """The request with less in it that the model refuses; None where that is not for us to leave out."""
+    """The request without the field that the model refuses; None if that field must not be dropped."""
     match SENT_UNASKED.get(error.param or ""):
         case "scheduler" if asked.scheduler:
             return replace(asked, scheduler=plainer(asked.scheduler))
@@ -246,7 +246,7 @@ def _without(asked: ImageRequest, error: InvalidRequest) -> ImageRequest | None:
 
 
 def _current_image(jobs: list[Job]) -> str | None:
-    """The latest preview of the first picture that has one, at the picture's size, as base64."""
+    """Latest preview of the first picture that has one, at the picture's size, as base64."""
     parts = [part for job in jobs for part in job.parts if not part.done]
     preview = next((part.preview for part in parts if part.preview), None)
     return _base64(recipe.convert(preview.png, size=(preview.width, preview.height))) if preview else None
@@ -281,9 +281,9 @@ def _upscaler(service: Service, name: str | None) -> str:
     names = lists.upscaler_names(service)
     if name in names:
         return str(name)
-    have = f"these exist: {', '.join(names)}" if names else "no model file names an upscaling pipeline"
+    have = f"available: {', '.join(names)}" if names else "no model file has an upscaling pipeline"
     raise InvalidRequest(
-        f"upscaler_1: {name!r} is no upscaler; {have}. Nothing is enlarged without one, as any client can do that.",
+        f"upscaler_1: {name!r} is not an upscaler; {have}. Plain resizing is not supported.",
         param="upscaler_1",
     )
 
@@ -295,7 +295,7 @@ def _scale(factor: float | None) -> int:
 
 
 def _json(kind: Any) -> dict[str, Any]:
-    """OpenAPI's body of a route that these clients send JSON to."""
+    """OpenAPI's description of a JSON body."""
     body = described(kind)["requestBody"]
     return {"requestBody": body | {"content": {"application/json": body["content"]["application/json"]}}}
 

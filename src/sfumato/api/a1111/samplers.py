@@ -1,4 +1,4 @@
-"""What AUTOMATIC1111's clients call a sampler and a schedule, as a scheduler of ours. Nothing here is an error."""
+"""Map AUTOMATIC1111's samplers and schedule types to our schedulers. Unknown names never raise."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ SAMPLER_OF: Mapping[str, str] = MappingProxyType(
         for word in (name, SOLVERS[sampler.solver].description, *sampler.aliases)
     }
 )
-"""What a client may call it → its name in `SAMPLERS`."""
+"""Clients' spelling → name in `SAMPLERS`."""
 
 SCHEDULE_OF: Mapping[str, str | None] = MappingProxyType(
     {word.casefold(): schedule for schedule, label in SCHEDULE_TYPES.items() for word in (schedule, label)}
     | {"ka": "karras", "sgmuniform": "sgm_uniform", UNIFORM.casefold(): None}
 )
-"""What a client may call it → ours."""
+"""Clients' spelling → our schedule."""
 
 
 MAX_NAME = 80
-"""Characters that are looked at."""
+"""Maximum characters considered."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
     scheduler: str | None = None
-    """Of `sfumato.schedulers`; None: the model's own."""
+    """A name of `sfumato.schedulers`; None: the model's own."""
     warnings: tuple[str, ...] = ()
 
 
 def choose(sampler: str | None, schedule_type: str | None) -> Chosen:
-    """The scheduler for `sampler_name` and `scheduler` of a request; what cannot be had is left out, with a warning."""
+    """The scheduler for a request's `sampler_name` and `scheduler`; unsupported parts are dropped with a warning."""
     sampler, schedule_type = (sampler or "")[:MAX_NAME], (schedule_type or AUTOMATIC)[:MAX_NAME]
     if not sampler.strip():
         return Chosen()
@@ -54,19 +54,19 @@ def choose(sampler: str | None, schedule_type: str | None) -> Chosen:
         return _fitting(name, solver, automatic)
     if typed not in SCHEDULE_OF:
         near = did_you_mean(typed, SCHEDULE_OF)
-        unknown = f"scheduler: {schedule_type!r} is no schedule type of this server.{near} {name} has its own"
+        unknown = f"scheduler: {schedule_type!r} is not a schedule type of this server.{near} {name} uses its own"
         return Chosen(_fitting(name, solver, automatic).scheduler, (unknown,))
     return _fitting(name, solver, SCHEDULE_OF[typed])
 
 
 def plainer(scheduler: str) -> str | None:
-    """What to try where a model cannot draw with this one: the solver without a schedule, then the model's own."""
+    """Fallback if a model cannot use this scheduler: the solver without a schedule, then the model's own."""
     choice = schedulers.parse(scheduler)
     return choice.solver if choice.schedule else None
 
 
 def _named(sampler: str) -> tuple[str, str | None] | None:
-    """A name in `SAMPLERS` and the schedule type that was written behind it, as in `DPM++ 2M Karras`."""
+    """A name in `SAMPLERS` and an appended schedule type, as in `DPM++ 2M Karras`."""
     word = " ".join(sampler.split()).casefold()
     if word in SAMPLER_OF:
         return SAMPLER_OF[word], None
@@ -83,12 +83,12 @@ def _own(sampler: str) -> Chosen:
         return Chosen(schedulers.parse(sampler.strip().casefold()).name)
     except InvalidRequest:
         near = did_you_mean(sampler, SAMPLERS)
-        warning = f"sampler_name: there is no sampler {sampler!r}.{near} The model's own draws"
+        warning = f"sampler_name: there is no sampler {sampler!r}.{near} The model's own is used"
         return Chosen(None, (warning,))
 
 
 def _fitting(name: str, solver: str, schedule: str | None) -> Chosen:
     if schedule and schedule not in SOLVERS[solver].noise.schedules:
-        warning = f"scheduler: {name} takes no schedule {SCHEDULE_TYPES[schedule]!r}; it draws with its own"
+        warning = f"scheduler: {name} does not support the schedule {SCHEDULE_TYPES[schedule]!r}; it uses its own"
         return Chosen(solver, (warning,))
     return Chosen(schedulers.parse(solver, schedule).name)

@@ -1,1 +1,1 @@
-"""What every request passes, whatever its dialect."""
+"""HTTP handling common to all dialects."""

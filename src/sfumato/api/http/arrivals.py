@@ -1,4 +1,4 @@
-"""Requests that draw can be cancelled by their id from their first byte on, before their body is there."""
+"""Make drawing requests cancellable by id from their first byte, before their body has arrived."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ DRAWING = (
     "/images/generations", "/images/edits", "/images/variations", "/images/inpainting", "/images/upscale",
     "/sdapi/v1/txt2img", "/sdapi/v1/img2img", "/sdapi/v1/extra-single-image",
 )  # fmt: skip
-"""What the paths of routes that draw end in."""
+"""Path suffixes of drawing routes."""
 
 
 class Arrivals:
-    """Tells the service of each request to draw. Innermost: id and caller are known here."""
+    """Registers each drawing request with the service. Innermost middleware: id and caller are known here."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app = app
@@ -38,7 +38,7 @@ class Arrivals:
 
 
 async def _unless_cancelled(receive: Receive, arrival: Arrival) -> Message:
-    """The next piece of the body. Raises Cancelled as soon as somebody cancels the request."""
+    """The next chunk of the body. Raises Cancelled as soon as the request is cancelled."""
     message = asyncio.ensure_future(receive())
     cancelled = asyncio.ensure_future(arrival.cancelled.wait())
     try:

@@ -1,6 +1,6 @@
-"""API keys: who may call, and who called.
+"""API keys: who may call, and who is calling.
 
-A key comes as `Authorization: Bearer KEY` (OpenAI's clients), as the password of `Authorization: Basic`
+A key is sent as `Authorization: Bearer KEY` (OpenAI's clients), as the password of `Authorization: Basic`
 with its name as the user (AUTOMATIC1111's clients), or as `x-api-key: KEY`.
 """
 
@@ -19,42 +19,42 @@ from sfumato.api.http import errors
 from sfumato.errors import Unauthorized
 
 OPEN = ("/healthz", "/readyz", "/", "/docs", "/openapi.json")
-"""Without a key: what orchestrators ask, and what any copy of this program tells."""
+"""Paths that need no key: health checks, and static contents that are the same on every server."""
 
 OPEN_BELOW = ("/generated-images/", "/docs/", "/studio/")
-"""The same for all below. The names of pictures cannot be guessed, and clients fetch them without a key."""
+"""The same for everything below. Picture names cannot be guessed, and clients fetch them without a key."""
 
 
 def caller_of(request: Request) -> str:
-    """The name of the caller's key; without keys its address. Callers share the queue by this."""
+    """The name of the caller's key; without keys its address. The queue is fair by this name."""
     caller: str = request.scope["state"]["caller"]
     return caller
 
 
 def parse_keys(text: str) -> dict[str, str]:
-    """Name to key, of the setting api_keys. Raises ValueError that says which entry is wrong and shows no key."""
+    """Parse the setting api_keys: name → key. Raises ValueError naming the entry at fault without showing a key."""
     keys: dict[str, str] = {}
     for number, entry in enumerate(text.split(",") if text.strip() else (), 1):
         name, colon, key = (part.strip() for part in entry.partition(":"))
         where = f"api_keys: entry {number}"
         if not colon:
-            raise ValueError(f"{where} has no colon; NAME:KEY is needed, and neither may have a comma")
+            raise ValueError(f"{where} has no colon; write NAME:KEY, without commas in either")
         if not name or not key:
-            raise ValueError(f"{where} has an empty {'key' if name else 'name'}; NAME:KEY is needed")
+            raise ValueError(f"{where} has an empty {'key' if name else 'name'}; write NAME:KEY")
         if not (name + key).isprintable() or any(character.isspace() for character in name + key):
-            raise ValueError(f"{where} has a blank in it; NAME:KEY is needed, entries are parted by commas")
+            raise ValueError(f"{where} contains a space; write NAME:KEY, with commas between entries")
         if name in keys:
-            raise ValueError(f"{where} has the name {name!r} once more; names tell callers apart")
+            raise ValueError(f"{where} repeats the name {name!r}; names identify callers and must differ")
         if key in keys.values():
-            raise ValueError(f"{where} ({name!r}) has the key of another name; each needs its own")
+            raise ValueError(f"{where} ({name!r}) has the same key as another name; each needs its own")
         keys[name] = key
     return keys
 
 
 class Auth:
-    """ASGI middleware: refuses who has none of `keys`, and notes the caller. No keys: everybody may call.
+    """ASGI middleware: refuses requests without one of `keys`, and records the caller. No keys: anyone may call.
 
-    `rejected` is told the code of each refusal.
+    `rejected` is called with the code of each refusal.
     """
 
     def __init__(self, app: ASGIApp, keys: Mapping[str, str], rejected: Callable[[str], None]) -> None:
@@ -84,7 +84,7 @@ class Auth:
         return None
 
     def _name_of(self, given: bytes) -> str | None:
-        """Compared with every key in full, so that the time it takes tells nothing about them."""
+        """Compares with every key in constant time, so that timing reveals nothing about them."""
         found = None
         for name, key in self._keys.items():
             if hmac.compare_digest(key, given):
@@ -93,7 +93,7 @@ class Auth:
 
 
 def _credentials(headers: Headers) -> Iterator[tuple[str | None, bytes]]:
-    """User name, where one was sent, and key."""
+    """User name, if one was sent, and key."""
     for value in headers.getlist("authorization"):
         scheme, _, rest = value.strip().partition(" ")
         rest = rest.strip()
@@ -112,30 +112,30 @@ def _credentials(headers: Headers) -> Iterator[tuple[str | None, bytes]]:
 
 
 def _bytes(value: str) -> bytes:
-    """As sent: starlette reads headers as Latin-1."""
+    """The original bytes: starlette decodes headers as Latin-1."""
     return value.encode("latin-1")
 
 
 def is_open(scope: Scope, headers: Headers) -> bool:
-    """Whether it needs no key: what it asks for, or that it only asks whether it may."""
+    """Whether the request needs no key: by its path, or because it is a CORS preflight."""
     if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
-        return True  # browsers ask before they send the key
+        return True  # browsers send the preflight without the key
     path = scope["path"].removeprefix(scope.get("root_path", ""))
     return path in OPEN or path.startswith(OPEN_BELOW)
 
 
 def explicit(headers: Headers) -> bool:
-    """Whether it brings a key that browsers do not add by themselves, as they do with Basic authentication."""
+    """Whether it has a key that browsers do not add on their own, unlike with Basic authentication."""
     schemes = (value.strip().partition(" ")[0].lower() for value in headers.getlist("authorization"))
     return "x-api-key" in headers or "bearer" in schemes
 
 
 def _refusal(headers: Headers) -> Unauthorized:
     sent = "authorization" in headers or "x-api-key" in headers
-    problem = "the API key is not valid here" if sent else "an API key is needed"
+    problem = "the API key is not valid" if sent else "an API key is required"
     return Unauthorized(
         f"{problem}; send `Authorization: Bearer KEY`, `x-api-key: KEY`, or Basic authentication with the key's "
-        "name as user and the key as password. The operator gives keys out (the setting api_keys)."
+        "name as user and the key as password. Get a key from the operator (the setting api_keys)."
     )
 
 

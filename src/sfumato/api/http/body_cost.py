@@ -1,8 +1,8 @@
-"""What a body would cost to build, counted over its bytes before anything is built of them.
+"""Estimate the cost of parsing a body from its bytes, before parsing it.
 
-Pictures are long and cheap: one text each, without escapes. Whatever else is in a body is prompts and fields,
-which are few and short; a body that has many or long ones is refused. All counting is done by `bytes` methods
-that walk in C, and what Python does for each string or field is bounded by the caps.
+Pictures are long and cheap: one string each, without escapes. Everything else in a body is prompts and fields,
+which are few and short; a body with many or long ones is refused. Counting uses `bytes` methods implemented
+in C, and Python's work per string or field is bounded by the limits below.
 """
 
 from __future__ import annotations
@@ -10,30 +10,30 @@ from __future__ import annotations
 from sfumato.errors import InvalidRequest, RequestTooLarge
 
 MAX_STRINGS = 20_000
-"""Keys and texts of a JSON body."""
+"""Maximum strings (keys included) of a JSON body."""
 MAX_VALUES = 20_000
-"""Of its lists and objects, in all."""
+"""Maximum items of all its lists and objects."""
 MAX_QUOTES = 100_000
-"""That stand in its texts, behind a backslash."""
+"""Maximum escaped quotes in its strings."""
 MAX_STRUCTURE = 2**18
-"""Bytes outside of its texts: brackets, numbers, blanks."""
+"""Maximum bytes outside its strings: brackets, numbers, spaces."""
 MAX_DIGITS = 400
-"""Of a number: longer than that of any double."""
+"""Maximum digits of a number: more than any double has."""
 MAX_FIELDS = 200
-"""Of a form."""
+"""Maximum fields of a form."""
 
 SMALL = 4096
-"""Bytes of a text that need not be looked at: it is no picture."""
+"""Strings up to this many bytes are not pictures and need no check."""
 STRANGERS = 64
-"""Bytes that a picture's text may have besides those of base64, such as the head of a data: URI."""
+"""Maximum non-base64 bytes in a picture's string, such as the prefix of a data: URI."""
 
 _BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=-_\r\n"
 _DIGITS = bytes(code if chr(code).isdigit() and code < 128 else 32 for code in range(256))
-"""Everything else is a blank."""
+"""Translation table: digits stay, everything else becomes a space."""
 
 
 def is_picture(text: bytes | bytearray) -> bool:
-    """Whether a text can be a picture in base64."""
+    """Whether a string can be a picture in base64."""
     if len(text) <= SMALL:
         return False
     plain = text.replace(b"\\/", b"/").replace(b"%2B", b"+").replace(b"%2F", b"/").replace(b"%3D", b"=")
@@ -41,7 +41,7 @@ def is_picture(text: bytes | bytearray) -> bool:
 
 
 def check_json(body: bytes | bytearray, most_text: int) -> None:
-    """Raises InvalidRequest (RequestTooLarge for bytes) if it has too much that is no picture."""
+    """Raises InvalidRequest (RequestTooLarge for bytes) if there is too much besides pictures."""
     quotes, within = body.count(b'"'), body.count(b'\\"')
     if quotes - within > 2 * MAX_STRINGS or within > MAX_QUOTES:
         raise too_many("texts", MAX_STRINGS)
@@ -56,7 +56,7 @@ def check_json(body: bytes | bytearray, most_text: int) -> None:
         strings += 1
         if structure > MAX_STRUCTURE:
             raise RequestTooLarge(
-                f"the body has more than {MAX_STRUCTURE} bytes beside its texts: numbers, brackets, blanks"
+                f"the body has more than {MAX_STRUCTURE} bytes outside its strings: numbers, brackets, spaces"
             )
         if strings > MAX_STRINGS:
             raise too_many("texts", MAX_STRINGS)
@@ -69,32 +69,31 @@ def check_json(body: bytes | bytearray, most_text: int) -> None:
     if rest.count(b",") + rest.count(b"[") + rest.count(b"{") > MAX_VALUES:
         raise too_many("values", MAX_VALUES)
     if max(map(len, rest.translate(_DIGITS).split()), default=0) > MAX_DIGITS:
-        raise InvalidRequest(f"the body has a number of more than {MAX_DIGITS} digits")
+        raise InvalidRequest(f"the body has a number with more than {MAX_DIGITS} digits")
 
 
 def check_urlencoded(body: bytes | bytearray, most_text: int) -> None:
     """The same for a form."""
     if body.count(b"&") >= MAX_FIELDS:
         raise too_many("fields", MAX_FIELDS)
-    if body.count(b"%") > most_text // 3:  # the work of reading one is its escapes
+    if body.count(b"%") > most_text // 3:  # the cost of decoding is in its escapes
         raise too_much_text(most_text)
     if sum(len(field) for field in body.split(b"&") if not is_picture(field.partition(b"=")[2])) > most_text:
         raise too_much_text(most_text)
 
 
 def too_many(things: str, most: int) -> InvalidRequest:
-    return InvalidRequest(f"the body has more than {most} {things}; a request to draw has a few dozen")
+    return InvalidRequest(f"the body has more than {most} {things}; a drawing request has a few dozen")
 
 
 def too_much_text(most: int) -> RequestTooLarge:
     return RequestTooLarge(
-        f"the request has more than {most / 2**20:g} MiB that are no pictures; send less, or raise the setting "
-        "max_text_mb"
+        f"the request has more than {most / 2**20:g} MiB besides pictures; send less, or raise the setting max_text_mb"
     )
 
 
 def _end(body: bytes | bytearray, start: int) -> int:
-    """Where the text ends that begins at `start`: at a quote with an even number of backslashes before it."""
+    """End of the string that begins at `start`: a quote preceded by an even number of backslashes."""
     position = start
     while (quote := body.find(b'"', position)) >= 0:
         before = body[position:quote]

@@ -1,8 +1,8 @@
-"""Connections of the server: how many, how slow, and which has to go for a new one.
+"""Connection limits of the server: how many, how slow, and which one is closed for a new one.
 
-uvicorn keeps a connection for as long as its client likes, and accepts until no descriptor is left. Here whoever sends
-or takes nothing for `patience` seconds is cut off, and beyond the cap the one that has been idle longest makes room,
-so that a new client always gets in.
+uvicorn keeps a connection as long as its client likes, and accepts until no file descriptor is left. Here a client
+that stalls for `patience` seconds is disconnected, and at the limit the connection idle longest is closed, so that a
+new client always gets in.
 """
 
 from __future__ import annotations
@@ -32,40 +32,40 @@ except ImportError:  # Windows has no such limits
     POSIX = False
 
 ACCEPTED_AT_ONCE = 4
-"""asyncio accepts so many before the first of them is counted."""
+"""Connections that asyncio accepts before the first of them is counted."""
 
 WAITING_AT_ONCE = 2048
-"""Connections that the system holds until they are accepted."""
+"""Backlog: connections that the system holds until they are accepted."""
 
 READ_AT_ONCE = 2**14
-"""Bytes: what is read is parsed in one go, and meanwhile nobody else is served."""
+"""In bytes: each read is parsed in one go, which blocks all other clients."""
 
 LEAST_RATE = 1024
-"""Bytes a second: slower clients count as silent."""
+"""In bytes per second: slower clients count as stalled."""
 
 FRESH_S = 1.0
-"""So long a new connection may take to send its request before it counts as idle."""
+"""Seconds that a new connection has to send its request before it counts as idle."""
 
 SPARE = 32
-"""Descriptors kept for whatever is no connection, or an eighth of all."""
+"""File descriptors reserved for other uses than connections; at most an eighth of all."""
 
 CRUMBS, CRUMB = 2**18, 32
-"""A chunked body may have so many bytes in which a line ends more often than every `CRUMB` bytes: h11 takes some
-microseconds for each chunk, however small."""
+"""Maximum bytes of a chunked body in which a line ends more often than every `CRUMB` bytes: h11 needs some
+microseconds per chunk, however small."""
 
 State: TypeAlias = Literal["idle", "receiving", "answering"]
 
 
 def raise_descriptor_limit() -> None:
-    """To what the system lets this process have."""
+    """Raise it to the maximum the system allows this process."""
     if POSIX:
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        with contextlib.suppress(ValueError, OSError):  # macOS says "unlimited" and does not mean it
+        with contextlib.suppress(ValueError, OSError):  # macOS reports "unlimited" but does not allow it
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class Connections:
-    """Those of one server, each state's in the order in which they came to it."""
+    """The connections of one server, by state and in the order they entered it."""
 
     def __init__(self, most: int, patience: float) -> None:
         self._most = most
@@ -77,7 +77,7 @@ class Connections:
 
     @property
     def most(self) -> int:
-        """The setting, or what descriptors there are; they may be limited while it runs."""
+        """The setting, or what file descriptors allow; their limit may change at run time."""
         if not POSIX:
             return self._most
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -86,7 +86,7 @@ class Connections:
         return max(1, min(self._most, limit - max(SPARE, limit // 8)))
 
     def opened(self, new: Connection) -> None:
-        """It is here; if it is one too many, another goes, or it."""
+        """Register a new connection; if there are too many, close another one, or this one."""
         self.of["idle"][new] = None
         if len(self) <= self.most:
             return
@@ -96,14 +96,14 @@ class Connections:
         if victim is not None:
             victim.transport.abort()
             return
-        # Told once it has asked: whoever is closed before that may not read why.
+        # Refused after its request: a client that is closed earlier might not read the reason.
         new.surplus = TooManyConnections(f"{len(self) - 1} connections are open; try again later")
 
     def _longest(self, state: State, new: Connection) -> Connection | None:
         return next((each for each in self.of[state] if each is not new and not each.transport.is_closing()), None)
 
     async def sweep(self) -> None:
-        """Cut off the slow ones, until it is cancelled."""
+        """Disconnect stalled clients, until cancelled."""
         while True:
             await asyncio.sleep(min(1.0, self.patience / 4))
             now = time.monotonic()
@@ -113,11 +113,11 @@ class Connections:
 
 
 class Connection(H11Protocol):
-    """uvicorn's, with a clock."""
+    """uvicorn's connection, with time limits."""
 
     state: State = "idle"
     surplus: TooManyConnections | None = None
-    """Why it is not served."""
+    """Why it is refused."""
 
     def __init__(self, *args: Any, connections: Connections, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -125,14 +125,14 @@ class Connection(H11Protocol):
         self._clocked()
 
     def _clocked(self) -> None:
-        """A state begins."""
+        """Restart the clock for a new state."""
         self.since = self._seen = time.monotonic()
         self._waited = 0.0
-        """Seconds in which it was for the client to send something."""
+        """Seconds spent waiting for the client to send."""
         self._received = 0
         self._crumbs = 0
         self._pending, self._taken, self._stuck = 0, 0, 0.0
-        """Bytes of answers that the client has not taken, that it took, and seconds in which there were any."""
+        """Bytes not yet read by the client, bytes it has read, and seconds with unread bytes."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         if hasattr(transport, "max_size"):
@@ -153,7 +153,9 @@ class Connection(H11Protocol):
         if self.state == "receiving":
             self._crumbs += data.count(b"\n") * CRUMB - len(data)
             if self._crumbs > CRUMBS and self._chunked():
-                self.refuse(InvalidRequest("the body comes in crumbs; send larger chunks, or a content-length"))
+                self.refuse(
+                    InvalidRequest("the body has too many tiny chunks; send larger chunks, or a content-length")
+                )
                 return
             self._crumbs = max(0, self._crumbs)
         if not self.transport.is_closing():
@@ -165,13 +167,13 @@ class Connection(H11Protocol):
         self._note()
 
     def send_400_response(self, msg: str) -> None:
-        """Called where h11 could not read a request."""
+        """Called if h11 could not parse a request."""
         error = sys.exception()
         status = getattr(error, "error_status_hint", 400)
-        self.refuse(InvalidRequest(f"this is no HTTP request that is read here: {str(error)[:200]}"), status)
+        self.refuse(InvalidRequest(f"not a valid HTTP request: {str(error)[:200]}"), status)
 
     def refuse(self, error: SfumatoError, status: int = 0) -> None:
-        """Answer, if nothing was answered yet, and close."""
+        """Send an error response, unless a response has begun, and close."""
         answer = errors.response(error)
         status = status or error.status
         head = h11.Response(
@@ -189,7 +191,7 @@ class Connection(H11Protocol):
             self.cycle.message_event.set()
 
     def look(self, now: float) -> None:
-        """Cut it off if its client was silent for too long."""
+        """Disconnect if the client has stalled for too long."""
         passed, self._seen = now - self._seen, now
         patience = self._all.patience
         if self._is_stuck(passed):
@@ -206,12 +208,12 @@ class Connection(H11Protocol):
     def _end_waiting(self, patience: float) -> None:
         begun = self.state == "receiving" or bool(self._received)
         if begun:
-            self.refuse(RequestTimeout(f"the request did not come within {patience:g} s (the setting patience_s)"))
+            self.refuse(RequestTimeout(f"the request did not arrive within {patience:g} s (the setting patience_s)"))
         else:
             self.transport.close()
 
     def _is_stuck(self, passed: float) -> bool:
-        """Whether the client does not take what is sent to it."""
+        """Whether the client does not read its response."""
         pending = self.transport.get_write_buffer_size() + _unacknowledged(self.transport)
         self._taken += max(0, self._pending - pending)
         self._pending = pending
@@ -222,14 +224,14 @@ class Connection(H11Protocol):
         return self._stuck > self._all.patience + self._taken / LEAST_RATE
 
     def _note(self) -> None:
-        """The state may be another."""
+        """Update the state if it changed."""
         cycle = self.cycle
         if self.conn.their_state is h11.SEND_BODY:
             state: State = "receiving"
         else:
             state = "idle" if cycle is None or cycle.response_complete else "answering"
         if state != self.state:
-            if self in self._all.of[self.state]:  # else it is lost
+            if self in self._all.of[self.state]:  # else the connection is lost
                 del self._all.of[self.state][self]
                 self._all.of[state][self] = None
             self.state = state
@@ -240,9 +242,9 @@ class Connection(H11Protocol):
 
 
 def _send_at_once(transport: asyncio.Transport) -> None:
-    """Else the second part of an answer waits 40 ms for the client to acknowledge the first.
+    """Set TCP_NODELAY: otherwise the second part of a response waits 40 ms for the acknowledgement of the first.
 
-    asyncio says so itself, but not of sockets that were made without naming the protocol, as uvicorn's are.
+    asyncio does so itself, but not for sockets created without naming the protocol, like uvicorn's.
     """
     sock = transport.get_extra_info("socket")
     if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
@@ -250,7 +252,7 @@ def _send_at_once(transport: asyncio.Transport) -> None:
 
 
 def _unacknowledged(transport: asyncio.Transport) -> int:
-    """Bytes that the system holds for the client."""
+    """Bytes sent but not yet acknowledged by the client."""
     sock = transport.get_extra_info("socket")
     if sock is None or not POSIX or not sys.platform.startswith("linux"):
         return 0

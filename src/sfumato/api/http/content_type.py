@@ -1,4 +1,4 @@
-"""What a body is said to be: one parser of `Content-Type` and its like, which every reader of bodies asks."""
+"""One parser of `Content-Type` and similar headers, used by every reader of bodies."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import MappingProxyType
 from sfumato.errors import UnsupportedMedia
 
 JSON = ("", "application/json", "text/json", "text/plain")
-"""Read as JSON; nothing said is JSON too. Whether `text/plain` is taken at all is `cross_site`'s to decide."""
+"""Types read as JSON, including none. `cross_site` decides whether `text/plain` is accepted at all."""
 URLENCODED = "application/x-www-form-urlencoded"
 MULTIPART = "multipart/form-data"
 
@@ -20,7 +20,7 @@ CODECS: Mapping[str, str] = MappingProxyType(
         "iso-8859-1": "latin-1", "latin-1": "latin-1", "latin1": "latin-1",
     }
 )  # fmt: skip
-"""Charset → codec. Of Python's hundred others some take time with the square of the text, and some raise whatever."""
+"""Charset → codec. Some of Python's other codecs take quadratic time, and some raise arbitrary errors."""
 
 _TYPE = re.compile(r"\s*([\w!#$&^.+-]*(?:/[\w!#$&^.+-]*)?)\s*")
 _PARAMETER = re.compile(r';\s*(?:([\w!#$%&\'*+.^`|~-]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^;"]*)))?\s*')
@@ -35,15 +35,15 @@ class Media:
 
     @property
     def codec(self) -> str:
-        """Of its text. Raises UnsupportedMedia for a charset that is not in `CODECS`."""
+        """Codec of the text. Raises UnsupportedMedia for a charset that is not in `CODECS`."""
         charset = self.parameters.get("charset", "utf-8").strip().lower()
         if charset not in CODECS:
-            raise UnsupportedMedia(f"content-type: the charset {charset[:40]!r} is not read; send utf-8")
+            raise UnsupportedMedia(f"content-type: the charset {charset[:40]!r} is not supported; send utf-8")
         return CODECS[charset]
 
 
 def parse(header: str) -> Media:
-    """Of a header's value. Raises UnsupportedMedia for what is not one, and for a parameter that comes twice."""
+    """Parse a header's value. Raises UnsupportedMedia if it is invalid or repeats a parameter."""
     head = _TYPE.match(header)
     assert head is not None  # it matches the empty text
     position = head.end()
@@ -54,11 +54,11 @@ def parse(header: str) -> Media:
             raise UnsupportedMedia(f"content-type: {header[:100]!r} is not `type/subtype; name=value`")
         position = match.end()
         name, quoted, plain = match.groups()
-        if name is None:  # a semicolon with nothing behind it
+        if name is None:  # a semicolon with nothing after it
             continue
         name = name.lower()
-        if name in parameters:  # one reader would take the first and another the last
-            raise UnsupportedMedia(f"content-type: {name[:40]} comes twice in {header[:100]!r}")
+        if name in parameters:  # some readers would take the first, others the last
+            raise UnsupportedMedia(f"content-type: {name[:40]} occurs twice in {header[:100]!r}")
         parameters[name] = plain.strip() if quoted is None else re.sub(r"\\(.)", r"\1", quoted)
     return Media(head[1].lower(), parameters)
 

@@ -1,9 +1,9 @@
-"""Which web pages may use this server from the browsers of their visitors: none but its own, and those it is told of.
+"""Which web pages may use this server from their visitors' browsers: only its own, and those in the settings.
 
-A browser sends whatever a page asks for to `http://localhost:8080`, from any page on the internet. What it says with
-it cannot be forged by the page: `Origin` (with every POST and DELETE), `Sec-Fetch-Site` (where the address is
-trustworthy, which localhost is) and `Host`, which is the attacker's own name when that name was made to point here
-("DNS rebinding"). Programs that are no browsers send none of the first two and are not asked for anything.
+A browser sends requests of any page on the internet to `http://localhost:8080`. The page cannot forge three of the
+headers: `Origin` (on every POST and DELETE), `Sec-Fetch-Site` (if the address is trustworthy, as localhost is), and
+`Host`, which is the attacker's own name if that name was made to point here ("DNS rebinding"). Programs other than
+browsers send neither of the first two and are not checked.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from sfumato.errors import Forbidden, SfumatoError, UnsupportedMedia
 from sfumato.settings import Settings
 
 NOBODYS = ("localhost", "local", "internal", "home.arpa", "lan")
-"""Endings of names that the public DNS gives to nobody, so no attacker can make one point here."""
+"""Suffixes reserved in the public DNS, so no attacker can make such a name point here."""
 
 OURS = ("same-origin", "none")
-"""Values of Sec-Fetch-Site: a page of this server's own, and somebody who typed the address."""
+"""Values of Sec-Fetch-Site: a page of this server, and an address typed by the user."""
 
 READS = ("GET", "HEAD", "OPTIONS")
 
@@ -37,15 +37,15 @@ def parse_hosts(text: str) -> list[str]:
     words = [word.strip().lower() for word in text.split(",") if word.strip()]
     for word in words:
         if not _NAME.fullmatch(word):
-            raise ValueError(f"allowed_hosts: {word!r} is no host name; such as images.example, *.example or *")
+            raise ValueError(f"allowed_hosts: {word!r} is not a host name; use e.g. images.example, *.example or *")
     return words
 
 
 class CrossSite:
-    """ASGI middleware: refuses with 403 what a web page of another origin has a browser send.
+    """ASGI middleware: refuses browser requests from web pages of other origins with 403.
 
-    Whoever shows a key that no browser sends by itself may call from anywhere. `rejected` is told the code of
-    each refusal.
+    A request with a key that browsers do not send on their own is accepted from anywhere. `rejected` is called with
+    the code of each refusal.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class CrossSite:
             return None
         if scope["method"] not in READS and headers.get("content-type", "").lower().lstrip().startswith("text/plain"):
             return UnsupportedMedia(
-                "content-type: text/plain is what web pages send without asking; application/json is needed"
+                "content-type: web pages can send text/plain without a preflight; send application/json"
             )
         origins, sites = headers.getlist("origin"), headers.getlist("sec-fetch-site")
         if not origins and not sites and not _is_browser(headers):
@@ -86,18 +86,18 @@ class CrossSite:
         if foreign or any(site not in OURS for site in sites):
             return Forbidden(
                 f"web pages of the origin {(foreign or ['?'])[0][:200]!r} may not use this server. The setting "
-                "cors_origins names pages that may; cross_site lets all of them."
+                "cors_origins lists origins that may; cross_site allows all of them."
             )
         host = urls.sent_host(scope)
         if not self._known(host) and not (urls.by_tls(scope) and sites):
             return Forbidden(
-                f"this server does not know the name {host[:200]!r}, and a web browser asks for it. If it is the "
-                "server's, name it in the setting allowed_hosts, or set public_url."
+                f"a web browser used the host name {host[:200]!r}, which this server does not know. If the name is "
+                "correct, add it to the setting allowed_hosts, or set public_url."
             )
         return None
 
     def _known(self, host: str) -> bool:
-        """Whether no stranger can have made this name point here."""
+        """Whether this name is certain not to be an attacker's."""
         if "*" in self._hosts:
             return True
         name = _hostname(host)
@@ -118,7 +118,7 @@ def _is_browser(headers: Headers) -> bool:
 
 
 def _place(origin: str) -> str | None:
-    """Host and port, the default one left out; a proxy in between may have changed the scheme."""
+    """Host and port without a default port; a proxy in between may have changed the scheme."""
     try:
         parts = urlsplit(origin)
         port = parts.port
@@ -130,7 +130,7 @@ def _place(origin: str) -> str | None:
 
 
 def _hostname(host: str) -> str:
-    """Without port, brackets and a dot at its end; an address of IPv6 has no dot and is as good as a name without."""
+    """Host without port, brackets and trailing dot; an IPv6 address has no dot and counts as a name without one."""
     try:
         return (urlsplit(f"//{host}").hostname or "").rstrip(".")
     except ValueError:

@@ -1,4 +1,4 @@
-"""What OpenAPI says of answers: their shapes, and every status that a route can give."""
+"""Responses in OpenAPI: their shapes, and every status that a route can return."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from pydantic import BaseModel, Field
 
 
 class ErrorDetail(BaseModel):
-    message: str = Field(description="What is wrong, with what is valid and what to do.")
+    message: str = Field(description="What is wrong, what is valid and what to do.")
     type: str
     param: str | None = Field(description="The field at fault.")
     code: str | None
 
 
 class Error(BaseModel):
-    """Every error of every route."""
+    """The error shape of every route."""
 
     error: ErrorDetail
 
 
 class PictureItem(BaseModel):
-    """Exactly one of `url` and `b64_json`."""
+    """Has exactly one of `url` and `b64_json`."""
 
     url: str | None = None
     b64_json: str | None = None
-    seed: int = Field(description="Draws this picture again.")
+    seed: int = Field(description="Reproduces this picture.")
 
 
 class InputTokens(BaseModel):
@@ -36,12 +36,12 @@ class InputTokens(BaseModel):
 class Usage(BaseModel):
     input_tokens: int
     input_tokens_details: InputTokens
-    output_tokens: int = Field(description="One for each 16x16 pixels.")
+    output_tokens: int = Field(description="One per 16x16 pixels.")
     total_tokens: int
 
 
 class Images(BaseModel):
-    """All the pictures of a request."""
+    """All pictures of a request."""
 
     created: int = Field(description="Seconds since 1970.")
     data: list[PictureItem]
@@ -53,7 +53,7 @@ class Images(BaseModel):
 
 
 class ModelDefaults(BaseModel):
-    """What holds where a request says nothing; null: the model decides, and says it once it is loaded."""
+    """Defaults for requests; null: the model's own, known once it is loaded."""
 
     size: str | None
     steps: int | None
@@ -76,21 +76,21 @@ class ModelLimits(BaseModel):
 
 
 class ModelExtension(BaseModel):
-    """What Sfumato knows of a model beyond OpenAI's object."""
+    """Sfumato's additions to OpenAI's model object."""
 
     status: str
     detail: str
-    progress: float | None = Field(description="0 to 1 while it is downloaded.")
+    progress: float | None = Field(description="0 to 1 while downloading.")
     aliases: list[str]
     description: str | None
-    pipeline: str | None = Field(description="diffusers class; null until it is known.")
+    pipeline: str | None = Field(description="diffusers class; null until known.")
     tasks: list[str] | None = Field(
-        description="Read from its files; null where none is on this disk and it was not loaded yet."
+        description="Read from its files; null if none is on this disk and it was not loaded yet."
     )
     enable_parameters: list[str]
     defaults: ModelDefaults
     limits: ModelLimits
-    qualities: dict[str, int] = Field(description="`quality` → steps, as far as they are known.")
+    qualities: dict[str, int] = Field(description="`quality` → steps, as far as known.")
 
 
 class Model(BaseModel):
@@ -107,7 +107,7 @@ class Models(BaseModel):
 
 
 class Scheduler(BaseModel):
-    id: str = Field(description="For `scheduler` in a request.")
+    id: str = Field(description="Value for `scheduler` in a request.")
     object: str
     description: str
 
@@ -118,7 +118,7 @@ class Schedulers(BaseModel):
 
 
 class KeptPicture(BaseModel):
-    """A picture of a request that is done and lies at /generated-images/{name}."""
+    """A finished picture of a request, stored at /generated-images/{name}."""
 
     index: int
     name: str
@@ -126,7 +126,7 @@ class KeptPicture(BaseModel):
 
 
 class PreviewPicture(BaseModel):
-    """A picture as it stands after `step`, as PNG."""
+    """Preview of a picture after `step`, as PNG."""
 
     index: int
     step: int
@@ -134,22 +134,22 @@ class PreviewPicture(BaseModel):
 
 
 class ProgressState(BaseModel):
-    """Where a request stands."""
+    """Progress of a request."""
 
     id: str
     object: str
     model: str
-    prompt: str = Field(description="Of its first picture.")
+    prompt: str = Field(description="Prompt of its first picture.")
     status: str = Field(description="queued, drawing, completed, failed or cancelled.")
-    step: int = Field(description="Denoising steps done, of all its pictures.")
+    step: int = Field(description="Denoising steps completed, over all its pictures.")
     total: int
     pictures: int
     pictures_done: int
-    queue_position: int = Field(description="Turns until its next picture is drawn; 0: none waits.")
-    seconds_left: float | None = Field(description="Estimated; null while nothing is known.")
+    queue_position: int = Field(description="Turns until its next picture is drawn; 0: none is waiting.")
+    seconds_left: float | None = Field(description="Estimate; null if unknown.")
     kept: list[KeptPicture]
-    error: ErrorDetail | None = Field(description="Why it ended without its pictures.")
-    preview: PreviewPicture | None = Field(description="Where it was asked for and there is one.")
+    error: ErrorDetail | None = Field(description="Why it ended without pictures.")
+    preview: PreviewPicture | None = Field(description="If requested and available.")
 
 
 class ProgressList(BaseModel):
@@ -158,18 +158,18 @@ class ProgressList(BaseModel):
 
 
 REASONS = {
-    400: "A field is wrong; the message names it, its value and what is valid",
-    401: "Keys are configured and none of them came",
-    403: "A web page of another origin asks, or a browser by a name that is not the server's",
+    400: "A field is invalid; the message names it, its value and what is valid",
+    401: "The server requires an API key, and none or a wrong one was sent",
+    403: "The request came from a web page of another origin, or a browser used an unknown host name",
     404: "No such model, request or picture",
     413: "The body is too large",
-    415: "The body is of a kind that is not read",
-    429: "Too much waits already; `retry-after` says when to come again",
+    415: "The body's content type is not supported",
+    429: "The queue is full; `retry-after` says when to try again",
     499: "Cancelled",
-    500: "The model file is wrong, the model cannot be loaded or it drew nothing that can be shown",
+    500: "The model file is invalid, the model cannot be loaded, or drawing failed",
     503: "The weights could not be downloaded, or the worker died twice",
     504: "Not drawn within the time limit",
-    507: "The picture could not be written, or the gallery's index not be used",
+    507: "The picture could not be written, or the gallery's index is not usable",
 }
 
 
@@ -181,13 +181,13 @@ DRAWING: dict[int | str, dict[str, Any]] = {
     200: {"model": Images, "description": "The pictures"},
     **errors(*REASONS),
 }
-"""Of routes that draw."""
+"""Responses of drawing routes."""
 
 STREAMING: dict[int | str, dict[str, Any]] = {
     **DRAWING,
     200: {
         "model": Images,
-        "description": "The pictures; with `stream: true` events, each `data:` line a JSON object",
+        "description": "The pictures; with `stream: true` server-sent events, each `data:` line a JSON object",
         "content": {"text/event-stream": {"schema": {"type": "string"}}},
     },
 }

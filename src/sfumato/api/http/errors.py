@@ -16,7 +16,7 @@ from sfumato.errors import InvalidRequest, SfumatoError, TooManyRequests, Unauth
 log = logging.getLogger(__name__)
 
 MAX_MESSAGE = 4000
-"""Characters: a message shows what was sent, and that may be long."""
+"""In characters: a message quotes the request, which may be long."""
 
 SHORT = reprlib.Repr()
 SHORT.maxstring = SHORT.maxother = 80
@@ -35,7 +35,7 @@ def shape(error: SfumatoError) -> dict[str, dict[str, str | None]]:
 
 
 def response(error: SfumatoError) -> JSONResponse:
-    # The OpenAI SDK retries every 5xx unless told; most of ours would fail the same way again.
+    # The OpenAI SDK retries every 5xx unless told not to; most of ours would fail again in the same way.
     headers = {"x-should-retry": "true" if error.retry else "false"}
     if isinstance(error, TooManyRequests):
         headers["retry-after"] = str(error.retry_after)
@@ -54,7 +54,7 @@ async def _known(request: Request, error: Exception) -> JSONResponse:
 async def _invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    field = str(first["loc"][1]) if len(first["loc"]) > 1 else ""  # deeper parts name branches of our own types
+    field = str(first["loc"][1]) if len(first["loc"]) > 1 else ""  # deeper parts are branches of our own types
     if first["type"] == "json_invalid":
         return response(InvalidRequest(f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}"))
     if first["type"] == "missing":
@@ -65,7 +65,7 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
 
 
 def _shown(value: object) -> str:
-    """What was sent, however much of it there is."""
+    """The value, shortened for a message."""
     return f"a file of {len(value)} bytes" if isinstance(value, bytes) else SHORT.repr(value)
 
 
@@ -74,7 +74,7 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error.__cause__, SfumatoError):  # raised while FastAPI read the body
         return response(error.__cause__)
     messages = {
-        404: f"there is nothing at {request.url.path}; the routes are listed at /docs",
+        404: f"there is no route {request.url.path}; /docs lists all routes",
         405: f"{request.method} is not allowed on {request.url.path}",
     }
     known = InvalidRequest(messages.get(error.status_code, str(error.detail)))
@@ -85,6 +85,6 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
 
 
 def unexpected(error: Exception) -> SfumatoError:
-    """What to answer to an error nobody foresaw; it is logged."""
+    """The response to an unexpected error, which is logged."""
     log.error("%s", logs.place(error))
-    return SfumatoError(f"an error of the server's own ({type(error).__name__}); its log says more")
+    return SfumatoError(f"internal server error ({type(error).__name__}); see the server's log")

@@ -1,7 +1,7 @@
-"""A request's body as one of `bodies`: from JSON, or from a form whose keys and strings mean the same.
+"""Parse a request's body into one of `bodies`: from JSON, or from a form with the same fields.
 
-Reading takes time in proportion to a body, so it happens in threads of its own: nobody else waits for it, and
-no picture that is decoded makes it wait.
+Parsing time grows with the body, so it happens in separate threads: it does not delay other requests, and
+decoding pictures does not delay it.
 """
 
 from __future__ import annotations
@@ -25,36 +25,36 @@ from sfumato.errors import UnsupportedMedia
 Body = TypeVar("Body")
 
 THREADS = 2
-"""That read bodies. Reading holds Python's lock, so more would not make it faster."""
+"""Threads that parse bodies. Parsing holds the GIL, so more would not be faster."""
 
 FORMS = (content_type.MULTIPART, content_type.URLENCODED)
 
 _NESTED = re.compile(r"(\w+)\[(\w*)\]")
-"""`image[]` is one of a list, `key[sub]` a value of an object."""
+"""`image[]` is an item of a list, `key[sub]` a value of an object."""
 
 _OBJECT_BEGINS = re.compile(rb"\s*\{")
 
 _MARK = codecs.BOM_UTF8
-"""What some editors and shells put before a text, which is no part of it."""
+"""Byte order mark that some editors and shells prepend to a text."""
 
 
 class Bodies:
-    """Reads bodies for one application. `most_text` is in bytes: of what is no picture."""
+    """Parses bodies for one application. `most_text`: maximum bytes besides pictures."""
 
     def __init__(self, most_text: int) -> None:
         self._most_text = most_text
         self._pool: ThreadPoolExecutor | None = None
 
     def close(self) -> None:
-        """End its threads; the next body starts others."""
+        """Stop the threads; the next body starts new ones."""
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
             self._pool = None
 
     async def read(self, request: Request, validate: Callable[[Any], Body]) -> Body:
-        """What `validate` makes of it. Raises InvalidRequest, or RequestValidationError that names the field."""
+        """The body as returned by `validate`. Raises InvalidRequest, or RequestValidationError naming the field."""
         said = content_type.parse(request.headers.get("content-type", ""))
-        body = bytearray()  # not `request.body()`, which holds on to its parts and to the whole
+        body = bytearray()  # not `request.body()`, which keeps both its chunks and the whole
         async for chunk in request.stream():
             body += chunk
         if self._pool is None:
@@ -79,16 +79,16 @@ class Bodies:
             return _of_form(parse_qsl(body.decode("latin-1"), keep_blank_values=True, encoding=codec))
         if said.type != content_type.URLENCODED and not content_type.is_json(
             said.type
-        ):  # curl sends JSON with -d as that
+        ):  # curl -d sends JSON with this type
             raise UnsupportedMedia(
-                f"content-type: {said.type[:100]!r} is not read; application/json, {' and '.join(FORMS)} are"
+                f"content-type: {said.type[:100]!r} is not supported; use application/json, {' or '.join(FORMS)}"
             )
         body_cost.check_json(body, self._most_text)
         return _of_json(body if codec == "utf-8" else body.decode(codec).encode())
 
 
 def reader(kind: type[BaseModel]) -> Callable[[Request], Awaitable[Any]]:
-    """A dependency that reads a body of this kind. Raises RequestValidationError that names the field."""
+    """A dependency that parses a body of this type. Raises RequestValidationError naming the field."""
 
     async def read(request: Request) -> Any:
         return await _bodies(request).read(request, kind.model_validate)
@@ -97,7 +97,7 @@ def reader(kind: type[BaseModel]) -> Callable[[Request], Awaitable[Any]]:
 
 
 async def read_object(request: Request) -> dict[str, Any]:
-    """A dependency that reads any object."""
+    """A dependency that parses any JSON object."""
     return await _bodies(request).read(request, _OBJECT.validate_python)
 
 
@@ -105,13 +105,13 @@ _OBJECT = TypeAdapter(dict[str, Any])
 
 
 def described(kind: type[BaseModel]) -> dict[str, Any]:
-    """What OpenAPI says of it: the same fields as JSON and as a form, each by all its names."""
+    """Its OpenAPI description: the same fields as JSON and as a form, each with all its aliases."""
     schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
     for name, info in kind.model_fields.items():
         if isinstance(info.validation_alias, AliasChoices):
             also = [alias for alias in info.validation_alias.choices if isinstance(alias, str) and alias != name]
             own = {key: value for key, value in schema["properties"][name].items() if key not in ("title", "examples")}
-            schema["properties"] |= {alias: own | {"description": f"Another name of `{name}`."} for alias in also}
+            schema["properties"] |= {alias: own | {"description": f"Alias of `{name}`."} for alias in also}
             if name in schema.get("required", ()):
                 schema["required"].remove(name)
                 any_of = [{"required": [each]} for each in (name, *also)]
@@ -132,7 +132,7 @@ def _of_json(body: bytes | bytearray) -> dict[str, Any]:
     except ValueError as error:
         raise RequestValidationError([{"type": "json_invalid", "loc": ("body",), "msg": str(error)}]) from None
     if not isinstance(values, dict):
-        wrong = PydanticCustomError("dict_type", "an object is needed")
+        wrong = PydanticCustomError("dict_type", "must be a JSON object")
         raise RequestValidationError([{"type": wrong.type, "loc": ("body",), "msg": wrong.message(), "input": values}])
     return values
 

@@ -1,4 +1,4 @@
-"""What every answer tells browsers: to guess no types, to frame nothing, to run nothing that is not named."""
+"""Security headers of every response: no type sniffing, no framing, no scripts that are not listed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 NOTHING = "default-src 'none'; frame-ancestors 'none'; sandbox"
-"""Of answers that are no page: opened in a tab, a picture or JSON can load and run nothing."""
+"""For responses other than pages: opened in a tab, a picture or JSON cannot load or run anything."""
 
 DEFAULTS: Mapping[str, str] = MappingProxyType(
     {
@@ -22,7 +22,7 @@ DEFAULTS: Mapping[str, str] = MappingProxyType(
 
 
 class SecurityHeaders:
-    """ASGI middleware: `DEFAULTS`, where a route has not set its own."""
+    """ASGI middleware: adds `DEFAULTS`, unless a route set its own."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app

@@ -1,4 +1,4 @@
-"""What every request meets on its way in and out: an id, a line in the log, a count, a cap, a last resort."""
+"""Middleware for every request: id, access log, metrics, body limit, handling of unexpected errors."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from sfumato.serving.metrics import Metrics
 access = logging.getLogger("sfumato.access")
 
 QUIET = {"/healthz", "/readyz", "/metrics", "/sdapi/v1/progress", "/v1/status", "/v1/images/progress"}
-"""Asked every few seconds by machines: logged at debug."""
+"""Polled every few seconds by programs: logged at debug level."""
 
 METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 
 GONE = 499
-"""The status, in log and metrics, of a request that nobody waited for."""
+"""Status in log and metrics for a request whose client disconnected."""
 
 
 class RequestId:
-    """Every answer carries `x-request-id`: the client's own, if it sent a sane one, else a new one."""
+    """Every response has `x-request-id`: the client's own if it is valid, else a new one."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -40,7 +40,7 @@ class RequestId:
         given = Headers(scope=scope).get("x-request-id", "")
         id = given if 0 < len(given) <= 128 and given.isascii() and given.isprintable() else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = id
-        logs.request_id.set(id)  # uvicorn gives each request a task, and with it a context, of its own
+        logs.request_id.set(id)  # uvicorn runs each request in its own task, and so in its own context
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -51,7 +51,7 @@ class RequestId:
 
 
 class Observe:
-    """A line in the access log and a count in the metrics for every request. No query string, no body."""
+    """Access log and metrics for every request. No query string, no body."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app = app
@@ -88,7 +88,7 @@ class Observe:
 
 
 class Framing:
-    """Refuses a body that says twice how long it is: a proxy that believes the other word sees other requests."""
+    """Refuses a body whose length is stated twice: a proxy that uses the other one would see different requests."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -101,12 +101,12 @@ class Framing:
         answer = errors.response(
             InvalidRequest("the request has both content-length and transfer-encoding; send one of them")
         )
-        answer.headers["connection"] = "close"  # what else comes on it may be anybody's
+        answer.headers["connection"] = "close"  # later bytes on it may belong to another client
         await answer(scope, receive, send)
 
 
 class Head:
-    """Whatever can be got answers HEAD as well: with the same status and headers, and nothing else."""
+    """Every GET route also answers HEAD, with the same status and headers."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -129,7 +129,7 @@ class Head:
 
 
 class LastResort:
-    """What nobody caught is logged and answered here, inside the middlewares that every answer needs."""
+    """Logs and answers unhandled errors, inside the middleware that every response needs."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -145,7 +145,7 @@ class LastResort:
         try:
             await self.app(scope, receive, watched)
         except ClientDisconnect:
-            return  # nobody is left to answer
+            return  # the client is gone
         except Exception as error:
             if scope["type"] != "http":
                 raise
@@ -156,7 +156,7 @@ class LastResort:
 
 
 class BodyCap:
-    """Refuse a body that is too large before it is in memory. `limit` is in bytes."""
+    """Refuses a body that is too large before it is in memory. `limit` is in bytes."""
 
     def __init__(self, app: ASGIApp, limit: int) -> None:
         self.app = app
@@ -190,13 +190,13 @@ class BodyCap:
 
 
 def _path(scope: Scope) -> str:
-    """As it was sent, percent-encoded: it cannot break a line."""
+    """The path as sent, percent-encoded, so it cannot contain a line break."""
     raw = scope.get("raw_path")
     return quote(scope["path"]) if raw is None else raw.decode("ascii", "backslashreplace")
 
 
 def _route(scope: Scope) -> str:
-    """The template of the route that was found, with the prefix of its router."""
+    """The template of the matched route, including its router's prefix."""
     route = scope.get("route")
     template: str | None = getattr(route, "path_format", None) or getattr(route, "path", None)
     if template is None:

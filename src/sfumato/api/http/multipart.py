@@ -1,4 +1,4 @@
-"""A multipart form: its fields as text, its files as bytes."""
+"""Parse a multipart form: fields as text, files as bytes."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 MAX_FILES = 4 * MAX_PICTURES
 MAX_HEADERS = 16
-"""Of a part."""
+"""Maximum headers per part."""
 MAX_HEADER = 2048
 """Bytes."""
 MAX_BOUNDARY = 200
-"""Characters; RFC 2046 has 70."""
+"""In characters; RFC 2046 allows 70."""
 
 AS_THEY_ARE = ("", "binary", "8bit", "7bit")
-"""Transfer encodings that change nothing."""
+"""Transfer encodings that leave the data unchanged."""
 
 _PADDING = re.compile(rb"[ \t]{16}")
 _BOUNDARY = re.compile(r"[ -~]*[!-~]")
@@ -44,24 +44,24 @@ class _Part:
         try:
             return self.data.decode(self.codec)
         except UnicodeDecodeError:
-            return self.data.decode("latin-1")  # what browsers of old send
+            return self.data.decode("latin-1")  # sent by old browsers
 
 
 def parts(body: bytes | bytearray, said: content_type.Media, most_text: int) -> list[tuple[str, str | bytes]]:
-    """Name and value of each part: bytes where it has a file's name. Raises InvalidRequest for what is no such form.
+    """Name and value of each part: bytes if it has a file name. Raises InvalidRequest if the form is invalid.
 
-    `most_text` is in bytes, of all fields that are no pictures.
+    `most_text`: maximum bytes of all fields that are not pictures.
     """
     boundary = said.parameters.get("boundary", "")
     if not _BOUNDARY.fullmatch(boundary) or len(boundary) > MAX_BOUNDARY:
-        raise InvalidRequest(f"content-type: the boundary {boundary[:40]!r}; 1 to {MAX_BOUNDARY} characters are needed")
+        raise InvalidRequest(f"content-type: the boundary {boundary[:40]!r} must have 1 to {MAX_BOUNDARY} characters")
     _check_boundaries(body, boundary.encode())
     reader = _Reader(said.codec, most_text)
     parser = MultipartParser(
         boundary.encode(), reader.callbacks(), max_header_count=MAX_HEADERS, max_header_size=MAX_HEADER
     )
     try:
-        parser.write(cast("bytes", body))  # it slices, and that is all
+        parser.write(cast("bytes", body))  # it only slices
     except FormParserError as error:
         raise InvalidRequest(f"the form cannot be read: {error}") from None
     if not reader.ended:
@@ -70,7 +70,7 @@ def parts(body: bytes | bytearray, said: content_type.Media, most_text: int) -> 
 
 
 def _check_boundaries(body: bytes | bytearray, boundary: bytes) -> None:
-    """Python walks from one to the next, and over each blank behind one: there must not be millions."""
+    """The parser's Python code runs per boundary and per space after one: there must not be millions."""
     delimiter = b"--" + boundary
     if body.count(delimiter) > body_cost.MAX_FIELDS + MAX_FILES + 1:
         raise body_cost.too_many("parts", body_cost.MAX_FIELDS + MAX_FILES)
@@ -78,12 +78,12 @@ def _check_boundaries(body: bytes | bytearray, boundary: bytes) -> None:
     while position >= 0:
         position += len(delimiter)
         if _PADDING.match(body, position):
-            raise InvalidRequest("the form cannot be read: blanks behind a boundary")
+            raise InvalidRequest("the form cannot be read: too many spaces after a boundary")
         position = body.find(delimiter, position)
 
 
 class _Reader:
-    """What the parser tells, as parts."""
+    """Collects the parser's events as parts."""
 
     def __init__(self, codec: str, most_text: int) -> None:
         self.found: list[tuple[str, str | bytes]] = []
@@ -114,7 +114,7 @@ class _Reader:
     def _header_end(self) -> None:
         name = self._header.decode("latin-1").strip().lower()
         if name in self._part.headers:
-            raise InvalidRequest(f"the form cannot be read: a part has {name[:40]!r} twice")
+            raise InvalidRequest(f"the form cannot be read: a part has the header {name[:40]!r} twice")
         self._part.headers[name] = _text(self._value).strip()
         self._header.clear()
         self._value.clear()
@@ -129,10 +129,12 @@ class _Reader:
         part.is_file = not names.keys().isdisjoint(("filename", "filename*"))
         encoding = part.headers.get("content-transfer-encoding", "").lower()
         if encoding not in AS_THEY_ARE:
-            raise UnsupportedMedia(f"{part.name[:40]}: content-transfer-encoding {encoding[:40]!r}; send it as it is")
+            raise UnsupportedMedia(
+                f"{part.name[:40]}: content-transfer-encoding {encoding[:40]!r} is not supported; send it unencoded"
+            )
         kind = content_type.parse(part.headers.get("content-type", ""))
         if kind.type.startswith("multipart/"):
-            raise UnsupportedMedia(f"{part.name[:40]}: a form within a form is not read; repeat the field instead")
+            raise UnsupportedMedia(f"{part.name[:40]}: nested forms are not supported; repeat the field instead")
         part.codec = kind.codec if "charset" in kind.parameters and not part.is_file else self._codec
         self._counts[part.is_file] += 1
         most = MAX_FILES if part.is_file else body_cost.MAX_FIELDS
@@ -146,7 +148,7 @@ class _Reader:
             if self._text > self._most_text:
                 raise body_cost.too_much_text(self._most_text)
         value = part.value()
-        if part.name == "_charset_" and isinstance(value, str):  # the browser's word for the charset of the others
+        if part.name == "_charset_" and isinstance(value, str):  # browsers send the charset of the other fields here
             self._codec = content_type.parse(f"text/plain; charset={value}").codec
             return
         self.found.append((part.name, value))

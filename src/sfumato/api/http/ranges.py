@@ -1,4 +1,4 @@
-"""Parts of what is in memory, as RFC 9110 has them: `Range`, `If-Range`, `If-None-Match`."""
+"""Partial responses from memory, according to RFC 9110: `Range`, `If-Range`, `If-None-Match`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from sfumato.api.http import errors
 from sfumato.errors import InvalidRequest
 
 _ONE = re.compile(r"bytes\s*=\s*(?:([0-9]{1,15})\s*-\s*([0-9]{1,15})?|-\s*([0-9]{1,15}))", re.IGNORECASE)
-"""From-to, from, and the last so many. Whatever else is asked for is answered whole, which the RFC allows."""
+"""first-last, first-, and -suffix. Any other range gets the complete response, which the RFC allows."""
 
 
 def answer(request: Request, data: bytes, media_type: str, *, etag: str, headers: Mapping[str, str]) -> Response:
-    """All of `data`, the part that was asked for, or that the client has it."""
+    """The complete `data`, the requested range, or 304 if the client has it."""
     common = {**headers, "etag": etag, "accept-ranges": "bytes"}
     known = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
     if etag in known or "*" in known:
@@ -27,10 +27,10 @@ def answer(request: Request, data: bytes, media_type: str, *, etag: str, headers
     first, last, final = (None if number is None else int(number) for number in match.groups())
     start = max(0, len(data) - final) if final is not None else first or 0
     end = len(data) if last is None else min(last + 1, len(data))
-    if first is not None and last is not None and last < first:  # no range at all
+    if first is not None and last is not None and last < first:  # not a valid range
         return Response(data, media_type=media_type, headers=common)
     if start >= end:
-        refused = errors.response(InvalidRequest(f"range: the picture has {len(data)} bytes"))
+        refused = errors.response(InvalidRequest(f"range: outside the picture, which has {len(data)} bytes"))
         refused.status_code = 416
         refused.headers["content-range"] = f"bytes */{len(data)}"
         return refused

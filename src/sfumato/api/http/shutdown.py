@@ -1,4 +1,4 @@
-"""Requests that still run when the server has to stop: each is answered, in the shape of every other error."""
+"""Answer the requests that still run when the server must stop, in the usual error shape."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from sfumato.api.http import errors
 from sfumato.errors import ServerStops
 
 LAST_WORD_S = 5.0
-"""A client that does not read its answer is not waited for any longer."""
+"""Maximum seconds to wait for a client that does not read its response."""
 
 
 class Running:
-    """The requests that are being answered, and their common end."""
+    """Tracks the requests in progress, to end them together."""
 
     def __init__(self) -> None:
         self.ended = False
         self.tasks: set[asyncio.Task[Any]] = set()
 
     def end(self) -> int:
-        """Have each answered with 503 now, and every later one; returns how many there were."""
+        """Answer each of them, and every later request, with 503; returns their number."""
         self.ended = True
         for task in self.tasks:
             task.cancel()
@@ -33,7 +33,7 @@ class Running:
 
 
 class Ending:
-    """Answers for a request that `Running.end` cuts off; what it was doing is cancelled, as when its client leaves."""
+    """Answers a request that `Running.end` stops; its work is cancelled, as when its client disconnects."""
 
     def __init__(self, app: ASGIApp, running: Running) -> None:
         self.app = app
@@ -47,7 +47,7 @@ class Ending:
             await errors.response(_error())(scope, receive, send)
             return
         kind: str | None = None
-        """Of the answer, once it has begun."""
+        """Content type of the response, once it has begun."""
         complete = False
 
         async def watched(message: Message) -> None:
@@ -85,4 +85,4 @@ async def _last_word(kind: str | None, scope: Scope, receive: Receive, send: Sen
 
 
 def _error() -> ServerStops:
-    return ServerStops("the server stops and cannot wait for this request any longer; send it again in a while")
+    return ServerStops("the server is stopping before this request is finished; send it again later")

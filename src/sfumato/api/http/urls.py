@@ -1,4 +1,4 @@
-"""What this server is called from outside: by its setting, by a trusted proxy's headers, or by the request."""
+"""The server's public URL: from the setting, from a trusted proxy's headers, or from the request."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _DEFAULT_PORTS = ("80", "443")
 
 
 def base_url(request: Request, settings: Settings) -> str:
-    """Absolute, with the path prefix, without a slash at its end."""
+    """Absolute URL with the path prefix, without a trailing slash."""
     if settings.public_url:
         return settings.public_url.rstrip("/")
     scope = request.scope
@@ -32,25 +32,25 @@ def base_url(request: Request, settings: Settings) -> str:
 
 
 def sent_host(scope: Scope) -> str:
-    """The Host header as it came, before a proxy's word was put in its place."""
+    """The original Host header, before a proxy's header replaced it."""
     sent = scope.get("state", {}).get("sent_host")
     return sent if isinstance(sent, str) else Headers(scope=scope).get("host", "")
 
 
 def by_tls(scope: Scope) -> bool:
-    """Whether the client reached the server, or a trusted proxy before it, by https."""
+    """Whether the client used https to the server, or to a trusted proxy in front of it."""
     return bool(scope["scheme"] == "https")
 
 
 def check_public_url(url: str) -> None:
-    """Raises ValueError, unless it is empty or the http(s) URL of a folder."""
+    """Raises ValueError unless the URL is empty, or http(s) without query or fragment."""
     parts = urlsplit(url)
     if url and (parts.scheme not in ("http", "https") or not parts.netloc or parts.query or parts.fragment):
-        raise ValueError(f"public_url={url!r}: https://host or https://host/prefix is needed")
+        raise ValueError(f"public_url={url!r}: must be https://host or https://host/prefix")
 
 
 def check_proxies(trusted: str) -> None:
-    """Raises ValueError, unless each word is an address, a network or `*`."""
+    """Raises ValueError unless each entry is an address, a network or `*`."""
     for word in _words(trusted):
         try:
             if word != "*":
@@ -62,19 +62,19 @@ def check_proxies(trusted: str) -> None:
 
 
 def parse_origins(text: str) -> list[str]:
-    """The setting cors_origins. Raises ValueError, unless each word is an origin or `*`."""
+    """Parse the setting cors_origins. Raises ValueError unless each entry is an origin or `*`."""
     origins = [word.rstrip("/") for word in _words(text)]
     for origin in origins:
         if origin != "*" and not _ORIGIN.fullmatch(origin):
-            raise ValueError(f"cors_origins: {origin!r} is no origin; such as https://host, http://host:3000 or *")
+            raise ValueError(f"cors_origins: {origin!r} is not an origin; use e.g. https://host, http://host:3000 or *")
     return origins
 
 
 class Forwarded:
-    """ASGI middleware: believes the X-Forwarded-* headers of `trusted` peers, and of nobody else.
+    """ASGI middleware: applies the X-Forwarded-* headers of `trusted` peers only.
 
-    -For is uvicorn's own middleware's; -Proto, -Host, -Port and -Prefix are here. They end in the scope, where all
-    that makes URLs looks: `scheme`, `host`, and `root_path` (which `path` then begins with).
+    uvicorn's own middleware handles -For; -Proto, -Host, -Port and -Prefix are handled here. They set the values in
+    the scope from which URLs are built: `scheme`, `host`, and `root_path` (which `path` then begins with).
 
     `trusted` are addresses and networks, comma-separated, or `*`.
     """
@@ -92,7 +92,7 @@ class Forwarded:
 
 def _apply(scope: Scope) -> None:
     headers = Headers(scope=scope)
-    # Proxies in a row append to what they got, in one line or in several: the first is the one the client talked to.
+    # Chained proxies append, in one header line or in several: the first value is from the proxy the client used.
     forwarded = {name: _first(headers, f"x-forwarded-{name}") for name in ("proto", "host", "port", "prefix")}
     if forwarded["proto"].lower() in SCHEMES:
         scope["scheme"] = forwarded["proto"].lower()

@@ -1,4 +1,4 @@
-"""What the image routes answer: pictures in the format asked for, OpenAI's response and its stream."""
+"""Responses of the image routes: pictures in the requested format, OpenAI's response and stream."""
 
 from __future__ import annotations
 
@@ -28,46 +28,46 @@ from sfumato.serving.service import Service
 T = TypeVar("T")
 
 KEEP_ALIVE_S = 15.0
-"""A stream that has nothing to say sends a comment this often, so that no proxy closes it."""
+"""Interval of comments in an idle stream, so that no proxy closes it."""
 
 PATCH = 16
-"""Of `usage`: a picture counts one token for each square of so many pixels a side."""
+"""For `usage`: a picture counts one token per square with this side in pixels."""
 
 SHOWN_QUALITY = {
     "low": "low", "medium": "medium", "high": "high", "hd": "high", "xhigh": "xhigh", "max": "max",
 }  # fmt: skip
-"""Asked for → as OpenAI's answers name it; whatever else is medium, which is the model's own number of steps."""
+"""Requested quality → OpenAI's name in responses; anything else is medium, the model's default steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputFormat:
-    """How the pictures of one request are to be given back."""
+    """How the pictures of one request are returned."""
 
     format: str = "png"
     """png, webp or jpeg."""
     compression: int = 100
-    """0 .. 100, of webp and jpeg: their quality."""
+    """0 .. 100: quality of webp and jpeg."""
     opaque: bool = False
-    """An alpha channel is laid on white."""
+    """Put an alpha channel on white."""
     quality: str = "medium"
     """Of `SHOWN_QUALITY`."""
     base: str | None = None
-    """Of picture URLs; None: base64."""
+    """Base of picture URLs; None: base64."""
 
     def encoded(self, shown: Done | Preview) -> bytes:
-        """The picture, or a preview at the size of the picture."""
+        """The encoded picture, or preview at the picture's size."""
         size = (shown.width, shown.height) if isinstance(shown, Preview) else None
         return recipe.convert(shown.png, self.format, self.compression, opaque=self.opaque, size=size)
 
 
 def output_format(body: Body, base: str) -> OutputFormat:
-    """How a body wants its pictures. Raises InvalidRequest for what cannot be together."""
+    """The format a body requests. Raises InvalidRequest for an invalid combination."""
     if not isinstance(body, PaintBody):
         return OutputFormat(base=None if body.wants_b64() else base)
     if body.background == "transparent" and body.output_format == "jpeg":
         raise InvalidRequest(
             "background: 'transparent' and output_format 'jpeg': a JPEG has no transparency; "
-            "ask for png or webp, or for background auto",
+            "request png or webp, or background auto",
             param="background",
         )
     return OutputFormat(
@@ -82,9 +82,9 @@ def output_format(body: Body, base: str) -> OutputFormat:
 async def answer(
     service: Service, gallery: Gallery, body: Body, request: Request, event: str = "", **more: Any
 ) -> Response:
-    """Draw what a body asks for, and answer with the pictures or, where it wants one, with a stream of `event`s.
+    """Draw what a body requests, and answer with the pictures or, if requested, a stream of `event`s.
 
-    `more` are fields of the request that stand in for the body's.
+    `more` holds request fields that override the body's.
     """
     form = output_format(body, urls.base_url(request, service.settings))
     caller = caller_of(request)
@@ -96,7 +96,7 @@ async def answer(
 
 
 async def _submitted(service: Service, body: Body, more: Mapping[str, Any]) -> Job:
-    """Nobody but the job holds the pictures that were sent."""
+    """Submit the request, so that only the job keeps the source pictures."""
     asked = body.to_request(**more)
     body.let_go()
     return await service.submit(asked)
@@ -110,7 +110,7 @@ async def _drawn(
     try:
         drawn = await job.pictures()
     except BaseException:
-        if not job.detached:  # whoever asked gets none of them
+        if not job.detached:  # the caller does not get any of them
             await asyncio.shield(asyncio.to_thread(drop, gallery, job))
         raise
     said = {"created": int(job.created), "usage": usage(job, drawn)} | _shown(form, job, drawn[0])
@@ -119,7 +119,7 @@ async def _drawn(
 
 
 async def _begun(service: Service, body: Body, more: Mapping[str, Any]) -> Job:
-    """A job that draws, or that takes long enough to begin. An error until then is not yet one inside a stream."""
+    """A job that has begun, or waited a moment: an error up to then gets an HTTP status, not a stream event."""
     job = await _submitted(service, body, more)
     try:
         with suppress(TimeoutError):  # not `wait_for`: Python 3.11's may swallow a cancellation
@@ -146,13 +146,13 @@ class Stream(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._job.leave()  # a client that is gone at once never lets `lines` begin, and so never end
+            self._job.leave()  # if the client disconnects at once, `lines` never starts and so never ends
 
 
 async def _events(job: Job, form: OutputFormat, event: str) -> AsyncGenerator[str, None]:
     several = len(job.parts) > 1
     sent = [0] * len(job.parts)
-    """Previews sent of each picture; a worker that dies shows them again."""
+    """Previews sent per picture; after a worker's death they come again."""
     completed = 0
 
     async def sse(kind: str, shown: Done | Preview, index: int, **more: Any) -> str:
@@ -167,7 +167,7 @@ async def _events(job: Job, form: OutputFormat, event: str) -> AsyncGenerator[st
                 if isinstance(happened, Preview) and happened.index == sent[index]:
                     sent[index] += 1
                     yield await sse("partial_image", happened, index, partial_image_index=happened.index)
-                # Completed ones come in order.
+                # Completed pictures are sent in order.
                 while completed < len(job.parts) and (done := job.parts[completed].done):
                     said: dict[str, Any] = {"warnings": list(done.warnings)} if done.warnings else {}
                     if name := job.parts[completed].name:
@@ -176,7 +176,7 @@ async def _events(job: Job, form: OutputFormat, event: str) -> AsyncGenerator[st
                         "completed", done, completed, usage=usage(job, [done]), seed=done.recipe.seed, **said
                     )
                     completed += 1
-    except Exception as error:  # the status is sent: whatever it is, the client learns of it in the stream
+    except Exception as error:  # the status was already sent, so any error goes into the stream
         known = error if isinstance(error, SfumatoError) else errors.unexpected(error)
         yield f"data: {json.dumps(errors.shape(known))}\n\n"
 
@@ -203,7 +203,7 @@ async def _with_keep_alive(lines: AsyncGenerator[str, None]) -> AsyncIterator[st
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled when the client closes the connection."""
+    """The result of `work`; cancels it if the client closes the connection."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnected(request))
     try:
@@ -218,7 +218,7 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
 
 
 def usage(job: Job, drawn: Sequence[Done]) -> dict[str, Any]:
-    """Tokens as OpenAI counts them: of texts those of the encoder, of pictures one for each `PATCH` square."""
+    """OpenAI's token counts: the encoder's tokens for texts, one per `PATCH` square for pictures."""
     text = sum(done.prompt_tokens for done in drawn)
     image = sum(_patches(done.recipe.width, done.recipe.height) * len(done.recipe.image_sha256) for done in drawn)
     output = sum(_patches(done.recipe.width, done.recipe.height) for done in drawn)
@@ -231,14 +231,14 @@ def usage(job: Job, drawn: Sequence[Done]) -> dict[str, Any]:
 
 
 def noted(ignored: Sequence[str], drawn: Iterable[Done]) -> dict[str, str]:
-    """Headers that say what was left out and what was done otherwise than asked."""
+    """Headers for ignored fields, and for where the result differs from the request."""
     warnings = dict.fromkeys(warning for done in drawn for warning in done.warnings)
     headers = {"x-sfumato-ignored": ", ".join(ignored[:32]), "x-sfumato-warning": "; ".join(warnings)}
     return {name: _header(value) for name, value in headers.items() if value}
 
 
 def _header(text: str) -> str:
-    """What a caller sent must not end the header, or be more than a header may have."""
+    """Sanitise caller-supplied text for a header: no line breaks, limited length."""
     return text.encode("unicode_escape").decode()[:2000].strip()
 
 

@@ -1,7 +1,7 @@
-"""What requests to the image routes may say. Every field stands here once, with its limits.
+"""Request bodies of the image routes. Every field is defined here once, with its limits.
 
-Multipart forms and JSON give the same bodies: in a form every scalar is a string, which pydantic reads, and
-a picture is a file. Fields that are not listed are kept in `model_extra` and change nothing.
+Multipart forms and JSON give the same bodies: in a form every scalar is a string, which pydantic converts, and
+a picture is a file. Unlisted fields are kept in `model_extra` without effect.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sfumato.serving.planning import (
 
 MAX_PARTIAL_IMAGES = 3
 MAX_COUNT = 1000
-"""Far above any server's own limit, which is the setting max_n."""
+"""Well above any server's own limit, the setting max_n."""
 
 GPT_FIELDS = ("background", "output_format", "output_compression", "moderation")
 PICTURE_FIELDS = ("image", "file", "files", "ref_images", "mask")
@@ -31,7 +31,7 @@ GPT_QUALITIES = ("auto", "low", "medium", "high")
 
 
 def _blank_is_absent(value: Any) -> Any:
-    """Forms send an empty string for a field that was left empty."""
+    """Forms send an empty string for an empty field."""
     return None if isinstance(value, str) and not value.strip() else value
 
 
@@ -49,7 +49,7 @@ def _url_of(value: Any) -> Any:
 
 
 Picture: TypeAlias = str | bytes
-"""Base64, `data:` URI or http(s) URL; in a form a file."""
+"""Base64, `data:` URI or http(s) URL; in a form, a file."""
 OnePicture: TypeAlias = Picture | dict[str, Any]
 Pictures: TypeAlias = Annotated[
     list[Picture], BeforeValidator(_listed, json_schema_input_type=OnePicture | list[OnePicture])
@@ -65,29 +65,29 @@ Strength: TypeAlias = Annotated[Annotated[float, Field(ge=0, le=1)] | None, BLAN
 Percent: TypeAlias = Annotated[Annotated[int, Field(ge=0, le=100)] | None, BLANK]
 PartialImages: TypeAlias = Annotated[Annotated[int, Field(ge=0, le=MAX_PARTIAL_IMAGES)] | None, BLANK]
 
-_PROMPT = "What to draw; `positive|negative` in one text works too."
-_PICTURE = "Base64, data: URI or http(s) URL; in a form a file."
+_PROMPT = "What to draw; `positive|negative` in one text also works."
+_PICTURE = "Base64, data: URI or http(s) URL; in a form, a file."
 
 
 class Body(BaseModel):
-    """What every image route takes."""
+    """Common fields of all image routes."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=(), populate_by_name=True)
 
     WITHOUT_EFFECT: ClassVar[tuple[str, ...]] = ("moderation", "style", "input_fidelity")
-    """Fields of OpenAI's that mean nothing to a diffusers pipeline; named in a header when they are sent."""
+    """OpenAI's fields without meaning for a diffusers pipeline; if sent, a header lists them."""
 
-    model: Text = Field(None, description="A name from /v1/models; the default model when absent.")
+    model: Text = Field(None, description="A name from /v1/models; absent: the default model.")
     n: PictureCount = Field(
-        None, description="Pictures to draw; picture i has seed + i. The model list has the most that may be asked for."
+        None, description="Number of pictures; picture i gets seed + i. The model list has the maximum."
     )
     size: Text = Field(None, description="WIDTHxHEIGHT in pixels, or auto.", examples=["128x128"])
     response_format: Annotated[Literal["url", "b64_json"] | None, BLANK] = Field(
-        None, description="Absent: url for generations, b64_json for edits and in requests of gpt-image's style."
+        None, description="Absent: url for generations, b64_json for edits and for gpt-image style requests."
     )
-    user: str | None = Field(None, description="Whoever asks, for their own use.")
+    user: str | None = Field(None, description="An identifier of your own; not used.")
     seed: Seed = Field(
-        None, description=f"{RANDOM_SEED} or absent: random. The answer carries it. At most {MAX_SEED}, less n - 1."
+        None, description=f"{RANDOM_SEED} or absent: random; the response contains it. At most {MAX_SEED}, minus n - 1."
     )
     steps: Steps = Field(
         None,
@@ -97,18 +97,18 @@ class Body(BaseModel):
     guidance_scale: Guidance = Field(
         None, validation_alias=AliasChoices("guidance_scale", "cfg_scale"), description="Also `cfg_scale`."
     )
-    negative_prompt: str | None = Field(None, description="What not to draw.")
+    negative_prompt: str | None = Field(None, description="What to keep out of the picture.")
     scheduler: Text = Field(
         None,
         validation_alias=AliasChoices("scheduler", "sampler", "scheduler_type"),
-        description="A name of docs/reference/schedulers.md; also `sampler` and `scheduler_type`.",
+        description="A name from docs/reference/schedulers.md; also `sampler` and `scheduler_type`.",
         examples=["k_dpmpp_2m"],
     )
-    clip_skip: Layers = Field(None, description="Layers of the text encoder left out.")
-    strength: Strength = Field(None, description="How far to leave the source picture.")
+    clip_skip: Layers = Field(None, description="Number of last text encoder layers to skip.")
+    strength: Strength = Field(None, description="How far the result may move from the source picture.")
 
     def ignored(self) -> list[str]:
-        """Fields that were sent and change nothing."""
+        """Fields that were sent but have no effect."""
         without = [name for name in self.WITHOUT_EFFECT if getattr(self, name, None) is not None]
         return [*(self.model_extra or {}), *without]
 
@@ -116,13 +116,13 @@ class Body(BaseModel):
         return self.response_format == "b64_json"
 
     def let_go(self) -> None:
-        """Forget the pictures: a body lives until its request is answered."""
+        """Release the pictures: a body lives until its request is answered."""
         for name in PICTURE_FIELDS:
             if value := getattr(self, name, None):
                 setattr(self, name, [] if isinstance(value, list) else None)
 
     def to_request(self, **more: Any) -> ImageRequest:
-        """Of the fields above; `more` are fields of the request that stand in for them or come on top."""
+        """The request; `more` holds fields that override or extend those above."""
         return ImageRequest(
             **{
                 "prompts": [""],
@@ -151,31 +151,29 @@ class VariationsBody(Body):
 
 
 class PaintBody(Body):
-    """What generations and edits have in common: format, quality, streaming."""
+    """Common fields of generations and edits: format, quality, streaming."""
 
     quality: Annotated[str | int | None, BLANK] = Field(
-        None, description=f"One of {', '.join(QUALITIES)}: steps by the model's table. A number: so many steps."
+        None, description=f"One of {', '.join(QUALITIES)}: steps from the model's table. A number: that many steps."
     )
     background: Annotated[Literal["transparent", "opaque", "auto"] | None, BLANK] = Field(
-        None, description="transparent only where the model draws an alpha channel."
+        None, description="transparent only if the model draws an alpha channel."
     )
     output_format: Annotated[Literal["png", "webp", "jpeg"] | None, BLANK] = Field(None, description="Absent: png.")
-    output_compression: Percent = Field(
-        None, description="Of webp and jpeg: their quality; 100, the best, when absent."
-    )
+    output_compression: Percent = Field(None, description="Quality of webp and jpeg; absent: 100, the best.")
     stream: Annotated[bool | None, BLANK] = Field(None, description="Answer with server-sent events.")
-    partial_images: PartialImages = Field(None, description="Previews in the stream of each picture.")
-    safety_identifier: str | None = Field(None, description="As `user`.")
+    partial_images: PartialImages = Field(None, description="Number of previews per picture in the stream.")
+    safety_identifier: str | None = Field(None, description="Same as `user`.")
     detached: Annotated[bool | None, BLANK] = Field(
         None,
-        description="Draw on when the connection is gone; its progress has the pictures.",
+        description="Continue if the connection is closed; the request's progress has the pictures.",
     )
 
     def ignored(self) -> list[str]:
         pointless = {
             "output_compression": self.output_format in (None, "png"),
             "partial_images": not self.stream and bool(self.partial_images),
-            "response_format": bool(self.stream) and self.response_format == "url",  # events carry base64
+            "response_format": bool(self.stream) and self.response_format == "url",  # events contain base64
         }
         return super().ignored() + [name for name, yes in pointless.items() if yes and getattr(self, name) is not None]
 
@@ -194,7 +192,7 @@ class PaintBody(Body):
         )
 
     def wants_b64(self) -> bool:
-        """As asked; absent: a URL, but for requests in gpt-image style, whose clients expect base64."""
+        """The requested format; absent: a URL, except for gpt-image style requests, whose clients expect base64."""
         if self.response_format:
             return self.response_format == "b64_json"
         return (
@@ -208,14 +206,14 @@ class GenerationsBody(PaintBody):
     """Of `POST /v1/images/generations`."""
 
     prompt: str | list[str] = Field(description=_PROMPT, examples=["a rocket on a blue background"])
-    moderation: str | None = Field(None, description="Without effect: a model's own safety checker decides.")
-    style: str | None = Field(None, description="Without effect: say it in the prompt.")
+    moderation: str | None = Field(None, description="Without effect: the model's own safety checker decides.")
+    style: str | None = Field(None, description="Without effect: describe it in the prompt.")
     image: Pictures = Field([], description=_PICTURE)
-    file: Pictures = Field([], description="As image.")
-    files: Pictures = Field([], description="As image.")
-    ref_images: Pictures = Field([], description="As image.")
+    file: Pictures = Field([], description="Same as image.")
+    files: Pictures = Field([], description="Same as image.")
+    ref_images: Pictures = Field([], description="Same as image.")
     mask: Picture | None = Field(
-        None, description="Where to redraw: where it is transparent, or light if nothing is transparent."
+        None, description="Transparent areas (or, without transparency, light ones) are redrawn."
     )
 
     def to_request(self, **more: Any) -> ImageRequest:
@@ -228,27 +226,27 @@ class GenerationsBody(PaintBody):
 
 
 class EditsBody(PaintBody):
-    """Of `POST /v1/images/edits`. In a form `image` may be repeated, and be called `image[]`."""
+    """Body of `POST /v1/images/edits`. In a form, `image` may be repeated, and may be called `image[]`."""
 
     prompt: str = Field(max_length=MAX_PROMPT, description=_PROMPT, examples=["a rocket on a green background"])
     image: Pictures = Field(
         min_length=1,
         validation_alias=AliasChoices("image", "images"),
-        description=f"The picture to edit, or several where the model takes several. {_PICTURE}",
+        description=f"The picture to edit, or several if the model supports that. {_PICTURE}",
     )
     mask: Annotated[Picture | None, BeforeValidator(_url_of)] = Field(
-        None, description="Of the first picture's size; where it is transparent the picture is redrawn."
+        None, description="Same size as the first picture; transparent areas are redrawn."
     )
     masked_area_only: Annotated[bool | None, BLANK] = Field(
         None,
-        description="Draw only the part around the mask, at `size` or the model's own, and put it back.",
+        description="Draw only the area around the mask, at `size` or the model's own, and paste it back.",
     )
     mask_padding: Annotated[Annotated[int, Field(ge=0, le=MAX_PADDING)] | None, BLANK] = Field(
         None,
-        description=f"With masked_area_only: pixels around the mask that are seen too; {DEFAULT_PADDING} if absent.",
+        description=f"With masked_area_only: context pixels around the mask; absent: {DEFAULT_PADDING}.",
     )
     input_fidelity: Annotated[Literal["high", "low"] | None, BLANK] = Field(
-        None, description="Without effect: `strength` says it."
+        None, description="Without effect: use `strength`."
     )
 
     def ignored(self) -> list[str]:

@@ -28,7 +28,7 @@ def router(service: Service, gallery: Gallery) -> APIRouter:
 
     @routes.post(
         "/images/edits",
-        summary="Edit a picture, all of it or where a mask says",
+        summary="Edit a picture, completely or in the masked area",
         openapi_extra=described(EditsBody),
         responses=STREAMING,
     )
@@ -36,7 +36,10 @@ def router(service: Service, gallery: Gallery) -> APIRouter:
         return await answer(service, gallery, body, request, "image_edit")
 
     @routes.post(
-        "/images/variations", summary="Vary a picture", openapi_extra=described(VariationsBody), responses=DRAWING
+        "/images/variations",
+        summary="Draw variations of a picture",
+        openapi_extra=described(VariationsBody),
+        responses=DRAWING,
     )
     async def variations(
         body: Annotated[VariationsBody, Depends(reader(VariationsBody))], request: Request

@@ -1,4 +1,4 @@
-// The server's public API: JSON in and out, errors in words, the key when there is one.
+// The server's public API: JSON in and out, readable errors, the key if there is one.
 import { askForKey, key } from "./key.js";
 import { lost, reached } from "./connection.js";
 
@@ -7,7 +7,7 @@ export const at = (path) => new URL(path, document.baseURI);
 export const picture = (name) => at(`generated-images/${encodeURIComponent(name)}`).href;
 export const thumbnail = (name) => `${picture(name)}/thumbnail`;
 
-/** What went wrong, in words; `param` is the field at fault, `code` tells kinds apart. */
+/** What went wrong; `param` is the field at fault, `code` the kind of error. */
 export class Failure extends Error {
   constructor(message, { status = 0, code = "", param = "" } = {}) {
     super(message);
@@ -21,7 +21,7 @@ export class Failure extends Error {
 export const failureOf = (error) =>
   new Failure(error.message ?? "The server answered with an error.", { code: error.code, param: error.param });
 
-// Seeds may be larger than a double holds: those stay text.
+// Seeds may be too large for a double: those stay text.
 const exact = (_, value, context) =>
   typeof value === "number" && Number.isInteger(value) && !Number.isSafeInteger(value) && context?.source
     ? context.source
@@ -29,7 +29,7 @@ const exact = (_, value, context) =>
 
 export const parse = (text) => JSON.parse(text, exact);
 
-/** A request; the answer as it comes. Raises Failure. Asks for a key where one is needed, and goes on with it. */
+/** Send a request and return the response. Raises Failure. Asks for a key if one is required, and retries with it. */
 export async function send(method, path, { json, form, id, signal } = {}) {
   for (;;) {
     const headers = {};
@@ -43,7 +43,7 @@ export async function send(method, path, { json, form, id, signal } = {}) {
     } catch (error) {
       if (error.name === "AbortError") throw new Failure("Stopped.", { code: "cancelled" });
       lost();
-      throw new Failure("The server does not answer.", { code: "offline" });
+      throw new Failure("The server does not respond.", { code: "offline" });
     }
     reached();
     if (answer.status === 401) {

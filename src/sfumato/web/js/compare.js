@@ -1,4 +1,4 @@
-// Compare: one prompt over a grid of two parameters. The cells of a column are sent together, and drawn together.
+// Compare: one prompt over a grid of two parameters. The cells of a column are sent and drawn together.
 import { batch, html, nothing, signal } from "./lib.js";
 import { choice, failure, text } from "./controls.js";
 import { cancel, draw } from "./drawings.js";
@@ -10,21 +10,21 @@ import { saveSheet } from "./sheet.js";
 import { AXES, plain, values } from "./variants.js";
 
 const MOST = 100; // cells
-const AT_ONCE = 16; // requests under way
+const AT_ONCE = 16; // requests in flight
 
 const across = { axis: kept("across", "steps"), text: kept("across-values", "5, 10, 20") };
 const down = { axis: kept("down", "guidance_scale"), text: kept("down-values", "1, 3, 6") };
 const grid = signal(null); // { columns, rows, cells: { label, drawing }[][], x, y, prompt }
 const trouble = signal("");
 
-/** What the two sides ask for; raises Error in words. */
+/** The rows and columns requested; raises Error with a readable message. */
 function planned() {
   const prompt = form.prompt.value.trim();
   if (!prompt) throw new Error("Say what to draw.");
   if (across.axis.value && across.axis.value === down.axis.value) throw new Error("Both sides are the same. Choose another one.");
   const columns = values(across.axis.value, across.text.value, prompt);
   const rows = values(down.axis.value, down.text.value, prompt);
-  if (columns.length * rows.length > MOST) throw new Error(`${columns.length} × ${rows.length} pictures; at most ${MOST} are drawn in one grid.`);
+  if (columns.length * rows.length > MOST) throw new Error(`${columns.length} × ${rows.length} pictures; a grid may have at most ${MOST}.`);
   return { prompt, columns, rows };
 }
 
@@ -52,7 +52,7 @@ function start() {
   fill(grid.value);
 }
 
-/** Column by column, so that what stands below one another is drawn at once. */
+/** Column by column, so that each column is drawn together. */
 async function fill(now) {
   const order = now.columns.flatMap((_, column) => now.rows.map((__, row) => now.cells[row][column]));
   const under = new Set();
@@ -125,7 +125,7 @@ export const compareView = () => html`
     <section class="stage" aria-label="Grid">
       ${grid.value ? table(grid.value) : html`<div class="canvas bare"><div class="welcome">
         <h2>One prompt, side by side</h2>
-        <p>Choose what changes across and what changes down. Everything else stays the same, the seed too. What stands below one another is drawn at once.</p>
+        <p>Choose what changes across and what changes down. Everything else stays the same, including the seed. Each column is drawn together.</p>
       </div></div>`}
     </section>
     <section class="settings" aria-label="Settings">${settingFields({ several: false })}</section>

@@ -1,4 +1,4 @@
-// Whether the server answers. When it does not, a banner says so, and it is asked again until it does.
+// Whether the server responds. If not, a banner says so, and the page retries until it does.
 import { html, nothing, signal } from "./lib.js";
 
 const AGAIN_MS = 1000;
@@ -15,7 +15,7 @@ export function lost() {
   back();
 }
 
-/** Resolves once the server answers again. */
+/** Resolves once the server responds again. */
 export function back() {
   if (online.value) return Promise.resolve();
   waiting ??= ask().finally(() => {

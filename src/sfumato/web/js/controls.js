@@ -78,5 +78,5 @@ export const failure = (message, again) => html`
 
 const show = (dialog) => dialog && queueMicrotask(() => dialog.isConnected && !dialog.open && dialog.showModal());
 
-/** On a <dialog>: opened as soon as it stands in the page. */
+/** On a <dialog>: opens it as soon as it is in the page. */
 export const modal = () => ref(show);

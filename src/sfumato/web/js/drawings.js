@@ -1,4 +1,4 @@
-// Requests of this tab: each is sent, watched and, when the server was away, found again or sent again.
+// Requests of this tab: each is sent, watched and, after the server was unreachable, found or sent again.
 import { batch, computed, signal, untracked } from "./lib.js";
 import { Failure, get, picture, remove, send } from "./api.js";
 import { back } from "./connection.js";
@@ -7,7 +7,7 @@ import { problem } from "./form.js";
 import { session } from "./kept.js";
 
 const WATCH_MS = 500;
-const MOST = 40; // drawings that a tab remembers
+const MOST = 40; // drawings a tab remembers
 const PREVIEWS = 3;
 
 /** One request. `state`: waiting, drawing, done, failed or cancelled. */
@@ -36,7 +36,7 @@ class Drawing {
 }
 
 export const drawings = signal([]); // oldest first
-export const ended = signal(0); // counts drawings that came to their end
+export const ended = signal(0); // number of drawings that have ended
 export const running = computed(() => drawings.value.filter((each) => each.live));
 
 export const lastSeed = () => {
@@ -51,7 +51,7 @@ function remember() {
   }))));
 }
 
-/** Draw. `sources` are files that go with it, by the field's name; `hidden` ones are not listed in the strip. */
+/** Draw. `sources` are its files by field name; `hidden` ones are not listed in the strip. */
 export function draw(path, request, { sources = null, hidden = false } = {}) {
   const drawing = new Drawing({ path, request, hidden });
   drawing.sources = sources;
@@ -111,7 +111,7 @@ async function fail(drawing, error) {
   if (!drawing.live) return;
   if (error.code === "cancelled") return drawing.end("cancelled");
   if (!(error instanceof Failure)) {
-    drawing.end("failed", `The page stumbled: ${error.message}`);
+    drawing.end("failed", `Error in the page: ${error.message}`);
     throw error;
   }
   if (error.offline) {
@@ -128,7 +128,7 @@ async function fail(drawing, error) {
   });
 }
 
-/** Of a drawing whose connection is gone: see it to its end; what the server no longer knows is drawn again, once. */
+/** Follow a drawing whose connection was lost to its end; if the server no longer knows it, draw it again, once. */
 async function follow(drawing) {
   drawing.followed = true;
   while (drawing.live) {
@@ -151,14 +151,14 @@ function apply(drawing, seen) {
   if (seen.status === "drawing") drawing.state.value = "drawing";
   if (seen.status === "completed") {
     const lost = drawing.pictures.value.some((each) => !each.done);
-    drawing.end(lost ? "failed" : "done", lost ? "It was drawn while this page was away, and the server keeps no pictures." : "");
+    drawing.end(lost ? "failed" : "done", lost ? "It was drawn while this page was closed, and the server does not keep pictures." : "");
   }
   if (seen.status === "failed") drawing.end("failed", seen.error?.message ?? "It failed.");
   if (seen.status === "cancelled") drawing.end("cancelled");
 }
 
 function redraw(drawing) {
-  if (!drawing.again) return drawing.end("failed", "The server has lost this request twice. Try again.");
+  if (!drawing.again) return drawing.end("failed", "The server lost this request twice. Try again.");
   batch(() => {
     drawing.again = drawing.followed = false;
     drawing.id = crypto.randomUUID();
@@ -171,7 +171,7 @@ function redraw(drawing) {
 
 let watching = false;
 
-/** How far those are that stream: their streams say nothing of it. */
+/** Progress of streaming drawings, which their streams do not report. */
 async function watch() {
   if (watching) return;
   watching = true;
@@ -192,7 +192,7 @@ function note(drawing, seen) {
   if (seen.status === "drawing") drawing.state.value = "drawing";
 }
 
-/** Hang up, and then have the work ended: it is detached, so hanging up alone would not. */
+/** Disconnect and cancel: the request is detached, so disconnecting alone would not end it. */
 export async function cancel(drawing) {
   if (!drawing.live) return;
   drawing.stop.abort();
@@ -204,7 +204,7 @@ export const cancelAll = () => Promise.all(running.value.map(cancel));
 
 export const again = (drawing) => draw(drawing.path, drawing.request, { sources: drawing.sources, hidden: drawing.hidden });
 
-/** After a reload: what this tab drew before, and what still goes on. */
+/** After a reload: this tab's earlier and running drawings. */
 export function restore() {
   const found = (session.read("drawings") ?? []).map((each) => new Drawing(each));
   drawings.value = found;

@@ -1,11 +1,11 @@
-// A picture that was dropped or chosen for what it says of itself: ours, AUTOMATIC1111's, InvokeAI's, ComfyUI's.
+// A picture dropped or chosen to read its recipe: from Sfumato, AUTOMATIC1111, InvokeAI or ComfyUI.
 import { html, nothing, signal } from "./lib.js";
 import { Failure, parse, send } from "./api.js";
 import { failure } from "./controls.js";
 import { take } from "./source.js";
 import { open } from "./viewer.js";
 
-const refused = signal(null); // { file, message } of the last that said nothing
+const refused = signal(null); // { file, message } of the last one without a recipe
 
 export async function readRecipe(file) {
   if (!file) return;

@@ -1,4 +1,4 @@
-// Server-sent events out of a fetch: the browser's own EventSource can send neither a body nor a key.
+// Server-sent events from a fetch: the browser's own EventSource can send neither a body nor a key.
 import { Failure, failureOf, parse } from "./api.js";
 import { lost } from "./connection.js";
 

@@ -1,4 +1,4 @@
-// The fields below the prompt, as far as the chosen model takes them; its own defaults are the placeholders.
+// The fields below the prompt that the selected model supports; its defaults are the placeholders.
 import { html, nothing } from "./lib.js";
 import { choice, number, text, textarea, tool } from "./controls.js";
 import { form, problemOf, randomSeed, seedIsValid, set } from "./form.js";
@@ -36,7 +36,7 @@ export const modelField = () =>
     input: (value) => (wanted.value = value), options: models.value.map(({ id }) => [id, id]),
     hint: about.value?.description ?? "" });
 
-/** `sized`: whether width and height are asked for; `several`: whether a count is. */
+/** `sized`: show width and height; `several`: show a count. */
 export const settingFields = ({ sized = true, several = true, before = nothing } = {}) => html`
   <div class="fields">
     ${modelField()}
@@ -67,7 +67,7 @@ export const settingFields = ({ sized = true, several = true, before = nothing }
 function schedulerOptions() {
   const own = defaults.value.scheduler;
   const options = schedulers.value.map(({ id, description }) => [id, `${id} · ${description}`]);
-  const { value } = form.scheduler; // of a recipe it may have a schedule behind it, which the list has not
+  const { value } = form.scheduler; // from a recipe it may have a schedule at its end, which the list does not have
   if (value && !options.some(([id]) => id === value)) options.push([value, value]);
   return [["", own ? `As the model: ${own}` : "As the model"], ...options];
 }

@@ -1,4 +1,4 @@
-// The fields of a request, and the request that they make. They outlive a reload.
+// The fields of a request, and the request made from them. They survive a reload.
 import { batch, signal } from "./lib.js";
 import { kept } from "./kept.js";
 import { defaults, limits, model, takes, wanted } from "./models.js";
@@ -41,7 +41,7 @@ function nextSeed() {
   return seed.value;
 }
 
-// Numbers of a JSON body; one too large for a double travels as text, which the server reads as well.
+// Numbers of a JSON body; one too large for a double is sent as text, which the server also accepts.
 const whole = (text) => {
   const value = Number(text);
   return Number.isSafeInteger(value) ? value : text.trim();
@@ -53,7 +53,7 @@ export const size = () => {
   return wide.value || high.value ? `${wide.value || width}x${high.value || height}` : "";
 };
 
-/** What the fields ask for, as the body of `POST /v1/images/generations`. */
+/** The fields as the body of `POST /v1/images/generations`. */
 export function request() {
   const given = {
     model: model.value?.id,
@@ -72,7 +72,7 @@ export function request() {
 
 export const seedIsValid = (text) => /^\d{0,19}$/.test(text) && BigInt(text || 0) <= MAX_SEED;
 
-/** Take over what made a picture: `what` is `all`, `prompt` or `seed`. */
+/** Copy a recipe into the form: `what` is `all`, `prompt` or `seed`. */
 export function use(recipe, what = "all") {
   const text = (value) => (value === null || value === undefined ? "" : String(value));
   batch(() => {

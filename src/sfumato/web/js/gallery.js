@@ -1,4 +1,4 @@
-// What this server made: pages of it, newest first, and what one does with one or several of them.
+// This server's pictures: pages, newest first, and actions on one or several of them.
 import { batch, effect, signal } from "./lib.js";
 import { get, patch, picture, remove } from "./api.js";
 import { ended } from "./drawings.js";
@@ -8,21 +8,21 @@ const LOOK_MS = 15000;
 
 export const filter = { words: signal(""), model: signal(""), starred: signal(false) };
 export const items = signal([]);
-export const total = signal(null); // of all that match
-export const fresh = signal(0); // made since the list was read
+export const total = signal(null); // number of matching pictures
+export const fresh = signal(0); // pictures made since the list was loaded
 export const busy = signal(false);
 export const trouble = signal("");
 export const selected = signal(new Set()); // names
 export const more = signal(null); // where the next page begins, or null
 
-let asked = 0; // numbers the questions: a late answer to an old one is dropped
+let asked = 0; // numbers the requests: late responses to older ones are dropped
 
 const query = (extra) => {
   const given = { q: filter.words.value, model: filter.model.value, starred: filter.starred.value || "", ...extra };
   return new URLSearchParams(Object.entries(given).filter(([, value]) => value !== "" && value !== null));
 };
 
-/** Read the list anew. */
+/** Reload the list. */
 export async function load() {
   const mine = (asked += 1);
   busy.value = true;
@@ -44,7 +44,7 @@ export async function load() {
   }
 }
 
-/** Read the following page, if there is one. */
+/** Load the next page, if there is one. */
 export async function loadMore() {
   if (busy.value || !more.value) return;
   const mine = (asked += 1);
@@ -63,7 +63,7 @@ export async function loadMore() {
   }
 }
 
-/** Count what is new; the list itself stays as it is until somebody asks. */
+/** Count new pictures; the list does not change until the user asks. */
 async function look() {
   if (location.hash !== "#gallery" || document.hidden || busy.value || total.value === null) return;
   const page = await get(`v1/images/gallery?${query({ limit: 1 })}`).catch(() => null);
@@ -96,7 +96,7 @@ export async function erase(names) {
   try {
     for (const name of names) {
       await remove(`v1/images/gallery/${name}`).catch((error) => {
-        if (error.code !== "picture_not_found") throw error; // else it was gone already
+        if (error.code !== "picture_not_found") throw error; // else it was deleted already
       });
       gone.add(name);
     }

@@ -1,4 +1,4 @@
-// The gallery as one sees it: a search, a grid that goes on, and keys for all of it.
+// The gallery's view: a search, an endless grid, and keyboard control.
 import { html, live, nothing, ref, repeat } from "./lib.js";
 import { picture, thumbnail } from "./api.js";
 import { check, choice, failure } from "./controls.js";
@@ -9,7 +9,7 @@ import { models } from "./models.js";
 import { many, short } from "./words.js";
 import { open, sure } from "./viewer.js";
 
-const SMALL = 320 * 320; // pixels; what is smaller is shown as it is
+const SMALL = 320 * 320; // pixels; smaller pictures are shown unscaled
 
 let current = 0; // the tile that Tab leads to
 
@@ -77,7 +77,7 @@ function go(list, from, to, extending) {
   next.focus();
 }
 
-// When the end of the list comes near, the following page is read.
+// Near the end of the list, the next page is loaded.
 let seen = null;
 const sentinel = (element) => {
   seen?.disconnect();
@@ -100,7 +100,7 @@ const filtered = () => filter.words.value || filter.model.value || filter.starre
 
 const nothingThere = () => html`<div class="welcome">
   <h2>${filtered() ? "Nothing like that" : "Nothing here yet"}</h2>
-  <p>${filtered() ? "No picture matches. Try fewer words, or another filter." : "Every picture that is made here is kept, with all that made it."}</p>
+  <p>${filtered() ? "No picture matches. Try fewer words, or another filter." : "Every picture made here is kept, with its recipe."}</p>
   ${filtered() ? nothing : html`<a class="button" href="#make">Go and draw one</a>`}
 </div>`;
 

@@ -1,12 +1,12 @@
-// Prompts that were drawn, to go back to and forward again.
+// Earlier prompts, to go back and forward.
 import { computed, signal } from "./lib.js";
 import { kept } from "./kept.js";
 import { form, set } from "./form.js";
 
 const MOST = 100;
 
-const prompts = kept("prompts", []); // the newest last
-const at = signal(null); // index into them while one of them is looked at; null at the present
+const prompts = kept("prompts", []); // newest last
+const at = signal(null); // index of the prompt shown; null: the current one
 let present = "";
 
 export const past = computed(() => {
@@ -14,7 +14,7 @@ export const past = computed(() => {
   return { back: earlier(index) >= 0, forward: at.value !== null };
 });
 
-// The last before `index` that says something else than the field does.
+// The last one before `index` that differs from the field.
 function earlier(index) {
   let found = index - 1;
   while (found >= 0 && prompts.value[found] === form.prompt.value) found -= 1;

@@ -1,4 +1,4 @@
-// Small drawings for buttons; each button also has a name in words.
+// Icons for buttons; each button also has a text label.
 import { html, svg } from "./lib.js";
 
 const PATHS = {

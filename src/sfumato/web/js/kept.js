@@ -1,11 +1,11 @@
-// What outlives a reload: in localStorage for good, in sessionStorage for this tab.
+// State that survives a reload: in localStorage permanently, in sessionStorage for this tab.
 import { effect, signal } from "./lib.js";
 
 const read = (storage, name) => {
   try {
     return JSON.parse(storage.getItem(`sfumato.${name}`));
   } catch {
-    return null; // somebody else's, or storage is off
+    return null; // not ours, or storage is off
   }
 };
 
@@ -17,7 +17,7 @@ const write = (storage, name, value) => {
   }
 };
 
-/** A signal that starts with what was kept under `name` and is kept whenever it changes. */
+/** A signal that starts with the value stored under `name` and is stored whenever it changes. */
 export function kept(name, initial, storage = localStorage) {
   const found = read(storage, name);
   const one = signal(typeof found === typeof initial && found !== null ? found : initial);

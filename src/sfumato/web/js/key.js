@@ -1,4 +1,4 @@
-// The API key: asked for when the server wants one, kept in this browser.
+// The API key: asked for when the server requires one, stored in this browser.
 import { html, nothing, signal } from "./lib.js";
 import { modal } from "./controls.js";
 import { kept } from "./kept.js";
@@ -7,7 +7,7 @@ export const key = kept("key", "");
 
 const asking = signal(null); // { promise, resolve, wrong } while the question is open
 
-/** Resolves once there is another key than `used`. */
+/** Resolves once there is a key other than `used`. */
 export function askForKey(used) {
   if (key.value !== used) return Promise.resolve();
   if (asking.value) return asking.value.promise;
@@ -30,7 +30,7 @@ export const keyDialog = () =>
     ? html`<dialog class="dialog" aria-labelledby="key-title" ${modal()} @cancel=${(event) => event.preventDefault()}>
         <form @submit=${answer}>
           <h2 id="key-title">This server asks for a key</h2>
-          <p>${asking.value.wrong ? "That key is not valid here. " : ""}Whoever runs the server gives keys out. It stays in this browser.</p>
+          <p>${asking.value.wrong ? "That key is not valid. " : ""}Get one from the server's operator. It stays in this browser.</p>
           <label for="key">API key</label>
           <input id="key" name="key" type="password" autocomplete="current-password" required autofocus>
           <div class="actions"><button class="primary">Go on</button></div>

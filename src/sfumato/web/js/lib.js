@@ -1,4 +1,4 @@
-// What the page is built on: lit-html draws it, signals say when. Both are vendored as they come from npm.
+// The page's libraries: lit-html renders it, signals trigger the rendering. Both are vendored unchanged from npm.
 export { html, svg, nothing, render } from "../vendor/lit-html/lit-html.js";
 export { live } from "../vendor/lit-html/directives/live.js";
 export { repeat } from "../vendor/lit-html/directives/repeat.js";

@@ -1,4 +1,4 @@
-// The page: a tab for each thing one does here, drawn anew whenever a signal changes.
+// The page: one tab per task, rendered again whenever a signal changes.
 import { effect, html, nothing, render, signal, untracked } from "./lib.js";
 import { compareView } from "./compare.js";
 import { banner, online } from "./connection.js";
@@ -60,7 +60,7 @@ async function start() {
   }
 }
 
-// A picture that is dropped or pasted is a source on Rework, and elsewhere read for its recipe.
+// A dropped or pasted picture becomes the source on Rework; elsewhere its recipe is read.
 function arrived(event, transfer) {
   const file = fileOf(transfer);
   if (!file) return;
@@ -82,4 +82,4 @@ restore();
 const root = document.getElementById("studio");
 root.replaceChildren();
 effect(() => render(page(), root));
-effect(() => void (online.value && untracked(start))); // at first, and whenever the server has come back
+effect(() => void (online.value && untracked(start))); // at the start, and whenever the server is back

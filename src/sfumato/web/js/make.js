@@ -1,4 +1,4 @@
-// Make: words in, pictures out.
+// Make: pictures from a prompt.
 import { html, nothing } from "./lib.js";
 import { cancel, cancelAll, draw, drawings, running } from "./drawings.js";
 import { promptFields, settingFields } from "./fields.js";
@@ -23,7 +23,7 @@ export function drawNow() {
   draw("v1/images/generations", request());
 }
 
-/** Draw, Cancel and, with several at work, Cancel all; below Make's fields and Rework's. */
+/** Draw, Cancel and, with several running, Cancel all; below the fields of Make and Rework. */
 export function drawButtons(start) {
   const now = looked()?.drawing;
   const target = now?.live ? now : running.value.at(-1);
@@ -47,7 +47,7 @@ const welcome = () => html`
     ${model.value?.id === EMBEDDED
       ? html`<p>The built-in model draws small things on plain backgrounds. Try one of these, or write your own.</p>
           <ul class="examples">${EXAMPLES.map((each) => html`<li><button type="button" @click=${() => example(each)}>${each}</button></li>`)}</ul>`
-      : html`<p>Say it in the prompt, and press Ctrl + Enter.</p>`}
+      : html`<p>Describe it in the prompt, and press Ctrl + Enter.</p>`}
   </div>`;
 
 export const make = () => html`

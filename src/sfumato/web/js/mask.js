@@ -1,4 +1,4 @@
-// The mask as a list of what was done to it: undoing is doing all but the last again.
+// The mask as a list of edits: undo repeats all but the last one.
 import { signal } from "./lib.js";
 
 export const brush = { size: signal(24), erase: signal(false) };
@@ -7,10 +7,10 @@ export const deeds = signal([]); // strokes and inversions, oldest first
 const PAINT = "#c2410c";
 let canvas = null;
 
-// Read again when it is sent, so it may as well stay in main memory.
+// It is read back when it is sent, so it can stay in main memory.
 const penOf = () => canvas.getContext("2d", { willReadFrequently: true });
 
-/** Draw on this canvas from now on; its size is the picture's. */
+/** Draw on this canvas from now on; it has the picture's size. */
 export function on(element) {
   if (canvas === element) return;
   canvas = element;
@@ -39,7 +39,7 @@ function perform(deed, from = 0) {
     pen.globalCompositeOperation = deed.erase ? "destination-out" : "source-over";
     pen.lineWidth = deed.size;
     pen.lineCap = "round";
-    // One piece after the other, so that it looks the same when it is done again.
+    // Segment by segment, so that it looks the same when repeated.
     deed.points.forEach((point, index) => index >= from && piece(pen, deed, index, point));
   }
   pen.restore();

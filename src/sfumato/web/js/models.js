@@ -1,4 +1,4 @@
-// The models, and what the chosen one takes: fields that mean nothing to it are not shown.
+// The models, and what the selected one supports: other fields are hidden.
 import { computed, signal } from "./lib.js";
 import { get } from "./api.js";
 import { kept } from "./kept.js";
@@ -16,22 +16,22 @@ export const about = computed(() => model.value?.sfumato ?? null);
 export const defaults = computed(() => about.value?.defaults ?? {});
 export const limits = computed(() => about.value?.limits ?? {});
 
-/** Whether the chosen model does one of text-to-image, image-to-image, inpainting; unknown until it was loaded once. */
+/** Whether the selected model supports text-to-image, image-to-image or inpainting; unknown until it was loaded once. */
 export const does = (task) => about.value?.tasks?.includes(task) ?? true;
 
-// Our field → what model files call it in `enable_parameters`.
+// Our field → its name in `enable_parameters` of model files.
 const ENABLED = { negative: "negative_prompt", steps: "num_inference_steps", clip_skip: "clip_skip" };
 
-/** Whether a request to the chosen model may carry this field. */
+/** Whether a request to the selected model may have this field. */
 export function takes(field) {
   const { enable_parameters: enabled, status } = about.value ?? {};
   const named = ENABLED[field];
   if (named && enabled && !enabled.includes(named)) return false;
-  // Of a model in memory all is known: no default means that its pipeline has no such number.
+  // A model in memory is fully known: no default means that its pipeline has no such parameter.
   return status !== "ready" || !["steps", "guidance_scale"].includes(field) || defaults.value[field] !== null;
 }
 
-/** The first model that enlarges, and how many times; null when there is none. */
+/** The first upscaling model and its factor; null if there is none. */
 export const upscaler = computed(() => {
   const found = models.value.find(
     ({ sfumato }) => sfumato.tasks?.includes("upscaling") || /Upscale|SuperResolution/.test(sfumato.pipeline ?? ""),

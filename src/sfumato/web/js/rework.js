@@ -1,4 +1,4 @@
-// Rework: a picture in, and another one out: all of it, or where a mask is painted.
+// Rework: redraw a picture, completely or where a mask is painted.
 import { html, nothing, signal } from "./lib.js";
 import { check, choice, failure, number, range } from "./controls.js";
 import { draw } from "./drawings.js";
@@ -13,14 +13,14 @@ import { defaults, does, limits, model, upscaler } from "./models.js";
 import { drop, fetched, rework, source, strength, take, trouble } from "./source.js";
 import { chosen, download, looked, stage } from "./stage.js";
 
-const masked = kept("masked", false); // the masked area only
+const masked = kept("masked", false); // masked area only
 const padding = kept("padding", "32");
-const drawnAt = signal(null); // as WIDTHxHEIGHT; null: as is best for the source
+const drawnAt = signal(null); // WIDTHxHEIGHT; null: the best size for the source
 
 const SUBTLE = 0.35;
 const STRONG = 0.7;
 
-/** The source's proportions at about as many pixels as the model draws by itself. */
+/** The source's aspect ratio at about the model's default number of pixels. */
 function modelSize() {
   const [wide, high] = (defaults.value.size ?? "x").split("x").map(Number);
   if (!wide || !high) return "";
@@ -30,7 +30,7 @@ function modelSize() {
   return `${near(source.value.width)}x${near(source.value.height)}`;
 }
 
-/** A photo of many megapixels is drawn at the model's size, unless somebody says otherwise. */
+/** A photo of many megapixels is drawn at the model's size, unless the user changes it. */
 function bestSize() {
   const [wide, high] = (defaults.value.size ?? "x").split("x").map(Number);
   const pixels = source.value.width * source.value.height;
@@ -70,7 +70,7 @@ async function enlarge(picture, drawing) {
   draw("v1/images/upscale", { ...upscaler.value, prompt: drawing.request.prompt ?? "" }, { sources: { image } });
 }
 
-/** What one does with a finished picture; below the stage of Make and of Rework. */
+/** Actions on a finished picture; below the stage of Make and of Rework. */
 export const resultActions = (picture, drawing) => html`
   ${download(picture)}
   <button type="button" title="Use it as the source (R)" @click=${() => rework(picture, drawing)}>Rework it</button>
@@ -131,9 +131,9 @@ export const reworkView = () => html`
       ${trouble.value ? failure(trouble.value) : nothing}
       ${source.value ? html`${easelView()}${tools()}
         <div class="actions">${chooser("Another picture")}<button @click=${another}>Put it away</button></div>
-        <p class="hint">${does("inpainting") ? "Paint where it is to be redrawn; without a mask all of it is." : `${model.value?.id} does not paint inside masks.`}</p>`
+        <p class="hint">${does("inpainting") ? "Paint the area to redraw; without a mask everything is redrawn." : `${model.value?.id} does not support masks.`}</p>`
         : dropPlace()}
     </section>
-    ${stage({ actions: resultActions, empty: html`<p class="quiet">The new picture comes here.</p>` })}
+    ${stage({ actions: resultActions, empty: html`<p class="quiet">The new picture appears here.</p>` })}
     <section class="settings" aria-label="Settings">${settingFields({ sized: false, before: sourceFields() })}</section>
   </main>`;

@@ -1,4 +1,4 @@
-// The server: which models are where, what memory they take, who waits, and how much is drawn.
+// The server: models, memory, the queue and throughput.
 import { html, nothing, signal } from "./lib.js";
 import { get, post } from "./api.js";
 import { failure } from "./controls.js";
@@ -9,9 +9,9 @@ import { bytes, duration, many, short } from "./words.js";
 const EVERY_MS = 2000;
 
 const state = signal(null);
-const line = signal([]); // the caller's own requests; without keys everybody's
+const line = signal([]); // the caller's own requests; without keys all requests
 const trouble = signal("");
-const busy = signal(""); // the model that something is being done with
+const busy = signal(""); // the model with an operation in progress
 
 export async function look() {
   try {
@@ -51,7 +51,7 @@ const modelRow = (model) => {
       ${there
         ? html`<button ?disabled=${still} aria-label="Unload ${model.id}" @click=${() => act("unload", model.id)}>Unload</button>`
         : html`<button ?disabled=${still} aria-label="Load ${model.id}" @click=${() => act("load", model.id)}>Load</button>`}
-      <button aria-pressed=${String(model.pinned)} aria-label="Pin ${model.id}" title="A pinned model stays in memory while others leave"
+      <button aria-pressed=${String(model.pinned)} aria-label="Pin ${model.id}" title="A pinned model stays in memory when others need room"
         @click=${() => act("pin", model.id, { pinned: !model.pinned })}>${model.pinned ? "Pinned" : "Pin"}</button>
     </div>
   </li>`;
@@ -82,8 +82,8 @@ function panel({ models, memory, line: all, history, mean_batch: mean, pictures,
       ${plot(history, "mean_batch", "Mean batch")}</section>
     <section class="card" aria-labelledby="s-models"><h2 id="s-models">Models</h2><ul class="rows">${models.map(modelRow)}</ul></section>
     <section class="card" aria-labelledby="s-line"><h2 id="s-line">Line</h2>
-      ${line.value.length ? html`<ul class="rows">${line.value.map(lineRow)}</ul>` : html`<p class="quiet">Nothing of yours waits or draws.</p>`}
-      ${hidden > 0 ? html`<p class="quiet">${many(hidden, "picture")} of others; what they are is theirs.</p>` : nothing}</section>
+      ${line.value.length ? html`<ul class="rows">${line.value.map(lineRow)}</ul>` : html`<p class="quiet">You have no queued or running requests.</p>`}
+      ${hidden > 0 ? html`<p class="quiet">${many(hidden, "picture")} of other callers.</p>` : nothing}</section>
     <p class="hint">Sfumato ${version} · <a href="docs">API</a></p>`;
 }
 

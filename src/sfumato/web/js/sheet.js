@@ -1,6 +1,6 @@
-// A grid as one labelled picture to keep.
+// A grid as one labelled picture to download.
 const GAP = 12;
-const MOST = 8192; // pixels a side; browsers refuse much larger ones
+const MOST = 8192; // pixels per side; browsers refuse much larger ones
 
 const loaded = (src) =>
   new Promise((resolve) => {

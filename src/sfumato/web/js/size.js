@@ -1,4 +1,4 @@
-// Width and height: shapes of about as many pixels as the model's own size, or any multiple that it draws.
+// Width and height: shapes with about as many pixels as the model's own size, or any multiple it supports.
 import { batch, html } from "./lib.js";
 import { choice, number, tool } from "./controls.js";
 import { form, problemOf, set } from "./form.js";

@@ -1,4 +1,4 @@
-// The picture that Rework begins with: dropped, pasted, uploaded or sent back from a result. Always upright.
+// The source picture of Rework: dropped, pasted, uploaded or taken from a result. Always upright.
 import { batch, signal } from "./lib.js";
 import { Failure } from "./api.js";
 import { use } from "./form.js";
@@ -20,7 +20,7 @@ export async function take(file) {
     if (source.value) URL.revokeObjectURL(source.value.src);
     source.value = { blob, src: URL.createObjectURL(blob), width: bitmap.width, height: bitmap.height };
   } catch {
-    trouble.value = `${file.name || "That"} is no picture that this browser can read. Try a PNG, JPEG or WebP.`;
+    trouble.value = `${file.name || "That"} cannot be read as a picture by this browser. Try a PNG, JPEG or WebP.`;
   }
 }
 

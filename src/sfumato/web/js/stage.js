@@ -1,4 +1,4 @@
-// The picture as it comes, large; below it the pictures of this tab. Shown by Make and by Rework.
+// The current picture, large; below it the pictures of this tab. Used by Make and Rework.
 import { html, nothing, repeat, signal } from "./lib.js";
 import { online } from "./connection.js";
 import { failure } from "./controls.js";

@@ -1,4 +1,4 @@
-// Light or dark: as the system has it, until somebody says otherwise.
+// Light or dark: the system's setting, unless the user changes it.
 import { effect, html } from "./lib.js";
 import { kept } from "./kept.js";
 import { icon } from "./icons.js";

@@ -1,5 +1,5 @@
-// What is compared: a parameter, and its values out of one line of text.
-const MOST = 100; // values of one side
+// The axes of a comparison: a parameter, and its values parsed from one line of text.
+const MOST = 100; // maximum values per axis
 
 const numbers = (text) =>
   text.split(",").flatMap((part) => {
@@ -24,7 +24,7 @@ export function expanded(prompt) {
 /** The first way to say it, for where variants are not what is compared. */
 export const plain = (prompt) => expanded(prompt)[0];
 
-// Field of a request → its name here, how its values are read, and an example.
+// Field of a request → its label, how its values are parsed, and an example.
 export const AXES = {
   "": { label: "Nothing" },
   steps: { label: "Steps", read: numbers, example: "5, 10, 20" },

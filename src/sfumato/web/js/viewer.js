@@ -1,4 +1,4 @@
-// One picture, large, with everything that made it; and the question before something is deleted.
+// One picture, large, with its recipe; and the confirmation before deleting.
 import { html, nothing, signal } from "./lib.js";
 import { picture } from "./api.js";
 import { modal, tool } from "./controls.js";
@@ -9,7 +9,7 @@ import { many, moment, short } from "./words.js";
 
 /** `{ name }` of the gallery's, or `{ src, recipe, source, warnings }` of a file; null while none is open. */
 export const opened = signal(null);
-const doomed = signal(null); // names that somebody may want to delete
+const doomed = signal(null); // names waiting for confirmation
 
 export const open = (one) => (opened.value = one);
 export const sure = (names) => (doomed.value = names);
@@ -95,7 +95,7 @@ export function viewer() {
         </div>
         ${one.warnings?.length ? html`<ul class="warnings">${one.warnings.map((each) => html`<li>${each}</li>`)}</ul>` : nothing}
         ${recipeList(recipe, [["Made", one.created && moment(one.created)], ["File", one.name]])}`
-        : html`<p class="quiet">This file says nothing of how it was made.</p>`}
+        : html`<p class="quiet">This file contains no recipe.</p>`}
     </div>
     ${doomed.value ? question() : nothing}
   </dialog>`;
@@ -112,7 +112,7 @@ async function destroy() {
 const question = () => html`<dialog class="dialog" aria-labelledby="sure" ${modal()} @close=${() => (doomed.value = null)}>
   <div class="stack">
     <h2 id="sure">Delete ${many(doomed.value.length, "picture")}?</h2>
-    <p>The files go with it. This cannot be undone.</p>
+    <p>The files are deleted too. This cannot be undone.</p>
     <div class="actions"><button class="bad" @click=${destroy}>Delete</button><button autofocus @click=${() => (doomed.value = null)}>Keep</button></div>
   </div>
 </dialog>`;

@@ -1,4 +1,4 @@
-// Numbers as people say them.
+// Numbers formatted for people.
 export const duration = (seconds) => {
   if (seconds < 1) return "a moment";
   if (seconds < 90) return `${Math.round(seconds)} s`;
