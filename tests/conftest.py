@@ -84,6 +84,24 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
 
 
+@pytest.fixture
+def here(hub: Hub, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """The shared hub, asked by this process, with an empty cache."""
+    from support.here import use  # it brings torch
+
+    use(hub, tmp_path_factory.mktemp("cache"), monkeypatch)
+    return hub
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Stable Diffusion 1 as one file in the original layout, which the hub's stable-diffusion-v1-5 describes."""
+    from support import tiny
+    from support.tiny_checkpoint import single_file
+
+    return single_file(tiny.stable_diffusion(), tmp_path_factory.mktemp("checkpoint") / "model.safetensors")
+
+
 @pytest.fixture(autouse=True)
 def proofs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test learns from another what may be batched, or from whoever runs them."""

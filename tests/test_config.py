@@ -255,7 +255,7 @@ BAD_KEYS: list[tuple[str, str, str]] = [
     ("quality_steps: 40", "quality_steps", "{low: 10, high: 40}"),
     ("dtype: int8", "dtype", "is not one of"),
     ("options: a:b", "options", "needs a list"),
-    ("options: [a]", "options", '"key:value"'),
+    ("options: ['a b:c']", "options", '"key:value"'),
     ("options: ['torch_dtype:int4']", "options", "torch_dtype is not one of"),
     ("lora_adapters: [a, b]\nlora_scales: [1]", "lora_scales", "1 scales for 2 lora_adapters"),
     ("main_gpu: best", "main_gpu", "number of a GPU"),

@@ -253,7 +253,7 @@ def test_every_choice_can_be_parsed_from_its_name() -> None:
         ("k_euler", "beta", "names the schedule 'karras'"),
         ("euler_a", "karras", "it supports: sgm_uniform. Schedulers that support 'karras': heun"),
         ("lcm", "beta", "it supports: none"),
-        ("k_ddim", None, "'ddim' does not support the schedule 'karras'"),
+        ("ddim", "karras", "'ddim' does not support the schedule 'karras'"),
     ],
 )
 def test_what_cannot_be_parsed(name: str, schedule: str | None, words: str) -> None:

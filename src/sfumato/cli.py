@@ -134,7 +134,7 @@ def list_models(models: Models = None) -> None:
         table.add_row(
             config.name,
             ", ".join(config.aliases),
-            config.model,
+            config.shown,
             config.pipeline_type or "as the repository says",
             config.sampling.scheduler or "the model's own",
         )

@@ -4,9 +4,9 @@ A name is a solver, optionally followed by a schedule: how the noise levels are 
 
     euler   k_euler   euler_beta   dpmpp_2m_sgm_uniform        "euler", schedule="karras"
 
-The prefix `k_` means Karras, by convention; `k_euler`, `euler_karras` and `euler` with
-`schedule="karras"` are the same choice. `sgm_uniform` is diffusers' `timestep_spacing="trailing"`.
-Whether one fits a given model is decided in `sfumato.pipelines.request_scheduler`, which has the model.
+`k_` in front is Karras where the solver takes it, as the names came to be written; `k_euler`, `euler_karras` and
+`euler` with `schedule="karras"` are the same choice. `sgm_uniform` is diffusers' `timestep_spacing="trailing"`.
+Which of them fits a given model is for `sfumato.pipelines.request_scheduler` to say: that takes the model.
 """
 
 from __future__ import annotations
@@ -227,7 +227,8 @@ def _split(name: str) -> tuple[str, str | None]:
     if plain in SOLVERS:
         return plain, None
     if plain.startswith("k_") and plain[2:] in SOLVERS:
-        return plain[2:], "karras"
+        # LocalAI's rule: Karras where the class has it, else the plain solver.
+        return plain[2:], "karras" if "karras" in SOLVERS[plain[2:]].noise.schedules else None
     for schedule in SCHEDULES:
         base = plain.removesuffix(f"_{schedule}")
         if base != plain and base in SOLVERS:

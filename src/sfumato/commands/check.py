@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sfumato.config import Broken, ModelConfig, ParsedFile, Redirect, Skipped
+from sfumato.config import Broken, ModelConfig, ParsedFile, Redirect, Skipped, addresses
 from sfumato.errors import SfumatoError
-from sfumato.models import sources
+from sfumato.models import gguf, pipeline_class, sources, static_capabilities
 from sfumato.sampling import PARAMETERS
 from sfumato.serving.catalog import Catalog
 
@@ -67,6 +67,9 @@ def _model(config: ModelConfig, complaints: tuple[str, ...]) -> FileReport:
     problems = list(complaints)
     try:
         facts += _source(config)
+        pipeline_class.choose(config, static_capabilities.index_of(config))
+        if gguf.is_one(config):
+            gguf.base(config)
     except SfumatoError as error:
         problems.append(error.message)
     facts += [(word, fact) for word, fact in _rules(config) if fact]
@@ -82,10 +85,13 @@ def _source(config: ModelConfig) -> Iterator[tuple[str, str]]:
             yield "weights", f"{repo}{f'@{revision}' if revision else ''} from the hub, {state}"
             yield "pipeline", config.pipeline_type or "as the repository says"
         case sources.Url(url):
-            yield "weights", f"{url}, kept beside the model file"
+            yield "weights", f"{addresses.shown(url)}, kept beside the model file"
             yield "pipeline", config.pipeline_type or "as the weights say"
         case sources.Folder(path):
-            yield "weights", f"folder {path}"
+            yield (
+                "weights",
+                f"{config.repo}@{config.revision} in {path}, fetched by LocalAI" if config.repo else f"folder {path}",
+            )
             yield "pipeline", config.pipeline_type or _class_name(path)
         case sources.File(path):
             size = f"{path.stat().st_size / 1e6:,.0f} MB" if path.exists() else "not here yet; download_files lists it"
@@ -125,7 +131,7 @@ def _rules(config: ModelConfig) -> Iterator[tuple[str, str]]:
     yield "device", _DEVICES[config.cuda] + gpu + offload
     yield "dtype", config.dtype or f"{half}bf16 if the device supports it, else fp32"
     yield "scheduler", config.sampling.scheduler or "the model's own"
-    yield "adapters", ", ".join(f"{adapter.source} × {adapter.scale:g}" for adapter in config.adapters)
+    yield "adapters", ", ".join(f"{addresses.shown(adapter.source)} × {adapter.scale:g}" for adapter in config.adapters)
     yield "defaults", ", ".join(f"{word} {value}" for word, value in _defaults(config) if value is not None)
     yield "options", ", ".join(f"{key}={value!r}" for key, value in config.options.items())
     enabled = ", ".join(sorted(config.enable_parameters))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,21 @@ class Document:
     values: Mapping[str, Any]
     lines: Mapping[str, int]
     """`step`, `diffusers.cuda` -> line number from 1."""
+    texts: Mapping[str, str] = field(default_factory=dict)
+    """The same -> a value as it is written: `3.50` and `no` can be names."""
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     """Limits the nesting depth; PyYAML itself would recurse until Python's stack overflows."""
 
     _depth = 0
+
+    def scan_to_next_token(self) -> None:
+        """Also over tabs behind a word, as other readers of YAML have it; a tab that indents stays an error."""
+        super().scan_to_next_token()
+        while self.peek() == "\t" and self.buffer[self.pointer - self.column : self.pointer].strip():
+            self.forward()
+            super().scan_to_next_token()
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self._depth > MAX_DEPTH:
@@ -98,17 +107,18 @@ def _document(value: Any, node: yaml.Node, file: Path) -> Document:
     for key in value:
         if not isinstance(key, str):
             raise ModelFileError(f"{file}: the key {shown(key)} is not text; put quotes around it")
-    return Document(value, _lines(node, depth=2))
+    pairs = list(_pairs(node, depth=2))
+    lines = {path: key.start_mark.line + 1 for path, key, _ in pairs}
+    return Document(value, lines, {path: value.value for path, _, value in pairs if isinstance(value, yaml.ScalarNode)})
 
 
-def _lines(node: yaml.Node, depth: int, prefix: str = "") -> dict[str, int]:
-    lines: dict[str, int] = {}
+def _pairs(node: yaml.Node, depth: int, prefix: str = "") -> Iterator[tuple[str, yaml.Node, yaml.Node]]:
+    """Dotted path, key and value of a mapping and those in it."""
     if depth and isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             path = f"{prefix}{key.value}"
-            lines[path] = key.start_mark.line + 1
-            lines |= _lines(value, depth - 1, f"{path}.")
-    return lines
+            yield path, key, value
+            yield from _pairs(value, depth - 1, f"{path}.")
 
 
 def _check_extent(root: yaml.Node, file: Path) -> None:

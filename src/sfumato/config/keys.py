@@ -69,11 +69,23 @@ KEYS: tuple[Key, ...] = (
             "Hub id (`owner/name`, `owner/name@revision`), folder, `.safetensors`, `.gguf`, http(s) URL or "
             "`huggingface://owner/name[/file]`. A path is relative to the model file.",
         ),
-        ("artifacts", "artifacts", read.artifacts, "LocalAI's managed repository: `source.repo` and `revision`."),
-        ("download_files", "downloads", read.downloads, "Downloaded beside the file: `uri`, `filename`, `sha256`."),
+        (
+            "artifacts", "artifacts", read.artifacts,
+            "LocalAI's managed repository: `source.repo` and `revision`. With `resolved`, the pinned commit; what "
+            "LocalAI has fetched of it under `.artifacts` is used as it lies there.",
+        ),
+        ("download_files", "downloads", read.downloads, "Fetched beside the file first: `uri`, `filename`, `sha256`."),
         ("revision", "revision", read.string, "Branch, tag or commit of the hub repository."),
-        ("variant", "variant", read.string, "Variant of the weight files, e.g. `fp16`. Absent: chosen by dtype."),
-        ("allow_pickle", "allow_pickle", read.flag, "Allow `.ckpt`, `.bin` and `.pt`, which can run arbitrary code."),
+        ("variant", "variant", read.string, "Variant of the weight files, e.g. `fp16`. Absent: what fits the dtype."),
+        ("allow_pickle", "allow_pickle", read.flag, "Load `.ckpt`, `.bin` and `.pt`, which can run any code."),
+        (
+            "diffusers.original_config_file", "original_config", read.string,
+            "The YAML that a single file was trained with: path or URL. Absent: told from its weights.",
+        ),
+        (
+            "diffusers.base_model", "base_model", read.string,
+            "Where a `.gguf`, which holds a denoiser alone, takes all else from: hub id or folder.",
+        ),
     ),
     *_group(
         "Pipeline",
@@ -81,15 +93,36 @@ KEYS: tuple[Key, ...] = (
         ("diffusers.img2img", "img2img", read.flag, "Use the image-to-image class and accept source pictures."),
         ("diffusers.control_net", "control_net", read.string, "ControlNet: folder or hub id."),
         ("diffusers.clip_model", "clip_model", read.string, "Another CLIP text encoder: folder or hub id."),
-        ("diffusers.clip_subfolder", "clip_subfolder", read.string, "Subfolder of the text encoder in `clip_model`."),
+        ("diffusers.clip_subfolder", "clip_subfolder", read.string, "Where in it the text encoder stands."),
+        ("vae", "vae", read.string, "Another VAE: `.safetensors` file, folder, hub id or URL."),
+        ("sd_vae", "vae", read.string, "As `vae`, AUTOMATIC1111's word; `None` and `Automatic` are the model's own."),
+        ("diffusers.vae", "vae", read.string, "As `vae`, and wins over it."),
+        (
+            "diffusers.prediction_type", "prediction_type", read.prediction_type,
+            "What it predicts: `epsilon`, `v_prediction`, `sample`. Absent: as repository or single file say.",
+        ),
+        (
+            "diffusers.rescale_betas_zero_snr", "rescale_betas_zero_snr", read.flag,
+            "Whether it was trained with zero terminal SNR. Absent: as repository or single file say.",
+        ),
+        (
+            "diffusers.timestep_spacing", "timestep_spacing", read.timestep_spacing,
+            "How steps are spaced: `leading`, `trailing`, `linspace`. Absent: as repository or single file say.",
+        ),
         ("diffusers.preview_vae", "preview_vae", read.string, "A tiny autoencoder for previews: folder or hub id."),
     ),
     *_group(
         "Adapters",
-        ("lora_adapter", "lora_adapter", read.string, "A LoRA: file beside the model file, or hub id."),
-        ("lora_scale", "lora_scale", read.number(-100, 100), "Weight of the LoRA. Absent: 1."),
+        (
+            "lora_adapter", "lora_adapter", read.string,
+            "A LoRA: file beside the model file, hub id, `owner/name/file.safetensors`, `huggingface://` or URL.",
+        ),
+        (
+            "lora_scale", "lora_scale", read.number(-100, 100),
+            "How strongly it acts, and each of `lora_adapters` without `lora_scales`. Absent: 1.",
+        ),
         ("lora_adapters", "lora_adapters", read.strings, "Several LoRAs."),
-        ("lora_scales", "lora_scales", read.numbers, "One weight for each of them. Absent: 1."),
+        ("lora_scales", "lora_scales", read.numbers, "One for each of them. Absent: `lora_scale`."),
     ),
     *(key for parameter in PARAMETERS for key in _of_sampling(parameter)),
     *_group(
@@ -110,8 +143,10 @@ KEYS: tuple[Key, ...] = (
         ),
         (
             "options", "options", read.options,
-            "List of `key:value`: arguments for every pipeline call. `torch_dtype:fp16` sets the dtype.",
+            "List of `key:value`: arguments of every pipeline call, where a request says nothing else. "
+            "`torch_dtype:fp16` sets the dtype.",
         ),
+        ("locked", "locked", read.locked, "Arguments that requests cannot change: names, or `true`: all of `options`."),
     ),
     *_group(
         "Device",
@@ -137,12 +172,32 @@ SECTIONS = ("parameters", "diffusers", "limits")
 REDIRECTS = ("failover", "router", "pipeline", "proxy", "mitm")
 """Without `parameters.model`, a file with one of these describes how LocalAI routes, not a model."""
 
+LANGUAGE = (
+    "template", "roles", "function", "embeddings", "reranking", "mmproj", "grammar", "stopwords", "system_prompt",
+    "chat_template_kwargs", "reasoning", "reasoning_effort", "mcp", "agent", "draft_model", "tts",
+)  # fmt: skip
+"""A file without a word of pictures that has one of these describes a model of language or speech."""
+
+PICTURES = ("diffusers", "step", "cfg_scale", "lora_adapters", "size", "strength", "quality_steps", "vae", "sd_vae")
+"""Words of pictures."""
+
+OWN = "x-"
+"""What people write for themselves begins so: for anchors, mostly."""
+
 _TEXT = "is for language models"
 _SAMPLING = "is about sampling text"
 _RUNNER = "is a switch of another backend"
 _SPEECH = "is for speech"
 _ROUTING = "configures LocalAI's routing"
 _PLACEMENT = "Sfumato places models itself"
+
+
+_SAMPLING_KEYS = (
+    "top_p top_k min_p temperature max_tokens echo ignore_eos repeat_penalty repeat_last_n n_keep frequency_penalty "
+    "presence_penalty tfz typical_p logprobs top_logprobs logit_bias rope_freq_base rope_freq_scale "
+    "negative_prompt_scale tokenizer use_fast_tokenizer encoding_format batch pooling"
+)
+"""LocalAI writes some of them into every file, at the top as well."""
 
 
 def _because(reason: str, keys: str, section: str = "") -> dict[str, str]:
@@ -162,7 +217,8 @@ IGNORED: Mapping[str, str] = MappingProxyType(
         **_because(_PLACEMENT, "concurrency_groups gpu_memory_utilization swap_space mmap mmlock numa gpu_layers"),
         **_because("a LoRA applies to the model of this file", "lora_base"),
         **_because("code from repositories is never run", "trust_remote_code"),
-        **_because("diffusers tells the architecture from the weights", "type diffusers.original_config_file"),
+        **_because("diffusers tells the architecture from the weights", "type"),
+        **_because("is for people and galleries", "license tags url urls icon icons files config_file"),
         **_because(_SPEECH, "tts"),
         **_because(_ROUTING, "failover router pipeline proxy mitm overrides pii pii_detection"),
         **_because(_RUNNER, "rms_norm_eps ngqa no_mulmatq draft_model n_draft enforce_eager max_model_len "
@@ -172,10 +228,9 @@ IGNORED: Mapping[str, str] = MappingProxyType(
                    "compression mcp agent system_prompt context_size reranking prompt_cache_path prompt_cache_all "
                    "prompt_cache_ro grammar stopwords cutstrings extract_regex trimspace trimsuffix mirostat "
                    "mirostat_eta mirostat_tau"),
-        **_because(_SAMPLING, "top_p top_k min_p temperature max_tokens echo ignore_eos repeat_penalty repeat_last_n "
-                   "n_keep frequency_penalty presence_penalty tfz typical_p logprobs top_logprobs logit_bias "
-                   "rope_freq_base rope_freq_scale negative_prompt_scale tokenizer encoding_format batch",
-                   "parameters."),
+        **_because(_TEXT, "mirostat mirostat_eta mirostat_tau", "parameters."),
+        **_because(_SAMPLING, _SAMPLING_KEYS),
+        **_because(_SAMPLING, f"{_SAMPLING_KEYS} stop", "parameters."),
         **_because(_SPEECH, "language translate", "parameters."),
     }
 )  # fmt: skip
@@ -183,6 +238,9 @@ IGNORED: Mapping[str, str] = MappingProxyType(
 
 IMG2IMG: Mapping[str, str] = MappingProxyType(
     {
+        "AutoPipelineForText2Image": "AutoPipelineForImage2Image",
+    }
+    | {
         f"{family}Pipeline": f"{family}Img2ImgPipeline"
         for family in ("StableDiffusion", "StableDiffusionXL", "StableDiffusion3", "Flux", "Kandinsky",
                        "KandinskyV22", "Kandinsky3", "QwenImage")

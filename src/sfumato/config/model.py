@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from sfumato.config import addresses
 from sfumato.config.scalar import Scalar, scalar
 from sfumato.sampling import PARAMETERS, Sampling
 
@@ -89,6 +90,12 @@ class ModelConfig:
     """Variant of the weight files in a repository: fp16, ema, ..."""
     downloads: tuple[Download, ...] = ()
     allow_pickle: bool = False
+    snapshot: str | None = None
+    """Path in `folder` of what LocalAI has fetched for the file's `artifacts`, at `revision`."""
+    original_config: str | None = None
+    """The YAML that a single file was trained with: a path or URL."""
+    base_model: str | None = None
+    """What a GGUF file, which holds a denoiser alone, takes all else from: hub id or folder."""
 
     pipeline_type: str | None = None
     img2img: bool = False
@@ -96,6 +103,12 @@ class ModelConfig:
     control_net: str | None = None
     clip_model: str | None = None
     clip_subfolder: str | None = None
+    vae: str | None = None
+    """Another VAE: file, folder, hub id or URL."""
+    prediction_type: str | None = None
+    rescale_betas_zero_snr: bool | None = None
+    timestep_spacing: str | None = None
+    """What the model was trained with, where neither its repository nor its single file says so."""
     preview_vae: str | None = None
     """A tiny autoencoder for previews."""
     adapters: tuple[Adapter, ...] = ()
@@ -109,6 +122,8 @@ class ModelConfig:
     option_lines: tuple[tuple[str, str], ...] = ()
     """`options` as written. Kept as text: 1, 1.0 and true are equal in Python but not the same."""
     enable_parameters: frozenset[str] = DEFAULTS["enable_parameters"]
+    locked: frozenset[str] = frozenset()
+    """Pipeline arguments that requests cannot change; `*`: all of `options`."""
 
     f16: bool = DEFAULTS["f16"]
     cuda: bool | None = DEFAULTS["cuda"]
@@ -132,6 +147,18 @@ class ModelConfig:
     def options(self) -> Mapping[str, Scalar]:
         """Extra arguments of the pipeline call; numbers are numbers and integers stay integers."""
         return MappingProxyType({key: scalar(text) for key, text in self.option_lines})
+
+    def locks(self, parameter: str) -> bool:
+        """Whether the file's value of this argument holds whatever a request says."""
+        return parameter in self.locked or ("*" in self.locked and parameter in self.options)
+
+    def __repr__(self) -> str:  # its URLs may carry secrets
+        return f"ModelConfig({self.name!r}, {self.shown!r})"
+
+    @property
+    def shown(self) -> str:
+        """`model` as people may see it: without what in a URL may be secret."""
+        return addresses.shown(self.model)
 
     def enables(self, parameter: str) -> bool:
         """Whether a request may set this argument of the pipeline call."""

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
+from urllib.parse import urlsplit
 
 from sfumato import schedulers
-from sfumato.config import readers
+from sfumato.config import addresses, readers
 from sfumato.config.document import Document, documents, read
-from sfumato.config.keys import IGNORED, IMG2IMG, KEYS, REDIRECTS, SECTIONS
+from sfumato.config.keys import IGNORED, IMG2IMG, KEYS, LANGUAGE, OWN, PICTURES, REDIRECTS, SECTIONS
 from sfumato.config.model import Adapter, ModelConfig
 from sfumato.errors import InvalidRequest, ModelFileError, did_you_mean
 from sfumato.sampling import nested
@@ -88,7 +89,7 @@ def load(file: Path) -> list[ModelConfig]:
 def named(model: str) -> ModelConfig:
     """A config for weights without a model file: a hub id, path or URL from the command line."""
     every = ModelConfig.enable_parameters | {"image"}
-    return ModelConfig(name=model, model=model, folder=Path.cwd(), enable_parameters=every)
+    return ModelConfig(name=addresses.shown(model), model=model, folder=Path.cwd(), enable_parameters=every)
 
 
 def _outcome(document: Document, file: Path, created: int, default_name: str | None) -> ParsedFile:
@@ -113,6 +114,25 @@ def _not_ours(values: Any) -> str | None:
     routes = [key for key in REDIRECTS if values.get(key)]
     if routes and not model and not values.get("artifacts"):
         return f"`{routes[0]}` without `parameters.model`: it configures LocalAI's routing, not a model"
+    if not backend and (mark := _of_language(values, model)):
+        return f"{mark}, and no word of pictures: not an image model. Write `backend: diffusers` if it is one"
+    return None
+
+
+def _of_language(values: Any, model: Any) -> str | None:
+    """What tells that a file without `backend` is for another of LocalAI's backends."""
+    uses = values.get("known_usecases")
+    words = [
+        str(use).lower().removeprefix("flag_") for use in (uses if isinstance(uses, list) else [uses] if uses else [])
+    ]
+    if any(word in ("image", "video", "any") for word in words) or any(key in values for key in PICTURES):
+        return None
+    if words:
+        return f"`known_usecases` are {', '.join(words[:5])}"
+    if marks := [key for key in LANGUAGE if values.get(key)]:
+        return f"it has `{marks[0]}`"
+    if isinstance(model, str) and urlsplit(model).path.lower().endswith(".gguf"):
+        return "it is a .gguf file"
     return None
 
 
@@ -140,9 +160,9 @@ def _parse(source: _Source, file: Path, created: int, default_name: str | None) 
     # 1. Reject unknown keys, with the nearest known one as a suggestion.
     given = dict(source.entries())
     for path in given:
-        if path not in _BY_PATH and path not in IGNORED:
+        if path not in _BY_PATH and path not in IGNORED and not path.startswith(OWN):
             raise source.error(path, f"unknown key.{_nearest(path)} Correct or remove it.")
-    ignored = tuple((path, IGNORED[path]) for path in given if path in IGNORED)
+    ignored = [(path, IGNORED[path]) for path in given if path in IGNORED]
 
     # 2. Read every value; if two keys set one field, the later row of the table wins.
     fields: dict[str, Any] = {}
@@ -150,6 +170,8 @@ def _parse(source: _Source, file: Path, created: int, default_name: str | None) 
         value = given.get(key.path)
         if value is None or value == "":
             continue
+        if key.read in readers.TEXTS:
+            value = source.document.texts.get(key.path, value)
         try:
             fields[key.field] = key.read(value)
         except ValueError as error:
@@ -163,7 +185,7 @@ def _parse(source: _Source, file: Path, created: int, default_name: str | None) 
     if not name:
         raise source.error("name", "is missing; each model in a list needs one")
     alias: tuple[str, ...] = fields.pop("alias", ())
-    repo, revision = fields.pop("artifacts", (None, None))
+    repo, revision, fields["snapshot"] = fields.pop("artifacts", (None, None, None))
     fields["repo"], fields["revision"] = repo, fields.get("revision") or revision
     fields["model"] = fields.get("model") or repo
     if not fields["model"]:
@@ -173,14 +195,16 @@ def _parse(source: _Source, file: Path, created: int, default_name: str | None) 
     fields["aliases"] = tuple(dict.fromkeys([*alias, *fields.get("aliases", ())]))
     fields["width"], fields["height"] = fields.pop("size", None) or (None, None)
     fields["adapters"] = _adapters(source, fields)
-    _options(source, fields)
+    ignored += _options(source, fields)
+    if str(fields.get("vae", "")).lower() in ("none", "automatic"):
+        del fields["vae"]
     _img2img(fields)
     _scheduler(source, fields)
 
     # 4. A value that its reader takes as "not set" leaves the default in force.
     fields = {field: value for field, value in fields.items() if value is not None}
     made = nested(fields)
-    return ModelConfig(name=name, file=file, folder=file.parent, created=created, ignored=ignored, **made)
+    return ModelConfig(name=name, file=file, folder=file.parent, created=created, ignored=tuple(ignored), **made)
 
 
 def _word(key: Any) -> str:
@@ -202,11 +226,13 @@ def _adapters(source: _Source, fields: dict[str, Any]) -> tuple[Adapter, ...]:
             "lora_scales", f"{len(scales)} scales for {len(several)} lora_adapters; set one for each, or none"
         )
     first = (Adapter(single, scale),) if single else ()
-    return first + tuple(map(Adapter, several, scales or [1.0] * len(several)))
+    return first + tuple(map(Adapter, several, scales or [scale] * len(several)))
 
 
-def _options(source: _Source, fields: dict[str, Any]) -> None:
-    lines = dict(fields.pop("options", ()))
+def _options(source: _Source, fields: dict[str, Any]) -> list[tuple[str, str]]:
+    """Sets what they say; returns those that say nothing, as `ModelConfig.ignored` has it."""
+    lines, switches = fields.pop("options", ((), ()))
+    lines = dict(lines)
     if "torch_dtype" in lines:
         try:
             dtype = readers.dtype(lines.pop("torch_dtype"))
@@ -214,6 +240,7 @@ def _options(source: _Source, fields: dict[str, Any]) -> None:
             raise source.error("options", f"torch_dtype {error}") from None
         fields["dtype"] = fields.get("dtype") or dtype
     fields["option_lines"] = tuple(lines.items())
+    return [(f"options: {word}", "a switch of another backend: an argument is `key:value`") for word in switches]
 
 
 def _img2img(fields: dict[str, Any]) -> None:

@@ -9,10 +9,12 @@ import math
 import re
 import reprlib
 from collections.abc import Callable, Mapping
+from datetime import date
 from pathlib import PurePosixPath
 from typing import Any, TypeAlias
 from urllib.parse import urlparse
 
+from sfumato.config import addresses
 from sfumato.config.model import Download
 from sfumato.config.scalar import scalar
 from sfumato.core import MAX_SEED, QUALITIES
@@ -27,9 +29,13 @@ DTYPES: Mapping[str, str | None] = {
     **dict.fromkeys(("fp32", "f32", "float32", "float"), "fp32"),
 }
 
+EVERY = "*"
+_ARGUMENTS = {"step": "num_inference_steps", "steps": "num_inference_steps", "cfg_scale": "guidance_scale"}
+
 MAX_SIDE = 16384
 _NAME = re.compile(r"[^\s\x00-\x1f\x7f](?:[^\x00-\x1f\x7f]{0,198}[^\s\x00-\x1f\x7f])?")
 _SIZE = re.compile(r"([0-9]{1,6})[xX×]([0-9]{1,6})")
+_CACHE_KEY = re.compile(r"[0-9A-Za-z][0-9A-Za-z_-]{0,200}")
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 
 
@@ -38,7 +44,7 @@ def shown(value: Any) -> str:
     short = reprlib.Repr()  # bounded: aliases can turn a few lines of YAML into gigabytes of text
     short.maxlevel, short.maxlist, short.maxdict, short.maxstring = 2, 4, 4, 80
     try:
-        return short.repr(value)
+        return addresses.shown(short.repr(value))
     except ValueError:  # an integer of thousands of digits
         return f"a {type(value).__name__}"
 
@@ -46,7 +52,7 @@ def shown(value: Any) -> str:
 def string(value: Any) -> str:
     if isinstance(value, str):
         return value
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, int | float | date) and not isinstance(value, bool):
         return str(value)
     raise ValueError("needs text; put quotes around it")
 
@@ -56,6 +62,10 @@ def name(value: Any) -> str:
     if not _NAME.fullmatch(text):
         raise ValueError("needs a name of 1 to 200 printable characters, no space at either end")
     return text
+
+
+TEXTS: tuple[Reader, ...] = (string, name)
+"""Those that want a value as it is written, whatever YAML takes it for."""
 
 
 def flag(value: Any) -> bool:
@@ -145,6 +155,9 @@ def one_of(words: Mapping[str, Any]) -> Reader:
 
 
 dtype = one_of(DTYPES)
+prediction_type = one_of({**{word: word for word in ("epsilon", "v_prediction", "sample", "flow_prediction")},
+                          "v": "v_prediction", "v_pred": "v_prediction", "eps": "epsilon"})  # fmt: skip
+timestep_spacing = one_of({word: word for word in ("leading", "trailing", "linspace")})
 
 
 def size(value: Any) -> tuple[int, int] | None:
@@ -185,11 +198,22 @@ def parameters(value: Any) -> frozenset[str]:
     return frozenset(word for word in words if word != "none")
 
 
-def options(value: Any) -> tuple[tuple[str, str], ...]:
-    """A list of `key:value`; the value may contain colons. The last of several with the same key wins."""
+def locked(value: Any) -> frozenset[str]:
+    """Names of pipeline arguments, of which the file's own words are taken too; `true` is all that `options` sets."""
+    if isinstance(value, bool):
+        return frozenset({EVERY} if value else ())
+    return frozenset(_ARGUMENTS.get(word, word) for word in parameters(value))
+
+
+def options(value: Any) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
+    """Of a list: its `key:value`, the value may hold colons; and its words without a colon.
+
+    The last of several with one key counts.
+    """
     if not isinstance(value, list):
-        raise ValueError('needs a list with one "key:value" per line')
-    return tuple(dict(_option(item) for item in value).items())
+        raise ValueError('needs a list with one "key:value" a line')
+    switches = [item for item in value if isinstance(item, str) and ":" not in item]
+    return tuple(dict(_option(item) for item in value if item not in switches).items()), tuple(switches)
 
 
 def _option(item: Any) -> tuple[str, str]:
@@ -225,8 +249,11 @@ def _download(item: Any) -> Download:
     return Download(item["uri"], str(path), sha256.lower() if sha256 else None)
 
 
-def artifacts(value: Any) -> tuple[str, str | None]:
-    """LocalAI's managed snapshot -> (hub id, revision). Only the entry for `model` is used."""
+def artifacts(value: Any) -> tuple[str, str | None, str | None]:
+    """LocalAI's managed snapshot -> (hub id, revision, path of what it has fetched).
+
+    Others beside the one for `model` are not for us. A `resolved` commit wins over the revision that was asked for.
+    """
     entries = value if isinstance(value, list) else [value]
     ours = [item for item in entries if isinstance(item, dict) and (item.get("target") or "model") == "model"]
     source = ours[0].get("source") if len(ours) == 1 else None
@@ -239,4 +266,11 @@ def artifacts(value: Any) -> tuple[str, str | None]:
         repo = repo.removeprefix(prefix)
     if repo.strip("/").count("/") != 1:
         raise ValueError(f"repo {shown(repo)} is not owner/name")
-    return repo.strip("/"), string(source["revision"]) if source.get("revision") else None
+    resolved = ours[0].get("resolved") or {}
+    if not isinstance(resolved, dict):
+        raise ValueError(f"resolved {shown(resolved)} needs `revision` and `cache_key`")
+    key, revision = resolved.get("cache_key"), resolved.get("revision") or source.get("revision")
+    if key and not (isinstance(key, str) and _CACHE_KEY.fullmatch(key)):
+        raise ValueError(f"cache_key {shown(key)} is not the name of a folder")
+    snapshot = f".artifacts/huggingface/{key}/snapshot" if key else None
+    return repo.strip("/"), string(revision) if revision else None, snapshot

@@ -50,8 +50,9 @@ class Canvas:
 def fill(model: Loaded, pipeline: Any, asked: Generation) -> Generation:
     """Fill in what the request leaves open, from the model file and the seed page; class defaults stay None."""
     of_quality = Sampling(steps=_steps_of_quality(model, pipeline, asked.quality))
-    left_open = _of_file(model, pipeline, pictures=bool(asked.images))
-    return replace(asked, sampling=merged(asked.sampling, of_quality, left_open))
+    of_file = _of_file(model, pipeline, pictures=bool(asked.images))
+    locked = Sampling(**{each.name: of_file[each] for each in PARAMETERS if each.argument in model.config.locked})
+    return replace(asked, sampling=merged(locked, asked.sampling, of_quality, of_file))
 
 
 def defaults(model: Loaded, pipeline: Any) -> Sampling:
@@ -89,9 +90,7 @@ def _of_file(model: Loaded, pipeline: Any, *, pictures: bool = False) -> Samplin
     chosen = merged(config.sampling, PAGE if _paged(pipeline) else Sampling())
 
     def applies(parameter: Parameter) -> bool:
-        enabled = not parameter.guarded or config.enables(parameter.argument or "")
-        # A source picture brings its size.
-        return enabled and (not parameter.source if not pictures else not parameter.side)
+        return not (parameter.side if pictures else parameter.source)  # a source picture brings its size
 
     return Sampling(**{each.name: chosen[each] for each in PARAMETERS if applies(each)})
 
@@ -259,7 +258,14 @@ def arguments(model: Loaded, pipeline: Any, asked: Generation, wanted: Generatio
             param="options",
         )
     taken = {argument: value for argument, (value, _) in values.items() if value is not None and argument in parameters}
-    return taken | dict(model.config.options)
+    by_request = {argument for argument, (_, requested) in values.items() if requested is not None}
+    if _steps_of_quality(model, pipeline, asked.quality):
+        by_request.add("num_inference_steps")
+    return taken | {
+        option: value
+        for option, value in model.config.options.items()
+        if option not in by_request or model.config.locks(option)
+    }
 
 
 def _refuse_deep_clip_skip(model: Loaded, pipeline: Any, asked: Generation) -> None:

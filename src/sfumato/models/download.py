@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import functools
 import glob
 import json
 import logging
@@ -19,13 +18,13 @@ from typing import Any
 import httpx2
 from diffusers import DiffusionPipeline
 from diffusers.loaders import single_file_utils
+from huggingface_hub import HfApi, get_cached_repo_tree, hf_hub_download, snapshot_download
 from huggingface_hub import errors as hub
-from huggingface_hub import get_cached_repo_tree, snapshot_download
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from sfumato.errors import DownloadError, LoadError
-from sfumato.models import repository_files, sources, weight_file
+from sfumato.models import descriptions, diffusers_source, repository_files, sources, weight_file
 from sfumato.models.weight_file import OnProgress
 
 log = logging.getLogger(__name__)
@@ -34,32 +33,50 @@ DESCRIPTION_FILES = ["*.json", "*/*.json", "*.txt", "*/*.txt", "*/*.model"]
 
 
 def from_hub(
-    repo: str, *, revision: str | None, variants: Sequence[str | None], pickles: bool, report: OnProgress
+    repo: str,
+    *,
+    revision: str | None,
+    variant: str | None,
+    pickles: bool,
+    report: OnProgress,
+    without: Sequence[str] = (),
 ) -> Path:
     """The local snapshot folder of a repository; files missing from the cache are downloaded first.
 
-    Takes the first of `variants` that the repository has. diffusers decides which files a pipeline
-    needs. Raises DownloadError or LoadError with a readable message.
+    Which files a pipeline needs is diffusers' own rule; `without`: of these components the configuration alone.
+    Raises DownloadError or LoadError in words.
     """
     with words_for_hub_errors(repo):
-        commit = _fetched(repo, revision, variants, pickles, report)
+        commit = _fetched(repo, revision, variant, pickles, without, report)
         # diffusers looks whether all is there by its own rule, fetches what is not, and refuses what it cannot load.
-        complete = functools.partial(
-            DiffusionPipeline.download, repo, revision=commit, use_safetensors=None if pickles else True
+        folder = Path(
+            DiffusionPipeline.download(
+                repo,
+                revision=commit,
+                variant=variant,
+                use_safetensors=None if pickles else True,
+                **dict.fromkeys(without),
+            )
         )
-        for variant in variants[:-1]:
-            with suppress(ValueError):  # "no such modeling files are available"
-                return Path(complete(variant=variant))
-        return Path(complete(variant=variants[-1]))
+        for part in without:
+            with suppress(hub.EntryNotFoundError):
+                hf_hub_download(repo, f"{part}/config.json", revision=commit)
+        return folder
 
 
-def _fetched(repo: str, revision: str | None, variants: Sequence[str | None], pickles: bool, report: OnProgress) -> str:
+def _fetched(
+    repo: str, revision: str | None, variant: str | None, pickles: bool, without: Sequence[str], report: OnProgress
+) -> str:
     """Have the files in the cache that `needed` names, and tell of every byte. The commit they are of."""
     folder = Path(snapshot_download(repo, revision=revision, allow_patterns=[sources.INDEX], tqdm_class=_Silent))
-    index = folder / sources.INDEX
     try:
         names = [file.path for file in get_cached_repo_tree(repo, revision=folder.name)]
-        files = repository_files.needed(names, json.loads(index.read_bytes()), variants, pickles=pickles)
+        index = {
+            part: value
+            for part, value in json.loads((folder / sources.INDEX).read_bytes()).items()
+            if part not in without
+        }
+        files = repository_files.needed(names, index, variant, pickles=pickles)
     except (hub.CachedRepoTreeNotFoundError, FileNotFoundError):  # a cache of old, or no repository of diffusers
         return folder.name
     if files:
@@ -67,6 +84,29 @@ def _fetched(repo: str, revision: str | None, variants: Sequence[str | None], pi
         patterns = [glob.escape(name) for name in files]
         snapshot_download(repo, revision=folder.name, allow_patterns=patterns, tqdm_class=bar)
     return folder.name
+
+
+def files_of(repo: str, revision: str | None) -> list[str]:
+    """Paths in a repository on the hub or, where it cannot be asked, in the cache; empty where it is in neither."""
+    with words_for_hub_errors(repo):
+        try:
+            return list(HfApi().list_repo_files(repo, revision=revision))
+        except UNREACHABLE:
+            pass
+        except hub.HfHubHTTPError as error:
+            if error.response is not None and error.response.status_code < httpx2.codes.INTERNAL_SERVER_ERROR:
+                raise
+    with suppress(hub.LocalEntryNotFoundError):
+        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    return []
+
+
+def index_of(repo: str, revision: str | None) -> dict[str, Any]:
+    """A repository's `model_index.json`, before anything else of it is fetched; empty where it has none."""
+    with words_for_hub_errors(repo), suppress(hub.EntryNotFoundError):
+        return diffusers_source.json_of(Path(hf_hub_download(repo, sources.INDEX, revision=revision)))
+    return {}
 
 
 def from_url(url: str, target: Path, *, sha256: str | None, report: OnProgress) -> Path:
@@ -81,12 +121,20 @@ def description_of(path: Path, model: str) -> Path:
     and shapes; its few small files are downloaded once.
     """
     try:
-        checkpoint = single_file_utils.load_single_file_checkpoint(str(path), local_files_only=True)
+        with weight_file.in_lower_case(path) as named:
+            checkpoint = single_file_utils.load_single_file_checkpoint(str(named), local_files_only=True)
     except (OSError, SafetensorError, ValueError) as error:
         raise LoadError(f"{path} cannot be read as weights ({_first_line(error)}); download it again") from error
     repo = single_file_utils.fetch_diffusers_config(checkpoint)["pretrained_model_name_or_path"]
+    shipped = descriptions.of(repo)
     with words_for_hub_errors(repo, f"{path.name} needs its small configuration files. Run `sfumato pull {model}`"):
-        return Path(snapshot_download(repo, allow_patterns=DESCRIPTION_FILES))
+        try:
+            return Path(snapshot_download(repo, allow_patterns=DESCRIPTION_FILES))
+        except (*UNREACHABLE, hub.HfHubHTTPError) as error:
+            if shipped is None:
+                raise
+            log.info("%s: %s cannot be asked (%s); what Sfumato knows of it is used", path, repo, type(error).__name__)
+            return shipped
 
 
 DIFFUSERS = "(a diffusers repository has a model_index.json and safetensors weights)"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -12,15 +12,24 @@ from typing import Any, TypeAlias
 import diffusers
 import torch
 import transformers
-from diffusers import DiffusionPipeline
 
 from sfumato import schedulers
 from sfumato.batching import offload
 from sfumato.batching.batcher import is_out_of_memory
-from sfumato.config import ModelConfig
+from sfumato.config import ModelConfig, addresses
 from sfumato.core import ModelStatus
-from sfumato.errors import DeviceUnavailable, InvalidRequest, LoadError, ModelFileError, SfumatoError, did_you_mean
-from sfumato.models import download, sources, weight_file
+from sfumato.errors import DeviceUnavailable, InvalidRequest, LoadError, ModelFileError, SfumatoError
+from sfumato.models import (
+    descriptions,
+    download,
+    gguf,
+    parts,
+    pipeline_class,
+    prediction,
+    sources,
+    variants,
+    weight_file,
+)
 from sfumato.pipelines import request_scheduler
 from sfumato.previews.decode import CheapDecoder, cheap_decoder
 
@@ -72,12 +81,19 @@ def load(config: ModelConfig, device_setting: str, tell: Tell) -> Loaded:
     # The server logs what is loaded; progress bars are for terminals.
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+
+    def report(fraction: float | None, what: str) -> None:
+        tell(ModelStatus("downloading", what, fraction))
+
     try:
         device = choose_device(config, device_setting)
         dtype = choose_dtype(config, device)
-        pipeline, source = _pipeline(config, dtype, tell)
+        pipeline, fetched = _pipeline(config, dtype, tell)
+        source = fetched.shown
+        prediction.apply(config, pipeline, fetched.path if fetched.description and not gguf.is_one(config) else None)
         _check(config, pipeline)
-        _adapters(config, pipeline)
+        parts.put_vae(config, pipeline, DTYPES[dtype], report)
+        parts.load_adapters(config, pipeline, report)
         shown = _glance(config, pipeline, device, dtype)
         _place(config, pipeline, device)
     except SfumatoError:
@@ -87,7 +103,7 @@ def load(config: ModelConfig, device_setting: str, tell: Tell) -> Loaded:
         if is_out_of_memory(error):
             raise
         log.exception("%s: load failed", config.name)
-        raise LoadError(f"{config.name}: {type(error).__name__}: {error}") from error
+        raise LoadError(f"{config.name}: {type(error).__name__}: {addresses.shown(str(error))}") from error
     pipeline.set_progress_bar_config(disable=True)
     log.info("%s: %s from %s on %s in %s", config.name, type(pipeline).__name__, source, device, dtype)
     return Loaded(config, pipeline, source, device, dtype, glance=shown)
@@ -142,7 +158,7 @@ def _cpu_has_bf16() -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """Weights on this machine: a diffusers folder or a single file, and their display name."""
+    """Weights on this machine: a diffusers folder or a single file, and what to call them, without secrets."""
 
     path: Path
     shown: str
@@ -150,8 +166,13 @@ class Fetched:
     """For a single file: the folder with its configurations and tokenizer."""
 
 
-def fetch(config: ModelConfig, dtype: str, tell: Tell) -> Fetched:
-    """Download everything the model needs. Raises DownloadError, LoadError or ModelFileError."""
+def fetch(config: ModelConfig, dtype: str, tell: Tell, without: Sequence[str] = ()) -> Fetched:
+    """Have everything the model needs on this disk. Raises DownloadError, LoadError or ModelFileError.
+
+    `without`: of these components the configurations alone.
+    """
+    if gguf.is_one(config):
+        gguf.base(config)  # says what is missing before anything is fetched
 
     def report(fraction: float | None, what: str) -> None:
         tell(ModelStatus("downloading", what, fraction))
@@ -162,96 +183,88 @@ def fetch(config: ModelConfig, dtype: str, tell: Tell) -> Fetched:
     match sources.resolve(config):
         case sources.HubRepository(repo, revision):
             tell(ModelStatus("downloading", repo))
+            pipeline_class.choose(config, download.index_of(repo, revision))
             folder = download.from_hub(
                 repo,
                 revision=revision,
-                variants=_variants(config, dtype),
+                variant=_variant(config, dtype, download.files_of(repo, revision)),
                 pickles=config.allow_pickle,
+                without=without,
                 report=report,
             )
             return Fetched(folder, f"{repo}@{folder.name}")
         case sources.Url(url):
-            target = weight_file.place(url, config.folder)
-            path = download.from_url(url, target, sha256=None, report=report)
-            return Fetched(path, url, download.description_of(path, config.name))
+            path = sources.weights(config, weight_file.obtain(url, config.folder, report=report))
+            return _described(config, path, addresses.shown(url), dtype, tell)
         case sources.File(path):
-            if path.suffix.lower() == ".gguf":
-                raise LoadError(
-                    f"{config.name}: {path.name}: a GGUF file contains only a denoiser and is not supported yet. "
-                    "Use the model's repository or its .safetensors file"
-                )
-            return Fetched(path, str(path), download.description_of(path, config.name))
+            return _described(config, path, str(path), dtype, tell)
         case sources.Folder(path):
-            return Fetched(path, str(path))
+            pinned = f"{config.repo}@{config.revision or 'main'}" if config.repo else str(path)
+            return Fetched(path, pinned)
 
 
-def _pipeline(config: ModelConfig, dtype: str, tell: Tell) -> tuple[Any, str]:
-    cls = pipeline_class(config)
+def _described(config: ModelConfig, path: Path, shown: str, dtype: str, tell: Tell) -> Fetched:
+    """A single file with what describes it; a denoiser alone with the model that it is put into."""
+    if path.suffix.lower() != gguf.SUFFIX:
+        return Fetched(path, shown, download.description_of(path, config.name))
+    return Fetched(path, shown, fetch(gguf.base(config), dtype, tell, without=gguf.DENOISERS).path)
+
+
+def _pipeline(config: ModelConfig, dtype: str, tell: Tell) -> tuple[Any, Fetched]:
+    pipeline_class.choose(config, None)  # a word that is no class is told before anything is fetched
     fetched = fetch(config, dtype, tell)
     tell(ModelStatus("loading", fetched.shown))
+    index = pipeline_class.index_of(fetched.description or fetched.path)
+    cls = getattr(diffusers, pipeline_class.choose(config, index))
     with download.words_for_hub_errors(fetched.shown):
+        if fetched.path.suffix.lower() == gguf.SUFFIX and fetched.description:
+            with weight_file.in_lower_case(fetched.path) as named:
+                given = gguf.denoiser(named, fetched.description, index, DTYPES[dtype])
+            return _folder(config, fetched.description, cls, dtype, **given), fetched
         if fetched.description:
-            return _single_file(config, fetched.path, fetched.description, cls, dtype), fetched.shown
-        return _folder(config, fetched.path, cls, dtype), fetched.shown
+            return _single_file(config, fetched, cls, dtype), fetched
+        return _folder(config, fetched.path, cls, dtype), fetched
 
 
-def pipeline_class(config: ModelConfig) -> Any:
-    """The diffusers class that the file names; DiffusionPipeline (as the repository says) if it names none."""
-    name = config.pipeline_type or "DiffusionPipeline"
-    cls = getattr(diffusers, name, None) if name.endswith("Pipeline") else None
-    if not (isinstance(cls, type) and issubclass(cls, DiffusionPipeline)):
-        known = [word for word in dir(diffusers) if word.endswith("Pipeline")]
-        raise ModelFileError(
-            f"{config.name}: pipeline_type {name!r} is not a pipeline class of diffusers "
-            f"{diffusers.__version__}.{did_you_mean(name, known)} Leave it out to use the repository's class.",
-            param="pipeline_type",
-        )
-    return cls
-
-
-def _variants(config: ModelConfig, dtype: str) -> tuple[str | None, ...]:
-    """Half-precision files are half the download and contain everything a half-precision model uses."""
+def _wanted(config: ModelConfig, dtype: str) -> tuple[str | None, ...]:
+    """Half-precision files are half the download and hold all that a half-precision model keeps."""
     if config.variant:
         return (config.variant,)
     return (None,) if dtype == "fp32" else ("fp16", None)
 
 
-def _folder(config: ModelConfig, folder: Path, cls: Any, dtype: str) -> Any:
-    variant = _variants(config, dtype)[0]
-    if not config.variant and not any(folder.glob(f"*/*.{variant}*.safetensors")):
-        variant = None
+def _variant(config: ModelConfig, dtype: str, files: Iterable[str]) -> str | None:
+    """The variant of a repository's files that is loaded, with a word where it is another than the one wanted."""
+    wanted = _wanted(config, dtype)
+    variant = variants.pick(files, wanted)
+    if variant not in wanted:
+        log.warning(
+            "%s: there are no %s weights; the variant %s is loaded, in %s",
+            config.name, wanted[0] or "plain", variant or "without a name", dtype,
+        )  # fmt: skip
+    return variant
+
+
+def _folder(config: ModelConfig, folder: Path, cls: Any, dtype: str, **given: Any) -> Any:
+    files = [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
     return cls.from_pretrained(
         folder,
         dtype=DTYPES[dtype],
-        variant=variant,
+        variant=_variant(config, dtype, files),
         use_safetensors=None if config.allow_pickle else True,
         local_files_only=True,
-        **_components(config, dtype),
+        **parts.given(config, DTYPES[dtype]),
+        **given,
     )
 
 
-def _single_file(config: ModelConfig, path: Path, description: Path, cls: Any, dtype: str) -> Any:
-    if cls is DiffusionPipeline:
-        cls = getattr(diffusers, DiffusionPipeline.load_config(description)["_class_name"])
-    return cls.from_single_file(str(path), config=str(description), dtype=DTYPES[dtype], **_components(config, dtype))
-
-
-def _components(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """Modules that the model file takes from other sources than the model's own."""
-    given: dict[str, Any] = {}
-    if config.control_net:
-        with download.words_for_hub_errors(config.control_net):
-            given["controlnet"] = diffusers.ControlNetModel.from_pretrained(
-                _beside(config, config.control_net), dtype=DTYPES[dtype]
-            )
-    if config.clip_model:
-        with download.words_for_hub_errors(config.clip_model):
-            given["text_encoder"] = transformers.CLIPTextModel.from_pretrained(
-                _beside(config, config.clip_model),
-                subfolder=config.clip_subfolder or "",
-                dtype=DTYPES[dtype],
-            )
-    return given
+def _single_file(config: ModelConfig, fetched: Fetched, cls: Any, dtype: str) -> Any:
+    assert fetched.description
+    original = {"original_config": str(parts.original_config(config))} if config.original_config else {}
+    with weight_file.in_lower_case(fetched.path) as named, descriptions.whole(fetched.description) as described:
+        return cls.from_single_file(
+            str(named), config=str(described), dtype=DTYPES[dtype], **original, **parts.given(config, DTYPES[dtype])
+        )
 
 
 def _glance(config: ModelConfig, pipeline: Any, device: str, dtype: str) -> CheapDecoder | None:
@@ -263,7 +276,7 @@ def _glance(config: ModelConfig, pipeline: Any, device: str, dtype: str) -> Chea
             vae.to(device)
         return cheap_decoder(pipeline)
     with download.words_for_hub_errors(config.preview_vae):
-        tiny = diffusers.AutoencoderTiny.from_pretrained(_beside(config, config.preview_vae), dtype=DTYPES[dtype])
+        tiny = diffusers.AutoencoderTiny.from_pretrained(parts.beside(config, config.preview_vae), dtype=DTYPES[dtype])
     takes, has = (
         tiny.config.latent_channels,
         getattr(getattr(pipeline, "vae", None), "config", {}).get("latent_channels"),
@@ -275,12 +288,6 @@ def _glance(config: ModelConfig, pipeline: Any, device: str, dtype: str) -> Chea
             param="diffusers.preview_vae",
         )
     return tiny.to(device)
-
-
-def _beside(config: ModelConfig, name: str) -> str:
-    """The path relative to the model file if it exists, else the name unchanged (a hub id)."""
-    path = (config.folder / Path(name).expanduser()).resolve()
-    return str(path) if path.exists() else name
 
 
 def _check(config: ModelConfig, pipeline: Any) -> None:
@@ -306,21 +313,6 @@ def _check(config: ModelConfig, pipeline: Any) -> None:
 def encoder_layers(pipeline: Any) -> int | None:
     config = getattr(getattr(pipeline, "text_encoder", None), "config", None)
     return getattr(config, "num_hidden_layers", None)
-
-
-def _adapters(config: ModelConfig, pipeline: Any) -> None:
-    if not config.adapters:
-        return
-    names = []
-    for index, adapter in enumerate(config.adapters):
-        names.append(f"adapter_{index}")
-        where = Path(_beside(config, adapter.source))
-        with download.words_for_hub_errors(adapter.source):
-            if where.is_file():
-                pipeline.load_lora_weights(where.parent, weight_name=where.name, adapter_name=names[-1])
-            else:
-                pipeline.load_lora_weights(str(where), adapter_name=names[-1])
-    pipeline.set_adapters(names, [adapter.scale for adapter in config.adapters])
 
 
 def _place(config: ModelConfig, pipeline: Any, device: str) -> None:

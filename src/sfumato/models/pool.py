@@ -25,7 +25,8 @@ ASKED = "unloading was requested"
 
 PER_REQUEST: Mapping[str, Any] = {
     "aliases": (), "pinned": False, "disabled": False, "file": None, "enable_parameters": frozenset(),
-    "quality_steps": (), "seed": None, "n": None, "option_lines": (), "threads": None, "max_concurrent": None,
+    "quality_steps": (), "seed": None, "n": None, "option_lines": (), "locked": frozenset(),
+    "threads": None, "max_concurrent": None,
     "retry_after": 0,
 }  # fmt: skip
 """Fields without effect on loading, with a value that replaces them in comparisons."""

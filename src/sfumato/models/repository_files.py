@@ -6,7 +6,7 @@ named here and fetched before it is asked.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from diffusers.pipelines import pipeline_loading_utils as rules
@@ -19,34 +19,30 @@ OTHERS = (".msgpack", ".onnx", ".pb")
 """Weights of other libraries."""
 
 
-def needed(
-    names: Collection[str], index: Mapping[str, Any], variants: Sequence[str | None], *, pickles: bool
-) -> list[str]:
+def needed(names: Collection[str], index: Mapping[str, Any], variant: str | None, *, pickles: bool) -> list[str]:
     """Of `names`, all files of a repository, those that its `model_index.json` asks for.
 
-    Of `variants` the first that the repository has: half-precision files, say, or plain ones (None) for a component
-    without. Empty where it has none, or pickles alone and these are not allowed.
+    They are of `variant`, or plain (None) for a component without. Empty where the repository has none of it, or
+    pickles alone and these are not allowed.
     """
     names = [name for name in names if name not in index.get("_ignore_files", ())]
     folders = {name for name, part in index.items() if isinstance(part, list) and name != "_class_name"}
     with_weights = {folder for name in rules.filter_model_files(names) if (folder := _folder(name)) in folders}
-    for variant in variants:
-        safe = rules.is_safetensors_compatible(names, folder_names=with_weights, variant=variant)
-        if not (safe or pickles):
-            continue
-        left_out = (*OTHERS, ".bin" if safe else ".safetensors")
-        try:
-            weights, _ = rules.variant_compatible_siblings(names, variant, [f"*{ending}" for ending in left_out])
-        except ValueError:  # it has nothing of this variant
-            continue
-        kept = {*weights, *ROOT, *(f"{folder}/config.json" for folder in with_weights)}
-        whole = tuple(f"{folder}/" for folder in folders - with_weights)
-        return [
-            name
-            for name in names
-            if (name in kept or name.startswith(whole)) and not name.partition(".index.")[0].endswith(left_out)
-        ]
-    return []
+    safe = rules.is_safetensors_compatible(names, folder_names=with_weights, variant=variant)
+    if not (safe or pickles):
+        return []
+    left_out = (*OTHERS, ".bin" if safe else ".safetensors")
+    try:
+        weights, _ = rules.variant_compatible_siblings(names, variant, [f"*{ending}" for ending in left_out])
+    except ValueError:  # it has nothing of this variant
+        return []
+    kept = {*weights, *ROOT, *(f"{folder}/config.json" for folder in with_weights)}
+    whole = tuple(f"{folder}/" for folder in folders - with_weights)
+    return [
+        name
+        for name in names
+        if (name in kept or name.startswith(whole)) and not name.partition(".index.")[0].endswith(left_out)
+    ]
 
 
 def _folder(name: str) -> str:

@@ -38,7 +38,7 @@ def described_by(path: Path) -> str | None:
 
 @functools.lru_cache(maxsize=1024)
 def _described_by(path: Path, changed: int, size: int) -> str | None:
-    shapes = {name: SimpleNamespace(shape=each["shape"]) for name, each in _header(path).items() if "shape" in each}
+    shapes = {name: SimpleNamespace(shape=each["shape"]) for name, each in header_of(path).items() if "shape" in each}
     if not shapes:
         return None
     type_of, repositories = _rules()
@@ -49,8 +49,8 @@ def _described_by(path: Path, changed: int, size: int) -> str | None:
         return None
 
 
-def _header(path: Path) -> Mapping[str, Any]:
-    """Header of a safetensors file: name → dtype, shape and offsets. Raises ValueError if it is not one."""
+def header_of(path: Path) -> Mapping[str, Any]:
+    """Of a safetensors file: name → dtype, shape and place. Raises ValueError for what is none."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > MAX_HEADER:

@@ -5,19 +5,20 @@ Nothing here downloads, and nothing imports torch or diffusers.
 
 from __future__ import annotations
 
+import mimetypes
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TypeAlias, TypeVar
 from urllib.parse import urlparse
 
-from sfumato.config import ModelConfig
-from sfumato.errors import LoadError, ModelFileError
+from sfumato.config import ModelConfig, addresses
+from sfumato.errors import LoadError, ModelFileError, SfumatoError
 
 HUB = "https://huggingface.co"
 INDEX = "model_index.json"
-SAFE = (".safetensors", ".gguf")
+SAFE = (".safetensors", ".sft", ".gguf")
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,95})"
@@ -38,7 +39,7 @@ class HubRepository:
 class Url:
     """A single weight file to download."""
 
-    url: str
+    url: str = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +68,13 @@ def resolve(config: ModelConfig) -> Source:
     """
     written = config.repo or config.model
     if config.repo:
-        return _hub(config, config.repo)
-    # os.path, because Path raises on `~nobody` and on names that are too long.
+        fetched = config.folder / config.snapshot if config.snapshot else None
+        return Folder(fetched) if fetched and (fetched / INDEX).is_file() else _hub(config, config.repo)
+    # os.path, because Path raises on `~nobody` and on names that are too long to be one.
     path = (config.folder / os.path.expanduser(written)).absolute()  # noqa: PTH111
     awaited = [(config.folder / file.filename).absolute() for file in config.downloads]
     if os.path.isfile(path) or path in awaited:  # noqa: PTH113
-        return File(_weights(config, path))
+        return File(weights(config, path))
     if os.path.isdir(path):  # noqa: PTH112
         return Folder(_layout(config, path))
     if scheme := _SCHEME.fullmatch(written):
@@ -83,21 +85,39 @@ def resolve(config: ModelConfig) -> Source:
     return _hub(config, written)
 
 
-def download_url(uri: str) -> str:
-    """The http(s) URL of a file's `uri`: a URL, or `huggingface://owner/name[@revision]/path`."""
+def suffix_of(config: ModelConfig) -> str:
+    """Of the file that a model's weights are, in lower case; empty for a repository, a folder and what is no source."""
+    try:
+        source = resolve(config)
+    except SfumatoError:
+        return PurePosixPath(config.model).suffix.lower()
+    match source:
+        case File(path):
+            return path.suffix.lower()
+        case Url(url):
+            return PurePosixPath(urlparse(url).path).suffix.lower()
+    return ""
+
+
+def download_url(uri: str, revision: str | None = None) -> str:
+    """The http(s) URL of a file's `uri`: a URL, or `huggingface://owner/name[@revision]/path`.
+
+    `revision` is the one where it names none.
+    """
     scheme = _SCHEME.fullmatch(uri)
     kind = scheme[1].lower() if scheme else ""
     if kind in ("http", "https"):
-        return _hub_page(uri)
+        return hub_page(uri)
     parts = scheme[2].split("/") if scheme and kind in _HUB_SCHEMES else []
     repo = _HUB_ID.fullmatch("/".join(parts[:2]))
     if repo is None or len(parts) < 3 or not all(parts):
         raise ModelFileError(
-            f"uri {uri!r}: must be https://... or huggingface://owner/name/file", param="download_files"
+            f"uri {addresses.shown(uri)!r}: must be https://... or huggingface://owner/name/file",
+            param="download_files",
         )
     path = "/".join(parts[2:])
     file, _, branch = path.partition("@")
-    return f"{endpoint()}/{repo[1]}/resolve/{repo[2] or branch or 'main'}/{file}"
+    return f"{endpoint()}/{repo[1]}/resolve/{repo[2] or branch or revision or 'main'}/{file}"
 
 
 def endpoint() -> str:
@@ -105,8 +125,8 @@ def endpoint() -> str:
     return os.environ.get("HF_ENDPOINT", HUB).rstrip("/")
 
 
-def _hub_page(url: str) -> str:
-    """Turn the link of a file's page on the hub into the link of the file itself."""
+def hub_page(url: str) -> str:
+    """A link copied from a file's page on the hub leads to the file itself."""
     return url.replace("/blob/", "/resolve/", 1) if url.startswith(f"{HUB}/") else url
 
 
@@ -128,25 +148,26 @@ def _remote(config: ModelConfig, scheme: str, rest: str) -> Source:
             return _hub(config, "/".join(segments))
         if not urlparse(url).netloc or not segments:
             raise ModelFileError(
-                f"{_where(config)}: {config.model!r} names no file to download", param="parameters.model"
+                f"{_where(config)}: {config.shown!r} names no file to download", param="parameters.model"
             )
-        _weights(config, PurePosixPath(segments[-1]))
-        return Url(_hub_page(url))
+        if mimetypes.guess_type(segments[-1])[0] or PurePosixPath(segments[-1]).suffix.lower() in SAFE + PICKLES:
+            weights(config, PurePosixPath(segments[-1]))
+        return Url(hub_page(url))  # which may not tell what it leads to: its answer does
     if scheme in _HUB_SCHEMES:
-        rest = rest.strip("/")
+        rest = re.split(r"[?#]", rest)[0].strip("/")
         if rest.count("/") < 2:
             return _hub(config, rest)
-        _weights(config, PurePosixPath(rest.partition("@")[0] if "@" in rest.rpartition("/")[2] else rest))
-        return Url(download_url(f"hf://{rest}"))
+        weights(config, PurePosixPath(rest.partition("@")[0] if "@" in rest.rpartition("/")[2] else rest))
+        return Url(download_url(f"hf://{rest}", config.revision))
     raise ModelFileError(
-        f"{_where(config)}: {config.model!r}: {scheme}:// is not supported; use http://, https://, huggingface:// "
+        f"{_where(config)}: {config.shown!r}: {scheme}:// is not supported; use http://, https://, huggingface:// "
         "or hf://",
         param="parameters.model",
     )
 
 
-def _weights(config: ModelConfig, path: AnyPath) -> AnyPath:
-    """The path, if its file type can be loaded."""
+def weights(config: ModelConfig, path: AnyPath, key: str = "parameters.model") -> AnyPath:
+    """The path, if its file is of a kind that can be loaded; `key` is what names it in the model file."""
     suffix = path.suffix.lower()
     if suffix in SAFE or (suffix in PICKLES and config.allow_pickle):
         return path
@@ -154,18 +175,18 @@ def _weights(config: ModelConfig, path: AnyPath) -> AnyPath:
         raise ModelFileError(
             f"{_where(config)}: {path} is a pickle, which can run arbitrary code when it is loaded. Use a "
             ".safetensors file, or set `allow_pickle: true` if you trust it",
-            param="parameters.model",
+            param=key,
         )
     raise ModelFileError(
         f"{_where(config)}: {path} is not a weight file; use one of {', '.join(SAFE)}",
-        param="parameters.model",
+        param=key,
     )
 
 
 def _layout(config: ModelConfig, path: Path) -> Path:
     if not (path / INDEX).is_file():
         files = sorted(file.name for file in path.iterdir() if file.suffix.lower() in SAFE)
-        remedy = f"name the file: {config.model}/{files[0]}" if files else "download it again, or name a single file"
+        remedy = f"name the file: {config.shown}/{files[0]}" if files else "download it again, or name a single file"
         raise LoadError(
             f"{_where(config)}: the folder {path} has no {INDEX}, which every diffusers model needs; {remedy}",
             param="parameters.model",
@@ -177,7 +198,7 @@ def _not_found(config: ModelConfig, path: Path) -> str:
     beside = sorted(file.name for file in config.folder.glob("*") if file.suffix.lower() in SAFE)
     there = f" That folder has {', '.join(beside[:8])}." if beside else ""
     return (
-        f"{_where(config)}: {config.model!r} is neither a path ({path} does not exist) nor a hub id (owner/name). "
+        f"{_where(config)}: {config.shown!r} is neither a path ({path} does not exist) nor a hub id (owner/name). "
         f"Put it there, or fix parameters.model.{there}"
     )
 

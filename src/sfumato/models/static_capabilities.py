@@ -8,25 +8,19 @@ from __future__ import annotations
 
 import ast
 import functools
-import importlib.util
 import inspect
-import json
 import operator
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from sfumato.config import ModelConfig
 from sfumato.errors import SfumatoError
-from sfumato.models import single_file, sources, weight_file
+from sfumato.models import descriptions, diffusers_source, gguf, pipeline_class, single_file, sources, weight_file
 from sfumato.pipelines import capabilities, tokens
-
-FOLDERS = ("pipelines", "models", "image_processor.py")
-"""The parts of diffusers' source with the classes to look up."""
 
 DEFAULT_MULTIPLE = 8
 """Default of diffusers' image processors."""
@@ -49,16 +43,28 @@ class _Unknown(Exception):
 def static_capabilities(config: ModelConfig) -> StaticCapabilities:
     """Capabilities of a model file; None for what is not on this disk. Blocks."""
     folder = _folder(config)
-    index = _json(folder / sources.INDEX) if folder else {}
-    name = config.pipeline_type if config.pipeline_type not in (None, "DiffusionPipeline") else index.get("_class_name")
-    if not isinstance(name, str) or (parameters := _parameters(name)) is None:
-        return StaticCapabilities(name if isinstance(name, str) else None)
+    index = diffusers_source.json_of(folder / sources.INDEX) if folder else {}
+    name: Any
+    try:
+        name = pipeline_class.choose(config, index)
+    except SfumatoError:  # whoever asks for the model is told
+        name = config.pipeline_type or index.get("_class_name")
+    if not isinstance(name, str) or name == pipeline_class.ANY or name in pipeline_class.AUTO:
+        return StaticCapabilities(None)
+    if (parameters := _parameters(name)) is None:
+        return StaticCapabilities(name)
     tasks = capabilities.tasks_of(name, parameters)
     if not index or folder is None:
         return StaticCapabilities(name, tasks)
     given = {"controlnet": config.control_net, "text_encoder": config.clip_model}
     parts = _Parts(folder, index | {part: ["", ""] for part, source in given.items() if source})
     return StaticCapabilities(name, tasks, _multiple(name, parts), _tokens(parameters, parts, config.options))
+
+
+def index_of(config: ModelConfig) -> dict[str, Any]:
+    """The `model_index.json` of a model whose files are on this disk, else empty. Blocks."""
+    folder = _folder(config)
+    return diffusers_source.json_of(folder / sources.INDEX) if folder else {}
 
 
 class _Parts:
@@ -74,18 +80,18 @@ class _Parts:
         return part in self._classes
 
     def setting(self, part: str, key: str) -> Any:
-        """A component's setting: from its configuration, else its class's default. Raises _Unknown."""
-        config = _json(self._folder / part / "config.json")
+        """Of its configuration, else its class's default. Raises _Unknown."""
+        config = diffusers_source.json_of(self._folder / part / "config.json")
         if key in config:
             return config[key]
-        for function in _methods(self._classes.get(part, ""), "__init__"):
-            if key in (defaults := _defaults(function)):
+        for function in diffusers_source.methods(self._classes.get(part, ""), "__init__"):
+            if key in (defaults := diffusers_source.defaults(function)):
                 return defaults[key]
         raise _Unknown
 
     def tokenizer(self, part: str) -> tuple[str, Any]:
-        """The tokenizer's class, and its maximum length in tokens, if it says so."""
-        config = _json(self._folder / part / "tokenizer_config.json")
+        """Its class, and the tokens that it reads, if it says so."""
+        config = diffusers_source.json_of(self._folder / part / "tokenizer_config.json")
         return self._classes.get(part, ""), config.get("model_max_length")
 
 
@@ -109,7 +115,7 @@ def _multiple(name: str, parts: _Parts) -> int | None:
         return larger.multiple * larger.factor
     own: dict[str, Any] = {}
     processor: Any = None
-    for function in _methods(name, "__init__"):
+    for function in diffusers_source.methods(name, "__init__"):
         for target, value in _assigned(function):
             if target == "image_processor" and isinstance(value, ast.Call):
                 said = [each.value for each in value.keywords if each.arg == "vae_scale_factor"]
@@ -177,9 +183,9 @@ def _worked_out(node: ast.expr, own: Mapping[str, Any], parts: _Parts) -> Any:
 
 @functools.cache
 def _parameters(name: str) -> Mapping[str, inspect.Parameter] | None:
-    """The parameters of a pipeline's call, as in `capabilities.parameters_of`; None if there is no such class."""
-    for function in _methods(name, "__call__"):
-        defaults = _defaults(function)
+    """What one may pass to a pipeline's call, as `capabilities.parameters_of` has it; None: there is no such class."""
+    for function in diffusers_source.methods(name, "__call__"):
+        defaults = diffusers_source.defaults(function)
         names = [each.arg for each in (*function.args.args, *function.args.kwonlyargs) if each.arg != "self"]
         kind = inspect.Parameter.KEYWORD_ONLY
         return {
@@ -188,59 +194,12 @@ def _parameters(name: str) -> Mapping[str, inspect.Parameter] | None:
     return None
 
 
-def _defaults(function: ast.FunctionDef) -> dict[str, Any]:
-    """Argument → default; `...` for anything but a literal."""
-    positional, spec = function.args.args, function.args
-    pairs = [
-        *zip(positional[len(positional) - len(spec.defaults) :], spec.defaults, strict=True),
-        *((each, default) for each, default in zip(spec.kwonlyargs, spec.kw_defaults, strict=True) if default),
-    ]
-    defaults: dict[str, Any] = {}
-    for each, default in pairs:
-        try:
-            defaults[each.arg] = ast.literal_eval(default)
-        except ValueError:
-            defaults[each.arg] = ...
-    return defaults
-
-
-def _methods(name: str, method: str) -> Iterator[ast.FunctionDef]:
-    """The methods of this name of a diffusers class and then of its bases."""
-    known = _class(name)
-    if known is None:
-        return
-    for each in known.body:
-        if isinstance(each, ast.FunctionDef) and each.name == method:
-            yield each
-    for base in known.bases:
-        if isinstance(base, ast.Name) and base.id != name:
-            yield from _methods(base.id, method)
-
-
-@functools.cache
-def _class(name: str) -> ast.ClassDef | None:
-    path = _files().get(name)
-    if path is None:
-        return None
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    return next((each for each in tree.body if isinstance(each, ast.ClassDef) and each.name == name), None)
-
-
-@functools.cache
-def _files() -> Mapping[str, Path]:
-    """diffusers class → the file that defines it."""
-    found = importlib.util.find_spec("diffusers")
-    assert found and found.origin
-    root = Path(found.origin).parent
-    paths = [
-        path for name in FOLDERS for path in ([root / name] if name.endswith(".py") else (root / name).rglob("*.py"))
-    ]
-    classes = re.compile(r"^class (\w+)", re.MULTILINE)
-    return {name: path for path in paths for name in classes.findall(path.read_text(encoding="utf-8"))}
-
-
 def _folder(config: ModelConfig) -> Path | None:
-    """The folder with the model's files in diffusers' layout, if it is on this disk."""
+    """Where the model's files lie in diffusers' layout, if they are on this disk."""
+    if sources.suffix_of(config) == gguf.SUFFIX:
+        return (
+            _folder(replace(config, model=config.base_model, base_model=None, repo=None)) if config.base_model else None
+        )
     try:
         source = sources.resolve(config)
     except SfumatoError:
@@ -259,7 +218,7 @@ def _folder(config: ModelConfig) -> Path | None:
 def _description(path: Path) -> Path | None:
     """The folder that describes a single file, if it was downloaded."""
     repo = single_file.described_by(path)
-    return _snapshot(repo, "main") if repo else None
+    return (_snapshot(repo, "main") or descriptions.of(repo)) if repo else None
 
 
 def _snapshot(repo: str, revision: str) -> Path | None:
@@ -273,12 +232,3 @@ def _snapshot(repo: str, revision: str) -> Path | None:
         commit = revision
     snapshot = folder / "snapshots" / commit
     return snapshot if (snapshot / sources.INDEX).is_file() else None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if the file is missing or does not contain an object."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}

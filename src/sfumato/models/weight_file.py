@@ -17,9 +17,11 @@ import logging
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from email.message import Message
 from pathlib import Path
 from typing import TypeAlias
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
@@ -27,7 +29,8 @@ from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 import filelock
 import httpx
 
-from sfumato.errors import DownloadError
+from sfumato.config import addresses
+from sfumato.errors import DownloadError, LoadError
 from sfumato.models import sources
 
 log = logging.getLogger(__name__)
@@ -38,7 +41,9 @@ OnProgress: TypeAlias = Callable[[float | None, str], None]
 CHUNK = 1 << 20
 TIMEOUT_S = 30.0
 WAIT_S = 1.0
-"""Interval at which a process that waits for another reports so."""
+"""Whoever waits for another process says so this often."""
+ON = ("1", "ON", "YES", "TRUE")
+"""huggingface_hub's words for a switch."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -56,7 +61,9 @@ class Version:
     size: int | None = None
     sha256: str | None = None
     checked: bool = False
-    """Whether the complete file was checked against this sha256."""
+    """Whether the whole file had this sha256."""
+    name: str = ""
+    """What its server calls it, where the URL does not tell."""
 
 
 def fetch(url: str, target: Path, *, sha256: str | None, report: OnProgress) -> Path:
@@ -79,13 +86,79 @@ def fetch(url: str, target: Path, *, sha256: str | None, report: OnProgress) -> 
 def place(url: str, folder: Path) -> Path:
     """Path for the file of a URL: its own name plus a hash of the URL, as many are called `model.safetensors`.
 
-    A file with exactly that name that was put there by hand is used instead.
+    A file of that very name that was put there by hand is taken for it, by the first URL that wants one. Where a URL
+    tells no name, its answer gave the file one; before that it is called by its mark alone.
     """
     name = unquote(Path(urlsplit(url).path).name).replace("/", "_")
-    by_hand = folder / name
-    if by_hand.is_file() and _version(by_hand) is None:
+    by_hand, mark = folder / name, _digest(url)[:10]
+    if not _tells(name):
+        named = (path for path in folder.glob(f"[!.]*-{mark}.*") if path.is_file())
+        return next(named, folder / f"{name[:80]}-{mark}")
+    if by_hand.is_file() and ((version := _version(by_hand)) is None or version.url == _digest(url)):
         return by_hand
-    return by_hand.with_name(f"{by_hand.stem}-{_digest(url)[:10]}{by_hand.suffix}")
+    return by_hand.with_name(f"{by_hand.stem}-{mark}{by_hand.suffix}")
+
+
+def obtain(url: str, folder: Path, *, report: OnProgress) -> Path:
+    """Have the file of a URL of `parameters.model`, at its `place`. Raises DownloadError or LoadError in words."""
+    target = place(url, folder)
+    if _tells(target.name):
+        if target.exists() and _version(target) is None:
+            with _optional():
+                _remember(target, Version(_digest(url), "", target.stat().st_size))
+        return fetch(url, target, sha256=None, report=report)
+    with _words(url, target):
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(target, report):
+            if (named := place(url, folder)) == target:
+                if not target.exists():
+                    _download(url, target, None, report)
+                named = _named(url, target)
+    return named
+
+
+@contextmanager
+def in_lower_case(path: Path) -> Iterator[Path]:
+    """A path to the same file under a name that diffusers knows: it goes by `.safetensors` to the letter."""
+    suffix = {".sft": ".safetensors"}.get(path.suffix.lower(), path.suffix.lower())
+    if suffix == path.suffix or suffix not in sources.SAFE:
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder) / f"{path.stem}{suffix}"
+        link.symlink_to(path.absolute())
+        yield link
+
+
+def _tells(name: str) -> bool:
+    """Whether it is the name of a file of weights."""
+    return Path(name).suffix.lower() in sources.SAFE + sources.PICKLES
+
+
+def _named(url: str, target: Path) -> Path:
+    """Give what came at `target` the name that its server has for it. Raises LoadError for what holds no weights."""
+    version = _version(target)
+    name = Path((version.name if version else "") or target.name + _suffix_of(target))
+    if not _tells(name.name):
+        _beside(target, "source").unlink(missing_ok=True)
+        target.unlink()
+        raise LoadError(
+            f"{addresses.shown(url)} leads to {name.name!r}, which is not a weight file; {', '.join(sources.SAFE)} "
+            "can be loaded. If it is a page that asks who you are, put a token into the URL",
+            param="parameters.model",
+        )
+    named = target.with_name(f"{name.stem[:120]}-{_digest(url)[:10]}{name.suffix}")
+    _beside(target, "source").replace(_beside(named, "source"))
+    return target.replace(named)
+
+
+def _suffix_of(path: Path) -> str:
+    """Told from its first bytes; empty for what is neither safetensors nor GGUF."""
+    with path.open("rb") as file:
+        first = file.read(9)
+    if first[:4] == b"GGUF":
+        return ".gguf"
+    return ".safetensors" if first[8:] == b"{" and int.from_bytes(first[:8], "little") < path.stat().st_size else ""
 
 
 def _there(target: Path, url: str, sha256: str | None) -> bool:
@@ -96,7 +169,7 @@ def _there(target: Path, url: str, sha256: str | None) -> bool:
     if sha256 is None:
         if version and version.url != _digest(url):
             raise DownloadError(
-                f"{target} exists already and came from another URL than {_shown(url)}; "
+                f"{target} exists already and came from another URL than {addresses.shown(url)}; "
                 "give each its own `filename`, or remove the file"
             )
     elif known != sha256:
@@ -111,6 +184,8 @@ def _there(target: Path, url: str, sha256: str | None) -> bool:
 
 
 def _download(url: str, target: Path, sha256: str | None, report: OnProgress) -> None:
+    if _origin(url) == _origin(sources.endpoint()) and os.environ.get("HF_HUB_OFFLINE", "").upper() in ON:
+        raise DownloadError(f"{addresses.shown(url)} is not at {target}, and HF_HUB_OFFLINE is set. Fetch it before")
     part = _beside(target, "part")
     for resumed in (True, False):
         if not resumed:
@@ -131,9 +206,9 @@ def _download(url: str, target: Path, sha256: str | None, report: OnProgress) ->
 
 def _broken(url: str, version: Version, size: int, found: str | None, sha256: str | None) -> str:
     if version.size not in (None, size):
-        return f"{_shown(url)}: {size} of {version.size} bytes arrived. Nothing was kept; try again."
+        return f"{addresses.shown(url)}: {size} of {version.size} bytes arrived. Nothing was kept; try again."
     who = "the model file" if sha256 else "the hub"
-    return f"{_shown(url)}: the file's sha256 is {found}, {who} says {version.sha256}. Nothing was kept."
+    return f"{addresses.shown(url)}: the file's sha256 is {found}, {who} says {version.sha256}. Nothing was kept."
 
 
 def _receive(url: str, target: Path, part: Path, report: OnProgress) -> tuple[Version, int]:
@@ -142,8 +217,8 @@ def _receive(url: str, target: Path, part: Path, report: OnProgress) -> tuple[Ve
     have = part.stat().st_size if part.exists() else 0
     if not (have and before and before.url == _digest(url) and before.validator):
         have = 0
-    # Uncompressed: a compressed answer has a different length than the file.
-    headers = {"accept-encoding": "identity"}
+    # As it is: a compressed answer has another length than the file.
+    headers = {"accept-encoding": "identity", **_authorization(url)}
     if have and before:
         headers |= {"range": f"bytes={have}-", "if-range": before.validator}
     with httpx.stream("GET", url, headers=headers, follow_redirects=True, timeout=TIMEOUT_S) as response:
@@ -160,7 +235,7 @@ def _receive(url: str, target: Path, part: Path, report: OnProgress) -> tuple[Ve
             response.close()
             part.unlink(missing_ok=True)  # not the range that was requested
             if not have:
-                raise DownloadError(f"{_shown(url)}: the server sent a range that was not requested")
+                raise DownloadError(f"{addresses.shown(url)}: the server sent a range that was not requested")
             return _receive(url, target, part, report)
         if not goes_on:
             have = 0
@@ -177,6 +252,21 @@ def _receive(url: str, target: Path, part: Path, report: OnProgress) -> tuple[Ve
     return version, have
 
 
+def _authorization(url: str) -> dict[str, str]:
+    """The hub's token, for the hub's own host alone: httpx takes it off where a redirect leads to another."""
+    if _origin(url) != _origin(sources.endpoint()):
+        return {}
+    from huggingface_hub import get_token  # late: not needed by those who only look where a file is
+
+    token = get_token()
+    return {"authorization": f"Bearer {token}"} if token else {}
+
+
+def _origin(url: str) -> tuple[str, str | None, int | None]:
+    parts = urlsplit(url)
+    return parts.scheme.lower(), parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme.lower())
+
+
 def _version_of(url: str, response: httpx.Response) -> Version:
     headers = response.headers
     size = None
@@ -186,7 +276,16 @@ def _version_of(url: str, response: httpx.Response) -> Version:
         size = int(headers["content-length"])
     etag = headers.get("etag", "")
     validator = etag if etag.startswith('"') else headers.get("last-modified", "")
-    return Version(_digest(url), validator, size, _sha256_by_hub(response))
+    return Version(_digest(url), validator, size, _sha256_by_hub(response), name=_name_of(response))
+
+
+def _name_of(response: httpx.Response) -> str:
+    """The last part of the name in Content-Disposition, else of the address that it came from in the end."""
+    message = Message()
+    message["content-disposition"] = response.headers.get("content-disposition", "")
+    given = message.get_filename() or unquote(response.url.path)
+    name = re.sub(r"[^\w .()+-]", "_", re.split(r"[/\\]", given)[-1]).strip(" .")
+    return name if _tells(name) or message.get_filename() else ""
 
 
 def _sha256_by_hub(response: httpx.Response) -> str | None:
@@ -230,21 +329,33 @@ def _words(url: str, target: Path) -> Iterator[None]:
     try:
         yield
     except httpx.HTTPStatusError as error:
+        if error.response.status_code in (401, 403):
+            raise LoadError(_refused(url, error.response.status_code)) from None  # its words have the URL
         raise DownloadError(
-            f"{_shown(url)} could not be downloaded to {target}: the server answered {error.response.status_code} "
-            f"{error.response.reason_phrase}"
-        ) from error
+            f"{addresses.shown(url)} could not be downloaded to {target}: the server answered "
+            f"{error.response.status_code} {error.response.reason_phrase}"
+        ) from None
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise DownloadError(f"{_shown(url)} could not be downloaded to {target}: {error}") from error
+        raise DownloadError(
+            f"{addresses.shown(url)} could not be downloaded to {target}: {addresses.shown(str(error))}"
+        ) from None
     except OSError as error:
         if error.errno in FULL:
             with _optional():
                 _beside(target, "part").unlink(missing_ok=True)
             raise DownloadError(f"{target}: the disk is full ({error.strerror}); make room there") from error
         raise DownloadError(
-            f"{_shown(url)} could not be written to {target}: {error.strerror or error}. Let the server write to "
-            f"{target.parent}, or put the file there"
+            f"{addresses.shown(url)} could not be written to {target}: {error.strerror or error}. Let the server "
+            f"write to {target.parent}, or put the file there"
         ) from error
+
+
+def _refused(url: str, status: int) -> str:
+    start = f"{addresses.shown(url)} could not be fetched: the server answers {status}"
+    if _origin(url) != _origin(sources.endpoint()):
+        return f"{start}; put the token that it wants into the URL, or fetch the file by hand"
+    have = "HF_TOKEN is of an account that may not read it" if _authorization(url) else "no HF_TOKEN is set"
+    return f"{start}: it is gated or private, and {have}. Accept its licence on the hub, and set HF_TOKEN"
 
 
 @contextmanager
@@ -289,9 +400,3 @@ def _digest(url: str) -> str:
     query = [(name, value) for name, value in parse_qsl(parts.query) if not _RENEWED.fullmatch(name)]
     same = parts._replace(netloc=parts.netloc.rpartition("@")[2], query=urlencode(query), fragment="").geturl()
     return hashlib.sha256(same.encode()).hexdigest()
-
-
-def _shown(url: str) -> str:
-    """The URL without user name, key or query, which may be secret."""
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()

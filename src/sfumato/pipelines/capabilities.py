@@ -105,7 +105,25 @@ def has_sibling(name: str, task: str) -> bool:
     return not families.isdisjoint(_mappings()[_MAPPINGS[task]])
 
 
-_MAPPINGS = {"image": "AUTO_IMAGE2IMAGE_PIPELINES_MAPPING", "mask": "AUTO_INPAINT_PIPELINES_MAPPING"}
+def sibling(name: str, task: str, *, controlled: bool) -> str | None:
+    """The class for `text`, `image` or `mask` on the weights of the class `name`; `controlled`: with a ControlNet."""
+    known = _mappings()[_MAPPINGS[task]]
+    families = [family for each in _mappings().values() for family, kind in each.items() if kind == name]
+    if controlled:
+        families = [family if "controlnet" in family else f"{family}-controlnet" for family in families]
+    return next((known[family] for family in families if family in known), None)
+
+
+def task_of(name: str) -> str | None:
+    """Which of `text`, `image` and `mask` diffusers takes the class `name` for."""
+    return next((task for task, table in _MAPPINGS.items() if name in _mappings()[table].values()), None)
+
+
+_MAPPINGS = {
+    "text": "AUTO_TEXT2IMAGE_PIPELINES_MAPPING",
+    "image": "AUTO_IMAGE2IMAGE_PIPELINES_MAPPING",
+    "mask": "AUTO_INPAINT_PIPELINES_MAPPING",
+}
 
 
 @functools.cache

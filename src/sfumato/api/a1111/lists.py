@@ -111,7 +111,7 @@ def router(service: Service, choices: Choices) -> APIRouter:
         service.catalog.refresh()
         return [
             {"title": config.name, "model_name": config.name, "hash": None, "sha256": None,
-             "filename": config.model, "config": None}
+             "filename": config.shown, "config": None}
             for config in service.catalog.all()
         ]  # fmt: skip
 

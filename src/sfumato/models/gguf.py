@@ -1,0 +1,61 @@
+"""GGUF files: a quantised denoiser alone, which takes all else from the repository that it was made from.
+
+Read by diffusers' own quantiser, which needs the package `gguf` (the extra of that name).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sfumato.config import ModelConfig
+from sfumato.errors import ModelFileError
+from sfumato.models import sources
+
+SUFFIX = ".gguf"
+DENOISERS = ("transformer", "unet")
+"""Components that such a file may stand for."""
+
+
+def is_one(config: ModelConfig) -> bool:
+    """Whether the weights of a model are such a file, as far as its source tells."""
+    return sources.suffix_of(config) == SUFFIX
+
+
+def base(config: ModelConfig) -> ModelConfig:
+    """The model that the rest comes from. Raises ModelFileError where something is missing for that."""
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelFileError(
+            f"{config.name}: reading a .gguf file needs the package gguf. Run `pip install 'sfumato[gguf]'`, and start "
+            "Sfumato again",
+            param="parameters.model",
+        )
+    if not config.base_model:
+        raise ModelFileError(
+            f"{config.name}: a .gguf file holds a denoiser alone. Name the repository (or folder) that it was made "
+            "from, for all else: `diffusers: {base_model: owner/name}`",
+            param="diffusers.base_model",
+        )
+    return replace(
+        config, model=config.base_model, base_model=None, repo=None, revision=None, snapshot=None, downloads=()
+    )
+
+
+def denoiser(path: Path, described: Path, index: dict[str, Any], dtype: Any) -> dict[str, Any]:
+    """The component that a file stands for, on the configuration of the base repository at `described`."""
+    import diffusers
+
+    part = next((name for name in DENOISERS if name in index), None)
+    if part is None:
+        raise ModelFileError(
+            f"{described}: has neither of {', '.join(DENOISERS)}, which a .gguf file could take the place of",
+            param="diffusers.base_model",
+        )
+    kind = getattr(diffusers, index[part][1])
+    quantization = diffusers.GGUFQuantizationConfig(compute_dtype=dtype)
+    made = kind.from_single_file(
+        str(path), config=str(described), subfolder=part, quantization_config=quantization, dtype=dtype
+    )
+    return {part: made}
