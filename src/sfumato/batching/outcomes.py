@@ -1,38 +1,32 @@
-"""What a parked request is told, how a request ends, and how modules are counted."""
+"""What a parked request is told, and how a request ends."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
-from sfumato.batching.verification import Trial
+from sfumato.batching.trial import Trial
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Told to a parked request: here is the answer."""
+    """Told to a parked request: here is the output of its call."""
 
     value: Any
 
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """Told to a parked request: compute it yourself, and report to the trial if there is one."""
+    """Told to a parked request: compute your call yourself, and report to the trial if there is one."""
 
     trial: Trial | None = None
     member: int = 0
+    """Which one of the trial's members it is."""
 
 
-@dataclass(slots=True)
-class Count:
-    """Calls of a module, and the forwards that answered them."""
-
-    calls: int = 0
-    forwards: int = 0
-    proving: int = 0
-    """Forwards that answered nobody: those of proofs."""
+Reply: TypeAlias = Result | Compute
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,14 +14,13 @@ import itertools
 import json
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Hashable, Sequence
 from importlib import resources
 from typing import Any, Literal, TypeAlias
 
 import diffusers
 import transformers
 
-from sfumato.batching import outputs
 from sfumato.batching.calls import Call, plain
 from sfumato.batching.proof import Evidence
 from sfumato.batching.proof_store import Proofs
@@ -36,6 +35,9 @@ Width: TypeAlias = frozenset[str] | None
 """With whom a call may be joined: those that differ from it in no more than this (see `calls.LOOSE`); None: nobody."""
 
 FILE = "mergeable.json"
+
+MAX_WIDTHS = 4096
+"""Keys whose width is remembered; each size of picture and length of text has its own."""
 
 
 @functools.cache
@@ -67,8 +69,8 @@ class Verification:
         self._proofs = proofs
         self._kinds: dict[int, tuple[weakref.ref[Any], str]] = {}
         self._verdicts: dict[tuple[int, str], str] = {}
-        self.changes = 0
-        """Grows with every verdict."""
+        self._widths: dict[Hashable, tuple[weakref.ref[Any], Width]] = {}
+        """Key of a call → with whom it may be joined; void with every new verdict."""
         self.shown: dict[str, float] = {}
         """Signature → largest relative error of those proved here."""
         self.refused: dict[str, str] = {}
@@ -77,6 +79,18 @@ class Verification:
 
     def signature(self, call: Call, loose: frozenset[str] = frozenset()) -> str:
         return f"{self.kind(call.module)}.{call.signature(loose)}"
+
+    def key(self, call: Call) -> Hashable:
+        """Calls with equal keys may share a forward, by all that is known now; None: this one runs alone."""
+        if call.key is None:
+            return None
+        known = self._widths.get(call.key)
+        if known is None or known[0]() is not call.module:
+            width = self.width(call)  # may come to a verdict
+            if len(self._widths) >= MAX_WIDTHS:
+                self._widths.clear()
+            known = self._widths[call.key] = (weakref.ref(call.module), width)
+        return None if known[1] is None else call.narrowed(known[1])
 
     def width(self, call: Call) -> Width:
         if self._refuses(call, frozenset()):
@@ -107,7 +121,7 @@ class Verification:
             return
         self.shown[signature] = max(*errors, self.shown.get(signature, 0.0))
         self._verdicts[id(call.module), signature] = "yes"
-        self.changes += 1
+        self._widths.clear()
 
     def refuse(self, call: Call, signature: str, reason: str, label: Reason = Reason.REFUSED) -> None:
         """From now on calls with this signature run alone. One line in the log, however many calls there will be."""
@@ -116,7 +130,7 @@ class Verification:
         self.refused[signature] = reason
         self._labels[signature] = label
         self._verdicts[id(call.module), signature] = "no"
-        self.changes += 1
+        self._widths.clear()
 
     def label(self, call: Call) -> Reason:
         """Why calls like this one run alone, of those that were refused."""
@@ -147,32 +161,6 @@ class Verification:
             self.refuse(call, signature, f"{verdict.refused} (shown on {verdict.shown})")
             return "no"
         return "yes"
-
-
-class Trial:
-    """One batch whose members also run alone: compares each with its part, and settles when all are in."""
-
-    def __init__(self, parts: list[Any], settle: Callable[[list[float]], None]) -> None:
-        """`settle` is told by how much each member differed, relative; inf where it cannot be compared."""
-        self._parts = parts
-        self._open = set(range(len(parts)))
-        self._settle = settle
-        self._errors = [0.0] * len(parts)
-        self._sound = True
-
-    def report(self, member: int, alone: Any) -> None:
-        self._errors[member] = outputs.difference(self._parts[member], alone)
-        self._close(member)
-
-    def give_up(self, member: int) -> None:
-        """This member failed on its own: nothing is settled, the next batch tries again."""
-        self._sound = False
-        self._close(member)
-
-    def _close(self, member: int) -> None:
-        self._open.discard(member)
-        if not self._open and self._sound:
-            self._settle(self._errors)
 
 
 def _kind(module: Any) -> str:

@@ -23,8 +23,8 @@ from sfumato.batching.proof_store import Proofs
 from sfumato.batching.verification import Verification
 from sfumato.config import ModelConfig
 from sfumato.core import Done, Event, Failed, ModelStatus, Preview, Step
-from sfumato.drawing import draw as generation
 from sfumato.drawing import out_of_memory
+from sfumato.drawing.draw import Disturbed, RunStopped, draw
 from sfumato.drawing.info import model_info
 from sfumato.engine.protocol import (
     Answer,
@@ -49,9 +49,6 @@ log = logging.getLogger(__name__)
 
 Send: TypeAlias = Callable[[Report], None]
 
-LOAD = "load "
-"""Begins the id of a task that is no generation, and that nobody waits for."""
-
 
 class Loop:
     """Runs commands until `Stop`. `post` may be called from any thread, the rest from the loop's own.
@@ -72,12 +69,14 @@ class Loop:
             settings.loaded_models, settings.device, self._tell, self._batcher.forget, self._batcher.spare, model_info
         )
         self._stats = Stats(self._batcher, self._pool)
-        self._tasks: dict[str, Task] = {}
-        """Of generations that have not been answered."""
-        self._arrived: dict[str, Submit] = {}
-        """Generations that came while a request ran, and are no tasks yet."""
+        self._submitted: dict[str, Submit] = {}
+        """Generations that are no tasks yet; those that come while a request runs wait here."""
         self._orders: list[Load | Unload] = []
         """The same of orders: models come and go between requests' turns only."""
+        self._tasks: dict[str, Task] = {}
+        """Of generations that have not been answered."""
+        self._loads: list[Task] = []
+        """Of models that are to be loaded; nobody waits for an answer."""
         self._stopping = False
 
     def post(self, command: Command) -> None:
@@ -86,39 +85,27 @@ class Loop:
     def run(self) -> None:
         """Until `Stop` comes; what was posted before it is answered first."""
         with torch.no_grad():
-            while self._tasks or self._arrived or not self._stopping:
-                self._take()
+            while self._busy or not self._stopping:
+                self._receive(wait=not self._busy)
+                self._begin()
                 self._batcher.step()
                 self._report()
 
-    def _take(self) -> None:
-        """Every command that is there; with nothing to do, wait for one."""
-        if not (self._tasks or self._arrived or self._orders or self._stopping):
+    @property
+    def _busy(self) -> bool:
+        return bool(self._tasks or self._loads or self._submitted or self._orders)
+
+    def _receive(self, *, wait: bool) -> None:
+        """Obey every command that is there. `wait`: there is nothing else to do until one comes."""
+        if wait:
             self._obey(self._inbox.get())
-        self._read()
-        orders, self._orders = self._orders, []
-        for order in orders:
-            self._carry_out(order)
-        for submit in self._arrived.values():
-            task = self._batcher.submit(functools.partial(self._draw, submit), caller=submit.generation.caller)
-            task.left = submit.generation.steps or submit.config.steps
-            task.threads = submit.config.threads
-            self._tasks[submit.generation.id] = task
-        self._arrived.clear()
-
-    def _listen(self) -> None:
-        """The same inside a request, which goes on: answers go out, and new requests wait."""
-        self._read()
-        self._report()
-
-    def _read(self) -> None:
         while not self._inbox.empty():  # nobody else takes from it
             self._obey(self._inbox.get_nowait())
 
     def _obey(self, command: Command) -> None:
         match command:
-            case Submit(_, asked):
-                self._arrived[asked.id] = command
+            case Submit():
+                self._submitted[command.generation.id] = command
             case Cancel(id):
                 self._cancel(id)
             case Load() | Unload() as order:
@@ -128,17 +115,43 @@ class Loop:
             case Stop():
                 self._stopping = True
 
-    def _carry_out(self, order: Load | Unload) -> None:
-        match order:
-            case Load(config):
-                self._tasks[f"{LOAD}{config.name}"] = self._batcher.submit(functools.partial(self._bring, config))
-            case Unload(name):
-                self._pool.unload(name)
+    def _begin(self) -> None:
+        """What was asked for becomes tasks: orders first, then generations."""
+        orders, self._orders = self._orders, []
+        for order in orders:
+            match order:
+                case Load(config):
+                    self._loads.append(self._batcher.submit(functools.partial(self._load, config)))
+                case Unload(name):
+                    self._pool.unload(name)
+        submitted, self._submitted = self._submitted, {}
+        for id, submit in submitted.items():
+            task = self._batcher.submit(functools.partial(self._draw, submit), caller=submit.generation.caller)
+            task.left = submit.generation.steps or submit.config.steps
+            task.threads = submit.config.threads
+            self._tasks[id] = task
 
-    def _bring(self, config: ModelConfig) -> None:
-        """A model into memory. Who asked for it sees in its status how that goes."""
-        with self._pool.use(config, self._batcher.turn):
-            pass
+    def _report(self) -> None:
+        """Answer those that have ended."""
+        ended = {id: task for id, task in self._tasks.items() if task.done}
+        for id in ended:
+            del self._tasks[id]
+            self._stats.ended(id)
+        loads, self._loads = self._loads, [task for task in self._loads if not task.done]
+        for load in loads:
+            if load.done:
+                self._stats.changed()
+                _event("the load of a model", load)  # for the log: everybody else knows from its status
+        # Before the answers: whoever has the last one finds it counted.
+        if self._stats.due(idle=not (self._tasks or self._loads)):
+            self._send(StatsReport(self._stats.stats()))
+        for id, task in ended.items():
+            self._send(Answer(id, _event(f"request {id}", task)))
+
+    def _listen(self) -> None:
+        """Called inside a request that does not give the thread away: commands are read, and answers go out."""
+        self._receive(wait=False)
+        self._report()
 
     def _cancel(self, id: str) -> None:
         """Answered at once. A request that is running ends when it listens next, one that is parked when it may."""
@@ -147,24 +160,31 @@ class Loop:
             log.info("request %s is cancelled with %s steps left", id, task.left)
             del self._tasks[id]
             self._stats.ended(id)
-            self._batcher.cancel(task, generation.RunStopped())
-        elif not self._arrived.pop(id, None):
+            self._batcher.cancel(task, RunStopped())
+        elif not self._submitted.pop(id, None):
             return  # it has been answered already, or is about to be
         self._send(Answer(id, _CANCELLED))
 
+    # Within the tasks.
+
     def _draw(self, submit: Submit) -> Done:
-        """In the request's greenlet, from its first turn to its end."""
-        asked = submit.generation
-        self._send(Started(asked.id))
-        log.info("request %s starts", asked.id)
-        on_step = functools.partial(self._on_step, asked.id)
-        on_preview = functools.partial(self._on_preview, asked.id)
+        """A generation, from its first turn to its end."""
+        id = submit.generation.id
+        self._send(Started(id))
+        log.info("request %s starts", id)
+        on_step = functools.partial(self._on_step, id)
+        on_preview = functools.partial(self._on_preview, id)
         while True:
-            with self._pool.use(submit.config, self._batcher.turn) as model, suppress(generation.Disturbed):
-                draw = functools.partial(generation.draw, model, on_step=on_step, on_preview=on_preview)
-                self._stats.started(asked.id)
-                return out_of_memory.with_less(model, asked, draw, self._batcher.spare)
-            log.warning("request %s is drawn again: another one has left its model changed", asked.id)
+            with self._pool.use(submit.config, self._batcher.turn) as model, suppress(Disturbed):
+                run = functools.partial(draw, model, on_step=on_step, on_preview=on_preview)
+                self._stats.started(id)
+                return out_of_memory.with_less(model, submit.generation, run, self._batcher.spare)
+            log.warning("request %s is drawn again: another one has left its model changed", id)
+
+    def _load(self, config: ModelConfig) -> None:
+        """A model into memory. Who asked for it sees in its status how that goes."""
+        with self._pool.use(config, self._batcher.turn):
+            pass
 
     def _on_step(self, id: str, step: int, total: int) -> None:
         if task := self._tasks.get(id):
@@ -177,19 +197,6 @@ class Loop:
         if id in self._tasks:
             self._send(Answer(id, preview))
 
-    def _report(self) -> None:
-        done = {id: task for id, task in self._tasks.items() if task.done}
-        for id in done:
-            del self._tasks[id]
-            self._stats.ended(id)
-        # Before the answers: whoever has the last one finds it counted.
-        if self._stats.due(idle=not self._tasks):
-            self._send(StatsReport(self._stats.stats()))
-        for id, task in done.items():
-            event = _event(id, task)
-            if not id.startswith(LOAD):
-                self._send(Answer(id, event))
-
     def _tell(self, model: str, status: ModelStatus) -> None:
         self._stats.changed()
         self._send(Status(model, status))
@@ -199,16 +206,17 @@ class Loop:
 _CANCELLED = Failed(Cancelled("the request was cancelled"))
 
 
-def _event(id: str, task: Task) -> Event:
+def _event(what: str, task: Task) -> Event:
+    """How `what` has ended; errors that are not ours are logged."""
     assert task.outcome is not None
     match task.outcome.error:
         case None:
             done: Done = task.outcome.value
             return done
-        case generation.RunStopped():
+        case RunStopped():
             return _CANCELLED
         case SfumatoError() as error:
             return Failed(error)
         case error:
-            log.error("request %s failed: %s", id, logs.place(error))
+            log.error("%s failed: %s", what, logs.place(error))
             return Failed(SfumatoError(f"{type(error).__name__}: {error}"))
