@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from starlette.exceptions import HTTPException
 FILES = ("swagger-ui-bundle.js", "swagger-ui.css", "favicon.png")
 """Of the package fastapi-offline, which ships them and is kept current."""
 
+FOLDER = Path(str(resources.files("fastapi_offline"))) / "static"
+
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
     "frame-ancestors 'none'"
@@ -26,45 +29,52 @@ POLICY = (
 """Swagger UI starts itself with a script in its page."""
 
 
-def router() -> APIRouter:
-    routes = APIRouter(include_in_schema=False)
-    documents: dict[str, bytes] = {}
-    making = asyncio.Lock()
-    folder = Path(str(resources.files("fastapi_offline"))) / "static"
+class Document:
+    """An application's OpenAPI document as JSON."""
 
-    @routes.get("/docs")
-    async def page() -> HTMLResponse:
-        script, style, icon = (f"docs/{name}" for name in FILES)
-        # Relative, so that it is found below a proxy's prefix.
-        page = get_swagger_ui_html(
-            openapi_url="openapi.json",
-            title="Sfumato",
-            swagger_js_url=script,
-            swagger_css_url=style,
-            swagger_favicon_url=icon,
-        )
-        page.headers["content-security-policy"] = POLICY
-        return page
+    def __init__(self, openapi: Callable[[], dict[str, Any]]) -> None:
+        self._openapi = openapi
+        self._making = asyncio.Lock()
+        self._known: tuple[str, bytes] | None = None
 
-    @routes.get("/openapi.json")
-    async def openapi(request: Request) -> Response:
-        root = request.scope.get("root_path", "")
-        data = documents.get(root)
-        if data is None:
-            async with making:  # by one of those who wait
-                document = await asyncio.to_thread(request.app.openapi)
-                data = await asyncio.to_thread(_rendered, document, [{"url": root}] if root else [])
-            documents.clear()  # only another prefix of a proxy's makes another
-            documents[root] = data
-        return Response(data, media_type="application/json")
+    async def rendered(self, root: str) -> bytes:
+        """For who reaches the application below the path `root`; only another prefix of a proxy's makes another."""
+        async with self._making:  # by one of those who wait
+            if self._known is None or self._known[0] != root:
+                document = await asyncio.to_thread(self._openapi)
+                self._known = root, await asyncio.to_thread(_rendered, document, [{"url": root}] if root else [])
+            return self._known[1]
 
-    @routes.get("/docs/{name}")
-    async def file(name: str) -> FileResponse:
-        if name not in FILES:
-            raise HTTPException(404)
-        return FileResponse(folder / name, headers={"cache-control": "public, max-age=86400"})
 
-    return routes
+routes = APIRouter(include_in_schema=False)
+
+
+@routes.get("/docs")
+async def page() -> HTMLResponse:
+    script, style, icon = (f"docs/{name}" for name in FILES)
+    # Relative, so that it is found below a proxy's prefix.
+    page = get_swagger_ui_html(
+        openapi_url="openapi.json",
+        title="Sfumato",
+        swagger_js_url=script,
+        swagger_css_url=style,
+        swagger_favicon_url=icon,
+    )
+    page.headers["content-security-policy"] = POLICY
+    return page
+
+
+@routes.get("/openapi.json")
+async def openapi(request: Request) -> Response:
+    document: Document = request.app.state.document
+    return Response(await document.rendered(request.scope.get("root_path", "")), media_type="application/json")
+
+
+@routes.get("/docs/{name}")
+async def file(name: str) -> FileResponse:
+    if name not in FILES:
+        raise HTTPException(404)
+    return FileResponse(FOLDER / name, headers={"cache-control": "public, max-age=86400"})
 
 
 def _rendered(document: dict[str, Any], servers: list[dict[str, str]]) -> bytes:

@@ -14,6 +14,7 @@ from fastapi import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from sfumato.api.dependencies import Context
 from sfumato.api.http import errors, urls
 from sfumato.api.http.auth import caller_of
 from sfumato.api.keeping import drop, keeper
@@ -79,13 +80,12 @@ def output_format(body: Body, base: str) -> OutputFormat:
     )
 
 
-async def answer(
-    service: Service, gallery: Gallery, body: Body, request: Request, event: str = "", **more: Any
-) -> Response:
+async def answer(context: Context, body: Body, event: str = "", **more: Any) -> Response:
     """Draw what a body asks for, and answer with the pictures or, where it wants one, with a stream of `event`s.
 
     `more` are fields of the request that stand in for the body's.
     """
+    request, service, gallery = context.request, context.service, context.gallery
     form = output_format(body, urls.base_url(request, service.settings))
     caller = caller_of(request)
     keep = keeper(gallery, caller, form.format, form.encoded, must=form.base is not None)
