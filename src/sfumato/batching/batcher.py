@@ -117,12 +117,11 @@ class Batcher:
 
     def _schedule(self) -> list[Task]:
         """Those whose calls share the next forward; the first leads. Empty when nobody is parked."""
-        parked = {task.number: task for task in self._those(State.PARKED)}
-        waiting = [self._waiting(task, call) for task in parked.values() if (call := task.call)]
+        waiting = [self._waiting(task) for task in self._active.values() if task.state is State.PARKED]
         chosen = policy.choose(waiting, self.now, self._room, self._share.of, self.patience)
         leaders: dict[Hashable, Task] = {}
         for each in chosen:
-            task = parked[each.id]
+            task = self._active[each.id]
             self._share.add(task.caller, each.rows)
             # Of equal texts one is computed; the others find it in the prompt cache before the next forward is chosen.
             leaders.setdefault(task.memo_key if task.memo_key is not None else task.number, task)
@@ -175,12 +174,17 @@ class Batcher:
             torch_state.restore(self.ambient)
 
     def _answer_from_cache(self) -> None:
-        for task in self._those(State.PARKED):
-            if task.memo_key is not None and task.call is not None and (known := self.memo.get(task.memo_key)):
+        for task in self._active.values():
+            if task.state is not State.PARKED or task.memo_key is None or task.call is None:
+                continue
+            if known := self.memo.get(task.memo_key):
                 self.counts.add(task.call.name, 1, 0)
                 task.answer(Result(known[0]))
 
-    def _waiting(self, task: Task, call: Call) -> policy.Waiting:
+    def _waiting(self, task: Task) -> policy.Waiting:
+        """Its call as the policy sees it."""
+        call = task.call
+        assert call is not None
         key = self.trust.key(call)
         if task.waiting is None or task.waiting.key != key:  # just parked, or a trial has changed what is alike
             task.past[-1] = key if key is not None else (id(call.module), call.method)

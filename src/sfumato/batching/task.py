@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextvars
-import functools
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping
-from enum import Enum, auto
+from enum import IntEnum, auto
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -18,10 +17,11 @@ from sfumato.batching.counts import Counts
 from sfumato.batching.outcomes import Compute, Outcome, Reply, Result
 from sfumato.batching.prompt_cache import PromptCache
 from sfumato.batching.reasons import Reason
-from sfumato.batching.views import Asker, StandIn, View
+from sfumato.batching.stand_in import Asker, StandIn
+from sfumato.batching.views import View
 
 
-class State(Enum):
+class State(IntEnum):  # plain ones are slow to look up
     """Where a request stands."""
 
     QUEUED = auto()
@@ -152,14 +152,13 @@ class Task(Asker):
     def ask(self, stand_in: StandIn, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A stand-in was called inside this request: park, or compute at once where it must not switch."""
         self.views.add(stand_in._sfumato_view)
-        compute = functools.partial(stand_in._sfumato_compute, method, args, kwargs)
         if reason := self._must_not_switch(stand_in):
             self.batcher.listen()
             self._count_unswitched(stand_in, reason)
-            return compute()
+            return stand_in._sfumato_compute(method, args, kwargs)
         call = self._described(stand_in, method, args, kwargs)
         reply = self._park(call)
-        return reply.value if isinstance(reply, Result) else self._compute(call, compute, reply)
+        return reply.value if isinstance(reply, Result) else self._compute(stand_in, call, reply)
 
     def _must_not_switch(self, stand_in: StandIn) -> str:
         """Why; empty where it may."""
@@ -197,14 +196,14 @@ class Task(Asker):
         assert isinstance(reply, Result | Compute)
         return reply
 
-    def _compute(self, call: Call, compute: Callable[[], Any], told: Compute) -> Any:
+    def _compute(self, stand_in: StandIn, call: Call, told: Compute) -> Any:
         """Its own call, as if nothing were in between."""
         batcher, trial = self.batcher, told.trial
         batcher.counts.add(call.name, 1, 1)
         if trial is None and (unbatched := batcher.why_alone(call)):
             batcher.counts.add_unbatched(call.name, unbatched, call.alone)
         try:
-            value = compute()
+            value = stand_in._sfumato_compute(call.method, call.args, call.kwargs)
         except BaseException:
             if trial:
                 trial.raised(told.member)
@@ -217,7 +216,7 @@ class Task(Asker):
     # Of both.
 
     def _become(self, state: State) -> None:
-        assert state in NEXT[self.state], f"a request that is {self.state} cannot become {state}"
+        assert state in NEXT[self.state], f"a request that is {self.state.name} cannot become {state.name}"
         self.state = state
 
     def _run(self, into: Callable[[], Any]) -> None:
