@@ -187,7 +187,7 @@ Event: TypeAlias = Step | Preview | Done | Failed
 Keep: TypeAlias = Callable[[Done], Awaitable[str | None]]
 """Puts a picture where it stays; its name there, or None where it was not kept."""
 
-ModelState: TypeAlias = Literal["unloaded", "downloading", "loading", "ready", "failed"]
+LoadState: TypeAlias = Literal["unloaded", "downloading", "loading", "ready", "failed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +245,7 @@ class EngineStats:
 class ModelStatus:
     """Where a model stands in the engine."""
 
-    state: ModelState = "unloaded"
+    state: LoadState = "unloaded"
     detail: str = ""
     """What is being fetched, or why the load failed."""
     progress: float | None = None

@@ -75,7 +75,7 @@ class ServerState(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class Count:
+class Totals:
     """What had been done at a time."""
 
     time: float
@@ -93,18 +93,18 @@ class History:
         self._service = service
         self.began = time.monotonic()
         """When the application was made."""
-        self._counts: deque[Count] = deque([self.now()], maxlen=SAMPLES + 1)
+        self._counts: deque[Totals] = deque([self.now()], maxlen=SAMPLES + 1)
 
     async def keep(self) -> None:
         while True:
             await asyncio.sleep(EVERY_S)
             self._counts.append(self.now())
 
-    def now(self) -> Count:
+    def now(self) -> Totals:
         stats = self._service.engine.stats
         forwards = sum(stats.batch_sizes.values())
         rows = sum(size * count for size, count in stats.batch_sizes.items())
-        return Count(time.monotonic(), stats.steps, self._service.metrics.pictures, forwards, rows)
+        return Totals(time.monotonic(), stats.steps, self._service.metrics.pictures, forwards, rows)
 
     def samples(self) -> list[dict[str, Any]]:
         counts = [*self._counts, self.now()]

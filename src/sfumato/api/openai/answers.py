@@ -113,7 +113,7 @@ async def _drawn(
         if not job.detached:  # whoever asked gets none of them
             await asyncio.shield(asyncio.to_thread(drop, gallery, job))
         raise
-    said = {"created": int(job.created), "usage": usage(job, drawn)} | _shown(form, job, drawn[0])
+    said = {"created": int(job.created), "usage": usage(drawn)} | _shown(form, job, drawn[0])
     items = [await _item(part, form) for part in job.parts]
     return JSONResponse(said | {"data": items}, headers=noted(body.ignored(), drawn))
 
@@ -172,9 +172,7 @@ async def _events(job: Job, form: OutputFormat, event: str) -> AsyncGenerator[st
                     said: dict[str, Any] = {"warnings": list(done.warnings)} if done.warnings else {}
                     if name := job.parts[completed].name:
                         said["name"] = name
-                    yield await sse(
-                        "completed", done, completed, usage=usage(job, [done]), seed=done.recipe.seed, **said
-                    )
+                    yield await sse("completed", done, completed, usage=usage([done]), seed=done.recipe.seed, **said)
                     completed += 1
     except Exception as error:  # the status is sent: whatever it is, the client learns of it in the stream
         known = error if isinstance(error, SfumatoError) else errors.unexpected(error)
@@ -217,7 +215,7 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.wait({task, gone})
 
 
-def usage(job: Job, drawn: Sequence[Done]) -> dict[str, Any]:
+def usage(drawn: Sequence[Done]) -> dict[str, Any]:
     """Tokens as OpenAI counts them: of texts those of the encoder, of pictures one for each `PATCH` square."""
     text = sum(done.prompt_tokens for done in drawn)
     image = sum(_patches(done.recipe.width, done.recipe.height) * len(done.recipe.image_sha256) for done in drawn)
