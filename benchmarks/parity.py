@@ -33,7 +33,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ from sfumato.batching import shipped_list, verification
 from sfumato.batching.batcher import Batcher, Task
 from sfumato.batching.calls import Call as ModuleCall
 from sfumato.batching.calls import differing
+from sfumato.batching.outcomes import Reply
 from sfumato.batching.views import view
 
 ROOT = Path(__file__).parent.parent
@@ -129,11 +130,12 @@ class Learning(Batcher):
         super().__init__(max_rows=16, trust=verification.Verification("always", frozenset()))
         self.batches: dict[str, list[ModuleCall]] = {}
 
-    def _run_together(self, members: list[Task]) -> None:
-        calls = [task.call for task in members if task.call is not None]
-        unlike = next(([calls[0], call] for call in calls[1:] if differing([calls[0], call])), calls[:2])
-        self.batches.setdefault(self.trust.signature(calls[0], differing(unlike)), unlike)
-        super()._run_together(members)
+    def _run(self, group: Sequence[Task]) -> Sequence[Reply]:
+        calls = [task.call for task in group if task.call is not None]
+        if len(calls) > 1:
+            unlike = next(([calls[0], call] for call in calls[1:] if differing([calls[0], call])), calls[:2])
+            self.batches.setdefault(self.trust.signature(calls[0], differing(unlike)), unlike)
+        return super()._run(group)
 
 
 def measure(name: str) -> Measured:
@@ -160,7 +162,7 @@ def measure(name: str) -> Measured:
             jitter = difference(alone, [draw(pipe, call) for call in seeded(family.calls)])
     variants, wrong = variations(learning.batches.values(), learning.trust)
     shown = variants | learning.trust.shown
-    alone_for = {f"{module}: {reason}": times for (module, reason), times in trusting.alone.items()}
+    alone_for = {f"{module}: {reason}": times for (module, reason), times in trusting.counts.alone.items()}
     return Measured(
         name, error, jitter, count.calls, count.forwards, shown, dict(learning.trust.refused), wrong, alone_for,
         sources=sources(pipe, shown), versions=versions(),

@@ -17,7 +17,7 @@ from typing import Any
 
 import diffusers
 
-from sfumato.batching import views
+from sfumato.batching import exclusive
 from sfumato.pipelines import generators, scheduler_calls, source_digest, source_table
 
 TABLE = Path(source_table.__file__).parent / source_table.FILE
@@ -70,7 +70,7 @@ def of(kind: type) -> dict[str, Any]:
     row: dict[str, Any] = {"source": source_digest.class_digest(kind)}
     if issubclass(kind, diffusers.DiffusionPipeline):
         row["scheduler"] = scheduler_calls.to_row(scheduler_calls.from_source(kind))
-        row["intrusion"] = views.intrusion(kind)
+        row["intrusion"] = exclusive.intrusion(kind)
     else:
         used = {f"{method}.{name}": generators.from_source(kind, method, name) for method, name in _given(kind)}
         row["generators"] = used

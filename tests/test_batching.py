@@ -322,7 +322,7 @@ def test_out_of_memory_halves_what_is_remembered() -> None:
     )
     assert all(isinstance(result, torch.Tensor) for result in results)
     assert [rows for rows in module.rows if rows > 2] == [5]
-    assert list(hub._caps.values()) == [2]
+    assert list(hub.limits.lowered.values()) == [2]
 
 
 def test_an_output_without_rows_makes_the_calls_run_alone() -> None:

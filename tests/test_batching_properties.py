@@ -51,7 +51,7 @@ def draw(module: Any, plan: dict[str, Any]) -> torch.Tensor:
 plans = st.fixed_dictionaries({
     "rows": st.integers(1, 4), "width": st.sampled_from([2, 3]), "seed": st.integers(0, 99),
     "steps": st.integers(0, 6), "scale": st.sampled_from([0.5, 1.0]), "poison": st.sampled_from([-1, -1, -1, 0, 2]),
-    "priority": st.integers(0, 2), "caller": st.sampled_from(["x", "y"]),
+    "caller": st.sampled_from(["x", "y"]),
 })  # fmt: skip
 
 actions = st.lists(
@@ -75,9 +75,7 @@ def run(
         for action, what in script:
             if action == "submit":
                 plans.append(what)
-                tasks.append(
-                    hub.submit(lambda plan=what: draw(unet, plan), priority=what["priority"], caller=what["caller"])
-                )
+                tasks.append(hub.submit(lambda plan=what: draw(unet, plan), caller=what["caller"]))
             elif action == "step":
                 hub.step()
             elif what < len(tasks) and not tasks[what].done:

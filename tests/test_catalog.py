@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from sfumato.config import Skipped
 from sfumato.errors import ModelFileError, ModelNotFound
 from sfumato.serving.catalog import EMBEDDED, Catalog
 from sfumato.settings import Settings
@@ -130,7 +131,9 @@ def test_what_is_skipped_is_listed(tmp_path: Path) -> None:
     write(tmp_path, "notes.txt", "not yaml")
     (tmp_path / "folder.yaml").mkdir()
     catalog = Catalog([tmp_path])
-    assert sorted(skipped.file.name for skipped in catalog.skipped()) == ["compose.yaml", "llama.yaml"]
+    outcomes = {file.name: found for file, found in catalog.outcomes().items()}
+    assert sorted(outcomes) == ["compose.yaml", "llama.yaml"]
+    assert all(isinstance(found, Skipped) for (found,) in outcomes.values())
     assert catalog.problems() == catalog.all() == []
 
 

@@ -147,8 +147,8 @@ def test_an_adapter_added_in_the_middle_pins_its_request() -> None:
     with torch.no_grad():
         while hub.step():
             pass
-    assert hub.alone["unet", "unet: set_attn_processor"] == 4  # PNDM does one step more
-    assert hub.unbatched["unet", "changed_module"] == 4
+    assert hub.counts.alone["unet", "unet: set_attn_processor"] == 4  # PNDM does one step more
+    assert hub.counts.unbatched["unet", "changed_module"] == 4
 
 
 def test_a_patch_that_keeps_a_state_in_a_module_sees_one_request_after_another() -> None:

@@ -31,11 +31,6 @@ def test_the_oldest_leads() -> None:
     assert ids(choose([call(0, since=5, key="b"), call(1, since=3)], 6, lambda _: 8)) == [1]
 
 
-def test_priority_goes_first_and_others_may_join() -> None:
-    parked = [call(0, since=1), call(1, since=2, key="b"), call(2, since=3, priority=1)]
-    assert ids(choose(parked, 4, lambda _: 8)) == [2, 0]
-
-
 def test_the_caller_with_least_goes_first() -> None:
     parked = [call(0, caller="greedy"), call(1, since=1, key="b", caller="modest")]
     assert ids(choose(parked, 2, lambda _: 8, {"greedy": 9.0, "modest": 1.0}.__getitem__)) == [1]
@@ -64,12 +59,10 @@ def test_a_larger_group_on_its_way_goes_first() -> None:
     assert ids(choose([few, *passing], 2, lambda _: 8, had)) == [0]  # they never come by
 
 
-def test_nobody_of_less_priority_or_with_more_steps_left_goes_first_on_his_way() -> None:
+def test_nobody_with_more_steps_left_goes_first_on_his_way() -> None:
     few = call(0, key="b", loop={"a", "b"}, left=4)
     many = [call(n, loop={"a", "b"}, left=50) for n in (1, 2)]
     assert ids(choose([few, *many], 2, lambda _: 8)) == [0]
-    few = call(0, key="b", loop={"a", "b"}, priority=1)
-    assert ids(choose([few, *(call(n, loop={"a", "b"}) for n in (1, 2))], 2, lambda _: 8)) == [0]
 
 
 def test_of_equal_groups_the_one_that_moved_last_moves_on() -> None:
@@ -105,7 +98,6 @@ arrivals = st.lists(
         st.just(0),
         key=st.sampled_from(["a", "b", "c", None]),
         rows=st.integers(1, 5),
-        priority=st.integers(0, 3),
         caller=st.sampled_from(["x", "y"]),
         left=st.none() | st.integers(0, 50),
         loop=st.frozensets(st.sampled_from("abc")),
@@ -119,7 +111,7 @@ arrivals = st.lists(
 @settings(max_examples=200, deadline=None)
 def test_no_call_waits_longer_than_the_bound(active: list[Waiting], room: int, patience: int, random) -> None:
     """Requests park again and again, each time as whatever hurts most; none waits over `patience + active`."""
-    parked = {n: Waiting(n, c.key, c.rows, 0, c.priority, c.caller, c.left, c.loop) for n, c in enumerate(active)}
+    parked = {n: Waiting(n, c.key, c.rows, 0, c.caller, c.left, c.loop) for n, c in enumerate(active)}
     given_: dict[str, float] = {"x": 0.0, "y": 0.0}
     for now in range(120):
         group = choose(list(parked.values()), now, lambda _: room, given_.__getitem__, patience)
@@ -130,9 +122,7 @@ def test_no_call_waits_longer_than_the_bound(active: list[Waiting], room: int, p
             assert now - c.since < patience + len(parked)
             given_[c.caller] += c.rows
             shape = random.choice(active)
-            parked[c.id] = Waiting(
-                c.id, shape.key, shape.rows, now + 1, shape.priority, shape.caller, shape.left, shape.loop
-            )
+            parked[c.id] = Waiting(c.id, shape.key, shape.rows, now + 1, shape.caller, shape.left, shape.loop)
 
 
 def test_the_default_patience_is_a_few_steps() -> None:
@@ -162,7 +152,7 @@ class Request:
     def waiting(self) -> Waiting:
         past = self.calls[: self.at + 1][-LONGEST_LOOP:]
         left = (len(self.calls) - self.at) // self.step if self.tells else None
-        return Waiting(self.id, self.calls[self.at], 2, self.since, 0, self.caller, left, loop(past))
+        return Waiting(self.id, self.calls[self.at], 2, self.since, self.caller, left, loop(past))
 
 
 def drawn(requests: Sequence[Request], room: int = 8) -> float:

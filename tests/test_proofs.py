@@ -71,7 +71,7 @@ def test_a_refusal_is_remembered_and_logged_once(path: Path, caplog: pytest.LogC
             results, hub = together(module, runs, trust=trusting(path))
         assert all(torch.equal(result, run(module)) for run, result in zip(runs, results, strict=True))
         assert hub.counts["module"].forwards == (9 if again else 9 + 1)
-        assert hub.unbatched == {("module", "refused"): 9}
+        assert hub.counts.unbatched == {("module", "refused"): 9}
         lines = [record.message for record in caplog.records if "not batched" in record.message]
         assert len(lines) == 1
         assert "Coupled" in lines[0]

@@ -6,11 +6,14 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sfumato.batching.fair_share import FairShare
+from sfumato.batching.policy import Waiting, choose
 from sfumato.errors import TooManyRequests
 from sfumato.serving.queue import MAX_RETRY_AFTER_S, Queue, Ticket
 
@@ -215,3 +218,50 @@ def test_what_is_not_ready_can_leave() -> None:
         assert queue.join("ann", 1)[0].called.is_set()
 
     asyncio.run(run())
+
+
+STEPS = 20
+
+
+@pytest.mark.parametrize("fair_places", [True, False])
+@pytest.mark.parametrize("fair_forwards", [True, False])
+def test_places_and_forwards_are_both_shared_or_one_picture_waits_for_a_hundred(
+    fair_places: bool, fair_forwards: bool
+) -> None:
+    """The line without the engine's share, and the other way round: neither is enough."""
+
+    def body() -> None:
+        queue, share = Queue(places=16, limit=200), FairShare()
+        many = queue.join("greedy", 100)
+        parked: dict[Ticket, Waiting] = {}
+        forwards = 0
+
+        def turn() -> None:
+            for ticket in [*many, *one]:
+                if ticket.since is not None and ticket not in parked:
+                    caller = "modest" if ticket in one else "greedy"
+                    share.enter(caller, [call.caller for call in parked.values()])
+                    parked[ticket] = Waiting(ticket.number, "unet", 2, forwards, caller, STEPS)
+            given = share.of if fair_forwards else lambda _: 0.0
+            chosen = {call.id for call in choose(list(parked.values()), forwards, lambda _: 8, given)}
+            for ticket in [ticket for ticket in parked if ticket.number in chosen]:
+                call = parked.pop(ticket)
+                share.add(call.caller, call.rows)
+                assert call.left is not None
+                if call.left > 1:
+                    parked[ticket] = replace(call, since=forwards + 1, left=call.left - 1)
+                else:
+                    queue.leave(ticket, drawn=True)
+
+        one: list[Ticket] = []
+        while forwards < 2 * STEPS:
+            turn()
+            forwards += 1
+        one = queue.join("modest" if fair_places else "greedy", 1)
+        while one[0].since is not None or queue.position(one[0]):
+            turn()
+            forwards += 1
+        took = forwards - 2 * STEPS
+        assert (took <= STEPS + 3) is (fair_places and fair_forwards), took
+
+    within_a_loop(body)

@@ -24,7 +24,7 @@ from peft import LoraConfig
 
 import sfumato
 from sfumato import schedulers
-from sfumato.batching import feature_caches, offload, outputs, torch_state, views
+from sfumato.batching import exclusive, feature_caches, offload, outputs, torch_state
 from sfumato.batching.adapter_state import Adapters
 from sfumato.batching.calls import plain
 from sfumato.drawing import draw
@@ -106,7 +106,7 @@ OWN = {
     ("_charset_", "api/http/multipart.py"), ("_total", "serving/metrics.py"), ("_mask", "batching/text_masks.py"),
     ("_k", "api/said.py"), ("_Bar", "models/download.py"),
     # The standard library's, documented in spite of the underscore.
-    ("_getframe", "batching/views.py"), ("_exit", "process/worker.py"), ("_replace", "models/weight_file.py"),
+    ("_getframe", "batching/stand_in.py"), ("_exit", "process/worker.py"), ("_replace", "models/weight_file.py"),
 }  # fmt: skip
 """What looks like a private name of another package and is none."""
 
@@ -182,7 +182,7 @@ def test_feature_caches_keep_their_states_where_they_are_looked_for() -> None:
 def test_offload_hooks_are_where_they_are_looked_for() -> None:
     words = mend("batching/offload.py")
     module, hook = accelerate.cpu_offload_with_hook(torch.nn.Linear(2, 2), "cpu")
-    assert hasattr(module, "_hf_hook") and hasattr(module, "_old_forward"), mend("batching/views.py")
+    assert hasattr(module, "_hf_hook") and hasattr(module, "_old_forward"), mend("batching/exclusive.py")
     assert hook.model is module, words
     assert hook.hook.prev_module_hook is None, words
     assert "prev_module_hook" in inspect.getsource(type(hook.hook).pre_forward), words
@@ -245,8 +245,8 @@ def test_schedulers_keep_what_previews_read() -> None:
 
 
 def test_the_readers_of_source_find_what_they_know() -> None:
-    assert views.intrusion(diffusers.StableDiffusionPAGPipeline), mend("batching/views.py")
-    assert views.intrusion(diffusers.StableDiffusionPipeline) == "", mend("batching/views.py")
+    assert exclusive.intrusion(diffusers.StableDiffusionPAGPipeline), mend("batching/exclusive.py")
+    assert exclusive.intrusion(diffusers.StableDiffusionPipeline) == "", mend("batching/exclusive.py")
     flux = scheduler_calls.from_source(diffusers.FluxPipeline)
     assert flux and flux.runs[0].given({}) == {"sigmas", "mu"}, mend("pipelines/scheduler_calls.py")
     assert capabilities.has_sibling("StableDiffusionPipeline", "image"), mend("pipelines/capabilities.py")

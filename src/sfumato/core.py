@@ -175,7 +175,7 @@ Event: TypeAlias = Step | Preview | Done | Failed
 Keep: TypeAlias = Callable[[Done], Awaitable[str | None]]
 """Stores a picture and returns its name there, or None if it was not kept."""
 
-ModelState: TypeAlias = Literal["unloaded", "downloading", "loading", "ready", "failed"]
+LoadState: TypeAlias = Literal["unloaded", "downloading", "loading", "ready", "failed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +229,7 @@ class EngineStats:
 class ModelStatus:
     """State of a model in the engine."""
 
-    state: ModelState = "unloaded"
+    state: LoadState = "unloaded"
     detail: str = ""
     """What is being fetched, or why the load failed."""
     progress: float | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from sfumato import __version__
 from sfumato.api import gallery, localai, models, ops, progress, status, studio
+from sfumato.api.a1111 import jobs, lists
 from sfumato.api.a1111 import routes as a1111
 from sfumato.api.http import errors, pages
 from sfumato.api.http.arrivals import Arrivals
@@ -103,31 +104,39 @@ def create_app(service: Service, store: Store, running: Running | None = None) -
         redoc_url=None,
         servers=[{"url": settings.public_url.rstrip("/")}] if settings.public_url else None,
     )
-    app.state.bodies = Bodies(settings.max_text_mb * 2**20)
+    app.state.service = service
+    app.state.store = store
     app.state.gallery = shelf
+    app.state.history = history
+    app.state.bodies = Bodies(settings.max_text_mb * 2**20)
+    app.state.choices = lists.Choices(service)
+    app.state.a1111_jobs = jobs.Jobs(service)
+    app.state.document = pages.Document(app.openapi)
     errors.install(app)
+    _route(app, keyed=bool(keys))
+    _pass_through(app, keys, origins, running or Running())
+    return app
+
+
+def _route(app: FastAPI, *, keyed: bool) -> None:
     # Only documents the key in OpenAPI; `Auth` checks it.
-    key = [Depends(HTTPBearer(auto_error=False, description="An API key of this server."))] if keys else []
-    for routes in (openai, localai):
-        app.include_router(routes.router(service, shelf), prefix="/v1", dependencies=key)
+    key = [Depends(HTTPBearer(auto_error=False, description="An API key of this server."))] if keyed else []
+    for each in (openai, localai, progress, models, gallery, status):
+        app.include_router(each.routes, prefix="/v1", dependencies=key)
         # LocalAI's clients often omit the prefix.
-        app.include_router(routes.router(service, shelf), include_in_schema=False)
-    for routes in (progress, models):
-        app.include_router(routes.router(service), prefix="/v1", dependencies=key)
-        app.include_router(routes.router(service), include_in_schema=False)
-    app.include_router(gallery.router(service, shelf), prefix="/v1", dependencies=key)
-    app.include_router(gallery.router(service, shelf), include_in_schema=False)
-    app.include_router(status.router(service, history), prefix="/v1", dependencies=key)
-    app.include_router(status.router(service, history), include_in_schema=False)
-    app.include_router(a1111.router(service, shelf), dependencies=key)
-    app.include_router(ops.router(service, store))
-    app.include_router(gallery.pictures(shelf))
-    app.include_router(pages.router())
+        app.include_router(each.routes, include_in_schema=False)
+    app.include_router(a1111.routes, dependencies=key)
+    for routes in (ops.routes, gallery.pictures, pages.routes):
+        app.include_router(routes)
     studio.install(app)
 
-    # The middleware added last sees a request first.
+
+def _pass_through(app: FastAPI, keys: Mapping[str, str], origins: Sequence[str], running: Running) -> None:
+    """What every request passes. The middleware added last sees it."""
+    service: Service = app.state.service
+    settings = service.settings
     app.add_middleware(Arrivals, service=service)
-    app.add_middleware(Ending, running=running or Running())
+    app.add_middleware(Ending, running=running)
     app.add_middleware(BodyCap, limit=settings.max_body_mb * 2**20)
     app.add_middleware(CrossSite, settings=settings, origins=origins, rejected=service.metrics.rejected)
     app.add_middleware(Auth, keys=keys, rejected=service.metrics.rejected)
@@ -147,7 +156,6 @@ def create_app(service: Service, store: Store, running: Running | None = None) -
     app.add_middleware(SecurityHeaders)
     app.add_middleware(Observe, metrics=service.metrics)
     app.add_middleware(RequestId)
-    return app
 
 
 async def _expire(shelf: Gallery) -> None:

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends
 from fastapi.responses import Response
 from pydantic import BeforeValidator, Field
 
+from sfumato.api.dependencies import TheContext
 from sfumato.api.http.documents import DRAWING
 from sfumato.api.http.forms import described, reader
 from sfumato.api.openai.answers import answer
 from sfumato.api.openai.bodies import Body, Picture, Pictures
 from sfumato.config import ModelConfig
 from sfumato.errors import InvalidRequest
-from sfumato.pictures.gallery import Gallery
 from sfumato.sampling import Sampling
 from sfumato.serving.planning import ImageRequest
-from sfumato.serving.service import Service
 
 UPSCALERS = ("Upscale", "SuperResolution")
 """diffusers' class names for upscaling contain one of these."""
@@ -58,28 +57,30 @@ class UpscaleBody(Body):
         return Body.sampling(self.model_copy(update={"size": None, "strength": None}))
 
 
-def router(service: Service, gallery: Gallery) -> APIRouter:
-    routes = APIRouter(tags=["LocalAI"])
+routes = APIRouter(tags=["LocalAI"])
 
-    @routes.post(
-        "/images/inpainting",
-        summary="Redraw the masked area of a picture",
-        openapi_extra=described(InpaintingBody),
-        responses=DRAWING,
-    )
-    async def inpainting(
-        body: Annotated[InpaintingBody, Depends(reader(InpaintingBody))], request: Request
-    ) -> Response:
-        return await answer(service, gallery, body, request)
 
-    @routes.post(
-        "/images/upscale", summary="Upscale a picture", openapi_extra=described(UpscaleBody), responses=DRAWING
-    )
-    async def upscale(body: Annotated[UpscaleBody, Depends(reader(UpscaleBody))], request: Request) -> Response:
-        service.catalog.refresh()
-        return await answer(service, gallery, body, request, model=body.model or _upscaler(service.catalog.all()))
+@routes.post(
+    "/images/inpainting",
+    summary="Redraw the masked area of a picture",
+    openapi_extra=described(InpaintingBody),
+    responses=DRAWING,
+)
+async def inpainting(
+    body: Annotated[InpaintingBody, Depends(reader(InpaintingBody))],
+    context: TheContext,
+) -> Response:
+    return await answer(context, body)
 
-    return routes
+
+@routes.post("/images/upscale", summary="Upscale a picture", openapi_extra=described(UpscaleBody), responses=DRAWING)
+async def upscale(
+    body: Annotated[UpscaleBody, Depends(reader(UpscaleBody))],
+    context: TheContext,
+) -> Response:
+    catalog = context.service.catalog
+    catalog.refresh()
+    return await answer(context, body, model=body.model or _upscaler(catalog.all()))
 
 
 def _upscaler(models: list[ModelConfig]) -> str:

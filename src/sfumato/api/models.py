@@ -10,6 +10,7 @@ from fastapi import APIRouter, Depends
 from pydantic import BaseModel, Field
 
 from sfumato import schedulers
+from sfumato.api.dependencies import TheService
 from sfumato.api.http import documents
 from sfumato.api.http.forms import described, reader
 from sfumato.config import ModelConfig
@@ -51,69 +52,72 @@ class Taken(BaseModel):
 ORDERS = documents.errors(400, 401, 403, 404, 413, 415, 500)
 
 
-def router(service: Service) -> APIRouter:
-    routes = APIRouter(tags=["Models"])
+routes = APIRouter(tags=["Models"])
 
-    @routes.post(
-        "/models/load",
-        summary="Load a model before its first request",
-        openapi_extra=described(ModelBody),
-        response_model=Taken,
-        responses=ORDERS,
-    )
-    async def load(body: Annotated[ModelBody, Depends(reader(ModelBody))]) -> dict[str, Any]:
-        service.load(body.model)
-        return {"success": True}
 
-    @routes.post(
-        "/models/unload",
-        summary="Unload a model once no request uses it",
-        openapi_extra=described(UnloadBody),
-        response_model=Taken,
-        responses=ORDERS,
-    )
-    async def unload(body: Annotated[UnloadBody, Depends(reader(UnloadBody))]) -> dict[str, Any]:
-        service.unload(body.model)
-        return {"success": True}
+@routes.post(
+    "/models/load",
+    summary="Load a model before its first request",
+    openapi_extra=described(ModelBody),
+    response_model=Taken,
+    responses=ORDERS,
+)
+async def load(body: Annotated[ModelBody, Depends(reader(ModelBody))], service: TheService) -> dict[str, Any]:
+    service.load(body.model)
+    return {"success": True}
 
-    @routes.post(
-        "/models/pin",
-        summary="Keep a model in memory when others need room, until the server restarts",
-        openapi_extra=described(PinBody),
-        response_model=Taken,
-        responses=ORDERS,
-    )
-    async def pin(body: Annotated[PinBody, Depends(reader(PinBody))]) -> dict[str, Any]:
-        service.pin(body.model, body.pinned)
-        return {"success": True}
 
-    @routes.get("/models", summary="All models", response_model=documents.Models, responses=documents.errors(401, 403))
-    async def models() -> dict[str, Any]:
-        service.catalog.refresh()
-        return {"object": "list", "data": await asyncio.to_thread(_models, service, service.catalog.all())}
+@routes.post(
+    "/models/unload",
+    summary="Unload a model once no request uses it",
+    openapi_extra=described(UnloadBody),
+    response_model=Taken,
+    responses=ORDERS,
+)
+async def unload(body: Annotated[UnloadBody, Depends(reader(UnloadBody))], service: TheService) -> dict[str, Any]:
+    service.unload(body.model)
+    return {"success": True}
 
-    @routes.get(
-        "/models/{id:path}",
-        summary="One model, by name or alias",
-        response_model=documents.Model,
-        responses=documents.errors(401, 403, 404, 500),
-    )
-    async def model(id: str) -> dict[str, Any]:
-        service.catalog.refresh()
-        return await asyncio.to_thread(_model, service, service.catalog.get(id)) | {"id": id}
 
-    @routes.get(
-        "/schedulers",
-        summary="All schedulers",
-        response_model=documents.Schedulers,
-        responses=documents.errors(401, 403),
-    )
-    async def all_schedulers() -> dict[str, Any]:
-        named = [(name, schedulers.parse(name).description) for name in schedulers.names()]
-        data = [{"id": name, "object": "scheduler", "description": description} for name, description in named]
-        return {"object": "list", "data": data}
+@routes.post(
+    "/models/pin",
+    summary="Keep a model in memory when others need room, until the server restarts",
+    openapi_extra=described(PinBody),
+    response_model=Taken,
+    responses=ORDERS,
+)
+async def pin(body: Annotated[PinBody, Depends(reader(PinBody))], service: TheService) -> dict[str, Any]:
+    service.pin(body.model, body.pinned)
+    return {"success": True}
 
-    return routes
+
+@routes.get("/models", summary="All models", response_model=documents.Models, responses=documents.errors(401, 403))
+async def models(service: TheService) -> dict[str, Any]:
+    service.catalog.refresh()
+    return {"object": "list", "data": await asyncio.to_thread(_models, service, service.catalog.all())}
+
+
+@routes.get(
+    "/models/{id:path}",
+    summary="One model, by name or alias",
+    response_model=documents.Model,
+    responses=documents.errors(401, 403, 404, 500),
+)
+async def model(id: str, service: TheService) -> dict[str, Any]:
+    service.catalog.refresh()
+    return await asyncio.to_thread(_model, service, service.catalog.get(id)) | {"id": id}
+
+
+@routes.get(
+    "/schedulers",
+    summary="All schedulers",
+    response_model=documents.Schedulers,
+    responses=documents.errors(401, 403),
+)
+async def all_schedulers() -> dict[str, Any]:
+    named = [(name, schedulers.parse(name).description) for name in schedulers.names()]
+    data = [{"id": name, "object": "scheduler", "description": description} for name, description in named]
+    return {"object": "list", "data": data}
 
 
 def _models(service: Service, configs: Sequence[ModelConfig]) -> list[dict[str, Any]]:

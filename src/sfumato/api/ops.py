@@ -9,63 +9,65 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from sfumato import __version__
+from sfumato.api.dependencies import TheService, TheStore
 from sfumato.api.http import documents, ranges
-from sfumato.pictures.store import MEDIA_TYPES, Store
+from sfumato.pictures.store import MEDIA_TYPES
 from sfumato.serving.metrics import CONTENT_TYPE
 from sfumato.serving.service import Service
 
 PICTURE_HEADERS = {"cache-control": "public, immutable", "x-content-type-options": "nosniff"}
 
 
-def router(service: Service, store: Store) -> APIRouter:
-    routes = APIRouter(tags=["Operations"])
+routes = APIRouter(tags=["Operations"])
 
-    @routes.get("/healthz", summary="Is the process alive?")
-    async def healthz() -> dict[str, str]:
-        return {"status": "ok", "version": __version__}
 
-    @routes.get("/readyz", summary="Is it ready to draw?", responses={503: {"description": "Not ready yet"}})
-    async def readyz() -> JSONResponse:
-        reason = _not_ready(service)
-        if reason:
-            return JSONResponse({"status": "not ready", "reason": reason}, 503)
-        return JSONResponse({"status": "ready"})
+@routes.get("/healthz", summary="Is the process alive?")
+async def healthz() -> dict[str, str]:
+    return {"status": "ok", "version": __version__}
 
-    @routes.get(
-        "/metrics",
-        summary="Metrics, for Prometheus",
-        response_class=Response,
-        responses={200: {"content": {"text/plain": {}}}, **documents.errors(401, 403)},
+
+@routes.get("/readyz", summary="Is it ready to draw?", responses={503: {"description": "Not ready yet"}})
+async def readyz(service: TheService) -> JSONResponse:
+    reason = _not_ready(service)
+    if reason:
+        return JSONResponse({"status": "not ready", "reason": reason}, 503)
+    return JSONResponse({"status": "ready"})
+
+
+@routes.get(
+    "/metrics",
+    summary="Metrics, for Prometheus",
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {}}}, **documents.errors(401, 403)},
+)
+async def metrics(service: TheService) -> Response:
+    text = service.metrics.render(
+        ready=not _not_ready(service),
+        queue_depth=service.queue.waiting,
+        running=service.queue.running,
+        stats=service.engine.stats,
     )
-    async def metrics() -> Response:
-        text = service.metrics.render(
-            ready=not _not_ready(service),
-            queue_depth=service.queue.waiting,
-            running=service.queue.running,
-            stats=service.engine.stats,
-        )
-        return Response(text, headers={"content-type": CONTENT_TYPE})
+    return Response(text, headers={"content-type": CONTENT_TYPE})
 
-    @routes.get(
-        "/generated-images/{name}",
-        summary="A generated picture",
-        response_class=Response,
-        responses={
-            200: {"content": {media_type: {} for media_type in MEDIA_TYPES.values()}},
-            206: {"description": "The requested `Range`"},
-            304: {"description": "Not modified: `If-None-Match` matches"},
-            404: {"model": documents.Error, "description": "No such picture; it may have expired"},
-            416: {"model": documents.Error, "description": "The range is outside the picture"},
-        },
-    )
-    async def picture(name: str, request: Request) -> Response:
-        # Read completely before sending: the file may be deleted at any time.
-        found = await asyncio.to_thread(store.get, name)
-        if found is None:
-            raise HTTPException(404)
-        return ranges.answer(request, found.data, found.media_type, etag=f'"{name}"', headers=PICTURE_HEADERS)
 
-    return routes
+@routes.get(
+    "/generated-images/{name}",
+    summary="A generated picture",
+    response_class=Response,
+    responses={
+        200: {"content": {media_type: {} for media_type in MEDIA_TYPES.values()}},
+        206: {"description": "The requested `Range`"},
+        304: {"description": "Not modified: `If-None-Match` matches"},
+        404: {"model": documents.Error, "description": "No such picture; it may have expired"},
+        416: {"model": documents.Error, "description": "The range is outside the picture"},
+    },
+)
+async def picture(name: str, request: Request, store: TheStore) -> Response:
+    # Read completely before sending: the file may be deleted at any time.
+    found = await asyncio.to_thread(store.get, name)
+    if found is None:
+        raise HTTPException(404)
+    return ranges.answer(request, found.data, found.media_type, etag=f'"{name}"', headers=PICTURE_HEADERS)
 
 
 def _not_ready(service: Service) -> str:

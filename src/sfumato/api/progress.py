@@ -7,10 +7,10 @@ import base64
 from contextlib import suppress
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Query
 
+from sfumato.api.dependencies import Owner, TheService
 from sfumato.api.http import documents, errors
-from sfumato.api.http.auth import caller_of
 from sfumato.errors import RequestNotFound
 from sfumato.pictures import recipe
 from sfumato.serving.job import Job, Progress
@@ -20,62 +20,61 @@ MAX_IDS = 100
 """Maximum number of ids per query."""
 
 
-def router(service: Service) -> APIRouter:
-    routes = APIRouter(tags=["Progress"])
+routes = APIRouter(tags=["Progress"])
 
-    def owner(request: Request) -> str | None:
-        """Whose requests are visible: without keys everyone's, as addresses prove nothing."""
-        return caller_of(request) if service.settings.api_keys else None
 
-    async def shown(progress: Progress, request: Request, preview: bool) -> dict[str, Any]:
-        said = _shown(progress)
-        if preview and (jobs := service.jobs(owner(request), progress.id)):
-            said["preview"] = await asyncio.to_thread(_preview, jobs[-1])
-        return said
+@routes.get(
+    "/images/progress",
+    summary="Progress of the caller's queued and running requests, oldest first; without keys, of all requests",
+    response_model=documents.ProgressList,
+    responses=documents.errors(400, 401, 403),
+)
+async def several(
+    service: TheService,
+    owner: Owner,
+    id: Annotated[list[str], Query(max_length=MAX_IDS, description="Only these, including recently ended ones.")] = [],  # noqa: B006
+    preview: Annotated[bool, Query(description="Include their latest previews.")] = False,
+) -> dict[str, Any]:
+    if not id:
+        found = [job.progress() for job in service.jobs(owner)]
+    else:
+        found = []
+        for each in dict.fromkeys(id):
+            with suppress(RequestNotFound):
+                found.append(service.progress(each, owner))
+    return {"object": "list", "data": [await _told(service, owner, each, preview=preview) for each in found]}
 
-    @routes.get(
-        "/images/progress",
-        summary="Progress of the caller's queued and running requests, oldest first; without keys, of all requests",
-        response_model=documents.ProgressList,
-        responses=documents.errors(400, 401, 403),
-    )
-    async def several(
-        request: Request,
-        id: Annotated[
-            list[str], Query(max_length=MAX_IDS, description="Only these, including recently ended ones.")
-        ] = [],  # noqa: B006
-        preview: Annotated[bool, Query(description="Include their latest previews.")] = False,
-    ) -> dict[str, Any]:
-        if not id:
-            found = [job.progress() for job in service.jobs(owner(request))]
-        else:
-            found = []
-            for each in dict.fromkeys(id):
-                with suppress(RequestNotFound):
-                    found.append(service.progress(each, owner(request)))
-        return {"object": "list", "data": [await shown(progress, request, preview) for progress in found]}
 
-    @routes.get(
-        "/images/progress/{id:path}",
-        summary="Progress of a request",
-        response_model=documents.ProgressState,
-        responses=documents.errors(400, 401, 403, 404),
-    )
-    async def progress(
-        id: str, request: Request, preview: Annotated[bool, Query(description="Include the latest preview.")] = False
-    ) -> dict[str, Any]:
-        return await shown(service.progress(id, owner(request)), request, preview)
+@routes.get(
+    "/images/progress/{id:path}",
+    summary="Progress of a request",
+    response_model=documents.ProgressState,
+    responses=documents.errors(400, 401, 403, 404),
+)
+async def progress(
+    id: str,
+    service: TheService,
+    owner: Owner,
+    preview: Annotated[bool, Query(description="Include the latest preview.")] = False,
+) -> dict[str, Any]:
+    return await _told(service, owner, service.progress(id, owner), preview=preview)
 
-    @routes.delete(
-        "/images/progress/{id:path}",
-        summary="Cancel a request: it ends within one denoising step, and its caller gets 499",
-        response_model=documents.ProgressState,
-        responses=documents.errors(401, 403, 404),
-    )
-    async def cancel(id: str, request: Request) -> dict[str, Any]:
-        return _shown(await service.cancel_id(id, owner(request)))
 
-    return routes
+@routes.delete(
+    "/images/progress/{id:path}",
+    summary="Cancel a request: it ends within one denoising step, and its caller gets 499",
+    response_model=documents.ProgressState,
+    responses=documents.errors(401, 403, 404),
+)
+async def cancel(id: str, service: TheService, owner: Owner) -> dict[str, Any]:
+    return _shown(await service.cancel_id(id, owner))
+
+
+async def _told(service: Service, owner: str | None, progress: Progress, *, preview: bool) -> dict[str, Any]:
+    answer = _shown(progress)
+    if preview and (jobs := service.jobs(owner, progress.id)):
+        answer["preview"] = await asyncio.to_thread(_preview, jobs[-1])
+    return answer
 
 
 def _shown(progress: Progress) -> dict[str, Any]:

@@ -7,12 +7,13 @@ import itertools
 import time
 from collections import deque
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends
 from pydantic import BaseModel, Field
 
 from sfumato import __version__
+from sfumato.api.dependencies import TheService, part
 from sfumato.api.http import documents
 from sfumato.serving.service import Service
 
@@ -74,7 +75,7 @@ class ServerState(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class Count:
+class Totals:
     """Counters at a point in time."""
 
     time: float
@@ -90,18 +91,20 @@ class History:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._counts: deque[Count] = deque([self.now()], maxlen=SAMPLES + 1)
+        self.began = time.monotonic()
+        """When the application was made."""
+        self._counts: deque[Totals] = deque([self.now()], maxlen=SAMPLES + 1)
 
     async def keep(self) -> None:
         while True:
             await asyncio.sleep(EVERY_S)
             self._counts.append(self.now())
 
-    def now(self) -> Count:
+    def now(self) -> Totals:
         stats = self._service.engine.stats
         forwards = sum(stats.batch_sizes.values())
         rows = sum(size * count for size, count in stats.batch_sizes.items())
-        return Count(time.monotonic(), stats.steps, self._service.metrics.pictures, forwards, rows)
+        return Totals(time.monotonic(), stats.steps, self._service.metrics.pictures, forwards, rows)
 
     def samples(self) -> list[dict[str, Any]]:
         counts = [*self._counts, self.now()]
@@ -118,40 +121,39 @@ class History:
         ]
 
 
-def router(service: Service, history: History) -> APIRouter:
-    routes = APIRouter(tags=["Operations"])
-    born = time.monotonic()
+TheHistory: TypeAlias = Annotated[History, Depends(part("history"))]
 
-    @routes.get(
-        "/status",
-        summary="Models, memory, the queue and throughput",
-        response_model=ServerState,
-        responses=documents.errors(401, 403),
-    )
-    async def status() -> dict[str, Any]:
-        service.catalog.refresh()
-        stats, now = service.engine.stats, history.now()
-        return {
-            "object": "server",
-            "version": __version__,
-            "uptime_s": round(time.monotonic() - born, 1),
-            "ready": service.engine.ready,
-            "keeps_pictures": service.settings.keep_pictures,
-            "models": [_model(service, config.name, service.pinned(config)) for config in service.catalog.all()],
-            "memory": {"resident": stats.memory_bytes, "device": stats.device_memory_bytes},
-            "line": {
-                "waiting": service.queue.waiting,
-                "drawing": service.queue.running,
-                "places": service.settings.max_active,
-                "limit": service.settings.max_queue,
-            },
-            "steps": now.steps,
-            "pictures": now.pictures,
-            "mean_batch": _mean(now.rows, now.forwards),
-            "history": history.samples(),
-        }
+routes = APIRouter(tags=["Operations"])
 
-    return routes
+
+@routes.get(
+    "/status",
+    summary="Models, memory, the queue and throughput",
+    response_model=ServerState,
+    responses=documents.errors(401, 403),
+)
+async def status(service: TheService, history: TheHistory) -> dict[str, Any]:
+    service.catalog.refresh()
+    stats, now = service.engine.stats, history.now()
+    return {
+        "object": "server",
+        "version": __version__,
+        "uptime_s": round(time.monotonic() - history.began, 1),
+        "ready": service.engine.ready,
+        "keeps_pictures": service.settings.keep_pictures,
+        "models": [_model(service, config.name, service.pinned(config)) for config in service.catalog.all()],
+        "memory": {"resident": stats.memory_bytes, "device": stats.device_memory_bytes},
+        "line": {
+            "waiting": service.queue.waiting,
+            "drawing": service.queue.running,
+            "places": service.settings.max_active,
+            "limit": service.settings.max_queue,
+        },
+        "steps": now.steps,
+        "pictures": now.pictures,
+        "mean_batch": _mean(now.rows, now.forwards),
+        "history": history.samples(),
+    }
 
 
 def _model(service: Service, name: str, pinned: bool) -> dict[str, Any]:

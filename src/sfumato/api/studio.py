@@ -39,12 +39,14 @@ class _Files(StaticFiles):
         return answer
 
 
+routes = APIRouter(include_in_schema=False)
+
+
+@routes.api_route("/", methods=["GET", "HEAD"])
+async def page() -> FileResponse:
+    return FileResponse(WEB / "index.html", media_type="text/html; charset=utf-8", headers=HEADERS)
+
+
 def install(app: FastAPI) -> None:
-    routes = APIRouter(include_in_schema=False)
-
-    @routes.api_route("/", methods=["GET", "HEAD"])
-    async def page() -> FileResponse:
-        return FileResponse(WEB / "index.html", media_type="text/html; charset=utf-8", headers=HEADERS)
-
     app.include_router(routes)
     app.mount("/studio", GZipMiddleware(_Files(directory=WEB)), name="studio")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any, TypeAlias
 
-State: TypeAlias = tuple[tuple[str, ...], bool, dict[str, float]]
+AdapterState: TypeAlias = tuple[tuple[str, ...], bool, dict[str, float]]
 """State of one layer: active adapters, whether they are disabled, and the scale of each."""
 
 
@@ -18,7 +18,7 @@ class Adapters:
     """Layers that one request accessed, each with its earlier state."""
 
     def __init__(self) -> None:
-        self._before: dict[int, tuple[Any, State]] = {}
+        self._before: dict[int, tuple[Any, AdapterState]] = {}
         self._walked: set[int] = set()
 
     def hand_out(self, part: Any) -> None:
@@ -48,11 +48,11 @@ class Adapters:
                 layer.enable_adapters(not disabled)
 
 
-def _state(layer: Any) -> State:
+def _state(layer: Any) -> AdapterState:
     return tuple(layer.active_adapters), layer.disable_adapters, dict(layer.scaling)
 
 
-def _alike(one: State, other: State) -> bool:
+def _alike(one: AdapterState, other: AdapterState) -> bool:
     """Equal up to the rounding error of scaling and unscaling."""
     return (
         one[:2] == other[:2]

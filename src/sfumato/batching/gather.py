@@ -21,6 +21,7 @@ import torch
 
 from sfumato.batching import offload, proof_store
 from sfumato.batching.batcher import Batcher, Task
+from sfumato.batching.counts import Counts
 from sfumato.batching.proof_store import Proofs
 from sfumato.batching.verification import Verification
 from sfumato.batching.views import forget, view
@@ -68,19 +69,23 @@ def gather(
             batcher.close(GatherStopped())
             offload.rest(pipe)
         if stats is not None:
-            stats |= {
-                name: {
-                    "calls": c.calls,
-                    "forwards": c.forwards,
-                    "mean_batch": c.calls / max(1, c.forwards),
-                    "proving": c.proving,
-                    "unbatched": {str(why): calls for (of, why), calls in batcher.unbatched.items() if of == name},
-                }
-                for name, c in batcher.counts.items()
-            }
+            stats |= _stats(batcher.counts)
     if not return_exceptions:
         _raise_first(tasks)
     return [task.outcome.error or task.outcome.value for task in tasks if task.outcome is not None]
+
+
+def _stats(counts: Counts) -> dict[str, dict[str, Any]]:
+    return {
+        name: {
+            "calls": count.calls,
+            "forwards": count.forwards,
+            "mean_batch": count.calls / max(1, count.forwards),
+            "proving": count.proving,
+            "unbatched": {str(why): calls for (of, why), calls in counts.unbatched.items() if of == name},
+        }
+        for name, count in counts.items()
+    }
 
 
 class _Run:

@@ -1,38 +1,32 @@
-"""Replies to a parked request, how a request ends, and the counters of modules."""
+"""What a parked request is told, and how a request ends."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
-from sfumato.batching.verification import Trial
+from sfumato.batching.trial import Trial
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Reply to a parked request: here is the result."""
+    """Told to a parked request: here is the output of its call."""
 
     value: Any
 
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """Reply to a parked request: compute the call yourself, and report to the trial if there is one."""
+    """Told to a parked request: compute your call yourself, and report to the trial if there is one."""
 
     trial: Trial | None = None
     member: int = 0
+    """Which one of the trial's members it is."""
 
 
-@dataclass(slots=True)
-class Count:
-    """Calls of a module, and the forward passes that computed them."""
-
-    calls: int = 0
-    forwards: int = 0
-    proving: int = 0
-    """Additional forward passes of proofs."""
+Reply: TypeAlias = Result | Compute
 
 
 @dataclass(frozen=True, slots=True)

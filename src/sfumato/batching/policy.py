@@ -3,11 +3,10 @@
 Every active request has at most one call parked. The next forward pass goes to
 
 1. a call that has waited `patience` forward passes, the longest-waiting first;
-2. the highest priority;
-3. the caller that has received least so far;
-4. the request with the fewest steps left, if known: short ones overtake long ones;
-5. modules called once (text encoders, decoders), and among those the call compatible with most others;
-6. the call that has waited longest.
+2. the caller that has received least so far;
+3. the request with the fewest steps left, if known: short ones overtake long ones;
+4. modules called once (text encoders, decoders), and among those the call compatible with most others;
+5. the call that has waited longest.
 
 Calls with an equal key join its batch in the same order, as long as there is room.
 
@@ -46,8 +45,6 @@ class Waiting:
     rows: int
     since: int
     """Number of forward passes that had run when it parked."""
-    priority: int = 0
-    """Higher goes first."""
     caller: str = ""
     left: int | None = None
     """Remaining denoising steps of its request."""
@@ -78,7 +75,6 @@ def choose(
             return (0, call.since, call.id)
         return (
             1,
-            -call.priority,
             given(call.caller),
             _left(call),
             0 if call.loop else -sizes[call.key],
@@ -100,7 +96,6 @@ def choose(
         if leader.key in call.loop
         and call.key != leader.key
         and call.rows <= room_left
-        and call.priority == leader.priority
         and _left(call) <= _left(leader)
     ]
     return max([group, *(_with_company(call, ranked, room) for call in coming)], key=_pull)

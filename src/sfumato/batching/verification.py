@@ -12,10 +12,10 @@ from __future__ import annotations
 import itertools
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, Literal, TypeAlias
 
-from sfumato.batching import outputs, shipped_list
+from sfumato.batching import shipped_list
 from sfumato.batching.calls import Call, plain
 from sfumato.batching.proof import Evidence
 from sfumato.batching.proof_store import Proofs
@@ -28,6 +28,9 @@ Verify: TypeAlias = Literal["unlisted", "always"]
 
 Width: TypeAlias = frozenset[str] | None
 """A call may be batched with calls that differ from it at most in this (see `calls.LOOSE`); None: with none."""
+
+MAX_WIDTHS = 4096
+"""Maximum keys whose width is remembered; each picture size and text length has its own."""
 
 
 class Verification:
@@ -46,8 +49,8 @@ class Verification:
         self._proofs = proofs
         self._kinds: dict[int, tuple[weakref.ref[Any], str]] = {}
         self._verdicts: dict[tuple[int, str], str] = {}
-        self.changes = 0
-        """Increases with every verdict."""
+        self._widths: dict[Hashable, tuple[weakref.ref[Any], Width]] = {}
+        """Key of a call → with what it may be batched; cleared by every new verdict."""
         self.shown: dict[str, float] = {}
         """Signature proved in this process → largest relative error."""
         self.refused: dict[str, str] = {}
@@ -56,6 +59,18 @@ class Verification:
 
     def signature(self, call: Call, loose: frozenset[str] = frozenset()) -> str:
         return f"{self.kind(call.module)}.{call.signature(loose)}"
+
+    def key(self, call: Call) -> Hashable:
+        """Calls with equal keys may share a forward pass, by all that is known now; None: this one runs alone."""
+        if call.key is None:
+            return None
+        known = self._widths.get(call.key)
+        if known is None or known[0]() is not call.module:
+            width = self.width(call)  # may come to a verdict
+            if len(self._widths) >= MAX_WIDTHS:
+                self._widths.clear()
+            known = self._widths[call.key] = (weakref.ref(call.module), width)
+        return None if known[1] is None else call.narrowed(known[1])
 
     def width(self, call: Call) -> Width:
         if self._refuses(call, frozenset()):
@@ -86,7 +101,7 @@ class Verification:
             return
         self.shown[signature] = max(*errors, self.shown.get(signature, 0.0))
         self._verdicts[id(call.module), signature] = "yes"
-        self.changes += 1
+        self._widths.clear()
 
     def refuse(self, call: Call, signature: str, reason: str, label: Reason = Reason.REFUSED) -> None:
         """Run calls with this signature alone from now on. Logs one line, however many calls follow."""
@@ -95,7 +110,7 @@ class Verification:
         self.refused[signature] = reason
         self._labels[signature] = label
         self._verdicts[id(call.module), signature] = "no"
-        self.changes += 1
+        self._widths.clear()
 
     def label(self, call: Call) -> Reason:
         """Why calls with this refused signature run alone."""
@@ -144,32 +159,6 @@ class Verification:
             self.refuse(call, signature, f"{verdict.refused} (shown on {verdict.shown})")
             return "no"
         return "yes"
-
-
-class Trial:
-    """One batch whose members also run alone: compares each with its part, and settles when all are done."""
-
-    def __init__(self, parts: list[Any], settle: Callable[[list[float]], None]) -> None:
-        """`settle` gets the relative difference of each member; inf if it cannot be compared."""
-        self._parts = parts
-        self._open = set(range(len(parts)))
-        self._settle = settle
-        self._errors = [0.0] * len(parts)
-        self._sound = True
-
-    def report(self, member: int, alone: Any) -> None:
-        self._errors[member] = outputs.difference(self._parts[member], alone)
-        self._close(member)
-
-    def give_up(self, member: int) -> None:
-        """This member itself failed: nothing is settled, the next batch tries again."""
-        self._sound = False
-        self._close(member)
-
-    def _close(self, member: int) -> None:
-        self._open.discard(member)
-        if not self._open and self._sound:
-            self._settle(self._errors)
 
 
 def kind_of(module: Any) -> str:

@@ -23,8 +23,8 @@ from sfumato.batching.proof_store import Proofs
 from sfumato.batching.verification import Verification
 from sfumato.config import ModelConfig
 from sfumato.core import Done, Event, Failed, ModelStatus, Preview, Step
-from sfumato.drawing import draw as generation
 from sfumato.drawing import out_of_memory
+from sfumato.drawing.draw import Disturbed, RunStopped, draw
 from sfumato.drawing.info import model_info
 from sfumato.engine.protocol import (
     Answer,
@@ -49,9 +49,6 @@ log = logging.getLogger(__name__)
 
 Send: TypeAlias = Callable[[Report], None]
 
-LOAD = "load "
-"""Id prefix of tasks that load a model; no request waits for them."""
-
 
 class Loop:
     """Runs commands until `Stop`. `post` may be called from any thread, the rest from the loop's own.
@@ -72,12 +69,14 @@ class Loop:
             settings.loaded_models, settings.device, self._tell, self._batcher.forget, self._batcher.spare, model_info
         )
         self._stats = Stats(self._batcher, self._pool)
-        self._tasks: dict[str, Task] = {}
-        """Tasks of unanswered generations."""
-        self._arrived: dict[str, Submit] = {}
-        """Generations that arrived while a request ran and have no task yet."""
+        self._submitted: dict[str, Submit] = {}
+        """Generations without a task yet; those that arrive while a request runs wait here."""
         self._orders: list[Load | Unload] = []
         """Orders that arrived while a request ran: models are loaded and unloaded only between turns."""
+        self._tasks: dict[str, Task] = {}
+        """Tasks of unanswered generations."""
+        self._loads: list[Task] = []
+        """Tasks that load a model; no request waits for them."""
         self._stopping = False
 
     def post(self, command: Command) -> None:
@@ -86,39 +85,27 @@ class Loop:
     def run(self) -> None:
         """Run until `Stop`; commands posted before it are answered first."""
         with torch.no_grad():
-            while self._tasks or self._arrived or not self._stopping:
-                self._take()
+            while self._busy or not self._stopping:
+                self._receive(wait=not self._busy)
+                self._begin()
                 self._batcher.step()
                 self._report()
 
-    def _take(self) -> None:
-        """Every command that is there; with nothing to do, wait for one."""
-        if not (self._tasks or self._arrived or self._orders or self._stopping):
+    @property
+    def _busy(self) -> bool:
+        return bool(self._tasks or self._loads or self._submitted or self._orders)
+
+    def _receive(self, *, wait: bool) -> None:
+        """Read all commands that have arrived. `wait`: there is nothing else to do until one arrives."""
+        if wait:
             self._obey(self._inbox.get())
-        self._read()
-        orders, self._orders = self._orders, []
-        for order in orders:
-            self._carry_out(order)
-        for submit in self._arrived.values():
-            task = self._batcher.submit(functools.partial(self._draw, submit), caller=submit.generation.caller)
-            task.left = submit.generation.sampling.steps or submit.config.sampling.steps
-            task.threads = submit.config.threads
-            self._tasks[submit.generation.id] = task
-        self._arrived.clear()
-
-    def _listen(self) -> None:
-        """The same inside a request, which goes on: answers go out, and new requests wait."""
-        self._read()
-        self._report()
-
-    def _read(self) -> None:
-        while not self._inbox.empty():  # nobody else takes from it
+        while not self._inbox.empty():  # only this thread takes from it
             self._obey(self._inbox.get_nowait())
 
     def _obey(self, command: Command) -> None:
         match command:
-            case Submit(_, asked):
-                self._arrived[asked.id] = command
+            case Submit():
+                self._submitted[command.generation.id] = command
             case Cancel(id):
                 self._cancel(id)
             case Load() | Unload() as order:
@@ -128,17 +115,43 @@ class Loop:
             case Stop():
                 self._stopping = True
 
-    def _carry_out(self, order: Load | Unload) -> None:
-        match order:
-            case Load(config):
-                self._tasks[f"{LOAD}{config.name}"] = self._batcher.submit(functools.partial(self._bring, config))
-            case Unload(name):
-                self._pool.unload(name)
+    def _begin(self) -> None:
+        """Make tasks of what was requested: orders first, then generations."""
+        orders, self._orders = self._orders, []
+        for order in orders:
+            match order:
+                case Load(config):
+                    self._loads.append(self._batcher.submit(functools.partial(self._load, config)))
+                case Unload(name):
+                    self._pool.unload(name)
+        submitted, self._submitted = self._submitted, {}
+        for id, submit in submitted.items():
+            task = self._batcher.submit(functools.partial(self._draw, submit), caller=submit.generation.caller)
+            task.left = submit.generation.sampling.steps or submit.config.sampling.steps
+            task.threads = submit.config.threads
+            self._tasks[id] = task
 
-    def _bring(self, config: ModelConfig) -> None:
-        """Load a model; progress and errors appear in its status."""
-        with self._pool.use(config, self._batcher.turn):
-            pass
+    def _report(self) -> None:
+        """Answer those that have ended."""
+        ended = {id: task for id, task in self._tasks.items() if task.done}
+        for id in ended:
+            del self._tasks[id]
+            self._stats.ended(id)
+        loads, self._loads = self._loads, [task for task in self._loads if not task.done]
+        for load in loads:
+            if load.done:
+                self._stats.changed()
+                _event("the load of a model", load)  # for the log; callers read its status
+        # Before the answers: the counters must include a request once its answer is read.
+        if self._stats.due(idle=not (self._tasks or self._loads)):
+            self._send(StatsReport(self._stats.stats()))
+        for id, task in ended.items():
+            self._send(Answer(id, _event(f"request {id}", task)))
+
+    def _listen(self) -> None:
+        """Called inside a request that does not yield the thread: read commands, send answers."""
+        self._receive(wait=False)
+        self._report()
 
     def _cancel(self, id: str) -> None:
         """Answer at once. A running request ends when it next listens, a parked one at its next turn."""
@@ -147,24 +160,31 @@ class Loop:
             log.info("request %s was cancelled with %s steps left", id, task.left)
             del self._tasks[id]
             self._stats.ended(id)
-            self._batcher.cancel(task, generation.RunStopped())
-        elif not self._arrived.pop(id, None):
+            self._batcher.cancel(task, RunStopped())
+        elif not self._submitted.pop(id, None):
             return  # already answered, or about to be
         self._send(Answer(id, _CANCELLED))
 
+    # Within the tasks.
+
     def _draw(self, submit: Submit) -> Done:
         """Runs in the request's greenlet, from its first turn to its end."""
-        asked = submit.generation
-        self._send(Started(asked.id))
-        log.info("request %s starts", asked.id)
-        on_step = functools.partial(self._on_step, asked.id)
-        on_preview = functools.partial(self._on_preview, asked.id)
+        id = submit.generation.id
+        self._send(Started(id))
+        log.info("request %s starts", id)
+        on_step = functools.partial(self._on_step, id)
+        on_preview = functools.partial(self._on_preview, id)
         while True:
-            with self._pool.use(submit.config, self._batcher.turn) as model, suppress(generation.Disturbed):
-                draw = functools.partial(generation.draw, model, on_step=on_step, on_preview=on_preview)
-                self._stats.started(asked.id)
-                return out_of_memory.with_less(model, asked, draw, self._batcher.spare)
-            log.warning("request %s is drawn again: another request left its model changed", asked.id)
+            with self._pool.use(submit.config, self._batcher.turn) as model, suppress(Disturbed):
+                run = functools.partial(draw, model, on_step=on_step, on_preview=on_preview)
+                self._stats.started(id)
+                return out_of_memory.with_less(model, submit.generation, run, self._batcher.spare)
+            log.warning("request %s is drawn again: another request left its model changed", id)
+
+    def _load(self, config: ModelConfig) -> None:
+        """Load a model; progress and errors appear in its status."""
+        with self._pool.use(config, self._batcher.turn):
+            pass
 
     def _on_step(self, id: str, step: int, total: int) -> None:
         if task := self._tasks.get(id):
@@ -177,19 +197,6 @@ class Loop:
         if id in self._tasks:
             self._send(Answer(id, preview))
 
-    def _report(self) -> None:
-        done = {id: task for id, task in self._tasks.items() if task.done}
-        for id in done:
-            del self._tasks[id]
-            self._stats.ended(id)
-        # Before the answers: the counters must include a request once its answer is read.
-        if self._stats.due(idle=not self._tasks):
-            self._send(StatsReport(self._stats.stats()))
-        for id, task in done.items():
-            event = _event(id, task)
-            if not id.startswith(LOAD):
-                self._send(Answer(id, event))
-
     def _tell(self, model: str, status: ModelStatus) -> None:
         self._stats.changed()
         self._send(Status(model, status))
@@ -199,16 +206,17 @@ class Loop:
 _CANCELLED = Failed(Cancelled("the request was cancelled"))
 
 
-def _event(id: str, task: Task) -> Event:
+def _event(what: str, task: Task) -> Event:
+    """How `what` has ended; errors that are not ours are logged."""
     assert task.outcome is not None
     match task.outcome.error:
         case None:
             done: Done = task.outcome.value
             return done
-        case generation.RunStopped():
+        case RunStopped():
             return _CANCELLED
         case SfumatoError() as error:
             return Failed(error)
         case error:
-            log.error("request %s failed: %s", id, logs.place(error))
+            log.error("%s failed: %s", what, logs.place(error))
             return Failed(SfumatoError(f"{type(error).__name__}: {error}"))

@@ -62,13 +62,13 @@ class Stats:
         self._told = time.perf_counter()
         self._news = False
         sizes: Counter[int] = Counter()
-        for (name, calls), forwards in self._batcher.shared.items():
+        for (name, calls), forwards in self._batcher.counts.shared.items():
             if DENOISER.match(name):
                 sizes[calls] += forwards
         return EngineStats(
             forwards=sum(count.forwards + count.proving for count in self._batcher.counts.values()),
             batch_sizes=dict(sizes),
-            unbatched={(name, str(reason)): calls for (name, reason), calls in self._batcher.unbatched.items()},
+            unbatched={(name, str(reason)): calls for (name, reason), calls in self._batcher.counts.unbatched.items()},
             steps=self._steps,
             step_seconds=self._step_seconds,
             loads=self._pool.loads,

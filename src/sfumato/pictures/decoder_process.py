@@ -22,39 +22,39 @@ from sfumato.errors import InvalidPicture
 from sfumato.pictures import decoder_frames, fitting, images, recipe
 from sfumato.pictures.images import Bounds
 
-Answer: TypeAlias = tuple[dict[str, Any], bytes]
+DecoderAnswer: TypeAlias = tuple[dict[str, Any], bytes]
 """What is known about the picture, and the resulting bytes."""
 
 
-def look(data: bytes, param: str, bounds: Bounds) -> Answer:
+def look(data: bytes, param: str, bounds: Bounds) -> DecoderAnswer:
     """`size`, from the header."""
     return {"size": images.look(data, param, bounds)}, b""
 
 
-def picture(data: bytes, param: str, bounds: Bounds, fit: list[int] | None = None, crop: bool = False) -> Answer:
+def picture(data: bytes, param: str, bounds: Bounds, fit: list[int] | None = None, crop: bool = False) -> DecoderAnswer:
     """A source picture as PNG, and its original `size`; fitted to the size `fit` if given."""
     png, came = images.normalise(data, param, bounds)
     return {"size": came}, fitting.fitted(png, (fit[0], fit[1]), crop) if fit else png
 
 
-def mask(data: bytes, param: str, bounds: Bounds) -> Answer:
+def mask(data: bytes, param: str, bounds: Bounds) -> DecoderAnswer:
     """A mask in OpenAI's form, and its original `size`."""
     png, came = images.normalise(data, param, bounds)
     return {"size": came}, images.as_mask(png)
 
 
-def fitted_mask(data: bytes, param: str, bounds: Bounds, fit: list[int], **how: Any) -> Answer:
+def fitted_mask(data: bytes, param: str, bounds: Bounds, fit: list[int], **how: Any) -> DecoderAnswer:
     """A mask in AUTOMATIC1111's form."""
     png, came = images.normalise(data, param, bounds)
     return {"size": came}, fitting.mask(png, (fit[0], fit[1]), fitting.Fitting(**how))
 
 
-def texts(data: bytes, param: str, bounds: Bounds) -> Answer:
+def texts(data: bytes, param: str, bounds: Bounds) -> DecoderAnswer:
     """`texts` of a picture file; its pixels are not decoded."""
     return {"texts": recipe.texts(data, param)}, b""
 
 
-TASKS: Mapping[str, Callable[..., Answer]] = MappingProxyType(
+TASKS: Mapping[str, Callable[..., DecoderAnswer]] = MappingProxyType(
     {function.__name__: function for function in (look, picture, mask, fitted_mask, texts)}
 )
 
@@ -85,7 +85,7 @@ def main() -> None:
         del data, made
 
 
-def _answer(asked: dict[str, Any], data: bytes) -> Answer:
+def _answer(asked: dict[str, Any], data: bytes) -> DecoderAnswer:
     task, bounds = TASKS[asked.pop("task")], Bounds(**asked.pop("bounds"))
     try:
         return task(data, bounds=bounds, **asked)

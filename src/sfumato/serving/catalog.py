@@ -105,10 +105,6 @@ class Catalog:
         """All errors, in the files' order."""
         return list(self._problems)
 
-    def skipped(self) -> list[Skipped]:
-        """Files that are not for Sfumato, and why."""
-        return [outcome for _, found in self._read.values() for outcome in found if isinstance(outcome, Skipped)]
-
     def outcomes(self) -> dict[Path, list[ParsedFile]]:
         """Every file with its models, including those hidden by another file with the same name."""
         return {path: list(found) for path, (_, found) in self._read.items()}

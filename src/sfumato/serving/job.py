@@ -16,7 +16,7 @@ from sfumato.serving.queue import Queue, Ticket
 
 CANCELLED = "the request was cancelled"
 
-State: TypeAlias = Literal["queued", "drawing", "completed", "failed", "cancelled"]
+JobState: TypeAlias = Literal["queued", "drawing", "completed", "failed", "cancelled"]
 
 
 class Arrival:
@@ -91,7 +91,7 @@ class Progress:
     """Empty until the body is read."""
     prompt: str
     """The first picture's prompt."""
-    state: State
+    state: JobState
     step: int
     total: int
     """Total steps of all pictures; unstarted ones count as many as the others, or 0 if none has started."""
@@ -177,7 +177,7 @@ class Job:
         return self.task is None or self.task.done()
 
     @property
-    def state(self) -> State:
+    def state(self) -> JobState:
         if self.error:
             return "cancelled" if isinstance(self.error, Cancelled) else "failed"
         if all(part.done for part in self.parts):

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 MAX_REMEMBERED = 256
 """Number of ended requests whose progress is still available."""
-OnStep: TypeAlias = Callable[[int, Step], None]
+OnPictureStep: TypeAlias = Callable[[int, Step], None]
 """Called with the index of the picture and its step."""
 
 
@@ -66,7 +66,7 @@ class Service:
         await self.decoders.stop()
         await self._readers.stop()
 
-    async def draw(self, request: ImageRequest, on_step: OnStep | None = None) -> list[Done]:
+    async def draw(self, request: ImageRequest, on_step: OnPictureStep | None = None) -> list[Done]:
         """The pictures in order, `n` for each prompt: all of them, or an error.
 
         Cancelling the task cancels the work.

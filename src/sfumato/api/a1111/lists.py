@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 import re
 from collections import OrderedDict
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends
 from starlette.responses import JSONResponse
 
 from sfumato import schedulers
 from sfumato.api.a1111 import answers as shapes
 from sfumato.api.a1111.bodies import LAYERS, MODEL
+from sfumato.api.dependencies import Caller, TheService, part
 from sfumato.api.http import documents
-from sfumato.api.http.auth import caller_of
 from sfumato.api.http.forms import read_object
 from sfumato.api.localai import UPSCALERS
 from sfumato.api.openai import answers
@@ -30,11 +30,11 @@ MAX_TITLE = 1000
 _DECORATION = re.compile(r"(?:\.(?:safetensors|ckpt))?(?:\s*\[[0-9a-fA-F]*\])?\s*")
 """What clients append to a model's name: an extension, a hash."""
 
-NOTHING: dict[str, Any] = {
-    "latent-upscale-modes": [], "sd-vae": [], "loras": [], "hypernetworks": [], "face-restorers": [],
-    "realesrgan-models": [], "prompt-styles": [], "script-info": [], "extensions": [],
-}  # fmt: skip
-"""Routes of lists that are always empty here → their response."""
+NOTHING = (
+    "latent-upscale-modes", "sd-vae", "loras", "hypernetworks", "face-restorers", "realesrgan-models", "prompt-styles",
+    "script-info", "extensions",
+)  # fmt: skip
+"""Routes that list what always empty here → here."""
 
 _ANY_OBJECT = {"type": "object", "additionalProperties": True, "title": "Options"}
 
@@ -68,109 +68,119 @@ class Choices:
         return catalog.get(known).name
 
 
-def router(service: Service, choices: Choices) -> APIRouter:
-    routes = APIRouter(responses=documents.errors(401, 403))
+TheChoices: TypeAlias = Annotated[Choices, Depends(part("choices"))]
 
-    def options_of(caller: str) -> dict[str, Any]:
-        service.catalog.refresh()
-        name = choices.of(caller) or service.catalog.get(None).name
-        # The selected model may be gone: drawing requests report that, and here another can be selected.
-        config = next((each for each in service.catalog.all() if each.name == name), None)
-        return {
-            "samples_format": "png",
-            MODEL: name,
-            "sd_checkpoint_hash": None,
-            "sd_vae": "Automatic",
-            LAYERS: ((config and config.sampling.clip_skip) or 0) + 1,
-            "eta_noise_seed_delta": 0,
-            "return_grid": False,
-            "live_previews_enable": True,
+routes = APIRouter(responses=documents.errors(401, 403))
+
+
+def _options(service: Service, choices: Choices, caller: str) -> dict[str, Any]:
+    service.catalog.refresh()
+    name = choices.of(caller) or service.catalog.get(None).name
+    # The selected model may be gone: drawing requests report that, and here another can be selected.
+    config = next((each for each in service.catalog.all() if each.name == name), None)
+    return {
+        "samples_format": "png",
+        MODEL: name,
+        "sd_checkpoint_hash": None,
+        "sd_vae": "Automatic",
+        LAYERS: ((config and config.sampling.clip_skip) or 0) + 1,
+        "eta_noise_seed_delta": 0,
+        "return_grid": False,
+        "live_previews_enable": True,
+    }
+
+
+@routes.get("/options", summary="The caller's settings", responses=documents.errors(404, 500))
+async def options(service: TheService, choices: TheChoices, caller: Caller) -> dict[str, Any]:
+    return _options(service, choices, caller)
+
+
+@routes.post(
+    "/options",
+    summary=f"Select a model, for this caller only: `{MODEL}`; a header lists ignored settings",
+    openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": _ANY_OBJECT}}}},
+    response_model=None,
+    responses=documents.errors(400, 404, 413, 415, 500),
+)
+async def set_options(
+    options: Annotated[dict[str, Any], Depends(read_object)], service: TheService, choices: TheChoices, caller: Caller
+) -> JSONResponse:
+    standing = _options(service, choices, caller)
+    if options.get(MODEL) is not None:
+        choices.choose(caller, choices.found(options[MODEL]))
+    ignored = [name for name, value in options.items() if name != MODEL and standing.get(name, "") != value]
+    return JSONResponse(None, headers=answers.noted(ignored, ()))
+
+
+@routes.get("/sd-models", summary="All models", response_model=list[shapes.SdModel])
+async def models(service: TheService) -> list[dict[str, Any]]:
+    service.catalog.refresh()
+    return [
+        {"title": config.name, "model_name": config.name, "hash": None, "sha256": None,
+         "filename": config.shown, "config": None}
+        for config in service.catalog.all()
+    ]  # fmt: skip
+
+
+@routes.get("/samplers", summary="All samplers", response_model=list[shapes.SamplerItem])
+async def samplers() -> list[dict[str, Any]]:
+    return [
+        {
+            "name": name,
+            "aliases": list(sampler.aliases),
+            "options": {"scheduler": sampler.automatic} if sampler.automatic else {},
         }
+        for name, sampler in schedulers.SAMPLERS.items()
+    ]
 
-    @routes.get("/options", summary="The caller's settings", responses=documents.errors(404, 500))
-    async def options(request: Request) -> dict[str, Any]:
-        return options_of(caller_of(request))
 
-    @routes.post(
-        "/options",
-        summary=f"Select a model, for this caller only: `{MODEL}`; a header lists ignored settings",
-        openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": _ANY_OBJECT}}}},
-        response_model=None,
-        responses=documents.errors(400, 404, 413, 415, 500),
+@routes.get("/schedulers", summary="All schedule types", response_model=list[shapes.Scheduler])
+async def schedule_types() -> list[dict[str, Any]]:
+    labels = {word.casefold(): word for word in (schedulers.AUTOMATIC, schedulers.UNIFORM)} | dict(
+        schedulers.SCHEDULE_TYPES
     )
-    async def set_options(options: Annotated[dict[str, Any], Depends(read_object)], request: Request) -> JSONResponse:
-        caller = caller_of(request)
-        standing = options_of(caller)
-        if options.get(MODEL) is not None:
-            choices.choose(caller, choices.found(options[MODEL]))
-        ignored = [name for name, value in options.items() if name != MODEL and standing.get(name, "") != value]
-        return JSONResponse(None, headers=answers.noted(ignored, ()))
+    return [
+        {"name": name, "label": label, "aliases": [], "default_rho": -1, "need_inner_model": False}
+        for name, label in labels.items()
+    ]
 
-    @routes.get("/sd-models", summary="All models", response_model=list[shapes.SdModel])
-    async def models() -> list[dict[str, Any]]:
-        service.catalog.refresh()
-        return [
-            {"title": config.name, "model_name": config.name, "hash": None, "sha256": None,
-             "filename": config.shown, "config": None}
-            for config in service.catalog.all()
-        ]  # fmt: skip
 
-    @routes.get("/samplers", summary="All samplers", response_model=list[shapes.SamplerItem])
-    async def samplers() -> list[dict[str, Any]]:
-        return [
-            {
-                "name": name,
-                "aliases": list(sampler.aliases),
-                "options": {"scheduler": sampler.automatic} if sampler.automatic else {},
-            }
-            for name, sampler in schedulers.SAMPLERS.items()
-        ]
+@routes.get(
+    "/upscalers", summary="`None`, and every model that is an upscaler", response_model=list[shapes.UpscalerItem]
+)
+async def upscalers(service: TheService) -> list[dict[str, Any]]:
+    service.catalog.refresh()
+    # Clients treat the first entry as "no upscaler".
+    none = {"name": "None", "model_name": None, "model_path": None, "model_url": None, "scale": 4}
+    return [none] + [none | {"name": name, "model_name": name} for name in upscaler_names(service)]
 
-    @routes.get("/schedulers", summary="All schedule types", response_model=list[shapes.Scheduler])
-    async def schedule_types() -> list[dict[str, Any]]:
-        labels = {word.casefold(): word for word in (schedulers.AUTOMATIC, schedulers.UNIFORM)} | dict(
-            schedulers.SCHEDULE_TYPES
-        )
-        return [
-            {"name": name, "label": label, "aliases": [], "default_rho": -1, "need_inner_model": False}
-            for name, label in labels.items()
-        ]
 
-    @routes.get(
-        "/upscalers", summary="`None`, and every model that is an upscaler", response_model=list[shapes.UpscalerItem]
-    )
-    async def upscalers() -> list[dict[str, Any]]:
-        service.catalog.refresh()
-        # Clients treat the first entry as "no upscaler".
-        none = {"name": "None", "model_name": None, "model_path": None, "model_url": None, "scale": 4}
-        return [none] + [none | {"name": name, "model_name": name} for name in upscaler_names(service)]
+@routes.get("/embeddings", summary="Textual inversions: none", response_model=shapes.Embeddings)
+async def embeddings() -> dict[str, Any]:
+    return {"loaded": {}, "skipped": {}}
 
-    @routes.get("/embeddings", summary="Textual inversions: none", response_model=shapes.Embeddings)
-    async def embeddings() -> dict[str, Any]:
-        return {"loaded": {}, "skipped": {}}
 
-    @routes.get("/scripts", summary="Scripts: none", response_model=shapes.Scripts)
-    async def scripts() -> dict[str, Any]:
-        return {"txt2img": [], "img2img": []}
+@routes.get("/scripts", summary="Scripts: none", response_model=shapes.Scripts)
+async def scripts() -> dict[str, Any]:
+    return {"txt2img": [], "img2img": []}
 
-    @routes.get("/cmd-flags", summary="Command line flags: none")
-    async def flags() -> dict[str, Any]:
-        return {}
 
-    @routes.get("/memory", summary="Memory in use", response_model=shapes.Memory)
-    async def memory() -> dict[str, Any]:
-        stats = service.engine.stats
-        cuda = {"allocated": {"current": stats.device_memory_bytes}} if stats.device_memory_bytes else {}
-        return {"ram": {"used": stats.memory_bytes, **_ram()}, "cuda": cuda}
+@routes.get("/cmd-flags", summary="Command line flags: none")
+async def flags() -> dict[str, Any]:
+    return {}
 
-    @routes.post("/refresh-checkpoints", summary="Read the model files again", response_model=None)
-    async def refresh() -> JSONResponse:
-        service.catalog.refresh()
-        return JSONResponse(None)
 
-    for path, none in NOTHING.items():
-        routes.add_api_route(f"/{path}", _lists(none), summary="Always empty", response_model=list[shapes.Named])
-    return routes
+@routes.get("/memory", summary="Memory in use", response_model=shapes.Memory)
+async def memory(service: TheService) -> dict[str, Any]:
+    stats = service.engine.stats
+    cuda = {"allocated": {"current": stats.device_memory_bytes}} if stats.device_memory_bytes else {}
+    return {"ram": {"used": stats.memory_bytes, **_ram()}, "cuda": cuda}
+
+
+@routes.post("/refresh-checkpoints", summary="Read the model files again", response_model=None)
+async def refresh(service: TheService) -> JSONResponse:
+    service.catalog.refresh()
+    return JSONResponse(None)
 
 
 def _ram() -> dict[str, int]:
@@ -188,8 +198,9 @@ def upscaler_names(service: Service) -> list[str]:
     ]
 
 
-def _lists(none: list[Any]) -> Any:
-    async def listed() -> list[Any]:
-        return none
+async def listed() -> list[Any]:
+    return []
 
-    return listed
+
+for path in NOTHING:
+    routes.add_api_route(f"/{path}", listed, summary="Always empty", response_model=list[shapes.Named])

@@ -53,7 +53,7 @@ CRUMBS, CRUMB = 2**18, 32
 """Maximum bytes of a chunked body in which a line ends more often than every `CRUMB` bytes: h11 needs some
 microseconds per chunk, however small."""
 
-State: TypeAlias = Literal["idle", "receiving", "answering"]
+ConnectionState: TypeAlias = Literal["idle", "receiving", "answering"]
 
 
 def raise_descriptor_limit() -> None:
@@ -70,7 +70,7 @@ class Connections:
     def __init__(self, most: int, patience: float) -> None:
         self._most = most
         self.patience = patience
-        self.of: dict[State, dict[Connection, None]] = {"idle": {}, "receiving": {}, "answering": {}}
+        self.of: dict[ConnectionState, dict[Connection, None]] = {"idle": {}, "receiving": {}, "answering": {}}
 
     def __len__(self) -> int:
         return sum(map(len, self.of.values()))
@@ -99,7 +99,7 @@ class Connections:
         # Refused after its request: a client that is closed earlier might not read the reason.
         new.surplus = TooManyConnections(f"{len(self) - 1} connections are open; try again later")
 
-    def _longest(self, state: State, new: Connection) -> Connection | None:
+    def _longest(self, state: ConnectionState, new: Connection) -> Connection | None:
         return next((each for each in self.of[state] if each is not new and not each.transport.is_closing()), None)
 
     async def sweep(self) -> None:
@@ -115,7 +115,7 @@ class Connections:
 class Connection(H11Protocol):
     """uvicorn's connection, with time limits."""
 
-    state: State = "idle"
+    state: ConnectionState = "idle"
     surplus: TooManyConnections | None = None
     """Why it is refused."""
 
@@ -227,7 +227,7 @@ class Connection(H11Protocol):
         """Update the state if it changed."""
         cycle = self.cycle
         if self.conn.their_state is h11.SEND_BODY:
-            state: State = "receiving"
+            state: ConnectionState = "receiving"
         else:
             state = "idle" if cycle is None or cycle.response_complete else "answering"
         if state != self.state:

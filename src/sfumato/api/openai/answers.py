@@ -14,6 +14,7 @@ from fastapi import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from sfumato.api.dependencies import Context
 from sfumato.api.http import errors, urls
 from sfumato.api.http.auth import caller_of
 from sfumato.api.keeping import drop, keeper
@@ -79,13 +80,12 @@ def output_format(body: Body, base: str) -> OutputFormat:
     )
 
 
-async def answer(
-    service: Service, gallery: Gallery, body: Body, request: Request, event: str = "", **more: Any
-) -> Response:
+async def answer(context: Context, body: Body, event: str = "", **more: Any) -> Response:
     """Draw what a body requests, and answer with the pictures or, if requested, a stream of `event`s.
 
     `more` holds request fields that override the body's.
     """
+    request, service, gallery = context.request, context.service, context.gallery
     form = output_format(body, urls.base_url(request, service.settings))
     caller = caller_of(request)
     keep = keeper(gallery, caller, form.format, form.encoded, must=form.base is not None)
@@ -113,7 +113,7 @@ async def _drawn(
         if not job.detached:  # the caller does not get any of them
             await asyncio.shield(asyncio.to_thread(drop, gallery, job))
         raise
-    said = {"created": int(job.created), "usage": usage(job, drawn)} | _shown(form, job, drawn[0])
+    said = {"created": int(job.created), "usage": usage(drawn)} | _shown(form, job, drawn[0])
     items = [await _item(part, form) for part in job.parts]
     return JSONResponse(said | {"data": items}, headers=noted(body.ignored(), drawn))
 
@@ -172,9 +172,7 @@ async def _events(job: Job, form: OutputFormat, event: str) -> AsyncGenerator[st
                     said: dict[str, Any] = {"warnings": list(done.warnings)} if done.warnings else {}
                     if name := job.parts[completed].name:
                         said["name"] = name
-                    yield await sse(
-                        "completed", done, completed, usage=usage(job, [done]), seed=done.recipe.seed, **said
-                    )
+                    yield await sse("completed", done, completed, usage=usage([done]), seed=done.recipe.seed, **said)
                     completed += 1
     except Exception as error:  # the status was already sent, so any error goes into the stream
         known = error if isinstance(error, SfumatoError) else errors.unexpected(error)
@@ -217,7 +215,7 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.wait({task, gone})
 
 
-def usage(job: Job, drawn: Sequence[Done]) -> dict[str, Any]:
+def usage(drawn: Sequence[Done]) -> dict[str, Any]:
     """OpenAI's token counts: the encoder's tokens for texts, one per `PATCH` square for pictures."""
     text = sum(done.prompt_tokens for done in drawn)
     image = sum(_patches(*done.recipe.size) * len(done.recipe.image_sha256) for done in drawn)

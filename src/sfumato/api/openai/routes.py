@@ -4,46 +4,46 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends
 from fastapi.responses import Response
 
+from sfumato.api.dependencies import TheContext
 from sfumato.api.http.documents import DRAWING, STREAMING
 from sfumato.api.http.forms import described, reader
 from sfumato.api.openai.answers import answer
 from sfumato.api.openai.bodies import EditsBody, GenerationsBody, VariationsBody
-from sfumato.pictures.gallery import Gallery
-from sfumato.serving.service import Service
+
+routes = APIRouter(tags=["Images"])
 
 
-def router(service: Service, gallery: Gallery) -> APIRouter:
-    routes = APIRouter(tags=["Images"])
+@routes.post(
+    "/images/generations", summary="Draw pictures", openapi_extra=described(GenerationsBody), responses=STREAMING
+)
+async def generations(
+    body: Annotated[GenerationsBody, Depends(reader(GenerationsBody))],
+    context: TheContext,
+) -> Response:
+    return await answer(context, body, "image_generation")
 
-    @routes.post(
-        "/images/generations", summary="Draw pictures", openapi_extra=described(GenerationsBody), responses=STREAMING
-    )
-    async def generations(
-        body: Annotated[GenerationsBody, Depends(reader(GenerationsBody))], request: Request
-    ) -> Response:
-        return await answer(service, gallery, body, request, "image_generation")
 
-    @routes.post(
-        "/images/edits",
-        summary="Edit a picture, completely or in the masked area",
-        openapi_extra=described(EditsBody),
-        responses=STREAMING,
-    )
-    async def edits(body: Annotated[EditsBody, Depends(reader(EditsBody))], request: Request) -> Response:
-        return await answer(service, gallery, body, request, "image_edit")
+@routes.post(
+    "/images/edits",
+    summary="Edit a picture, completely or in the masked area",
+    openapi_extra=described(EditsBody),
+    responses=STREAMING,
+)
+async def edits(body: Annotated[EditsBody, Depends(reader(EditsBody))], context: TheContext) -> Response:
+    return await answer(context, body, "image_edit")
 
-    @routes.post(
-        "/images/variations",
-        summary="Draw variations of a picture",
-        openapi_extra=described(VariationsBody),
-        responses=DRAWING,
-    )
-    async def variations(
-        body: Annotated[VariationsBody, Depends(reader(VariationsBody))], request: Request
-    ) -> Response:
-        return await answer(service, gallery, body, request)
 
-    return routes
+@routes.post(
+    "/images/variations",
+    summary="Draw variations of a picture",
+    openapi_extra=described(VariationsBody),
+    responses=DRAWING,
+)
+async def variations(
+    body: Annotated[VariationsBody, Depends(reader(VariationsBody))],
+    context: TheContext,
+) -> Response:
+    return await answer(context, body)

@@ -1,0 +1,62 @@
+"""What routes are given besides their bodies: the parts of the application, and who calls.
+
+`app.create_app` puts the parts into the application's state; a route names what it needs among its parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeAlias
+
+from fastapi import Depends, Request
+
+from sfumato.api.http.auth import caller_of
+from sfumato.pictures.gallery import Gallery
+from sfumato.pictures.store import Store
+from sfumato.serving.service import Service
+
+
+def part(name: str) -> Callable[[Request], Awaitable[Any]]:
+    """A dependency on what the application's state has by this name."""
+
+    async def of_application(request: Request) -> Any:
+        return getattr(request.app.state, name)
+
+    return of_application
+
+
+TheService: TypeAlias = Annotated[Service, Depends(part("service"))]
+TheGallery: TypeAlias = Annotated[Gallery, Depends(part("gallery"))]
+TheStore: TypeAlias = Annotated[Store, Depends(part("store"))]
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a route that draws is given besides its body."""
+
+    request: Request
+    service: Service
+    gallery: Gallery
+
+
+async def _context(request: Request, service: TheService, gallery: TheGallery) -> Context:
+    return Context(request, service, gallery)
+
+
+TheContext: TypeAlias = Annotated[Context, Depends(_context)]
+
+
+async def _caller(request: Request) -> str:
+    return caller_of(request)
+
+
+async def _owner(request: Request, service: TheService) -> str | None:
+    return caller_of(request) if service.settings.api_keys else None
+
+
+Caller: TypeAlias = Annotated[str, Depends(_caller)]
+"""The name of the caller's key; without keys its address."""
+
+Owner: TypeAlias = Annotated[str | None, Depends(_owner)]
+"""Whose requests and pictures may be seen; None: everybody's. Without keys that is so, as addresses prove nothing."""
