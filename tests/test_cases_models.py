@@ -9,6 +9,7 @@ import pytest
 from sfumato import schedulers
 from sfumato.config import Broken, Skipped, outcomes
 from sfumato.config.keys import IGNORED
+from sfumato.sampling import Sampling
 from sfumato.serving.catalog import Catalog
 from support.model_files import read
 
@@ -104,7 +105,8 @@ def test_row_23_anchors_and_tabs(tmp_path: Path) -> None:
         "x-common: &common\n  step: 7\n  cfg_scale: 3\n<<: *common\nname: a\nparameters:\n  model:\to/r\n"
         "options:\n-\teta:0.5\n",
     )
-    assert (config.steps, config.cfg_scale, config.model, config.options) == (7, 3.0, "o/r", {"eta": 0.5})
+    assert (config.sampling, config.model) == (Sampling(steps=7, guidance_scale=3.0), "o/r")
+    assert config.options == {"eta": 0.5}
     (tmp_path / "m.yaml").write_text("parameters:\n\tmodel: o/r\n")
     assert isinstance(outcomes(tmp_path / "m.yaml")[0], Broken)
 
@@ -124,7 +126,7 @@ def test_row_23_a_misspelt_key_is_still_refused(tmp_path: Path) -> None:
 )
 def test_row_26_k_without_karras_is_the_plain_solver(name: str, plain: str, tmp_path: Path) -> None:
     config = read(tmp_path, f"parameters: {{model: o/r}}\ndiffusers: {{scheduler_type: {name}}}")
-    assert config.scheduler_type == name
+    assert config.sampling.scheduler == plain
     assert schedulers.parse(name) == schedulers.parse(plain)
     assert schedulers.parse("k_dpmpp_2m").schedule == "karras"
 

@@ -54,6 +54,7 @@ class Layout:
     files: tuple[str, ...]
     variants: tuple[str | None, ...] = (None,)
     pickles: bool = False
+    without: tuple[str, ...] = ()
 
 
 HALF = ("fp16", None)
@@ -69,6 +70,7 @@ LAYOUTS = {
     "half-in-part": Layout(weights("fp16.safetensors", "unet") + weights("safetensors"), HALF),
     "sharded": Layout(SHARDS + HALF_SHARDS + weights("safetensors", "vae", "text_encoder")),
     "sharded-half": Layout(SHARDS + HALF_SHARDS + weights("safetensors", "vae", "text_encoder"), HALF),
+    "without-a-part": Layout(ALL, HALF, without=("unet",)),
     "pickles": Layout(weights("bin") + weights("fp16.bin"), HALF, pickles=True),
     "more-than-asked": Layout((*weights("safetensors"), "vae_1_0/diffusion_pytorch_model.safetensors")),
     "odd-names": Layout((*weights("safetensors"), "tokenizer/a[1].json", "tokenizer/sub/b.json")),
@@ -76,7 +78,6 @@ LAYOUTS = {
 
 REFUSED = {
     "pickles-refused": Layout(weights("bin"), HALF),
-    "other-variant": Layout(weights("safetensors"), ("ema",)),
     "no-index": Layout(()),
     "failing": Layout(weights("safetensors")),
 }
@@ -84,16 +85,17 @@ REFUSED = {
 SCRIPT = """
 import json, sys
 from diffusers import DiffusionPipeline
-from sfumato.models import download
+from sfumato.models import download, variants
 from sfumato.errors import SfumatoError
 told = {}
 for name, layout in json.load(sys.stdin).items():
-    given = {"revision": None, "variants": layout["variants"], "pickles": layout["pickles"]}
     told[name] = parts = []
     report = lambda part, what: parts.append(part)
     try:
+        given = {"revision": None, "pickles": layout["pickles"], "without": layout["without"]}
+        given["variant"] = variants.pick(layout["files"], layout["variants"])
         with download.words_for_hub_errors(f"first/{name}"):
-            download._fetched(f"first/{name}", *given.values(), report)
+            download._fetched(f"first/{name}", **given, report=report)
         download.from_hub(f"whole/{name}", **given, report=lambda part, what: None)
     except (SfumatoError, ValueError) as error:
         told[name] = f"{type(error).__name__}: {error}"
@@ -101,7 +103,8 @@ for name, layout in json.load(sys.stdin).items():
     for variant in layout["variants"]:
         try:
             DiffusionPipeline.download(
-                f"plain/{name}", variant=variant, use_safetensors=None if layout["pickles"] else True
+                f"plain/{name}", variant=variant, use_safetensors=None if layout["pickles"] else True,
+                **dict.fromkeys(layout["without"]),
             )
             break
         except ValueError: ...
@@ -139,7 +142,8 @@ def test_what_is_fetched_is_what_diffusers_would_fetch(downloads: tuple[Hub, dic
     hub, told = downloads
     plain = hub.downloads(f"plain/{name}")
     assert set(plain.values()) == {1}
-    assert hub.downloads(f"whole/{name}") == plain
+    configurations = {f"{part}/config.json": 1 for part in LAYOUTS[name].without}
+    assert hub.downloads(f"whole/{name}") == plain | configurations
     # Before diffusers is asked, which would tell nobody how far it is.
     assert hub.downloads(f"first/{name}") == plain
     assert all(0 < part <= 1 for part in told[name])
@@ -156,7 +160,7 @@ def test_the_layouts_differ_in_what_matters(downloads: tuple[Hub, dict[str, Any]
 
 
 @pytest.mark.parametrize(("name", "words"), [
-    ("pickles-refused", "safetensors"), ("other-variant", "variant"), ("no-index", "model_index.json"),
+    ("pickles-refused", "safetensors"), ("no-index", "model_index.json"),
     ("failing", "first/failing could not be fetched"),
 ])  # fmt: skip
 def test_what_cannot_be_loaded_is_refused_in_words(

@@ -22,6 +22,7 @@ from sfumato.core import Generation
 from sfumato.drawing.draw import draw
 from sfumato.models import load
 from sfumato.pipelines import generators, request_scheduler, scheduler_calls, source_table
+from sfumato.sampling import nested
 from support import tiny
 
 REMEDY = "run `python -m benchmarks.sources` and look at what changed"
@@ -119,11 +120,13 @@ def strange(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
 
 
 def loaded(pipeline: Any, **fields: Any) -> load.Loaded:
-    return load.Loaded(ModelConfig(name="m", model="x", dtype="fp32", **fields), pipeline, "x", "cpu", "fp32")
+    config = ModelConfig(**nested({"name": "m", "model": "x", "dtype": "fp32", **fields}))
+    return load.Loaded(config, pipeline, "x", "cpu", "fp32")
 
 
 def asked(**fields: Any) -> Generation:
-    return Generation(**{"id": "1", "prompt": "a cat", "seed": 1, "steps": 2, "width": 64, "height": 64, **fields})
+    made = {"id": "1", "prompt": "a cat", "seed": 1, "steps": 2, "width": 64, "height": 64, **fields}
+    return Generation(**nested(made))
 
 
 def test_a_pipeline_that_cannot_be_read_draws_with_its_own_scheduler_and_alone(strange: Any) -> None:
@@ -139,7 +142,7 @@ def test_a_pipeline_that_cannot_be_read_draws_with_its_own_scheduler_and_alone(s
 
 @pytest.mark.parametrize("asks", ["the request", "the model file"])
 def test_another_scheduler_is_left_out_with_a_warning(strange: Any, asks: str) -> None:
-    model = loaded(strange, scheduler_type="euler" if asks == "the model file" else None)
+    model = loaded(strange, scheduler="euler" if asks == "the model file" else None)
     load._check(model.config, strange)
     own = draw(loaded(strange), asked(), lambda *_: None)
     done = draw(model, asked(scheduler="euler" if asks == "the request" else None), lambda *_: None)

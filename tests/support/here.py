@@ -15,6 +15,7 @@ from sfumato.core import Generation
 from sfumato.drawing.draw import draw
 from sfumato.models import load
 from sfumato.pictures.images import decoded
+from sfumato.sampling import nested
 from support.hub import Hub
 
 
@@ -23,12 +24,13 @@ def quiet(*args: Any) -> None: ...
 
 def config(folder: Path, model: str | Path, **fields: Any) -> ModelConfig:
     """Of a model file in `folder` that says no more than where the weights are."""
-    return ModelConfig(**{"name": "m", "model": str(model), "file": folder / "m.yaml", "folder": folder,
-                          "dtype": "fp32", **fields})  # fmt: skip
+    return ModelConfig(**nested({"name": "m", "model": str(model), "file": folder / "m.yaml", "folder": folder,
+                                 "dtype": "fp32", **fields}))  # fmt: skip
 
 
 def asked(**fields: Any) -> Generation:
-    return Generation(**{"id": "1", "prompt": "a cat", "seed": 1, "steps": 2, "width": 64, "height": 64, **fields})
+    made = {"id": "1", "prompt": "a cat", "seed": 1, "steps": 2, "width": 64, "height": 64, **fields}
+    return Generation(**nested(made))
 
 
 def drawn(made: ModelConfig, **fields: Any) -> Any:

@@ -70,12 +70,10 @@ def _fetched(
     """Have the files in the cache that `needed` names, and tell of every byte. The commit they are of."""
     folder = Path(snapshot_download(repo, revision=revision, allow_patterns=[sources.INDEX], tqdm_class=_Silent))
     try:
-        names = [file.path for file in get_cached_repo_tree(repo, revision=folder.name)]
-        index = {
-            part: value
-            for part, value in json.loads((folder / sources.INDEX).read_bytes()).items()
-            if part not in without
-        }
+        left_out = tuple(f"{part}/" for part in without)
+        tree = get_cached_repo_tree(repo, revision=folder.name)
+        names = [file.path for file in tree if not file.path.startswith(left_out)]
+        index = json.loads((folder / sources.INDEX).read_bytes())
         files = repository_files.needed(names, index, variant, pickles=pickles)
     except (hub.CachedRepoTreeNotFoundError, FileNotFoundError):  # a cache of old, or no repository of diffusers
         return folder.name
