@@ -506,8 +506,8 @@ def prepared(body: Img2ImgBody, **settings: Any) -> tuple[tuple[bytes, ...], byt
             images, mask, share=service.budget.share(), limits=service.limits, fitting=fitting, scale=scale
         )
         try:
-            await sources.gathered(service.fetcher, service.decoders)
-            return await sources.decoded(service.decoders)
+            await sources.fetch(service.fetcher, service.decoders)
+            return await sources.decode(service.decoders)
         finally:
             await service.stop()
 

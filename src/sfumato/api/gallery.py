@@ -15,7 +15,7 @@ from sfumato.api.http import documents
 from sfumato.api.http.forms import described, reader
 from sfumato.api.openai.bodies import Picture
 from sfumato.errors import InvalidRequest, PictureNotFound
-from sfumato.pictures.gallery import MAX_PAGE, Gallery, Kept, Wanted
+from sfumato.pictures.gallery import MAX_PAGE, Gallery, GalleryEntry, GalleryQuery
 from sfumato.pictures.images import from_text
 from sfumato.sampling import NAMED
 
@@ -92,7 +92,7 @@ async def page(
     before: Annotated[str | None, Query(max_length=100, description="`next` of the previous page.")] = None,
     limit: Annotated[int, Query(ge=1, le=MAX_PAGE, description="Pictures per page.")] = 60,
 ) -> dict[str, Any]:
-    wanted = Wanted(owner, q, model, starred)
+    wanted = GalleryQuery(owner, q, model, starred)
     place = _place(before)
     kept, more = await asyncio.to_thread(gallery.page, wanted, before=place, limit=limit)
     total = await asyncio.to_thread(gallery.count, wanted) if place is None else None
@@ -170,7 +170,7 @@ async def thumbnail(name: Name, gallery: TheGallery) -> Response:
     return Response(data, media_type="image/webp", headers={"cache-control": "public, max-age=604800, immutable"})
 
 
-async def _kept(gallery: Gallery, name: str, owner: str | None) -> Kept:
+async def _kept(gallery: Gallery, name: str, owner: str | None) -> GalleryEntry:
     """Raises PictureNotFound."""
     kept = await asyncio.to_thread(gallery.get, name, owner)
     if kept is None:
@@ -181,7 +181,7 @@ async def _kept(gallery: Gallery, name: str, owner: str | None) -> Kept:
     return kept
 
 
-def _shown(kept: Kept) -> dict[str, Any]:
+def _shown(kept: GalleryEntry) -> dict[str, Any]:
     return {"object": "gallery.picture"} | asdict(kept)
 
 

@@ -21,7 +21,7 @@ def keeper(gallery: Gallery, caller: str, format: str, encoded: Callable[[Done],
 
     `must`: the answer is its URL, so storing must succeed; otherwise a full disk only logs a warning.
     """
-    if not must and not gallery.keeps:
+    if not must and not gallery.keeps_all:
         return None
 
     async def keep(done: Done) -> str | None:

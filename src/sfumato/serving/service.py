@@ -230,7 +230,7 @@ class Service:
 
     async def _take_pictures(self, job: Job, sources: Sources) -> tuple[tuple[bytes, ...], bytes | None]:
         """Fetch the pictures immediately, and decode them when the job's turn has come."""
-        await sources.gathered(self.fetcher, self.decoders)
+        await sources.fetch(self.fetcher, self.decoders)
         tickets = [part.ticket for part in job.parts]
         self.queue.release(tickets)
         turns = [asyncio.ensure_future(ticket.called.wait()) for ticket in tickets]
@@ -239,7 +239,7 @@ class Service:
         finally:
             for turn in turns:
                 turn.cancel()
-        return await sources.decoded(self.decoders)
+        return await sources.decode(self.decoders)
 
     def _leave(self, job: Job) -> None:
         for part in job.parts:
