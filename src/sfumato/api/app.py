@@ -138,8 +138,8 @@ def _pass_through(app: FastAPI, keys: Mapping[str, str], origins: Sequence[str],
     app.add_middleware(Arrivals, service=service)
     app.add_middleware(Ending, running=running)
     app.add_middleware(BodyCap, limit=settings.max_body_mb * 2**20)
-    app.add_middleware(CrossSite, settings=settings, origins=origins, rejected=service.metrics.rejected)
-    app.add_middleware(Auth, keys=keys, rejected=service.metrics.rejected)
+    app.add_middleware(CrossSite, settings=settings, origins=origins, rejected=service.metrics.record_rejection)
+    app.add_middleware(Auth, keys=keys, rejected=service.metrics.record_rejection)
     app.add_middleware(LastResort)
     if origins:
         app.add_middleware(

@@ -97,7 +97,7 @@ def request_of(service: Service, choices: Choices, body: DrawBody, request: Requ
     chosen = choose(body.sampler, body.scheduler)
     asked = ImageRequest(
         prompts=[body.prompt or ""],
-        bar=False,
+        split_prompt=False,
         model=model,
         n=body.pictures,
         seed=body.seed,

@@ -76,7 +76,7 @@ class Observe:
         finally:
             seconds = time.monotonic() - began
             method = scope["method"] if scope["method"] in METHODS else "other"
-            self._metrics.answered(_route(scope), method, status, seconds)
+            self._metrics.record_http(_route(scope), method, status, seconds)
             fields = {"method": method, "path": path, "status": status, "seconds": round(seconds, 3)}
             fields["caller"] = scope.get("state", {}).get("caller", "")
             access.log(

@@ -124,7 +124,7 @@ async def _begun(service: Service, body: Body, more: Mapping[str, Any]) -> Job:
     try:
         with suppress(TimeoutError):  # not `wait_for`: Python 3.11's may swallow a cancellation
             async with asyncio.timeout(KEEP_ALIVE_S):
-                await job.news.wait()
+                await job.first_event.wait()
     except asyncio.CancelledError:
         job.leave()
         raise
