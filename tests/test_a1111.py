@@ -394,7 +394,7 @@ def test_the_table_has_every_solver_once() -> None:
     ],
 )
 def test_names_are_understood(sampler: str | None, schedule: str | None, ours: str | None) -> None:
-    assert a1111_samplers.choose(sampler, schedule) == a1111_samplers.Chosen(ours)
+    assert a1111_samplers.choose(sampler, schedule) == a1111_samplers.SamplerChoice(ours)
 
 
 @pytest.mark.parametrize(
@@ -429,7 +429,7 @@ def test_what_the_infotext_says_chooses_the_same_again(sampler: str, schedule: s
     assert scheduler is not None
     told = schedulers.sampler_of(scheduler)
     assert told
-    assert a1111_samplers.choose(*told) == a1111_samplers.Chosen(scheduler)
+    assert a1111_samplers.choose(*told) == a1111_samplers.SamplerChoice(scheduler)
 
 
 def test_an_unknown_sampler_draws_as_the_model_does(ann: httpx.Client) -> None:
@@ -738,7 +738,7 @@ def test_any_foreign_field_is_survived(extra: dict[str, Any], overrides: dict[st
     body = DrawBody.model_validate(extra | {"override_settings": overrides | {"CLIP_stop_at_last_layers": layers}})
     assert set(body.ignored()) <= {*extra, *(f"override_settings.{name}" for name in overrides)}
     assert body.layers_skipped is None or body.layers_skipped > 0
-    assert not set(extra) & set(body.shown())
+    assert not set(extra) & set(body.understood())
     assert set(UpscaleBody.model_validate(extra | {"image": "x"}).ignored()) <= set(extra)
 
 
