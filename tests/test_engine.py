@@ -122,7 +122,7 @@ def test_facts_come_with_a_model_that_is_ready(running: Running, config: ModelCo
         await events_of(engine, config, wanted("facts"))
         facts = engine.status("m").info
         assert facts is not None
-        assert (facts.pipeline, facts.width, facts.dtype) == ("StableDiffusionPipeline", 64, "fp32")
+        assert (facts.pipeline, facts.sampling.width, facts.dtype) == ("StableDiffusionPipeline", 64, "fp32")
 
     running.run(run())
 

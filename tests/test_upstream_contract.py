@@ -28,7 +28,7 @@ from sfumato.batching import exclusive, feature_caches, offload, outputs, torch_
 from sfumato.batching.adapter_state import Adapters
 from sfumato.batching.calls import plain
 from sfumato.drawing import draw
-from sfumato.models import single_file, static_capabilities
+from sfumato.models import diffusers_source, pipeline_class, single_file, static_capabilities
 from sfumato.pipelines import capabilities, request_scheduler, scheduler_calls, source_digest
 from sfumato.previews import x0
 from sfumato.process import lean_imports
@@ -89,6 +89,8 @@ NAMES: dict[str, tuple[str, ...]] = {
         for form in (solver.noise, solver.flow)
         if form
     ),
+    "models/pipeline_class.py": ("diffusers:DiffusionPipeline._optional_components",),
+    "models/prediction.py": ("diffusers:ConfigMixin._get_init_keys",),
     "previews/x0.py": tuple(f"diffusers:{name}" for name in x0.GUESSES),
     "api/http/connections.py": ("uvicorn.protocols.http.h11_impl:H11Protocol._unset_keepalive_if_required",),
     "batching/outputs.py": tuple(f"transformers.cache_utils:{name}" for name in sorted(outputs.DYNAMIC_LAYERS)),
@@ -105,6 +107,9 @@ TOUCHED = {name.rpartition(".")[2].rpartition(":")[2] for names in NAMES.values(
 OWN = {
     ("_charset_", "api/http/multipart.py"), ("_total", "serving/metrics.py"), ("_mask", "batching/text_masks.py"),
     ("_k", "api/said.py"), ("_Bar", "models/download.py"),
+    # Parts of file names and functions that are looked for: see `test_packages_of_a_class_are_found`.
+    ("_available", "models/pipeline_class.py"), ("_objects", "models/pipeline_class.py"),
+    ("_and_", "models/pipeline_class.py"),
     # The standard library's, documented in spite of the underscore.
     ("_getframe", "batching/stand_in.py"), ("_exit", "process/worker.py"), ("_replace", "models/weight_file.py"),
 }  # fmt: skip
@@ -258,9 +263,15 @@ def test_the_readers_of_source_find_what_they_know() -> None:
 
 
 def test_distributions_are_known_by_name() -> None:
-    names = static_capabilities._files()
+    names = diffusers_source.files()
     missing = [name for name in outputs.DISTRIBUTIONS if name not in names]
     assert missing == [], f"{missing}: {mend('batching/outputs.py')}"
+
+
+def test_packages_of_a_class_are_found() -> None:
+    assert pipeline_class.packages("PRXPipeline") == ("ftfy",), mend("models/pipeline_class.py")
+    assert pipeline_class.packages("StableDiffusionPipeline") == (), mend("models/pipeline_class.py")
+    assert pipeline_class._backends(), mend("models/pipeline_class.py")
 
 
 def test_modules_that_compute_nothing_are_there() -> None:
