@@ -100,7 +100,11 @@ class Settings:
     )
     log_format: str = _setting("text", "text, or json: one object per line.", choices=("text", "json"))
     log_prompts: bool = _setting(False, "Whether prompts may appear in the log.")
-    log_level: str = _setting("info", "debug, info, warning or error.", choices=("debug", "info", "warning", "error"))
+    log_level: str = _setting(
+        "info",
+        "The least severe lines to log: debug, info, warning or error.",
+        choices=("debug", "info", "warning", "error"),
+    )
 
     @classmethod
     def load(cls, given: Mapping[str, Any] | None = None, env: Mapping[str, str] = os.environ) -> Settings:
