@@ -152,7 +152,7 @@ def _for_task(model: Loaded, task: str) -> Any:
     return model.siblings[task]
 
 
-def _choice(pipeline: Any, wanted: Sampling) -> schedulers.Choice | None:
+def _choice(pipeline: Any, wanted: Sampling) -> schedulers.SchedulerChoice | None:
     if not wanted.scheduler or request_scheduler.keeps_own(pipeline):
         return None
     choice = schedulers.parse(wanted.scheduler)
@@ -282,7 +282,7 @@ def _recipe(
     wanted: Generation,
     image: Image.Image,
     given: Mapping[str, Any],
-    choice: schedulers.Choice | None,
+    choice: schedulers.SchedulerChoice | None,
     canvas: arguments.Canvas,
 ) -> Recipe:
     def used(parameter: Parameter) -> Any:

@@ -103,7 +103,7 @@ def load(config: ModelConfig, device_setting: str, tell: Tell) -> Loaded:
         if is_out_of_memory(error):
             raise
         log.exception("%s: load failed", config.name)
-        raise LoadError(f"{config.name}: {type(error).__name__}: {addresses.shown(str(error))}") from error
+        raise LoadError(f"{config.name}: {type(error).__name__}: {addresses.redact(str(error))}") from error
     pipeline.set_progress_bar_config(disable=True)
     log.info("%s: %s from %s on %s in %s", config.name, type(pipeline).__name__, source, device, dtype)
     return Loaded(config, pipeline, source, device, dtype, glance=shown)
@@ -195,7 +195,7 @@ def fetch(config: ModelConfig, dtype: str, tell: Tell, without: Sequence[str] = 
             return Fetched(folder, f"{repo}@{folder.name}")
         case sources.Url(url):
             path = sources.weights(config, weight_file.obtain(url, config.folder, report=report))
-            return _described(config, path, addresses.shown(url), dtype, tell)
+            return _described(config, path, addresses.redact(url), dtype, tell)
         case sources.File(path):
             return _described(config, path, str(path), dtype, tell)
         case sources.Folder(path):

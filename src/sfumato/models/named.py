@@ -50,7 +50,7 @@ def find(config: ModelConfig, key: str, name: str, report: OnProgress) -> Path |
     repo, _, revision = plain.partition("@")
     if repo.count("/") != 1 or PurePosixPath(repo).suffix.lower() in sources.SAFE + sources.PICKLES:
         raise LoadError(
-            f"{config.name}: {key}: {addresses.shown(name)!r} is neither there ({path} does not exist) nor a hub id "
+            f"{config.name}: {key}: {addresses.redact(name)!r} is neither there ({path} does not exist) nor a hub id "
             "(owner/name), a file of a repository (owner/name/file.safetensors) or a URL",
             param=key,
         )
@@ -77,7 +77,7 @@ def _lora_of(config: ModelConfig, name: str, files: list[str]) -> str:
     for file in (*(each for each in likely if each.endswith(LORA)), *likely):
         return file
     raise LoadError(
-        f"{config.name}: lora_adapter: {addresses.shown(name)!r} has no {kinds[0]} file. Name one: owner/name/file",
+        f"{config.name}: lora_adapter: {addresses.redact(name)!r} has no {kinds[0]} file. Name one: owner/name/file",
         param="lora_adapter",
     )
 

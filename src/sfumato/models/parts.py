@@ -66,7 +66,7 @@ def put_vae(config: ModelConfig, pipeline: Any, dtype: torch.dtype, report: OnPr
     """Give the pipeline the VAE that the file names. Raises ModelFileError for one that is not made for its latents."""
     if not config.vae:
         return
-    own, shown = pipeline.vae, addresses.shown(config.vae)
+    own, shown = pipeline.vae, addresses.redact(config.vae)
     found = named.find(config, "vae", config.vae, report)
     if isinstance(found, Path) and found.is_file():
         vae = _vae_of_file(found, own, dtype)
@@ -144,7 +144,7 @@ def _words_for(config: ModelConfig, source: str, pipeline: Any) -> Iterator[None
         if is_out_of_memory(error):
             raise
         raise LoadError(
-            f"{config.name}: the LoRA {addresses.shown(source)} has nothing for {type(pipeline).__name__} ({error}); "
+            f"{config.name}: the LoRA {addresses.redact(source)} has nothing for {type(pipeline).__name__} ({error}); "
             "it may be made for models of another kind",
             param="lora_adapter",
         ) from error

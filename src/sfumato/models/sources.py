@@ -112,7 +112,7 @@ def download_url(uri: str, revision: str | None = None) -> str:
     repo = _HUB_ID.fullmatch("/".join(parts[:2]))
     if repo is None or len(parts) < 3 or not all(parts):
         raise ModelFileError(
-            f"uri {addresses.shown(uri)!r}: must be https://... or huggingface://owner/name/file",
+            f"uri {addresses.redact(uri)!r}: must be https://... or huggingface://owner/name/file",
             param="download_files",
         )
     path = "/".join(parts[2:])
@@ -148,7 +148,7 @@ def _remote(config: ModelConfig, scheme: str, rest: str) -> Source:
             return _hub(config, "/".join(segments))
         if not urlparse(url).netloc or not segments:
             raise ModelFileError(
-                f"{_where(config)}: {config.shown!r} names no file to download", param="parameters.model"
+                f"{_where(config)}: {config.label!r} names no file to download", param="parameters.model"
             )
         if mimetypes.guess_type(segments[-1])[0] or PurePosixPath(segments[-1]).suffix.lower() in SAFE + PICKLES:
             weights(config, PurePosixPath(segments[-1]))
@@ -160,7 +160,7 @@ def _remote(config: ModelConfig, scheme: str, rest: str) -> Source:
         weights(config, PurePosixPath(rest.partition("@")[0] if "@" in rest.rpartition("/")[2] else rest))
         return Url(download_url(f"hf://{rest}", config.revision))
     raise ModelFileError(
-        f"{_where(config)}: {config.shown!r}: {scheme}:// is not supported; use http://, https://, huggingface:// "
+        f"{_where(config)}: {config.label!r}: {scheme}:// is not supported; use http://, https://, huggingface:// "
         "or hf://",
         param="parameters.model",
     )
@@ -186,7 +186,7 @@ def weights(config: ModelConfig, path: AnyPath, key: str = "parameters.model") -
 def _layout(config: ModelConfig, path: Path) -> Path:
     if not (path / INDEX).is_file():
         files = sorted(file.name for file in path.iterdir() if file.suffix.lower() in SAFE)
-        remedy = f"name the file: {config.shown}/{files[0]}" if files else "download it again, or name a single file"
+        remedy = f"name the file: {config.label}/{files[0]}" if files else "download it again, or name a single file"
         raise LoadError(
             f"{_where(config)}: the folder {path} has no {INDEX}, which every diffusers model needs; {remedy}",
             param="parameters.model",
@@ -198,7 +198,7 @@ def _not_found(config: ModelConfig, path: Path) -> str:
     beside = sorted(file.name for file in config.folder.glob("*") if file.suffix.lower() in SAFE)
     there = f" That folder has {', '.join(beside[:8])}." if beside else ""
     return (
-        f"{_where(config)}: {config.shown!r} is neither a path ({path} does not exist) nor a hub id (owner/name). "
+        f"{_where(config)}: {config.label!r} is neither a path ({path} does not exist) nor a hub id (owner/name). "
         f"Put it there, or fix parameters.model.{there}"
     )
 

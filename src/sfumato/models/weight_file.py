@@ -143,7 +143,7 @@ def _named(url: str, target: Path) -> Path:
         _beside(target, "source").unlink(missing_ok=True)
         target.unlink()
         raise LoadError(
-            f"{addresses.shown(url)} leads to {name.name!r}, which is not a weight file; {', '.join(sources.SAFE)} "
+            f"{addresses.redact(url)} leads to {name.name!r}, which is not a weight file; {', '.join(sources.SAFE)} "
             "can be loaded. If it is a page that asks who you are, put a token into the URL",
             param="parameters.model",
         )
@@ -169,7 +169,7 @@ def _there(target: Path, url: str, sha256: str | None) -> bool:
     if sha256 is None:
         if version and version.url != _digest(url):
             raise DownloadError(
-                f"{target} exists already and came from another URL than {addresses.shown(url)}; "
+                f"{target} exists already and came from another URL than {addresses.redact(url)}; "
                 "give each its own `filename`, or remove the file"
             )
     elif known != sha256:
@@ -185,7 +185,7 @@ def _there(target: Path, url: str, sha256: str | None) -> bool:
 
 def _download(url: str, target: Path, sha256: str | None, report: OnProgress) -> None:
     if _origin(url) == _origin(sources.endpoint()) and os.environ.get("HF_HUB_OFFLINE", "").upper() in ON:
-        raise DownloadError(f"{addresses.shown(url)} is not at {target}, and HF_HUB_OFFLINE is set. Fetch it before")
+        raise DownloadError(f"{addresses.redact(url)} is not at {target}, and HF_HUB_OFFLINE is set. Fetch it before")
     part = _beside(target, "part")
     for resumed in (True, False):
         if not resumed:
@@ -206,9 +206,9 @@ def _download(url: str, target: Path, sha256: str | None, report: OnProgress) ->
 
 def _broken(url: str, version: Version, size: int, found: str | None, sha256: str | None) -> str:
     if version.size not in (None, size):
-        return f"{addresses.shown(url)}: {size} of {version.size} bytes arrived. Nothing was kept; try again."
+        return f"{addresses.redact(url)}: {size} of {version.size} bytes arrived. Nothing was kept; try again."
     who = "the model file" if sha256 else "the hub"
-    return f"{addresses.shown(url)}: the file's sha256 is {found}, {who} says {version.sha256}. Nothing was kept."
+    return f"{addresses.redact(url)}: the file's sha256 is {found}, {who} says {version.sha256}. Nothing was kept."
 
 
 def _receive(url: str, target: Path, part: Path, report: OnProgress) -> tuple[Version, int]:
@@ -235,7 +235,7 @@ def _receive(url: str, target: Path, part: Path, report: OnProgress) -> tuple[Ve
             response.close()
             part.unlink(missing_ok=True)  # not the range that was requested
             if not have:
-                raise DownloadError(f"{addresses.shown(url)}: the server sent a range that was not requested")
+                raise DownloadError(f"{addresses.redact(url)}: the server sent a range that was not requested")
             return _receive(url, target, part, report)
         if not goes_on:
             have = 0
@@ -332,12 +332,12 @@ def _words(url: str, target: Path) -> Iterator[None]:
         if error.response.status_code in (401, 403):
             raise LoadError(_refused(url, error.response.status_code)) from None  # its words have the URL
         raise DownloadError(
-            f"{addresses.shown(url)} could not be downloaded to {target}: the server answered "
+            f"{addresses.redact(url)} could not be downloaded to {target}: the server answered "
             f"{error.response.status_code} {error.response.reason_phrase}"
         ) from None
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise DownloadError(
-            f"{addresses.shown(url)} could not be downloaded to {target}: {addresses.shown(str(error))}"
+            f"{addresses.redact(url)} could not be downloaded to {target}: {addresses.redact(str(error))}"
         ) from None
     except OSError as error:
         if error.errno in FULL:
@@ -345,13 +345,13 @@ def _words(url: str, target: Path) -> Iterator[None]:
                 _beside(target, "part").unlink(missing_ok=True)
             raise DownloadError(f"{target}: the disk is full ({error.strerror}); make room there") from error
         raise DownloadError(
-            f"{addresses.shown(url)} could not be written to {target}: {error.strerror or error}. Let the server "
+            f"{addresses.redact(url)} could not be written to {target}: {error.strerror or error}. Let the server "
             f"write to {target.parent}, or put the file there"
         ) from error
 
 
 def _refused(url: str, status: int) -> str:
-    start = f"{addresses.shown(url)} could not be fetched: the server answers {status}"
+    start = f"{addresses.redact(url)} could not be fetched: the server answers {status}"
     if _origin(url) != _origin(sources.endpoint()):
         return f"{start}; put the token that it wants into the URL, or fetch the file by hand"
     have = "HF_TOKEN is of an account that may not read it" if _authorization(url) else "no HF_TOKEN is set"

@@ -197,7 +197,7 @@ class Supervisor:
             try:
                 why = await self._live()
             except Exception as error:  # any error: without a next worker nothing would be drawn again
-                log.error("%s", logs.place(error))
+                log.error("%s", logs.error_location(error))
                 why = f"it failed to start ({error!r})"
             if self._stopping:
                 break
@@ -276,7 +276,7 @@ class Supervisor:
             except (asyncio.IncompleteReadError, ConnectionError):
                 return "it closed its connection"
             except Exception as error:  # from the frame, or from handling its content
-                log.error("%s", logs.place(error))
+                log.error("%s", logs.error_location(error))
                 return f"it sent an invalid message: {error}"
 
     def _take(self, report: Report) -> None:

@@ -38,7 +38,7 @@ def main(fd: int) -> None:
 
     from sfumato.engine.loop import Loop
 
-    logs.adopt()
+    logs.route_libraries()
     lock = threading.Lock()
 
     def send(report: Report) -> None:
