@@ -66,23 +66,23 @@ def resolve(config: ModelConfig) -> Source:
     An existing path wins; then come URLs and hub ids. Raises ModelFileError if the text cannot be
     a source, LoadError if what it names does not exist.
     """
-    written = config.repo or config.model
+    text = config.repo or config.model
     if config.repo:
         fetched = config.folder / config.snapshot if config.snapshot else None
         return Folder(fetched) if fetched and (fetched / INDEX).is_file() else _hub(config, config.repo)
     # os.path, because Path raises on `~nobody` and on names that are too long to be one.
-    path = (config.folder / os.path.expanduser(written)).absolute()  # noqa: PTH111
+    path = (config.folder / os.path.expanduser(text)).absolute()  # noqa: PTH111
     awaited = [(config.folder / file.filename).absolute() for file in config.downloads]
     if os.path.isfile(path) or path in awaited:  # noqa: PTH113
         return File(weights(config, path))
     if os.path.isdir(path):  # noqa: PTH112
         return Folder(_layout(config, path))
-    if scheme := _SCHEME.fullmatch(written):
+    if scheme := _SCHEME.fullmatch(text):
         return _remote(config, scheme[1].lower(), scheme[2])
-    suffix = PurePosixPath(written).suffix.lower()
-    if suffix in SAFE + PICKLES or written.startswith(("/", "~", ".")) or not _HUB_ID.fullmatch(written):
+    suffix = PurePosixPath(text).suffix.lower()
+    if suffix in SAFE + PICKLES or text.startswith(("/", "~", ".")) or not _HUB_ID.fullmatch(text):
         raise LoadError(_not_found(config, path), param="parameters.model")
-    return _hub(config, written)
+    return _hub(config, text)
 
 
 def suffix_of(config: ModelConfig) -> str:
@@ -195,11 +195,11 @@ def _layout(config: ModelConfig, path: Path) -> Path:
 
 
 def _not_found(config: ModelConfig, path: Path) -> str:
-    beside = sorted(file.name for file in config.folder.glob("*") if file.suffix.lower() in SAFE)
-    there = f" That folder has {', '.join(beside[:8])}." if beside else ""
+    files = sorted(file.name for file in config.folder.glob("*") if file.suffix.lower() in SAFE)
+    hint = f" That folder has {', '.join(files[:8])}." if files else ""
     return (
         f"{_where(config)}: {config.label!r} is neither a path ({path} does not exist) nor a hub id (owner/name). "
-        f"Put it there, or fix parameters.model.{there}"
+        f"Put it there, or fix parameters.model.{hint}"
     )
 
 
