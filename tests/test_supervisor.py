@@ -316,8 +316,8 @@ def test_stop_ends_the_keeper_whatever_it_does(tmp_path: Path) -> None:
         await supervisor.stop()
         failed = await waiting
         assert isinstance(failed, Failed)
-        assert supervisor._keeper
-        assert supervisor._keeper.done()
+        assert supervisor._supervision
+        assert supervisor._supervision.done()
 
     run(work, stub(tmp_path, "hang"))
     run(work, ["/there/is/no/such/program"])

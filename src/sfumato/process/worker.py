@@ -32,7 +32,7 @@ def main(fd: int) -> None:
     logs.configure(settings)
 
     environment.prepare()
-    lean_imports.lean()
+    lean_imports.install()
     import diffusers
     import torch
 
@@ -42,7 +42,7 @@ def main(fd: int) -> None:
     lock = threading.Lock()
 
     def send(report: Report) -> None:
-        data = _packed(report)
+        data = _pack(report)
         with lock:
             sock.sendall(data)
 
@@ -68,7 +68,7 @@ def main(fd: int) -> None:
         os._exit(1)  # returning would wait for threads that libraries started
 
 
-def _packed(report: Report) -> bytes:
+def _pack(report: Report) -> bytes:
     """Encode a report; a picture that cannot be sent fails only its own request."""
     try:
         return wire.pack(report)
