@@ -247,17 +247,17 @@ def _choice(base: str, schedule: str | None) -> SchedulerChoice:
         return SchedulerChoice(base, solver.description, base, None, solver.noise, solver.flow)
     if schedule not in solver.noise.schedules:
         fitting = [name for name, other in SOLVERS.items() if schedule in other.noise.schedules]
-        takes = ", ".join(solver.noise.schedules) or "none"
+        supported = ", ".join(solver.noise.schedules) or "none"
         raise InvalidRequest(
-            f"Scheduler {base!r} does not support the schedule {schedule!r}; it supports: {takes}."
+            f"Scheduler {base!r} does not support the schedule {schedule!r}; it supports: {supported}."
             f" Schedulers that support {schedule!r}: {', '.join(fitting)}.",
             param="scheduler",
         )
-    words, _ = SCHEDULES[schedule]
+    label, _ = SCHEDULES[schedule]
     flow = solver.flow if solver.flow and schedule in solver.flow.schedules else None
     return SchedulerChoice(
         _name(base, schedule),
-        f"{solver.description} {words}",
+        f"{solver.description} {label}",
         base,
         schedule,
         _scheduled(solver.noise, schedule),

@@ -130,11 +130,11 @@ def _check_expanded_size(root: yaml.Node, file: Path) -> None:
         if isinstance(node, yaml.ScalarNode):
             return 1
         if id(node) not in sizes:
-            where = f"{file}, line {node.start_mark.line + 1}"
+            location = f"{file}, line {node.start_mark.line + 1}"
             if id(node) in ancestors:
-                raise ModelFileError(f"{where}: the node with this anchor contains itself; remove that alias")
+                raise ModelFileError(f"{location}: the node with this anchor contains itself; remove that alias")
             if len(ancestors) >= MAX_DEPTH:
-                raise ModelFileError(f"{where}: {_TOO_DEEP}")
+                raise ModelFileError(f"{location}: {_TOO_DEEP}")
             ancestors.add(id(node))
             parts = (
                 node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
@@ -143,7 +143,7 @@ def _check_expanded_size(root: yaml.Node, file: Path) -> None:
             ancestors.remove(id(node))
             if sizes[id(node)] > MAX_NODES:
                 raise ModelFileError(
-                    f"{where}: this expands to more than {MAX_NODES} values with its aliases; use fewer aliases"
+                    f"{location}: this expands to more than {MAX_NODES} values with its aliases; use fewer aliases"
                 )
         return sizes[id(node)]
 

@@ -240,7 +240,7 @@ def _options(source: _Source, fields: dict[str, Any]) -> list[tuple[str, str]]:
             raise source.error("options", f"torch_dtype {error}") from None
         fields["dtype"] = fields.get("dtype") or dtype
     fields["option_lines"] = tuple(lines.items())
-    return [(f"options: {word}", "a switch of another backend: an argument is `key:value`") for word in switches]
+    return [(f"options: {switch}", "a switch of another backend: an argument is `key:value`") for switch in switches]
 
 
 def _img2img(fields: dict[str, Any]) -> None:

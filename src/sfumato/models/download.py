@@ -43,12 +43,12 @@ def from_hub(
 ) -> Path:
     """The local snapshot folder of a repository; files missing from the cache are downloaded first.
 
-    Which files a pipeline needs is diffusers' own rule; `without`: of these components the configuration alone.
-    Raises DownloadError or LoadError in words.
+    diffusers' own rules say which files a pipeline needs. `without`: of these components only the configuration.
+    Raises DownloadError or LoadError with a readable message.
     """
     with as_download_errors(repo):
         commit = _fetch_files(repo, revision, variant, pickles, without, report)
-        # diffusers looks whether all is there by its own rule, fetches what is not, and refuses what it cannot load.
+        # diffusers checks by its own rules that all files are there, downloads missing ones, and refuses others.
         folder = Path(
             DiffusionPipeline.download(
                 repo,
@@ -67,7 +67,7 @@ def from_hub(
 def _fetch_files(
     repo: str, revision: str | None, variant: str | None, pickles: bool, without: Sequence[str], report: OnProgress
 ) -> str:
-    """Have the files in the cache that `needed` names, and tell of every byte. The commit they are of."""
+    """Download the files that `needed` names into the cache, with progress in bytes. Returns their commit."""
     folder = Path(snapshot_download(repo, revision=revision, allow_patterns=[sources.INDEX], tqdm_class=_SilentBar))
     try:
         left_out = tuple(f"{part}/" for part in without)
@@ -75,7 +75,7 @@ def _fetch_files(
         names = [file.path for file in tree if not file.path.startswith(left_out)]
         index = json.loads((folder / sources.INDEX).read_bytes())
         files = repository_files.needed(names, index, variant, pickles=pickles)
-    except (hub.CachedRepoTreeNotFoundError, FileNotFoundError):  # a cache of old, or no repository of diffusers
+    except (hub.CachedRepoTreeNotFoundError, FileNotFoundError):  # an old cache, or not a diffusers repository
         return folder.name
     if files:
         bar = type("_Bar", (_ReportingBar,), {"report": staticmethod(report), "repo": repo})
@@ -85,7 +85,7 @@ def _fetch_files(
 
 
 def files_of(repo: str, revision: str | None) -> list[str]:
-    """Paths in a repository on the hub or, where it cannot be asked, in the cache; empty where it is in neither."""
+    """Paths in a repository on the hub or, if that is unreachable, in the cache; empty if it is in neither."""
     with as_download_errors(repo):
         try:
             return list(HfApi().list_repo_files(repo, revision=revision))
@@ -101,7 +101,7 @@ def files_of(repo: str, revision: str | None) -> list[str]:
 
 
 def index_of(repo: str, revision: str | None) -> dict[str, Any]:
-    """A repository's `model_index.json`, before anything else of it is fetched; empty where it has none."""
+    """A repository's `model_index.json`, downloaded if necessary; empty if it has none."""
     with as_download_errors(repo), suppress(hub.EntryNotFoundError):
         return diffusers_source.json_of(Path(hf_hub_download(repo, sources.INDEX, revision=revision)))
     return {}
@@ -160,7 +160,7 @@ def as_download_errors(repo: str, remedy: str = "") -> Iterator[None]:
     except hub.RevisionNotFoundError as error:
         raise LoadError(f"{repo} has no such revision: {error}") from error
     except UNREACHABLE as error:
-        if isinstance(error.__cause__, hub.HfHubHTTPError):  # it did answer
+        if isinstance(error.__cause__, hub.HfHubHTTPError):  # the hub did answer
             raise DownloadError(
                 f"{repo} could not be fetched from {endpoint}: {_first_line(error.__cause__)}"
             ) from error
@@ -178,8 +178,8 @@ def as_download_errors(repo: str, remedy: str = "") -> Iterator[None]:
 
 
 def _unreachable(repo: str, endpoint: str, remedy: str) -> DownloadError:
-    why = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else f"{endpoint} cannot be reached"
-    return DownloadError(f"{repo} is not in the local cache and {why}. {remedy} once while online.")
+    reason = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else f"{endpoint} cannot be reached"
+    return DownloadError(f"{repo} is not in the local cache and {reason}. {remedy} once while online.")
 
 
 def _first_line(error: BaseException) -> str:
@@ -188,7 +188,7 @@ def _first_line(error: BaseException) -> str:
 
 
 class _SilentBar(tqdm):  # type: ignore[misc]
-    """A tqdm that draws nothing; huggingface_hub makes one for files, two for bytes."""
+    """A progress bar without output; huggingface_hub creates one for files and two for bytes."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._bytes = kwargs.get("unit") == "B"
@@ -197,7 +197,7 @@ class _SilentBar(tqdm):  # type: ignore[misc]
 
 
 class _ReportingBar(_SilentBar):
-    """Tells how many of the bytes are here."""
+    """Reports the downloaded fraction of the bytes."""
 
     report: OnProgress
     repo: str

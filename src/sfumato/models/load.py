@@ -82,8 +82,8 @@ def load(config: ModelConfig, device_setting: str, on_status: OnStatus) -> Loade
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
 
-    def report(fraction: float | None, what: str) -> None:
-        on_status(ModelStatus("downloading", what, fraction))
+    def report(fraction: float | None, name: str) -> None:
+        on_status(ModelStatus("downloading", name, fraction))
 
     try:
         device = choose_device(config, device_setting)
@@ -152,8 +152,8 @@ def choose_dtype(config: ModelConfig, device: str) -> str:
 
 
 def _cpu_has_bf16() -> bool:
-    has = torch.cpu.get_capabilities()
-    return bool(has.get("avx512_bf16") or has.get("amx_bf16") or has.get("bf16"))
+    features = torch.cpu.get_capabilities()
+    return bool(features.get("avx512_bf16") or features.get("amx_bf16") or features.get("bf16"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,10 +172,10 @@ def fetch(config: ModelConfig, dtype: str, on_status: OnStatus, without: Sequenc
     `without`: of these components the configurations alone.
     """
     if gguf.is_one(config):
-        gguf.base(config)  # says what is missing before anything is fetched
+        gguf.base(config)  # raises what is missing before anything is fetched
 
-    def report(fraction: float | None, what: str) -> None:
-        on_status(ModelStatus("downloading", what, fraction))
+    def report(fraction: float | None, name: str) -> None:
+        on_status(ModelStatus("downloading", name, fraction))
 
     for file in config.downloads:
         url = sources.download_url(file.uri)
@@ -204,14 +204,14 @@ def fetch(config: ModelConfig, dtype: str, on_status: OnStatus, without: Sequenc
 
 
 def _described(config: ModelConfig, path: Path, label: str, dtype: str, on_status: OnStatus) -> Fetched:
-    """A single file with what describes it; a denoiser alone with the model that it is put into."""
+    """A single file with its configurations; for a GGUF file, the base model that supplies the other components."""
     if path.suffix.lower() != gguf.SUFFIX:
         return Fetched(path, label, download.description_of(path, config.name))
     return Fetched(path, label, fetch(gguf.base(config), dtype, on_status, without=gguf.DENOISERS).path)
 
 
 def _pipeline(config: ModelConfig, dtype: str, on_status: OnStatus) -> tuple[Any, Fetched]:
-    pipeline_class.choose(config, None)  # a word that is no class is told before anything is fetched
+    pipeline_class.choose(config, None)  # an unknown class is reported before anything is fetched
     fetched = fetch(config, dtype, on_status)
     on_status(ModelStatus("loading", fetched.label))
     index = pipeline_class.index_of(fetched.description or fetched.path)
@@ -227,14 +227,14 @@ def _pipeline(config: ModelConfig, dtype: str, on_status: OnStatus) -> tuple[Any
 
 
 def _preferred_variants(config: ModelConfig, dtype: str) -> tuple[str | None, ...]:
-    """Half-precision files are half the download and hold all that a half-precision model keeps."""
+    """Variants in order of preference. For a half-precision model fp16 files are enough, and half the download."""
     if config.variant:
         return (config.variant,)
     return (None,) if dtype == "fp32" else ("fp16", None)
 
 
 def _variant(config: ModelConfig, dtype: str, files: Iterable[str]) -> str | None:
-    """The variant of a repository's files that is loaded, with a word where it is another than the one wanted."""
+    """The variant of a repository's files to load; logs a warning if it is not a preferred one."""
     preferred = _preferred_variants(config, dtype)
     variant = variants.pick(files, preferred)
     if variant not in preferred:
@@ -283,14 +283,14 @@ def _load_preview_decoder(config: ModelConfig, pipeline: Any, device: str, dtype
         tiny = diffusers.AutoencoderTiny.from_pretrained(
             parts.path_or_id(config, config.preview_vae), dtype=DTYPES[dtype]
         )
-    takes, has = (
+    channels, model_channels = (
         tiny.config.latent_channels,
         getattr(getattr(pipeline, "vae", None), "config", {}).get("latent_channels"),
     )
-    if has is not None and takes != has:
+    if model_channels is not None and channels != model_channels:
         raise ModelFileError(
-            f"{config.name}: preview_vae {config.preview_vae} decodes latents with {takes} channels; "
-            f"this model's have {has}. Use one made for this model, or leave it out.",
+            f"{config.name}: preview_vae {config.preview_vae} decodes latents with {channels} channels; "
+            f"this model's have {model_channels}. Use one made for this model, or leave it out.",
             param="diffusers.preview_vae",
         )
     return tiny.to(device)
@@ -298,8 +298,8 @@ def _load_preview_decoder(config: ModelConfig, pipeline: Any, device: str, dtype
 
 def _check(config: ModelConfig, pipeline: Any) -> None:
     scheduler = config.sampling.scheduler
-    if scheduler and (why := request_scheduler.keeps_own(pipeline)):
-        log.warning("%s: scheduler_type %s is left out: %s", config.name, scheduler, why)
+    if scheduler and (reason := request_scheduler.keeps_own(pipeline)):
+        log.warning("%s: scheduler_type %s is left out: %s", config.name, scheduler, reason)
     elif scheduler:
         choice = schedulers.parse(scheduler)
         try:

@@ -73,12 +73,12 @@ def replace_vae(config: ModelConfig, pipeline: Any, dtype: torch.dtype, report: 
     else:
         with download.as_download_errors(label):
             vae = _vae_of_folder(_fetch_vae(source) if isinstance(source, named.Repository) else source, dtype)
-    takes, has = (getattr(each, "config", {}).get("latent_channels") for each in (vae, original))
+    channels, model_channels = (getattr(each, "config", {}).get("latent_channels") for each in (vae, original))
     factors = [len(getattr(each, "config", {}).get("block_out_channels", ())) for each in (vae, original)]
-    if takes != has or factors[0] != factors[1]:
+    if channels != model_channels or factors[0] != factors[1]:
         raise ModelFileError(
-            f"{config.name}: vae {label} decodes latents of {takes} channels in {factors[0]} levels; this model's have "
-            f"{has} in {factors[1]}. Take one made for it, or leave it out",
+            f"{config.name}: vae {label} decodes latents of {channels} channels in {factors[0]} levels; this model's "
+            f"have {model_channels} in {factors[1]}. Take one made for it, or leave it out",
             param="vae",
         )
     pipeline.register_modules(vae=vae)

@@ -54,9 +54,9 @@ PACKAGES: Mapping[str, str] = MappingProxyType({"opencv": "opencv-python-headles
 class Constructor:
     """The components that a pipeline class's constructor takes."""
 
-    taken: frozenset[str]
-    needed: frozenset[str]
-    """The required ones of `taken`."""
+    accepted: frozenset[str]
+    required: frozenset[str]
+    """The required ones of `accepted`."""
 
 
 def choose(config: ModelConfig, index: Mapping[str, Any] | None) -> str:
@@ -117,8 +117,8 @@ def _misfit(config: ModelConfig, name: str, index: Mapping[str, Any]) -> str:
     present = {part for part, value in index.items() if isinstance(value, list) and value[-1] is not None}
     present |= {component for field, component in PARTS.items() if getattr(config, field)}
     # A component that is left out on purpose is null in the index.
-    missing = (made_of.needed - present) | (made_of.taken - HARMLESS - present - index.keys())
-    extra = present - made_of.taken - HARMLESS
+    missing = (made_of.required - present) | (made_of.accepted - HARMLESS - present - index.keys())
+    extra = present - made_of.accepted - HARMLESS
     faults = [f"it has no {', '.join(sorted(missing))}"] if missing else []
     return "; ".join(faults + ([f"it has {', '.join(sorted(extra))}, which that class does not take"] if extra else []))
 
@@ -126,7 +126,7 @@ def _misfit(config: ModelConfig, name: str, index: Mapping[str, Any]) -> str:
 def _check_parts(config: ModelConfig, name: str) -> None:
     made_of = constructor(name)
     for field, component in PARTS.items():
-        if made_of and getattr(config, field) and component not in made_of.taken:
+        if made_of and getattr(config, field) and component not in made_of.accepted:
             better = capabilities.sibling(name, "text", controlled=True) if field == "control_net" else None
             remedy = f"write `pipeline_type: {better}`, or leave it out" if better else "leave it out"
             raise ModelFileError(f"{config.name}: {field}: {name} takes no {component}; {remedy}", param=field)
@@ -151,8 +151,8 @@ def constructor(name: str) -> Constructor | None:
         parts = frozenset(each.arg for each in _annotated(function) if not _is_plain(each))
         defaults = diffusers_source.defaults(function)
         optional = set(diffusers_source.literal(name, "_optional_components") or ())
-        taken = frozenset(arguments) & (parts | frozenset({"controlnet"}))
-        return Constructor(taken, taken - defaults.keys() - optional)
+        accepted = frozenset(arguments) & (parts | frozenset({"controlnet"}))
+        return Constructor(accepted, accepted - defaults.keys() - optional)
     return None
 
 

@@ -195,12 +195,12 @@ class ModelPool:
     def _pinned(self, model: load.Loaded) -> bool:
         return self._pins.get(model.config.name, model.config.pinned)
 
-    def _evict(self, name: str, why: str) -> None:
+    def _evict(self, name: str, reason: str) -> None:
         self.evictions += 1
-        self._unload(name, why)
+        self._unload(name, reason)
 
-    def _unload(self, name: str, why: str) -> None:
-        log.info("%s was unloaded: %s", name, why)
+    def _unload(self, name: str, reason: str) -> None:
+        log.info("%s was unloaded: %s", name, reason)
         del self._loaded[name], self._newest[name]
         self._to_unload.discard(name)
         self._dropped()
@@ -208,7 +208,7 @@ class ModelPool:
         offload.empty_cache()
         for model in self._loaded.values():  # there is more room now: models that did not fit may fit
             model.state.tiled_from = None
-        self._on_status(name, ModelStatus("unloaded", why))
+        self._on_status(name, ModelStatus("unloaded", reason))
 
 
 def _serves(model: load.Loaded, config: ModelConfig) -> bool:

@@ -50,7 +50,7 @@ def _described_by(path: Path, modified_ns: int, size: int) -> str | None:
 
 
 def header_of(path: Path) -> Mapping[str, Any]:
-    """Of a safetensors file: name → dtype, shape and place. Raises ValueError for what is none."""
+    """Header of a safetensors file: name → dtype, shape and offsets. Raises ValueError if it is not such a file."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > MAX_HEADER:

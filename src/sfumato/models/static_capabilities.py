@@ -47,7 +47,7 @@ def static_capabilities(config: ModelConfig) -> StaticCapabilities:
     name: Any
     try:
         name = pipeline_class.choose(config, index)
-    except SfumatoError:  # whoever asks for the model is told
+    except SfumatoError:  # requests for the model get this error
         name = config.pipeline_type or index.get("_class_name")
     if not isinstance(name, str) or name == pipeline_class.ANY or name in pipeline_class.AUTO:
         return StaticCapabilities(None)
@@ -80,7 +80,7 @@ class _Parts:
         return part in self._classes
 
     def setting(self, part: str, key: str) -> Any:
-        """Of its configuration, else its class's default. Raises _Unknown."""
+        """A value of a component's configuration, else its class's default. Raises _Unknown."""
         config = diffusers_source.json_of(self._folder / part / "config.json")
         if key in config:
             return config[key]
@@ -90,7 +90,7 @@ class _Parts:
         raise _Unknown
 
     def tokenizer(self, part: str) -> tuple[str, Any]:
-        """Its class, and the tokens that it reads, if it says so."""
+        """A tokenizer's class, and its maximum length in tokens, if it has one."""
         config = diffusers_source.json_of(self._folder / part / "tokenizer_config.json")
         return self._classes.get(part, ""), config.get("model_max_length")
 
@@ -183,7 +183,7 @@ def _evaluate(node: ast.expr, attributes: Mapping[str, Any], parts: _Parts) -> A
 
 @functools.cache
 def _parameters(name: str) -> Mapping[str, inspect.Parameter] | None:
-    """What one may pass to a pipeline's call, as `capabilities.parameters_of` has it; None: there is no such class."""
+    """Parameters of a pipeline's call, as `capabilities.parameters_of` returns them; None: no such class."""
     for function in diffusers_source.methods(name, "__call__"):
         defaults = diffusers_source.defaults(function)
         names = [each.arg for each in (*function.args.args, *function.args.kwonlyargs) if each.arg != "self"]

@@ -63,7 +63,7 @@ class Version:
     checked: bool = False
     """Whether the whole file had this sha256."""
     name: str = ""
-    """What its server calls it, where the URL does not tell."""
+    """The server's name for the file, if the URL does not have one."""
 
 
 def fetch(url: str, target: Path, *, sha256: str | None, report: OnProgress) -> Path:
@@ -86,8 +86,8 @@ def fetch(url: str, target: Path, *, sha256: str | None, report: OnProgress) -> 
 def place(url: str, folder: Path) -> Path:
     """Path for the file of a URL: its own name plus a hash of the URL, as many are called `model.safetensors`.
 
-    A file of that very name that was put there by hand is taken for it, by the first URL that wants one. Where a URL
-    tells no name, its answer gave the file one; before that it is called by its mark alone.
+    A file with its own name that was put there by hand is used by the first URL that needs it. If a URL has no file
+    name, the server names the file; until it is downloaded, the path has only the hash.
     """
     name = unquote(Path(urlsplit(url).path).name).replace("/", "_")
     by_hand, mark = folder / name, _digest(url)[:10]
@@ -100,7 +100,7 @@ def place(url: str, folder: Path) -> Path:
 
 
 def obtain(url: str, folder: Path, *, report: OnProgress) -> Path:
-    """Have the file of a URL of `parameters.model`, at its `place`. Raises DownloadError or LoadError in words."""
+    """Download the file of a URL to its `place`, if necessary. Raises DownloadError or LoadError."""
     target = place(url, folder)
     if _is_weight_name(target.name):
         if target.exists() and _version(target) is None:
@@ -119,7 +119,7 @@ def obtain(url: str, folder: Path, *, report: OnProgress) -> Path:
 
 @contextmanager
 def in_lower_case(path: Path) -> Iterator[Path]:
-    """A path to the same file under a name that diffusers knows: it goes by `.safetensors` to the letter."""
+    """A path to the file with a suffix that diffusers recognises: it only accepts `.safetensors` in lower case."""
     suffix = {".sft": ".safetensors"}.get(path.suffix.lower(), path.suffix.lower())
     if suffix == path.suffix or suffix not in sources.SAFE:
         yield path
@@ -131,12 +131,12 @@ def in_lower_case(path: Path) -> Iterator[Path]:
 
 
 def _is_weight_name(name: str) -> bool:
-    """Whether it is the name of a file of weights."""
+    """Whether a file of this name holds weights, by its suffix."""
     return Path(name).suffix.lower() in sources.SAFE + sources.PICKLES
 
 
 def _move_to_server_name(url: str, target: Path) -> Path:
-    """Give what came at `target` the name that its server has for it. Raises LoadError for what holds no weights."""
+    """Rename the downloaded file to the server's name for it. Raises LoadError if that is not a weight file."""
     version = _version(target)
     name = Path((version.name if version else "") or target.name + _suffix_of(target))
     if not _is_weight_name(name.name):
@@ -153,7 +153,7 @@ def _move_to_server_name(url: str, target: Path) -> Path:
 
 
 def _suffix_of(path: Path) -> str:
-    """Told from its first bytes; empty for what is neither safetensors nor GGUF."""
+    """Suffix by the file's first bytes; empty if it is neither safetensors nor GGUF."""
     with path.open("rb") as file:
         first = file.read(9)
     if first[:4] == b"GGUF":
@@ -191,12 +191,12 @@ def _download(url: str, target: Path, sha256: str | None, report: OnProgress) ->
     for resumed in (True, False):
         if not resumed:
             part.unlink(missing_ok=True)
-        version, began = _receive(url, target, part, report)
+        version, offset = _receive(url, target, part, report)
         version = replace(version, sha256=sha256 or version.sha256)
         size, digest = part.stat().st_size, _sha256_of(part) if version.sha256 else None
         if version.size in (None, size) and digest == version.sha256:
             break
-        if not (resumed and began):  # else the earlier part was of other content: restart once from the beginning
+        if not (resumed and offset):  # else the earlier part was of other content: restart once from the beginning
             part.unlink()
             _sidecar(target, "source").unlink(missing_ok=True)
             raise DownloadError(_mismatch(url, version, size, digest, sha256))
@@ -215,15 +215,15 @@ def _mismatch(url: str, version: Version, size: int, digest: str | None, sha256:
 def _receive(url: str, target: Path, part: Path, report: OnProgress) -> tuple[Version, int]:
     """Download the missing bytes of `part`; returns the version of the file and the offset this started at."""
     before = _version(target)
-    have = part.stat().st_size if part.exists() else 0
-    if not (have and before and before.url == _digest(url) and before.validator):
-        have = 0
-    # As it is: a compressed answer has another length than the file.
+    offset = part.stat().st_size if part.exists() else 0
+    if not (offset and before and before.url == _digest(url) and before.validator):
+        offset = 0
+    # A compressed response would have a different length than the file.
     headers = {"accept-encoding": "identity", **_authorization(url)}
-    if have and before:
-        headers |= {"range": f"bytes={have}-", "if-range": before.validator}
+    if offset and before:
+        headers |= {"range": f"bytes={offset}-", "if-range": before.validator}
     with httpx.stream("GET", url, headers=headers, follow_redirects=True, timeout=TIMEOUT_S) as response:
-        if response.status_code == httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE and have:
+        if response.status_code == httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE and offset:
             part.unlink()
             return _receive(url, target, part, report)
         response.raise_for_status()
@@ -231,33 +231,33 @@ def _receive(url: str, target: Path, part: Path, report: OnProgress) -> tuple[Ve
         span = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("content-range", ""))
         partial = response.status_code == httpx.codes.PARTIAL_CONTENT
         if partial and not (
-            have and before and span and int(span[1]) == have and version.validator == before.validator
+            offset and before and span and int(span[1]) == offset and version.validator == before.validator
         ):
             response.close()
             part.unlink(missing_ok=True)  # not the range that was requested
-            if not have:
+            if not offset:
                 raise DownloadError(f"{addresses.redact(url)}: the server sent a range that was not requested")
             return _receive(url, target, part, report)
         if not partial:
-            have = 0
-        _check_space(target, (version.size or 0) - have)
+            offset = 0
+        _check_space(target, (version.size or 0) - offset)
         _remember(target, version)
-        with part.open("r+b" if have else "wb") as file:
-            file.seek(have)
+        with part.open("r+b" if offset else "wb") as file:
+            file.seek(offset)
             file.truncate()
             for chunk in response.iter_bytes(CHUNK):
                 file.write(chunk)
                 report(min(1.0, file.tell() / version.size) if version.size else None, target.name)
             file.flush()
             os.fsync(file.fileno())
-    return version, have
+    return version, offset
 
 
 def _authorization(url: str) -> dict[str, str]:
-    """The hub's token, for the hub's own host alone: httpx takes it off where a redirect leads to another."""
+    """The hub's token, for the hub's host only; httpx removes it when a redirect leads to another host."""
     if _origin(url) != _origin(sources.endpoint()):
         return {}
-    from huggingface_hub import get_token  # late: not needed by those who only look where a file is
+    from huggingface_hub import get_token  # imported late: the API process only asks for paths
 
     token = get_token()
     return {"authorization": f"Bearer {token}"} if token else {}
@@ -281,7 +281,7 @@ def _version_of(url: str, response: httpx.Response) -> Version:
 
 
 def _name_of(response: httpx.Response) -> str:
-    """The last part of the name in Content-Disposition, else of the address that it came from in the end."""
+    """File name in Content-Disposition, else the last part of the final URL's path."""
     message = Message()
     message["content-disposition"] = response.headers.get("content-disposition", "")
     filename = message.get_filename() or unquote(response.url.path)
@@ -331,7 +331,9 @@ def _as_download_errors(url: str, target: Path) -> Iterator[None]:
         yield
     except httpx.HTTPStatusError as error:
         if error.response.status_code in (401, 403):
-            raise LoadError(_refused(url, error.response.status_code)) from None  # its words have the URL
+            raise LoadError(
+                _refused(url, error.response.status_code)
+            ) from None  # its message has the URL, with secrets
         raise DownloadError(
             f"{addresses.redact(url)} could not be downloaded to {target}: the server answered "
             f"{error.response.status_code} {error.response.reason_phrase}"
@@ -355,8 +357,8 @@ def _refused(url: str, status: int) -> str:
     start = f"{addresses.redact(url)} could not be fetched: the server answers {status}"
     if _origin(url) != _origin(sources.endpoint()):
         return f"{start}; put the token that it wants into the URL, or fetch the file by hand"
-    have = "HF_TOKEN is of an account that may not read it" if _authorization(url) else "no HF_TOKEN is set"
-    return f"{start}: it is gated or private, and {have}. Accept its licence on the hub, and set HF_TOKEN"
+    token_state = "HF_TOKEN is of an account that may not read it" if _authorization(url) else "no HF_TOKEN is set"
+    return f"{start}: it is gated or private, and {token_state}. Accept its licence on the hub, and set HF_TOKEN"
 
 
 @contextmanager
