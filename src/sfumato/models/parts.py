@@ -18,7 +18,7 @@ from huggingface_hub import snapshot_download
 from sfumato.batching.batcher import is_out_of_memory
 from sfumato.config import ModelConfig, addresses
 from sfumato.errors import LoadError, ModelFileError
-from sfumato.models import diffusers_source, download, named, sources, variants, weight_file
+from sfumato.models import diffusers_source, download, references, sources, variants, weight_file
 from sfumato.models.weight_file import OnProgress
 
 
@@ -45,7 +45,7 @@ def original_config(config: ModelConfig) -> Path:
     name = config.original_config or ""
     if re.match(r"https?://", name, re.IGNORECASE):
         url = sources.hub_page(name)
-        target = weight_file.place(url, config.folder)
+        target = weight_file.path_for(url, config.folder)
         return weight_file.fetch(url, target, sha256=None, report=lambda fraction, what: None)
     path = Path(path_or_id(config, name))
     if not path.is_file():
@@ -67,12 +67,12 @@ def replace_vae(config: ModelConfig, pipeline: Any, dtype: torch.dtype, report: 
     if not config.vae:
         return
     original, label = pipeline.vae, addresses.redact(config.vae)
-    source = named.find(config, "vae", config.vae, report)
+    source = references.find(config, "vae", config.vae, report)
     if isinstance(source, Path) and source.is_file():
         vae = _vae_of_file(source, original, dtype)
     else:
         with download.as_download_errors(label):
-            vae = _vae_of_folder(_fetch_vae(source) if isinstance(source, named.Repository) else source, dtype)
+            vae = _vae_of_folder(_fetch_vae(source) if isinstance(source, references.Repository) else source, dtype)
     channels, model_channels = (getattr(each, "config", {}).get("latent_channels") for each in (vae, original))
     factors = [len(getattr(each, "config", {}).get("block_out_channels", ())) for each in (vae, original)]
     if channels != model_channels or factors[0] != factors[1]:
@@ -91,7 +91,7 @@ def _vae_of_file(path: Path, layout: Any, dtype: torch.dtype) -> Any:
         return type(layout).from_single_file(str(file), config=folder, dtype=dtype)
 
 
-def _fetch_vae(repository: named.Repository) -> Path:
+def _fetch_vae(repository: references.Repository) -> Path:
     """Download only the VAE of a repository, which may be the whole repository or its folder `vae`."""
     files = download.files_of(repository.id, repository.revision)
     part = "vae/" if "vae/config.json" in files else ""
@@ -122,7 +122,7 @@ def load_adapters(config: ModelConfig, pipeline: Any, report: OnProgress) -> Non
     names = []
     for index, adapter in enumerate(config.adapters):
         names.append(f"adapter_{index}")
-        path = named.lora(config, adapter.source, report)
+        path = references.lora(config, adapter.source, report)
         with weight_file.in_lower_case(path) as file, _as_load_error(config, adapter.source, pipeline):
             pipeline.load_lora_weights(
                 str(file.parent),

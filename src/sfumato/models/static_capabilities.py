@@ -212,7 +212,7 @@ def _folder(config: ModelConfig) -> Path | None:
         case sources.File(path):
             return _description(path)
         case sources.Url(url):
-            return _description(weight_file.place(url, config.folder))
+            return _description(weight_file.path_for(url, config.folder))
 
 
 def _description(path: Path) -> Path | None:

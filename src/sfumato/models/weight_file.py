@@ -83,7 +83,7 @@ def fetch(url: str, target: Path, *, sha256: str | None, report: OnProgress) -> 
     return target
 
 
-def place(url: str, folder: Path) -> Path:
+def path_for(url: str, folder: Path) -> Path:
     """Path for the file of a URL: its own name plus a hash of the URL, as many are called `model.safetensors`.
 
     A file with its own name that was put there by hand is used by the first URL that needs it. If a URL has no file
@@ -100,8 +100,8 @@ def place(url: str, folder: Path) -> Path:
 
 
 def obtain(url: str, folder: Path, *, report: OnProgress) -> Path:
-    """Download the file of a URL to its `place`, if necessary. Raises DownloadError or LoadError."""
-    target = place(url, folder)
+    """Download the file of a URL to its path (`path_for`), if necessary. Raises DownloadError or LoadError."""
+    target = path_for(url, folder)
     if _is_weight_name(target.name):
         if target.exists() and _version(target) is None:
             with _optional():
@@ -110,7 +110,7 @@ def obtain(url: str, folder: Path, *, report: OnProgress) -> Path:
     with _as_download_errors(url, target):
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(target, report):
-            if (path := place(url, folder)) == target:
+            if (path := path_for(url, folder)) == target:
                 if not target.exists():
                     _download(url, target, None, report)
                 path = _move_to_server_name(url, target)
