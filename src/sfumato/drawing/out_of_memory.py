@@ -19,7 +19,7 @@ from sfumato.core import VAE_TILING, Generation
 from sfumato.drawing.arguments import own_size
 from sfumato.errors import DrawError
 from sfumato.models.load import OFFLOADED, TILES, Loaded
-from sfumato.models.release import let_go
+from sfumato.models.release import release_frames
 from sfumato.pictures import images
 from sfumato.pipelines.tiling import can_tile
 
@@ -35,7 +35,7 @@ def with_less(
 
     `spare` drops the engine's caches and returns the bytes freed.
     """
-    pixels, known = _pixels(model, asked), model.condition.tiled_from
+    pixels, known = _pixels(model, asked), model.state.tiled_from
     if known is not None and pixels >= known:
         asked = _tiled(asked)
     spared = False
@@ -45,7 +45,7 @@ def with_less(
         except Exception as error:  # torch's CPU allocator raises a plain RuntimeError
             if not is_out_of_memory(error):
                 raise
-            let_go(error)
+            release_frames(error)
         gc.collect()
         freed = spare()
         offload.empty_cache()
@@ -54,7 +54,7 @@ def with_less(
             log.warning("%s ran out of memory; dropped %d bytes of cached results", model.config.name, freed)
         elif VAE_TILING not in asked.savings and can_tile(model.pipeline):
             asked = _tiled(asked)
-            model.condition.tiled_from = pixels if known is None else min(pixels, known)
+            model.state.tiled_from = pixels if known is None else min(pixels, known)
             _note(model, TILES)
         elif _offload(model):
             _note(model, OFFLOADED)
@@ -67,9 +67,9 @@ def with_less(
 
 
 def _note(model: Loaded, rung: str) -> None:
-    if rung not in model.rungs:
+    if rung not in model.fallbacks:
         log.warning("%s ran out of memory; from now on %s", model.config.name, rung)
-    model.rungs.add(rung)
+    model.fallbacks.add(rung)
 
 
 def _tiled(asked: Generation) -> Generation:

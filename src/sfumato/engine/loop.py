@@ -218,5 +218,5 @@ def _event(what: str, task: Task) -> Event:
         case SfumatoError() as error:
             return Failed(error)
         case error:
-            log.error("%s failed: %s", what, logs.place(error))
+            log.error("%s failed: %s", what, logs.error_location(error))
             return Failed(SfumatoError(f"{type(error).__name__}: {error}"))
