@@ -85,7 +85,7 @@ def per_call(run: Callable[[Any, str], None], module: torch.nn.Module, requests:
     """Additional microseconds per module call and request over a direct call, without proofs."""
     now = clock(device)
     stand_in = View("").stand_in(module, "module")
-    learning = Batcher(trust=Verification("always", frozenset()))
+    learning = Batcher(verification=Verification("always", frozenset()))
     for _ in range(2):
         learning.submit(lambda: run(stand_in, device))
     for _ in range(4):
@@ -95,7 +95,9 @@ def per_call(run: Callable[[Any, str], None], module: torch.nn.Module, requests:
     start = now()
     run(module, device)
     direct = now() - start
-    hub = Batcher(max_rows=64, max_active=64, trust=Verification("unlisted", frozenset(learning.trust.shown)))
+    hub = Batcher(
+        max_rows=64, max_active=64, verification=Verification("unlisted", frozenset(learning.verification.proved))
+    )
     for _ in range(requests):
         hub.submit(lambda: run(stand_in, device))
     start = now()
@@ -148,7 +150,7 @@ def single(name: str, folder: Path, device: str, repeats: int) -> Single:
     with torch.no_grad():
         bare(0), through(0)
         for repeat in range(repeats):
-            hub.memo.clear()  # else the batcher would gain from the prompt-embedding cache
+            hub.prompt_cache.clear()  # else the batcher would gain from the prompt-embedding cache
             hub.counts.clear()
             one, other = (bare, through) if repeat % 2 else (through, bare)
             first, second = one(repeat), other(repeat)

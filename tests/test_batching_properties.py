@@ -104,7 +104,7 @@ def check(tasks: list[Task], plans: list[dict[str, Any]], cancelled: set[int]) -
 @settings(max_examples=150, deadline=None)
 def test_each_ends_once_with_its_own_numbers(script: Any, cap: int, active: int, verify: Any) -> None:
     module = Module()
-    hub = Batcher(max_rows=cap, max_active=active, trust=Verification(verify, frozenset()))
+    hub = Batcher(max_rows=cap, max_active=active, verification=Verification(verify, frozenset()))
     tasks, plans, cancelled = run(hub, module, script)
     check(tasks, plans, cancelled)
     largest = max((plan["rows"] for plan in plans), default=0)
@@ -117,7 +117,7 @@ def test_each_ends_once_with_its_own_numbers(script: Any, cap: int, active: int,
 @settings(max_examples=100, deadline=None)
 def test_out_of_memory_makes_batches_smaller_and_fails_nobody(script: Any, memory: int) -> None:
     module = Module(memory)
-    hub = Batcher(max_rows=16, trust=Verification("unlisted", frozenset()))
+    hub = Batcher(max_rows=16, verification=Verification("unlisted", frozenset()))
     tasks, plans, cancelled = run(hub, module, script)
     check(tasks, plans, cancelled)
     too_large = [rows for rows in module.seen if rows > memory]
@@ -129,8 +129,8 @@ def test_out_of_memory_makes_batches_smaller_and_fails_nobody(script: Any, memor
 @settings(max_examples=50, deadline=None)
 def test_the_same_requests_give_the_same_numbers_again(everyone: list[dict[str, Any]]) -> None:
     script = [("submit", plan) for plan in everyone]
-    first, *_ = run(Batcher(trust=Verification("unlisted", frozenset())), Module(), script)
-    second, *_ = run(Batcher(trust=Verification("unlisted", frozenset())), Module(), script)
+    first, *_ = run(Batcher(verification=Verification("unlisted", frozenset())), Module(), script)
+    second, *_ = run(Batcher(verification=Verification("unlisted", frozenset())), Module(), script)
     for one, two in zip(first, second, strict=True):
         assert one.outcome is not None
         assert two.outcome is not None

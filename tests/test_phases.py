@@ -78,7 +78,7 @@ def test_three_kinds_of_calls_in_a_step_find_together(comes: tuple[int, ...]) ->
 
     with torch.no_grad():
         alone = [draw(seed) for seed in range(4)]
-        hub = Batcher(trust=Verification("unlisted"))
+        hub = Batcher(verification=Verification("unlisted"))
         for seed in range(2):  # what is not on the list is computed twice the first time
             hub.submit(functools.partial(draw, seed))
         while hub.step():

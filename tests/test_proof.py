@@ -458,10 +458,10 @@ def test_numbers_that_choose_from_a_table_stay_in_it() -> None:
         torch.tensor([[[0, 7], [1, 9]]]), torch.zeros(2, 3), torch.full((2, 3), 4.0),
     ]  # fmt: skip
     for value in values:
-        other = proof._other(value)
+        other = proof._different_contents(value)
         assert other.shape == value.shape
         assert set(other.long().flatten().tolist()) <= {*value.long().flatten().tolist(), 0}
-    ids = proof._other(torch.tensor([[[0, 70], [1, 9]]]))
+    ids = proof._different_contents(torch.tensor([[[0, 70], [1, 9]]]))
     assert ids[..., 0].max() <= 1  # each axis of a position has a table of its own
-    assert proof._other(torch.zeros(2, 3)).any()
-    assert not proof._other(torch.ones(2, 4, dtype=torch.bool)).all()
+    assert proof._different_contents(torch.zeros(2, 3)).any()
+    assert not proof._different_contents(torch.ones(2, 4, dtype=torch.bool)).all()

@@ -66,7 +66,7 @@ def calling(module: Any, times: int = 4, value: float = 0.0) -> Any:
 
 @pytest.mark.parametrize("together", [1, 2])
 def test_each_model_computes_with_its_own(together: int) -> None:
-    hub = Batcher(trust=Verification("unlisted", frozenset()))
+    hub = Batcher(verification=Verification("unlisted", frozenset()))
     modules = {threads: Noting() for threads in (3, 2, None)}
     tasks = {}
     for _ in range(together):
@@ -84,7 +84,7 @@ def test_each_model_computes_with_its_own(together: int) -> None:
 
 
 def test_a_shared_batch_takes_its_leaders() -> None:
-    hub, module = Batcher(trust=Verification("unlisted", frozenset())), Noting()
+    hub, module = Batcher(verification=Verification("unlisted", frozenset())), Noting()
     for threads in (3, 2):
         hub.submit(calling(module)).threads = threads
     run(hub)
@@ -92,7 +92,7 @@ def test_a_shared_batch_takes_its_leaders() -> None:
 
 
 def test_failures_and_cancelling_leave_it_as_it_was() -> None:
-    hub, module, other = Batcher(trust=Verification("unlisted", frozenset())), Noting(), Noting()
+    hub, module, other = Batcher(verification=Verification("unlisted", frozenset())), Noting(), Noting()
     for value in (0.0, 666.0):
         hub.submit(calling(module, value=value)).threads = 3
     victim = hub.submit(calling(module, times=99))

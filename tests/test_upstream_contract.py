@@ -26,7 +26,7 @@ import sfumato
 from sfumato import schedulers
 from sfumato.batching import exclusive, feature_caches, offload, outputs, torch_state
 from sfumato.batching.adapter_state import Adapters
-from sfumato.batching.calls import plain
+from sfumato.batching.calls import original_module
 from sfumato.drawing import draw
 from sfumato.models import diffusers_source, pipeline_class, single_file, static_capabilities
 from sfumato.pipelines import capabilities, request_scheduler, scheduler_calls, source_digest
@@ -207,7 +207,7 @@ def test_torch_says_its_state() -> None:
 
 def test_a_compiled_module_has_the_one_that_was_written() -> None:
     module = torch.nn.Linear(2, 2)
-    assert plain(torch.compile(module, backend="eager")) is module, mend("batching/calls.py")
+    assert original_module(torch.compile(module, backend="eager")) is module, mend("batching/calls.py")
 
 
 def test_adapter_layers_have_the_state_that_is_put_back() -> None:
@@ -216,7 +216,7 @@ def test_adapter_layers_have_the_state_that_is_put_back() -> None:
     unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
     assert unet.peft_config, mend("batching/views.py")
     adapters = Adapters()
-    adapters.hand_out(unet)
+    adapters.track(unet)
     assert adapters._before, words
     layer, (active, disabled, scaling) = next(iter(adapters._before.values()))
     assert (active, disabled) == (("default",), False), words

@@ -119,9 +119,9 @@ def test_only_what_was_handed_out_is_looked_at(tuned: Any, monkeypatch: pytest.M
     view = views.view(tuned)
     looked = Looked(monkeypatch)
     scale_lora_layers(view.text_encoder, 0.5)
-    assert view.unet._sfumato_view.occupied() == "adapters are scaled for this request"
+    assert view.unet._sfumato_view.why_no_switch() == "adapters are scaled for this request"
     unscale_lora_layers(view.text_encoder, 0.5)
-    assert view.unet._sfumato_view.occupied() == ""
+    assert view.unet._sfumato_view.why_no_switch() == ""
     assert looked.layers <= 3 * len(layers_of(tuned.text_encoder))
 
 
@@ -145,14 +145,14 @@ def test_a_layer_that_was_changed_keeps_its_request_apart_until_it_is_put_back(
     view = views.view(tuned)
     shared = view.unet._sfumato_view
     layer = HANDS[hand](view.unet)
-    assert shared.occupied() == ""
+    assert shared.why_no_switch() == ""
     {
         "scale_layer": lambda: layer.scale_layer(0.5),
         "set_scale": lambda: layer.set_scale("default", 0.25),
         "enable_adapters": lambda: layer.enable_adapters(False),
         "a number": lambda: layer.scaling.update(default=7.0),
     }[change]()
-    assert shared.occupied()
+    assert shared.why_no_switch()
     assert views.close(view) == []
     assert scales(tuned.unet) == before
     assert not layer.disable_adapters
@@ -184,7 +184,7 @@ def test_scaling_back_is_exact_in_the_end(tuned: Any) -> None:
         for _ in range(5):
             scale_lora_layers(view.text_encoder, weight)
             unscale_lora_layers(view.text_encoder, weight)
-        assert view.unet._sfumato_view.occupied() == ""
+        assert view.unet._sfumato_view.why_no_switch() == ""
         views.close(view)
         assert scales(tuned.text_encoder) == before
 
@@ -382,7 +382,7 @@ def test_a_module_that_is_called_puts_out_every_other(monkeypatch: pytest.Monkey
         getattr(pipe, name)._hf_hook.prev_module_hook.offload()
         assert set(out) == in_order - {name}
     out.clear()
-    offload.rest(pipe)
+    offload.offload_all(pipe)
     assert set(out) == {names[id(hook.model)] for hook in pipe._all_hooks}
 
 

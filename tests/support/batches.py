@@ -25,7 +25,7 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def together(module: nn.Module, calls: list[Callable[[Any], Any]], **options: Any) -> tuple[list[Any], Batcher]:
-    hub = Batcher(**{"trust": Verification("unlisted", NOTHING), **options})
+    hub = Batcher(**{"verification": Verification("unlisted", NOTHING), **options})
     stand_in = View("").stand_in(module, "module")
     tasks = [hub.submit(lambda call=call: call(stand_in)) for call in calls]
     while hub.step():
