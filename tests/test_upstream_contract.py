@@ -77,11 +77,11 @@ NAMES: dict[str, tuple[str, ...]] = {
     "previews/decode.py": ("diffusers:FluxPipeline._unpack_latents", "diffusers:Flux2Pipeline._unpatchify_latents"),
     "pipelines/capabilities.py": (
         *(f"diffusers:{name}" for name in capabilities.UPSCALERS),
-        *(f"diffusers:{name}.from_pipe" for name in capabilities.SIBLINGS.values()),
+        *(f"diffusers:{name}.from_pipe" for name in capabilities.AUTO_PIPELINES.values()),
     ),
     "pipelines/request_scheduler.py": tuple(
         f"diffusers:{name}.set_timesteps"
-        for name in sorted(request_scheduler.LABORIOUS | request_scheduler._FLOW_CLASSES)
+        for name in sorted(request_scheduler.SLOW_CONSTRUCTORS | request_scheduler._FLOW_CLASSES)
     ),
     "schedulers.py": tuple(
         f"diffusers:{form.cls}.step"
@@ -253,9 +253,9 @@ def test_the_readers_of_source_find_what_they_know() -> None:
     assert exclusive.intrusion(diffusers.StableDiffusionPAGPipeline), mend("batching/exclusive.py")
     assert exclusive.intrusion(diffusers.StableDiffusionPipeline) == "", mend("batching/exclusive.py")
     flux = scheduler_calls.from_source(diffusers.FluxPipeline)
-    assert flux and flux.runs[0].given({}) == {"sigmas", "mu"}, mend("pipelines/scheduler_calls.py")
-    assert capabilities.has_sibling("StableDiffusionPipeline", "image"), mend("pipelines/capabilities.py")
-    assert capabilities.has_sibling("FluxPipeline", "mask"), mend("pipelines/capabilities.py")
+    assert flux and flux.runs[0].with_values({}) == {"sigmas", "mu"}, mend("pipelines/scheduler_calls.py")
+    assert capabilities.has_task_class("StableDiffusionPipeline", "image"), mend("pipelines/capabilities.py")
+    assert capabilities.has_task_class("FluxPipeline", "mask"), mend("pipelines/capabilities.py")
     parameters = static_capabilities._parameters("StableDiffusionPipeline")
     assert parameters and "clip_skip" in parameters, mend("models/static_capabilities.py")
     _, repositories = single_file._rules()

@@ -98,7 +98,7 @@ class _Run:
     def __call__(self) -> Any:
         pipe = view(self._pipe, foreign=True)
         if "scheduler" in self._call and not _takes_scheduler(pipe):
-            scheduler_owners.exchange(pipe, copy.deepcopy(self._call.pop("scheduler")))
+            scheduler_owners.replace_scheduler(pipe, copy.deepcopy(self._call.pop("scheduler")))
         if hasattr(pipe, "set_progress_bar_config"):
             pipe.set_progress_bar_config(disable=True)  # several bars at once are unreadable
         return pipe(**self._call)
@@ -112,7 +112,11 @@ def _check(pipe: Any, calls: Sequence[Mapping[str, Any]], max_batch: int) -> Non
     if max_batch < 1:
         raise ValueError(f"max_batch={max_batch}: must be at least 1")
     for at, call in enumerate(calls):
-        if "scheduler" in call and not _takes_scheduler(pipe) and (reason := scheduler_owners.refusal(pipe)):
+        if (
+            "scheduler" in call
+            and not _takes_scheduler(pipe)
+            and (reason := scheduler_owners.why_not_replaceable(pipe))
+        ):
             raise ValueError(f"call {at}: {reason}")
     owners: dict[int, int] = {}
     for at, call in enumerate(calls):

@@ -79,11 +79,11 @@ def _draw(model: Loaded, pipeline: Any, asked: Generation, on_step: OnStep, on_p
     canvas = arguments.canvas(model, pipeline, wanted)
     given = arguments.arguments(model, pipeline, asked, wanted, canvas)
     # 3. its own scheduler
-    driver = scheduler_owners.main(pipeline)
+    driver = scheduler_owners.drawing_pipeline(pipeline)
     choice = _choice(driver, wanted.sampling)
     scheduler = request_scheduler.make(driver, choice, wanted.seed)
     if scheduler is not None:
-        scheduler_owners.exchange(pipeline, scheduler)
+        scheduler_owners.replace_scheduler(pipeline, scheduler)
     previews = None
     if asked.previews and on_preview:
         previews = RunPreviews(driver, asked.previews, canvas.width, canvas.height, on_preview, model.glance)
@@ -136,11 +136,11 @@ def _for_task(model: Loaded, task: str) -> Any:
                 f"{model.config.name} needs a source picture ({name}): send one as `image`", param="image"
             )
         return model.pipeline
-    if capabilities.takes(model.pipeline, task):
+    if capabilities.supports(model.pipeline, task):
         return model.pipeline
     if task not in model.siblings:
         try:
-            sibling = getattr(diffusers, capabilities.SIBLINGS[task]).from_pipe(model.pipeline)
+            sibling = getattr(diffusers, capabilities.AUTO_PIPELINES[task]).from_pipe(model.pipeline)
         except ValueError as error:
             raise InvalidRequest(
                 f"{model.config.name}: {name} does not take {TAKES[task]}, and diffusers has no pipeline "
@@ -161,7 +161,7 @@ def _choice(pipeline: Any, wanted: Sampling) -> schedulers.Choice | None:
 
 
 def _kept_scheduler(pipeline: Any, wanted: Sampling) -> tuple[str, ...]:
-    """A sentence where another scheduler was asked for than the one that drew."""
+    """A warning if a scheduler other than the requested one was used."""
     why = request_scheduler.keeps_own(pipeline) if wanted.scheduler else ""
     own = type(pipeline.scheduler).__name__ if why else ""
     return (f"scheduler: {wanted.scheduler} was not used but the model's own ({own}): {why}",) if why else ()
@@ -202,7 +202,7 @@ def _observed(scheduler: Any, on_step: OnStep, previews: RunPreviews | None = No
             previews.after(done, total, Stepped(scheduler, model_output, timestep, result))
         return result
 
-    scheduler_steps.surround(scheduler, observed)
+    scheduler_steps.wrap_step(scheduler, observed)
     return scheduler
 
 
@@ -250,7 +250,7 @@ def _run(pipeline: Any, given: Mapping[str, Any], seed: int) -> Image.Image:
 
 
 def _not_taken(model: Loaded, pipeline: Any, wanted: Sampling, given: Mapping[str, Any]) -> list[str]:
-    """Of the model file's defaults, those that are no arguments of this class; a request's were refused."""
+    """Warnings for defaults of the model file that this class does not take; a request's parameters were refused."""
     file = model.config.sampling
     return [
         f"{each.name}: {file[each]!r} of the model file has no effect, {type(pipeline).__name__} does not take it"
@@ -261,7 +261,7 @@ def _not_taken(model: Loaded, pipeline: Any, wanted: Sampling, given: Mapping[st
 
 
 def _without_effect(pipeline: Any, driver: Any, given: Mapping[str, Any]) -> list[str]:
-    """Of what the pipeline took, what its scheduler does not take, or what there was no guidance for."""
+    """Warnings for arguments of the pipeline that its scheduler does not take, or that need guidance."""
     scheduler = type(getattr(driver, "scheduler", None))
     step = getattr(scheduler, "step", None)
     taken = inspect.signature(step).parameters if step else {}

@@ -84,7 +84,7 @@ def _fitting(config: ModelConfig, named: str, own: str, index: Mapping[str, Any]
     if named == ANY:
         return own
     if named in AUTO:
-        found = capabilities.sibling(own, AUTO[named], controlled=bool(config.control_net))
+        found = capabilities.task_class(own, AUTO[named], controlled=bool(config.control_net))
         if found is None:
             raise LoadError(
                 f"{config.name}: diffusers has no {named} for {own}, which the repository is made for. Write "
@@ -95,7 +95,7 @@ def _fitting(config: ModelConfig, named: str, own: str, index: Mapping[str, Any]
     misfit = "" if named == own else _misfit(config, named, index)
     if not misfit:
         return named
-    better = capabilities.sibling(own, capabilities.task_of(named) or "text", controlled=False)
+    better = capabilities.task_class(own, capabilities.task_of(named) or "text", controlled=False)
     if named.startswith(WRITTEN_ALWAYS) and better:
         log.warning(
             "%s: pipeline_type %s does not fit this repository (%s); %s does and is used",
@@ -127,7 +127,7 @@ def _check_parts(config: ModelConfig, name: str) -> None:
     made_of = constructor(name)
     for field, component in PARTS.items():
         if made_of and getattr(config, field) and component not in made_of.taken:
-            better = capabilities.sibling(name, "text", controlled=True) if field == "control_net" else None
+            better = capabilities.task_class(name, "text", controlled=True) if field == "control_net" else None
             remedy = f"write `pipeline_type: {better}`, or leave it out" if better else "leave it out"
             raise ModelFileError(f"{config.name}: {field}: {name} takes no {component}; {remedy}", param=field)
 

@@ -104,7 +104,7 @@ def _tokens(parameters: Mapping[str, inspect.Parameter], parts: _Parts, options:
         if part in parts and encoder in parts:
             kind, most = parts.tokenizer(part)
             room = most if "CLIP" in kind or not isinstance(asked, int) else asked
-            if isinstance(room, int) and room < tokens.ENDLESS:
+            if isinstance(room, int) and room < tokens.UNLIMITED:
                 rooms.append(room)
     return max(rooms, default=None)
 
