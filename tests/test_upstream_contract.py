@@ -91,7 +91,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     ),
     "models/pipeline_class.py": ("diffusers:DiffusionPipeline._optional_components",),
     "models/prediction.py": ("diffusers:ConfigMixin._get_init_keys",),
-    "previews/x0.py": tuple(f"diffusers:{name}" for name in x0.GUESSES),
+    "previews/x0.py": tuple(f"diffusers:{name}" for name in x0.X0_FORMULAS),
     "api/http/connections.py": ("uvicorn.protocols.http.h11_impl:H11Protocol._unset_keepalive_if_required",),
     "batching/outputs.py": tuple(f"transformers.cache_utils:{name}" for name in sorted(outputs.DYNAMIC_LAYERS)),
 }  # fmt: skip

@@ -26,7 +26,7 @@ from sfumato.pictures import images, recipe
 from sfumato.pipelines import capabilities, request_scheduler, scheduler_owners, scheduler_steps, tokens
 from sfumato.pipelines.tiling import can_tile
 from sfumato.previews.steps import OnPreview, RunPreviews
-from sfumato.previews.x0 import Stepped
+from sfumato.previews.x0 import StepResult
 from sfumato.sampling import PARAMETERS, Parameter, Sampling
 
 OnStep: TypeAlias = Callable[[int, int], None]
@@ -199,7 +199,7 @@ def _observed(scheduler: Any, on_step: OnStep, previews: RunPreviews | None = No
         if done >= total:
             _refuse_nan(result)
         if previews:
-            previews.after(done, total, Stepped(scheduler, model_output, timestep, result))
+            previews.after(done, total, StepResult(scheduler, model_output, timestep, result))
         return result
 
     scheduler_steps.wrap_step(scheduler, observed)

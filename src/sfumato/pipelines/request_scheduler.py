@@ -217,7 +217,7 @@ def _construct(cls: Any, arguments: Mapping[str, Any], config: Mapping[str, Any]
 
 
 def _unscheduled(cls: Any, arguments: Mapping[str, Any]) -> Any:
-    """`cls(**arguments)` without the initial schedule of all training steps that the LABORIOUS ones compute."""
+    """`cls(**arguments)` without the initial schedule of all training steps that SLOW_CONSTRUCTORS compute."""
     if cls.__name__ not in SLOW_CONSTRUCTORS:
         return cls(**arguments)
     scheduler = cls.__new__(cls)
