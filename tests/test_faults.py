@@ -83,7 +83,8 @@ def mixed(count: int, seed: int, longest: int = 9) -> list[Generation]:
             negative_prompt=dice.choice((None, "blurry")),
         )
         if dice.random() < 0.3:
-            asked = replace(asked, images=(source(),), strength=dice.choice((0.5, 0.8)))
+            sampling = replace(asked.sampling, strength=dice.choice((0.5, 0.8)))
+            asked = replace(asked, images=(source(),), sampling=sampling)
         made.append(asked)
     return made
 

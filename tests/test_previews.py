@@ -475,7 +475,7 @@ def test_a_preview_of_the_last_step_is_the_picture(family: str, monkeypatch: pyt
     assert latents is not None
     made = preview(pipe, latents, call.get("width"), call.get("height"))
     assert made is not None
-    assert made.size == picture.size
+    assert (made.width, made.height) == picture.size
     if "mask_image" not in call or "9 channels" in family:  # else the pipeline puts the source's rest around it
         assert np.abs(np.asarray(made.image).astype(int) - np.asarray(picture)).max() <= 1
     colours = cheap_decoder(pipe)

@@ -577,8 +577,8 @@ def test_handover() -> None:
     flux = scheduler_calls.read(diffusers.FluxPipeline)
     assert flux is not None
     (run,) = flux.runs
-    assert run.given({}) == {"sigmas", "mu"}
-    assert run.given({"use_flow_sigmas": True}) == {"mu"}
+    assert run.with_values({}) == {"sigmas", "mu"}
+    assert run.with_values({"use_flow_sigmas": True}) == {"mu"}
     sd3 = scheduler_calls.read(diffusers.StableDiffusion3Pipeline)
     assert sd3 is not None
     (run,) = sd3.runs

@@ -146,7 +146,7 @@ def test_another_scheduler_is_left_out_with_a_warning(strange: Any, asks: str) -
     load._check(model.config, strange)
     own = draw(loaded(strange), asked(), lambda *_: None)
     done = draw(model, asked(scheduler="euler" if asks == "the request" else None), lambda *_: None)
-    assert done.recipe.scheduler == "PNDMScheduler"
+    assert done.recipe.sampling.scheduler == "PNDMScheduler"
     assert np.array_equal(pixels(done), pixels(own))
     if asks == "the request":
         (warning,) = done.warnings
