@@ -199,9 +199,9 @@ def halve(one: Measured, shipped: frozenset[str]) -> None:
     except (RuntimeError, TypeError, ValueError) as error:
         one.broken = f"{type(error).__name__}: {error}".splitlines()[0][:100]
         return
-    hub = Batcher(max_rows=16, verification=verification.Verification("unlisted", shipped))
-    together(hub, pipe, family.calls)
-    count = hub.counts[family.denoiser]
+    batcher = Batcher(max_rows=16, verification=verification.Verification("unlisted", shipped))
+    together(batcher, pipe, family.calls)
+    count = batcher.counts[family.denoiser]
     one.half = (count.calls, count.forwards)
 
 
@@ -230,10 +230,10 @@ def draw(pipe: Any, call: Call) -> Any:
     return np.asarray(pipe(**output_type, **call)[0])
 
 
-def together(hub: Batcher, pipe: Any, calls: Iterable[Call]) -> list[Any]:
-    tasks = [hub.submit(lambda call=call: draw(view(pipe), call)) for call in seeded(calls)]
+def together(batcher: Batcher, pipe: Any, calls: Iterable[Call]) -> list[Any]:
+    tasks = [batcher.submit(lambda call=call: draw(view(pipe), call)) for call in seeded(calls)]
     with torch.no_grad():
-        while hub.step():
+        while batcher.step():
             pass
     for task in tasks:
         if task.outcome and task.outcome.error:

@@ -45,17 +45,17 @@ class Recording(Batcher):
 
 def recorded(pipe: Any, requests: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[Call]]:
     """The first call of each method of each module, one per request, as the pipeline makes it in one step."""
-    hub = Recording()
+    batcher = Recording()
     pipe.set_progress_bar_config(disable=True)
     drawn = [{**request, "num_inference_steps": 2} for request in requests]
-    tasks = [hub.submit(lambda call=call: view(pipe)(**call, output_type="pt")) for call in parity.seeded(drawn)]
+    tasks = [batcher.submit(lambda call=call: view(pipe)(**call, output_type="pt")) for call in parity.seeded(drawn)]
     with torch.no_grad():
-        while hub.step():
+        while batcher.step():
             pass
     for task in tasks:
         if task.outcome and task.outcome.error:
             raise task.outcome.error
-    return {module: list(calls.values()) for module, calls in hub.first.items()}
+    return {module: list(calls.values()) for module, calls in batcher.first.items()}
 
 
 def joined(calls: Sequence[Call]) -> dict[str, Any]:

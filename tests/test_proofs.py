@@ -53,8 +53,8 @@ RUNS = [halved(1), halved(2)]
 
 
 def forwards(path: Path, module: nn.Module) -> int:
-    _, hub = together(module, RUNS, verification=trusting(path))
-    return hub.counts["module"].forwards + hub.counts["module"].proving
+    _, batcher = together(module, RUNS, verification=trusting(path))
+    return batcher.counts["module"].forwards + batcher.counts["module"].proving
 
 
 def test_the_next_process_batches_from_its_first_step_on(path: Path) -> None:
@@ -68,10 +68,10 @@ def test_a_refusal_is_remembered_and_logged_once(path: Path, caplog: pytest.LogC
     for again in range(2):
         caplog.clear()
         with caplog.at_level(logging.INFO):
-            results, hub = together(module, runs, verification=trusting(path))
+            results, batcher = together(module, runs, verification=trusting(path))
         assert all(torch.equal(result, run(module)) for run, result in zip(runs, results, strict=True))
-        assert hub.counts["module"].forwards == (9 if again else 9 + 1)
-        assert hub.counts.unbatched == {("module", "refused"): 9}
+        assert batcher.counts["module"].forwards == (9 if again else 9 + 1)
+        assert batcher.counts.unbatched == {("module", "refused"): 9}
         lines = [record.message for record in caplog.records if "not batched" in record.message]
         assert len(lines) == 1
         assert "Coupled" in lines[0]
@@ -84,8 +84,8 @@ def test_a_proof_belongs_to_what_was_run(path: Path) -> None:
     assert forwards(path, half_unet(layers_per_block=2)) == proved  # another configuration
     with tiny.seeded(0):
         float16 = tiny._unet().to(torch.float16).requires_grad_(False)
-    _, hub = together(float16, [lambda m, run=run: run(Cast(m)) for run in RUNS], verification=trusting(path))
-    assert hub.counts["module"].proving == PROOF  # another precision
+    _, batcher = together(float16, [lambda m, run=run: run(Cast(m)) for run in RUNS], verification=trusting(path))
+    assert batcher.counts["module"].proving == PROOF  # another precision
     patched = half_unet()
     patched.mid_block.resnets[0].forward = lambda *args, **kwargs: args[0]  # another source
     assert forwards(path, patched) == proved
@@ -167,8 +167,8 @@ def test_without_a_server_the_file_is_where_the_environment_says(monkeypatch: py
 def listed_forwards(module: nn.Module, path: Path) -> tuple[int, int]:
     """Forwards and those of proofs among them, of two runs of two calls with the shipped list."""
     runs = [lambda m, seed=seed: denoised(m, seed) for seed in (1, 2)]
-    _, hub = together(module, runs, verification=Verification(proofs=Proofs(path)))
-    return hub.counts["module"].forwards, hub.counts["module"].proving
+    _, batcher = together(module, runs, verification=Verification(proofs=Proofs(path)))
+    return batcher.counts["module"].forwards, batcher.counts["module"].proving
 
 
 def denoised(unet: Any, seed: int) -> Any:

@@ -247,13 +247,13 @@ def talking(at: int, masked: bool) -> Any:
 def test_padded_text_is_joined_where_it_is_right(masked: bool, counts: bool) -> None:
     module = Mean(counts)
     runs = [talking(at, masked) for at in range(3)]
-    results, hub = together(module, runs)
+    results, batcher = together(module, runs)
     for run, result in zip(runs, results, strict=True):
         torch.testing.assert_close(result, run(module))
-    refused = [signature for signature in hub.verification.refused if signature.endswith("~text")]
+    refused = [signature for signature in batcher.verification.refused if signature.endswith("~text")]
     assert bool(refused) is counts
     # One batch to try, its three members alone; then two batches, or all alone.
-    assert hub.counts["module"].forwards == (1 + 9 if counts else 1 + 3 + 2)
+    assert batcher.counts["module"].forwards == (1 + 9 if counts else 1 + 3 + 2)
 
 
 def test_padding_that_is_right_for_zeros_alone_is_found_out() -> None:
@@ -265,10 +265,10 @@ def test_padding_that_is_right_for_zeros_alone_is_found_out() -> None:
 
     module = Average(counts=True)
     runs = [talking(3 * at, masked=True) for at in range(3)]
-    results, hub = together(module, runs)
+    results, batcher = together(module, runs)
     for run, result in zip(runs, results, strict=True):
         torch.testing.assert_close(result, run(module))
-    assert [signature for signature in hub.verification.refused if signature.endswith("~text")]
+    assert [signature for signature in batcher.verification.refused if signature.endswith("~text")]
 
 
 def test_padding_is_a_looseness_of_its_own() -> None:
@@ -314,9 +314,9 @@ def test_a_padding_mask_of_one_row_belongs_to_all() -> None:
 
     module = Padded()
     runs = [lambda m, n=n: m(m(noise(1, 4, seed=n), torch.ones(1, 4)), torch.ones(1, 4)) for n in range(3)]
-    results, hub = together(module, runs)
+    results, batcher = together(module, runs)
     assert all(torch.equal(result, noise(1, 4, seed=n) + 2) for n, result in enumerate(results))
-    assert hub.counts["module"].forwards == 1 + 3 + 1
+    assert batcher.counts["module"].forwards == 1 + 3 + 1
     assert called(module, noise(1, 4), torch.ones(1, 4)).key != called(module, noise(1, 4), torch.zeros(1, 4)).key
 
 
@@ -330,11 +330,11 @@ def test_several_entries_of_a_row_stay_together() -> None:
     runs = [
         lambda m, n=n: m(m(noise(n, 4, seed=n), noise(2 * n, 4, seed=n + 5)), noise(2 * n, 4, seed=n)) for n in (1, 2)
     ]
-    results, hub = together(module, runs)
+    results, batcher = together(module, runs)
     for run, result in zip(runs, results, strict=True):
         assert torch.equal(result, run(module))
-    assert hub.counts["module"].forwards == 1 + 2 + 1
-    assert not hub.verification.refused
+    assert batcher.counts["module"].forwards == 1 + 2 + 1
+    assert not batcher.verification.refused
 
 
 def test_entries_that_go_by_their_place_in_all_rows_are_found_out() -> None:
@@ -345,10 +345,10 @@ def test_entries_that_go_by_their_place_in_all_rows_are_found_out() -> None:
 
     module = Interleaved()
     runs = [lambda m, n=n: m(m(noise(1, 4, seed=n), noise(2, 4, seed=n + 5)), noise(2, 4, seed=n)) for n in (1, 2, 3)]
-    results, hub = together(module, runs)
+    results, batcher = together(module, runs)
     for run, result in zip(runs, results, strict=True):
         assert torch.equal(result, run(module))
-    assert hub.verification.refused
+    assert batcher.verification.refused
 
 
 def test_a_list_of_pictures_is_no_list_of_rows() -> None:
@@ -361,11 +361,11 @@ def test_a_list_of_pictures_is_no_list_of_rows() -> None:
     other = called(module, [noise(1, 3, 8, 8), noise(1, 3, 8, 8)], [1.0, 0.25])
     assert one.key != other.key
     runs = [lambda m, n=n: m([noise(1, 3, 8, 8, seed=n), noise(1, 3, 8, 8, seed=n + 9)], [1.0, 0.5]) for n in range(3)]
-    results, hub = together(module, runs)
+    results, batcher = together(module, runs)
     for run, result in zip(runs, results, strict=True):
         for part, expected in zip(result, run(module), strict=True):
             torch.testing.assert_close(part, expected)
-    assert not hub.verification.refused
+    assert not batcher.verification.refused
 
 
 # The real ones, at once and by the shipped list.
@@ -397,8 +397,8 @@ def test_text_that_must_not_be_padded_is_drawn_right(family: str, precision: tor
     pipe = parity.FAMILIES[family].build().to(precision)
     pipe.set_progress_bar_config(disable=True)
     alone = [parity.draw(pipe, call) for call in parity.seeded(calls)]
-    hub = Batcher(max_rows=16)
-    together = parity.together(hub, pipe, calls)
-    assert [signature for signature in hub.verification.refused if signature.endswith("~text")]
+    batcher = Batcher(max_rows=16)
+    together = parity.together(batcher, pipe, calls)
+    assert [signature for signature in batcher.verification.refused if signature.endswith("~text")]
     if precision == torch.float32:
         assert parity.difference(alone, together) <= parity.PIXEL
