@@ -363,7 +363,7 @@ def kept(workshop: Workshop) -> int:
     """Bytes that the engine keeps of earlier calls."""
     assert workshop.engine._loop
     batcher = workshop.engine._loop._batcher
-    return batcher.memo._bytes + batcher.joins._bytes()
+    return batcher.prompt_cache._bytes + batcher.concatenations._bytes()
 
 
 @pytest.mark.parametrize("count", [1, 4])

@@ -84,7 +84,7 @@ def _fitting(config: ModelConfig, requested: str, listed: str, index: Mapping[st
     if requested == ANY:
         return listed
     if requested in AUTO:
-        sibling = capabilities.sibling(listed, AUTO[requested], controlled=bool(config.control_net))
+        sibling = capabilities.task_class(listed, AUTO[requested], controlled=bool(config.control_net))
         if sibling is None:
             raise LoadError(
                 f"{config.name}: diffusers has no {requested} for {listed}, which the repository is made for. Write "
@@ -95,7 +95,7 @@ def _fitting(config: ModelConfig, requested: str, listed: str, index: Mapping[st
     misfit = "" if requested == listed else _misfit(config, requested, index)
     if not misfit:
         return requested
-    better = capabilities.sibling(listed, capabilities.task_of(requested) or "text", controlled=False)
+    better = capabilities.task_class(listed, capabilities.task_of(requested) or "text", controlled=False)
     if requested.startswith(WRITTEN_ALWAYS) and better:
         log.warning(
             "%s: pipeline_type %s does not fit this repository (%s); %s does and is used",
@@ -127,7 +127,7 @@ def _check_parts(config: ModelConfig, name: str) -> None:
     made_of = constructor(name)
     for field, component in PARTS.items():
         if made_of and getattr(config, field) and component not in made_of.accepted:
-            better = capabilities.sibling(name, "text", controlled=True) if field == "control_net" else None
+            better = capabilities.task_class(name, "text", controlled=True) if field == "control_net" else None
             remedy = f"write `pipeline_type: {better}`, or leave it out" if better else "leave it out"
             raise ModelFileError(f"{config.name}: {field}: {name} takes no {component}; {remedy}", param=field)
 

@@ -182,7 +182,7 @@ class ModelPool:
         model = self._loaded[name]
         model.config = self._newest[name]
         try:
-            offload.rest(model.pipeline)
+            offload.offload_all(model.pipeline)
         except Exception as error:  # whatever a module raises when it is moved
             log.exception("%s: its modules could not be put into main memory", name)
             model.state.broken = f"its modules could not be put into main memory: {error}"

@@ -104,7 +104,7 @@ def _tokens(parameters: Mapping[str, inspect.Parameter], parts: _Parts, options:
         if part in parts and encoder in parts:
             kind, model_max_length = parts.tokenizer(part)
             capacity = model_max_length if "CLIP" in kind or not isinstance(max_length, int) else max_length
-            if isinstance(capacity, int) and capacity < tokens.ENDLESS:
+            if isinstance(capacity, int) and capacity < tokens.UNLIMITED:
                 capacities.append(capacity)
     return max(capacities, default=None)
 
