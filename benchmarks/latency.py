@@ -37,7 +37,7 @@ VARIANTS: Mapping[str, Callable[[Settings], Settings]] = {
 
 def wanted(model: str, id: str, steps: int, seed: int) -> Generation:
     asked = models.mixed(model, 1, seed)[0]
-    return replace(asked, id=id, steps=steps, scheduler=None)
+    return replace(asked, id=id, sampling=replace(asked.sampling, steps=steps, scheduler=None))
 
 
 async def alone(engine: Engine, config: ModelConfig, asked: Generation) -> float:

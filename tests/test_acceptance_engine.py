@@ -7,7 +7,6 @@ import gc
 import hashlib
 from collections.abc import Callable, Coroutine
 from contextlib import aclosing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +116,7 @@ def test_row_10_the_idle_model_leaves_and_never_one_in_use(catalog: Catalog) -> 
         order: list[str] = []
 
         async def draw(model: str, steps: int) -> list[Event]:
-            asked = replace(wanted(model), steps=steps)
+            asked = wanted(model, steps=steps)
             found = []
             async with aclosing(engine.submit(catalog.get(model), asked)) as events:
                 async for event in events:

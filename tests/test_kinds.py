@@ -130,8 +130,8 @@ def test_siblings_are_those_that_diffusers_makes() -> None:
     for task, mapping in mappings.items():
         for kind in auto.AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values():
             made = auto._get_task_class(mapping, kind.__name__, throw_error_if_not_exist=False)
-            assert capabilities.has_sibling(kind.__name__, task) == (made is not None), kind.__name__
-    assert not capabilities.has_sibling("DDPMPipeline", "image")
+            assert capabilities.has_task_class(kind.__name__, task) == (made is not None), kind.__name__
+    assert not capabilities.has_task_class("DDPMPipeline", "image")
 
 
 EVERY = ("text-to-image", "image-to-image", "inpainting")

@@ -320,7 +320,10 @@ def test_the_gallery_outlives_a_reload_and_a_restart(browser: Browser, tmp_path:
 def test_use_all_gives_the_same_pixels(page: Page) -> None:
     steps(page, 6)
     page.get_by_label("Guidance", exact=True).fill("4.5")
-    page.get_by_label("Scheduler", exact=True).select_option("k_euler")
+    page.get_by_label("Scheduler", exact=True).select_option("ddim")
+    page.get_by_text("More", exact=True).click()
+    page.get_by_label("Eta", exact=True).fill("0.8")
+    page.get_by_label("Guidance rescale", exact=True).fill("0.7")
     box(page, "Negative prompt").fill("blurry")
     page.get_by_label("Height", exact=True).fill("96")
     first = opened(page, draw(page, "a red apple on a white background"))
@@ -332,8 +335,10 @@ def test_use_all_gives_the_same_pixels(page: Page) -> None:
     expect(box(page, "Prompt")).to_have_value("")
     go(page, "Gallery")
     tiles(page).first.click()
+    expect(page.get_by_role("dialog")).to_contain_text("Guidance rescale")
     button(page, "Use all").click()
     expect(page.get_by_role("link", name="Make", exact=True)).to_have_attribute("aria-current", "page")
+    expect(page.get_by_label("Eta", exact=True)).to_have_value("0.8")
     again = opened(page, draw(page))
     assert ImageChops.difference(first, again).getbbox() is None
 

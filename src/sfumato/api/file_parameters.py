@@ -59,7 +59,7 @@ def _ours(texts: Mapping[str, str]) -> FileParameters | None:
     from_picture = bool(metadata.get("image_sha256"))
     fields = {name: metadata.get(name) for name in ("model", "prompt", "seed")}
     fields |= {each.name: metadata.get(each.name) for each in PARAMETERS if from_picture or not each.source}
-    fields["scheduler"] = schedulers.named(metadata.get("scheduler"))
+    fields["scheduler"] = schedulers.canonical_name(metadata.get("scheduler"))
     sources = ("it was made from a picture, which is needed again for the same one",) if from_picture else ()
     return FileParameters("sfumato", _convert(fields), sources)
 
@@ -105,7 +105,7 @@ def _of_invoke(name: str) -> tuple[str | None, tuple[str, ...]]:
         return None, ()
     plain = name.removeprefix("k_")
     for candidate in (f"k_{plain[:-2]}" if plain.endswith("_k") else plain, plain.removesuffix("_k")):
-        if scheduler := schedulers.named(candidate):
+        if scheduler := schedulers.canonical_name(candidate):
             return scheduler, ()
     return None, (f"scheduler: {name[:80]!r} does not exist here; the model's own is used",)
 

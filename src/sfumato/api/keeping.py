@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from sfumato.core import Done, Keep
+from sfumato.core import Done, StorePicture
 from sfumato.errors import StorageError
 from sfumato.pictures.gallery import Gallery
 from sfumato.serving.job import Job
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 def keeper(
     gallery: Gallery, caller: str, format: str, encode: Callable[[Done], bytes], *, required: bool
-) -> Keep | None:
+) -> StorePicture | None:
     """A callback that encodes each picture and stores it in the gallery; None if the settings say not to keep it.
 
     `required`: the answer is its URL, so storing must succeed; otherwise a full disk only logs a warning.

@@ -25,7 +25,7 @@ from sfumato.api.http.auth import caller_of
 from sfumato.api.http.forms import openapi_body, reader
 from sfumato.api.keeping import keeper
 from sfumato.api.openai import answers
-from sfumato.core import Keep
+from sfumato.core import StorePicture
 from sfumato.errors import InvalidRequest
 from sfumato.pictures import images as pictures
 from sfumato.pictures import recipe
@@ -175,7 +175,7 @@ async def _draw(context: Context, choices: Choices, jobs: Jobs, body: DrawBody, 
     return JSONResponse({"images": encoded, "parameters": body.understood(), "info": info}, headers=headers)
 
 
-def _store_callback(context: Context, *, required: bool) -> Keep | None:
+def _store_callback(context: Context, *, required: bool) -> StorePicture | None:
     return keeper(context.gallery, caller_of(context.request), "png", lambda done: done.png, required=required)
 
 

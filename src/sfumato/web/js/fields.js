@@ -1,7 +1,7 @@
 // The fields below the prompt that the selected model supports; its defaults are the placeholders.
 import { html, nothing } from "./lib.js";
 import { choice, number, text, textarea, tool } from "./controls.js";
-import { form, problemOf, randomSeed, seedIsValid, set } from "./form.js";
+import { RARE, form, problemOf, randomSeed, seedIsValid, set } from "./form.js";
 import { about, defaults, limits, model, models, schedulers, takes, wanted } from "./models.js";
 import { forward, older, past, typed } from "./history.js";
 import { sizeFields } from "./size.js";
@@ -58,11 +58,22 @@ export const settingFields = ({ sized = true, several = true, before = nothing }
       ? number({ id: "count", label: "Count", value: form.count.value, input: (value) => set("count", value), min: 1,
           max: limits.value.n, step: 1, problem: problemOf("n") })
       : nothing}
-    ${takes("clip_skip")
-      ? number({ id: "clip_skip", label: "Clip skip", value: form.clip_skip.value, input: (value) => set("clip_skip", value),
-          placeholder: shown(defaults.value.clip_skip ?? 0), min: 0, max: 64, step: 1, problem: problemOf("clip_skip") })
-      : nothing}
-  </div>`;
+  </div>
+  ${rareFields()}`;
+
+const BOUNDS = { clip_skip: { label: "Clip skip", max: 64, step: 1 }, eta: { label: "Eta", max: 1 },
+  guidance_rescale: { label: "Guidance rescale", max: 1 } };
+
+/** Folded away, unless one of them has a value or was refused. */
+function rareFields() {
+  const names = RARE.filter(takes);
+  if (!names.length) return nothing;
+  return html`<details class="rare" ?open=${names.some((name) => form[name].value || problemOf(name))}>
+    <summary>More</summary>
+    <div class="fields">${names.map((id) => number({ id, value: form[id].value, input: (value) => set(id, value),
+      placeholder: shown(defaults.value[id] ?? 0), min: 0, problem: problemOf(id), ...BOUNDS[id] }))}</div>
+  </details>`;
+}
 
 function schedulerOptions() {
   const own = defaults.value.scheduler;

@@ -17,7 +17,12 @@ export const form = {
   locked: kept("locked", false),
   count: kept("count", "1"),
   clip_skip: kept("clip_skip", ""),
+  eta: kept("eta", ""),
+  guidance_rescale: kept("guidance_rescale", ""),
 };
+
+/** Fields that few people need, by the names they have in requests and recipes. */
+export const RARE = ["clip_skip", "eta", "guidance_rescale"];
 
 /** `{ param, message }` of the field that the server refused; cleared by the next change. */
 export const problem = signal(null);
@@ -65,7 +70,7 @@ export function request() {
     steps: takes("steps") ? form.steps.value : "",
     guidance_scale: takes("guidance_scale") ? form.guidance.value : "",
     scheduler: form.scheduler.value,
-    clip_skip: takes("clip_skip") ? form.clip_skip.value : "",
+    ...Object.fromEntries(RARE.map((name) => [name, takes(name) ? form[name].value : ""])),
   };
   return Object.fromEntries(Object.entries(given).filter(([, value]) => value !== "" && value !== undefined));
 }
@@ -92,7 +97,7 @@ export function use(recipe, what = "all") {
       form.steps.value = text(recipe.steps);
       form.guidance.value = text(recipe.guidance_scale);
       form.scheduler.value = /^[a-z]/.test(recipe.scheduler ?? "") ? recipe.scheduler : ""; // else a class: the model's own
-      form.clip_skip.value = text(recipe.clip_skip);
+      for (const name of RARE) form[name].value = text(recipe[name]);
       form.count.value = "1";
     }
   });

@@ -22,13 +22,16 @@ export const does = (task) => about.value?.tasks?.includes(task) ?? true;
 // Our field → its name in `enable_parameters` of model files.
 const ENABLED = { negative: "negative_prompt", steps: "num_inference_steps", clip_skip: "clip_skip" };
 
+// Fields whose default a loaded model has if its pipeline takes them.
+const KNOWN = ["steps", "guidance_scale", "eta", "guidance_rescale"];
+
 /** Whether a request to the selected model may have this field. */
 export function takes(field) {
   const { enable_parameters: enabled, status } = about.value ?? {};
   const named = ENABLED[field];
   if (named && enabled && !enabled.includes(named)) return false;
   // A model in memory is fully known: no default means that its pipeline has no such parameter.
-  return status !== "ready" || !["steps", "guidance_scale"].includes(field) || defaults.value[field] !== null;
+  return status !== "ready" || !KNOWN.includes(field) || defaults.value[field] !== null;
 }
 
 /** The first upscaling model and its factor; null if there is none. */

@@ -57,11 +57,10 @@ export async function reworkNow() {
 }
 
 async function vary(picture, drawing, how) {
-  const { prompt = "", model: id, negative_prompt, steps, guidance_scale, scheduler } = drawing.request;
-  const given = { prompt, model: id, negative_prompt, steps, guidance_scale, scheduler, strength: how };
+  const { n, seed, size, masked_area_only, mask_padding, ...same } = drawing.request;
   const image = await fetched(picture.src);
   chosen.value = null;
-  draw("v1/images/edits", Object.fromEntries(Object.entries(given).filter(([, value]) => value !== undefined)), { sources: { image } });
+  draw("v1/images/edits", { prompt: "", ...same, strength: how }, { sources: { image } });
 }
 
 async function enlarge(picture, drawing) {

@@ -35,6 +35,8 @@ export const AXES = {
   size: { label: "Size", read: words, example: "128x128, 192x128" },
   model: { label: "Model", read: words, example: "" },
   clip_skip: { label: "Clip skip", read: numbers, example: "0, 1" },
+  eta: { label: "Eta", read: numbers, example: "0, 0.5, 1" },
+  guidance_rescale: { label: "Guidance rescale", read: numbers, example: "0, 0.7" },
 };
 
 /** `[value, label]` of each step of a side. Raises Error in words. */
