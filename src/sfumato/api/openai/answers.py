@@ -51,7 +51,7 @@ class OutputFormat:
     opaque: bool = False
     """Put an alpha channel on white."""
     quality: str = "medium"
-    """Of `SHOWN_QUALITY`."""
+    """A value of `QUALITY_NAMES`."""
     base: str | None = None
     """Base of picture URLs; None: base64."""
 
