@@ -50,7 +50,7 @@ RESERVED_DESCRIPTORS = 32
 """File descriptors reserved for other uses than connections; at most an eighth of all."""
 
 MAX_TINY_CHUNK_BYTES, TINY_CHUNK = 2**18, 32
-"""Maximum bytes of a chunked body in which a line ends more often than every `CRUMB` bytes: h11 needs some
+"""Maximum bytes of a chunked body in which a line ends more often than every `TINY_CHUNK` bytes: h11 needs some
 microseconds per chunk, however small."""
 
 ConnectionState: TypeAlias = Literal["idle", "receiving", "answering"]
