@@ -18,7 +18,7 @@ from sfumato.batching import offload
 from sfumato.batching.batcher import is_out_of_memory
 from sfumato.config import ModelConfig, addresses
 from sfumato.core import ModelStatus
-from sfumato.errors import DeviceUnavailable, InvalidRequest, LoadError, ModelFileError, SfumatoError
+from sfumato.errors import DeviceUnavailable, DownloadError, InvalidRequest, LoadError, ModelFileError, SfumatoError
 from sfumato.models import (
     descriptions,
     download,
@@ -262,9 +262,16 @@ def _single_file(config: ModelConfig, fetched: Fetched, cls: Any, dtype: str) ->
     assert fetched.description
     original = {"original_config": str(parts.original_config(config))} if config.original_config else {}
     with weight_file.in_lower_case(fetched.path) as named, descriptions.whole(fetched.description) as described:
-        return cls.from_single_file(
-            str(named), config=str(described), dtype=DTYPES[dtype], **original, **parts.given(config, DTYPES[dtype])
-        )
+        given = {"config": str(described), "dtype": DTYPES[dtype], **original, **parts.given(config, DTYPES[dtype])}
+        try:
+            return cls.from_single_file(str(named), **given)
+        except ValueError as error:  # of other shapes, say
+            if described == fetched.description:
+                raise
+            raise DownloadError(
+                f"{config.name}: {fetched.path.name} does not fit what Sfumato knows of its kind without a network "
+                f"({str(error).partition(chr(10))[0]}). Run `sfumato pull {config.name}` once while online."
+            ) from error
 
 
 def _glance(config: ModelConfig, pipeline: Any, device: str, dtype: str) -> CheapDecoder | None:
