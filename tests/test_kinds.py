@@ -26,7 +26,7 @@ from sfumato.models.load import Loaded, load
 from sfumato.models.pool import ModelPool
 from sfumato.pictures.images import decoded
 from sfumato.pipelines import capabilities
-from sfumato.sampling import NAMED, Sampling, flat
+from sfumato.sampling import NAMED, PARAMETERS, Sampling
 from sfumato.serving.catalog import EMBEDDED, Catalog
 from support import tiny
 from support.drawing import loaded, quiet, source, wanted
