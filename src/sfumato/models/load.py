@@ -268,9 +268,10 @@ def _single_file(config: ModelConfig, fetched: Fetched, cls: Any, dtype: str) ->
         except ValueError as error:  # of other shapes, say
             if described == fetched.description:
                 raise
+            why = str(error).partition("\n")[0]
             raise DownloadError(
                 f"{config.name}: {fetched.path.name} does not fit what Sfumato knows of its kind without a network "
-                f"({str(error).partition(chr(10))[0]}). Run `sfumato pull {config.name}` once while online."
+                f"({why}). Run `sfumato pull {config.name}` once while online."
             ) from error
 
 
