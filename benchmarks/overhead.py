@@ -85,7 +85,7 @@ def per_call(run: Callable[[Any, str], None], module: torch.nn.Module, requests:
     """Additional microseconds per module call and request over a direct call, without proofs."""
     now = clock(device)
     stand_in = View("").stand_in(module, "module")
-    learning = Batcher(trust=Verification("always", frozenset()))
+    learning = Batcher(verification=Verification("always", frozenset()))
     for _ in range(2):
         learning.submit(lambda: run(stand_in, device))
     for _ in range(4):
@@ -95,11 +95,13 @@ def per_call(run: Callable[[Any, str], None], module: torch.nn.Module, requests:
     start = now()
     run(module, device)
     direct = now() - start
-    hub = Batcher(max_rows=64, max_active=64, trust=Verification("unlisted", frozenset(learning.trust.shown)))
+    batcher = Batcher(
+        max_rows=64, max_active=64, verification=Verification("unlisted", frozenset(learning.verification.proved))
+    )
     for _ in range(requests):
-        hub.submit(lambda: run(stand_in, device))
+        batcher.submit(lambda: run(stand_in, device))
     start = now()
-    while hub.step():
+    while batcher.step():
         pass
     return ((now() - start) / requests - direct) / CALLS * 1e6
 
@@ -124,7 +126,7 @@ def single(name: str, folder: Path, device: str, repeats: int) -> Single:
     now = clock(device)
     plain = models.Plain(models.config(name, folder, device), device)
     pipe = plain.pipeline
-    hub = Batcher()
+    batcher = Batcher()
     ratios, extra, bare_seconds, calls = [], [], [], 0
 
     def bare(seed: int) -> float:
@@ -134,8 +136,8 @@ def single(name: str, folder: Path, device: str, repeats: int) -> Single:
 
     def through(seed: int) -> float:
         start = now()
-        task = hub.submit(lambda: view(pipe)(**call(seed)))
-        while hub.step():
+        task = batcher.submit(lambda: view(pipe)(**call(seed)))
+        while batcher.step():
             pass
         seconds = now() - start
         assert task.outcome
@@ -148,12 +150,12 @@ def single(name: str, folder: Path, device: str, repeats: int) -> Single:
     with torch.no_grad():
         bare(0), through(0)
         for repeat in range(repeats):
-            hub.memo.clear()  # else the batcher would gain from the prompt-embedding cache
-            hub.counts.clear()
+            batcher.prompt_cache.clear()  # else the batcher would gain from the prompt-embedding cache
+            batcher.counts.clear()
             one, other = (bare, through) if repeat % 2 else (through, bare)
             first, second = one(repeat), other(repeat)
             plainly, heart = (first, second) if one is bare else (second, first)
-            calls = sum(count.calls for count in hub.counts.values())
+            calls = sum(count.calls for count in batcher.counts.values())
             ratios.append(heart / plainly)
             extra.append((heart - plainly) / calls * 1e6)
             bare_seconds.append(plainly)
@@ -166,17 +168,17 @@ def single(name: str, folder: Path, device: str, repeats: int) -> Single:
 
 def python_memory(device: str, count: int = 200) -> float:
     """KiB of Python objects of a parked request besides its tensors and its pipeline's own variables."""
-    hub = Batcher(max_active=count)
+    batcher = Batcher(max_active=count)
     stand_in = View("").stand_in(UNet().eval(), "module")
     value, text = torch.randn(2, 4, 64, 64, device=device), torch.randn(2, 77, 768, device=device)
     gc.collect()
     tracemalloc.start()
     for _ in range(count):
-        hub.submit(lambda: stand_in(value, 1, encoder_hidden_states=text))
-    hub.step()
+        batcher.submit(lambda: stand_in(value, 1, encoder_hidden_states=text))
+    batcher.step()
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    hub.close(KeyboardInterrupt())
+    batcher.close(KeyboardInterrupt())
     return held / count / 1024
 
 
@@ -186,20 +188,20 @@ def process_memory(folder: Path, count: int = 64) -> float:
     asked = models.mixed("embedded", 8 + count, seed=7)
 
     def park(some: list[Any], count: int) -> Batcher:
-        hub = Batcher(max_active=count)
+        batcher = Batcher(max_active=count)
         for one in some:
-            hub.submit(lambda one=one: view(pipe)(**models.arguments(one)))  # type: ignore[misc]
-        while hub.counts["unet"].calls < 3 * count:
-            hub.step()
-        return hub
+            batcher.submit(lambda one=one: view(pipe)(**models.arguments(one)))  # type: ignore[misc]
+        while batcher.counts["unet"].calls < 3 * count:
+            batcher.step()
+        return batcher
 
     with torch.no_grad():
         park(asked[:8], 8).close(KeyboardInterrupt())  # what torch and the allocator allocate once
         gc.collect()
         before = resident()
-        hub = park(asked[8:], count)
+        batcher = park(asked[8:], count)
         held = resident() - before
-        hub.close(KeyboardInterrupt())
+        batcher.close(KeyboardInterrupt())
     return held / count / 1024
 
 

@@ -46,7 +46,7 @@ import transformers
 from sfumato.batching import shipped_list, verification
 from sfumato.batching.batcher import Batcher, Task
 from sfumato.batching.calls import Call as ModuleCall
-from sfumato.batching.calls import differing
+from sfumato.batching.calls import differences_between
 from sfumato.batching.outcomes import Reply
 from sfumato.batching.views import view
 
@@ -127,14 +127,14 @@ class Learning(Batcher):
     """Keeps two calls of every kind of batch; if text is padded, two that differ in its length."""
 
     def __init__(self) -> None:
-        super().__init__(max_rows=16, trust=verification.Verification("always", frozenset()))
+        super().__init__(max_rows=16, verification=verification.Verification("always", frozenset()))
         self.batches: dict[str, list[ModuleCall]] = {}
 
     def _run(self, group: Sequence[Task]) -> Sequence[Reply]:
         calls = [task.call for task in group if task.call is not None]
         if len(calls) > 1:
-            unlike = next(([calls[0], call] for call in calls[1:] if differing([calls[0], call])), calls[:2])
-            self.batches.setdefault(self.trust.signature(calls[0], differing(unlike)), unlike)
+            unlike = next(([calls[0], call] for call in calls[1:] if differences_between([calls[0], call])), calls[:2])
+            self.batches.setdefault(self.verification.signature(calls[0], differences_between(unlike)), unlike)
         return super()._run(group)
 
 
@@ -150,7 +150,9 @@ def measure(name: str) -> Measured:
     twins = alike(family.calls[0])
     alone_twins = [draw(pipe, call) for call in seeded(twins)]
     first_twins = together(learning, pipe, twins)
-    trusting = Batcher(max_rows=16, trust=verification.Verification("unlisted", frozenset(learning.trust.shown)))
+    trusting = Batcher(
+        max_rows=16, verification=verification.Verification("unlisted", frozenset(learning.verification.proved))
+    )
     second = together(trusting, pipe, family.calls)
     error = max(difference(alone, first), difference(alone, second))
     count = replace(trusting.counts[family.denoiser])
@@ -160,11 +162,11 @@ def measure(name: str) -> Measured:
     if error > PIXEL:
         with jittered(getattr(pipe, family.denoiser)):
             jitter = difference(alone, [draw(pipe, call) for call in seeded(family.calls)])
-    variants, wrong = variations(learning.batches.values(), learning.trust)
-    shown = variants | learning.trust.shown
-    alone_for = {f"{module}: {reason}": times for (module, reason), times in trusting.counts.alone.items()}
+    variants, wrong = variations(learning.batches.values(), learning.verification)
+    shown = variants | learning.verification.proved
+    alone_for = {f"{module}: {reason}": times for (module, reason), times in trusting.counts.alone_because.items()}
     return Measured(
-        name, error, jitter, count.calls, count.forwards, shown, dict(learning.trust.refused), wrong, alone_for,
+        name, error, jitter, count.calls, count.forwards, shown, dict(learning.verification.refused), wrong, alone_for,
         sources=sources(pipe, shown), versions=versions(),
     )  # fmt: skip
 
@@ -197,9 +199,9 @@ def halve(one: Measured, shipped: frozenset[str]) -> None:
     except (RuntimeError, TypeError, ValueError) as error:
         one.broken = f"{type(error).__name__}: {error}".splitlines()[0][:100]
         return
-    hub = Batcher(max_rows=16, trust=verification.Verification("unlisted", shipped))
-    together(hub, pipe, family.calls)
-    count = hub.counts[family.denoiser]
+    batcher = Batcher(max_rows=16, verification=verification.Verification("unlisted", shipped))
+    together(batcher, pipe, family.calls)
+    count = batcher.counts[family.denoiser]
     one.half = (count.calls, count.forwards)
 
 
@@ -228,10 +230,10 @@ def draw(pipe: Any, call: Call) -> Any:
     return np.asarray(pipe(**output_type, **call)[0])
 
 
-def together(hub: Batcher, pipe: Any, calls: Iterable[Call]) -> list[Any]:
-    tasks = [hub.submit(lambda call=call: draw(view(pipe), call)) for call in seeded(calls)]
+def together(batcher: Batcher, pipe: Any, calls: Iterable[Call]) -> list[Any]:
+    tasks = [batcher.submit(lambda call=call: draw(view(pipe), call)) for call in seeded(calls)]
     with torch.no_grad():
-        while hub.step():
+        while batcher.step():
             pass
     for task in tasks:
         if task.outcome and task.outcome.error:

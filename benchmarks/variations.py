@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from sfumato.batching import outputs
-from sfumato.batching.calls import TIME, Call, describe, differing
+from sfumato.batching.calls import TIME, Call, describe, differences_between
 from sfumato.batching.concatenation import ConcatenationCache, join
 from sfumato.batching.fingerprints import Fingerprints
 from sfumato.batching.proof import TOLERANCE, examine
@@ -47,8 +47,8 @@ def _try(calls: Sequence[Call], trust: Verification, shown: dict[str, float], wr
     first = calls[0]
     if first.key is None or any(call.key != first.key for call in calls):
         return
-    signature = trust.signature(first, differing(calls))
-    if signature in shown or signature in wrong or signature in trust.shown or signature in trust.refused:
+    signature = trust.signature(first, differences_between(calls))
+    if signature in shown or signature in wrong or signature in trust.proved or signature in trust.refused:
         return
     try:
         with torch.no_grad():

@@ -360,7 +360,7 @@ def test_every_sampler_of_the_list_draws(ann: httpx.Client, name: str) -> None:
 def test_the_table_has_every_solver_once() -> None:
     assert sorted(each.solver for each in schedulers.SAMPLERS.values()) == sorted(schedulers.SOLVERS)
     for name, each in schedulers.SAMPLERS.items():
-        assert schedulers.parse(each.solver, each.automatic).solver == each.solver
+        assert schedulers.parse(each.solver, each.default_schedule).solver == each.solver
         assert [a1111_samplers.SAMPLER_OF[alias] for alias in each.aliases] == [name] * len(each.aliases)
 
 

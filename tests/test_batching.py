@@ -86,12 +86,12 @@ def test_position_ids_of_images_belong_to_all_rows_even_with_a_row_each() -> Non
 
 def test_what_cannot_be_joined_runs_alone_for_a_reason() -> None:
     module = Any_()
-    assert "large tensor" in called(module, noise(2, 4), ids=torch.zeros(3, 1 << 21)).alone
-    assert "function" in called(module, noise(2, 4), extra=lambda: 0).alone
-    assert "DynamicCache" in called(module, noise(2, 4), extra=DynamicCache()).alone
-    assert "no tensor" in called(module, None, 5).alone
-    assert "gradients" in called(module, noise(2, 4), ids=noise(2, 4).requires_grad_()).alone
-    assert called(module).alone
+    assert "large tensor" in called(module, noise(2, 4), ids=torch.zeros(3, 1 << 21)).alone_because
+    assert "function" in called(module, noise(2, 4), extra=lambda: 0).alone_because
+    assert "DynamicCache" in called(module, noise(2, 4), extra=DynamicCache()).alone_because
+    assert "no tensor" in called(module, None, 5).alone_because
+    assert "gradients" in called(module, noise(2, 4), ids=noise(2, 4).requires_grad_()).alone_because
+    assert called(module).alone_because
 
 
 def test_a_generator_is_dropped_only_where_it_is_ignored() -> None:
@@ -105,7 +105,7 @@ def test_a_generator_is_dropped_only_where_it_is_ignored() -> None:
         def forward(self, sample, generator=None):
             return sample + torch.randn(sample.shape, generator=generator)
 
-    assert "random" in called(Drawing(), noise(1, 4), generator=generator).alone
+    assert "random" in called(Drawing(), noise(1, 4), generator=generator).alone_because
 
 
 def test_ragged_text_is_padded_and_masked() -> None:
@@ -144,7 +144,7 @@ def test_what_comes_again_is_joined_once() -> None:
         kept = [joins.cat(unversioned) for _ in range(3)]
     assert kept[1] is not kept[2]
     del texts
-    assert not joins._held
+    assert not joins._entries
 
 
 def test_lists_with_a_tensor_per_row_are_joined() -> None:
@@ -214,32 +214,32 @@ def denoise(seed: int, steps: int = 2, rows: int = 1) -> Callable[[Any], torch.T
 
 def test_a_batch_gives_what_each_gets_alone(unet: UNet2DConditionModel) -> None:
     runs = [denoise(1, 2), denoise(2, 4), denoise(3, 3, rows=2)]
-    results, hub = together(unet, runs)
+    results, batcher = together(unet, runs)
     for run, result in zip(runs, results, strict=True):
         torch.testing.assert_close(result, run(unet), rtol=1e-4, atol=1e-5)
     # The first of four forwards was proved: with other contents and places, and member by member.
-    assert hub.counts["module"].proving == PROOF
-    assert hub.counts["module"].calls == 9
-    assert hub.counts["module"].forwards == 4 + 3
-    assert all(error < 1e-5 for error in hub.trust.shown.values())
+    assert batcher.counts["module"].proving == PROOF
+    assert batcher.counts["module"].calls == 9
+    assert batcher.counts["module"].forwards == 4 + 3
+    assert all(error < 1e-5 for error in batcher.verification.proved.values())
 
 
 def test_a_listed_signature_needs_no_proof(unet: UNet2DConditionModel) -> None:
-    _, hub = together(unet, [denoise(1), denoise(2)])
-    shipped = frozenset(hub.trust.shown)
-    _, hub = together(unet.eval(), [denoise(1), denoise(2)], trust=Verification("unlisted", shipped))
-    assert hub.counts["module"].forwards == 2
-    _, hub = together(unet, [denoise(1), denoise(2)], trust=Verification("always", shipped))
-    assert hub.counts["module"].forwards == 2 + 2
+    _, batcher = together(unet, [denoise(1), denoise(2)])
+    shipped = frozenset(batcher.verification.proved)
+    _, batcher = together(unet.eval(), [denoise(1), denoise(2)], verification=Verification("unlisted", shipped))
+    assert batcher.counts["module"].forwards == 2
+    _, batcher = together(unet, [denoise(1), denoise(2)], verification=Verification("always", shipped))
+    assert batcher.counts["module"].forwards == 2 + 2
 
 
 def test_a_module_that_mixes_rows_is_found_out() -> None:
     runs = [lambda m, n=n: m(m(noise(1, 4, seed=n))) for n in range(3)]
-    results, hub = together(Coupled(), runs)
+    results, batcher = together(Coupled(), runs)
     for run, result in zip(runs, results, strict=True):
         assert torch.equal(result, run(Coupled()))
-    assert hub.counts["module"].forwards == 1 + 6
-    (reason,) = hub.trust.refused.values()
+    assert batcher.counts["module"].forwards == 1 + 6
+    (reason,) = batcher.verification.refused.values()
     assert "beside it" in reason
 
 
@@ -254,22 +254,22 @@ def test_half_precision_joins_what_is_listed_at_once_and_anything_else_after_a_p
 
     module = Scaled().eval()
     runs = [lambda m, n=n: m(noise(1, 4, seed=n).to(m.scale.weight.dtype)) for n in range(3)]
-    _, hub = together(module, runs)
-    shipped = frozenset(hub.trust.shown)
+    _, batcher = together(module, runs)
+    shipped = frozenset(batcher.verification.proved)
     assert shipped
     half = module.to(torch.bfloat16)
-    _, hub = together(half, runs, trust=Verification("unlisted", shipped))
-    assert hub.counts["module"].forwards == 1
-    _, hub = together(half, runs)
-    assert hub.counts["module"].forwards == 1 + 3
-    assert not hub.trust.refused
+    _, batcher = together(half, runs, verification=Verification("unlisted", shipped))
+    assert batcher.counts["module"].forwards == 1
+    _, batcher = together(half, runs)
+    assert batcher.counts["module"].forwards == 1 + 3
+    assert not batcher.verification.refused
     twice = [lambda m, run=run: m(run(m)) for run in runs]
-    _, hub = together(half, twice)
-    assert hub.counts["module"].forwards == 1 + 3 + 1
+    _, batcher = together(half, twice)
+    assert batcher.counts["module"].forwards == 1 + 3 + 1
     # AnimateDiff's pipeline makes its denoiser anew, and leaves it in training mode.
-    _, hub = together(half.train(), runs, trust=Verification("unlisted", shipped))
-    assert hub.counts["module"].forwards == 1 + 3
-    assert not hub.trust.refused
+    _, batcher = together(half.train(), runs, verification=Verification("unlisted", shipped))
+    assert batcher.counts["module"].forwards == 1 + 3
+    assert not batcher.verification.refused
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -285,11 +285,11 @@ def test_active_dropout_is_refused_whatever_the_list_says(dtype: torch.dtype) ->
 
     module = Dropping().eval().to(dtype)
     runs = [lambda m, n=n: m(noise(1, 64, seed=n).to(m.scale.weight.dtype)) for n in range(3)]
-    _, hub = together(module, runs)
-    shipped = frozenset(hub.trust.shown)
+    _, batcher = together(module, runs)
+    shipped = frozenset(batcher.verification.proved)
     assert shipped
-    _, hub = together(module.train(), runs, trust=Verification("unlisted", shipped))
-    assert set(hub.trust.refused) == shipped
+    _, batcher = together(module.train(), runs, verification=Verification("unlisted", shipped))
+    assert set(batcher.verification.refused) == shipped
 
 
 def test_only_the_guilty_member_of_a_batch_fails() -> None:
@@ -317,12 +317,14 @@ def test_out_of_memory_halves_what_is_remembered() -> None:
             return sample * 2
 
     module = Small()
-    results, hub = together(
-        module, [lambda m, n=n: m(m(noise(1, 4, seed=n))) for n in range(5)], trust=Verification("unlisted", NOTHING)
+    results, batcher = together(
+        module,
+        [lambda m, n=n: m(m(noise(1, 4, seed=n))) for n in range(5)],
+        verification=Verification("unlisted", NOTHING),
     )
     assert all(isinstance(result, torch.Tensor) for result in results)
     assert [rows for rows in module.rows if rows > 2] == [5]
-    assert list(hub.limits.lowered.values()) == [2]
+    assert list(batcher.limits.lowered.values()) == [2]
 
 
 def test_an_output_without_rows_makes_the_calls_run_alone() -> None:
@@ -330,9 +332,9 @@ def test_an_output_without_rows_makes_the_calls_run_alone() -> None:
         def forward(self, sample):
             return sample.sum()
 
-    results, hub = together(Summed(), [lambda m, n=n: m(noise(1, 4, seed=n)) for n in range(2)])
+    results, batcher = together(Summed(), [lambda m, n=n: m(noise(1, 4, seed=n)) for n in range(2)])
     assert [float(result) for result in results] == [float(noise(1, 4, seed=n).sum()) for n in range(2)]
-    assert "cannot be split" in next(iter(hub.trust.refused.values()))
+    assert "cannot be split" in next(iter(batcher.verification.refused.values()))
 
 
 def test_a_request_in_another_state_of_torch_does_not_switch() -> None:
@@ -369,11 +371,11 @@ def test_random_numbers_belong_to_the_request() -> None:
 
 
 def test_an_ended_request_keeps_no_random_state() -> None:
-    hub = Batcher()
-    tasks = [hub.submit(lambda: torch.randn(1)), hub.submit(hub.turn)]
-    hub.step()
+    batcher = Batcher()
+    tasks = [batcher.submit(lambda: torch.randn(1)), batcher.submit(batcher.turn)]
+    batcher.step()
     assert tasks[1]._random is not None
-    hub.cancel(tasks[1], RuntimeError("cancelled"))
+    batcher.cancel(tasks[1], RuntimeError("cancelled"))
     assert all(task.done and task._random is None for task in tasks)
 
 
@@ -383,9 +385,9 @@ def test_a_prompt_is_encoded_once() -> None:
     ).eval()
     same, other = torch.tensor([[3, 4, 1]]), torch.tensor([[5, 6, 1]])
     runs = [lambda m, t=tokens: m(t.clone())[0] for tokens in (same, other, same, same)]
-    results, hub = together(encoder, runs, memo=PromptCache())
-    assert hub.counts["module"].calls == 4
-    assert hub.counts["module"].forwards == 1 + 2  # one for both texts, and the proof
+    results, batcher = together(encoder, runs, prompt_cache=PromptCache())
+    assert batcher.counts["module"].calls == 4
+    assert batcher.counts["module"].forwards == 1 + 2  # one for both texts, and the proof
     for run, result in zip(runs, results, strict=True):
         torch.testing.assert_close(result, run(encoder))
     results[0].add_(1)
@@ -434,19 +436,19 @@ def test_changing_a_module_ends_switching_until_it_is_changed_back() -> None:
     vae = tiny.stable_diffusion().vae
     shared = View("")
     stand_in = shared.stand_in(vae, "vae")
-    assert shared.occupied() == ""
+    assert shared.why_no_switch() == ""
     stand_in.to(torch.float32)
-    assert shared.occupied() == ""
+    assert shared.why_no_switch() == ""
     stand_in.to(dtype=torch.float64)
-    assert "vae" in shared.occupied()
+    assert "vae" in shared.why_no_switch()
     stand_in.to(dtype=torch.float32)
-    assert shared.occupied() == ""
+    assert shared.why_no_switch() == ""
     stand_in.to(dtype=torch.float64)
     shared.close()
     assert vae.dtype == torch.float32
-    assert shared.occupied() == ""
+    assert shared.why_no_switch() == ""
     stand_in.enable_slicing()
-    assert "slicing" in shared.occupied()
+    assert "slicing" in shared.why_no_switch()
     vae.disable_slicing()
 
 

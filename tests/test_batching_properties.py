@@ -65,7 +65,7 @@ actions = st.lists(
 
 
 def run(
-    hub: Batcher, module: Module, script: list[tuple[str, Any]]
+    batcher: Batcher, module: Module, script: list[tuple[str, Any]]
 ) -> tuple[list[Task], list[dict[str, Any]], set[int]]:
     unet = View("").stand_in(module, "unet")
     tasks: list[Task] = []
@@ -75,16 +75,16 @@ def run(
         for action, what in script:
             if action == "submit":
                 plans.append(what)
-                tasks.append(hub.submit(lambda plan=what: draw(unet, plan), caller=what["caller"]))
+                tasks.append(batcher.submit(lambda plan=what: draw(unet, plan), caller=what["caller"]))
             elif action == "step":
-                hub.step()
+                batcher.step()
             elif what < len(tasks) and not tasks[what].done:
-                hub.cancel(tasks[what], Cancelled())
+                batcher.cancel(tasks[what], Cancelled())
                 cancelled.add(what)
         turns = 0
-        while hub.step():
+        while batcher.step():
             turns += 1
-            assert turns <= 40 * 8, "the hub does not come to an end"
+            assert turns <= 40 * 8, "the batcher does not come to an end"
     return tasks, plans, cancelled
 
 
@@ -104,21 +104,21 @@ def check(tasks: list[Task], plans: list[dict[str, Any]], cancelled: set[int]) -
 @settings(max_examples=150, deadline=None)
 def test_each_ends_once_with_its_own_numbers(script: Any, cap: int, active: int, verify: Any) -> None:
     module = Module()
-    hub = Batcher(max_rows=cap, max_active=active, trust=Verification(verify, frozenset()))
-    tasks, plans, cancelled = run(hub, module, script)
+    batcher = Batcher(max_rows=cap, max_active=active, verification=Verification(verify, frozenset()))
+    tasks, plans, cancelled = run(batcher, module, script)
     check(tasks, plans, cancelled)
     largest = max((plan["rows"] for plan in plans), default=0)
     assert max(module.seen, default=0) <= max(cap, largest)
-    assert not hub._active
-    assert not hub._queue
+    assert not batcher._active
+    assert not batcher._queue
 
 
 @given(actions, st.integers(4, 6))
 @settings(max_examples=100, deadline=None)
 def test_out_of_memory_makes_batches_smaller_and_fails_nobody(script: Any, memory: int) -> None:
     module = Module(memory)
-    hub = Batcher(max_rows=16, trust=Verification("unlisted", frozenset()))
-    tasks, plans, cancelled = run(hub, module, script)
+    batcher = Batcher(max_rows=16, verification=Verification("unlisted", frozenset()))
+    tasks, plans, cancelled = run(batcher, module, script)
     check(tasks, plans, cancelled)
     too_large = [rows for rows in module.seen if rows > memory]
     # 16, 8, 4: for each of the two widths and two scales a batch is too large at most twice.
@@ -129,8 +129,8 @@ def test_out_of_memory_makes_batches_smaller_and_fails_nobody(script: Any, memor
 @settings(max_examples=50, deadline=None)
 def test_the_same_requests_give_the_same_numbers_again(everyone: list[dict[str, Any]]) -> None:
     script = [("submit", plan) for plan in everyone]
-    first, *_ = run(Batcher(trust=Verification("unlisted", frozenset())), Module(), script)
-    second, *_ = run(Batcher(trust=Verification("unlisted", frozenset())), Module(), script)
+    first, *_ = run(Batcher(verification=Verification("unlisted", frozenset())), Module(), script)
+    second, *_ = run(Batcher(verification=Verification("unlisted", frozenset())), Module(), script)
     for one, two in zip(first, second, strict=True):
         assert one.outcome is not None
         assert two.outcome is not None

@@ -98,11 +98,11 @@ def test_where_there_is_no_one_place_for_it_the_call_is_refused() -> None:
 
 def test_schedulers_are_found_by_who_steps_them() -> None:
     pipe = kandinsky()
-    assert scheduler_owners.main(pipe) is pipe.decoder_pipe
+    assert scheduler_owners.drawing_pipeline(pipe) is pipe.decoder_pipe
     found = {name: driver.pipeline for name, driver in scheduler_owners.drivers(pipe).items()}
     assert found == {"prior_scheduler": pipe.prior_pipe, "scheduler": pipe.decoder_pipe}
     plain = pipe.decoder_pipe
-    assert scheduler_owners.main(plain) is plain
+    assert scheduler_owners.drawing_pipeline(plain) is plain
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -121,7 +121,7 @@ def test_a_request_that_does_not_switch_draws_what_it_draws_undisturbed(configs:
     assert pictures[0] == pictures[1]
 
 
-# The same for whatever keeps a request from switching, on pipelines in the hub.
+# The same for whatever keeps a request from switching, on pipelines in the batcher.
 
 
 def rewired(pipe: Any) -> Any:
@@ -158,12 +158,12 @@ def test_every_way_of_not_switching_hears_a_cancel(way: str) -> None:
     pipe.set_progress_bar_config(disable=True)
     calls: list[int] = []
     hook = pipe.unet.register_forward_hook(lambda *_: calls.append(1))
-    hub = Batcher()
-    task = hub.submit(lambda: draw(pipe))
-    hub.on_listen = lambda: hub.cancel(task, Ended()) if len(calls) == 3 else None
+    batcher = Batcher()
+    task = batcher.submit(lambda: draw(pipe))
+    batcher.on_listen = lambda: batcher.cancel(task, Ended()) if len(calls) == 3 else None
     before = torch_state.ambient()
     with torch.no_grad():
-        while hub.step():
+        while batcher.step():
             pass
     hook.remove()
     assert task.outcome is not None
@@ -180,7 +180,7 @@ def test_a_parked_neighbour_is_ended_where_nothing_is_changed(way: str) -> None:
     pipe.set_progress_bar_config(disable=True)
     processors = dict(pipe.unet.attn_processors)
     seen: list[Any] = []
-    hub = Batcher()
+    batcher = Batcher()
 
     def neighbour() -> None:
         encoder = View("").stand_in(pipe.text_encoder, "text_encoder")
@@ -190,14 +190,14 @@ def test_a_parked_neighbour_is_ended_where_nothing_is_changed(way: str) -> None:
         finally:
             seen.append((torch_state.ambient(), dict(pipe.unet.attn_processors)))
 
-    parked = hub.submit(neighbour)
+    parked = batcher.submit(neighbour)
     with torch.no_grad():
         before = torch_state.ambient()
-        hub.step()
-        running = hub.submit(lambda: draw(pipe))
-        hub.on_listen = lambda: hub.cancel(parked, Ended())
-        hub.step()
-        while hub.step():
+        batcher.step()
+        running = batcher.submit(lambda: draw(pipe))
+        batcher.on_listen = lambda: batcher.cancel(parked, Ended())
+        batcher.step()
+        while batcher.step():
             pass
     assert isinstance(parked.outcome and parked.outcome.error, Ended)
     assert running.outcome is not None

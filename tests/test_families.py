@@ -101,5 +101,5 @@ def test_sizes_may_be_mixed(family: str) -> None:
     pipe.set_progress_bar_config(disable=True)
     calls = [{**one.calls[n % 3], "height": height, "width": width} for n, (height, width) in enumerate(SIZES)]
     alone = [parity.draw(pipe, call) for call in parity.seeded(calls)]
-    hub = Batcher(max_rows=16, trust=verification.Verification("unlisted"))
-    assert parity.difference(alone, parity.together(hub, pipe, calls)) <= parity.PIXEL
+    batcher = Batcher(max_rows=16, verification=verification.Verification("unlisted"))
+    assert parity.difference(alone, parity.together(batcher, pipe, calls)) <= parity.PIXEL

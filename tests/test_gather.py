@@ -157,13 +157,13 @@ class Cancelled(BaseException):
 def test_cancelling_one_leaves_the_pixels_of_the_others(turn: int) -> None:
     pipe = tiny.stable_diffusion()
     expected = alone(pipe, MIXED[:3])
-    hub = Batcher()
-    tasks = [hub.submit(lambda call=call: view(pipe)(**call).images) for call in seeded(MIXED[:3])]
+    batcher = Batcher()
+    tasks = [batcher.submit(lambda call=call: view(pipe)(**call).images) for call in seeded(MIXED[:3])]
     with torch.no_grad():
         for _ in range(turn):
-            hub.step()
-        hub.cancel(tasks[1], Cancelled())
-        while hub.step():
+            batcher.step()
+        batcher.cancel(tasks[1], Cancelled())
+        while batcher.step():
             pass
     outcomes = [task.outcome for task in tasks]
     assert isinstance(outcomes[1].error, Cancelled)
@@ -185,14 +185,14 @@ def test_two_pipelines_on_the_same_weights_share_forwards() -> None:
         return view(pipe)(**call, generator=torch.Generator().manual_seed(1), output_type="np").images
 
     expected = [run(pipe, call) for pipe, call in calls]
-    hub = Batcher()
-    tasks = [hub.submit(lambda pipe=pipe, call=call: run(pipe, call)) for pipe, call in calls]
+    batcher = Batcher()
+    tasks = [batcher.submit(lambda pipe=pipe, call=call: run(pipe, call)) for pipe, call in calls]
     with torch.no_grad():
-        while hub.step():
+        while batcher.step():
             pass
     for one, task in zip(expected, tasks, strict=True):
         np.testing.assert_allclose(task.outcome.value, one, atol=1e-4)
-    assert hub.counts["unet"].forwards < hub.counts["unet"].calls
+    assert batcher.counts["unet"].forwards < batcher.counts["unet"].calls
 
 
 def test_an_exclusive_pipeline_runs_beside_others_and_leaves_nothing_behind() -> None:
@@ -204,11 +204,11 @@ def test_an_exclusive_pipeline_runs_beside_others_and_leaves_nothing_behind() ->
     calls = [(guided if n % 2 else plain, call) for n, call in enumerate(seeded(MIXED))]
     expected = [pipe(**call).images for pipe, call in calls]
     processors = dict(plain.unet.attn_processors)
-    hub = Batcher()
+    batcher = Batcher()
     again = [(pipe, call) for (pipe, _), call in zip(calls, seeded(MIXED), strict=True)]
-    tasks = [hub.submit(lambda pipe=pipe, call=call: view(pipe)(**call).images) for pipe, call in again]
+    tasks = [batcher.submit(lambda pipe=pipe, call=call: view(pipe)(**call).images) for pipe, call in again]
     with torch.no_grad():
-        while hub.step():
+        while batcher.step():
             pass
     for one, task in zip(expected, tasks, strict=True):
         np.testing.assert_allclose(task.outcome.value, one, atol=1e-4)

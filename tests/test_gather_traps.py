@@ -135,20 +135,20 @@ def test_a_view_that_is_used_plainly_leaves_caches_as_a_pipeline_does() -> None:
 
 def test_an_adapter_added_in_the_middle_pins_its_request() -> None:
     pipe = tiny.stable_diffusion()
-    hub = Batcher()
+    batcher = Batcher()
 
     def adding() -> None:
         made = view(pipe)
         made.unet.set_attn_processor(pipe.unet.attn_processors)
         made(**seeded(PLAIN)[0])
 
-    hub.submit(adding)
-    hub.submit(lambda: view(pipe)(**seeded(PLAIN)[1]))
+    batcher.submit(adding)
+    batcher.submit(lambda: view(pipe)(**seeded(PLAIN)[1]))
     with torch.no_grad():
-        while hub.step():
+        while batcher.step():
             pass
-    assert hub.counts.alone["unet", "unet: set_attn_processor"] == 4  # PNDM does one step more
-    assert hub.counts.unbatched["unet", "changed_module"] == 4
+    assert batcher.counts.alone_because["unet", "unet: set_attn_processor"] == 4  # PNDM does one step more
+    assert batcher.counts.unbatched["unet", "changed_module"] == 4
 
 
 def test_a_patch_that_keeps_a_state_in_a_module_sees_one_request_after_another() -> None:
@@ -174,16 +174,16 @@ def test_a_patch_that_keeps_a_state_in_a_module_sees_one_request_after_another()
 def test_both_ways_of_doing_without_gradients_batch(outer: Any) -> None:
     pipe = tiny.flux()
     expected = alone(pipe, FLOW)
-    hub = Batcher()
+    batcher = Batcher()
 
     def drawing(call: dict[str, Any]) -> Any:
         with outer():
             return view(pipe)(**call).images
 
-    tasks = [hub.submit(lambda call=call: drawing(call)) for call in seeded(FLOW)]
+    tasks = [batcher.submit(lambda call=call: drawing(call)) for call in seeded(FLOW)]
     with outer():
-        while hub.step():
+        while batcher.step():
             pass
     for one, task in zip(expected, tasks, strict=True):
         np.testing.assert_allclose(task.outcome.value, one, atol=1e-4)
-    assert hub.counts["transformer"].forwards < hub.counts["transformer"].calls
+    assert batcher.counts["transformer"].forwards < batcher.counts["transformer"].calls

@@ -36,17 +36,17 @@ def test_a_text_that_is_known_costs_no_turn(family: str) -> None:
 def test_who_has_the_same_text_goes_on_in_the_same_turn() -> None:
     pipe = FAMILIES["StableDiffusion"].build()
     pipe.set_progress_bar_config(disable=True)
-    hub = Batcher()
+    batcher = Batcher()
     for steps in (2, 3, 4):
-        hub.submit(lambda steps=steps: view(pipe)(prompt="", negative_prompt="", num_inference_steps=steps))
+        batcher.submit(lambda steps=steps: view(pipe)(prompt="", negative_prompt="", num_inference_steps=steps))
     with torch.no_grad():
-        hub.step()
-        assert hub.counts["text_encoder"].forwards == 1
-        hub.step()  # the text again, known by now, and on to the denoiser
-    assert hub.counts["text_encoder"].calls == 6
-    assert hub.counts["text_encoder"].forwards == 1
-    assert hub.counts["unet"].calls == 3
-    assert hub.counts["unet"].forwards == 1
+        batcher.step()
+        assert batcher.counts["text_encoder"].forwards == 1
+        batcher.step()  # the text again, known by now, and on to the denoiser
+    assert batcher.counts["text_encoder"].calls == 6
+    assert batcher.counts["text_encoder"].forwards == 1
+    assert batcher.counts["unet"].calls == 3
+    assert batcher.counts["unet"].forwards == 1
 
 
 STEPS = 12
@@ -78,22 +78,22 @@ def test_three_kinds_of_calls_in_a_step_find_together(comes: tuple[int, ...]) ->
 
     with torch.no_grad():
         alone = [draw(seed) for seed in range(4)]
-        hub = Batcher(trust=Verification("unlisted"))
+        batcher = Batcher(verification=Verification("unlisted"))
         for seed in range(2):  # what is not on the list is computed twice the first time
-            hub.submit(functools.partial(draw, seed))
-        while hub.step():
+            batcher.submit(functools.partial(draw, seed))
+        while batcher.step():
             pass
-        hub.counts.clear()
-        start = hub.now
+        batcher.counts.clear()
+        start = batcher.now
         tasks: list[Any] = []
-        while len(tasks) < 4 or hub.step():
-            while len(tasks) < 4 and comes[len(tasks)] <= hub.now - start:
-                tasks.append(hub.submit(functools.partial(draw, len(tasks))))
+        while len(tasks) < 4 or batcher.step():
+            while len(tasks) < 4 and comes[len(tasks)] <= batcher.now - start:
+                tasks.append(batcher.submit(functools.partial(draw, len(tasks))))
             if len(tasks) < 4:
-                hub.step()
+                batcher.step()
     for task, expected in zip(tasks, alone, strict=True):
         torch.testing.assert_close(task.outcome.value, expected, rtol=1e-4, atol=1e-4)
-    calls = sum(count.calls for count in hub.counts.values())
-    forwards = sum(count.forwards for count in hub.counts.values())
+    calls = sum(count.calls for count in batcher.counts.values())
+    forwards = sum(count.forwards for count in batcher.counts.values())
     assert calls == 4 * 3 * STEPS
     assert forwards <= 3 * STEPS + max(comes) + 2

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sfumato.batching.policy import LONGEST_LOOP, PATIENCE, Waiting, choose, loop
+from sfumato.batching.policy import LONGEST_LOOP, PATIENCE, Waiting, choose, repeated_keys
 
 
 def call(id: int, **more: object) -> Waiting:
@@ -37,7 +37,7 @@ def test_the_caller_with_least_goes_first() -> None:
 
 
 def test_a_short_request_overtakes_long_ones() -> None:
-    parked = [call(0, left=50), call(1, left=50), call(2, left=4, since=3, key="b")]
+    parked = [call(0, steps_left=50), call(1, steps_left=50), call(2, steps_left=4, since=3, key="b")]
     assert ids(choose(parked, 3, lambda _: 8)) == [2]
 
 
@@ -49,34 +49,34 @@ def test_the_call_that_most_are_like_goes_first() -> None:
 
 
 def test_a_larger_group_on_its_way_goes_first() -> None:
-    few = call(0, key="b", loop={"a", "b"}, caller="modest")
-    many = [call(n, since=1, loop={"a", "b"}, caller="greedy") for n in (1, 2)]
+    few = call(0, key="b", repeated_keys={"a", "b"}, caller="modest")
+    many = [call(n, since=1, repeated_keys={"a", "b"}, caller="greedy") for n in (1, 2)]
     had = {"greedy": 9.0, "modest": 1.0}.__getitem__
     assert ids(choose([few, *many], 2, lambda _: 8, had)) == [1, 2]
     assert ids(choose([few, *many], 2, lambda _: 2, had)) == [0]  # its forward is full: it has nobody to wait for
     assert ids(choose([few, *many], PATIENCE, lambda _: 8, had)) == [0]
-    passing = [call(n, since=1, loop={"a"}, caller="greedy") for n in (1, 2)]
+    passing = [call(n, since=1, repeated_keys={"a"}, caller="greedy") for n in (1, 2)]
     assert ids(choose([few, *passing], 2, lambda _: 8, had)) == [0]  # they never come by
 
 
 def test_nobody_with_more_steps_left_goes_first_on_his_way() -> None:
-    few = call(0, key="b", loop={"a", "b"}, left=4)
-    many = [call(n, loop={"a", "b"}, left=50) for n in (1, 2)]
+    few = call(0, key="b", repeated_keys={"a", "b"}, steps_left=4)
+    many = [call(n, repeated_keys={"a", "b"}, steps_left=50) for n in (1, 2)]
     assert ids(choose([few, *many], 2, lambda _: 8)) == [0]
 
 
 def test_of_equal_groups_the_one_that_moved_last_moves_on() -> None:
-    one = [call(n, key="b", since=3, loop={"a", "b"}) for n in (0, 1)]
-    other = [call(n, since=4, loop={"a", "b"}) for n in (2, 3)]
+    one = [call(n, key="b", since=3, repeated_keys={"a", "b"}) for n in (0, 1)]
+    other = [call(n, since=4, repeated_keys={"a", "b"}) for n in (2, 3)]
     assert ids(choose([*one, *other], 5, lambda _: 8)) == [2, 3]
 
 
 def test_a_loop_is_what_came_since_the_last_time() -> None:
-    assert loop("a") == set()
-    assert loop("ttcu") == set()
-    assert loop("ttcuc") == {"c", "u"}
-    assert loop("ttcucdc") == {"c", "u", "d"}
-    assert loop("ttcucud") == set()
+    assert repeated_keys("a") == set()
+    assert repeated_keys("ttcu") == set()
+    assert repeated_keys("ttcuc") == {"c", "u"}
+    assert repeated_keys("ttcucdc") == {"c", "u", "d"}
+    assert repeated_keys("ttcucud") == set()
 
 
 def test_a_call_without_a_key_runs_alone() -> None:
@@ -99,8 +99,8 @@ arrivals = st.lists(
         key=st.sampled_from(["a", "b", "c", None]),
         rows=st.integers(1, 5),
         caller=st.sampled_from(["x", "y"]),
-        left=st.none() | st.integers(0, 50),
-        loop=st.frozensets(st.sampled_from("abc")),
+        steps_left=st.none() | st.integers(0, 50),
+        repeated_keys=st.frozensets(st.sampled_from("abc")),
     ),
     min_size=1,
     max_size=12,
@@ -111,7 +111,7 @@ arrivals = st.lists(
 @settings(max_examples=200, deadline=None)
 def test_no_call_waits_longer_than_the_bound(active: list[Waiting], room: int, patience: int, random) -> None:
     """Requests park again and again, each time as whatever hurts most; none waits over `patience + active`."""
-    parked = {n: Waiting(n, c.key, c.rows, 0, c.caller, c.left, c.loop) for n, c in enumerate(active)}
+    parked = {n: Waiting(n, c.key, c.rows, 0, c.caller, c.steps_left, c.repeated_keys) for n, c in enumerate(active)}
     given_: dict[str, float] = {"x": 0.0, "y": 0.0}
     for now in range(120):
         group = choose(list(parked.values()), now, lambda _: room, given_.__getitem__, patience)
@@ -122,7 +122,9 @@ def test_no_call_waits_longer_than_the_bound(active: list[Waiting], room: int, p
             assert now - c.since < patience + len(parked)
             given_[c.caller] += c.rows
             shape = random.choice(active)
-            parked[c.id] = Waiting(c.id, shape.key, shape.rows, now + 1, shape.caller, shape.left, shape.loop)
+            parked[c.id] = Waiting(
+                c.id, shape.key, shape.rows, now + 1, shape.caller, shape.steps_left, shape.repeated_keys
+            )
 
 
 def test_the_default_patience_is_a_few_steps() -> None:
@@ -152,7 +154,7 @@ class Request:
     def waiting(self) -> Waiting:
         past = self.calls[: self.at + 1][-LONGEST_LOOP:]
         left = (len(self.calls) - self.at) // self.step if self.tells else None
-        return Waiting(self.id, self.calls[self.at], 2, self.since, self.caller, left, loop(past))
+        return Waiting(self.id, self.calls[self.at], 2, self.since, self.caller, left, repeated_keys(past))
 
 
 def drawn(requests: Sequence[Request], room: int = 8) -> float:

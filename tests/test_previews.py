@@ -30,10 +30,10 @@ from sfumato.drawing.draw import draw
 from sfumato.engine.local import Local
 from sfumato.errors import ModelFileError
 from sfumato.models import load
-from sfumato.previews.decode import Sight, cheap_decoder, preview
+from sfumato.previews.decode import PreviewImage, cheap_decoder, preview
 from sfumato.previews.latent_rgb import LatentRGB, fit
 from sfumato.previews.steps import RunPreviews, due
-from sfumato.previews.x0 import GUESSES, Stepped, sample
+from sfumato.previews.x0 import X0_FORMULAS, StepResult, x0_or_sample
 from sfumato.sampling import nested
 from sfumato.serving.catalog import EMBEDDED, Catalog
 from sfumato.settings import Settings
@@ -179,16 +179,18 @@ def test_a_preview_that_fails_ends_the_previews_only(studio: Studio, monkeypatch
 
 
 def test_a_preview_draws_no_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    def noisy(*_: Any) -> Sight:
+    def noisy(*_: Any) -> PreviewImage:
         torch.rand(())
-        return Sight(Image.new("RGB", (8, 8)), 64, 64)
+        return PreviewImage(Image.new("RGB", (8, 8)), 64, 64)
 
     monkeypatch.setattr("sfumato.previews.steps.preview", noisy)
     got: list[Preview] = []
     pipe = tiny.stable_diffusion()
     latents = torch.zeros(1, 4, 8, 8)
     before = torch.get_rng_state()
-    RunPreviews(pipe, 1, None, None, got.append).after(1, 2, Stepped(diffusers.DDIMScheduler(), latents, 1, (latents,)))
+    RunPreviews(pipe, 1, None, None, got.append).after(
+        1, 2, StepResult(diffusers.DDIMScheduler(), latents, 1, (latents,))
+    )
     assert torch.equal(torch.get_rng_state(), before)
     assert len(got) == 1
 
@@ -241,7 +243,7 @@ def test_which_step_shows() -> None:
 
 
 def shown_of(scheduler: Any, result: Any) -> torch.Tensor | None:
-    return sample(Stepped(scheduler, torch.zeros(1, 4, 2, 2), torch.tensor(1), result))
+    return x0_or_sample(StepResult(scheduler, torch.zeros(1, 4, 2, 2), torch.tensor(1), result))
 
 
 def test_the_clean_sample_is_preferred() -> None:
@@ -281,13 +283,13 @@ def test_with_a_denoiser_that_knows_each_step_shows_the_picture(name: str) -> No
         at = scheduler.alphas_cumprod[timestep.int()] if not flow else None
         output = noise - clean if at is None else (latents - at**0.5 * clean) / (1 - at) ** 0.5
         result = scheduler.step(output, timestep, latents, return_dict=False)
-        guess = sample(Stepped(scheduler, output, timestep, result))
+        guess = x0_or_sample(StepResult(scheduler, output, timestep, result))
         latents = result[0]
         assert guess is not None
         assert torch.allclose(guess, clean, atol=2e-3), (guess - clean).abs().max()
         shown += guess is not latents
     assert shown > 7
-    assert type(scheduler).__name__ in GUESSES
+    assert type(scheduler).__name__ in X0_FORMULAS
 
 
 UNKNOWN: list[Any] = [
@@ -303,7 +305,7 @@ def test_where_the_guess_is_not_known_the_sample_is_shown(make: Callable[[], Any
     scheduler.set_timesteps(3)
     output = torch.ones(1, 4, 2, 2)
     result = scheduler.step(output, scheduler.timesteps[0], output, return_dict=False)
-    assert sample(Stepped(scheduler, output, scheduler.timesteps[0], result)) is result[0]
+    assert x0_or_sample(StepResult(scheduler, output, scheduler.timesteps[0], result)) is result[0]
 
 
 # The map to colours
@@ -315,7 +317,7 @@ def small(image: Image.Image, side: int = 16) -> np.ndarray[Any, Any]:
 
 def test_previews_of_the_embedded_model_look_like_its_pictures() -> None:
     model = load.load(Catalog([EMBEDDED]).get("sfumato-tiny"), "cpu", lambda status: None)
-    assert isinstance(model.glance, LatentRGB)
+    assert isinstance(model.preview_decoder, LatentRGB)
     before = torch.get_rng_state()
     drawn: list[tuple[list[Preview], Done]] = []
     for seed, prompt in enumerate(("a rocket on a blue background", "a cat on a green background")):
@@ -399,13 +401,13 @@ def test_a_tiny_autoencoder_that_the_file_names_shows_previews(studio: Studio, s
         "diffusers:\n  preview_vae: taesd\n"
     )
     model = load.load(Catalog([small_decoder]).get("m"), "cpu", lambda status: None)
-    assert type(model.glance).__name__ == "AutoencoderTiny"
+    assert type(model.preview_decoder).__name__ == "AutoencoderTiny"
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-    made = preview(model.pipeline, latents, 64, 64, model.glance)
+    made = preview(model.pipeline, latents, 64, 64, model.preview_decoder)
     assert made is not None
     # It takes latents as the denoiser has them, unscaled by the large decoder's factor.
     with torch.no_grad():
-        decoded = model.glance.decode(latents).sample
+        decoded = model.preview_decoder.decode(latents).sample
     wanted = model.pipeline.image_processor.postprocess(decoded)[0]
     assert np.array_equal(np.asarray(made.image), np.asarray(wanted))
 
@@ -453,8 +455,8 @@ WITHOUT_A_MAP = {
 @pytest.mark.filterwarnings("ignore")  # diffusers' own, some of them about toy sizes
 @pytest.mark.parametrize("family", PICTURES)
 def test_a_preview_of_the_last_step_is_the_picture(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sfumato.previews.x0.CLEAN", ())
-    monkeypatch.setattr("sfumato.previews.x0.GUESSES", {})
+    monkeypatch.setattr("sfumato.previews.x0.X0_NAMES", ())
+    monkeypatch.setattr("sfumato.previews.x0.X0_FORMULAS", {})
     pipe = parity.FAMILIES[family].build()
     pipe.set_progress_bar_config(disable=True)
     call = parity.seeded(parity.FAMILIES[family].calls)[0]
@@ -469,11 +471,11 @@ def test_a_preview_of_the_last_step_is_the_picture(family: str, monkeypatch: pyt
     pipe.scheduler.step = keeping
     with torch.no_grad():
         picture = pipe(**call).images[0]
-    latents = sample(Stepped(pipe.scheduler, *results[-1]))
+    latents = x0_or_sample(StepResult(pipe.scheduler, *results[-1]))
     assert latents is not None
     made = preview(pipe, latents, call.get("width"), call.get("height"))
     assert made is not None
-    assert made.size == picture.size
+    assert (made.width, made.height) == picture.size
     if "mask_image" not in call or "9 channels" in family:  # else the pipeline puts the source's rest around it
         assert np.abs(np.asarray(made.image).astype(int) - np.asarray(picture)).max() <= 1
     colours = cheap_decoder(pipe)

@@ -45,17 +45,17 @@ class Recording(Batcher):
 
 def recorded(pipe: Any, requests: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[Call]]:
     """The first call of each method of each module, one per request, as the pipeline makes it in one step."""
-    hub = Recording()
+    batcher = Recording()
     pipe.set_progress_bar_config(disable=True)
     drawn = [{**request, "num_inference_steps": 2} for request in requests]
-    tasks = [hub.submit(lambda call=call: view(pipe)(**call, output_type="pt")) for call in parity.seeded(drawn)]
+    tasks = [batcher.submit(lambda call=call: view(pipe)(**call, output_type="pt")) for call in parity.seeded(drawn)]
     with torch.no_grad():
-        while hub.step():
+        while batcher.step():
             pass
     for task in tasks:
         if task.outcome and task.outcome.error:
             raise task.outcome.error
-    return {module: list(calls.values()) for module, calls in hub.first.items()}
+    return {module: list(calls.values()) for module, calls in batcher.first.items()}
 
 
 def joined(calls: Sequence[Call]) -> dict[str, Any]:
@@ -458,10 +458,10 @@ def test_numbers_that_choose_from_a_table_stay_in_it() -> None:
         torch.tensor([[[0, 7], [1, 9]]]), torch.zeros(2, 3), torch.full((2, 3), 4.0),
     ]  # fmt: skip
     for value in values:
-        other = proof._other(value)
+        other = proof._different_contents(value)
         assert other.shape == value.shape
         assert set(other.long().flatten().tolist()) <= {*value.long().flatten().tolist(), 0}
-    ids = proof._other(torch.tensor([[[0, 70], [1, 9]]]))
+    ids = proof._different_contents(torch.tensor([[[0, 70], [1, 9]]]))
     assert ids[..., 0].max() <= 1  # each axis of a position has a table of its own
-    assert proof._other(torch.zeros(2, 3)).any()
-    assert not proof._other(torch.ones(2, 4, dtype=torch.bool)).all()
+    assert proof._different_contents(torch.zeros(2, 3)).any()
+    assert not proof._different_contents(torch.ones(2, 4, dtype=torch.bool)).all()

@@ -53,8 +53,8 @@ RUNS = [halved(1), halved(2)]
 
 
 def forwards(path: Path, module: nn.Module) -> int:
-    _, hub = together(module, RUNS, trust=trusting(path))
-    return hub.counts["module"].forwards + hub.counts["module"].proving
+    _, batcher = together(module, RUNS, verification=trusting(path))
+    return batcher.counts["module"].forwards + batcher.counts["module"].proving
 
 
 def test_the_next_process_batches_from_its_first_step_on(path: Path) -> None:
@@ -68,10 +68,10 @@ def test_a_refusal_is_remembered_and_logged_once(path: Path, caplog: pytest.LogC
     for again in range(2):
         caplog.clear()
         with caplog.at_level(logging.INFO):
-            results, hub = together(module, runs, trust=trusting(path))
+            results, batcher = together(module, runs, verification=trusting(path))
         assert all(torch.equal(result, run(module)) for run, result in zip(runs, results, strict=True))
-        assert hub.counts["module"].forwards == (9 if again else 9 + 1)
-        assert hub.counts.unbatched == {("module", "refused"): 9}
+        assert batcher.counts["module"].forwards == (9 if again else 9 + 1)
+        assert batcher.counts.unbatched == {("module", "refused"): 9}
         lines = [record.message for record in caplog.records if "not batched" in record.message]
         assert len(lines) == 1
         assert "Coupled" in lines[0]
@@ -84,8 +84,8 @@ def test_a_proof_belongs_to_what_was_run(path: Path) -> None:
     assert forwards(path, half_unet(layers_per_block=2)) == proved  # another configuration
     with tiny.seeded(0):
         float16 = tiny._unet().to(torch.float16).requires_grad_(False)
-    _, hub = together(float16, [lambda m, run=run: run(Cast(m)) for run in RUNS], trust=trusting(path))
-    assert hub.counts["module"].proving == PROOF  # another precision
+    _, batcher = together(float16, [lambda m, run=run: run(Cast(m)) for run in RUNS], verification=trusting(path))
+    assert batcher.counts["module"].proving == PROOF  # another precision
     patched = half_unet()
     patched.mid_block.resnets[0].forward = lambda *args, **kwargs: args[0]  # another source
     assert forwards(path, patched) == proved
@@ -108,7 +108,7 @@ class Cast:
         b"", b"{", b"[]", b"\xff\xfe", b'{"format": 0, "proofs": {}}', b'{"format": 1}', b'{"format": 1, "proofs": []}',
         b'{"format": 1, "proofs": {"a": {}, "b": 3, "c": {"signature": 1, "refused": "", "shown": ""}}}',
         b"[" * 100_000,
-        b'{"format": 1, "proofs": {}}' + b" " * (proof_store.LARGEST + 1),
+        b'{"format": 1, "proofs": {}}' + b" " * (proof_store.MAX_BYTES + 1),
     ],
     ids=range(10),
 )  # fmt: skip
@@ -152,9 +152,9 @@ def test_a_folder_that_cannot_be_written_costs_nothing_but_the_memory(tmp_path: 
 
 
 def test_without_a_server_the_file_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
-    monkeypatch.setenv(proof_store.VARIABLE, str(path))
+    monkeypatch.setenv(proof_store.ENVIRONMENT_VARIABLE, str(path))
     assert proof_store.of_user() == path
-    monkeypatch.delenv(proof_store.VARIABLE)
+    monkeypatch.delenv(proof_store.ENVIRONMENT_VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(path.parent))
     assert proof_store.of_user() == path.parent / "sfumato" / proof_store.NAME
     monkeypatch.delenv("XDG_CACHE_HOME")
@@ -167,8 +167,8 @@ def test_without_a_server_the_file_is_where_the_environment_says(monkeypatch: py
 def listed_forwards(module: nn.Module, path: Path) -> tuple[int, int]:
     """Forwards and those of proofs among them, of two runs of two calls with the shipped list."""
     runs = [lambda m, seed=seed: denoised(m, seed) for seed in (1, 2)]
-    _, hub = together(module, runs, trust=Verification(proofs=Proofs(path)))
-    return hub.counts["module"].forwards, hub.counts["module"].proving
+    _, batcher = together(module, runs, verification=Verification(proofs=Proofs(path)))
+    return batcher.counts["module"].forwards, batcher.counts["module"].proving
 
 
 def denoised(unet: Any, seed: int) -> Any:

@@ -247,9 +247,9 @@ def test_places_and_forwards_are_both_shared_or_one_picture_waits_for_a_hundred(
             for ticket in [ticket for ticket in parked if ticket.number in chosen]:
                 call = parked.pop(ticket)
                 share.add(call.caller, call.rows)
-                assert call.left is not None
-                if call.left > 1:
-                    parked[ticket] = replace(call, since=forwards + 1, left=call.left - 1)
+                assert call.steps_left is not None
+                if call.steps_left > 1:
+                    parked[ticket] = replace(call, since=forwards + 1, steps_left=call.steps_left - 1)
                 else:
                     queue.leave(ticket, drawn=True)
 

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import parity
 from sfumato.batching import shipped_list, text_masks
 from sfumato.batching.batcher import Batcher
-from sfumato.batching.calls import differing
+from sfumato.batching.calls import differences_between
 from sfumato.batching.concatenation import ConcatenationCache, join
 from sfumato.batching.verification import Verification
 
@@ -247,13 +247,13 @@ def talking(at: int, masked: bool) -> Any:
 def test_padded_text_is_joined_where_it_is_right(masked: bool, counts: bool) -> None:
     module = Mean(counts)
     runs = [talking(at, masked) for at in range(3)]
-    results, hub = together(module, runs)
+    results, batcher = together(module, runs)
     for run, result in zip(runs, results, strict=True):
         torch.testing.assert_close(result, run(module))
-    refused = [signature for signature in hub.trust.refused if signature.endswith("~text")]
+    refused = [signature for signature in batcher.verification.refused if signature.endswith("~text")]
     assert bool(refused) is counts
     # One batch to try, its three members alone; then two batches, or all alone.
-    assert hub.counts["module"].forwards == (1 + 9 if counts else 1 + 3 + 2)
+    assert batcher.counts["module"].forwards == (1 + 9 if counts else 1 + 3 + 2)
 
 
 def test_padding_that_is_right_for_zeros_alone_is_found_out() -> None:
@@ -265,10 +265,10 @@ def test_padding_that_is_right_for_zeros_alone_is_found_out() -> None:
 
     module = Average(counts=True)
     runs = [talking(3 * at, masked=True) for at in range(3)]
-    results, hub = together(module, runs)
+    results, batcher = together(module, runs)
     for run, result in zip(runs, results, strict=True):
         torch.testing.assert_close(result, run(module))
-    assert [signature for signature in hub.trust.refused if signature.endswith("~text")]
+    assert [signature for signature in batcher.verification.refused if signature.endswith("~text")]
 
 
 def test_padding_is_a_looseness_of_its_own() -> None:
@@ -282,15 +282,15 @@ def test_padding_is_a_looseness_of_its_own() -> None:
     longer = called(module, noise(1, 4), noise(1, 5, 4), torch.tensor([1]))
     both = called(module, noise(1, 4), noise(1, 5, 4), torch.tensor([1.0]))
     assert first.key == timed.key == longer.key == both.key
-    assert differing([first, timed]) == {"time"}
-    assert differing([first, longer]) == {"text"}
-    assert differing([first, both]) == {"text", "time"}
+    assert differences_between([first, timed]) == {"time"}
+    assert differences_between([first, longer]) == {"text"}
+    assert differences_between([first, both]) == {"text", "time"}
     tight, loose = (Verification("unlisted", frozenset()).signature(first, frozenset(some)) for some in ((), ("time",)))
     trust = Verification("unlisted", frozenset({tight, loose}))
     trust.refuse(first, trust.signature(first, frozenset({"text"})), "differs")
     # Refused when padded, other time steps may still be joined.
-    assert trust.width(first) == {"time"}
-    assert first.narrowed({"time"}) == timed.narrowed({"time"}) != longer.narrowed({"time"})
+    assert trust.permitted(first) == {"time"}
+    assert first.key_within({"time"}) == timed.key_within({"time"}) != longer.key_within({"time"})
 
 
 def test_a_mask_of_another_shape_belongs_to_something_else() -> None:
@@ -301,7 +301,7 @@ def test_a_mask_of_another_shape_belongs_to_something_else() -> None:
         img_ids=noise(16, 3), txt_ids=noise(5, 3), attention_mask=torch.ones(1, 21),
     )  # fmt: skip
     assert not call.pairs
-    assert call.loose == {"time"}
+    assert call.differences == {"time"}
 
 
 # Rows.
@@ -314,9 +314,9 @@ def test_a_padding_mask_of_one_row_belongs_to_all() -> None:
 
     module = Padded()
     runs = [lambda m, n=n: m(m(noise(1, 4, seed=n), torch.ones(1, 4)), torch.ones(1, 4)) for n in range(3)]
-    results, hub = together(module, runs)
+    results, batcher = together(module, runs)
     assert all(torch.equal(result, noise(1, 4, seed=n) + 2) for n, result in enumerate(results))
-    assert hub.counts["module"].forwards == 1 + 3 + 1
+    assert batcher.counts["module"].forwards == 1 + 3 + 1
     assert called(module, noise(1, 4), torch.ones(1, 4)).key != called(module, noise(1, 4), torch.zeros(1, 4)).key
 
 
@@ -330,11 +330,11 @@ def test_several_entries_of_a_row_stay_together() -> None:
     runs = [
         lambda m, n=n: m(m(noise(n, 4, seed=n), noise(2 * n, 4, seed=n + 5)), noise(2 * n, 4, seed=n)) for n in (1, 2)
     ]
-    results, hub = together(module, runs)
+    results, batcher = together(module, runs)
     for run, result in zip(runs, results, strict=True):
         assert torch.equal(result, run(module))
-    assert hub.counts["module"].forwards == 1 + 2 + 1
-    assert not hub.trust.refused
+    assert batcher.counts["module"].forwards == 1 + 2 + 1
+    assert not batcher.verification.refused
 
 
 def test_entries_that_go_by_their_place_in_all_rows_are_found_out() -> None:
@@ -345,10 +345,10 @@ def test_entries_that_go_by_their_place_in_all_rows_are_found_out() -> None:
 
     module = Interleaved()
     runs = [lambda m, n=n: m(m(noise(1, 4, seed=n), noise(2, 4, seed=n + 5)), noise(2, 4, seed=n)) for n in (1, 2, 3)]
-    results, hub = together(module, runs)
+    results, batcher = together(module, runs)
     for run, result in zip(runs, results, strict=True):
         assert torch.equal(result, run(module))
-    assert hub.trust.refused
+    assert batcher.verification.refused
 
 
 def test_a_list_of_pictures_is_no_list_of_rows() -> None:
@@ -361,11 +361,11 @@ def test_a_list_of_pictures_is_no_list_of_rows() -> None:
     other = called(module, [noise(1, 3, 8, 8), noise(1, 3, 8, 8)], [1.0, 0.25])
     assert one.key != other.key
     runs = [lambda m, n=n: m([noise(1, 3, 8, 8, seed=n), noise(1, 3, 8, 8, seed=n + 9)], [1.0, 0.5]) for n in range(3)]
-    results, hub = together(module, runs)
+    results, batcher = together(module, runs)
     for run, result in zip(runs, results, strict=True):
         for part, expected in zip(result, run(module), strict=True):
             torch.testing.assert_close(part, expected)
-    assert not hub.trust.refused
+    assert not batcher.verification.refused
 
 
 # The real ones, at once and by the shipped list.
@@ -397,8 +397,8 @@ def test_text_that_must_not_be_padded_is_drawn_right(family: str, precision: tor
     pipe = parity.FAMILIES[family].build().to(precision)
     pipe.set_progress_bar_config(disable=True)
     alone = [parity.draw(pipe, call) for call in parity.seeded(calls)]
-    hub = Batcher(max_rows=16)
-    together = parity.together(hub, pipe, calls)
-    assert [signature for signature in hub.trust.refused if signature.endswith("~text")]
+    batcher = Batcher(max_rows=16)
+    together = parity.together(batcher, pipe, calls)
+    assert [signature for signature in batcher.verification.refused if signature.endswith("~text")]
     if precision == torch.float32:
         assert parity.difference(alone, together) <= parity.PIXEL

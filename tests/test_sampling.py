@@ -259,7 +259,7 @@ def test_like_takes_every_scheduler_over(name: str) -> None:
     """Names with a schedule behind them, too."""
     request = command._as_request(made(Sampling(scheduler=name)))
     assert request["sampling"].scheduler == name
-    assert schedulers.named(name) == name
+    assert schedulers.canonical_name(name) == name
 
 
 def test_the_model_list_has_each(inside: Inside) -> None:

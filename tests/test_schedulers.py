@@ -577,8 +577,8 @@ def test_handover() -> None:
     flux = scheduler_calls.read(diffusers.FluxPipeline)
     assert flux is not None
     (run,) = flux.runs
-    assert run.given({}) == {"sigmas", "mu"}
-    assert run.given({"use_flow_sigmas": True}) == {"mu"}
+    assert run.with_values({}) == {"sigmas", "mu"}
+    assert run.with_values({"use_flow_sigmas": True}) == {"mu"}
     sd3 = scheduler_calls.read(diffusers.StableDiffusion3Pipeline)
     assert sd3 is not None
     (run,) = sd3.runs
@@ -612,9 +612,9 @@ def rehearsals(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         return rehearse(scheduler, *args)
 
     monkeypatch.setattr(request_scheduler, "_rehearse", counted)
-    request_scheduler._misfit.cache_clear()
+    request_scheduler._why_unfit.cache_clear()
     yield held
-    request_scheduler._misfit.cache_clear()
+    request_scheduler._why_unfit.cache_clear()
 
 
 def test_a_rehearsal_is_held_once(rehearsals: list[str]) -> None:
@@ -661,7 +661,7 @@ def state(scheduler: Any) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("changes", [{}, KARRAS, {"timestep_spacing": "trailing"}, {"beta_schedule": "scaled_linear"}])
-@pytest.mark.parametrize("name", sorted(request_scheduler.LABORIOUS))
+@pytest.mark.parametrize("name", sorted(request_scheduler.SLOW_CONSTRUCTORS))
 def test_a_scheduler_made_in_a_hurry_is_the_same_once_its_steps_are_set(name: str, changes: dict[str, Any]) -> None:
     cls = getattr(diffusers, name)
     plain, quick = cls(**changes), request_scheduler._unscheduled(cls, changes)
@@ -675,7 +675,7 @@ def test_a_scheduler_made_in_a_hurry_is_the_same_once_its_steps_are_set(name: st
 def test_every_solver_that_begins_with_a_long_schedule_is_known() -> None:
     classes = {solver.noise.cls for solver in schedulers.SOLVERS.values()}
     begins = {name for name in classes if "self.set_timesteps(" in inspect.getsource(getattr(diffusers, name).__init__)}
-    assert begins == request_scheduler.LABORIOUS
+    assert begins == request_scheduler.SLOW_CONSTRUCTORS
 
 
 @pytest.mark.parametrize("name", ["KDPM2AncestralDiscreteScheduler", "LMSDiscreteScheduler", "HeunDiscreteScheduler"])
@@ -693,7 +693,7 @@ def test_no_request_waits_for_a_schedule_of_all_training_steps(monkeypatch: pyte
         real(*args, **kwargs)
 
     monkeypatch.setattr(cls, "set_timesteps", counted)
-    request_scheduler._misfit.cache_clear()
+    request_scheduler._why_unfit.cache_clear()
     by_class = {choice.noise.cls: choice for choice in map(schedulers.parse, schedulers.names())}
     request_scheduler.check(pipeline, by_class[name], 20)
     request_scheduler.make(pipeline, by_class[name], SEED)

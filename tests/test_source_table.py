@@ -50,7 +50,7 @@ def test_what_is_in_the_table_is_not_read(monkeypatch: pytest.MonkeyPatch) -> No
         raise AssertionError(f"{kind} was read")
 
     monkeypatch.setattr(source_table, "read", refuse)
-    scheduler_calls._known.cache_clear()
+    scheduler_calls._cached.cache_clear()
     generators.reads.cache_clear()
     handover = scheduler_calls.read(diffusers.StableDiffusion3Pipeline)
     assert handover == scheduler_calls.from_source(diffusers.StableDiffusion3Pipeline)
@@ -62,12 +62,12 @@ def test_a_row_of_another_source_does_not_count(monkeypatch: pytest.MonkeyPatch)
     path = "diffusers.pipelines.flux.pipeline_flux.FluxPipeline"
     stale = {path: {"source": "0", "scheduler": None, "intrusion": "never written"}}
     monkeypatch.setattr(source_table, "table", lambda: stale)
-    scheduler_calls._known.cache_clear()
+    scheduler_calls._cached.cache_clear()
     try:
         assert source_table.row(diffusers.FluxPipeline) is None
         assert scheduler_calls.read(diffusers.FluxPipeline) == scheduler_calls.from_source(diffusers.FluxPipeline)
     finally:
-        scheduler_calls._known.cache_clear()
+        scheduler_calls._cached.cache_clear()
 
 
 def test_every_difference_is_told() -> None:

@@ -155,9 +155,9 @@ class Picky(torch.nn.Module):
 def test_a_kind_of_batch_is_refused_only_where_nobody_is_guilty(
     most: int, values: tuple[float, ...], refused: bool
 ) -> None:
-    batcher = Batcher(trust=Verification("unlisted", frozenset()))
+    batcher = Batcher(verification=Verification("unlisted", frozenset()))
     module = View("").stand_in(Picky(most), "module")
     for value in values:
         batcher.submit(lambda value=value: module(torch.full((1, 2), value)))  # type: ignore[misc]
     run(batcher)
-    assert bool(batcher.trust.refused) is refused
+    assert bool(batcher.verification.refused) is refused

@@ -45,9 +45,9 @@ class Noting(torch.nn.Module):
         return sample * self.weight
 
 
-def run(hub: Batcher) -> None:
+def run(batcher: Batcher) -> None:
     with torch.no_grad():
-        while hub.step():
+        while batcher.step():
             assert torch.get_num_threads() == OWN
 
 
@@ -66,15 +66,15 @@ def calling(module: Any, times: int = 4, value: float = 0.0) -> Any:
 
 @pytest.mark.parametrize("together", [1, 2])
 def test_each_model_computes_with_its_own(together: int) -> None:
-    hub = Batcher(trust=Verification("unlisted", frozenset()))
+    batcher = Batcher(verification=Verification("unlisted", frozenset()))
     modules = {threads: Noting() for threads in (3, 2, None)}
     tasks = {}
     for _ in range(together):
         for threads, module in modules.items():
-            task = hub.submit(calling(module))
+            task = batcher.submit(calling(module))
             task.threads = threads
             tasks[task] = threads or OWN
-    run(hub)
+    run(batcher)
     for threads, module in modules.items():
         assert {seen for _, seen in module.seen} == {threads or OWN}
         assert max(rows for rows, _ in module.seen) == together
@@ -84,25 +84,25 @@ def test_each_model_computes_with_its_own(together: int) -> None:
 
 
 def test_a_shared_batch_takes_its_leaders() -> None:
-    hub, module = Batcher(trust=Verification("unlisted", frozenset())), Noting()
+    batcher, module = Batcher(verification=Verification("unlisted", frozenset())), Noting()
     for threads in (3, 2):
-        hub.submit(calling(module)).threads = threads
-    run(hub)
+        batcher.submit(calling(module)).threads = threads
+    run(batcher)
     assert {seen for rows, seen in module.seen if rows == 2} == {3}
 
 
 def test_failures_and_cancelling_leave_it_as_it_was() -> None:
-    hub, module, other = Batcher(trust=Verification("unlisted", frozenset())), Noting(), Noting()
+    batcher, module, other = Batcher(verification=Verification("unlisted", frozenset())), Noting(), Noting()
     for value in (0.0, 666.0):
-        hub.submit(calling(module, value=value)).threads = 3
-    victim = hub.submit(calling(module, times=99))
+        batcher.submit(calling(module, value=value)).threads = 3
+    victim = batcher.submit(calling(module, times=99))
     victim.threads = 2
-    neighbour = hub.submit(calling(other))
+    neighbour = batcher.submit(calling(other))
     with torch.no_grad():
-        hub.step()
-        hub.step()
-        hub.cancel(victim, Ended())
-    run(hub)
+        batcher.step()
+        batcher.step()
+        batcher.cancel(victim, Ended())
+    run(batcher)
     assert {seen for _, seen in other.seen} == {OWN}
     assert neighbour.outcome is not None
     assert neighbour.outcome.error is None
@@ -113,11 +113,11 @@ def test_a_request_that_does_not_switch_keeps_its_own() -> None:
     pipe.set_progress_bar_config(disable=True)
     seen = []
     hook = pipe.unet.register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads()))
-    hub, other = Batcher(), Noting()
-    hub.submit(calling(other, times=9))
-    guided_task = hub.submit(lambda: view(pipe)(prompt="a cat", num_inference_steps=2))
+    batcher, other = Batcher(), Noting()
+    batcher.submit(calling(other, times=9))
+    guided_task = batcher.submit(lambda: view(pipe)(prompt="a cat", num_inference_steps=2))
     guided_task.threads = 2
-    run(hub)
+    run(batcher)
     hook.remove()
     assert set(seen) == {2}
     assert {threads for _, threads in other.seen} == {OWN}
@@ -144,8 +144,8 @@ def test_from_a_model_file_to_every_module_of_the_pipeline(tmp_path: Path) -> No
             play.loop.post(Stop())
 
     play = Played(configs | {"pag": replace(configs["pag"], threads=2)}, on)
-    tell = play.loop._pool._tell
-    play.loop._pool._tell = lambda name, status: (
+    tell = play.loop._pool._on_status
+    play.loop._pool._on_status = lambda name, status: (
         loads.append((name, torch.get_num_threads())),
         tell(name, status),
     )

@@ -26,7 +26,7 @@ import sfumato
 from sfumato import schedulers
 from sfumato.batching import exclusive, feature_caches, offload, outputs, torch_state
 from sfumato.batching.adapter_state import Adapters
-from sfumato.batching.calls import plain
+from sfumato.batching.calls import original_module
 from sfumato.drawing import draw
 from sfumato.models import diffusers_source, pipeline_class, single_file, static_capabilities
 from sfumato.pipelines import capabilities, request_scheduler, scheduler_calls, source_digest
@@ -77,11 +77,11 @@ NAMES: dict[str, tuple[str, ...]] = {
     "previews/decode.py": ("diffusers:FluxPipeline._unpack_latents", "diffusers:Flux2Pipeline._unpatchify_latents"),
     "pipelines/capabilities.py": (
         *(f"diffusers:{name}" for name in capabilities.UPSCALERS),
-        *(f"diffusers:{name}.from_pipe" for name in capabilities.SIBLINGS.values()),
+        *(f"diffusers:{name}.from_pipe" for name in capabilities.AUTO_PIPELINES.values()),
     ),
     "pipelines/request_scheduler.py": tuple(
         f"diffusers:{name}.set_timesteps"
-        for name in sorted(request_scheduler.LABORIOUS | request_scheduler._FLOW_CLASSES)
+        for name in sorted(request_scheduler.SLOW_CONSTRUCTORS | request_scheduler._FLOW_CLASSES)
     ),
     "schedulers.py": tuple(
         f"diffusers:{form.cls}.step"
@@ -91,7 +91,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     ),
     "models/pipeline_class.py": ("diffusers:DiffusionPipeline._optional_components",),
     "models/prediction.py": ("diffusers:ConfigMixin._get_init_keys",),
-    "previews/x0.py": tuple(f"diffusers:{name}" for name in x0.GUESSES),
+    "previews/x0.py": tuple(f"diffusers:{name}" for name in x0.X0_FORMULAS),
     "api/http/connections.py": ("uvicorn.protocols.http.h11_impl:H11Protocol._unset_keepalive_if_required",),
     "batching/outputs.py": tuple(f"transformers.cache_utils:{name}" for name in sorted(outputs.DYNAMIC_LAYERS)),
 }  # fmt: skip
@@ -207,7 +207,7 @@ def test_torch_says_its_state() -> None:
 
 def test_a_compiled_module_has_the_one_that_was_written() -> None:
     module = torch.nn.Linear(2, 2)
-    assert plain(torch.compile(module, backend="eager")) is module, mend("batching/calls.py")
+    assert original_module(torch.compile(module, backend="eager")) is module, mend("batching/calls.py")
 
 
 def test_adapter_layers_have_the_state_that_is_put_back() -> None:
@@ -216,7 +216,7 @@ def test_adapter_layers_have_the_state_that_is_put_back() -> None:
     unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
     assert unet.peft_config, mend("batching/views.py")
     adapters = Adapters()
-    adapters.hand_out(unet)
+    adapters.track(unet)
     assert adapters._before, words
     layer, (active, disabled, scaling) = next(iter(adapters._before.values()))
     assert (active, disabled) == (("default",), False), words
@@ -253,9 +253,9 @@ def test_the_readers_of_source_find_what_they_know() -> None:
     assert exclusive.intrusion(diffusers.StableDiffusionPAGPipeline), mend("batching/exclusive.py")
     assert exclusive.intrusion(diffusers.StableDiffusionPipeline) == "", mend("batching/exclusive.py")
     flux = scheduler_calls.from_source(diffusers.FluxPipeline)
-    assert flux and flux.runs[0].given({}) == {"sigmas", "mu"}, mend("pipelines/scheduler_calls.py")
-    assert capabilities.has_sibling("StableDiffusionPipeline", "image"), mend("pipelines/capabilities.py")
-    assert capabilities.has_sibling("FluxPipeline", "mask"), mend("pipelines/capabilities.py")
+    assert flux and flux.runs[0].with_values({}) == {"sigmas", "mu"}, mend("pipelines/scheduler_calls.py")
+    assert capabilities.has_task_class("StableDiffusionPipeline", "image"), mend("pipelines/capabilities.py")
+    assert capabilities.has_task_class("FluxPipeline", "mask"), mend("pipelines/capabilities.py")
     parameters = static_capabilities._parameters("StableDiffusionPipeline")
     assert parameters and "clip_skip" in parameters, mend("models/static_capabilities.py")
     _, repositories = single_file._rules()
@@ -289,7 +289,7 @@ def test_downloads_can_be_watched() -> None:
 
 def test_packages_that_wait_only_gather_names() -> None:
     words = mend("process/lean_imports.py")
-    for package in sorted(lean_imports.LATER):
+    for package in sorted(lean_imports.LAZY_PACKAGES):
         spec = importlib.util.find_spec(package)
         assert spec and spec.origin, f"{package}: {words}"
         for node in ast.parse(Path(spec.origin).read_text()).body:
@@ -301,11 +301,11 @@ def test_packages_that_wait_only_gather_names() -> None:
 
 def test_modules_that_wait_are_there() -> None:
     words = mend("process/lean_imports.py")
-    for name, known in lean_imports.WAITING.items():
+    for name, known in lean_imports.DEFERRED.items():
         module = importlib.import_module(name)
         for attribute in known:
             assert hasattr(module, attribute), f"{name}.{attribute}: {words}"
-    for name in lean_imports.APART:
+    for name in lean_imports.INDEPENDENT:
         assert importlib.util.find_spec(name), f"{name}: {words}"
     assert callable(torch.distributed.is_available), words
     losses = inspect.getsource(importlib.import_module("transformers.loss.loss_for_object_detection"))

@@ -48,16 +48,16 @@ def wanted(**fields: Any) -> Generation:
     return Generation(**nested({"id": "1", "prompt": "a cat", "seed": 1, "steps": 3, **SQUARE, **fields}))
 
 
-def finish(hub: Batcher) -> None:
+def finish(batcher: Batcher) -> None:
     with torch.no_grad():
-        while hub.step():
+        while batcher.step():
             pass
 
 
 def in_a_hub(draw: Callable[[], Any]) -> Any:
-    hub = Batcher()
-    task = hub.submit(draw)
-    finish(hub)
+    batcher = Batcher()
+    task = batcher.submit(draw)
+    finish(batcher)
     return task
 
 
@@ -108,10 +108,10 @@ def test_a_loaded_adapter_costs_a_request_nothing(tuned: Any, monkeypatch: pytes
     looked = Looked(monkeypatch)
     view = views.view(tuned)
     assert looked.parts == 0, "a view walks through a module"
-    hub = Batcher()
-    hub.submit(lambda: view(prompt="a cat", num_inference_steps=3, **SQUARE))
-    finish(hub)
-    assert hub.counts["unet"].calls == 4
+    batcher = Batcher()
+    batcher.submit(lambda: view(prompt="a cat", num_inference_steps=3, **SQUARE))
+    finish(batcher)
+    assert batcher.counts["unet"].calls == 4
     assert looked.layers == 0, "a call looks at layers"
 
 
@@ -119,9 +119,9 @@ def test_only_what_was_handed_out_is_looked_at(tuned: Any, monkeypatch: pytest.M
     view = views.view(tuned)
     looked = Looked(monkeypatch)
     scale_lora_layers(view.text_encoder, 0.5)
-    assert view.unet._sfumato_view.occupied() == "adapters are scaled for this request"
+    assert view.unet._sfumato_view.why_no_switch() == "adapters are scaled for this request"
     unscale_lora_layers(view.text_encoder, 0.5)
-    assert view.unet._sfumato_view.occupied() == ""
+    assert view.unet._sfumato_view.why_no_switch() == ""
     assert looked.layers <= 3 * len(layers_of(tuned.text_encoder))
 
 
@@ -145,14 +145,14 @@ def test_a_layer_that_was_changed_keeps_its_request_apart_until_it_is_put_back(
     view = views.view(tuned)
     shared = view.unet._sfumato_view
     layer = HANDS[hand](view.unet)
-    assert shared.occupied() == ""
+    assert shared.why_no_switch() == ""
     {
         "scale_layer": lambda: layer.scale_layer(0.5),
         "set_scale": lambda: layer.set_scale("default", 0.25),
         "enable_adapters": lambda: layer.enable_adapters(False),
         "a number": lambda: layer.scaling.update(default=7.0),
     }[change]()
-    assert shared.occupied()
+    assert shared.why_no_switch()
     assert views.close(view) == []
     assert scales(tuned.unet) == before
     assert not layer.disable_adapters
@@ -162,7 +162,7 @@ def test_a_request_that_fails_while_adapters_are_scaled_leaves_none_scaled(
     tuned: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = scales(tuned.text_encoder)
-    hub = Batcher()
+    batcher = Batcher()
 
     def failing() -> None:
         view = views.view(tuned)
@@ -170,8 +170,8 @@ def test_a_request_that_fails_while_adapters_are_scaled_leaves_none_scaled(
         view.text_encoder(torch.ones(1, 77, dtype=torch.long))
         raise ValueError("in the middle")
 
-    task = hub.submit(failing)
-    finish(hub)
+    task = batcher.submit(failing)
+    finish(batcher)
     assert isinstance(task.outcome.error, ValueError)
     assert scales(tuned.text_encoder) == before
 
@@ -184,7 +184,7 @@ def test_scaling_back_is_exact_in_the_end(tuned: Any) -> None:
         for _ in range(5):
             scale_lora_layers(view.text_encoder, weight)
             unscale_lora_layers(view.text_encoder, weight)
-        assert view.unet._sfumato_view.occupied() == ""
+        assert view.unet._sfumato_view.why_no_switch() == ""
         views.close(view)
         assert scales(tuned.text_encoder) == before
 
@@ -195,7 +195,7 @@ def test_scaling_back_is_exact_in_the_end(tuned: Any) -> None:
 def test_a_view_that_cannot_be_closed_takes_nobody_along() -> None:
     pipe = tiny.stable_diffusion()
     pipe.set_progress_bar_config(disable=True)
-    hub = Batcher()
+    batcher = Batcher()
 
     def stubborn(*args: Any, **kwargs: Any) -> None:
         raise torch.OutOfMemoryError("no room to cast it back")
@@ -208,10 +208,10 @@ def test_a_view_that_cannot_be_closed_takes_nobody_along() -> None:
         pipe.vae.to = stubborn
         return "drawn"
 
-    first = hub.submit(guilty)
-    second = hub.submit(lambda: views.view(pipe)(prompt="a cat", num_inference_steps=2, **SQUARE).images[0])
+    first = batcher.submit(guilty)
+    second = batcher.submit(lambda: views.view(pipe)(prompt="a cat", num_inference_steps=2, **SQUARE).images[0])
     view = views.view(pipe)
-    finish(hub)
+    finish(batcher)
     assert first.outcome.value == "drawn"
     assert second.outcome is not None
     assert pipe.unet.dtype == torch.float32, "what could be put back was not"
@@ -242,7 +242,7 @@ def test_a_model_that_could_not_be_put_back_is_loaded_anew(folder: Path, monkeyp
 
         with pytest.raises(generation.Disturbed):
             generation.draw(neighbour, wanted(), on_step)
-        assert "it fails once" in neighbour.condition.broken
+        assert "it fails once" in neighbour.state.broken
     with pool.use(made, quiet) as model:
         assert model.pipeline is not neighbour.pipeline
         assert generation.draw(model, wanted(), quiet).png == expected
@@ -296,11 +296,11 @@ def test_nothing_of_a_run_waits_for_the_collector(
     monkeypatch.setattr(request_scheduler, "make", made)
     denoiser = getattr(model.pipeline, "unet", None) or model.pipeline.transformer
     denoiser.register_forward_hook(lambda module, args, output: held.append(weakref.ref(output[0])))
-    hub = Batcher()
-    task = hub.submit(
+    batcher = Batcher()
+    task = batcher.submit(
         lambda: generation.draw(model, wanted(scheduler=scheduler, previews=1), on_step, quiet), caller="me"
     )
-    finish(hub)
+    finish(batcher)
     assert task.outcome is not None
     assert (task.outcome.error is None) == (on_step is quiet)
     assert len(held) > 2
@@ -382,7 +382,7 @@ def test_a_module_that_is_called_puts_out_every_other(monkeypatch: pytest.Monkey
         getattr(pipe, name)._hf_hook.prev_module_hook.offload()
         assert set(out) == in_order - {name}
     out.clear()
-    offload.rest(pipe)
+    offload.offload_all(pipe)
     assert set(out) == {names[id(hook.model)] for hook in pipe._all_hooks}
 
 
@@ -407,7 +407,7 @@ def test_a_request_keeps_the_file_that_it_was_made_with(folder: Path) -> None:
         with pool.use(replace(first, sampling=Sampling(steps=5), pinned=True), quiet) as newer:
             assert newer.config.sampling.steps == 5
             assert newer.pipeline is model.pipeline
-            assert newer.siblings is model.siblings
+            assert newer.task_pipelines is model.task_pipelines
             assert model.config.sampling.steps == 3
             assert generation.draw(model, wanted(steps=None), quiet).recipe.sampling.steps == 3
             assert generation.draw(newer, wanted(steps=None), quiet).recipe.sampling.steps == 5

@@ -25,12 +25,12 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def together(module: nn.Module, calls: list[Callable[[Any], Any]], **options: Any) -> tuple[list[Any], Batcher]:
-    hub = Batcher(**{"trust": Verification("unlisted", NOTHING), **options})
+    batcher = Batcher(**{"verification": Verification("unlisted", NOTHING), **options})
     stand_in = View("").stand_in(module, "module")
-    tasks = [hub.submit(lambda call=call: call(stand_in)) for call in calls]
-    while hub.step():
+    tasks = [batcher.submit(lambda call=call: call(stand_in)) for call in calls]
+    while batcher.step():
         pass
-    return [task.outcome.error or task.outcome.value for task in tasks if task.outcome], hub
+    return [task.outcome.error or task.outcome.value for task in tasks if task.outcome], batcher
 
 
 PROOF = 5

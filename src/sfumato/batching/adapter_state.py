@@ -21,8 +21,8 @@ class Adapters:
         self._before: dict[int, tuple[Any, AdapterState]] = {}
         self._walked: set[int] = set()
 
-    def hand_out(self, part: Any) -> None:
-        """The request accesses `part`, a module, and thereby all layers in it."""
+    def track(self, part: Any) -> None:
+        """Track all layers in the module `part`, which the request accesses."""
         if id(part) in self._walked:
             return
         self._walked.add(id(part))
@@ -31,7 +31,7 @@ class Adapters:
                 self._before.setdefault(id(layer), (layer, _state(layer)))
 
     def changed(self) -> bool:
-        return any(not _alike(_state(layer), before) for layer, before in self._before.values())
+        return any(not _equal(_state(layer), before) for layer, before in self._before.values())
 
     def restore(self) -> None:
         """Restore the exact state: scaling and unscaling leaves rounding errors that would accumulate in the layer."""
@@ -52,7 +52,7 @@ def _state(layer: Any) -> AdapterState:
     return tuple(layer.active_adapters), layer.disable_adapters, dict(layer.scaling)
 
 
-def _alike(one: AdapterState, other: AdapterState) -> bool:
+def _equal(one: AdapterState, other: AdapterState) -> bool:
     """Equal up to the rounding error of scaling and unscaling."""
     return (
         one[:2] == other[:2]

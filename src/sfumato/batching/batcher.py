@@ -1,13 +1,13 @@
-"""The heart: many requests on one thread, parked at their module calls, sharing forwards.
+"""Run many requests on one thread: they park at their module calls and share forward passes.
 
-Each request is a greenlet that runs unmodified code (a pipeline, on a `views.view`). Where that code calls
-a heavy module the greenlet parks and control comes back to the `Batcher`, which picks a group of parked calls
-that are alike, computes one forward for all of them, and lets each go on with its rows of the result. A call
-that is like no other is computed by its own greenlet, as if nothing were in between.
+Each request is a greenlet that runs unmodified code (a pipeline, on a `views.view`). When that code calls
+a heavy module, the greenlet parks and control returns to the `Batcher`. It picks a group of compatible parked calls,
+computes one forward pass for all of them, and resumes each request with its rows of the result. A call that is
+compatible with no other is computed by its own greenlet, as without batching.
 
-`Batcher.step` is one turn: admit, advance, schedule, run, scatter. Nothing here knows a pipeline or a request's
-meaning; the policy is `policy.choose`, the forward `runner.Runner`, the rule `calls`, what may be joined
-`verification`, where a request stands `task.State`.
+`Batcher.step` is one turn: admit, advance, schedule, run, scatter. This module knows nothing about pipelines or what
+a request means. `policy.choose` is the policy, `runner.Runner` runs forward passes, `calls` has the batching rule,
+`verification` decides which calls may be batched, and `task.State` is the state of a request.
 """
 
 from __future__ import annotations
@@ -42,48 +42,48 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Batcher:
-    """Runs tasks on the thread that calls `step`. All methods are for that thread."""
+    """Runs tasks on the thread that calls `step`. Call all methods on that thread."""
 
     max_rows: int = 8
-    """Rows of one forward. A request with guidance mostly has two; one that has more than this runs alone."""
+    """Maximum rows of a forward pass. A request with guidance usually has two; a call with more rows runs alone."""
     max_active: int = 16
-    """Requests that have started and not ended. Each keeps its tensors in memory."""
+    """Maximum requests in flight. Each keeps its tensors in memory."""
     patience: int = policy.PATIENCE
     on_listen: Callable[[], None] = lambda: None
-    """Called inside a request that computes without a switch, before each call, so that others are heard meanwhile."""
-    trust: Verification = field(default_factory=Verification)
-    memo: PromptCache = field(default_factory=PromptCache)
-    prints: Fingerprints = field(default_factory=Fingerprints)
-    joins: ConcatenationCache = field(default_factory=ConcatenationCache)
+    """Called before each call of a request that runs without switching, to handle other requests in the meantime."""
+    verification: Verification = field(default_factory=Verification)
+    prompt_cache: PromptCache = field(default_factory=PromptCache)
+    fingerprints: Fingerprints = field(default_factory=Fingerprints)
+    concatenations: ConcatenationCache = field(default_factory=ConcatenationCache)
     counts: Counts = field(default_factory=Counts)
-    """`trust.refused` has besides what was found out by trial."""
+    """`verification.refused` has the signatures that a trial has refused."""
     now: int = 0
-    """Turns so far in which something was computed."""
+    """Number of turns so far that computed something."""
     ambient: tuple[Any, ...] = ()
-    """What of torch's state has to be the same on both sides of a switch, as it was when this turn began."""
+    """torch state at the start of this turn; it must be the same on both sides of a switch."""
     threads: int = field(default_factory=torch.get_num_threads)
-    """CPU threads of requests that do not say how many."""
+    """CPU threads for requests that do not set them."""
     limits: RowLimits = field(init=False)
     _runner: Runner = field(init=False)
     _share: FairShare = field(default_factory=FairShare)
     _queue: deque[Task] = field(default_factory=deque)
     _active: dict[int, Task] = field(default_factory=dict)
-    _ending: list[Task] = field(default_factory=list)
-    """Those to be ended as soon as no request is running."""
+    _to_end: list[Task] = field(default_factory=list)
+    """Tasks to end as soon as no request is running."""
     _numbers: itertools.count[int] = field(default_factory=itertools.count)
 
     def __post_init__(self) -> None:
         self.limits = RowLimits(self.max_rows)
-        self._runner = Runner(self.trust, self.joins, self.counts)
+        self._runner = Runner(self.verification, self.concatenations, self.counts)
 
     def submit(self, function: Callable[[], Any], *, caller: str = "") -> Task:
-        """Queue a request: `function` runs in a greenlet and may call pipelines on views."""
+        """Queue a request: `function` runs in a greenlet and may call views of pipelines."""
         task = Task(self, next(self._numbers), function, caller)
         self._queue.append(task)
         return task
 
     def step(self) -> bool:
-        """One turn; False when there is nothing left to do. At most one module call per request is computed."""
+        """Run one turn; False if no requests are left. Computes at most one module call per request."""
         self.ambient = torch_state.ambient()
         self.threads = torch.get_num_threads()
         self._admit()
@@ -94,10 +94,10 @@ class Batcher:
                 self._scatter(group, replies)
         return bool(self._active or self._queue)
 
-    # One turn, in the order in which it happens.
+    # The parts of a turn, in order.
 
     def _admit(self) -> None:
-        """Who waits for a place gets one that is free, in the order in which they came."""
+        """Start queued requests while places are free, in order of arrival."""
         while self._queue and len(self._active) < self.max_active:
             task = self._queue.popleft()
             self._share.enter(task.caller, (other.caller for other in self._active.values()))
@@ -105,30 +105,30 @@ class Batcher:
             task.admit()
 
     def _advance(self) -> None:
-        """Whoever needs no forward goes on, also whom the prompt cache answers, until all are parked at what is new."""
+        """Resume requests that need no forward pass, also those answered by the prompt cache, until all are parked."""
         self._answer_from_cache()
-        ready = self._those(State.READY, State.PAUSED)
+        ready = self._in_state(State.READY, State.PAUSED)
         while ready:
             for task in ready:
                 self._resume(task)
             self._end_marked()
             self._answer_from_cache()
-            ready = self._those(State.READY)
+            ready = self._in_state(State.READY)
 
     def _schedule(self) -> list[Task]:
-        """Those whose calls share the next forward; the first leads. Empty when nobody is parked."""
+        """The tasks whose calls share the next forward pass, the leader first; empty if no task is parked."""
         waiting = [self._waiting(task) for task in self._active.values() if task.state is State.PARKED]
         chosen = policy.choose(waiting, self.now, self._room, self._share.of, self.patience)
         leaders: dict[Hashable, Task] = {}
-        for each in chosen:
-            task = self._active[each.id]
-            self._share.add(task.caller, each.rows)
-            # Of equal texts one is computed; the others find it in the prompt cache before the next forward is chosen.
-            leaders.setdefault(task.memo_key if task.memo_key is not None else task.number, task)
+        for waiting_call in chosen:
+            task = self._active[waiting_call.id]
+            self._share.add(task.caller, waiting_call.rows)
+            # Equal texts are computed once; the prompt cache answers the others before the next forward pass is chosen.
+            leaders.setdefault(task.prompt_key if task.prompt_key is not None else task.number, task)
         return list(leaders.values())
 
     def _run(self, group: Sequence[Task]) -> Sequence[Reply]:
-        """One forward for the calls of `group`; what each is told. Empty where memory was too short."""
+        """One forward pass for the calls of `group`: a reply for each; empty if it ran out of memory."""
         if len(group) == 1:
             return [Compute()]
         calls = [call for task in group if (call := task.call)]
@@ -139,25 +139,25 @@ class Batcher:
         return replies or ()
 
     def _scatter(self, group: Sequence[Task], replies: Sequence[Reply]) -> None:
-        """Each gets its answer. Who is told to compute its own call does so at once, the others go on next turn."""
+        """Send the replies. A task that must compute its own call does so at once; others resume in the next turn."""
         for task, reply in zip(group, replies, strict=True):
-            if task.done:  # ended by one before it
+            if task.done:  # ended by an earlier one
                 continue
-            if isinstance(reply, Result) and task.memo_key is not None and task.call is not None:
-                self.memo.put(task.memo_key, task.call.module, reply.value)
+            if isinstance(reply, Result) and task.prompt_key is not None and task.call is not None:
+                self.prompt_cache.put(task.prompt_key, task.call.module, reply.value)
             task.answer(reply)
             if isinstance(reply, Compute):
                 self._resume(task)
         self._end_marked()
 
-    # What a turn is made of.
+    # Used by the parts of a turn.
 
-    def _those(self, *states: State) -> list[Task]:
+    def _in_state(self, *states: State) -> list[Task]:
         return [task for task in self._active.values() if task.state in states]
 
     def _resume(self, task: Task) -> None:
         self._end_marked()
-        if task.done:  # cancelled by another one in this very turn
+        if task.done:  # cancelled by another one in this turn
             return
         task.resume()
         if task.outcome is not None:
@@ -167,7 +167,7 @@ class Batcher:
             if isinstance(task.outcome.error, KeyboardInterrupt | SystemExit):
                 raise task.outcome.error
         if torch_state.ambient() != self.ambient:
-            # Requests park in the ambient state only; this one has ended without putting it back.
+            # Requests park only in the ambient state; this one has ended without restoring it.
             log.warning(
                 "request %d left torch's state changed: %s, was %s", task.number, torch_state.ambient(), self.ambient
             )
@@ -175,27 +175,27 @@ class Batcher:
 
     def _answer_from_cache(self) -> None:
         for task in self._active.values():
-            if task.state is not State.PARKED or task.memo_key is None or task.call is None:
+            if task.state is not State.PARKED or task.prompt_key is None or task.call is None:
                 continue
-            if known := self.memo.get(task.memo_key):
+            if cached := self.prompt_cache.get(task.prompt_key):
                 self.counts.add(task.call.name, 1, 0)
-                task.answer(Result(known[0]))
+                task.answer(Result(cached[0]))
 
     def _waiting(self, task: Task) -> policy.Waiting:
-        """Its call as the policy sees it."""
+        """The task's call as the policy sees it."""
         call = task.call
         assert call is not None
-        key = self.trust.key(call)
-        if task.waiting is None or task.waiting.key != key:  # just parked, or a trial has changed what is alike
-            task.past[-1] = key if key is not None else (id(call.module), call.method)
+        key = self.verification.key(call)
+        if task.waiting is None or task.waiting.key != key:  # just parked, or a trial has changed the key
+            task.past_keys[-1] = key if key is not None else (id(call.module), call.method)
             task.waiting = policy.Waiting(
                 id=task.number,
                 key=key,
                 rows=call.rows,
                 since=task.since,
                 caller=task.caller,
-                left=task.left,
-                loop=policy.loop(list(task.past)),
+                steps_left=task.steps_left,
+                repeated_keys=policy.repeated_keys(list(task.past_keys)),
             )
         return task.waiting
 
@@ -205,11 +205,11 @@ class Batcher:
         return self.limits.of(call)
 
     def _make_room(self, calls: Sequence[Call]) -> None:
-        """Out of memory: without what is kept of earlier calls; else half as many rows for this module and shape.
+        """Out of memory: drop the caches, or if they are empty halve the rows for this module and shape.
 
         The members stay parked, and the next turn tries them again.
         """
-        freed = self.spare()
+        freed = self.free_caches()
         offload.empty_cache()
         if freed:
             log.warning("out of memory: %d bytes of kept results are dropped for %s", freed, calls[0].name)
@@ -219,51 +219,51 @@ class Batcher:
     # Called inside a request.
 
     def turn(self) -> None:
-        """Let everybody else go on, then come back: for a request that waits on its neighbours."""
+        """Let all other requests run, then resume: for a request that waits for others."""
         task = greenlet.getcurrent()
         assert isinstance(task, Task)
         task.pause()
 
     def listen(self) -> None:
-        """Hear what has come in, in a request that may not switch. Raises what ends this very request."""
+        """Handle new commands, inside a request that must not switch. Raises the error that cancels this request."""
         self.on_listen()
         task = self._inside()
-        if task and task.ending is not None and not task._closing:
-            task.cancel(task.ending)
+        if task and task.pending_error is not None and not task._closing:
+            task.cancel(task.pending_error)
 
     def why_alone(self, call: Call) -> Reason | None:
-        """Why nothing can be joined with this call; None where it was alone by chance."""
+        """Why this call cannot be batched; None if it only had no partner."""
         if call.key is None:
             return call.reason
-        if self.trust.key(call) is None:
-            return self.trust.label(call)
+        if self.verification.key(call) is None:
+            return self.verification.label(call)
         return Reason.ROWS if 2 * call.rows > self.limits.of(call) else None
 
     def computed(self, task: Task, call: Call, value: Any) -> None:
-        """A request computed its own call."""
-        if task.memo_key is not None:
-            self.memo.put(task.memo_key, call.module, value)
+        """A request has computed its own call."""
+        if task.prompt_key is not None:
+            self.prompt_cache.put(task.prompt_key, call.module, value)
 
     def _inside(self) -> Task | None:
-        """The request of this batcher in which the caller is."""
+        """The request of this batcher that is running; None outside of requests."""
         current = greenlet.getcurrent()
         return current if isinstance(current, Task) and current.batcher is self else None
 
     # The end of requests.
 
     def cancel(self, task: Task, error: BaseException) -> None:
-        """End `task` with `error` wherever it is. Neighbours do not notice.
+        """End `task` with `error`, whatever its state. Other requests are not affected.
 
-        Inside a request it is only marked. That request itself ends when it next calls `listen`, or at its next
-        module call; others end when it has parked: their `finally` blocks must find torch and the shared modules
-        as they left them, not as the running request has set them for itself.
+        Called inside a request, this only marks the task. The running request itself ends at its next call of `listen`
+        or of a module; others end when it has parked, because their `finally` blocks must find torch and the shared
+        modules as they left them, not as the running request has set them.
         """
         if task.done:
             return
         if self._inside():
-            if task.ending is None:
-                task.ending = error
-                self._ending.append(task)
+            if task.pending_error is None:
+                task.pending_error = error
+                self._to_end.append(task)
             return
         if task.state is State.QUEUED:
             self._queue.remove(task)
@@ -276,21 +276,21 @@ class Batcher:
             self.cancel(task, error)
 
     def _end_marked(self) -> None:
-        while self._ending:
-            task = self._ending.pop()
-            assert task.ending is not None
-            self.cancel(task, task.ending)
+        while self._to_end:
+            task = self._to_end.pop()
+            assert task.pending_error is not None
+            self.cancel(task, task.pending_error)
 
     # Memory.
 
-    def spare(self) -> int:
-        """Drop what is kept for speed alone, as memory is short, and keep half as much from now on; its bytes."""
-        freed = self.memo.spare() + self.joins.spare()
-        self.prints.clear()
+    def free_caches(self) -> int:
+        """Memory is short: clear the caches, halve their limits, and return the bytes freed."""
+        freed = self.prompt_cache.shrink() + self.concatenations.shrink()
+        self.fingerprints.clear()
         return freed
 
     def forget(self) -> None:
-        """Drop what is kept of earlier calls: for when a model is unloaded or its weights or adapters change."""
-        self.memo.clear()
-        self.joins.clear()
+        """Clear the caches: call it when a model is unloaded or its weights or adapters change."""
+        self.prompt_cache.clear()
+        self.concatenations.clear()
         self.limits.clear()

@@ -65,7 +65,7 @@ ROWS_SECOND = frozenset({"encoder_hidden_states_llama3"})
 LARGEST_EQUAL = 4 << 20
 """In elements. A larger tensor without rows first is not compared by content; the call runs alone."""
 
-LOOSE: Mapping[str, str] = {"time": "time", "list": "lengths", "ragged": "text", "mask": "text"}
+DIFFERENCES: Mapping[str, str] = {"time": "time", "list": "lengths", "ragged": "text", "mask": "text"}
 """Permitted differences between members, by kind of leaf: time steps of two dtypes are converted, lists may differ in
 length, text is padded."""
 
@@ -98,10 +98,10 @@ class Call:
     shape: Any = None
     """How the leaves are nested."""
     key: Any = None
-    """Calls with equal keys may share a forward pass; None: this one runs alone, for the reason `alone`."""
+    """Calls with equal keys may share a forward pass; None: this one runs alone, for the reason `alone_because`."""
     exact: Any = None
     """Calls that also agree in this need neither conversion nor padding."""
-    alone: str = ""
+    alone_because: str = ""
     reason: Reason = Reason.STRUCTURE
     """The reason as a category."""
     listed: bool = False
@@ -114,42 +114,45 @@ class Call:
         return target(self.module, self.method)(*self.args, **self.kwargs)
 
     @property
-    def loose(self) -> frozenset[str]:
-        """Differences that members may have from this one; see `LOOSE`."""
-        return frozenset({LOOSE[leaf.kind] for leaf in self.leaves if leaf.exact is not None})
+    def differences(self) -> frozenset[str]:
+        """Differences that members may have from this one; see `DIFFERENCES`."""
+        return frozenset({DIFFERENCES[leaf.kind] for leaf in self.leaves if leaf.exact is not None})
 
-    def narrowed(self, loose: Set[str]) -> Hashable:
-        """The key of calls that may differ from this one only in `loose`."""
-        if self.loose <= loose:
+    def key_within(self, differences: Set[str]) -> Hashable:
+        """The key of calls that may differ from this one only in `differences`."""
+        if self.differences <= differences:
             return (self.key,)
-        return (self.key, tuple([None if LOOSE.get(leaf.kind) in loose else leaf.exact for leaf in self.leaves]))
+        return (
+            self.key,
+            tuple([None if DIFFERENCES.get(leaf.kind) in differences else leaf.exact for leaf in self.leaves]),
+        )
 
-    def signature(self, loose: Set[str] = frozenset()) -> str:
+    def signature(self, differences: Set[str] = frozenset()) -> str:
         """The structure of the arguments as text, without sizes and contents: the unit of verification.
 
-        `loose`: what the members differ in. A list of similar tensors of any length is one word. Omitted are default
-        values, numbers whose default is a number, None, and `return_dict`, which only decides the form of the
+        `differences`: what the members differ in. A list of similar tensors of any length is one word. Omitted are
+        default values, numbers whose default is a number, None, and `return_dict`, which only decides the form of the
         output: the key compares their values, and they cannot make rows depend on each other.
         """
         words: dict[str, list[str]] = {}
         for leaf in self.leaves:
-            if word := _word(leaf, self.defaults, "text" in loose):
+            if word := _signature_word(leaf, self.defaults, "text" in differences):
                 kinds = words.setdefault(NUMBERED.sub(".*", leaf.path), [])
                 if word not in kinds:
                     kinds.append(word)
         names = " ".join(f"{path}={'|'.join(kinds)}" for path, kinds in words.items())
-        return f"{self.method}({names}){''.join(f'~{what}' for what in sorted(loose))}"
+        return f"{self.method}({names}){''.join(f'~{what}' for what in sorted(differences))}"
 
 
 NUMBERED = re.compile(r"\.\d+(?=\.|$)")
 """A list index, or a numeric key, in the path of a leaf."""
 
 
-def differing(calls: Sequence[Call]) -> frozenset[str]:
-    """Which of the permitted differences `LOOSE` occur between `calls`, whose keys are equal."""
+def differences_between(calls: Sequence[Call]) -> frozenset[str]:
+    """Which of the permitted differences `DIFFERENCES` occur between `calls`, whose keys are equal."""
     first = calls[0]
     return frozenset({
-        LOOSE[leaf.kind]
+        DIFFERENCES[leaf.kind]
         for call in calls[1:]
         for leaf, other in zip(first.leaves, call.leaves, strict=True)
         if leaf.exact != other.exact
@@ -161,24 +164,24 @@ def target(module: Any, method: str) -> Callable[..., Any]:
     return module if method == "__call__" else getattr(module, method)  # type: ignore[no-any-return]
 
 
-def plain(module: Any) -> Any:
+def original_module(module: Any) -> Any:
     """The original module, if this one was made by `torch.compile`."""
     return getattr(module, "_orig_mod", module)
 
 
 def describe(
-    module: Any, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], prints: Fingerprints, name: str = ""
+    module: Any, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], fingerprints: Fingerprints, name: str = ""
 ) -> Call:
     """Describe a call of `module` (an nn.Module; `method` is `__call__`, `forward`, `encode` ...)."""
     call = Call(module, method, args, kwargs, name)
     try:
-        _describe(call, prints)
-    except _Alone as reason:
-        call.key, call.alone, call.reason = None, str(reason), reason.kind
+        _describe(call, fingerprints)
+    except _Unbatchable as reason:
+        call.key, call.alone_because, call.reason = None, str(reason), reason.kind
     return call
 
 
-class _Alone(Exception):
+class _Unbatchable(Exception):
     """Why a call cannot be batched."""
 
     def __init__(self, detail: str, kind: Reason = Reason.STRUCTURE) -> None:
@@ -186,26 +189,26 @@ class _Alone(Exception):
         self.kind = kind
 
 
-def _describe(call: Call, prints: Fingerprints) -> None:
-    kind: Any = type(plain(call.module))
+def _describe(call: Call, fingerprints: Fingerprints) -> None:
+    kind: Any = type(original_module(call.module))
     name_of_method = "forward" if call.method == "__call__" else call.method
     function = getattr(kind, name_of_method, None)
     if function is None:
-        raise _Alone("the class does not define this method")
+        raise _Unbatchable("the class does not define this method")
     method = _method(function)
     try:
         arguments = dict(method.signature.bind(None, *call.args, **call.kwargs).arguments)
     except TypeError:
-        raise _Alone("the arguments do not fit the signature; the module will raise") from None
+        raise _Unbatchable("the arguments do not fit the signature; the module will raise") from None
     for name, parameter in method.signature.parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
             arguments |= arguments.pop(name, {})
         elif parameter.kind is parameter.VAR_POSITIONAL and arguments.pop(name, ()):
-            raise _Alone("it takes *args")
+            raise _Unbatchable("it takes *args")
     arguments.pop(next(iter(method.signature.parameters)))  # self
     for name in [name for name, value in arguments.items() if isinstance(value, torch.Generator)]:
         if generators.reads(kind, name_of_method, name):
-            raise _Alone("draws its own random numbers", Reason.GENERATOR)
+            raise _Unbatchable("draws its own random numbers", Reason.GENERATOR)
         del arguments[name]
     call.defaults = method.defaults
     if method.plain:
@@ -215,7 +218,7 @@ def _describe(call: Call, prints: Fingerprints) -> None:
     for mask in call.pairs.values():
         arguments.setdefault(mask, None)
     # In a fixed order, whatever order the caller uses.
-    call.shape = _Reader(call, prints).read(dict(sorted(arguments.items())), "", "")
+    call.shape = _Reader(call, fingerprints).read(dict(sorted(arguments.items())), "", "")
     call.key = (id(call.module), call.method, call.shape, tuple([(leaf.kind, leaf.key) for leaf in call.leaves]))
     call.exact = tuple([leaf.exact for leaf in call.leaves])
 
@@ -230,16 +233,16 @@ def _rows(arguments: Mapping[str, Any]) -> tuple[int, bool]:
             if not value[0].dim() or any(_steps(name, other) == len(value) for name, other in arguments.items()):
                 return len(value), True
             return value[0].shape[0], False
-    raise _Alone("no tensor to read the number of rows from")
+    raise _Unbatchable("no tensor to read the number of rows from")
 
 
 class _Reader:
     """Walks the arguments of one call, classifying every leaf."""
 
-    def __init__(self, call: Call, prints: Fingerprints) -> None:
+    def __init__(self, call: Call, fingerprints: Fingerprints) -> None:
         self.call = call
         self.rows = call.rows
-        self.prints = prints
+        self.fingerprints = fingerprints
         self.masks = frozenset(call.pairs.values())
 
     def read(self, value: Any, name: str, path: str) -> Any:
@@ -253,7 +256,7 @@ class _Reader:
             tails = {tuple(item.shape[1:]) for item in value}
             kinds = {(item.dtype, item.device) for item in value}
             if len(tails) > 1 or len(kinds) > 1:
-                raise _Alone(f"{path}: a list of tensors of different kinds")
+                raise _Unbatchable(f"{path}: a list of tensors of different kinds")
             lengths = tuple(sorted({item.shape[:1] for item in value}))
             return self._leaf(path, "list", value, (tails.pop(), kinds.pop()), lengths)
         if type(value) in (list, tuple):
@@ -268,11 +271,11 @@ class _Reader:
         if isinstance(value, PLAIN):
             return self._leaf(path, "value", value, (type(value), value))
         kind = type(value).__name__
-        raise _Alone(f"{path}: a {kind}", Reason.CACHE if "Cache" in kind else Reason.STRUCTURE)
+        raise _Unbatchable(f"{path}: a {kind}", Reason.CACHE if "Cache" in kind else Reason.STRUCTURE)
 
     def _tensor(self, value: torch.Tensor, name: str, path: str) -> Any:
         if value.requires_grad:
-            raise _Alone(f"{path}: needs gradients")
+            raise _Unbatchable(f"{path}: needs gradients")
         if name in TIME and value.numel() == 1:
             return self._time(value.reshape(1), path)
         leads = value.shape[0] if value.dim() else 0
@@ -292,15 +295,15 @@ class _Reader:
                 return self._leaf(path, "multi", value, (leads // self.rows, value.shape[1:], kind))
         if value.numel() > LARGEST_EQUAL:
             what = f"{path}: a large tensor of shape {tuple(value.shape)} for {self.rows} rows"
-            raise _Alone(what, Reason.LARGE)
-        return self._leaf(path, "equal", value, (value.shape, kind, self.prints.of(value)))
+            raise _Unbatchable(what, Reason.LARGE)
+        return self._leaf(path, "equal", value, (value.shape, kind, self.fingerprints.of(value)))
 
     def _time(self, value: torch.Tensor, path: str) -> Any:
         return self._leaf(path, "time", value.expand(self.rows), value.device, value.dtype)
 
     def _same(self, values: list[Any]) -> Any:
         if len(values) != self.rows or any(value != values[0] for value in values[1:]):
-            raise _Alone("a list that is not one equal value per row")
+            raise _Unbatchable("a list that is not one equal value per row")
         return repr(values[0])
 
     def _is_row_list(self, value: list[Any]) -> bool:
@@ -311,7 +314,7 @@ class _Reader:
         return "leaf"
 
 
-def _word(leaf: Leaf, defaults: Mapping[str, Any], padded: bool) -> str:
+def _signature_word(leaf: Leaf, defaults: Mapping[str, Any], padded: bool) -> str:
     """A leaf's word in a signature; empty if it has none."""
     if leaf.kind == "mask":  # padding makes one
         return "rows2" if padded or leaf.value is not None else ""
@@ -342,7 +345,11 @@ class _Method:
 @functools.cache
 def _method(function: Callable[..., Any]) -> _Method:
     signature = inspect.signature(function)
-    defaults = {name: each.default for name, each in signature.parameters.items() if each.default is not each.empty}
+    defaults = {
+        name: parameter.default
+        for name, parameter in signature.parameters.items()
+        if parameter.default is not parameter.empty
+    }
     return _Method(signature, defaults, text_masks.pairs(signature.parameters), _is_plain(function))
 
 

@@ -21,10 +21,10 @@ SMALL = 256 << 10
 
 
 @dataclass(slots=True)
-class _Held:
+class _Entry:
     sources: list[weakref.ref[torch.Tensor]]
     versions: list[int]
-    joined: torch.Tensor | None = None
+    concatenated: torch.Tensor | None = None
     version: int = 0
 
     def is_of(self, values: Sequence[torch.Tensor]) -> bool:
@@ -32,7 +32,7 @@ class _Held:
         return (
             all(source() is value for source, value in zip(self.sources, values, strict=True))
             and self.versions == [value._version for value in values]
-            and (self.joined is None or self.joined._version == self.version)
+            and (self.concatenated is None or self.concatenated._version == self.version)
         )
 
 
@@ -41,27 +41,27 @@ class ConcatenationCache:
 
     def __init__(self, limit: int = 256 << 20) -> None:
         self._limit = limit
-        self._held: OrderedDict[tuple[int, ...], _Held] = OrderedDict()
+        self._entries: OrderedDict[tuple[int, ...], _Entry] = OrderedDict()
 
     def cat(self, values: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
         size = sum(value.nbytes for value in values)
         if size < SMALL or size > self._limit or any(value.is_inference() for value in values):
             return torch.cat(list(values), dim)
         key = (dim, *(id(value) for value in values))
-        held = self._held.pop(key, None)
-        if held is None or not held.is_of(values):
+        entry = self._entries.pop(key, None)
+        if entry is None or not entry.is_of(values):
             # Latents occur once; only repeated tensors are worth the memory.
-            self._held[key] = self._noted(key, values)
+            self._entries[key] = self._new_entry(key, values)
             self._trim()
             return torch.cat(list(values), dim)
-        if held.joined is None:
-            held.joined = torch.cat(list(values), dim)
-            held.version = held.joined._version
-        self._held[key] = held
+        if entry.concatenated is None:
+            entry.concatenated = torch.cat(list(values), dim)
+            entry.version = entry.concatenated._version
+        self._entries[key] = entry
         self._trim()
-        return held.joined
+        return entry.concatenated
 
-    def spare(self) -> int:
+    def shrink(self) -> int:
         """Memory is short: drop everything, halve the limit, and return the bytes freed."""
         freed = self._bytes()
         self.clear()
@@ -69,41 +69,41 @@ class ConcatenationCache:
         return freed
 
     def clear(self) -> None:
-        self._held.clear()
+        self._entries.clear()
 
-    def _noted(self, key: tuple[int, ...], values: Sequence[torch.Tensor]) -> _Held:
+    def _new_entry(self, key: tuple[int, ...], values: Sequence[torch.Tensor]) -> _Entry:
         # The entry is dropped with the first of its tensors that dies.
-        sources = [weakref.ref(value, lambda _: self._held.pop(key, None)) for value in values]
-        return _Held(sources, [value._version for value in values])
+        sources = [weakref.ref(value, lambda _: self._entries.pop(key, None)) for value in values]
+        return _Entry(sources, [value._version for value in values])
 
     def _trim(self) -> None:
-        while len(self._held) > 64 or self._bytes() > self._limit:
-            self._held.popitem(last=False)
+        while len(self._entries) > 64 or self._bytes() > self._limit:
+            self._entries.popitem(last=False)
 
     def _bytes(self) -> int:
-        return sum(held.joined.nbytes for held in self._held.values() if held.joined is not None)
+        return sum(entry.concatenated.nbytes for entry in self._entries.values() if entry.concatenated is not None)
 
 
-def join(calls: Sequence[Call], joins: ConcatenationCache) -> dict[str, Any]:
+def join(calls: Sequence[Call], cache: ConcatenationCache) -> dict[str, Any]:
     """The keyword arguments of one forward pass for all of `calls`, whose keys are equal."""
-    joined: list[Any] = []
+    concatenated: list[Any] = []
     for at, leaf in enumerate(calls[0].leaves):
-        joined.append(_JOIN[leaf.kind]([call.leaves[at] for call in calls], calls, joins))
-    arguments: dict[str, Any] = _rebuilt(calls[0].shape, iter(joined))
+        concatenated.append(_JOIN[leaf.kind]([call.leaves[at] for call in calls], calls, cache))
+    arguments: dict[str, Any] = _unflatten(calls[0].shape, iter(concatenated))
     for text, mask in calls[0].pairs.items():
         arguments[mask] = _mask(text, mask, calls)
     return arguments
 
 
-def _cat(leaves: list[Leaf], calls: Sequence[Call], joins: ConcatenationCache) -> torch.Tensor:
-    return joins.cat([leaf.value for leaf in leaves])
+def _cat(leaves: list[Leaf], calls: Sequence[Call], cache: ConcatenationCache) -> torch.Tensor:
+    return cache.cat([leaf.value for leaf in leaves])
 
 
-def _cat_second(leaves: list[Leaf], calls: Sequence[Call], joins: ConcatenationCache) -> torch.Tensor:
-    return joins.cat([leaf.value for leaf in leaves], dim=1)
+def _cat_second(leaves: list[Leaf], calls: Sequence[Call], cache: ConcatenationCache) -> torch.Tensor:
+    return cache.cat([leaf.value for leaf in leaves], dim=1)
 
 
-def _cat_time(leaves: list[Leaf], calls: Sequence[Call], joins: ConcatenationCache) -> torch.Tensor:
+def _cat_time(leaves: list[Leaf], calls: Sequence[Call], cache: ConcatenationCache) -> torch.Tensor:
     # Some schedulers use int64, some float32; time embeddings compute in float32 anyway.
     values = [leaf.value for leaf in leaves]
     if len({value.dtype for value in values}) > 1:
@@ -111,22 +111,22 @@ def _cat_time(leaves: list[Leaf], calls: Sequence[Call], joins: ConcatenationCac
     return torch.cat(values)
 
 
-def _cat_ragged(leaves: list[Leaf], calls: Sequence[Call], joins: ConcatenationCache) -> torch.Tensor:
+def _cat_ragged(leaves: list[Leaf], calls: Sequence[Call], cache: ConcatenationCache) -> torch.Tensor:
     longest = max(leaf.value.shape[1] for leaf in leaves)
     if all(leaf.value.shape[1] == longest for leaf in leaves):
-        return _cat(leaves, calls, joins)
+        return _cat(leaves, calls, cache)
     return torch.cat([text_masks.padded(leaf.value, longest) for leaf in leaves])
 
 
-def _cat_lists(leaves: list[Leaf], calls: Sequence[Call], joins: ConcatenationCache) -> list[Any]:
+def _cat_lists(leaves: list[Leaf], calls: Sequence[Call], cache: ConcatenationCache) -> list[Any]:
     return [item for leaf in leaves for item in leaf.value]
 
 
-def _first(leaves: list[Leaf], calls: Sequence[Call], joins: ConcatenationCache) -> Any:
+def _first(leaves: list[Leaf], calls: Sequence[Call], cache: ConcatenationCache) -> Any:
     return leaves[0].value
 
 
-def _repeat(leaves: list[Leaf], calls: Sequence[Call], joins: ConcatenationCache) -> list[Any]:
+def _repeat(leaves: list[Leaf], calls: Sequence[Call], cache: ConcatenationCache) -> list[Any]:
     return [leaves[0].value[0]] * sum(call.rows for call in calls)
 
 
@@ -152,9 +152,9 @@ def _at(call: Call, path: str) -> Any:
     return next(leaf.value for leaf in call.leaves if leaf.path == path)
 
 
-def _rebuilt(shape: Any, leaves: Iterator[Any]) -> Any:
+def _unflatten(shape: Any, leaves: Iterator[Any]) -> Any:
     if shape == "leaf":
         return next(leaves)
     kind, keys, inner = shape
-    values = [_rebuilt(item, leaves) for item in inner]
+    values = [_unflatten(item, leaves) for item in inner]
     return dict(zip(keys, values, strict=True)) if kind == "dict" else (list if kind == "list" else tuple)(values)

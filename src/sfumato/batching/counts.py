@@ -1,4 +1,4 @@
-"""What was computed and how much of it was shared, for those who ask why nothing batches."""
+"""Counters of module calls and forward passes, to see what was batched and why something was not."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Count:
-    """Calls of a module, and the forwards that answered them."""
+    """Calls of a module, and the forward passes that answered them."""
 
     calls: int = 0
     forwards: int = 0
     proving: int = 0
-    """Forwards that answered nobody: those of proofs."""
+    """Forward passes of proofs, which answer no call."""
 
 
 class Counts(dict[str, Count]):
-    """Module name → its count, with what else is counted by module."""
+    """Module name → its count, with further counters per module."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.shared: Counter[tuple[str, int]] = Counter()
-        """Module name and the number of calls that a forward answered → such forwards."""
-        self.alone: Counter[tuple[str, str]] = Counter()
-        """Module name and reason → calls that could not be joined. Those that a proof has refused are not in it."""
+        self.batch_sizes: Counter[tuple[str, int]] = Counter()
+        """Module name and number of calls that a forward pass answered → number of such forward passes."""
+        self.alone_because: Counter[tuple[str, str]] = Counter()
+        """Module name and reason → calls that could not be batched, without those that a proof has refused."""
         self.unbatched: Counter[tuple[str, Reason]] = Counter()
-        """Module name and kind of reason → calls that no other could join, whoever was there."""
+        """Module name and category of reason → calls that could not be batched with any other."""
 
     def __missing__(self, name: str) -> Count:
         return self.setdefault(name, Count())
@@ -42,10 +42,10 @@ class Counts(dict[str, Count]):
         count.forwards += forwards
         count.proving += proving
         if calls and forwards:
-            self.shared[name, calls] += forwards
+            self.batch_sizes[name, calls] += forwards
 
     def add_unbatched(self, name: str, reason: Reason, detail: str = "") -> None:
-        """A call of that module was computed alone, and had to be. What was refused by a proof is logged there."""
+        """A call of this module had to be computed alone. Refusals by a proof are logged elsewhere."""
         if (name, reason) not in self.unbatched and detail:
             log.info("calls of %s are not batched (%s): %s", name, reason, detail)
         self.unbatched[name, reason] += 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-_none: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+_without_cache: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 """Modules without a cache, with the `id` of the cache configuration when that was checked.
 
 A module with adapters has thousands of submodules: searching them takes longer than anything else about a view.
@@ -15,9 +15,9 @@ A module with adapters has thousands of submodules: searching them takes longer 
 def state_managers(module: Any) -> tuple[Any, ...] | None:
     """The objects that keep a state per cache context in `module`: None without a cache, empty without contexts."""
     configuration = id(getattr(module, "_cache_config", None))
-    if not hasattr(module, "cache_context") or _none.get(module) == configuration:
+    if not hasattr(module, "cache_context") or _without_cache.get(module) == configuration:
         return None
-    found: list[Any] = []
+    managers: list[Any] = []
     stateful = [
         hook
         for part in module.modules()
@@ -26,16 +26,16 @@ def state_managers(module: Any) -> tuple[Any, ...] | None:
         if hook._is_stateful
     ]
     for hook in stateful:
-        managers = [value for value in vars(hook).values() if type(value).__name__ == "StateManager"]
-        if not managers:
+        of_hook = [value for value in vars(hook).values() if type(value).__name__ == "StateManager"]
+        if not of_hook:
             return ()
-        found += managers
+        managers += of_hook
     if not stateful:
-        _none[module] = configuration
+        _without_cache[module] = configuration
         return None
-    return tuple({id(manager): manager for manager in found}.values())
+    return tuple({id(manager): manager for manager in managers}.values())
 
 
 def forget(module: Any) -> None:
     """Search `module` again next time: other code may have added a cache to it."""
-    _none.pop(module, None)
+    _without_cache.pop(module, None)

@@ -15,21 +15,21 @@ class Fingerprints:
     """
 
     def __init__(self) -> None:
-        self._known: dict[int, tuple[weakref.ref[torch.Tensor], int, bytes]] = {}
+        self._digests: dict[int, tuple[weakref.ref[torch.Tensor], int, bytes]] = {}
 
     def clear(self) -> None:
-        self._known.clear()
+        self._digests.clear()
 
     def of(self, tensor: torch.Tensor) -> bytes:
         if tensor.is_inference():  # made in inference mode: no way to tell whether it was modified
             return _digest(tensor)
-        known = self._known.get(id(tensor))
-        if known and known[0]() is tensor and known[1] == tensor._version:
-            return known[2]
+        entry = self._digests.get(id(tensor))
+        if entry and entry[0]() is tensor and entry[1] == tensor._version:
+            return entry[2]
         digest = _digest(tensor)
-        number = id(tensor)
-        gone = weakref.ref(tensor, lambda _: self._known.pop(number, None))
-        self._known[number] = (gone, tensor._version, digest)
+        key = id(tensor)
+        reference = weakref.ref(tensor, lambda _: self._digests.pop(key, None))
+        self._digests[key] = (reference, tensor._version, digest)
         return digest
 
 

@@ -56,8 +56,8 @@ def gather(
     """
     _check(pipe, calls, max_batch)
     forget(pipe)
-    trust = Verification(proofs=Proofs(proof_store.of_user()))
-    batcher = Batcher(max_rows=max_batch, max_active=max(2, 2 * max_batch), trust=trust)
+    verification = Verification(proofs=Proofs(proof_store.of_user()))
+    batcher = Batcher(max_rows=max_batch, max_active=max(2, 2 * max_batch), verification=verification)
     tasks = [batcher.submit(_Run(pipe, call)) for call in calls]
     try:
         with torch.no_grad():
@@ -67,7 +67,7 @@ def gather(
     finally:
         with torch.no_grad():
             batcher.close(GatherStopped())
-            offload.rest(pipe)
+            offload.offload_all(pipe)
         if stats is not None:
             stats |= _stats(batcher.counts)
     if not return_exceptions:
@@ -96,12 +96,12 @@ class _Run:
         self._call = dict(call)
 
     def __call__(self) -> Any:
-        made = view(self._pipe, foreign=True)
-        if "scheduler" in self._call and not _takes_scheduler(made):
-            scheduler_owners.exchange(made, copy.deepcopy(self._call.pop("scheduler")))
-        if hasattr(made, "set_progress_bar_config"):
-            made.set_progress_bar_config(disable=True)  # several bars at once are unreadable
-        return made(**self._call)
+        pipe = view(self._pipe, foreign=True)
+        if "scheduler" in self._call and not _takes_scheduler(pipe):
+            scheduler_owners.replace_scheduler(pipe, copy.deepcopy(self._call.pop("scheduler")))
+        if hasattr(pipe, "set_progress_bar_config"):
+            pipe.set_progress_bar_config(disable=True)  # several bars at once are unreadable
+        return pipe(**self._call)
 
 
 def _takes_scheduler(pipe: Any) -> bool:
@@ -112,12 +112,16 @@ def _check(pipe: Any, calls: Sequence[Mapping[str, Any]], max_batch: int) -> Non
     if max_batch < 1:
         raise ValueError(f"max_batch={max_batch}: must be at least 1")
     for at, call in enumerate(calls):
-        if "scheduler" in call and not _takes_scheduler(pipe) and (reason := scheduler_owners.refusal(pipe)):
+        if (
+            "scheduler" in call
+            and not _takes_scheduler(pipe)
+            and (reason := scheduler_owners.why_not_replaceable(pipe))
+        ):
             raise ValueError(f"call {at}: {reason}")
     owners: dict[int, int] = {}
     for at, call in enumerate(calls):
-        given = call.get("generator")
-        for generator in given if isinstance(given, list | tuple) else [given]:
+        generators = call.get("generator")
+        for generator in generators if isinstance(generators, list | tuple) else [generators]:
             if generator is not None and owners.setdefault(id(generator), at) != at:
                 raise ValueError(
                     f"calls {owners[id(generator)]} and {at} share one generator, so their results would depend on "

@@ -26,14 +26,14 @@ def enable(pipeline: Any, device: str) -> None:
     hooks = [hook for hook in pipeline._all_hooks if any(hook.model is module for module in modules)]
     for hook in hooks:
         others = [other for other in hooks if other is not hook]
-        hook.hook.prev_module_hook = _Others(others) if others else None
+        hook.hook.prev_module_hook = _OffloadOthers(others) if others else None
 
 
 def enabled(pipeline: Any) -> bool:
     return bool(getattr(pipeline, "_all_hooks", None))
 
 
-def rest(pipeline: Any) -> None:
+def offload_all(pipeline: Any) -> None:
     """No request uses the pipeline any more: offload every module still on the device."""
     if not enabled(pipeline):
         return
@@ -48,7 +48,7 @@ def empty_cache() -> None:
         torch.accelerator.memory.empty_cache()
 
 
-class _Others(UserCpuOffloadHook):  # type: ignore[misc]
+class _OffloadOthers(UserCpuOffloadHook):  # type: ignore[misc]
     """What accelerate offloads before a module is called: here every other module on the device."""
 
     def __init__(self, others: Sequence[Any]) -> None:
@@ -57,15 +57,15 @@ class _Others(UserCpuOffloadHook):  # type: ignore[misc]
     @property
     def model(self) -> Any:
         """A module on the device, if any: accelerate checks it to see whether there is something to offload."""
-        return next((hook.model for hook in self._others if _is_out(hook.model)), self._others[0].model)
+        return next((hook.model for hook in self._others if _on_device(hook.model)), self._others[0].model)
 
     def offload(self) -> None:
         for hook in self._others:
-            if _is_out(hook.model):
+            if _on_device(hook.model):
                 hook.offload()
 
 
-def _is_out(module: Any) -> bool:
+def _on_device(module: Any) -> bool:
     """Whether the module is on a device other than the CPU."""
     parameter = next(module.parameters(), None)
     return parameter is not None and parameter.device.type != "cpu"

@@ -1,4 +1,4 @@
-"""What a parked request is told, and how a request ends."""
+"""Replies to parked requests, and outcomes of requests."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from sfumato.batching.trial import Trial
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Told to a parked request: here is the output of its call."""
+    """Reply to a parked request: the output of its call."""
 
     value: Any
 
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """Told to a parked request: compute your call yourself, and report to the trial if there is one."""
+    """Reply to a parked request: compute the call yourself, and report to the trial if there is one."""
 
     trial: Trial | None = None
     member: int = 0
-    """Which one of the trial's members it is."""
+    """Its number among the trial's members."""
 
 
 Reply: TypeAlias = Result | Compute

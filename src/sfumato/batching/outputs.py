@@ -55,22 +55,22 @@ def copied(output: Any) -> Any:
 
 def tensors(output: Any) -> list[torch.Tensor]:
     """Every tensor in `output`, in order."""
-    found: list[torch.Tensor] = []
+    collected: list[torch.Tensor] = []
 
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        found.append(tensor)
+    def collect(tensor: torch.Tensor) -> torch.Tensor:
+        collected.append(tensor)
         return tensor
 
-    _mapped(output, note)
-    return found
+    _mapped(output, collect)
+    return collected
 
 
 def difference(part: Any, alone: Any) -> float:
     """Largest error of `part` relative to the largest value of each tensor of `alone`; inf if the shapes differ."""
-    ours, theirs = tensors(part), tensors(alone)
-    if len(ours) != len(theirs) or type(part) is not type(alone):
+    batched, single = tensors(part), tensors(alone)
+    if len(batched) != len(single) or type(part) is not type(alone):
         return float("inf")
-    return max((_error(a, b) for a, b in zip(ours, theirs, strict=True)), default=0.0)
+    return max((_error(a, b) for a, b in zip(batched, single, strict=True)), default=0.0)
 
 
 def _error(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -92,8 +92,8 @@ def _narrow(start: int, count: int, total: int) -> OnTensor:
     def narrow(tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.dim() or tensor.shape[0] % total or not tensor.shape[0]:
             raise Unsplittable(f"an output of shape {tuple(tensor.shape)} cannot be split into {total} rows")
-        each = tensor.shape[0] // total
-        return tensor.narrow(0, start * each, count * each).clone()
+        per_row = tensor.shape[0] // total
+        return tensor.narrow(0, start * per_row, count * per_row).clone()
 
     return narrow
 
@@ -121,8 +121,8 @@ def _mapped(value: Any, on_tensor: OnTensor, on_list: OnList | None = None) -> A
         parts = {key: _mapped(item, on_tensor, on_list) for key, item in value.items()}
         return parts if type(value) is dict else type(value)(**parts)
     if type(value).__name__ in DISTRIBUTIONS:
-        kept = {"deterministic": value.deterministic} if hasattr(value, "deterministic") else {}
-        return type(value)(_mapped(value.parameters, on_tensor), **kept)
+        attributes = {"deterministic": value.deterministic} if hasattr(value, "deterministic") else {}
+        return type(value)(_mapped(value.parameters, on_tensor), **attributes)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         return type(value)(**{name: _mapped(item, on_tensor, on_list) for name, item in fields.items()})
@@ -133,9 +133,9 @@ def _mapped(value: Any, on_tensor: OnTensor, on_list: OnList | None = None) -> A
 
 def _mapped_cache(cache: Any, on_tensor: OnTensor) -> Any:
     # transformers' DynamicCache: text encoders return one that is rarely used.
-    made = copy.copy(cache)
-    made.layers = [copy.copy(layer) for layer in cache.layers]
-    for layer in made.layers:
+    mapped = copy.copy(cache)
+    mapped.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in mapped.layers:
         if layer.keys is not None:
             layer.keys, layer.values = on_tensor(layer.keys), on_tensor(layer.values)
-    return made
+    return mapped

@@ -12,9 +12,9 @@ Calls with an equal key join its batch in the same order, as long as there is ro
 
 Requests that call several modules per step can be out of phase, one group at the ControlNet while another
 is at the UNet, and alternating would keep them so forever. So a leader whose batch has room left lets another
-group go first if that group will reach the leader's call (`Waiting.loop`) and is larger than its batch, or equally
-large and moved last: that group keeps moving until it reaches the leader, and from then on they run together. This
-usually costs the leader at most one step's forward passes, and never more than its patience.
+group go first if that group will reach the leader's call (`Waiting.repeated_keys`) and is larger than its batch, or
+equally large and moved last: that group keeps moving until it reaches the leader, and from then on they run
+together. This usually costs the leader at most one step's forward passes, and never more than its patience.
 
 No call starves: with A active requests it runs at the latest `patience + A` forward passes after it parked.
 Once it has waited `patience` forward passes it lets no group go first, and only calls that parked earlier lead. There
@@ -46,9 +46,9 @@ class Waiting:
     since: int
     """Number of forward passes that had run when it parked."""
     caller: str = ""
-    left: int | None = None
+    steps_left: int | None = None
     """Remaining denoising steps of its request."""
-    loop: Set[Hashable] = frozenset()
+    repeated_keys: Set[Hashable] = frozenset()
     """Keys that its request is known to call in every step, so it will reach them again."""
 
 
@@ -56,28 +56,28 @@ def choose(
     waiting: Sequence[Waiting],
     now: int,
     room: Callable[[Waiting], int],
-    given: Callable[[str], float] = lambda caller: 0.0,
+    rows_received: Callable[[str], float] = lambda caller: 0.0,
     patience: int = PATIENCE,
 ) -> list[Waiting]:
     """The calls of the next forward pass; the first one is the leader.
 
     `now`: forward passes so far. `room`: maximum rows of a forward pass of this kind; a call with more runs alone.
-    `given`: rows computed for each caller so far.
+    `rows_received`: rows computed for each caller so far.
     """
-    alike: dict[Hashable, list[Waiting]] = {}
+    by_key: dict[Hashable, list[Waiting]] = {}
     for call in waiting:
-        alike.setdefault(call.key, []).append(call)
+        by_key.setdefault(call.key, []).append(call)
 
-    sizes = {key: 1 if key is None else _fitting(calls, room(calls[0])) for key, calls in alike.items()}
+    sizes = {key: 1 if key is None else _fitting(calls, room(calls[0])) for key, calls in by_key.items()}
 
     def rank(call: Waiting) -> tuple[float, ...]:
         if now - call.since >= patience:
             return (0, call.since, call.id)
         return (
             1,
-            given(call.caller),
-            _left(call),
-            0 if call.loop else -sizes[call.key],
+            rows_received(call.caller),
+            _steps_left(call),
+            0 if call.repeated_keys else -sizes[call.key],
             call.since,
             call.id,
         )
@@ -86,22 +86,22 @@ def choose(
         return []
     ranked = sorted(waiting, key=rank)
     leader = ranked[0]
-    group = _with_company(leader, ranked, room)
+    group = _with_followers(leader, ranked, room)
     if now - leader.since >= patience or leader.key is None:
         return group
     room_left = room(leader) - sum(call.rows for call in group)
     coming = [
         call
         for call in ranked
-        if leader.key in call.loop
+        if leader.key in call.repeated_keys
         and call.key != leader.key
         and call.rows <= room_left
-        and _left(call) <= _left(leader)
+        and _steps_left(call) <= _steps_left(leader)
     ]
-    return max([group, *(_with_company(call, ranked, room) for call in coming)], key=_pull)
+    return max([group, *(_with_followers(call, ranked, room) for call in coming)], key=_group_rank)
 
 
-def loop(past: Sequence[Hashable]) -> Set[Hashable]:
+def repeated_keys(past: Sequence[Hashable]) -> Set[Hashable]:
     """The keys a request calls repeatedly: all since the second last occurrence of its current one, `past`'s end.
 
     The last occurrence is not enough: a step may call one ControlNet for each of two conditions.
@@ -111,8 +111,8 @@ def loop(past: Sequence[Hashable]) -> Set[Hashable]:
     return frozenset(past[earlier[-2:][0] :]) if earlier else frozenset()
 
 
-def _left(call: Waiting) -> float:
-    return float("inf") if call.left is None else call.left
+def _steps_left(call: Waiting) -> float:
+    return float("inf") if call.steps_left is None else call.steps_left
 
 
 def _fitting(calls: Iterable[Waiting], room: int) -> int:
@@ -120,7 +120,7 @@ def _fitting(calls: Iterable[Waiting], room: int) -> int:
     return max(1, sum(rows <= room for rows in sums))
 
 
-def _with_company(leader: Waiting, ranked: Iterable[Waiting], room: Callable[[Waiting], int]) -> list[Waiting]:
+def _with_followers(leader: Waiting, ranked: Iterable[Waiting], room: Callable[[Waiting], int]) -> list[Waiting]:
     group, rows = [leader], leader.rows
     if leader.key is None:
         return group
@@ -132,6 +132,6 @@ def _with_company(leader: Waiting, ranked: Iterable[Waiting], room: Callable[[Wa
     return group
 
 
-def _pull(group: Sequence[Waiting]) -> tuple[int, int]:
+def _group_rank(group: Sequence[Waiting]) -> tuple[int, int]:
     """Sort key of groups that approach each other: the largest moves, of equal ones the one that moved last."""
     return len(group), max(call.since for call in group)

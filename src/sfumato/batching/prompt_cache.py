@@ -24,35 +24,35 @@ class PromptCache:
 
     def __init__(self, limit: int = 256 << 20) -> None:
         self._limit = limit
-        self._held: OrderedDict[Hashable, tuple[weakref.ref[Any], int, Any]] = OrderedDict()
+        self._entries: OrderedDict[Hashable, tuple[weakref.ref[Any], int, Any]] = OrderedDict()
         self._bytes = 0
 
-    def key(self, call: Call, prints: Fingerprints) -> Hashable:
+    def key(self, call: Call, fingerprints: Fingerprints) -> Hashable:
         """Key that determines the output of this call; None unless it depends only on tokens."""
         if call.key is None or call.module.training:
             return None
         parts: list[Any] = [id(call.module), call.method, call.shape]
-        found = False
+        has_tokens = False
         for leaf in call.leaves:
             if not isinstance(leaf.value, torch.Tensor):
                 parts.append(leaf.key)
             elif leaf.path in READ and not leaf.value.is_floating_point():
-                found |= leaf.path == TOKENS
-                parts.append((leaf.path, leaf.value.shape, leaf.value.dtype, prints.of(leaf.value)))
+                has_tokens |= leaf.path == TOKENS
+                parts.append((leaf.path, leaf.value.shape, leaf.value.dtype, fingerprints.of(leaf.value)))
             else:
                 return None
-        return tuple(parts) if found else None
+        return tuple(parts) if has_tokens else None
 
     def get(self, key: Hashable) -> tuple[Any] | None:
         """A copy of the output in a tuple of one, or None."""
-        held = self._held.get(key)
-        if held is None:
+        entry = self._entries.get(key)
+        if entry is None:
             return None
-        if held[0]() is None:  # the module is gone, and another may have reused its id
+        if entry[0]() is None:  # the module is gone, and another may have reused its id
             self._drop(key)
             return None
-        self._held.move_to_end(key)
-        return (outputs.copied(held[2]),)
+        self._entries.move_to_end(key)
+        return (outputs.copied(entry[2]),)
 
     def put(self, key: Hashable, module: Any, output: Any) -> None:
         """Keep a copy, unless it would take more than a quarter of the space."""
@@ -60,16 +60,16 @@ class PromptCache:
             size = sum(tensor.nbytes for tensor in outputs.tensors(output))
             if size > self._limit // 4:
                 return
-            kept = outputs.copied(output)
+            value = outputs.copied(output)
         except outputs.Unsplittable:
             return
         self._drop(key)
-        self._held[key] = (weakref.ref(module), size, kept)
+        self._entries[key] = (weakref.ref(module), size, value)
         self._bytes += size
         while self._bytes > self._limit:
-            self._drop(next(iter(self._held)))
+            self._drop(next(iter(self._entries)))
 
-    def spare(self) -> int:
+    def shrink(self) -> int:
         """Memory is short: forget everything, halve the limit, and return the bytes freed."""
         freed = self._bytes
         self.clear()
@@ -78,10 +78,10 @@ class PromptCache:
 
     def clear(self) -> None:
         """Forget everything: call it when weights or adapters change."""
-        self._held.clear()
+        self._entries.clear()
         self._bytes = 0
 
     def _drop(self, key: Hashable) -> None:
-        held = self._held.pop(key, None)
-        if held:
-            self._bytes -= held[1]
+        entry = self._entries.pop(key, None)
+        if entry:
+            self._bytes -= entry[1]

@@ -42,7 +42,7 @@ from typing import Any, TypeAlias
 import torch
 
 from sfumato.batching import outputs, torch_state
-from sfumato.batching.calls import Call, Leaf, plain, target
+from sfumato.batching.calls import Call, Leaf, original_module, target
 
 Join: TypeAlias = Callable[[Sequence[Call]], dict[str, Any]]
 """Makes the keyword arguments of one forward pass for several calls."""
@@ -106,7 +106,7 @@ def examine(calls: Sequence[Call], join: Join) -> Evidence:
     """
     batch = _Batch(list(calls), join)
     batch.parts = batch.run(batch.calls)
-    batch.rounding = batch.differences(batch.run(batch.calls, within=_disturbed(batch.module, batch.half)))
+    batch.rounding = batch.differences(batch.run(batch.calls, within=_with_layer_noise(batch.module, batch.half)))
     reason = next(
         (reason for question in (_neighbours, _places, _padding, _conversion) if (reason := question(batch))), ""
     )
@@ -148,7 +148,7 @@ class _Batch:
         arguments = self._join(calls)
         change(arguments)
         # Layers inside a compiled module do not call their hooks.
-        module = plain(self.module) if within else self.module
+        module = original_module(self.module) if within else self.module
         # Random numbers are the same each time, so only the rows can differ.
         random = torch_state.random()
         torch.manual_seed(0)
@@ -164,7 +164,7 @@ class _Batch:
         """Differences of `parts` from those of the unchanged batch."""
         return [outputs.difference(part, before) for part, before in zip(parts, self.parts, strict=True)]
 
-    def holds(self, differences: Mapping[int, float], control: Callable[[], float]) -> bool:
+    def unchanged(self, differences: Mapping[int, float], control: Callable[[], float]) -> bool:
         """Whether members did not change; `control` measures the difference that the device itself causes."""
         if not any(differences.values()):
             return True
@@ -184,32 +184,32 @@ class _Batch:
 
 
 def _neighbours(batch: _Batch) -> str:
-    everything = _with_neighbours_changed(batch, masks=True)
-    if batch.holds(everything, batch.repeats):
+    changes = _with_neighbours_changed(batch, masks=True)
+    if batch.unchanged(changes, batch.repeats):
         return ""
     if batch.repeats() > max(batch.rounding):
         return f"the same call twice differs by {batch.repeats():.1e}"
-    if batch.within(everything) and any(_is_mask(leaf) for call in batch.calls for leaf in call.leaves):
-        everything = _with_neighbours_changed(batch, masks=False)
-        if batch.holds(everything, batch.repeats):
+    if batch.within(changes) and any(_is_mask(leaf) for call in batch.calls for leaf in call.leaves):
+        changes = _with_neighbours_changed(batch, masks=False)
+        if batch.unchanged(changes, batch.repeats):
             return ""
-    return f"a row changes with the rows beside it, by {max(everything.values()):.1e}"
+    return f"a row changes with the rows beside it, by {max(changes.values()):.1e}"
 
 
 def _with_neighbours_changed(batch: _Batch, *, masks: bool) -> dict[int, float]:
     """Member → its change when every other member changes, in two forward passes."""
-    found: dict[int, float] = {}
+    changes: dict[int, float] = {}
     for side in (0, 1):
         mixed = [call if place % 2 == side else _changed(call, masks=masks) for place, call in enumerate(batch.calls)]
         differences = batch.differences(batch.run(mixed))
-        found |= {place: differences[place] for place in range(side, len(mixed), 2)}
-    return found
+        changes |= {place: differences[place] for place in range(side, len(mixed), 2)}
+    return changes
 
 
 def _places(batch: _Batch) -> str:
     moved = batch.run([*batch.calls[1:], batch.calls[0]])
-    found = dict(enumerate(batch.differences([moved[-1], *moved[:-1]])))
-    if not any(found.values()):
+    changes = dict(enumerate(batch.differences([moved[-1], *moved[:-1]])))
+    if not any(changes.values()):
         return ""
 
     def copies() -> float:
@@ -218,9 +218,9 @@ def _places(batch: _Batch) -> str:
         parts = batch.run([largest] * len(batch.calls))
         return max(outputs.difference(part, parts[0]) for part in parts)
 
-    if batch.holds(found, copies):
+    if batch.unchanged(changes, copies):
         return ""
-    return f"a row changes with its place in the batch, by {max(found.values()):.1e}"
+    return f"a row changes with its place in the batch, by {max(changes.values()):.1e}"
 
 
 def _padding(batch: _Batch) -> str:
@@ -233,10 +233,10 @@ def _padding(batch: _Batch) -> str:
                 joined = _at(arguments, leaf.path)
                 _fill(joined, [call.leaves[at].value for call in batch.calls])
 
-    found = dict(enumerate(batch.differences(batch.run(batch.calls, fill))))
-    if batch.holds(found, batch.repeats):
+    changes = dict(enumerate(batch.differences(batch.run(batch.calls, fill))))
+    if batch.unchanged(changes, batch.repeats):
         return ""
-    return f"a row changes with what is in its padding, by {max(found.values()):.1e}"
+    return f"a row changes with what is in its padding, by {max(changes.values()):.1e}"
 
 
 def _conversion(batch: _Batch) -> str:
@@ -248,9 +248,9 @@ def _conversion(batch: _Batch) -> str:
             wide = dataclasses.replace(call.leaves[at], value=call.leaves[at].value.float())
             converted = dataclasses.replace(call, leaves=[*call.leaves[:at], wide, *call.leaves[at + 1 :]])
             (before,), (after,) = batch.run([call]), batch.run([converted])
-            found = {member: outputs.difference(after, before)}
-            if not batch.holds(found, batch.repeats):
-                return f"a row changes when its time step becomes a 32-bit number, by {max(found.values()):.1e}"
+            changes = {member: outputs.difference(after, before)}
+            if not batch.unchanged(changes, batch.repeats):
+                return f"a row changes when its time step becomes a 32-bit number, by {max(changes.values()):.1e}"
     return ""
 
 
@@ -279,8 +279,8 @@ def _at(arguments: Any, path: str) -> Any:
 
 def _size(call: Call) -> int:
     """Number of elements that belong to a member, to find the one with the longest text."""
-    own = (leaf.value for leaf in call.leaves if leaf.kind not in SHARED)
-    tensors = itertools.chain.from_iterable(value if type(value) is list else [value] for value in own)
+    contents = (leaf.value for leaf in call.leaves if leaf.kind not in SHARED)
+    tensors = itertools.chain.from_iterable(value if type(value) is list else [value] for value in contents)
     return sum(tensor.numel() for tensor in tensors if isinstance(tensor, torch.Tensor)) // max(1, call.rows)
 
 
@@ -291,7 +291,7 @@ def _changed(call: Call, *, masks: bool) -> Call:
         leaves=[
             leaf
             if leaf.kind in SHARED or (not masks and _is_mask(leaf))
-            else dataclasses.replace(leaf, value=_other(leaf.value))
+            else dataclasses.replace(leaf, value=_different_contents(leaf.value))
             for leaf in call.leaves
         ],
     )
@@ -306,18 +306,18 @@ def _is_mask(leaf: Leaf) -> bool:
     return value.dim() == 2 and bool(((value == 0) | (value == 1)).all())
 
 
-def _other(value: Any) -> Any:
+def _different_contents(value: Any) -> Any:
     """Contents of the same shape as `value` that are as different as is safe.
 
     Integers may be table indices or positions, and one out of range crashes a process on a GPU: they are
     only permuted, or set to zero.
     """
     if type(value) is list:
-        return [_other(item) for item in value]
+        return [_different_contents(item) for item in value]
     if not isinstance(value, torch.Tensor) or not value.numel():
         return value
     if _is_whole(value):
-        return next((other for other in _rearranged(value) if not torch.equal(other, value)), value)
+        return next((other for other in _alternatives(value) if not torch.equal(other, value)), value)
     if value.dim() == 1:
         return value / 2
     # Changes the mean, the spread and the maximum, and leaves no row of zeros.
@@ -330,7 +330,7 @@ def _is_whole(value: torch.Tensor) -> bool:
     return not value.is_floating_point() or bool((value == value.round()).all())
 
 
-def _rearranged(value: torch.Tensor) -> Iterator[torch.Tensor]:
+def _alternatives(value: torch.Tensor) -> Iterator[torch.Tensor]:
     if value.dim() > 1:
         yield value.flip(1)
         half = value.clone()
@@ -344,7 +344,7 @@ def _rearranged(value: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 @contextmanager
-def _disturbed(module: torch.nn.Module, half: bool) -> Iterator[None]:
+def _with_layer_noise(module: torch.nn.Module, half: bool) -> Iterator[None]:
     """Inside the context, the result of every layer is moved up or down at random by some units in the last place."""
     units = HALF_UNITS if half else FULL_UNITS
     generators: dict[torch.device, torch.Generator] = {}
@@ -361,7 +361,7 @@ def _disturbed(module: torch.nn.Module, half: bool) -> Iterator[None]:
         bits = torch.randint(2, value.shape, generator=generators[value.device], device=value.device, dtype=torch.uint8)
         return bits.to(value.dtype).mul_(2 * by).add_(1 - by).mul_(value)
 
-    layers = [part for part in plain(module).modules() if next(part.children(), None) is None]
+    layers = [part for part in original_module(module).modules() if next(part.children(), None) is None]
     hooks = [layer.register_forward_hook(lambda _module, _inputs, output: disturb(output)) for layer in layers]
     try:
         yield

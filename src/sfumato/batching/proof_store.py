@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from sfumato.batching.calls import plain
+from sfumato.batching.calls import original_module
 from sfumato.pipelines import source_digest
 
 log = logging.getLogger(__name__)
@@ -30,15 +30,15 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 """Version of the file and of the proof's tests: verdicts of another version are ignored."""
 
-MOST = 1000
+MAX_VERDICTS = 1000
 """Maximum number of verdicts; the oldest are dropped."""
 
-LARGEST = 8 << 20
+MAX_BYTES = 8 << 20
 """In bytes. A larger file was not written by this module."""
 
 NAME = "proofs.json"
 
-VARIABLE = "SFUMATO_PROOFS"
+ENVIRONMENT_VARIABLE = "SFUMATO_PROOFS"
 """Environment variable with the file's path, for the server and for `gather`."""
 
 
@@ -58,37 +58,37 @@ class Proofs:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._held: dict[str, Verdict] | None = None
+        self._verdicts: dict[str, Verdict] | None = None
         self._keys: dict[int, tuple[weakref.ref[Any], str]] = {}
 
     def get(self, module: Any, signature: str) -> Verdict | None:
-        if self._held is None:
-            self._held = self._read()
-        verdict = self._held.get(self._key(module, signature))
+        if self._verdicts is None:
+            self._verdicts = self._read()
+        verdict = self._verdicts.get(self._key(module, signature))
         return verdict if verdict and verdict.signature == signature else None
 
     def put(self, module: Any, signature: str, refused: str) -> None:
         verdict = Verdict(signature, refused, datetime.date.today().isoformat())
         # Another process may have written since.
-        held = {**(self._held or {}), **self._read()}
+        verdicts = {**(self._verdicts or {}), **self._read()}
         key = self._key(module, signature)
-        held.pop(key, None)
-        held[key] = verdict
-        self._held = dict(list(held.items())[-MOST:])
+        verdicts.pop(key, None)
+        verdicts[key] = verdict
+        self._verdicts = dict(list(verdicts.items())[-MAX_VERDICTS:])
         try:
-            self._write(self._held)
+            self._write(self._verdicts)
         except OSError as error:
             log.warning("batching verdicts cannot be saved in %s: %s", self._path, error)
 
     def _key(self, module: Any, signature: str) -> str:
-        known = self._keys.get(id(module))
-        if known is None or known[0]() is not module:
-            known = self._keys[id(module)] = (weakref.ref(module), _code(module))
-        return hashlib.blake2b(f"{known[1]}\n{signature}".encode(), digest_size=16).hexdigest()
+        entry = self._keys.get(id(module))
+        if entry is None or entry[0]() is not module:
+            entry = self._keys[id(module)] = (weakref.ref(module), _code(module))
+        return hashlib.blake2b(f"{entry[1]}\n{signature}".encode(), digest_size=16).hexdigest()
 
     def _read(self) -> dict[str, Verdict]:
         try:
-            if self._path.stat().st_size > LARGEST:
+            if self._path.stat().st_size > MAX_BYTES:
                 return {}
             content = json.loads(self._path.read_bytes())
             if content["format"] != FORMAT:
@@ -100,9 +100,9 @@ class Proofs:
             log.warning("%s cannot be read and will be rewritten: %s", self._path, error)
             return {}
 
-    def _write(self, held: Mapping[str, Verdict]) -> None:
+    def _write(self, verdicts: Mapping[str, Verdict]) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"format": FORMAT, "proofs": {key: asdict(verdict) for key, verdict in held.items()}}
+        content = {"format": FORMAT, "proofs": {key: asdict(verdict) for key, verdict in verdicts.items()}}
         with tempfile.NamedTemporaryFile(
             "w", dir=self._path.parent, prefix=f".{self._path.name}.", encoding="utf-8", delete=False
         ) as file:
@@ -118,7 +118,7 @@ class Proofs:
 def of_user() -> Path:
     """The file without a server's data folder: `SFUMATO_PROOFS`, else a file in the user's cache folder."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get(VARIABLE) or cache / "sfumato" / NAME)
+    return Path(os.environ.get(ENVIRONMENT_VARIABLE) or cache / "sfumato" / NAME)
 
 
 def _is_entry(entry: Any) -> bool:
@@ -128,7 +128,7 @@ def _is_entry(entry: Any) -> bool:
 
 def _code(module: Any) -> str:
     """Everything that decides how a module computes, except its weights."""
-    inner = plain(module)
+    inner = original_module(module)
     devices = {parameter.device.type for parameter in inner.parameters()}
     parts = {
         "source": source_digest.source_digest(inner),

@@ -1,4 +1,4 @@
-"""How many rows one forward may have: the setting, or less where memory was too short for as many."""
+"""Maximum rows of a forward pass: the setting, or less where more ran out of memory."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from sfumato.batching.calls import Call
 
 
 class RowLimits:
-    """`most` rows, and what was learned for single modules and shapes."""
+    """The limit `max_rows`, and lower limits for single modules and shapes."""
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, max_rows: int) -> None:
+        self._max_rows = max_rows
         self.lowered: dict[Hashable, int] = {}
 
     def of(self, call: Call) -> int:
-        """For forwards of this module and shape."""
-        return min(self._most, self.lowered.get(_shape(call), self._most)) if self.lowered else self._most
+        """The limit for forward passes of this module and shape."""
+        return min(self._max_rows, self.lowered.get(_shape(call), self._max_rows)) if self.lowered else self._max_rows
 
     def halve(self, calls: Sequence[Call]) -> int:
-        """So many rows did not fit into memory: the limit of their module and shape from now on."""
+        """The rows of `calls` did not fit into memory: halve and return the limit for their module and shape."""
         limit = max(1, sum(call.rows for call in calls) // 2)
         self.lowered[_shape(calls[0])] = limit
         return limit
@@ -29,6 +29,6 @@ class RowLimits:
 
 
 def _shape(call: Call) -> Hashable:
-    """Module and shapes, without rows or contents."""
+    """Module and shapes, without rows and contents."""
     shapes = [(leaf.path, leaf.value.shape[1:]) for leaf in call.leaves if leaf.kind in ("rows", "multi", "ragged")]
     return (id(call.module), call.method, tuple(shapes))

@@ -1,7 +1,7 @@
-"""One forward for several calls: join the arguments, run the module, cut the output; and what may go wrong in that.
+"""One forward pass for several calls: join the arguments, run the module, split the output, and handle errors.
 
-What comes out for each member is what it would have got alone. Where that is not sure yet, or the batch raised, each
-member computes its own call, and a trial (`trial`) says afterwards what that has shown.
+Each member gets the output that it would get alone. If that is not proved yet, or the batch raised, each member
+computes its own call, and a trial (`trial`) draws the conclusion.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sfumato.batching import outputs, proof
-from sfumato.batching.calls import Call, differing, target
+from sfumato.batching.calls import Call, differences_between, target
 from sfumato.batching.concatenation import ConcatenationCache, join
 from sfumato.batching.counts import Counts
 from sfumato.batching.outcomes import Compute, Reply, Result, is_out_of_memory
@@ -28,58 +28,60 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Runner:
-    """Runs forwards of calls whose keys are equal."""
+    """Runs forward passes for calls with equal keys."""
 
-    trust: Verification
-    joins: ConcatenationCache
+    verification: Verification
+    concatenations: ConcatenationCache
     counts: Counts
 
     def run(self, calls: Sequence[Call]) -> Sequence[Reply] | None:
-        """One forward for `calls`, at least two; what each is told, or None where memory was too short."""
+        """One forward pass for `calls`, at least two: a reply for each, or None if it ran out of memory."""
         first = calls[0]
-        signature = self.trust.signature(first, differing(calls))
-        ruling = self.trust.ruling(first, signature)
+        signature = self.verification.signature(first, differences_between(calls))
+        decision = self.verification.decision(first, signature)
         try:
-            output = target(first.module, first.method)(**join(calls, self.joins))
+            output = target(first.module, first.method)(**join(calls, self.concatenations))
             parts = outputs.split(output, [call.rows for call in calls], listed=first.listed)
         except Unsplittable as reason:
             self.counts.add(first.name, 0, 1)
-            self.trust.refuse(first, signature, str(reason))
-            return _alone(calls)
-        except Exception as error:  # whatever a module raises: find out whose fault it is
+            self.verification.refuse(first, signature, str(reason))
+            return _each_alone(calls)
+        except Exception as error:  # whatever a module raises: a trial finds the cause
             self.counts.add(first.name, 0, 1)
             if is_out_of_memory(error):
                 return None
             log.info("a batch of %d calls of %s failed: %r", len(calls), first.name, error)
             why = "the batch raised, each member alone did not"
-            return _alone(calls, Blame(len(calls), functools.partial(self.trust.refuse, first, signature, why)))
-        if ruling == "try":
+            return _each_alone(
+                calls, Blame(len(calls), functools.partial(self.verification.refuse, first, signature, why))
+            )
+        if decision == "try":
             return self._prove(calls, signature, parts)
         self.counts.add(first.name, len(calls), 1)
         return [Result(part) for part in parts]
 
     def _prove(self, calls: Sequence[Call], signature: str, parts: list[Any]) -> Sequence[Reply] | None:
-        """The first batch of its kind. Whatever comes out, every member gets what it computes alone."""
+        """Prove the first batch of its kind. Every member computes its own call, whatever the result."""
         first = calls[0]
         try:
             evidence = proof.examine(calls, lambda some: join(some, ConcatenationCache()))
-        except Exception as error:  # the batch went well, one with other contents did not
+        except Exception as error:  # the batch ran, but not with other contents
             if is_out_of_memory(error):
                 self.counts.add(first.name, 0, 1)
                 return None
             if proof.is_half(first):
                 why = f"raised {type(error).__name__} when the rows beside it were changed"
-                self.trust.refuse(first, signature, why, Reason.UNPROVEN)
+                self.verification.refuse(first, signature, why, Reason.UNPROVEN)
             evidence = Evidence(parts, rounding=[proof.TOLERANCE] * len(calls))
         self.counts.add(first.name, 0, 1, proving=evidence.forwards)
-        if self.trust.ruling(first, signature) == "no":
-            return _alone(calls)
+        if self.verification.decision(first, signature) == "no":
+            return _each_alone(calls)
         if evidence.refused:
-            self.trust.settle(first, signature, evidence, [])
-            return _alone(calls)
-        settle = functools.partial(self.trust.settle, first, signature, evidence)
-        return _alone(calls, Comparison(evidence.parts, settle))
+            self.verification.settle(first, signature, evidence, [])
+            return _each_alone(calls)
+        settle = functools.partial(self.verification.settle, first, signature, evidence)
+        return _each_alone(calls, Comparison(evidence.parts, settle))
 
 
-def _alone(calls: Sequence[Call], trial: Trial | None = None) -> Sequence[Compute]:
+def _each_alone(calls: Sequence[Call], trial: Trial | None = None) -> Sequence[Compute]:
     return [Compute(trial, member) for member in range(len(calls))]

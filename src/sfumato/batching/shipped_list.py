@@ -1,8 +1,8 @@
-"""The list that comes with Sfumato of what may be batched, and for which source text of which classes it was made.
+"""The shipped list of signatures that may be batched, and the class sources for which it was made.
 
-A signature on it counts for a module that consists of classes of diffusers and transformers whose source is what it was
-when `benchmarks/parity.py` drew with them, whatever the packages' versions are now. What other packages put into a
-module (a LoRA's layers) is not looked at.
+A signature on the list is valid for a module whose diffusers and transformers classes have the same source as in the
+run of `benchmarks/parity.py`, whatever the packages' versions are. Classes of other packages in a module (a LoRA's
+layers) are not checked.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PACKAGES = ("diffusers.", "transformers.")
 @dataclass(frozen=True)
 class ShippedList:
     sources: Mapping[str, str]
-    """Path of each class → digest of its source then."""
+    """Path of each class → digest of its source in that run."""
     signatures: frozenset[str]
 
     @functools.cached_property
@@ -34,12 +34,12 @@ class ShippedList:
         return frozenset(self.sources.values())
 
     def unproven(self, module: Any) -> tuple[str, ...]:
-        """Paths of the classes in `module` that the list says nothing of: other ones, or changed since."""
-        digests = digests_of(module).items()  # a class that was moved is known by its digest still
+        """Paths of the classes in `module` that are not on the list, or have changed since."""
+        digests = digests_of(module).items()  # found by digest, so a class may have moved
         return tuple(path for path, digest in digests if digest not in self._digests)
 
     def changed(self) -> tuple[str, ...]:
-        """Paths of the classes on the list that the installed packages have with another source, or not at all."""
+        """Paths of the classes on the list whose installed source differs or is missing."""
         return tuple(path for path, digest in self.sources.items() if installed(path) != digest)
 
 
@@ -47,19 +47,19 @@ class ShippedList:
 def shipped() -> ShippedList:
     content = json.loads(resources.files("sfumato.batching").joinpath(FILE).read_text())
     calls = content["calls"].items()
-    signatures = frozenset(f"{kind}.{call}" for kind, each in calls for call in each)
+    signatures = frozenset(f"{kind}.{call}" for kind, kind_calls in calls for call in kind_calls)
     return ShippedList(content["sources"], signatures)
 
 
 def digests_of(module: Any) -> dict[str, str]:
-    """Path of each class of PACKAGES in `module` → digest of its source."""
+    """Path of each class in `module` from PACKAGES → digest of its source."""
     return {path: digest for path, digest in source_digest.class_digests(module).items() if path.startswith(PACKAGES)}
 
 
 def installed(path: str) -> str:
-    """The digest of the class of this path as it is installed; empty where there is none."""
+    """Digest of the installed class at `path`; empty if there is none."""
     parts = path.split(".")
-    for at in range(len(parts) - 1, 0, -1):  # a class may stand inside another one
+    for at in range(len(parts) - 1, 0, -1):  # a class may be nested in another one
         try:
             module = importlib.import_module(".".join(parts[:at]))
             return source_digest.class_digest(attrgetter(".".join(parts[at:]))(module))

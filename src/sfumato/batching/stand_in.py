@@ -1,7 +1,7 @@
 """A stand-in takes the place of a heavy module in the view of one request.
 
-It has the module's attributes and class. Calls go to the request (`Asker`), which parks or computes them; everything
-else goes to the module, and what would change the module for other requests is noted with the view.
+It has the module's attributes and class. Calls go to the request (`CallHandler`), which parks or computes
+them; everything else goes to the module, and the view records what would change the module for other requests.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ READERS = frozenset({
 """Functions, by module and name, that iterate over all submodules in each request but change none."""
 
 
-class Asker(greenlet.greenlet):  # type: ignore[misc]
+class CallHandler(greenlet.greenlet):  # type: ignore[misc]
     """The greenlet of a request: stand-ins called inside it pass their calls to it."""
 
-    def ask(self, stand_in: StandIn, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def handle_call(self, stand_in: StandIn, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         raise NotImplementedError
 
 
@@ -81,7 +81,7 @@ class StandIn:
         return type(self._sfumato_module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return _ask(self, "__call__", args, kwargs)
+        return _handle_call(self, "__call__", args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -91,12 +91,12 @@ class StandIn:
                 return self
             raise
         if isinstance(value, torch.nn.Module):
-            self._sfumato_view.hand_out(self, value)
+            self._sfumato_view.track(self, value)
             return value
         if name in PARTS and not _only_reads(sys._getframe(1)):
-            self._sfumato_view.hand_out(self, self._sfumato_module)
+            self._sfumato_view.track(self, self._sfumato_module)
         if name in METHODS:
-            return _asking(self, name, value)
+            return _intercepted(self, name, value)
         if name == "cache_context" and callable(value):
             return functools.partial(_cache_context, self)
         if name == "to":
@@ -157,24 +157,24 @@ class StandIn:
                 del manager._state_cache[name]
 
 
-def current() -> Asker | None:
+def current() -> CallHandler | None:
     current = greenlet.getcurrent()
-    return current if isinstance(current, Asker) else None
+    return current if isinstance(current, CallHandler) else None
 
 
-def _ask(stand_in: StandIn, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    asker = current()
-    if asker is None:
+def _handle_call(stand_in: StandIn, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    handler = current()
+    if handler is None:
         return stand_in._sfumato_compute(method, args, kwargs)
-    return asker.ask(stand_in, method, args, kwargs)
+    return handler.handle_call(stand_in, method, args, kwargs)
 
 
-def _asking(stand_in: StandIn, method: str, real: Callable[..., Any]) -> Callable[..., Any]:
+def _intercepted(stand_in: StandIn, method: str, real: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(real)  # pipelines inspect its signature
-    def asking(*args: Any, **kwargs: Any) -> Any:
-        return _ask(stand_in, method, args, kwargs)
+    def intercepted(*args: Any, **kwargs: Any) -> Any:
+        return _handle_call(stand_in, method, args, kwargs)
 
-    return asking
+    return intercepted
 
 
 def _only_reads(frame: FrameType) -> bool:

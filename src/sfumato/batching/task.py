@@ -1,4 +1,4 @@
-"""One request: a greenlet that parks at its module calls, with the state of torch that is its own."""
+"""One request: a greenlet that parks at its module calls and has its own torch random state."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from sfumato.batching.counts import Counts
 from sfumato.batching.outcomes import Compute, Outcome, Reply, Result
 from sfumato.batching.prompt_cache import PromptCache
 from sfumato.batching.reasons import Reason
-from sfumato.batching.stand_in import Asker, StandIn
+from sfumato.batching.stand_in import CallHandler, StandIn
 from sfumato.batching.views import View
 
 
-class State(IntEnum):  # plain ones are slow to look up
-    """Where a request stands."""
+class State(IntEnum):  # members of a plain Enum are slow to look up
+    """State of a request."""
 
     QUEUED = auto()
-    """Submitted; others have all places."""
+    """Submitted, and waits for a place."""
     READY = auto()
-    """It may run: it has a place, or the answer to its call."""
+    """May run: it has just got a place, or the reply to its call."""
     RUNNING = auto()
-    """The thread is in its code, or in what that has called."""
+    """The thread runs its code."""
     PARKED = auto()
-    """At a module call, until it has an answer."""
+    """Waits at a module call for a reply."""
     PAUSED = auto()
-    """It has given its turn away (`Batcher.turn`) and runs again in the next."""
+    """Has yielded its turn (`Batcher.turn`) and runs again in the next one."""
     ENDED = auto()
-    """It has an outcome."""
+    """Has an outcome."""
 
 
 NEXT: Mapping[State, frozenset[State]] = MappingProxyType({
@@ -46,18 +46,18 @@ NEXT: Mapping[State, frozenset[State]] = MappingProxyType({
     State.PAUSED: frozenset({State.RUNNING, State.ENDED}),
     State.ENDED: frozenset(),
 })  # fmt: skip
-"""What may follow on what. Who is parked runs without an answer when it is cancelled, for its `finally` blocks; and
-ends without running when nobody refers to it any more and Python closes its greenlet."""
+"""Allowed transitions. A parked request runs without a reply when it is cancelled, for its `finally` blocks; it ends
+without running when nothing refers to it any more and Python closes its greenlet."""
 
 
 class Host(Protocol):
-    """What a request needs of the batcher that runs it."""
+    """What a request needs from the batcher that runs it."""
 
     now: int
     ambient: tuple[Any, ...]
     threads: int
-    memo: PromptCache
-    prints: Fingerprints
+    prompt_cache: PromptCache
+    fingerprints: Fingerprints
     counts: Counts
 
     def listen(self) -> None: ...
@@ -67,8 +67,8 @@ class Host(Protocol):
     def computed(self, task: Task, call: Call, value: Any) -> None: ...
 
 
-class Task(Asker):
-    """One request. `outcome` is set once, when it has ended."""
+class Task(CallHandler):
+    """One request. `outcome` is set once, when it ends."""
 
     def __init__(self, batcher: Host, number: int, function: Callable[[], Any], caller: str) -> None:
         super().__init__()
@@ -76,29 +76,29 @@ class Task(Asker):
         self.number = number
         self.caller = caller
         self.state = State.QUEUED
-        self.left: int | None = None
-        """Denoising steps still to do, if whoever submitted it says so; short requests overtake long ones."""
+        self.steps_left: int | None = None
+        """Remaining denoising steps, if the submitter sets them; short requests overtake long ones."""
         self.threads: int | None = None
-        """CPU threads while it computes and in batches that it leads; None: as many as the process has."""
+        """CPU threads while it computes and in batches that it leads; None: the default of the process."""
         self.outcome: Outcome | None = None
         self.call: Call | None = None
-        """What it is parked at, until it runs again."""
+        """The call at which it is parked, until it runs again."""
         self.since = 0
-        """How many forwards had run when it parked."""
-        self.past: deque[Hashable] = deque(maxlen=policy.LONGEST_LOOP)
-        """What it parked at so far, as the policy sees it: keys, and for calls without one what is called."""
+        """Number of forward passes that had run when it parked."""
+        self.past_keys: deque[Hashable] = deque(maxlen=policy.LONGEST_LOOP)
+        """Keys of its latest calls, for the policy; for calls without a key, module and method."""
         self.waiting: policy.Waiting | None = None
         """Its call as the policy sees it."""
-        self.ending: BaseException | None = None
-        """With what it is to end as soon as nobody else is in the middle of something."""
-        self.memo_key: Hashable = None
-        """Of its call in the prompt cache; None for what is not kept there."""
+        self.pending_error: BaseException | None = None
+        """The error to end it with as soon as no other request is running."""
+        self.prompt_key: Hashable = None
+        """Key of its call in the prompt cache; None if the call is not cached there."""
         self.views: set[View] = set()
         self._reply: Reply | None = None
         self._function: Callable[[], Any] | None = function
         self._closing = ""
         self._random: torch_state.Random | None = None
-        # A greenlet starts with an empty context; requests see the variables of whoever submitted them.
+        # A greenlet starts with an empty context; a request sees the variables of its submitter.
         self.gr_context = contextvars.copy_context()
 
     @property
@@ -108,11 +108,11 @@ class Task(Asker):
     # Called by the batcher.
 
     def admit(self) -> None:
-        """It has a place, and may begin."""
+        """It gets a place and may begin."""
         self._become(State.READY)
 
     def answer(self, reply: Reply) -> None:
-        """What becomes of the call that it is parked at."""
+        """The reply to the call at which it is parked."""
         self._become(State.READY)
         self._reply = reply
 
@@ -122,14 +122,14 @@ class Task(Asker):
         self._run(lambda: self.switch(reply) if reply else self.switch())
 
     def cancel(self, error: BaseException) -> None:
-        """End it now with `error`, which is raised where it is parked; its `finally` blocks run, without a switch."""
+        """End it now: raise `error` where it is parked; its `finally` blocks run without switching."""
         if self.done:
             return
         self._closing = "the request is being ended"
         if greenlet.getcurrent() is self:
             raise error
         self.call = None
-        if not self:  # it has not begun
+        if not self:  # it has not started
             self._end(Outcome(error=error))
             return
         self._run(lambda: self.throw(error))
@@ -140,17 +140,17 @@ class Task(Asker):
         assert self._function is not None
         try:
             outcome = Outcome(value=self._function())
-        except BaseException as error:  # a cancelled request ends here too, and an error belongs to its request alone
+        except BaseException as error:  # including cancellation; an error ends only its own request
             outcome = Outcome(error=error)
         self._end(outcome)
 
     def pause(self) -> None:
-        """Give the turn away; comes back in the next."""
+        """Yield the turn; returns in the next one."""
         self._become(State.PAUSED)
         self.parent.switch()
 
-    def ask(self, stand_in: StandIn, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A stand-in was called inside this request: park, or compute at once where it must not switch."""
+    def handle_call(self, stand_in: StandIn, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A stand-in was called inside this request: park, or compute at once if it must not switch."""
         self.views.add(stand_in._sfumato_view)
         if reason := self._must_not_switch(stand_in):
             self.batcher.listen()
@@ -161,9 +161,9 @@ class Task(Asker):
         return reply.value if isinstance(reply, Result) else self._compute(stand_in, call, reply)
 
     def _must_not_switch(self, stand_in: StandIn) -> str:
-        """Why; empty where it may."""
-        reason: str = self._closing or stand_in._sfumato_view.occupied()
-        # Autocast, grad mode and the like belong to the thread: switching inside would give them to others.
+        """Why this request must not switch now; empty if it may."""
+        reason: str = self._closing or stand_in._sfumato_view.why_no_switch()
+        # Autocast and grad mode belong to the thread: a switch inside them would apply them to other requests.
         if not reason and torch_state.ambient() != self.batcher.ambient:
             return OTHER_STATE
         return reason
@@ -171,61 +171,61 @@ class Task(Asker):
     def _count_unswitched(self, stand_in: StandIn, reason: str) -> None:
         view, name, counts = stand_in._sfumato_view, stand_in._sfumato_name, self.batcher.counts
         counts.add(name, 1, 1)
-        counts.alone[name, reason] += 1
-        occupied = "" if reason == OTHER_STATE else reason
-        counts.add_unbatched(name, Reason.ENDING if self._closing else view.reason(occupied), occupied)
+        counts.alone_because[name, reason] += 1
+        changes = "" if reason == OTHER_STATE else reason
+        counts.add_unbatched(name, Reason.ENDING if self._closing else view.reason(changes), changes)
 
     def _described(self, stand_in: StandIn, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         batcher, name = self.batcher, stand_in._sfumato_name
-        call = describe(stand_in._sfumato_module, method, args, kwargs, batcher.prints, name)
+        call = describe(stand_in._sfumato_module, method, args, kwargs, batcher.fingerprints, name)
         if apart := stand_in._sfumato_apart:
-            call.key, call.alone = None, apart
+            call.key, call.alone_because = None, apart
             call.reason = Reason.CACHE if stand_in._sfumato_stateful else Reason.TILED
         if call.key is None:
-            batcher.counts.alone[name, call.alone] += 1
-        self.memo_key = batcher.memo.key(call, batcher.prints) if call.key is not None else None
+            batcher.counts.alone_because[name, call.alone_because] += 1
+        self.prompt_key = batcher.prompt_cache.key(call, batcher.fingerprints) if call.key is not None else None
         return call
 
     def _park(self, call: Call) -> Reply:
         self.call = call
         self.since = self.batcher.now
         self.waiting = None
-        self.past.append(call.key)
+        self.past_keys.append(call.key)
         self._become(State.PARKED)
         reply = self.parent.switch()
         assert isinstance(reply, Result | Compute)
         return reply
 
-    def _compute(self, stand_in: StandIn, call: Call, told: Compute) -> Any:
-        """Its own call, as if nothing were in between."""
-        batcher, trial = self.batcher, told.trial
+    def _compute(self, stand_in: StandIn, call: Call, reply: Compute) -> Any:
+        """Compute its own call, as without batching."""
+        batcher, trial = self.batcher, reply.trial
         batcher.counts.add(call.name, 1, 1)
         if trial is None and (unbatched := batcher.why_alone(call)):
-            batcher.counts.add_unbatched(call.name, unbatched, call.alone)
+            batcher.counts.add_unbatched(call.name, unbatched, call.alone_because)
         try:
             value = stand_in._sfumato_compute(call.method, call.args, call.kwargs)
         except BaseException:
             if trial:
-                trial.raised(told.member)
+                trial.raised(reply.member)
             raise
         batcher.computed(self, call, value)
         if trial:
-            trial.computed(told.member, value)
+            trial.computed(reply.member, value)
         return value
 
-    # Of both.
+    # Used on both sides.
 
     def _become(self, state: State) -> None:
         assert state in NEXT[self.state], f"a request that is {self.state.name} cannot become {state.name}"
         self.state = state
 
     def _run(self, into: Callable[[], Any]) -> None:
-        """Let its greenlet go on by `into`, with its own state of torch, until control comes back."""
+        """Enter its greenlet by `into`, with its own random state, until control returns."""
         self._become(State.RUNNING)
-        # torch's global generator is part of a request: some pipelines and schedulers draw from it.
+        # Each request has its own state of torch's global generator: some pipelines and schedulers draw from it.
         self.parent = greenlet.getcurrent()
         if self._random is None:
-            self._random = torch_state.seeded()
+            self._random = torch_state.derived()
         before = torch_state.random()
         torch_state.set_random(self._random)
         try:

@@ -28,21 +28,21 @@ MASKS = (
 def pairs(parameters: Iterable[str]) -> dict[str, str]:
     """Name of each text among `parameters` → name of its mask."""
     names = set(parameters)
-    found: dict[str, str] = {}
+    mask_of: dict[str, str] = {}
     masked: set[str] = set()
     for text in TEXTS:
         for name in sorted(name for name in names - {"hidden_states"} if text in name):
             before, _, after = name.partition(text)
-            mask = next((mask for each in MASKS if (mask := before + each + after) in names), None)
+            mask = next((mask for mask_name in MASKS if (mask := before + mask_name + after) in names), None)
             if mask and mask not in masked and not name.endswith("_mask"):
-                found[name] = mask
+                mask_of[name] = mask
                 masked.add(mask)
-    return found
+    return mask_of
 
 
-def present(arguments: Mapping[str, Any], known: Mapping[str, str], rows: int) -> dict[str, str]:
-    """The entries of `known` whose text is [rows, tokens, features] here, with a mask [rows, tokens] or no mask."""
-    return {text: mask for text, mask in known.items() if _fit(arguments.get(text), arguments.get(mask), rows)}
+def present(arguments: Mapping[str, Any], masks: Mapping[str, str], rows: int) -> dict[str, str]:
+    """The entries of `masks` whose text is [rows, tokens, features] here, with a mask [rows, tokens] or no mask."""
+    return {text: mask for text, mask in masks.items() if _fit(arguments.get(text), arguments.get(mask), rows)}
 
 
 def _fit(text: Any, mask: Any, rows: int) -> bool:
@@ -60,12 +60,12 @@ def padded(value: torch.Tensor, length: int) -> torch.Tensor:
 def joined(texts: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     """One mask for `texts` padded to the longest; None if none is needed and there was none."""
     longest = max(text.shape[1] for text in texts)
-    given = next((mask for mask in masks if mask is not None), None)
-    if given is None and all(text.shape[1] == longest for text in texts):
+    existing = next((mask for mask in masks if mask is not None), None)
+    if existing is None and all(text.shape[1] == longest for text in texts):
         return None
-    dtype = torch.bool if given is None else given.dtype
-    whole = [
+    dtype = torch.bool if existing is None else existing.dtype
+    full_masks = [
         torch.ones(text.shape[:2], dtype=dtype, device=text.device) if mask is None else mask.to(dtype)
         for text, mask in zip(texts, masks, strict=True)
     ]
-    return torch.cat([padded(mask, longest) for mask in whole])
+    return torch.cat([padded(mask, longest) for mask in full_masks])

@@ -21,20 +21,20 @@ Random: TypeAlias = Mapping[Device, torch.Tensor]
 CPU: Device = ("cpu", 0)
 
 
-def _casting() -> tuple[str, ...]:
+def _autocast_types() -> tuple[str, ...]:
     """Device types with their own autocast."""
-    known = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", torch._C._get_privateuse1_backend_name())
-    found = []
-    for kind in known:
+    kinds = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", torch._C._get_privateuse1_backend_name())
+    supported = []
+    for kind in kinds:
         try:
             torch.is_autocast_enabled(kind)
         except RuntimeError:  # this torch build does not know the type
             continue
-        found.append(kind)
-    return tuple(found)
+        supported.append(kind)
+    return tuple(supported)
 
 
-AUTOCAST = _casting()
+AUTOCAST = _autocast_types()
 
 
 def ambient() -> tuple[Any, ...]:
@@ -50,18 +50,18 @@ def ambient() -> tuple[Any, ...]:
     )
 
 
-def restore(found: tuple[Any, ...]) -> None:
+def restore(state: tuple[Any, ...]) -> None:
     """Restore an earlier `ambient()` as far as possible."""
-    torch.set_grad_enabled(found[0])
-    torch.set_default_dtype(found[2])
-    torch.set_autocast_cache_enabled(found[5])
-    casting = dict(found[6])
+    torch.set_grad_enabled(state[0])
+    torch.set_default_dtype(state[2])
+    torch.set_autocast_cache_enabled(state[5])
+    dtypes = dict(state[6])
     for kind in AUTOCAST:
-        torch.set_autocast_enabled(kind, kind in casting)
-        torch.set_autocast_dtype(kind, casting.get(kind, torch.get_autocast_dtype(kind)))
+        torch.set_autocast_enabled(kind, kind in dtypes)
+        torch.set_autocast_dtype(kind, dtypes.get(kind, torch.get_autocast_dtype(kind)))
 
 
-def seeded() -> Random:
+def derived() -> Random:
     """Random states for a new request, derived from the global one."""
     seed = int(torch.randint(2**62, ()).item())
     # The format of a generator's state depends on the device; a generator on it knows.

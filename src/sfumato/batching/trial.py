@@ -1,7 +1,7 @@
-"""A batch whose members compute their calls alone as well: what is known of each, and what it shows once all have.
+"""Trials: every member of a batch computes its call alone, and the results decide about later batches of that kind.
 
-A member that raises alone is guilty of what went wrong, and nothing else is concluded: the next batch of its kind is
-tried again. Nor is anything where a member was cancelled before it had computed.
+If a member raises alone, it caused the failure, and the trial has no conclusion: the next batch of its kind is tried
+again. A trial also has no conclusion if a member is cancelled before it has computed its call.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from sfumato.batching import outputs
 
 
 class Trial(ABC):
-    """Members are numbered by their place in the batch. Each reports once, unless it is cancelled before."""
+    """Members are numbered by their place in the batch. Each reports once, unless it is cancelled first."""
 
     def __init__(self, members: int) -> None:
         self.outstanding = set(range(members))
-        """Those that have not reported."""
+        """Members that have not reported."""
         self.cleared: set[int] = set()
-        """Those that could be computed alone."""
+        """Members that were computed alone without an error."""
         self.guilty: set[int] = set()
-        """Those that raised alone."""
+        """Members that raised alone."""
 
     def computed(self, member: int, output: Any) -> None:
         """`member` was computed alone, with this output."""
@@ -40,11 +40,11 @@ class Trial(ABC):
 
     @abstractmethod
     def conclude(self) -> None:
-        """Called once, when every member is cleared."""
+        """Called once, when all members are cleared."""
 
 
 class Blame(Trial):
-    """The batch raised. Where every member is cleared, the fault is that they were joined."""
+    """The batch raised. If all members are cleared, batching them caused the error."""
 
     def __init__(self, members: int, refuse: Callable[[], None]) -> None:
         super().__init__(members)
@@ -55,10 +55,10 @@ class Blame(Trial):
 
 
 class Comparison(Trial):
-    """The batch is the first of its kind: is each part of its output what that member gets alone?"""
+    """The batch is the first of its kind: compares each part of its output with what that member gets alone."""
 
     def __init__(self, parts: list[Any], settle: Callable[[list[float]], None]) -> None:
-        """`settle` is told by how much each member differed, relative; inf where it cannot be compared."""
+        """`settle` receives the relative error of each member; inf if it cannot be compared."""
         super().__init__(len(parts))
         self._parts = parts
         self._errors = [0.0] * len(parts)

@@ -16,7 +16,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any, Literal, TypeAlias
 
 from sfumato.batching import shipped_list
-from sfumato.batching.calls import Call, plain
+from sfumato.batching.calls import Call, original_module
 from sfumato.batching.proof import Evidence
 from sfumato.batching.proof_store import Proofs
 from sfumato.batching.reasons import Reason
@@ -26,22 +26,22 @@ log = logging.getLogger(__name__)
 Verify: TypeAlias = Literal["unlisted", "always"]
 """Which signatures need a proof: those missing from list and file, or all."""
 
-Width: TypeAlias = frozenset[str] | None
-"""A call may be batched with calls that differ from it at most in this (see `calls.LOOSE`); None: with none."""
+Permitted: TypeAlias = frozenset[str] | None
+"""Permitted differences of a call (see `calls.DIFFERENCES`) from those it may be batched with; None: runs alone."""
 
-MAX_WIDTHS = 4096
-"""Maximum keys whose width is remembered; each picture size and text length has its own."""
+MAX_PERMITTED = 4096
+"""Maximum keys with cached permitted differences; each picture size and text length has its own key."""
 
 
 class Verification:
-    """Verdicts about signatures, per module: `shown` and `refused`."""
+    """Verdicts about signatures, per module: `proved` and `refused`."""
 
     def __init__(
         self, verify: Verify = "unlisted", shipped: frozenset[str] | None = None, proofs: Proofs | None = None
     ) -> None:
-        """`shipped`: signatures that are trusted, of whatever source, instead of the list that comes with Sfumato.
+        """`shipped`: trusted signatures, whatever the source, instead of the shipped list.
 
-        `proofs`: where verdicts are kept, if anywhere.
+        `proofs`: stores verdicts, if given.
         """
         self._verify = verify
         self._trusted = shipped
@@ -49,45 +49,47 @@ class Verification:
         self._proofs = proofs
         self._kinds: dict[int, tuple[weakref.ref[Any], str]] = {}
         self._verdicts: dict[tuple[int, str], str] = {}
-        self._widths: dict[Hashable, tuple[weakref.ref[Any], Width]] = {}
-        """Key of a call → with what it may be batched; cleared by every new verdict."""
-        self.shown: dict[str, float] = {}
+        self._permitted: dict[Hashable, tuple[weakref.ref[Any], Permitted]] = {}
+        """Key of a call → its permitted differences; cleared by every new verdict."""
+        self.proved: dict[str, float] = {}
         """Signature proved in this process → largest relative error."""
         self.refused: dict[str, str] = {}
         """Signature → why it runs alone."""
         self._labels: dict[str, Reason] = {}
 
-    def signature(self, call: Call, loose: frozenset[str] = frozenset()) -> str:
-        return f"{self.kind(call.module)}.{call.signature(loose)}"
+    def signature(self, call: Call, differences: frozenset[str] = frozenset()) -> str:
+        return f"{self.kind(call.module)}.{call.signature(differences)}"
 
     def key(self, call: Call) -> Hashable:
-        """Calls with equal keys may share a forward pass, by all that is known now; None: this one runs alone."""
+        """Calls with equal keys may share a forward pass, by the verdicts so far; None: this one runs alone."""
         if call.key is None:
             return None
-        known = self._widths.get(call.key)
-        if known is None or known[0]() is not call.module:
-            width = self.width(call)  # may come to a verdict
-            if len(self._widths) >= MAX_WIDTHS:
-                self._widths.clear()
-            known = self._widths[call.key] = (weakref.ref(call.module), width)
-        return None if known[1] is None else call.narrowed(known[1])
+        entry = self._permitted.get(call.key)
+        if entry is None or entry[0]() is not call.module:
+            permitted = self.permitted(call)  # may add a verdict
+            if len(self._permitted) >= MAX_PERMITTED:
+                self._permitted.clear()
+            entry = self._permitted[call.key] = (weakref.ref(call.module), permitted)
+        return None if entry[1] is None else call.key_within(entry[1])
 
-    def width(self, call: Call) -> Width:
+    def permitted(self, call: Call) -> Permitted:
         if self._refuses(call, frozenset()):
             return None
-        subsets = [frozenset(some) for n in range(1, 4) for some in itertools.combinations(sorted(call.loose), n)]
-        wrong = [some for some in subsets if self._refuses(call, some)]
-        right = [some for some in subsets if not any(each <= some for each in wrong)]
-        return max(right, key=len, default=frozenset())
+        subsets = [
+            frozenset(subset) for n in range(1, 4) for subset in itertools.combinations(sorted(call.differences), n)
+        ]
+        refused = [subset for subset in subsets if self._refuses(call, subset)]
+        allowed = [subset for subset in subsets if not any(refused_subset <= subset for refused_subset in refused)]
+        return max(allowed, key=len, default=frozenset())
 
-    def _refuses(self, call: Call, loose: frozenset[str]) -> bool:
-        return self.ruling(call, self.signature(call, loose)) == "no"
+    def _refuses(self, call: Call, differences: frozenset[str]) -> bool:
+        return self.decision(call, self.signature(call, differences)) == "no"
 
-    def ruling(self, call: Call, signature: str) -> Literal["yes", "try", "no"]:
+    def decision(self, call: Call, signature: str) -> Literal["yes", "try", "no"]:
         """Whether calls with this signature may be batched, with or without a trial."""
         verdict = self._verdicts.get((id(call.module), signature))
         if verdict is None:
-            verdict = self._first_ruling(call, signature)
+            verdict = self._first_decision(call, signature)
             self._verdicts[id(call.module), signature] = verdict
         return verdict  # type: ignore[return-value]
 
@@ -99,9 +101,9 @@ class Verification:
         if reason:
             self.refuse(call, signature, reason)
             return
-        self.shown[signature] = max(*errors, self.shown.get(signature, 0.0))
+        self.proved[signature] = max(*errors, self.proved.get(signature, 0.0))
         self._verdicts[id(call.module), signature] = "yes"
-        self._widths.clear()
+        self._permitted.clear()
 
     def refuse(self, call: Call, signature: str, reason: str, label: Reason = Reason.REFUSED) -> None:
         """Run calls with this signature alone from now on. Logs one line, however many calls follow."""
@@ -110,7 +112,7 @@ class Verification:
         self.refused[signature] = reason
         self._labels[signature] = label
         self._verdicts[id(call.module), signature] = "no"
-        self._widths.clear()
+        self._permitted.clear()
 
     def label(self, call: Call) -> Reason:
         """Why calls with this refused signature run alone."""
@@ -118,9 +120,9 @@ class Verification:
 
     def kind(self, module: Any) -> str:
         """Class of a module, plus what else changes its computation: attention processors, quantisation."""
-        known = self._kinds.get(id(module))
-        if known and known[0]() is module:
-            return known[1]
+        entry = self._kinds.get(id(module))
+        if entry and entry[0]() is module:
+            return entry[1]
         # Another module had this id before: its entries are void.
         self._verdicts = {key: verdict for key, verdict in self._verdicts.items() if key[0] != id(module)}
         self._unproven.pop(id(module), None)
@@ -129,7 +131,7 @@ class Verification:
         return kind
 
     def _is_listed(self, call: Call, signature: str) -> bool:
-        """Whether it was shown before Sfumato was shipped, of what the module consists of today."""
+        """Whether the shipped list has it, for the source that the module's classes have now."""
         if self._trusted is not None:
             return signature in self._trusted
         shipped = shipped_list.shipped()
@@ -137,7 +139,7 @@ class Verification:
             return False
         unproven = self._unproven.get(id(call.module))
         if unproven is None:
-            unproven = self._unproven[id(call.module)] = shipped.unproven(plain(call.module))
+            unproven = self._unproven[id(call.module)] = shipped.unproven(original_module(call.module))
             if unproven:
                 log.info(
                     "%s is proved at first use: the list of what may be batched was not made with the source of %s",
@@ -145,7 +147,7 @@ class Verification:
                 )  # fmt: skip
         return not unproven
 
-    def _first_ruling(self, call: Call, signature: str) -> str:
+    def _first_decision(self, call: Call, signature: str) -> str:
         # Shipped and stored verdicts are for modules without dropout. Some pipelines leave a module without dropout
         # in training mode; with dropout, a row's numbers depend on its place.
         if call.module.training or self._verify == "always":
@@ -163,8 +165,8 @@ class Verification:
 
 def kind_of(module: Any) -> str:
     """Class of a module, with what else changes how it computes."""
-    compiled = plain(module) is not module
-    module = plain(module)
+    compiled = original_module(module) is not module
+    module = original_module(module)
     package = type(module).__module__.partition(".")[0]
     parts = [type(module).__name__ if package in ("diffusers", "transformers") else _path(type(module))]
     processors = getattr(module, "attn_processors", None)

@@ -6,7 +6,7 @@ to the batcher. The modules themselves are never modified, so the
 pipeline can be used directly beside its views. Outside a request a stand-in calls the module directly.
 
 A request must not switch to another one while it has changed a shared module or scaled its adapters
-(`View.occupied`). Some pipelines do that throughout; their views never switch.
+(`View.why_no_switch`). Some pipelines do that throughout; their views never switch.
 Closing a view restores the changes and reports those that could not be restored.
 """
 
@@ -50,40 +50,40 @@ class View:
         self.stand_ins: dict[int, StandIn] = {}
         self.changed: dict[int, str] = {}
         """Id of each module that this request changed → how."""
-        self.left: list[str] = []
+        self.not_restored: list[str] = []
         """What could not be restored when the view was closed."""
         self._adapters = Adapters()
         self._processors: list[tuple[Any, Any]] = []
 
     def stand_in(self, module: Any, name: str) -> StandIn:
-        made = self.stand_ins.get(id(module))
-        if made is None:
-            made = self.stand_ins[id(module)] = StandIn(module, name, self)
+        stand_in = self.stand_ins.get(id(module))
+        if stand_in is None:
+            stand_in = self.stand_ins[id(module)] = StandIn(module, name, self)
             if self.exclusive and hasattr(module, "attn_processors"):
                 self._processors.append((module, dict(module.attn_processors)))
-        return made
+        return stand_in
 
-    def occupied(self) -> str:
+    def why_no_switch(self) -> str:
         """Why this request must not switch now; empty if it may."""
         if self.exclusive or self.changed:
             return self.exclusive or next(iter(self.changed.values()))
         return "adapters are scaled for this request" if self._adapters.changed() else ""
 
-    def hand_out(self, stand_in: StandIn, part: Any) -> None:
+    def track(self, stand_in: StandIn, part: Any) -> None:
         """The request accesses a submodule directly."""
         if getattr(stand_in._sfumato_module, "peft_config", None):
-            self._adapters.hand_out(part)
+            self._adapters.track(part)
 
-    def reason(self, occupied: str) -> Reason:
-        """The category of `occupied`, or of a different torch state if that is empty."""
+    def reason(self, why_no_switch: str) -> Reason:
+        """The category of `why_no_switch`, or of a different torch state if that is empty."""
         if self.exclusive:
             return Reason.EXCLUSIVE
-        return Reason.CHANGED if occupied else Reason.STATE
+        return Reason.CHANGED if why_no_switch else Reason.STATE
 
     def close(self) -> None:
         """At the end of a request: restore what its pipeline left changed, and drop its feature-cache states.
 
-        Never raises, as the caller has other requests to serve. What could not be restored is in `left`.
+        Never raises, as the caller has other requests to serve. What could not be restored is in `not_restored`.
         """
         self._attempt("adapters", self._adapters.restore)
         for module, processors in self._processors:
@@ -95,12 +95,12 @@ class View:
         self._adapters = Adapters()
         self.stand_ins.clear()  # each refers to the view, which would stay until Python's garbage collector runs
 
-    def _attempt(self, what: str, restore: Callable[[], None]) -> None:
+    def _attempt(self, label: str, restore: Callable[[], None]) -> None:
         try:
             restore()
         except Exception as error:  # whatever a module raises when it is moved or cast
-            log.exception("%s could not be restored at the end of a request", what)
-            self.left.append(f"{what}: {type(error).__name__}: {error}")
+            log.exception("%s could not be restored at the end of a request", label)
+            self.not_restored.append(f"{label}: {type(error).__name__}: {error}")
 
 
 def view(pipeline: Any, *, foreign: bool = False, tiled: bool = False) -> Any:
@@ -115,10 +115,10 @@ def view(pipeline: Any, *, foreign: bool = False, tiled: bool = False) -> Any:
 
 def close(pipeline: Any) -> list[str]:
     """Close the view `pipeline` and the views inside it; returns what could not be restored."""
-    shared = {stand_in._sfumato_view for stand_in in _stand_ins(pipeline)}
-    for each in shared:
-        each.close()
-    return [what for each in shared for what in each.left]
+    states = {stand_in._sfumato_view for stand_in in _stand_ins(pipeline)}
+    for state in states:
+        state.close()
+    return [what for state in states for what in state.not_restored]
 
 
 def _stand_ins(pipeline: Any) -> Iterator[StandIn]:
@@ -138,14 +138,14 @@ def forget(pipeline: Any) -> None:
             feature_caches.forget(value)
 
 
-def _view(pipeline: Any, shared: View, done: dict[int, Any], prefix: str) -> Any:
-    made = pipeline.__class__.__new__(pipeline.__class__)
-    done[id(pipeline)] = made
+def _view(pipeline: Any, shared: View, copies: dict[int, Any], prefix: str) -> Any:
+    copied = pipeline.__class__.__new__(pipeline.__class__)
+    copies[id(pipeline)] = copied
     for name, value in vars(pipeline).items():
-        made.__dict__[name] = _viewed(value, shared, done, f"{prefix}{name}", pipeline, made)
+        copied.__dict__[name] = _viewed(value, shared, copies, f"{prefix}{name}", pipeline, copied)
     # It resets the caches and offload hooks of all requests, which one request must not do.
-    made.__dict__["maybe_free_model_hooks"] = _bound(_free_outside, made)
-    return made
+    copied.__dict__["maybe_free_model_hooks"] = _bound(_free_outside, copied)
+    return copied
 
 
 def _free_outside(pipeline: Any) -> None:
@@ -153,28 +153,28 @@ def _free_outside(pipeline: Any) -> None:
         type(pipeline).maybe_free_model_hooks(pipeline)
 
 
-def _viewed(value: Any, shared: View, done: dict[int, Any], name: str, pipeline: Any, made: Any) -> Any:
-    if id(value) in done:
-        return done[id(value)]
+def _viewed(value: Any, shared: View, copies: dict[int, Any], name: str, pipeline: Any, copied: Any) -> Any:
+    if id(value) in copies:
+        return copies[id(value)]
     if type(value) is StandIn:
         value = value._sfumato_module
     if isinstance(value, DiffusionPipeline):
-        return _view(value, shared, done, f"{name}.")
+        return _view(value, shared, copies, f"{name}.")
     if isinstance(value, torch.nn.Module):
         return shared.stand_in(value, name)
     if hasattr(value, "set_timesteps") or type(value).__module__.startswith("diffusers.guiders"):
-        return done.setdefault(id(value), copy.deepcopy(value))
+        return copies.setdefault(id(value), copy.deepcopy(value))
     if isinstance(value, MethodType) and value.__self__ is pipeline:
-        return _bound(value.__func__, made)
+        return _bound(value.__func__, copied)
     return value
 
 
-def _bound(function: Callable[..., Any], made: Any) -> Callable[..., Any]:
-    """Like a bound method of `made`, stored on it: a real one would be a reference cycle that keeps a run's memory."""
-    method, view = MethodType(function, made), weakref.ref(made)
+def _bound(function: Callable[..., Any], owner: Any) -> Callable[..., Any]:
+    """Like a bound method of `owner`, stored on it: a real one would be a reference cycle that keeps a run's memory."""
+    method, reference = MethodType(function, owner), weakref.ref(owner)
 
     def bound(*args: Any, **kwargs: Any) -> Any:
-        return function(view(), *args, **kwargs)
+        return function(reference(), *args, **kwargs)
 
     bound.__name__, bound.__doc__ = function.__name__, function.__doc__
     bound.__signature__ = inspect.signature(method)  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from sfumato.config.model import PAGE
+from sfumato.config.model import REQUEST_DEFAULTS
 from sfumato.core import QUALITIES, Generation
 from sfumato.drawing import crop
 from sfumato.errors import InvalidRequest
@@ -47,12 +47,12 @@ class Canvas:
         return self.sources if len(self.sources) > 1 else next(iter(self.sources), None)
 
 
-def fill(model: Loaded, pipeline: Any, asked: Generation) -> Generation:
+def fill(model: Loaded, pipeline: Any, generation: Generation) -> Generation:
     """Fill in what the request leaves open, from the model file and the seed page; class defaults stay None."""
-    of_quality = Sampling(steps=_steps_of_quality(model, pipeline, asked.quality))
-    of_file = _of_file(model, pipeline, pictures=bool(asked.images))
+    of_quality = Sampling(steps=_steps_of_quality(model, pipeline, generation.quality))
+    of_file = _of_file(model, pipeline, pictures=bool(generation.images))
     locked = Sampling(**{each.name: of_file[each] for each in PARAMETERS if each.argument in model.config.locked})
-    return replace(asked, sampling=merged(locked, asked.sampling, of_quality, of_file))
+    return replace(generation, sampling=merged(locked, generation.sampling, of_quality, of_file))
 
 
 def defaults(model: Loaded, pipeline: Any) -> Sampling:
@@ -65,13 +65,13 @@ def defaults(model: Loaded, pipeline: Any) -> Sampling:
             return model.config.sampling[parameter]
         if argument not in parameters_of(pipeline):
             return None
-        options, own = model.config.options, signature_default(pipeline, argument)
-        value = next((each for each in (options.get(argument), file[parameter], own) if each is not None), None)
+        options, of_class = model.config.options, signature_default(pipeline, argument)
+        value = next((each for each in (options.get(argument), file[parameter], of_class) if each is not None), None)
         if parameter.kind is float and isinstance(value, int):
             return float(value)
         return value if isinstance(value, parameter.kind) else None
 
-    return Sampling(**{each.name: default(each) for each in PARAMETERS})
+    return Sampling(**{parameter.name: default(parameter) for parameter in PARAMETERS})
 
 
 def signature_default(pipeline: Any, argument: str) -> Any:
@@ -80,19 +80,19 @@ def signature_default(pipeline: Any, argument: str) -> Any:
     return None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
 
 
-def _paged(pipeline: Any) -> bool:
+def _has_page_defaults(pipeline: Any) -> bool:
     return bool(PAGE_CLASSES.match(type(pipeline).__name__))
 
 
 def _of_file(model: Loaded, pipeline: Any, *, pictures: bool = False) -> Sampling:
     """The model file's defaults, then the seed page's, that apply to a request with or without `pictures`."""
     config = model.config
-    chosen = merged(config.sampling, PAGE if _paged(pipeline) else Sampling())
+    chosen = merged(config.sampling, REQUEST_DEFAULTS if _has_page_defaults(pipeline) else Sampling())
 
     def applies(parameter: Parameter) -> bool:
         return not (parameter.side if pictures else parameter.source)  # a source picture brings its size
 
-    return Sampling(**{each.name: chosen[each] for each in PARAMETERS if applies(each)})
+    return Sampling(**{parameter.name: chosen[parameter] for parameter in PARAMETERS if applies(parameter)})
 
 
 def _steps_of_quality(model: Loaded, pipeline: Any, quality: str | None) -> int | None:
@@ -102,19 +102,19 @@ def _steps_of_quality(model: Loaded, pipeline: Any, quality: str | None) -> int 
     if "num_inference_steps" not in parameters_of(pipeline):
         return None
     default = defaults(model, pipeline).steps
-    own = dict(model.config.quality_steps).get(quality)
-    return own or (default and max(1, round(default * QUALITIES[quality])))
+    of_file = dict(model.config.quality_steps).get(quality)
+    return of_file or (default and max(1, round(default * QUALITIES[quality])))
 
 
-def canvas(model: Loaded, pipeline: Any, wanted: Generation) -> Canvas:
+def canvas(model: Loaded, pipeline: Any, filled: Generation) -> Canvas:
     """Sources and mask at the requested size, else the source's. Raises InvalidRequest for what is not possible."""
-    canvas = _canvas(model, pipeline, wanted)
+    canvas = _canvas(model, pipeline, filled)
     breach = (
-        wanted.limits
+        filled.limits
         and canvas.sources
         and canvas.width
         and canvas.height
-        and wanted.limits.breach(canvas.width, canvas.height)
+        and filled.limits.violation(canvas.width, canvas.height)
     )
     if breach:
         raise InvalidRequest(
@@ -125,8 +125,8 @@ def canvas(model: Loaded, pipeline: Any, wanted: Generation) -> Canvas:
     return canvas
 
 
-def _canvas(model: Loaded, pipeline: Any, wanted: Generation) -> Canvas:
-    width, height = wanted.sampling.width, wanted.sampling.height
+def _canvas(model: Loaded, pipeline: Any, filled: Generation) -> Canvas:
+    width, height = filled.sampling.width, filled.sampling.height
     multiple = size_multiple(pipeline)
     if width and height and (width % multiple or height % multiple):
         near = f"{_near(width, multiple)}x{_near(height, multiple)}"
@@ -135,7 +135,7 @@ def _canvas(model: Loaded, pipeline: Any, wanted: Generation) -> Canvas:
             f"the nearest is {near}",
             param="size",
         )
-    sources = [_flat(images.decoded(png)) for png in wanted.images]
+    sources = [_flat(images.decoded(png)) for png in filled.images]
     if not sources:
         return Canvas(width, height, [], None)
     if len(sources) > 1 and not MANY_PICTURES.search(type(pipeline).__name__):
@@ -143,19 +143,19 @@ def _canvas(model: Loaded, pipeline: Any, wanted: Generation) -> Canvas:
             f"{model.config.name} ({type(pipeline).__name__}) takes one picture, got {len(sources)}; send only one",
             param="image",
         )
-    mask = images.decoded(wanted.mask).convert("L") if wanted.mask else None
+    mask = images.decoded(filled.mask).convert("L") if filled.mask else None
     if larger := upscaler(pipeline):
-        return _enlarged(model, larger.factor, larger.multiple, wanted, sources)
+        return _enlarged(model, larger.factor, larger.multiple, filled, sources)
     if mask is not None and mask.size != sources[0].size:
         raise InvalidRequest(
             f"the mask is {_size(mask)}, the picture {_size(sources[0])}: both must have the same size",
             param="mask",
         )
-    if mask is not None and wanted.mask_padding is not None:
-        return _masked_area(model, wanted, sources, mask, multiple)
+    if mask is not None and filled.mask_padding is not None:
+        return _masked_area(model, filled, sources, mask, multiple)
     if not (width and height):
         width, height = (_near(side, multiple) for side in sources[0].size)
-    if mask is not None and not wanted.sampling.size and (width, height) != sources[0].size:
+    if mask is not None and not filled.sampling.size and (width, height) != sources[0].size:
         # Stretched slightly for the model, then pasted into the original: outside the mask nothing changes.
         size, first = (width, height), sources[0]
         stretched = [source.resize(size, Image.Resampling.LANCZOS) for source in sources[:1]] + sources[1:]
@@ -167,13 +167,13 @@ def _canvas(model: Loaded, pipeline: Any, wanted: Generation) -> Canvas:
 
 
 def _masked_area(
-    model: Loaded, wanted: Generation, sources: list[Image.Image], mask: Image.Image, multiple: int
+    model: Loaded, filled: Generation, sources: list[Image.Image], mask: Image.Image, multiple: int
 ) -> Canvas:
     """The area around the mask, at the requested size, the model's own, or unscaled."""
-    assert wanted.mask_padding is not None
+    assert filled.mask_padding is not None
     first = sources[0]
-    width, height = wanted.sampling.size or own_size(model)
-    box = crop.around(mask, wanted.mask_padding, (width, height) if width and height else first.size)
+    width, height = filled.sampling.size or own_size(model)
+    box = crop.around(mask, filled.mask_padding, (width, height) if width and height else first.size)
     if not (width and height):
         width, height = (_near(end - start, multiple) for start, end in zip(box[:2], box[2:], strict=True))
     size = (width, height)
@@ -202,7 +202,7 @@ def own_size(model: Loaded) -> tuple[int | None, int | None]:
     return None, None
 
 
-def _enlarged(model: Loaded, factor: int, multiple: int, wanted: Generation, sources: list[Image.Image]) -> Canvas:
+def _enlarged(model: Loaded, factor: int, multiple: int, filled: Generation, sources: list[Image.Image]) -> Canvas:
     """The unscaled source. Raises InvalidRequest if the pipeline would resize it, or for another requested size."""
     (source,) = sources
     if source.width % multiple or source.height % multiple:
@@ -212,7 +212,7 @@ def _enlarged(model: Loaded, factor: int, multiple: int, wanted: Generation, sou
             param="image",
         )
     width, height = source.width * factor, source.height * factor
-    size = wanted.sampling.size
+    size = filled.sampling.size
     if size and size != (width, height):
         raise InvalidRequest(
             f"size {size[0]}x{size[1]}: {model.config.name} enlarges {factor} times; "
@@ -222,18 +222,20 @@ def _enlarged(model: Loaded, factor: int, multiple: int, wanted: Generation, sou
     return Canvas(width, height, sources, None)
 
 
-def arguments(model: Loaded, pipeline: Any, asked: Generation, wanted: Generation, canvas: Canvas) -> dict[str, Any]:
+def arguments(
+    model: Loaded, pipeline: Any, generation: Generation, filled: Generation, canvas: Canvas
+) -> dict[str, Any]:
     """The arguments for this class. Raises InvalidRequest if it does not take one that was requested."""
     name, parameters = type(pipeline).__name__, parameters_of(pipeline)
     # The source picture already has the requested size.
     requested_here = [each for each in PARAMETERS if not (canvas.sources and each.side)]
     used = replace(
-        wanted.sampling, strength=_strength(wanted.sampling, parameters), width=canvas.width, height=canvas.height
+        filled.sampling, strength=_strength(filled.sampling, parameters), width=canvas.width, height=canvas.height
     )
     values = {
-        "prompt": (wanted.prompt, asked.prompt or None),
+        "prompt": (filled.prompt, generation.prompt or None),
         **{
-            each.argument: (used[each], asked.sampling[each] if each in requested_here else None)
+            each.argument: (used[each], generation.sampling[each] if each in requested_here else None)
             for each in PARAMETERS
             if each.argument
         },
@@ -248,8 +250,8 @@ def arguments(model: Loaded, pipeline: Any, asked: Generation, wanted: Generatio
                 f"It takes: {', '.join(parameters)}",
                 param="size" if argument in ("width", "height") else argument,
             )
-    _refuse_unheard_negative(model, parameters, asked)
-    _refuse_deep_clip_skip(model, pipeline, asked)
+    _refuse_unused_negative(model, parameters, generation)
+    _refuse_deep_clip_skip(model, pipeline, generation)
     unknown = [option for option in model.config.options if option not in parameters]
     if unknown:
         raise InvalidRequest(
@@ -257,20 +259,22 @@ def arguments(model: Loaded, pipeline: Any, asked: Generation, wanted: Generatio
             f"It takes: {', '.join(parameters)}",
             param="options",
         )
-    taken = {argument: value for argument, (value, _) in values.items() if value is not None and argument in parameters}
+    kwargs = {
+        argument: value for argument, (value, _) in values.items() if value is not None and argument in parameters
+    }
     by_request = {argument for argument, (_, requested) in values.items() if requested is not None}
-    if _steps_of_quality(model, pipeline, asked.quality):
+    if _steps_of_quality(model, pipeline, generation.quality):
         by_request.add("num_inference_steps")
-    return taken | {
+    return kwargs | {
         option: value
         for option, value in model.config.options.items()
         if option not in by_request or model.config.locks(option)
     }
 
 
-def _refuse_deep_clip_skip(model: Loaded, pipeline: Any, asked: Generation) -> None:
+def _refuse_deep_clip_skip(model: Loaded, pipeline: Any, generation: Generation) -> None:
     layers = encoder_layers(pipeline)
-    clip_skip = asked.sampling.clip_skip
+    clip_skip = generation.sampling.clip_skip
     if clip_skip is not None and layers is not None and clip_skip > layers:
         raise InvalidRequest(
             f"clip_skip {clip_skip}: the text encoder of {model.config.name} has {layers} layers; "
@@ -279,22 +283,22 @@ def _refuse_deep_clip_skip(model: Loaded, pipeline: Any, asked: Generation) -> N
         )
 
 
-def _strength(wanted: Sampling, parameters: Mapping[str, inspect.Parameter]) -> float | None:
+def _strength(sampling: Sampling, parameters: Mapping[str, inspect.Parameter]) -> float | None:
     """Strength for at least one denoising step: diffusers runs int(steps * strength). None: the class's default."""
-    own = parameters["strength"].default if "strength" in parameters else None
-    strength = own if wanted.strength is None else wanted.strength
-    if not isinstance(strength, int | float) or not wanted.steps:
-        return wanted.strength
-    least = (1 + 1e-9) / wanted.steps
-    if wanted.strength is None and strength >= least:
+    default = parameters["strength"].default if "strength" in parameters else None
+    strength = default if sampling.strength is None else sampling.strength
+    if not isinstance(strength, int | float) or not sampling.steps:
+        return sampling.strength
+    minimum = (1 + 1e-9) / sampling.steps
+    if sampling.strength is None and strength >= minimum:
         return None
-    return min(1.0, max(strength, least))
+    return min(1.0, max(strength, minimum))
 
 
-def _refuse_unheard_negative(model: Loaded, parameters: Mapping[str, Any], asked: Generation) -> None:
+def _refuse_unused_negative(model: Loaded, parameters: Mapping[str, Any], generation: Generation) -> None:
     # Distilled models accept a negative prompt but ignore it unless "true" guidance is on.
     true_cfg = parameters.get("true_cfg_scale")
-    if asked.sampling.negative_prompt and true_cfg is not None:
+    if generation.sampling.negative_prompt and true_cfg is not None:
         scale = model.config.options.get("true_cfg_scale", true_cfg.default)
         if not scale or scale <= 1:
             raise InvalidRequest(
@@ -322,6 +326,6 @@ def _size(image: Image.Image) -> str:
 def _flat(image: Image.Image) -> Image.Image:
     """Convert to RGB on white, as a browser shows it on a white page."""
     if image.mode == "RGBA":
-        ground = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(ground, image).convert("RGB")
+        background = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(background, image).convert("RGB")
     return image.convert("RGB")

@@ -13,10 +13,10 @@ def around(mask: Image.Image, padding: int, shape: tuple[int, int]) -> Box:
 
     Clipped to the picture, so in a narrow picture the aspect ratio may differ.
     """
-    found = mask.getbbox()
-    assert found, "the mask must not be all black"
-    left, top = (max(0, side - padding) for side in found[:2])
-    right, bottom = (min(most, side + padding) for side, most in zip(found[2:], mask.size, strict=True))
+    bounds = mask.getbbox()
+    assert bounds, "the mask must not be all black"
+    left, top = (max(0, side - padding) for side in bounds[:2])
+    right, bottom = (min(limit, side + padding) for side, limit in zip(bounds[2:], mask.size, strict=True))
     width, height = right - left, bottom - top
     wide, high = shape
     if width * high < height * wide:
@@ -26,17 +26,17 @@ def around(mask: Image.Image, padding: int, shape: tuple[int, int]) -> Box:
     return left, top, right, bottom
 
 
-def pasted(picture: Image.Image, drawn: Image.Image, mask: Image.Image, box: Box) -> Image.Image:
-    """`picture` with `drawn`, scaled to `box`, where the mask is white; unchanged elsewhere."""
+def pasted(picture: Image.Image, redrawn: Image.Image, mask: Image.Image, box: Box) -> Image.Image:
+    """`picture` with `redrawn`, scaled to `box`, where the mask is white; unchanged elsewhere."""
     size = (box[2] - box[0], box[3] - box[1])
-    whole = picture.convert(drawn.mode)
-    part = drawn if drawn.size == size else drawn.resize(size, Image.Resampling.LANCZOS)
+    whole = picture.convert(redrawn.mode)
+    part = redrawn if redrawn.size == size else redrawn.resize(size, Image.Resampling.LANCZOS)
     whole.paste(part, box, mask.crop(box))
     return whole
 
 
-def _widened(first: int, last: int, length: int, most: int) -> tuple[int, int]:
-    """`first` to `last`, extended on both sides to `length` within 0 to `most`."""
-    length = min(max(length, last - first), most)
-    first = min(max(0, first - (length - (last - first)) // 2), most - length)
+def _widened(first: int, last: int, length: int, limit: int) -> tuple[int, int]:
+    """`first` to `last`, extended on both sides to `length` within 0 to `limit`."""
+    length = min(max(length, last - first), limit)
+    first = min(max(0, first - (length - (last - first)) // 2), limit - length)
     return first, first + length

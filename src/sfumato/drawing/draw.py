@@ -21,18 +21,18 @@ from sfumato.core import OFFLOAD, VAE_TILING, Done, Generation, Recipe
 from sfumato.drawing import arguments, crop
 from sfumato.errors import ContentFiltered, DrawError, InvalidRequest, SfumatoError
 from sfumato.models.load import OFFLOADED, Loaded
-from sfumato.models.release import let_go
+from sfumato.models.release import release_frames
 from sfumato.pictures import images, recipe
 from sfumato.pipelines import capabilities, request_scheduler, scheduler_owners, scheduler_steps, tokens
 from sfumato.pipelines.tiling import can_tile
 from sfumato.previews.steps import OnPreview, RunPreviews
-from sfumato.previews.x0 import Stepped
+from sfumato.previews.x0 import StepResult
 from sfumato.sampling import PARAMETERS, Parameter, Sampling
 
 OnStep: TypeAlias = Callable[[int, int], None]
 """Called after each denoising step with (steps done, total steps); may raise to stop the run."""
 
-TAKES = {"image": "image", "mask": "mask_image"}
+ARGUMENTS = {"image": "image", "mask": "mask_image"}
 
 ENDED = frozenset({"DDPMWuerstchenScheduler"})
 """Schedulers whose last time step marks the end of the schedule and is not a step."""
@@ -46,50 +46,52 @@ class Disturbed(Exception):
     """Another request left the model changed during this one: draw it again, on a freshly loaded model."""
 
 
-def draw(model: Loaded, asked: Generation, on_step: OnStep, on_preview: OnPreview | None = None) -> Done:
+def draw(model: Loaded, generation: Generation, on_step: OnStep, on_preview: OnPreview | None = None) -> Done:
     """Draw one picture; `on_preview` receives the requested previews, if the pipeline supports them.
 
     Raises InvalidRequest for what this model cannot do, ContentFiltered if its safety checker fires,
     DrawError if the pipeline raises or its result is not finite, Disturbed if the model must be reloaded.
     """
     # 1. the pipeline for this task, as a view: it shares the modules but no state that a run changes
-    capabilities.check(model.config.name, model.pipeline, asked)
-    task = "mask" if asked.mask else "image" if asked.images else "text"
-    pipeline = views.view(_for_task(model, task), tiled=_tiled(model, asked))
+    capabilities.check(model.config.name, model.pipeline, generation)
+    task = "mask" if generation.mask else "image" if generation.images else "text"
+    pipeline = views.view(_for_task(model, task), tiled=_tiled(model, generation))
     try:
-        done = _draw(model, pipeline, asked, on_step, on_preview)
+        result = _draw(model, pipeline, generation, on_step, on_preview)
     except BaseException as error:
-        let_go(error)
-        if isinstance(error, Exception) and model.condition.broken:
+        release_frames(error)
+        if isinstance(error, Exception) and model.state.broken:
             raise Disturbed from error
         raise
     else:
-        if model.condition.broken:
+        if model.state.broken:
             raise Disturbed
-        return done
+        return result
     finally:
-        if left := views.close(pipeline):
-            model.condition.broken = f"a request left it changed: {'; '.join(left)}"
+        if not_restored := views.close(pipeline):
+            model.state.broken = f"a request left it changed: {'; '.join(not_restored)}"
         del pipeline  # a stored error would keep this frame
 
 
-def _draw(model: Loaded, pipeline: Any, asked: Generation, on_step: OnStep, on_preview: OnPreview | None) -> Done:
+def _draw(model: Loaded, pipeline: Any, generation: Generation, on_step: OnStep, on_preview: OnPreview | None) -> Done:
     # 2. defaults for what the request leaves open; source pictures at the result's size; the class's arguments
-    wanted = arguments.fill(model, pipeline, asked)
-    canvas = arguments.canvas(model, pipeline, wanted)
-    given = arguments.arguments(model, pipeline, asked, wanted, canvas)
+    filled = arguments.fill(model, pipeline, generation)
+    canvas = arguments.canvas(model, pipeline, filled)
+    kwargs = arguments.arguments(model, pipeline, generation, filled, canvas)
     # 3. its own scheduler
-    driver = scheduler_owners.main(pipeline)
-    choice = _choice(driver, wanted.sampling)
-    scheduler = request_scheduler.make(driver, choice, wanted.seed)
+    driver = scheduler_owners.drawing_pipeline(pipeline)
+    choice = _choice(driver, filled.sampling)
+    scheduler = request_scheduler.make(driver, choice, filled.seed)
     if scheduler is not None:
-        scheduler_owners.exchange(pipeline, scheduler)
+        scheduler_owners.replace_scheduler(pipeline, scheduler)
     previews = None
-    if asked.previews and on_preview:
-        previews = RunPreviews(driver, asked.previews, canvas.width, canvas.height, on_preview, model.glance)
-    _watch(pipeline, given, on_step, previews)
+    if generation.previews and on_preview:
+        previews = RunPreviews(
+            driver, generation.previews, canvas.width, canvas.height, on_preview, model.preview_decoder
+        )
+    _watch(pipeline, kwargs, on_step, previews)
     # 4. run
-    image = _run(pipeline, given, wanted.seed)
+    image = _run(pipeline, kwargs, filled.seed)
     # 5. outside the mask every pixel stays unchanged
     if canvas.whole and canvas.box:
         image = crop.pasted(canvas.whole[0], image, canvas.whole[1], canvas.box)
@@ -104,20 +106,20 @@ def _draw(model: Loaded, pipeline: Any, asked: Generation, on_step: OnStep, on_p
             "its weights do not belong to an upscaler of this class"
         )
     # 6. the picture with its recipe, and warnings for what differs from the request
-    made = _recipe(model, pipeline, wanted, image, given, choice, canvas)
-    negative = wanted.sampling.negative_prompt
-    read, cut = tokens.count(pipeline, model.config.options, model.config.name, wanted.prompt, negative)
+    image_recipe = _recipe(model, pipeline, filled, image, kwargs, choice, canvas)
+    negative = filled.sampling.negative_prompt
+    token_count, cut_off = tokens.count(pipeline, model.config.options, model.config.name, filled.prompt, negative)
     warnings = (
-        *cut,
-        *_kept_scheduler(driver, wanted.sampling),
-        *_not_taken(model, pipeline, wanted.sampling, given),
-        *_without_effect(pipeline, driver, given),
+        *cut_off,
+        *_kept_scheduler(driver, filled.sampling),
+        *_not_taken(model, pipeline, filled.sampling, kwargs),
+        *_without_effect(pipeline, driver, kwargs),
     )
-    return Done(recipe.encode(image, made), made, warnings, read)
+    return Done(recipe.encode(image, image_recipe), image_recipe, warnings, token_count)
 
 
-def _tiled(model: Loaded, asked: Generation) -> bool:
-    if VAE_TILING not in asked.savings:
+def _tiled(model: Loaded, generation: Generation) -> bool:
+    if VAE_TILING not in generation.savings:
         return False
     if not can_tile(model.pipeline):
         raise InvalidRequest(
@@ -136,60 +138,60 @@ def _for_task(model: Loaded, task: str) -> Any:
                 f"{model.config.name} needs a source picture ({name}): send one as `image`", param="image"
             )
         return model.pipeline
-    if capabilities.takes(model.pipeline, task):
+    if capabilities.supports(model.pipeline, task):
         return model.pipeline
-    if task not in model.siblings:
+    if task not in model.task_pipelines:
         try:
-            sibling = getattr(diffusers, capabilities.SIBLINGS[task]).from_pipe(model.pipeline)
+            sibling = getattr(diffusers, capabilities.AUTO_PIPELINES[task]).from_pipe(model.pipeline)
         except ValueError as error:
             raise InvalidRequest(
-                f"{model.config.name}: {name} does not take {TAKES[task]}, and diffusers has no pipeline "
+                f"{model.config.name}: {name} does not take {ARGUMENTS[task]}, and diffusers has no pipeline "
                 f"for the same weights that does ({error})",
                 param=task,
             ) from None
         sibling.set_progress_bar_config(disable=True)
-        model.siblings[task] = sibling
-    return model.siblings[task]
+        model.task_pipelines[task] = sibling
+    return model.task_pipelines[task]
 
 
-def _choice(pipeline: Any, wanted: Sampling) -> schedulers.Choice | None:
-    if not wanted.scheduler or request_scheduler.keeps_own(pipeline):
+def _choice(pipeline: Any, sampling: Sampling) -> schedulers.SchedulerChoice | None:
+    if not sampling.scheduler or request_scheduler.keeps_own(pipeline):
         return None
-    choice = schedulers.parse(wanted.scheduler)
-    request_scheduler.check(pipeline, choice, wanted.steps)
+    choice = schedulers.parse(sampling.scheduler)
+    request_scheduler.check(pipeline, choice, sampling.steps)
     return choice
 
 
-def _kept_scheduler(pipeline: Any, wanted: Sampling) -> tuple[str, ...]:
-    """A sentence where another scheduler was asked for than the one that drew."""
-    why = request_scheduler.keeps_own(pipeline) if wanted.scheduler else ""
-    own = type(pipeline.scheduler).__name__ if why else ""
-    return (f"scheduler: {wanted.scheduler} was not used but the model's own ({own}): {why}",) if why else ()
+def _kept_scheduler(pipeline: Any, sampling: Sampling) -> tuple[str, ...]:
+    """A warning if a scheduler other than the requested one was used."""
+    why = request_scheduler.keeps_own(pipeline) if sampling.scheduler else ""
+    name = type(pipeline.scheduler).__name__ if why else ""
+    return (f"scheduler: {sampling.scheduler} was not used but the model's own ({name}): {why}",) if why else ()
 
 
-def _watch(pipeline: Any, given: Mapping[str, Any], on_step: OnStep, previews: RunPreviews | None) -> None:
+def _watch(pipeline: Any, kwargs: Mapping[str, Any], on_step: OnStep, previews: RunPreviews | None) -> None:
     """Report the steps of every scheduler used in `pipeline`, with previews for the one that draws the picture."""
-    driving = scheduler_owners.drivers(pipeline)
+    drivers = scheduler_owners.drivers(pipeline)
     parameters = capabilities.parameters_of(pipeline)
     expected: dict[str, int] = {}
-    for name in driving:
+    for name in drivers:
         argument = name.replace("scheduler", "num_inference_steps")
-        steps = given.get(argument, parameters[argument].default if argument in parameters else None)
+        steps = kwargs.get(argument, parameters[argument].default if argument in parameters else None)
         expected[name] = steps if isinstance(steps, int) else 0
     progress = scheduler_owners.StepCount(expected, on_step)
-    for name, driver in driving.items():
+    for name, driver in drivers.items():
         _observed(driver.scheduler, progress.of(name), previews if name == "scheduler" else None)
 
 
 def _observed(scheduler: Any, on_step: OnStep, previews: RunPreviews | None = None) -> Any:
     """Report each `scheduler.step`: every denoising loop of diffusers calls it, with or without a callback."""
     done = total = 0
-    counted: Any = None
+    first: Any = None
 
     def observed(scheduler: Any, step: Any, model_output: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal done, total, counted
-        counted = counted or weakref.ref(scheduler)
-        if counted() is not scheduler:  # a copy that the pipeline steps in parallel, for audio
+        nonlocal done, total, first
+        first = first or weakref.ref(scheduler)
+        if first() is not scheduler:  # a copy that the pipeline steps in parallel, for audio
             return step(model_output, timestep, *args, **kwargs)
         if done == 0:
             total = _remaining(scheduler, timestep)
@@ -199,10 +201,10 @@ def _observed(scheduler: Any, on_step: OnStep, previews: RunPreviews | None = No
         if done >= total:
             _refuse_nan(result)
         if previews:
-            previews.after(done, total, Stepped(scheduler, model_output, timestep, result))
+            previews.after(done, total, StepResult(scheduler, model_output, timestep, result))
         return result
 
-    scheduler_steps.surround(scheduler, observed)
+    scheduler_steps.wrap_step(scheduler, observed)
     return scheduler
 
 
@@ -225,14 +227,14 @@ def _refuse_nan(result: Any) -> None:
         )
 
 
-def _run(pipeline: Any, given: Mapping[str, Any], seed: int) -> Image.Image:
+def _run(pipeline: Any, kwargs: Mapping[str, Any], seed: int) -> Image.Image:
     # Noise is always drawn on the CPU: the same seed gives the same noise on every device.
     noise = {"generator": torch.Generator("cpu").manual_seed(seed)}
     if "generator" not in capabilities.parameters_of(pipeline):
         noise = {}
     torch.manual_seed(seed)  # for the few pipelines that draw noise without their generator
     try:
-        output = pipeline(**given, **noise)
+        output = pipeline(**kwargs, **noise)
     except SfumatoError:
         raise
     except Exception as error:  # whatever a pipeline raises, the caller gets a readable message
@@ -249,68 +251,68 @@ def _run(pipeline: Any, given: Mapping[str, Any], seed: int) -> Image.Image:
     return image  # type: ignore[no-any-return]
 
 
-def _not_taken(model: Loaded, pipeline: Any, wanted: Sampling, given: Mapping[str, Any]) -> list[str]:
-    """Of the model file's defaults, those that are no arguments of this class; a request's were refused."""
+def _not_taken(model: Loaded, pipeline: Any, sampling: Sampling, kwargs: Mapping[str, Any]) -> list[str]:
+    """Warnings for defaults of the model file that this class does not take; a request's parameters were refused."""
     file = model.config.sampling
     return [
         f"{each.name}: {file[each]!r} of the model file has no effect, {type(pipeline).__name__} does not take it"
         for each in PARAMETERS
-        if each.argument and not each.side and each.argument not in given
-        if file[each] is not None and wanted[each] == file[each]
+        if each.argument and not each.side and each.argument not in kwargs
+        if file[each] is not None and sampling[each] == file[each]
     ]
 
 
-def _without_effect(pipeline: Any, driver: Any, given: Mapping[str, Any]) -> list[str]:
-    """Of what the pipeline took, what its scheduler does not take, or what there was no guidance for."""
+def _without_effect(pipeline: Any, driver: Any, kwargs: Mapping[str, Any]) -> list[str]:
+    """Warnings for arguments of the pipeline that its scheduler does not take, or that need guidance."""
     scheduler = type(getattr(driver, "scheduler", None))
     step = getattr(scheduler, "step", None)
-    taken = inspect.signature(step).parameters if step else {}
-    unheard = [
-        f"{each.name}: {given[argument]:g} has no effect, {scheduler.__name__} does not take it"
+    step_parameters = inspect.signature(step).parameters if step else {}
+    warnings = [
+        f"{each.name}: {kwargs[argument]:g} has no effect, {scheduler.__name__} does not take it"
         for each in PARAMETERS
-        if each.stepped and (argument := each.argument) and given.get(argument) and argument not in taken
+        if each.stepped and (argument := each.argument) and kwargs.get(argument) and argument not in step_parameters
     ]
-    rescale = given.get("guidance_rescale")
+    rescale = kwargs.get("guidance_rescale")
     if rescale and not getattr(pipeline, "do_classifier_free_guidance", True):
-        unheard.append(f"guidance_rescale: {rescale:g} has no effect without guidance")
-    return unheard
+        warnings.append(f"guidance_rescale: {rescale:g} has no effect without guidance")
+    return warnings
 
 
 def _recipe(
     model: Loaded,
     pipeline: Any,
-    wanted: Generation,
+    filled: Generation,
     image: Image.Image,
-    given: Mapping[str, Any],
-    choice: schedulers.Choice | None,
+    kwargs: Mapping[str, Any],
+    choice: schedulers.SchedulerChoice | None,
     canvas: arguments.Canvas,
 ) -> Recipe:
     def used(parameter: Parameter) -> Any:
         """The value the pipeline actually used, including its own default."""
         argument = parameter.argument or ""
-        own = arguments.signature_default(pipeline, argument) if parameter.reported else None
-        return given.get(argument, own)
+        default = arguments.signature_default(pipeline, argument) if parameter.reported else None
+        return kwargs.get(argument, default)
 
-    sampling = Sampling(**{each.name: used(each) for each in PARAMETERS})
-    own = getattr(model.pipeline, "scheduler", None)
+    sampling = Sampling(**{parameter.name: used(parameter) for parameter in PARAMETERS})
+    model_scheduler = getattr(model.pipeline, "scheduler", None)
     return Recipe(
         model=model.config.name,
         source=model.source,
         pipeline=type(pipeline).__name__,
-        prompt=wanted.prompt,
-        seed=wanted.seed,
+        prompt=filled.prompt,
+        seed=filled.seed,
         sampling=replace(
             sampling,
             width=image.width,
             height=image.height,
-            scheduler=choice.name if choice else type(own).__name__,
-            strength=sampling.strength if wanted.sampling.strength is None else wanted.sampling.strength,
+            scheduler=choice.name if choice else type(model_scheduler).__name__,
+            strength=sampling.strength if filled.sampling.strength is None else filled.sampling.strength,
         ),
-        image_sha256=tuple(images.fingerprint(png) for png in wanted.images),
-        mask_sha256=images.fingerprint(wanted.mask) if wanted.mask else None,
+        image_sha256=tuple(images.fingerprint(png) for png in filled.images),
+        mask_sha256=images.fingerprint(filled.mask) if filled.mask else None,
         device=model.device,
         dtype=model.dtype,
         versions={"sfumato": __version__, "diffusers": diffusers.__version__, "torch": torch.__version__},
-        savings=wanted.savings + ((OFFLOAD,) if OFFLOADED in model.rungs else ()),
-        masked_area=(wanted.mask_padding or 0, canvas.width or 0, canvas.height or 0) if canvas.box else None,
+        savings=filled.savings + ((OFFLOAD,) if OFFLOADED in model.fallbacks else ()),
+        masked_area=(filled.mask_padding or 0, canvas.width or 0, canvas.height or 0) if canvas.box else None,
     )

@@ -1,4 +1,4 @@
-"""What is known about a loaded model, for clients that choose one and send requests to it."""
+"""Information about a loaded model, for clients that choose one and send requests to it."""
 
 from __future__ import annotations
 

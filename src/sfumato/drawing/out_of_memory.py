@@ -19,7 +19,7 @@ from sfumato.core import VAE_TILING, Generation
 from sfumato.drawing.arguments import own_size
 from sfumato.errors import DrawError
 from sfumato.models.load import OFFLOADED, TILES, Loaded
-from sfumato.models.release import let_go
+from sfumato.models.release import release_frames
 from sfumato.pictures import images
 from sfumato.pipelines.tiling import can_tile
 
@@ -29,32 +29,32 @@ T = TypeVar("T")
 
 
 def with_less(
-    model: Loaded, asked: Generation, draw: Callable[[Generation], T], spare: Callable[[], int] = lambda: 0
+    model: Loaded, generation: Generation, draw: Callable[[Generation], T], free_caches: Callable[[], int] = lambda: 0
 ) -> T:
-    """Run `draw(asked)`, and again after each fallback while it runs out of memory. Raises DrawError if none is left.
+    """Run `draw(generation)`, and again after each fallback while memory runs out. Raises DrawError if none is left.
 
-    `spare` drops the engine's caches and returns the bytes freed.
+    `free_caches` drops the engine's caches and returns the bytes freed.
     """
-    pixels, known = _pixels(model, asked), model.condition.tiled_from
-    if known is not None and pixels >= known:
-        asked = _tiled(asked)
-    spared = False
+    pixels, tiled_from = _pixels(model, generation), model.state.tiled_from
+    if tiled_from is not None and pixels >= tiled_from:
+        generation = _tiled(generation)
+    caches_freed = False
     while True:
         try:
-            return draw(asked)
+            return draw(generation)
         except Exception as error:  # torch's CPU allocator raises a plain RuntimeError
             if not is_out_of_memory(error):
                 raise
-            let_go(error)
+            release_frames(error)
         gc.collect()
-        freed = spare()
+        freed = free_caches()
         offload.empty_cache()
-        if freed and not spared:
-            spared = True
+        if freed and not caches_freed:
+            caches_freed = True
             log.warning("%s ran out of memory; dropped %d bytes of cached results", model.config.name, freed)
-        elif VAE_TILING not in asked.savings and can_tile(model.pipeline):
-            asked = _tiled(asked)
-            model.condition.tiled_from = pixels if known is None else min(pixels, known)
+        elif VAE_TILING not in generation.savings and can_tile(model.pipeline):
+            generation = _tiled(generation)
+            model.state.tiled_from = pixels if tiled_from is None else min(pixels, tiled_from)
             _note(model, TILES)
         elif _offload(model):
             _note(model, OFFLOADED)
@@ -66,14 +66,14 @@ def with_less(
             )
 
 
-def _note(model: Loaded, rung: str) -> None:
-    if rung not in model.rungs:
-        log.warning("%s ran out of memory; from now on %s", model.config.name, rung)
-    model.rungs.add(rung)
+def _note(model: Loaded, fallback: str) -> None:
+    if fallback not in model.fallbacks:
+        log.warning("%s ran out of memory; from now on %s", model.config.name, fallback)
+    model.fallbacks.add(fallback)
 
 
-def _tiled(asked: Generation) -> Generation:
-    return replace(asked, savings=tuple(sorted({*asked.savings, VAE_TILING})))
+def _tiled(generation: Generation) -> Generation:
+    return replace(generation, savings=tuple(sorted({*generation.savings, VAE_TILING})))
 
 
 def _offload(model: Loaded) -> bool:
@@ -83,11 +83,11 @@ def _offload(model: Loaded) -> bool:
     return True
 
 
-def _pixels(model: Loaded, asked: Generation) -> float:
+def _pixels(model: Loaded, generation: Generation) -> float:
     """Approximate pixels of the picture to draw, to tell large from small; infinite if unknown."""
-    if size := asked.sampling.size:
+    if size := generation.sampling.size:
         return math.prod(size)
-    if asked.images:
-        return math.prod(images.size(asked.images[0])) * (asked.upscale or 1) ** 2
+    if generation.images:
+        return math.prod(images.size(generation.images[0])) * (generation.upscale or 1) ** 2
     width, height = own_size(model)
     return width * height if width and height else math.inf

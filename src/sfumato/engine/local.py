@@ -52,10 +52,10 @@ class Local:
         environment.prepare()
         from sfumato.engine.loop import Loop
 
-        here = asyncio.get_running_loop()
+        event_loop = asyncio.get_running_loop()
 
         def send(report: Report) -> None:
-            here.call_soon_threadsafe(self._streams.deliver, report)
+            event_loop.call_soon_threadsafe(self._streams.deliver, report)
 
         loop = self._loop = Loop(self._settings, send)
 
@@ -65,7 +65,7 @@ class Local:
             except Exception:  # an error in the loop itself; a thread can only log it
                 log.exception("the loop failed")
             finally:  # otherwise waiting requests would wait forever
-                here.call_soon_threadsafe(self._streams.fail_all, WorkerDied("the engine has stopped"))
+                event_loop.call_soon_threadsafe(self._streams.fail_all, WorkerDied("the engine has stopped"))
 
         self._thread = threading.Thread(target=run, name="sfumato-loop", daemon=True)
         self._thread.start()

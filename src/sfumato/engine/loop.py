@@ -1,7 +1,7 @@
-"""The worker's only thread, in a loop: take commands, let the batcher run one group of module calls, report.
+"""The loop of the worker's only thread: read commands, let the batcher run one group of module calls, report.
 
-Some requests compute for a long time without yielding the thread (`batching.Batcher.listen`). The loop then listens
-inside them, at each module call and step: cancelled requests are answered at once, new requests are set aside.
+Some requests compute for a long time without yielding the thread (`batching.Batcher.listen`). The loop then reads
+commands inside them, at each module call and step: it answers cancelled requests at once and queues new ones.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ Send: TypeAlias = Callable[[Report], None]
 
 
 class Loop:
-    """Runs commands until `Stop`. `post` may be called from any thread, the rest from the loop's own.
+    """Runs commands until `Stop`. `post` may be called from any thread, the other methods only from the loop's thread.
 
     Each accepted generation is a task of the batcher, and is answered by exactly one `Done` or `Failed`.
     """
@@ -59,14 +59,22 @@ class Loop:
     def __init__(self, settings: Settings, send: Send) -> None:
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._send = send
-        trust = Verification(
+        verification = Verification(
             proofs=Proofs(Path(settings.proofs) if settings.proofs else settings.data / proof_store.NAME)
         )
         self._batcher = Batcher(
-            max_rows=settings.max_batch, max_active=settings.max_active, trust=trust, on_listen=self._listen
+            max_rows=settings.max_batch,
+            max_active=settings.max_active,
+            verification=verification,
+            on_listen=self._listen,
         )
         self._pool = ModelPool(
-            settings.loaded_models, settings.device, self._tell, self._batcher.forget, self._batcher.spare, model_info
+            settings.loaded_models,
+            settings.device,
+            self._report_status,
+            self._batcher.forget,
+            self._batcher.free_caches,
+            model_info,
         )
         self._stats = Stats(self._batcher, self._pool)
         self._submitted: dict[str, Submit] = {}
@@ -96,13 +104,13 @@ class Loop:
         return bool(self._tasks or self._loads or self._submitted or self._orders)
 
     def _receive(self, *, wait: bool) -> None:
-        """Read all commands that have arrived. `wait`: there is nothing else to do until one arrives."""
+        """Read all commands that have arrived. `wait`: block until one arrives."""
         if wait:
-            self._obey(self._inbox.get())
-        while not self._inbox.empty():  # only this thread takes from it
-            self._obey(self._inbox.get_nowait())
+            self._handle(self._inbox.get())
+        while not self._inbox.empty():  # only this thread reads it
+            self._handle(self._inbox.get_nowait())
 
-    def _obey(self, command: Command) -> None:
+    def _handle(self, command: Command) -> None:
         match command:
             case Submit():
                 self._submitted[command.generation.id] = command
@@ -116,7 +124,7 @@ class Loop:
                 self._stopping = True
 
     def _begin(self) -> None:
-        """Make tasks of what was requested: orders first, then generations."""
+        """Start a task for each order, then for each generation."""
         orders, self._orders = self._orders, []
         for order in orders:
             match order:
@@ -127,12 +135,12 @@ class Loop:
         submitted, self._submitted = self._submitted, {}
         for id, submit in submitted.items():
             task = self._batcher.submit(functools.partial(self._draw, submit), caller=submit.generation.caller)
-            task.left = submit.generation.sampling.steps or submit.config.sampling.steps
+            task.steps_left = submit.generation.sampling.steps or submit.config.sampling.steps
             task.threads = submit.config.threads
             self._tasks[id] = task
 
     def _report(self) -> None:
-        """Answer those that have ended."""
+        """Answer the requests that have ended."""
         ended = {id: task for id, task in self._tasks.items() if task.done}
         for id in ended:
             del self._tasks[id]
@@ -149,15 +157,15 @@ class Loop:
             self._send(Answer(id, _event(f"request {id}", task)))
 
     def _listen(self) -> None:
-        """Called inside a request that does not yield the thread: read commands, send answers."""
+        """Called inside a request that does not yield the thread: read commands and send answers."""
         self._receive(wait=False)
         self._report()
 
     def _cancel(self, id: str) -> None:
-        """Answer at once. A running request ends when it next listens, a parked one at its next turn."""
+        """Answer at once. A running request ends when it next calls `listen`, a parked one at its next turn."""
         task = self._tasks.get(id)
         if task and not task.done:
-            log.info("request %s was cancelled with %s steps left", id, task.left)
+            log.info("request %s was cancelled with %s steps left", id, task.steps_left)
             del self._tasks[id]
             self._stats.ended(id)
             self._batcher.cancel(task, RunStopped())
@@ -178,7 +186,7 @@ class Loop:
             with self._pool.use(submit.config, self._batcher.turn) as model, suppress(Disturbed):
                 run = functools.partial(draw, model, on_step=on_step, on_preview=on_preview)
                 self._stats.started(id)
-                return out_of_memory.with_less(model, submit.generation, run, self._batcher.spare)
+                return out_of_memory.with_less(model, submit.generation, run, self._batcher.free_caches)
             log.warning("request %s is drawn again: another request left its model changed", id)
 
     def _load(self, config: ModelConfig) -> None:
@@ -188,7 +196,7 @@ class Loop:
 
     def _on_step(self, id: str, step: int, total: int) -> None:
         if task := self._tasks.get(id):
-            task.left = total - step
+            task.steps_left = total - step
             self._stats.stepped(id)
             self._send(Answer(id, Step(step, total)))
         self._batcher.listen()
@@ -197,7 +205,7 @@ class Loop:
         if id in self._tasks:
             self._send(Answer(id, preview))
 
-    def _tell(self, model: str, status: ModelStatus) -> None:
+    def _report_status(self, model: str, status: ModelStatus) -> None:
         self._stats.changed()
         self._send(Status(model, status))
         self._listen()
@@ -206,8 +214,8 @@ class Loop:
 _CANCELLED = Failed(Cancelled("the request was cancelled"))
 
 
-def _event(what: str, task: Task) -> Event:
-    """How `what` has ended; errors that are not ours are logged."""
+def _event(label: str, task: Task) -> Event:
+    """The terminal event of `task`; logs unexpected errors, with `label`."""
     assert task.outcome is not None
     match task.outcome.error:
         case None:
@@ -218,5 +226,5 @@ def _event(what: str, task: Task) -> Event:
         case SfumatoError() as error:
             return Failed(error)
         case error:
-            log.error("%s failed: %s", what, logs.place(error))
+            log.error("%s failed: %s", label, logs.error_location(error))
             return Failed(SfumatoError(f"{type(error).__name__}: {error}"))

@@ -1,4 +1,4 @@
-"""The seam between the service and whatever computes, and the messages that cross it."""
+"""The interface between the service and its engines, and the messages that cross it."""
 
 from __future__ import annotations
 

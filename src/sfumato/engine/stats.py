@@ -32,8 +32,8 @@ class Stats:
         self._steps = 0
         self._step_seconds = 0.0
         self._since: dict[str, float] = {}
-        self._told = 0.0
-        self._news = False
+        self._reported_at = 0.0
+        self._changed = False
 
     def started(self, id: str) -> None:
         """The model is loaded: the first step of this request begins."""
@@ -47,22 +47,22 @@ class Stats:
 
     def ended(self, id: str) -> None:
         self._since.pop(id, None)
-        self._news = True
+        self._changed = True
 
     def changed(self) -> None:
         """A model was loaded, unloaded or failed to load."""
-        self._news = True
+        self._changed = True
 
     def due(self, idle: bool) -> bool:
         """Whether to report now: about once a second, and at once if there is news and the worker is idle."""
-        late = time.perf_counter() - self._told >= EVERY_S
-        return late or (idle and self._news)
+        overdue = time.perf_counter() - self._reported_at >= EVERY_S
+        return overdue or (idle and self._changed)
 
     def stats(self) -> EngineStats:
-        self._told = time.perf_counter()
-        self._news = False
+        self._reported_at = time.perf_counter()
+        self._changed = False
         sizes: Counter[int] = Counter()
-        for (name, calls), forwards in self._batcher.counts.shared.items():
+        for (name, calls), forwards in self._batcher.counts.batch_sizes.items():
             if DENOISER.match(name):
                 sizes[calls] += forwards
         return EngineStats(

@@ -15,7 +15,7 @@ from typing import Any
 from sfumato.core import Generation
 from sfumato.errors import InvalidRequest
 
-SIBLINGS = {"image": "AutoPipelineForImage2Image", "mask": "AutoPipelineForInpainting"}
+AUTO_PIPELINES = {"image": "AutoPipelineForImage2Image", "mask": "AutoPipelineForInpainting"}
 """By name: importing them imports every pipeline class, which takes seconds."""
 
 NEEDS_PICTURE = re.compile(r"Img2Img|Inpaint|Depth2Img|Upscale|SuperResolution|InstructPix2Pix|ControlNet|Edit")
@@ -60,7 +60,11 @@ def parameters_of(pipeline: Any) -> Mapping[str, inspect.Parameter]:
 def _parameters(call: Any) -> Mapping[str, inspect.Parameter]:
     signature = inspect.signature(call).parameters
     return MappingProxyType(
-        {name: each for name, each in signature.items() if name != "self" and each.kind is not each.VAR_KEYWORD}
+        {
+            name: parameter
+            for name, parameter in signature.items()
+            if name != "self" and parameter.kind is not parameter.VAR_KEYWORD
+        }
     )
 
 
@@ -75,12 +79,12 @@ def _needs_picture(name: str, parameters: Mapping[str, inspect.Parameter]) -> bo
     return required or (image is not None and bool(NEEDS_PICTURE.search(name)))
 
 
-def takes(pipeline: Any, task: str) -> bool:
+def supports(pipeline: Any, task: str) -> bool:
     """Whether the class itself supports `image` (a source picture without a mask) or `mask`."""
-    return _takes(parameters_of(pipeline), task)
+    return _supports(parameters_of(pipeline), task)
 
 
-def _takes(parameters: Mapping[str, inspect.Parameter], task: str) -> bool:
+def _supports(parameters: Mapping[str, inspect.Parameter], task: str) -> bool:
     return "mask_image" in parameters if task == "mask" else "image" in parameters and "mask_image" not in parameters
 
 
@@ -93,25 +97,29 @@ def tasks_of(name: str, parameters: Mapping[str, inspect.Parameter]) -> tuple[st
     """The same, from the class's name and its call's parameters."""
     if name in UPSCALERS:
         return ("upscaling",)
-    found = {"text-to-image": not _needs_picture(name, parameters)}
-    for word, task in (("image-to-image", "image"), ("inpainting", "mask")):
-        found[word] = _takes(parameters, task) or has_sibling(name, task)
-    return tuple(word for word, can in found.items() if can)
+    supported = {"text-to-image": not _needs_picture(name, parameters)}
+    for name_of_task, task in (("image-to-image", "image"), ("inpainting", "mask")):
+        supported[name_of_task] = _supports(parameters, task) or has_task_class(name, task)
+    return tuple(name_of_task for name_of_task, is_supported in supported.items() if is_supported)
 
 
-def has_sibling(name: str, task: str) -> bool:
+def has_task_class(name: str, task: str) -> bool:
     """Whether diffusers has a class for `task` that shares the weights of the class `name`."""
-    families = {family for known in _mappings().values() for family, kind in known.items() if kind == name}
+    families = {
+        family for mapping in _mappings().values() for family, class_name in mapping.items() if class_name == name
+    }
     return not families.isdisjoint(_mappings()[_MAPPINGS[task]])
 
 
-def sibling(name: str, task: str, *, controlled: bool) -> str | None:
+def task_class(name: str, task: str, *, controlled: bool) -> str | None:
     """The class for `text`, `image` or `mask` on the weights of the class `name`; `controlled`: with a ControlNet."""
-    known = _mappings()[_MAPPINGS[task]]
-    families = [family for each in _mappings().values() for family, kind in each.items() if kind == name]
+    classes = _mappings()[_MAPPINGS[task]]
+    families = [
+        family for mapping in _mappings().values() for family, class_name in mapping.items() if class_name == name
+    ]
     if controlled:
         families = [family if "controlnet" in family else f"{family}-controlnet" for family in families]
-    return next((known[family] for family in families if family in known), None)
+    return next((classes[family] for family in families if family in classes), None)
 
 
 def task_of(name: str) -> str | None:
@@ -128,10 +136,10 @@ _MAPPINGS = {
 
 @functools.cache
 def _mappings() -> Mapping[str, Mapping[str, str]]:
-    """The tables behind `SIBLINGS`, family of models to class; read as text, for the same reason."""
-    found = importlib.util.find_spec("diffusers")  # find_spec of a submodule would import diffusers
-    assert found and found.origin
-    text = (Path(found.origin).parent / "pipelines" / "auto_pipeline.py").read_text()
+    """The tables behind `AUTO_PIPELINES`, family of models to class; read as text, for the same reason."""
+    spec = importlib.util.find_spec("diffusers")  # find_spec of a submodule would import diffusers
+    assert spec and spec.origin
+    text = (Path(spec.origin).parent / "pipelines" / "auto_pipeline.py").read_text()
     tables = re.findall(r"^(AUTO_\w+_MAPPING) = OrderedDict\((.*?)^\)", text, re.M | re.S)
     mappings = {name: dict(re.findall(r'\("([^"]+)", (\w+)\)', rows)) for name, rows in tables}
     for name, family, kind in re.findall(r'^ +(AUTO_\w+_MAPPING)\["([^"]+)"\] = (\w+)', text, re.M):
@@ -139,24 +147,25 @@ def _mappings() -> Mapping[str, Mapping[str, str]]:
     return mappings
 
 
-def check(model: str, pipeline: Any, asked: Generation) -> None:
+def check(model: str, pipeline: Any, generation: Generation) -> None:
     """Raises InvalidRequest for a task that this pipeline does not support."""
     kind = type(pipeline).__name__
-    if asked.transparent and not transparent(pipeline):
+    if generation.transparent and not transparent(pipeline):
         raise InvalidRequest(
             f"background transparent: {model} ({kind}) cannot draw an alpha channel; opaque and auto are valid",
             param="background",
         )
-    if asked.upscale is None:
+    if generation.upscale is None:
         return
-    own = upscaler(pipeline)
-    if own is None:
+    supported = upscaler(pipeline)
+    if supported is None:
         raise InvalidRequest(
             f"{model} ({kind}) is not an upscaler. For that a model file needs one of these as "
             f"diffusers.pipeline_type: {', '.join(UPSCALERS)}",
             param="model",
         )
-    if asked.upscale != own.factor:
+    if generation.upscale != supported.factor:
         raise InvalidRequest(
-            f"scale {asked.upscale}: {model} upscales {own.factor} times; only {own.factor} is valid", param="scale"
+            f"scale {generation.upscale}: {model} upscales {supported.factor} times; only {supported.factor} is valid",
+            param="scale",
         )

@@ -1,7 +1,7 @@
-"""What mends a disagreement between two released packages; all of it, each part with the versions it is for.
+"""All shims for incompatible releases of two packages, each with the versions it is for.
 
-A shim changes nothing in a package or in a module: names of modules and of weights stay as they are, for whoever loads
-adapters. For each there is a test in `tests/test_compat.py` that fails once it is not needed any more.
+A shim does not change a package or a module: names of modules and weights stay the same, so adapters can be loaded.
+Each shim has a test in `tests/test_compat.py` that fails when the shim is not needed any more.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 @dataclass(frozen=True, slots=True)
 class Shim:
     needed_by: str
-    """The versions it is for."""
+    """The versions that need it."""
     reason: str
 
 
@@ -25,9 +25,9 @@ ITSELF: Mapping[tuple[str, str], Shim] = {
         "into the encoder itself",
     ),
 }
-"""Class of a module and a name that its pipelines ask it for: where the module has none, it is meant itself."""
+"""Class of a module and attribute that pipelines read: if the module does not have it, use the module itself."""
 
 
 def is_itself(module: Any, name: str) -> bool:
-    """Whether `module`, which has no attribute `name`, stands for it."""
+    """Whether to use `module` itself for its missing attribute `name`."""
     return (type(module).__name__, name) in ITSELF

@@ -1,4 +1,4 @@
-"""Whether a method of a module uses the random generator that it is given; many VAEs take one and never look at it."""
+"""Find out whether a method uses its random generator; many VAEs take one and never use it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from sfumato.pipelines import source_table
 
 @functools.cache
 def reads(kind: type, method: str, name: str) -> bool:
-    """Whether `kind.method` uses its parameter `name`, also where that cannot be told."""
-    known = (source_table.row(kind) or {}).get("generators", {}).get(f"{method}.{name}")
-    if known is not None:
-        return bool(known)
+    """Whether `kind.method` uses its parameter `name`; True if that cannot be determined."""
+    listed = (source_table.row(kind) or {}).get("generators", {}).get(f"{method}.{name}")
+    if listed is not None:
+        return bool(listed)
     try:
         return source_table.read(kind, f"the use of {name} in {method}", lambda kind: from_source(kind, method, name))
     except source_table.Unreadable:
@@ -23,7 +23,7 @@ def reads(kind: type, method: str, name: str) -> bool:
 
 
 def from_source(kind: Any, method: str, name: str) -> bool:
-    """Reads the instructions of the method. Raises whatever it makes this code raise."""
+    """Reads the method's bytecode; raises any error of reading it."""
     code = inspect.unwrap(getattr(kind, method)).__code__
     if name in code.co_cellvars or (code.co_flags & inspect.CO_VARKEYWORDS and name not in code.co_varnames):
         return True

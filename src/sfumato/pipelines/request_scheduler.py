@@ -1,7 +1,7 @@
 """Create a scheduler for one request, to fit the pipeline that will draw it.
 
 diffusers' schedulers hold the state of a run, so each request gets its own instance; the pipeline's
-is read and never written. The request's scheduler takes over how the model was trained (`FACTS`) and
+is read and never written. The request's scheduler takes over how the model was trained (`TRAINED_WITH`) and
 what its authors set explicitly (`PREFERENCES`), but never the sampler's own switches: `euler` means
 Euler without Karras sigmas, even on a model that ships with them.
 
@@ -27,10 +27,10 @@ import torch
 from sfumato import schedulers
 from sfumato.errors import InvalidRequest
 from sfumato.pipelines import scheduler_calls, scheduler_steps
-from sfumato.pipelines.scheduler_calls import Handover
-from sfumato.schedulers import Choice, SolverForm
+from sfumato.pipelines.scheduler_calls import SchedulerUse
+from sfumato.schedulers import SchedulerChoice, SolverForm
 
-FACTS = frozenset({
+TRAINED_WITH = frozenset({
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
     "rescale_betas_zero_snr", "clip_sample", "clip_sample_range", "thresholding",
     "dynamic_thresholding_ratio", "sample_max_value", "variance_type", "original_inference_steps",
@@ -62,10 +62,10 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
 
 SIGMA_FLAGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
-FEW = 4
+REHEARSAL_STEPS = 4
 """Steps of a rehearsal without a requested number, and of a schedule that is never used."""
 
-LABORIOUS = frozenset({
+SLOW_CONSTRUCTORS = frozenset({
     "HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "LMSDiscreteScheduler",
     "DPMSolverSDEScheduler",
 })  # fmt: skip
@@ -80,7 +80,7 @@ _FLOW_CLASSES = frozenset(
 )
 
 
-def make(pipeline: Any, choice: Choice | None, seed: int | Sequence[int]) -> Any:
+def make(pipeline: Any, choice: SchedulerChoice | None, seed: int | Sequence[int]) -> Any:
     """A fresh scheduler for one call of `pipeline`; without a choice, one like the model's own.
 
     `seed` determines the noise that a solver adds during the run, unless the pipeline passes its own
@@ -88,29 +88,31 @@ def make(pipeline: Any, choice: Choice | None, seed: int | Sequence[int]) -> Any
     To draw several pictures in one call, pass one seed per picture: each then equals the picture drawn alone.
     Returns None for a pipeline without a scheduler.
     """
-    own = getattr(pipeline, "scheduler", None)
+    model_scheduler = getattr(pipeline, "scheduler", None)
     if choice is None:
         kind: Any = type(pipeline)
         return (
             None
-            if own is None
-            else _noisy(pipeline, _own(own, seed, sets_steps=bool(scheduler_calls.read(kind))), seed)
+            if model_scheduler is None
+            else _with_generator(
+                pipeline, _like_model(model_scheduler, seed, sets_steps=bool(scheduler_calls.read(kind))), seed
+            )
         )
-    form = _form(own, choice)
+    form = _form(model_scheduler, choice)
     if form is None:
-        raise _refusal(pipeline, choice, _why_no_form(own, choice))
-    return _noisy(pipeline, _build(own, form, seed), seed)
+        raise _refusal(pipeline, choice, _why_no_form(model_scheduler, choice))
+    return _with_generator(pipeline, _build(model_scheduler, form, seed), seed)
 
 
-def check(pipeline: Any, choice: Choice | None, count: int | None = None) -> None:
+def check(pipeline: Any, choice: SchedulerChoice | None, count: int | None = None) -> None:
     """Raise InvalidRequest if `choice` cannot draw with `pipeline` (in `count` steps, if not None)."""
     if choice is None:
         return
     model = _model(pipeline)
-    reason = _misfit(model, choice.name, count)
+    reason = _why_unfit(model, choice.name, count)
     if reason is None:
         return
-    if count is not None and _misfit(model, choice.name, None) is None:
+    if count is not None and _why_unfit(model, choice.name, None) is None:
         raise InvalidRequest(
             f"Scheduler {choice.name!r} cannot draw in {count} steps: {reason}. Use another number of steps.",
             param="step",
@@ -119,9 +121,9 @@ def check(pipeline: Any, choice: Choice | None, count: int | None = None) -> Non
 
 
 def keeps_own(pipeline: Any) -> str:
-    """Why `pipeline` draws with its own scheduler, whichever is asked for; empty where another may take its place.
+    """Why `pipeline` always draws with its own scheduler; empty if another one may replace it.
 
-    Nobody knows what such a pipeline gives to its scheduler, so none can be shown to fit.
+    It is unknown what such a pipeline passes to its scheduler, so no other scheduler can be checked.
     """
     kind: Any = type(pipeline)
     return scheduler_calls.unreadable(kind) if getattr(pipeline, "scheduler", None) is not None else ""
@@ -130,7 +132,7 @@ def keeps_own(pipeline: Any) -> str:
 def works_with(pipeline: Any) -> tuple[str, ...]:
     """The names in `schedulers.names()` that `check` accepts."""
     model = _model(pipeline)
-    return tuple(name for name in schedulers.names() if _misfit(model, name, None) is None)
+    return tuple(name for name in schedulers.names() if _why_unfit(model, name, None) is None)
 
 
 def is_flow(scheduler: Any) -> bool:
@@ -142,54 +144,56 @@ def is_flow(scheduler: Any) -> bool:
     )
 
 
-def _form(own: Any, choice: Choice) -> SolverForm | None:
-    """The form of the solver for the kind of model that `own` belongs to."""
-    if own is not None and is_flow(own):
+def _form(model_scheduler: Any, choice: SchedulerChoice) -> SolverForm | None:
+    """The form of the solver for the kind of model that `model_scheduler` belongs to."""
+    if model_scheduler is not None and is_flow(model_scheduler):
         return choice.flow
-    return choice.noise if type(own).__name__ in _NOISE_CLASSES else None
+    return choice.noise if type(model_scheduler).__name__ in _NOISE_CLASSES else None
 
 
-def _why_no_form(own: Any, choice: Choice) -> str:
-    if own is None:
+def _why_no_form(model_scheduler: Any, choice: SchedulerChoice) -> str:
+    if model_scheduler is None:
         return "this pipeline has no scheduler"
-    if not is_flow(own):
-        return f"this model works only with {type(own).__name__}"
+    if not is_flow(model_scheduler):
+        return f"this model works only with {type(model_scheduler).__name__}"
     flow = schedulers.SOLVERS[choice.solver].flow
     if flow is None:
         return f"this is a flow-matching model, which {choice.noise.cls} does not support"
-    takes = ", ".join(flow.schedules) or "none"
-    return f"{flow.cls} does not support the schedule {choice.schedule!r}; it supports: {takes}"
+    schedules = ", ".join(flow.schedules) or "none"
+    return f"{flow.cls} does not support the schedule {choice.schedule!r}; it supports: {schedules}"
 
 
-def _own(own: Any, seed: int | Sequence[int], *, sets_steps: bool) -> Any:
-    if not isinstance(own, diffusers.ConfigMixin):
-        return copy.deepcopy(own)
+def _like_model(model_scheduler: Any, seed: int | Sequence[int], *, sets_steps: bool) -> Any:
+    if not isinstance(model_scheduler, diffusers.ConfigMixin):
+        return copy.deepcopy(model_scheduler)
     # Not from_config: it treats a value that the pipeline corrected after loading as a default.
-    kind: Any = type(own)
+    kind: Any = type(model_scheduler)
     parameters = _parameters(kind)
-    arguments = {key: value for key, value in own.config.items() if key in parameters}
-    return _construct(type(own), arguments | _seeded(parameters, seed), own.config, sets_steps=sets_steps)
+    arguments = {key: value for key, value in model_scheduler.config.items() if key in parameters}
+    return _construct(
+        type(model_scheduler), arguments | _seeded(parameters, seed), model_scheduler.config, sets_steps=sets_steps
+    )
 
 
-def _build(own: Any, form: SolverForm, seed: int | Sequence[int]) -> Any:
+def _build(model_scheduler: Any, form: SolverForm, seed: int | Sequence[int]) -> Any:
     cls = getattr(diffusers, form.cls)
     parameters = _parameters(cls)
-    carried = _carried(own)
+    training_config = _training_config(model_scheduler)
     # Latents exceed -1 .. 1; clipping is only for models whose own scheduler does it.
-    arguments: dict[str, Any] = {"clip_sample": False, **carried}
+    arguments: dict[str, Any] = {"clip_sample": False, **training_config}
     # The two families have different names for the same number.
-    shift = carried.get("shift", carried.get("flow_shift", 1.0))
+    shift = training_config.get("shift", training_config.get("flow_shift", 1.0))
     arguments |= {"shift": shift, "flow_shift": shift}
     arguments |= dict.fromkeys(SIGMA_FLAGS, False)
     arguments |= form.arguments
     arguments = {key: value for key, value in arguments.items() if key in parameters}
-    return _construct(cls, arguments | _seeded(parameters, seed), carried)
+    return _construct(cls, arguments | _seeded(parameters, seed), training_config)
 
 
-def _carried(own: Any) -> dict[str, Any]:
+def _training_config(model_scheduler: Any) -> dict[str, Any]:
     """Configuration that every scheduler for this model should have."""
-    config = dict(own.config)
-    kind: Any = type(own)
+    config = dict(model_scheduler.config)
+    kind: Any = type(model_scheduler)
     parameters = _parameters(kind)
     unwritten = {
         key
@@ -197,7 +201,9 @@ def _carried(own: Any) -> dict[str, Any]:
         if key in parameters and config[key] == parameters[key].default
     }
     return {
-        key: value for key, value in config.items() if key in FACTS or (key in PREFERENCES and key not in unwritten)
+        key: value
+        for key, value in config.items()
+        if key in TRAINED_WITH or (key in PREFERENCES and key not in unwritten)
     }
 
 
@@ -211,13 +217,13 @@ def _construct(cls: Any, arguments: Mapping[str, Any], config: Mapping[str, Any]
 
 
 def _unscheduled(cls: Any, arguments: Mapping[str, Any]) -> Any:
-    """`cls(**arguments)` without the initial schedule of all training steps that the LABORIOUS ones compute."""
-    if cls.__name__ not in LABORIOUS:
+    """`cls(**arguments)` without the initial schedule of all training steps that SLOW_CONSTRUCTORS compute."""
+    if cls.__name__ not in SLOW_CONSTRUCTORS:
         return cls(**arguments)
     scheduler = cls.__new__(cls)
 
     def few(count: int, *args: Any, **kwargs: Any) -> None:
-        cls.set_timesteps(scheduler, min(count, FEW), *args, **kwargs)
+        cls.set_timesteps(scheduler, min(count, REHEARSAL_STEPS), *args, **kwargs)
 
     vars(scheduler)["set_timesteps"] = few
     cls.__init__(scheduler, **arguments)
@@ -231,18 +237,18 @@ def _seeded(parameters: Mapping[str, inspect.Parameter], seed: int | Sequence[in
     return {"noise_sampler_seed": seed if isinstance(seed, int) else list(seed)}
 
 
-def _noisy(pipeline: Any, scheduler: Any, seed: int | Sequence[int]) -> Any:
+def _with_generator(pipeline: Any, scheduler: Any, seed: int | Sequence[int]) -> Any:
     """`scheduler` with a generator for its steps, if the pipeline does not pass one.
 
     FLUX and similar ones do not: a solver that adds noise would draw it from torch's global state, and the
     seed would not determine the picture.
     """
     kind: Any = type(pipeline)
-    asked = scheduler_calls.read(kind)
-    if asked is None or asked.generator or "generator" not in _parameters(type(scheduler).step):
+    usage = scheduler_calls.read(kind)
+    if usage is None or usage.generator or "generator" not in _parameters(type(scheduler).step):
         return scheduler
-    generator = noise(seed) if isinstance(seed, int) else [noise(each) for each in seed]
-    scheduler_steps.with_noise_of(scheduler, generator)
+    generator = noise(seed) if isinstance(seed, int) else [noise(picture_seed) for picture_seed in seed]
+    scheduler_steps.set_generator(scheduler, generator)
     return scheduler
 
 
@@ -257,11 +263,11 @@ def _parameters(function: Any) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(function).parameters
 
 
-def _refusal(pipeline: Any, choice: Choice, reason: str) -> InvalidRequest:
-    own = getattr(pipeline, "scheduler", None)
+def _refusal(pipeline: Any, choice: SchedulerChoice, reason: str) -> InvalidRequest:
+    model_scheduler = getattr(pipeline, "scheduler", None)
     fitting = works_with(pipeline)
     remedy = f"These work: {', '.join(fitting)}. Or leave" if fitting else "Leave"
-    keep = f" to keep the model's own ({type(own).__name__})" if own is not None else ""
+    keep = f" to keep the model's own ({type(model_scheduler).__name__})" if model_scheduler is not None else ""
     return InvalidRequest(
         f"Scheduler {choice.name!r} does not work with {type(pipeline).__name__}: {reason}."
         f" {remedy} the scheduler out{keep}.",
@@ -273,21 +279,23 @@ def _refusal(pipeline: Any, choice: Choice, reason: str) -> InvalidRequest:
 class _Model:
     """Everything that decides which schedulers fit a pipeline; equal for equivalent pipelines."""
 
-    kind: Any
+    pipeline_class: Any
     """Class of the pipeline."""
-    own_kind: Any
+    scheduler_class: Any
     """Class of its scheduler."""
     config: str
     """Its scheduler's whole configuration, as text."""
-    own: Any = field(compare=False)
+    scheduler: Any = field(compare=False)
     """Its scheduler; read-only."""
 
 
 def _model(pipeline: Any) -> _Model:
-    own = getattr(pipeline, "scheduler", None)
-    config = dict(getattr(own, "config", None) or {})
+    model_scheduler = getattr(pipeline, "scheduler", None)
+    config = dict(getattr(model_scheduler, "config", None) or {})
     config["_use_default_values"] = sorted(config.get("_use_default_values", ()))
-    return _Model(type(pipeline), type(own), json.dumps(config, sort_keys=True, default=_plainly), own)
+    return _Model(
+        type(pipeline), type(model_scheduler), json.dumps(config, sort_keys=True, default=_plainly), model_scheduler
+    )
 
 
 def _plainly(value: Any) -> Any:
@@ -296,90 +304,94 @@ def _plainly(value: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=4096)
-def _misfit(model: _Model, name: str, count: int | None) -> str | None:
+def _why_unfit(model: _Model, name: str, count: int | None) -> str | None:
     """Why the scheduler of this name cannot draw with `model`, or None if it can."""
-    own, choice = model.own, schedulers.parse(name)
-    form = _form(own, choice)
-    if own is None or form is None:
-        return _why_no_form(own, choice)
-    asked = scheduler_calls.read(model.kind)
-    if asked is None:
-        return f"{model.kind.__name__} does not use a scheduler of its own"
+    model_scheduler, choice = model.scheduler, schedulers.parse(name)
+    form = _form(model_scheduler, choice)
+    if model_scheduler is None or form is None:
+        return _why_no_form(model_scheduler, choice)
+    usage = scheduler_calls.read(model.pipeline_class)
+    if usage is None:
+        return f"{model.pipeline_class.__name__} does not use a scheduler of its own"
     parameters = _parameters(getattr(diffusers, form.cls))
     for key, neutral in NEUTRAL.items():
-        if own.config.get(key) not in neutral and key not in parameters:
-            return f"{form.cls} does not support the model's {key}={own.config[key]!r}"
-    scheduler = _build(own, form, seed=0)
-    return _unmet(scheduler, own, asked) or _rehearse(scheduler, asked, count)
+        if model_scheduler.config.get(key) not in neutral and key not in parameters:
+            return f"{form.cls} does not support the model's {key}={model_scheduler.config[key]!r}"
+    scheduler = _build(model_scheduler, form, seed=0)
+    return _missing_support(scheduler, model_scheduler, usage) or _rehearse(scheduler, usage, count)
 
 
-def _unmet(scheduler: Any, own: Any, asked: Handover) -> str | None:
+def _missing_support(scheduler: Any, model_scheduler: Any, usage: SchedulerUse) -> str | None:
     """What the pipeline requires of its scheduler but this one lacks."""
     cls = type(scheduler).__name__
-    for run in asked.runs:
+    for run in usage.runs:
         unknown = run.names(scheduler.config) - _parameters(type(scheduler).set_timesteps).keys()
         if unknown:
-            return f"the pipeline sets {_listed(unknown)}, which {cls} does not take"
-    unexpected = asked.step_arguments - _parameters(type(scheduler).step).keys()
+            return f"the pipeline sets {_joined(unknown)}, which {cls} does not take"
+    unexpected = usage.step_arguments - _parameters(type(scheduler).step).keys()
     if unexpected:
-        return f"the pipeline passes {_listed(unexpected)} to each step, which {cls} does not take"
-    missing = {name for name in asked.uses - asked.guarded if name in dir(own) and name not in dir(scheduler)}
+        return f"the pipeline passes {_joined(unexpected)} to each step, which {cls} does not take"
+    missing = {
+        name for name in usage.uses - usage.guarded if name in dir(model_scheduler) and name not in dir(scheduler)
+    }
     if missing:
-        return f"the pipeline uses the scheduler's {_listed(missing)}, which {cls} does not have"
+        return f"the pipeline uses the scheduler's {_joined(missing)}, which {cls} does not have"
     return None
 
 
-def _listed(words: Set[str]) -> str:
-    return " and ".join(sorted(words))
+def _joined(names: Set[str]) -> str:
+    return " and ".join(sorted(names))
 
 
-def _rehearse(scheduler: Any, asked: Handover, count: int | None) -> str | None:
+def _rehearse(scheduler: Any, usage: SchedulerUse, count: int | None) -> str | None:
     """Run a few steps as the pipeline would, over an empty latent; returns why that fails, or None.
 
     Uses its own generator: a check must not consume other random numbers.
     """
-    for run in asked.runs:
+    for run in usage.runs:
         try:
-            _set(scheduler, run, count or FEW)
-            finite = _step(scheduler, asked)
+            _set(scheduler, run, count or REHEARSAL_STEPS)
+            finite = _step(scheduler, usage)
         # Whatever diffusers raises here, it would raise in the middle of a request.
         except Exception as error:
-            return f"{type(scheduler).__name__} fails with the arguments that the pipeline passes ({_words(error)})"
+            return (
+                f"{type(scheduler).__name__} fails with the arguments that the pipeline passes ({_error_text(error)})"
+            )
         if not finite:
             return f"{type(scheduler).__name__} gives no finite result with this model's noise schedule"
         # Such a scheduler expects noise scaled up at the start and down again before each step.
-        starts = {"init_noise_sigma", "add_noise"} & asked.uses
-        scales = starts and "scale_model_input" in asked.uses
+        starts = {"init_noise_sigma", "add_noise"} & usage.uses
+        scales = starts and "scale_model_input" in usage.uses
         if float(getattr(scheduler, "init_noise_sigma", 1.0)) != 1.0 and not scales:
             return f"the pipeline does not scale the noise as {type(scheduler).__name__} needs it"
     return None
 
 
-def _words(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     return str(error).rstrip(".") or type(error).__name__
 
 
-def _set(scheduler: Any, run: scheduler_calls.Run, count: int) -> None:
+def _set(scheduler: Any, run: scheduler_calls.SetStepsCall, count: int) -> None:
     levels = np.linspace(1.0, 1 / count, count)
     # `retrieve_timesteps` passes arrays; the few pipelines that call it directly pass lists.
     sigmas = levels if "sigmas" in run.optional else levels.tolist()
     values: dict[str, Any] = {"sigmas": sigmas, "timesteps": 1000 * levels, "mu": 0.8}
-    given = run.given(scheduler.config)
-    arguments = {name: values.get(name) if name in given else None for name in run.names(scheduler.config)}
-    if not given & {"sigmas", "timesteps"}:
+    passed = run.with_values(scheduler.config)
+    arguments = {name: values.get(name) if name in passed else None for name in run.names(scheduler.config)}
+    if not passed & {"sigmas", "timesteps"}:
         arguments["num_inference_steps"] = count
     scheduler.set_timesteps(device="cpu", **arguments)
 
 
-def _step(scheduler: Any, asked: Handover) -> bool:
+def _step(scheduler: Any, usage: SchedulerUse) -> bool:
     sample = torch.zeros(1, 4, 2, 2)
     learned = str(scheduler.config.get("variance_type")).startswith("learned")
     prediction = torch.zeros(1, 8 if learned else 4, 2, 2)
     extra: dict[str, Any] = {}
     if "generator" in _parameters(type(scheduler).step):
         extra["generator"] = torch.Generator().manual_seed(0)
-    for timestep in scheduler.timesteps[:FEW]:
-        if "scale_model_input" in asked.uses and hasattr(scheduler, "scale_model_input"):
+    for timestep in scheduler.timesteps[:REHEARSAL_STEPS]:
+        if "scale_model_input" in usage.uses and hasattr(scheduler, "scale_model_input"):
             scheduler.scale_model_input(sample, timestep)
         sample = scheduler.step(prediction, timestep, sample, return_dict=False, **extra)[0]
     return bool(torch.isfinite(sample).all())

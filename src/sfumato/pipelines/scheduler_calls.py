@@ -24,7 +24,7 @@ from typing import Any, Literal, TypeAlias
 from sfumato.pipelines import source_table
 from sfumato.pipelines.source_table import Unreadable
 
-Given: TypeAlias = Literal["never", "if_dynamic", "unless_flow_sigmas", "always"]
+Condition: TypeAlias = Literal["never", "if_dynamic", "unless_flow_sigmas", "always"]
 """When an argument has a value if the caller passes none to the pipeline: never (None is passed),
 only on models with `use_dynamic_shifting`, unless the scheduler has `use_flow_sigmas`, always."""
 
@@ -36,31 +36,31 @@ _PLAIN = {"scheduler", "num_inference_steps", "device"}
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class SetStepsCall:
     """One call that sets the steps: its arguments besides their number and the device."""
 
-    arguments: Mapping[str, Given]
+    arguments: Mapping[str, Condition]
     optional: frozenset[str]
     """Those that are omitted from the call, rather than passed as None, if they have no value."""
 
-    def given(self, config: Mapping[str, Any]) -> set[str]:
+    def with_values(self, config: Mapping[str, Any]) -> set[str]:
         """The arguments that have a value with a scheduler of this config."""
-        holds = {
+        is_met = {
             "never": False,
             "if_dynamic": bool(config.get("use_dynamic_shifting")),
             "unless_flow_sigmas": not config.get("use_flow_sigmas"),
             "always": True,
         }
-        return {name for name, when in self.arguments.items() if holds[when]}
+        return {name for name, when in self.arguments.items() if is_met[when]}
 
     def names(self, config: Mapping[str, Any]) -> set[str]:
         """The arguments that `set_timesteps` must accept."""
-        return (self.arguments.keys() - self.optional) | self.given(config)
+        return (self.arguments.keys() - self.optional) | self.with_values(config)
 
 
 @dataclass(frozen=True, slots=True)
-class Handover:
-    runs: tuple[Run, ...]
+class SchedulerUse:
+    runs: tuple[SetStepsCall, ...]
     step_arguments: frozenset[str]
     """Keywords that are always passed to `step`."""
     generator: bool
@@ -71,18 +71,18 @@ class Handover:
     """Those of them that are checked first, with `hasattr`."""
 
 
-def read(pipeline: type) -> Handover | None:
+def read(pipeline: type) -> SchedulerUse | None:
     """What this pipeline class passes to its scheduler; None if it sets no steps, or cannot be read."""
-    return _known(pipeline)[0]
+    return _cached(pipeline)[0]
 
 
 def unreadable(pipeline: type) -> str:
     """Why it is unknown what this pipeline class passes to its scheduler; empty if it is known."""
-    return _known(pipeline)[1]
+    return _cached(pipeline)[1]
 
 
 @lru_cache(maxsize=64)
-def _known(pipeline: type) -> tuple[Handover | None, str]:
+def _cached(pipeline: type) -> tuple[SchedulerUse | None, str]:
     if row := source_table.row(pipeline):
         return from_row(row["scheduler"]), ""
     try:
@@ -91,26 +91,26 @@ def _known(pipeline: type) -> tuple[Handover | None, str]:
         return None, str(error)
 
 
-def from_row(content: Mapping[str, Any] | None) -> Handover | None:
-    """From the table."""
+def from_row(content: Mapping[str, Any] | None) -> SchedulerUse | None:
+    """Read a row of the table."""
     if content is None:
         return None
-    runs = tuple(Run(dict(run["arguments"]), frozenset(run["optional"])) for run in content["runs"])
+    runs = tuple(SetStepsCall(dict(run["arguments"]), frozenset(run["optional"])) for run in content["runs"])
     sets = {name: frozenset(content[name]) for name in ("step_arguments", "uses", "guarded")}
-    return Handover(runs, generator=content["generator"], **sets)
+    return SchedulerUse(runs, generator=content["generator"], **sets)
 
 
-def to_row(handover: Handover | None) -> dict[str, Any] | None:
-    """For the table."""
-    if handover is None:
+def to_row(usage: SchedulerUse | None) -> dict[str, Any] | None:
+    """The row for the table."""
+    if usage is None:
         return None
-    runs = [{"arguments": dict(run.arguments), "optional": sorted(run.optional)} for run in handover.runs]
-    sets = {name: sorted(getattr(handover, name)) for name in ("step_arguments", "uses", "guarded")}
-    return {"runs": runs, "generator": handover.generator, **sets}
+    runs = [{"arguments": dict(run.arguments), "optional": sorted(run.optional)} for run in usage.runs]
+    sets = {name: sorted(getattr(usage, name)) for name in ("step_arguments", "uses", "guarded")}
+    return {"runs": runs, "generator": usage.generator, **sets}
 
 
-def from_source(pipeline: type) -> Handover | None:
-    """Reads the class. Raises whatever its source makes this code raise."""
+def from_source(pipeline: type) -> SchedulerUse | None:
+    """Reads the source of the class; raises any error of reading it."""
     functions = list(_functions(pipeline))
     runs = [run for function in functions for run in _runs(function)]
     if not runs:
@@ -122,13 +122,13 @@ def from_source(pipeline: type) -> Handover | None:
     }
     uses = {node.attr for node in nodes if isinstance(node, ast.Attribute) and _on_scheduler(node.value)}
     steps = [call for call in calls if _method(call) == "step"]
-    named = {keyword.arg for call in steps for keyword in call.keywords}
+    keywords = {keyword.arg for call in steps for keyword in call.keywords}
     positional = {ast.unparse(argument) for call in steps for argument in call.args}
-    return Handover(
+    return SchedulerUse(
         runs=tuple(runs),
-        step_arguments=frozenset(name for name in named if name),
+        step_arguments=frozenset(name for name in keywords if name),
         # A `**` argument has no name.
-        generator=bool({"generator", None} & named) or "generator" in positional,
+        generator=bool({"generator", None} & keywords) or "generator" in positional,
         uses=frozenset(uses),
         guarded=frozenset(guarded),
     )
@@ -144,7 +144,7 @@ def _functions(pipeline: type) -> Iterator[ast.FunctionDef]:
         yield from (node for node in tree.body if isinstance(node, ast.FunctionDef))
 
 
-def _runs(function: ast.FunctionDef) -> Iterator[Run]:
+def _runs(function: ast.FunctionDef) -> Iterator[SetStepsCall]:
     for node in ast.walk(function):
         if not isinstance(node, ast.Call):
             continue
@@ -160,10 +160,10 @@ def _runs(function: ast.FunctionDef) -> Iterator[Run]:
                 yield run
 
 
-def _run(function: ast.FunctionDef, call: ast.Call, callee: str) -> Run | None:
-    named = dict(zip(_POSITIONAL[callee], call.args, strict=False))
-    named |= {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg}
-    arguments = {name: _when(function, call, value) for name, value in named.items() if name not in _PLAIN}
+def _run(function: ast.FunctionDef, call: ast.Call, callee: str) -> SetStepsCall | None:
+    passed = dict(zip(_POSITIONAL[callee], call.args, strict=False))
+    passed |= {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg}
+    arguments = {name: _when(function, call, value) for name, value in passed.items() if name not in _PLAIN}
     optional = {"timesteps", "sigmas"} if callee == "retrieve_timesteps" else set()
     for keyword in call.keywords:
         if keyword.arg is None and isinstance(keyword.value, ast.Name):
@@ -171,25 +171,25 @@ def _run(function: ast.FunctionDef, call: ast.Call, callee: str) -> Run | None:
             optional |= {name for name in spread if name not in arguments}
             arguments |= spread
     # `set_timesteps(timesteps=timesteps)` alone is the branch for callers who pass timesteps.
-    if "num_inference_steps" not in named and "never" in (arguments.get(name) for name in ("timesteps", "sigmas")):
+    if "num_inference_steps" not in passed and "never" in (arguments.get(name) for name in ("timesteps", "sigmas")):
         return None
-    return Run(arguments, frozenset(optional))
+    return SetStepsCall(arguments, frozenset(optional))
 
 
-def _when(function: ast.FunctionDef, call: ast.Call, value: ast.expr) -> Given:
+def _when(function: ast.FunctionDef, call: ast.Call, value: ast.expr) -> Condition:
     """When the value of an argument is not None."""
     if isinstance(value, ast.Constant):
         return "never" if value.value is None else "always"
     if not isinstance(value, ast.Name):
         return "always"
-    found: Given = "never"
+    condition: Condition = "never"
     for node, conditions in _before(function, call):
         if isinstance(node, ast.Assign) and any(_names(target, value.id) for target in node.targets):
-            found = _assigned(found, node.value, conditions)
-    return found
+            condition = _assigned(condition, node.value, conditions)
+    return condition
 
 
-def _assigned(before: Given, value: ast.expr, conditions: str) -> Given:
+def _assigned(before: Condition, value: ast.expr, conditions: str) -> Condition:
     """When a variable has a value after an assignment under these conditions."""
     none = isinstance(value, ast.Constant) and value.value is None
     if none:
@@ -201,9 +201,9 @@ def _assigned(before: Given, value: ast.expr, conditions: str) -> Given:
     return "always"
 
 
-def _spread(function: ast.FunctionDef, call: ast.Call, variable: str) -> dict[str, Given]:
+def _spread(function: ast.FunctionDef, call: ast.Call, variable: str) -> dict[str, Condition]:
     """The arguments in the dictionary `**variable`."""
-    found: dict[str, Given] = {}
+    arguments: dict[str, Condition] = {}
     for node, conditions in _before(function, call):
         if not isinstance(node, ast.Assign):
             continue
@@ -211,7 +211,7 @@ def _spread(function: ast.FunctionDef, call: ast.Call, variable: str) -> dict[st
             if _names(target, variable) and isinstance(node.value, ast.Dict):
                 for key in node.value.keys:
                     if isinstance(key, ast.Constant):
-                        found[str(key.value)] = _assigned("never", node.value, conditions)
+                        arguments[str(key.value)] = _assigned("never", node.value, conditions)
             elif (
                 isinstance(target, ast.Subscript)
                 and _names(target.value, variable)
@@ -220,8 +220,8 @@ def _spread(function: ast.FunctionDef, call: ast.Call, variable: str) -> dict[st
                 name = str(target.slice.value)
                 # `elif mu is not None`: the branch for callers who pass one.
                 if f"{ast.unparse(node.value)} is not None" not in conditions:
-                    found[name] = _assigned(found.get(name, "never"), node.value, conditions)
-    return found
+                    arguments[name] = _assigned(arguments.get(name, "never"), node.value, conditions)
+    return arguments
 
 
 def _before(function: ast.FunctionDef, call: ast.Call) -> Iterator[tuple[ast.stmt, str]]:

@@ -36,39 +36,39 @@ def drivers(pipeline: Any) -> dict[str, Driver]:
 
     unCLIP has several, none of that name; in a combined pipeline the prior's is `prior_scheduler`.
     """
-    own = {name: Driver(pipeline, name) for name, value in vars(pipeline).items() if hasattr(value, "set_timesteps")}
+    direct = {name: Driver(pipeline, name) for name, value in vars(pipeline).items() if hasattr(value, "set_timesteps")}
     inner = {name: value for name, value in vars(pipeline).items() if isinstance(value, DiffusionPipeline)}
     kind: Any = type(pipeline)
     if not inner or scheduler_calls.read(kind) is not None:
-        return own
-    names = {id(driver.scheduler): name for name, driver in own.items()}
-    found: dict[str, Driver] = {}
-    for part, each in inner.items():
-        for name, driver in drivers(each).items():
-            found.setdefault(names.get(id(driver.scheduler), f"{part}.{name}"), driver)
-    return found
+        return direct
+    names = {id(driver.scheduler): name for name, driver in direct.items()}
+    nested: dict[str, Driver] = {}
+    for attribute, inner_pipeline in inner.items():
+        for name, driver in drivers(inner_pipeline).items():
+            nested.setdefault(names.get(id(driver.scheduler), f"{attribute}.{name}"), driver)
+    return nested
 
 
-def main(pipeline: Any) -> Any:
+def drawing_pipeline(pipeline: Any) -> Any:
     """The pipeline whose scheduler draws the picture; `pipeline` itself if that is ambiguous."""
     driver = drivers(pipeline).get("scheduler")
     return driver.pipeline if driver else pipeline
 
 
-def exchange(pipeline: Any, scheduler: Any) -> None:
+def replace_scheduler(pipeline: Any, scheduler: Any) -> None:
     """Replace the scheduler that draws the picture. Raises ValueError if there is no single one."""
-    if reason := refusal(pipeline):
+    if reason := why_not_replaceable(pipeline):
         raise ValueError(reason)
     drivers(pipeline)["scheduler"].put(scheduler)
     pipeline.scheduler = scheduler
 
 
-def refusal(pipeline: Any) -> str:
+def why_not_replaceable(pipeline: Any) -> str:
     """Why the scheduler of `pipeline` cannot be replaced; empty if it can."""
-    known = drivers(pipeline)
-    if "scheduler" in known:
+    by_name = drivers(pipeline)
+    if "scheduler" in by_name:
         return ""
-    has = f"it has {', '.join(sorted(known))}; set that on the pipeline" if known else "it has none"
+    has = f"it has {', '.join(sorted(by_name))}; set that on the pipeline" if by_name else "it has none"
     return f"{type(pipeline).__name__} has no single scheduler to replace ({has}). Leave `scheduler` out of the call"
 
 

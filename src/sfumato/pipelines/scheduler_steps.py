@@ -14,31 +14,31 @@ from typing import Any, TypeAlias
 
 import torch
 
-Around: TypeAlias = Callable[..., Any]
+StepWrapper: TypeAlias = Callable[..., Any]
 """Called with the scheduler, its own step (bound), and the arguments of a step; returns what the step returns."""
 
-GENERATOR, AROUND = "_sfumato_generator", "_sfumato_around"
+GENERATOR, WRAPPER = "_sfumato_generator", "_sfumato_around"
 """Attributes of a scheduler."""
 
 
-def with_noise_of(scheduler: Any, generator: torch.Generator | list[torch.Generator]) -> None:
+def set_generator(scheduler: Any, generator: torch.Generator | list[torch.Generator]) -> None:
     """Make each step draw its noise from `generator`, unless it is called with another one."""
-    setattr(_enriched(scheduler), GENERATOR, generator)
+    setattr(_with_step_class(scheduler), GENERATOR, generator)
 
 
-def surround(scheduler: Any, around: Around) -> None:
+def wrap_step(scheduler: Any, wrapper: StepWrapper) -> None:
     """Call `around(scheduler, step, *args, **kwargs)` for each step.
 
-    `around` must not refer to the scheduler. A copy of the scheduler calls it too, passing itself.
+    `wrapper` must not refer to the scheduler. A copy of the scheduler calls it too, passing itself.
     """
-    setattr(_enriched(scheduler), AROUND, _Shared(around))
+    setattr(_with_step_class(scheduler), WRAPPER, _Shared(wrapper))
 
 
 class _Shared:
     """Not copied together with the scheduler."""
 
-    def __init__(self, around: Around) -> None:
-        self.around = around
+    def __init__(self, wrapper: StepWrapper) -> None:
+        self.wrapper = wrapper
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
         return self
@@ -47,23 +47,23 @@ class _Shared:
 class _Step:
     """The class attribute `step`: the original `step`, plus what was set on the instance."""
 
-    def __init__(self, own: Callable[..., Any]) -> None:
-        self.own = own
+    def __init__(self, original: Callable[..., Any]) -> None:
+        self.original = original
 
     def __get__(self, scheduler: Any, kind: type | None = None) -> Any:
         if scheduler is None:
-            return self.own
-        step: Any = MethodType(self.own, scheduler)
+            return self.original
+        step: Any = MethodType(self.original, scheduler)
         state = vars(scheduler)
         if GENERATOR in state:
             step = functools.partial(step, generator=state[GENERATOR])
-        if AROUND in state:
+        if WRAPPER in state:
             # Not a closure, which the frames of an error would keep alive. Pipelines inspect its signature.
-            step = functools.update_wrapper(functools.partial(state[AROUND].around, scheduler, step), step)
+            step = functools.update_wrapper(functools.partial(state[WRAPPER].wrapper, scheduler, step), step)
         return step
 
 
-def _enriched(scheduler: Any) -> Any:
+def _with_step_class(scheduler: Any) -> Any:
     kind: Any = type(scheduler)
     if not isinstance(vars(kind).get("step"), _Step):
         scheduler.__class__ = _class(kind)

@@ -37,29 +37,29 @@ def source_digest(module: torch.nn.Module) -> str:
         # A forward that replaces the class's own.
         for value in vars(part).values():
             if isinstance(value, FunctionType | MethodType) and not _is_apart(value.__module__):
-                texts.update(_with_named(value))
+                texts.update(_source_closure(value))
     return _digest(texts)
 
 
 def class_digests(module: torch.nn.Module) -> dict[str, str]:
-    """Path of each class that `module` consists of → the digest of its source; those that compute nothing left out.
+    """Path of each class in `module` → digest of its source, without classes that compute nothing.
 
-    A `forward` that was put over a class's own counts as a class.
+    A `forward` that replaces the one of its class counts as a class.
     """
-    found: dict[str, str] = {}
+    digests: dict[str, str] = {}
     for part in module.modules():
         for kind in _kinds(part):
             if digest := class_digest(kind):
-                found[path(kind)] = digest
+                digests[path(kind)] = digest
         for value in vars(part).values():
             if isinstance(value, FunctionType | MethodType) and not _is_apart(value.__module__):
-                found[f"{value.__module__}.{value.__qualname__}"] = _digest(_with_named(value))
-    return found
+                digests[f"{value.__module__}.{value.__qualname__}"] = _digest(_source_closure(value))
+    return digests
 
 
 @functools.cache
 def class_digest(kind: type) -> str:
-    """32 hexadecimal digits for the source of a class and what it inherits; empty where it computes nothing."""
+    """32 hexadecimal digits for the source of a class and its bases; empty if it computes nothing."""
     texts = _texts(kind)
     return _digest(texts) if texts else ""
 
@@ -83,14 +83,14 @@ def _kinds(part: torch.nn.Module) -> Iterator[type]:
 
 @functools.cache
 def _texts(kind: type) -> frozenset[str]:
-    found: set[str] = set()
+    texts: set[str] = set()
     for base in kind.__mro__:
         if _is_apart(base.__module__):
             continue
         for value in vars(base).values():
             if function := _function(value):
-                found.update(_with_named(function))
-    return frozenset(found)
+                texts.update(_source_closure(function))
+    return frozenset(texts)
 
 
 def _function(value: Any) -> Callable[..., Any] | None:
@@ -101,29 +101,29 @@ def _function(value: Any) -> Callable[..., Any] | None:
     return value if isinstance(value, FunctionType) else None
 
 
-def _with_named(function: Callable[..., Any]) -> set[str]:
+def _source_closure(function: Callable[..., Any]) -> set[str]:
     """The text of `function`, of the functions that it calls by a global name, and of those that these call."""
-    found: dict[CodeType, str] = {}
+    texts: dict[CodeType, str] = {}
     waiting = [inspect.unwrap(function)]
     while waiting:
-        each: Any = waiting.pop()
-        if each.__code__ in found:
+        current: Any = waiting.pop()
+        if current.__code__ in texts:
             continue
-        found[each.__code__] = _text(each.__code__)
-        for name in {name for code in _nested(each.__code__) for name in code.co_names}:
-            named = each.__globals__.get(name)
-            if isinstance(named, FunctionType) and not _is_apart(named.__module__):
-                waiting.append(inspect.unwrap(named))
-    return set(found.values())
+        texts[current.__code__] = _text(current.__code__)
+        for name in {name for code in _nested(current.__code__) for name in code.co_names}:
+            called = current.__globals__.get(name)
+            if isinstance(called, FunctionType) and not _is_apart(called.__module__):
+                waiting.append(inspect.unwrap(called))
+    return set(texts.values())
 
 
 def _text(code: CodeType) -> str:
     """The lines of a function, including decorators; its bytecode if it has no file."""
     lines = linecache.getlines(code.co_filename)
-    last = max((end for each in _nested(code) for _, end, _, _ in each.co_positions() if end), default=0)
+    last = max((end for nested in _nested(code) for _, end, _, _ in nested.co_positions() if end), default=0)
     if last <= len(lines) and last:
         return "".join(lines[code.co_firstlineno - 1 : last])
-    return "".join(each.co_code.hex() + repr(each.co_names) for each in _nested(code))
+    return "".join(nested.co_code.hex() + repr(nested.co_names) for nested in _nested(code))
 
 
 def _nested(code: CodeType) -> Iterator[CodeType]:

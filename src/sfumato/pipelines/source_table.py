@@ -1,8 +1,8 @@
-"""What code decides by the source of diffusers' classes: a table that was made once, and readers for what is not in it.
+"""Facts read from the source of diffusers' classes: a shipped table, and readers for classes that it does not cover.
 
-A row counts while the class has the source that it had then. Of any other class the reader reads once; where it fails
-(there is no source, or none that it understands) the careful answer is taken: such a pipeline keeps its own scheduler
-and runs alone, such a VAE draws random numbers. `python -m benchmarks.sources` makes the table.
+A row is valid as long as the source of its class is unchanged. A reader reads any other class once. If it fails (no
+source, or code that it does not understand), the safe answer applies: the pipeline keeps its own scheduler and runs
+alone; the VAE draws random numbers. `python -m benchmarks.sources` creates the table.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ Fact = TypeVar("Fact")
 
 
 class Unreadable(Exception):
-    """A class's source is not there, or is not understood."""
+    """The source of a class is missing or was not understood."""
 
 
 @functools.cache
 def table() -> Mapping[str, Mapping[str, Any]]:
-    """Path of each class → digest of its source, and what was read in it."""
+    """Path of each class → digest of its source, and the facts read from it."""
     return MappingProxyType(json.loads(resources.files("sfumato.pipelines").joinpath(FILE).read_text()))
 
 
 def row(kind: type) -> Mapping[str, Any] | None:
-    """What the table has of this class as it is installed."""
-    known = table().get(source_digest.path(kind))
-    return known if known and known["source"] == source_digest.class_digest(kind) else None
+    """The table's row for this class; None if it has none or the installed source differs."""
+    entry = table().get(source_digest.path(kind))
+    return entry if entry and entry["source"] == source_digest.class_digest(kind) else None
 
 
 def read(kind: type, what: str, reader: Callable[[type], Fact]) -> Fact:
-    """What `reader` reads in the source of `kind`. Raises Unreadable for whatever goes wrong in it."""
+    """What `reader` reads in the source of `kind`. Raises Unreadable for any error."""
     try:
         return reader(kind)
-    except Exception as error:  # of a source that nobody here has seen
+    except Exception as error:  # an unknown source may raise anything
         log.warning("%s of %s cannot be read from its source: %r", what, kind.__name__, error)
         raise Unreadable(f"{what} of {kind.__name__} cannot be read from its source ({error})") from error

@@ -23,17 +23,17 @@ ENCODERS = {
 }
 """Tokenizer → the encoder that reads its tokens; a pipeline may be loaded without some of them."""
 
-ENDLESS = 1_000_000
+UNLIMITED = 1_000_000
 """A tokenizer with a larger `model_max_length` has no limit."""
 
 PLAIN = re.compile(r"CLIP|T5")
 """Tokenizers whose pipelines encode the text unchanged; others insert it into a chat, so more may be cut off."""
 
 
-KEPT = 64
+CACHED_TEXTS = 64
 """Texts with cached tokens per tokenizer: the pictures of one request have the same prompt."""
 
-_counted: weakref.WeakKeyDictionary[Any, OrderedDict[bytes, int]] = weakref.WeakKeyDictionary()
+_token_counts: weakref.WeakKeyDictionary[Any, OrderedDict[bytes, int]] = weakref.WeakKeyDictionary()
 
 
 def capacity(pipeline: Any, options: Mapping[str, Any]) -> int | None:
@@ -53,7 +53,7 @@ def count(
     if reader is None:
         return 0, ()
     tokenizer, room = reader
-    least = "" if PLAIN.search(type(tokenizer).__name__) else "at least "
+    qualifier = "" if PLAIN.search(type(tokenizer).__name__) else "at least "
     texts = {"prompt": prompt, "negative_prompt": negative_prompt or ""}
     try:
         counts = {field: _tokens(tokenizer, text) for field, text in texts.items() if text}
@@ -61,34 +61,34 @@ def count(
         log.info("%s: cannot count the tokens of a prompt: %s", model, type(error).__name__)
         return 0, ()
     return sum(counts.values()), tuple(
-        f"{field}: {least}{count - room} of {count} tokens were cut off; the text encoder of {model} takes {room}"
+        f"{field}: {qualifier}{count - room} of {count} tokens were cut off; the text encoder of {model} takes {room}"
         for field, count in counts.items()
         if count > room
     )
 
 
 def _tokens(tokenizer: Any, text: str) -> int:
-    known = _counted.setdefault(tokenizer, OrderedDict())
+    cache = _token_counts.setdefault(tokenizer, OrderedDict())
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-    count = known.pop(digest, None)
+    count = cache.pop(digest, None)
     if count is None:
         count = len(tokenizer(text, verbose=False).input_ids)
-    known[digest] = count
-    while len(known) > KEPT:
-        known.popitem(last=False)
+    cache[digest] = count
+    while len(cache) > CACHED_TEXTS:
+        cache.popitem(last=False)
     return count
 
 
 def _readers(pipeline: Any, options: Mapping[str, Any]) -> Iterator[tuple[Any, int]]:
     """Each tokenizer with an encoder, and the maximum tokens of that encoder."""
-    limit = parameters_of(pipeline).get("max_sequence_length")
-    asked = options.get("max_sequence_length", limit.default if limit else None)
+    parameter = parameters_of(pipeline).get("max_sequence_length")
+    limit = options.get("max_sequence_length", parameter.default if parameter else None)
     for name, encoder in ENCODERS.items():
         tokenizer = getattr(pipeline, name, None)
         if tokenizer is None or getattr(pipeline, encoder, None) is None:
             continue
         # CLIP has a fixed number of positions; for others the pipeline decides how many tokens are read.
-        fixed = "CLIP" in type(tokenizer).__name__ or not isinstance(asked, int)
-        room = getattr(tokenizer, "model_max_length", ENDLESS) if fixed else asked
-        if isinstance(room, int) and room < ENDLESS:
+        fixed = "CLIP" in type(tokenizer).__name__ or not isinstance(limit, int)
+        room = getattr(tokenizer, "model_max_length", UNLIMITED) if fixed else limit
+        if isinstance(room, int) and room < UNLIMITED:
             yield tokenizer, room

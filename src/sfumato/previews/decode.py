@@ -39,7 +39,7 @@ def cheap_decoder(pipeline: Any) -> CheapDecoder | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Sight:
+class PreviewImage:
     """A small picture, and the size in pixels of the final one."""
 
     image: Image.Image
@@ -49,8 +49,8 @@ class Sight:
 
 @torch.no_grad()
 def preview(
-    pipeline: Any, latents: torch.Tensor, width: int | None, height: int | None, glance: CheapDecoder | None = None
-) -> Sight | None:
+    pipeline: Any, latents: torch.Tensor, width: int | None, height: int | None, cheap: CheapDecoder | None = None
+) -> PreviewImage | None:
     """Preview of the first picture in `latents`, of `width` x `height` pixels or that shape; None if not a picture.
 
     Takes [B, C, H, W], [B, C, 1, H, W] with one frame, and packed [B, tokens, C]; pixels if the pipeline
@@ -63,24 +63,24 @@ def preview(
     if name is None:
         return _picture(None, latents)
     vae = getattr(pipeline, name)
-    if glance is None and hasattr(
+    if cheap is None and hasattr(
         vae, "_hf_hook"
     ):  # it is offloaded: moving it to the device would offload the denoiser
         return None
     # A tiny autoencoder has its own scale; a map takes the decoder's input.
-    decoder = glance if isinstance(glance, AutoencoderTiny) else vae
+    decoder = cheap if isinstance(cheap, AutoencoderTiny) else vae
     raw = name == "movq" or type(pipeline).__name__ in UNSCALED
     spatial = latents if raw else _spatial(pipeline, vae, decoder, latents, width, height)
     if spatial is None or (spatial.ndim == 5 and spatial.shape[2] != 1) or spatial.ndim not in (4, 5):
         return None
-    if glance is not None and spatial.ndim == 5:
+    if cheap is not None and spatial.ndim == 5:
         spatial = spatial[:, :, 0]
     processor: Any = getattr(pipeline, "image_processor", None)
     binned = hasattr(processor, "resize_and_crop_tensor")  # draws at the nearest size in its table
-    if isinstance(glance, LatentRGB):
-        return _coloured(glance, spatial, (width, height) if binned and width and height else None)
-    if glance is not None:
-        pixels = glance.decode(spatial.to(glance.device, glance.dtype), return_dict=False)[0]
+    if isinstance(cheap, LatentRGB):
+        return _rgb_image(cheap, spatial, (width, height) if binned and width and height else None)
+    if cheap is not None:
+        pixels = cheap.decode(spatial.to(cheap.device, cheap.dtype), return_dict=False)[0]
     else:
         pixels = _decoded(pipeline, vae, spatial, {"force_not_quantize": True} if name == "movq" else {})
     if pixels.ndim == 5:
@@ -95,16 +95,16 @@ def _decoder(pipeline: Any) -> str | None:
     return next((name for name in ("vae", "movq", "vqvae", "vqgan") if getattr(pipeline, name, None) is not None), None)
 
 
-def _coloured(colours: LatentRGB, latents: torch.Tensor, size: tuple[int, int] | None) -> Sight | None:
+def _rgb_image(latent_rgb: LatentRGB, latents: torch.Tensor, size: tuple[int, int] | None) -> PreviewImage | None:
     """One pixel per latent, for a picture of `size`, or of the size that follows from the latents."""
-    sight = _picture(None, colours(latents))
-    if sight is None:
+    full = _picture(None, latent_rgb(latents))
+    if full is None:
         return None
-    small, factor = sight.image, colours.factor
+    small, factor = full.image, latent_rgb.factor
     if size is None:
-        return Sight(small, small.width * factor, small.height * factor)
-    shown = (max(1, round(size[0] / factor)), max(1, round(size[1] / factor)))
-    return Sight(ImageOps.fit(small, shown, Image.Resampling.BICUBIC), *size)
+        return PreviewImage(small, small.width * factor, small.height * factor)
+    small_size = (max(1, round(size[0] / factor)), max(1, round(size[1] / factor)))
+    return PreviewImage(ImageOps.fit(small, small_size, Image.Resampling.BICUBIC), *size)
 
 
 def _spatial(
@@ -119,7 +119,7 @@ def _spatial(
     rows, columns = grid
     if hasattr(vae, "bn") and hasattr(pipeline, "_unpatchify_latents"):  # Flux 2: normalised by patch
         patches = latents.transpose(1, 2).reshape(1, -1, rows, columns)
-        mean, variance = (each.view(1, -1, 1, 1).to(patches) for each in (vae.bn.running_mean, vae.bn.running_var))
+        mean, variance = (value.view(1, -1, 1, 1).to(patches) for value in (vae.bn.running_mean, vae.bn.running_var))
         patches = patches * torch.sqrt(variance + vae.config.batch_norm_eps) + mean
         return pipeline._unpatchify_latents(patches)  # type: ignore[no-any-return]
     unpack = getattr(pipeline, "_unpack_latents", None)
@@ -127,11 +127,11 @@ def _spatial(
         return None
     factor = pipeline.vae_scale_factor
     patch = pipeline.image_processor.config.vae_scale_factor  # pixels per token
-    known = {"latents": latents, "height": rows * patch, "width": columns * patch, "vae_scale_factor": factor}
-    wanted = inspect.signature(unpack).parameters
-    if not wanted.keys() <= known.keys():  # layers, frames, or pictures side by side
+    available = {"latents": latents, "height": rows * patch, "width": columns * patch, "vae_scale_factor": factor}
+    parameters = inspect.signature(unpack).parameters
+    if not parameters.keys() <= available.keys():  # layers, frames, or pictures side by side
         return None
-    return _unscaled(decoder, unpack(**{name: known[name] for name in wanted}))
+    return _unscaled(decoder, unpack(**{name: available[name] for name in parameters}))
 
 
 def _grid(tokens: int, ratio: float) -> tuple[int, int] | None:
@@ -164,7 +164,7 @@ def _decoded(pipeline: Any, vae: Any, latents: torch.Tensor, options: dict[str, 
         vae.to(dtype=dtype)
 
 
-def _picture(processor: Any, pixels: torch.Tensor) -> Sight | None:
+def _picture(processor: Any, pixels: torch.Tensor) -> PreviewImage | None:
     """Picture of pixels [B, C, H, W], about -1 .. 1, at most LONGEST on a side; None if they are not a picture."""
     if pixels.ndim != 4 or pixels.shape[1] not in CHANNELS or not bool(torch.isfinite(pixels).all()):
         return None
@@ -177,4 +177,4 @@ def _picture(processor: Any, pixels: torch.Tensor) -> Sight | None:
         return None
     size = image.size
     image.thumbnail((LONGEST, LONGEST))
-    return Sight(image, *size)
+    return PreviewImage(image, *size)

@@ -66,7 +66,7 @@ def fit(vae: Any, factor: int) -> LatentRGB | None:
         finally:
             if dtype == torch.float16:
                 vae.to(dtype=dtype)
-        return _regressed(latents, pictures)
+        return _least_squares(latents, pictures)
     except Exception as error:  # whatever a VAE raises: without a map its own decoder makes the previews
         log.info("%s: previews use its decoder, as no latent-to-RGB map could be fitted: %r", type(vae).__name__, error)
         return None
@@ -74,10 +74,10 @@ def fit(vae: Any, factor: int) -> LatentRGB | None:
 
 def _pictures(side: int) -> torch.Tensor:
     """[PICTURES, 3, side, side], -1 .. 1: soft fields of colour, always the same ones."""
-    dice = torch.Generator().manual_seed(0)
-    pictures = torch.randn(PICTURES, 3, 1, 1, generator=dice) * 0.4
+    generator = torch.Generator().manual_seed(0)
+    pictures = torch.randn(PICTURES, 3, 1, 1, generator=generator) * 0.4
     for points, strength in GRIDS:
-        grid = torch.randn(PICTURES, 3, points, points, generator=dice) * strength / 2
+        grid = torch.randn(PICTURES, 3, points, points, generator=generator) * strength / 2
         pictures = pictures + functional.interpolate(grid, (side, side), mode="bicubic", align_corners=False)
     return pictures.clamp(-1, 1)
 
@@ -88,20 +88,20 @@ def _encoded(vae: Any, pictures: torch.Tensor) -> torch.Tensor:
     # A VAE with an alpha channel gets opaque pictures.
     channels = getattr(vae.config, "in_channels", None) or getattr(vae.config, "input_channels", None) or 3
     alpha = torch.ones(len(pictures), channels - 3, *pictures.shape[2:])
-    given = torch.cat([pictures, alpha], dim=1).to(kernel.device, kernel.dtype)
+    inputs = torch.cat([pictures, alpha], dim=1).to(kernel.device, kernel.dtype)
     if kernel.ndim == 5:  # made for video: one frame
-        given = given.unsqueeze(2)
-    code = vae.encode(given)
+        inputs = inputs.unsqueeze(2)
+    code = vae.encode(inputs)
     spread = getattr(code, "latent_dist", None)
     names = [name for name in ("latents", "latent") if hasattr(code, name)]
     latents: torch.Tensor = spread.mode() if spread is not None else getattr(code, names[0])
     return (latents[:, :, 0] if latents.ndim == 5 else latents).float().cpu()
 
 
-def _regressed(latents: torch.Tensor, pictures: torch.Tensor) -> LatentRGB | None:
+def _least_squares(latents: torch.Tensor, pictures: torch.Tensor) -> LatentRGB | None:
     """The matrix and constant that map `latents` closest to the downscaled `pictures`."""
     shrunk = functional.adaptive_avg_pool2d(pictures, (latents.shape[2], latents.shape[3]))
-    have, want = (each.movedim(1, -1).flatten(0, 2) for each in (latents, shrunk))
+    have, want = (tensor.movedim(1, -1).flatten(0, 2) for tensor in (latents, shrunk))
     middle, colour = have.mean(0), want.mean(0)
     have, want = have - middle, want - colour
     square = have.T @ have
