@@ -44,7 +44,7 @@ def measure(config: ModelConfig, model: str, device: str, repeats: int) -> dict[
         start = clock()
         cheap_decoder(loaded.pipeline)
         fits.append(clock() - start)
-    decoder = replace(loaded, glance=None)
+    decoder = replace(loaded, preview_decoder=None)
     side = models.SIZES[model]
     plain = Generation(
         id="1", prompt="a red ball", seed=1, sampling=Sampling(steps=STEPS[model], width=side, height=side)

@@ -360,7 +360,7 @@ def test_every_sampler_of_the_list_draws(ann: httpx.Client, name: str) -> None:
 def test_the_table_has_every_solver_once() -> None:
     assert sorted(each.solver for each in schedulers.SAMPLERS.values()) == sorted(schedulers.SOLVERS)
     for name, each in schedulers.SAMPLERS.items():
-        assert schedulers.parse(each.solver, each.automatic).solver == each.solver
+        assert schedulers.parse(each.solver, each.default_schedule).solver == each.solver
         assert [a1111_samplers.SAMPLER_OF[alias] for alias in each.aliases] == [name] * len(each.aliases)
 
 
@@ -737,7 +737,8 @@ def test_any_foreign_field_is_survived(extra: dict[str, Any], overrides: dict[st
     extra = {name: value for name, value in extra.items() if name not in known}
     body = DrawBody.model_validate(extra | {"override_settings": overrides | {"CLIP_stop_at_last_layers": layers}})
     assert set(body.ignored()) <= {*extra, *(f"override_settings.{name}" for name in overrides)}
-    assert body.layers_skipped is None or body.layers_skipped > 0
+    clip_skip = body.sampling(None).clip_skip
+    assert clip_skip is None or clip_skip > 0
     assert not set(extra) & set(body.shown())
     assert set(UpscaleBody.model_validate(extra | {"image": "x"}).ignored()) <= set(extra)
 

@@ -122,7 +122,7 @@ def test_row_2_the_key_revision_holds_for_a_file_of_a_repository(at_shop: Shop, 
     one = config(tmp_path, "huggingface://acme/one/model.safetensors", revision="v1")
     at_shop.files["/acme/one/resolve/v1/model.safetensors"] = b"1"
     assert resolved(one).read_bytes() == b"1"
-    assert resolved(one) != weight_file.place(f"{at_shop.url}/acme/one/resolve/main/model.safetensors", tmp_path)
+    assert resolved(one) != weight_file.path_for(f"{at_shop.url}/acme/one/resolve/main/model.safetensors", tmp_path)
 
 
 # Row 3.

@@ -252,7 +252,7 @@ def test_what_is_no_http_is_answered_in_our_shape(server: Server) -> None:
                     assert set(json.loads(answer.partition(b"\r\n\r\n")[2])["error"]) == {
                         "message", "type", "param", "code",
                     }  # fmt: skip
-    assert sum("Invalid HTTP" in line for line in server.lines[before:]) <= logs.Repeated.MOST
+    assert sum("Invalid HTTP" in line for line in server.lines[before:]) <= logs.RepeatFilter.MAX_REPEATS
     assert "Traceback" not in "".join(server.lines[before:])
 
 
@@ -314,19 +314,19 @@ def test_answers_are_sent_at_once() -> None:
 
 def test_lines_are_not_repeated_without_end() -> None:
     now = [0.0]
-    repeated = logs.Repeated(lambda: now[0])
+    repeated = logs.RepeatFilter(lambda: now[0])
 
     def shown(name: str, words: str, *args: object, level: int = logging.WARNING) -> str:
         record = logging.LogRecord(name, level, "", 0, words, args, None)
         return record.getMessage() if repeated.filter(record) else ""
 
     lines = [shown("uvicorn.error", "bad request %d", i) for i in range(1000)]
-    assert [line for line in lines if line] == [f"bad request {i}" for i in range(repeated.MOST)]
+    assert [line for line in lines if line] == [f"bad request {i}" for i in range(repeated.MAX_REPEATS)]
     assert all(shown("sfumato.commands.check", "file %d", i) for i in range(100))
-    assert sum(bool(shown("sfumato.commands.check", "the same")) for _ in range(100)) == repeated.MOST
+    assert sum(bool(shown("sfumato.commands.check", "the same")) for _ in range(100)) == repeated.MAX_REPEATS
     assert all(shown("sfumato.access", "GET /", level=logging.INFO) for _ in range(1000))
     now[0] = repeated.WINDOW_S + 1
-    left = 1000 - repeated.MOST
+    left = 1000 - repeated.MAX_REPEATS
     assert shown("uvicorn.error", "bad request %d", 5) == f"bad request 5 ({left} similar messages suppressed)"
     for i in range(5000):
         shown("sfumato.commands.check", f"file {i}")

@@ -94,8 +94,8 @@ for name, layout in json.load(sys.stdin).items():
     try:
         given = {"revision": None, "pickles": layout["pickles"], "without": layout["without"]}
         given["variant"] = variants.pick(layout["files"], layout["variants"])
-        with download.words_for_hub_errors(f"first/{name}"):
-            download._fetched(f"first/{name}", **given, report=report)
+        with download.as_download_errors(f"first/{name}"):
+            download._fetch_files(f"first/{name}", **given, report=report)
         download.from_hub(f"whole/{name}", **given, report=lambda part, what: None)
     except (SfumatoError, ValueError) as error:
         told[name] = f"{type(error).__name__}: {error}"

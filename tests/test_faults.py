@@ -282,7 +282,7 @@ def test_a_batch_that_does_not_fit_is_halved_once_and_for_all(workshop: Workshop
     # Once more as large, when what was kept of earlier calls has been dropped.
     assert [rows for rows in tried if rows > fits] == ([8, 8] if fits == 4 else [8, 8, 4]), "the cap was forgotten"
     assert fits in tried, "smaller than it had to be"
-    assert workshop.model.rungs == set()
+    assert workshop.model.fallbacks == set()
 
 
 def test_a_vae_that_does_not_fit_works_in_tiles_from_then_on(workshop: Workshop) -> None:
@@ -298,7 +298,7 @@ def test_a_vae_that_does_not_fit_works_in_tiles_from_then_on(workshop: Workshop)
     with broken(workshop.model.pipeline.vae.decoder, around):
         answers = workshop.draw(asked)
         assert all(pixels(answer).shape == (128, 128, 3) for answer in answers)
-        assert workshop.model.rungs == {"its VAE works in slices and tiles"}
+        assert workshop.model.fallbacks == {"its VAE works in slices and tiles"}
         tried.clear()
         assert all(map(same, workshop.draw([replace(one, id=f"{one.id} again") for one in asked]), answers))
         assert max(tried) == 8
@@ -331,7 +331,7 @@ def test_tiles_are_in_the_recipe_of_each_picture_and_of_no_other(workshop: Works
     assert whole.recipe.savings == ()
     assert tiled.recipe.savings == ("vae_tiling",)
     assert not same(whole, tiled)
-    assert workshop.model.condition.tiled_from == 128 * 128
+    assert workshop.model.state.tiled_from == 128 * 128
     assert not workshop.model.pipeline.vae.use_tiling
     # Beside one in tiles and after it, what is smaller has no tiles; what is as large has them, and says so.
     answers = workshop.draw([replace(large, id="again"), small, between])
@@ -348,7 +348,7 @@ def test_a_picture_in_tiles_is_made_again_where_there_is_room(workshop: Workshop
     with broken(workshop.model.pipeline.vae.decoder, tight(8)):
         (tiled,) = workshop.draw([asked])
     assert isinstance(tiled, Done)
-    workshop.model.condition.tiled_from = None  # as on a machine with more memory
+    workshop.model.state.tiled_from = None  # as on a machine with more memory
     again = replace(asked, id="again", savings=tiled.recipe.savings)
     answers = workshop.draw([again, replace(asked, id="whole")])
     assert isinstance(answers[0], Done)
@@ -387,7 +387,7 @@ def test_what_is_kept_for_speed_goes_before_anything_else(workshop: Workshop, co
     assert all(map(same, answers, alone))
     assert tried[0] == (2 * count, False)
     assert tried[1] == (2 * count, True), "something else was tried first"
-    assert workshop.model.rungs == set()
+    assert workshop.model.fallbacks == set()
     assert all(isinstance(answer, Done) and answer.recipe.savings == () for answer in answers)
 
 

@@ -14,7 +14,7 @@ def run(code: str) -> Any:
     """What `code` prints last, as JSON."""
     lean = (
         "from sfumato.engine import environment\nfrom sfumato.process import lean_imports\n"
-        "environment.prepare()\nlean_imports.lean()\nimport sys, json\n"
+        "environment.prepare()\nlean_imports.install()\nimport sys, json\n"
     )
     done = subprocess.run([sys.executable, "-c", lean + code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -67,7 +67,7 @@ def test_what_waits_is_there_when_it_is_asked_for() -> None:
 import ast
 from importlib import import_module, util
 missing = []
-for package in sorted(lean_imports.LATER):
+for package in sorted(lean_imports.LAZY_PACKAGES):
     module = import_module(package)
     names = [alias.asname or alias.name for node in ast.walk(ast.parse(open(module.__file__).read()))
              if isinstance(node, ast.ImportFrom) and node.level == 1 for alias in node.names]

@@ -201,12 +201,12 @@ def test_a_file_that_is_there_is_checked_once(shop: Shop, monkeypatch: pytest.Mo
 
 def test_two_urls_have_two_places(shop: Shop, tmp_path: Path) -> None:
     other = shop.url.replace("/one/", "/two/")
-    places = {weight_file.place(url, tmp_path) for url in (shop.url, other, f"{other}?version=2")}
+    places = {weight_file.path_for(url, tmp_path) for url in (shop.url, other, f"{other}?version=2")}
     assert len(places) == 3
     assert all(place.suffix == ".safetensors" and place.name.startswith("model-") for place in places)
-    assert weight_file.place(f"{other}?token=secret", tmp_path) == weight_file.place(other, tmp_path)
+    assert weight_file.path_for(f"{other}?token=secret", tmp_path) == weight_file.path_for(other, tmp_path)
     (tmp_path / NAME).write_bytes(b"put there by hand")
-    assert weight_file.place(shop.url, tmp_path) == tmp_path / NAME
+    assert weight_file.path_for(shop.url, tmp_path) == tmp_path / NAME
 
 
 def test_two_urls_cannot_have_one_name(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:

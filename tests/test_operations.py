@@ -245,7 +245,7 @@ def test_no_line_can_be_forged() -> None:
 
 def test_levels_have_names() -> None:
     assert Settings.load({"log_level": "WARNING"}, {}).log_level == "warning"
-    with pytest.raises(ValueError, match="log_level='loud': debug, info, warning, error are valid"):
+    with pytest.raises(ValueError, match="log_level='loud': must be one of debug, info, warning, error"):
         Settings.load({"log_level": "loud"}, {})
 
 

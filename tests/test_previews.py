@@ -317,7 +317,7 @@ def small(image: Image.Image, side: int = 16) -> np.ndarray[Any, Any]:
 
 def test_previews_of_the_embedded_model_look_like_its_pictures() -> None:
     model = load.load(Catalog([EMBEDDED]).get("sfumato-tiny"), "cpu", lambda status: None)
-    assert isinstance(model.glance, LatentRGB)
+    assert isinstance(model.preview_decoder, LatentRGB)
     before = torch.get_rng_state()
     drawn: list[tuple[list[Preview], Done]] = []
     for seed, prompt in enumerate(("a rocket on a blue background", "a cat on a green background")):
@@ -401,13 +401,13 @@ def test_a_tiny_autoencoder_that_the_file_names_shows_previews(studio: Studio, s
         "diffusers:\n  preview_vae: taesd\n"
     )
     model = load.load(Catalog([small_decoder]).get("m"), "cpu", lambda status: None)
-    assert type(model.glance).__name__ == "AutoencoderTiny"
+    assert type(model.preview_decoder).__name__ == "AutoencoderTiny"
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-    made = preview(model.pipeline, latents, 64, 64, model.glance)
+    made = preview(model.pipeline, latents, 64, 64, model.preview_decoder)
     assert made is not None
     # It takes latents as the denoiser has them, unscaled by the large decoder's factor.
     with torch.no_grad():
-        decoded = model.glance.decode(latents).sample
+        decoded = model.preview_decoder.decode(latents).sample
     wanted = model.pipeline.image_processor.postprocess(decoded)[0]
     assert np.array_equal(np.asarray(made.image), np.asarray(wanted))
 

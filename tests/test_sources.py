@@ -114,8 +114,8 @@ def test_a_large_picture_is_scaled_down_to_what_is_drawn() -> None:
 def test_the_limits_of_a_size(size: tuple[int, int], words: str) -> None:
     limits = Limits(pixels=4000, side=64, aspect=4)
     for width, height in (size, size[::-1]):
-        assert words in limits.breach(width, height)
-        assert bool(words) == bool(limits.breach(width, height))
+        assert words in limits.violation(width, height)
+        assert bool(words) == bool(limits.violation(width, height))
 
 
 # When.

@@ -21,7 +21,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from sfumato.api.app import create_app
-from sfumato.config.parse import named
+from sfumato.config.parse import config_for
 from sfumato.core import Done, Event, Failed, Generation, ModelStatus, Step
 from sfumato.errors import RequestTooLarge, WorkerDied
 from sfumato.pictures.store import Store
@@ -34,7 +34,7 @@ from sfumato.settings import Settings
 from support.stub_worker import FRAMES, TOTAL, lives, stub
 
 SETTINGS = Settings(log_level="critical")
-CONFIG = named("some/model")
+CONFIG = config_for("some/model")
 PATIENCE_S = 60
 PICTURES = 6
 """Of a round that a worker is killed in."""
@@ -316,8 +316,8 @@ def test_stop_ends_the_keeper_whatever_it_does(tmp_path: Path) -> None:
         await supervisor.stop()
         failed = await waiting
         assert isinstance(failed, Failed)
-        assert supervisor._keeper
-        assert supervisor._keeper.done()
+        assert supervisor._supervision
+        assert supervisor._supervision.done()
 
     run(work, stub(tmp_path, "hang"))
     run(work, ["/there/is/no/such/program"])

@@ -289,7 +289,7 @@ def test_downloads_can_be_watched() -> None:
 
 def test_packages_that_wait_only_gather_names() -> None:
     words = mend("process/lean_imports.py")
-    for package in sorted(lean_imports.LATER):
+    for package in sorted(lean_imports.LAZY_PACKAGES):
         spec = importlib.util.find_spec(package)
         assert spec and spec.origin, f"{package}: {words}"
         for node in ast.parse(Path(spec.origin).read_text()).body:
@@ -301,11 +301,11 @@ def test_packages_that_wait_only_gather_names() -> None:
 
 def test_modules_that_wait_are_there() -> None:
     words = mend("process/lean_imports.py")
-    for name, known in lean_imports.WAITING.items():
+    for name, known in lean_imports.DEFERRED.items():
         module = importlib.import_module(name)
         for attribute in known:
             assert hasattr(module, attribute), f"{name}.{attribute}: {words}"
-    for name in lean_imports.APART:
+    for name in lean_imports.INDEPENDENT:
         assert importlib.util.find_spec(name), f"{name}: {words}"
     assert callable(torch.distributed.is_available), words
     losses = inspect.getsource(importlib.import_module("transformers.loss.loss_for_object_detection"))

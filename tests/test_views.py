@@ -242,7 +242,7 @@ def test_a_model_that_could_not_be_put_back_is_loaded_anew(folder: Path, monkeyp
 
         with pytest.raises(generation.Disturbed):
             generation.draw(neighbour, wanted(), on_step)
-        assert "it fails once" in neighbour.condition.broken
+        assert "it fails once" in neighbour.state.broken
     with pool.use(made, quiet) as model:
         assert model.pipeline is not neighbour.pipeline
         assert generation.draw(model, wanted(), quiet).png == expected
@@ -407,7 +407,7 @@ def test_a_request_keeps_the_file_that_it_was_made_with(folder: Path) -> None:
         with pool.use(replace(first, sampling=Sampling(steps=5), pinned=True), quiet) as newer:
             assert newer.config.sampling.steps == 5
             assert newer.pipeline is model.pipeline
-            assert newer.siblings is model.siblings
+            assert newer.task_pipelines is model.task_pipelines
             assert model.config.sampling.steps == 3
             assert generation.draw(model, wanted(steps=None), quiet).recipe.sampling.steps == 3
             assert generation.draw(newer, wanted(steps=None), quiet).recipe.sampling.steps == 5

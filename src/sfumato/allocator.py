@@ -13,7 +13,7 @@ LARGE = 2**18
 """Bytes."""
 
 
-def give_back_large_blocks() -> None:
+def return_large_blocks() -> None:
     """Fix this process's malloc thresholds from now on. Does nothing with a C library other than glibc."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -13,7 +13,7 @@ import typer
 
 from sfumato import __version__
 from sfumato.sampling import PARAMETERS, Sampling
-from sfumato.settings import Settings, env_name, flag, kind
+from sfumato.settings import Settings, env_name, flag, python_type
 
 app = typer.Typer(
     name="sfumato",
@@ -45,15 +45,15 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 def _option(name: str, kind: type, flag: str, help: str) -> inspect.Parameter:
-    """One of a command, which is None where it is not given."""
+    """An option of a command; None if it is not passed."""
     annotation = Annotated[kind | None, typer.Option(flag, help=help)]  # type: ignore[valid-type]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
 def _with_options(command: Callable[..., None], options: Sequence[inspect.Parameter]) -> Callable[..., None]:
-    """The command with these options in the place of its `**more`."""
-    own = inspect.signature(command, eval_str=True).parameters.values()
-    parameters = [each.replace(kind=each.KEYWORD_ONLY) for each in own if each.kind is not each.VAR_KEYWORD]
+    """The command with these options in place of its `**` parameter."""
+    declared = inspect.signature(command, eval_str=True).parameters.values()
+    parameters = [spec.replace(kind=spec.KEYWORD_ONLY) for spec in declared if spec.kind is not spec.VAR_KEYWORD]
     parameters += options
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -66,22 +66,24 @@ def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
     def help(spec: Field[Any]) -> str:
         return f"{spec.metadata['help']} [{env_name(spec)}; default: {spec.default or 'none'}]"
 
-    return _with_options(command, [_option(spec.name, kind(spec), flag(spec), help(spec)) for spec in fields(Settings)])
+    return _with_options(
+        command, [_option(spec.name, python_type(spec), flag(spec), help(spec)) for spec in fields(Settings)]
+    )
 
 
 def _with_sampling(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command one option for each field of `Sampling`, with its flag and help."""
-    named = [each for each in PARAMETERS if not each.side]
-    return _with_options(command, [_option(each.name, each.kind, each.flag, f"{each.help}.") for each in named])
+    specs = [spec for spec in PARAMETERS if not spec.side]
+    return _with_options(command, [_option(spec.name, spec.kind, spec.flag, f"{spec.help}.") for spec in specs])
 
 
 @app.command()
 @_with_settings
-def serve(**given: Any) -> None:
+def serve(**options: Any) -> None:
     """Serve pictures over HTTP: OpenAI's Images API and LocalAI's fields."""
     from sfumato.commands.serve import serve as run
 
-    run(_settings(**given))
+    run(_settings(**options))
 
 
 @app.command()
@@ -107,7 +109,7 @@ def generate(
 
     if prompt is None and like is None:
         raise typer.BadParameter("say what to draw, or pass --like FILE.png", param_hint="PROMPT")
-    given = {
+    request_fields = {
         "prompts": [prompt] if prompt is not None else None,
         "model": model,
         "sampling": Sampling(**sampling),
@@ -117,8 +119,8 @@ def generate(
         "mask": mask.read_bytes() if mask else None,
         "n": n,
     }
-    given = {name: value for name, value in given.items() if value is not None}
-    for path in run(given, like, output, _settings(models=models)):
+    request_fields = {name: value for name, value in request_fields.items() if value is not None}
+    for path in run(request_fields, like, output, _settings(models=models)):
         typer.echo(path)
 
 
@@ -134,7 +136,7 @@ def list_models(models: Models = None) -> None:
         table.add_row(
             config.name,
             ", ".join(config.aliases),
-            config.shown,
+            config.label,
             config.pipeline_type or "as the repository says",
             config.sampling.scheduler or "the model's own",
         )
@@ -192,9 +194,9 @@ def rebuild(
     typer.echo(f"the gallery lists {count} {'picture' if count == 1 else 'pictures'}")
 
 
-def _settings(**given: Any) -> Settings:
+def _settings(**options: Any) -> Settings:
     try:
-        return Settings.load(given)
+        return Settings.load(options)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 

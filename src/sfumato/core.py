@@ -46,7 +46,7 @@ class Limits:
     aspect: int
     """Maximum ratio of the longer side to the shorter one."""
 
-    def breach(self, width: int, height: int) -> str:
+    def violation(self, width: int, height: int) -> str:
         """Why this size is refused, in words; empty if it is allowed."""
         if min(width, height) < 1:
             return "both sides need at least 1 pixel"
@@ -172,7 +172,7 @@ class Failed:
 Event: TypeAlias = Step | Preview | Done | Failed
 """A stream of events is any number of `Step` and `Preview`, then exactly one `Done` or `Failed`."""
 
-Keep: TypeAlias = Callable[[Done], Awaitable[str | None]]
+StorePicture: TypeAlias = Callable[[Done], Awaitable[str | None]]
 """Stores a picture and returns its name there, or None if it was not kept."""
 
 LoadState: TypeAlias = Literal["unloaded", "downloading", "loading", "ready", "failed"]

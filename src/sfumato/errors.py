@@ -187,7 +187,7 @@ class WorkerDied(SfumatoError):
     retry = True
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """`" Did you mean 'x'?"` for the nearest known word, or an empty string if none is close."""
-    near = difflib.get_close_matches(word[:100], list(known), n=1, cutoff=0.6)  # quadratic in the word's length
+    near = difflib.get_close_matches(word[:100], list(choices), n=1, cutoff=0.6)  # quadratic in the word's length
     return f" Did you mean {near[0]!r}?" if near else ""

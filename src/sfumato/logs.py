@@ -25,10 +25,10 @@ request_id: ContextVar[str] = ContextVar("request_id", default="")
 OURS = ("sfumato", "uvicorn")
 """Loggers that follow the setting log_level."""
 
-TALKATIVE = ("diffusers.pipelines", "diffusers.modular_pipelines")
+QUOTE_PROMPTS = ("diffusers.pipelines", "diffusers.modular_pipelines")
 """Their warnings quote the part of a prompt that did not fit."""
 
-ANSWERED = ("python_multipart",)
+FORM_PARSERS = ("python_multipart",)
 """They warn about each form they cannot parse; its sender gets an error anyway."""
 
 LIBRARIES = ("diffusers", "transformers", "huggingface_hub")
@@ -41,7 +41,7 @@ def configure(settings: Settings) -> None:
     """Send this process's log to stderr, as the settings say. Call it once, before anything logs."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_FORMATS[settings.log_format]())
-    handler.addFilter(Repeated())
+    handler.addFilter(RepeatFilter())
     level = settings.log_level.upper()
     root = logging.getLogger()
     root.handlers[:] = [handler]
@@ -49,14 +49,14 @@ def configure(settings: Settings) -> None:
     for name in OURS:
         logging.getLogger(name).setLevel(level)
     if not settings.log_prompts:
-        for name in TALKATIVE:
+        for name in QUOTE_PROMPTS:
             logging.getLogger(name).setLevel(logging.ERROR)
-    for name in ANSWERED:
+    for name in FORM_PARSERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.captureWarnings(True)
 
 
-def adopt() -> None:
+def route_libraries() -> None:
     """Make libraries log through our handler instead of their own. Call it once they are imported."""
     for name in LIBRARIES:
         logger = logging.getLogger(name)
@@ -64,47 +64,47 @@ def adopt() -> None:
         logger.propagate = True
 
 
-def place(error: BaseException) -> str:
+def error_location(error: BaseException) -> str:
     """Type of an error and where it was raised, without its message, which may quote a caller."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return f"{type(error).__name__} at\n{''.join(traceback.format_tb(error.__traceback__)).rstrip()}"
 
 
-class Repeated(logging.Filter):
-    """Passes a warning or error `MOST` times in `WINDOW_S` seconds; the next one says how many were suppressed.
+class RepeatFilter(logging.Filter):
+    """Passes a warning or error `MAX_REPEATS` times in `WINDOW_S` seconds; the next one says how many were suppressed.
 
     For our own loggers two messages are the same if their text is; for others, which insert what a client sent, if
     their template is. The access log is not affected: its lines are level info.
     """
 
-    MOST = 20
+    MAX_REPEATS = 20
     WINDOW_S = 60.0
-    KINDS = 1000
+    MAX_MESSAGES = 1000
     """Maximum number of distinct messages to track."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
         self._clock = clock
-        self._seen: OrderedDict[tuple[str, int, str], tuple[float, int]] = OrderedDict()
+        self._windows: OrderedDict[tuple[str, int, str], tuple[float, int]] = OrderedDict()
         """Message → when its window began, and how often it occurred in it."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.levelno < logging.WARNING:
             return True
         ours = record.name.split(".")[0] == "sfumato"
-        what = record.name, record.levelno, record.getMessage() if ours else str(record.msg)
+        message = record.name, record.levelno, record.getMessage() if ours else str(record.msg)
         now = self._clock()
-        began, count = self._seen.pop(what, (now, 0))
-        left_out = 0
+        began, count = self._windows.pop(message, (now, 0))
+        suppressed = 0
         if now - began > self.WINDOW_S:
-            left_out, began, count = max(0, count - self.MOST), now, 0
-        self._seen[what] = began, count + 1
-        if len(self._seen) > self.KINDS:
-            self._seen.popitem(last=False)
-        if left_out:
-            record.msg, record.args = f"{record.getMessage()} ({left_out} similar messages suppressed)", None
-        return count < self.MOST
+            suppressed, began, count = max(0, count - self.MAX_REPEATS), now, 0
+        self._windows[message] = began, count + 1
+        if len(self._windows) > self.MAX_MESSAGES:
+            self._windows.popitem(last=False)
+        if suppressed:
+            record.msg, record.args = f"{record.getMessage()} ({suppressed} similar messages suppressed)", None
+        return count < self.MAX_REPEATS
 
 
 class TextLines(logging.Formatter):

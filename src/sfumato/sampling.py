@@ -1,10 +1,10 @@
-"""What decides how a picture is sampled: one table of parameters, carried whole by request, generation and recipe.
+"""The sampling parameters: one table, and one value that requests, generations and recipes carry.
 
-From it come the fields of both HTTP dialects, the model file's keys, the checks of limits, the options of the command
-line, the pairs of an infotext and the reference pages. To add a parameter is one line in `Sampling`, and one where it
-is used if it is more than an argument of the pipeline's call.
+The fields of both HTTP dialects, the model file's keys, the limit checks, the command line's options, the infotext and
+the reference pages are made from the table. A new parameter takes one line in `Sampling`, and one more where it is
+used if it is not just an argument of the pipeline call.
 
-A seed is not among them: pictures of one request share their sampling and differ in the seed.
+The seed is not a sampling parameter: the pictures of one request share their `Sampling` and differ in the seed.
 """
 
 from __future__ import annotations
@@ -20,68 +20,65 @@ MAX_PROMPT = 32_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parameter:
-    """What is known of one field of `Sampling`."""
+    """The metadata of one field of `Sampling`."""
 
     name: str
     kind: type
     """int, float or str."""
     help: str
-    """A sentence without its full stop."""
+    """One sentence, without the full stop."""
     least: float | None = None
     most: float | None = None
-    """Of a number; of a text its characters."""
+    """Limits of a number; for a string, `most` is its maximum length in characters."""
     example: Any = None
 
     argument: str | None = None
-    """Of the pipeline's call; None: it is no argument."""
+    """Name of the pipeline call's argument; None: it is not an argument."""
     guarded: bool = False
-    """Requests may set it only where the model file's `enable_parameters` has its argument."""
+    """Requests may set it only if the model file's `enable_parameters` lists its argument."""
     source: bool = False
-    """It means something only with a source picture."""
+    """It has an effect only with a source picture."""
     side: bool = False
-    """Of the picture: requests, model files and the command line say both sides as one `size`."""
+    """A side of the picture: requests, model files and the command line give both sides as one `size`."""
     stepped: bool = False
-    """The pipeline hands it on to its scheduler's steps; a scheduler that does not take it leaves it without effect."""
+    """The pipeline passes it to its scheduler's steps; it has no effect if the scheduler does not take it."""
     reported: bool = False
-    """A recipe has it always: the pipeline's own default where nobody set it. Otherwise only where it was set."""
+    """Recipes always have it, with the pipeline's default if it was not set. Otherwise only if it was set."""
 
     aliases: tuple[str, ...] = ()
-    """Its other names in requests of OpenAI's and LocalAI's kind."""
+    """Other names of it in OpenAI's and LocalAI's requests."""
     empty: bool = False
-    """In those an empty text is a value, which stands in for the model file's."""
+    """There, an empty string is a value: it replaces the model file's."""
     a1111: str | None = None
-    """Its name in AUTOMATIC1111's bodies; None: they say it otherwise, see `api.a1111.bodies`."""
+    """Its name in AUTOMATIC1111's bodies; None: see `api.a1111.bodies` for how they give it."""
     one_based: bool = False
-    """AUTOMATIC1111 counts it from 1, which is none of it."""
+    """AUTOMATIC1111 counts it from 1; its 1 is our 0."""
     neutral: tuple[Any, ...] = ()
-    """Values that AUTOMATIC1111's clients send unasked: they ask for nothing."""
+    """Values that AUTOMATIC1111's clients send by default; treated as not set."""
     optional: bool = False
-    """AUTOMATIC1111's clients send it to every model: where one does not take it, it is left out with a warning."""
+    """AUTOMATIC1111's clients send it to every model; if a model does not take it, it is dropped with a warning."""
     infotext: str | None = None
-    """Its key in an infotext; None: that says it otherwise, see `pictures.recipe`."""
+    """Its key in an infotext; None: see `pictures.recipe` for how that gives it."""
     invoke: str | None = None
-    """Its key in InvokeAI's metadata; None: it has none."""
+    """Its key in InvokeAI's metadata, if it has one."""
 
     flag: str
-    """Of the command line."""
+    """Option of the command line."""
     keys: tuple[str, ...] = ()
-    """Of a model file; of several the last that is given counts."""
+    """Keys of the model file; if several are set, the last one wins."""
     most_in_file: float | None = None
-    """Where a model file may say more than a request."""
+    """Maximum in a model file, if it is higher than in requests."""
     absent: str = ""
-    """What holds where a model file says nothing, for its reference page."""
+    """Text for the reference page: what applies if the model file does not set it."""
 
 
-def _parameter(help: str, **known: Any) -> Any:
-    return field(default=None, metadata={"help": help, **known})
+def _parameter(help: str, **metadata: Any) -> Any:
+    return field(default=None, metadata={"help": help, **metadata})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How a picture is sampled. None: as the model has it.
-
-    In the order of an infotext.
-    """
+    """Sampling parameters of a picture, in the order of an infotext. None: the model's default."""
 
     steps: int | None = _parameter(
         "Denoising steps", argument="num_inference_steps", least=1, most=1000, example=20, guarded=True, reported=True,
@@ -130,11 +127,11 @@ class Sampling:
 
     @property
     def size(self) -> tuple[int, int] | None:
-        """Width and height; None: as the model has it."""
+        """Width and height in pixels; None: the model's default."""
         return (self.width, self.height) if self.width and self.height else None
 
 
-def _known() -> tuple[Parameter, ...]:
+def _parameters() -> tuple[Parameter, ...]:
     hints = get_type_hints(Sampling)
     flags = {spec.name: "--" + spec.name.replace("_", "-") for spec in fields(Sampling)}
     return tuple(
@@ -145,14 +142,14 @@ def _known() -> tuple[Parameter, ...]:
     )
 
 
-PARAMETERS = _known()
-"""Of each field of `Sampling`, in order."""
+PARAMETERS = _parameters()
+"""One `Parameter` for each field of `Sampling`, in order."""
 
 NAMED: Mapping[str, Parameter] = MappingProxyType({each.name: each for each in PARAMETERS})
 
 
 def merged(*choices: Sampling) -> Sampling:
-    """Field by field the first choice that says something: the request, then the model file, then defaults."""
+    """For each field the first value that is not None. Order: request, model file, defaults."""
 
     def first(parameter: Parameter) -> Any:
         return next((choice[parameter] for choice in choices if choice[parameter] is not None), None)
@@ -161,12 +158,12 @@ def merged(*choices: Sampling) -> Sampling:
 
 
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields that stand side by side, as in JSON, as fields of a dataclass that carries a `Sampling`."""
-    own = {name: value for name, value in values.items() if name not in NAMED}
+    """Move the sampling parameters of a flat mapping, such as a JSON object, into its `sampling`."""
+    others = {name: value for name, value in values.items() if name not in NAMED}
     sampling = {name: value for name, value in values.items() if name in NAMED}
-    return own | {"sampling": Sampling(**sampling)}
+    return others | {"sampling": Sampling(**sampling)}
 
 
 def flat(sampling: Sampling) -> dict[str, Any]:
-    """Its fields for a JSON object, without those that nobody set and that are not always reported."""
+    """The fields for a JSON object: those that are set or always reported."""
     return {each.name: sampling[each] for each in PARAMETERS if each.reported or sampling[each] is not None}

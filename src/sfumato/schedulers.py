@@ -38,7 +38,7 @@ class Solver:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class SchedulerChoice:
     """One solver with one schedule. `parse(choice.name)` returns an equal one."""
 
     name: str
@@ -127,7 +127,7 @@ class Sampler:
 
     solver: str
     """Its key in `SOLVERS`."""
-    automatic: str | None = None
+    default_schedule: str | None = None
     """The schedule used with it if the request names none."""
     aliases: tuple[str, ...] = ()
 
@@ -173,7 +173,7 @@ def sampler_of(name: str) -> tuple[str, str] | None:
     except InvalidRequest:
         return None
     sampler = next(word for word, each in SAMPLERS.items() if each.solver == choice.solver)
-    plain = UNIFORM if SAMPLERS[sampler].automatic else AUTOMATIC
+    plain = UNIFORM if SAMPLERS[sampler].default_schedule else AUTOMATIC
     return sampler, SCHEDULE_TYPES[choice.schedule] if choice.schedule else plain
 
 
@@ -192,7 +192,7 @@ def descriptions() -> dict[str, str]:
     return every
 
 
-def parse(name: str, schedule: str | None = None) -> Choice:
+def parse(name: str, schedule: str | None = None) -> SchedulerChoice:
     """The choice for a name and an optional separate schedule.
 
     Raises InvalidRequest if either is unknown, if the schedule in the name and the separate one disagree,
@@ -203,18 +203,18 @@ def parse(name: str, schedule: str | None = None) -> Choice:
             f"Unknown schedule {schedule!r}.{did_you_mean(schedule, SCHEDULES)} Valid: {', '.join(SCHEDULES)}.",
             param="scheduler",
         )
-    base, named = _split(name)
-    if named and schedule and named != schedule:
+    base, from_name = _split(name)
+    if from_name and schedule and from_name != schedule:
         raise InvalidRequest(
-            f"Scheduler {name!r} names the schedule {named!r}, but the separate schedule is {schedule!r}."
+            f"Scheduler {name!r} names the schedule {from_name!r}, but the separate schedule is {schedule!r}."
             f" Use {base!r} with one of them.",
             param="scheduler",
         )
-    return _choice(base, named or schedule)
+    return _choice(base, from_name or schedule)
 
 
-def named(name: object) -> str | None:
-    """The name that `parse` gives it; None for what is none of ours, such as the class of a model's own."""
+def canonical_name(name: object) -> str | None:
+    """The name that `parse` gives it; None if it is not one of ours, such as a diffusers class."""
     try:
         return parse(str(name)[:80]).name
     except InvalidRequest:
@@ -241,23 +241,23 @@ def _split(name: str) -> tuple[str, str | None]:
     )
 
 
-def _choice(base: str, schedule: str | None) -> Choice:
+def _choice(base: str, schedule: str | None) -> SchedulerChoice:
     solver = SOLVERS[base]
     if schedule is None:
-        return Choice(base, solver.description, base, None, solver.noise, solver.flow)
+        return SchedulerChoice(base, solver.description, base, None, solver.noise, solver.flow)
     if schedule not in solver.noise.schedules:
-        fitting = [other for other, each in SOLVERS.items() if schedule in each.noise.schedules]
-        takes = ", ".join(solver.noise.schedules) or "none"
+        fitting = [name for name, other in SOLVERS.items() if schedule in other.noise.schedules]
+        supported = ", ".join(solver.noise.schedules) or "none"
         raise InvalidRequest(
-            f"Scheduler {base!r} does not support the schedule {schedule!r}; it supports: {takes}."
+            f"Scheduler {base!r} does not support the schedule {schedule!r}; it supports: {supported}."
             f" Schedulers that support {schedule!r}: {', '.join(fitting)}.",
             param="scheduler",
         )
-    words, _ = SCHEDULES[schedule]
+    label, _ = SCHEDULES[schedule]
     flow = solver.flow if solver.flow and schedule in solver.flow.schedules else None
-    return Choice(
+    return SchedulerChoice(
         _name(base, schedule),
-        f"{solver.description} {words}",
+        f"{solver.description} {label}",
         base,
         schedule,
         _scheduled(solver.noise, schedule),

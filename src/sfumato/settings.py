@@ -100,17 +100,21 @@ class Settings:
     )
     log_format: str = _setting("text", "text, or json: one object per line.", choices=("text", "json"))
     log_prompts: bool = _setting(False, "Whether prompts may appear in the log.")
-    log_level: str = _setting("info", "debug, info, warning or error.", choices=("debug", "info", "warning", "error"))
+    log_level: str = _setting(
+        "info",
+        "The least severe lines to log: debug, info, warning or error.",
+        choices=("debug", "info", "warning", "error"),
+    )
 
     @classmethod
-    def load(cls, given: Mapping[str, Any] | None = None, env: Mapping[str, str] = os.environ) -> Settings:
-        """Settings from `given` (None means "not set"), then the environment, then defaults.
+    def load(cls, overrides: Mapping[str, Any] | None = None, env: Mapping[str, str] = os.environ) -> Settings:
+        """Settings from `overrides` (None means "not set"), then the environment, then defaults.
 
         Raises ValueError naming the setting, its value and what is valid.
         """
         values: dict[str, Any] = {}
         for spec in fields(cls):
-            raw = (given or {}).get(spec.name)
+            raw = (overrides or {}).get(spec.name)
             name = spec.name
             if raw is None and env_name(spec) in env:
                 raw, name = env[env_name(spec)], env_name(spec)
@@ -127,13 +131,13 @@ def flag(spec: Field[Any]) -> str:
     return "--" + spec.name.replace("_", "-")
 
 
-def kind(spec: Field[Any]) -> type:
+def python_type(spec: Field[Any]) -> type:
     """The field's Python type: str, int, bool or Path."""
     return type(spec.default)
 
 
 def _parse(spec: Field[Any], name: str, raw: Any) -> Any:
-    if kind(spec) is bool and isinstance(raw, str):
+    if python_type(spec) is bool and isinstance(raw, str):
         if raw.lower() not in _FLAGS:
             raise ValueError(f"{name}={raw!r}: must be true or false. {spec.metadata['help']}")
         raw = _FLAGS[raw.lower()]
@@ -143,7 +147,7 @@ def _parse(spec: Field[Any], name: str, raw: Any) -> Any:
     if choices:
         raw = str(raw).lower()
     try:
-        value = kind(spec)(raw)
+        value = python_type(spec)(raw)
     except ValueError:
         raise ValueError(f"{name}={raw!r}: must be a whole number. {spec.metadata['help']}") from None
     least = spec.metadata.get("least")

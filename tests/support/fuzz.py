@@ -322,7 +322,7 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=100_000)
     parser.add_argument("--first", type=int, default=0)
     asked = parser.parse_args()
-    for name in logs.ANSWERED:
+    for name in logs.FORM_PARSERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
         report = asyncio.run(run(Path(folder), asked.first, asked.cases, shown=True))

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from sfumato.core import Done, Keep
+from sfumato.core import Done, StorePicture
 from sfumato.errors import StorageError
 from sfumato.pictures.gallery import Gallery
 from sfumato.serving.job import Job
@@ -16,7 +16,9 @@ from sfumato.serving.job import Job
 log = logging.getLogger(__name__)
 
 
-def keeper(gallery: Gallery, caller: str, format: str, encoded: Callable[[Done], bytes], *, must: bool) -> Keep | None:
+def keeper(
+    gallery: Gallery, caller: str, format: str, encoded: Callable[[Done], bytes], *, must: bool
+) -> StorePicture | None:
     """A callback that stores each picture, `encoded`, in the gallery; None if the settings say not to keep it.
 
     `must`: the answer is its URL, so storing must succeed; otherwise a full disk only logs a warning.

@@ -59,7 +59,7 @@ def _ours(texts: Mapping[str, str]) -> Said | None:
     from_picture = bool(made.get("image_sha256"))
     wanted = {name: made.get(name) for name in ("model", "prompt", "seed")}
     wanted |= {each.name: made.get(each.name) for each in PARAMETERS if from_picture or not each.source}
-    wanted["scheduler"] = schedulers.named(made.get("scheduler"))
+    wanted["scheduler"] = schedulers.canonical_name(made.get("scheduler"))
     sources = ("it was made from a picture, which is needed again for the same one",) if from_picture else ()
     return Said("sfumato", _clean(wanted), sources)
 
@@ -105,7 +105,7 @@ def _of_invoke(name: str) -> tuple[str | None, tuple[str, ...]]:
         return None, ()
     plain = name.removeprefix("k_")
     for ours in (f"k_{plain[:-2]}" if plain.endswith("_k") else plain, plain.removesuffix("_k")):
-        if known := schedulers.named(ours):
+        if known := schedulers.canonical_name(ours):
             return known, ()
     return None, (f"scheduler: {name[:80]!r} does not exist here; the model's own is used",)
 

@@ -82,7 +82,7 @@ def run(settings: Settings, engine: Engine) -> None:
 
     Raises SfumatoError naming the setting at fault.
     """
-    allocator.give_back_large_blocks()
+    allocator.return_large_blocks()
     raise_descriptor_limit()
     catalog = Catalog.of(settings)
     for problem in catalog.problems():

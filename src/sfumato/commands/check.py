@@ -31,7 +31,7 @@ class FileReport:
 
     def __str__(self) -> str:
         lines = [f"{'ok' if self.ok else 'PROBLEM':7} {self.file}: {self.title}"]
-        lines += [f"        {word + ':':12} {fact}" for word, fact in self.facts]
+        lines += [f"        {label + ':':12} {text}" for label, text in self.facts]
         lines += [f"        {'no effect:':12} {key} ({reason})" for key, reason in self.ignored]
         lines += [f"        {'fix:':12} {problem}" for problem in self.problems]
         return "\n".join(lines)
@@ -43,10 +43,10 @@ def check(catalog: Catalog) -> list[FileReport]:
     for problem in catalog.problems():
         complaints.setdefault(problem.file, []).append(problem.message)
     reports = []
-    for file, found in catalog.outcomes().items():
-        said = {outcome.error.message for outcome in found if isinstance(outcome, Broken)}
-        between_files = [text for text in complaints.get(file.absolute(), []) if text not in said]
-        for index, outcome in enumerate(found):
+    for file, outcomes in catalog.outcomes().items():
+        reported = {outcome.error.message for outcome in outcomes if isinstance(outcome, Broken)}
+        between_files = [text for text in complaints.get(file.absolute(), []) if text not in reported]
+        for index, outcome in enumerate(outcomes):
             reports.append(_report(outcome, tuple(between_files) if index == 0 else ()))
     return reports
 
@@ -72,7 +72,7 @@ def _model(config: ModelConfig, complaints: tuple[str, ...]) -> FileReport:
             gguf.base(config)
     except SfumatoError as error:
         problems.append(error.message)
-    facts += [(word, fact) for word, fact in _rules(config) if fact]
+    facts += [(label, text) for label, text in _settings(config) if text]
     title = config.name + (" (disabled)" if config.disabled else "")
     return FileReport(config.file or Path(), title, tuple(facts), config.ignored, tuple(problems))
 
@@ -85,7 +85,7 @@ def _source(config: ModelConfig) -> Iterator[tuple[str, str]]:
             yield "weights", f"{repo}{f'@{revision}' if revision else ''} from the hub, {state}"
             yield "pipeline", config.pipeline_type or "as the repository says"
         case sources.Url(url):
-            yield "weights", f"{addresses.shown(url)}, kept beside the model file"
+            yield "weights", f"{addresses.redact(url)}, kept beside the model file"
             yield "pipeline", config.pipeline_type or "as the weights say"
         case sources.Folder(path):
             yield (
@@ -111,8 +111,8 @@ def cached(repo: str, revision: str | None) -> str | None:
     """The commit of a repository in the local hub cache, or None if its model_index.json is not cached."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(repo, sources.INDEX, revision=revision)
-    return Path(found).parent.name if isinstance(found, str) else None
+    path = try_to_load_from_cache(repo, sources.INDEX, revision=revision)
+    return Path(path).parent.name if isinstance(path, str) else None
 
 
 _DEVICES = {
@@ -122,7 +122,7 @@ _DEVICES = {
 }
 
 
-def _rules(config: ModelConfig) -> Iterator[tuple[str, str]]:
+def _settings(config: ModelConfig) -> Iterator[tuple[str, str]]:
     """Labels and their text; an empty text is left out."""
     gpu = f", GPU {config.main_gpu}" if config.main_gpu is not None else ""
     offload = ", holding only the active module" if config.low_vram else ""
@@ -131,8 +131,8 @@ def _rules(config: ModelConfig) -> Iterator[tuple[str, str]]:
     yield "device", _DEVICES[config.cuda] + gpu + offload
     yield "dtype", config.dtype or f"{half}bf16 if the device supports it, else fp32"
     yield "scheduler", config.sampling.scheduler or "the model's own"
-    yield "adapters", ", ".join(f"{addresses.shown(adapter.source)} × {adapter.scale:g}" for adapter in config.adapters)
-    yield "defaults", ", ".join(f"{word} {value}" for word, value in _defaults(config) if value is not None)
+    yield "adapters", ", ".join(f"{addresses.redact(lora.source)} × {lora.scale:g}" for lora in config.adapters)
+    yield "defaults", ", ".join(f"{label} {value}" for label, value in _defaults(config) if value is not None)
     yield "options", ", ".join(f"{key}={value!r}" for key, value in config.options.items())
     enabled = ", ".join(sorted(config.enable_parameters))
     yield "requests", f"may set {enabled or 'nothing but prompt, size, seed, guidance and eta'}"
@@ -141,10 +141,10 @@ def _rules(config: ModelConfig) -> Iterator[tuple[str, str]]:
 def _defaults(config: ModelConfig) -> Iterator[tuple[str, object]]:
     sampling = config.sampling
     yield "size", "{}x{}".format(*sampling.size) if sampling.size else None
-    for each in PARAMETERS:
-        if each.argument and not each.side:
-            word, value = each.flag.removeprefix("--").replace("-", "_"), sampling[each]
-            yield word, f"{value:g}" if isinstance(value, float) else value
+    for parameter in PARAMETERS:
+        if parameter.argument and not parameter.side:
+            label, value = parameter.flag.removeprefix("--").replace("-", "_"), sampling[parameter]
+            yield label, f"{value:g}" if isinstance(value, float) else value
     yield "seed", config.seed
     yield "n", config.n
     yield "pictures at a time", config.max_concurrent

@@ -19,7 +19,8 @@ from sfumato.core import VAE_TILING, Done, ModelStatus, Recipe, Step
 from sfumato.engine import environment
 from sfumato.engine.local import Local
 from sfumato.errors import InvalidRequest, StorageError
-from sfumato.pictures import images, recipe
+from sfumato.pictures import images
+from sfumato.pictures import recipe as recipes
 from sfumato.sampling import Sampling, merged
 from sfumato.serving.catalog import Catalog
 from sfumato.serving.planning import ImageRequest, size_of
@@ -32,30 +33,30 @@ POLL_S = 0.2
 """How often the progress bar polls the model's status while it loads."""
 
 
-def generate(given: dict[str, Any], like: Path | None, output: Path | None, settings: Settings) -> list[Path]:
+def generate(fields: dict[str, Any], like: Path | None, output: Path | None, settings: Settings) -> list[Path]:
     """Draw and write; returns the paths.
 
-    `given` holds fields of `ImageRequest`, and `size` as a text; absent ones, of `sampling` too, come from the recipe
-    in `like`, if any.
+    `fields` has fields of `ImageRequest`, and `size` as a string. Absent fields, also those of `sampling`, are taken
+    from the recipe in `like`, if there is one.
     Raises what the service raises, and StorageError when a file cannot be written.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    again = recipe.read(like) if like else None
-    like_it = _as_request(again) if again else {}
-    sampling = merged(given.get("sampling", Sampling()), like_it.get("sampling", Sampling()))
-    if "size" in given:
-        width, height = size_of(given.pop("size"))
+    recipe = recipes.read(like) if like else None
+    from_recipe = _as_request(recipe) if recipe else {}
+    sampling = merged(fields.get("sampling", Sampling()), from_recipe.get("sampling", Sampling()))
+    if "size" in fields:
+        width, height = size_of(fields.pop("size"))
         sampling = replace(sampling, width=width, height=height)
-    request = ImageRequest(**{**like_it, **given, "sampling": sampling}, operator=True)
-    if again:
-        _check_sources(request, again, settings)
-        request = _sized(request, again, settings)
+    request = ImageRequest(**{**from_recipe, **fields, "sampling": sampling}, operator=True)
+    if recipe:
+        _check_sources(request, recipe, settings)
+        request = _with_source_size(request, recipe, settings)
     # One at a time: batching can change the last bits of a picture, and here nobody else waits.
     settings = replace(settings, max_batch=1)
-    drawn = asyncio.run(_draw(request, settings))
-    if again:
-        _warn_of_differences(again, drawn[0].recipe)
-    return [_write(done, index, len(drawn), output) for index, done in enumerate(drawn)]
+    results = asyncio.run(_draw(request, settings))
+    if recipe:
+        _warn_of_differences(recipe, results[0].recipe)
+    return [_write(result, index, len(results), output) for index, result in enumerate(results)]
 
 
 def pull(name: str, settings: Settings) -> str:
@@ -66,33 +67,33 @@ def pull(name: str, settings: Settings) -> str:
     config = Catalog.of(settings, open=True).get(name)
     with _bar() as (progress, task):
 
-        def tell(status: ModelStatus) -> None:
+        def on_status(status: ModelStatus) -> None:
             progress.update(task, description=f"{status.state} {status.detail}", completed=status.progress)
 
         dtype = load.choose_dtype(config, load.choose_device(config, settings.device))
-        return str(load.fetch(config, dtype, tell).path)
+        return str(load.fetch(config, dtype, on_status).path)
 
 
-def _as_request(made: Recipe) -> dict[str, Any]:
+def _as_request(recipe: Recipe) -> dict[str, Any]:
     return {
-        "prompts": [made.prompt],
-        "model": made.model,
-        "seed": made.seed,
+        "prompts": [recipe.prompt],
+        "model": recipe.model,
+        "seed": recipe.seed,
         "sampling": replace(
-            made.sampling,
-            scheduler=schedulers.named(made.sampling.scheduler),
-            strength=made.sampling.strength if made.image_sha256 else None,
+            recipe.sampling,
+            scheduler=schedulers.canonical_name(recipe.sampling.scheduler),
+            strength=recipe.sampling.strength if recipe.image_sha256 else None,
         ),
         # Only savings that change pixels; where modules wait depends on this machine.
-        "savings": tuple(name for name in made.savings if name == VAE_TILING),
-        "mask_padding": made.masked_area[0] if made.masked_area else None,
+        "savings": tuple(name for name in recipe.savings if name == VAE_TILING),
+        "mask_padding": recipe.masked_area[0] if recipe.masked_area else None,
     }
 
 
-def _check_sources(request: ImageRequest, made: Recipe, settings: Settings) -> None:
+def _check_sources(request: ImageRequest, recipe: Recipe, settings: Settings) -> None:
     masks = (request.mask,) if request.mask else ()
-    needed = (made.mask_sha256,) if made.mask_sha256 else ()
-    for flag, sources, digests in (("--image", request.images, made.image_sha256), ("--mask", masks, needed)):
+    needed = (recipe.mask_sha256,) if recipe.mask_sha256 else ()
+    for flag, sources, digests in (("--image", request.images, recipe.image_sha256), ("--mask", masks, needed)):
         if len(sources) != len(digests):
             raise InvalidRequest(
                 f"{flag}: the recipe was made from {len(digests)} such pictures, but {len(sources)} were passed. "
@@ -105,37 +106,37 @@ def _check_sources(request: ImageRequest, made: Recipe, settings: Settings) -> N
                 raise InvalidRequest(f"{flag}: not the picture that the recipe was made from (its pixels differ)")
 
 
-def _sized(request: ImageRequest, made: Recipe, settings: Settings) -> ImageRequest:
+def _with_source_size(request: ImageRequest, recipe: Recipe, settings: Settings) -> ImageRequest:
     """An inpainted picture keeps its source's size, which a request might not be allowed to name."""
-    if not made.mask_sha256:
+    if not recipe.mask_sha256:
         return request
-    if made.masked_area:
-        _, width, height = made.masked_area
+    if recipe.masked_area:
+        _, width, height = recipe.masked_area
         return replace(request, sampling=replace(request.sampling, width=width, height=height))
     source = request.images[0]
     assert isinstance(source, bytes)
     _, size = images.normalise(source, "--image", images.Bounds.of(settings))
     unsized = replace(request.sampling, width=None, height=None)
-    return replace(request, sampling=unsized) if size == made.size else request
+    return replace(request, sampling=unsized) if size == recipe.size else request
 
 
-def _warn_of_differences(made: Recipe, now: Recipe) -> None:
+def _warn_of_differences(recipe: Recipe, redrawn: Recipe) -> None:
     for name in ("source", "pipeline", "device", "dtype", "versions"):
-        if getattr(made, name) != getattr(now, name):
+        if getattr(recipe, name) != getattr(redrawn, name):
             log.warning(
                 "%s was %s, now it is %s: the pixels may differ",
                 name,
-                getattr(made, name),
-                getattr(now, name),
+                getattr(recipe, name),
+                getattr(redrawn, name),
             )
 
 
-def _write(done: Done, index: int, count: int, output: Path | None) -> Path:
-    path = output or Path(f"sfumato-{done.recipe.seed}.png")
+def _write(result: Done, index: int, count: int, output: Path | None) -> Path:
+    path = output or Path(f"sfumato-{result.recipe.seed}.png")
     if output and count > 1:
         path = output.with_stem(f"{output.stem}-{index + 1}")
     try:
-        path.write_bytes(done.png)
+        path.write_bytes(result.png)
     except OSError as error:
         raise StorageError(f"{path} could not be written: {error.strerror}") from error
     return path

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from sfumato.config.readers import shown
+from sfumato.config.readers import shorten
 from sfumato.errors import ModelFileError
 
 _CONSTRUCTION = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
@@ -82,7 +82,7 @@ def documents(text: str, file: Path) -> list[Document]:
         root = loader.get_single_node()
         if root is None:
             raise ModelFileError(f"{file}: is empty; a model file has at least `parameters: {{model: ...}}`")
-        _check_extent(root, file)
+        _check_expanded_size(root, file)
         _check_keys(root, file)
         # One construction for all models: those of a list may share an anchor.
         value = loader.construct_document(root)
@@ -94,19 +94,19 @@ def documents(text: str, file: Path) -> list[Document]:
         if loader is not None:
             loader.dispose()
     nodes = root.value if isinstance(root, yaml.SequenceNode) else [root]
-    found = value if isinstance(root, yaml.SequenceNode) else [value]
-    if not found:
+    values = value if isinstance(root, yaml.SequenceNode) else [value]
+    if not values:
         raise ModelFileError(f"{file}: is an empty list; a model file has at least one model")
-    return [_document(item, node, file) for item, node in zip(found, nodes, strict=True)]
+    return [_document(item, node, file) for item, node in zip(values, nodes, strict=True)]
 
 
 def _document(value: Any, node: yaml.Node, file: Path) -> Document:
     if not isinstance(value, dict):
         line = node.start_mark.line + 1
-        raise ModelFileError(f"{file}, line {line}: {shown(value)} is not a model; `key: value` lines are needed")
+        raise ModelFileError(f"{file}, line {line}: {shorten(value)} is not a model; `key: value` lines are needed")
     for key in value:
         if not isinstance(key, str):
-            raise ModelFileError(f"{file}: the key {shown(key)} is not text; put quotes around it")
+            raise ModelFileError(f"{file}: the key {shorten(key)} is not text; put quotes around it")
     pairs = list(_pairs(node, depth=2))
     lines = {path: key.start_mark.line + 1 for path, key, _ in pairs}
     return Document(value, lines, {path: value.value for path, _, value in pairs if isinstance(value, yaml.ScalarNode)})
@@ -121,29 +121,29 @@ def _pairs(node: yaml.Node, depth: int, prefix: str = "") -> Iterator[tuple[str,
             yield from _pairs(value, depth - 1, f"{path}.")
 
 
-def _check_extent(root: yaml.Node, file: Path) -> None:
+def _check_expanded_size(root: yaml.Node, file: Path) -> None:
     """Refuse documents that aliases blow up: the expanded tree may be exponentially larger than the text."""
     sizes: dict[int, int] = {}
-    above: set[int] = set()
+    ancestors: set[int] = set()
 
     def size(node: yaml.Node) -> int:
         if isinstance(node, yaml.ScalarNode):
             return 1
         if id(node) not in sizes:
-            where = f"{file}, line {node.start_mark.line + 1}"
-            if id(node) in above:
-                raise ModelFileError(f"{where}: the node with this anchor contains itself; remove that alias")
-            if len(above) >= MAX_DEPTH:
-                raise ModelFileError(f"{where}: {_TOO_DEEP}")
-            above.add(id(node))
+            location = f"{file}, line {node.start_mark.line + 1}"
+            if id(node) in ancestors:
+                raise ModelFileError(f"{location}: the node with this anchor contains itself; remove that alias")
+            if len(ancestors) >= MAX_DEPTH:
+                raise ModelFileError(f"{location}: {_TOO_DEEP}")
+            ancestors.add(id(node))
             parts = (
                 node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
             )
             sizes[id(node)] = 1 + sum(map(size, parts))
-            above.remove(id(node))
+            ancestors.remove(id(node))
             if sizes[id(node)] > MAX_NODES:
                 raise ModelFileError(
-                    f"{where}: this expands to more than {MAX_NODES} values with its aliases; use fewer aliases"
+                    f"{location}: this expands to more than {MAX_NODES} values with its aliases; use fewer aliases"
                 )
         return sizes[id(node)]
 
@@ -152,34 +152,34 @@ def _check_extent(root: yaml.Node, file: Path) -> None:
 
 def _check_keys(root: yaml.Node, file: Path) -> None:
     """Refuse duplicate keys, of which PyYAML silently keeps the last, and keys or numbers that are absurdly long."""
-    waiting, known = [root], set()
-    while waiting:
-        node = waiting.pop()
-        if id(node) in known:  # an alias may point back at its own parent
+    pending, visited = [root], set()
+    while pending:
+        node = pending.pop()
+        if id(node) in visited:  # an alias may point back at its own parent
             continue
-        known.add(id(node))
+        visited.add(id(node))
         if isinstance(node, yaml.ScalarNode) and node.tag != _TEXT and len(node.value) > MAX_NUMBER:
             raise ModelFileError(
-                f"{file}, line {node.start_mark.line + 1}: {shown(node.value)} is too long for a number; "
+                f"{file}, line {node.start_mark.line + 1}: {shorten(node.value)} is too long for a number; "
                 "put quotes around it if it is text"
             )
         if isinstance(node, yaml.SequenceNode):
-            waiting += node.value
+            pending += node.value
         elif isinstance(node, yaml.MappingNode):
-            seen: dict[str, int] = {}
+            lines: dict[str, int] = {}
             for key, value in node.value:
-                waiting += (key, value)
+                pending += (key, value)
                 if not isinstance(key, yaml.ScalarNode):
                     continue
                 line = key.start_mark.line + 1
                 if len(key.value) > MAX_KEY:
-                    raise ModelFileError(f"{file}, line {line}: {shown(key.value)} is too long for a key ({MAX_KEY})")
-                if key.value in seen and key.tag != _MERGE:
+                    raise ModelFileError(f"{file}, line {line}: {shorten(key.value)} is too long for a key ({MAX_KEY})")
+                if key.value in lines and key.tag != _MERGE:
                     raise ModelFileError(
-                        f"{file}, line {line}: {key.value}: duplicate key, also in line {seen[key.value]}; remove one",
+                        f"{file}, line {line}: {key.value}: duplicate key, also in line {lines[key.value]}; remove one",
                         param=key.value,
                     )
-                seen[key.value] = line
+                lines[key.value] = line
 
 
 def _line(error: yaml.MarkedYAMLError) -> str:

@@ -27,8 +27,8 @@ def _group(group: str, *rows: tuple[str, str, Reader, str]) -> tuple[Key, ...]:
     return tuple(Key(path, field, reader, help, group) for path, field, reader, help in rows)
 
 
-def _of_sampling(parameter: Parameter) -> tuple[Key, ...]:
-    """Its rows: the first says what it is, the others which of them wins."""
+def _sampling_keys(parameter: Parameter) -> tuple[Key, ...]:
+    """The keys of a sampling parameter: the first has its description, the others say which of them wins."""
     if not parameter.keys:
         return ()
     first, *others = parameter.keys
@@ -45,7 +45,7 @@ def _reader(parameter: Parameter) -> Reader:
     least, most = parameter.least or 0, parameter.most_in_file or parameter.most or math.inf
     if parameter.kind is float:
         return read.number(least, most)
-    return read.whole(int(least), int(most), absent=0 if least else None)
+    return read.integer(int(least), int(most), absent=0 if least else None)
 
 
 DEFAULTS = "Defaults of requests"
@@ -124,7 +124,7 @@ KEYS: tuple[Key, ...] = (
         ("lora_adapters", "lora_adapters", read.strings, "Several LoRAs."),
         ("lora_scales", "lora_scales", read.numbers, "One for each of them. Absent: `lora_scale`."),
     ),
-    *(key for parameter in PARAMETERS for key in _of_sampling(parameter)),
+    *(key for parameter in PARAMETERS for key in _sampling_keys(parameter)),
     *_group(
         DEFAULTS,
         ("diffusers.schedule", "schedule", read.string, "Noise schedule of the scheduler, e.g. `karras`."),
@@ -134,7 +134,7 @@ KEYS: tuple[Key, ...] = (
             "xhigh 2, max 3 times the default steps.",
         ),
         ("parameters.seed", "seed", read.seed, "Seed; -1 is random. Absent: random."),
-        ("parameters.n", "n", read.whole(1, 10, absent=0), "Pictures per request. Absent: 1."),
+        ("parameters.n", "n", read.integer(1, 10, absent=0), "Pictures per request. Absent: 1."),
         ("size", "size", read.size, 'Size in pixels, `"512x768"`. Absent or `auto`: the model\'s own.'),
         (
             "diffusers.enable_parameters", "enable_parameters", read.parameters,
@@ -156,12 +156,12 @@ KEYS: tuple[Key, ...] = (
         ("diffusers.cuda", "cuda", read.flag, "Same as `cuda`; takes precedence over it."),
         ("main_gpu", "main_gpu", read.gpu, "Number of the GPU."),
         ("low_vram", "low_vram", read.flag, "Keep only the active module on the GPU."),
-        ("threads", "threads", read.whole(1, 4096, absent=0), "CPU threads."),
+        ("threads", "threads", read.integer(1, 4096, absent=0), "CPU threads."),
     ),
     *_group(
         "Serving",
-        ("limits.max_concurrent", "max_concurrent", read.whole(1, absent=0), "Pictures at a time. Absent: no limit."),
-        ("limits.retry_after_seconds", "retry_after", read.whole(1, 86400, absent=0), "`Retry-After` of a 429."),
+        ("limits.max_concurrent", "max_concurrent", read.integer(1, absent=0), "Pictures at a time. Absent: no limit."),
+        ("limits.retry_after_seconds", "retry_after", read.integer(1, 86400, absent=0), "`Retry-After` of a 429."),
     ),
 )  # fmt: skip
 """In order of precedence: of two rows for the same field, the later (more specific) one wins."""
@@ -172,16 +172,16 @@ SECTIONS = ("parameters", "diffusers", "limits")
 REDIRECTS = ("failover", "router", "pipeline", "proxy", "mitm")
 """Without `parameters.model`, a file with one of these describes how LocalAI routes, not a model."""
 
-LANGUAGE = (
+LANGUAGE_KEYS = (
     "template", "roles", "function", "embeddings", "reranking", "mmproj", "grammar", "stopwords", "system_prompt",
     "chat_template_kwargs", "reasoning", "reasoning_effort", "mcp", "agent", "draft_model", "tts",
 )  # fmt: skip
 """A file without a word of pictures that has one of these describes a model of language or speech."""
 
-PICTURES = ("diffusers", "step", "cfg_scale", "lora_adapters", "size", "strength", "quality_steps", "vae", "sd_vae")
+IMAGE_KEYS = ("diffusers", "step", "cfg_scale", "lora_adapters", "size", "strength", "quality_steps", "vae", "sd_vae")
 """Words of pictures."""
 
-OWN = "x-"
+CUSTOM_PREFIX = "x-"
 """What people write for themselves begins so: for anchors, mostly."""
 
 _TEXT = "is for language models"
@@ -200,38 +200,38 @@ _SAMPLING_KEYS = (
 """LocalAI writes some of them into every file, at the top as well."""
 
 
-def _because(reason: str, keys: str, section: str = "") -> dict[str, str]:
+def _ignored(reason: str, keys: str, section: str = "") -> dict[str, str]:
     return {section + key: reason for key in keys.split()}
 
 
 IGNORED: Mapping[str, str] = MappingProxyType(
     {
-        **_because("what a model can do is read from its pipeline class",
+        **_ignored("what a model can do is read from its pipeline class",
                    "known_usecases known_input_modalities known_output_modalities"),
-        **_because("configures LocalAI itself", "feature_flags"),
-        **_because("there is no separate backend process to set up", "grpc env"),
-        **_because("the server's log level decides", "debug disable_log_stats"),
-        **_because("one GPU draws; set `main_gpu` to choose it", "tensor_parallel_size tensor_split"),
-        **_because("weights are loaded unchanged: choose quantised ones (`.gguf`) or set `dtype`",
+        **_ignored("configures LocalAI itself", "feature_flags"),
+        **_ignored("there is no separate backend process to set up", "grpc env"),
+        **_ignored("the server's log level decides", "debug disable_log_stats"),
+        **_ignored("one GPU draws; set `main_gpu` to choose it", "tensor_parallel_size tensor_split"),
+        **_ignored("weights are loaded unchanged: choose quantised ones (`.gguf`) or set `dtype`",
                    "quantization load_format"),
-        **_because(_PLACEMENT, "concurrency_groups gpu_memory_utilization swap_space mmap mmlock numa gpu_layers"),
-        **_because("a LoRA applies to the model of this file", "lora_base"),
-        **_because("code from repositories is never run", "trust_remote_code"),
-        **_because("diffusers tells the architecture from the weights", "type"),
-        **_because("is for people and galleries", "license tags url urls icon icons files config_file"),
-        **_because(_SPEECH, "tts"),
-        **_because(_ROUTING, "failover router pipeline proxy mitm overrides pii pii_detection"),
-        **_because(_RUNNER, "rms_norm_eps ngqa no_mulmatq draft_model n_draft enforce_eager max_model_len "
+        **_ignored(_PLACEMENT, "concurrency_groups gpu_memory_utilization swap_space mmap mmlock numa gpu_layers"),
+        **_ignored("a LoRA applies to the model of this file", "lora_base"),
+        **_ignored("code from repositories is never run", "trust_remote_code"),
+        **_ignored("diffusers tells the architecture from the weights", "type"),
+        **_ignored("is for people and galleries", "license tags url urls icon icons files config_file"),
+        **_ignored(_SPEECH, "tts"),
+        **_ignored(_ROUTING, "failover router pipeline proxy mitm overrides pii pii_detection"),
+        **_ignored(_RUNNER, "rms_norm_eps ngqa no_mulmatq draft_model n_draft enforce_eager max_model_len "
                    "limit_mm_per_prompt engine_args mmproj flash_attention no_kv_offloading cache_type_k cache_type_v "
                    "rope_scaling yarn_ext_factor yarn_attn_factor yarn_beta_fast yarn_beta_slow"),
-        **_because(_TEXT, "roles embeddings template function reasoning reasoning_effort chat_template_kwargs "
+        **_ignored(_TEXT, "roles embeddings template function reasoning reasoning_effort chat_template_kwargs "
                    "compression mcp agent system_prompt context_size reranking prompt_cache_path prompt_cache_all "
                    "prompt_cache_ro grammar stopwords cutstrings extract_regex trimspace trimsuffix mirostat "
                    "mirostat_eta mirostat_tau"),
-        **_because(_TEXT, "mirostat mirostat_eta mirostat_tau", "parameters."),
-        **_because(_SAMPLING, _SAMPLING_KEYS),
-        **_because(_SAMPLING, f"{_SAMPLING_KEYS} stop", "parameters."),
-        **_because(_SPEECH, "language translate", "parameters."),
+        **_ignored(_TEXT, "mirostat mirostat_eta mirostat_tau", "parameters."),
+        **_ignored(_SAMPLING, _SAMPLING_KEYS),
+        **_ignored(_SAMPLING, f"{_SAMPLING_KEYS} stop", "parameters."),
+        **_ignored(_SPEECH, "language translate", "parameters."),
     }
 )  # fmt: skip
 """LocalAI's keys without effect here, with the reason; each logs one warning."""

@@ -36,8 +36,10 @@ the model decides: `cuda` the best available device, `scheduler_type` the model'
 `pipeline_type` the class that the repository's model_index.json names, `clip_skip` no layer skipped.
 """
 
-PAGE = Sampling(**{each.name: DEFAULTS.get(each.keys[0].rpartition(".")[2]) for each in PARAMETERS if each.keys})
-"""Of `DEFAULTS`, what a request may say."""
+REQUEST_DEFAULTS = Sampling(
+    **{each.name: DEFAULTS.get(each.keys[0].rpartition(".")[2]) for each in PARAMETERS if each.keys}
+)
+"""The sampling parameters of `DEFAULTS`."""
 
 ALWAYS = frozenset({"prompt", "generator"}) | {
     each.argument for each in PARAMETERS if each.argument and not each.guarded and not each.source
@@ -153,14 +155,14 @@ class ModelConfig:
         return parameter in self.locked or ("*" in self.locked and parameter in self.options)
 
     def __repr__(self) -> str:  # its URLs may carry secrets
-        return f"ModelConfig({self.name!r}, {self.shown!r})"
+        return f"ModelConfig({self.name!r}, {self.label!r})"
 
     @property
-    def shown(self) -> str:
-        """`model` as people may see it: without what in a URL may be secret."""
-        return addresses.shown(self.model)
+    def label(self) -> str:
+        """`model` without the parts of a URL that may be secret; use it in messages."""
+        return addresses.redact(self.model)
 
     def enables(self, parameter: str) -> bool:
         """Whether a request may set this argument of the pipeline call."""
-        wanted = "image" if parameter in WITH_IMAGE else parameter
-        return parameter in ALWAYS or bool(self.enable_parameters & {parameter, wanted})
+        enabled_by = "image" if parameter in WITH_IMAGE else parameter
+        return parameter in ALWAYS or bool(self.enable_parameters & {parameter, enabled_by})

@@ -12,13 +12,13 @@ from urllib.parse import urlsplit
 from sfumato import schedulers
 from sfumato.config import addresses, readers
 from sfumato.config.document import Document, documents, read
-from sfumato.config.keys import IGNORED, IMG2IMG, KEYS, LANGUAGE, OWN, PICTURES, REDIRECTS, SECTIONS
+from sfumato.config.keys import CUSTOM_PREFIX, IGNORED, IMAGE_KEYS, IMG2IMG, KEYS, LANGUAGE_KEYS, REDIRECTS, SECTIONS
 from sfumato.config.model import Adapter, ModelConfig
 from sfumato.errors import InvalidRequest, ModelFileError, did_you_mean
 from sfumato.sampling import nested
 
 _BY_PATH = {key.path: key for key in KEYS}
-_KNOWN = (*_BY_PATH, *IGNORED, *SECTIONS)
+_VALID_KEYS = (*_BY_PATH, *IGNORED, *SECTIONS)
 _MODEL_KEYS = {"name", "alias", "backend", "artifacts", *SECTIONS, *REDIRECTS}
 _NAME_LINE = re.compile(r"^-? {0,8}name:([^\n]{1,300})$", re.MULTILINE)
 
@@ -47,7 +47,7 @@ class Broken:
     names: tuple[str, ...]
     file: Path
     error: ModelFileError
-    passing: bool = False
+    may_recover: bool = False
     """The file could not be read: this may resolve itself without a change to the file."""
 
 
@@ -61,14 +61,14 @@ def outcomes(file: Path) -> list[ParsedFile]:
     try:
         text = read(file)
         created = int(file.stat().st_mtime)
-        found = documents(text, file)
+        parsed = documents(text, file)
     except ModelFileError as error:
         return [Broken((*_names_in(text), file.stem), file, error)]
     except OSError as error:
         unread = ModelFileError(f"{file}: cannot be read: {error.strerror}; fix that, or remove the file")
-        return [Broken((*_names_in(text), file.stem), file, unread, passing=True)]
-    default_name = file.stem if len(found) == 1 else None
-    return [_outcome(document, file, created, default_name) for document in found]
+        return [Broken((*_names_in(text), file.stem), file, unread, may_recover=True)]
+    default_name = file.stem if len(parsed) == 1 else None
+    return [_outcome(document, file, created, default_name) for document in parsed]
 
 
 def _names_in(text: str) -> list[str]:
@@ -79,17 +79,17 @@ def _names_in(text: str) -> list[str]:
 
 def load(file: Path) -> list[ModelConfig]:
     """The models of one file. Raises ModelFileError for the first one with an error."""
-    found = outcomes(file)
-    for outcome in found:
+    parsed = outcomes(file)
+    for outcome in parsed:
         if isinstance(outcome, Broken):
             raise outcome.error
-    return [outcome for outcome in found if isinstance(outcome, ModelConfig)]
+    return [outcome for outcome in parsed if isinstance(outcome, ModelConfig)]
 
 
-def named(model: str) -> ModelConfig:
+def config_for(model: str) -> ModelConfig:
     """A config for weights without a model file: a hub id, path or URL from the command line."""
     every = ModelConfig.enable_parameters | {"image"}
-    return ModelConfig(name=addresses.shown(model), model=model, folder=Path.cwd(), enable_parameters=every)
+    return ModelConfig(name=addresses.redact(model), model=model, folder=Path.cwd(), enable_parameters=every)
 
 
 def _outcome(document: Document, file: Path, created: int, default_name: str | None) -> ParsedFile:
@@ -122,14 +122,14 @@ def _not_ours(values: Any) -> str | None:
 def _of_language(values: Any, model: Any) -> str | None:
     """What tells that a file without `backend` is for another of LocalAI's backends."""
     uses = values.get("known_usecases")
-    words = [
+    usecases = [
         str(use).lower().removeprefix("flag_") for use in (uses if isinstance(uses, list) else [uses] if uses else [])
     ]
-    if any(word in ("image", "video", "any") for word in words) or any(key in values for key in PICTURES):
+    if any(usecase in ("image", "video", "any") for usecase in usecases) or any(key in values for key in IMAGE_KEYS):
         return None
-    if words:
-        return f"`known_usecases` are {', '.join(words[:5])}"
-    if marks := [key for key in LANGUAGE if values.get(key)]:
+    if usecases:
+        return f"`known_usecases` are {', '.join(usecases[:5])}"
+    if marks := [key for key in LANGUAGE_KEYS if values.get(key)]:
         return f"it has `{marks[0]}`"
     if isinstance(model, str) and urlsplit(model).path.lower().endswith(".gguf"):
         return "it is a .gguf file"
@@ -151,23 +151,23 @@ class _Source:
             if key not in SECTIONS:
                 yield key, value
             elif isinstance(value, dict):
-                yield from ((f"{key}.{_word(inner)}", item) for inner, item in value.items())
+                yield from ((f"{key}.{_key_text(inner)}", item) for inner, item in value.items())
             elif value not in (None, ""):
-                raise self.error(key, f"{readers.shown(value)} needs `key: value` lines below it")
+                raise self.error(key, f"{readers.shorten(value)} needs `key: value` lines below it")
 
 
 def _parse(source: _Source, file: Path, created: int, default_name: str | None) -> ModelConfig | Redirect:
     # 1. Reject unknown keys, with the nearest known one as a suggestion.
-    given = dict(source.entries())
-    for path in given:
-        if path not in _BY_PATH and path not in IGNORED and not path.startswith(OWN):
+    values = dict(source.entries())
+    for path in values:
+        if path not in _BY_PATH and path not in IGNORED and not path.startswith(CUSTOM_PREFIX):
             raise source.error(path, f"unknown key.{_nearest(path)} Correct or remove it.")
-    ignored = [(path, IGNORED[path]) for path in given if path in IGNORED]
+    ignored = [(path, IGNORED[path]) for path in values if path in IGNORED]
 
     # 2. Read every value; if two keys set one field, the later row of the table wins.
     fields: dict[str, Any] = {}
     for key in KEYS:
-        value = given.get(key.path)
+        value = values.get(key.path)
         if value is None or value == "":
             continue
         if key.read in readers.TEXTS:
@@ -175,7 +175,7 @@ def _parse(source: _Source, file: Path, created: int, default_name: str | None) 
         try:
             fields[key.field] = key.read(value)
         except ValueError as error:
-            raise source.error(key.path, f"{readers.shown(value)}: {error}") from None
+            raise source.error(key.path, f"{readers.shorten(value)}: {error}") from None
 
     # 3. Keys that are not fields themselves.
     backend = fields.pop("backend", None)
@@ -203,19 +203,19 @@ def _parse(source: _Source, file: Path, created: int, default_name: str | None) 
 
     # 4. A value that its reader takes as "not set" leaves the default in force.
     fields = {field: value for field, value in fields.items() if value is not None}
-    made = nested(fields)
-    return ModelConfig(name=name, file=file, folder=file.parent, created=created, ignored=tuple(ignored), **made)
+    arguments = nested(fields)
+    return ModelConfig(name=name, file=file, folder=file.parent, created=created, ignored=tuple(ignored), **arguments)
 
 
-def _word(key: Any) -> str:
-    return key if isinstance(key, str) else readers.shown(key)
+def _key_text(key: Any) -> str:
+    return key if isinstance(key, str) else readers.shorten(key)
 
 
 def _nearest(path: str) -> str:
     """Suggest the same key in its right section, else the nearest key."""
-    word = path.rpartition(".")[2]
-    moved = [known for known in _KNOWN if known.rpartition(".")[2] == word]
-    return f" Did you mean {moved[0]!r}?" if moved else did_you_mean(path, _KNOWN)
+    last_part = path.rpartition(".")[2]
+    moved = [key for key in _VALID_KEYS if key.rpartition(".")[2] == last_part]
+    return f" Did you mean {moved[0]!r}?" if moved else did_you_mean(path, _VALID_KEYS)
 
 
 def _adapters(source: _Source, fields: dict[str, Any]) -> tuple[Adapter, ...]:
@@ -240,7 +240,7 @@ def _options(source: _Source, fields: dict[str, Any]) -> list[tuple[str, str]]:
             raise source.error("options", f"torch_dtype {error}") from None
         fields["dtype"] = fields.get("dtype") or dtype
     fields["option_lines"] = tuple(lines.items())
-    return [(f"options: {word}", "a switch of another backend: an argument is `key:value`") for word in switches]
+    return [(f"options: {switch}", "a switch of another backend: an argument is `key:value`") for switch in switches]
 
 
 def _img2img(fields: dict[str, Any]) -> None:

@@ -39,12 +39,12 @@ _CACHE_KEY = re.compile(r"[0-9A-Za-z][0-9A-Za-z_-]{0,200}")
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 
 
-def shown(value: Any) -> str:
+def shorten(value: Any) -> str:
     """The value as text for an error message: short, and never raises."""
     short = reprlib.Repr()  # bounded: aliases can turn a few lines of YAML into gigabytes of text
     short.maxlevel, short.maxlist, short.maxdict, short.maxstring = 2, 4, 4, 80
     try:
-        return addresses.shown(short.repr(value))
+        return addresses.redact(short.repr(value))
     except ValueError:  # an integer of thousands of digits
         return f"a {type(value).__name__}"
 
@@ -74,49 +74,49 @@ def flag(value: Any) -> bool:
     raise ValueError("needs true or false, without quotes")
 
 
-def number(least: float, most: float = math.inf) -> Reader:
-    """A finite number from `least` to `most`."""
+def number(minimum: float, maximum: float = math.inf) -> Reader:
+    """A finite number from `minimum` to `maximum`."""
 
     def read(value: Any) -> float:
         # YAML 1.1 reads 1e-3 as text.
-        given = scalar(value) if isinstance(value, str) else value
-        valid = f"needs a number {_range(least, most)}"
-        if isinstance(given, bool) or not isinstance(given, int | float):
+        parsed = scalar(value) if isinstance(value, str) else value
+        valid = f"needs a number {_range(minimum, maximum)}"
+        if isinstance(parsed, bool) or not isinstance(parsed, int | float):
             raise ValueError(valid)
-        if not least <= given <= most or not math.isfinite(given):
+        if not minimum <= parsed <= maximum or not math.isfinite(parsed):
             raise ValueError(valid)
         try:
-            return float(given)
+            return float(parsed)
         except OverflowError:
             raise ValueError(valid) from None
 
     return read
 
 
-def whole(least: int, most: int | None = None, *, absent: int | None = None) -> Reader:
-    """A whole number from `least` to `most`; `absent` is the number that stands for "not set"."""
+def integer(minimum: int, maximum: int | None = None, *, absent: int | None = None) -> Reader:
+    """A whole number from `minimum` to `maximum`; `absent` is the number that stands for "not set"."""
 
     def read(value: Any) -> int | None:
-        given = scalar(value) if isinstance(value, str) else value
-        if isinstance(given, float) and given.is_integer():
-            given = int(given)
-        valid = f"needs a whole number {_range(least, most)}"
-        if isinstance(given, bool) or not isinstance(given, int):
+        parsed = scalar(value) if isinstance(value, str) else value
+        if isinstance(parsed, float) and parsed.is_integer():
+            parsed = int(parsed)
+        valid = f"needs a whole number {_range(minimum, maximum)}"
+        if isinstance(parsed, bool) or not isinstance(parsed, int):
             raise ValueError(valid)
-        if given == absent:
+        if parsed == absent:
             return None
-        if given < least or (most is not None and given > most):
+        if parsed < minimum or (maximum is not None and parsed > maximum):
             raise ValueError(valid)
-        return given
+        return parsed
 
     return read
 
 
-def _range(least: float, most: float | None) -> str:
-    return f"from {least:g} up" if most is None or most == math.inf else f"from {least:g} to {most:g}"
+def _range(minimum: float, maximum: float | None) -> str:
+    return f"from {minimum:g} up" if maximum is None or maximum == math.inf else f"from {minimum:g} to {maximum:g}"
 
 
-seed = whole(0, MAX_SEED, absent=-1)
+seed = integer(0, MAX_SEED, absent=-1)
 """-1 is LocalAI's value for a random seed."""
 
 
@@ -124,17 +124,17 @@ def qualities(value: Any) -> tuple[tuple[str, int], ...]:
     """A mapping from names in `QUALITIES` to denoising steps, in the table's order."""
     if not isinstance(value, dict):
         raise ValueError("needs `name: steps` lines, e.g. {low: 10, high: 40}")
-    read = whole(1, 10_000)
+    read = integer(1, 10_000)
     steps = {}
-    for word, number in value.items():
-        if word not in QUALITIES:
-            near = did_you_mean(word, QUALITIES) if isinstance(word, str) else ""
-            raise ValueError(f"{shown(word)} is not one of {', '.join(QUALITIES)}.{near}")
+    for quality, number in value.items():
+        if quality not in QUALITIES:
+            near = did_you_mean(quality, QUALITIES) if isinstance(quality, str) else ""
+            raise ValueError(f"{shorten(quality)} is not one of {', '.join(QUALITIES)}.{near}")
         try:
-            steps[word] = read(number)
+            steps[quality] = read(number)
         except ValueError as error:
-            raise ValueError(f"{word} {error}") from None
-    return tuple((word, steps[word]) for word in QUALITIES if word in steps)
+            raise ValueError(f"{quality} {error}") from None
+    return tuple((quality, steps[quality]) for quality in QUALITIES if quality in steps)
 
 
 def gpu(value: Any) -> int:
@@ -144,12 +144,12 @@ def gpu(value: Any) -> int:
     return int(text)
 
 
-def one_of(words: Mapping[str, Any]) -> Reader:
+def one_of(choices: Mapping[str, Any]) -> Reader:
     def read(value: Any) -> Any:
-        word = str(value).removeprefix("torch.").lower() if isinstance(value, str) else ""
-        if word not in words:
-            raise ValueError(f"is not one of {', '.join(words)}.{did_you_mean(word, words)}")
-        return words[word]
+        choice = str(value).removeprefix("torch.").lower() if isinstance(value, str) else ""
+        if choice not in choices:
+            raise ValueError(f"is not one of {', '.join(choices)}.{did_you_mean(choice, choices)}")
+        return choices[choice]
 
     return read
 
@@ -191,18 +191,18 @@ def parameters(value: Any) -> frozenset[str]:
         value = value.split(",")
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise ValueError('needs names separated by commas, e.g. "negative_prompt,num_inference_steps,image"')
-    words = [item.strip() for item in value if item.strip()]
-    for word in words:
-        if not word.isidentifier():
-            raise ValueError(f"{shown(word)} is not the name of a pipeline argument")
-    return frozenset(word for word in words if word != "none")
+    arguments = [item.strip() for item in value if item.strip()]
+    for argument in arguments:
+        if not argument.isidentifier():
+            raise ValueError(f"{shorten(argument)} is not the name of a pipeline argument")
+    return frozenset(argument for argument in arguments if argument != "none")
 
 
 def locked(value: Any) -> frozenset[str]:
     """Names of pipeline arguments, of which the file's own words are taken too; `true` is all that `options` sets."""
     if isinstance(value, bool):
         return frozenset({EVERY} if value else ())
-    return frozenset(_ARGUMENTS.get(word, word) for word in parameters(value))
+    return frozenset(_ARGUMENTS.get(argument, argument) for argument in parameters(value))
 
 
 def options(value: Any) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
@@ -223,7 +223,7 @@ def _option(item: Any) -> tuple[str, str]:
         item = f"{key}:{text}" if not isinstance(value, list | dict) else None
     key, colon, text = item.partition(":") if isinstance(item, str) else ("", "", "")
     if not colon or not key.strip().isidentifier():
-        raise ValueError(f'{shown(item)} is not "key:value" with the name of a pipeline argument as key')
+        raise ValueError(f'{shorten(item)} is not "key:value" with the name of a pipeline argument as key')
     return key.strip(), text.strip()
 
 
@@ -235,17 +235,17 @@ def downloads(value: Any) -> tuple[Download, ...]:
 
 def _download(item: Any) -> Download:
     if not isinstance(item, dict) or not isinstance(item.get("uri"), str) or not item["uri"]:
-        raise ValueError(f"{shown(item)} needs a `uri`, and may have `filename` and `sha256`")
+        raise ValueError(f"{shorten(item)} needs a `uri`, and may have `filename` and `sha256`")
     for key in item:
         if key not in ("uri", "filename", "sha256"):
-            raise ValueError(f"unknown key {shown(key)}; an entry has uri, filename and sha256")
+            raise ValueError(f"unknown key {shorten(key)}; an entry has uri, filename and sha256")
     filename = string(item.get("filename") or PurePosixPath(urlparse(item["uri"]).path).name)
     path = PurePosixPath(filename)
     if not path.name or path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"filename {shown(filename)} must stay in the model file's folder")
+        raise ValueError(f"filename {shorten(filename)} must stay in the model file's folder")
     sha256 = item.get("sha256") or None
     if sha256 is not None and not (isinstance(sha256, str) and _SHA256.fullmatch(sha256)):
-        raise ValueError(f"sha256 {shown(sha256)} is not 64 hexadecimal digits")
+        raise ValueError(f"sha256 {shorten(sha256)} is not 64 hexadecimal digits")
     return Download(item["uri"], str(path), sha256.lower() if sha256 else None)
 
 
@@ -255,22 +255,22 @@ def artifacts(value: Any) -> tuple[str, str | None, str | None]:
     Others beside the one for `model` are not for us. A `resolved` commit wins over the revision that was asked for.
     """
     entries = value if isinstance(value, list) else [value]
-    ours = [item for item in entries if isinstance(item, dict) and (item.get("target") or "model") == "model"]
-    source = ours[0].get("source") if len(ours) == 1 else None
+    model_entries = [item for item in entries if isinstance(item, dict) and (item.get("target") or "model") == "model"]
+    source = model_entries[0].get("source") if len(model_entries) == 1 else None
     if not isinstance(source, dict) or source.get("type", "huggingface") != "huggingface":
         raise ValueError("needs one entry for `model` with source: {type: huggingface, repo: owner/name}")
     repo = source.get("repo")
     if not isinstance(repo, str):
-        raise ValueError(f"repo {shown(repo)} is not owner/name")
+        raise ValueError(f"repo {shorten(repo)} is not owner/name")
     for prefix in ("https://huggingface.co/", "huggingface://", "hf://"):
         repo = repo.removeprefix(prefix)
     if repo.strip("/").count("/") != 1:
-        raise ValueError(f"repo {shown(repo)} is not owner/name")
-    resolved = ours[0].get("resolved") or {}
+        raise ValueError(f"repo {shorten(repo)} is not owner/name")
+    resolved = model_entries[0].get("resolved") or {}
     if not isinstance(resolved, dict):
-        raise ValueError(f"resolved {shown(resolved)} needs `revision` and `cache_key`")
+        raise ValueError(f"resolved {shorten(resolved)} needs `revision` and `cache_key`")
     key, revision = resolved.get("cache_key"), resolved.get("revision") or source.get("revision")
     if key and not (isinstance(key, str) and _CACHE_KEY.fullmatch(key)):
-        raise ValueError(f"cache_key {shown(key)} is not the name of a folder")
+        raise ValueError(f"cache_key {shorten(key)} is not the name of a folder")
     snapshot = f".artifacts/huggingface/{key}/snapshot" if key else None
     return repo.strip("/"), string(revision) if revision else None, snapshot

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from sfumato.config.model import PAGE
+from sfumato.config.model import REQUEST_DEFAULTS
 from sfumato.core import QUALITIES, Generation
 from sfumato.drawing import crop
 from sfumato.errors import InvalidRequest
@@ -87,7 +87,7 @@ def _has_page_defaults(pipeline: Any) -> bool:
 def _of_file(model: Loaded, pipeline: Any, *, pictures: bool = False) -> Sampling:
     """The model file's defaults, then the seed page's, that apply to a request with or without `pictures`."""
     config = model.config
-    chosen = merged(config.sampling, PAGE if _has_page_defaults(pipeline) else Sampling())
+    chosen = merged(config.sampling, REQUEST_DEFAULTS if _has_page_defaults(pipeline) else Sampling())
 
     def applies(parameter: Parameter) -> bool:
         return not (parameter.side if pictures else parameter.source)  # a source picture brings its size
@@ -114,7 +114,7 @@ def canvas(model: Loaded, pipeline: Any, filled: Generation) -> Canvas:
         and canvas.sources
         and canvas.width
         and canvas.height
-        and filled.limits.breach(canvas.width, canvas.height)
+        and filled.limits.violation(canvas.width, canvas.height)
     )
     if breach:
         raise InvalidRequest(

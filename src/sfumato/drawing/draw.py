@@ -21,7 +21,7 @@ from sfumato.core import OFFLOAD, VAE_TILING, Done, Generation, Recipe
 from sfumato.drawing import arguments, crop
 from sfumato.errors import ContentFiltered, DrawError, InvalidRequest, SfumatoError
 from sfumato.models.load import OFFLOADED, Loaded
-from sfumato.models.release import let_go
+from sfumato.models.release import release_frames
 from sfumato.pictures import images, recipe
 from sfumato.pipelines import capabilities, request_scheduler, scheduler_owners, scheduler_steps, tokens
 from sfumato.pipelines.tiling import can_tile
@@ -59,17 +59,17 @@ def draw(model: Loaded, generation: Generation, on_step: OnStep, on_preview: OnP
     try:
         result = _draw(model, pipeline, generation, on_step, on_preview)
     except BaseException as error:
-        let_go(error)
-        if isinstance(error, Exception) and model.condition.broken:
+        release_frames(error)
+        if isinstance(error, Exception) and model.state.broken:
             raise Disturbed from error
         raise
     else:
-        if model.condition.broken:
+        if model.state.broken:
             raise Disturbed
         return result
     finally:
         if not_restored := views.close(pipeline):
-            model.condition.broken = f"a request left it changed: {'; '.join(not_restored)}"
+            model.state.broken = f"a request left it changed: {'; '.join(not_restored)}"
         del pipeline  # a stored error would keep this frame
 
 
@@ -86,7 +86,9 @@ def _draw(model: Loaded, pipeline: Any, generation: Generation, on_step: OnStep,
         scheduler_owners.replace_scheduler(pipeline, scheduler)
     previews = None
     if generation.previews and on_preview:
-        previews = RunPreviews(driver, generation.previews, canvas.width, canvas.height, on_preview, model.glance)
+        previews = RunPreviews(
+            driver, generation.previews, canvas.width, canvas.height, on_preview, model.preview_decoder
+        )
     _watch(pipeline, kwargs, on_step, previews)
     # 4. run
     image = _run(pipeline, kwargs, filled.seed)
@@ -138,7 +140,7 @@ def _for_task(model: Loaded, task: str) -> Any:
         return model.pipeline
     if capabilities.supports(model.pipeline, task):
         return model.pipeline
-    if task not in model.siblings:
+    if task not in model.task_pipelines:
         try:
             sibling = getattr(diffusers, capabilities.AUTO_PIPELINES[task]).from_pipe(model.pipeline)
         except ValueError as error:
@@ -148,11 +150,11 @@ def _for_task(model: Loaded, task: str) -> Any:
                 param=task,
             ) from None
         sibling.set_progress_bar_config(disable=True)
-        model.siblings[task] = sibling
-    return model.siblings[task]
+        model.task_pipelines[task] = sibling
+    return model.task_pipelines[task]
 
 
-def _choice(pipeline: Any, sampling: Sampling) -> schedulers.Choice | None:
+def _choice(pipeline: Any, sampling: Sampling) -> schedulers.SchedulerChoice | None:
     if not sampling.scheduler or request_scheduler.keeps_own(pipeline):
         return None
     choice = schedulers.parse(sampling.scheduler)
@@ -282,7 +284,7 @@ def _recipe(
     filled: Generation,
     image: Image.Image,
     kwargs: Mapping[str, Any],
-    choice: schedulers.Choice | None,
+    choice: schedulers.SchedulerChoice | None,
     canvas: arguments.Canvas,
 ) -> Recipe:
     def used(parameter: Parameter) -> Any:
@@ -311,6 +313,6 @@ def _recipe(
         device=model.device,
         dtype=model.dtype,
         versions={"sfumato": __version__, "diffusers": diffusers.__version__, "torch": torch.__version__},
-        savings=filled.savings + ((OFFLOAD,) if OFFLOADED in model.rungs else ()),
+        savings=filled.savings + ((OFFLOAD,) if OFFLOADED in model.fallbacks else ()),
         masked_area=(filled.mask_padding or 0, canvas.width or 0, canvas.height or 0) if canvas.box else None,
     )

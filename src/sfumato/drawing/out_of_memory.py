@@ -19,7 +19,7 @@ from sfumato.core import VAE_TILING, Generation
 from sfumato.drawing.arguments import own_size
 from sfumato.errors import DrawError
 from sfumato.models.load import OFFLOADED, TILES, Loaded
-from sfumato.models.release import let_go
+from sfumato.models.release import release_frames
 from sfumato.pictures import images
 from sfumato.pipelines.tiling import can_tile
 
@@ -35,7 +35,7 @@ def with_less(
 
     `free_caches` drops the engine's caches and returns the bytes freed.
     """
-    pixels, tiled_from = _pixels(model, generation), model.condition.tiled_from
+    pixels, tiled_from = _pixels(model, generation), model.state.tiled_from
     if tiled_from is not None and pixels >= tiled_from:
         generation = _tiled(generation)
     caches_freed = False
@@ -45,7 +45,7 @@ def with_less(
         except Exception as error:  # torch's CPU allocator raises a plain RuntimeError
             if not is_out_of_memory(error):
                 raise
-            let_go(error)
+            release_frames(error)
         gc.collect()
         freed = free_caches()
         offload.empty_cache()
@@ -54,7 +54,7 @@ def with_less(
             log.warning("%s ran out of memory; dropped %d bytes of cached results", model.config.name, freed)
         elif VAE_TILING not in generation.savings and can_tile(model.pipeline):
             generation = _tiled(generation)
-            model.condition.tiled_from = pixels if tiled_from is None else min(pixels, tiled_from)
+            model.state.tiled_from = pixels if tiled_from is None else min(pixels, tiled_from)
             _note(model, TILES)
         elif _offload(model):
             _note(model, OFFLOADED)
@@ -67,9 +67,9 @@ def with_less(
 
 
 def _note(model: Loaded, fallback: str) -> None:
-    if fallback not in model.rungs:
+    if fallback not in model.fallbacks:
         log.warning("%s ran out of memory; from now on %s", model.config.name, fallback)
-    model.rungs.add(fallback)
+    model.fallbacks.add(fallback)
 
 
 def _tiled(generation: Generation) -> Generation:

@@ -226,5 +226,5 @@ def _event(label: str, task: Task) -> Event:
         case SfumatoError() as error:
             return Failed(error)
         case error:
-            log.error("%s failed: %s", label, logs.place(error))
+            log.error("%s failed: %s", label, logs.error_location(error))
             return Failed(SfumatoError(f"{type(error).__name__}: {error}"))

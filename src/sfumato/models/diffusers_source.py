@@ -1,4 +1,4 @@
-"""diffusers' own source, as text: importing it would take seconds and gigabytes in the process that answers HTTP."""
+"""Read diffusers' source as text: importing it would cost the API process seconds and gigabytes."""
 
 from __future__ import annotations
 
@@ -12,52 +12,52 @@ from pathlib import Path
 from typing import Any
 
 FOLDERS = ("pipelines", "models", "image_processor.py")
-"""Which have the classes that are asked about."""
+"""Where the classes are that Sfumato looks up."""
 
 
 def root() -> Path:
-    found = importlib.util.find_spec("diffusers")
-    assert found
-    assert found.origin
-    return Path(found.origin).parent
+    spec = importlib.util.find_spec("diffusers")
+    assert spec
+    assert spec.origin
+    return Path(spec.origin).parent
 
 
 def defaults(function: ast.FunctionDef) -> dict[str, Any]:
-    """Argument → default; what is no literal is `...`."""
+    """Argument → default; a default that is not a literal is `...`."""
     positional, spec = function.args.args, function.args
     pairs = [
         *zip(positional[len(positional) - len(spec.defaults) :], spec.defaults, strict=True),
-        *((each, default) for each, default in zip(spec.kwonlyargs, spec.kw_defaults, strict=True) if default),
+        *((arg, default) for arg, default in zip(spec.kwonlyargs, spec.kw_defaults, strict=True) if default),
     ]
-    found: dict[str, Any] = {}
-    for each, default in pairs:
+    values: dict[str, Any] = {}
+    for arg, default in pairs:
         try:
-            found[each.arg] = ast.literal_eval(default)
+            values[arg.arg] = ast.literal_eval(default)
         except ValueError:
-            found[each.arg] = ...
-    return found
+            values[arg.arg] = ...
+    return values
 
 
 def methods(name: str, method: str) -> Iterator[ast.FunctionDef]:
-    """Those of this name of a class of diffusers' and, after it, of its bases."""
-    known = _class(name)
-    if known is None:
+    """The definitions of a method: of a diffusers class and, after it, of its base classes."""
+    definition = _class(name)
+    if definition is None:
         return
-    for each in known.body:
-        if isinstance(each, ast.FunctionDef) and each.name == method:
-            yield each
-    for base in known.bases:
+    for node in definition.body:
+        if isinstance(node, ast.FunctionDef) and node.name == method:
+            yield node
+    for base in definition.bases:
         if isinstance(base, ast.Name) and base.id != name:
             yield from methods(base.id, method)
 
 
 def literal(name: str, attribute: str) -> Any:
-    """The value of a class's attribute; None where it has none, or none that is a literal."""
-    known = _class(name)
-    for each in known.body if known else ():
-        if isinstance(each, ast.Assign) and isinstance(each.targets[0], ast.Name) and each.targets[0].id == attribute:
+    """The value of a class attribute; None if the class does not have it, or if it is not a literal."""
+    definition = _class(name)
+    for node in definition.body if definition else ():
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == attribute:
             try:
-                return ast.literal_eval(each.value)
+                return ast.literal_eval(node.value)
             except ValueError:
                 return None
     return None
@@ -69,12 +69,12 @@ def _class(name: str) -> ast.ClassDef | None:
     if path is None:
         return None
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    return next((each for each in tree.body if isinstance(each, ast.ClassDef) and each.name == name), None)
+    return next((node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name), None)
 
 
 @functools.cache
 def files() -> Mapping[str, Path]:
-    """Class of diffusers' → the file that has it."""
+    """diffusers class → the file that defines it."""
     paths = [
         path
         for name in FOLDERS
@@ -85,7 +85,7 @@ def files() -> Mapping[str, Path]:
 
 
 def json_of(path: Path) -> dict[str, Any]:
-    """Empty where it is not there, or no object."""
+    """The object in a JSON file; empty if there is no such file or it has no object."""
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):

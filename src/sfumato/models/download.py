@@ -43,12 +43,12 @@ def from_hub(
 ) -> Path:
     """The local snapshot folder of a repository; files missing from the cache are downloaded first.
 
-    Which files a pipeline needs is diffusers' own rule; `without`: of these components the configuration alone.
-    Raises DownloadError or LoadError in words.
+    diffusers' own rules say which files a pipeline needs. `without`: of these components only the configuration.
+    Raises DownloadError or LoadError with a readable message.
     """
-    with words_for_hub_errors(repo):
-        commit = _fetched(repo, revision, variant, pickles, without, report)
-        # diffusers looks whether all is there by its own rule, fetches what is not, and refuses what it cannot load.
+    with as_download_errors(repo):
+        commit = _fetch_files(repo, revision, variant, pickles, without, report)
+        # diffusers checks by its own rules that all files are there, downloads missing ones, and refuses others.
         folder = Path(
             DiffusionPipeline.download(
                 repo,
@@ -64,18 +64,18 @@ def from_hub(
         return folder
 
 
-def _fetched(
+def _fetch_files(
     repo: str, revision: str | None, variant: str | None, pickles: bool, without: Sequence[str], report: OnProgress
 ) -> str:
-    """Have the files in the cache that `needed` names, and tell of every byte. The commit they are of."""
-    folder = Path(snapshot_download(repo, revision=revision, allow_patterns=[sources.INDEX], tqdm_class=_Silent))
+    """Download the files that `needed` names into the cache, with progress in bytes. Returns their commit."""
+    folder = Path(snapshot_download(repo, revision=revision, allow_patterns=[sources.INDEX], tqdm_class=_SilentBar))
     try:
         left_out = tuple(f"{part}/" for part in without)
         tree = get_cached_repo_tree(repo, revision=folder.name)
         names = [file.path for file in tree if not file.path.startswith(left_out)]
         index = json.loads((folder / sources.INDEX).read_bytes())
         files = repository_files.needed(names, index, variant, pickles=pickles)
-    except (hub.CachedRepoTreeNotFoundError, FileNotFoundError):  # a cache of old, or no repository of diffusers
+    except (hub.CachedRepoTreeNotFoundError, FileNotFoundError):  # an old cache, or not a diffusers repository
         return folder.name
     if files:
         bar = type("_Bar", (_ReportingBar,), {"report": staticmethod(report), "repo": repo})
@@ -85,8 +85,8 @@ def _fetched(
 
 
 def files_of(repo: str, revision: str | None) -> list[str]:
-    """Paths in a repository on the hub or, where it cannot be asked, in the cache; empty where it is in neither."""
-    with words_for_hub_errors(repo):
+    """Paths in a repository on the hub or, if that is unreachable, in the cache; empty if it is in neither."""
+    with as_download_errors(repo):
         try:
             return list(HfApi().list_repo_files(repo, revision=revision))
         except UNREACHABLE:
@@ -101,8 +101,8 @@ def files_of(repo: str, revision: str | None) -> list[str]:
 
 
 def index_of(repo: str, revision: str | None) -> dict[str, Any]:
-    """A repository's `model_index.json`, before anything else of it is fetched; empty where it has none."""
-    with words_for_hub_errors(repo), suppress(hub.EntryNotFoundError):
+    """A repository's `model_index.json`, downloaded if necessary; empty if it has none."""
+    with as_download_errors(repo), suppress(hub.EntryNotFoundError):
         return diffusers_source.json_of(Path(hf_hub_download(repo, sources.INDEX, revision=revision)))
     return {}
 
@@ -119,13 +119,13 @@ def description_of(path: Path, model: str) -> Path:
     and shapes; its few small files are downloaded once.
     """
     try:
-        with weight_file.in_lower_case(path) as named:
-            checkpoint = single_file_utils.load_single_file_checkpoint(str(named), local_files_only=True)
+        with weight_file.in_lower_case(path) as file:
+            checkpoint = single_file_utils.load_single_file_checkpoint(str(file), local_files_only=True)
     except (OSError, SafetensorError, ValueError) as error:
         raise LoadError(f"{path} cannot be read as weights ({_first_line(error)}); download it again") from error
     repo = single_file_utils.fetch_diffusers_config(checkpoint)["pretrained_model_name_or_path"]
     shipped = descriptions.of(repo)
-    with words_for_hub_errors(repo, f"{path.name} needs its small configuration files. Run `sfumato pull {model}`"):
+    with as_download_errors(repo, f"{path.name} needs its small configuration files. Run `sfumato pull {model}`"):
         try:
             return Path(snapshot_download(repo, allow_patterns=DESCRIPTION_FILES))
         except (*UNREACHABLE, hub.HfHubHTTPError) as error:
@@ -142,7 +142,7 @@ UNREACHABLE = (hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError, httpx2.Tra
 
 
 @contextmanager
-def words_for_hub_errors(repo: str, remedy: str = "") -> Iterator[None]:
+def as_download_errors(repo: str, remedy: str = "") -> Iterator[None]:
     """Turn what huggingface_hub and diffusers raise while downloading `repo` into errors with a remedy."""
     remedy = remedy or f"Run `sfumato pull {repo}`"
     endpoint = os.environ.get("HF_ENDPOINT", "the hub")
@@ -160,7 +160,7 @@ def words_for_hub_errors(repo: str, remedy: str = "") -> Iterator[None]:
     except hub.RevisionNotFoundError as error:
         raise LoadError(f"{repo} has no such revision: {error}") from error
     except UNREACHABLE as error:
-        if isinstance(error.__cause__, hub.HfHubHTTPError):  # it did answer
+        if isinstance(error.__cause__, hub.HfHubHTTPError):  # the hub did answer
             raise DownloadError(
                 f"{repo} could not be fetched from {endpoint}: {_first_line(error.__cause__)}"
             ) from error
@@ -178,8 +178,8 @@ def words_for_hub_errors(repo: str, remedy: str = "") -> Iterator[None]:
 
 
 def _unreachable(repo: str, endpoint: str, remedy: str) -> DownloadError:
-    why = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else f"{endpoint} cannot be reached"
-    return DownloadError(f"{repo} is not in the local cache and {why}. {remedy} once while online.")
+    reason = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else f"{endpoint} cannot be reached"
+    return DownloadError(f"{repo} is not in the local cache and {reason}. {remedy} once while online.")
 
 
 def _first_line(error: BaseException) -> str:
@@ -187,33 +187,33 @@ def _first_line(error: BaseException) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
-class _Silent(tqdm):  # type: ignore[misc]
-    """A tqdm that draws nothing; huggingface_hub makes one for files, two for bytes."""
+class _SilentBar(tqdm):  # type: ignore[misc]
+    """A progress bar without output; huggingface_hub creates one for files and two for bytes."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._bytes = kwargs.get("unit") == "B"
         kwargs.pop("name", None)
-        super().__init__(*args, **{**kwargs, "disable": False, "file": _Nowhere()})
+        super().__init__(*args, **{**kwargs, "disable": False, "file": _NullFile()})
 
 
-class _ReportingBar(_Silent):
-    """Tells how many of the bytes are here."""
+class _ReportingBar(_SilentBar):
+    """Reports the downloaded fraction of the bytes."""
 
     report: OnProgress
     repo: str
     _logged = 0.0
 
     def update(self, n: float | None = 1) -> bool | None:
-        shown: bool | None = super().update(n)
+        displayed: bool | None = super().update(n)
         if self._bytes and self.total:
             self.report(min(1.0, self.n / self.total), self.repo)
             if time.monotonic() - self._logged > 5:
                 self._logged = time.monotonic()
                 log.info("%s: %.0f of %.0f MB", self.repo, self.n / 1e6, self.total / 1e6)
-        return shown
+        return displayed
 
 
-class _Nowhere:
+class _NullFile:
     def write(self, text: str) -> None:
         pass
 

@@ -1,6 +1,6 @@
-"""GGUF files: a quantised denoiser alone, which takes all else from the repository that it was made from.
+"""GGUF files: they hold a quantised denoiser only; the other components come from the repository it was made from.
 
-Read by diffusers' own quantiser, which needs the package `gguf` (the extra of that name).
+diffusers reads them with its GGUF quantiser, which needs the package `gguf` (the extra of that name).
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from sfumato.models import sources
 
 SUFFIX = ".gguf"
 DENOISERS = ("transformer", "unet")
-"""Components that such a file may stand for."""
+"""Components that a GGUF file can replace."""
 
 
 def is_one(config: ModelConfig) -> bool:
-    """Whether the weights of a model are such a file, as far as its source tells."""
+    """Whether a model's source is a GGUF file."""
     return sources.suffix_of(config) == SUFFIX
 
 
 def base(config: ModelConfig) -> ModelConfig:
-    """The model that the rest comes from. Raises ModelFileError where something is missing for that."""
+    """The config of the model with the other components. Raises ModelFileError if it, or the package, is missing."""
     if importlib.util.find_spec("gguf") is None:
         raise ModelFileError(
             f"{config.name}: reading a .gguf file needs the package gguf. Run `pip install 'sfumato[gguf]'`, and start "
@@ -44,7 +44,7 @@ def base(config: ModelConfig) -> ModelConfig:
 
 
 def denoiser(path: Path, described: Path, index: dict[str, Any], dtype: Any) -> dict[str, Any]:
-    """The component that a file stands for, on the configuration of the base repository at `described`."""
+    """Load the file as the component it replaces, with the configuration of the base repository at `described`."""
     import diffusers
 
     part = next((name for name in DENOISERS if name in index), None)
@@ -53,9 +53,9 @@ def denoiser(path: Path, described: Path, index: dict[str, Any], dtype: Any) -> 
             f"{described}: has neither of {', '.join(DENOISERS)}, which a .gguf file could take the place of",
             param="diffusers.base_model",
         )
-    kind = getattr(diffusers, index[part][1])
+    cls = getattr(diffusers, index[part][1])
     quantization = diffusers.GGUFQuantizationConfig(compute_dtype=dtype)
-    made = kind.from_single_file(
+    module = cls.from_single_file(
         str(path), config=str(described), subfolder=part, quantization_config=quantization, dtype=dtype
     )
-    return {part: made}
+    return {part: module}

@@ -35,7 +35,7 @@ from sfumato.previews.decode import CheapDecoder, cheap_decoder
 
 log = logging.getLogger(__name__)
 
-Tell: TypeAlias = Callable[[ModelStatus], None]
+OnStatus: TypeAlias = Callable[[ModelStatus], None]
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -46,7 +46,7 @@ OFFLOADED = "its modules wait in main memory"
 
 
 @dataclass(slots=True)
-class Condition:
+class ModelState:
     """State of a model that changed after loading; shared by all its requests."""
 
     tiled_from: float | None = None
@@ -64,16 +64,16 @@ class Loaded:
     source: str
     device: str
     dtype: str
-    siblings: dict[str, Any] = field(default_factory=dict)
+    task_pipelines: dict[str, Any] = field(default_factory=dict)
     """Pipelines for other tasks on the same weights, by task."""
-    rungs: set[str] = field(default_factory=set)
+    fallbacks: set[str] = field(default_factory=set)
     """The out-of-memory fallbacks in use: TILES (from the size that did not fit) and OFFLOADED."""
-    condition: Condition = field(default_factory=Condition)
-    glance: CheapDecoder | None = None
+    state: ModelState = field(default_factory=ModelState)
+    preview_decoder: CheapDecoder | None = None
     """Cheap preview decoder; None: previews use the model's own VAE."""
 
 
-def load(config: ModelConfig, device_setting: str, tell: Tell) -> Loaded:
+def load(config: ModelConfig, device_setting: str, on_status: OnStatus) -> Loaded:
     """Load a model. Raises LoadError, ModelFileError or InvalidRequest with a readable message, and then keeps nothing.
 
     If memory runs out, raises what torch or Python raised (see `is_out_of_memory`).
@@ -82,19 +82,19 @@ def load(config: ModelConfig, device_setting: str, tell: Tell) -> Loaded:
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
 
-    def report(fraction: float | None, what: str) -> None:
-        tell(ModelStatus("downloading", what, fraction))
+    def report(fraction: float | None, name: str) -> None:
+        on_status(ModelStatus("downloading", name, fraction))
 
     try:
         device = choose_device(config, device_setting)
         dtype = choose_dtype(config, device)
-        pipeline, fetched = _pipeline(config, dtype, tell)
-        source = fetched.shown
+        pipeline, fetched = _pipeline(config, dtype, on_status)
+        source = fetched.label
         prediction.apply(config, pipeline, fetched.path if fetched.description and not gguf.is_one(config) else None)
         _check(config, pipeline)
-        parts.put_vae(config, pipeline, DTYPES[dtype], report)
+        parts.replace_vae(config, pipeline, DTYPES[dtype], report)
         parts.load_adapters(config, pipeline, report)
-        shown = _glance(config, pipeline, device, dtype)
+        preview_decoder = _load_preview_decoder(config, pipeline, device, dtype)
         _place(config, pipeline, device)
     except SfumatoError:
         raise
@@ -103,10 +103,10 @@ def load(config: ModelConfig, device_setting: str, tell: Tell) -> Loaded:
         if is_out_of_memory(error):
             raise
         log.exception("%s: load failed", config.name)
-        raise LoadError(f"{config.name}: {type(error).__name__}: {addresses.shown(str(error))}") from error
+        raise LoadError(f"{config.name}: {type(error).__name__}: {addresses.redact(str(error))}") from error
     pipeline.set_progress_bar_config(disable=True)
     log.info("%s: %s from %s on %s in %s", config.name, type(pipeline).__name__, source, device, dtype)
-    return Loaded(config, pipeline, source, device, dtype, glance=shown)
+    return Loaded(config, pipeline, source, device, dtype, preview_decoder=preview_decoder)
 
 
 def choose_device(config: ModelConfig, setting: str) -> str:
@@ -152,8 +152,8 @@ def choose_dtype(config: ModelConfig, device: str) -> str:
 
 
 def _cpu_has_bf16() -> bool:
-    has = torch.cpu.get_capabilities()
-    return bool(has.get("avx512_bf16") or has.get("amx_bf16") or has.get("bf16"))
+    features = torch.cpu.get_capabilities()
+    return bool(features.get("avx512_bf16") or features.get("amx_bf16") or features.get("bf16"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,28 +161,28 @@ class Fetched:
     """Weights on this machine: a diffusers folder or a single file, and what to call them, without secrets."""
 
     path: Path
-    shown: str
+    label: str
     description: Path | None = None
     """For a single file: the folder with its configurations and tokenizer."""
 
 
-def fetch(config: ModelConfig, dtype: str, tell: Tell, without: Sequence[str] = ()) -> Fetched:
+def fetch(config: ModelConfig, dtype: str, on_status: OnStatus, without: Sequence[str] = ()) -> Fetched:
     """Have everything the model needs on this disk. Raises DownloadError, LoadError or ModelFileError.
 
     `without`: of these components the configurations alone.
     """
     if gguf.is_one(config):
-        gguf.base(config)  # says what is missing before anything is fetched
+        gguf.base(config)  # raises what is missing before anything is fetched
 
-    def report(fraction: float | None, what: str) -> None:
-        tell(ModelStatus("downloading", what, fraction))
+    def report(fraction: float | None, name: str) -> None:
+        on_status(ModelStatus("downloading", name, fraction))
 
     for file in config.downloads:
         url = sources.download_url(file.uri)
         download.from_url(url, config.folder / file.filename, sha256=file.sha256, report=report)
     match sources.resolve(config):
         case sources.HubRepository(repo, revision):
-            tell(ModelStatus("downloading", repo))
+            on_status(ModelStatus("downloading", repo))
             pipeline_class.choose(config, download.index_of(repo, revision))
             folder = download.from_hub(
                 repo,
@@ -195,57 +195,57 @@ def fetch(config: ModelConfig, dtype: str, tell: Tell, without: Sequence[str] = 
             return Fetched(folder, f"{repo}@{folder.name}")
         case sources.Url(url):
             path = sources.weights(config, weight_file.obtain(url, config.folder, report=report))
-            return _described(config, path, addresses.shown(url), dtype, tell)
+            return _described(config, path, addresses.redact(url), dtype, on_status)
         case sources.File(path):
-            return _described(config, path, str(path), dtype, tell)
+            return _described(config, path, str(path), dtype, on_status)
         case sources.Folder(path):
             pinned = f"{config.repo}@{config.revision or 'main'}" if config.repo else str(path)
             return Fetched(path, pinned)
 
 
-def _described(config: ModelConfig, path: Path, shown: str, dtype: str, tell: Tell) -> Fetched:
-    """A single file with what describes it; a denoiser alone with the model that it is put into."""
+def _described(config: ModelConfig, path: Path, label: str, dtype: str, on_status: OnStatus) -> Fetched:
+    """A single file with its configurations; for a GGUF file, the base model that supplies the other components."""
     if path.suffix.lower() != gguf.SUFFIX:
-        return Fetched(path, shown, download.description_of(path, config.name))
-    return Fetched(path, shown, fetch(gguf.base(config), dtype, tell, without=gguf.DENOISERS).path)
+        return Fetched(path, label, download.description_of(path, config.name))
+    return Fetched(path, label, fetch(gguf.base(config), dtype, on_status, without=gguf.DENOISERS).path)
 
 
-def _pipeline(config: ModelConfig, dtype: str, tell: Tell) -> tuple[Any, Fetched]:
-    pipeline_class.choose(config, None)  # a word that is no class is told before anything is fetched
-    fetched = fetch(config, dtype, tell)
-    tell(ModelStatus("loading", fetched.shown))
+def _pipeline(config: ModelConfig, dtype: str, on_status: OnStatus) -> tuple[Any, Fetched]:
+    pipeline_class.choose(config, None)  # an unknown class is reported before anything is fetched
+    fetched = fetch(config, dtype, on_status)
+    on_status(ModelStatus("loading", fetched.label))
     index = pipeline_class.index_of(fetched.description or fetched.path)
     cls = getattr(diffusers, pipeline_class.choose(config, index))
-    with download.words_for_hub_errors(fetched.shown):
+    with download.as_download_errors(fetched.label):
         if fetched.path.suffix.lower() == gguf.SUFFIX and fetched.description:
-            with weight_file.in_lower_case(fetched.path) as named:
-                given = gguf.denoiser(named, fetched.description, index, DTYPES[dtype])
-            return _folder(config, fetched.description, cls, dtype, **given), fetched
+            with weight_file.in_lower_case(fetched.path) as file:
+                components = gguf.denoiser(file, fetched.description, index, DTYPES[dtype])
+            return _folder(config, fetched.description, cls, dtype, **components), fetched
         if fetched.description:
             return _single_file(config, fetched, cls, dtype), fetched
         return _folder(config, fetched.path, cls, dtype), fetched
 
 
-def _wanted(config: ModelConfig, dtype: str) -> tuple[str | None, ...]:
-    """Half-precision files are half the download and hold all that a half-precision model keeps."""
+def _preferred_variants(config: ModelConfig, dtype: str) -> tuple[str | None, ...]:
+    """Variants in order of preference. For a half-precision model fp16 files are enough, and half the download."""
     if config.variant:
         return (config.variant,)
     return (None,) if dtype == "fp32" else ("fp16", None)
 
 
 def _variant(config: ModelConfig, dtype: str, files: Iterable[str]) -> str | None:
-    """The variant of a repository's files that is loaded, with a word where it is another than the one wanted."""
-    wanted = _wanted(config, dtype)
-    variant = variants.pick(files, wanted)
-    if variant not in wanted:
+    """The variant of a repository's files to load; logs a warning if it is not a preferred one."""
+    preferred = _preferred_variants(config, dtype)
+    variant = variants.pick(files, preferred)
+    if variant not in preferred:
         log.warning(
             "%s: there are no %s weights; the variant %s is loaded, in %s",
-            config.name, wanted[0] or "plain", variant or "without a name", dtype,
+            config.name, preferred[0] or "plain", variant or "without a name", dtype,
         )  # fmt: skip
     return variant
 
 
-def _folder(config: ModelConfig, folder: Path, cls: Any, dtype: str, **given: Any) -> Any:
+def _folder(config: ModelConfig, folder: Path, cls: Any, dtype: str, **components: Any) -> Any:
     files = [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
     return cls.from_pretrained(
         folder,
@@ -253,21 +253,25 @@ def _folder(config: ModelConfig, folder: Path, cls: Any, dtype: str, **given: An
         variant=_variant(config, dtype, files),
         use_safetensors=None if config.allow_pickle else True,
         local_files_only=True,
-        **parts.given(config, DTYPES[dtype]),
-        **given,
+        **parts.components(config, DTYPES[dtype]),
+        **components,
     )
 
 
 def _single_file(config: ModelConfig, fetched: Fetched, cls: Any, dtype: str) -> Any:
     assert fetched.description
     original = {"original_config": str(parts.original_config(config))} if config.original_config else {}
-    with weight_file.in_lower_case(fetched.path) as named, descriptions.whole(fetched.description) as described:
+    with weight_file.in_lower_case(fetched.path) as file, descriptions.whole(fetched.description) as described:
         return cls.from_single_file(
-            str(named), config=str(described), dtype=DTYPES[dtype], **original, **parts.given(config, DTYPES[dtype])
+            str(file),
+            config=str(described),
+            dtype=DTYPES[dtype],
+            **original,
+            **parts.components(config, DTYPES[dtype]),
         )
 
 
-def _glance(config: ModelConfig, pipeline: Any, device: str, dtype: str) -> CheapDecoder | None:
+def _load_preview_decoder(config: ModelConfig, pipeline: Any, device: str, dtype: str) -> CheapDecoder | None:
     """The tiny autoencoder that the file names; else a latent-to-RGB map, fitted now while the model is idle."""
     if not config.preview_vae:
         # With weights offloaded to main memory, the map is fitted there.
@@ -275,16 +279,18 @@ def _glance(config: ModelConfig, pipeline: Any, device: str, dtype: str) -> Chea
         if vae is not None and not config.low_vram:
             vae.to(device)
         return cheap_decoder(pipeline)
-    with download.words_for_hub_errors(config.preview_vae):
-        tiny = diffusers.AutoencoderTiny.from_pretrained(parts.beside(config, config.preview_vae), dtype=DTYPES[dtype])
-    takes, has = (
+    with download.as_download_errors(config.preview_vae):
+        tiny = diffusers.AutoencoderTiny.from_pretrained(
+            parts.path_or_id(config, config.preview_vae), dtype=DTYPES[dtype]
+        )
+    channels, model_channels = (
         tiny.config.latent_channels,
         getattr(getattr(pipeline, "vae", None), "config", {}).get("latent_channels"),
     )
-    if has is not None and takes != has:
+    if model_channels is not None and channels != model_channels:
         raise ModelFileError(
-            f"{config.name}: preview_vae {config.preview_vae} decodes latents with {takes} channels; "
-            f"this model's have {has}. Use one made for this model, or leave it out.",
+            f"{config.name}: preview_vae {config.preview_vae} decodes latents with {channels} channels; "
+            f"this model's have {model_channels}. Use one made for this model, or leave it out.",
             param="diffusers.preview_vae",
         )
     return tiny.to(device)
@@ -292,8 +298,8 @@ def _glance(config: ModelConfig, pipeline: Any, device: str, dtype: str) -> Chea
 
 def _check(config: ModelConfig, pipeline: Any) -> None:
     scheduler = config.sampling.scheduler
-    if scheduler and (why := request_scheduler.keeps_own(pipeline)):
-        log.warning("%s: scheduler_type %s is left out: %s", config.name, scheduler, why)
+    if scheduler and (reason := request_scheduler.keeps_own(pipeline)):
+        log.warning("%s: scheduler_type %s is left out: %s", config.name, scheduler, reason)
     elif scheduler:
         choice = schedulers.parse(scheduler)
         try:

@@ -1,4 +1,4 @@
-"""Modules that a model file takes from elsewhere than the model's own source: ControlNet, text encoder, VAE, LoRAs."""
+"""Modules that do not come from the model's own source: ControlNet, text encoder, VAE, LoRAs."""
 
 from __future__ import annotations
 
@@ -18,36 +18,36 @@ from huggingface_hub import snapshot_download
 from sfumato.batching.batcher import is_out_of_memory
 from sfumato.config import ModelConfig, addresses
 from sfumato.errors import LoadError, ModelFileError
-from sfumato.models import diffusers_source, download, named, sources, variants, weight_file
+from sfumato.models import diffusers_source, download, references, sources, variants, weight_file
 from sfumato.models.weight_file import OnProgress
 
 
-def given(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """What a pipeline is made with."""
-    found: dict[str, Any] = {}
+def components(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """Components to pass to the pipeline's constructor."""
+    modules: dict[str, Any] = {}
     if config.control_net:
-        with download.words_for_hub_errors(config.control_net):
-            found["controlnet"] = diffusers.ControlNetModel.from_pretrained(
-                beside(config, config.control_net), dtype=dtype
+        with download.as_download_errors(config.control_net):
+            modules["controlnet"] = diffusers.ControlNetModel.from_pretrained(
+                path_or_id(config, config.control_net), dtype=dtype
             )
     if config.clip_model:
-        with download.words_for_hub_errors(config.clip_model):
-            found["text_encoder"] = transformers.CLIPTextModel.from_pretrained(
-                beside(config, config.clip_model),
+        with download.as_download_errors(config.clip_model):
+            modules["text_encoder"] = transformers.CLIPTextModel.from_pretrained(
+                path_or_id(config, config.clip_model),
                 subfolder=config.clip_subfolder or "",
                 dtype=dtype,
             )
-    return found
+    return modules
 
 
 def original_config(config: ModelConfig) -> Path:
-    """The YAML that a single file was trained with, on this disk. Raises LoadError or DownloadError in words."""
+    """The YAML that a single file was trained with, on this disk. Raises LoadError or DownloadError."""
     name = config.original_config or ""
     if re.match(r"https?://", name, re.IGNORECASE):
         url = sources.hub_page(name)
-        target = weight_file.place(url, config.folder)
+        target = weight_file.path_for(url, config.folder)
         return weight_file.fetch(url, target, sha256=None, report=lambda fraction, what: None)
-    path = Path(beside(config, name))
+    path = Path(path_or_id(config, name))
     if not path.is_file():
         raise LoadError(
             f"{config.name}: original_config_file: {name!r} does not exist; a path beside the model file, or a URL",
@@ -56,63 +56,63 @@ def original_config(config: ModelConfig) -> Path:
     return path
 
 
-def beside(config: ModelConfig, name: str) -> str:
+def path_or_id(config: ModelConfig, name: str) -> str:
     """A path relative to the model file when it exists, else the name as it is (a hub id)."""
     path = (config.folder / Path(name).expanduser()).resolve()
     return str(path) if path.exists() else name
 
 
-def put_vae(config: ModelConfig, pipeline: Any, dtype: torch.dtype, report: OnProgress) -> None:
-    """Give the pipeline the VAE that the file names. Raises ModelFileError for one that is not made for its latents."""
+def replace_vae(config: ModelConfig, pipeline: Any, dtype: torch.dtype, report: OnProgress) -> None:
+    """Give the pipeline the VAE that the file names. Raises ModelFileError if that VAE does not fit its latents."""
     if not config.vae:
         return
-    own, shown = pipeline.vae, addresses.shown(config.vae)
-    found = named.find(config, "vae", config.vae, report)
-    if isinstance(found, Path) and found.is_file():
-        vae = _vae_of_file(found, own, dtype)
+    original, label = pipeline.vae, addresses.redact(config.vae)
+    source = references.find(config, "vae", config.vae, report)
+    if isinstance(source, Path) and source.is_file():
+        vae = _vae_of_file(source, original, dtype)
     else:
-        with download.words_for_hub_errors(shown):
-            vae = _vae_of_folder(_fetched(found) if isinstance(found, named.Repository) else found, dtype)
-    takes, has = (getattr(each, "config", {}).get("latent_channels") for each in (vae, own))
-    factors = [len(getattr(each, "config", {}).get("block_out_channels", ())) for each in (vae, own)]
-    if takes != has or factors[0] != factors[1]:
+        with download.as_download_errors(label):
+            vae = _vae_of_folder(_fetch_vae(source) if isinstance(source, references.Repository) else source, dtype)
+    channels, model_channels = (getattr(each, "config", {}).get("latent_channels") for each in (vae, original))
+    factors = [len(getattr(each, "config", {}).get("block_out_channels", ())) for each in (vae, original)]
+    if channels != model_channels or factors[0] != factors[1]:
         raise ModelFileError(
-            f"{config.name}: vae {shown} decodes latents of {takes} channels in {factors[0]} levels; this model's have "
-            f"{has} in {factors[1]}. Take one made for it, or leave it out",
+            f"{config.name}: vae {label} decodes latents of {channels} channels in {factors[0]} levels; this model's "
+            f"have {model_channels} in {factors[1]}. Take one made for it, or leave it out",
             param="vae",
         )
     pipeline.register_modules(vae=vae)
 
 
-def _vae_of_file(path: Path, own: Any, dtype: torch.dtype) -> Any:
-    """Its weights, in the layout of the model's own VAE."""
+def _vae_of_file(path: Path, layout: Any, dtype: torch.dtype) -> Any:
+    """Load a VAE's weights into the class and configuration of `layout`, the model's own VAE."""
     with TemporaryDirectory() as folder, weight_file.in_lower_case(path) as file:
-        (Path(folder) / "config.json").write_text(json.dumps({**own.config, "_class_name": type(own).__name__}))
-        return type(own).from_single_file(str(file), config=folder, dtype=dtype)
+        (Path(folder) / "config.json").write_text(json.dumps({**layout.config, "_class_name": type(layout).__name__}))
+        return type(layout).from_single_file(str(file), config=folder, dtype=dtype)
 
 
-def _fetched(repository: named.Repository) -> Path:
-    """A folder with the VAE of a repository, whether that is all of it or a part, and no more."""
+def _fetch_vae(repository: references.Repository) -> Path:
+    """Download only the VAE of a repository, which may be the whole repository or its folder `vae`."""
     files = download.files_of(repository.id, repository.revision)
     part = "vae/" if "vae/config.json" in files else ""
     weights = [file for file in files if re.fullmatch(rf"{part}diffusion_pytorch_model[^/]*\.safetensors", file)]
     plain = [file for file in weights if file.count(".") == 1]
-    wanted = [f"{part}config.json", *(plain or weights)]
-    return Path(snapshot_download(repository.id, revision=repository.revision, allow_patterns=wanted))
+    patterns = [f"{part}config.json", *(plain or weights)]
+    return Path(snapshot_download(repository.id, revision=repository.revision, allow_patterns=patterns))
 
 
 def _vae_of_folder(folder: Path, dtype: torch.dtype) -> Any:
     part = folder / "vae" if (folder / "vae" / "config.json").is_file() else folder
-    kind = getattr(diffusers, str(diffusers_source.json_of(part / "config.json").get("_class_name")), None)
-    if kind is None:
+    cls = getattr(diffusers, str(diffusers_source.json_of(part / "config.json").get("_class_name")), None)
+    if cls is None:
         raise LoadError(f"{folder} has no VAE whose config.json names a class of diffusers; name a file", param="vae")
     files = [path.name for path in part.glob("diffusion_pytorch_model*")]
     variant = variants.pick([f"vae/{file}" for file in files], (None,))
-    return kind.from_pretrained(part, variant=variant, use_safetensors=True, local_files_only=True, dtype=dtype)
+    return cls.from_pretrained(part, variant=variant, use_safetensors=True, local_files_only=True, dtype=dtype)
 
 
 def load_adapters(config: ModelConfig, pipeline: Any, report: OnProgress) -> None:
-    """Have the file's LoRAs act on the pipeline, each by its scale."""
+    """Load the file's LoRAs into the pipeline, each with its scale."""
     if not config.adapters:
         return
     if not hasattr(pipeline, "load_lora_weights"):
@@ -122,29 +122,29 @@ def load_adapters(config: ModelConfig, pipeline: Any, report: OnProgress) -> Non
     names = []
     for index, adapter in enumerate(config.adapters):
         names.append(f"adapter_{index}")
-        path = named.lora(config, adapter.source, report)
-        with weight_file.in_lower_case(path) as file, _words_for(config, adapter.source, pipeline):
+        path = references.lora(config, adapter.source, report)
+        with weight_file.in_lower_case(path) as file, _as_load_error(config, adapter.source, pipeline):
             pipeline.load_lora_weights(
                 str(file.parent),
                 weight_name=file.name,
                 adapter_name=names[-1],
                 use_safetensors=None if config.allow_pickle else True,
             )
-            if not any(names[-1] in known for known in pipeline.get_list_adapters().values()):
+            if not any(names[-1] in loaded for loaded in pipeline.get_list_adapters().values()):
                 raise ValueError("none of its names is one of the model's")
     pipeline.set_adapters(names, [adapter.scale for adapter in config.adapters])
 
 
 @contextmanager
-def _words_for(config: ModelConfig, source: str, pipeline: Any) -> Iterator[None]:
-    """What diffusers and peft raise of a LoRA that is not for this model."""
+def _as_load_error(config: ModelConfig, source: str, pipeline: Any) -> Iterator[None]:
+    """Turn what diffusers and peft raise for a LoRA that does not fit this model into a LoadError."""
     try:
         yield
     except (ValueError, KeyError, IndexError, RuntimeError, NotImplementedError) as error:
         if is_out_of_memory(error):
             raise
         raise LoadError(
-            f"{config.name}: the LoRA {addresses.shown(source)} has nothing for {type(pipeline).__name__} ({error}); "
+            f"{config.name}: the LoRA {addresses.redact(source)} has nothing for {type(pipeline).__name__} ({error}); "
             "it may be made for models of another kind",
             param="lora_adapter",
         ) from error

@@ -1,7 +1,7 @@
-"""Which class of diffusers draws a model: the one that the file names, if it fits what the repository holds.
+"""Choose the diffusers class that draws a model: the one that the model file names, if it fits the repository.
 
-All of it is told from diffusers' source as text and from the repository's `model_index.json`, so that it can be said
-before anything is downloaded, and where there is no torch.
+Everything is read from diffusers' source as text and from the repository's `model_index.json`, so that errors are
+reported before anything is downloaded, and without importing torch.
 """
 
 from __future__ import annotations
@@ -24,118 +24,118 @@ from sfumato.pipelines import capabilities
 log = logging.getLogger(__name__)
 
 ANY = "DiffusionPipeline"
-"""Reads the repository."""
+"""Takes the class that the repository names."""
 
 AUTO: Mapping[str, str] = MappingProxyType(
     {"AutoPipelineForText2Image": "text", "AutoPipelineForImage2Image": "image", "AutoPipelineForInpainting": "mask"}
 )
-"""Reads it too -> the task of the class that it takes."""
+"""These do too -> the task that the class must support."""
 
 PARTS: Mapping[str, str] = MappingProxyType({"control_net": "controlnet", "clip_model": "text_encoder", "vae": "vae"})
-"""Field of `ModelConfig` -> the component of a pipeline that it brings."""
+"""Field of `ModelConfig` -> the pipeline component that it sets."""
 
 HARMLESS = frozenset({"safety_checker", "feature_extractor", "image_encoder", "watermarker", "image_processor"})
-"""Components without which a class draws what they were trained for."""
+"""Components that a class can do without."""
 
 WRITTEN_ALWAYS = "StableDiffusion"
-"""LocalAI's importer writes such a class into every file, whatever the repository holds: those are not meant."""
+"""LocalAI's importer writes such a class into every file, whatever the repository has: it may be replaced."""
 
 HARDWARE = frozenset({"torch_npu", "torch_xla"})
-"""Packages for machines that others have."""
+"""Packages for other hardware."""
 
 MODULES: Mapping[str, str] = MappingProxyType({"opencv": "cv2", "bs4": "bs4"})
-"""diffusers' word for a package -> the module that it is."""
+"""diffusers' name for a package -> the module to import."""
 
 PACKAGES: Mapping[str, str] = MappingProxyType({"opencv": "opencv-python-headless", "bs4": "beautifulsoup4"})
-"""The same -> what pip calls it."""
+"""diffusers' name for a package -> its name on PyPI."""
 
 
 @dataclass(frozen=True, slots=True)
 class Constructor:
-    """The components that a pipeline class is made of."""
+    """The components that a pipeline class's constructor takes."""
 
-    taken: frozenset[str]
-    needed: frozenset[str]
-    """Of these: those that it does not do without."""
+    accepted: frozenset[str]
+    required: frozenset[str]
+    """The required ones of `accepted`."""
 
 
 def choose(config: ModelConfig, index: Mapping[str, Any] | None) -> str:
-    """The name of the class for a repository with this `model_index.json`; None: it is not known yet.
+    """The name of the class for a repository with this `model_index.json` (None: not known yet).
 
-    Raises ModelFileError for a name that is no class or that takes no part that the file brings, LoadError for a class
-    that does not fit, and for one that needs a package that is not here.
+    Raises ModelFileError if the name is not a pipeline class or the class does not take a component that the file
+    sets; LoadError if the class does not fit the repository or needs a package that is not installed.
     """
-    named = config.pipeline_type or ANY
-    if named not in AUTO and named != ANY and not _is_pipeline(named):
+    requested = config.pipeline_type or ANY
+    if requested not in AUTO and requested != ANY and not _is_pipeline(requested):
         raise ModelFileError(
-            f"{config.name}: pipeline_type {named!r} is not a pipeline class of diffusers {_version()}."
-            f"{did_you_mean(named, (*AUTO, *_pipelines()))} Leave it out to read it from the repository.",
+            f"{config.name}: pipeline_type {requested!r} is not a pipeline class of diffusers {_version()}."
+            f"{did_you_mean(requested, (*AUTO, *_pipelines()))} Leave it out to read it from the repository.",
             param="diffusers.pipeline_type",
         )
-    _check_parts(config, named)
-    own = index.get("_class_name") if index else None
-    chosen = _fitting(config, named, own, index or {}) if isinstance(own, str) else named
+    _check_parts(config, requested)
+    listed = index.get("_class_name") if index else None
+    chosen = _fitting(config, requested, listed, index or {}) if isinstance(listed, str) else requested
     _check_parts(config, chosen)
     _check_packages(config, chosen)
     return chosen
 
 
-def _fitting(config: ModelConfig, named: str, own: str, index: Mapping[str, Any]) -> str:
-    if named == ANY:
-        return own
-    if named in AUTO:
-        found = capabilities.task_class(own, AUTO[named], controlled=bool(config.control_net))
-        if found is None:
+def _fitting(config: ModelConfig, requested: str, listed: str, index: Mapping[str, Any]) -> str:
+    if requested == ANY:
+        return listed
+    if requested in AUTO:
+        sibling = capabilities.task_class(listed, AUTO[requested], controlled=bool(config.control_net))
+        if sibling is None:
             raise LoadError(
-                f"{config.name}: diffusers has no {named} for {own}, which the repository is made for. Write "
-                f"`pipeline_type: {own}`, or leave it out",
+                f"{config.name}: diffusers has no {requested} for {listed}, which the repository is made for. Write "
+                f"`pipeline_type: {listed}`, or leave it out",
                 param="diffusers.pipeline_type",
             )
-        return found
-    misfit = "" if named == own else _misfit(config, named, index)
+        return sibling
+    misfit = "" if requested == listed else _misfit(config, requested, index)
     if not misfit:
-        return named
-    better = capabilities.task_class(own, capabilities.task_of(named) or "text", controlled=False)
-    if named.startswith(WRITTEN_ALWAYS) and better:
+        return requested
+    better = capabilities.task_class(listed, capabilities.task_of(requested) or "text", controlled=False)
+    if requested.startswith(WRITTEN_ALWAYS) and better:
         log.warning(
             "%s: pipeline_type %s does not fit this repository (%s); %s does and is used",
-            config.name, named, misfit, better,
+            config.name, requested, misfit, better,
         )  # fmt: skip
         return better
     raise LoadError(
-        f"{config.name}: pipeline_type {named} does not fit this repository, which is made for {own}: {misfit}. Write "
-        f"`pipeline_type: {better or own}`, or leave it out",
+        f"{config.name}: pipeline_type {requested} does not fit this repository, which is made for {listed}: {misfit}. "
+        f"Write `pipeline_type: {better or listed}`, or leave it out",
         param="diffusers.pipeline_type",
     )
 
 
 def _misfit(config: ModelConfig, name: str, index: Mapping[str, Any]) -> str:
-    """What a repository lacks for the class, or has that it does not take; empty where it fits."""
+    """Which components the class needs or does not take; empty if it fits the repository."""
     made_of = constructor(name)
     if made_of is None:
         return ""
-    there = {part for part, value in index.items() if isinstance(value, list) and value[-1] is not None}
-    there |= {component for field, component in PARTS.items() if getattr(config, field)}
-    # What a repository leaves out on purpose is in its index, as null.
-    lacks = (made_of.needed - there) | (made_of.taken - HARMLESS - there - index.keys())
-    over = there - made_of.taken - HARMLESS
-    said = [f"it has no {', '.join(sorted(lacks))}"] if lacks else []
-    return "; ".join(said + ([f"it has {', '.join(sorted(over))}, which that class does not take"] if over else []))
+    present = {part for part, value in index.items() if isinstance(value, list) and value[-1] is not None}
+    present |= {component for field, component in PARTS.items() if getattr(config, field)}
+    # A component that is left out on purpose is null in the index.
+    missing = (made_of.required - present) | (made_of.accepted - HARMLESS - present - index.keys())
+    extra = present - made_of.accepted - HARMLESS
+    faults = [f"it has no {', '.join(sorted(missing))}"] if missing else []
+    return "; ".join(faults + ([f"it has {', '.join(sorted(extra))}, which that class does not take"] if extra else []))
 
 
 def _check_parts(config: ModelConfig, name: str) -> None:
     made_of = constructor(name)
     for field, component in PARTS.items():
-        if made_of and getattr(config, field) and component not in made_of.taken:
+        if made_of and getattr(config, field) and component not in made_of.accepted:
             better = capabilities.task_class(name, "text", controlled=True) if field == "control_net" else None
             remedy = f"write `pipeline_type: {better}`, or leave it out" if better else "leave it out"
             raise ModelFileError(f"{config.name}: {field}: {name} takes no {component}; {remedy}", param=field)
 
 
 def _check_packages(config: ModelConfig, name: str) -> None:
-    missing = [word for word in packages(name) if importlib.util.find_spec(MODULES.get(word, word)) is None]
+    missing = [package for package in packages(name) if importlib.util.find_spec(MODULES.get(package, package)) is None]
     if missing:
-        names = " ".join(PACKAGES.get(word, word) for word in missing)
+        names = " ".join(PACKAGES.get(package, package) for package in missing)
         raise LoadError(
             f"{config.name}: {name} needs what is not installed: {names}. Run `pip install {names}` where Sfumato is "
             "installed, and start it again",
@@ -145,14 +145,14 @@ def _check_packages(config: ModelConfig, name: str) -> None:
 
 @functools.cache
 def constructor(name: str) -> Constructor | None:
-    """Of a class of diffusers; None where that is not told by its source."""
+    """The constructor of a diffusers class; None if it is not in diffusers' source."""
     for function in diffusers_source.methods(name, "__init__"):
         arguments = [each.arg for each in (*function.args.args, *function.args.kwonlyargs) if each.arg != "self"]
         parts = frozenset(each.arg for each in _annotated(function) if not _is_plain(each))
         defaults = diffusers_source.defaults(function)
         optional = set(diffusers_source.literal(name, "_optional_components") or ())
-        taken = frozenset(arguments) & (parts | frozenset({"controlnet"}))
-        return Constructor(taken, taken - defaults.keys() - optional)
+        accepted = frozenset(arguments) & (parts | frozenset({"controlnet"}))
+        return Constructor(accepted, accepted - defaults.keys() - optional)
     return None
 
 
@@ -161,43 +161,43 @@ def _annotated(function: ast.FunctionDef) -> list[ast.arg]:
 
 
 def _is_plain(argument: ast.arg) -> bool:
-    """Whether it is a setting and no component."""
+    """Whether an argument is a setting, not a component."""
     text = ast.unparse(argument.annotation) if argument.annotation else ""
     return text.split(" | ")[0] in ("bool", "int", "float", "str")
 
 
 @functools.cache
 def packages(name: str) -> tuple[str, ...]:
-    """diffusers' words for the packages that a class needs besides those that every class does."""
+    """diffusers' names for the packages that a class needs besides those that every class needs."""
     path = diffusers_source.files().get(name)
     if path is None:
         return ()
     tree = ast.parse(path.read_text(encoding="utf-8"))
     imports = [node.test for node in tree.body if isinstance(node, ast.If) and not node.orelse]
-    guarded = {word for test in imports for word in _asked(test)}
-    # A class that asks again, where it would use the package, does without.
-    optional = {word for node in ast.walk(tree) if node not in imports for word in _asked(node)}
+    guarded = {package for test in imports for package in _checked_package(test)}
+    # A class that checks again where it would use the package works without it.
+    optional = {package for node in ast.walk(tree) if node not in imports for package in _checked_package(node)}
     return tuple(sorted((guarded - optional - HARDWARE) | _backends().get(name, frozenset())))
 
 
-def _asked(node: ast.AST) -> set[str]:
-    """`ftfy` of `is_ftfy_available()`."""
-    called = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
-    found = called.removeprefix("is_").removesuffix("_available")
-    return {found} if called == f"is_{found}_available" else set()
+def _checked_package(node: ast.AST) -> set[str]:
+    """`ftfy`, for a call of `is_ftfy_available()`; empty for other nodes."""
+    function = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
+    package = function.removeprefix("is_").removesuffix("_available")
+    return {package} if function == f"is_{package}_available" else set()
 
 
 @functools.cache
 def _backends() -> Mapping[str, frozenset[str]]:
-    """Class -> packages without which diffusers puts a stand-in in its place, less those that are always here."""
-    found: dict[str, frozenset[str]] = {}
+    """Class -> packages without which diffusers replaces it with a placeholder, less those always installed."""
+    backends: dict[str, frozenset[str]] = {}
     for path in (diffusers_source.root() / "utils").glob("dummy_*_objects.py"):
-        words = path.stem.removeprefix("dummy_").removesuffix("_objects").split("_and_")
-        needed = frozenset(words) - {"torch", "transformers", "pt"}
+        backend_packages = path.stem.removeprefix("dummy_").removesuffix("_objects").split("_and_")
+        needed = frozenset(backend_packages) - {"torch", "transformers", "pt"}
         for node in ast.parse(path.read_text(encoding="utf-8")).body if needed else ():
             if isinstance(node, ast.ClassDef):
-                found[node.name] = needed
-    return found
+                backends[node.name] = needed
+    return backends
 
 
 def _is_pipeline(name: str) -> bool:

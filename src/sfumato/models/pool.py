@@ -16,12 +16,12 @@ from sfumato.config import ModelConfig
 from sfumato.core import ModelInfo, ModelStatus
 from sfumato.errors import LoadError, SfumatoError
 from sfumato.models import load
-from sfumato.models.release import let_go
+from sfumato.models.release import release_frames
 from sfumato.sampling import Sampling
 
 log = logging.getLogger(__name__)
 
-ASKED = "unloading was requested"
+UNLOAD_REQUESTED = "unloading was requested"
 
 PER_REQUEST: Mapping[str, Any] = {
     "aliases": (), "pinned": False, "disabled": False, "file": None, "enable_parameters": frozenset(),
@@ -39,21 +39,21 @@ class ModelPool:
         self,
         limit: int,
         device: str,
-        tell: Callable[[str, ModelStatus], None],
+        on_status: Callable[[str, ModelStatus], None],
         dropped: Callable[[], None] = lambda: None,
-        spare: Callable[[], int] = lambda: 0,
+        free_caches: Callable[[], int] = lambda: 0,
         describe: Callable[[load.Loaded], ModelInfo | None] = lambda model: None,
     ) -> None:
         """Hold at most `limit` models, on `device` (a setting); `dropped` is called after one was unloaded.
 
-        `spare` drops the engine's caches and returns the bytes freed, for a model that does not fit.
+        `free_caches` drops the engine's caches and returns the bytes freed, for a model that does not fit.
         `describe` returns a model's capabilities.
         """
         self._limit = limit
         self._device = device
-        self._tell = tell
+        self._on_status = on_status
         self._dropped = dropped
-        self._spare = spare
+        self._free_caches = free_caches
         self._describe = describe
         self._loaded: OrderedDict[str, load.Loaded] = OrderedDict()
         self._newest: dict[str, ModelConfig] = {}
@@ -61,9 +61,9 @@ class ModelPool:
         self._users: Counter[str] = Counter()
         self._pins: dict[str, bool] = {}
         """Model → whether it is pinned, if a request overrode its model file."""
-        self._leaving: set[str] = set()
+        self._to_unload: set[str] = set()
         """Models to unload as soon as no request uses them."""
-        self._line: deque[object] = deque()
+        self._queue: deque[object] = deque()
         self.loads = 0
         """Models loaded so far."""
         self.evictions = 0
@@ -80,85 +80,85 @@ class ModelPool:
         loaded models do not overtake a model that waits for room.
         """
         ticket = object()
-        self._line.append(ticket)
+        self._queue.append(ticket)
         try:
-            while self._line[0] is not ticket or not self._has_room(config):
+            while self._queue[0] is not ticket or not self._has_room(config):
                 turn()
             model = self._get(config)
         finally:
-            self._line.remove(ticket)
+            self._queue.remove(ticket)
         self._users[config.name] += 1
         try:
             yield model
         finally:
             self._users[config.name] -= 1
             if not self._users[config.name]:
-                self._rest(config.name)
-                if config.name in self._leaving:
-                    self._drop(config.name, ASKED)
+                self._become_idle(config.name)
+                if config.name in self._to_unload:
+                    self._unload(config.name, UNLOAD_REQUESTED)
 
     def unload(self, name: str | None) -> None:
         """Unload a model (None: all), pinned or not, once no request uses it."""
-        for each in [name] if name is not None else list(self._loaded):
-            if each in self._loaded and self._users[each]:
-                self._leaving.add(each)
-            elif each in self._loaded:
-                self._drop(each, ASKED)
+        for model in [name] if name is not None else list(self._loaded):
+            if model in self._loaded and self._users[model]:
+                self._to_unload.add(model)
+            elif model in self._loaded:
+                self._unload(model, UNLOAD_REQUESTED)
 
     def pin(self, name: str, pinned: bool) -> None:
         self._pins[name] = pinned
 
     def _has_room(self, config: ModelConfig) -> bool:
-        held = self._loaded.get(config.name)
-        if held and _serves(held, config):
+        loaded = self._loaded.get(config.name)
+        if loaded and _serves(loaded, config):
             return True
-        if held and self._users[config.name]:
+        if loaded and self._users[config.name]:
             return False  # it must be reloaded; requests that use the old one finish first
         return len(self._loaded) < self._limit or self._oldest() is not None or not any(self._users.values())
 
     def _get(self, config: ModelConfig) -> load.Loaded:
         """The model. A failed load leaves nothing behind: the next request tries again."""
-        held = self._loaded.get(config.name)
-        if held and _serves(held, config):
+        loaded = self._loaded.get(config.name)
+        if loaded and _serves(loaded, config):
             self._loaded.move_to_end(config.name)
-            self._leaving.discard(config.name)  # it is requested again
+            self._to_unload.discard(config.name)  # it is requested again
             changed, self._newest[config.name] = self._newest[config.name] != config, config
             if not self._users[config.name]:
-                held.config = config
+                loaded.config = config
             # Running requests keep the model file they were made with.
-            model = held if held.config == config else replace(held, config=config)
+            model = loaded if loaded.config == config else replace(loaded, config=config)
             if changed:  # a default of requests changed
-                self._tell(config.name, self._ready(model))
+                self._on_status(config.name, self._ready(model))
             return model
-        if held:
-            self._drop(config.name, held.condition.broken or "its model file changed")
+        if loaded:
+            self._unload(config.name, loaded.state.broken or "its model file changed")
         while len(self._loaded) >= self._limit and (idle := self._oldest()):
             self._evict(idle, "another model needs its place")
         try:
             self._loaded[config.name] = self._load(config)
         except SfumatoError as error:
-            self._tell(config.name, ModelStatus("failed", error.message))
+            self._on_status(config.name, ModelStatus("failed", error.message))
             raise
         self.loads += 1
         self._newest[config.name] = config
         model = self._loaded[config.name]
-        self._tell(config.name, self._ready(model))
+        self._on_status(config.name, self._ready(model))
         return model
 
     def _load(self, config: ModelConfig) -> load.Loaded:
-        def tell(status: ModelStatus) -> None:
-            self._tell(config.name, status)
+        def on_status(status: ModelStatus) -> None:
+            self._on_status(config.name, status)
 
-        tell(ModelStatus("loading"))
+        on_status(ModelStatus("loading"))
         while True:
             try:
-                return load.load(config, self._device, tell)
+                return load.load(config, self._device, on_status)
             except Exception as error:  # torch's CPU allocator raises a plain RuntimeError
                 if not is_out_of_memory(error):
                     raise
-                let_go(error)
+                release_frames(error)
             gc.collect()
-            if not self._spare() and not self._evict_idle():
+            if not self._free_caches() and not self._evict_idle():
                 raise LoadError(
                     f"{config.name}: does not fit into memory. Try `low_vram: true`, a smaller dtype or cuda: false"
                 )
@@ -177,7 +177,7 @@ class ModelPool:
             self._evict(idle, "its memory is needed")
         return idle is not None
 
-    def _rest(self, name: str) -> None:
+    def _become_idle(self, name: str) -> None:
         """Called when the last request using the model has ended."""
         model = self._loaded[name]
         model.config = self._newest[name]
@@ -185,7 +185,7 @@ class ModelPool:
             offload.offload_all(model.pipeline)
         except Exception as error:  # whatever a module raises when it is moved
             log.exception("%s: its modules could not be put into main memory", name)
-            model.condition.broken = f"its modules could not be put into main memory: {error}"
+            model.state.broken = f"its modules could not be put into main memory: {error}"
 
     def _oldest(self) -> str | None:
         """The least recently used model that is neither pinned nor in use."""
@@ -195,28 +195,28 @@ class ModelPool:
     def _pinned(self, model: load.Loaded) -> bool:
         return self._pins.get(model.config.name, model.config.pinned)
 
-    def _evict(self, name: str, why: str) -> None:
+    def _evict(self, name: str, reason: str) -> None:
         self.evictions += 1
-        self._drop(name, why)
+        self._unload(name, reason)
 
-    def _drop(self, name: str, why: str) -> None:
-        log.info("%s was unloaded: %s", name, why)
+    def _unload(self, name: str, reason: str) -> None:
+        log.info("%s was unloaded: %s", name, reason)
         del self._loaded[name], self._newest[name]
-        self._leaving.discard(name)
+        self._to_unload.discard(name)
         self._dropped()
         gc.collect()
         offload.empty_cache()
         for model in self._loaded.values():  # there is more room now: models that did not fit may fit
-            model.condition.tiled_from = None
-        self._tell(name, ModelStatus("unloaded", why))
+            model.state.tiled_from = None
+        self._on_status(name, ModelStatus("unloaded", reason))
 
 
 def _serves(model: load.Loaded, config: ModelConfig) -> bool:
     """Whether the loaded model can serve a request with `config`."""
-    return not model.condition.broken and _of_weights(model.config) == _of_weights(config)
+    return not model.state.broken and _loading_config(model.config) == _loading_config(config)
 
 
-def _of_weights(config: ModelConfig) -> ModelConfig:
+def _loading_config(config: ModelConfig) -> ModelConfig:
     """The config without the fields that each request reads itself: changing only those does not reload."""
     sampling = Sampling(scheduler=config.sampling.scheduler, clip_skip=config.sampling.clip_skip)  # `load` checks these
     return replace(config, **PER_REQUEST, sampling=sampling)

@@ -1,7 +1,7 @@
-"""What a checkpoint was trained to predict: as the model file says, else as a single file's own marks say.
+"""What a checkpoint was trained to predict: from the model file, else from markers in a single file.
 
-A single file in the original layout has weights alone; those who train with v-prediction or zero terminal SNR leave
-keys without meaning in it (`v_pred`, `ztsnr`), which every program looks for, or a line in its metadata.
+A single file in the original layout has only weights. Models trained with v-prediction or zero terminal SNR have
+empty marker keys in it (`v_pred`, `ztsnr`), which other programs read too, or an entry in its metadata.
 """
 
 from __future__ import annotations
@@ -18,35 +18,35 @@ from sfumato.models import single_file
 from sfumato.pipelines import request_scheduler
 
 KEYS = ("prediction_type", "rescale_betas_zero_snr", "timestep_spacing")
-"""Of a model file, and arguments of diffusers' schedulers."""
+"""Keys of a model file that are also arguments of diffusers' schedulers."""
 
 EDM = "edm_vpred.sigma_max"
-"""Marks a continuous v-prediction: with `edm_vpred.sigma_min` it has the noise levels."""
+"""Marks continuous v-prediction; this key and `edm_vpred.sigma_min` hold the range of noise levels."""
 
 
 def apply(config: ModelConfig, pipeline: Any, file: Path | None) -> None:
-    """Have the scheduler of a pipeline know it. `file`: the single file that it came from."""
-    own = getattr(pipeline, "scheduler", None)
-    said = {key: getattr(config, key) for key in KEYS if getattr(config, key) is not None}
+    """Configure the pipeline's scheduler for it. `file`: the single file that the weights came from, if any."""
+    scheduler = getattr(pipeline, "scheduler", None)
+    configured = {key: getattr(config, key) for key in KEYS if getattr(config, key) is not None}
     marks = _marks(file) if file else {}
-    if own is None or not (said or marks):
+    if scheduler is None or not (configured or marks):
         return
-    if request_scheduler.is_flow(own) and said:
+    if request_scheduler.is_flow(scheduler) and configured:
         raise ModelFileError(
-            f"{config.name}: {', '.join(said)}: {type(pipeline).__name__} is a flow model and has none of these; "
+            f"{config.name}: {', '.join(configured)}: {type(pipeline).__name__} is a flow model and has none of these; "
             "leave them out",
-            param=f"diffusers.{next(iter(said))}",
+            param=f"diffusers.{next(iter(configured))}",
         )
-    if file and "sigma_max" in marks and not said:
+    if file and "sigma_max" in marks and not configured:
         pipeline.register_modules(scheduler=diffusers.EDMEulerScheduler(**marks))
         return
-    changes = {key: value for key, value in (marks | said).items() if key in KEYS}
+    changes = {key: value for key, value in (marks | configured).items() if key in KEYS}
     if changes.get("rescale_betas_zero_snr") and "timestep_spacing" not in changes:
-        changes["timestep_spacing"] = "trailing"  # else the step with no signal at all is never drawn from
-    kind: Any = type(own)
-    if not changes.keys() <= kind._get_init_keys(kind):
-        kind = diffusers.EulerDiscreteScheduler  # PNDM knows no zero SNR
-    pipeline.register_modules(scheduler=kind.from_config(own.config, **changes))
+        changes["timestep_spacing"] = "trailing"  # otherwise the timestep with pure noise is never used
+    cls: Any = type(scheduler)
+    if not changes.keys() <= cls._get_init_keys(cls):
+        cls = diffusers.EulerDiscreteScheduler  # PNDM does not support zero terminal SNR
+    pipeline.register_modules(scheduler=cls.from_config(scheduler.config, **changes))
 
 
 def _marks(file: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import traceback
 
 
-def let_go(error: BaseException | None) -> None:
+def release_frames(error: BaseException | None) -> None:
     """Clear the finished frames of `error` and of its causes; its message and line numbers stay.
 
     A stored error (in an answer, or in a frame it passed through) is part of a reference cycle: without this the

@@ -1,7 +1,7 @@
 """Which files of a repository a pipeline needs, by diffusers' own rules.
 
-diffusers downloads by them as well (`DiffusionPipeline.download`), but tells nobody of its progress; so the files are
-named here and fetched before it is asked.
+`DiffusionPipeline.download` uses the same rules but does not report its progress, so the files are chosen and
+downloaded here first.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ OTHERS = (".msgpack", ".onnx", ".pb")
 
 
 def needed(names: Collection[str], index: Mapping[str, Any], variant: str | None, *, pickles: bool) -> list[str]:
-    """Of `names`, all files of a repository, those that its `model_index.json` asks for.
+    """The files that a pipeline needs, of `names`: all files of a repository with this `model_index.json`.
 
-    They are of `variant`, or plain (None) for a component without. Empty where the repository has none of it, or
-    pickles alone and these are not allowed.
+    Weights are of `variant`; of a component without it, the plain ones (None). Empty if the repository does not have
+    the variant, or has only pickles and these are not allowed.
     """
     names = [name for name in names if name not in index.get("_ignore_files", ())]
     folders = {name for name, part in index.items() if isinstance(part, list) and name != "_class_name"}
@@ -34,14 +34,14 @@ def needed(names: Collection[str], index: Mapping[str, Any], variant: str | None
     left_out = (*OTHERS, ".bin" if safe else ".safetensors")
     try:
         weights, _ = rules.variant_compatible_siblings(names, variant, [f"*{ending}" for ending in left_out])
-    except ValueError:  # it has nothing of this variant
+    except ValueError:  # no file is of this variant
         return []
-    kept = {*weights, *ROOT, *(f"{folder}/config.json" for folder in with_weights)}
-    whole = tuple(f"{folder}/" for folder in folders - with_weights)
+    selected = {*weights, *ROOT, *(f"{folder}/config.json" for folder in with_weights)}
+    other_folders = tuple(f"{folder}/" for folder in folders - with_weights)
     return [
         name
         for name in names
-        if (name in kept or name.startswith(whole)) and not name.partition(".index.")[0].endswith(left_out)
+        if (name in selected or name.startswith(other_folders)) and not name.partition(".index.")[0].endswith(left_out)
     ]
 
 

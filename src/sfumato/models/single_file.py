@@ -30,14 +30,14 @@ NEEDED = ("CHECKPOINT_KEY_NAMES", REPOSITORIES, TYPE_OF)
 def described_by(path: Path) -> str | None:
     """The hub id of the repository with its configurations; None if the file cannot be read. Blocks."""
     try:
-        about = path.stat()
-        return _described_by(path, about.st_mtime_ns, about.st_size)
+        status = path.stat()
+        return _described_by(path, status.st_mtime_ns, status.st_size)
     except (OSError, ValueError, RecursionError):
         return None
 
 
 @functools.lru_cache(maxsize=1024)
-def _described_by(path: Path, changed: int, size: int) -> str | None:
+def _described_by(path: Path, modified_ns: int, size: int) -> str | None:
     shapes = {name: SimpleNamespace(shape=each["shape"]) for name, each in header_of(path).items() if "shape" in each}
     if not shapes:
         return None
@@ -50,13 +50,13 @@ def _described_by(path: Path, changed: int, size: int) -> str | None:
 
 
 def header_of(path: Path) -> Mapping[str, Any]:
-    """Of a safetensors file: name → dtype, shape and place. Raises ValueError for what is none."""
+    """Header of a safetensors file: name → dtype, shape and offsets. Raises ValueError if it is not such a file."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > MAX_HEADER:
             raise ValueError(f"{path} has no header of safetensors")
         header = json.loads(file.read(length))
-    if not (isinstance(header, dict) and all(isinstance(each, dict) for each in header.values())):
+    if not (isinstance(header, dict) and all(isinstance(entry, dict) for entry in header.values())):
         raise ValueError(f"{path} has no header of safetensors")
     return header
 
@@ -64,10 +64,10 @@ def header_of(path: Path) -> Mapping[str, Any]:
 @functools.cache
 def _rules() -> tuple[Callable[[Mapping[str, Any]], str], Mapping[str, Mapping[str, str]]]:
     """diffusers' function from names and shapes to a type, and its table from the type to a repository."""
-    found = importlib.util.find_spec("diffusers")
-    assert found
-    assert found.origin
-    path = Path(found.origin).parent / "loaders" / "single_file_utils.py"
+    spec = importlib.util.find_spec("diffusers")
+    assert spec
+    assert spec.origin
+    path = Path(spec.origin).parent / "loaders" / "single_file_utils.py"
     nodes = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if _defines(node) in NEEDED]
     names: dict[str, Any] = {}
     exec(compile(ast.Module(nodes, []), str(path), "exec"), names)
@@ -77,5 +77,5 @@ def _rules() -> tuple[Callable[[Mapping[str, Any]], str], Mapping[str, Mapping[s
 def _defines(node: ast.stmt) -> str:
     if isinstance(node, ast.FunctionDef):
         return node.name
-    named = isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
-    return node.targets[0].id if named else ""  # type: ignore[attr-defined]
+    assigns = isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    return node.targets[0].id if assigns else ""  # type: ignore[attr-defined]

@@ -66,27 +66,27 @@ def resolve(config: ModelConfig) -> Source:
     An existing path wins; then come URLs and hub ids. Raises ModelFileError if the text cannot be
     a source, LoadError if what it names does not exist.
     """
-    written = config.repo or config.model
+    text = config.repo or config.model
     if config.repo:
         fetched = config.folder / config.snapshot if config.snapshot else None
         return Folder(fetched) if fetched and (fetched / INDEX).is_file() else _hub(config, config.repo)
     # os.path, because Path raises on `~nobody` and on names that are too long to be one.
-    path = (config.folder / os.path.expanduser(written)).absolute()  # noqa: PTH111
+    path = (config.folder / os.path.expanduser(text)).absolute()  # noqa: PTH111
     awaited = [(config.folder / file.filename).absolute() for file in config.downloads]
     if os.path.isfile(path) or path in awaited:  # noqa: PTH113
         return File(weights(config, path))
     if os.path.isdir(path):  # noqa: PTH112
         return Folder(_layout(config, path))
-    if scheme := _SCHEME.fullmatch(written):
+    if scheme := _SCHEME.fullmatch(text):
         return _remote(config, scheme[1].lower(), scheme[2])
-    suffix = PurePosixPath(written).suffix.lower()
-    if suffix in SAFE + PICKLES or written.startswith(("/", "~", ".")) or not _HUB_ID.fullmatch(written):
+    suffix = PurePosixPath(text).suffix.lower()
+    if suffix in SAFE + PICKLES or text.startswith(("/", "~", ".")) or not _HUB_ID.fullmatch(text):
         raise LoadError(_not_found(config, path), param="parameters.model")
-    return _hub(config, written)
+    return _hub(config, text)
 
 
 def suffix_of(config: ModelConfig) -> str:
-    """Of the file that a model's weights are, in lower case; empty for a repository, a folder and what is no source."""
+    """Suffix of a model's weight file, in lower case; empty for a repository, a folder or an invalid source."""
     try:
         source = resolve(config)
     except SfumatoError:
@@ -102,7 +102,7 @@ def suffix_of(config: ModelConfig) -> str:
 def download_url(uri: str, revision: str | None = None) -> str:
     """The http(s) URL of a file's `uri`: a URL, or `huggingface://owner/name[@revision]/path`.
 
-    `revision` is the one where it names none.
+    `revision` is used if the `uri` names none.
     """
     scheme = _SCHEME.fullmatch(uri)
     kind = scheme[1].lower() if scheme else ""
@@ -112,7 +112,7 @@ def download_url(uri: str, revision: str | None = None) -> str:
     repo = _HUB_ID.fullmatch("/".join(parts[:2]))
     if repo is None or len(parts) < 3 or not all(parts):
         raise ModelFileError(
-            f"uri {addresses.shown(uri)!r}: must be https://... or huggingface://owner/name/file",
+            f"uri {addresses.redact(uri)!r}: must be https://... or huggingface://owner/name/file",
             param="download_files",
         )
     path = "/".join(parts[2:])
@@ -134,7 +134,7 @@ def _hub(config: ModelConfig, repo: str) -> HubRepository:
     match = _HUB_ID.fullmatch(repo)
     if match is None:
         raise ModelFileError(
-            f"{_where(config)}: {repo!r} is not a hub id; use owner/name or owner/name@revision",
+            f"{_location(config)}: {repo!r} is not a hub id; use owner/name or owner/name@revision",
             param="parameters.model",
         )
     return HubRepository(match[1], match[2] or config.revision)
@@ -148,11 +148,11 @@ def _remote(config: ModelConfig, scheme: str, rest: str) -> Source:
             return _hub(config, "/".join(segments))
         if not urlparse(url).netloc or not segments:
             raise ModelFileError(
-                f"{_where(config)}: {config.shown!r} names no file to download", param="parameters.model"
+                f"{_location(config)}: {config.label!r} names no file to download", param="parameters.model"
             )
         if mimetypes.guess_type(segments[-1])[0] or PurePosixPath(segments[-1]).suffix.lower() in SAFE + PICKLES:
             weights(config, PurePosixPath(segments[-1]))
-        return Url(hub_page(url))  # which may not tell what it leads to: its answer does
+        return Url(hub_page(url))  # without a suffix, the server's answer names the file
     if scheme in _HUB_SCHEMES:
         rest = re.split(r"[?#]", rest)[0].strip("/")
         if rest.count("/") < 2:
@@ -160,25 +160,25 @@ def _remote(config: ModelConfig, scheme: str, rest: str) -> Source:
         weights(config, PurePosixPath(rest.partition("@")[0] if "@" in rest.rpartition("/")[2] else rest))
         return Url(download_url(f"hf://{rest}", config.revision))
     raise ModelFileError(
-        f"{_where(config)}: {config.shown!r}: {scheme}:// is not supported; use http://, https://, huggingface:// "
+        f"{_location(config)}: {config.label!r}: {scheme}:// is not supported; use http://, https://, huggingface:// "
         "or hf://",
         param="parameters.model",
     )
 
 
 def weights(config: ModelConfig, path: AnyPath, key: str = "parameters.model") -> AnyPath:
-    """The path, if its file is of a kind that can be loaded; `key` is what names it in the model file."""
+    """The path, if its file can be loaded, else raises ModelFileError; `key` is the model file's key for it."""
     suffix = path.suffix.lower()
     if suffix in SAFE or (suffix in PICKLES and config.allow_pickle):
         return path
     if suffix in PICKLES:
         raise ModelFileError(
-            f"{_where(config)}: {path} is a pickle, which can run arbitrary code when it is loaded. Use a "
+            f"{_location(config)}: {path} is a pickle, which can run arbitrary code when it is loaded. Use a "
             ".safetensors file, or set `allow_pickle: true` if you trust it",
             param=key,
         )
     raise ModelFileError(
-        f"{_where(config)}: {path} is not a weight file; use one of {', '.join(SAFE)}",
+        f"{_location(config)}: {path} is not a weight file; use one of {', '.join(SAFE)}",
         param=key,
     )
 
@@ -186,22 +186,22 @@ def weights(config: ModelConfig, path: AnyPath, key: str = "parameters.model") -
 def _layout(config: ModelConfig, path: Path) -> Path:
     if not (path / INDEX).is_file():
         files = sorted(file.name for file in path.iterdir() if file.suffix.lower() in SAFE)
-        remedy = f"name the file: {config.shown}/{files[0]}" if files else "download it again, or name a single file"
+        remedy = f"name the file: {config.label}/{files[0]}" if files else "download it again, or name a single file"
         raise LoadError(
-            f"{_where(config)}: the folder {path} has no {INDEX}, which every diffusers model needs; {remedy}",
+            f"{_location(config)}: the folder {path} has no {INDEX}, which every diffusers model needs; {remedy}",
             param="parameters.model",
         )
     return path
 
 
 def _not_found(config: ModelConfig, path: Path) -> str:
-    beside = sorted(file.name for file in config.folder.glob("*") if file.suffix.lower() in SAFE)
-    there = f" That folder has {', '.join(beside[:8])}." if beside else ""
+    files = sorted(file.name for file in config.folder.glob("*") if file.suffix.lower() in SAFE)
+    hint = f" That folder has {', '.join(files[:8])}." if files else ""
     return (
-        f"{_where(config)}: {config.shown!r} is neither a path ({path} does not exist) nor a hub id (owner/name). "
-        f"Put it there, or fix parameters.model.{there}"
+        f"{_location(config)}: {config.label!r} is neither a path ({path} does not exist) nor a hub id (owner/name). "
+        f"Put it there, or fix parameters.model.{hint}"
     )
 
 
-def _where(config: ModelConfig) -> str:
+def _location(config: ModelConfig) -> str:
     return f"{config.file}: {config.name}" if config.file else config.name

@@ -47,7 +47,7 @@ def static_capabilities(config: ModelConfig) -> StaticCapabilities:
     name: Any
     try:
         name = pipeline_class.choose(config, index)
-    except SfumatoError:  # whoever asks for the model is told
+    except SfumatoError:  # requests for the model get this error
         name = config.pipeline_type or index.get("_class_name")
     if not isinstance(name, str) or name == pipeline_class.ANY or name in pipeline_class.AUTO:
         return StaticCapabilities(None)
@@ -56,8 +56,8 @@ def static_capabilities(config: ModelConfig) -> StaticCapabilities:
     tasks = capabilities.tasks_of(name, parameters)
     if not index or folder is None:
         return StaticCapabilities(name, tasks)
-    given = {"controlnet": config.control_net, "text_encoder": config.clip_model}
-    parts = _Parts(folder, index | {part: ["", ""] for part, source in given.items() if source})
+    replaced = {"controlnet": config.control_net, "text_encoder": config.clip_model}
+    parts = _Parts(folder, index | {part: ["", ""] for part, source in replaced.items() if source})
     return StaticCapabilities(name, tasks, _multiple(name, parts), _tokens(parameters, parts, config.options))
 
 
@@ -80,7 +80,7 @@ class _Parts:
         return part in self._classes
 
     def setting(self, part: str, key: str) -> Any:
-        """Of its configuration, else its class's default. Raises _Unknown."""
+        """A value of a component's configuration, else its class's default. Raises _Unknown."""
         config = diffusers_source.json_of(self._folder / part / "config.json")
         if key in config:
             return config[key]
@@ -90,7 +90,7 @@ class _Parts:
         raise _Unknown
 
     def tokenizer(self, part: str) -> tuple[str, Any]:
-        """Its class, and the tokens that it reads, if it says so."""
+        """A tokenizer's class, and its maximum length in tokens, if it has one."""
         config = diffusers_source.json_of(self._folder / part / "tokenizer_config.json")
         return self._classes.get(part, ""), config.get("model_max_length")
 
@@ -98,35 +98,35 @@ class _Parts:
 def _tokens(parameters: Mapping[str, inspect.Parameter], parts: _Parts, options: Mapping[str, Any]) -> int | None:
     """Equals `tokens.capacity` of the loaded pipeline."""
     limit = parameters.get("max_sequence_length")
-    asked = options.get("max_sequence_length", limit.default if limit else None)
-    rooms = []
+    max_length = options.get("max_sequence_length", limit.default if limit else None)
+    capacities = []
     for part, encoder in tokens.ENCODERS.items():
         if part in parts and encoder in parts:
-            kind, most = parts.tokenizer(part)
-            room = most if "CLIP" in kind or not isinstance(asked, int) else asked
-            if isinstance(room, int) and room < tokens.UNLIMITED:
-                rooms.append(room)
-    return max(rooms, default=None)
+            kind, model_max_length = parts.tokenizer(part)
+            capacity = model_max_length if "CLIP" in kind or not isinstance(max_length, int) else max_length
+            if isinstance(capacity, int) and capacity < tokens.UNLIMITED:
+                capacities.append(capacity)
+    return max(capacities, default=None)
 
 
 def _multiple(name: str, parts: _Parts) -> int | None:
     """Equals `arguments.size_multiple`, from the arithmetic in the class's `__init__`."""
     if larger := capabilities.UPSCALERS.get(name):
         return larger.multiple * larger.factor
-    own: dict[str, Any] = {}
+    attributes: dict[str, Any] = {}
     processor: Any = None
     for function in diffusers_source.methods(name, "__init__"):
-        for target, value in _assigned(function):
+        for target, value in _assignments(function):
             if target == "image_processor" and isinstance(value, ast.Call):
-                said = [each.value for each in value.keywords if each.arg == "vae_scale_factor"]
-                processor = _value(said[0], own, parts) if said else DEFAULT_MULTIPLE
+                factors = [each.value for each in value.keywords if each.arg == "vae_scale_factor"]
+                processor = _value(factors[0], attributes, parts) if factors else DEFAULT_MULTIPLE
             else:
-                own[target] = _value(value, own, parts)
-    factor = processor if processor is not None else own.get("vae_scale_factor", DEFAULT_MULTIPLE)
+                attributes[target] = _value(value, attributes, parts)
+    factor = processor if processor is not None else attributes.get("vae_scale_factor", DEFAULT_MULTIPLE)
     return int(factor) if isinstance(factor, int | float) and factor else None
 
 
-def _assigned(function: ast.FunctionDef) -> Iterator[tuple[str, ast.expr]]:
+def _assignments(function: ast.FunctionDef) -> Iterator[tuple[str, ast.expr]]:
     """Its assignments to attributes of `self`, in order."""
     for node in ast.walk(function):
         if isinstance(node, ast.Assign) and len(node.targets) == 1 and _attribute(node.targets[0]):
@@ -135,8 +135,8 @@ def _assigned(function: ast.FunctionDef) -> Iterator[tuple[str, ast.expr]]:
 
 def _attribute(node: ast.expr) -> str:
     """`name` of `self.name`, else an empty string."""
-    own = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
-    return node.attr if own and isinstance(node, ast.Attribute) else ""
+    of_self = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
+    return node.attr if of_self and isinstance(node, ast.Attribute) else ""
 
 
 OPERATORS: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = MappingProxyType(
@@ -146,44 +146,44 @@ OPERATORS: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = MappingProxy
 FUNCTIONS: Mapping[str, Callable[[Any], Any]] = MappingProxyType({"len": len, "sum": sum, "int": int})
 
 
-def _value(node: ast.expr, own: Mapping[str, Any], parts: _Parts) -> Any:
+def _value(node: ast.expr, attributes: Mapping[str, Any], parts: _Parts) -> Any:
     """Value of an expression over components' configurations; None if it needs more than those."""
     try:
-        return _worked_out(node, own, parts)
+        return _evaluate(node, attributes, parts)
     except (_Unknown, TypeError, ValueError):
         return None
 
 
-def _worked_out(node: ast.expr, own: Mapping[str, Any], parts: _Parts) -> Any:
+def _evaluate(node: ast.expr, attributes: Mapping[str, Any], parts: _Parts) -> Any:
     match node:
         case ast.Constant(value=value):
             return value
         case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
-            return OPERATORS[type(op)](_worked_out(left, own, parts), _worked_out(right, own, parts))
+            return OPERATORS[type(op)](_evaluate(left, attributes, parts), _evaluate(right, attributes, parts))
         case ast.BoolOp(op=ast.And(), values=values):
-            return all(_worked_out(value, own, parts) for value in values)
+            return all(_evaluate(value, attributes, parts) for value in values)
         case ast.IfExp(test=test, body=body, orelse=otherwise):
-            return _worked_out(body if _worked_out(test, own, parts) else otherwise, own, parts)
+            return _evaluate(body if _evaluate(test, attributes, parts) else otherwise, attributes, parts)
         case ast.Call(
             func=ast.Name(id="getattr" | "hasattr"), args=[ast.Name(id="self"), ast.Constant(value=part), *_]
         ):
             return part in parts
         case ast.Call(func=ast.Name(id=name), args=[argument]) if name in FUNCTIONS:
-            return FUNCTIONS[name](_worked_out(argument, own, parts))
+            return FUNCTIONS[name](_evaluate(argument, attributes, parts))
         case ast.Compare(left=left, ops=[ast.IsNot()], comparators=[ast.Constant(value=None)]) if _attribute(left):
             return _attribute(left) in parts
         case ast.Attribute(value=ast.Attribute(value=inner, attr="config"), attr=key) if _attribute(inner):
             return parts.setting(_attribute(inner), key)
         case ast.Attribute(value=inner, attr=key) if _attribute(inner):
             return parts.setting(_attribute(inner), key)
-        case ast.Attribute(attr=name) if _attribute(node) and own.get(name) is not None:
-            return own[name]
+        case ast.Attribute(attr=name) if _attribute(node) and attributes.get(name) is not None:
+            return attributes[name]
     raise _Unknown
 
 
 @functools.cache
 def _parameters(name: str) -> Mapping[str, inspect.Parameter] | None:
-    """What one may pass to a pipeline's call, as `capabilities.parameters_of` has it; None: there is no such class."""
+    """Parameters of a pipeline's call, as `capabilities.parameters_of` returns them; None: no such class."""
     for function in diffusers_source.methods(name, "__call__"):
         defaults = diffusers_source.defaults(function)
         names = [each.arg for each in (*function.args.args, *function.args.kwonlyargs) if each.arg != "self"]
@@ -212,7 +212,7 @@ def _folder(config: ModelConfig) -> Path | None:
         case sources.File(path):
             return _description(path)
         case sources.Url(url):
-            return _description(weight_file.place(url, config.folder))
+            return _description(weight_file.path_for(url, config.folder))
 
 
 def _description(path: Path) -> Path | None:

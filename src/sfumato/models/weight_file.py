@@ -47,7 +47,7 @@ ON = ("1", "ON", "YES", "TRUE")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_RENEWED = re.compile(r"(access_?)?token|(api_?)?key|sig|signature|expires|policy|key-pair-id|x-amz-.*", re.IGNORECASE)
+_VOLATILE = re.compile(r"(access_?)?token|(api_?)?key|sig|signature|expires|policy|key-pair-id|x-amz-.*", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class Version:
     checked: bool = False
     """Whether the whole file had this sha256."""
     name: str = ""
-    """What its server calls it, where the URL does not tell."""
+    """The server's name for the file, if the URL does not have one."""
 
 
 def fetch(url: str, target: Path, *, sha256: str | None, report: OnProgress) -> Path:
@@ -73,53 +73,53 @@ def fetch(url: str, target: Path, *, sha256: str | None, report: OnProgress) -> 
     """
     if sha256:
         sha256 = sha256.lower()
-    with _words(url, target):
-        if _there(target, url, sha256):
+    with _as_download_errors(url, target):
+        if _is_complete(target, url, sha256):
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target, report):
-            if not _there(target, url, sha256):
+            if not _is_complete(target, url, sha256):
                 _download(url, target, sha256, report)
     return target
 
 
-def place(url: str, folder: Path) -> Path:
+def path_for(url: str, folder: Path) -> Path:
     """Path for the file of a URL: its own name plus a hash of the URL, as many are called `model.safetensors`.
 
-    A file of that very name that was put there by hand is taken for it, by the first URL that wants one. Where a URL
-    tells no name, its answer gave the file one; before that it is called by its mark alone.
+    A file with its own name that was put there by hand is used by the first URL that needs it. If a URL has no file
+    name, the server names the file; until it is downloaded, the path has only the hash.
     """
     name = unquote(Path(urlsplit(url).path).name).replace("/", "_")
     by_hand, mark = folder / name, _digest(url)[:10]
-    if not _tells(name):
-        named = (path for path in folder.glob(f"[!.]*-{mark}.*") if path.is_file())
-        return next(named, folder / f"{name[:80]}-{mark}")
+    if not _is_weight_name(name):
+        existing = (path for path in folder.glob(f"[!.]*-{mark}.*") if path.is_file())
+        return next(existing, folder / f"{name[:80]}-{mark}")
     if by_hand.is_file() and ((version := _version(by_hand)) is None or version.url == _digest(url)):
         return by_hand
     return by_hand.with_name(f"{by_hand.stem}-{mark}{by_hand.suffix}")
 
 
 def obtain(url: str, folder: Path, *, report: OnProgress) -> Path:
-    """Have the file of a URL of `parameters.model`, at its `place`. Raises DownloadError or LoadError in words."""
-    target = place(url, folder)
-    if _tells(target.name):
+    """Download the file of a URL to its path (`path_for`), if necessary. Raises DownloadError or LoadError."""
+    target = path_for(url, folder)
+    if _is_weight_name(target.name):
         if target.exists() and _version(target) is None:
             with _optional():
                 _remember(target, Version(_digest(url), "", target.stat().st_size))
         return fetch(url, target, sha256=None, report=report)
-    with _words(url, target):
+    with _as_download_errors(url, target):
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(target, report):
-            if (named := place(url, folder)) == target:
+            if (path := path_for(url, folder)) == target:
                 if not target.exists():
                     _download(url, target, None, report)
-                named = _named(url, target)
-    return named
+                path = _move_to_server_name(url, target)
+    return path
 
 
 @contextmanager
 def in_lower_case(path: Path) -> Iterator[Path]:
-    """A path to the same file under a name that diffusers knows: it goes by `.safetensors` to the letter."""
+    """A path to the file with a suffix that diffusers recognises: it only accepts `.safetensors` in lower case."""
     suffix = {".sft": ".safetensors"}.get(path.suffix.lower(), path.suffix.lower())
     if suffix == path.suffix or suffix not in sources.SAFE:
         yield path
@@ -130,30 +130,30 @@ def in_lower_case(path: Path) -> Iterator[Path]:
         yield link
 
 
-def _tells(name: str) -> bool:
-    """Whether it is the name of a file of weights."""
+def _is_weight_name(name: str) -> bool:
+    """Whether a file of this name holds weights, by its suffix."""
     return Path(name).suffix.lower() in sources.SAFE + sources.PICKLES
 
 
-def _named(url: str, target: Path) -> Path:
-    """Give what came at `target` the name that its server has for it. Raises LoadError for what holds no weights."""
+def _move_to_server_name(url: str, target: Path) -> Path:
+    """Rename the downloaded file to the server's name for it. Raises LoadError if that is not a weight file."""
     version = _version(target)
     name = Path((version.name if version else "") or target.name + _suffix_of(target))
-    if not _tells(name.name):
-        _beside(target, "source").unlink(missing_ok=True)
+    if not _is_weight_name(name.name):
+        _sidecar(target, "source").unlink(missing_ok=True)
         target.unlink()
         raise LoadError(
-            f"{addresses.shown(url)} leads to {name.name!r}, which is not a weight file; {', '.join(sources.SAFE)} "
+            f"{addresses.redact(url)} leads to {name.name!r}, which is not a weight file; {', '.join(sources.SAFE)} "
             "can be loaded. If it is a page that asks who you are, put a token into the URL",
             param="parameters.model",
         )
-    named = target.with_name(f"{name.stem[:120]}-{_digest(url)[:10]}{name.suffix}")
-    _beside(target, "source").replace(_beside(named, "source"))
-    return target.replace(named)
+    renamed = target.with_name(f"{name.stem[:120]}-{_digest(url)[:10]}{name.suffix}")
+    _sidecar(target, "source").replace(_sidecar(renamed, "source"))
+    return target.replace(renamed)
 
 
 def _suffix_of(path: Path) -> str:
-    """Told from its first bytes; empty for what is neither safetensors nor GGUF."""
+    """Suffix by the file's first bytes; empty if it is neither safetensors nor GGUF."""
     with path.open("rb") as file:
         first = file.read(9)
     if first[:4] == b"GGUF":
@@ -161,22 +161,23 @@ def _suffix_of(path: Path) -> str:
     return ".safetensors" if first[8:] == b"{" and int.from_bytes(first[:8], "little") < path.stat().st_size else ""
 
 
-def _there(target: Path, url: str, sha256: str | None) -> bool:
+def _is_complete(target: Path, url: str, sha256: str | None) -> bool:
     if not target.exists():
         return False
     version, size = _version(target), target.stat().st_size
-    known = version.sha256 if version and version.checked and version.size == size else None
+    recorded = version.sha256 if version and version.checked and version.size == size else None
     if sha256 is None:
         if version and version.url != _digest(url):
             raise DownloadError(
-                f"{target} exists already and came from another URL than {addresses.shown(url)}; "
+                f"{target} exists already and came from another URL than {addresses.redact(url)}; "
                 "give each its own `filename`, or remove the file"
             )
-    elif known != sha256:
-        found = _sha256_of(target)
-        if found != sha256:
+    elif recorded != sha256:
+        digest = _sha256_of(target)
+        if digest != sha256:
             raise DownloadError(
-                f"{target}: the file's sha256 is {found}, the model file says {sha256}. Remove it to download it again."
+                f"{target}: the file's sha256 is {digest}, the model file says {sha256}. "
+                "Remove it to download it again."
             )
         with _optional():
             _remember(target, Version(_digest(url), "", size, sha256, checked=True))
@@ -185,78 +186,78 @@ def _there(target: Path, url: str, sha256: str | None) -> bool:
 
 def _download(url: str, target: Path, sha256: str | None, report: OnProgress) -> None:
     if _origin(url) == _origin(sources.endpoint()) and os.environ.get("HF_HUB_OFFLINE", "").upper() in ON:
-        raise DownloadError(f"{addresses.shown(url)} is not at {target}, and HF_HUB_OFFLINE is set. Fetch it before")
-    part = _beside(target, "part")
+        raise DownloadError(f"{addresses.redact(url)} is not at {target}, and HF_HUB_OFFLINE is set. Fetch it before")
+    part = _sidecar(target, "part")
     for resumed in (True, False):
         if not resumed:
             part.unlink(missing_ok=True)
-        version, began = _receive(url, target, part, report)
+        version, offset = _receive(url, target, part, report)
         version = replace(version, sha256=sha256 or version.sha256)
-        size, found = part.stat().st_size, _sha256_of(part) if version.sha256 else None
-        if version.size in (None, size) and found == version.sha256:
+        size, digest = part.stat().st_size, _sha256_of(part) if version.sha256 else None
+        if version.size in (None, size) and digest == version.sha256:
             break
-        if not (resumed and began):  # else the earlier part was of other content: restart once from the beginning
+        if not (resumed and offset):  # else the earlier part was of other content: restart once from the beginning
             part.unlink()
-            _beside(target, "source").unlink(missing_ok=True)
-            raise DownloadError(_broken(url, version, size, found, sha256))
+            _sidecar(target, "source").unlink(missing_ok=True)
+            raise DownloadError(_mismatch(url, version, size, digest, sha256))
         log.warning("%s: the partial download does not match; starting over", target.name)
     _remember(target, replace(version, size=size, checked=version.sha256 is not None))
     part.replace(target)
 
 
-def _broken(url: str, version: Version, size: int, found: str | None, sha256: str | None) -> str:
+def _mismatch(url: str, version: Version, size: int, digest: str | None, sha256: str | None) -> str:
     if version.size not in (None, size):
-        return f"{addresses.shown(url)}: {size} of {version.size} bytes arrived. Nothing was kept; try again."
-    who = "the model file" if sha256 else "the hub"
-    return f"{addresses.shown(url)}: the file's sha256 is {found}, {who} says {version.sha256}. Nothing was kept."
+        return f"{addresses.redact(url)}: {size} of {version.size} bytes arrived. Nothing was kept; try again."
+    source = "the model file" if sha256 else "the hub"
+    return f"{addresses.redact(url)}: the file's sha256 is {digest}, {source} says {version.sha256}. Nothing was kept."
 
 
 def _receive(url: str, target: Path, part: Path, report: OnProgress) -> tuple[Version, int]:
     """Download the missing bytes of `part`; returns the version of the file and the offset this started at."""
     before = _version(target)
-    have = part.stat().st_size if part.exists() else 0
-    if not (have and before and before.url == _digest(url) and before.validator):
-        have = 0
-    # As it is: a compressed answer has another length than the file.
+    offset = part.stat().st_size if part.exists() else 0
+    if not (offset and before and before.url == _digest(url) and before.validator):
+        offset = 0
+    # A compressed response would have a different length than the file.
     headers = {"accept-encoding": "identity", **_authorization(url)}
-    if have and before:
-        headers |= {"range": f"bytes={have}-", "if-range": before.validator}
+    if offset and before:
+        headers |= {"range": f"bytes={offset}-", "if-range": before.validator}
     with httpx.stream("GET", url, headers=headers, follow_redirects=True, timeout=TIMEOUT_S) as response:
-        if response.status_code == httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE and have:
+        if response.status_code == httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE and offset:
             part.unlink()
             return _receive(url, target, part, report)
         response.raise_for_status()
         version = _version_of(url, response)
         span = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("content-range", ""))
-        goes_on = response.status_code == httpx.codes.PARTIAL_CONTENT
-        if goes_on and not (
-            have and before and span and int(span[1]) == have and version.validator == before.validator
+        partial = response.status_code == httpx.codes.PARTIAL_CONTENT
+        if partial and not (
+            offset and before and span and int(span[1]) == offset and version.validator == before.validator
         ):
             response.close()
             part.unlink(missing_ok=True)  # not the range that was requested
-            if not have:
-                raise DownloadError(f"{addresses.shown(url)}: the server sent a range that was not requested")
+            if not offset:
+                raise DownloadError(f"{addresses.redact(url)}: the server sent a range that was not requested")
             return _receive(url, target, part, report)
-        if not goes_on:
-            have = 0
-        _room(target, (version.size or 0) - have)
+        if not partial:
+            offset = 0
+        _check_space(target, (version.size or 0) - offset)
         _remember(target, version)
-        with part.open("r+b" if have else "wb") as file:
-            file.seek(have)
+        with part.open("r+b" if offset else "wb") as file:
+            file.seek(offset)
             file.truncate()
             for chunk in response.iter_bytes(CHUNK):
                 file.write(chunk)
                 report(min(1.0, file.tell() / version.size) if version.size else None, target.name)
             file.flush()
             os.fsync(file.fileno())
-    return version, have
+    return version, offset
 
 
 def _authorization(url: str) -> dict[str, str]:
-    """The hub's token, for the hub's own host alone: httpx takes it off where a redirect leads to another."""
+    """The hub's token, for the hub's host only; httpx removes it when a redirect leads to another host."""
     if _origin(url) != _origin(sources.endpoint()):
         return {}
-    from huggingface_hub import get_token  # late: not needed by those who only look where a file is
+    from huggingface_hub import get_token  # imported late: the API process only asks for paths
 
     token = get_token()
     return {"authorization": f"Bearer {token}"} if token else {}
@@ -280,27 +281,27 @@ def _version_of(url: str, response: httpx.Response) -> Version:
 
 
 def _name_of(response: httpx.Response) -> str:
-    """The last part of the name in Content-Disposition, else of the address that it came from in the end."""
+    """File name in Content-Disposition, else the last part of the final URL's path."""
     message = Message()
     message["content-disposition"] = response.headers.get("content-disposition", "")
-    given = message.get_filename() or unquote(response.url.path)
-    name = re.sub(r"[^\w .()+-]", "_", re.split(r"[/\\]", given)[-1]).strip(" .")
-    return name if _tells(name) or message.get_filename() else ""
+    filename = message.get_filename() or unquote(response.url.path)
+    name = re.sub(r"[^\w .()+-]", "_", re.split(r"[/\\]", filename)[-1]).strip(" .")
+    return name if _is_weight_name(name) or message.get_filename() else ""
 
 
 def _sha256_by_hub(response: httpx.Response) -> str | None:
     """The SHA-256 that a hub sends for large files: in ETag, or in X-Linked-Etag when it redirects."""
     for answer in (*response.history, response):
         if "x-repo-commit" in answer.headers:
-            named = answer.headers.get("x-linked-etag") or answer.headers.get("etag", "")
-            if _SHA256.fullmatch(named.strip('"')):
-                return str(named).strip('"')
+            etag = answer.headers.get("x-linked-etag") or answer.headers.get("etag", "")
+            if _SHA256.fullmatch(etag.strip('"')):
+                return str(etag).strip('"')
     return None
 
 
 @contextmanager
 def _locked(target: Path, report: OnProgress) -> Iterator[None]:
-    lock = filelock.FileLock(_beside(target, "lock"))
+    lock = filelock.FileLock(_sidecar(target, "lock"))
     while True:
         try:
             lock.acquire(timeout=WAIT_S)
@@ -311,11 +312,11 @@ def _locked(target: Path, report: OnProgress) -> Iterator[None]:
         yield
     finally:
         # Before releasing it: a process waiting for this file sees that it is gone, and creates a new one.
-        _beside(target, "lock").unlink(missing_ok=True)
+        _sidecar(target, "lock").unlink(missing_ok=True)
         lock.release()
 
 
-def _room(target: Path, missing: int) -> None:
+def _check_space(target: Path, missing: int) -> None:
     free = shutil.disk_usage(target.parent).free
     if missing > free:
         raise DownloadError(
@@ -325,37 +326,39 @@ def _room(target: Path, missing: int) -> None:
 
 
 @contextmanager
-def _words(url: str, target: Path) -> Iterator[None]:
+def _as_download_errors(url: str, target: Path) -> Iterator[None]:
     try:
         yield
     except httpx.HTTPStatusError as error:
         if error.response.status_code in (401, 403):
-            raise LoadError(_refused(url, error.response.status_code)) from None  # its words have the URL
+            raise LoadError(
+                _refused(url, error.response.status_code)
+            ) from None  # its message has the URL, with secrets
         raise DownloadError(
-            f"{addresses.shown(url)} could not be downloaded to {target}: the server answered "
+            f"{addresses.redact(url)} could not be downloaded to {target}: the server answered "
             f"{error.response.status_code} {error.response.reason_phrase}"
         ) from None
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise DownloadError(
-            f"{addresses.shown(url)} could not be downloaded to {target}: {addresses.shown(str(error))}"
+            f"{addresses.redact(url)} could not be downloaded to {target}: {addresses.redact(str(error))}"
         ) from None
     except OSError as error:
         if error.errno in FULL:
             with _optional():
-                _beside(target, "part").unlink(missing_ok=True)
+                _sidecar(target, "part").unlink(missing_ok=True)
             raise DownloadError(f"{target}: the disk is full ({error.strerror}); make room there") from error
         raise DownloadError(
-            f"{addresses.shown(url)} could not be written to {target}: {error.strerror or error}. Let the server "
+            f"{addresses.redact(url)} could not be written to {target}: {error.strerror or error}. Let the server "
             f"write to {target.parent}, or put the file there"
         ) from error
 
 
 def _refused(url: str, status: int) -> str:
-    start = f"{addresses.shown(url)} could not be fetched: the server answers {status}"
+    start = f"{addresses.redact(url)} could not be fetched: the server answers {status}"
     if _origin(url) != _origin(sources.endpoint()):
         return f"{start}; put the token that it wants into the URL, or fetch the file by hand"
-    have = "HF_TOKEN is of an account that may not read it" if _authorization(url) else "no HF_TOKEN is set"
-    return f"{start}: it is gated or private, and {have}. Accept its licence on the hub, and set HF_TOKEN"
+    token_state = "HF_TOKEN is of an account that may not read it" if _authorization(url) else "no HF_TOKEN is set"
+    return f"{start}: it is gated or private, and {token_state}. Accept its licence on the hub, and set HF_TOKEN"
 
 
 @contextmanager
@@ -367,20 +370,20 @@ def _optional() -> Iterator[None]:
         log.debug("%s", error)
 
 
-def _beside(target: Path, what: str) -> Path:
-    return target.with_name(f".{target.name}.{what}")
+def _sidecar(target: Path, extension: str) -> Path:
+    return target.with_name(f".{target.name}.{extension}")
 
 
 def _version(target: Path) -> Version | None:
     """The recorded version of a file; None if it was not downloaded."""
     try:
-        return Version(**json.loads(_beside(target, "source").read_bytes()))
+        return Version(**json.loads(_sidecar(target, "source").read_bytes()))
     except (OSError, ValueError, TypeError):
         return None
 
 
 def _remember(target: Path, version: Version) -> None:
-    record = _beside(target, "source")
+    record = _sidecar(target, "source")
     new = record.with_name(f"{record.name}.{os.getpid()}")
     new.write_text(json.dumps(asdict(version)))
     new.replace(record)
@@ -397,6 +400,6 @@ def _digest(url: str) -> str:
     if url.startswith(f"{mirror}/"):
         url = sources.HUB + url.removeprefix(mirror)
     parts = urlsplit(url)
-    query = [(name, value) for name, value in parse_qsl(parts.query) if not _RENEWED.fullmatch(name)]
+    query = [(name, value) for name, value in parse_qsl(parts.query) if not _VOLATILE.fullmatch(name)]
     same = parts._replace(netloc=parts.netloc.rpartition("@")[2], query=urlencode(query), fragment="").geturl()
     return hashlib.sha256(same.encode()).hexdigest()

@@ -67,7 +67,7 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     with suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    allocator.give_back_large_blocks()  # so that the process shrinks again after a huge picture
+    allocator.return_large_blocks()  # so that the process shrinks again after a huge picture
     Image.MAX_IMAGE_PIXELS = None  # `pictures.images` has its own limit, with its own message
     Image.init()
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # leave the other CPU cores to others

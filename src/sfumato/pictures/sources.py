@@ -108,10 +108,10 @@ class Sources:
 
     def _refuse_large(self, param: str, width: int, height: int) -> None:
         scale = self._scale or 1
-        breach = self._limits.breach(width * scale, height * scale)
-        if breach:
+        violation = self._limits.violation(width * scale, height * scale)
+        if violation:
             raise InvalidRequest(
-                f"{param}: it would become {width * scale}x{height * scale}; {breach}. "
+                f"{param}: it would become {width * scale}x{height * scale}; {violation}. "
                 "Send a size, or a smaller picture.",
                 param=param,
             )

@@ -28,7 +28,7 @@ from sfumato import schedulers
 from sfumato.errors import InvalidRequest
 from sfumato.pipelines import scheduler_calls, scheduler_steps
 from sfumato.pipelines.scheduler_calls import SchedulerUse
-from sfumato.schedulers import Choice, SolverForm
+from sfumato.schedulers import SchedulerChoice, SolverForm
 
 TRAINED_WITH = frozenset({
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
@@ -80,7 +80,7 @@ _FLOW_CLASSES = frozenset(
 )
 
 
-def make(pipeline: Any, choice: Choice | None, seed: int | Sequence[int]) -> Any:
+def make(pipeline: Any, choice: SchedulerChoice | None, seed: int | Sequence[int]) -> Any:
     """A fresh scheduler for one call of `pipeline`; without a choice, one like the model's own.
 
     `seed` determines the noise that a solver adds during the run, unless the pipeline passes its own
@@ -104,7 +104,7 @@ def make(pipeline: Any, choice: Choice | None, seed: int | Sequence[int]) -> Any
     return _with_generator(pipeline, _build(model_scheduler, form, seed), seed)
 
 
-def check(pipeline: Any, choice: Choice | None, count: int | None = None) -> None:
+def check(pipeline: Any, choice: SchedulerChoice | None, count: int | None = None) -> None:
     """Raise InvalidRequest if `choice` cannot draw with `pipeline` (in `count` steps, if not None)."""
     if choice is None:
         return
@@ -144,14 +144,14 @@ def is_flow(scheduler: Any) -> bool:
     )
 
 
-def _form(model_scheduler: Any, choice: Choice) -> SolverForm | None:
+def _form(model_scheduler: Any, choice: SchedulerChoice) -> SolverForm | None:
     """The form of the solver for the kind of model that `model_scheduler` belongs to."""
     if model_scheduler is not None and is_flow(model_scheduler):
         return choice.flow
     return choice.noise if type(model_scheduler).__name__ in _NOISE_CLASSES else None
 
 
-def _why_no_form(model_scheduler: Any, choice: Choice) -> str:
+def _why_no_form(model_scheduler: Any, choice: SchedulerChoice) -> str:
     if model_scheduler is None:
         return "this pipeline has no scheduler"
     if not is_flow(model_scheduler):
@@ -263,7 +263,7 @@ def _parameters(function: Any) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(function).parameters
 
 
-def _refusal(pipeline: Any, choice: Choice, reason: str) -> InvalidRequest:
+def _refusal(pipeline: Any, choice: SchedulerChoice, reason: str) -> InvalidRequest:
     model_scheduler = getattr(pipeline, "scheduler", None)
     fitting = works_with(pipeline)
     remedy = f"These work: {', '.join(fitting)}. Or leave" if fitting else "Leave"

@@ -4,14 +4,14 @@
     torch.distributed               a worker is a single process
     scipy.stats, scipy.integrate    used only by beta schedules and LMS
     scipy.optimize                  training losses of detectors
-    packages of `LATER`             each of their `__init__` imports every existing model
+    packages of `LAZY_PACKAGES`     each of their `__init__` imports every existing model
 
 All of it stays usable: on first use a module is imported with its dependencies.
 
-This is the one place where something of another package is replaced: torch's answer whether it can be distributed, by
-which diffusers, accelerate and transformers decide what to import. No public switch says it, and without it a worker
-imports 190 modules more, a third of its start after torch. It is replaced in workers only, never where Sfumato is a
-library (`gather`). What is done about the others is Python's own import hook.
+This is the only place that replaces something in another package: `torch.distributed.is_available`, by which diffusers,
+accelerate and transformers decide what to import. There is no public switch for it, and without it a worker imports 190
+more modules, a third of its start after torch. It is replaced in workers only, never where Sfumato is a library
+(`gather`). The other modules are handled with Python's own import hook.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-LATER = frozenset(f"diffusers.{name}" for name in (
+LAZY_PACKAGES = frozenset(f"diffusers.{name}" for name in (
     "hooks", "models.autoencoders", "models.controlnets", "models.transformers", "models.unets",
 ))  # fmt: skip
 """Packages whose names are imported on first use."""
 
 
-def _as_it_is(fn: Callable[..., Any] | None = None, *_: Any, **__: Any) -> Any:
+def _unchanged(fn: Callable[..., Any] | None = None, *_: Any, **__: Any) -> Any:
     return fn or (lambda fn: fn)
 
 
 def _linear_sum_assignment(*args: Any, **kwargs: Any) -> Any:
-    """What transformers' losses take from scipy by name when they are imported."""
+    """transformers' losses import this name from scipy; the real one is imported when it is called."""
     module: Any = importlib.import_module("scipy.optimize")
-    if type(module) is _Waiting:
+    if type(module) is _DeferredModule:
         module.run()
     return module.linear_sum_assignment(*args, **kwargs)
 
 
-WAITING: Mapping[str, Mapping[str, Any]] = {
+DEFERRED: Mapping[str, Mapping[str, Any]] = {
     "torch._dynamo": {
-        **dict.fromkeys(("allow_in_graph", "assume_constant_result", "disable"), _as_it_is),
+        **dict.fromkeys(("allow_in_graph", "assume_constant_result", "disable"), _unchanged),
         "eval_frame": SimpleNamespace(OptimizedModule=type("OptimizedModule", (), {})),
     },
     "scipy.stats": {},
@@ -55,11 +55,11 @@ WAITING: Mapping[str, Mapping[str, Any]] = {
 }
 """Modules that are executed when a submodule, or a name that is not listed here, is first used."""
 
-APART = frozenset({"torch._dynamo._trace_wrapped_higher_order_op"})
+INDEPENDENT = frozenset({"torch._dynamo._trace_wrapped_higher_order_op"})
 """Submodules that work without their parent. transformers imports this one for its masks."""
 
 
-def lean() -> None:
+def install() -> None:
     """Call it once, before diffusers and transformers are imported. Only for processes that draw."""
     if "diffusers" in sys.modules:
         return
@@ -71,23 +71,25 @@ def lean() -> None:
 
 class _Finder(MetaPathFinder):
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        above = sys.modules.get(name.rpartition(".")[0])
-        if type(above) is _Waiting and name not in APART:
+        parent = sys.modules.get(name.rpartition(".")[0])
+        if type(parent) is _DeferredModule and name not in INDEPENDENT:
             # Their submodules import each other in a circle, which only works when entered at the top.
-            above.run()
-            if known := sys.modules.get(name):
-                spec = ModuleSpec(name, _Known(known))
-                vars(known)["__spec__"] = spec  # the import system continues with it; torch's configs refuse assignment
+            parent.run()
+            if imported := sys.modules.get(name):
+                spec = ModuleSpec(name, _AlreadyImported(imported))
+                vars(imported)["__spec__"] = spec  # import continues with it; torch's configs refuse assignment
                 return spec
-        if name not in LATER and name not in WAITING:
+        if name not in LAZY_PACKAGES and name not in DEFERRED:
             return None
         found = PathFinder.find_spec(name, path)
         if found and isinstance(found.loader, SourceLoader):
-            found.loader = _Names(found.loader) if name in LATER else _Whole(found.loader, WAITING[name])
+            found.loader = (
+                _LazyPackage(found.loader) if name in LAZY_PACKAGES else _Deferred(found.loader, DEFERRED[name])
+            )
         return found
 
 
-class _Names(Loader):
+class _LazyPackage(Loader):
     """A package whose `__init__` only collects names of its modules: each is looked up on first use."""
 
     def __init__(self, loader: SourceLoader) -> None:
@@ -100,52 +102,54 @@ class _Names(Loader):
         package = module.__name__
         source = self._loader.get_source(package) or ""
         imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom) and node.level == 1]
-        places = {alias.asname or alias.name: (node.module, alias.name) for node in imports for alias in node.names}
-        parts = {node.module for node in imports}
+        origins = {alias.asname or alias.name: (node.module, alias.name) for node in imports for alias in node.names}
+        submodules = {node.module for node in imports}
 
         def find(name: str) -> Any:
-            if name in places:
-                where, what = places[name]
-                value = getattr(importlib.import_module(f"{package}.{where}"), what)
+            if name in origins:
+                submodule, attribute = origins[name]
+                value = getattr(importlib.import_module(f"{package}.{submodule}"), attribute)
                 setattr(module, name, value)
                 return value
-            if name in parts:
+            if name in submodules:
                 return importlib.import_module(f"{package}.{name}")
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
-        vars(module).update(__getattr__=find, __all__=sorted(places), __dir__=lambda: sorted({*vars(module), *places}))
+        vars(module).update(
+            __getattr__=find, __all__=sorted(origins), __dir__=lambda: sorted({*vars(module), *origins})
+        )
 
 
-class _Whole(Loader):
-    """A module that is executed when a name other than `known` is first used."""
+class _Deferred(Loader):
+    """A module that is executed when a name other than `stand_ins` is first used."""
 
-    def __init__(self, loader: SourceLoader, known: Mapping[str, Any]) -> None:
+    def __init__(self, loader: SourceLoader, stand_ins: Mapping[str, Any]) -> None:
         self._loader = loader
-        self._known = known
+        self._stand_ins = stand_ins
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        return _Waiting(spec.name)
+        return _DeferredModule(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
-        vars(module).update(self._known)
+        vars(module).update(self._stand_ins)
 
 
-class _Waiting(ModuleType):
+class _DeferredModule(ModuleType):
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or type(self) is not _Waiting:  # the import system looks at these
+        if name.startswith("__") or type(self) is not _DeferredModule:  # the import system looks at these
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         self.run()
         return getattr(self, name)
 
     def run(self) -> None:
         spec = self.__spec__
-        assert spec and isinstance(spec.loader, _Whole)
+        assert spec and isinstance(spec.loader, _Deferred)
         self.__class__ = ModuleType  # type: ignore[assignment]
         spec.loader = spec.loader._loader
         spec.loader.exec_module(self)
 
 
-class _Known(Loader):
+class _AlreadyImported(Loader):
     """A module that its parent has already imported."""
 
     def __init__(self, module: ModuleType) -> None:

@@ -80,15 +80,15 @@ class Supervisor:
         """Pins that every new worker is told."""
         self._orders: deque[Order] = deque(maxlen=MAX_ORDERS)
         """Orders that arrived while no worker was up."""
-        self._heard = 0.0
+        self._last_message_at = 0.0
         self._restarts = 0
         self._up = asyncio.Event()
         self._writer: asyncio.StreamWriter | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._launched: Launched | None = None
         """The first worker, if it was started before the event loop."""
-        self._keeper: asyncio.Task[None] | None = None
-        self._useful = False
+        self._supervision: asyncio.Task[None] | None = None
+        self._succeeded = False
         """Whether the current worker has started a generation, or was up for `SETTLED_S`."""
         self._stopping = False
 
@@ -130,7 +130,7 @@ class Supervisor:
                 self._launched.process.wait()
 
     async def start(self) -> None:
-        self._keeper = asyncio.create_task(self._keep())
+        self._supervision = asyncio.create_task(self._supervise())
 
     async def stop(self) -> None:
         self._stopping = True
@@ -144,9 +144,9 @@ class Supervisor:
                 log.warning("the worker did not stop within %.0f s; killing it", limit)
         if self._process:
             self._process.kill()
-        if self._keeper:
-            self._keeper.cancel()
-            await asyncio.wait([self._keeper])
+        if self._supervision:
+            self._supervision.cancel()
+            await asyncio.wait([self._supervision])
         self._fail_all("the server is stopping")
 
     async def submit(self, config: ModelConfig, generation: Generation) -> AsyncGenerator[Event, None]:
@@ -159,7 +159,7 @@ class Supervisor:
                 async for event in events:
                     yield event
         finally:
-            self._ended(id)
+            self._remove(id)
 
     def _send(self) -> None:
         """Send the worker what it may have now: one suspect alone, or everything if there are no suspects."""
@@ -167,7 +167,7 @@ class Supervisor:
             return
         flights = list(self._flights.values())
         if not any(flight.sent for flight in flights):
-            self._heard = asyncio.get_running_loop().time()  # an idle worker sends nothing
+            self._last_message_at = asyncio.get_running_loop().time()  # an idle worker sends nothing
         for flight in [flight for flight in flights if flight.deaths][:1] or flights:
             if not flight.sent:
                 flight.sent = True
@@ -181,7 +181,7 @@ class Supervisor:
                 submit.generation.id, RequestTooLarge(f"the request cannot be sent to the worker: {error}")
             )
 
-    def _ended(self, id: str) -> None:
+    def _remove(self, id: str) -> None:
         if self._flights.pop(id, None):
             self._send()
 
@@ -189,27 +189,27 @@ class Supervisor:
         if self._writer and not self._writer.is_closing():
             self._writer.write(wire.pack(command))
 
-    async def _keep(self) -> None:
+    async def _supervise(self) -> None:
         """Run one worker after another until `stop`, whatever a worker does."""
         failures = 0
         while not self._stopping:
-            self._useful = False
+            self._succeeded = False
             try:
-                why = await self._live()
+                reason = await self._run_worker()
             except Exception as error:  # any error: without a next worker nothing would be drawn again
-                log.error("%s", logs.place(error))
-                why = f"it failed to start ({error!r})"
+                log.error("%s", logs.error_location(error))
+                reason = f"it failed to start ({error!r})"
             if self._stopping:
                 break
-            failures = 0 if self._useful else failures + 1
+            failures = 0 if self._succeeded else failures + 1
             if failures >= STARTS:
-                self._fail_all(f"the worker does not start: {why}; see the server's log")
+                self._fail_all(f"the worker does not start: {reason}; see the server's log")
             delay = min(MAX_BACKOFF_S, 0.25 * 2**failures)
-            log.error("the worker ended: %s; starting another in %.2f s", why, delay)
+            log.error("the worker ended: %s; starting another in %.2f s", reason, delay)
             self._restarts += 1
             await asyncio.sleep(delay)
 
-    async def _live(self) -> str:
+    async def _run_worker(self) -> str:
         """One worker from its start to its end; returns why it ended. Raises if it failed to start."""
         launched, self._launched = self._launched or self._spawn(), None
         self._process = process = launched.process
@@ -242,15 +242,15 @@ class Supervisor:
 
     def _spawn(self) -> Launched:
         """Start a worker and send it its settings; it begins to import. Raises OSError."""
-        ours, theirs = socket.socketpair()
-        with theirs:
+        parent_end, child_end = socket.socketpair()
+        with child_end:
             try:
-                process = subprocess.Popen([*self._command, str(theirs.fileno())], pass_fds=[theirs.fileno()])
-                ours.sendall(wire.pack(self._settings))
+                process = subprocess.Popen([*self._command, str(child_end.fileno())], pass_fds=[child_end.fileno()])
+                parent_end.sendall(wire.pack(self._settings))
             except BaseException:
-                ours.close()
+                parent_end.close()
                 raise
-        return Launched(ours, process)
+        return Launched(parent_end, process)
 
     async def _reap(self, process: subprocess.Popen[bytes]) -> None:
         await asyncio.to_thread(process.wait)
@@ -271,26 +271,26 @@ class Supervisor:
         while True:
             try:
                 report = await wire.receive_async(reader)
-                self._heard = asyncio.get_running_loop().time()
-                self._take(report)
+                self._last_message_at = asyncio.get_running_loop().time()
+                self._handle(report)
             except (asyncio.IncompleteReadError, ConnectionError):
                 return "it closed its connection"
             except Exception as error:  # from the frame, or from handling its content
-                log.error("%s", logs.place(error))
+                log.error("%s", logs.error_location(error))
                 return f"it sent an invalid message: {error}"
 
-    def _take(self, report: Report) -> None:
+    def _handle(self, report: Report) -> None:
         self._streams.deliver(report)
         match report:
             case Started(id) if id in self._flights:
-                self._flights[id].started = self._useful = True
+                self._flights[id].started = self._succeeded = True
             case Answer(id, Done() | Failed()):
-                self._useful = True
-                self._ended(id)
+                self._succeeded = True
+                self._remove(id)
 
     async def _settle(self) -> str:
         await asyncio.sleep(SETTLED_S)
-        self._useful = True
+        self._succeeded = True
         return await asyncio.Future()
 
     async def _watch(self) -> str:
@@ -300,12 +300,12 @@ class Supervisor:
             await asyncio.sleep(limit / 4)
             # Not only started ones: the request that hung it may be gone, and the others wait for their turn.
             busy = any(flight.sent for flight in self._flights.values())
-            if busy and asyncio.get_running_loop().time() - self._heard > limit:
+            if busy and asyncio.get_running_loop().time() - self._last_message_at > limit:
                 return f"it sent nothing for {limit} s and was killed"
 
-    def _fail_all(self, why: str) -> None:
+    def _fail_all(self, reason: str) -> None:
         for id in self._flights:
-            self._streams.fail(id, WorkerDied(why))
+            self._streams.fail(id, WorkerDied(reason))
         self._flights.clear()
 
     def _count_deaths(self) -> None:

@@ -28,22 +28,22 @@ def pack(message: object) -> bytes:
         body = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
     except Exception as error:  # pickling may raise anything
         raise BadFrame(f"a {type(message).__name__} cannot be pickled: {error!r}") from error
-    return _LENGTH.pack(_checked(len(body))) + body
+    return _LENGTH.pack(_check_length(len(body))) + body
 
 
 def receive(sock: socket.socket) -> Any:
     """The next message; blocks. Raises EOFError if the other side is gone, BadFrame if the bytes are not a message."""
-    (length,) = _LENGTH.unpack(_exactly(sock, _LENGTH.size))
-    return _unpack(_exactly(sock, _checked(length)))
+    (length,) = _LENGTH.unpack(_receive_exactly(sock, _LENGTH.size))
+    return _unpack(_receive_exactly(sock, _check_length(length)))
 
 
 async def receive_async(reader: asyncio.StreamReader) -> Any:
     """Like `receive`. Raises asyncio.IncompleteReadError if the other side is gone."""
     (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
-    return _unpack(await reader.readexactly(_checked(length)))
+    return _unpack(await reader.readexactly(_check_length(length)))
 
 
-def _checked(length: int) -> int:
+def _check_length(length: int) -> int:
     if length > MAX_BYTES:
         raise BadFrame(f"a message of {length} bytes; the limit is {MAX_BYTES}")
     return length
@@ -56,7 +56,7 @@ def _unpack(body: bytes) -> Any:
         raise BadFrame(f"{len(body)} bytes that are not a message: {error!r}") from error
 
 
-def _exactly(sock: socket.socket, size: int) -> bytes:
+def _receive_exactly(sock: socket.socket, size: int) -> bytes:
     data = bytearray()
     while len(data) < size:
         chunk = sock.recv(min(size - len(data), 1 << 20))

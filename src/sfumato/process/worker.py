@@ -32,17 +32,17 @@ def main(fd: int) -> None:
     logs.configure(settings)
 
     environment.prepare()
-    lean_imports.lean()
+    lean_imports.install()
     import diffusers
     import torch
 
     from sfumato.engine.loop import Loop
 
-    logs.adopt()
+    logs.route_libraries()
     lock = threading.Lock()
 
     def send(report: Report) -> None:
-        data = _packed(report)
+        data = _pack(report)
         with lock:
             sock.sendall(data)
 
@@ -68,7 +68,7 @@ def main(fd: int) -> None:
         os._exit(1)  # returning would wait for threads that libraries started
 
 
-def _packed(report: Report) -> bytes:
+def _pack(report: Report) -> bytes:
     """Encode a report; a picture that cannot be sent fails only its own request."""
     try:
         return wire.pack(report)

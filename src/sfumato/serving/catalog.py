@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from sfumato.config import Broken, ModelConfig, ParsedFile, Redirect, Skipped, outcomes
-from sfumato.config.parse import named
+from sfumato.config.parse import config_for
 from sfumato.errors import ModelFileError, ModelNotFound, did_you_mean
 from sfumato.settings import Settings
 
@@ -84,7 +84,7 @@ class Catalog:
         if isinstance(found, ModelFileError):
             raise found
         if found is None and self._open and _is_source(name):
-            return named(name)
+            return config_for(name)
         if found is None:
             known = ", ".join(config.name for config in self.all()) or "none"
             shown = name if len(name) <= 100 else name[:100] + "..."
@@ -195,7 +195,7 @@ def _files(folder: Path) -> Iterator[tuple[Path, Signature]]:
 
 
 def _unread(found: list[ParsedFile]) -> bool:
-    return any(isinstance(outcome, Broken) and outcome.passing for outcome in found)
+    return any(isinstance(outcome, Broken) and outcome.may_recover for outcome in found)
 
 
 def _is_source(name: str) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from sfumato.config import ModelConfig
-from sfumato.core import Done, Generation, Keep, Preview, Step
+from sfumato.core import Done, Generation, Preview, Step, StorePicture
 from sfumato.errors import Cancelled, SfumatoError
 from sfumato.pictures.budget import Share
 from sfumato.serving.queue import Queue, Ticket
@@ -124,7 +124,7 @@ class Job:
     """Seconds since 1970."""
     detached: bool = False
     """Continues even if its client disconnects."""
-    keep: Keep | None = None
+    keep: StorePicture | None = None
     error: SfumatoError | None = None
     task: asyncio.Task[None] | None = None
     news: asyncio.Event = field(default_factory=asyncio.Event)

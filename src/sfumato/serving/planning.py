@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from sfumato import schedulers
 from sfumato.config import ModelConfig
-from sfumato.core import MAX_SEED, QUALITIES, Generation, Keep, Limits
+from sfumato.core import MAX_SEED, QUALITIES, Generation, Limits, StorePicture
 from sfumato.errors import InvalidRequest
 from sfumato.pictures.fitting import Fitting
 from sfumato.sampling import MAX_PROMPT, PARAMETERS, Sampling
@@ -60,7 +60,7 @@ class ImageRequest:
     """Who sent the request; the engine is shared fairly between callers."""
     detached: bool = False
     """Drawn to its end even if its client disconnects."""
-    keep: Keep | None = None
+    keep: StorePicture | None = None
     """Called with each finished picture."""
     operator: bool = False
     """Sent by the owner of the model files: `enable_parameters` does not apply."""
@@ -154,8 +154,8 @@ def size_of(text: str | None) -> tuple[int, int] | tuple[None, None]:
 
 def refuse_size(limits: Limits, width: int, height: int, name: str, param: str = "") -> None:
     """Raises InvalidRequest naming the field (`param` if it has another name), unless this size is allowed."""
-    if breach := limits.breach(width, height):
-        raise InvalidRequest(f"{name}: {width}x{height}; {breach}", param=param or name)
+    if violation := limits.violation(width, height):
+        raise InvalidRequest(f"{name}: {width}x{height}; {violation}", param=param or name)
 
 
 def _seed(seed: int | None, n: int) -> int:

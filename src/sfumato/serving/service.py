@@ -252,7 +252,7 @@ class Service:
         raised = Cancelled(CANCELLED) if task.cancelled() else task.exception()
         error = raised if isinstance(raised, SfumatoError) else None
         if raised and not error:
-            log.error("request %s failed: %s", job.id, logs.place(raised))
+            log.error("request %s failed: %s", job.id, logs.error_location(raised))
             error = SfumatoError(f"internal server error ({type(raised).__name__}); see the server's log")
         if error:
             self.metrics.failed(job.config.name, error.code)

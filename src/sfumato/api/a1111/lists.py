@@ -117,7 +117,7 @@ async def models(service: TheService) -> list[dict[str, Any]]:
     service.catalog.refresh()
     return [
         {"title": config.name, "model_name": config.name, "hash": None, "sha256": None,
-         "filename": config.shown, "config": None}
+         "filename": config.label, "config": None}
         for config in service.catalog.all()
     ]  # fmt: skip
 
@@ -128,7 +128,7 @@ async def samplers() -> list[dict[str, Any]]:
         {
             "name": name,
             "aliases": list(sampler.aliases),
-            "options": {"scheduler": sampler.automatic} if sampler.automatic else {},
+            "options": {"scheduler": sampler.default_schedule} if sampler.default_schedule else {},
         }
         for name, sampler in schedulers.SAMPLERS.items()
     ]

@@ -25,7 +25,7 @@ from sfumato.api.http.auth import caller_of
 from sfumato.api.http.forms import described, reader
 from sfumato.api.keeping import keeper
 from sfumato.api.openai import answers
-from sfumato.core import Keep
+from sfumato.core import StorePicture
 from sfumato.errors import InvalidRequest
 from sfumato.pictures import images as pictures
 from sfumato.pictures import recipe
@@ -175,7 +175,7 @@ async def _painted(context: Context, choices: Choices, jobs: Jobs, body: DrawBod
     return JSONResponse({"images": sent, "parameters": body.shown(), "info": info}, headers=headers)
 
 
-def _kept_as_drawn(context: Context, *, must: bool) -> Keep | None:
+def _kept_as_drawn(context: Context, *, must: bool) -> StorePicture | None:
     return keeper(context.gallery, caller_of(context.request), "png", lambda done: done.png, must=must)
 
 

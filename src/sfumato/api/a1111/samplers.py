@@ -46,16 +46,16 @@ def choose(sampler: str | None, schedule_type: str | None) -> Chosen:
     if known is None:
         return _own(sampler)
     name, combined = known
-    solver, automatic = SAMPLERS[name].solver, SAMPLERS[name].automatic
+    solver, default_schedule = SAMPLERS[name].solver, SAMPLERS[name].default_schedule
     if combined:
         return _fitting(name, solver, SCHEDULE_OF[combined])
     typed = schedule_type.strip().casefold()
     if typed == AUTOMATIC.casefold():
-        return _fitting(name, solver, automatic)
+        return _fitting(name, solver, default_schedule)
     if typed not in SCHEDULE_OF:
         near = did_you_mean(typed, SCHEDULE_OF)
         unknown = f"scheduler: {schedule_type!r} is not a schedule type of this server.{near} {name} uses its own"
-        return Chosen(_fitting(name, solver, automatic).scheduler, (unknown,))
+        return Chosen(_fitting(name, solver, default_schedule).scheduler, (unknown,))
     return _fitting(name, solver, SCHEDULE_OF[typed])
 
 

@@ -86,5 +86,5 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
 
 def unexpected(error: Exception) -> SfumatoError:
     """The response to an unexpected error, which is logged."""
-    log.error("%s", logs.place(error))
+    log.error("%s", logs.error_location(error))
     return SfumatoError(f"internal server error ({type(error).__name__}); see the server's log")
