@@ -186,7 +186,7 @@ def metrics_page() -> str:
         "| metric | kind | labels | what it is |",
         "|---|---|---|---|",
     ]
-    for each in (*metrics.COUNTED, *metrics.READINGS):
+    for each in (*metrics.EVENT_METRICS, *metrics.SNAPSHOT_METRICS):
         labels = ", ".join(f"`{label}`" for label in each.labels) or "–"
         lines.append(f"| `{each.name}` | {each.kind} | {labels} | {each.help} |")
     return "\n".join([*lines, ""])

@@ -394,7 +394,7 @@ def test_the_table_has_every_solver_once() -> None:
     ],
 )
 def test_names_are_understood(sampler: str | None, schedule: str | None, ours: str | None) -> None:
-    assert a1111_samplers.choose(sampler, schedule) == a1111_samplers.Chosen(ours)
+    assert a1111_samplers.choose(sampler, schedule) == a1111_samplers.SamplerChoice(ours)
 
 
 @pytest.mark.parametrize(
@@ -429,7 +429,7 @@ def test_what_the_infotext_says_chooses_the_same_again(sampler: str, schedule: s
     assert scheduler is not None
     told = schedulers.sampler_of(scheduler)
     assert told
-    assert a1111_samplers.choose(*told) == a1111_samplers.Chosen(scheduler)
+    assert a1111_samplers.choose(*told) == a1111_samplers.SamplerChoice(scheduler)
 
 
 def test_an_unknown_sampler_draws_as_the_model_does(ann: httpx.Client) -> None:
@@ -506,8 +506,8 @@ def prepared(body: Img2ImgBody, **settings: Any) -> tuple[tuple[bytes, ...], byt
             images, mask, share=service.budget.share(), limits=service.limits, fitting=fitting, scale=scale
         )
         try:
-            await sources.gathered(service.fetcher, service.decoders)
-            return await sources.decoded(service.decoders)
+            await sources.fetch(service.fetcher, service.decoders)
+            return await sources.decode(service.decoders)
         finally:
             await service.stop()
 
@@ -739,7 +739,7 @@ def test_any_foreign_field_is_survived(extra: dict[str, Any], overrides: dict[st
     assert set(body.ignored()) <= {*extra, *(f"override_settings.{name}" for name in overrides)}
     clip_skip = body.sampling(None).clip_skip
     assert clip_skip is None or clip_skip > 0
-    assert not set(extra) & set(body.shown())
+    assert not set(extra) & set(body.understood())
     assert set(UpscaleBody.model_validate(extra | {"image": "x"}).ignored()) <= set(extra)
 
 

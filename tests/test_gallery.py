@@ -21,7 +21,7 @@ from sfumato.config import ModelConfig
 from sfumato.core import Event, Failed, Generation
 from sfumato.errors import DrawError, StorageError
 from sfumato.pictures import recipe
-from sfumato.pictures.gallery import Gallery, Wanted
+from sfumato.pictures.gallery import Gallery, GalleryQuery
 from sfumato.pictures.store import Store, owner_of
 from support.gallery import MADE, gallery, keep, names, png
 from support.inside import DRAW, Inside, Painter
@@ -33,7 +33,7 @@ def test_the_newest_comes_first_and_pages_go_on_where_they_ended(tmp_path: Path)
     seen: list[str] = []
     before = None
     while True:
-        kept, more = shelf.page(Wanted(), before=before, limit=3)
+        kept, more = shelf.page(GalleryQuery(), before=before, limit=3)
         seen += [each.name for each in kept]
         before = (kept[-1].created, kept[-1].name)
         if not more:
@@ -63,8 +63,8 @@ def test_a_search_finds_words_in_prompts_and_takes_them_as_they_are(
     for prompt in prompts:
         keep(shelf, prompt)
     keep(shelf, "100% wool", negative_prompt="blurry")
-    assert [kept.recipe and kept.recipe["prompt"] for kept in shelf.page(Wanted(words=words))[0]] == found
-    assert shelf.count(Wanted(words=words)) == len(found)
+    assert [kept.recipe and kept.recipe["prompt"] for kept in shelf.page(GalleryQuery(words=words))[0]] == found
+    assert shelf.count(GalleryQuery(words=words)) == len(found)
 
 
 def test_model_and_star_narrow_it(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_the_folder_is_enough_to_make_it_again_owners_included(tmp_path: Path) -
 def test_a_name_tells_its_owner_only_to_who_knows_the_owners() -> None:
     store = Store(Path("nowhere"))
     assert store.get("0" * 32 + ".png") is None
-    named = [Store.named("alice", "png") for _ in range(50)]
+    named = [Store.new_name("alice", "png") for _ in range(50)]
     assert {owner_of(name, ("bob", "alice")) for name in named} == {"alice"}
     assert {owner_of(name, ("bob", "carol")) for name in named} == {None}
     assert len(set(named)) == 50
@@ -123,10 +123,10 @@ def test_a_file_that_somebody_deleted_is_missed_without_a_word(tmp_path: Path) -
     (shelf.store.folder / two).unlink()
     assert shelf.get(two) is None
     assert names(shelf) == [one]
-    assert shelf.count(Wanted()) == 1
+    assert shelf.count(GalleryQuery()) == 1
     (shelf.store.folder / one).unlink()
     assert shelf.reconcile() == (0, 1)
-    assert shelf.count(Wanted()) == 0
+    assert shelf.count(GalleryQuery()) == 0
 
 
 def test_files_that_nobody_listed_are_found(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_a_picture_is_kept_where_the_index_cannot_be_written(tmp_path: Path) -> 
     name = keep(shelf)
     assert shelf.store.has(name)
     with pytest.raises(StorageError, match="gallery_url"):
-        shelf.page(Wanted())
+        shelf.page(GalleryQuery())
 
 
 def test_a_url_that_is_none_is_named(tmp_path: Path) -> None:
@@ -191,20 +191,25 @@ def test_ten_thousand_pictures_are_searched_in_a_moment(tmp_path: Path) -> None:
     for index in range(10_000):
         prompt = f"{words[index % 5]} number {index} " + "on a background of many words " * 8
         made = replace(MADE, prompt=prompt)
-        name = Store.named("", "png")
+        name = Store.new_name("", "png")
         (shelf.store.folder / name).touch()
         rows.append(module._row(name, 1000.0 + index, "", recipe.asdict(made)))
     with shelf._begin() as connection:
         connection.execute(sql.insert(module.PICTURES), rows)
-    for wanted in (Wanted(), Wanted(words="rocket 9996"), Wanted(words="not in any"), Wanted(words="cat", model="m")):
+    for query in (
+        GalleryQuery(),
+        GalleryQuery(words="rocket 9996"),
+        GalleryQuery(words="not in any"),
+        GalleryQuery(words="cat", model="m"),
+    ):
         took = []
         for _ in range(5):  # the quickest: the machine has other things to do
             began = time.perf_counter()
-            found, _more = shelf.page(wanted)
-            shelf.count(wanted)
+            found, _more = shelf.page(query)
+            shelf.count(query)
             took.append(time.perf_counter() - began)
-        assert bool(found) == (wanted.words != "not in any")
-        assert min(took) < 0.1, (wanted, took)
+        assert bool(found) == (query.words != "not in any")
+        assert min(took) < 0.1, (query, took)
 
 
 # Over HTTP.

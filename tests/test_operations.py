@@ -22,7 +22,7 @@ from sfumato import logs
 from sfumato.commands import serve
 from sfumato.core import EngineStats
 from sfumato.errors import SfumatoError
-from sfumato.serving.metrics import COUNTED, READINGS, Metrics
+from sfumato.serving.metrics import EVENT_METRICS, SNAPSHOT_METRICS, Metrics
 from sfumato.settings import Settings
 from support.inside import DRAW, Inside, running
 from support.serving import Server
@@ -76,15 +76,15 @@ def rendered(metrics: Metrics, **moment: Any) -> str:
 
 def test_every_metric_is_rendered_once() -> None:
     metrics = Metrics()
-    metrics.answered("/v1/images/generations", "POST", 200, 1.5)
-    metrics.waited(0.2)
-    metrics.drew("m", 3.0)
-    metrics.failed("m", "worker_died")
-    metrics.rejected("rate_limit_exceeded")
+    metrics.record_http("/v1/images/generations", "POST", 200, 1.5)
+    metrics.record_wait(0.2)
+    metrics.record_picture("m", 3.0)
+    metrics.record_failure("m", "worker_died")
+    metrics.record_rejection("rate_limit_exceeded")
     text = rendered(metrics, stats=EngineStats(batch_sizes={1: 2}))
     declared = [name for name in re.findall(r"^# TYPE (\S+)", text, re.MULTILINE) if name.startswith("sfumato_")]
-    assert set(declared) - {f"{each.name.removesuffix('_total')}_created" for each in COUNTED} == {
-        each.name for each in (*COUNTED, *READINGS)
+    assert set(declared) - {f"{each.name.removesuffix('_total')}_created" for each in EVENT_METRICS} == {
+        each.name for each in (*EVENT_METRICS, *SNAPSHOT_METRICS)
     }
     assert len(declared) == len(set(declared))
     assert value(text, "process_resident_memory_bytes") > 1e6
@@ -93,10 +93,10 @@ def test_every_metric_is_rendered_once() -> None:
 def test_what_is_counted() -> None:
     metrics = Metrics()
     for seconds in (0.2, 4.0):
-        metrics.drew("m", seconds)
-    metrics.waited(0.3)
-    metrics.failed("m", "worker_died")
-    metrics.rejected("rate_limit_exceeded")
+        metrics.record_picture("m", seconds)
+    metrics.record_wait(0.3)
+    metrics.record_failure("m", "worker_died")
+    metrics.record_rejection("rate_limit_exceeded")
     text = rendered(metrics)
     assert value(text, "sfumato_picture_seconds_count", model="m") == 2
     assert value(text, "sfumato_picture_seconds_sum", model="m") == 4.2

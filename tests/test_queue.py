@@ -122,7 +122,7 @@ def test_positions_come_true_and_everybody_is_served(joins: list[tuple[str, int]
 def by_turns(queue: Queue) -> dict[Ticket, int]:
     """The positions by the rule itself, one turn after another: cubic, and nothing to serve with."""
     waiting = [ticket for line in queue._lines.values() for ticket in line]
-    held, served, positions = Counter(queue._held), dict(queue._served), {}
+    held, served, positions = Counter(queue._in_flight), dict(queue._served), {}
     while waiting:
         following = min(waiting, key=lambda each: (held[each.caller], served.get(each.caller, 0), each.number))
         waiting.remove(following)
@@ -135,9 +135,9 @@ def by_turns(queue: Queue) -> dict[Ticket, int]:
 class Counted(Queue):
     foreseen = 0
 
-    def _foreseen(self) -> dict[Ticket, int]:
+    def _simulated_positions(self) -> dict[Ticket, int]:
         self.foreseen += 1
-        return super()._foreseen()
+        return super()._simulated_positions()
 
 
 EVENTS = st.lists(st.tuples(st.sampled_from("abcde"), st.integers(0, 5), st.integers(0, 99)), max_size=30)
@@ -163,7 +163,7 @@ def test_positions_are_those_of_the_rule_and_worked_out_once_for_each_change(
         for ticket in tickets:
             queue.leave(ticket, drawn=False)
             queue.leave(ticket, drawn=False)
-        assert (queue.waiting, queue.running, queue._lines, queue._held, queue._served) == (0, 0, {}, {}, {})
+        assert (queue.waiting, queue.running, queue._lines, queue._in_flight, queue._served) == (0, 0, {}, {}, {})
 
     within_a_loop(body)
 

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 import sfumato
 import sfumato.commands.generate as command
 from sfumato import schedulers
-from sfumato.api import said
+from sfumato.api import file_parameters as files
 from sfumato.cli import app
 from sfumato.config import ModelConfig, load, reference
 from sfumato.core import Done, Event, Failed, Generation, Limits, Recipe
@@ -215,7 +215,11 @@ def test_a_recipe_is_flat_json_and_comes_back() -> None:
     assert values | flat(WHOLE) == values
     assert "sampling" not in values
     assert recipe.from_json(values) == made()
-    assert said.read({recipe.RECIPE_CHUNK: text}).fields == flat(WHOLE) | {"model": "m", "prompt": "a cat", "seed": 1}
+    assert files.read({recipe.RECIPE_CHUNK: text}).fields == flat(WHOLE) | {
+        "model": "m",
+        "prompt": "a cat",
+        "seed": 1,
+    }
 
 
 def test_a_recipe_has_only_what_was_set_of_newer_parameters() -> None:
@@ -225,7 +229,7 @@ def test_a_recipe_has_only_what_was_set_of_newer_parameters() -> None:
 
 
 def test_an_infotext_comes_back() -> None:
-    fields = said.read({recipe.INFOTEXT_CHUNK: recipe.infotext(made())}).fields
+    fields = files.read({recipe.INFOTEXT_CHUNK: recipe.infotext(made())}).fields
     assert fields == flat(WHOLE) | {"model": "m", "prompt": "a cat", "seed": 1}
     assert ", Eta: 0.25, CFG Rescale: 0.25, Version" in recipe.infotext(made())
 
@@ -250,7 +254,7 @@ def test_pictures_of_earlier_versions_are_read(tmp_path: Path) -> None:
     assert (read.seed, read.image_sha256, read.size) == (7, (), (64, 48))
     again = json.loads(json.dumps(recipe.as_json(read)))
     assert again == {key: value for key, value in EARLIER.items() if key != "priority"}
-    told = said.read({recipe.RECIPE_CHUNK: json.dumps(EARLIER)}).fields
+    told = files.read({recipe.RECIPE_CHUNK: json.dumps(EARLIER)}).fields
     assert (told["steps"], told["guidance_scale"], told["clip_skip"]) == (20, 7.5, 2)
 
 

@@ -201,7 +201,7 @@ def test_a_cancelled_arrival_is_not_drawn(service: Service) -> None:
     """Between its body and its job, and for its own caller only."""
 
     async def run() -> None:
-        with service.arriving("x", "ann"), service.arriving("x", "bob"):
+        with service.register_arrival("x", "ann"), service.register_arrival("x", "bob"):
             assert service.progress("x", "ann").state == "queued"
             assert (await service.cancel_id("x", "ann")).state == "cancelled"
             with pytest.raises(Cancelled):

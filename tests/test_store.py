@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sfumato.errors import StorageError
-from sfumato.pictures.store import LOW_WATER, STRAY_S, Store
+from sfumato.pictures.store import ABANDONED_S, LOW_WATER, Store
 
 HOUR = 3600.0
 NOW = 1_000_000_000.0
@@ -117,7 +117,7 @@ def test_unfinished_files_of_long_ago_go(folder: Path) -> None:
     store = Store(folder)
     store.put(b"a picture")
     old, young = folder / "sfumato-abc_1.part", folder / "sfumato-abc_2.part"
-    for path, age in ((old, STRAY_S + 1), (young, STRAY_S - 1)):
+    for path, age in ((old, ABANDONED_S + 1), (young, ABANDONED_S - 1)):
         path.write_bytes(b"half")
         os.utime(path, (NOW - age, NOW - age))
     assert store.expire(NOW) == 0

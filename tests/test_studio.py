@@ -429,7 +429,7 @@ def test_ten_thousand_pictures_scroll_and_are_searched(browser: Browser, tmp_pat
     with serve(tmp_path) as server:
         server.client.get("/v1/images/gallery")
         data = png()
-        names = [Store.named("", "png") for _ in range(10_000)]
+        names = [Store.new_name("", "png") for _ in range(10_000)]
         for name in names[-200:]:
             (folder / name).write_bytes(data)
         for name in names[:-200]:

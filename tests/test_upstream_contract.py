@@ -106,7 +106,7 @@ TOUCHED = {name.rpartition(".")[2].rpartition(":")[2] for names in NAMES.values(
 
 OWN = {
     ("_charset_", "api/http/multipart.py"), ("_total", "serving/metrics.py"), ("_mask", "batching/text_masks.py"),
-    ("_k", "api/said.py"), ("_Bar", "models/download.py"),
+    ("_k", "api/file_parameters.py"), ("_Bar", "models/download.py"),
     # Parts of file names and functions that are looked for: see `test_packages_of_a_class_are_found`.
     ("_available", "models/pipeline_class.py"), ("_objects", "models/pipeline_class.py"),
     ("_and_", "models/pipeline_class.py"),

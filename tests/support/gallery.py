@@ -11,7 +11,7 @@ from PIL import Image
 
 from sfumato.core import Recipe
 from sfumato.pictures import recipe
-from sfumato.pictures.gallery import Gallery, Wanted
+from sfumato.pictures.gallery import Gallery, GalleryQuery
 from sfumato.pictures.store import Store
 from sfumato.sampling import Sampling
 
@@ -36,4 +36,4 @@ def keep(gallery: Gallery, prompt: str = "a cat", caller: str = "", created: flo
 
 
 def names(gallery: Gallery, **wanted: Any) -> list[str]:
-    return [kept.name for kept in gallery.page(Wanted(**wanted))[0]]
+    return [kept.name for kept in gallery.page(GalleryQuery(**wanted))[0]]

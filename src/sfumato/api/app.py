@@ -22,8 +22,8 @@ from sfumato.api.http.auth import Auth, parse_keys
 from sfumato.api.http.cross_site import CrossSite, parse_hosts
 from sfumato.api.http.forms import Bodies
 from sfumato.api.http.headers import SecurityHeaders
-from sfumato.api.http.middleware import BodyCap, Framing, Head, LastResort, Observe, RequestId
-from sfumato.api.http.shutdown import Ending, Running
+from sfumato.api.http.middleware import AccessLog, BodyCap, Head, LengthCheck, RequestId, UnhandledErrors
+from sfumato.api.http.shutdown import ActiveRequests, Shutdown
 from sfumato.api.http.urls import Forwarded, check_proxies, check_public_url, parse_origins
 from sfumato.api.openai import routes as openai
 from sfumato.core import MAX_SEED
@@ -53,23 +53,23 @@ class Application(FastAPI):
                 operation["responses"].pop("422", None)
         for name in ("HTTPValidationError", "ValidationError"):
             schema.get("components", {}).get("schemas", {}).pop(name, None)
-        _exact(schema)
+        _integer_limits(schema)
         return schema
 
 
-def _exact(schema: Any) -> None:
+def _integer_limits(schema: Any) -> None:
     """Integer limits as integers: FastAPI makes them floats, which cannot represent the highest seed."""
     if isinstance(schema, dict):
         if schema.get("type") == "integer":
-            whole = {name: int(schema[name]) for name in ("minimum", "maximum") if name in schema}
-            schema |= {name: min(value, MAX_SEED) for name, value in whole.items()}
+            limits = {name: int(schema[name]) for name in ("minimum", "maximum") if name in schema}
+            schema |= {name: min(value, MAX_SEED) for name, value in limits.items()}
         schema = list(schema.values())
     if isinstance(schema, list):
-        for each in schema:
-            _exact(each)
+        for item in schema:
+            _integer_limits(item)
 
 
-def create_app(service: Service, store: Store, running: Running | None = None) -> FastAPI:
+def create_app(service: Service, store: Store, running: ActiveRequests | None = None) -> FastAPI:
     """The application for a service, which it starts and stops; `running` tracks its requests.
 
     Raises ValueError naming the setting at fault.
@@ -80,19 +80,19 @@ def create_app(service: Service, store: Store, running: Running | None = None) -
     check_proxies(settings.trusted_proxies)
     check_public_url(settings.public_url)
     parse_hosts(settings.allowed_hosts)
-    shelf = Gallery.of(settings, store, keys)
+    picture_gallery = Gallery.of(settings, store, keys)
     history = status.History(service)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
         await service.start()
-        keepers = [asyncio.create_task(_expire(shelf)), asyncio.create_task(history.keep())]
+        keepers = [asyncio.create_task(_expire(picture_gallery)), asyncio.create_task(history.keep())]
         yield
         for keeper in keepers:
             keeper.cancel()
         app.state.bodies.close()
         await service.stop()
-        shelf.close()
+        picture_gallery.close()
 
     app = Application(
         title="Sfumato",
@@ -106,41 +106,41 @@ def create_app(service: Service, store: Store, running: Running | None = None) -
     )
     app.state.service = service
     app.state.store = store
-    app.state.gallery = shelf
+    app.state.gallery = picture_gallery
     app.state.history = history
     app.state.bodies = Bodies(settings.max_text_mb * 2**20)
     app.state.choices = lists.Choices(service)
     app.state.a1111_jobs = jobs.Jobs(service)
     app.state.document = pages.Document(app.openapi)
     errors.install(app)
-    _route(app, keyed=bool(keys))
-    _pass_through(app, keys, origins, running or Running())
+    _add_routes(app, keyed=bool(keys))
+    _add_middleware(app, keys, origins, running or ActiveRequests())
     return app
 
 
-def _route(app: FastAPI, *, keyed: bool) -> None:
+def _add_routes(app: FastAPI, *, keyed: bool) -> None:
     # Only documents the key in OpenAPI; `Auth` checks it.
     key = [Depends(HTTPBearer(auto_error=False, description="An API key of this server."))] if keyed else []
-    for each in (openai, localai, progress, models, gallery, status):
-        app.include_router(each.routes, prefix="/v1", dependencies=key)
+    for module in (openai, localai, progress, models, gallery, status):
+        app.include_router(module.routes, prefix="/v1", dependencies=key)
         # LocalAI's clients often omit the prefix.
-        app.include_router(each.routes, include_in_schema=False)
+        app.include_router(module.routes, include_in_schema=False)
     app.include_router(a1111.routes, dependencies=key)
     for routes in (ops.routes, gallery.pictures, pages.routes):
         app.include_router(routes)
     studio.install(app)
 
 
-def _pass_through(app: FastAPI, keys: Mapping[str, str], origins: Sequence[str], running: Running) -> None:
+def _add_middleware(app: FastAPI, keys: Mapping[str, str], origins: Sequence[str], running: ActiveRequests) -> None:
     """What every request passes. The middleware added last sees it."""
     service: Service = app.state.service
     settings = service.settings
     app.add_middleware(Arrivals, service=service)
-    app.add_middleware(Ending, running=running)
+    app.add_middleware(Shutdown, running=running)
     app.add_middleware(BodyCap, limit=settings.max_body_mb * 2**20)
-    app.add_middleware(CrossSite, settings=settings, origins=origins, rejected=service.metrics.rejected)
-    app.add_middleware(Auth, keys=keys, rejected=service.metrics.rejected)
-    app.add_middleware(LastResort)
+    app.add_middleware(CrossSite, settings=settings, origins=origins, rejected=service.metrics.record_rejection)
+    app.add_middleware(Auth, keys=keys, rejected=service.metrics.record_rejection)
+    app.add_middleware(UnhandledErrors)
     if origins:
         app.add_middleware(
             CORSMiddleware,
@@ -152,29 +152,29 @@ def _pass_through(app: FastAPI, keys: Mapping[str, str], origins: Sequence[str],
         )
     app.add_middleware(Head)
     app.add_middleware(Forwarded, trusted=settings.trusted_proxies)
-    app.add_middleware(Framing)
+    app.add_middleware(LengthCheck)
     app.add_middleware(SecurityHeaders)
-    app.add_middleware(Observe, metrics=service.metrics)
+    app.add_middleware(AccessLog, metrics=service.metrics)
     app.add_middleware(RequestId)
 
 
-async def _expire(shelf: Gallery) -> None:
+async def _expire(picture_gallery: Gallery) -> None:
     """Delete expired pictures and update the gallery, now and periodically, until cancelled."""
     while True:
         try:
-            await asyncio.to_thread(_tidy, shelf)
+            await asyncio.to_thread(_delete_expired, picture_gallery)
         except (OSError, SfumatoError) as error:
             log.warning("expired pictures could not be deleted: %s", error)
         await asyncio.sleep(EXPIRE_EVERY_S)
 
 
-def _tidy(shelf: Gallery) -> None:
+def _delete_expired(picture_gallery: Gallery) -> None:
     try:
-        stars = shelf.starred()
+        stars = picture_gallery.starred()
     except SfumatoError:
-        shelf.store.expire()  # e.g. the disk is full
+        picture_gallery.store.expire()  # e.g. the disk is full
         raise
-    shelf.store.expire(spare=stars)
-    added, gone = shelf.reconcile()
+    picture_gallery.store.expire(spare=stars)
+    added, gone = picture_gallery.reconcile()
     if added or gone:
         log.info("the gallery now lists %d more pictures found in its folder, and %d fewer that were gone", added, gone)

@@ -1,6 +1,6 @@
-"""What routes are given besides their bodies: the parts of the application, and who calls.
+"""FastAPI dependencies of the routes: the parts of the application, and the caller.
 
-`app.create_app` puts the parts into the application's state; a route names what it needs among its parameters.
+`app.create_app` stores the parts in the application's state; a route declares those that it needs as parameters.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sfumato.serving.service import Service
 
 
 def part(name: str) -> Callable[[Request], Awaitable[Any]]:
-    """A dependency on what the application's state has by this name."""
+    """A dependency: the attribute of this name of the application's state."""
 
     async def of_application(request: Request) -> Any:
         return getattr(request.app.state, name)
@@ -33,7 +33,7 @@ TheStore: TypeAlias = Annotated[Store, Depends(part("store"))]
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What a route that draws is given besides its body."""
+    """The arguments of a drawing route besides its body."""
 
     request: Request
     service: Service
@@ -59,4 +59,4 @@ Caller: TypeAlias = Annotated[str, Depends(_caller)]
 """The name of the caller's key; without keys its address."""
 
 Owner: TypeAlias = Annotated[str | None, Depends(_owner)]
-"""Whose requests and pictures may be seen; None: everybody's. Without keys that is so, as addresses prove nothing."""
+"""Only this caller's requests and pictures are visible; None, without keys: all, as addresses prove nothing."""

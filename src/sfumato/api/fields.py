@@ -1,4 +1,4 @@
-"""Fields of request bodies: the kinds that both dialects share, and those that `sfumato.sampling` describes."""
+"""Fields of request bodies: types that both dialects share, and the fields of `sfumato.sampling`'s parameters."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Side: TypeAlias = Annotated[Annotated[int, Field(ge=1, le=MAX_SIDE)] | None, BLA
 
 
 def openai_field(parameter: Parameter) -> tuple[Any, Any]:
-    """Type and description of a parameter in bodies of OpenAI's kind."""
+    """Type and description of a parameter in OpenAI's request bodies."""
     kind = str | None if parameter.empty else _kind(parameter)
     names = (parameter.name, *parameter.aliases)
     also = f"; also {' and '.join(f'`{alias}`' for alias in parameter.aliases)}" if parameter.aliases else ""
@@ -40,15 +40,15 @@ def openai_field(parameter: Parameter) -> tuple[Any, Any]:
 
 
 def a1111_field(parameter: Parameter) -> tuple[Any, Any]:
-    """The same in bodies of AUTOMATIC1111's kind."""
-    base = "; counted from 1, which is none" if parameter.one_based else ""
-    asked = f"; {', '.join(map(str, parameter.neutral))} asks for nothing, as there" if parameter.neutral else ""
+    """The same in AUTOMATIC1111's request bodies."""
+    one_based = "; counted from 1, which is none" if parameter.one_based else ""
+    neutral = f"; {', '.join(map(str, parameter.neutral))} asks for nothing, as there" if parameter.neutral else ""
     examples = [parameter.example] if parameter.example is not None else None
-    return _kind(parameter), Field(None, description=f"{parameter.help}{base}{asked}.", examples=examples)
+    return _kind(parameter), Field(None, description=f"{parameter.help}{one_based}{neutral}.", examples=examples)
 
 
 def _kind(parameter: Parameter) -> Any:
     if parameter.kind is str:
         return Text
-    most = parameter.most if parameter.most is None or not parameter.one_based else parameter.most + 1
-    return Annotated[Annotated[parameter.kind, Field(ge=parameter.least, le=most)] | None, BLANK]
+    maximum = parameter.most if parameter.most is None or not parameter.one_based else parameter.most + 1
+    return Annotated[Annotated[parameter.kind, Field(ge=parameter.least, le=maximum)] | None, BLANK]

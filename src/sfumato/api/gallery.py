@@ -9,13 +9,13 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Path, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from sfumato.api import said
+from sfumato.api import file_parameters
 from sfumato.api.dependencies import Owner, TheGallery, TheService
 from sfumato.api.http import documents
-from sfumato.api.http.forms import described, reader
+from sfumato.api.http.forms import openapi_body, reader
 from sfumato.api.openai.bodies import Picture
 from sfumato.errors import InvalidRequest, PictureNotFound
-from sfumato.pictures.gallery import MAX_PAGE, Gallery, Kept, Wanted
+from sfumato.pictures.gallery import MAX_PAGE, Gallery, GalleryEntry, GalleryQuery
 from sfumato.pictures.images import from_text
 from sfumato.sampling import NAMED
 
@@ -92,13 +92,13 @@ async def page(
     before: Annotated[str | None, Query(max_length=100, description="`next` of the previous page.")] = None,
     limit: Annotated[int, Query(ge=1, le=MAX_PAGE, description="Pictures per page.")] = 60,
 ) -> dict[str, Any]:
-    wanted = Wanted(owner, q, model, starred)
+    query = GalleryQuery(owner, q, model, starred)
     place = _place(before)
-    kept, more = await asyncio.to_thread(gallery.page, wanted, before=place, limit=limit)
-    total = await asyncio.to_thread(gallery.count, wanted) if place is None else None
-    following = f"{kept[-1].created!r}_{kept[-1].name}" if more and kept else None
-    shown = [_shown(each) for each in kept]
-    return {"object": "list", "data": shown, "has_more": following is not None, "next": following, "total": total}
+    entries, more = await asyncio.to_thread(gallery.page, query, before=place, limit=limit)
+    total = await asyncio.to_thread(gallery.count, query) if place is None else None
+    following = f"{entries[-1].created!r}_{entries[-1].name}" if more and entries else None
+    data = [_picture_json(each) for each in entries]
+    return {"object": "list", "data": data, "has_more": following is not None, "next": following, "total": total}
 
 
 @routes.get(
@@ -108,22 +108,22 @@ async def page(
     responses=documents.errors(401, 403, 404),
 )
 async def one(name: Name, gallery: TheGallery, owner: Owner) -> dict[str, Any]:
-    return _shown(await _kept(gallery, name, owner))
+    return _picture_json(await _require_entry(gallery, name, owner))
 
 
 @routes.patch(
     "/images/gallery/{name}",
     summary="Add or remove the star of a picture",
-    openapi_extra=described(StarBody),
+    openapi_extra=openapi_body(StarBody),
     response_model=GalleryPicture,
     responses=documents.errors(400, 401, 403, 404, 413, 415),
 )
 async def star(
     name: Name, body: Annotated[StarBody, Depends(reader(StarBody))], gallery: TheGallery, owner: Owner
 ) -> dict[str, Any]:
-    await _kept(gallery, name, owner)
+    await _require_entry(gallery, name, owner)
     await asyncio.to_thread(gallery.star, name, body.starred, owner)
-    return _shown(await _kept(gallery, name, owner))
+    return _picture_json(await _require_entry(gallery, name, owner))
 
 
 @routes.delete(
@@ -133,15 +133,15 @@ async def star(
     responses=documents.errors(401, 403, 404),
 )
 async def delete(name: Name, gallery: TheGallery, owner: Owner) -> dict[str, Any]:
-    kept = await _kept(gallery, name, owner)
+    entry = await _require_entry(gallery, name, owner)
     await asyncio.to_thread(gallery.delete, name)
-    return _shown(kept)
+    return _picture_json(entry)
 
 
 @routes.post(
     "/images/recipe",
     summary="Read the generation parameters of a picture file",
-    openapi_extra=described(RecipeBody),
+    openapi_extra=openapi_body(RecipeBody),
     response_model=FileRecipe,
     responses=documents.errors(400, 401, 403, 413, 415, 429),
 )
@@ -149,12 +149,17 @@ async def read(body: Annotated[RecipeBody, Depends(reader(RecipeBody))], service
     image = body.image
     if isinstance(image, str):
         image = await asyncio.to_thread(from_text, image, "image")
-    made = said.read(await service.texts(image))
-    return {"object": "recipe", "source": made.source, "recipe": made.fields, "warnings": list(made.warnings)}
+    parsed = file_parameters.read(await service.texts(image))
+    return {
+        "object": "recipe",
+        "source": parsed.source,
+        "recipe": parsed.fields,
+        "warnings": list(parsed.warnings),
+    }
 
 
 pictures = APIRouter(tags=["Gallery"])
-"""What stands beside the pictures themselves, and like them needs no key but a name that cannot be guessed."""
+"""Routes below the pictures' own URLs. Like them they need no key, as the names cannot be guessed."""
 
 
 @pictures.get(
@@ -170,19 +175,19 @@ async def thumbnail(name: Name, gallery: TheGallery) -> Response:
     return Response(data, media_type="image/webp", headers={"cache-control": "public, max-age=604800, immutable"})
 
 
-async def _kept(gallery: Gallery, name: str, owner: str | None) -> Kept:
+async def _require_entry(gallery: Gallery, name: str, owner: str | None) -> GalleryEntry:
     """Raises PictureNotFound."""
-    kept = await asyncio.to_thread(gallery.get, name, owner)
-    if kept is None:
+    entry = await asyncio.to_thread(gallery.get, name, owner)
+    if entry is None:
         raise PictureNotFound(
             f"there is no picture {name[:100]!r} of yours; it may have expired. GET /v1/images/gallery lists them.",
             param="name",
         )
-    return kept
+    return entry
 
 
-def _shown(kept: Kept) -> dict[str, Any]:
-    return {"object": "gallery.picture"} | asdict(kept)
+def _picture_json(entry: GalleryEntry) -> dict[str, Any]:
+    return {"object": "gallery.picture"} | asdict(entry)
 
 
 def _place(before: str | None) -> tuple[float, str] | None:

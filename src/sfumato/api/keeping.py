@@ -17,21 +17,21 @@ log = logging.getLogger(__name__)
 
 
 def keeper(
-    gallery: Gallery, caller: str, format: str, encoded: Callable[[Done], bytes], *, must: bool
+    gallery: Gallery, caller: str, format: str, encode: Callable[[Done], bytes], *, required: bool
 ) -> StorePicture | None:
-    """A callback that stores each picture, `encoded`, in the gallery; None if the settings say not to keep it.
+    """A callback that encodes each picture and stores it in the gallery; None if the settings say not to keep it.
 
-    `must`: the answer is its URL, so storing must succeed; otherwise a full disk only logs a warning.
+    `required`: the answer is its URL, so storing must succeed; otherwise a full disk only logs a warning.
     """
-    if not must and not gallery.keeps:
+    if not required and not gallery.keeps_all:
         return None
 
     async def keep(done: Done) -> str | None:
         try:
-            data = await asyncio.to_thread(encoded, done)
+            data = await asyncio.to_thread(encode, done)
             return await asyncio.to_thread(gallery.keep, data, format, caller, done.recipe, time.time())
         except StorageError as error:
-            if must:
+            if required:
                 raise
             log.warning("a picture was returned but could not be stored: %s", error.message)
             return None

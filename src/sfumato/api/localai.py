@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field
 
 from sfumato.api.dependencies import TheContext
 from sfumato.api.http.documents import DRAWING
-from sfumato.api.http.forms import described, reader
+from sfumato.api.http.forms import openapi_body, reader
 from sfumato.api.openai.answers import answer
 from sfumato.api.openai.bodies import Body, Picture, Pictures
 from sfumato.config import ModelConfig
@@ -63,7 +63,7 @@ routes = APIRouter(tags=["LocalAI"])
 @routes.post(
     "/images/inpainting",
     summary="Redraw the masked area of a picture",
-    openapi_extra=described(InpaintingBody),
+    openapi_extra=openapi_body(InpaintingBody),
     responses=DRAWING,
 )
 async def inpainting(
@@ -73,7 +73,7 @@ async def inpainting(
     return await answer(context, body)
 
 
-@routes.post("/images/upscale", summary="Upscale a picture", openapi_extra=described(UpscaleBody), responses=DRAWING)
+@routes.post("/images/upscale", summary="Upscale a picture", openapi_extra=openapi_body(UpscaleBody), responses=DRAWING)
 async def upscale(
     body: Annotated[UpscaleBody, Depends(reader(UpscaleBody))],
     context: TheContext,

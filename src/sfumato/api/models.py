@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 from sfumato import schedulers
 from sfumato.api.dependencies import TheService
 from sfumato.api.http import documents
-from sfumato.api.http.forms import described, reader
+from sfumato.api.http.forms import openapi_body, reader
 from sfumato.config import ModelConfig
 from sfumato.core import QUALITIES, ModelInfo
 from sfumato.models.static_capabilities import static_capabilities
@@ -58,7 +58,7 @@ routes = APIRouter(tags=["Models"])
 @routes.post(
     "/models/load",
     summary="Load a model before its first request",
-    openapi_extra=described(ModelBody),
+    openapi_extra=openapi_body(ModelBody),
     response_model=Taken,
     responses=ORDERS,
 )
@@ -70,7 +70,7 @@ async def load(body: Annotated[ModelBody, Depends(reader(ModelBody))], service: 
 @routes.post(
     "/models/unload",
     summary="Unload a model once no request uses it",
-    openapi_extra=described(UnloadBody),
+    openapi_extra=openapi_body(UnloadBody),
     response_model=Taken,
     responses=ORDERS,
 )
@@ -82,7 +82,7 @@ async def unload(body: Annotated[UnloadBody, Depends(reader(UnloadBody))], servi
 @routes.post(
     "/models/pin",
     summary="Keep a model in memory when others need room, until the server restarts",
-    openapi_extra=described(PinBody),
+    openapi_extra=openapi_body(PinBody),
     response_model=Taken,
     responses=ORDERS,
 )
@@ -115,8 +115,8 @@ async def model(id: str, service: TheService) -> dict[str, Any]:
     responses=documents.errors(401, 403),
 )
 async def all_schedulers() -> dict[str, Any]:
-    named = [(name, schedulers.parse(name).description) for name in schedulers.names()]
-    data = [{"id": name, "object": "scheduler", "description": description} for name, description in named]
+    descriptions = [(name, schedulers.parse(name).description) for name in schedulers.names()]
+    data = [{"id": name, "object": "scheduler", "description": description} for name, description in descriptions]
     return {"object": "list", "data": data}
 
 
@@ -128,7 +128,7 @@ def _model(service: Service, config: ModelConfig) -> dict[str, Any]:
     status = service.engine.status(config.name)
     facts = status.info
     settings = service.settings
-    told = facts or static_capabilities(config)
+    capabilities = facts or static_capabilities(config)
     return {
         "id": config.name,
         "object": "model",
@@ -140,16 +140,16 @@ def _model(service: Service, config: ModelConfig) -> dict[str, Any]:
             "progress": status.progress,
             "aliases": list(config.aliases),
             "description": config.description,
-            "pipeline": told.pipeline or config.pipeline_type,
-            "tasks": list(told.tasks) if told.tasks is not None else None,
+            "pipeline": capabilities.pipeline or config.pipeline_type,
+            "tasks": list(capabilities.tasks) if capabilities.tasks is not None else None,
             "enable_parameters": sorted(config.enable_parameters),
             "defaults": _defaults(config, facts),
             "limits": {
                 "n": settings.max_n,
                 "steps": int(NAMED["steps"].most or 0),
                 "pixels": settings.max_pixels,
-                "size_multiple": told.size_multiple,
-                "prompt_tokens": told.prompt_tokens,
+                "size_multiple": capabilities.size_multiple,
+                "prompt_tokens": capabilities.prompt_tokens,
                 "max_concurrent": config.max_concurrent,
             },
             "qualities": _qualities(config, facts),
@@ -160,8 +160,8 @@ def _model(service: Service, config: ModelConfig) -> dict[str, Any]:
 def _defaults(config: ModelConfig, facts: ModelInfo | None) -> dict[str, Any]:
     sampling = facts.sampling if facts else config.sampling
     size = "{}x{}".format(*sampling.size) if sampling.size else None
-    own = {each.name: sampling[each] for each in PARAMETERS if not each.side}
-    return {"size": size, **own, "n": config.n or 1, "seed": config.seed}
+    others = {each.name: sampling[each] for each in PARAMETERS if not each.side}
+    return {"size": size, **others, "n": config.n or 1, "seed": config.seed}
 
 
 def _qualities(config: ModelConfig, facts: ModelInfo | None) -> dict[str, int]:

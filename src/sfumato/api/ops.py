@@ -64,10 +64,10 @@ async def metrics(service: TheService) -> Response:
 )
 async def picture(name: str, request: Request, store: TheStore) -> Response:
     # Read completely before sending: the file may be deleted at any time.
-    found = await asyncio.to_thread(store.get, name)
-    if found is None:
+    stored = await asyncio.to_thread(store.get, name)
+    if stored is None:
         raise HTTPException(404)
-    return ranges.answer(request, found.data, found.media_type, etag=f'"{name}"', headers=PICTURE_HEADERS)
+    return ranges.answer(request, stored.data, stored.media_type, etag=f'"{name}"', headers=PICTURE_HEADERS)
 
 
 def _not_ready(service: Service) -> str:

@@ -36,13 +36,16 @@ async def several(
     preview: Annotated[bool, Query(description="Include their latest previews.")] = False,
 ) -> dict[str, Any]:
     if not id:
-        found = [job.progress() for job in service.jobs(owner)]
+        progresses = [job.progress() for job in service.jobs(owner)]
     else:
-        found = []
+        progresses = []
         for each in dict.fromkeys(id):
             with suppress(RequestNotFound):
-                found.append(service.progress(each, owner))
-    return {"object": "list", "data": [await _told(service, owner, each, preview=preview) for each in found]}
+                progresses.append(service.progress(each, owner))
+    return {
+        "object": "list",
+        "data": [await _progress_answer(service, owner, each, preview=preview) for each in progresses],
+    }
 
 
 @routes.get(
@@ -57,7 +60,7 @@ async def progress(
     owner: Owner,
     preview: Annotated[bool, Query(description="Include the latest preview.")] = False,
 ) -> dict[str, Any]:
-    return await _told(service, owner, service.progress(id, owner), preview=preview)
+    return await _progress_answer(service, owner, service.progress(id, owner), preview=preview)
 
 
 @routes.delete(
@@ -67,17 +70,17 @@ async def progress(
     responses=documents.errors(401, 403, 404),
 )
 async def cancel(id: str, service: TheService, owner: Owner) -> dict[str, Any]:
-    return _shown(await service.cancel_id(id, owner))
+    return _progress_json(await service.cancel_id(id, owner))
 
 
-async def _told(service: Service, owner: str | None, progress: Progress, *, preview: bool) -> dict[str, Any]:
-    answer = _shown(progress)
+async def _progress_answer(service: Service, owner: str | None, progress: Progress, *, preview: bool) -> dict[str, Any]:
+    answer = _progress_json(progress)
     if preview and (jobs := service.jobs(owner, progress.id)):
         answer["preview"] = await asyncio.to_thread(_preview, jobs[-1])
     return answer
 
 
-def _shown(progress: Progress) -> dict[str, Any]:
+def _progress_json(progress: Progress) -> dict[str, Any]:
     left = progress.seconds_left
     return {
         "id": progress.id,
@@ -101,7 +104,7 @@ def _preview(job: Job) -> dict[str, Any] | None:
     """Preview of the first unfinished picture that has one."""
     for index, part in enumerate(job.parts):
         if part.preview and not part.done:
-            seen = part.preview
-            png = recipe.convert(seen.png, size=(seen.width, seen.height))
-            return {"index": index, "step": seen.step, "b64_json": base64.b64encode(png).decode()}
+            preview = part.preview
+            png = recipe.convert(preview.png, size=(preview.width, preview.height))
+            return {"index": index, "step": preview.step, "b64_json": base64.b64encode(png).decode()}
     return None

@@ -21,7 +21,7 @@ from sfumato.api.http.connections import (
     Connections,
     raise_descriptor_limit,
 )
-from sfumato.api.http.shutdown import Running
+from sfumato.api.http.shutdown import ActiveRequests
 from sfumato.engine.protocol import Engine
 from sfumato.errors import SfumatoError
 from sfumato.pictures.store import Store
@@ -40,7 +40,9 @@ INTERRUPTED = 130
 class Server(uvicorn.Server):
     """uvicorn with `Connections`; we end its requests after the grace time, or on a second Ctrl-C."""
 
-    def __init__(self, config: uvicorn.Config, connections: Connections, running: Running, grace_s: float) -> None:
+    def __init__(
+        self, config: uvicorn.Config, connections: Connections, running: ActiveRequests, grace_s: float
+    ) -> None:
         super().__init__(config)
         self.hurried = False
         self._connections = connections
@@ -56,8 +58,8 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
         # asyncio uses one number for connections accepted at once and for the backlog.
-        for each in sockets or ():
-            each.listen(WAITING_AT_ONCE)
+        for sock in sockets or ():
+            sock.listen(WAITING_AT_ONCE)
         self._sweeper = asyncio.create_task(self._connections.sweep())
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -87,7 +89,7 @@ def run(settings: Settings, engine: Engine) -> None:
     catalog = Catalog.of(settings)
     for problem in catalog.problems():
         log.warning("%s", problem)
-    running = Running()
+    running = ActiveRequests()
     try:
         application = create_app(Service(catalog, engine, settings), Store.of(settings), running)
     except ValueError as error:

@@ -108,10 +108,10 @@ class History:
 
     def samples(self) -> list[dict[str, Any]]:
         counts = [*self._counts, self.now()]
-        here = counts[-1].time
+        latest = counts[-1].time
         return [
             {
-                "seconds_ago": round(here - after.time, 1),
+                "seconds_ago": round(latest - after.time, 1),
                 "steps_per_s": round((after.steps - before.steps) / (after.time - before.time), 2),
                 "pictures_per_min": round(60 * (after.pictures - before.pictures) / (after.time - before.time), 2),
                 "mean_batch": _mean(after.rows - before.rows, after.forwards - before.forwards),

@@ -16,8 +16,8 @@ CHUNK = 2**20
 """Bytes copied at a time."""
 
 
-def write(file: BinaryIO, said: dict[str, Any], blob: bytes) -> None:
-    head = json.dumps(said).encode()
+def write(file: BinaryIO, message: dict[str, Any], blob: bytes) -> None:
+    head = json.dumps(message).encode()
     file.write(_LENGTHS.pack(len(head), len(blob)) + head)
     file.write(blob)
     file.flush()
@@ -29,9 +29,9 @@ def read(file: BinaryIO) -> tuple[dict[str, Any], bytes]:
     return json.loads(_exactly(file, head)), _exactly(file, blob)
 
 
-async def send(writer: asyncio.StreamWriter, said: dict[str, Any], blob: bytes) -> None:
+async def send(writer: asyncio.StreamWriter, message: dict[str, Any], blob: bytes) -> None:
     """Send in chunks, so that no second copy of a large picture is buffered."""
-    head = json.dumps(said).encode()
+    head = json.dumps(message).encode()
     writer.write(_LENGTHS.pack(len(head), len(blob)) + head)
     view = memoryview(blob)
     for start in range(0, len(blob), CHUNK):

@@ -51,13 +51,13 @@ class Decoders:
 
         Raises InvalidPicture naming `param`, with what is wrong with the picture or the limit it exceeded.
         """
-        asked = {"task": task, "param": param, "bounds": self._bounds, **options}
+        request = {"task": task, "param": param, "bounds": self._bounds, **options}
         async with self._places:
             for attempt in range(TRIES):
                 process = await self._process()
                 try:
                     async with asyncio.timeout(self._seconds * PATIENCE):
-                        said, made = await _asked(process, asked, data)
+                        answer, output = await _exchange(process, request, data)
                 except TimeoutError:
                     self._end(process)
                     raise self._too_slow(param) from None
@@ -77,9 +77,9 @@ class Decoders:
                     self._end(process)
                     raise
                 self._free.append(process)
-                if "error" in said:
-                    raise InvalidPicture(said["error"], param=param)
-                return said, made
+                if "error" in answer:
+                    raise InvalidPicture(answer["error"], param=param)
+                return answer, output
         raise AssertionError("the last attempt raises")
 
     async def stop(self) -> None:
@@ -122,10 +122,10 @@ class Decoders:
         return await process.wait()
 
 
-async def _asked(
-    process: asyncio.subprocess.Process, asked: dict[str, Any], data: bytes
+async def _exchange(
+    process: asyncio.subprocess.Process, request: dict[str, Any], data: bytes
 ) -> tuple[dict[str, Any], bytes]:
     assert process.stdin is not None
     assert process.stdout is not None
-    await decoder_frames.send(process.stdin, asked, data)
+    await decoder_frames.send(process.stdin, request, data)
     return await decoder_frames.receive(process.stdout)

@@ -26,27 +26,27 @@ DecoderAnswer: TypeAlias = tuple[dict[str, Any], bytes]
 """What is known about the picture, and the resulting bytes."""
 
 
-def look(data: bytes, param: str, bounds: Bounds) -> DecoderAnswer:
+def read_size(data: bytes, param: str, bounds: Bounds) -> DecoderAnswer:
     """`size`, from the header."""
-    return {"size": images.look(data, param, bounds)}, b""
+    return {"size": images.read_size(data, param, bounds)}, b""
 
 
 def picture(data: bytes, param: str, bounds: Bounds, fit: list[int] | None = None, crop: bool = False) -> DecoderAnswer:
     """A source picture as PNG, and its original `size`; fitted to the size `fit` if given."""
-    png, came = images.normalise(data, param, bounds)
-    return {"size": came}, fitting.fitted(png, (fit[0], fit[1]), crop) if fit else png
+    png, original_size = images.normalise(data, param, bounds)
+    return {"size": original_size}, fitting.fitted(png, (fit[0], fit[1]), crop) if fit else png
 
 
 def mask(data: bytes, param: str, bounds: Bounds) -> DecoderAnswer:
     """A mask in OpenAI's form, and its original `size`."""
-    png, came = images.normalise(data, param, bounds)
-    return {"size": came}, images.as_mask(png)
+    png, original_size = images.normalise(data, param, bounds)
+    return {"size": original_size}, images.as_mask(png)
 
 
-def fitted_mask(data: bytes, param: str, bounds: Bounds, fit: list[int], **how: Any) -> DecoderAnswer:
+def fitted_mask(data: bytes, param: str, bounds: Bounds, fit: list[int], **options: Any) -> DecoderAnswer:
     """A mask in AUTOMATIC1111's form."""
-    png, came = images.normalise(data, param, bounds)
-    return {"size": came}, fitting.mask(png, (fit[0], fit[1]), fitting.Fitting(**how))
+    png, original_size = images.normalise(data, param, bounds)
+    return {"size": original_size}, fitting.mask(png, (fit[0], fit[1]), fitting.Fitting(**options))
 
 
 def texts(data: bytes, param: str, bounds: Bounds) -> DecoderAnswer:
@@ -55,7 +55,7 @@ def texts(data: bytes, param: str, bounds: Bounds) -> DecoderAnswer:
 
 
 TASKS: Mapping[str, Callable[..., DecoderAnswer]] = MappingProxyType(
-    {function.__name__: function for function in (look, picture, mask, fitted_mask, texts)}
+    {function.__name__: function for function in (read_size, picture, mask, fitted_mask, texts)}
 )
 
 
@@ -73,26 +73,26 @@ def main() -> None:
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # leave the other CPU cores to others
     while True:
         try:
-            asked, data = decoder_frames.read(sys.stdin.buffer)
+            request, data = decoder_frames.read(sys.stdin.buffer)
         except EOFError:
             return
         except MemoryError:
             return  # the file alone exceeds the memory limit: the parent reports it
         signal.setitimer(signal.ITIMER_PROF, seconds)
-        said, made = _answer(asked, data)
+        answer, output = _answer(request, data)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        decoder_frames.write(sys.stdout.buffer, said, made)
-        del data, made
+        decoder_frames.write(sys.stdout.buffer, answer, output)
+        del data, output
 
 
-def _answer(asked: dict[str, Any], data: bytes) -> DecoderAnswer:
-    task, bounds = TASKS[asked.pop("task")], Bounds(**asked.pop("bounds"))
+def _answer(request: dict[str, Any], data: bytes) -> DecoderAnswer:
+    task, bounds = TASKS[request.pop("task")], Bounds(**request.pop("bounds"))
     try:
-        return task(data, bounds=bounds, **asked)
+        return task(data, bounds=bounds, **request)
     except InvalidPicture as error:
         return {"error": error.message}, b""
     except MemoryError:
-        return {"error": f"{asked['param']}: decoding the picture takes too much memory"}, b""
+        return {"error": f"{request['param']}: decoding the picture takes too much memory"}, b""
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ MAX_CONNECTIONS = 64
 """At the same time; further ones wait, within their time limit."""
 
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-ROUTED = ipaddress.IPv6Network("2000::/3")
+GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
 """All globally routed IPv6 unicast addresses."""
 
 
@@ -36,7 +36,7 @@ class PictureFetcher:
     def __init__(self, hosts: Iterable[str] = (), resolver: Resolver | None = None) -> None:
         allowed = frozenset(host.strip().lower() for host in hosts if host.strip())
         self._client = httpx.AsyncClient(
-            transport=_PublicOnly(allowed, resolver or Resolver()),
+            transport=_PublicTransport(allowed, resolver or Resolver()),
             timeout=TIMEOUT_S,
             # Redirects are followed here: httpx would read and decompress the body of each, however large.
             follow_redirects=False,
@@ -113,7 +113,7 @@ def is_public(text: str) -> bool:
             inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
         if inner is not None:
             return is_public(str(inner))
-        if address not in ROUTED:
+        if address not in GLOBAL_UNICAST:
             return False
     return address.is_global and not address.is_multicast
 
@@ -121,7 +121,7 @@ def is_public(text: str) -> bool:
 PORTS = {"http": 80, "https": 443}
 
 
-class _PublicOnly(httpx.AsyncBaseTransport):
+class _PublicTransport(httpx.AsyncBaseTransport):
     """Connects only to public addresses, and exactly to the address that was checked."""
 
     def __init__(self, hosts: frozenset[str], resolver: Resolver) -> None:
@@ -140,7 +140,7 @@ class _PublicOnly(httpx.AsyncBaseTransport):
         if not port:
             raise httpx.ConnectError(f"port {port} does not exist", request=request)
         host = url.raw_host.decode("ascii")
-        address = await self._checked(host, port, request)
+        address = await self._public_address(host, port, request)
         # `Host` in the headers and the name in the certificate stay those of the URL.
         pinned = httpx.Request(
             request.method,
@@ -151,7 +151,7 @@ class _PublicOnly(httpx.AsyncBaseTransport):
         )
         return await self._inner.handle_async_request(pinned)
 
-    async def _checked(self, host: str, port: int, request: httpx.Request) -> str:
+    async def _public_address(self, host: str, port: int, request: httpx.Request) -> str:
         try:
             address = await self._resolver.address(host, port)
         except Unresolved as error:

@@ -28,17 +28,17 @@ def fitted(png: bytes, size: tuple[int, int], crop: bool) -> bytes:
     image = images.decoded(png)
     if image.size == size:
         return png
-    return images.png(_fitted(image, size, crop))
+    return images.png(_resized(image, size, crop))
 
 
-def mask(png: bytes, size: tuple[int, int], how: Fitting) -> bytes:
+def mask(png: bytes, size: tuple[int, int], fitting: Fitting) -> bytes:
     """A mask from `normalise` in mode L at this size: white is redrawn."""
     image = _white_where_opaque(images.decoded(png))
-    if how.invert:
+    if fitting.invert:
         image = ImageOps.invert(image)
-    if how.blur:
-        image = image.filter(ImageFilter.GaussianBlur(how.blur))
-    return images.png(_fitted(image, size, how.crop))
+    if fitting.blur:
+        image = image.filter(ImageFilter.GaussianBlur(fitting.blur))
+    return images.png(_resized(image, size, fitting.crop))
 
 
 def _white_where_opaque(image: Image.Image) -> Image.Image:
@@ -51,7 +51,7 @@ def _white_where_opaque(image: Image.Image) -> Image.Image:
     return image.convert("L")
 
 
-def _fitted(image: Image.Image, size: tuple[int, int], crop: bool) -> Image.Image:
+def _resized(image: Image.Image, size: tuple[int, int], crop: bool) -> Image.Image:
     if image.size == size:
         return image
     if crop:

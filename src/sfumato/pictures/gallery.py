@@ -19,7 +19,7 @@ from sqlalchemy.engine import RowMapping
 
 from sfumato.core import Recipe
 from sfumato.errors import InvalidPicture, SfumatoError, StorageError
-from sfumato.pictures import recipe
+from sfumato.pictures import recipe as recipes
 from sfumato.pictures.store import Store, owner_of
 from sfumato.settings import Settings
 
@@ -50,7 +50,7 @@ PICTURES = sql.Table(
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class GalleryEntry:
     """One picture in the gallery."""
 
     name: str
@@ -63,7 +63,7 @@ class Kept:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class GalleryQuery:
     """Filter of the pictures to list."""
 
     caller: str | None = None
@@ -80,9 +80,9 @@ class Gallery:
     `callers` are the names that can own pictures; without any, all pictures are shared.
     """
 
-    def __init__(self, store: Store, url: str, callers: Iterable[str] = (), *, keeps: bool = True) -> None:
+    def __init__(self, store: Store, url: str, callers: Iterable[str] = (), *, keeps_all: bool = True) -> None:
         self.store = store
-        self.keeps = keeps
+        self.keeps_all = keeps_all
         """Whether to keep pictures whose requests did not ask for it."""
         self._callers = tuple(callers)
         self._lock = threading.Lock()
@@ -100,12 +100,12 @@ class Gallery:
     def of(cls, settings: Settings, store: Store, callers: Iterable[str] = ()) -> Gallery:
         """From the settings. Raises ValueError for a URL that SQLAlchemy does not accept."""
         url = settings.gallery_url or f"sqlite:///{(settings.data / 'gallery.db').absolute()}"
-        return cls(store, url, callers, keeps=settings.keep_pictures)
+        return cls(store, url, callers, keeps_all=settings.keep_pictures)
 
-    def keep(self, data: bytes, extension: str, caller: str, made: Recipe, created: float) -> str:
+    def keep(self, data: bytes, extension: str, caller: str, recipe: Recipe, created: float) -> str:
         """Add a picture to the store and the index; returns its name. Raises the store's StorageError."""
         name = self.store.put(data, extension, owner=caller if self._callers else "")
-        row = _row(name, created, caller if self._callers else "", recipe.as_json(made))
+        row = _row(name, created, caller if self._callers else "", recipes.as_json(recipe))
         try:
             with self._begin() as connection:
                 connection.execute(sql.insert(PICTURES), [row])
@@ -114,38 +114,38 @@ class Gallery:
         return name
 
     def page(
-        self, wanted: Wanted, *, before: tuple[float, str] | None = None, limit: int = 60
-    ) -> tuple[list[Kept], bool]:
+        self, query: GalleryQuery, *, before: tuple[float, str] | None = None, limit: int = 60
+    ) -> tuple[list[GalleryEntry], bool]:
         """The newest matching pictures older than `before` (time and name), and whether there are more."""
-        rows = sql.select(PICTURES).where(*_matching(wanted))
+        statement = sql.select(PICTURES).where(*_matching(query))
         if before is not None:
-            rows = rows.where(sql.tuple_(PICTURES.c.created, PICTURES.c.name) < sql.tuple_(*before))
-        rows = rows.order_by(PICTURES.c.created.desc(), PICTURES.c.name.desc()).limit(limit + 1)
+            statement = statement.where(sql.tuple_(PICTURES.c.created, PICTURES.c.name) < sql.tuple_(*before))
+        statement = statement.order_by(PICTURES.c.created.desc(), PICTURES.c.name.desc()).limit(limit + 1)
         with self._begin() as connection:
-            found = [dict(row) for row in connection.execute(rows).mappings()]
-            gone = [row["name"] for row in found if not self.store.has(row["name"])]
-            _forget(connection, gone)
-        kept = [_kept(row) for row in found[:limit] if row["name"] not in gone]
-        return kept, len(found) > limit
+            rows = [dict(row) for row in connection.execute(statement).mappings()]
+            missing = [row["name"] for row in rows if not self.store.has(row["name"])]
+            _forget(connection, missing)
+        entries = [_entry(row) for row in rows[:limit] if row["name"] not in missing]
+        return entries, len(rows) > limit
 
-    def count(self, wanted: Wanted) -> int:
+    def count(self, query: GalleryQuery) -> int:
         with self._begin() as connection:
             return connection.execute(
-                sql.select(sql.func.count()).select_from(PICTURES).where(*_matching(wanted))
+                sql.select(sql.func.count()).select_from(PICTURES).where(*_matching(query))
             ).scalar_one()
 
-    def get(self, name: str, caller: str | None = None) -> Kept | None:
+    def get(self, name: str, caller: str | None = None) -> GalleryEntry | None:
         """The picture of that name and caller (None: any caller); None if there is none."""
         with self._begin() as connection:
-            found = connection.execute(sql.select(PICTURES).where(*_named(name, caller))).mappings().first()
-            if found is not None and not self.store.has(name):
+            row = connection.execute(sql.select(PICTURES).where(*_by_name(name, caller))).mappings().first()
+            if row is not None and not self.store.has(name):
                 _forget(connection, [name])
-                found = None
-        return _kept(found) if found is not None else None
+                row = None
+        return _entry(row) if row is not None else None
 
     def star(self, name: str, starred: bool, caller: str | None = None) -> None:
         with self._begin() as connection:
-            connection.execute(sql.update(PICTURES).where(*_named(name, caller)).values(starred=starred))
+            connection.execute(sql.update(PICTURES).where(*_by_name(name, caller)).values(starred=starred))
 
     def delete(self, name: str) -> None:
         """Delete the file and its row. Raises StorageError if the file cannot be deleted."""
@@ -166,12 +166,12 @@ class Gallery:
             _forget(connection, sorted(listed - files.keys()))
         added = 0
         for names in _batches(sorted(files.keys() - listed)):
-            rows = [self._read(name, files[name]) for name in names]
+            rows = [self._read_row(name, files[name]) for name in names]
             with self._begin() as connection:
-                there = set(
+                present = set(
                     connection.execute(sql.select(PICTURES.c.name).where(PICTURES.c.name.in_(names))).scalars()
                 )  # a picture that was stored in the meantime
-                if rows := [row for row in rows if row["name"] not in there]:
+                if rows := [row for row in rows if row["name"] not in present]:
                     connection.execute(sql.insert(PICTURES), rows)
             added += len(rows)
         return added, len(listed - files.keys())
@@ -189,27 +189,27 @@ class Gallery:
 
     def thumbnail(self, name: str, side: int) -> bytes | None:
         """A stored picture as WebP, at most `side` pixels per side; None if it is missing or unreadable."""
-        found = self.store.get(name)
-        return recipe.thumbnail(found.data, side) if found else None
+        picture = self.store.get(name)
+        return recipes.thumbnail(picture.data, side) if picture else None
 
     def close(self) -> None:
         self._engine.dispose()
 
-    def _read(self, name: str, modified: float) -> dict[str, Any]:
+    def _read_row(self, name: str, modified: float) -> dict[str, Any]:
         try:
-            made = recipe.as_json(recipe.read(self.store.folder / name))
+            recipe = recipes.as_json(recipes.read(self.store.folder / name))
         except InvalidPicture:
-            made = None
-        return _row(name, modified, owner_of(name, self._callers) or "", made)
+            recipe = None
+        return _row(name, modified, owner_of(name, self._callers) or "", recipe)
 
     def _begin(self) -> _Transaction:
         with self._lock:
             if not self._ready:
-                self._make()
+                self._create_tables()
                 self._ready = True
         return _Transaction(self._engine)
 
-    def _make(self) -> None:
+    def _create_tables(self) -> None:
         """Create the tables. A damaged SQLite file is renamed: everything but the stars can be read from the folder."""
         file = Path(self._engine.url.database or "") if self._engine.dialect.name == "sqlite" else None
         try:
@@ -250,9 +250,9 @@ class _Transaction:
 
 
 def _failed(error: Exception) -> SfumatoError:
-    said = getattr(error, "orig", None) or error
+    cause = getattr(error, "orig", None) or error
     return StorageError(
-        f"the gallery's index cannot be used ({said}); check the setting gallery_url, or the permissions of its folder"
+        f"the gallery's index cannot be used ({cause}); check the setting gallery_url, or the permissions of its folder"
     )
 
 
@@ -264,25 +264,25 @@ def _sqlite(connection: Any, _: Any) -> None:
     cursor.close()
 
 
-def _row(name: str, created: float, caller: str, made: Mapping[str, Any] | None) -> dict[str, Any]:
-    texts = (str(made.get(key) or "") for key in ("prompt", "negative_prompt")) if made else ()
+def _row(name: str, created: float, caller: str, recipe: Mapping[str, Any] | None) -> dict[str, Any]:
+    texts = (str(recipe.get(key) or "") for key in ("prompt", "negative_prompt")) if recipe else ()
     return {
         "name": name,
         "created": created,
         "caller": caller,
-        "model": str(made["model"]) if made else "",
-        "words": _plain("\n".join(texts)),
+        "model": str(recipe["model"]) if recipe else "",
+        "words": _folded("\n".join(texts)),
         "starred": False,
-        "recipe": json.dumps(made) if made else None,
+        "recipe": json.dumps(recipe) if recipe else None,
     }
 
 
-def _plain(text: str) -> str:
+def _folded(text: str) -> str:
     return text.casefold().replace("\0", " ")  # PostgreSQL does not accept NUL
 
 
-def _kept(row: Mapping[str, Any] | RowMapping) -> Kept:
-    return Kept(
+def _entry(row: Mapping[str, Any] | RowMapping) -> GalleryEntry:
+    return GalleryEntry(
         name=row["name"],
         created=row["created"],
         model=row["model"],
@@ -291,18 +291,18 @@ def _kept(row: Mapping[str, Any] | RowMapping) -> Kept:
     )
 
 
-def _matching(wanted: Wanted) -> list[sql.ColumnElement[bool]]:
-    clauses = [PICTURES.c.words.contains(word, autoescape=True) for word in _plain(wanted.words).split()]
-    if wanted.caller is not None:
-        clauses.append(PICTURES.c.caller == wanted.caller)
-    if wanted.model is not None:
-        clauses.append(PICTURES.c.model == wanted.model)
-    if wanted.starred:
+def _matching(query: GalleryQuery) -> list[sql.ColumnElement[bool]]:
+    clauses = [PICTURES.c.words.contains(word, autoescape=True) for word in _folded(query.words).split()]
+    if query.caller is not None:
+        clauses.append(PICTURES.c.caller == query.caller)
+    if query.model is not None:
+        clauses.append(PICTURES.c.model == query.model)
+    if query.starred:
         clauses.append(PICTURES.c.starred)
     return clauses
 
 
-def _named(name: str, caller: str | None) -> list[sql.ColumnElement[bool]]:
+def _by_name(name: str, caller: str | None) -> list[sql.ColumnElement[bool]]:
     return [PICTURES.c.name == name] + ([] if caller is None else [PICTURES.c.caller == caller])
 
 

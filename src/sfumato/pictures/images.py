@@ -1,8 +1,8 @@
 """Decode callers' pictures: from base64, a `data:` URI or a file to an upright RGB or RGBA PNG.
 
 Nothing is trusted: the header is read before pixels are decoded, and anything that cannot be decoded is refused
-with the reason. `opened` is the only place where an untrusted picture is opened; the server calls it only in the
-processes of `decoder_pool`, which can be killed.
+with the reason. Untrusted pictures are opened only in `open_untrusted`, which the server calls only in the processes
+of `decoder_pool`: they can be killed.
 """
 
 from __future__ import annotations
@@ -66,12 +66,12 @@ def from_text(text: str, param: str) -> bytes:
         return base64.b64decode("".join(body.split()), validate=True)
     except (binascii.Error, ValueError):
         raise InvalidPicture(
-            f"{param}: {_shown(text)} is neither base64, a data: URI nor an http(s) URL", param=param
+            f"{param}: {_shorten(text)} is neither base64, a data: URI nor an http(s) URL", param=param
         ) from None
 
 
 @contextmanager
-def opened(data: bytes, param: str) -> Iterator[Image.Image]:
+def open_untrusted(data: bytes, param: str) -> Iterator[Image.Image]:
     """Open an untrusted picture and read its header. Errors of its decoder become InvalidPicture."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
@@ -91,9 +91,9 @@ def opened(data: bytes, param: str) -> Iterator[Image.Image]:
         ) from None
 
 
-def look(data: bytes, param: str, bounds: Bounds) -> tuple[int, int]:
+def read_size(data: bytes, param: str, bounds: Bounds) -> tuple[int, int]:
     """Width and height from the header. Raises InvalidPicture if the picture is refused."""
-    with opened(data, param) as image:
+    with open_untrusted(data, param) as image:
         _check(image, param, bounds)
         return image.size
 
@@ -103,7 +103,7 @@ def normalise(data: bytes, param: str, bounds: Bounds) -> tuple[bytes, tuple[int
 
     Raises InvalidPicture with the reason.
     """
-    with opened(data, param) as image:
+    with open_untrusted(data, param) as image:
         _check(image, param, bounds)
         image.load()
         upright = ImageOps.exif_transpose(image)
@@ -113,9 +113,9 @@ def normalise(data: bytes, param: str, bounds: Bounds) -> tuple[bytes, tuple[int
             raise InvalidPicture(
                 f"{param}: floating-point pixels are not supported; send 8 or 16 bits per channel", param=param
             )
-        came = upright.size
+        original_size = upright.size
         upright = _scaled_down(upright.convert("RGBA" if _transparent(upright) else "RGB"), bounds)
-    return png(upright), came
+    return png(upright), original_size
 
 
 def png(image: Image.Image) -> bytes:
@@ -196,5 +196,5 @@ def _transparent(image: Image.Image) -> bool:
     return "A" in image.getbands() or "transparency" in image.info
 
 
-def _shown(text: str) -> str:
+def _shorten(text: str) -> str:
     return repr(text if len(text) <= 40 else text[:40] + "...")

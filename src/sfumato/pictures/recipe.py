@@ -131,16 +131,16 @@ def infotext(recipe: Recipe) -> str:
     sampling = recipe.sampling
     sampler, schedule_type = schedulers.sampler_of(sampling.scheduler or "") or (sampling.scheduler, None)
     width, height = recipe.size
-    said_otherwise: dict[str, dict[str, Any]] = {
+    composite_pairs: dict[str, dict[str, Any]] = {
         "scheduler": {"Sampler": sampler, "Schedule type": schedule_type},
         "width": {"Seed": recipe.seed, "Size": f"{width}x{height}", "Model": recipe.model},
     }
     pairs: dict[str, Any] = {}
-    for each in PARAMETERS:
-        value = sampling[each]
-        if each.one_based:
+    for parameter in PARAMETERS:
+        value = sampling[parameter]
+        if parameter.one_based:
             value = value + 1 if value else None
-        pairs |= {each.infotext: value} if each.infotext else said_otherwise.get(each.name, {})
+        pairs |= {parameter.infotext: value} if parameter.infotext else composite_pairs.get(parameter.name, {})
     pairs["Version"] = f"sfumato {__version__}"
     lines = [recipe.prompt]
     if sampling.negative_prompt:
@@ -171,7 +171,7 @@ def texts(file: bytes, param: str = "image") -> dict[str, str]:
 
     Raises InvalidPicture if the file is not a picture.
     """
-    with images.opened(file, param) as image:
+    with images.open_untrusted(file, param) as image:
         found = {str(key): value for key, value in image.info.items() if isinstance(value, str)}
         comment, described = _comment(image), _description(image)
     ours = {RECIPE_CHUNK: described} if described.startswith("{") else {}
@@ -230,9 +230,9 @@ def read(path: Path) -> Recipe:
 
 def from_json(values: Mapping[str, Any]) -> Recipe:
     """What `as_json` gave, or an earlier version's. Raises TypeError, ValueError or AttributeError for others."""
-    known = {spec.name for spec in fields(Recipe)}
-    made = nested({key: _frozen(value) for key, value in values.items()})
-    return Recipe(**{key: value for key, value in made.items() if key in known})
+    field_names = {spec.name for spec in fields(Recipe)}
+    by_field = nested({key: _frozen(value) for key, value in values.items()})
+    return Recipe(**{key: value for key, value in by_field.items() if key in field_names})
 
 
 def _frozen(value: Any) -> Any:

@@ -19,7 +19,7 @@ def is_url(picture: str | bytes) -> bool:
     return isinstance(picture, str) and picture[:16].strip().lower().startswith(("http:", "https:"))
 
 
-def weight(picture: str | bytes) -> int:
+def encoded_size(picture: str | bytes) -> int:
     """Bytes of an encoded picture, as far as known; 0 for a URL."""
     if is_url(picture):
         return 0
@@ -29,7 +29,7 @@ def weight(picture: str | bytes) -> int:
 class Sources:
     """Source pictures and mask: file bytes, base64, `data:` URI or URL.
 
-    `gathered` turns all of them into bytes and checks their headers, `decoded` turns them into what the engine
+    `fetch` turns all of them into bytes and checks their headers, `decode` turns them into what the engine
     takes. Both raise InvalidRequest naming the picture, and stop when cancelled.
     """
 
@@ -53,9 +53,9 @@ class Sources:
         self._limits = limits
         self._fitting = fitting
         self._scale = scale
-        share.take(sum(weight(picture) for _, picture in self._pictures))
+        share.take(sum(encoded_size(picture) for _, picture in self._pictures))
 
-    async def gathered(self, fetcher: PictureFetcher, decoders: Decoders) -> None:
+    async def fetch(self, fetcher: PictureFetcher, decoders: Decoders) -> None:
         """Turn all of them into bytes, one after another."""
         for index, (param, picture) in enumerate(self._pictures):
             if isinstance(picture, bytes):
@@ -65,13 +65,13 @@ class Sources:
             else:
                 data = await asyncio.to_thread(pictures.from_text, picture, param)
             self._pictures[index] = (param, data)
-            said, _ = await decoders.run("look", data, param)
+            answer, _ = await decoders.run("read_size", data, param)
             if index == 0 and self._scale:
-                self._refuse_large(param, *said["size"])
+                self._refuse_large(param, *answer["size"])
 
-    async def decoded(self, decoders: Decoders) -> tuple[tuple[bytes, ...], bytes | None]:
+    async def decode(self, decoders: Decoders) -> tuple[tuple[bytes, ...], bytes | None]:
         """Pictures and mask in the form of `Generation`. The encoded ones are released."""
-        made: list[bytes] = []
+        decoded: list[bytes] = []
         sizes: list[tuple[int, int]] = []
         fitting = self._fitting
         fit = fitting.size if fitting else None
@@ -79,28 +79,28 @@ class Sources:
             param, data = self._pictures.pop(0)
             assert isinstance(data, bytes)
             if not self._pictures and self._masked:
-                return tuple(made), await self._mask(decoders, param, data, fit, sizes[0])
+                return tuple(decoded), await self._mask(decoders, param, data, fit, sizes[0])
             options = {"fit": fit, "crop": fitting.crop} if fitting and fit else {}
-            said, png = await decoders.run("picture", data, param, **options)
+            answer, png = await decoders.run("picture", data, param, **options)
             if fitting and fit is None:
                 fit = pictures.size(png)
             self._share.count(len(png))
-            made.append(png)
-            width, height = said["size"]
+            decoded.append(png)
+            width, height = answer["size"]
             sizes.append((width, height))
-        return tuple(made), None
+        return tuple(decoded), None
 
     async def _mask(
         self, decoders: Decoders, param: str, data: bytes, fit: tuple[int, int] | None, first: tuple[int, int]
     ) -> bytes:
         if self._fitting:
-            how = {name: value for name, value in asdict(self._fitting).items() if name != "size"}
-            _, png = await decoders.run("fitted_mask", data, param, fit=fit, **how)
+            options = {name: value for name, value in asdict(self._fitting).items() if name != "size"}
+            _, png = await decoders.run("fitted_mask", data, param, fit=fit, **options)
         else:
-            said, png = await decoders.run("mask", data, param)
-            if (came := tuple(said["size"])) != first:
+            answer, png = await decoders.run("mask", data, param)
+            if (size := tuple(answer["size"])) != first:
                 raise InvalidPicture(
-                    f"the mask is {came[0]}x{came[1]}, the picture {first[0]}x{first[1]}: both must have the same size",
+                    f"the mask is {size[0]}x{size[1]}, the picture {first[0]}x{first[1]}: both must have the same size",
                     param="mask",
                 )
         self._share.count(len(png))

@@ -25,7 +25,7 @@ MEDIA_TYPES = {"png": "image/png", "webp": "image/webp", "jpeg": "image/jpeg"}
 LOW_WATER = 0.95
 """Fraction of the limit to shrink to once it is exceeded, so that not every new picture rescans the folder."""
 
-STRAY_S = 3600
+ABANDONED_S = 3600
 """Seconds after which an unfinished file is considered abandoned."""
 
 RANDOM_DIGITS = 26
@@ -73,7 +73,7 @@ class Store:
         Raises StorageError if it cannot be written. Blocks.
         """
         assert extension in MEDIA_TYPES, extension
-        name = self.named(owner, extension)
+        name = self.new_name(owner, extension)
         temporary: str | None = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -89,12 +89,12 @@ class Store:
                 f"the picture was drawn but could not be written to {self.folder}: {error.strerror}. "
                 "Free space there, fix its permissions, or request response_format b64_json."
             ) from error
-        if self._max_bytes and self._grew(len(data)) > self._max_bytes:
+        if self._max_bytes and self._total_after(len(data)) > self._max_bytes:
             self.expire()
         return name
 
     @staticmethod
-    def named(owner: str, extension: str) -> str:
+    def new_name(owner: str, extension: str) -> str:
         """A new name."""
         random = secrets.token_hex(RANDOM_DIGITS // 2)
         return f"{random}{_mark(random, owner)}.{extension}"
@@ -136,22 +136,22 @@ class Store:
         """
         now = time.time() if now is None else now
         with self._lock:
-            found = self._pictures(now)
-            total = sum(size for _, _, size in found)
+            pictures = self._pictures(now)
+            total = sum(size for _, _, size in pictures)
             room = self._max_bytes * LOW_WATER if self._max_bytes and total > self._max_bytes else total
-            gone = 0
-            for index, (modified, path, size) in enumerate(found):
+            deleted = 0
+            for index, (modified, path, size) in enumerate(pictures):
                 old = self._max_age_s and now - modified > self._max_age_s and path.name not in spare
-                over = total > room and index < len(found) - 1
+                over = total > room and index < len(pictures) - 1
                 if (old or over) and _delete(path):
                     total -= size
-                    gone += 1
+                    deleted += 1
             self._bytes = total
-        if gone:
-            log.info("%d pictures expired; %.0f MiB are kept", gone, total / 2**20)
-        return gone
+        if deleted:
+            log.info("%d pictures expired; %.0f MiB are kept", deleted, total / 2**20)
+        return deleted
 
-    def _grew(self, size: int) -> int:
+    def _total_after(self, size: int) -> int:
         """Total bytes after adding a picture of `size`; before the first scan, more than any limit."""
         with self._lock:
             if self._bytes is None:
@@ -161,17 +161,17 @@ class Store:
 
     def _pictures(self, now: float) -> list[tuple[float, Path, int]]:
         """Time, path and size of each picture, oldest first. Deletes abandoned unfinished files."""
-        found = []
+        pictures = []
         for entry in _scan(self.folder):
             try:
-                about = entry.stat(follow_symlinks=False)
+                status = entry.stat(follow_symlinks=False)
             except OSError:
                 continue
             if _NAME.fullmatch(entry.name):
-                found.append((about.st_mtime, Path(entry.path), about.st_size))
-            elif _PART.fullmatch(entry.name) and now - about.st_mtime > STRAY_S:
+                pictures.append((status.st_mtime, Path(entry.path), status.st_size))
+            elif _PART.fullmatch(entry.name) and now - status.st_mtime > ABANDONED_S:
                 _delete(Path(entry.path))
-        return sorted(found)
+        return sorted(pictures)
 
 
 def owner_of(name: str, owners: Iterable[str]) -> str | None:

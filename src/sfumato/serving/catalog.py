@@ -46,7 +46,7 @@ class Catalog:
         self._folders = tuple(folders)
         self._default = default or None
         self._open = open
-        self._read: dict[Path, tuple[Signature, list[ParsedFile]]] = {}
+        self._parsed: dict[Path, tuple[Signature, list[ParsedFile]]] = {}
         self._models: list[ModelConfig] = []
         self._names: dict[str, ModelConfig | ModelFileError] = {}
         self._problems: list[Problem] = []
@@ -59,19 +59,19 @@ class Catalog:
 
     def refresh(self) -> None:
         """Read files that changed since the last time."""
-        now = {path: signature for folder in self._folders for path, signature in _files(folder)}
-        if list(now.items()) == [(path, signature) for path, (signature, _) in self._read.items()] and not any(
-            _unread(found) for _, found in self._read.values()
+        current = {path: signature for folder in self._folders for path, signature in _files(folder)}
+        if list(current.items()) == [(path, signature) for path, (signature, _) in self._parsed.items()] and not any(
+            _unread(parsed) for _, parsed in self._parsed.values()
         ):
             return
-        before, self._read = self._read, {}
-        for path, signature in now.items():
-            held = before.get(path)
-            if held and held[0] == signature and not _unread(held[1]):
-                self._read[path] = held
+        before, self._parsed = self._parsed, {}
+        for path, signature in current.items():
+            previous = before.get(path)
+            if previous and previous[0] == signature and not _unread(previous[1]):
+                self._parsed[path] = previous
             else:
-                self._read[path] = signature, outcomes(path)
-                _warn(self._read[path][1])
+                self._parsed[path] = signature, outcomes(path)
+                _warn(self._parsed[path][1])
         self._index()
 
     def get(self, name: str | None) -> ModelConfig:
@@ -80,22 +80,22 @@ class Catalog:
         Raises ModelNotFound, and ModelFileError if the file with this name has an error.
         """
         name = name or self._default or self._first()
-        found = self._names.get(name)
-        if isinstance(found, ModelFileError):
-            raise found
-        if found is None and self._open and _is_source(name):
+        config = self._names.get(name)
+        if isinstance(config, ModelFileError):
+            raise config
+        if config is None and self._open and _is_source(name):
             return config_for(name)
-        if found is None:
-            known = ", ".join(config.name for config in self.all()) or "none"
-            shown = name if len(name) <= 100 else name[:100] + "..."
+        if config is None:
+            names = ", ".join(config.name for config in self.all()) or "none"
+            short_name = name if len(name) <= 100 else name[:100] + "..."
             raise ModelNotFound(
-                f"There is no model {shown!r}.{did_you_mean(name, self._names)} Available: {known}.", param="model"
+                f"There is no model {short_name!r}.{did_you_mean(name, self._names)} Available: {names}.", param="model"
             )
-        if found.disabled:
+        if config.disabled:
             raise ModelNotFound(
-                f"The model {found.name!r} is disabled. Remove `disabled: true` from {found.file}.", param="model"
+                f"The model {config.name!r} is disabled. Remove `disabled: true` from {config.file}.", param="model"
             )
-        return found
+        return config
 
     def all(self) -> list[ModelConfig]:
         """Every usable model once, in order of precedence."""
@@ -107,7 +107,7 @@ class Catalog:
 
     def outcomes(self) -> dict[Path, list[ParsedFile]]:
         """Every file with its models, including those hidden by another file with the same name."""
-        return {path: list(found) for path, (_, found) in self._read.items()}
+        return {path: list(parsed) for path, (_, parsed) in self._parsed.items()}
 
     def _first(self) -> str:
         for config in self.all():
@@ -121,21 +121,21 @@ class Catalog:
         """Register names, then names in invalid files, then aliases, folder by folder; earlier folders win."""
         self._models, self._names, self._problems = [], {}, []
         for folder in self._folders:
-            found = [
+            in_folder = [
                 outcome
-                for path, (_, read) in self._read.items()
+                for path, (_, parsed) in self._parsed.items()
                 if path == folder or path.parent == folder
-                for outcome in read
+                for outcome in parsed
             ]
             owners: dict[str, Path] = {}
-            for outcome in found:
+            for outcome in in_folder:
                 self._claim_name(outcome, owners)
-            for broken in (outcome for outcome in found if isinstance(outcome, Broken)):
+            for broken in (outcome for outcome in in_folder if isinstance(outcome, Broken)):
                 for name in broken.names:
                     self._names.setdefault(name, broken.error)
-            for outcome in found:
+            for outcome in in_folder:
                 self._claim_aliases(outcome, owners)
-        for outcome in (outcome for _, read in self._read.values() for outcome in read):
+        for outcome in (outcome for _, parsed in self._parsed.values() for outcome in parsed):
             if isinstance(outcome, Redirect):
                 self._redirect(outcome)
 
@@ -186,24 +186,24 @@ def _files(folder: Path) -> Iterator[tuple[Path, Signature]]:
     paths = [folder] if single else sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")])
     for path in paths:
         try:
-            found = path.stat()
+            status = path.stat()
         except OSError:  # a dangling link, or just removed
             continue
-        if stat.S_ISREG(found.st_mode) and not path.name.startswith("."):
+        if stat.S_ISREG(status.st_mode) and not path.name.startswith("."):
             # ctime too: a change of permissions, or an editor that preserves size and date, changes nothing else.
-            yield path, (found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino, found.st_dev)
+            yield path, (status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino, status.st_dev)
 
 
-def _unread(found: list[ParsedFile]) -> bool:
-    return any(isinstance(outcome, Broken) and outcome.may_recover for outcome in found)
+def _unread(parsed: list[ParsedFile]) -> bool:
+    return any(isinstance(outcome, Broken) and outcome.may_recover for outcome in parsed)
 
 
 def _is_source(name: str) -> bool:
     return "/" in name or Path(name).exists()
 
 
-def _warn(found: list[ParsedFile]) -> None:
-    for outcome in found:
+def _warn(parsed: list[ParsedFile]) -> None:
+    for outcome in parsed:
         if isinstance(outcome, ModelConfig):
             for key, reason in outcome.ignored:
                 log.warning("%s: %s has no effect: %s", outcome.file, key, reason)

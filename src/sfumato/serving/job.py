@@ -60,7 +60,7 @@ class Part:
     step: int = 0
     total: int = 0
     """Denoising steps; 0 until the first is complete."""
-    began: float | None = None
+    first_step_at: float | None = None
     """When its first step completed, in seconds of the monotonic clock."""
     preview: Preview | None = None
     """The latest preview."""
@@ -68,12 +68,12 @@ class Part:
     name: str | None = None
     """Its name in the store."""
 
-    def see(self, event: Step | Preview | Done) -> None:
+    def update(self, event: Step | Preview | Done) -> None:
         match event:
             case Step(step, total):
                 self.step, self.total = step, total
-                if self.began is None or step == 1:
-                    self.began = time.monotonic()
+                if self.first_step_at is None or step == 1:
+                    self.first_step_at = time.monotonic()
             case Preview():
                 self.preview = event
             case Done():
@@ -127,7 +127,7 @@ class Job:
     keep: StorePicture | None = None
     error: SfumatoError | None = None
     task: asyncio.Task[None] | None = None
-    news: asyncio.Event = field(default_factory=asyncio.Event)
+    first_event: asyncio.Event = field(default_factory=asyncio.Event)
     """Set at its first event, or its end."""
     _events: asyncio.Queue[tuple[int, Step | Preview | Done] | None] = field(default_factory=asyncio.Queue)
 
@@ -163,14 +163,14 @@ class Job:
             self.cancel()
 
     def put(self, index: int, event: Step | Preview | Done) -> None:
-        self.parts[index].see(event)
+        self.parts[index].update(event)
         self._events.put_nowait((index, event))
-        self.news.set()
+        self.first_event.set()
 
     def end(self, error: SfumatoError | None = None) -> None:
         self.error = error
         self._events.put_nowait(None)
-        self.news.set()
+        self.first_event.set()
 
     @property
     def over(self) -> bool:
@@ -185,7 +185,7 @@ class Job:
         return "queued" if all(part.ticket.since is None and not part.done for part in self.parts) else "drawing"
 
     def progress(self) -> Progress:
-        most = max(part.total for part in self.parts)
+        longest = max(part.total for part in self.parts)
         positions = [position for part in self.parts if (position := self.queue.position(part.ticket))]
         return Progress(
             id=self.id,
@@ -194,7 +194,7 @@ class Job:
             prompt=self.parts[0].generation.prompt,
             state=self.state,
             step=sum(part.step for part in self.parts),
-            total=sum(part.total or most for part in self.parts),
+            total=sum(part.total or longest for part in self.parts),
             pictures_done=sum(part.done is not None for part in self.parts),
             pictures=len(self.parts),
             queue_position=min(positions, default=0),
@@ -205,13 +205,13 @@ class Job:
 
     def _seconds_left(self) -> float | None:
         """Estimate until its last picture is done: from each one's own pace, or from recent pictures."""
-        left = [self._left(part) for part in self.parts if not part.done]
-        known = [seconds for seconds in left if seconds is not None]
-        return max(known, default=0.0) if len(known) == len(left) else None
+        estimates = [self._picture_seconds_left(part) for part in self.parts if not part.done]
+        known = [seconds for seconds in estimates if seconds is not None]
+        return max(known, default=0.0) if len(known) == len(estimates) else None
 
-    def _left(self, part: Part) -> float | None:
-        if part.began is not None and part.step > 1:
-            pace = (time.monotonic() - part.began) / (part.step - 1)
+    def _picture_seconds_left(self, part: Part) -> float | None:
+        if part.first_step_at is not None and part.step > 1:
+            pace = (time.monotonic() - part.first_step_at) / (part.step - 1)
             return pace * (part.total - part.step)
         position, mean = self.queue.position(part.ticket), self.queue.mean_s
         return None if mean is None else mean + (self.queue.wait_s(position) or 0.0)

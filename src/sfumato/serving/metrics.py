@@ -26,7 +26,7 @@ SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 180
 
 
 @dataclass(frozen=True, slots=True)
-class Counted:
+class EventMetric:
     """One metric updated as events happen: a histogram of seconds, or a counter if its name ends in `_total`."""
 
     name: str
@@ -44,20 +44,20 @@ class Counted:
         return Histogram(self.name, self.help, self.labels, registry=registry, buckets=SECONDS)
 
 
-HTTP = Counted("sfumato_http_requests_total", "HTTP requests answered.", ("route", "method", "status"))
-HTTP_SECONDS = Counted(
+HTTP = EventMetric("sfumato_http_requests_total", "HTTP requests answered.", ("route", "method", "status"))
+HTTP_SECONDS = EventMetric(
     "sfumato_http_request_seconds", "Time from a request to the end of its answer.", ("route", "method")
 )
-WAITED = Counted("sfumato_queue_wait_seconds", "Time a picture waited in the queue.")
-DREW = Counted("sfumato_picture_seconds", "Time from a picture's turn to its end.", ("model",))
-FAILED = Counted("sfumato_failures_total", "Requests that were accepted but failed.", ("model", "code"))
-REJECTED = Counted("sfumato_rejected_total", "Requests that were not accepted.", ("code",))
+QUEUE_WAIT = EventMetric("sfumato_queue_wait_seconds", "Time a picture waited in the queue.")
+PICTURE_SECONDS = EventMetric("sfumato_picture_seconds", "Time from a picture's turn to its end.", ("model",))
+FAILED = EventMetric("sfumato_failures_total", "Requests that were accepted but failed.", ("model", "code"))
+REJECTED = EventMetric("sfumato_rejected_total", "Requests that were not accepted.", ("code",))
 
-COUNTED = (HTTP, HTTP_SECONDS, WAITED, DREW, FAILED, REJECTED)
+EVENT_METRICS = (HTTP, HTTP_SECONDS, QUEUE_WAIT, PICTURE_SECONDS, FAILED, REJECTED)
 
 
 @dataclass(frozen=True, slots=True)
-class Moment:
+class Snapshot:
     """Values that are read on each scrape."""
 
     ready: bool
@@ -68,13 +68,13 @@ class Moment:
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
-    """One metric read from a `Moment`."""
+class SnapshotMetric:
+    """One metric read from a `Snapshot`."""
 
     name: str
     """A counter's name ends in `_total`."""
     help: str
-    value: Callable[[Moment], float | Mapping[tuple[str, ...], float]]
+    value: Callable[[Snapshot], float | Mapping[tuple[str, ...], float]]
     """A number, or one for each combination of label values."""
     labels: tuple[str, ...] = ()
 
@@ -82,46 +82,50 @@ class Reading:
     def kind(self) -> Literal["counter", "gauge"]:
         return "counter" if self.name.endswith("_total") else "gauge"
 
-    def family(self, moment: Moment) -> Metric:
+    def family(self, snapshot: Snapshot) -> Metric:
         cls = CounterMetricFamily if self.kind == "counter" else GaugeMetricFamily
         family = cls(self.name, self.help, labels=self.labels)
-        value = self.value(moment)
+        value = self.value(snapshot)
         for labels, number in value.items() if isinstance(value, Mapping) else [((), value)]:
             family.add_metric(labels, number)
         return family
 
 
-READINGS = (
-    Reading("sfumato_build_info", "Always 1; the label is the version.", lambda now: {(__version__,): 1}, ("version",)),
-    Reading("sfumato_uptime_seconds", "Time since this process started.", lambda now: now.uptime),
-    Reading("sfumato_ready", "1 if a worker is up and a model file is usable.", lambda now: now.ready),
-    Reading("sfumato_queue_depth", "Pictures waiting in the queue.", lambda now: now.queue_depth),
-    Reading("sfumato_running_pictures", "Pictures in flight.", lambda now: now.running),
-    Reading("sfumato_forwards_total", "Forward passes of heavy modules.", lambda now: now.stats.forwards),
-    Reading(
+SNAPSHOT_METRICS = (
+    SnapshotMetric(
+        "sfumato_build_info", "Always 1; the label is the version.", lambda now: {(__version__,): 1}, ("version",)
+    ),
+    SnapshotMetric("sfumato_uptime_seconds", "Time since this process started.", lambda now: now.uptime),
+    SnapshotMetric("sfumato_ready", "1 if a worker is up and a model file is usable.", lambda now: now.ready),
+    SnapshotMetric("sfumato_queue_depth", "Pictures waiting in the queue.", lambda now: now.queue_depth),
+    SnapshotMetric("sfumato_running_pictures", "Pictures in flight.", lambda now: now.running),
+    SnapshotMetric("sfumato_forwards_total", "Forward passes of heavy modules.", lambda now: now.stats.forwards),
+    SnapshotMetric(
         "sfumato_batch_size_forwards_total",
         "Forward passes of the denoiser, by how many requests shared them.",
         lambda now: {(str(size),): count for size, count in sorted(now.stats.batch_sizes.items())},
         ("size",),
     ),
-    Reading(
+    SnapshotMetric(
         "sfumato_unbatched_forwards_total",
         "Forward passes that could not have been batched with any other picture.",
         lambda now: dict(sorted(now.stats.unbatched.items())),
         ("module", "reason"),
     ),
-    Reading("sfumato_steps_total", "Total denoising steps of all pictures.", lambda now: now.stats.steps),
-    Reading(
+    SnapshotMetric("sfumato_steps_total", "Total denoising steps of all pictures.", lambda now: now.stats.steps),
+    SnapshotMetric(
         "sfumato_step_seconds_total",
         "Total time of these steps, summed over pictures.",
         lambda now: now.stats.step_seconds,
     ),
-    Reading("sfumato_model_loads_total", "Models loaded into memory.", lambda now: now.stats.loads),
-    Reading("sfumato_model_evictions_total", "Models unloaded to make room.", lambda now: now.stats.evictions),
-    Reading("sfumato_worker_restarts_total", "Workers started to replace a dead one.", lambda now: now.stats.restarts),
-    Reading("sfumato_resident_models", "Models in memory.", lambda now: now.stats.resident_models),
-    Reading("sfumato_worker_memory_bytes", "Resident memory of the worker.", lambda now: now.stats.memory_bytes),
-    Reading(
+    SnapshotMetric("sfumato_model_loads_total", "Models loaded into memory.", lambda now: now.stats.loads),
+    SnapshotMetric("sfumato_model_evictions_total", "Models unloaded to make room.", lambda now: now.stats.evictions),
+    SnapshotMetric(
+        "sfumato_worker_restarts_total", "Workers started to replace a dead one.", lambda now: now.stats.restarts
+    ),
+    SnapshotMetric("sfumato_resident_models", "Models in memory.", lambda now: now.stats.resident_models),
+    SnapshotMetric("sfumato_worker_memory_bytes", "Resident memory of the worker.", lambda now: now.stats.memory_bytes),
+    SnapshotMetric(
         "sfumato_device_memory_bytes", "Memory allocated on the accelerator.", lambda now: now.stats.device_memory_bytes
     ),
 )
@@ -137,45 +141,45 @@ class Metrics:
         self._registry = registry = CollectorRegistry()
         self._http = HTTP.counter(registry)
         self._http_seconds = HTTP_SECONDS.histogram(registry)
-        self._waited = WAITED.histogram(registry)
-        self._drew = DREW.histogram(registry)
-        self._failed = FAILED.counter(registry)
-        self._rejected = REJECTED.counter(registry)
+        self._queue_wait = QUEUE_WAIT.histogram(registry)
+        self._picture_seconds = PICTURE_SECONDS.histogram(registry)
+        self._failures = FAILED.counter(registry)
+        self._rejections = REJECTED.counter(registry)
         ProcessCollector(registry=registry)
 
-    def answered(self, route: str, method: str, status: int, seconds: float) -> None:
+    def record_http(self, route: str, method: str, status: int, seconds: float) -> None:
         """Count one HTTP request; `route` is a path template, so that their number is finite."""
         self._http.labels(route, method, str(status)).inc()
         self._http_seconds.labels(route, method).observe(seconds)
 
-    def waited(self, seconds: float) -> None:
+    def record_wait(self, seconds: float) -> None:
         """Record how long one picture waited for its turn."""
-        self._waited.observe(seconds)
+        self._queue_wait.observe(seconds)
 
-    def drew(self, model: str, seconds: float) -> None:
+    def record_picture(self, model: str, seconds: float) -> None:
         """Record how long one picture took from its turn to its end."""
         self.pictures += 1
-        self._drew.labels(model).observe(seconds)
+        self._picture_seconds.labels(model).observe(seconds)
 
-    def failed(self, model: str, code: str) -> None:
+    def record_failure(self, model: str, code: str) -> None:
         """Count a request that was accepted but failed; `code` is the error's."""
-        self._failed.labels(model, code).inc()
+        self._failures.labels(model, code).inc()
 
-    def rejected(self, code: str) -> None:
+    def record_rejection(self, code: str) -> None:
         """Count a request that was not accepted: the queue is full, the key is wrong, ..."""
-        self._rejected.labels(code).inc()
+        self._rejections.labels(code).inc()
 
     def render(self, *, ready: bool, queue_depth: int, running: int, stats: EngineStats) -> bytes:
         """Everything, as `CONTENT_TYPE`."""
-        moment = Moment(ready, queue_depth, running, time.monotonic() - self._born, stats)
-        read = CollectorRegistry()
-        read.register(_Readings(moment))
-        return generate_latest(self._registry) + generate_latest(read)
+        snapshot = Snapshot(ready, queue_depth, running, time.monotonic() - self._born, stats)
+        registry = CollectorRegistry()
+        registry.register(_SnapshotCollector(snapshot))
+        return generate_latest(self._registry) + generate_latest(registry)
 
 
-class _Readings(Collector):
-    def __init__(self, moment: Moment) -> None:
-        self._moment = moment
+class _SnapshotCollector(Collector):
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
 
     def collect(self) -> Iterator[Metric]:
-        return (reading.family(self._moment) for reading in READINGS)
+        return (metric.family(self._snapshot) for metric in SNAPSHOT_METRICS)

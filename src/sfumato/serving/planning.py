@@ -30,7 +30,7 @@ class ImageRequest:
     """One unchecked request of a caller. None means "not set"."""
 
     prompts: Sequence[str]
-    bar: bool = True
+    split_prompt: bool = True
     """Whether `positive|negative` in a prompt is split; in other dialects the bar has other meanings."""
     model: str | None = None
     n: int | None = None
@@ -66,25 +66,25 @@ class ImageRequest:
     """Sent by the owner of the model files: `enable_parameters` does not apply."""
 
 
-def plan(request: ImageRequest, config: ModelConfig, limits: Limits, most: int) -> list[Generation]:
+def plan(request: ImageRequest, config: ModelConfig, limits: Limits, max_pictures: int) -> list[Generation]:
     """The generations of a request, without source pictures; at most `most` pictures per request.
 
     Raises InvalidRequest naming the field at fault.
     """
-    prompt_pairs = [_split(prompt) if request.bar else (prompt, None) for prompt in request.prompts]
+    prompt_pairs = [_split(prompt) if request.split_prompt else (prompt, None) for prompt in request.prompts]
     if not prompt_pairs:
         raise InvalidRequest("prompt: must be a text or a list of texts", param="prompt")
     for prompt in request.prompts:
-        _no_longer("prompt", prompt, MAX_PROMPT)
-    n = request.n if request.n is not None else min(config.n or 1, most)
-    _within("n", n, 1, most)
-    if n * len(prompt_pairs) > most:
+        _check_length("prompt", prompt, MAX_PROMPT)
+    n = request.n if request.n is not None else min(config.n or 1, max_pictures)
+    _check_range("n", n, 1, max_pictures)
+    if n * len(prompt_pairs) > max_pictures:
         raise InvalidRequest(
-            f"n: {len(prompt_pairs)} prompts with {n} pictures each; at most {most} per request",
+            f"n: {len(prompt_pairs)} prompts with {n} pictures each; at most {max_pictures} per request",
             param="n",
         )
     _check(request.sampling, limits)
-    _within("mask_padding", request.mask_padding, 0, MAX_PADDING)
+    _check_range("mask_padding", request.mask_padding, 0, MAX_PADDING)
     if request.mask_padding is not None and request.mask is None:
         raise InvalidRequest("masked_area_only: needs a mask; send `mask` too", param="masked_area_only")
     if request.quality is not None and request.quality not in QUALITIES:
@@ -105,12 +105,12 @@ def plan(request: ImageRequest, config: ModelConfig, limits: Limits, most: int) 
     seed = _seed(config.seed if request.seed is None else request.seed, n)
     generations = []
     for prompt, inline_negative in prompt_pairs:
-        own = request.sampling.negative_prompt
-        negative = ", ".join(text for text in (own, inline_negative) if text)
-        asked = Generation(
+        field_negative = request.sampling.negative_prompt
+        negative = ", ".join(text for text in (field_negative, inline_negative) if text)
+        generation = Generation(
             id="",
             prompt=prompt,
-            sampling=replace(request.sampling, negative_prompt=negative or own),
+            sampling=replace(request.sampling, negative_prompt=negative or field_negative),
             seed=seed,
             mask_padding=request.mask_padding,
             quality=request.quality,
@@ -122,8 +122,8 @@ def plan(request: ImageRequest, config: ModelConfig, limits: Limits, most: int) 
             limits=limits,
         )
         if not request.operator:
-            _refuse_disabled(config, asked, bool(request.images))
-        generations += [replace(asked, id=uuid.uuid4().hex, seed=seed + i) for i in range(n)]
+            _refuse_disabled(config, generation, bool(request.images))
+        generations += [replace(generation, id=uuid.uuid4().hex, seed=seed + i) for i in range(n)]
     return generations
 
 
@@ -133,9 +133,9 @@ def _check(sampling: Sampling, limits: Limits) -> None:
         if value is None or parameter.most is None:
             continue
         if isinstance(value, str):
-            _no_longer(parameter.name, value, int(parameter.most))
+            _check_length(parameter.name, value, int(parameter.most))
         else:
-            _within(parameter.name, value, parameter.least or 0, parameter.most)
+            _check_range(parameter.name, value, parameter.least or 0, parameter.most)
     if sampling.scheduler:
         schedulers.parse(sampling.scheduler)
     if (sampling.width, sampling.height) != (None, None):
@@ -175,9 +175,9 @@ def _split(prompt: str) -> tuple[str, str | None]:
     return (positive.strip(), negative.strip() or None) if bar else (prompt, None)
 
 
-def _refuse_disabled(config: ModelConfig, asked: Generation, pictures: bool) -> None:
-    used = [each.argument for each in PARAMETERS if each.guarded and asked.sampling[each] is not None]
-    if pictures and not asked.upscale:  # an upscaler always takes a picture
+def _refuse_disabled(config: ModelConfig, generation: Generation, pictures: bool) -> None:
+    used = [each.argument for each in PARAMETERS if each.guarded and generation.sampling[each] is not None]
+    if pictures and not generation.upscale:  # an upscaler always takes a picture
         used.append("image")
     for name in used:
         if name and not config.enables(name):
@@ -188,11 +188,11 @@ def _refuse_disabled(config: ModelConfig, asked: Generation, pictures: bool) -> 
             )
 
 
-def _no_longer(name: str, text: str, most: int) -> None:
-    if len(text) > most:
-        raise InvalidRequest(f"{name}: {len(text)} characters; at most {most} are allowed", param=name)
+def _check_length(name: str, text: str, maximum: int) -> None:
+    if len(text) > maximum:
+        raise InvalidRequest(f"{name}: {len(text)} characters; at most {maximum} are allowed", param=name)
 
 
-def _within(name: str, value: float | None, least: float, most: float) -> None:
-    if value is not None and not least <= value <= most:  # also refuses NaN
-        raise InvalidRequest(f"{name}: {value}; {least} to {most} are valid", param=name)
+def _check_range(name: str, value: float | None, minimum: float, maximum: float) -> None:
+    if value is not None and not minimum <= value <= maximum:  # also refuses NaN
+        raise InvalidRequest(f"{name}: {value}; {minimum} to {maximum} are valid", param=name)

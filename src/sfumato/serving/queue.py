@@ -52,7 +52,7 @@ class Queue:
         self._unready: dict[str, dict[Ticket, None]] = {}
         """The same for tickets that must not be called yet, as their pictures are still being fetched."""
         self._waiting = 0
-        self._held: Counter[str] = Counter()
+        self._in_flight: Counter[str] = Counter()
         self._running = 0
         self._served: dict[str, int] = {}
         """Caller → number of turns begun when it last got one; only callers waiting or in flight."""
@@ -117,19 +117,19 @@ class Queue:
                 self._mean = took if self._mean is None else self._mean + WEIGHT * (took - self._mean)
             ticket.since = None
             self._running -= 1
-            self._held[ticket.caller] -= 1
-            if not self._held[ticket.caller]:
-                del self._held[ticket.caller]
+            self._in_flight[ticket.caller] -= 1
+            if not self._in_flight[ticket.caller]:
+                del self._in_flight[ticket.caller]
         else:
             return
         self._call()
-        if not any(ticket.caller in those for those in (self._lines, self._unready, self._held)):
+        if not any(ticket.caller in those for those in (self._lines, self._unready, self._in_flight)):
             self._served.pop(ticket.caller, None)
 
     def position(self, ticket: Ticket) -> int:
         """Turns until its own, if no other arrives: 1 is next; 0: its turn has come, or it is not ready."""
         if self._positions is None:
-            self._positions = self._foreseen()
+            self._positions = self._simulated_positions()
         return self._positions.get(ticket, 0)
 
     def wait_s(self, position: int) -> float | None:
@@ -138,8 +138,8 @@ class Queue:
 
     def _free(self, caller: str) -> int:
         """Places that this caller may take now; the last one is reserved for callers without any."""
-        left = self._places - self.running
-        return left if self._places == 1 or (left == 1 and not self._held[caller]) else max(0, left - 1)
+        free = self._places - self.running
+        return free if self._places == 1 or (free == 1 and not self._in_flight[caller]) else max(0, free - 1)
 
     def _call(self) -> None:
         """Notify the tickets whose turn has come."""
@@ -147,13 +147,13 @@ class Queue:
         while self._lines and self._running < self._places:
             caller = min(self._lines, key=self._rank)
             last = self._running == self._places - 1
-            if last and self._held[caller] and self._places > 1:
+            if last and self._in_flight[caller] and self._places > 1:
                 return
             ticket = next(iter(self._lines[caller]))
             self._take(ticket)
             self._turns += 1
             self._running += 1
-            self._held[caller] += 1
+            self._in_flight[caller] += 1
             self._served[caller] = self._turns
             ticket.since = time.monotonic()
             ticket.called.set()
@@ -168,22 +168,22 @@ class Queue:
 
     def _rank(self, caller: str) -> tuple[int, int, int]:
         """Sort key of a waiting caller; the smallest is next."""
-        return self._held[caller], self._served.get(caller, 0), next(iter(self._lines[caller])).number
+        return self._in_flight[caller], self._served.get(caller, 0), next(iter(self._lines[caller])).number
 
-    def _foreseen(self) -> dict[Ticket, int]:
+    def _simulated_positions(self) -> dict[Ticket, int]:
         """The positions of all tickets, by simulating `_call` with a heap of callers."""
         lines = {caller: iter(line) for caller, line in self._lines.items()}
         heap = [(self._rank(caller), caller, next(lines[caller])) for caller in lines]
         heapq.heapify(heap)
         positions: dict[Ticket, int] = {}
         while heap:
-            (held, _, _), caller, ticket = heap[0]
+            (in_flight, _, _), caller, ticket = heap[0]
             positions[ticket] = len(positions) + 1
             following = next(lines[caller], None)
             if following is None:
                 heapq.heappop(heap)
             else:
-                rank = (held + 1, self._turns + len(positions), following.number)
+                rank = (in_flight + 1, self._turns + len(positions), following.number)
                 heapq.heapreplace(heap, (rank, caller, following))
         return positions
 

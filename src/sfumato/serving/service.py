@@ -47,7 +47,7 @@ class Service:
         self.metrics = Metrics()
         self.queue = Queue(settings.max_active, settings.max_queue)
         self.decoders = Decoders(settings, settings.decoders)
-        self._readers = Decoders(settings, 1)
+        self._text_decoders = Decoders(settings, 1)
         """Separate decoder for texts, so that reading them does not delay drawing requests."""
         self.budget = Budget(settings.max_waiting_mb * 2**20, self.queue.retry_after)
         self.limits = Limits(settings.max_pixels, settings.max_side, settings.max_aspect)
@@ -64,7 +64,7 @@ class Service:
         await self.engine.stop()
         await self.fetcher.close()
         await self.decoders.stop()
-        await self._readers.stop()
+        await self._text_decoders.stop()
 
     async def draw(self, request: ImageRequest, on_step: OnPictureStep | None = None) -> list[Done]:
         """The pictures in order, `n` for each prompt: all of them, or an error.
@@ -95,7 +95,7 @@ class Service:
             self._admit(config, len(generations))
             tickets = self.queue.join(request.caller, len(generations), ready=not request.images)
         except TooManyRequests as error:
-            self.metrics.rejected(error.code)
+            self.metrics.record_rejection(error.code)
             raise
         parts = [Part(generation, ticket) for generation, ticket in zip(generations, tickets, strict=True)]
         job = Job(
@@ -113,7 +113,7 @@ class Service:
         except SfumatoError as error:
             self._leave(job)
             if isinstance(error, TooManyRequests):
-                self.metrics.rejected(error.code)
+                self.metrics.record_rejection(error.code)
             raise
         self._jobs.append(job)
         job.task = asyncio.create_task(self._run(job, sources))
@@ -124,7 +124,7 @@ class Service:
         return job
 
     @contextmanager
-    def arriving(self, id: str, caller: str) -> Iterator[Arrival]:
+    def register_arrival(self, id: str, caller: str) -> Iterator[Arrival]:
         """A request of which only the id is known yet; its progress and cancelling work from now on."""
         arrival = Arrival(id, caller)
         self._arrivals.append(arrival)
@@ -143,10 +143,10 @@ class Service:
         share = self.budget.share()
         try:
             share.take(len(data))
-            said, _ = await self._readers.run("texts", data, "image")
+            answer, _ = await self._text_decoders.run("texts", data, "image")
         finally:
             share.give_back()
-        texts: dict[str, str] = said["texts"]
+        texts: dict[str, str] = answer["texts"]
         return texts
 
     def load(self, name: str | None) -> None:
@@ -220,7 +220,7 @@ class Service:
                 pictures = group.create_task(self._take_pictures(job, sources)) if sources else None
                 del sources  # the encoded pictures are released as soon as they are decoded
                 for index, part in enumerate(job.parts):
-                    group.create_task(self._one(job, index, part, pictures))
+                    group.create_task(self._draw_picture(job, index, part, pictures))
         except TimeoutError:
             raise TimedOut(
                 f"not drawn within {limit} s (the setting time_limit_s): request fewer steps or a smaller size"
@@ -230,7 +230,7 @@ class Service:
 
     async def _take_pictures(self, job: Job, sources: Sources) -> tuple[tuple[bytes, ...], bytes | None]:
         """Fetch the pictures immediately, and decode them when the job's turn has come."""
-        await sources.gathered(self.fetcher, self.decoders)
+        await sources.fetch(self.fetcher, self.decoders)
         tickets = [part.ticket for part in job.parts]
         self.queue.release(tickets)
         turns = [asyncio.ensure_future(ticket.called.wait()) for ticket in tickets]
@@ -239,7 +239,7 @@ class Service:
         finally:
             for turn in turns:
                 turn.cancel()
-        return await sources.decoded(self.decoders)
+        return await sources.decode(self.decoders)
 
     def _leave(self, job: Job) -> None:
         for part in job.parts:
@@ -255,18 +255,18 @@ class Service:
             log.error("request %s failed: %s", job.id, logs.error_location(raised))
             error = SfumatoError(f"internal server error ({type(raised).__name__}); see the server's log")
         if error:
-            self.metrics.failed(job.config.name, error.code)
+            self.metrics.record_failure(job.config.name, error.code)
         job.end(error)
         self._jobs.remove(job)
         self._ended.append(job.progress())
 
-    async def _one(
+    async def _draw_picture(
         self, job: Job, index: int, part: Part, pictures: asyncio.Task[tuple[tuple[bytes, ...], bytes | None]] | None
     ) -> None:
-        came = time.monotonic()
+        queued_at = time.monotonic()
         await part.ticket.called.wait()
-        began = time.monotonic()
-        self.metrics.waited(began - came)
+        turn_at = time.monotonic()
+        self.metrics.record_wait(turn_at - queued_at)
         try:
             generation = part.generation
             if pictures:
@@ -286,7 +286,7 @@ class Service:
             self.queue.leave(part.ticket, drawn=part.done is not None)
         if not part.done:
             raise WorkerDied("the engine stopped without an answer")
-        self.metrics.drew(job.config.name, time.monotonic() - began)
+        self.metrics.record_picture(job.config.name, time.monotonic() - turn_at)
 
     def _admit(self, config: ModelConfig, pictures: int) -> None:
         limit = config.max_concurrent

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sfumato import __version__, schedulers
 from sfumato.api.a1111.bodies import DrawBody
 from sfumato.core import Done, Recipe
-from sfumato.pictures import recipe
+from sfumato.pictures import recipe as recipes
 from sfumato.sampling import PARAMETERS, Parameter
 from sfumato.serving.job import Job
 
@@ -109,24 +109,24 @@ class Memory(_Item):
     cuda: dict[str, Any] = Field(description="Bytes allocated on the accelerator.")
 
 
-def info(body: DrawBody, job: Job, drawn: Sequence[Done], warnings: Sequence[str], urls: Sequence[str]) -> str:
+def info(body: DrawBody, job: Job, results: Sequence[Done], warnings: Sequence[str], urls: Sequence[str]) -> str:
     """The `info` of a request's pictures."""
-    first = drawn[0].recipe
+    first = results[0].recipe
     scheduler = first.sampling.scheduler or ""
     sampler, schedule_type = schedulers.sampler_of(scheduler) or (scheduler, schedulers.AUTOMATIC)
     rare = [each for each in PARAMETERS if not each.reported and first.sampling[each] is not None]
     width, height = first.size
-    count = len(drawn)
+    count = len(results)
     return json.dumps(
         {
             "prompt": first.prompt,
-            "all_prompts": [done.recipe.prompt for done in drawn],
-            **{each.a1111: _as_there(each, first) for each in PARAMETERS if each.a1111 and each.reported},
-            "all_negative_prompts": [done.recipe.sampling.negative_prompt or "" for done in drawn],
+            "all_prompts": [done.recipe.prompt for done in results],
+            **{each.a1111: _a1111_value(each, first) for each in PARAMETERS if each.a1111 and each.reported},
+            "all_negative_prompts": [done.recipe.sampling.negative_prompt or "" for done in results],
             "seed": first.seed,
-            "all_seeds": [done.recipe.seed for done in drawn],
+            "all_seeds": [done.recipe.seed for done in results],
             "subseed": first.seed,
-            "all_subseeds": [done.recipe.seed for done in drawn],
+            "all_subseeds": [done.recipe.seed for done in results],
             "subseed_strength": 0,
             "width": width,
             "height": height,
@@ -145,7 +145,7 @@ def info(body: DrawBody, job: Job, drawn: Sequence[Done], warnings: Sequence[str
                 **{each.infotext: first.sampling[each] for each in rare},
             },
             "index_of_first_image": 0,
-            "infotexts": [recipe.infotext(done.recipe) for done in drawn],
+            "infotexts": [recipes.infotext(done.recipe) for done in results],
             "styles": [],
             "job_timestamp": timestamp(job.created),
             "is_using_inpainting_conditioning": first.mask_sha256 is not None,
@@ -156,8 +156,8 @@ def info(body: DrawBody, job: Job, drawn: Sequence[Done], warnings: Sequence[str
     )
 
 
-def _as_there(parameter: Parameter, made: Recipe) -> Any:
-    value = made.sampling[parameter]
+def _a1111_value(parameter: Parameter, recipe: Recipe) -> Any:
+    value = recipe.sampling[parameter]
     if parameter.one_based:
         return (value or 0) + 1
     return value or "" if parameter.kind is str else value

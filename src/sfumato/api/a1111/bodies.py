@@ -57,18 +57,18 @@ MODEL, LAYERS = "sd_model_checkpoint", "CLIP_stop_at_last_layers"
 _ADAPTER = re.compile(r"<(?:lora|lyco|hypernet):[^<>]+>", re.IGNORECASE)
 
 
-def asks(value: object, neutral: tuple[object, ...]) -> bool:
+def is_set(value: object, neutral: tuple[object, ...]) -> bool:
     return value not in (*BLANKS, *neutral)
 
 
-TAKEN = tuple(each for each in PARAMETERS if each.a1111)
+FIELD_PARAMETERS = tuple(each for each in PARAMETERS if each.a1111)
 """Each is a field of its own."""
-UNSOURCED = tuple(each for each in TAKEN if not each.source)
+UNSOURCED = tuple(each for each in FIELD_PARAMETERS if not each.source)
 
 
-def _with_fields(base: type[BaseModel], taken: tuple[Parameter, ...]) -> type[BaseModel]:
-    """`base` with these, by the names that they have there."""
-    definitions: dict[str, Any] = {str(each.a1111): a1111_field(each) for each in taken}
+def _with_fields(base: type[BaseModel], parameters: tuple[Parameter, ...]) -> type[BaseModel]:
+    """A subclass of `base` with a field for each of these parameters, by AUTOMATIC1111's names."""
+    definitions: dict[str, Any] = {str(each.a1111): a1111_field(each) for each in parameters}
     return create_model(base.__name__, __base__=base, **definitions)
 
 
@@ -133,7 +133,7 @@ class DrawBody(_Sampled):
         return self.width or 512, self.height or 512  # AUTOMATIC1111's default for an omitted side
 
     def sampling(self, scheduler: str | None) -> Sampling:
-        """What is asked for, with the scheduler that `sampler` was understood as."""
+        """The requested parameters, with the scheduler that `sampler` maps to."""
         width, height = self.size
         values = {each.name: self._value(each) for each in self.TAKES}
         return Sampling(**values, scheduler=scheduler, width=width, height=height)
@@ -146,30 +146,30 @@ class DrawBody(_Sampled):
 
     def ignored(self) -> list[str]:
         """Names of fields that are set but have no effect; no values."""
-        extra = [name for name, value in (self.model_extra or {}).items() if _is_news(name, value)]
+        extra = [name for name, value in (self.model_extra or {}).items() if _is_ignored(name, value)]
         settings = [
             f"override_settings.{name}"
             for name, value in self.overrides.items()
-            if name not in (MODEL, LAYERS) and asks(value, NO_OVERRIDES.get(name, ()))
+            if name not in (MODEL, LAYERS) and is_set(value, NO_OVERRIDES.get(name, ()))
         ]
         scripts = [f"alwayson_scripts.{name}" for name in self.alwayson_scripts or ()]
-        named = [name for name in ("styles", "script_name") if asks(getattr(self, name), ())]
-        return [*extra, *settings, *scripts, *named]
+        unsupported = [name for name in ("styles", "script_name") if is_set(getattr(self, name), ())]
+        return [*extra, *settings, *scripts, *unsupported]
 
     def warnings(self) -> list[str]:
         """Where the result differs from the request, one sentence each, beginning with the field."""
         warnings = []
         if self.enable_hr:
             warnings.append("enable_hr: a second pass is not supported; the pictures have width x height")
-        if found := _ADAPTER.search(self.prompt or ""):
-            warnings.append(f"prompt: {found[0][:60]!r} is treated as text; configure adapters in the model file")
+        if match := _ADAPTER.search(self.prompt or ""):
+            warnings.append(f"prompt: {match[0][:60]!r} is treated as text; configure adapters in the model file")
         return warnings
 
-    def shown(self) -> dict[str, Any]:
+    def understood(self) -> dict[str, Any]:
         """The response's `parameters`: the request as understood, without pictures and unknown fields."""
-        known = {name: value for name, value in (self.model_extra or {}).items() if name in NEUTRAL}
-        shown = self.model_dump(exclude={"init_images", "mask", *(self.model_extra or {})}) | known
-        return from_json(to_json(shown, inf_nan_mode="null"))  # type: ignore[no-any-return]
+        without_effect = {name: value for name, value in (self.model_extra or {}).items() if name in NEUTRAL}
+        fields = self.model_dump(exclude={"init_images", "mask", *(self.model_extra or {})}) | without_effect
+        return from_json(to_json(fields, inf_nan_mode="null"))  # type: ignore[no-any-return]
 
 
 class Txt2ImgBody(DrawBody):
@@ -181,13 +181,13 @@ class Txt2ImgBody(DrawBody):
 if TYPE_CHECKING:
     _SampledFromPicture = DrawBody
 else:
-    _SampledFromPicture = _with_fields(DrawBody, tuple(each for each in TAKEN if each.source))
+    _SampledFromPicture = _with_fields(DrawBody, tuple(each for each in FIELD_PARAMETERS if each.source))
 
 
 class Img2ImgBody(_SampledFromPicture):
     """Of `POST /sdapi/v1/img2img`."""
 
-    TAKES = TAKEN
+    TAKES = FIELD_PARAMETERS
 
     init_images: list[str] = Field(
         min_length=1, max_length=MAX_PICTURES, description="The source picture: base64 or a data: URI."
@@ -263,12 +263,12 @@ class UpscaleBody(BaseModel):
         return [
             name
             for name, value in (self.model_extra or {}).items()
-            if not QUIET.fullmatch(name) and asks(value, (0, "None"))
+            if not QUIET.fullmatch(name) and is_set(value, (0, "None"))
         ]
 
 
-def _is_news(name: str, value: object) -> bool:
-    return not QUIET.fullmatch(name) and (name not in NEUTRAL or asks(value, NEUTRAL[name]))
+def _is_ignored(name: str, value: object) -> bool:
+    return not QUIET.fullmatch(name) and (name not in NEUTRAL or is_set(value, NEUTRAL[name]))
 
 
 def _from_one(value: object) -> int | None:

@@ -1,7 +1,7 @@
 """Requests of AUTOMATIC1111's clients as jobs.
 
-These clients have no job ids: a call refers to the caller's own jobs. They send parameters that not every model takes;
-those are left out, with a warning.
+These clients have no job ids: a call refers to all jobs of its caller. They send some parameters to every model; those
+that a model does not support are dropped, with a warning.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fastapi import Depends, Request
 
 from sfumato.api.a1111.bodies import MODEL, DrawBody
 from sfumato.api.a1111.lists import Choices
-from sfumato.api.a1111.samplers import choose, plainer
+from sfumato.api.a1111.samplers import choose, fallback
 from sfumato.api.dependencies import part
 from sfumato.api.http.auth import caller_of
 from sfumato.core import Done
@@ -28,7 +28,7 @@ from sfumato.serving.service import Service
 PREVIEWS = 8
 """Previews per picture, for `progress`."""
 
-SENT_UNASKED: Mapping[str, str] = MappingProxyType(
+OPTIONAL_FIELDS: Mapping[str, str] = MappingProxyType(
     {"scheduler": "scheduler", "step": "scheduler"}
     | {each.argument: each.name for each in PARAMETERS if each.argument and each.optional}
 )
@@ -47,22 +47,22 @@ class Jobs:
         """Oldest first."""
         return [job for job in self._service.jobs(caller) if job in self.names]
 
-    async def drawn(self, asked: ImageRequest, name: str, warnings: list[str]) -> tuple[Job, list[Done]]:
+    async def draw(self, request: ImageRequest, name: str, warnings: list[str]) -> tuple[Job, list[Done]]:
         """The job and its pictures. Drops parameters that clients always send but the model refuses, with a warning."""
         while True:
             try:
-                return await self.drawn_as_asked(asked, name, warnings)
+                return await self.draw_exactly(request, name, warnings)
             except InvalidRequest as error:
-                less = _without(asked, error)
-                if less is None:
+                reduced = _without(request, error)
+                if reduced is None:
                     raise
                 # Refusals come before the first step, so nothing is drawn twice.
-                warnings.append(f"{SENT_UNASKED[error.param or '']}: left out: {error.message}")
-                asked = less
+                warnings.append(f"{OPTIONAL_FIELDS[error.param or '']}: left out: {error.message}")
+                request = reduced
 
-    async def drawn_as_asked(self, asked: ImageRequest, name: str, warnings: list[str]) -> tuple[Job, list[Done]]:
+    async def draw_exactly(self, request: ImageRequest, name: str, warnings: list[str]) -> tuple[Job, list[Done]]:
         """The same without dropping anything; after an interruption, the finished pictures."""
-        job = await self._service.submit(asked)
+        job = await self._service.submit(request)
         self.names[job] = name
         try:
             return job, await job.pictures()
@@ -91,29 +91,29 @@ def request_of(service: Service, choices: Choices, body: DrawBody, request: Requ
         refuse_size(service.limits, body.width or 512, body.height or 512, "width x height", param="width")
     model = choices.of(caller)
     if body.overrides.get(MODEL):
-        model = choices.found(body.overrides[MODEL])
+        model = choices.model_for_title(body.overrides[MODEL])
         if body.override_settings_restore_afterwards is False:
             choices.choose(caller, model)
-    chosen = choose(body.sampler, body.scheduler)
-    asked = ImageRequest(
+    choice = choose(body.sampler, body.scheduler)
+    image_request = ImageRequest(
         prompts=[body.prompt or ""],
-        bar=False,
+        split_prompt=False,
         model=model,
         n=body.pictures,
         seed=body.seed,
-        sampling=body.sampling(chosen.scheduler),
+        sampling=body.sampling(choice.scheduler),
         previews=PREVIEWS,
         id=request.state.request_id,
         caller=caller,
     )
-    return asked, [*body.warnings(), *chosen.warnings]
+    return image_request, [*body.warnings(), *choice.warnings]
 
 
-def _without(asked: ImageRequest, error: InvalidRequest) -> ImageRequest | None:
+def _without(request: ImageRequest, error: InvalidRequest) -> ImageRequest | None:
     """The request without the field that the model refuses; None if that field must not be dropped."""
-    name = SENT_UNASKED.get(error.param or "")
-    if name is None or getattr(asked.sampling, name) is None:
+    name = OPTIONAL_FIELDS.get(error.param or "")
+    if name is None or getattr(request.sampling, name) is None:
         return None
-    scheduler = asked.sampling.scheduler
-    less: dict[str, Any] = {name: plainer(scheduler) if name == "scheduler" and scheduler else None}
-    return replace(asked, sampling=replace(asked.sampling, **less))
+    scheduler = request.sampling.scheduler
+    changes: dict[str, Any] = {name: fallback(scheduler) if name == "scheduler" and scheduler else None}
+    return replace(request, sampling=replace(request.sampling, **changes))

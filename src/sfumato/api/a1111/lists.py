@@ -27,7 +27,7 @@ MAX_CALLERS = 1024
 MAX_TITLE = 1000
 """In characters; searching similar names is slow for long ones."""
 
-_DECORATION = re.compile(r"(?:\.(?:safetensors|ckpt))?(?:\s*\[[0-9a-fA-F]*\])?\s*")
+_TITLE_SUFFIX = re.compile(r"(?:\.(?:safetensors|ckpt))?(?:\s*\[[0-9a-fA-F]*\])?\s*")
 """What clients append to a model's name: an extension, a hash."""
 
 NOTHING = (
@@ -44,28 +44,28 @@ class Choices:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._chosen: OrderedDict[str, str] = OrderedDict()
+        self._models: OrderedDict[str, str] = OrderedDict()
 
     def of(self, caller: str) -> str | None:
         """The caller's model; None if it selected none."""
-        return self._chosen.get(caller)
+        return self._models.get(caller)
 
     def choose(self, caller: str, name: str) -> None:
-        self._chosen[caller] = name
-        self._chosen.move_to_end(caller)
-        while len(self._chosen) > MAX_CALLERS:
-            self._chosen.popitem(last=False)
+        self._models[caller] = name
+        self._models.move_to_end(caller)
+        while len(self._models) > MAX_CALLERS:
+            self._models.popitem(last=False)
 
-    def found(self, title: object) -> str:
+    def model_for_title(self, title: object) -> str:
         """The name of the model with this title. Raises ModelNotFound."""
         if not isinstance(title, str) or not title.strip():
             raise InvalidRequest(f"{MODEL}: {repr(title)[:80]}; must be a title from /sdapi/v1/sd-models", param=MODEL)
         catalog = self._service.catalog
         catalog.refresh()
         names = {name for config in catalog.all() for name in (config.name, *config.aliases)}
-        decorated = (name for name in names if title.startswith(name) and _DECORATION.fullmatch(title, len(name)))
-        known = title if title in names else next(decorated, title[:MAX_TITLE])
-        return catalog.get(known).name
+        with_suffix = (name for name in names if title.startswith(name) and _TITLE_SUFFIX.fullmatch(title, len(name)))
+        name = title if title in names else next(with_suffix, title[:MAX_TITLE])
+        return catalog.get(name).name
 
 
 TheChoices: TypeAlias = Annotated[Choices, Depends(part("choices"))]
@@ -105,11 +105,11 @@ async def options(service: TheService, choices: TheChoices, caller: Caller) -> d
 async def set_options(
     options: Annotated[dict[str, Any], Depends(read_object)], service: TheService, choices: TheChoices, caller: Caller
 ) -> JSONResponse:
-    standing = _options(service, choices, caller)
+    current = _options(service, choices, caller)
     if options.get(MODEL) is not None:
-        choices.choose(caller, choices.found(options[MODEL]))
-    ignored = [name for name, value in options.items() if name != MODEL and standing.get(name, "") != value]
-    return JSONResponse(None, headers=answers.noted(ignored, ()))
+        choices.choose(caller, choices.model_for_title(options[MODEL]))
+    ignored = [name for name, value in options.items() if name != MODEL and current.get(name, "") != value]
+    return JSONResponse(None, headers=answers.warning_headers(ignored, ()))
 
 
 @routes.get("/sd-models", summary="All models", response_model=list[shapes.SdModel])
@@ -136,7 +136,7 @@ async def samplers() -> list[dict[str, Any]]:
 
 @routes.get("/schedulers", summary="All schedule types", response_model=list[shapes.Scheduler])
 async def schedule_types() -> list[dict[str, Any]]:
-    labels = {word.casefold(): word for word in (schedulers.AUTOMATIC, schedulers.UNIFORM)} | dict(
+    labels = {label.casefold(): label for label in (schedulers.AUTOMATIC, schedulers.UNIFORM)} | dict(
         schedulers.SCHEDULE_TYPES
     )
     return [
@@ -186,8 +186,8 @@ async def refresh(service: TheService) -> JSONResponse:
 def _ram() -> dict[str, int]:
     """The machine's memory in bytes, if the system reports it."""
     names = {"free": "SC_AVPHYS_PAGES", "total": "SC_PHYS_PAGES"}
-    known = getattr(os, "sysconf_names", {})  # macOS lacks the first, Windows both
-    return {word: os.sysconf("SC_PAGE_SIZE") * os.sysconf(name) for word, name in names.items() if name in known}
+    available = getattr(os, "sysconf_names", {})  # macOS lacks the first, Windows both
+    return {key: os.sysconf("SC_PAGE_SIZE") * os.sysconf(name) for key, name in names.items() if name in available}
 
 
 def upscaler_names(service: Service) -> list[str]:

@@ -22,7 +22,7 @@ from sfumato.api.a1111.lists import Choices, TheChoices
 from sfumato.api.dependencies import Caller, Context, TheContext, TheService
 from sfumato.api.http import documents, urls
 from sfumato.api.http.auth import caller_of
-from sfumato.api.http.forms import described, reader
+from sfumato.api.http.forms import openapi_body, reader
 from sfumato.api.keeping import keeper
 from sfumato.api.openai import answers
 from sfumato.core import StorePicture
@@ -34,12 +34,12 @@ from sfumato.serving.planning import ImageRequest
 from sfumato.serving.service import Service
 
 ERRORS = documents.errors(*documents.REASONS)
-UPSCALE_ERRORS = {status: said for status, said in ERRORS.items() if status not in (404, 507)}
+UPSCALE_ERRORS = {status: response for status, response in ERRORS.items() if status not in (404, 507)}
 
 
 def _json(kind: Any) -> dict[str, Any]:
     """OpenAPI's description of a JSON body."""
-    body = described(kind)["requestBody"]
+    body = openapi_body(kind)["requestBody"]
     return {"requestBody": body | {"content": {"application/json": body["content"]["application/json"]}}}
 
 
@@ -55,8 +55,8 @@ routes = APIRouter(prefix="/sdapi/v1", tags=["AUTOMATIC1111"])
 async def txt2img(
     body: Annotated[Txt2ImgBody, Depends(reader(Txt2ImgBody))], context: TheContext, choices: TheChoices, jobs: TheJobs
 ) -> JSONResponse:
-    painting = _painted(context, choices, jobs, body, "txt2img")
-    return await answers.unless_gone(context.request, painting)
+    drawing = _draw(context, choices, jobs, body, "txt2img")
+    return await answers.unless_gone(context.request, drawing)
 
 
 @routes.post(
@@ -68,8 +68,8 @@ async def txt2img(
 async def img2img(
     body: Annotated[Img2ImgBody, Depends(reader(Img2ImgBody))], context: TheContext, choices: TheChoices, jobs: TheJobs
 ) -> JSONResponse:
-    painting = _painted(context, choices, jobs, body, "img2img")
-    return await answers.unless_gone(context.request, painting)
+    drawing = _draw(context, choices, jobs, body, "img2img")
+    return await answers.unless_gone(context.request, drawing)
 
 
 @routes.post(
@@ -87,7 +87,7 @@ async def upscale(
     model = _upscaler(context.service, body.upscaler_1)
     data = await asyncio.to_thread(pictures.from_text, body.image, "image")
     body.image = ""
-    asked = ImageRequest(
+    image_request = ImageRequest(
         prompts=[""],
         model=model,
         n=1,
@@ -95,11 +95,11 @@ async def upscale(
         upscale=_scale(body.upscaling_resize),
         id=request.state.request_id,
         caller=caller_of(request),
-        keep=_kept_as_drawn(context, must=False),
+        keep=_store_callback(context, required=False),
     )
-    _, drawn = await answers.unless_gone(request, jobs.drawn_as_asked(asked, "extras", []))
-    answer = {"image": _base64(drawn[0].png), "html_info": ""}
-    return JSONResponse(answer, headers=answers.noted(body.ignored(), drawn))
+    _, results = await answers.unless_gone(request, jobs.draw_exactly(image_request, "extras", []))
+    answer = {"image": _base64(results[0].png), "html_info": ""}
+    return JSONResponse(answer, headers=answers.warning_headers(body.ignored(), results))
 
 
 @routes.post(
@@ -156,27 +156,27 @@ async def skip(service: TheService, jobs: TheJobs, caller: Caller) -> dict[str, 
 routes.include_router(lists.routes)
 
 
-async def _painted(context: Context, choices: Choices, jobs: Jobs, body: DrawBody, name: str) -> JSONResponse:
+async def _draw(context: Context, choices: Choices, jobs: Jobs, body: DrawBody, name: str) -> JSONResponse:
     request, service = context.request, context.service
-    asked, warnings = request_of(service, choices, body, request)
+    image_request, warnings = request_of(service, choices, body, request)
     ignored = body.ignored()
-    asked = replace(asked, keep=_kept_as_drawn(context, must=bool(body.save_images)))
+    image_request = replace(image_request, keep=_store_callback(context, required=bool(body.save_images)))
     if isinstance(body, Img2ImgBody):
-        asked = replace(asked, fitting=body.fitting(), mask_padding=body.mask_padding)
+        image_request = replace(image_request, fitting=body.fitting(), mask_padding=body.mask_padding)
         images, mask = await asyncio.to_thread(body.sources)
-        asked = replace(asked, images=images, mask=mask)
-    job, drawn = await jobs.drawn(asked, name, warnings)
+        image_request = replace(image_request, images=images, mask=mask)
+    job, results = await jobs.draw(image_request, name, warnings)
     saved = [part.name for part in job.parts if part.name] if body.save_images else []
     base = urls.base_url(request, service.settings)
-    warnings += [warning for done in drawn for warning in done.warnings]
-    info = shapes.info(body, job, drawn, warnings, [f"{base}/generated-images/{each}" for each in saved])
-    sent = [_base64(done.png) for done in drawn] if body.send_images is not False else []
-    headers = answers.noted(ignored, [replace(drawn[0], warnings=tuple(warnings))])
-    return JSONResponse({"images": sent, "parameters": body.shown(), "info": info}, headers=headers)
+    warnings += [warning for done in results for warning in done.warnings]
+    info = shapes.info(body, job, results, warnings, [f"{base}/generated-images/{each}" for each in saved])
+    encoded = [_base64(done.png) for done in results] if body.send_images is not False else []
+    headers = answers.warning_headers(ignored, [replace(results[0], warnings=tuple(warnings))])
+    return JSONResponse({"images": encoded, "parameters": body.understood(), "info": info}, headers=headers)
 
 
-def _kept_as_drawn(context: Context, *, must: bool) -> StorePicture | None:
-    return keeper(context.gallery, caller_of(context.request), "png", lambda done: done.png, must=must)
+def _store_callback(context: Context, *, required: bool) -> StorePicture | None:
+    return keeper(context.gallery, caller_of(context.request), "png", lambda done: done.png, required=required)
 
 
 def _current_image(jobs: list[Job]) -> str | None:
@@ -187,26 +187,26 @@ def _current_image(jobs: list[Job]) -> str | None:
 
 
 def _progress(jobs: list[Job], names: Mapping[Job, str], picture: str | None) -> dict[str, Any]:
-    seen = [job.progress() for job in jobs]
-    done, total = sum(each.step for each in seen), sum(each.total for each in seen)
-    waited = [each.queue_position for each in seen if each.state == "queued"]
+    progresses = [job.progress() for job in jobs]
+    done, total = sum(each.step for each in progresses), sum(each.total for each in progresses)
+    positions = [each.queue_position for each in progresses if each.state == "queued"]
     parts = [part for job in jobs for part in job.parts if not part.done]
     current = next((part for part in parts if part.step), None)
     return {
         "progress": min(1.0, done / total) if total else 0.0,
-        "eta_relative": round(max((each.seconds_left or 0.0 for each in seen), default=0.0), 1),
+        "eta_relative": round(max((each.seconds_left or 0.0 for each in progresses), default=0.0), 1),
         "state": {
             "skipped": False,
             "interrupted": False,
             "job": names.get(jobs[0], "") if jobs else "",
-            "job_count": sum(each.pictures for each in seen),
-            "job_no": sum(each.pictures_done for each in seen),
+            "job_count": sum(each.pictures for each in progresses),
+            "job_no": sum(each.pictures_done for each in progresses),
             "job_timestamp": shapes.timestamp(jobs[0].created) if jobs else "0",
             "sampling_step": current.step if current else 0,
             "sampling_steps": current.total if current else 0,
         },
         "current_image": picture,
-        "textinfo": f"queued: {min(waited)} turns" if waited and len(waited) == len(seen) else None,
+        "textinfo": f"queued: {min(positions)} turns" if positions and len(positions) == len(progresses) else None,
     }
 
 

@@ -12,15 +12,15 @@ from sfumato.schedulers import AUTOMATIC, SAMPLERS, SCHEDULE_TYPES, SOLVERS, UNI
 
 SAMPLER_OF: Mapping[str, str] = MappingProxyType(
     {
-        word.casefold(): name
+        spelling.casefold(): name
         for name, sampler in SAMPLERS.items()
-        for word in (name, SOLVERS[sampler.solver].description, *sampler.aliases)
+        for spelling in (name, SOLVERS[sampler.solver].description, *sampler.aliases)
     }
 )
 """Clients' spelling → name in `SAMPLERS`."""
 
 SCHEDULE_OF: Mapping[str, str | None] = MappingProxyType(
-    {word.casefold(): schedule for schedule, label in SCHEDULE_TYPES.items() for word in (schedule, label)}
+    {spelling.casefold(): schedule for schedule, label in SCHEDULE_TYPES.items() for spelling in (schedule, label)}
     | {"ka": "karras", "sgmuniform": "sgm_uniform", UNIFORM.casefold(): None}
 )
 """Clients' spelling → our schedule."""
@@ -31,21 +31,21 @@ MAX_NAME = 80
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
+class SamplerChoice:
     scheduler: str | None = None
     """A name of `sfumato.schedulers`; None: the model's own."""
     warnings: tuple[str, ...] = ()
 
 
-def choose(sampler: str | None, schedule_type: str | None) -> Chosen:
+def choose(sampler: str | None, schedule_type: str | None) -> SamplerChoice:
     """The scheduler for a request's `sampler_name` and `scheduler`; unsupported parts are dropped with a warning."""
     sampler, schedule_type = (sampler or "")[:MAX_NAME], (schedule_type or AUTOMATIC)[:MAX_NAME]
     if not sampler.strip():
-        return Chosen()
-    known = _named(sampler)
-    if known is None:
-        return _own(sampler)
-    name, combined = known
+        return SamplerChoice()
+    match = _parse_sampler(sampler)
+    if match is None:
+        return _by_own_name(sampler)
+    name, combined = match
     solver, default_schedule = SAMPLERS[name].solver, SAMPLERS[name].default_schedule
     if combined:
         return _fitting(name, solver, SCHEDULE_OF[combined])
@@ -55,40 +55,40 @@ def choose(sampler: str | None, schedule_type: str | None) -> Chosen:
     if typed not in SCHEDULE_OF:
         near = did_you_mean(typed, SCHEDULE_OF)
         unknown = f"scheduler: {schedule_type!r} is not a schedule type of this server.{near} {name} uses its own"
-        return Chosen(_fitting(name, solver, default_schedule).scheduler, (unknown,))
+        return SamplerChoice(_fitting(name, solver, default_schedule).scheduler, (unknown,))
     return _fitting(name, solver, SCHEDULE_OF[typed])
 
 
-def plainer(scheduler: str) -> str | None:
+def fallback(scheduler: str) -> str | None:
     """Fallback if a model cannot use this scheduler: the solver without a schedule, then the model's own."""
     choice = schedulers.parse(scheduler)
     return choice.solver if choice.schedule else None
 
 
-def _named(sampler: str) -> tuple[str, str | None] | None:
+def _parse_sampler(sampler: str) -> tuple[str, str | None] | None:
     """A name in `SAMPLERS` and an appended schedule type, as in `DPM++ 2M Karras`."""
-    word = " ".join(sampler.split()).casefold()
-    if word in SAMPLER_OF:
-        return SAMPLER_OF[word], None
+    spelling = " ".join(sampler.split()).casefold()
+    if spelling in SAMPLER_OF:
+        return SAMPLER_OF[spelling], None
     for schedule in SCHEDULE_OF:
         for joint in (" ", "_"):
-            base = word.removesuffix(joint + schedule)
-            if base != word and base in SAMPLER_OF:
+            base = spelling.removesuffix(joint + schedule)
+            if base != spelling and base in SAMPLER_OF:
                 return SAMPLER_OF[base], schedule
     return None
 
 
-def _own(sampler: str) -> Chosen:
+def _by_own_name(sampler: str) -> SamplerChoice:
     try:
-        return Chosen(schedulers.parse(sampler.strip().casefold()).name)
+        return SamplerChoice(schedulers.parse(sampler.strip().casefold()).name)
     except InvalidRequest:
         near = did_you_mean(sampler, SAMPLERS)
         warning = f"sampler_name: there is no sampler {sampler!r}.{near} The model's own is used"
-        return Chosen(None, (warning,))
+        return SamplerChoice(None, (warning,))
 
 
-def _fitting(name: str, solver: str, schedule: str | None) -> Chosen:
+def _fitting(name: str, solver: str, schedule: str | None) -> SamplerChoice:
     if schedule and schedule not in SOLVERS[solver].noise.schedules:
         warning = f"scheduler: {name} does not support the schedule {SCHEDULE_TYPES[schedule]!r}; it uses its own"
-        return Chosen(solver, (warning,))
-    return Chosen(schedulers.parse(solver, schedule).name)
+        return SamplerChoice(solver, (warning,))
+    return SamplerChoice(schedulers.parse(solver, schedule).name)

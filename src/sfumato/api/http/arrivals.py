@@ -29,7 +29,7 @@ class Arrivals:
             await self.app(scope, receive, send)
             return
         state = scope["state"]
-        with self._service.arriving(state["request_id"], state["caller"]) as arrival:
+        with self._service.register_arrival(state["request_id"], state["caller"]) as arrival:
 
             async def received() -> Message:
                 return await receive() if arrival.submitted else await _unless_cancelled(receive, arrival)

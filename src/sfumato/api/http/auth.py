@@ -83,13 +83,13 @@ class Auth:
                 return name
         return None
 
-    def _name_of(self, given: bytes) -> str | None:
+    def _name_of(self, candidate: bytes) -> str | None:
         """Compares with every key in constant time, so that timing reveals nothing about them."""
-        found = None
+        match = None
         for name, key in self._keys.items():
-            if hmac.compare_digest(key, given):
-                found = name
-        return found
+            if hmac.compare_digest(key, candidate):
+                match = name
+        return match
 
 
 def _credentials(headers: Headers) -> Iterator[tuple[str | None, bytes]]:
@@ -124,7 +124,7 @@ def is_open(scope: Scope, headers: Headers) -> bool:
     return path in OPEN or path.startswith(OPEN_BELOW)
 
 
-def explicit(headers: Headers) -> bool:
+def has_explicit_key(headers: Headers) -> bool:
     """Whether it has a key that browsers do not add on their own, unlike with Basic authentication."""
     schemes = (value.strip().partition(" ")[0].lower() for value in headers.getlist("authorization"))
     return "x-api-key" in headers or "bearer" in schemes

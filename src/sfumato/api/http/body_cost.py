@@ -24,7 +24,7 @@ MAX_FIELDS = 200
 
 SMALL = 4096
 """Strings up to this many bytes are not pictures and need no check."""
-STRANGERS = 64
+MAX_NON_BASE64 = 64
 """Maximum non-base64 bytes in a picture's string, such as the prefix of a data: URI."""
 
 _BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=-_\r\n"
@@ -37,10 +37,10 @@ def is_picture(text: bytes | bytearray) -> bool:
     if len(text) <= SMALL:
         return False
     plain = text.replace(b"\\/", b"/").replace(b"%2B", b"+").replace(b"%2F", b"/").replace(b"%3D", b"=")
-    return len(plain.translate(None, _BASE64)) <= STRANGERS
+    return len(plain.translate(None, _BASE64)) <= MAX_NON_BASE64
 
 
-def check_json(body: bytes | bytearray, most_text: int) -> None:
+def check_json(body: bytes | bytearray, max_text: int) -> None:
     """Raises InvalidRequest (RequestTooLarge for bytes) if there is too much besides pictures."""
     quotes, within = body.count(b'"'), body.count(b'\\"')
     if quotes - within > 2 * MAX_STRINGS or within > MAX_QUOTES:
@@ -62,8 +62,8 @@ def check_json(body: bytes | bytearray, most_text: int) -> None:
             raise too_many("texts", MAX_STRINGS)
         end = _end(body, start + 1)
         text += 0 if is_picture(body[start + 1 : end]) else end - start
-        if text > most_text:
-            raise too_much_text(most_text)
+        if text > max_text:
+            raise too_much_text(max_text)
         position = end + 1
     rest = b"".join(outside)
     if rest.count(b",") + rest.count(b"[") + rest.count(b"{") > MAX_VALUES:
@@ -72,23 +72,23 @@ def check_json(body: bytes | bytearray, most_text: int) -> None:
         raise InvalidRequest(f"the body has a number with more than {MAX_DIGITS} digits")
 
 
-def check_urlencoded(body: bytes | bytearray, most_text: int) -> None:
+def check_urlencoded(body: bytes | bytearray, max_text: int) -> None:
     """The same for a form."""
     if body.count(b"&") >= MAX_FIELDS:
         raise too_many("fields", MAX_FIELDS)
-    if body.count(b"%") > most_text // 3:  # the cost of decoding is in its escapes
-        raise too_much_text(most_text)
-    if sum(len(field) for field in body.split(b"&") if not is_picture(field.partition(b"=")[2])) > most_text:
-        raise too_much_text(most_text)
+    if body.count(b"%") > max_text // 3:  # the cost of decoding is in its escapes
+        raise too_much_text(max_text)
+    if sum(len(field) for field in body.split(b"&") if not is_picture(field.partition(b"=")[2])) > max_text:
+        raise too_much_text(max_text)
 
 
-def too_many(things: str, most: int) -> InvalidRequest:
-    return InvalidRequest(f"the body has more than {most} {things}; a drawing request has a few dozen")
+def too_many(items: str, limit: int) -> InvalidRequest:
+    return InvalidRequest(f"the body has more than {limit} {items}; a drawing request has a few dozen")
 
 
-def too_much_text(most: int) -> RequestTooLarge:
+def too_much_text(limit: int) -> RequestTooLarge:
     return RequestTooLarge(
-        f"the request has more than {most / 2**20:g} MiB besides pictures; send less, or raise the setting max_text_mb"
+        f"the request has more than {limit / 2**20:g} MiB besides pictures; send less, or raise the setting max_text_mb"
     )
 
 

@@ -43,13 +43,13 @@ READ_AT_ONCE = 2**14
 LEAST_RATE = 1024
 """In bytes per second: slower clients count as stalled."""
 
-FRESH_S = 1.0
+NEW_CONNECTION_S = 1.0
 """Seconds that a new connection has to send its request before it counts as idle."""
 
-SPARE = 32
+RESERVED_DESCRIPTORS = 32
 """File descriptors reserved for other uses than connections; at most an eighth of all."""
 
-CRUMBS, CRUMB = 2**18, 32
+MAX_TINY_CHUNK_BYTES, TINY_CHUNK = 2**18, 32
 """Maximum bytes of a chunked body in which a line ends more often than every `CRUMB` bytes: h11 needs some
 microseconds per chunk, however small."""
 
@@ -67,31 +67,31 @@ def raise_descriptor_limit() -> None:
 class Connections:
     """The connections of one server, by state and in the order they entered it."""
 
-    def __init__(self, most: int, patience: float) -> None:
-        self._most = most
+    def __init__(self, limit: int, patience: float) -> None:
+        self._limit = limit
         self.patience = patience
-        self.of: dict[ConnectionState, dict[Connection, None]] = {"idle": {}, "receiving": {}, "answering": {}}
+        self.by_state: dict[ConnectionState, dict[Connection, None]] = {"idle": {}, "receiving": {}, "answering": {}}
 
     def __len__(self) -> int:
-        return sum(map(len, self.of.values()))
+        return sum(map(len, self.by_state.values()))
 
     @property
-    def most(self) -> int:
+    def limit(self) -> int:
         """The setting, or what file descriptors allow; their limit may change at run time."""
         if not POSIX:
-            return self._most
-        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if limit == resource.RLIM_INFINITY:
-            return self._most
-        return max(1, min(self._most, limit - max(SPARE, limit // 8)))
+            return self._limit
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft == resource.RLIM_INFINITY:
+            return self._limit
+        return max(1, min(self._limit, soft - max(RESERVED_DESCRIPTORS, soft // 8)))
 
     def opened(self, new: Connection) -> None:
         """Register a new connection; if there are too many, close another one, or this one."""
-        self.of["idle"][new] = None
-        if len(self) <= self.most:
+        self.by_state["idle"][new] = None
+        if len(self) <= self.limit:
             return
         idle, receiving = self._longest("idle", new), self._longest("receiving", new)
-        fresh = idle is None or time.monotonic() - idle.since < FRESH_S
+        fresh = idle is None or time.monotonic() - idle.since < NEW_CONNECTION_S
         victim = receiving if fresh and receiving is not None else idle
         if victim is not None:
             victim.transport.abort()
@@ -100,16 +100,18 @@ class Connections:
         new.surplus = TooManyConnections(f"{len(self) - 1} connections are open; try again later")
 
     def _longest(self, state: ConnectionState, new: Connection) -> Connection | None:
-        return next((each for each in self.of[state] if each is not new and not each.transport.is_closing()), None)
+        return next(
+            (each for each in self.by_state[state] if each is not new and not each.transport.is_closing()), None
+        )
 
     async def sweep(self) -> None:
         """Disconnect stalled clients, until cancelled."""
         while True:
             await asyncio.sleep(min(1.0, self.patience / 4))
             now = time.monotonic()
-            for connections in self.of.values():
-                for each in list(connections):
-                    each.look(now)
+            for connections in self.by_state.values():
+                for connection in list(connections):
+                    connection.check(now)
 
 
 class Connection(H11Protocol):
@@ -122,16 +124,16 @@ class Connection(H11Protocol):
     def __init__(self, *args: Any, connections: Connections, **options: Any) -> None:
         super().__init__(*args, **options)
         self._all = connections
-        self._clocked()
+        self._restart_clock()
 
-    def _clocked(self) -> None:
+    def _restart_clock(self) -> None:
         """Restart the clock for a new state."""
-        self.since = self._seen = time.monotonic()
-        self._waited = 0.0
+        self.since = self._checked_at = time.monotonic()
+        self._idle_s = 0.0
         """Seconds spent waiting for the client to send."""
         self._received = 0
-        self._crumbs = 0
-        self._pending, self._taken, self._stuck = 0, 0, 0.0
+        self._tiny_chunk_bytes = 0
+        self._pending, self._read_by_client, self._stalled_s = 0, 0, 0.0
         """Bytes not yet read by the client, bytes it has read, and seconds with unread bytes."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -142,7 +144,7 @@ class Connection(H11Protocol):
         self._all.opened(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._all.of[self.state].pop(self, None)
+        self._all.by_state[self.state].pop(self, None)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -151,20 +153,20 @@ class Connection(H11Protocol):
             return
         self._received += len(data)
         if self.state == "receiving":
-            self._crumbs += data.count(b"\n") * CRUMB - len(data)
-            if self._crumbs > CRUMBS and self._chunked():
+            self._tiny_chunk_bytes += data.count(b"\n") * TINY_CHUNK - len(data)
+            if self._tiny_chunk_bytes > MAX_TINY_CHUNK_BYTES and self._chunked():
                 self.refuse(
                     InvalidRequest("the body has too many tiny chunks; send larger chunks, or a content-length")
                 )
                 return
-            self._crumbs = max(0, self._crumbs)
+            self._tiny_chunk_bytes = max(0, self._tiny_chunk_bytes)
         if not self.transport.is_closing():
             super().data_received(data)
-            self._note()
+            self._update_state()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._note()
+        self._update_state()
 
     def send_400_response(self, msg: str) -> None:
         """Called if h11 could not parse a request."""
@@ -190,19 +192,19 @@ class Connection(H11Protocol):
             self.cycle.disconnected = True
             self.cycle.message_event.set()
 
-    def look(self, now: float) -> None:
+    def check(self, now: float) -> None:
         """Disconnect if the client has stalled for too long."""
-        passed, self._seen = now - self._seen, now
+        passed, self._checked_at = now - self._checked_at, now
         patience = self._all.patience
-        if self._is_stuck(passed):
+        if self._is_stalled(passed):
             self.transport.abort()
         elif self.transport.is_closing() or self.state == "answering" or self.flow.read_paused:
             return
         else:
-            self._waited += passed
+            self._idle_s += passed
             answered = self.cycle is not None and self.cycle.response_complete
             more = 0 if self.state == "idle" or answered else self._received / LEAST_RATE
-            if self._waited > patience + more:
+            if self._idle_s > patience + more:
                 self._end_waiting(patience)
 
     def _end_waiting(self, patience: float) -> None:
@@ -212,18 +214,18 @@ class Connection(H11Protocol):
         else:
             self.transport.close()
 
-    def _is_stuck(self, passed: float) -> bool:
+    def _is_stalled(self, passed: float) -> bool:
         """Whether the client does not read its response."""
         pending = self.transport.get_write_buffer_size() + _unacknowledged(self.transport)
-        self._taken += max(0, self._pending - pending)
+        self._read_by_client += max(0, self._pending - pending)
         self._pending = pending
         if not pending:
-            self._taken, self._stuck = 0, 0.0
+            self._read_by_client, self._stalled_s = 0, 0.0
             return False
-        self._stuck += passed
-        return self._stuck > self._all.patience + self._taken / LEAST_RATE
+        self._stalled_s += passed
+        return self._stalled_s > self._all.patience + self._read_by_client / LEAST_RATE
 
-    def _note(self) -> None:
+    def _update_state(self) -> None:
         """Update the state if it changed."""
         cycle = self.cycle
         if self.conn.their_state is h11.SEND_BODY:
@@ -231,11 +233,11 @@ class Connection(H11Protocol):
         else:
             state = "idle" if cycle is None or cycle.response_complete else "answering"
         if state != self.state:
-            if self in self._all.of[self.state]:  # else the connection is lost
-                del self._all.of[self.state][self]
-                self._all.of[state][self] = None
+            if self in self._all.by_state[self.state]:  # else the connection is lost
+                del self._all.by_state[self.state][self]
+                self._all.by_state[state][self] = None
             self.state = state
-            self._clocked()
+            self._restart_clock()
 
     def _chunked(self) -> bool:
         return any(name == b"transfer-encoding" for name, _ in self.headers or ())

@@ -21,10 +21,10 @@ from sfumato.api.http import auth, errors, urls
 from sfumato.errors import Forbidden, SfumatoError, UnsupportedMedia
 from sfumato.settings import Settings
 
-NOBODYS = ("localhost", "local", "internal", "home.arpa", "lan")
+RESERVED_SUFFIXES = ("localhost", "local", "internal", "home.arpa", "lan")
 """Suffixes reserved in the public DNS, so no attacker can make such a name point here."""
 
-OURS = ("same-origin", "none")
+SAME_SITE = ("same-origin", "none")
 """Values of Sec-Fetch-Site: a page of this server, and an address typed by the user."""
 
 READS = ("GET", "HEAD", "OPTIONS")
@@ -34,11 +34,11 @@ _NAME = re.compile(r"\*|(?:\*\.)?[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,252})")
 
 def parse_hosts(text: str) -> list[str]:
     """The setting allowed_hosts. Raises ValueError, unless each word is a name, `*.name` or `*`."""
-    words = [word.strip().lower() for word in text.split(",") if word.strip()]
-    for word in words:
-        if not _NAME.fullmatch(word):
-            raise ValueError(f"allowed_hosts: {word!r} is not a host name; use e.g. images.example, *.example or *")
-    return words
+    names = [name.strip().lower() for name in text.split(",") if name.strip()]
+    for name in names:
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"allowed_hosts: {name!r} is not a host name; use e.g. images.example, *.example or *")
+    return names
 
 
 class CrossSite:
@@ -55,9 +55,9 @@ class CrossSite:
         self._open = settings.cross_site
         self._keys = bool(settings.api_keys.strip())
         self._origins = frozenset(origins)
-        self._public = _place(settings.public_url)
-        own = {socket.gethostname().lower(), urlsplit(settings.public_url).hostname or ""}
-        self._hosts = frozenset([*parse_hosts(settings.allowed_hosts), *own]) - {""}
+        self._public = _origin_host(settings.public_url)
+        own_names = {socket.gethostname().lower(), urlsplit(settings.public_url).hostname or ""}
+        self._hosts = frozenset([*parse_hosts(settings.allowed_hosts), *own_names]) - {""}
         self._rejected = rejected
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -70,7 +70,7 @@ class CrossSite:
 
     def _refusal(self, scope: Scope) -> SfumatoError | None:
         headers = Headers(scope=scope)
-        if auth.is_open(scope, headers) or (self._keys and auth.explicit(headers)):
+        if auth.is_open(scope, headers) or (self._keys and auth.has_explicit_key(headers)):
             return None
         if scope["method"] not in READS and headers.get("content-type", "").lower().lstrip().startswith("text/plain"):
             return UnsupportedMedia(
@@ -81,22 +81,22 @@ class CrossSite:
             return None
         if origins and all(origin in self._origins or "*" in self._origins for origin in origins):
             return None
-        here = {_place(f"{scope['scheme']}://{headers.get('host', '')}"), self._public} - {None}
-        foreign = [origin for origin in origins if _place(origin) not in here]
-        if foreign or any(site not in OURS for site in sites):
+        here = {_origin_host(f"{scope['scheme']}://{headers.get('host', '')}"), self._public} - {None}
+        foreign = [origin for origin in origins if _origin_host(origin) not in here]
+        if foreign or any(site not in SAME_SITE for site in sites):
             return Forbidden(
                 f"web pages of the origin {(foreign or ['?'])[0][:200]!r} may not use this server. The setting "
                 "cors_origins lists origins that may; cross_site allows all of them."
             )
         host = urls.sent_host(scope)
-        if not self._known(host) and not (urls.by_tls(scope) and sites):
+        if not self._is_trusted(host) and not (urls.used_https(scope) and sites):
             return Forbidden(
                 f"a web browser used the host name {host[:200]!r}, which this server does not know. If the name is "
                 "correct, add it to the setting allowed_hosts, or set public_url."
             )
         return None
 
-    def _known(self, host: str) -> bool:
+    def _is_trusted(self, host: str) -> bool:
         """Whether this name is certain not to be an attacker's."""
         if "*" in self._hosts:
             return True
@@ -104,7 +104,7 @@ class CrossSite:
         if "." not in name or name in self._hosts:
             return bool(name)
         parents = [name.split(".", count)[-1] for count in range(1, name.count(".") + 1)]
-        if any(parent in NOBODYS or f"*.{parent}" in self._hosts for parent in parents):
+        if any(parent in RESERVED_SUFFIXES or f"*.{parent}" in self._hosts for parent in parents):
             return True
         try:
             ipaddress.ip_address(name)
@@ -117,7 +117,7 @@ def _is_browser(headers: Headers) -> bool:
     return "referer" in headers or "mozilla/" in headers.get("user-agent", "").lower()
 
 
-def _place(origin: str) -> str | None:
+def _origin_host(origin: str) -> str | None:
     """Host and port without a default port; a proxy in between may have changed the scheme."""
     try:
         parts = urlsplit(origin)

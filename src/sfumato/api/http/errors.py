@@ -23,7 +23,7 @@ SHORT.maxstring = SHORT.maxother = 80
 
 
 def install(app: FastAPI) -> None:
-    app.add_exception_handler(SfumatoError, _known)
+    app.add_exception_handler(SfumatoError, _sfumato_error)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
 
@@ -44,7 +44,7 @@ def response(error: SfumatoError) -> JSONResponse:
     return JSONResponse(shape(error), error.status, headers)
 
 
-async def _known(request: Request, error: Exception) -> JSONResponse:
+async def _sfumato_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, SfumatoError)
     if error.status >= 500:
         log.error("%s %s: %s: %s", request.method, request.url.path, error.code, error.message)
@@ -60,11 +60,11 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
     if first["type"] == "missing":
         where = f"{field}: this field is required" if field else "the request needs a JSON body"
         return response(InvalidRequest(where, param=field or None))
-    where = f"{field or 'the body'}: {_shown(first.get('input'))} is not valid: {first['msg']}"
+    where = f"{field or 'the body'}: {_shorten(first.get('input'))} is not valid: {first['msg']}"
     return response(InvalidRequest(where, param=field or None))
 
 
-def _shown(value: object) -> str:
+def _shorten(value: object) -> str:
     """The value, shortened for a message."""
     return f"a file of {len(value)} bytes" if isinstance(value, bytes) else SHORT.repr(value)
 
@@ -77,8 +77,8 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
         404: f"there is no route {request.url.path}; /docs lists all routes",
         405: f"{request.method} is not allowed on {request.url.path}",
     }
-    known = InvalidRequest(messages.get(error.status_code, str(error.detail)))
-    answer = response(known)
+    refusal = InvalidRequest(messages.get(error.status_code, str(error.detail)))
+    answer = response(refusal)
     answer.status_code = error.status_code
     answer.headers.update(error.headers or {})
     return answer

@@ -41,8 +41,8 @@ _MARK = codecs.BOM_UTF8
 class Bodies:
     """Parses bodies for one application. `most_text`: maximum bytes besides pictures."""
 
-    def __init__(self, most_text: int) -> None:
-        self._most_text = most_text
+    def __init__(self, max_text: int) -> None:
+        self._max_text = max_text
         self._pool: ThreadPoolExecutor | None = None
 
     def close(self) -> None:
@@ -53,37 +53,36 @@ class Bodies:
 
     async def read(self, request: Request, validate: Callable[[Any], Body]) -> Body:
         """The body as returned by `validate`. Raises InvalidRequest, or RequestValidationError naming the field."""
-        said = content_type.parse(request.headers.get("content-type", ""))
+        media = content_type.parse(request.headers.get("content-type", ""))
         body = bytearray()  # not `request.body()`, which keeps both its chunks and the whole
         async for chunk in request.stream():
             body += chunk
         if self._pool is None:
             self._pool = ThreadPoolExecutor(THREADS, "bodies")
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._pool, self._read, said, body, validate)
+        return await loop.run_in_executor(self._pool, self._read, media, body, validate)
 
-    def _read(self, said: content_type.Media, body: bytearray, validate: Callable[[Any], Body]) -> Body:
+    def _read(self, media: content_type.Media, body: bytearray, validate: Callable[[Any], Body]) -> Body:
         try:
-            return validate(self._values(said, body))
+            return validate(self._values(media, body))
         except ValidationError as error:
-            found = [{**each, "loc": ("body", *each["loc"])} for each in error.errors(include_url=False)]
-            raise RequestValidationError(found) from None
+            errors = [{**each, "loc": ("body", *each["loc"])} for each in error.errors(include_url=False)]
+            raise RequestValidationError(errors) from None
 
-    def _values(self, said: content_type.Media, body: bytearray) -> dict[str, Any]:
-        codec = said.codec
+    def _values(self, media: content_type.Media, body: bytearray) -> dict[str, Any]:
+        codec = media.codec
         body = body.removeprefix(_MARK)
-        if said.type == content_type.MULTIPART:
-            return _of_form(multipart.parts(body, said, self._most_text))
-        if said.type == content_type.URLENCODED and not _OBJECT_BEGINS.match(body):
-            body_cost.check_urlencoded(body, self._most_text)
+        if media.type == content_type.MULTIPART:
+            return _of_form(multipart.parts(body, media, self._max_text))
+        if media.type == content_type.URLENCODED and not _OBJECT_BEGINS.match(body):
+            body_cost.check_urlencoded(body, self._max_text)
             return _of_form(parse_qsl(body.decode("latin-1"), keep_blank_values=True, encoding=codec))
-        if said.type != content_type.URLENCODED and not content_type.is_json(
-            said.type
-        ):  # curl -d sends JSON with this type
+        # `curl -d` sends JSON with the type of a form.
+        if media.type != content_type.URLENCODED and not content_type.is_json(media.type):
             raise UnsupportedMedia(
-                f"content-type: {said.type[:100]!r} is not supported; use application/json, {' or '.join(FORMS)}"
+                f"content-type: {media.type[:100]!r} is not supported; use application/json, {' or '.join(FORMS)}"
             )
-        body_cost.check_json(body, self._most_text)
+        body_cost.check_json(body, self._max_text)
         return _of_json(body if codec == "utf-8" else body.decode(codec).encode())
 
 
@@ -104,14 +103,16 @@ async def read_object(request: Request) -> dict[str, Any]:
 _OBJECT = TypeAdapter(dict[str, Any])
 
 
-def described(kind: type[BaseModel]) -> dict[str, Any]:
+def openapi_body(kind: type[BaseModel]) -> dict[str, Any]:
     """Its OpenAPI description: the same fields as JSON and as a form, each with all its aliases."""
     schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
     for name, info in kind.model_fields.items():
         if isinstance(info.validation_alias, AliasChoices):
             also = [alias for alias in info.validation_alias.choices if isinstance(alias, str) and alias != name]
-            own = {key: value for key, value in schema["properties"][name].items() if key not in ("title", "examples")}
-            schema["properties"] |= {alias: own | {"description": f"Alias of `{name}`."} for alias in also}
+            field_schema = {
+                key: value for key, value in schema["properties"][name].items() if key not in ("title", "examples")
+            }
+            schema["properties"] |= {alias: field_schema | {"description": f"Alias of `{name}`."} for alias in also}
             if name in schema.get("required", ()):
                 schema["required"].remove(name)
                 any_of = [{"required": [each]} for each in (name, *also)]
@@ -143,15 +144,15 @@ def _of_form(fields: Iterable[tuple[str, str | bytes]]) -> dict[str, Any]:
         nested = _NESTED.fullmatch(key)
         name, inner = (nested[1], nested[2]) if nested else (key, "")
         if inner:
-            held = values.setdefault(name, {})
-            if isinstance(held, dict):
-                held[inner] = value
+            existing = values.setdefault(name, {})
+            if isinstance(existing, dict):
+                existing[inner] = value
         elif name in values:
-            held = values[name]
-            if isinstance(held, list):
-                held.append(value)
+            existing = values[name]
+            if isinstance(existing, list):
+                existing.append(value)
             else:
-                values[name] = [held, value]
+                values[name] = [existing, value]
         else:
             values[name] = [value] if nested else value
     return values

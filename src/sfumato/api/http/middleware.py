@@ -37,8 +37,8 @@ class RequestId:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        given = Headers(scope=scope).get("x-request-id", "")
-        id = given if 0 < len(given) <= 128 and given.isascii() and given.isprintable() else uuid.uuid4().hex
+        value = Headers(scope=scope).get("x-request-id", "")
+        id = value if 0 < len(value) <= 128 and value.isascii() and value.isprintable() else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = id
         logs.request_id.set(id)  # uvicorn runs each request in its own task, and so in its own context
 
@@ -50,7 +50,7 @@ class RequestId:
         await self.app(scope, receive, send_with_id)
 
 
-class Observe:
+class AccessLog:
     """Access log and metrics for every request. No query string, no body."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
@@ -76,7 +76,7 @@ class Observe:
         finally:
             seconds = time.monotonic() - began
             method = scope["method"] if scope["method"] in METHODS else "other"
-            self._metrics.answered(_route(scope), method, status, seconds)
+            self._metrics.record_http(_route(scope), method, status, seconds)
             fields = {"method": method, "path": path, "status": status, "seconds": round(seconds, 3)}
             fields["caller"] = scope.get("state", {}).get("caller", "")
             access.log(
@@ -87,7 +87,7 @@ class Observe:
             )  # fmt: skip
 
 
-class Framing:
+class LengthCheck:
     """Refuses a body whose length is stated twice: a proxy that uses the other one would see different requests."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -128,7 +128,7 @@ class Head:
             scope["method"] = "HEAD"  # for log and metrics
 
 
-class LastResort:
+class UnhandledErrors:
     """Logs and answers unhandled errors, inside the middleware that every response needs."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -170,13 +170,13 @@ class BodyCap:
         if declared.isdigit() and int(declared) > self.limit:
             await errors.response(self._too_large())(scope, receive, send)
             return
-        taken = 0
+        received = 0
 
         async def capped() -> Message:
-            nonlocal taken
+            nonlocal received
             message = await receive()
-            taken += len(message.get("body", b""))
-            if taken > self.limit:
+            received += len(message.get("body", b""))
+            if received > self.limit:
                 raise self._too_large()
             return message
 
@@ -202,7 +202,7 @@ def _route(scope: Scope) -> str:
     if template is None:
         return "none"
     path = scope["path"].removeprefix(scope.get("root_path", ""))
-    given = template
+    filled = template
     for name, value in scope.get("path_params", {}).items():
-        given = given.replace(f"{{{name}}}", str(value))
-    return path.removesuffix(given) + template if path.endswith(given) else template
+        filled = filled.replace(f"{{{name}}}", str(value))
+    return path.removesuffix(filled) + template if path.endswith(filled) else template

@@ -23,7 +23,7 @@ MAX_HEADER = 2048
 MAX_BOUNDARY = 200
 """In characters; RFC 2046 allows 70."""
 
-AS_THEY_ARE = ("", "binary", "8bit", "7bit")
+IDENTITY_ENCODINGS = ("", "binary", "8bit", "7bit")
 """Transfer encodings that leave the data unchanged."""
 
 _PADDING = re.compile(rb"[ \t]{16}")
@@ -47,16 +47,16 @@ class _Part:
             return self.data.decode("latin-1")  # sent by old browsers
 
 
-def parts(body: bytes | bytearray, said: content_type.Media, most_text: int) -> list[tuple[str, str | bytes]]:
+def parts(body: bytes | bytearray, media: content_type.Media, max_text: int) -> list[tuple[str, str | bytes]]:
     """Name and value of each part: bytes if it has a file name. Raises InvalidRequest if the form is invalid.
 
     `most_text`: maximum bytes of all fields that are not pictures.
     """
-    boundary = said.parameters.get("boundary", "")
+    boundary = media.parameters.get("boundary", "")
     if not _BOUNDARY.fullmatch(boundary) or len(boundary) > MAX_BOUNDARY:
         raise InvalidRequest(f"content-type: the boundary {boundary[:40]!r} must have 1 to {MAX_BOUNDARY} characters")
     _check_boundaries(body, boundary.encode())
-    reader = _Reader(said.codec, most_text)
+    reader = _Reader(media.codec, max_text)
     parser = MultipartParser(
         boundary.encode(), reader.callbacks(), max_header_count=MAX_HEADERS, max_header_size=MAX_HEADER
     )
@@ -66,7 +66,7 @@ def parts(body: bytes | bytearray, said: content_type.Media, most_text: int) -> 
         raise InvalidRequest(f"the form cannot be read: {error}") from None
     if not reader.ended:
         raise InvalidRequest("the form ends before its last boundary")
-    return reader.found
+    return reader.parts
 
 
 def _check_boundaries(body: bytes | bytearray, boundary: bytes) -> None:
@@ -85,11 +85,11 @@ def _check_boundaries(body: bytes | bytearray, boundary: bytes) -> None:
 class _Reader:
     """Collects the parser's events as parts."""
 
-    def __init__(self, codec: str, most_text: int) -> None:
-        self.found: list[tuple[str, str | bytes]] = []
+    def __init__(self, codec: str, max_text: int) -> None:
+        self.parts: list[tuple[str, str | bytes]] = []
         self.ended = False
         self._codec = codec
-        self._most_text = most_text
+        self._max_text = max_text
         self._text = 0
         self._counts = {True: 0, False: 0}
         self._part = _Part()
@@ -128,7 +128,7 @@ class _Reader:
         part.name = names["name"]
         part.is_file = not names.keys().isdisjoint(("filename", "filename*"))
         encoding = part.headers.get("content-transfer-encoding", "").lower()
-        if encoding not in AS_THEY_ARE:
+        if encoding not in IDENTITY_ENCODINGS:
             raise UnsupportedMedia(
                 f"{part.name[:40]}: content-transfer-encoding {encoding[:40]!r} is not supported; send it unencoded"
             )
@@ -137,21 +137,21 @@ class _Reader:
             raise UnsupportedMedia(f"{part.name[:40]}: nested forms are not supported; repeat the field instead")
         part.codec = kind.codec if "charset" in kind.parameters and not part.is_file else self._codec
         self._counts[part.is_file] += 1
-        most = MAX_FILES if part.is_file else body_cost.MAX_FIELDS
-        if self._counts[part.is_file] > most:
-            raise body_cost.too_many("files" if part.is_file else "fields", most)
+        limit = MAX_FILES if part.is_file else body_cost.MAX_FIELDS
+        if self._counts[part.is_file] > limit:
+            raise body_cost.too_many("files" if part.is_file else "fields", limit)
 
     def _part_end(self) -> None:
         part = self._part
         if not part.is_file and not body_cost.is_picture(part.data):
             self._text += len(part.data)
-            if self._text > self._most_text:
-                raise body_cost.too_much_text(self._most_text)
+            if self._text > self._max_text:
+                raise body_cost.too_much_text(self._max_text)
         value = part.value()
         if part.name == "_charset_" and isinstance(value, str):  # browsers send the charset of the other fields here
             self._codec = content_type.parse(f"text/plain; charset={value}").codec
             return
-        self.found.append((part.name, value))
+        self.parts.append((part.name, value))
 
     def _end(self) -> None:
         self.ended = True

@@ -34,16 +34,16 @@ class Document:
 
     def __init__(self, openapi: Callable[[], dict[str, Any]]) -> None:
         self._openapi = openapi
-        self._making = asyncio.Lock()
-        self._known: tuple[str, bytes] | None = None
+        self._lock = asyncio.Lock()
+        self._cached: tuple[str, bytes] | None = None
 
     async def rendered(self, root: str) -> bytes:
-        """For who reaches the application below the path `root`; only another prefix of a proxy's makes another."""
-        async with self._making:  # by one of those who wait
-            if self._known is None or self._known[0] != root:
+        """The document for clients that reach the application below the path `root`. Cached for the latest one."""
+        async with self._lock:  # so that it is rendered once
+            if self._cached is None or self._cached[0] != root:
                 document = await asyncio.to_thread(self._openapi)
-                self._known = root, await asyncio.to_thread(_rendered, document, [{"url": root}] if root else [])
-            return self._known[1]
+                self._cached = root, await asyncio.to_thread(_rendered, document, [{"url": root}] if root else [])
+            return self._cached[1]
 
 
 routes = APIRouter(include_in_schema=False)

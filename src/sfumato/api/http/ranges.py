@@ -18,8 +18,8 @@ _ONE = re.compile(r"bytes\s*=\s*(?:([0-9]{1,15})\s*-\s*([0-9]{1,15})?|-\s*([0-9]
 def answer(request: Request, data: bytes, media_type: str, *, etag: str, headers: Mapping[str, str]) -> Response:
     """The complete `data`, the requested range, or 304 if the client has it."""
     common = {**headers, "etag": etag, "accept-ranges": "bytes"}
-    known = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
-    if etag in known or "*" in known:
+    etags = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
+    if etag in etags or "*" in etags:
         return Response(status_code=304, headers=common)
     match = _ONE.fullmatch(request.headers.get("range", "").strip())
     if match is None or request.headers.get("if-range", etag) != etag:
@@ -30,9 +30,9 @@ def answer(request: Request, data: bytes, media_type: str, *, etag: str, headers
     if first is not None and last is not None and last < first:  # not a valid range
         return Response(data, media_type=media_type, headers=common)
     if start >= end:
-        refused = errors.response(InvalidRequest(f"range: outside the picture, which has {len(data)} bytes"))
-        refused.status_code = 416
-        refused.headers["content-range"] = f"bytes */{len(data)}"
-        return refused
+        response = errors.response(InvalidRequest(f"range: outside the picture, which has {len(data)} bytes"))
+        response.status_code = 416
+        response.headers["content-range"] = f"bytes */{len(data)}"
+        return response
     common["content-range"] = f"bytes {start}-{end - 1}/{len(data)}"
     return Response(data[start:end], status_code=206, media_type=media_type, headers=common)

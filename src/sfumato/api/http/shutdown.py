@@ -13,11 +13,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from sfumato.api.http import errors
 from sfumato.errors import ServerStops
 
-LAST_WORD_S = 5.0
+FINAL_RESPONSE_S = 5.0
 """Maximum seconds to wait for a client that does not read its response."""
 
 
-class Running:
+class ActiveRequests:
     """Tracks the requests in progress, to end them together."""
 
     def __init__(self) -> None:
@@ -32,10 +32,10 @@ class Running:
         return len(self.tasks)
 
 
-class Ending:
-    """Answers a request that `Running.end` stops; its work is cancelled, as when its client disconnects."""
+class Shutdown:
+    """Answers a request that `ActiveRequests.end` stops; its work is cancelled, as when its client disconnects."""
 
-    def __init__(self, app: ASGIApp, running: Running) -> None:
+    def __init__(self, app: ASGIApp, running: ActiveRequests) -> None:
         self.app = app
         self._running = running
 
@@ -68,14 +68,14 @@ class Ending:
                 raise
             task.uncancel()
             if not complete:
-                await _last_word(kind, scope, receive, send)
+                await _send_final_response(kind, scope, receive, send)
         finally:
             self._running.tasks.discard(task)
 
 
-async def _last_word(kind: str | None, scope: Scope, receive: Receive, send: Send) -> None:
+async def _send_final_response(kind: str | None, scope: Scope, receive: Receive, send: Send) -> None:
     with suppress(TimeoutError, asyncio.CancelledError):
-        async with asyncio.timeout(LAST_WORD_S):
+        async with asyncio.timeout(FINAL_RESPONSE_S):
             if kind is None:
                 await errors.response(_error())(scope, receive, send)
             elif kind.startswith("text/event-stream"):

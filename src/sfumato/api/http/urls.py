@@ -33,11 +33,11 @@ def base_url(request: Request, settings: Settings) -> str:
 
 def sent_host(scope: Scope) -> str:
     """The original Host header, before a proxy's header replaced it."""
-    sent = scope.get("state", {}).get("sent_host")
-    return sent if isinstance(sent, str) else Headers(scope=scope).get("host", "")
+    host = scope.get("state", {}).get("sent_host")
+    return host if isinstance(host, str) else Headers(scope=scope).get("host", "")
 
 
-def by_tls(scope: Scope) -> bool:
+def used_https(scope: Scope) -> bool:
     """Whether the client used https to the server, or to a trusted proxy in front of it."""
     return bool(scope["scheme"] == "https")
 
@@ -51,10 +51,10 @@ def check_public_url(url: str) -> None:
 
 def check_proxies(trusted: str) -> None:
     """Raises ValueError unless each entry is an address, a network or `*`."""
-    for word in _words(trusted):
+    for entry in _entries(trusted):
         try:
-            if word != "*":
-                ipaddress.ip_network(word)
+            if entry != "*":
+                ipaddress.ip_network(entry)
         except ValueError as error:
             raise ValueError(
                 f"trusted_proxies: {error}; addresses (127.0.0.1), networks (10.0.0.0/8) or * are valid"
@@ -63,7 +63,7 @@ def check_proxies(trusted: str) -> None:
 
 def parse_origins(text: str) -> list[str]:
     """Parse the setting cors_origins. Raises ValueError unless each entry is an origin or `*`."""
-    origins = [word.rstrip("/") for word in _words(text)]
+    origins = [entry.rstrip("/") for entry in _entries(text)]
     for origin in origins:
         if origin != "*" and not _ORIGIN.fullmatch(origin):
             raise ValueError(f"cors_origins: {origin!r} is not an origin; use e.g. https://host, http://host:3000 or *")
@@ -80,8 +80,8 @@ class Forwarded:
     """
 
     def __init__(self, app: ASGIApp, trusted: str) -> None:
-        words = _words(trusted)
-        self._uvicorn = ProxyHeadersMiddleware(app, "*" if "*" in words else words)  # type: ignore[arg-type]
+        entries = _entries(trusted)
+        self._uvicorn = ProxyHeadersMiddleware(app, "*" if "*" in entries else entries)  # type: ignore[arg-type]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         client = scope.get("client")
@@ -129,5 +129,5 @@ def _listening(scope: Scope) -> str:
     return f"{host}:{port}" if port else str(host)
 
 
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
+def _entries(text: str) -> list[str]:
+    return [entry.strip() for entry in text.split(",") if entry.strip()]

@@ -34,7 +34,7 @@ KEEP_ALIVE_S = 15.0
 PATCH = 16
 """For `usage`: a picture counts one token per square with this side in pixels."""
 
-SHOWN_QUALITY = {
+QUALITY_NAMES = {
     "low": "low", "medium": "medium", "high": "high", "hd": "high", "xhigh": "xhigh", "max": "max",
 }  # fmt: skip
 """Requested quality → OpenAI's name in responses; anything else is medium, the model's default steps."""
@@ -55,10 +55,10 @@ class OutputFormat:
     base: str | None = None
     """Base of picture URLs; None: base64."""
 
-    def encoded(self, shown: Done | Preview) -> bytes:
+    def encode(self, picture: Done | Preview) -> bytes:
         """The encoded picture, or preview at the picture's size."""
-        size = (shown.width, shown.height) if isinstance(shown, Preview) else None
-        return recipe.convert(shown.png, self.format, self.compression, opaque=self.opaque, size=size)
+        size = (picture.width, picture.height) if isinstance(picture, Preview) else None
+        return recipe.convert(picture.png, self.format, self.compression, opaque=self.opaque, size=size)
 
 
 def output_format(body: Body, base: str) -> OutputFormat:
@@ -75,7 +75,7 @@ def output_format(body: Body, base: str) -> OutputFormat:
         format=body.output_format or "png",
         compression=100 if body.output_compression is None else body.output_compression,
         opaque=body.background == "opaque",
-        quality=SHOWN_QUALITY.get(str(body.quality), "medium"),
+        quality=QUALITY_NAMES.get(str(body.quality), "medium"),
         base=None if body.wants_b64() or body.stream else base,
     )
 
@@ -88,43 +88,43 @@ async def answer(context: Context, body: Body, event: str = "", **more: Any) -> 
     request, service, gallery = context.request, context.service, context.gallery
     form = output_format(body, urls.base_url(request, service.settings))
     caller = caller_of(request)
-    keep = keeper(gallery, caller, form.format, form.encoded, must=form.base is not None)
+    keep = keeper(gallery, caller, form.format, form.encode, required=form.base is not None)
     more |= {"caller": caller, "id": request.state.request_id, "keep": keep}
     if isinstance(body, PaintBody) and body.stream:
-        return Stream(await unless_gone(request, _begun(service, body, more)), form, event, body.ignored())
-    return await unless_gone(request, _drawn(service, body, more, form, gallery))
+        return Stream(await unless_gone(request, _started_job(service, body, more)), form, event, body.ignored())
+    return await unless_gone(request, _images_response(service, body, more, form, gallery))
 
 
-async def _submitted(service: Service, body: Body, more: Mapping[str, Any]) -> Job:
+async def _submit(service: Service, body: Body, more: Mapping[str, Any]) -> Job:
     """Submit the request, so that only the job keeps the source pictures."""
-    asked = body.to_request(**more)
-    body.let_go()
-    return await service.submit(asked)
+    request = body.to_request(**more)
+    body.release_pictures()
+    return await service.submit(request)
 
 
-async def _drawn(
+async def _images_response(
     service: Service, body: Body, more: Mapping[str, Any], form: OutputFormat, gallery: Gallery
 ) -> Response:
     """OpenAI's images response. All pictures or an error."""
-    job = await _submitted(service, body, more)
+    job = await _submit(service, body, more)
     try:
-        drawn = await job.pictures()
+        results = await job.pictures()
     except BaseException:
         if not job.detached:  # the caller does not get any of them
             await asyncio.shield(asyncio.to_thread(drop, gallery, job))
         raise
-    said = {"created": int(job.created), "usage": usage(drawn)} | _shown(form, job, drawn[0])
+    content = {"created": int(job.created), "usage": usage(results)} | _format_fields(form, job, results[0])
     items = [await _item(part, form) for part in job.parts]
-    return JSONResponse(said | {"data": items}, headers=noted(body.ignored(), drawn))
+    return JSONResponse(content | {"data": items}, headers=warning_headers(body.ignored(), results))
 
 
-async def _begun(service: Service, body: Body, more: Mapping[str, Any]) -> Job:
+async def _started_job(service: Service, body: Body, more: Mapping[str, Any]) -> Job:
     """A job that has begun, or waited a moment: an error up to then gets an HTTP status, not a stream event."""
-    job = await _submitted(service, body, more)
+    job = await _submit(service, body, more)
     try:
         with suppress(TimeoutError):  # not `wait_for`: Python 3.11's may swallow a cancellation
             async with asyncio.timeout(KEEP_ALIVE_S):
-                await job.news.wait()
+                await job.first_event.wait()
     except asyncio.CancelledError:
         job.leave()
         raise
@@ -137,7 +137,7 @@ class Stream(StreamingResponse):
     """Server-sent events as OpenAI's SDK types them: `event`.partial_image, then `event`.completed."""
 
     def __init__(self, job: Job, form: OutputFormat, event: str, ignored: Sequence[str]) -> None:
-        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"} | noted(ignored, ())
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"} | warning_headers(ignored, ())
         lines = _with_keep_alive(_events(job, form, event))
         super().__init__(lines, media_type="text/event-stream", headers=headers)
         self._job = job
@@ -151,32 +151,32 @@ class Stream(StreamingResponse):
 
 async def _events(job: Job, form: OutputFormat, event: str) -> AsyncGenerator[str, None]:
     several = len(job.parts) > 1
-    sent = [0] * len(job.parts)
+    previews_sent = [0] * len(job.parts)
     """Previews sent per picture; after a worker's death they come again."""
     completed = 0
 
-    async def sse(kind: str, shown: Done | Preview, index: int, **more: Any) -> str:
+    async def sse(kind: str, picture: Done | Preview, index: int, **more: Any) -> str:
         type = f"{event}.{kind}"
-        data = {"type": type, "b64_json": await _b64(shown, form), "created_at": int(job.created)} | more
-        data |= _shown(form, job, job.parts[index].done) | ({"index": index} if several else {})
+        data = {"type": type, "b64_json": await _b64(picture, form), "created_at": int(job.created)} | more
+        data |= _format_fields(form, job, job.parts[index].done) | ({"index": index} if several else {})
         return f"event: {type}\ndata: {json.dumps(data)}\n\n"
 
     try:
         async with aclosing(job.events()) as events:
             async for index, happened in events:
-                if isinstance(happened, Preview) and happened.index == sent[index]:
-                    sent[index] += 1
+                if isinstance(happened, Preview) and happened.index == previews_sent[index]:
+                    previews_sent[index] += 1
                     yield await sse("partial_image", happened, index, partial_image_index=happened.index)
                 # Completed pictures are sent in order.
                 while completed < len(job.parts) and (done := job.parts[completed].done):
-                    said: dict[str, Any] = {"warnings": list(done.warnings)} if done.warnings else {}
+                    extra: dict[str, Any] = {"warnings": list(done.warnings)} if done.warnings else {}
                     if name := job.parts[completed].name:
-                        said["name"] = name
-                    yield await sse("completed", done, completed, usage=usage([done]), seed=done.recipe.seed, **said)
+                        extra["name"] = name
+                    yield await sse("completed", done, completed, usage=usage([done]), seed=done.recipe.seed, **extra)
                     completed += 1
     except Exception as error:  # the status was already sent, so any error goes into the stream
-        known = error if isinstance(error, SfumatoError) else errors.unexpected(error)
-        yield f"data: {json.dumps(errors.shape(known))}\n\n"
+        reported = error if isinstance(error, SfumatoError) else errors.unexpected(error)
+        yield f"data: {json.dumps(errors.shape(reported))}\n\n"
 
 
 async def _with_keep_alive(lines: AsyncGenerator[str, None]) -> AsyncIterator[str]:
@@ -203,23 +203,23 @@ async def _with_keep_alive(lines: AsyncGenerator[str, None]) -> AsyncIterator[st
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`; cancels it if the client closes the connection."""
     task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(request))
+    disconnect = asyncio.ensure_future(_disconnected(request))
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, disconnect}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
         raise Cancelled("the client closed the connection")
     finally:
-        for future in (task, gone):
+        for future in (task, disconnect):
             future.cancel()
-        await asyncio.wait({task, gone})
+        await asyncio.wait({task, disconnect})
 
 
-def usage(drawn: Sequence[Done]) -> dict[str, Any]:
+def usage(results: Sequence[Done]) -> dict[str, Any]:
     """OpenAI's token counts: the encoder's tokens for texts, one per `PATCH` square for pictures."""
-    text = sum(done.prompt_tokens for done in drawn)
-    image = sum(_patches(*done.recipe.size) * len(done.recipe.image_sha256) for done in drawn)
-    output = sum(_patches(*done.recipe.size) for done in drawn)
+    text = sum(done.prompt_tokens for done in results)
+    image = sum(_patches(*done.recipe.size) * len(done.recipe.image_sha256) for done in results)
+    output = sum(_patches(*done.recipe.size) for done in results)
     return {
         "input_tokens": text + image,
         "input_tokens_details": {"text_tokens": text, "image_tokens": image},
@@ -228,9 +228,9 @@ def usage(drawn: Sequence[Done]) -> dict[str, Any]:
     }
 
 
-def noted(ignored: Sequence[str], drawn: Iterable[Done]) -> dict[str, str]:
+def warning_headers(ignored: Sequence[str], results: Iterable[Done]) -> dict[str, str]:
     """Headers for ignored fields, and for where the result differs from the request."""
-    warnings = dict.fromkeys(warning for done in drawn for warning in done.warnings)
+    warnings = dict.fromkeys(warning for done in results for warning in done.warnings)
     headers = {"x-sfumato-ignored": ", ".join(ignored[:32]), "x-sfumato-warning": "; ".join(warnings)}
     return {name: _header(value) for name, value in headers.items() if value}
 
@@ -240,11 +240,11 @@ def _header(text: str) -> str:
     return text.encode("unicode_escape").decode()[:2000].strip()
 
 
-def _shown(form: OutputFormat, job: Job, done: Done | None) -> dict[str, str]:
-    asked = job.parts[0].generation
-    size = done.recipe.size if done else asked.sampling.size
+def _format_fields(form: OutputFormat, job: Job, done: Done | None) -> dict[str, str]:
+    generation = job.parts[0].generation
+    size = done.recipe.size if done else generation.sampling.size
     return {
-        "background": "transparent" if asked.transparent else "opaque",
+        "background": "transparent" if generation.transparent else "opaque",
         "output_format": form.format,
         "quality": form.quality,
         "size": f"{size[0]}x{size[1]}" if size else "auto",
@@ -263,8 +263,8 @@ async def _item(part: Part, form: OutputFormat) -> dict[str, Any]:
     return {"url": f"{form.base}/generated-images/{part.name}", "seed": seed}
 
 
-async def _b64(shown: Done | Preview, form: OutputFormat) -> str:
-    return base64.b64encode(await asyncio.to_thread(form.encoded, shown)).decode()
+async def _b64(picture: Done | Preview, form: OutputFormat) -> str:
+    return base64.b64encode(await asyncio.to_thread(form.encode, picture)).decode()
 
 
 async def _disconnected(request: Request) -> None:

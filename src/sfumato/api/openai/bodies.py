@@ -49,7 +49,7 @@ _PROMPT = "What to draw; `positive|negative` in one text also works."
 _PICTURE = "Base64, data: URI or http(s) URL; in a form, a file."
 
 
-TAKEN = tuple(each for each in PARAMETERS if not each.side)
+FIELD_PARAMETERS = tuple(each for each in PARAMETERS if not each.side)
 """Each is a field of its own; width and height are `size`."""
 
 
@@ -73,7 +73,9 @@ class _Common(BaseModel):
 if TYPE_CHECKING:
     _Sampled = _Common
 else:
-    _Sampled = create_model("_Sampled", __base__=_Common, **{each.name: openai_field(each) for each in TAKEN})
+    _Sampled = create_model(
+        "_Sampled", __base__=_Common, **{each.name: openai_field(each) for each in FIELD_PARAMETERS}
+    )
 
 
 class Body(_Sampled):
@@ -90,21 +92,23 @@ class Body(_Sampled):
     def wants_b64(self) -> bool:
         return self.response_format == "b64_json"
 
-    def let_go(self) -> None:
+    def release_pictures(self) -> None:
         """Release the pictures: a body lives until its request is answered."""
         for name in PICTURE_FIELDS:
             if value := getattr(self, name, None):
                 setattr(self, name, [] if isinstance(value, list) else None)
 
     def sampling(self) -> Sampling:
-        """Raises InvalidRequest for a size that is none."""
+        """The requested parameters. Raises InvalidRequest for an invalid size."""
         width, height = size_of(self.size)
-        return Sampling(**{each.name: getattr(self, each.name) for each in TAKEN}, width=width, height=height)
+        return Sampling(
+            **{each.name: getattr(self, each.name) for each in FIELD_PARAMETERS}, width=width, height=height
+        )
 
     def to_request(self, **more: Any) -> ImageRequest:
         """The request; `more` holds fields that override or extend those above."""
-        known = {"prompts": [""], "model": self.model, "n": self.n, "seed": self.seed, "sampling": self.sampling()}
-        return ImageRequest(**known | more)
+        fields = {"prompts": [""], "model": self.model, "n": self.n, "seed": self.seed, "sampling": self.sampling()}
+        return ImageRequest(**fields | more)
 
 
 class VariationsBody(Body):
@@ -149,8 +153,8 @@ class PaintBody(Body):
         return int(text) if text.isdecimal() and len(text) < 10 else None
 
     def sampling(self) -> Sampling:
-        said = super().sampling()
-        return replace(said, steps=self._steps_as_quality) if said.steps is None else said
+        sampling = super().sampling()
+        return replace(sampling, steps=self._steps_as_quality) if sampling.steps is None else sampling
 
     def to_request(self, **more: Any) -> ImageRequest:
         named = self.quality is not None and self._steps_as_quality is None

@@ -9,7 +9,7 @@ from fastapi.responses import Response
 
 from sfumato.api.dependencies import TheContext
 from sfumato.api.http.documents import DRAWING, STREAMING
-from sfumato.api.http.forms import described, reader
+from sfumato.api.http.forms import openapi_body, reader
 from sfumato.api.openai.answers import answer
 from sfumato.api.openai.bodies import EditsBody, GenerationsBody, VariationsBody
 
@@ -17,7 +17,7 @@ routes = APIRouter(tags=["Images"])
 
 
 @routes.post(
-    "/images/generations", summary="Draw pictures", openapi_extra=described(GenerationsBody), responses=STREAMING
+    "/images/generations", summary="Draw pictures", openapi_extra=openapi_body(GenerationsBody), responses=STREAMING
 )
 async def generations(
     body: Annotated[GenerationsBody, Depends(reader(GenerationsBody))],
@@ -29,7 +29,7 @@ async def generations(
 @routes.post(
     "/images/edits",
     summary="Edit a picture, completely or in the masked area",
-    openapi_extra=described(EditsBody),
+    openapi_extra=openapi_body(EditsBody),
     responses=STREAMING,
 )
 async def edits(body: Annotated[EditsBody, Depends(reader(EditsBody))], context: TheContext) -> Response:
@@ -39,7 +39,7 @@ async def edits(body: Annotated[EditsBody, Depends(reader(EditsBody))], context:
 @routes.post(
     "/images/variations",
     summary="Draw variations of a picture",
-    openapi_extra=described(VariationsBody),
+    openapi_extra=openapi_body(VariationsBody),
     responses=DRAWING,
 )
 async def variations(
