@@ -27,7 +27,9 @@ MOST = 6
 """Up to this many optional arguments every combination is tried; with more, those with one or two left out."""
 
 
-def variations(batches: Iterable[Sequence[Call]], trust: Verification) -> tuple[dict[str, float], dict[str, str]]:
+def variations(
+    batches: Iterable[Sequence[Call]], verification: Verification
+) -> tuple[dict[str, float], dict[str, str]]:
     """For diffusers' modules: proved signatures → relative error, and refused signatures → why."""
     shown: dict[str, float] = {}
     wrong: dict[str, str] = {}
@@ -39,16 +41,21 @@ def variations(batches: Iterable[Sequence[Call]], trust: Verification) -> tuple[
                 describe(call.module, call.method, (), given, Fingerprints(), call.name)
                 for call, given in zip(calls, arguments, strict=True)
             ]
-            _try(described, trust, shown, wrong)
+            _try(described, verification, shown, wrong)
     return shown, wrong
 
 
-def _try(calls: Sequence[Call], trust: Verification, shown: dict[str, float], wrong: dict[str, str]) -> None:
+def _try(calls: Sequence[Call], verification: Verification, shown: dict[str, float], wrong: dict[str, str]) -> None:
     first = calls[0]
     if first.key is None or any(call.key != first.key for call in calls):
         return
-    signature = trust.signature(first, differences_between(calls))
-    if signature in shown or signature in wrong or signature in trust.proved or signature in trust.refused:
+    signature = verification.signature(first, differences_between(calls))
+    if (
+        signature in shown
+        or signature in wrong
+        or signature in verification.proved
+        or signature in verification.refused
+    ):
         return
     try:
         with torch.no_grad():

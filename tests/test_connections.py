@@ -330,4 +330,4 @@ def test_lines_are_not_repeated_without_end() -> None:
     assert shown("uvicorn.error", "bad request %d", 5) == f"bad request 5 ({left} similar messages suppressed)"
     for i in range(5000):
         shown("sfumato.commands.check", f"file {i}")
-    assert len(repeated._seen) <= repeated.KINDS
+    assert len(repeated._windows) <= repeated.MAX_MESSAGES

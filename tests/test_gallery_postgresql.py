@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sfumato.pictures.gallery import Gallery, Wanted
+from sfumato.pictures.gallery import Gallery, GalleryQuery
 from sfumato.pictures.store import Store
 from support.gallery import MADE, keep, names, png
 
@@ -61,9 +61,9 @@ def test_what_is_kept_is_listed_found_starred_and_made_again(url: str, tmp_path:
     assert names(shelf, words="cat größe 100%") == [first]
     assert names(shelf, words="a_d") == [second]
     assert names(shelf, caller="alice", model="other") == [third]
-    page, more = shelf.page(Wanted(), limit=2)
+    page, more = shelf.page(GalleryQuery(), limit=2)
     assert more
-    rest, more = shelf.page(Wanted(), before=(page[-1].created, page[-1].name), limit=2)
+    rest, more = shelf.page(GalleryQuery(), before=(page[-1].created, page[-1].name), limit=2)
     assert ([each.name for each in rest], more) == ([first], False)
 
     shelf.star(first, True, "alice")

@@ -134,7 +134,7 @@ def test_two_processes_keep_what_each_has_found(path: Path) -> None:
 
 
 def test_the_file_does_not_grow_for_ever(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proof_store, "MOST", 3)
+    monkeypatch.setattr(proof_store, "MAX_VERDICTS", 3)
     module = nn.Linear(2, 2)
     held = Proofs(path)
     for number in range(5):

@@ -375,7 +375,7 @@ def test_a_module_that_is_called_puts_out_every_other(monkeypatch: pytest.Monkey
     names = {id(module): name for name, module in pipe.components.items()}
     for hook in pipe._all_hooks:
         monkeypatch.setattr(hook.hook, "init_hook", lambda module: out.append(names[id(module)]))
-    monkeypatch.setattr(offload, "_is_out", lambda module: True)
+    monkeypatch.setattr(offload, "_on_device", lambda module: True)
     in_order = {"text_encoder", "unet", "vae"}
     for name in in_order:
         out.clear()

@@ -18,7 +18,7 @@ from sfumato.batching import offload
 from sfumato.batching.batcher import is_out_of_memory
 from sfumato.config import ModelConfig, addresses
 from sfumato.core import ModelStatus
-from sfumato.errors import DeviceUnavailable, InvalidRequest, LoadError, ModelFileError, SfumatoError
+from sfumato.errors import DeviceUnavailable, DownloadError, InvalidRequest, LoadError, ModelFileError, SfumatoError
 from sfumato.models import (
     descriptions,
     download,
@@ -262,13 +262,22 @@ def _single_file(config: ModelConfig, fetched: Fetched, cls: Any, dtype: str) ->
     assert fetched.description
     original = {"original_config": str(parts.original_config(config))} if config.original_config else {}
     with weight_file.in_lower_case(fetched.path) as file, descriptions.whole(fetched.description) as described:
-        return cls.from_single_file(
-            str(file),
-            config=str(described),
-            dtype=DTYPES[dtype],
+        given = {
+            "config": str(described),
+            "dtype": DTYPES[dtype],
             **original,
             **parts.components(config, DTYPES[dtype]),
-        )
+        }
+        try:
+            return cls.from_single_file(str(file), **given)
+        except ValueError as error:  # of other shapes, say
+            if described == fetched.description:
+                raise
+            why = str(error).partition("\n")[0]
+            raise DownloadError(
+                f"{config.name}: {fetched.path.name} does not fit what Sfumato knows of its kind without a network "
+                f"({why}). Run `sfumato pull {config.name}` once while online."
+            ) from error
 
 
 def _load_preview_decoder(config: ModelConfig, pipeline: Any, device: str, dtype: str) -> CheapDecoder | None:
