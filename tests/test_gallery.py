@@ -143,6 +143,24 @@ def test_files_that_nobody_listed_are_found(tmp_path: Path) -> None:
     assert shelf.reconcile() == (0, 0)
 
 
+def test_a_picture_that_was_found_before_it_was_listed_is_listed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    shelf = gallery(tmp_path)
+    put = shelf.store.put
+
+    def put_and_found(*args: Any, **kwargs: Any) -> str:
+        name = put(*args, **kwargs)
+        assert shelf.reconcile() == (1, 0)
+        return name
+
+    monkeypatch.setattr(shelf.store, "put", put_and_found)
+    name = keep(shelf, created=5.0)
+    (kept,), _ = shelf.page(GalleryQuery())
+    assert (kept.name, kept.created) == (name, 5.0)
+    assert not caplog.records
+
+
 def test_a_damaged_index_is_laid_aside(tmp_path: Path) -> None:
     shelf = gallery(tmp_path)
     one = keep(shelf)

@@ -13,7 +13,7 @@ from sfumato.core import Recipe
 from sfumato.pictures import recipe
 from sfumato.pictures.gallery import Gallery, GalleryQuery
 from sfumato.pictures.store import Store
-from sfumato.sampling import Sampling
+from sfumato.sampling import NAMED, Sampling
 
 MADE = Recipe(
     model="m", source="some/one", pipeline="StableDiffusionPipeline", prompt="a cat", seed=1,
@@ -31,7 +31,8 @@ def gallery(folder: Path, callers: tuple[str, ...] = (), **more: Any) -> Gallery
 
 
 def keep(gallery: Gallery, prompt: str = "a cat", caller: str = "", created: float | None = None, **more: Any) -> str:
-    made = replace(MADE, prompt=prompt, **more)
+    sampling = {name: more.pop(name) for name in NAMED.keys() & more.keys()}
+    made = replace(MADE, prompt=prompt, sampling=replace(MADE.sampling, **sampling), **more)
     return gallery.keep(png(made), "png", caller, made, time.time() if created is None else created)
 
 

@@ -119,6 +119,7 @@ def is_public(text: str) -> bool:
 
 
 PORTS = {"http": 80, "https": 443}
+MAX_PORT = 65535
 
 
 class _PublicTransport(httpx.AsyncBaseTransport):
@@ -137,8 +138,8 @@ class _PublicTransport(httpx.AsyncBaseTransport):
         port = PORTS.get(url.scheme) if url.port is None else url.port
         if url.scheme not in PORTS or not url.host:
             raise httpx.UnsupportedProtocol("picture URLs must be http or https, with a host", request=request)
-        if not port:
-            raise httpx.ConnectError(f"port {port} does not exist", request=request)
+        if not port or port > MAX_PORT:
+            raise httpx.ConnectError(f"port {port} does not exist; 1 to {MAX_PORT} do", request=request)
         host = url.raw_host.decode("ascii")
         address = await self._public_address(host, port, request)
         # `Host` in the headers and the name in the certificate stay those of the URL.

@@ -108,6 +108,8 @@ class Gallery:
         row = _row(name, created, caller if self._callers else "", recipes.as_json(recipe))
         try:
             with self._begin() as connection:
+                # `reconcile` may have listed the file in the meantime, without what only this call knows.
+                connection.execute(sql.delete(PICTURES).where(PICTURES.c.name == name))
                 connection.execute(sql.insert(PICTURES), [row])
         except StorageError as error:
             log.warning("%s is stored but not listed yet: %s", name, error)  # `reconcile` finds it
