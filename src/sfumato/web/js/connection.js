@@ -40,5 +40,5 @@ export const banner = () =>
   online.value
     ? nothing
     : html`<p class="banner" role="alert">
-        The server does not answer. Is it running? This page asks again every second and goes on by itself.
+        The server does not respond. Is it running? This page retries every second and continues by itself.
       </p>`;
