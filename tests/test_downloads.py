@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from sfumato.errors import DownloadError
+from support import here
 from support.hub import Hub
 
 INDEX = {
@@ -169,3 +171,27 @@ def test_what_cannot_be_loaded_is_refused_in_words(
     hub, told = downloads
     assert words in told[name]
     assert not any(Path(file).suffix in (".bin", ".safetensors") for file in hub.downloads(f"first/{name}"))
+
+
+def test_a_hub_that_is_away_is_asked_once_and_the_cache_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sfumato.models import download
+
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "model_index.json").write_text(json.dumps(INDEX))
+    with Hub() as hub:
+        here.use(hub, tmp_path / "cache", monkeypatch)
+        hub.add("some/one", tmp_path / "one")
+        assert download.index_of("some/one", None) == INDEX
+    with Hub() as away:
+        pass
+    here.use(away, tmp_path / "cache", monkeypatch)
+
+    def sleep(seconds: float) -> None:
+        raise AssertionError(f"it waits {seconds} s, to ask again")
+
+    monkeypatch.setattr("time.sleep", sleep)
+    assert download.index_of("some/one", None) == INDEX
+    assert download.files_of("some/one", None) == ["model_index.json"]
+    with pytest.raises(DownloadError, match="sfumato pull some/two"):
+        download.index_of("some/two", None)
+    assert download.files_of("some/two", None) == []

@@ -68,12 +68,13 @@ def _fetch_files(
     repo: str, revision: str | None, variant: str | None, pickles: bool, without: Sequence[str], report: OnProgress
 ) -> str:
     """Download the files that `needed` names into the cache, with progress in bytes. Returns their commit."""
-    folder = Path(snapshot_download(repo, revision=revision, allow_patterns=[sources.INDEX], tqdm_class=_SilentBar))
+    path = _index(repo, revision)
+    folder = path.parent
     try:
         left_out = tuple(f"{part}/" for part in without)
         tree = get_cached_repo_tree(repo, revision=folder.name)
         names = [file.path for file in tree if not file.path.startswith(left_out)]
-        index = json.loads((folder / sources.INDEX).read_bytes())
+        index = json.loads(path.read_bytes())
         files = repository_files.needed(names, index, variant, pickles=pickles)
     except (hub.CachedRepoTreeNotFoundError, FileNotFoundError):  # an old cache, or not a diffusers repository
         return folder.name
@@ -84,11 +85,18 @@ def _fetch_files(
     return folder.name
 
 
+def _index(repo: str, revision: str | None) -> Path:
+    """Where the `model_index.json` of the snapshot is, if it has one. Asks the hub once, and then takes the cache."""
+    folder = snapshot_download(repo, revision=revision, allow_patterns=[sources.INDEX], tqdm_class=_SilentBar)
+    return Path(folder) / sources.INDEX
+
+
 def files_of(repo: str, revision: str | None) -> list[str]:
     """Paths in a repository on the hub or, if that is unreachable, in the cache; empty if it is in neither."""
     with as_download_errors(repo):
         try:
-            return list(HfApi().list_repo_files(repo, revision=revision))
+            # Not `list_repo_files`, which asks an unreachable hub for 23 seconds.
+            return [file.rfilename for file in HfApi().model_info(repo, revision=revision).siblings or ()]
         except UNREACHABLE:
             pass
         except hub.HfHubHTTPError as error:
@@ -102,9 +110,8 @@ def files_of(repo: str, revision: str | None) -> list[str]:
 
 def index_of(repo: str, revision: str | None) -> dict[str, Any]:
     """A repository's `model_index.json`, downloaded if necessary; empty if it has none."""
-    with as_download_errors(repo), suppress(hub.EntryNotFoundError):
-        return diffusers_source.json_of(Path(hf_hub_download(repo, sources.INDEX, revision=revision)))
-    return {}
+    with as_download_errors(repo):
+        return diffusers_source.json_of(_index(repo, revision))
 
 
 def from_url(url: str, target: Path, *, sha256: str | None, report: OnProgress) -> Path:
