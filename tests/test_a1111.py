@@ -20,7 +20,7 @@ from PIL import Image, ImageChops
 
 from sfumato import schedulers
 from sfumato.api.a1111 import samplers as a1111_samplers
-from sfumato.api.a1111.bodies import NEUTRAL, DrawBody, Img2ImgBody, UpscaleBody
+from sfumato.api.a1111.bodies import NEUTRAL, DrawBody, Img2ImgBody, Txt2ImgBody, UpscaleBody
 from sfumato.config import ModelConfig
 from sfumato.core import Event, Generation
 from sfumato.errors import InvalidPicture
@@ -729,6 +729,11 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
     max_leaves=4,
 )
+
+
+def test_a_blank_number_is_none() -> None:
+    assert Txt2ImgBody.model_validate({"denoising_strength": ""}).denoising_strength is None
+    assert UpscaleBody.model_validate({"image": "x", "upscaling_resize": ""}).upscaling_resize is None
 
 
 @given(st.dictionaries(st.text(max_size=5), JSON), st.dictionaries(st.text(max_size=5), JSON), JSON)

@@ -199,6 +199,12 @@ def test_row_4_the_picture_is_the_one_of_diffusers(here: Hub, checkpoint: Path, 
         )
 
 
+def test_row_4_a_pickle_has_no_marks_and_is_drawn(here: Hub, checkpoint: Path, tmp_path: Path) -> None:
+    torch.save({"state_dict": load_file(checkpoint)}, tmp_path / "x.ckpt")
+    pickled = drawn(config(tmp_path, tmp_path / "x.ckpt", allow_pickle=True))
+    assert (pickled == drawn(config(tmp_path, checkpoint))).all()
+
+
 def test_row_4_keys_hold_for_repositories_too_and_not_for_flow_models(
     folder: Path, repositories: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -517,6 +523,8 @@ VALUES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
      {"num_inference_steps": 6, "guidance_scale": 5.0}),
     ("step: 4\nclip_skip: 2\nlocked: [step, clip_skip]", {"steps": 3, "clip_skip": 1, "quality": "max"},
      {"num_inference_steps": 4, "clip_skip": 2}),
+    # locked without a value: the class's own
+    ("locked: [eta, clip_skip]", {"eta": 0.5, "clip_skip": 1}, {"eta": None, "clip_skip": None}),
 ]  # fmt: skip
 
 

@@ -97,7 +97,7 @@ def test_row_24_a_name_that_leads_to_loopback(
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port))]
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    assert "is at 127.0.0.1" in refused(tmp_path, f"http://rebinding.example:{port}/picture")
+    assert "resolves to 127.0.0.1" in refused(tmp_path, f"http://rebinding.example:{port}/picture")
     assert seen == []
     assert asked == ["rebinding.example"]
 

@@ -66,6 +66,14 @@ def test_what_changed_the_pixels_of_a_picture_is_asked_for_again(service: Servic
     assert engine_of(service).seen[0].savings == ()
 
 
+def test_a_bar_in_the_prompt_of_a_picture_stays_there(service: Service) -> None:
+    """`--like`: AUTOMATIC1111's routes do not split prompts."""
+    (done,) = draw(service, "a [cat|dog]", split_prompt=False)
+    asyncio.run(service.draw(ImageRequest(**as_request(done.recipe))))
+    again = engine_of(service).seen[-1]
+    assert (again.prompt, again.sampling.negative_prompt) == ("a [cat|dog]", None)
+
+
 def test_the_files_seed_and_n_hold_until_asked_otherwise(service: Service) -> None:
     assert [done.recipe.seed for done in draw(service, model="b")] == [5, 6, 7]
     assert [done.recipe.seed for done in draw(service, model="b", seed=0, n=1)] == [0]

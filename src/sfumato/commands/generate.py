@@ -47,6 +47,8 @@ def generate(fields: dict[str, Any], like: Path | None, output: Path | None, set
     if "size" in fields:
         width, height = size_of(fields.pop("size"))
         sampling = replace(sampling, width=width, height=height)
+    if "prompts" in fields:
+        from_recipe.pop("split_prompt", None)
     request = ImageRequest(**{**from_recipe, **fields, "sampling": sampling}, operator=True)
     if recipe:
         _check_sources(request, recipe, settings)
@@ -62,7 +64,7 @@ def generate(fields: dict[str, Any], like: Path | None, output: Path | None, set
 def pull(name: str, settings: Settings) -> str:
     """Download what a model file (or a hub id) needs; returns its path."""
     environment.prepare()
-    from sfumato.models import load
+    from sfumato.models import load, references
 
     config = Catalog.of(settings, open=True).get(name)
     with _bar() as (progress, task):
@@ -71,12 +73,18 @@ def pull(name: str, settings: Settings) -> str:
             progress.update(task, description=f"{status.state} {status.detail}", completed=status.progress)
 
         dtype = load.choose_dtype(config, load.choose_device(config, settings.device))
-        return str(load.fetch(config, dtype, on_status).path)
+        path = load.fetch(config, dtype, on_status).path
+        for adapter in config.adapters:
+            references.lora(
+                config, adapter.source, lambda done, what: on_status(ModelStatus("downloading", what, done))
+            )
+        return str(path)
 
 
 def _as_request(recipe: Recipe) -> dict[str, Any]:
     return {
         "prompts": [recipe.prompt],
+        "split_prompt": False,  # it was split when the picture was made, if at all
         "model": recipe.model,
         "seed": recipe.seed,
         "sampling": replace(

@@ -51,8 +51,9 @@ def fill(model: Loaded, pipeline: Any, generation: Generation) -> Generation:
     """Fill in what the request leaves open, from the model file and the seed page; class defaults stay None."""
     of_quality = Sampling(steps=_steps_of_quality(model, pipeline, generation.quality))
     of_file = _of_file(model, pipeline, pictures=bool(generation.images))
-    locked = Sampling(**{each.name: of_file[each] for each in PARAMETERS if each.argument in model.config.locked})
-    return replace(generation, sampling=merged(locked, generation.sampling, of_quality, of_file))
+    # A locked parameter without a value in the file is the pipeline class's own.
+    locked = {each.name: of_file[each] for each in PARAMETERS if each.argument in model.config.locked}
+    return replace(generation, sampling=replace(merged(generation.sampling, of_quality, of_file), **locked))
 
 
 def defaults(model: Loaded, pipeline: Any) -> Sampling:

@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from sfumato.config import ModelConfig
 from sfumato.errors import ModelFileError
-from sfumato.models import single_file
+from sfumato.models import single_file, sources
 from sfumato.pipelines import request_scheduler
 
 KEYS = ("prediction_type", "rescale_betas_zero_snr", "timestep_spacing")
@@ -50,6 +50,8 @@ def apply(config: ModelConfig, pipeline: Any, file: Path | None) -> None:
 
 
 def _marks(file: Path) -> dict[str, Any]:
+    if file.suffix.lower() not in sources.SAFE:
+        return {}  # a pickle has no header
     header = single_file.header_of(file)
     metadata = header.get("__metadata__", {})
     marks: dict[str, Any] = {}

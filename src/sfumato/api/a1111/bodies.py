@@ -175,7 +175,9 @@ class DrawBody(_Sampled):
 class Txt2ImgBody(DrawBody):
     """Of `POST /sdapi/v1/txt2img`."""
 
-    denoising_strength: float | None = Field(None, description="Without effect: belongs to the second pass.")
+    denoising_strength: Annotated[float | None, BLANK] = Field(
+        None, description="Without effect: belongs to the second pass."
+    )
 
 
 if TYPE_CHECKING:
@@ -255,7 +257,7 @@ class UpscaleBody(BaseModel):
 
     image: str = Field(description="Base64 or a data: URI.")
     upscaler_1: Text = Field(None, description="A name from /sdapi/v1/upscalers.")
-    upscaling_resize: float | None = Field(2, description="2 or 4, whichever the upscaler supports.")
+    upscaling_resize: Annotated[float | None, BLANK] = Field(2, description="2 or 4, whichever the upscaler supports.")
     resize_mode: Annotated[Literal[0] | None, BLANK] = Field(None, description="Only 0: scale by upscaling_resize.")
 
     def ignored(self) -> list[str]:

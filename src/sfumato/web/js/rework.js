@@ -57,7 +57,7 @@ export async function reworkNow() {
 }
 
 async function vary(picture, drawing, how) {
-  const { n, seed, size, masked_area_only, mask_padding, ...same } = drawing.request;
+  const { n, seed, size, masked_area_only, mask_padding, guidance_rescale, ...same } = drawing.request;
   const image = await fetched(picture.src);
   chosen.value = null;
   draw("v1/images/edits", { prompt: "", ...same, strength: how }, { sources: { image } });
