@@ -38,7 +38,10 @@ def described_by(path: Path) -> str | None:
 
 @functools.lru_cache(maxsize=1024)
 def _described_by(path: Path, modified_ns: int, size: int) -> str | None:
-    shapes = {name: SimpleNamespace(shape=each["shape"]) for name, each in header_of(path).items() if "shape" in each}
+    entries = header_of(path).items()
+    shapes = {
+        name: SimpleNamespace(shape=each["shape"]) for name, each in entries if isinstance(each.get("shape"), list)
+    }
     if not shapes:
         return None
     type_of, repositories = _rules()
