@@ -89,7 +89,7 @@ def test_a_worker_that_breaks_while_it_draws_is_replaced_and_nothing_is_lost(tmp
     assert lives(tmp_path) == 2
 
 
-@pytest.mark.parametrize("fault", ["noise", "truncated", "unknown", "die"])
+@pytest.mark.parametrize("fault", ["vanish", "noise", "truncated", "unknown", "die"])
 def test_a_request_that_breaks_every_worker_is_failed_alone(tmp_path: Path, fault: str) -> None:
     async def work(supervisor: Supervisor) -> None:
         failed, drawn = await asyncio.gather(answer(supervisor, fault), answer(supervisor, "a neighbour"))

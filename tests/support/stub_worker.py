@@ -127,6 +127,8 @@ def obey(submit: Submit, sock: socket.socket, counter: Path) -> None:
     once = prompt.startswith("once:")
     name = prompt.removeprefix("once:")
     seen = counter.with_name(f"seen {submit.generation.id}")
+    if name == "vanish":
+        die(sock)  # before it said that it started
     if name in MISBEHAVIOUR and not (once and seen.exists()):
         seen.touch()
         sock.sendall(wire.pack(Started(submit.generation.id)))

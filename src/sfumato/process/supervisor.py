@@ -309,8 +309,11 @@ class Supervisor:
         self._flights.clear()
 
     def _count_deaths(self) -> None:
+        # The worker's last messages are lost if we wrote to it after its death. If none is known to have started,
+        # each that was sent may be the cause.
+        known = any(flight.started for flight in self._flights.values())
         for id, flight in list(self._flights.items()):
-            flight.deaths += flight.started
+            flight.deaths += flight.started if known else flight.sent
             flight.sent = flight.started = False
             if flight.deaths >= DEATHS:
                 del self._flights[id]
