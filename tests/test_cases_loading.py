@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -17,13 +18,14 @@ import torch
 import transformers
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from gguf import GGUFWriter
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
 from sfumato import schedulers
 from sfumato.commands.check import check
 from sfumato.config import Adapter, ModelConfig
-from sfumato.drawing import arguments
+from sfumato.drawing import arguments, draw
 from sfumato.errors import LoadError, ModelFileError, SfumatoError
 from sfumato.models import descriptions, download, load, pipeline_class, static_capabilities, variants
 from sfumato.serving.catalog import Catalog
@@ -544,6 +546,32 @@ def test_rows_14_and_15_whose_value_is_used(
     canvas = arguments.canvas(model, model.pipeline, filled)
     given = arguments.arguments(model, model.pipeline, generation, filled, canvas)
     assert {key: given.get(key) for key in wanted} == wanted
+
+
+def test_row_15_a_value_that_is_locked_is_told(loaded: load.Loaded, tmp_path: Path) -> None:
+    (tmp_path / "m.yaml").write_text("parameters: {model: o/r}\nstep: 2\nlocked: [step]\n")
+    model = replace(loaded, config=Catalog([tmp_path]).get("m"))
+    done = draw.draw(model, asked(steps=3), quiet)
+    assert done.recipe.sampling.steps == 2
+    assert done.warnings == ("steps: 3 was not used: m locks it",)
+
+
+@pytest.mark.parametrize("name", ["size", "seed", "scheduler", "scheduler_type"])
+def test_row_15_what_cannot_be_locked_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "m.yaml").write_text(f"parameters: {{model: o/r}}\nlocked: [{name}]\n")
+    (problem,) = Catalog([tmp_path]).problems()
+    assert f"{name} cannot be locked" in str(problem)
+
+
+def test_row_15_strength_is_for_the_steps_that_are_drawn(
+    repositories: dict[str, Path], tmp_path: Path, loaded: load.Loaded
+) -> None:
+    (tmp_path / "m.yaml").write_text("parameters: {model: o/r}\noptions: ['num_inference_steps:1']\n")
+    model = replace(loaded, config=Catalog([tmp_path]).get("m"), task_pipelines={})
+    picture = io.BytesIO()
+    Image.new("RGB", (64, 64), "navy").save(picture, "PNG")
+    done = draw.draw(model, asked(steps=None, images=(picture.getvalue(),), strength=0.5), quiet)
+    assert done.recipe.sampling.steps == 1
 
 
 def test_row_15_quality_counts_as_a_request_s_value(loaded: load.Loaded, tmp_path: Path) -> None:

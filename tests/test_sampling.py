@@ -24,6 +24,7 @@ import sfumato
 import sfumato.commands.generate as command
 from sfumato import schedulers
 from sfumato.api import file_parameters as files
+from sfumato.api.openai.bodies import GenerationsBody
 from sfumato.cli import app
 from sfumato.config import ModelConfig, load, reference
 from sfumato.core import Done, Event, Failed, Generation, Limits, Recipe
@@ -123,6 +124,11 @@ def test_openai_json(inside: Inside, parameter: Parameter) -> None:
     for name in (parameter.name, *parameter.aliases):
         body = {"prompt": "a", name: value, **said_of(parameter)}
         assert seen(inside, "/v1/images/generations", json=body) == Sampling(**{parameter.name: value})
+
+
+def test_a_blank_name_does_not_hide_another() -> None:
+    body = GenerationsBody.model_validate({"prompt": "a cat", "steps": "", "step": 20, "cfg_scale": " "})
+    assert (body.to_request().sampling.steps, body.to_request().sampling.guidance_scale) == (20, None)
 
 
 def test_openai_forms(inside: Inside) -> None:

@@ -30,6 +30,10 @@ DTYPES: Mapping[str, str | None] = {
 }
 
 EVERY = "*"
+
+_NOT_ARGUMENTS = frozenset({"size", "seed", "n", "scheduler", "scheduler_type", "schedule", "quality"})
+"""What requests may say that is no argument of the pipeline call."""
+
 _ARGUMENTS = {"step": "num_inference_steps", "steps": "num_inference_steps", "cfg_scale": "guidance_scale"}
 
 MAX_SIDE = 16384
@@ -202,7 +206,13 @@ def locked(value: Any) -> frozenset[str]:
     """Names of pipeline arguments, of which the file's own words are taken too; `true` is all that `options` sets."""
     if isinstance(value, bool):
         return frozenset({EVERY} if value else ())
-    return frozenset(_ARGUMENTS.get(argument, argument) for argument in parameters(value))
+    names = parameters(value)
+    if useless := names & _NOT_ARGUMENTS:
+        raise ValueError(
+            f"{', '.join(sorted(useless))} cannot be locked: only arguments of the pipeline call can, "
+            "such as num_inference_steps, guidance_scale, width, height"
+        )
+    return frozenset(_ARGUMENTS.get(argument, argument) for argument in names)
 
 
 def options(value: Any) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:

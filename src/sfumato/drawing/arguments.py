@@ -23,6 +23,9 @@ from sfumato.sampling import PARAMETERS, Parameter, Sampling, merged
 MANY_PICTURES = re.compile(r"Flux2|EditPlus|OmniGen|Kontext(?!Inpaint)")
 """Classes that take several reference pictures for one result; for others a list is a batch."""
 
+SAMPLED = frozenset(parameter.argument for parameter in PARAMETERS if parameter.argument)
+"""Arguments of the call that `Sampling` has; the file's `options` for them are defaults like its other keys."""
+
 PAGE_CLASSES = re.compile(r"StableDiffusion(?!3)")
 """The seed page's defaults (30 steps, guidance 8) are Stable Diffusion's; other classes keep their own."""
 
@@ -52,7 +55,7 @@ def fill(model: Loaded, pipeline: Any, generation: Generation) -> Generation:
     of_quality = Sampling(steps=_steps_of_quality(model, pipeline, generation.quality))
     of_file = _of_file(model, pipeline, pictures=bool(generation.images))
     # A locked parameter without a value in the file is the pipeline class's own.
-    locked = {each.name: of_file[each] for each in PARAMETERS if each.argument in model.config.locked}
+    locked = {each.name: of_file[each] for each in PARAMETERS if model.config.locks(each.argument or "")}
     return replace(generation, sampling=replace(merged(generation.sampling, of_quality, of_file), **locked))
 
 
@@ -66,8 +69,7 @@ def defaults(model: Loaded, pipeline: Any) -> Sampling:
             return model.config.sampling[parameter]
         if argument not in parameters_of(pipeline):
             return None
-        options, of_class = model.config.options, signature_default(pipeline, argument)
-        value = next((each for each in (options.get(argument), file[parameter], of_class) if each is not None), None)
+        value = signature_default(pipeline, argument) if file[parameter] is None else file[parameter]
         if parameter.kind is float and isinstance(value, int):
             return float(value)
         return value if isinstance(value, parameter.kind) else None
@@ -88,7 +90,9 @@ def _has_page_defaults(pipeline: Any) -> bool:
 def _of_file(model: Loaded, pipeline: Any, *, pictures: bool = False) -> Sampling:
     """The model file's defaults, then the seed page's, that apply to a request with or without `pictures`."""
     config = model.config
-    chosen = merged(config.sampling, REQUEST_DEFAULTS if _has_page_defaults(pipeline) else Sampling())
+    options: dict[str, Any] = {each.name: config.options.get(each.argument) for each in PARAMETERS if each.argument}
+    page = REQUEST_DEFAULTS if _has_page_defaults(pipeline) else Sampling()
+    chosen = merged(Sampling(**options), config.sampling, page)
 
     def applies(parameter: Parameter) -> bool:
         return not (parameter.side if pictures else parameter.source)  # a source picture brings its size
@@ -264,12 +268,10 @@ def arguments(
         argument: value for argument, (value, _) in values.items() if value is not None and argument in parameters
     }
     by_request = {argument for argument, (_, requested) in values.items() if requested is not None}
-    if _steps_of_quality(model, pipeline, generation.quality):
-        by_request.add("num_inference_steps")
     return kwargs | {
         option: value
         for option, value in model.config.options.items()
-        if option not in by_request or model.config.locks(option)
+        if option not in SAMPLED and (option not in by_request or model.config.locks(option))
     }
 
 

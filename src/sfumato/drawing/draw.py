@@ -112,6 +112,7 @@ def _draw(model: Loaded, pipeline: Any, generation: Generation, on_step: OnStep,
     warnings = (
         *cut_off,
         *_kept_scheduler(driver, filled.sampling),
+        *_locked(model, generation.sampling, filled.sampling),
         *_not_taken(model, pipeline, filled.sampling, kwargs),
         *_without_effect(pipeline, driver, kwargs),
     )
@@ -249,6 +250,15 @@ def _run(pipeline: Any, kwargs: Mapping[str, Any], seed: int) -> Image.Image:
     if isinstance(image, list):  # layers: composite them
         image = functools.reduce(Image.alpha_composite, (layer.convert("RGBA") for layer in image))
     return image  # type: ignore[no-any-return]
+
+
+def _locked(model: Loaded, requested: Sampling, filled: Sampling) -> list[str]:
+    """Warnings for values of the request that the model file locks."""
+    return [
+        f"{each.name}: {requested[each]!r} was not used: {model.config.name} locks it"
+        for each in PARAMETERS
+        if requested[each] is not None and model.config.locks(each.argument or "") and requested[each] != filled[each]
+    ]
 
 
 def _not_taken(model: Loaded, pipeline: Any, sampling: Sampling, kwargs: Mapping[str, Any]) -> list[str]:

@@ -38,9 +38,12 @@ def base(config: ModelConfig) -> ModelConfig:
             "from, for all else: `diffusers: {base_model: owner/name}`",
             param="diffusers.base_model",
         )
-    return replace(
-        config, model=config.base_model, base_model=None, repo=None, revision=None, snapshot=None, downloads=()
-    )
+    return of_base(config, config.base_model)
+
+
+def of_base(config: ModelConfig, model: str) -> ModelConfig:
+    """The config with `model` as its source; where the GGUF file itself comes from does not apply to it."""
+    return replace(config, model=model, base_model=None, repo=None, revision=None, snapshot=None, downloads=())
 
 
 def denoiser(path: Path, described: Path, index: dict[str, Any], dtype: Any) -> dict[str, Any]:

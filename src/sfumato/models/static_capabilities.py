@@ -12,7 +12,7 @@ import inspect
 import operator
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -197,9 +197,7 @@ def _parameters(name: str) -> Mapping[str, inspect.Parameter] | None:
 def _folder(config: ModelConfig) -> Path | None:
     """Where the model's files lie in diffusers' layout, if they are on this disk."""
     if sources.suffix_of(config) == gguf.SUFFIX:
-        return (
-            _folder(replace(config, model=config.base_model, base_model=None, repo=None)) if config.base_model else None
-        )
+        return _folder(gguf.of_base(config, config.base_model)) if config.base_model else None
     try:
         source = sources.resolve(config)
     except SfumatoError:

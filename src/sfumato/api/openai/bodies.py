@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, create_model
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
 
 from sfumato.api.fields import BLANK, PictureCount, Seed, Text, openai_field
 from sfumato.core import MAX_SEED, QUALITIES
@@ -55,6 +55,19 @@ FIELD_PARAMETERS = tuple(each for each in PARAMETERS if not each.side)
 
 class _Common(BaseModel):
     model_config = ConfigDict(extra="allow", protected_namespaces=(), populate_by_name=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_blank_names(cls, data: Any) -> Any:
+        """A field that came empty under one of its names does not hide the value under another."""
+        if not isinstance(data, dict):
+            return data
+        names = {name for each in PARAMETERS if each.aliases for name in (each.name, *each.aliases)}
+        return {
+            name: value
+            for name, value in data.items()
+            if name not in names or not isinstance(value, str) or value.strip()
+        }
 
     model: Text = Field(None, description="A name from /v1/models; absent: the default model.")
     n: PictureCount = Field(
