@@ -27,7 +27,7 @@ from sfumato.commands.check import check
 from sfumato.config import Adapter, ModelConfig
 from sfumato.drawing import arguments, draw
 from sfumato.errors import LoadError, ModelFileError, SfumatoError
-from sfumato.models import descriptions, download, load, pipeline_class, static_capabilities, variants
+from sfumato.models import descriptions, download, load, parts, pipeline_class, static_capabilities, variants
 from sfumato.serving.catalog import Catalog
 from support import tiny
 from support.here import asked, config, cut, drawn, quiet, use
@@ -136,6 +136,31 @@ def test_rows_19_and_20_lora_sources_with_and_without_a_network(
     cut(monkeypatch)
     before = len(here.requests)
     assert np.array_equal(drawn(made), wanted)
+    assert len(here.requests) == before
+
+
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")  # diffusers passes it
+def test_row_19_what_was_pulled_loads_without_a_network(
+    here: Hub, folder: Path, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = StableDiffusionPipeline.from_pretrained(folder)
+    for name, module in {
+        "control": diffusers.ControlNetModel.from_unet(base.unet),
+        "vae": base.vae,
+        "preview": diffusers.AutoencoderTiny(latent_channels=4, encoder_block_out_channels=(8,) * 4,
+                                             decoder_block_out_channels=(8,) * 4),
+    }.items():  # fmt: skip
+        module.save_pretrained(tmp_path / name)
+        here.add(f"tiny/{name}-of-row-19", tmp_path / name)
+    here.add("tiny/lora1", lora.parent)
+    made = config(
+        tmp_path, folder, pipeline_type="StableDiffusionControlNetPipeline", control_net="tiny/control-of-row-19",
+        vae="tiny/vae-of-row-19", preview_vae="tiny/preview-of-row-19", adapters=(Adapter("tiny/lora1"),),
+    )  # fmt: skip
+    parts.fetch(made, quiet)
+    cut(monkeypatch)
+    before = len(here.requests)
+    assert type(load.load(made, "cpu", quiet).preview_decoder).__name__ == "AutoencoderTiny"
     assert len(here.requests) == before
 
 

@@ -64,7 +64,7 @@ def generate(fields: dict[str, Any], like: Path | None, output: Path | None, set
 def pull(name: str, settings: Settings) -> str:
     """Download what a model file (or a hub id) needs; returns its path."""
     environment.prepare()
-    from sfumato.models import load, references
+    from sfumato.models import load, parts
 
     config = Catalog.of(settings, open=True).get(name)
     with _bar() as (progress, task):
@@ -74,10 +74,7 @@ def pull(name: str, settings: Settings) -> str:
 
         dtype = load.choose_dtype(config, load.choose_device(config, settings.device))
         path = load.fetch(config, dtype, on_status).path
-        for adapter in config.adapters:
-            references.lora(
-                config, adapter.source, lambda done, what: on_status(ModelStatus("downloading", what, done))
-            )
+        parts.fetch(config, lambda fraction, what: on_status(ModelStatus("downloading", what, fraction)))
         return str(path)
 
 

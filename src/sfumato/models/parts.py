@@ -40,6 +40,21 @@ def components(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     return modules
 
 
+def fetch(config: ModelConfig, report: OnProgress) -> None:
+    """Download all that the file names besides the model itself, so that loading needs no network."""
+    components(config, torch.float32)  # diffusers and transformers download what they load
+    if config.preview_vae:
+        with download.as_download_errors(config.preview_vae):
+            diffusers.AutoencoderTiny.from_pretrained(path_or_id(config, config.preview_vae))
+    if config.original_config:
+        original_config(config)
+    if config.vae and isinstance(vae := references.find(config, "vae", config.vae, report), references.Repository):
+        with download.as_download_errors(addresses.redact(config.vae)):
+            _fetch_vae(vae)
+    for adapter in config.adapters:
+        references.lora(config, adapter.source, report)
+
+
 def original_config(config: ModelConfig) -> Path:
     """The YAML that a single file was trained with, on this disk. Raises LoadError or DownloadError."""
     name = config.original_config or ""
