@@ -164,7 +164,8 @@ class Held:
             httpx.post, f"{self._server.url}/v1/images/generations", json=self._body, headers=headers, timeout=300
         )
         where = f"/v1/images/progress/{self._id}"
-        within(60, lambda: self._server.client.get(where).status_code == 200)
+        # Its model is told once it is in the queue; its id is known from before its body was read.
+        within(60, lambda: bool(self._server.client.get(where).json().get("model")))
         return self
 
     def __exit__(self, *error: object) -> None:
