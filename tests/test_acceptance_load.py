@@ -154,7 +154,7 @@ def test_row_06_and_07_a_client_that_leaves_stops_its_own_work_only(server: Serv
 
 def test_row_08_health_and_models_during_a_generation(server: Server) -> None:
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(server.draw, **body(step=100, size="128x128"))
+        running = pool.submit(server.draw, **body(step=300, size="128x128"))
         for path in ("/healthz", "/v1/models", "/readyz"):
             assert server.client.get(path).status_code == 200
         assert not running.done()

@@ -165,7 +165,8 @@ class Sent:
         self._answers: list[httpx.Response] = []
         self._thread = threading.Thread(target=self._send, args=(label, changes))
         self._thread.start()
-        while server.client.get(self._where).status_code == 404:
+        # Its id is known before its body was read; its model once it stands in the line.
+        while not server.client.get(self._where).json().get("model"):
             assert self._thread.is_alive(), self._answers
 
     def cancelled(self) -> httpx.Response:
