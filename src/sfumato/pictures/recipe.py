@@ -37,6 +37,9 @@ _SIZE = re.compile(r"(\d+)x(\d+)")
 _UNICODE = b"UNICODE\0"
 """EXIF's prefix for a text in UTF-16."""
 
+RARE = frozenset({"drawn_size"})
+"""Fields of a recipe that its JSON has only if they are set."""
+
 MAX_SIDES: Mapping[str, int] = {"webp": 16383, "jpeg": 65500}
 
 MAX_EXIF = 65_000
@@ -123,7 +126,8 @@ def _exif(texts: Mapping[str, str]) -> bytes:
 
 def as_json(recipe: Recipe) -> dict[str, Any]:
     """A recipe as an object of JSON, all of its fields side by side."""
-    return {key: value for key, value in asdict(recipe).items() if key != "sampling"} | flat(recipe.sampling)
+    values = {key: value for key, value in asdict(recipe).items() if key != "sampling"}
+    return {key: value for key, value in values.items() if value or key not in RARE} | flat(recipe.sampling)
 
 
 def infotext(recipe: Recipe) -> str:

@@ -93,11 +93,12 @@ async def upscale(
         n=1,
         images=[data],
         upscale=_scale(body.upscaling_resize),
+        crop=True,
         id=request.state.request_id,
         caller=caller_of(request),
         keep=_store_callback(context, required=False),
     )
-    _, results = await answers.unless_gone(request, jobs.draw_exactly(image_request, "extras", []))
+    _, results = await answers.unless_gone(request, jobs.draw(image_request, "extras", []))
     answer = {"image": _base64(results[0].png), "html_info": ""}
     return JSONResponse(answer, headers=answers.warning_headers(body.ignored(), results))
 
