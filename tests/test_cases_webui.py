@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import httpx
 import pytest
 from PIL import Image
@@ -16,7 +18,9 @@ from PIL import Image
 import sfumato.commands.generate as command
 from sfumato.drawing import crop
 from sfumato.drawing.draw import draw
-from sfumato.sampling import PARAMETERS
+from sfumato.errors import InvalidRequest
+from sfumato.pipelines.capabilities import most_clip_skip
+from sfumato.sampling import PARAMETERS, clip_layer
 from support import tiny, upscalers
 from support.answers import error_of
 from support.drawing import Drawing, loaded, quiet, source, wanted
@@ -311,3 +315,81 @@ def test_row_12_what_was_split_is_made_again_as_two_prompts() -> None:
         opened(base64.b64encode(second.png).decode()).tobytes()
         == opened(base64.b64encode(first.png).decode()).tobytes()
     )
+
+
+# Row 5: clip skip counts from the last layer on AUTOMATIC1111's routes, whatever the class reads by itself.
+
+
+def embeddings(kind: str, clip_skip: int | None) -> bytes:
+    """The picture with diffusers' own argument; `test_compat` compares that with plain diffusers."""
+    fields = {"prompt": "a cat", "clip_skip": clip_skip, "width": 64, "height": 64, "guidance_scale": 5.0}
+    done = draw(loaded(PIPELINES[kind]), wanted(**fields), quiet)
+    return opened(base64.b64encode(done.png).decode()).tobytes()
+
+
+LAYERS = [
+    ("sd", 1, None), ("sd", 2, 1), ("sd", 3, 2), ("xl", 1, None), ("xl", 2, None), ("xl", 2, 0), ("xl", 3, 1),
+]  # fmt: skip
+"""Pipeline, AUTOMATIC1111's clip skip, diffusers' own."""
+
+
+@pytest.mark.parametrize(("kind", "layer", "own"), LAYERS)
+@pytest.mark.parametrize("place", ["clip_skip", "CLIP_stop_at_last_layers"])
+def test_row_5_the_layer_is_the_one_of_a1111(
+    kind: str, layer: int, own: int | None, place: str, tmp_path: Path
+) -> None:
+    body = {"prompt": "a cat", "steps": 2, "seed": 1, "width": 64, "height": 64, "cfg_scale": 5}
+    body |= {place: layer} if place == "clip_skip" else {"override_settings": {place: layer}}
+    door = Door(tmp_path, kind)
+    answer = door.post("/sdapi/v1/txt2img", **body)
+    image, info = opened(answer.json()["images"][0]), json.loads(answer.json()["info"])
+    assert image.tobytes() == embeddings(kind, own)
+    assert info["clip_skip"] == max(layer, 2 if kind == "xl" else 1)
+    parameters = door.post("/sdapi/v1/png-info", image=answer.json()["images"][0]).json()["parameters"]
+    assert parameters.get("Clip skip") == (None if layer == 1 else str(layer))
+    assert ("Clip skip: " in info["infotexts"][0]) == (layer > 1)
+
+
+def test_row_5_other_routes_and_files_count_as_localai_does(tmp_path: Path) -> None:
+    """As diffusers: from the layer that the class reads by itself."""
+    for kind in ("sd", "xl"):
+        door = Door(tmp_path, kind)
+        body = {"prompt": "a cat", "step": 2, "seed": 1, "size": "64x64", "cfg_scale": 5, "response_format": "b64_json"}
+        answer = door.post("/v1/images/generations", clip_skip=1, **body)
+        assert opened(answer.json()["data"][0]["b64_json"]).tobytes() == embeddings(kind, 1)
+
+
+@pytest.mark.parametrize(("kind", "most"), [("sd", 12), ("xl", 11)])
+def test_row_5_as_many_as_there_are(kind: str, most: int) -> None:
+    """The deepest is drawn, one more is refused, or left out for AUTOMATIC1111's clients."""
+    model = loaded(PIPELINES[kind])
+    assert most_clip_skip(model.pipeline) == most
+    draw(model, wanted(clip_skip=most, width=64, height=64), quiet)
+    with pytest.raises(InvalidRequest, match=f"^clip_skip: {most + 1}; .* 0 to {most} are valid$"):
+        draw(model, wanted(clip_skip=most + 1, width=64, height=64), quiet)
+    layer = most + clip_layer(0, type(model.pipeline).__name__)
+    done = draw(model, wanted(clip_skip=layer, webui=True, width=64, height=64), quiet)
+    assert (done.recipe.sampling.clip_skip, done.warnings[0][:20]) == (None, "clip_skip: left out:")
+
+
+def test_row_5_every_class_of_diffusers_is_counted_right() -> None:
+    folder = Path(diffusers.__file__).parent / "pipelines"
+    seen = set()
+    for path in folder.rglob("pipeline_*.py"):
+        text = path.read_text()
+        for name in re.findall(r"^class (\w+Pipeline\w*)\(", text, re.M):
+            body = text[text.index(f"class {name}(") :]
+            if "clip_skip: int" in body:
+                penultimate = "clip_skip + 2)" in text
+                assert clip_layer(0, name) == (2 if penultimate else 1), name
+                seen.add(penultimate)
+    assert seen == {True, False}
+
+
+def test_row_5_options_say_the_layer_of_the_model(tmp_path: Path) -> None:
+    door = Door(tmp_path, "xl")
+    (tmp_path / "models" / "m.yaml").write_text(
+        "name: m\nparameters: {model: some/one}\nclip_skip: 1\ndiffusers: {pipeline_type: StableDiffusionXLPipeline}\n"
+    )
+    with door.inside.client() as client:
+        assert client.get("/sdapi/v1/options").json()["CLIP_stop_at_last_layers"] == 3

@@ -93,7 +93,7 @@ class Generation:
     """Limits for a size that is taken from a source picture; None: no limit."""
     webui: bool = False
     """From a client of AUTOMATIC1111's API, which sends every field to every model: what the model cannot use is left
-    out with a warning. Otherwise it is refused with an InvalidRequest."""
+    out with a warning, and `clip_skip` counts from the last layer. Otherwise that is refused with an InvalidRequest."""
     split_prompt: bool = False
     """Take `positive|negative` in the prompt for both prompts, if the model uses a negative prompt."""
     crop: bool = False

@@ -9,6 +9,7 @@ The seed is not a sampling parameter: the pictures of one request share their `S
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
@@ -52,7 +53,8 @@ class Parameter:
     a1111: str | None = None
     """Its name in AUTOMATIC1111's bodies; None: see `api.a1111.bodies` for how they give it."""
     one_based: bool = False
-    """AUTOMATIC1111 counts it from 1; its 1 is our 0."""
+    """It is `clip_skip`: AUTOMATIC1111 counts layers from the last one, which is 1, for every class (`clip_layer`). Its
+    requests are carried as if the class read that one by itself, until the class is known."""
     neutral: tuple[Any, ...] = ()
     """Values that AUTOMATIC1111's clients send by default; treated as not set."""
     infotext: str | None = None
@@ -101,7 +103,8 @@ class Sampling:
         invoke="strength", keys=("strength",),
     )  # fmt: skip
     clip_skip: int | None = _parameter(
-        "Number of last text encoder layers to skip", argument="clip_skip", least=0, most=64, guarded=True,
+        "Text encoder layers to skip, from the one that the pipeline class reads by itself: the last one; for XL and "
+        "Stable Diffusion 3 the last but one", argument="clip_skip", least=0, most=64, guarded=True,
         reported=True, a1111="clip_skip", one_based=True, infotext="Clip skip", invoke="clip_skip",
         keys=("clip_skip", "parameters.clip_skip", "diffusers.clip_skip"), most_in_file=100,
     )  # fmt: skip
@@ -144,6 +147,20 @@ PARAMETERS = _parameters()
 """One `Parameter` for each field of `Sampling`, in order."""
 
 NAMED: Mapping[str, Parameter] = MappingProxyType({each.name: each for each in PARAMETERS})
+
+
+PENULTIMATE = re.compile(r"(?<!I2VGen)XL|StableDiffusion3")
+"""Names of pipeline classes that read the last but one layer of their text encoders by themselves."""
+
+
+def clip_layer(clip_skip: int | None, pipeline: str) -> int:
+    """The text encoder layer that a pipeline class reads with this `clip_skip`; 1 is the last, as in AUTOMATIC1111."""
+    return (clip_skip or 0) + (2 if PENULTIMATE.search(pipeline) else 1)
+
+
+def clip_skip_for(layer: int, pipeline: str) -> int:
+    """The `clip_skip` with which a pipeline class reads this layer, or its own if that is not one of the later ones."""
+    return max(0, layer - clip_layer(0, pipeline))
 
 
 def prompt_pair(text: str) -> tuple[str, str] | None:

@@ -10,10 +10,10 @@ from sfumato import schedulers
 from sfumato.core import Generation
 from sfumato.drawing import arguments
 from sfumato.errors import InvalidRequest
-from sfumato.models.load import Loaded, encoder_layers
+from sfumato.models.load import Loaded
 from sfumato.pipelines import request_scheduler, scheduler_owners
-from sfumato.pipelines.capabilities import parameters_of, upscaler
-from sfumato.sampling import PARAMETERS, Parameter, Sampling
+from sfumato.pipelines.capabilities import most_clip_skip, parameters_of, upscaler
+from sfumato.sampling import PARAMETERS, Parameter, Sampling, clip_skip_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,7 @@ def usable(model: Loaded, pipeline: Any, generation: Generation) -> tuple[Genera
 
     Raises InvalidRequest naming the argument if anything would be left out, except for AUTOMATIC1111's clients.
     """
+    generation = _counted(pipeline, generation)
     refusals = {each.field: each for each in _refusals(model, pipeline, generation)}
     if not generation.webui:
         if refusals:
@@ -68,6 +69,17 @@ def scheduler(driver: Any, sampling: Sampling) -> schedulers.SchedulerChoice | N
     choice = schedulers.parse(sampling.scheduler)
     request_scheduler.check(driver, choice, sampling.steps)
     return choice
+
+
+def _counted(pipeline: Any, generation: Generation) -> Generation:
+    """Layers to skip from the last one, as AUTOMATIC1111's clients count, as layers to skip from the class's own."""
+    skipped = generation.sampling.clip_skip
+    if skipped is None or not generation.webui:
+        return generation
+    return replace(
+        generation,
+        sampling=replace(generation.sampling, clip_skip=clip_skip_for(skipped + 1, type(pipeline).__name__)),
+    )
 
 
 def _refusals(model: Loaded, pipeline: Any, generation: Generation) -> Iterator[Refusal]:
@@ -106,13 +118,10 @@ def _unused_negative(model: Loaded, pipeline: Any, negative: str) -> tuple[str, 
 
 
 def _too_deep(model: Loaded, pipeline: Any, clip_skip: int) -> tuple[str, str] | None:
-    layers = encoder_layers(pipeline)
-    if layers is None or clip_skip <= layers:
+    most = most_clip_skip(pipeline)
+    if most is None or clip_skip <= most:
         return None
-    return (
-        f"{clip_skip}; the text encoder of {model.config.name} has {layers} layers",
-        f"0 to {layers} are valid",
-    )
+    return f"{clip_skip}; the text encoder of {model.config.name} has too few layers", f"0 to {most} are valid"
 
 
 def _always_used(model: Loaded, pipeline: Any, value: Any) -> tuple[str, str] | None:

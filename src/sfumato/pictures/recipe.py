@@ -21,7 +21,7 @@ from sfumato import __version__, schedulers
 from sfumato.core import Recipe
 from sfumato.errors import InvalidPicture, InvalidRequest
 from sfumato.pictures import images
-from sfumato.sampling import PARAMETERS, flat, nested
+from sfumato.sampling import PARAMETERS, clip_layer, flat, nested
 
 INFOTEXT_CHUNK = "parameters"
 RECIPE_CHUNK = "sfumato"
@@ -143,7 +143,8 @@ def infotext(recipe: Recipe) -> str:
     for parameter in PARAMETERS:
         value = sampling[parameter]
         if parameter.one_based:
-            value = value + 1 if value else None
+            layer = clip_layer(value, recipe.pipeline)
+            value = layer if value is not None and layer > 1 else None
         pairs |= {parameter.infotext: value} if parameter.infotext else composite_pairs.get(parameter.name, {})
     pairs["Version"] = f"sfumato {__version__}"
     lines = [recipe.prompt]
