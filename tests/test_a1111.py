@@ -327,7 +327,8 @@ def test_a_model_that_fixes_its_steps_draws_with_them(ann: httpx.Client) -> None
     _, info = drawn(ann.post("txt2img", json=body))
     assert info["steps"] != 2
     assert [warning.split(":")[:2] for warning in info["warnings"]] == [["steps", " left out"]]
-    error_of(ann.post("txt2img", json=body | {"negative_prompt": "blue"}), 400)
+    _, info = drawn(ann.post("txt2img", json=body | {"negative_prompt": "blue"}))
+    assert [warning.split(":")[0] for warning in info["warnings"]] == ["steps", "negative_prompt"]
 
 
 @pytest.mark.parametrize(
@@ -336,7 +337,6 @@ def test_a_model_that_fixes_its_steps_draws_with_them(ann: httpx.Client) -> None
         ({"steps": 0}, "steps"),
         ({"width": -1}, "width"),
         ({"width": 10**6, "height": 10**6}, "width"),
-        ({"width": 65, "height": 65}, "size"),
         ({"cfg_scale": "warm"}, "cfg_scale"),
         ({"batch_size": 0}, "batch_size"),
         ({"seed": -2}, "seed"),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import http.server
+import json
 import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -135,3 +138,58 @@ def test_row_24_a_host_that_is_allowed_is_fetched(tmp_path: Path, target: tuple[
             assert client.post("/v1/images/generations", json=body).status_code == 200
     assert len(seen) == 3
     assert all(generation.images for generation in inside.engine.seen)
+
+
+PLACES = [
+    ("/sdapi/v1/img2img", {"init_images": ["URL"]}, "init_images[0]"),
+    ("/sdapi/v1/img2img", {"init_images": ["PICTURE"], "mask": "URL"}, "mask"),
+    ("/sdapi/v1/extra-single-image", {"image": "URL", "upscaler_1": "u", "upscaling_resize": 4}, "image"),
+    ("/sdapi/v1/png-info", {"image": "URL"}, "image"),
+    ("/v1/images/recipe", {"image": "URL"}, "image"),
+]  # fmt: skip
+"""Route, body, the field that a message names."""
+
+
+def body_of(template: dict[str, Any], url: str) -> dict[str, Any]:
+    text = json.dumps(template).replace("URL", url).replace("PICTURE", base64.b64encode(PICTURE).decode())
+    body: dict[str, Any] = json.loads(text)
+    return body
+
+
+@pytest.mark.parametrize(("path", "template", "param"), PLACES)
+def test_case_row_34_every_picture_field_takes_urls(
+    path: str, template: dict[str, Any], param: str, tmp_path: Path, target: tuple[int, list[str]]
+) -> None:
+    """The cases that failed; the acceptance rows above hold for each of them."""
+    port, seen = target
+    inside = Inside(tmp_path, picture_hosts="127.0.0.1")
+    (tmp_path / "models" / "u.yaml").write_text(
+        "name: u\nparameters: {model: some/one}\ndiffusers: {pipeline_type: StableDiffusionUpscalePipeline}\n"
+    )
+    with inside.client() as client:
+        answer = client.post(path, json=body_of(template, f" HTTP://127.0.0.1:{port}/picture"))
+    assert len(seen) == 1
+    if path == "/v1/images/recipe":  # fetched; it has no recipe
+        assert "does not say how it was made" in answer.json()["error"]["message"]
+        return
+    assert answer.status_code == 200, answer.text
+    assert path.endswith("png-info") or inside.engine.seen[0].images
+
+
+@pytest.mark.parametrize(("path", "template", "param"), PLACES)
+@pytest.mark.parametrize("way", ["", "/to/http://169.254.169.254"])
+def test_case_row_34_under_the_same_guards(
+    path: str, template: dict[str, Any], param: str, way: str, tmp_path: Path, target: tuple[int, list[str]]
+) -> None:
+    port, seen = target
+    inside = Inside(tmp_path, **({"picture_hosts": "127.0.0.1"} if way else {}))
+    (tmp_path / "models" / "u.yaml").write_text(
+        "name: u\nparameters: {model: some/one}\ndiffusers: {pipeline_type: StableDiffusionUpscalePipeline}\n"
+    )
+    with inside.client() as client:
+        answer = client.post(path, json=body_of(template, f"http://127.0.0.1:{port}{way}/picture"))
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert (error["code"], error["param"]) == ("invalid_image", param)
+    assert "public" in error["message"]
+    assert len(seen) == bool(way)

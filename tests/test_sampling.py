@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import AsyncGenerator, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from sfumato.api import file_parameters as files
 from sfumato.api.openai.bodies import GenerationsBody
 from sfumato.cli import app
 from sfumato.config import ModelConfig, load, reference
-from sfumato.core import Done, Event, Failed, Generation, Limits, Recipe
+from sfumato.core import Done, Generation, Limits, Recipe
 from sfumato.drawing import arguments
 from sfumato.drawing.draw import draw
 from sfumato.drawing.info import model_info
@@ -400,35 +399,3 @@ def test_a_class_that_does_not_take_it(name: str) -> None:
     assert done.warnings == (f"{name}: 0.5 of the model file has no effect, FluxPipeline does not take it",)
     assert getattr(done.recipe.sampling, name) is None
     assert getattr(model_info(loaded(config, pipeline)).sampling, name) is None
-
-
-class Strict(Painter):
-    """Takes no parameter that AUTOMATIC1111's clients send to every model."""
-
-    async def submit(self, config: ModelConfig, generation: Generation) -> AsyncGenerator[Event, None]:
-        for each in PARAMETERS:
-            if each.optional and generation.sampling[each] is not None:
-                error = InvalidRequest(f"{each.argument}: m does not take it", param=each.argument)
-                yield Failed(error)
-                return
-        async for event in super().submit(config, generation):
-            yield event
-
-
-@pytest.fixture
-def strict(tmp_path: Path) -> Iterator[Inside]:
-    inside = Inside(tmp_path)
-    inside.engine = inside.service.engine = Strict()
-    yield inside
-
-
-def test_a1111s_clients_get_a_picture_without_it_and_a_warning(strict: Inside) -> None:
-    optional = [each for each in PARAMETERS if each.optional and not each.guarded]
-    body = {str(each.a1111): value_of(each) for each in optional}
-    with strict.client() as client:
-        answer = client.post("/sdapi/v1/txt2img", json={"prompt": "a"} | body)
-        assert answer.status_code == 200, answer.text
-        warnings = json.loads(answer.json()["info"])["warnings"]
-        assert [warning.partition(":")[0] for warning in warnings] == [each.name for each in optional]
-        refused = client.post("/v1/images/generations", json={"prompt": "a", "eta": 0.5})
-        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "eta")

@@ -52,9 +52,9 @@ def test_n_pictures_are_n_generations(service: Service) -> None:
 
 
 def test_each_prompt_of_a_list_is_drawn_n_times(service: Service) -> None:
-    drawn = draw(service, ["one", "two|dark"], n=2, seed=0)
-    made = [(done.recipe.prompt, done.recipe.sampling.negative_prompt, done.recipe.seed) for done in drawn]
-    assert made == [("one", None, 0), ("one", None, 1), ("two", "dark", 0), ("two", "dark", 1)]
+    drawn = draw(service, ["one", "two"], n=2, seed=0)
+    made = [(done.recipe.prompt, done.recipe.seed) for done in drawn]
+    assert made == [("one", 0), ("one", 1), ("two", 0), ("two", 1)]
 
 
 def test_what_changed_the_pixels_of_a_picture_is_asked_for_again(service: Service) -> None:
@@ -71,7 +71,7 @@ def test_a_bar_in_the_prompt_of_a_picture_stays_there(service: Service) -> None:
     (done,) = draw(service, "a [cat|dog]", split_prompt=False)
     asyncio.run(service.draw(ImageRequest(**as_request(done.recipe))))
     again = engine_of(service).seen[-1]
-    assert (again.prompt, again.sampling.negative_prompt) == ("a [cat|dog]", None)
+    assert (again.prompt, again.split_prompt) == ("a [cat|dog]", False)
 
 
 def test_the_files_seed_and_n_hold_until_asked_otherwise(service: Service) -> None:

@@ -91,6 +91,16 @@ class Generation:
     """Names of `SAVINGS` to apply from the start, to reproduce a picture that was drawn with them."""
     limits: Limits | None = None
     """Limits for a size that is taken from a source picture; None: no limit."""
+    webui: bool = False
+    """From a client of AUTOMATIC1111's API, which sends every field to every model: what the model cannot use is left
+    out with a warning, and `clip_skip` counts from the last layer. Otherwise that is refused with an InvalidRequest."""
+    split_prompt: bool = False
+    """Take `positive|negative` in the prompt for both prompts, if the model uses a negative prompt."""
+    crop: bool = False
+    """Draw a size whose sides are no multiples of the model's at the next multiple, and crop the picture to it.
+    Otherwise it is refused."""
+    notes: tuple[str, ...] = ()
+    """Warnings that are known before it is drawn, in the form of `Done.warnings`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +127,8 @@ class Recipe:
     """Names of `SAVINGS` that the picture was drawn with."""
     masked_area: tuple[int, int, int] | None = None
     """If only the masked area was drawn: padding in pixels, and the width and height it was drawn at."""
+    drawn_size: tuple[int, int] | None = None
+    """Width and height that it was drawn at, if it was cropped from that."""
 
     @property
     def size(self) -> tuple[int, int]:

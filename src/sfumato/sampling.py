@@ -9,6 +9,7 @@ The seed is not a sampling parameter: the pictures of one request share their `S
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
@@ -52,11 +53,10 @@ class Parameter:
     a1111: str | None = None
     """Its name in AUTOMATIC1111's bodies; None: see `api.a1111.bodies` for how they give it."""
     one_based: bool = False
-    """AUTOMATIC1111 counts it from 1; its 1 is our 0."""
+    """It is `clip_skip`: AUTOMATIC1111 counts layers from the last one, which is 1, for every class (`clip_layer`). Its
+    requests are carried as if the class read that one by itself, until the class is known."""
     neutral: tuple[Any, ...] = ()
     """Values that AUTOMATIC1111's clients send by default; treated as not set."""
-    optional: bool = False
-    """AUTOMATIC1111's clients send it to every model; if a model does not take it, it is dropped with a warning."""
     infotext: str | None = None
     """Its key in an infotext; None: see `pictures.recipe` for how that gives it."""
     invoke: str | None = None
@@ -82,7 +82,7 @@ class Sampling:
 
     steps: int | None = _parameter(
         "Denoising steps", argument="num_inference_steps", least=1, most=1000, example=20, guarded=True, reported=True,
-        aliases=("step", "num_inference_steps"), a1111="steps", optional=True, infotext="Steps", invoke="steps",
+        aliases=("step", "num_inference_steps"), a1111="steps", infotext="Steps", invoke="steps",
         keys=("step",), most_in_file=10_000, absent="30 for Stable Diffusion, else the pipeline's own",
     )  # fmt: skip
     scheduler: str | None = _parameter(
@@ -91,7 +91,7 @@ class Sampling:
     )  # fmt: skip
     guidance_scale: float | None = _parameter(
         "Guidance scale; 0 is none", argument="guidance_scale", least=0, most=100.0, example=7.0, reported=True,
-        aliases=("cfg_scale",), a1111="cfg_scale", optional=True, infotext="CFG scale", invoke="cfg_scale",
+        aliases=("cfg_scale",), a1111="cfg_scale", infotext="CFG scale", invoke="cfg_scale",
         flag="--guidance", keys=("cfg_scale", "diffusers.cfg_scale"), most_in_file=1000,
         absent="8 for Stable Diffusion",
     )  # fmt: skip
@@ -103,7 +103,8 @@ class Sampling:
         invoke="strength", keys=("strength",),
     )  # fmt: skip
     clip_skip: int | None = _parameter(
-        "Number of last text encoder layers to skip", argument="clip_skip", least=0, most=64, guarded=True,
+        "Text encoder layers to skip, from the one that the pipeline class reads by itself: the last one; for XL and "
+        "Stable Diffusion 3 the last but one", argument="clip_skip", least=0, most=64, guarded=True,
         reported=True, a1111="clip_skip", one_based=True, infotext="Clip skip", invoke="clip_skip",
         keys=("clip_skip", "parameters.clip_skip", "diffusers.clip_skip"), most_in_file=100,
     )  # fmt: skip
@@ -114,11 +115,11 @@ class Sampling:
     )  # fmt: skip
     eta: float | None = _parameter(
         "0..1: noise added at each step, by schedulers that take it, such as ddim", argument="eta", least=0, most=1,
-        stepped=True, a1111="eta", neutral=(1,), optional=True, infotext="Eta", keys=("eta", "diffusers.eta"),
+        stepped=True, a1111="eta", neutral=(1,), infotext="Eta", keys=("eta", "diffusers.eta"),
     )  # fmt: skip
     guidance_rescale: float | None = _parameter(
         "0..1: how far to rescale the guided prediction, against over-exposure", argument="guidance_rescale", least=0,
-        most=1, a1111="guidance_rescale", optional=True, infotext="CFG Rescale", invoke="cfg_rescale_multiplier",
+        most=1, a1111="guidance_rescale", infotext="CFG Rescale", invoke="cfg_rescale_multiplier",
         keys=("guidance_rescale", "diffusers.guidance_rescale"),
     )  # fmt: skip
 
@@ -146,6 +147,31 @@ PARAMETERS = _parameters()
 """One `Parameter` for each field of `Sampling`, in order."""
 
 NAMED: Mapping[str, Parameter] = MappingProxyType({each.name: each for each in PARAMETERS})
+
+
+PENULTIMATE = re.compile(r"(?<!I2VGen)XL|StableDiffusion3")
+"""Names of pipeline classes that read the last but one layer of their text encoders by themselves."""
+
+
+def clip_layer(clip_skip: int | None, pipeline: str) -> int:
+    """The text encoder layer that a pipeline class reads with this `clip_skip`; 1 is the last, as in AUTOMATIC1111."""
+    return (clip_skip or 0) + (2 if PENULTIMATE.search(pipeline) else 1)
+
+
+def clip_skip_for(layer: int, pipeline: str) -> int:
+    """The `clip_skip` with which a pipeline class reads this layer, or its own if that is not one of the later ones."""
+    return max(0, layer - clip_layer(0, pipeline))
+
+
+def prompt_pair(text: str) -> tuple[str, str] | None:
+    """Prompt and negative prompt of `positive|negative`, LocalAI's way to send both in one field; None: it is text.
+
+    Several bars, and braces as in `{red|blue}`, are others' ways to write a text.
+    """
+    if text.count("|") != 1 or "{" in text or "}" in text:
+        return None
+    positive, _, negative = text.partition("|")
+    return positive.strip(), negative.strip()
 
 
 def merged(*choices: Sampling) -> Sampling:

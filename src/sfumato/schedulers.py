@@ -192,6 +192,12 @@ def descriptions() -> dict[str, str]:
     return every
 
 
+def without_schedule(name: str) -> str | None:
+    """The solver of this scheduler, to fall back on; None if the name has no schedule that could be left out."""
+    choice = parse(name)
+    return choice.solver if choice.schedule else None
+
+
 def parse(name: str, schedule: str | None = None) -> SchedulerChoice:
     """The choice for a name and an optional separate schedule.
 

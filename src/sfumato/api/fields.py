@@ -41,10 +41,10 @@ def openai_field(parameter: Parameter) -> tuple[Any, Any]:
 
 def a1111_field(parameter: Parameter) -> tuple[Any, Any]:
     """The same in AUTOMATIC1111's request bodies."""
-    one_based = "; counted from 1, which is none" if parameter.one_based else ""
+    one_based = " Here as in AUTOMATIC1111: 1 is the last layer, 2 the last but one." if parameter.one_based else ""
     neutral = f"; {', '.join(map(str, parameter.neutral))} asks for nothing, as there" if parameter.neutral else ""
     examples = [parameter.example] if parameter.example is not None else None
-    return _kind(parameter), Field(None, description=f"{parameter.help}{one_based}{neutral}.", examples=examples)
+    return _kind(parameter), Field(None, description=f"{parameter.help}{neutral}.{one_based}", examples=examples)
 
 
 def _kind(parameter: Parameter) -> Any:

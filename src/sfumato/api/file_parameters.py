@@ -24,6 +24,10 @@ MAX_TEXT = 1_000_000
 """Maximum characters of one chunk."""
 
 
+CLIP_SKIP = "clip_skip: it is counted for Stable Diffusion 1 and 2; for XL and Stable Diffusion 3 take one less"
+"""An infotext counts layers from the last one, and does not say what kind of model it was."""
+
+
 @dataclass(frozen=True, slots=True)
 class FileParameters:
     """`source`: the program that wrote it; `fields`: request fields; `warnings`: what could not be used."""
@@ -78,7 +82,8 @@ def _infotext(texts: Mapping[str, str]) -> FileParameters | None:
             value = pairs.get(parameter.infotext)
             fields[parameter.name] = (_number(int, value) or 1) - 1 or None if parameter.one_based else value
     comfy = "ComfyUI" in pairs.get("Version", "") or "workflow" in texts
-    return FileParameters("comfyui" if comfy else "automatic1111", _convert(fields), choice.warnings)
+    counted = (CLIP_SKIP,) if fields["clip_skip"] else ()
+    return FileParameters("comfyui" if comfy else "automatic1111", _convert(fields), choice.warnings + counted)
 
 
 def _invoke(texts: Mapping[str, str]) -> FileParameters | None:

@@ -16,7 +16,6 @@ from sfumato.api.http.forms import openapi_body, reader
 from sfumato.api.openai.bodies import Picture
 from sfumato.errors import InvalidRequest, PictureNotFound
 from sfumato.pictures.gallery import MAX_PAGE, Gallery, GalleryEntry, GalleryQuery
-from sfumato.pictures.images import from_text
 from sfumato.sampling import NAMED
 
 MAX_WORDS = 500
@@ -146,10 +145,7 @@ async def delete(name: Name, gallery: TheGallery, owner: Owner) -> dict[str, Any
     responses=documents.errors(400, 401, 403, 413, 415, 429),
 )
 async def read(body: Annotated[RecipeBody, Depends(reader(RecipeBody))], service: TheService) -> dict[str, Any]:
-    image = body.image
-    if isinstance(image, str):
-        image = await asyncio.to_thread(from_text, image, "image")
-    parsed = file_parameters.read(await service.texts(image))
+    parsed = file_parameters.read(await service.texts(body.image))
     return {
         "object": "recipe",
         "source": parsed.source,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from sfumato.config.model import REQUEST_DEFAULTS
 from sfumato.core import QUALITIES, Generation
 from sfumato.drawing import crop
 from sfumato.errors import InvalidRequest
-from sfumato.models.load import Loaded, encoder_layers
+from sfumato.models.load import Loaded
 from sfumato.pictures import images
 from sfumato.pipelines.capabilities import parameters_of, upscaler
 from sfumato.sampling import PARAMETERS, Parameter, Sampling, merged
@@ -44,6 +44,8 @@ class Canvas:
     """The original picture and mask, if another size is drawn and pasted back into them."""
     box: crop.Box | None = None
     """The area of `whole` that is drawn; None: all of it."""
+    kept: crop.Box | None = None
+    """The area of the drawn picture that is the result; None: all of it."""
 
     @property
     def image(self) -> Image.Image | list[Image.Image] | None:
@@ -114,13 +116,15 @@ def _steps_of_quality(model: Loaded, pipeline: Any, quality: str | None) -> int 
 def canvas(model: Loaded, pipeline: Any, filled: Generation) -> Canvas:
     """Sources and mask at the requested size, else the source's. Raises InvalidRequest for what is not possible."""
     canvas = _canvas(model, pipeline, filled)
-    breach = (
-        filled.limits
-        and canvas.sources
-        and canvas.width
-        and canvas.height
-        and filled.limits.violation(canvas.width, canvas.height)
-    )
+    if not (filled.limits and canvas.width and canvas.height and (canvas.sources or canvas.kept)):
+        return canvas
+    breach = filled.limits.violation(canvas.width, canvas.height)
+    if breach and filled.sampling.size:
+        width, height = filled.sampling.size
+        raise InvalidRequest(
+            f"size: {width}x{height} is drawn at {canvas.width}x{canvas.height}; {breach}. Send a smaller size.",
+            param="size",
+        )
     if breach:
         raise InvalidRequest(
             f"image: {_size(canvas.sources[0])} would become {canvas.width}x{canvas.height}; {breach}. "
@@ -133,7 +137,7 @@ def canvas(model: Loaded, pipeline: Any, filled: Generation) -> Canvas:
 def _canvas(model: Loaded, pipeline: Any, filled: Generation) -> Canvas:
     width, height = filled.sampling.width, filled.sampling.height
     multiple = size_multiple(pipeline)
-    if width and height and (width % multiple or height % multiple):
+    if width and height and (width % multiple or height % multiple) and not filled.crop:
         near = f"{_near(width, multiple)}x{_near(height, multiple)}"
         raise InvalidRequest(
             f"size {width}x{height}: {model.config.name} needs sides that are multiples of {multiple}; "
@@ -142,7 +146,7 @@ def _canvas(model: Loaded, pipeline: Any, filled: Generation) -> Canvas:
         )
     sources = [_flat(images.decoded(png)) for png in filled.images]
     if not sources:
-        return Canvas(width, height, [], None)
+        return _cropped((width, height), multiple) if width and height else Canvas(width, height, [], None)
     if len(sources) > 1 and not MANY_PICTURES.search(type(pipeline).__name__):
         raise InvalidRequest(
             f"{model.config.name} ({type(pipeline).__name__}) takes one picture, got {len(sources)}; send only one",
@@ -159,8 +163,8 @@ def _canvas(model: Loaded, pipeline: Any, filled: Generation) -> Canvas:
     if mask is not None and filled.mask_padding is not None:
         return _masked_area(model, filled, sources, mask, multiple)
     if not (width and height):
-        width, height = (_near(side, multiple) for side in sources[0].size)
-    if mask is not None and not filled.sampling.size and (width, height) != sources[0].size:
+        width, height = sources[0].size if filled.crop else (_near(side, multiple) for side in sources[0].size)
+    if mask is not None and not filled.crop and not filled.sampling.size and (width, height) != sources[0].size:
         # Stretched slightly for the model, then pasted into the original: outside the mask nothing changes.
         size, first = (width, height), sources[0]
         stretched = [source.resize(size, Image.Resampling.LANCZOS) for source in sources[:1]] + sources[1:]
@@ -168,7 +172,21 @@ def _canvas(model: Loaded, pipeline: Any, filled: Generation) -> Canvas:
     fit = functools.partial(ImageOps.fit, size=(width, height), method=Image.Resampling.LANCZOS)
     if len(sources) == 1:
         sources = [fit(source) for source in sources]
-    return Canvas(width, height, sources, mask and fit(mask, method=Image.Resampling.NEAREST))
+    mask = mask and fit(mask, method=Image.Resampling.NEAREST)
+    return _cropped((width, height), multiple, sources, mask) if filled.crop else Canvas(width, height, sources, mask)
+
+
+def _cropped(
+    size: tuple[int, int], multiple: int, sources: Sequence[Image.Image] = (), mask: Image.Image | None = None
+) -> Canvas:
+    """The next size that the model draws, with picture and mask (both of `size`) in its middle."""
+    drawn = crop.multiple_of(size, multiple)
+    if drawn == size:
+        return Canvas(*size, list(sources), mask)
+    box = crop.centred(size, drawn)
+    # Several pictures are references, of any size.
+    extended = [crop.extended(source, box, drawn) if source.size == size else source for source in sources]
+    return Canvas(*drawn, extended, mask and crop.extended(mask, box, drawn), kept=box)
 
 
 def _masked_area(
@@ -178,6 +196,8 @@ def _masked_area(
     assert filled.mask_padding is not None
     first = sources[0]
     width, height = filled.sampling.size or own_size(model)
+    if width and height:
+        width, height = crop.multiple_of((width, height), multiple)
     box = crop.around(mask, filled.mask_padding, (width, height) if width and height else first.size)
     if not (width and height):
         width, height = (_near(end - start, multiple) for start, end in zip(box[:2], box[2:], strict=True))
@@ -210,12 +230,6 @@ def own_size(model: Loaded) -> tuple[int | None, int | None]:
 def _enlarged(model: Loaded, factor: int, multiple: int, filled: Generation, sources: list[Image.Image]) -> Canvas:
     """The unscaled source. Raises InvalidRequest if the pipeline would resize it, or for another requested size."""
     (source,) = sources
-    if source.width % multiple or source.height % multiple:
-        raise InvalidRequest(
-            f"the picture is {_size(source)}: {model.config.name} upscales pictures whose sides are multiples of "
-            f"{multiple}; the nearest size is {_near(source.width, multiple)}x{_near(source.height, multiple)}",
-            param="image",
-        )
     width, height = source.width * factor, source.height * factor
     size = filled.sampling.size
     if size and size != (width, height):
@@ -224,39 +238,45 @@ def _enlarged(model: Loaded, factor: int, multiple: int, filled: Generation, sou
             f"a picture of {_size(source)} becomes {width}x{height}. Leave the size out.",
             param="size",
         )
-    return Canvas(width, height, sources, None)
+    drawn = crop.multiple_of(source.size, multiple)
+    if drawn == source.size:
+        return Canvas(width, height, [source], None)
+    if not filled.crop:
+        raise InvalidRequest(
+            f"the picture is {_size(source)}: {model.config.name} upscales pictures whose sides are multiples of "
+            f"{multiple}; the nearest size is {_near(source.width, multiple)}x{_near(source.height, multiple)}",
+            param="image",
+        )
+    box = crop.centred(source.size, drawn)
+    left, top, right, bottom = (side * factor for side in box)
+    larger = crop.extended(source, box, drawn)
+    return Canvas(drawn[0] * factor, drawn[1] * factor, [larger], None, kept=(left, top, right, bottom))
 
 
 def arguments(
     model: Loaded, pipeline: Any, generation: Generation, filled: Generation, canvas: Canvas
 ) -> dict[str, Any]:
-    """The arguments for this class. Raises InvalidRequest if it does not take one that was requested."""
+    """The arguments for this class. `generation` is what is usable of the request, `filled` has the defaults, too.
+
+    Raises InvalidRequest if the class does not take the prompt or the pictures.
+    """
     name, parameters = type(pipeline).__name__, parameters_of(pipeline)
-    # The source picture already has the requested size.
-    requested_here = [each for each in PARAMETERS if not (canvas.sources and each.side)]
     used = replace(
         filled.sampling, strength=_strength(filled.sampling, parameters), width=canvas.width, height=canvas.height
     )
     values = {
         "prompt": (filled.prompt, generation.prompt or None),
-        **{
-            each.argument: (used[each], generation.sampling[each] if each in requested_here else None)
-            for each in PARAMETERS
-            if each.argument
-        },
+        **{each.argument: (used[each], generation.sampling[each]) for each in PARAMETERS if each.argument},
         "image": (canvas.image, canvas.image),
         "mask_image": (canvas.mask, canvas.mask),
     }
     for argument, (_, requested) in values.items():
-        if requested is not None and argument not in parameters:
-            value = f"{requested}; " if isinstance(requested, int | float) else ""
+        if requested is not None and argument not in SAMPLED and argument not in parameters:
             raise InvalidRequest(
-                f"{argument}: {value}{model.config.name} ({name}) does not take it. Leave it out. "
+                f"{argument}: {model.config.name} ({name}) does not take it. Leave it out. "
                 f"It takes: {', '.join(parameters)}",
-                param="size" if argument in ("width", "height") else argument,
+                param=argument,
             )
-    _refuse_unused_negative(model, parameters, generation)
-    _refuse_deep_clip_skip(model, pipeline, generation)
     unknown = [option for option in model.config.options if option not in parameters]
     if unknown:
         raise InvalidRequest(
@@ -275,17 +295,6 @@ def arguments(
     }
 
 
-def _refuse_deep_clip_skip(model: Loaded, pipeline: Any, generation: Generation) -> None:
-    layers = encoder_layers(pipeline)
-    clip_skip = generation.sampling.clip_skip
-    if clip_skip is not None and layers is not None and clip_skip > layers:
-        raise InvalidRequest(
-            f"clip_skip {clip_skip}: the text encoder of {model.config.name} has {layers} layers; "
-            f"0 to {layers} are valid",
-            param="clip_skip",
-        )
-
-
 def _strength(sampling: Sampling, parameters: Mapping[str, inspect.Parameter]) -> float | None:
     """Strength for at least one denoising step: diffusers runs int(steps * strength). None: the class's default."""
     default = parameters["strength"].default if "strength" in parameters else None
@@ -296,19 +305,6 @@ def _strength(sampling: Sampling, parameters: Mapping[str, inspect.Parameter]) -
     if sampling.strength is None and strength >= minimum:
         return None
     return min(1.0, max(strength, minimum))
-
-
-def _refuse_unused_negative(model: Loaded, parameters: Mapping[str, Any], generation: Generation) -> None:
-    # Distilled models accept a negative prompt but ignore it unless "true" guidance is on.
-    true_cfg = parameters.get("true_cfg_scale")
-    if generation.sampling.negative_prompt and true_cfg is not None:
-        scale = model.config.options.get("true_cfg_scale", true_cfg.default)
-        if not scale or scale <= 1:
-            raise InvalidRequest(
-                f"negative_prompt: {model.config.name} uses it only with true_cfg_scale above 1. "
-                f"Add `true_cfg_scale:4` to `options` in {model.config.file}, or leave it out.",
-                param="negative_prompt",
-            )
 
 
 def size_multiple(pipeline: Any) -> int:

@@ -1,7 +1,8 @@
-"""The area of a picture around its mask, for requests that redraw only that area, at the model's own size."""
+"""Areas of a picture: around its mask, if only that is redrawn; its place in a larger one that the model draws."""
 
 from __future__ import annotations
 
+import numpy as np
 from PIL import Image
 
 Box = tuple[int, int, int, int]
@@ -33,6 +34,25 @@ def pasted(picture: Image.Image, redrawn: Image.Image, mask: Image.Image, box: B
     part = redrawn if redrawn.size == size else redrawn.resize(size, Image.Resampling.LANCZOS)
     whole.paste(part, box, mask.crop(box))
     return whole
+
+
+def multiple_of(size: tuple[int, int], multiple: int) -> tuple[int, int]:
+    """The next size whose sides are multiples of this many pixels."""
+    width, height = (-(-side // multiple) * multiple for side in size)
+    return width, height
+
+
+def centred(size: tuple[int, int], within: tuple[int, int]) -> Box:
+    """The area of this size in the middle of a larger picture."""
+    left, top = ((outer - inner) // 2 for outer, inner in zip(within, size, strict=True))
+    return left, top, left + size[0], top + size[1]
+
+
+def extended(image: Image.Image, box: Box, size: tuple[int, int]) -> Image.Image:
+    """A picture of this size with `image` (any mode of 8 bits) at `box`, and its edge repeated around it."""
+    left, top, right, bottom = box
+    around = [(top, size[1] - bottom), (left, size[0] - right)] + [(0, 0)] * (len(image.getbands()) > 1)
+    return Image.fromarray(np.pad(np.asarray(image), around, mode="edge"))
 
 
 def _widened(first: int, last: int, length: int, limit: int) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from sfumato import __version__, schedulers
 from sfumato.batching import views
 from sfumato.batching.batcher import is_out_of_memory
 from sfumato.core import OFFLOAD, VAE_TILING, Done, Generation, Recipe
-from sfumato.drawing import arguments, crop
+from sfumato.drawing import arguments, crop, prompts, usable
 from sfumato.errors import ContentFiltered, DrawError, InvalidRequest, SfumatoError
 from sfumato.models.load import OFFLOADED, Loaded
 from sfumato.models.release import release_frames
@@ -74,42 +74,41 @@ def draw(model: Loaded, generation: Generation, on_step: OnStep, on_preview: OnP
 
 
 def _draw(model: Loaded, pipeline: Any, generation: Generation, on_step: OnStep, on_preview: OnPreview | None) -> Done:
-    # 2. defaults for what the request leaves open; source pictures at the result's size; the class's arguments
+    # 2. the prompts; what this class can use; defaults for the rest; source pictures at the result's size
+    generation, how_read = prompts.split(model, pipeline, generation)
+    generation, left_out = usable.usable(model, pipeline, generation)
     filled = arguments.fill(model, pipeline, generation)
     canvas = arguments.canvas(model, pipeline, filled)
     kwargs = arguments.arguments(model, pipeline, generation, filled, canvas)
     # 3. its own scheduler
     driver = scheduler_owners.drawing_pipeline(pipeline)
-    choice = _choice(driver, filled.sampling)
+    choice = usable.scheduler(driver, filled.sampling)
     scheduler = request_scheduler.make(driver, choice, filled.seed)
     if scheduler is not None:
         scheduler_owners.replace_scheduler(pipeline, scheduler)
     previews = None
     if generation.previews and on_preview:
         previews = RunPreviews(
-            driver, generation.previews, canvas.width, canvas.height, on_preview, model.preview_decoder
+            driver, generation.previews, canvas.width, canvas.height, on_preview, model.preview_decoder, canvas.kept
         )
     _watch(pipeline, kwargs, on_step, previews)
     # 4. run
     image = _run(pipeline, kwargs, filled.seed)
-    # 5. outside the mask every pixel stays unchanged
-    if canvas.whole and canvas.box:
-        image = crop.pasted(canvas.whole[0], image, canvas.whole[1], canvas.box)
-    elif canvas.whole:
-        source, mask = canvas.whole
-        image = Image.composite(image.resize(source.size, Image.Resampling.LANCZOS), source.convert(image.mode), mask)
-    elif canvas.mask is not None and image.size == canvas.mask.size:
-        image = Image.composite(image, canvas.sources[0].convert(image.mode), canvas.mask)
+    # 5. the requested part of it; outside the mask every pixel stays unchanged
     if capabilities.upscaler(pipeline) and image.size != (canvas.width, canvas.height):
         raise DrawError(
             f"{type(pipeline).__name__} drew {image.width}x{image.height}, not {canvas.width}x{canvas.height}: "
             "its weights do not belong to an upscaler of this class"
         )
+    image = _placed(image, canvas)
     # 6. the picture with its recipe, and warnings for what differs from the request
     image_recipe = _recipe(model, pipeline, filled, image, kwargs, choice, canvas)
     negative = filled.sampling.negative_prompt
     token_count, cut_off = tokens.count(pipeline, model.config.options, model.config.name, filled.prompt, negative)
     warnings = (
+        *generation.notes,
+        *how_read,
+        *left_out,
         *cut_off,
         *_kept_scheduler(driver, filled.sampling),
         *_locked(model, generation.sampling, filled.sampling),
@@ -117,6 +116,18 @@ def _draw(model: Loaded, pipeline: Any, generation: Generation, on_step: OnStep,
         *_without_effect(pipeline, driver, kwargs),
     )
     return Done(recipe.encode(image, image_recipe), image_recipe, warnings, token_count)
+
+
+def _placed(image: Image.Image, canvas: arguments.Canvas) -> Image.Image:
+    """The drawn picture in its place: within the original outside the mask, without what was added to its size."""
+    if canvas.whole and canvas.box:
+        return crop.pasted(canvas.whole[0], image, canvas.whole[1], canvas.box)
+    if canvas.whole:
+        source, mask = canvas.whole
+        return Image.composite(image.resize(source.size, Image.Resampling.LANCZOS), source.convert(image.mode), mask)
+    if canvas.mask is not None and image.size == canvas.mask.size:
+        image = Image.composite(image, canvas.sources[0].convert(image.mode), canvas.mask)
+    return image.crop(canvas.kept) if canvas.kept else image
 
 
 def _tiled(model: Loaded, generation: Generation) -> bool:
@@ -153,14 +164,6 @@ def _for_task(model: Loaded, task: str) -> Any:
         sibling.set_progress_bar_config(disable=True)
         model.task_pipelines[task] = sibling
     return model.task_pipelines[task]
-
-
-def _choice(pipeline: Any, sampling: Sampling) -> schedulers.SchedulerChoice | None:
-    if not sampling.scheduler or request_scheduler.keeps_own(pipeline):
-        return None
-    choice = schedulers.parse(sampling.scheduler)
-    request_scheduler.check(pipeline, choice, sampling.steps)
-    return choice
 
 
 def _kept_scheduler(pipeline: Any, sampling: Sampling) -> tuple[str, ...]:
@@ -325,4 +328,5 @@ def _recipe(
         versions={"sfumato": __version__, "diffusers": diffusers.__version__, "torch": torch.__version__},
         savings=filled.savings + ((OFFLOAD,) if OFFLOADED in model.fallbacks else ()),
         masked_area=(filled.mask_padding or 0, canvas.width or 0, canvas.height or 0) if canvas.box else None,
+        drawn_size=(canvas.width or 0, canvas.height or 0) if canvas.kept else None,
     )

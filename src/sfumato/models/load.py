@@ -31,6 +31,7 @@ from sfumato.models import (
     weight_file,
 )
 from sfumato.pipelines import request_scheduler
+from sfumato.pipelines.capabilities import most_clip_skip
 from sfumato.previews.decode import CheapDecoder, cheap_decoder
 
 log = logging.getLogger(__name__)
@@ -315,19 +316,13 @@ def _check(config: ModelConfig, pipeline: Any) -> None:
             request_scheduler.check(pipeline, choice)
         except InvalidRequest as error:
             raise ModelFileError(f"{config.name}: {error.message}", param="scheduler_type") from error
-    layers = encoder_layers(pipeline)
+    most = most_clip_skip(pipeline)
     clip_skip = config.sampling.clip_skip
-    if clip_skip and layers is not None and clip_skip >= layers + 1:
+    if clip_skip and most is not None and clip_skip > most:
         raise ModelFileError(
-            f"{config.name}: clip_skip {clip_skip} skips every layer of a text encoder with {layers} layers; "
-            f"0 to {layers} are valid",
+            f"{config.name}: clip_skip {clip_skip} skips more layers than the text encoder has; 0 to {most} are valid",
             param="clip_skip",
         )
-
-
-def encoder_layers(pipeline: Any) -> int | None:
-    config = getattr(getattr(pipeline, "text_encoder", None), "config", None)
-    return getattr(config, "num_hidden_layers", None)
 
 
 def _place(config: ModelConfig, pipeline: Any, device: str) -> None:

@@ -21,7 +21,7 @@ from sfumato import __version__, schedulers
 from sfumato.core import Recipe
 from sfumato.errors import InvalidPicture, InvalidRequest
 from sfumato.pictures import images
-from sfumato.sampling import PARAMETERS, flat, nested
+from sfumato.sampling import PARAMETERS, clip_layer, flat, nested
 
 INFOTEXT_CHUNK = "parameters"
 RECIPE_CHUNK = "sfumato"
@@ -36,6 +36,9 @@ MAX_PAIRS = 20_000
 _SIZE = re.compile(r"(\d+)x(\d+)")
 _UNICODE = b"UNICODE\0"
 """EXIF's prefix for a text in UTF-16."""
+
+RARE = frozenset({"drawn_size"})
+"""Fields of a recipe that its JSON has only if they are set."""
 
 MAX_SIDES: Mapping[str, int] = {"webp": 16383, "jpeg": 65500}
 
@@ -123,7 +126,8 @@ def _exif(texts: Mapping[str, str]) -> bytes:
 
 def as_json(recipe: Recipe) -> dict[str, Any]:
     """A recipe as an object of JSON, all of its fields side by side."""
-    return {key: value for key, value in asdict(recipe).items() if key != "sampling"} | flat(recipe.sampling)
+    values = {key: value for key, value in asdict(recipe).items() if key != "sampling"}
+    return {key: value for key, value in values.items() if value or key not in RARE} | flat(recipe.sampling)
 
 
 def infotext(recipe: Recipe) -> str:
@@ -139,7 +143,8 @@ def infotext(recipe: Recipe) -> str:
     for parameter in PARAMETERS:
         value = sampling[parameter]
         if parameter.one_based:
-            value = value + 1 if value else None
+            layer = clip_layer(value, recipe.pipeline)
+            value = layer if value is not None and layer > 1 else None
         pairs |= {parameter.infotext: value} if parameter.infotext else composite_pairs.get(parameter.name, {})
     pairs["Version"] = f"sfumato {__version__}"
     lines = [recipe.prompt]

@@ -19,11 +19,28 @@ def is_url(picture: str | bytes) -> bool:
     return isinstance(picture, str) and picture[:16].strip().lower().startswith(("http:", "https:"))
 
 
+def bytes_or_url(text: str, param: str) -> str | bytes:
+    """The file of base64 or a `data:` URI; a URL as it is. Raises InvalidPicture. Slow for a large one."""
+    return text.strip() if is_url(text) else pictures.from_text(text, param)
+
+
 def encoded_size(picture: str | bytes) -> int:
     """Bytes of an encoded picture, as far as known; 0 for a URL."""
     if is_url(picture):
         return 0
     return len(picture) if isinstance(picture, bytes) else len(picture) * 3 // 4
+
+
+async def file_of(picture: str | bytes, param: str, fetcher: PictureFetcher, share: Share) -> bytes:
+    """The file of a picture: bytes, base64, `data:` URI or URL; one from a URL is taken from the share.
+
+    Raises InvalidPicture, or TooManyRequests if the share's budget is used up.
+    """
+    if isinstance(picture, bytes):
+        return picture
+    if is_url(picture):
+        return await fetcher.get(picture.strip(), param, share.take)
+    return await asyncio.to_thread(pictures.from_text, picture, param)
 
 
 class Sources:
@@ -58,12 +75,7 @@ class Sources:
     async def fetch(self, fetcher: PictureFetcher, decoders: Decoders) -> None:
         """Turn all of them into bytes, one after another."""
         for index, (param, picture) in enumerate(self._pictures):
-            if isinstance(picture, bytes):
-                data = picture
-            elif is_url(picture):
-                data = await fetcher.get(picture.strip(), param, self._share.take)
-            else:
-                data = await asyncio.to_thread(pictures.from_text, picture, param)
+            data = await file_of(picture, param, fetcher, self._share)
             self._pictures[index] = (param, data)
             answer, _ = await decoders.run("read_size", data, param)
             if index == 0 and self._scale:

@@ -14,6 +14,7 @@ from typing import Any
 
 from sfumato.core import Generation
 from sfumato.errors import InvalidRequest
+from sfumato.sampling import clip_layer
 
 AUTO_PIPELINES = {"image": "AutoPipelineForImage2Image", "mask": "AutoPipelineForInpainting"}
 """By name: importing them imports every pipeline class, which takes seconds."""
@@ -48,6 +49,14 @@ def transparent(pipeline: Any) -> bool:
     """Whether it draws an alpha channel: its VAE decodes to four channels."""
     config = getattr(getattr(pipeline, "vae", None), "config", {})
     return 4 in (config.get("out_channels"), config.get("input_channels"))
+
+
+def most_clip_skip(pipeline: Any) -> int | None:
+    """The largest `clip_skip`: with it the class reads what goes into the first layer; None if that is not known."""
+    encoders = (getattr(pipeline, name, None) for name in ("text_encoder", "text_encoder_2"))
+    layers = [getattr(getattr(each, "config", None), "num_hidden_layers", None) for each in encoders]
+    known = [count for count in layers if isinstance(count, int)]
+    return min(known) + 1 - clip_layer(0, type(pipeline).__name__) if known else None
 
 
 def parameters_of(pipeline: Any) -> Mapping[str, inspect.Parameter]:

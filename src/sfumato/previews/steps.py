@@ -12,7 +12,7 @@ from PIL import Image
 
 from sfumato.batching import torch_state
 from sfumato.core import MAX_PREVIEWS, Preview
-from sfumato.previews.decode import CheapDecoder, preview
+from sfumato.previews.decode import CheapDecoder, PreviewImage, preview
 from sfumato.previews.x0 import StepResult, x0_or_sample
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,9 @@ class RunPreviews:
         height: int | None,
         on_preview: OnPreview,
         cheap_decoder: CheapDecoder | None = None,
+        kept: tuple[int, int, int, int] | None = None,
     ) -> None:
+        """`kept`: left, top, right and bottom of the part that the final picture keeps, in pixels; None: all of it."""
         # Weak: its scheduler refers to this object, and a reference cycle would keep the pipeline's weights in memory.
         self._pipeline = weakref.ref(pipeline)
         self._remaining = min(count, MAX_PREVIEWS)
@@ -40,6 +42,7 @@ class RunPreviews:
         self._size = (width, height)
         self._on_preview = on_preview
         self._cheap_decoder = cheap_decoder
+        self._kept = kept
 
     def after(self, step: int, total: int, step_result: StepResult) -> None:
         """Call this after each of `total` steps. After one failure no more previews are tried."""
@@ -60,6 +63,8 @@ class RunPreviews:
             self._remaining = 0
             return
         self._remaining -= 1
+        if self._kept:
+            small = _part(small, self._kept)
         self._on_preview(Preview(index, step, total, _png(small.image), small.width, small.height))
 
 
@@ -67,6 +72,15 @@ def due(step: int, total: int, count: int) -> int | None:
     """Which of `count` previews (0 is the first) belongs to `step` of `total`, if any."""
     possible = min(count, total - 1)
     return next((index for index in range(possible) if total * (index + 1) // (possible + 1) == step), None)
+
+
+def _part(whole: PreviewImage, kept: tuple[int, int, int, int]) -> PreviewImage:
+    """The part of a preview for this part of the picture, in pixels of the picture."""
+    width, height = kept[2] - kept[0], kept[3] - kept[1]
+    across, down = whole.image.width / whole.width, whole.image.height / whole.height
+    size = max(1, round(width * across)), max(1, round(height * down))
+    box = (kept[0] * across, kept[1] * down, kept[2] * across, kept[3] * down)
+    return PreviewImage(whole.image.resize(size, Image.Resampling.BILINEAR, box), width, height)
 
 
 def _png(image: Image.Image) -> bytes:

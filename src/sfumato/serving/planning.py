@@ -13,7 +13,7 @@ from sfumato.config import ModelConfig
 from sfumato.core import MAX_SEED, QUALITIES, Generation, Limits, StorePicture
 from sfumato.errors import InvalidRequest
 from sfumato.pictures.fitting import Fitting
-from sfumato.sampling import MAX_PROMPT, PARAMETERS, Sampling
+from sfumato.sampling import MAX_PROMPT, PARAMETERS, Parameter, Sampling, prompt_pair
 
 MAX_PICTURES = 16
 MAX_PADDING = 4096
@@ -31,7 +31,8 @@ class ImageRequest:
 
     prompts: Sequence[str]
     split_prompt: bool = True
-    """Whether `positive|negative` in a prompt is split; in other dialects the bar has other meanings."""
+    """Whether `positive|negative` in a prompt is LocalAI's way to send both in one field. It is split if the model uses
+    a negative prompt and its file lets requests set it."""
     model: str | None = None
     n: int | None = None
     sampling: Sampling = field(default_factory=Sampling)
@@ -64,6 +65,10 @@ class ImageRequest:
     """Called with each finished picture."""
     operator: bool = False
     """Sent by the owner of the model files: `enable_parameters` does not apply."""
+    webui: bool = False
+    """As in `Generation`; what the model file does not enable is left out, too."""
+    crop: bool = False
+    """As in `Generation`."""
 
 
 def plan(request: ImageRequest, config: ModelConfig, limits: Limits, max_pictures: int) -> list[Generation]:
@@ -71,16 +76,16 @@ def plan(request: ImageRequest, config: ModelConfig, limits: Limits, max_picture
 
     Raises InvalidRequest naming the field at fault.
     """
-    prompt_pairs = [_split(prompt) if request.split_prompt else (prompt, None) for prompt in request.prompts]
-    if not prompt_pairs:
+    prompts = request.prompts
+    if not prompts:
         raise InvalidRequest("prompt: must be a text or a list of texts", param="prompt")
-    for prompt in request.prompts:
+    for prompt in prompts:
         _check_length("prompt", prompt, MAX_PROMPT)
     n = request.n if request.n is not None else min(config.n or 1, max_pictures)
     _check_range("n", n, 1, max_pictures)
-    if n * len(prompt_pairs) > max_pictures:
+    if n * len(prompts) > max_pictures:
         raise InvalidRequest(
-            f"n: {len(prompt_pairs)} prompts with {n} pictures each; at most {max_pictures} per request",
+            f"n: {len(prompts)} prompts with {n} pictures each; at most {max_pictures} per request",
             param="n",
         )
     _check(request.sampling, limits)
@@ -104,13 +109,12 @@ def plan(request: ImageRequest, config: ModelConfig, limits: Limits, max_picture
         )
     seed = _seed(config.seed if request.seed is None else request.seed, n)
     generations = []
-    for prompt, inline_negative in prompt_pairs:
-        field_negative = request.sampling.negative_prompt
-        negative = ", ".join(text for text in (field_negative, inline_negative) if text)
+    for prompt in prompts:
         generation = Generation(
             id="",
             prompt=prompt,
-            sampling=replace(request.sampling, negative_prompt=negative or field_negative),
+            sampling=request.sampling,
+            split_prompt=request.split_prompt,
             seed=seed,
             mask_padding=request.mask_padding,
             quality=request.quality,
@@ -120,9 +124,11 @@ def plan(request: ImageRequest, config: ModelConfig, limits: Limits, max_picture
             previews=request.previews,
             caller=request.caller,
             limits=limits,
+            webui=request.webui,
+            crop=request.crop,
         )
         if not request.operator:
-            _refuse_disabled(config, generation, bool(request.images))
+            generation = _enabled(config, generation, bool(request.images))
         generations += [replace(generation, id=uuid.uuid4().hex, seed=seed + i) for i in range(n)]
     return generations
 
@@ -169,23 +175,38 @@ def _seed(seed: int | None, n: int) -> int:
     return seed
 
 
-def _split(prompt: str) -> tuple[str, str | None]:
-    """Split `positive|negative`, LocalAI's way to send both in one field."""
-    positive, bar, negative = prompt.partition("|")
-    return (positive.strip(), negative.strip() or None) if bar else (prompt, None)
+def _enabled(config: ModelConfig, generation: Generation, pictures: bool) -> Generation:
+    """The generation, if requests may set what it sets. Raises InvalidRequest naming the argument.
+
+    One of AUTOMATIC1111's clients loses what they may not set, except pictures.
+    """
+    if pictures and not generation.upscale and not config.enables("image"):  # an upscaler always takes a picture
+        raise _disabled(config, "image")
+    sampling = generation.sampling
+    used = [each for each in PARAMETERS if each.guarded and sampling[each] is not None]
+    disabled = [each for each in used if not config.enables(each.argument or "")]
+    notes: tuple[str, ...] = ()
+    if generation.split_prompt and prompt_pair(generation.prompt) and not config.enables("negative_prompt"):
+        generation = replace(generation, split_prompt=False)
+        notes = (f"prompt: not split at its bar: {config.name} does not allow requests to set negative_prompt",)
+    if disabled and not generation.webui:
+        raise _disabled(config, disabled[0].argument or "")
+    without = replace(sampling, **{each.name: None for each in disabled})
+    notes += tuple(_left_out(config, sampling, each) for each in disabled)
+    return replace(generation, sampling=without, notes=notes)
 
 
-def _refuse_disabled(config: ModelConfig, generation: Generation, pictures: bool) -> None:
-    used = [each.argument for each in PARAMETERS if each.guarded and generation.sampling[each] is not None]
-    if pictures and not generation.upscale:  # an upscaler always takes a picture
-        used.append("image")
-    for name in used:
-        if name and not config.enables(name):
-            raise InvalidRequest(
-                f"{name}: {config.name} does not allow requests to set it. Add {name} to "
-                f"diffusers.enable_parameters in {config.file}, or leave it out.",
-                param=name,
-            )
+def _disabled(config: ModelConfig, argument: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"{argument}: {config.name} does not allow requests to set it. Add {argument} to "
+        f"diffusers.enable_parameters in {config.file}, or leave it out.",
+        param=argument,
+    )
+
+
+def _left_out(config: ModelConfig, sampling: Sampling, parameter: Parameter) -> str:
+    told = "" if parameter.kind is str else f"{sampling[parameter]}; "  # a prompt stays out of warnings
+    return f"{parameter.name}: left out: {told}{config.name} does not allow requests to set it"
 
 
 def _check_length(name: str, text: str, maximum: int) -> None:

@@ -21,7 +21,7 @@ from sfumato.errors import Cancelled, RequestNotFound, SfumatoError, TimedOut, T
 from sfumato.pictures.budget import Budget, Share
 from sfumato.pictures.decoder_pool import Decoders
 from sfumato.pictures.fetch import PictureFetcher
-from sfumato.pictures.sources import Sources
+from sfumato.pictures.sources import Sources, encoded_size, file_of
 from sfumato.serving.catalog import Catalog
 from sfumato.serving.job import CANCELLED, Arrival, Job, Part, Progress
 from sfumato.serving.metrics import Metrics
@@ -135,14 +135,16 @@ class Service:
             if arrival.cancelled.is_set() and not arrival.submitted:
                 self._ended.append(arrival.progress())
 
-    async def texts(self, data: bytes) -> dict[str, str]:
-        """The texts in a picture file (see `recipe.texts`).
+    async def texts(self, picture: str | bytes) -> dict[str, str]:
+        """The texts in a picture file (see `recipe.texts`): its bytes, base64, `data:` URI or URL.
 
         Raises InvalidPicture, or TooManyRequests if too many pictures are in memory already.
         """
         share = self.budget.share()
         try:
-            share.take(len(data))
+            share.take(encoded_size(picture))
+            data = await file_of(picture, "image", self.fetcher, share)
+            del picture
             answer, _ = await self._text_decoders.run("texts", data, "image")
         finally:
             share.give_back()

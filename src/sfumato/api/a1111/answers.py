@@ -13,7 +13,7 @@ from sfumato import __version__, schedulers
 from sfumato.api.a1111.bodies import DrawBody
 from sfumato.core import Done, Recipe
 from sfumato.pictures import recipe as recipes
-from sfumato.sampling import PARAMETERS, Parameter
+from sfumato.sampling import PARAMETERS, Parameter, clip_layer
 from sfumato.serving.job import Job
 
 
@@ -159,7 +159,7 @@ def info(body: DrawBody, job: Job, results: Sequence[Done], warnings: Sequence[s
 def _a1111_value(parameter: Parameter, recipe: Recipe) -> Any:
     value = recipe.sampling[parameter]
     if parameter.one_based:
-        return (value or 0) + 1
+        return clip_layer(value, recipe.pipeline)
     return value or "" if parameter.kind is str else value
 
 

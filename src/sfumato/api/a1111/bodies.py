@@ -17,7 +17,7 @@ from pydantic_core import from_json, to_json
 from sfumato.api.fields import BLANK, PictureCount, Seed, Side, Text, a1111_field
 from sfumato.core import MAX_SEED
 from sfumato.pictures.fitting import Fitting
-from sfumato.pictures.images import from_text
+from sfumato.pictures.sources import bytes_or_url
 from sfumato.sampling import PARAMETERS, Parameter, Sampling
 from sfumato.serving.planning import MAX_PADDING, MAX_PICTURES
 
@@ -192,12 +192,12 @@ class Img2ImgBody(_SampledFromPicture):
     TAKES = FIELD_PARAMETERS
 
     init_images: list[str] = Field(
-        min_length=1, max_length=MAX_PICTURES, description="The source picture: base64 or a data: URI."
+        min_length=1, max_length=MAX_PICTURES, description="The source picture: base64, a data: URI or an http(s) URL."
     )
     resize_mode: Annotated[Literal[0, 1, 2, 3] | None, BLANK] = Field(
         None, description="How to fit to width x height: 0 and 3 stretch the picture, 1 and 2 crop it."
     )
-    mask: Text = Field(None, description="Base64 or a data: URI; white areas are redrawn.")
+    mask: Text = Field(None, description="Base64, a data: URI or an http(s) URL; white areas are redrawn.")
     mask_blur: Annotated[Annotated[float, Field(ge=0, le=256)] | None, BLANK] = Field(
         None, description="Gaussian blur of the mask's edge, in pixels; absent: 4, as in AUTOMATIC1111."
     )
@@ -226,10 +226,10 @@ class Img2ImgBody(_SampledFromPicture):
             invert=bool(self.inpainting_mask_invert),
         )
 
-    def sources(self) -> tuple[list[bytes], bytes | None]:
-        """The files of pictures and mask, which this body then releases. Raises InvalidPicture. Slow."""
-        images = [from_text(text, f"init_images[{index}]") for index, text in enumerate(self.init_images)]
-        mask = from_text(self.mask, "mask") if self.mask else None
+    def sources(self) -> tuple[list[str | bytes], str | bytes | None]:
+        """The files or URLs of pictures and mask, which this body then releases. Raises InvalidPicture. Slow."""
+        images = [bytes_or_url(text, f"init_images[{index}]") for index, text in enumerate(self.init_images)]
+        mask = bytes_or_url(self.mask, "mask") if self.mask else None
         self.init_images.clear()
         self.mask = None
         return images, mask
@@ -247,7 +247,7 @@ class Img2ImgBody(_SampledFromPicture):
 class PngInfoBody(BaseModel):
     """Of `POST /sdapi/v1/png-info`."""
 
-    image: str = Field(description="PNG, JPEG or WebP as base64 or a data: URI.")
+    image: str = Field(description="PNG, JPEG or WebP as base64, a data: URI or an http(s) URL.")
 
 
 class UpscaleBody(BaseModel):
@@ -255,7 +255,7 @@ class UpscaleBody(BaseModel):
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
-    image: str = Field(description="Base64 or a data: URI.")
+    image: str = Field(description="Base64, a data: URI or an http(s) URL.")
     upscaler_1: Text = Field(None, description="A name from /sdapi/v1/upscalers.")
     upscaling_resize: Annotated[float | None, BLANK] = Field(2, description="2 or 4, whichever the upscaler supports.")
     resize_mode: Annotated[Literal[0] | None, BLANK] = Field(None, description="Only 0: scale by upscaling_resize.")

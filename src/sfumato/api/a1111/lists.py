@@ -18,7 +18,10 @@ from sfumato.api.http import documents
 from sfumato.api.http.forms import read_object
 from sfumato.api.localai import UPSCALERS
 from sfumato.api.openai import answers
+from sfumato.config import ModelConfig
 from sfumato.errors import InvalidRequest
+from sfumato.models.static_capabilities import static_capabilities
+from sfumato.sampling import clip_layer
 from sfumato.serving.service import Service
 
 MAX_CALLERS = 1024
@@ -83,11 +86,17 @@ def _options(service: Service, choices: Choices, caller: str) -> dict[str, Any]:
         MODEL: name,
         "sd_checkpoint_hash": None,
         "sd_vae": "Automatic",
-        LAYERS: ((config and config.sampling.clip_skip) or 0) + 1,
+        LAYERS: _layer(service, config) if config else 1,
         "eta_noise_seed_delta": 0,
         "return_grid": False,
         "live_previews_enable": True,
     }
+
+
+def _layer(service: Service, config: ModelConfig) -> int:
+    """The text encoder layer that is read unless a request asks for another one."""
+    known = service.engine.status(config.name).info or static_capabilities(config)
+    return clip_layer(config.sampling.clip_skip, known.pipeline or config.pipeline_type or "")
 
 
 @routes.get("/options", summary="The caller's settings", responses=documents.errors(404, 500))

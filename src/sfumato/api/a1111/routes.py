@@ -27,8 +27,8 @@ from sfumato.api.keeping import keeper
 from sfumato.api.openai import answers
 from sfumato.core import StorePicture
 from sfumato.errors import InvalidRequest
-from sfumato.pictures import images as pictures
 from sfumato.pictures import recipe
+from sfumato.pictures.sources import bytes_or_url
 from sfumato.serving.job import Job
 from sfumato.serving.planning import ImageRequest
 from sfumato.serving.service import Service
@@ -85,19 +85,20 @@ async def upscale(
 ) -> JSONResponse:
     request = context.request
     model = _upscaler(context.service, body.upscaler_1)
-    data = await asyncio.to_thread(pictures.from_text, body.image, "image")
+    picture = await asyncio.to_thread(bytes_or_url, body.image, "image")
     body.image = ""
     image_request = ImageRequest(
         prompts=[""],
         model=model,
         n=1,
-        images=[data],
+        images=[picture],
         upscale=_scale(body.upscaling_resize),
+        crop=True,
         id=request.state.request_id,
         caller=caller_of(request),
         keep=_store_callback(context, required=False),
     )
-    _, results = await answers.unless_gone(request, jobs.draw_exactly(image_request, "extras", []))
+    _, results = await answers.unless_gone(request, jobs.draw(image_request, "extras", []))
     answer = {"image": _base64(results[0].png), "html_info": ""}
     return JSONResponse(answer, headers=answers.warning_headers(body.ignored(), results))
 
@@ -112,9 +113,9 @@ async def upscale(
 async def png_info(
     body: Annotated[PngInfoBody, Depends(reader(PngInfoBody))], request: Request, service: TheService
 ) -> dict[str, Any]:
-    data = await asyncio.to_thread(pictures.from_text, body.image, "image")
+    picture = await asyncio.to_thread(bytes_or_url, body.image, "image")
     body.image = ""
-    items = await answers.unless_gone(request, service.texts(data))
+    items = await answers.unless_gone(request, service.texts(picture))
     info = items.pop(recipe.INFOTEXT_CHUNK, "")
     return {"info": info, "items": items, "parameters": recipe.parse(info) if info else {}}
 

@@ -59,12 +59,6 @@ def choose(sampler: str | None, schedule_type: str | None) -> SamplerChoice:
     return _fitting(name, solver, SCHEDULE_OF[typed])
 
 
-def fallback(scheduler: str) -> str | None:
-    """Fallback if a model cannot use this scheduler: the solver without a schedule, then the model's own."""
-    choice = schedulers.parse(scheduler)
-    return choice.solver if choice.schedule else None
-
-
 def _parse_sampler(sampler: str) -> tuple[str, str | None] | None:
     """A name in `SAMPLERS` and an appended schedule type, as in `DPM++ 2M Karras`."""
     spelling = " ".join(sampler.split()).casefold()

@@ -45,7 +45,7 @@ Pictures: TypeAlias = Annotated[
 Percent: TypeAlias = Annotated[Annotated[int, Field(ge=0, le=100)] | None, BLANK]
 PartialImages: TypeAlias = Annotated[Annotated[int, Field(ge=0, le=MAX_PARTIAL_IMAGES)] | None, BLANK]
 
-_PROMPT = "What to draw; `positive|negative` in one text also works."
+_PROMPT = "What to draw; `positive|negative` (one bar, no braces) also works if the model uses a negative prompt."
 _PICTURE = "Base64, data: URI or http(s) URL; in a form, a file."
 
 

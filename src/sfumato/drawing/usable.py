@@ -1,0 +1,135 @@
+"""What a pipeline can use of a request: the rest is refused, or left out for clients that send every field."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sfumato import schedulers
+from sfumato.core import Generation
+from sfumato.drawing import arguments
+from sfumato.errors import InvalidRequest
+from sfumato.models.load import Loaded
+from sfumato.pipelines import request_scheduler, scheduler_owners
+from sfumato.pipelines.capabilities import most_clip_skip, parameters_of, upscaler
+from sfumato.sampling import PARAMETERS, Parameter, Sampling, clip_skip_for
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a parameter of a request cannot be used."""
+
+    parameter: Parameter
+    reason: str
+    remedy: str
+
+    @property
+    def field(self) -> str:
+        return "size" if self.parameter.side else self.parameter.name
+
+    def error(self) -> InvalidRequest:
+        argument = self.parameter.argument or self.parameter.name
+        param = self.field if self.parameter.side else argument
+        return InvalidRequest(f"{argument}: {self.reason}. {self.remedy}", param=param)
+
+
+def usable(model: Loaded, pipeline: Any, generation: Generation) -> tuple[Generation, tuple[str, ...]]:
+    """The generation with parameters that this pipeline can use only, and a warning for each that was left out.
+
+    Raises InvalidRequest naming the argument if anything would be left out, except for AUTOMATIC1111's clients.
+    """
+    generation = _counted(pipeline, generation)
+    refusals = {each.field: each for each in _refusals(model, pipeline, generation)}
+    if not generation.webui:
+        if refusals:
+            raise next(iter(refusals.values())).error()
+        return generation, ()
+    names = [each.name for each in PARAMETERS if ("size" if each.side else each.name) in refusals]
+    sampling = replace(generation.sampling, **dict.fromkeys(names))
+    generation = replace(generation, sampling=sampling)
+    left_out = [f"{field}: left out: {refusal.reason}" for field, refusal in refusals.items()]
+    driver = scheduler_owners.drawing_pipeline(pipeline)
+    steps = arguments.fill(model, pipeline, generation).sampling.steps
+    while wanted := generation.sampling.scheduler:
+        try:
+            scheduler(driver, Sampling(scheduler=wanted, steps=steps))
+            break
+        except InvalidRequest as error:
+            left_out.append(f"scheduler: left out: {error.message}")
+            sampling = replace(generation.sampling, scheduler=schedulers.without_schedule(wanted))
+            generation = replace(generation, sampling=sampling)
+    return generation, tuple(left_out)
+
+
+def scheduler(driver: Any, sampling: Sampling) -> schedulers.SchedulerChoice | None:
+    """The scheduler to draw with; None: the model's own. Raises InvalidRequest if it cannot draw with `driver`."""
+    if not sampling.scheduler or request_scheduler.keeps_own(driver):
+        return None
+    choice = schedulers.parse(sampling.scheduler)
+    request_scheduler.check(driver, choice, sampling.steps)
+    return choice
+
+
+def _counted(pipeline: Any, generation: Generation) -> Generation:
+    """Layers to skip from the last one, as AUTOMATIC1111's clients count, as layers to skip from the class's own."""
+    skipped = generation.sampling.clip_skip
+    if skipped is None or not generation.webui:
+        return generation
+    return replace(
+        generation,
+        sampling=replace(generation.sampling, clip_skip=clip_skip_for(skipped + 1, type(pipeline).__name__)),
+    )
+
+
+def _refusals(model: Loaded, pipeline: Any, generation: Generation) -> Iterator[Refusal]:
+    parameters, name = parameters_of(pipeline), f"{model.config.name} ({type(pipeline).__name__})"
+    for each in PARAMETERS:
+        value = generation.sampling[each]
+        if value is None or each.argument is None:
+            continue
+        if each.side and generation.images:  # a source picture already has the requested size
+            if generation.webui and (larger := upscaler(pipeline)):
+                yield Refusal(each, f"{name} enlarges {larger.factor} times", "Leave it out.")
+        elif each.argument not in parameters:
+            told = "" if isinstance(value, str) else f"{value}; "
+            yield Refusal(each, f"{told}{name} does not take it", f"Leave it out. It takes: {', '.join(parameters)}")
+        elif why := _UNUSED.get(each.name, _always_used)(model, pipeline, value):
+            yield Refusal(each, *why)
+
+
+def takes_negative(model: Loaded, pipeline: Any) -> bool:
+    """Whether a negative prompt has a meaning for this model."""
+    return "negative_prompt" in parameters_of(pipeline) and not _unused_negative(model, pipeline, "any")
+
+
+def _unused_negative(model: Loaded, pipeline: Any, negative: str) -> tuple[str, str] | None:
+    # Distilled models accept a negative prompt but ignore it unless "true" guidance is on.
+    true_cfg = parameters_of(pipeline).get("true_cfg_scale")
+    if not negative or true_cfg is None:
+        return None
+    scale = model.config.options.get("true_cfg_scale", true_cfg.default)
+    if scale and scale > 1:
+        return None
+    return (
+        f"{model.config.name} uses it only with true_cfg_scale above 1",
+        f"Add `true_cfg_scale:4` to `options` in {model.config.file}, or leave it out.",
+    )
+
+
+def _too_deep(model: Loaded, pipeline: Any, clip_skip: int) -> tuple[str, str] | None:
+    most = most_clip_skip(pipeline)
+    if most is None or clip_skip <= most:
+        return None
+    return f"{clip_skip}; the text encoder of {model.config.name} has too few layers", f"0 to {most} are valid"
+
+
+def _always_used(model: Loaded, pipeline: Any, value: Any) -> tuple[str, str] | None:
+    return None
+
+
+_UNUSED: Mapping[str, Callable[[Loaded, Any, Any], tuple[str, str] | None]] = {
+    "negative_prompt": _unused_negative,
+    "clip_skip": _too_deep,
+}
+"""Parameter → reason and remedy if the class takes it but this model does not use this value."""
