@@ -58,6 +58,8 @@ class ImageRequest:
     """Id for progress and cancelling; empty: a new one."""
     caller: str = ""
     """Who sent the request; the engine is shared fairly between callers."""
+    keep_alive: float | None = None
+    """Seconds that the model stays in memory once it is idle; None: as its file or the server says."""
     detached: bool = False
     """Drawn to its end even if its client disconnects."""
     keep: StorePicture | None = None
@@ -120,6 +122,7 @@ def plan(request: ImageRequest, config: ModelConfig, limits: Limits, max_picture
             previews=request.previews,
             caller=request.caller,
             limits=limits,
+            keep_alive=request.keep_alive,
         )
         if not request.operator:
             _refuse_disabled(config, generation, bool(request.images))
