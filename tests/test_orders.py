@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 import sfumato
+from sfumato.cli import app
 from support.serving import Server
 
 TINY = Path(sfumato.__file__).parent / "models" / "sfumato-tiny"
@@ -70,6 +72,83 @@ def test_a_model_that_draws_leaves_when_it_is_done(server: Server) -> None:
     thread.join()
     assert answers[0].status_code == 200
     until(server, "one", "unloaded")
+
+
+def test_the_memory_is_free_when_the_answer_comes(server: Server) -> None:
+    order(server, "load", model="one")
+    until(server, "one", "ready")
+    order(server, "unload", model="one")
+    assert state(server, "one")["status"] == "unloaded"
+    order(server, "unload", model="one")  # it is not there: that is what was wanted
+    assert server.client.post("/v1/models/unload").json() == {"success": True}  # without a body: all
+    assert server.client.post("/models/unload", json={}).json() == {"success": True}
+
+
+def test_a_model_in_use_is_named_and_leaves_later(server: Server) -> None:
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(server.draw(model="one", prompt="a cat", steps=300)))
+    thread.start()
+    while not any(each["step"] > 0 for each in server.client.get("/v1/images/progress").json()["data"]):
+        assert thread.is_alive()
+    answer = server.client.post("/sdapi/v1/unload-checkpoint")
+    assert (answer.status_code, answer.json()) == (200, {})
+    assert "requests have ended: one" in answer.headers["x-sfumato-warning"]
+    assert state(server, "one")["status"] == "ready"
+    thread.join()
+    assert answers[0].status_code == 200
+    until(server, "one", "unloaded")
+
+
+def test_automatic1111_clients_free_memory_and_load_again(server: Server) -> None:
+    assert server.client.post("/sdapi/v1/options", json={"sd_model_checkpoint": "two"}).status_code == 200
+    answer = server.client.post("/sdapi/v1/reload-checkpoint")
+    assert (answer.status_code, answer.json()) == (200, {})
+    assert state(server, "two")["status"] == "ready"
+    answer = server.client.post("/sdapi/v1/unload-checkpoint", json={})
+    assert (answer.status_code, answer.json()) == (200, {})
+    assert "x-sfumato-warning" not in answer.headers
+    assert state(server, "two")["status"] == "unloaded"
+    server.client.post("/sdapi/v1/options", json={"sd_model_checkpoint": "gone"})
+    answer = server.client.post("/sdapi/v1/reload-checkpoint")
+    assert answer.status_code == 500
+    assert "no/such" in answer.text
+    server.client.post("/sdapi/v1/options", json={"sd_model_checkpoint": "one"})
+
+
+@pytest.mark.parametrize("route", ["/v1/models/unload", "/models/load", "/sdapi/v1/unload-checkpoint"])
+def test_a_page_of_another_origin_frees_nothing(server: Server, route: str) -> None:
+    answer = server.client.post(route, json={"model": "one"}, headers={"origin": "https://elsewhere.example"})
+    assert answer.status_code == 403
+
+
+def test_the_command_line_frees_memory(server: Server) -> None:
+    order(server, "load", model="one")
+    until(server, "one", "ready")
+
+    def unload(*arguments: str) -> Any:
+        return CliRunner().invoke(app, ["unload", *arguments, "--url", server.url])
+
+    done = unload("one")
+    assert (done.exit_code, done.output) == (0, "one is unloaded\n")
+    assert state(server, "one")["status"] == "unloaded"
+    assert unload().output == "every model is unloaded\n"
+    done = unload("no-such")
+    assert done.exit_code != 0
+    assert "no-such" in str(done.exception)
+
+
+def test_the_command_line_says_that_nobody_answers() -> None:
+    done = CliRunner().invoke(app, ["unload", "--url", "http://127.0.0.1:9"])
+    assert "http://127.0.0.1:9 does not answer" in str(done.exception)
+
+
+def test_a_model_whose_file_is_gone_is_still_unloaded(server: Server) -> None:
+    file = server.data.parent / "models" / "leaving.yaml"
+    file.write_text(FILE.format(name="leaving", tiny=TINY))
+    assert server.draw(model="leaving", prompt="a cat").status_code == 200
+    file.unlink()
+    order(server, "unload", model="leaving")
+    assert server.client.post("/v1/models/unload", json={"model": "leaving"}).status_code == 404
 
 
 def test_a_pinned_model_stays_while_others_leave(server: Server) -> None:

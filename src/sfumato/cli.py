@@ -168,6 +168,20 @@ def pull(
     typer.echo(run(id, _settings(models=models)))
 
 
+@app.command()
+def unload(
+    model: Annotated[str | None, typer.Argument(help="Name of the model; absent: all models.")] = None,
+    url: Annotated[str | None, typer.Option(help="The server; absent: where `sfumato serve` would listen.")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(help="One of the server's keys; absent: the first in SFUMATO_API_KEYS, if any.")
+    ] = None,
+) -> None:
+    """Free the memory of a model on a running server; one in use leaves when its requests have ended."""
+    from sfumato.commands.unload import unload as run
+
+    typer.echo(run(model, url, api_key, _settings()))
+
+
 galleries = typer.Typer(help="The index of the pictures that were made.", no_args_is_help=True)
 app.add_typer(galleries, name="gallery")
 

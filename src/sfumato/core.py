@@ -7,6 +7,7 @@ defined here. Standard library only; frozen, so nothing changes under a reader.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -34,6 +35,23 @@ QUALITIES: Mapping[str, float] = MappingProxyType(
     {"low": 0.5, "medium": 1.0, "high": 1.5, "xhigh": 2.0, "max": 3.0, "auto": 1.0, "standard": 1.0, "hd": 1.5}
 )
 """OpenAI's `quality` → multiple of the model's default steps, unless the model file sets its own step count."""
+
+
+_DURATION = re.compile(r"-?(?:\d+(?:\.\d*)?|\.\d+)(?:h|ms|m|s)?(?:(?:\d+(?:\.\d*)?)(?:h|ms|m|s))*")
+_PARTS = re.compile(r"(\d+\.?\d*|\.\d+)(h|ms|m|s|$)")
+_SECONDS = {"h": 3600.0, "m": 60.0, "s": 1.0, "": 1.0, "ms": 0.001}
+
+
+def keep_alive_seconds(value: object) -> float:
+    """How long an idle model stays in memory, in Ollama's form: seconds, or a duration such as "5m" or "1h30m".
+
+    0 is not at all; a negative one is infinite: until another model needs the memory. Raises ValueError.
+    """
+    text = "" if isinstance(value, bool) else str(value).strip().lower()
+    if len(text) > 40 or not _DURATION.fullmatch(text):
+        raise ValueError('must be seconds (300), a duration ("5m", "1h30m"), 0 for not at all or -1 for no limit')
+    seconds = sum(float(number) * _SECONDS[unit] for number, unit in _PARTS.findall(text))
+    return math.inf if text.startswith("-") else seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +119,8 @@ class Generation:
     Otherwise it is refused."""
     notes: tuple[str, ...] = ()
     """Warnings that are known before it is drawn, in the form of `Done.warnings`."""
+    keep_alive: float | None = None
+    """Seconds that the model stays in memory once it is idle; None: as its file or the server says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +230,8 @@ class ModelInfo:
     """Upscaling factor, for an upscaler."""
     device: str
     dtype: str
+    memory_bytes: int = 0
+    """What its weights take in memory; what it shares with another model counts for both."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +253,8 @@ class EngineStats:
     restarts: int = 0
     """Workers started to replace one that had died."""
     resident_models: int = 0
+    model_bytes: Mapping[str, int] = field(default_factory=dict)
+    """Model in memory → bytes of its weights; what two models share counts for both."""
     memory_bytes: int = 0
     """Resident memory of the worker."""
     device_memory_bytes: int = 0

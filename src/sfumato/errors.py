@@ -18,6 +18,7 @@
     ├── ModelFileError                500 model_file_invalid     the YAML file must be fixed
     ├── LoadError                     500 model_load_failed
     │   ├── DownloadError             503 model_download_failed  the next request tries again
+    │   ├── ModelTooLarge             507 model_too_large        more than the memory budget of its device
     │   └── DeviceUnavailable         500 device_unavailable
     ├── DrawError                     500 generation_failed      the pipeline raised, or drew NaN
     ├── StorageError                  507 storage_failed         a picture could not be written
@@ -155,6 +156,11 @@ class LoadError(SfumatoError):
 class DownloadError(LoadError):
     status = 503
     code = "model_download_failed"
+
+
+class ModelTooLarge(LoadError):
+    status = 507
+    code = "model_too_large"
 
 
 class DeviceUnavailable(LoadError):

@@ -12,6 +12,8 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from sfumato.core import keep_alive_seconds
+
 PREFIX = "SFUMATO_"
 
 _FLAGS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
@@ -37,6 +39,21 @@ class Settings:
         "auto", "Device for every model: auto (as the model file says), cpu, cuda, cuda:1, mps, xpu."
     )
     loaded_models: int = _setting(2, "Maximum models in memory; the least recently used is unloaded.", least=1)
+    memory_mb: int = _setting(
+        0,
+        "Memory that models may take on each device, in MiB: idle ones leave when another needs it. 0: what the device "
+        "has, less vram_headroom.",
+        least=0,
+    )
+    vram_headroom: int = _setting(
+        512, "Memory of each device left to other programs and to what models need while they draw, in MiB.", least=0
+    )
+    keep_alive: str = _setting(
+        "-1",
+        "How long a model stays in memory once it is idle, unless its file or the request says: seconds, 5m, 1h30m; "
+        "0: not at all; -1: until another model needs the memory.",
+        check=keep_alive_seconds,
+    )
     max_batch: int = _setting(8, "Largest batch of a forward pass, in rows; guidance takes two per picture.", least=1)
     max_active: int = _setting(16, "Maximum pictures in flight at the same time; others wait.", least=1)
     max_queue: int = _setting(64, "Maximum pictures in the queue; further ones get a 429.", least=1)
@@ -150,6 +167,10 @@ def _parse(spec: Field[Any], name: str, raw: Any) -> Any:
         value = python_type(spec)(raw)
     except ValueError:
         raise ValueError(f"{name}={raw!r}: must be a whole number. {spec.metadata['help']}") from None
+    try:
+        spec.metadata.get("check", lambda value: None)(value)
+    except ValueError as error:
+        raise ValueError(f"{name}={raw!r}: {error}. {spec.metadata['help']}") from None
     least = spec.metadata.get("least")
     if least is not None and value < least:
         raise ValueError(f"{name}={raw!r}: must be at least {least}. {spec.metadata['help']}")

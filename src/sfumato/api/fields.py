@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, TypeAlias
 
-from pydantic import AliasChoices, BeforeValidator, Field
+from pydantic import AliasChoices, BeforeValidator, Field, WithJsonSchema
 
-from sfumato.core import MAX_SEED
+from sfumato.core import MAX_SEED, keep_alive_seconds
 from sfumato.sampling import Parameter
 from sfumato.serving.planning import RANDOM_SEED
 
@@ -25,6 +25,12 @@ def _blank_is_absent(value: Any) -> Any:
 BLANK = BeforeValidator(_blank_is_absent)
 Text: TypeAlias = Annotated[str | None, BLANK]
 Seed: TypeAlias = Annotated[Annotated[int, Field(ge=RANDOM_SEED, le=MAX_SEED)] | None, BLANK]
+KeepAlive: TypeAlias = Annotated[
+    float | None,
+    BeforeValidator(lambda value: None if value is None else keep_alive_seconds(value)),
+    BLANK,
+    WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "string"}, {"type": "null"}]}),
+]
 PictureCount: TypeAlias = Annotated[Annotated[int, Field(ge=1, le=MAX_COUNT)] | None, BLANK]
 Side: TypeAlias = Annotated[Annotated[int, Field(ge=1, le=MAX_SIDE)] | None, BLANK]
 

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
 from sfumato import schedulers
 from sfumato.api.dependencies import TheService
 from sfumato.api.http import documents
 from sfumato.api.http.forms import openapi_body, reader
+from sfumato.api.http.headers import header_text
 from sfumato.config import ModelConfig
 from sfumato.core import QUALITIES, ModelInfo
 from sfumato.models.static_capabilities import static_capabilities
@@ -69,14 +71,17 @@ async def load(body: Annotated[ModelBody, Depends(reader(ModelBody))], service: 
 
 @routes.post(
     "/models/unload",
-    summary="Unload a model once no request uses it",
-    openapi_extra=openapi_body(UnloadBody),
+    summary="Free the memory of a model, or of all",
+    description="The answer comes when the memory is free. A model in use is unloaded when its requests have ended, "
+    "and the header `x-sfumato-warning` says so.",
+    openapi_extra=openapi_body(UnloadBody, required=False),
     response_model=Taken,
     responses=ORDERS,
 )
-async def unload(body: Annotated[UnloadBody, Depends(reader(UnloadBody))], service: TheService) -> dict[str, Any]:
-    service.unload(body.model)
-    return {"success": True}
+async def unload(
+    body: Annotated[UnloadBody, Depends(reader(UnloadBody, optional=True))], service: TheService
+) -> JSONResponse:
+    return JSONResponse({"success": True}, headers=still_in_use(await service.unload(body.model)))
 
 
 @routes.post(
@@ -120,6 +125,14 @@ async def all_schedulers() -> dict[str, Any]:
     return {"object": "list", "data": data}
 
 
+def still_in_use(names: Sequence[str]) -> dict[str, str]:
+    """Headers that say which models are unloaded later."""
+    if not names:
+        return {}
+    sentence = f"model: in use, and unloaded when its requests have ended: {', '.join(names)}"
+    return {"x-sfumato-warning": header_text(sentence)}
+
+
 def _models(service: Service, configs: Sequence[ModelConfig]) -> list[dict[str, Any]]:
     return [_model(service, config) for config in configs]
 
@@ -138,6 +151,7 @@ def _model(service: Service, config: ModelConfig) -> dict[str, Any]:
             "status": status.state,
             "detail": status.detail,
             "progress": status.progress,
+            "memory_bytes": facts.memory_bytes if facts else None,
             "aliases": list(config.aliases),
             "description": config.description,
             "pipeline": capabilities.pipeline or config.pipeline_type,

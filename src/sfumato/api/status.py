@@ -30,6 +30,7 @@ class ModelState(BaseModel):
     pinned: bool = Field(description="Kept in memory when other models need room.")
     device: str | None
     dtype: str | None
+    memory_bytes: int | None = Field(description="What its weights take in memory; null if it is not loaded.")
 
 
 class Memory(BaseModel):
@@ -166,6 +167,7 @@ def _model(service: Service, name: str, pinned: bool) -> dict[str, Any]:
         "pinned": pinned,
         "device": status.info and status.info.device,
         "dtype": status.info and status.info.dtype,
+        "memory_bytes": status.info and status.info.memory_bytes,
     }
 
 

@@ -60,7 +60,7 @@ KEYS: tuple[Key, ...] = (
         ("description", "description", read.string, "Free text for people."),
         ("usage", "usage", read.string, "Free text for people."),
         ("disabled", "disabled", read.flag, "Requests for this model are refused."),
-        ("pinned", "pinned", read.flag, "Never unloaded to make room for another model."),
+        ("pinned", "pinned", read.flag, "Never unloaded to make room for another model, and not for being idle."),
     ),
     *_group(
         "Source",
@@ -160,6 +160,11 @@ KEYS: tuple[Key, ...] = (
     ),
     *_group(
         "Serving",
+        (
+            "keep_alive", "keep_alive", read.keep_alive,
+            "How long it stays in memory once it is idle: seconds, `5m`, 0 for not at all, -1 for no limit. "
+            "Absent: the setting `keep_alive`.",
+        ),
         ("limits.max_concurrent", "max_concurrent", read.integer(1, absent=0), "Pictures at a time. Absent: no limit."),
         ("limits.retry_after_seconds", "retry_after", read.integer(1, 86400, absent=0), "`Retry-After` of a 429."),
     ),

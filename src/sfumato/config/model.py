@@ -77,7 +77,9 @@ class ModelConfig:
     usage: str | None = field(default=None, compare=False)
     disabled: bool = False
     pinned: bool = False
-    """Never unloaded to make room for another model."""
+    """Never unloaded to make room for another model, and not for being idle."""
+    keep_alive: float | None = None
+    """Seconds that it stays in memory once it is idle; None: as the server says."""
 
     model: str
     """Where the weights come from, as written; `sfumato.models.sources` says what it is."""

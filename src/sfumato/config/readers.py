@@ -17,7 +17,7 @@ from urllib.parse import urlparse
 from sfumato.config import addresses
 from sfumato.config.model import Download
 from sfumato.config.scalar import scalar
-from sfumato.core import MAX_SEED, QUALITIES
+from sfumato.core import MAX_SEED, QUALITIES, keep_alive_seconds
 from sfumato.errors import did_you_mean
 
 Reader: TypeAlias = Callable[[Any], Any]
@@ -76,6 +76,13 @@ def flag(value: Any) -> bool:
     if isinstance(value, bool):
         return value
     raise ValueError("needs true or false, without quotes")
+
+
+def keep_alive(value: Any) -> float:
+    try:
+        return keep_alive_seconds(value)
+    except ValueError as error:
+        raise ValueError(f"{shorten(value)}: {error}") from None
 
 
 def number(minimum: float, maximum: float = math.inf) -> Reader:

@@ -26,4 +26,5 @@ def model_info(model: Loaded) -> ModelInfo:
         upscale=upscaler.factor if upscaler else None,
         device=model.device,
         dtype=model.dtype,
+        memory_bytes=sum(model.blocks().values()),
     )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from sfumato.config import ModelConfig
 from sfumato.core import EngineStats, Event, Generation, ModelStatus
 from sfumato.engine import environment
-from sfumato.engine.protocol import Cancel, Order, Report, Stop, Submit
+from sfumato.engine.protocol import Cancel, Load, Order, Ordered, Report, Stop, Submit, Unload
 from sfumato.engine.streams import Streams
 from sfumato.errors import WorkerDied
 from sfumato.settings import Settings
@@ -44,6 +44,9 @@ class Local:
     def order(self, command: Order) -> None:
         if self._loop:
             self._loop.post(command)
+
+    async def carry_out(self, command: Load | Unload) -> Ordered:
+        return await self._streams.carried_out(command, self.order) if self.ready else Ordered("")
 
     def status(self, model: str) -> ModelStatus:
         return self._streams.status(model)

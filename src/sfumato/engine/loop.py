@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import queue
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -22,7 +23,7 @@ from sfumato.batching.batcher import Batcher, Task
 from sfumato.batching.proof_store import Proofs
 from sfumato.batching.verification import Verification
 from sfumato.config import ModelConfig
-from sfumato.core import Done, Event, Failed, ModelStatus, Preview, Step
+from sfumato.core import Done, Event, Failed, ModelStatus, Preview, Step, keep_alive_seconds
 from sfumato.drawing import out_of_memory
 from sfumato.drawing.draw import Disturbed, RunStopped, draw
 from sfumato.drawing.info import model_info
@@ -31,6 +32,7 @@ from sfumato.engine.protocol import (
     Cancel,
     Command,
     Load,
+    Ordered,
     Pin,
     Report,
     Started,
@@ -42,7 +44,9 @@ from sfumato.engine.protocol import (
 )
 from sfumato.engine.stats import Stats
 from sfumato.errors import Cancelled, SfumatoError
+from sfumato.models.budget import MIB, Budget
 from sfumato.models.pool import ModelPool
+from sfumato.models.turns import Turns
 from sfumato.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -56,8 +60,10 @@ class Loop:
     Each accepted generation is a task of the batcher, and is answered by exactly one `Done` or `Failed`.
     """
 
-    def __init__(self, settings: Settings, send: Send) -> None:
-        self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
+    def __init__(self, settings: Settings, send: Send, clock: Callable[[], float] = time.monotonic) -> None:
+        """`clock`: seconds, for what is unloaded once it was idle for long enough."""
+        self._inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        """None: the thread that loads a model has news."""
         self._send = send
         verification = Verification(
             proofs=Proofs(Path(settings.proofs) if settings.proofs else settings.data / proof_store.NAME)
@@ -68,6 +74,7 @@ class Loop:
             verification=verification,
             on_listen=self._listen,
         )
+        self._turns = Turns()
         self._pool = ModelPool(
             settings.loaded_models,
             settings.device,
@@ -75,16 +82,21 @@ class Loop:
             self._batcher.forget,
             self._batcher.free_caches,
             model_info,
+            budget=Budget(settings.memory_mb * MIB, settings.vram_headroom * MIB),
+            keep_alive=keep_alive_seconds(settings.keep_alive),
+            clock=clock,
+            turns=self._turns,
+            wake=lambda: self._inbox.put(None),
         )
         self._stats = Stats(self._batcher, self._pool)
         self._submitted: dict[str, Submit] = {}
         """Generations without a task yet; those that arrive while a request runs wait here."""
-        self._orders: list[Load | Unload] = []
-        """Orders that arrived while a request ran: models are loaded and unloaded only between turns."""
+        self._orders: list[Load] = []
+        """Orders that arrived while a request ran: loading begins between turns."""
         self._tasks: dict[str, Task] = {}
         """Tasks of unanswered generations."""
-        self._loads: list[Task] = []
-        """Tasks that load a model; no request waits for them."""
+        self._loads: list[tuple[str, Task]] = []
+        """Tasks that load a model for an order, each with the order's id; no request waits for them."""
         self._stopping = False
 
     def post(self, command: Command) -> None:
@@ -93,31 +105,53 @@ class Loop:
     def run(self) -> None:
         """Run until `Stop`; commands posted before it are answered first."""
         with torch.no_grad():
+            idle = not self._busy
             while self._busy or not self._stopping:
-                self._receive(wait=not self._busy)
+                self._receive(wait=idle)
                 self._begin()
-                self._batcher.step()
+                with self._turns.turn():
+                    computed = self._step()
+                waits = self._pool.loading and not computed
                 self._report()
+                idle = waits or not self._busy
+        self._pool.close()
+
+    def _step(self) -> bool:
+        """One turn; whether any request went on, apart from those that wait for the load of a model."""
+        before = self._batcher.now
+        self._pool.tend()
+        self._batcher.step()
+        return self._batcher.now > before or any(task.done for task in self._all_tasks)
 
     @property
     def _busy(self) -> bool:
         return bool(self._tasks or self._loads or self._submitted or self._orders)
 
+    @property
+    def _all_tasks(self) -> list[Task]:
+        return [*self._tasks.values(), *(task for _, task in self._loads)]
+
     def _receive(self, *, wait: bool) -> None:
-        """Read all commands that have arrived. `wait`: block until one arrives."""
+        """Read all commands that have arrived. `wait`: block until one arrives, or an idle model is to be unloaded."""
         if wait:
-            self._handle(self._inbox.get())
+            with suppress(queue.Empty):
+                self._handle(self._inbox.get(timeout=self._pool.until_expiry()))
         while not self._inbox.empty():  # only this thread reads it
             self._handle(self._inbox.get_nowait())
 
-    def _handle(self, command: Command) -> None:
+    def _handle(self, command: Command | None) -> None:
         match command:
             case Submit():
                 self._submitted[command.generation.id] = command
             case Cancel(id):
                 self._cancel(id)
-            case Load() | Unload() as order:
-                self._orders.append(order)
+            case Load():
+                self._orders.append(command)
+            case Unload(name, id):
+                in_use = self._pool.unload(name)
+                if id:
+                    self._send(StatsReport(self._stats.stats()))  # who reads the answer sees the memory that is free
+                    self._send(Ordered(id, in_use))
             case Pin(name, pinned):
                 self._pool.pin(name, pinned)
             case Stop():
@@ -127,11 +161,7 @@ class Loop:
         """Start a task for each order, then for each generation."""
         orders, self._orders = self._orders, []
         for order in orders:
-            match order:
-                case Load(config):
-                    self._loads.append(self._batcher.submit(functools.partial(self._load, config)))
-                case Unload(name):
-                    self._pool.unload(name)
+            self._loads.append((order.id, self._batcher.submit(functools.partial(self._load, order.config))))
         submitted, self._submitted = self._submitted, {}
         for id, submit in submitted.items():
             task = self._batcher.submit(functools.partial(self._draw, submit), caller=submit.generation.caller)
@@ -145,11 +175,13 @@ class Loop:
         for id in ended:
             del self._tasks[id]
             self._stats.ended(id)
-        loads, self._loads = self._loads, [task for task in self._loads if not task.done]
-        for load in loads:
+        loads, self._loads = self._loads, [(id, task) for id, task in self._loads if not task.done]
+        for id, load in loads:
             if load.done:
                 self._stats.changed()
-                _event("the load of a model", load)  # for the log; callers read its status
+                event = _event("the load of a model", load)
+                if id:
+                    self._send(Ordered(id, error=event.error if isinstance(event, Failed) else None))
         # Before the answers: the counters must include a request once its answer is read.
         if self._stats.due(idle=not (self._tasks or self._loads)):
             self._send(StatsReport(self._stats.stats()))
@@ -183,7 +215,8 @@ class Loop:
         on_step = functools.partial(self._on_step, id)
         on_preview = functools.partial(self._on_preview, id)
         while True:
-            with self._pool.use(submit.config, self._batcher.turn) as model, suppress(Disturbed):
+            keep_alive = submit.generation.keep_alive
+            with self._pool.use(submit.config, self._batcher.turn, keep_alive) as model, suppress(Disturbed):
                 run = functools.partial(draw, model, on_step=on_step, on_preview=on_preview)
                 self._stats.started(id)
                 return out_of_memory.with_less(model, submit.generation, run, self._batcher.free_caches)
@@ -191,8 +224,7 @@ class Loop:
 
     def _load(self, config: ModelConfig) -> None:
         """Load a model; progress and errors appear in its status."""
-        with self._pool.use(config, self._batcher.turn):
-            pass
+        self._pool.preload(config, self._batcher.turn)
 
     def _on_step(self, id: str, step: int, total: int) -> None:
         if task := self._tasks.get(id):
@@ -206,9 +238,9 @@ class Loop:
             self._send(Answer(id, preview))
 
     def _report_status(self, model: str, status: ModelStatus) -> None:
+        """May be called in the thread that loads."""
         self._stats.changed()
         self._send(Status(model, status))
-        self._listen()
 
 
 _CANCELLED = Failed(Cancelled("the request was cancelled"))

@@ -8,6 +8,7 @@ from typing import Protocol, TypeAlias
 
 from sfumato.config import ModelConfig
 from sfumato.core import EngineStats, Event, Generation, ModelStatus
+from sfumato.errors import SfumatoError
 
 
 class Engine(Protocol):
@@ -27,6 +28,9 @@ class Engine(Protocol):
 
     def order(self, command: Order) -> None:
         """Load, unload or pin a model, as soon as a worker is up; `status` reports the progress."""
+
+    async def carry_out(self, command: Load | Unload) -> Ordered:
+        """As `order`, and returns when it is done: the model is loaded or has failed to load, memory is free again."""
 
     def status(self, model: str) -> ModelStatus:
         """State of the model of that name."""
@@ -59,6 +63,8 @@ class Load:
     """Load a model before the first request needs it."""
 
     config: ModelConfig
+    id: str = ""
+    """If set, an `Ordered` with this id follows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +72,8 @@ class Unload:
     """Unload a model (None: all), each as soon as no request uses it."""
 
     model: str | None
+    id: str = ""
+    """If set, an `Ordered` with this id follows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +120,17 @@ class Status:
 
 
 @dataclass(frozen=True, slots=True)
+class Ordered:
+    """A `Load` or `Unload` was carried out."""
+
+    id: str
+    in_use: tuple[str, ...] = ()
+    """Models that are unloaded only when the requests that use them have ended."""
+    error: SfumatoError | None = None
+    """Why the model could not be loaded."""
+
+
+@dataclass(frozen=True, slots=True)
 class StatsReport:
     """Counters since this worker started."""
 
@@ -120,4 +139,4 @@ class StatsReport:
 
 Order: TypeAlias = Load | Unload | Pin
 Command: TypeAlias = Submit | Cancel | Order | Stop
-Report: TypeAlias = Ready | Started | Answer | Status | StatsReport
+Report: TypeAlias = Ready | Started | Answer | Status | Ordered | StatsReport

@@ -74,6 +74,7 @@ class Stats:
             loads=self._pool.loads,
             evictions=self._pool.evictions,
             resident_models=len(self._pool),
+            model_bytes=self._pool.sizes,
             memory_bytes=_memory(),
             device_memory_bytes=torch.cuda.memory_allocated() if torch.cuda.is_available() else 0,
         )

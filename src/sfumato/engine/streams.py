@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import reprlib
+import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 
 from sfumato.core import Done, EngineStats, Event, Failed, ModelStatus, Preview, Step
-from sfumato.engine.protocol import Answer, Ready, Report, Started, StatsReport, Status
-from sfumato.errors import SfumatoError
+from sfumato.engine.protocol import Answer, Load, Order, Ordered, Ready, Report, Started, StatsReport, Status, Unload
+from sfumato.errors import SfumatoError, WorkerDied
 
 SUMS = ("forwards", "steps", "step_seconds", "loads", "evictions")
 """Fields of `EngineStats` that never decrease, even across workers."""
@@ -22,6 +23,7 @@ class Streams:
     def __init__(self) -> None:
         self._queues: dict[str, asyncio.Queue[Event]] = {}
         self._statuses: dict[str, ModelStatus] = {}
+        self._orders: dict[str, asyncio.Future[Ordered]] = {}
         self._stats = EngineStats()
         self._before = EngineStats()
 
@@ -43,6 +45,17 @@ class Streams:
             if not ended:
                 cancel()
 
+    async def carried_out(self, command: Load | Unload, send: Callable[[Order], None]) -> Ordered:
+        """`send` the command, and wait until the worker reports that it was carried out, or is gone."""
+        id = uuid.uuid4().hex
+        done: asyncio.Future[Ordered] = asyncio.get_running_loop().create_future()
+        self._orders[id] = done
+        try:
+            send(replace(command, id=id))
+            return await done
+        finally:
+            del self._orders[id]
+
     def deliver(self, report: Report) -> None:
         """Handle a report. Raises TypeError, and changes nothing, if it is not one."""
         match report:
@@ -51,6 +64,9 @@ class Streams:
                     queue.put_nowait(event)
             case Status(str(model), ModelStatus() as status):
                 self._statuses[model] = status
+            case Ordered(str(id)):
+                if (done := self._orders.get(id)) and not done.done():
+                    done.set_result(report)
             case StatsReport(EngineStats() as stats):
                 self._stats = stats
             case Ready() | Started(str()):
@@ -67,9 +83,15 @@ class Streams:
         """End every stream."""
         for id in self._queues:
             self.fail(id, error)
+        self._end_orders(error)
+
+    def _end_orders(self, error: SfumatoError) -> None:
+        for id in self._orders:
+            self.deliver(Ordered(id, error=error))
 
     def forget(self) -> None:
         """The worker is gone, and with it every loaded model."""
+        self._end_orders(WorkerDied("the worker ended before the order was carried out; send it again"))
         self._statuses.clear()
         self._before, self._stats = self.stats, EngineStats()
 

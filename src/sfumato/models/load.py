@@ -22,6 +22,7 @@ from sfumato.errors import DeviceUnavailable, DownloadError, InvalidRequest, Loa
 from sfumato.models import (
     descriptions,
     download,
+    footprint,
     gguf,
     parts,
     pipeline_class,
@@ -37,6 +38,7 @@ from sfumato.previews.decode import CheapDecoder, cheap_decoder
 log = logging.getLogger(__name__)
 
 OnStatus: TypeAlias = Callable[[ModelStatus], None]
+MakeRoom: TypeAlias = Callable[[footprint.Needs], None]
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -73,10 +75,18 @@ class Loaded:
     preview_decoder: CheapDecoder | None = None
     """Cheap preview decoder; None: previews use the model's own VAE."""
 
+    def blocks(self) -> footprint.Blocks:
+        """The memory blocks that its weights take."""
+        decoder = [self.preview_decoder] if isinstance(self.preview_decoder, torch.nn.Module) else []
+        return footprint.blocks([*footprint.modules_of(self.pipeline), *decoder])
 
-def load(config: ModelConfig, device_setting: str, on_status: OnStatus) -> Loaded:
+
+def load(
+    config: ModelConfig, device_setting: str, on_status: OnStatus, make_room: MakeRoom = lambda needs: None
+) -> Loaded:
     """Load a model. Raises LoadError, ModelFileError or InvalidRequest with a readable message, and then keeps nothing.
 
+    `make_room` is called when all files are there, before weights are read; what it raises ends the load.
     If memory runs out, raises what torch or Python raised (see `is_out_of_memory`).
     """
     # The server logs what is loaded; progress bars are for terminals.
@@ -89,7 +99,7 @@ def load(config: ModelConfig, device_setting: str, on_status: OnStatus) -> Loade
     try:
         device = choose_device(config, device_setting)
         dtype = choose_dtype(config, device)
-        pipeline, fetched = _pipeline(config, dtype, on_status)
+        pipeline, fetched = _pipeline(config, device, dtype, on_status, make_room)
         source = fetched.label
         prediction.apply(config, pipeline, fetched.path if fetched.description and not gguf.is_one(config) else None)
         _check(config, pipeline)
@@ -211,12 +221,15 @@ def _described(config: ModelConfig, path: Path, label: str, dtype: str, on_statu
     return Fetched(path, label, fetch(gguf.base(config), dtype, on_status, without=gguf.DENOISERS).path)
 
 
-def _pipeline(config: ModelConfig, dtype: str, on_status: OnStatus) -> tuple[Any, Fetched]:
+def _pipeline(
+    config: ModelConfig, device: str, dtype: str, on_status: OnStatus, make_room: MakeRoom
+) -> tuple[Any, Fetched]:
     pipeline_class.choose(config, None)  # an unknown class is reported before anything is fetched
     fetched = fetch(config, dtype, on_status)
     on_status(ModelStatus("loading", fetched.label))
     index = pipeline_class.index_of(fetched.description or fetched.path)
     cls = getattr(diffusers, pipeline_class.choose(config, index))
+    make_room(_needs(config, fetched, index, device, dtype))
     with download.as_download_errors(fetched.label):
         if fetched.path.suffix.lower() == gguf.SUFFIX and fetched.description:
             with weight_file.in_lower_case(fetched.path) as file:
@@ -225,6 +238,21 @@ def _pipeline(config: ModelConfig, dtype: str, on_status: OnStatus) -> tuple[Any
         if fetched.description:
             return _single_file(config, fetched, cls, dtype), fetched
         return _folder(config, fetched.path, cls, dtype), fetched
+
+
+def _needs(config: ModelConfig, fetched: Fetched, index: dict[str, Any], device: str, dtype: str) -> footprint.Needs:
+    """What the model's own weights will take; a GGUF file's denoiser stays quantised."""
+    sizes = {}
+    folder = fetched.path if fetched.path.is_dir() else None
+    if fetched.path.suffix.lower() == gguf.SUFFIX:
+        folder = fetched.description
+    if folder:
+        files = [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
+        variant = variants.pick(files, _preferred_variants(config, dtype))
+        sizes = footprint.of_files(folder, index, dtype, variant)
+    if not fetched.path.is_dir():
+        sizes |= footprint.of_files(fetched.path, index, dtype, None)
+    return footprint.Needs(sizes, device, dtype)
 
 
 def _preferred_variants(config: ModelConfig, dtype: str) -> tuple[str | None, ...]:

@@ -1,22 +1,29 @@
-"""The models in memory: the most recently used ones, up to a limit; a changed model file is reloaded."""
+"""The models in memory: the most recently used ones, up to a limit and a budget; a changed model file is reloaded."""
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
-from collections import Counter, OrderedDict, deque
+import math
+import time
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from sfumato.batching import offload
+from sfumato import allocator
+from sfumato.batching import cpu_threads, offload
 from sfumato.batching.batcher import is_out_of_memory
 from sfumato.config import ModelConfig
 from sfumato.core import ModelInfo, ModelStatus
-from sfumato.errors import LoadError, SfumatoError
-from sfumato.models import load
+from sfumato.errors import Cancelled, LoadError, ModelTooLarge
+from sfumato.models import footprint, load
+from sfumato.models.budget import Budget
+from sfumato.models.loading import CANCELLED, Loading
 from sfumato.models.release import release_frames
+from sfumato.models.turns import Turns
 from sfumato.sampling import Sampling
 
 log = logging.getLogger(__name__)
@@ -26,14 +33,18 @@ UNLOAD_REQUESTED = "unloading was requested"
 PER_REQUEST: Mapping[str, Any] = {
     "aliases": (), "pinned": False, "disabled": False, "file": None, "enable_parameters": frozenset(),
     "quality_steps": (), "seed": None, "n": None, "option_lines": (), "locked": frozenset(),
-    "threads": None, "max_concurrent": None,
+    "threads": None, "max_concurrent": None, "keep_alive": None,
     "retry_after": 0,
 }  # fmt: skip
 """Fields without effect on loading, with a value that replaces them in comparisons."""
 
 
 class ModelPool:
-    """Loaded models by name. Used only on the loop's thread, by requests that take turns on it."""
+    """Loaded models by name. Used only on the loop's thread, by requests that take turns on it.
+
+    Models are loaded in threads of their own if there is a loop to wake, and requests for other models go on. Files of
+    several models may be fetched at the same time; weights are read of one at a time.
+    """
 
     def __init__(
         self,
@@ -43,11 +54,20 @@ class ModelPool:
         dropped: Callable[[], None] = lambda: None,
         free_caches: Callable[[], int] = lambda: 0,
         describe: Callable[[load.Loaded], ModelInfo | None] = lambda model: None,
+        *,
+        budget: Budget | None = None,
+        keep_alive: float = math.inf,
+        clock: Callable[[], float] = time.monotonic,
+        turns: Turns | None = None,
+        wake: Callable[[], None] | None = None,
     ) -> None:
-        """Hold at most `limit` models, on `device` (a setting); `dropped` is called after one was unloaded.
+        """Hold at most `limit` models, on `device` (a setting), within `budget` (None: what the device has).
 
-        `free_caches` drops the engine's caches and returns the bytes freed, for a model that does not fit.
-        `describe` returns a model's capabilities.
+        `on_status` may be called in the thread that loads. `dropped` is called after a model was unloaded,
+        `free_caches` drops the engine's caches and returns the bytes freed, for a model that does not fit, `describe`
+        returns a model's capabilities. An idle model leaves after `keep_alive` seconds, unless its file or the request
+        says otherwise. `wake` is called in the thread that loads, when there is something to do for `tend`; None: this
+        thread loads.
         """
         self._limit = limit
         self._device = device
@@ -55,15 +75,31 @@ class ModelPool:
         self._dropped = dropped
         self._free_caches = free_caches
         self._describe = describe
+        self._budget = budget or Budget()
+        self._default_keep_alive = keep_alive
+        self._clock = clock
+        self._turns = turns or Turns()
+        self._wake = wake
         self._loaded: OrderedDict[str, load.Loaded] = OrderedDict()
+        self._blocks: dict[str, footprint.Blocks] = {}
+        """Loaded model → its memory blocks."""
         self._newest: dict[str, ModelConfig] = {}
         """Loaded model → the config of its latest request."""
+        self._keep_alive: dict[str, float] = {}
+        """Loaded model → seconds that it stays once it is idle."""
+        self._idle_since: dict[str, float] = {}
         self._users: Counter[str] = Counter()
+        """Model → requests that use it, or have waited for its load and are about to."""
         self._pins: dict[str, bool] = {}
         """Model → whether it is pinned, if a request overrode its model file."""
         self._to_unload: set[str] = set()
         """Models to unload as soon as no request uses them."""
-        self._queue: deque[object] = deque()
+        self._loadings: dict[str, Loading] = {}
+        """Model → the load that requests or orders wait for, oldest first."""
+        self._reading: Loading | None = None
+        """The load that was let go on: only one at a time reads weights. It may be cancelled."""
+        self._short_of_room = False
+        """Whether a load has to wait until models in use are idle."""
         self.loads = 0
         """Models loaded so far."""
         self.evictions = 0
@@ -72,97 +108,251 @@ class ModelPool:
     def __len__(self) -> int:
         return len(self._loaded)
 
+    @property
+    def loading(self) -> bool:
+        """Whether a model is being loaded."""
+        return bool(self._loadings or self._reading)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each loaded model; what two models share counts for both."""
+        return {name: sum(blocks.values()) for name, blocks in self._blocks.items()}
+
+    # What requests and orders call.
+
     @contextmanager
-    def use(self, config: ModelConfig, turn: Callable[[], None]) -> Iterator[load.Loaded]:
+    def use(
+        self, config: ModelConfig, turn: Callable[[], None], keep_alive: float | None = None
+    ) -> Iterator[load.Loaded]:
         """The model for this `config`, loaded if necessary, and not unloaded while in use.
 
-        `turn` lets other requests continue while this one waits for room. First come, first served: requests for
-        loaded models do not overtake a model that waits for room.
+        `turn` lets other requests continue while this one waits. Requests for loaded models do not overtake a model
+        that waits for room. `keep_alive`: of the request.
         """
-        ticket = object()
-        self._queue.append(ticket)
-        try:
-            while self._queue[0] is not ticket or not self._has_room(config):
-                turn()
-            model = self._get(config)
-        finally:
-            self._queue.remove(ticket)
-        self._users[config.name] += 1
+        model = self._obtain(config, turn)
+        name = config.name
+        self._keep_alive[name] = self._seconds(config) if keep_alive is None else keep_alive
         try:
             yield model
         finally:
-            self._users[config.name] -= 1
-            if not self._users[config.name]:
-                self._become_idle(config.name)
-                if config.name in self._to_unload:
-                    self._unload(config.name, UNLOAD_REQUESTED)
+            self._release(name)
 
-    def unload(self, name: str | None) -> None:
-        """Unload a model (None: all), pinned or not, once no request uses it."""
+    def preload(self, config: ModelConfig, turn: Callable[[], None]) -> None:
+        """Load the model, if it is not there, without using it."""
+        self._obtain(config, turn, order=True)
+        self._keep_alive[config.name] = self._seconds(config) or math.inf  # until its first request
+        self._release(config.name)
+
+    def unload(self, name: str | None) -> tuple[str, ...]:
+        """Unload a model (None: all), pinned or not. Returns those in use: they leave when no request uses them."""
+        in_use = []
+        for loading in [each for each in self._loadings.values() if name in (None, each.config.name)]:
+            if loading.requests:
+                self._to_unload.add(loading.config.name)
+                in_use.append(loading.config.name)
+            else:
+                loading.error = Cancelled(CANCELLED)  # for those who ordered it
+                self._cancel(loading)
         for model in [name] if name is not None else list(self._loaded):
             if model in self._loaded and self._users[model]:
                 self._to_unload.add(model)
+                in_use.append(model)
             elif model in self._loaded:
                 self._unload(model, UNLOAD_REQUESTED)
+        return tuple(dict.fromkeys(in_use))
 
     def pin(self, name: str, pinned: bool) -> None:
         self._pins[name] = pinned
 
-    def _has_room(self, config: ModelConfig) -> bool:
-        loaded = self._loaded.get(config.name)
-        if loaded and _serves(loaded, config):
-            return True
-        if loaded and self._users[config.name]:
-            return False  # it must be reloaded; requests that use the old one finish first
-        return len(self._loaded) < self._limit or self._oldest() is not None or not any(self._users.values())
+    # What the loop calls.
 
-    def _get(self, config: ModelConfig) -> load.Loaded:
-        """The model. A failed load leaves nothing behind: the next request tries again."""
-        loaded = self._loaded.get(config.name)
-        if loaded and _serves(loaded, config):
-            self._loaded.move_to_end(config.name)
-            self._to_unload.discard(config.name)  # it is requested again
-            changed, self._newest[config.name] = self._newest[config.name] != config, config
-            if not self._users[config.name]:
-                loaded.config = config
-            # Running requests keep the model file they were made with.
-            model = loaded if loaded.config == config else replace(loaded, config=config)
-            if changed:  # a default of requests changed
-                self._on_status(config.name, self._ready(model))
-            return model
-        if loaded:
-            self._unload(config.name, loaded.state.broken or "its model file changed")
-        while len(self._loaded) >= self._limit and (idle := self._oldest()):
-            self._evict(idle, "another model needs its place")
+    def tend(self) -> None:
+        """In every turn: go on with the load in progress, and unload what was idle for long enough."""
+        for loading in dict.fromkeys([*self._loadings.values(), *([self._reading] if self._reading else [])]):
+            if loading.done:
+                if self._loadings.get(loading.config.name) is loading:
+                    del self._loadings[loading.config.name]
+                if self._reading is loading:
+                    self._reading = None
+                self._finish(loading)
+        waiting = next((each for each in self._loadings.values() if each.needs), None)
+        if waiting and waiting.needs and not self._reading:
+            self._try_to_admit(waiting, waiting.needs)
+        for name in [name for name, seconds in self._idle().items() if seconds <= 0]:
+            self._unload(name, f"it was idle for {self._keep_alive[name]:g} s (keep_alive)")
+
+    def until_expiry(self) -> float | None:
+        """Seconds until an idle model is to be unloaded; None if none is."""
+        soonest = min(self._idle().values(), default=math.inf)
+        return None if math.isinf(soonest) else max(0.0, soonest)
+
+    def close(self) -> None:
+        """End the loads in progress as soon as possible."""
+        for loading in self._loadings.values():
+            loading.cancel()
+
+    # A model for a request.
+
+    def _obtain(self, config: ModelConfig, turn: Callable[[], None], *, order: bool = False) -> load.Loaded:
+        """The model, counted as used from now on. A failed load leaves nothing behind: the next request tries again."""
+        name = config.name
+        while True:
+            self.tend()
+            loaded, loading = self._loaded.get(name), self._loadings.get(name)
+            if loaded and _serves(loaded, config):
+                if not self._short_of_room:
+                    self._to_unload.discard(name)  # it is requested again
+                    self._users[name] += 1
+                    return self._take(loaded, config)
+            elif loading is None or _loading_config(loading.config) == _loading_config(config):
+                return self._join(loading or self._begin(config, turn), config, turn, order=order)
+            turn()
+
+    def _begin(self, config: ModelConfig, turn: Callable[[], None]) -> Loading:
+        self._on_status(config.name, ModelStatus("loading"))
+        return Loading(
+            config,
+            lambda config, report, make_room: load.load(config, self._device, report, make_room),
+            lambda status: self._on_status(config.name, status),
+            turn,
+        )
+
+    def _join(self, loading: Loading, config: ModelConfig, turn: Callable[[], None], *, order: bool) -> load.Loaded:
+        """Wait for the load. Raises its error. When the last one that waits leaves, the load is cancelled."""
+        name = config.name
+        loading.join(order)
         try:
-            self._loaded[config.name] = self._load(config)
-        except SfumatoError as error:
-            self._on_status(config.name, ModelStatus("failed", error.message))
+            if not loading.begun:
+                self._launch(loading)
+            while self._loadings.get(name) is loading:
+                self.tend()
+                if self._loadings.get(name) is loading:
+                    turn()
+        except BaseException:
+            loading.leave(order)
+            if self._loadings.get(name) is not loading and not loading.error:
+                self._release(name)  # it was loaded, and counted as used
+            elif not loading.waiting and self._loadings.get(name) is loading:
+                self._cancel(loading)
             raise
-        self.loads += 1
-        self._newest[config.name] = config
-        model = self._loaded[config.name]
-        self._on_status(config.name, self._ready(model))
+        if loading.error:
+            raise copy.copy(loading.error)
+        return self._take(self._loaded[name], config)
+
+    def _take(self, loaded: load.Loaded, config: ModelConfig) -> load.Loaded:
+        """The loaded model as this request sees it."""
+        name = config.name
+        self._loaded.move_to_end(name)
+        changed, self._newest[name] = self._newest[name] != config, config
+        if self._users[name] == 1:
+            loaded.config = config
+        # Running requests keep the model file they were made with.
+        model = loaded if loaded.config == config else replace(loaded, config=config)
+        if changed:  # a default of requests changed
+            self._on_status(name, self._ready(model))
         return model
 
-    def _load(self, config: ModelConfig) -> load.Loaded:
-        def on_status(status: ModelStatus) -> None:
-            self._on_status(config.name, status)
+    def _release(self, name: str) -> None:
+        self._users[name] -= 1
+        if not self._users[name]:
+            self._become_idle(name)
+            if name in self._to_unload:
+                self._unload(name, UNLOAD_REQUESTED)
 
-        on_status(ModelStatus("loading"))
-        while True:
-            try:
-                return load.load(config, self._device, on_status)
-            except Exception as error:  # torch's CPU allocator raises a plain RuntimeError
-                if not is_out_of_memory(error):
-                    raise
-                release_frames(error)
-            gc.collect()
-            if not self._free_caches() and not self._evict_idle():
-                raise LoadError(
-                    f"{config.name}: does not fit into memory. Try `low_vram: true`, a smaller dtype or cuda: false"
-                )
-            offload.empty_cache()
+    def _seconds(self, config: ModelConfig) -> float:
+        return self._default_keep_alive if config.keep_alive is None else config.keep_alive
+
+    # Loads in progress.
+
+    def _launch(self, loading: Loading) -> None:
+        self._loadings[loading.config.name] = loading
+        if self._wake:
+            loading.start(self._turns, self._wake)
+            return
+
+        def wait_for_room() -> None:
+            while loading.needs:
+                self._try_to_admit(loading, loading.needs)
+                if loading.needs:
+                    loading.turn()
+
+        loading.run_here(wait_for_room)
+
+    def _try_to_admit(self, loading: Loading, needs: footprint.Needs) -> None:
+        """Let the load go on if there is room for it, or can be: idle models are unloaded."""
+        name = loading.config.name
+        self._short_of_room = True
+        if name in self._loaded:
+            if self._users[name]:
+                return  # it must be reloaded; requests that use the old one finish first
+            self._unload(name, self._loaded[name].state.broken or "its model file changed")
+        staying = [self._blocks[other] for other, model in self._loaded.items() if self._pinned(model)]
+        if refusal := self._budget.refusal(name, needs, staying):
+            loading.refuse(ModelTooLarge(refusal))
+        else:
+            while len(self._loaded) >= self._limit or not self._budget.fits(needs, self._blocks.values()):
+                idle = self._oldest()
+                if idle is None and any(self._users.values()):
+                    return
+                if idle is None:  # all are pinned, or the rest is offloaded
+                    break
+                self._evict(idle, "another model needs its place")
+            self._reading = loading
+            with cpu_threads.using(loading.threads):
+                self._on_status(name, ModelStatus("loading"))
+            loading.admit()
+        self._short_of_room = False
+
+    def _cancel(self, loading: Loading) -> None:
+        """Nobody waits for it any more. Its thread ends at its next report; what it has read by then is dropped."""
+        loading.cancel()
+        del self._loadings[loading.config.name]
+        self._to_unload.discard(loading.config.name)
+        self._short_of_room = False
+        self._on_status(loading.config.name, ModelStatus("unloaded", CANCELLED))
+
+    def _finish(self, loading: Loading) -> None:
+        """The load has ended: its model is loaded, or nothing of it is left."""
+        error = loading.error
+        if loading.cancelled:
+            loading.model = None
+            self._free()
+        elif error is None:
+            self._enter(loading)
+        elif is_out_of_memory(error):
+            release_frames(error)
+            self._try_with_more_memory(loading)
+        else:
+            self._fail(loading, error)
+
+    def _enter(self, loading: Loading) -> None:
+        name, model = loading.config.name, loading.model
+        assert model is not None
+        loading.model = None
+        self.loads += 1
+        self._loaded[name] = model
+        self._blocks[name] = model.blocks()
+        self._newest[name] = loading.config
+        self._users[name] += loading.waiting  # they are about to use it
+        with cpu_threads.using(loading.threads):
+            self._on_status(name, self._ready(model))
+
+    def _try_with_more_memory(self, loading: Loading) -> None:
+        name = loading.config.name
+        gc.collect()
+        if not self._free_caches() and not self._evict_idle():
+            message = f"{name}: does not fit into memory. Try `low_vram: true`, a smaller dtype or cuda: false"
+            self._fail(loading, LoadError(message))
+            return
+        offload.empty_cache()
+        self._launch(loading)
+        self.tend()
+
+    def _fail(self, loading: Loading, error: BaseException) -> None:
+        loading.error = error
+        release_frames(error)
+        self._free()
+        self._on_status(loading.config.name, ModelStatus("failed", getattr(error, "message", repr(error))))
 
     def _ready(self, model: load.Loaded) -> ModelStatus:
         try:
@@ -170,6 +360,8 @@ class ModelPool:
         except Exception:  # an unusual pipeline may still be able to draw
             log.exception("%s: its capabilities could not be read", model.config.name)
             return ModelStatus("ready")
+
+    # Leaving.
 
     def _evict_idle(self) -> bool:
         idle = self._oldest()
@@ -179,6 +371,7 @@ class ModelPool:
 
     def _become_idle(self, name: str) -> None:
         """Called when the last request using the model has ended."""
+        self._idle_since[name] = self._clock()
         model = self._loaded[name]
         model.config = self._newest[name]
         try:
@@ -187,10 +380,18 @@ class ModelPool:
             log.exception("%s: its modules could not be put into main memory", name)
             model.state.broken = f"its modules could not be put into main memory: {error}"
 
+    def _idle(self) -> dict[str, float]:
+        """Models that are neither pinned nor in use → seconds until they are to be unloaded, least recent first."""
+        now = self._clock()
+        return {
+            name: self._idle_since.get(name, now) + self._keep_alive.get(name, math.inf) - now
+            for name, model in self._loaded.items()
+            if not self._pinned(model) and not self._users[name]
+        }
+
     def _oldest(self) -> str | None:
         """The least recently used model that is neither pinned nor in use."""
-        idle = (name for name, model in self._loaded.items() if not self._pinned(model) and not self._users[name])
-        return next(idle, None)
+        return next(iter(self._idle()), None)
 
     def _pinned(self, model: load.Loaded) -> bool:
         return self._pins.get(model.config.name, model.config.pinned)
@@ -201,14 +402,19 @@ class ModelPool:
 
     def _unload(self, name: str, reason: str) -> None:
         log.info("%s was unloaded: %s", name, reason)
-        del self._loaded[name], self._newest[name]
+        for record in (self._loaded, self._newest, self._blocks, self._keep_alive, self._idle_since):
+            record.pop(name, None)
         self._to_unload.discard(name)
         self._dropped()
-        gc.collect()
-        offload.empty_cache()
+        self._free()
         for model in self._loaded.values():  # there is more room now: models that did not fit may fit
             model.state.tiled_from = None
         self._on_status(name, ModelStatus("unloaded", reason))
+
+    def _free(self) -> None:
+        gc.collect()
+        offload.empty_cache()
+        allocator.trim()
 
 
 def _serves(model: load.Loaded, config: ModelConfig) -> bool:

@@ -15,6 +15,12 @@ DEFAULT_ORDER = (None, "fp16", "bf16", "fp32")
 """Order in which the other variants are tried."""
 
 
+def of(file: str) -> str | None:
+    """The variant of a weight file, `folder/name`; None if it has none."""
+    match = _WEIGHTS.fullmatch(file)
+    return (match["variant"] or match["later"]) if match else None
+
+
 def pick(files: Iterable[str], preferred: Sequence[str | None]) -> str | None:
     """The first of `preferred` that every component has (a component without it has plain weights), else any other."""
     variants: dict[str, set[str | None]] = {}

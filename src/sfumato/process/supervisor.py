@@ -23,7 +23,21 @@ from typing import NamedTuple
 from sfumato import logs
 from sfumato.config import ModelConfig
 from sfumato.core import Done, EngineStats, Event, Failed, Generation, ModelStatus
-from sfumato.engine.protocol import Answer, Cancel, Command, Order, Pin, Ready, Report, Started, Stop, Submit
+from sfumato.engine.protocol import (
+    Answer,
+    Cancel,
+    Command,
+    Load,
+    Order,
+    Ordered,
+    Pin,
+    Ready,
+    Report,
+    Started,
+    Stop,
+    Submit,
+    Unload,
+)
 from sfumato.engine.streams import Streams
 from sfumato.errors import RequestTooLarge, WorkerDied
 from sfumato.process import wire
@@ -115,6 +129,14 @@ class Supervisor:
             self._post(command)
         elif not isinstance(command, Pin):
             self._orders.append(command)
+
+    async def carry_out(self, command: Load | Unload) -> Ordered:
+        if isinstance(command, Unload) and not self._writer:  # nothing is loaded, and now nothing will be
+            kept = [order for order in self._orders if not _undoes(command, order)]
+            self._orders.clear()
+            self._orders.extend(kept)
+            return Ordered("")
+        return await self._streams.carried_out(command, self.order)
 
     @contextmanager
     def launched(self) -> Iterator[None]:
@@ -323,3 +345,7 @@ class Supervisor:
                         f"the worker process died {flight.deaths} times while drawing this; it is not tried again"
                     ),
                 )
+
+
+def _undoes(unload: Unload, order: Order) -> bool:
+    return isinstance(order, Load) and unload.model in (None, order.config.name)

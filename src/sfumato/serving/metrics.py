@@ -124,6 +124,12 @@ SNAPSHOT_METRICS = (
         "sfumato_worker_restarts_total", "Workers started to replace a dead one.", lambda now: now.stats.restarts
     ),
     SnapshotMetric("sfumato_resident_models", "Models in memory.", lambda now: now.stats.resident_models),
+    SnapshotMetric(
+        "sfumato_model_memory_bytes",
+        "What the weights of each model in memory take; what two models share counts for both.",
+        lambda now: {(name,): size for name, size in sorted(now.stats.model_bytes.items())},
+        ("model",),
+    ),
     SnapshotMetric("sfumato_worker_memory_bytes", "Resident memory of the worker.", lambda now: now.stats.memory_bytes),
     SnapshotMetric(
         "sfumato_device_memory_bytes", "Memory allocated on the accelerator.", lambda now: now.stats.device_memory_bytes

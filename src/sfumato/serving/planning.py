@@ -59,6 +59,8 @@ class ImageRequest:
     """Id for progress and cancelling; empty: a new one."""
     caller: str = ""
     """Who sent the request; the engine is shared fairly between callers."""
+    keep_alive: float | None = None
+    """Seconds that the model stays in memory once it is idle; None: as its file or the server says."""
     detached: bool = False
     """Drawn to its end even if its client disconnects."""
     keep: StorePicture | None = None
@@ -126,6 +128,7 @@ def plan(request: ImageRequest, config: ModelConfig, limits: Limits, max_picture
             limits=limits,
             webui=request.webui,
             crop=request.crop,
+            keep_alive=request.keep_alive,
         )
         if not request.operator:
             generation = _enabled(config, generation, bool(request.images))

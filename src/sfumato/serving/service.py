@@ -156,10 +156,28 @@ class Service:
         self.catalog.refresh()
         self.engine.order(Load(self.catalog.get(name)))
 
-    def unload(self, name: str | None) -> None:
-        """Unload a model (None: all) once no request uses it. Raises ModelNotFound."""
+    async def load_now(self, name: str | None) -> None:
+        """Load a model, and return when it is in memory. Raises ModelNotFound, or why it cannot be loaded."""
         self.catalog.refresh()
-        self.engine.order(Unload(self.catalog.get(name).name if name is not None else None))
+        done = await self.engine.carry_out(Load(self.catalog.get(name)))
+        if done.error:
+            raise done.error
+
+    async def unload(self, name: str | None) -> tuple[str, ...]:
+        """Unload a model (None: all), and return when its memory is free; those in use, which are returned, leave when
+        their requests end. Raises ModelNotFound."""
+        self.catalog.refresh()
+        done = await self.engine.carry_out(Unload(self._loaded_name(name) if name is not None else None))
+        return done.in_use
+
+    def _loaded_name(self, name: str) -> str:
+        """The name in the engine. A model whose file has gone, or is broken now, may still be in memory."""
+        try:
+            return self.catalog.get(name).name
+        except SfumatoError:
+            if self.engine.status(name).state in ("unloaded", "failed"):
+                raise
+            return name
 
     def pin(self, name: str, pinned: bool) -> None:
         """Pin or unpin a model until this process ends. Raises ModelNotFound."""

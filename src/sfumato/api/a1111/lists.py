@@ -17,6 +17,7 @@ from sfumato.api.dependencies import Caller, TheService, part
 from sfumato.api.http import documents
 from sfumato.api.http.forms import read_object
 from sfumato.api.localai import UPSCALERS
+from sfumato.api.models import still_in_use
 from sfumato.api.openai import answers
 from sfumato.config import ModelConfig
 from sfumato.errors import InvalidRequest
@@ -129,6 +130,26 @@ async def models(service: TheService) -> list[dict[str, Any]]:
          "filename": config.label, "config": None}
         for config in service.catalog.all()
     ]  # fmt: skip
+
+
+@routes.post(
+    "/unload-checkpoint",
+    summary="Free the memory of every model; one in use is unloaded when its requests have ended",
+    response_model=None,
+)
+async def unload(service: TheService) -> JSONResponse:
+    return JSONResponse({}, headers=still_in_use(await service.unload(None)))
+
+
+@routes.post(
+    "/reload-checkpoint",
+    summary="Load the caller's selected model; the answer comes when it is in memory",
+    response_model=None,
+    responses=documents.errors(404, 500, 503, 507),
+)
+async def reload(service: TheService, choices: TheChoices, caller: Caller) -> JSONResponse:
+    await service.load_now(choices.of(caller))
+    return JSONResponse({})
 
 
 @routes.get("/samplers", summary="All samplers", response_model=list[shapes.SamplerItem])

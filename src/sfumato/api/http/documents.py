@@ -88,6 +88,9 @@ class ModelExtension(BaseModel):
     status: str
     detail: str
     progress: float | None = Field(description="0 to 1 while downloading.")
+    memory_bytes: int | None = Field(
+        description="What its weights take in memory, also those it shares; null if it is not loaded."
+    )
     aliases: list[str]
     description: str | None
     pipeline: str | None = Field(description="diffusers class; null until known.")

@@ -86,10 +86,19 @@ class Bodies:
         return _of_json(body if codec == "utf-8" else body.decode(codec).encode())
 
 
-def reader(kind: type[BaseModel]) -> Callable[[Request], Awaitable[Any]]:
-    """A dependency that parses a body of this type. Raises RequestValidationError naming the field."""
+def reader(kind: type[BaseModel], *, optional: bool = False) -> Callable[[Request], Awaitable[Any]]:
+    """A dependency that parses a body of this type. Raises RequestValidationError naming the field.
+
+    `optional`: a request without a body is one without fields.
+    """
 
     async def read(request: Request) -> Any:
+        if (
+            optional
+            and request.headers.get("content-length", "0") == "0"
+            and "transfer-encoding" not in request.headers
+        ):
+            return kind()
         return await _bodies(request).read(request, kind.model_validate)
 
     return read
@@ -103,7 +112,7 @@ async def read_object(request: Request) -> dict[str, Any]:
 _OBJECT = TypeAdapter(dict[str, Any])
 
 
-def openapi_body(kind: type[BaseModel]) -> dict[str, Any]:
+def openapi_body(kind: type[BaseModel], *, required: bool = True) -> dict[str, Any]:
     """Its OpenAPI description: the same fields as JSON and as a form, each with all its aliases."""
     schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
     for name, info in kind.model_fields.items():
@@ -118,7 +127,7 @@ def openapi_body(kind: type[BaseModel]) -> dict[str, Any]:
                 any_of = [{"required": [each]} for each in (name, *also)]
                 schema.setdefault("allOf", []).append({"anyOf": any_of})
     content = {type: {"schema": schema} for type in ("application/json", FORMS[0])}
-    return {"requestBody": {"required": True, "content": content}}
+    return {"requestBody": {"required": required, "content": content}}
 
 
 def _bodies(request: Request) -> Bodies:

@@ -40,3 +40,8 @@ class SecurityHeaders:
             await send(message)
 
         await self.app(scope, receive, with_headers)
+
+
+def header_text(text: str) -> str:
+    """Sanitise caller-supplied text for a header: no line breaks, limited length."""
+    return text.encode("unicode_escape").decode()[:2000].strip()

@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 from sfumato.api.dependencies import Context
 from sfumato.api.http import errors, urls
 from sfumato.api.http.auth import caller_of
+from sfumato.api.http.headers import header_text
 from sfumato.api.keeping import drop, keeper
 from sfumato.api.openai.bodies import Body, PaintBody
 from sfumato.core import Done, Preview
@@ -232,12 +233,7 @@ def warning_headers(ignored: Sequence[str], results: Iterable[Done]) -> dict[str
     """Headers for ignored fields, and for where the result differs from the request."""
     warnings = dict.fromkeys(warning for done in results for warning in done.warnings)
     headers = {"x-sfumato-ignored": ", ".join(ignored[:32]), "x-sfumato-warning": "; ".join(warnings)}
-    return {name: _header(value) for name, value in headers.items() if value}
-
-
-def _header(text: str) -> str:
-    """Sanitise caller-supplied text for a header: no line breaks, limited length."""
-    return text.encode("unicode_escape").decode()[:2000].strip()
+    return {name: header_text(value) for name, value in headers.items() if value}
 
 
 def _format_fields(form: OutputFormat, job: Job, done: Done | None) -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
 
-from sfumato.api.fields import BLANK, PictureCount, Seed, Text, openai_field
+from sfumato.api.fields import BLANK, KeepAlive, PictureCount, Seed, Text, openai_field
 from sfumato.core import MAX_SEED, QUALITIES
 from sfumato.sampling import MAX_PROMPT, PARAMETERS, Sampling
 from sfumato.serving.planning import DEFAULT_PADDING, MAX_PADDING, RANDOM_SEED, ImageRequest, size_of
@@ -81,6 +81,12 @@ class _Common(BaseModel):
     seed: Seed = Field(
         None, description=f"{RANDOM_SEED} or absent: random; the response contains it. At most {MAX_SEED}, minus n - 1."
     )
+    keep_alive: KeepAlive = Field(
+        None,
+        description="How long the model stays in memory once it is idle, as in Ollama: seconds, a duration such as "
+        "`5m`, 0 for not at all, -1 for no limit. Absent: as its model file or the server says.",
+        examples=["5m"],
+    )
 
 
 if TYPE_CHECKING:
@@ -120,7 +126,14 @@ class Body(_Sampled):
 
     def to_request(self, **more: Any) -> ImageRequest:
         """The request; `more` holds fields that override or extend those above."""
-        fields = {"prompts": [""], "model": self.model, "n": self.n, "seed": self.seed, "sampling": self.sampling()}
+        fields = {
+            "prompts": [""],
+            "model": self.model,
+            "n": self.n,
+            "seed": self.seed,
+            "sampling": self.sampling(),
+            "keep_alive": self.keep_alive,
+        }
         return ImageRequest(**fields | more)
 
 

@@ -1,0 +1,135 @@
+"""How much memory a model takes: told from its weight files beforehand, and measured once it is loaded."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+
+from sfumato.models import single_file, variants
+
+BYTES: Mapping[str, int] = {"fp16": 2, "bf16": 2, "fp32": 4}
+"""Bytes of a number, by dtype."""
+
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+"""Types of safetensors that are cast to the model's dtype when they are loaded."""
+
+ACTIVATIONS = 0.15
+"""What a component needs besides its weights while it computes, as a fraction of them: an estimate."""
+
+PREFIXES = (
+    ("model.diffusion_model.", "unet"),
+    ("first_stage_model.", "vae"),
+    ("vae.", "vae"),
+    ("cond_stage_model.", "text_encoder"),
+    ("conditioner.embedders.0.", "text_encoder"),
+    ("conditioner.embedders.1.", "text_encoder_2"),
+    ("text_encoders.", "text_encoder"),
+)
+"""Beginnings of the names in a single file → the component."""
+
+Blocks: TypeAlias = Mapping[tuple[str, int], int]
+"""Memory blocks: device type and address → bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """Bytes of the weights of each component, on a device in a dtype; none if the files do not tell."""
+
+    components: Mapping[str, int]
+    device: str = "cpu"
+    dtype: str = "fp32"
+
+    @property
+    def total(self) -> int:
+        return sum(self.components.values())
+
+    @property
+    def largest(self) -> int:
+        """Of the largest component, with an estimate for its activations: enough if the others are offloaded."""
+        return math.ceil(max(self.components.values(), default=0) * (1 + ACTIVATIONS))
+
+    def __str__(self) -> str:
+        largest = sorted(self.components.items(), key=lambda each: -each[1])
+        return ", ".join(f"{name} {in_words(size)}" for name, size in largest if size)
+
+
+def in_words(size: float) -> str:
+    """`1.5 GiB`."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
+
+
+def of_files(
+    path: Path, index: Mapping[str, Any], dtype: str, variant: str | None, without: Iterable[str] = ()
+) -> dict[str, int]:
+    """Bytes that each component in a diffusers folder or single file will take in `dtype`, except those `without`."""
+    if path.is_dir():
+        names = [name for name, value in index.items() if isinstance(value, list) and value[-1] is not None]
+        sizes = {name: sum(_size(file, dtype) for file in weights_of(path / name, variant)) for name in names}
+    else:
+        sizes = _of_single_file(path, dtype)
+    left_out = set(without)
+    return {name: size for name, size in sizes.items() if size and name not in left_out}
+
+
+def weights_of(folder: Path, variant: str | None) -> list[Path]:
+    """The weight files of a component's folder that are loaded: of the variant, else the plain ones, else any."""
+    by_variant: dict[str | None, list[Path]] = {}
+    files = [file for file in sorted(folder.glob("*")) if file.suffix in (".safetensors", ".bin")]
+    safe = [file for file in files if file.suffix == ".safetensors"]
+    for file in safe or files:
+        by_variant.setdefault(variants.of(f"{folder.name}/{file.name}"), []).append(file)
+    return by_variant.get(variant) or by_variant.get(None) or next(iter(by_variant.values()), [])
+
+
+def _size(file: Path, dtype: str) -> int:
+    try:
+        return sum(size for _, size in _tensors(file, dtype))
+    except (OSError, ValueError, KeyError, TypeError):
+        return file.stat().st_size if file.exists() else 0
+
+
+def _of_single_file(path: Path, dtype: str) -> dict[str, int]:
+    try:
+        sizes: Counter[str] = Counter()
+        for name, size in _tensors(path, dtype):
+            sizes[next((part for prefix, part in PREFIXES if name.startswith(prefix)), "denoiser")] += size
+        return dict(sizes)
+    except (OSError, ValueError, KeyError, TypeError):  # pickles and GGUF files: about their size
+        return {"denoiser": path.stat().st_size}
+
+
+def _tensors(file: Path, dtype: str) -> list[tuple[str, int]]:
+    """Name of each tensor in a safetensors file, and the bytes it takes in `dtype`."""
+    sizes = []
+    for name, entry in single_file.header_of(file).items():
+        if name == "__metadata__":
+            continue
+        start, end = entry["data_offsets"]
+        floats = entry["dtype"] in FLOATS
+        sizes.append((name, math.prod(entry["shape"]) * BYTES[dtype] if floats else end - start))
+    return sizes
+
+
+def blocks(modules: Iterable[Any]) -> dict[tuple[str, int], int]:
+    """The memory blocks of these modules' tensors; two modules that share a tensor share its block."""
+    found: dict[tuple[str, int], int] = {}
+    for module in modules:
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.device.type != "meta" and tensor.numel():
+                found[tensor.device.type, tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+    return found
+
+
+def modules_of(pipeline: Any) -> list[torch.nn.Module]:
+    """A pipeline's components that have weights."""
+    return [module for module in vars(pipeline).values() if isinstance(module, torch.nn.Module)]

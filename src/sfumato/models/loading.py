@@ -1,0 +1,142 @@
+"""A model that is being loaded, in a thread of its own, while requests for other models go on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import TypeAlias
+
+import torch
+
+from sfumato.batching import cpu_threads
+from sfumato.config import ModelConfig
+from sfumato.core import ModelStatus
+from sfumato.errors import Cancelled, SfumatoError
+from sfumato.models.footprint import Needs
+from sfumato.models.load import Loaded
+from sfumato.models.turns import Turns
+
+Load: TypeAlias = Callable[[ModelConfig, Callable[[ModelStatus], None], Callable[[Needs], None]], Loaded]
+
+CANCELLED = "loading was cancelled, as nothing waits for the model any more"
+
+
+class Loading:
+    """One load. It stops between fetching and reading the weights, until `admit` or `refuse` is called.
+
+    `needs`, `done`, `model` and `error` are written by the thread that loads, all else by the loop's.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        load: Load,
+        on_status: Callable[[ModelStatus], None],
+        turn: Callable[[], None],
+    ) -> None:
+        self.config = config
+        self.turn = turn
+        """Lets others run, if the load has no thread of its own."""
+        self.requests = 0
+        """Requests that wait for it."""
+        self.orders = 0
+        """Orders that wait for it."""
+        self.threads = torch.get_num_threads()
+        """CPU threads: those of the request that began it."""
+        self.begun = False
+        self.needs: Needs | None = None
+        """The memory it takes, while it waits for `admit` or `refuse`."""
+        self.cancelled = False
+        self.done = False
+        self.model: Loaded | None = None
+        self.error: BaseException | None = None
+        self._load = load
+        self._on_status = on_status
+        self._answered = threading.Event()
+        self._refusal: SfumatoError | None = None
+
+    def join(self, order: bool) -> None:
+        """One more waits for it."""
+        self.orders += order
+        self.requests += not order
+
+    def leave(self, order: bool) -> None:
+        """One of them does not wait any more."""
+        self.orders -= order
+        self.requests -= not order
+
+    @property
+    def waiting(self) -> int:
+        """How many wait for it."""
+        return self.requests + self.orders
+
+    def start(self, turns: Turns, wake: Callable[[], None]) -> None:
+        """Begin, in a thread; `wake` is called there whenever the loop has something to do for it."""
+        self._reset()
+
+        def wait_for_room() -> None:
+            wake()
+            self._answered.wait()
+
+        def run() -> None:
+            with ExitStack() as stack, torch.no_grad():
+                self._run(wait_for_room, lambda: stack.enter_context(turns.loading()))
+            self.done = True
+            wake()
+
+        threading.Thread(target=run, name="sfumato-load", daemon=True).start()
+
+    def run_here(self, wait_for_room: Callable[[], None]) -> None:
+        """Load in this thread, without a loop; `wait_for_room` returns when it was admitted or refused."""
+        self._reset()
+        self._run(wait_for_room, lambda: None)
+        self.done = True
+
+    def admit(self) -> None:
+        """There is room for it."""
+        self.needs = None
+        self._answered.set()
+
+    def refuse(self, error: SfumatoError) -> None:
+        """There is no room for it, and never will be: the load ends with this error."""
+        self._refusal = error
+        self.admit()
+
+    def cancel(self) -> None:
+        """It ends at its next report, and leaves nothing in memory."""
+        self.cancelled = True
+        self._answered.set()
+
+    def _reset(self) -> None:
+        self.begun, self.done, self.error = True, False, None
+        if not self.cancelled:
+            self._answered.clear()
+
+    def _run(self, wait_for_room: Callable[[], None], begin_to_read: Callable[[], None]) -> None:
+        interruptions: list[BaseException] = []
+
+        def make_room(needs: Needs) -> None:
+            self.needs = needs
+            try:
+                wait_for_room()
+            except BaseException as error:
+                interruptions.append(error)
+                raise
+            self.needs = None
+            self._report(None)
+            if self._refusal:
+                raise self._refusal
+            begin_to_read()
+
+        try:
+            with cpu_threads.using(self.threads):
+                self.model = self._load(self.config, self._report, make_room)
+        except BaseException as error:  # it belongs to those who wait for this model
+            self.error = interruptions[0] if interruptions else error
+
+    def _report(self, status: ModelStatus | None) -> None:
+        if self.cancelled:
+            raise Cancelled(CANCELLED)
+        if status:
+            self._on_status(status)
