@@ -150,7 +150,7 @@ def check(models: Annotated[Path | None, typer.Argument(help="Folder of model fi
     """Explain each model file: what is loaded and from where, which keys are ignored and why, what is wrong."""
     from sfumato.commands.check import check as run
 
-    reports = run(_catalog(_settings(models=models)))
+    reports = run(_catalog(_settings(models=models)), ask=True)
     for report in reports:
         typer.echo(report)
     if not all(report.ok for report in reports):

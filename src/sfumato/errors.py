@@ -19,7 +19,8 @@
     ├── LoadError                     500 model_load_failed
     │   ├── DownloadError             503 model_download_failed  the next request tries again
     │   ├── ModelTooLarge             507 model_too_large        more than the memory budget of its device
-    │   └── DeviceUnavailable         500 device_unavailable
+    │   ├── DeviceUnavailable         500 device_unavailable
+    │   └── UnfitPipeline             400 pipeline_unfit         also a ModelFileError; told before the download
     ├── DrawError                     500 generation_failed      the pipeline raised, or drew NaN
     ├── StorageError                  507 storage_failed         a picture could not be written
     ├── TimedOut                      504 timeout
@@ -165,6 +166,14 @@ class ModelTooLarge(LoadError):
 
 class DeviceUnavailable(LoadError):
     code = "device_unavailable"
+
+
+class UnfitPipeline(ModelFileError, LoadError):
+    """The class that draws does not fit the model: the request is answered as soon as that is known."""
+
+    status = 400
+    type = "invalid_request_error"
+    code = "pipeline_unfit"
 
 
 class DrawError(SfumatoError):

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sfumato.config import Broken, ModelConfig, ParsedFile, Redirect, Skipped, addresses
-from sfumato.errors import SfumatoError
-from sfumato.models import gguf, pipeline_class, sources, static_capabilities
+from sfumato.errors import DownloadError, SfumatoError
+from sfumato.models import inspection, pipeline_class, sources
 from sfumato.sampling import PARAMETERS
 from sfumato.serving.catalog import Catalog
 
@@ -37,8 +37,12 @@ class FileReport:
         return "\n".join(lines)
 
 
-def check(catalog: Catalog) -> list[FileReport]:
-    """A report for each model of each file, in the catalog's order."""
+def check(catalog: Catalog, *, ask: bool = False) -> list[FileReport]:
+    """A report for each model of each file, in the catalog's order.
+
+    `ask`: of a model that is not on this disk, look at what its hub or server says of it; no weights are fetched.
+    """
+    hub = _Hub(ask)
     complaints: dict[Path, list[str]] = {}
     for problem in catalog.problems():
         complaints.setdefault(problem.file, []).append(problem.message)
@@ -47,11 +51,29 @@ def check(catalog: Catalog) -> list[FileReport]:
         reported = {outcome.error.message for outcome in outcomes if isinstance(outcome, Broken)}
         between_files = [text for text in complaints.get(file.absolute(), []) if text not in reported]
         for index, outcome in enumerate(outcomes):
-            reports.append(_report(outcome, tuple(between_files) if index == 0 else ()))
+            reports.append(_report(outcome, tuple(between_files) if index == 0 else (), hub))
     return reports
 
 
-def _report(outcome: ParsedFile, complaints: tuple[str, ...]) -> FileReport:
+class _Hub:
+    """Whether hubs and servers are asked: none after the first that cannot be reached, as each takes its time."""
+
+    def __init__(self, ask: bool) -> None:
+        self.ask = ask
+
+    def inspect(self, config: ModelConfig) -> tuple[inspection.Inspection, str]:
+        """What the source says of itself, and why it was not asked, if it was to be. Raises what loading would."""
+        source = sources.resolve(config)
+        if self.ask:
+            try:
+                return inspection.inspect(config, source, ask=True), ""
+            except DownloadError as error:
+                self.ask = False
+                return inspection.inspect(config, source, ask=False), error.message
+        return inspection.inspect(config, source, ask=False), ""
+
+
+def _report(outcome: ParsedFile, complaints: tuple[str, ...], hub: _Hub) -> FileReport:
     match outcome:
         case Broken(names, file, error):
             return FileReport(file, names[0] if names else "a model", problems=(error.message, *complaints))
@@ -59,17 +81,19 @@ def _report(outcome: ParsedFile, complaints: tuple[str, ...]) -> FileReport:
             return FileReport(file, f"skipped: {reason}", problems=complaints)
         case Redirect(name, target, file):
             return FileReport(file, f"{name} is served by {target}", problems=complaints)
-    return _model(outcome, complaints)
+    return _model(outcome, complaints, hub)
 
 
-def _model(config: ModelConfig, complaints: tuple[str, ...]) -> FileReport:
+def _model(config: ModelConfig, complaints: tuple[str, ...], hub: _Hub) -> FileReport:
     facts: list[tuple[str, str]] = []
     problems = list(complaints)
     try:
         facts += _source(config)
-        pipeline_class.choose(config, static_capabilities.index_of(config))
-        if gguf.is_one(config):
-            gguf.base(config)
+        pipeline_class.choose(config, None)
+        found, unasked = hub.inspect(config)
+        facts += [("not asked", unasked)] if unasked else []
+        facts += [("base", found.base)] if found.contents and found.contents.needs_base and found.base else []
+        pipeline_class.choose(config, found.index)
     except SfumatoError as error:
         problems.append(error.message)
     facts += [(label, text) for label, text in _settings(config) if text]

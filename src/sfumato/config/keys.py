@@ -66,8 +66,8 @@ KEYS: tuple[Key, ...] = (
         "Source",
         (
             "parameters.model", "model", read.string,
-            "Hub id (`owner/name`, `owner/name@revision`), folder, `.safetensors`, `.gguf`, http(s) URL or "
-            "`huggingface://owner/name[/file]`. A path is relative to the model file.",
+            "Hub id (`owner/name`, `owner/name@revision`), folder (diffusers' or ComfyUI's), `.safetensors`, `.gguf`, "
+            "`.dduf`, http(s) URL or `huggingface://owner/name[/file]`. A path is relative to the model file.",
         ),
         (
             "artifacts", "artifacts", read.artifacts,
@@ -84,7 +84,13 @@ KEYS: tuple[Key, ...] = (
         ),
         (
             "diffusers.base_model", "base_model", read.string,
-            "Where a `.gguf`, which holds a denoiser alone, takes all else from: hub id or folder.",
+            "Where a file that holds a denoiser alone (`.gguf`, ComfyUI's `diffusion_models/`) takes all else from: "
+            "hub id or folder. Absent: what diffusers knows for its names and shapes.",
+        ),
+        (
+            "diffusers.text_encoders", "text_encoders", read.strings,
+            "Text encoders of such a model: `.safetensors` files, `owner/name/file`, `huggingface://` or URLs, in any "
+            "order. Absent: the ones of ComfyUI's `text_encoders/` or `clip/` beside it that fit, else the base's.",
         ),
     ),
     *_group(

@@ -99,7 +99,9 @@ class ModelConfig:
     original_config: str | None = None
     """The YAML that a single file was trained with: a path or URL."""
     base_model: str | None = None
-    """What a GGUF file, which holds a denoiser alone, takes all else from: hub id or folder."""
+    """What a file that holds a denoiser alone takes all else from: hub id or folder."""
+    text_encoders: tuple[str, ...] = ()
+    """Files with the text encoders of such a model, in any order: their headers tell which is which."""
 
     pipeline_type: str | None = None
     img2img: bool = False

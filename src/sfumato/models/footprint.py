@@ -11,13 +11,19 @@ from typing import Any, TypeAlias
 
 import torch
 
-from sfumato.models import single_file, variants
+from sfumato.errors import LoadError
+from sfumato.models import variants, weight_header
 
 BYTES: Mapping[str, int] = {"fp16": 2, "bf16": 2, "fp32": 4}
 """Bytes of a number, by dtype."""
 
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 """Types of safetensors that are cast to the model's dtype when they are loaded."""
+
+OTHERS: Mapping[str, int] = {
+    "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+}  # fmt: skip
+"""Bytes of a number of the other types, which stay as they are."""
 
 ACTIVATIONS = 0.15
 """What a component needs besides its weights while it computes, as a fraction of them: an estimate."""
@@ -94,7 +100,7 @@ def weights_of(folder: Path, variant: str | None) -> list[Path]:
 def _size(file: Path, dtype: str) -> int:
     try:
         return sum(size for _, size in _tensors(file, dtype))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (LoadError, KeyError):
         return file.stat().st_size if file.exists() else 0
 
 
@@ -104,20 +110,15 @@ def _of_single_file(path: Path, dtype: str) -> dict[str, int]:
         for name, size in _tensors(path, dtype):
             sizes[next((part for prefix, part in PREFIXES if name.startswith(prefix)), "denoiser")] += size
         return dict(sizes)
-    except (OSError, ValueError, KeyError, TypeError):  # pickles and GGUF files: about their size
+    except (LoadError, KeyError):  # pickles and quantised files: about their size
         return {"denoiser": path.stat().st_size}
 
 
 def _tensors(file: Path, dtype: str) -> list[tuple[str, int]]:
-    """Name of each tensor in a safetensors file, and the bytes it takes in `dtype`."""
-    sizes = []
-    for name, entry in single_file.header_of(file).items():
-        if name == "__metadata__":
-            continue
-        start, end = entry["data_offsets"]
-        floats = entry["dtype"] in FLOATS
-        sizes.append((name, math.prod(entry["shape"]) * BYTES[dtype] if floats else end - start))
-    return sizes
+    """Name of each tensor in a safetensors file, and the bytes it takes in `dtype`. Raises KeyError for other types."""
+    sizes = {**OTHERS, **dict.fromkeys(FLOATS, BYTES[dtype])}
+    tensors = weight_header.of_file(file).tensors
+    return [(name, math.prod(tensor.shape) * sizes[tensor.dtype]) for name, tensor in tensors.items()]
 
 
 def blocks(modules: Iterable[Any]) -> dict[tuple[str, int], int]:

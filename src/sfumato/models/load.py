@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -20,14 +20,20 @@ from sfumato.config import ModelConfig, addresses
 from sfumato.core import ModelStatus
 from sfumato.errors import DeviceUnavailable, DownloadError, InvalidRequest, LoadError, ModelFileError, SfumatoError
 from sfumato.models import (
+    contents,
+    dduf,
     descriptions,
     download,
     footprint,
-    gguf,
+    hub_files,
+    inspection,
     parts,
     pipeline_class,
     prediction,
+    references,
     sources,
+    split,
+    split_load,
     variants,
     weight_file,
 )
@@ -101,7 +107,7 @@ def load(
         dtype = choose_dtype(config, device)
         pipeline, fetched = _pipeline(config, device, dtype, on_status, make_room)
         source = fetched.label
-        prediction.apply(config, pipeline, fetched.path if fetched.description and not gguf.is_one(config) else None)
+        prediction.apply(config, pipeline, fetched.path if fetched.description else None)
         _check(config, pipeline)
         parts.replace_vae(config, pipeline, DTYPES[dtype], report)
         parts.load_adapters(config, pipeline, report)
@@ -175,6 +181,8 @@ class Fetched:
     label: str
     description: Path | None = None
     """For a single file: the folder with its configurations and tokenizer."""
+    files: Mapping[str, Path] = field(default_factory=dict)
+    """For a model in several files: component -> its file; `description` has the others."""
 
 
 def fetch(config: ModelConfig, dtype: str, on_status: OnStatus, without: Sequence[str] = ()) -> Fetched:
@@ -182,8 +190,8 @@ def fetch(config: ModelConfig, dtype: str, on_status: OnStatus, without: Sequenc
 
     `without`: of these components the configurations alone.
     """
-    if gguf.is_one(config):
-        gguf.base(config)  # raises what is missing before anything is fetched
+    source = sources.resolve(config)
+    inspection.refuse(config, source)  # what is known before anything is fetched
 
     def report(fraction: float | None, name: str) -> None:
         on_status(ModelStatus("downloading", name, fraction))
@@ -191,14 +199,13 @@ def fetch(config: ModelConfig, dtype: str, on_status: OnStatus, without: Sequenc
     for file in config.downloads:
         url = sources.download_url(file.uri)
         download.from_url(url, config.folder / file.filename, sha256=file.sha256, report=report)
-    match sources.resolve(config):
+    match source:
         case sources.HubRepository(repo, revision):
             on_status(ModelStatus("downloading", repo))
-            pipeline_class.choose(config, download.index_of(repo, revision))
             folder = download.from_hub(
                 repo,
                 revision=revision,
-                variant=_variant(config, dtype, download.files_of(repo, revision)),
+                variant=_variant(config, dtype, hub_files.files_of(repo, revision)),
                 pickles=config.allow_pickle,
                 without=without,
                 report=report,
@@ -215,10 +222,23 @@ def fetch(config: ModelConfig, dtype: str, on_status: OnStatus, without: Sequenc
 
 
 def _described(config: ModelConfig, path: Path, label: str, dtype: str, on_status: OnStatus) -> Fetched:
-    """A single file with its configurations; for a GGUF file, the base model that supplies the other components."""
-    if path.suffix.lower() != gguf.SUFFIX:
+    """A single file with its configurations; a denoiser alone with the base that supplies the other components."""
+    if path.suffix.lower() == sources.DDUF:
+        return Fetched(dduf.unpacked(path), label)
+    made_of = split.contents_of(path)
+    if made_of:
+        contents.refuse(made_of, label)
+    if made_of is None or not made_of.needs_base:
         return Fetched(path, label, download.description_of(path, config.name))
-    return Fetched(path, label, fetch(gguf.base(config), dtype, on_status, without=gguf.DENOISERS).path)
+    base = inspection.base(config, made_of)
+
+    def report(fraction: float | None, name: str) -> None:
+        on_status(ModelStatus("downloading", name, fraction))
+
+    named = {name: references.file(config, "diffusers.text_encoders", name, report) for name in config.text_encoders}
+    files = split.assign(config, path, named, base)
+    supplied = fetch(base.config, dtype, on_status, without=tuple(files)).path
+    return Fetched(path, label, supplied, files)
 
 
 def _pipeline(
@@ -231,9 +251,8 @@ def _pipeline(
     cls = getattr(diffusers, pipeline_class.choose(config, index))
     make_room(_needs(config, fetched, index, device, dtype))
     with download.as_download_errors(fetched.label):
-        if fetched.path.suffix.lower() == gguf.SUFFIX and fetched.description:
-            with weight_file.in_lower_case(fetched.path) as file:
-                components = gguf.denoiser(file, fetched.description, index, DTYPES[dtype])
+        if fetched.files and fetched.description:
+            components = split_load.components(fetched.files, fetched.description, index, DTYPES[dtype])
             return _folder(config, fetched.description, cls, dtype, **components), fetched
         if fetched.description:
             return _single_file(config, fetched, cls, dtype), fetched
@@ -242,16 +261,14 @@ def _pipeline(
 
 def _needs(config: ModelConfig, fetched: Fetched, index: dict[str, Any], device: str, dtype: str) -> footprint.Needs:
     """What the model's own weights will take; a GGUF file's denoiser stays quantised."""
-    sizes = {}
-    folder = fetched.path if fetched.path.is_dir() else None
-    if fetched.path.suffix.lower() == gguf.SUFFIX:
-        folder = fetched.description
-    if folder:
-        files = [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
-        variant = variants.pick(files, _preferred_variants(config, dtype))
-        sizes = footprint.of_files(folder, index, dtype, variant)
-    if not fetched.path.is_dir():
-        sizes |= footprint.of_files(fetched.path, index, dtype, None)
+    if fetched.description and not fetched.files:
+        return footprint.Needs(footprint.of_files(fetched.path, index, dtype, None), device, dtype)
+    folder = fetched.description or fetched.path
+    files = [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
+    variant = variants.pick(files, _preferred_variants(config, dtype))
+    sizes = footprint.of_files(folder, index, dtype, variant, without=fetched.files)
+    for component, file in fetched.files.items():
+        sizes[component] = sum(footprint.of_files(file, index, dtype, None).values())
     return footprint.Needs(sizes, device, dtype)
 
 
@@ -282,8 +299,7 @@ def _folder(config: ModelConfig, folder: Path, cls: Any, dtype: str, **component
         variant=_variant(config, dtype, files),
         use_safetensors=None if config.allow_pickle else True,
         local_files_only=True,
-        **parts.components(config, DTYPES[dtype]),
-        **components,
+        **{**components, **parts.components(config, DTYPES[dtype])},
     )
 
 

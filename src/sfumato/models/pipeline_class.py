@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any
 
 from sfumato.config import ModelConfig
-from sfumato.errors import LoadError, ModelFileError, did_you_mean
+from sfumato.errors import LoadError, UnfitPipeline, did_you_mean
 from sfumato.models import diffusers_source
 from sfumato.pipelines import capabilities
 
@@ -62,12 +62,12 @@ class Constructor:
 def choose(config: ModelConfig, index: Mapping[str, Any] | None) -> str:
     """The name of the class for a repository with this `model_index.json` (None: not known yet).
 
-    Raises ModelFileError if the name is not a pipeline class or the class does not take a component that the file
-    sets; LoadError if the class does not fit the repository or needs a package that is not installed.
+    Raises UnfitPipeline if the name is not a pipeline class, or the class does not fit the repository or does not take
+    a component that the file sets; LoadError if it needs a package that is not installed.
     """
     requested = config.pipeline_type or ANY
     if requested not in AUTO and requested != ANY and not _is_pipeline(requested):
-        raise ModelFileError(
+        raise UnfitPipeline(
             f"{config.name}: pipeline_type {requested!r} is not a pipeline class of diffusers {_version()}."
             f"{did_you_mean(requested, (*AUTO, *_pipelines()))} Leave it out to read it from the repository.",
             param="diffusers.pipeline_type",
@@ -75,6 +75,13 @@ def choose(config: ModelConfig, index: Mapping[str, Any] | None) -> str:
     _check_parts(config, requested)
     listed = index.get("_class_name") if index else None
     chosen = _fitting(config, requested, listed, index or {}) if isinstance(listed, str) else requested
+    known = isinstance(listed, str) and _is_pipeline(chosen)
+    if listed is not None and requested in (ANY, *AUTO) and not known:
+        raise UnfitPipeline(
+            f"{config.name}: the repository is made for {_written(listed)}, which diffusers {_version()} does not "
+            "have; code from repositories is never run. If one of its classes fits, write that as pipeline_type",
+            param="diffusers.pipeline_type",
+        )
     _check_parts(config, chosen)
     _check_packages(config, chosen)
     return chosen
@@ -86,7 +93,7 @@ def _fitting(config: ModelConfig, requested: str, listed: str, index: Mapping[st
     if requested in AUTO:
         sibling = capabilities.task_class(listed, AUTO[requested], controlled=bool(config.control_net))
         if sibling is None:
-            raise LoadError(
+            raise UnfitPipeline(
                 f"{config.name}: diffusers has no {requested} for {listed}, which the repository is made for. Write "
                 f"`pipeline_type: {listed}`, or leave it out",
                 param="diffusers.pipeline_type",
@@ -102,9 +109,10 @@ def _fitting(config: ModelConfig, requested: str, listed: str, index: Mapping[st
             config.name, requested, misfit, better,
         )  # fmt: skip
         return better
-    raise LoadError(
+    remedy = f"Write `pipeline_type: {better or listed}`, or leave it out"
+    raise UnfitPipeline(
         f"{config.name}: pipeline_type {requested} does not fit this repository, which is made for {listed}: {misfit}. "
-        f"Write `pipeline_type: {better or listed}`, or leave it out",
+        f"{remedy if better or _is_pipeline(listed) else 'Name a class of diffusers that takes these components'}",
         param="diffusers.pipeline_type",
     )
 
@@ -129,7 +137,7 @@ def _check_parts(config: ModelConfig, name: str) -> None:
         if made_of and getattr(config, field) and component not in made_of.accepted:
             better = capabilities.task_class(name, "text", controlled=True) if field == "control_net" else None
             remedy = f"write `pipeline_type: {better}`, or leave it out" if better else "leave it out"
-            raise ModelFileError(f"{config.name}: {field}: {name} takes no {component}; {remedy}", param=field)
+            raise UnfitPipeline(f"{config.name}: {field}: {name} takes no {component}; {remedy}", param=field)
 
 
 def _check_packages(config: ModelConfig, name: str) -> None:
@@ -202,6 +210,11 @@ def _backends() -> Mapping[str, frozenset[str]]:
 
 def _is_pipeline(name: str) -> bool:
     return name.endswith("Pipeline") and name in diffusers_source.files()
+
+
+def _written(listed: Any) -> str:
+    """A class as `model_index.json` names it: alone, or after the file that defines it."""
+    return str(listed[-1] if isinstance(listed, list) and listed else listed)[:100]
 
 
 def _pipelines() -> Collection[str]:

@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from sfumato.config import ModelConfig
 from sfumato.errors import ModelFileError
-from sfumato.models import single_file, sources
+from sfumato.models import sources, weight_header
 from sfumato.pipelines import request_scheduler
 
 KEYS = ("prediction_type", "rescale_betas_zero_snr", "timestep_spacing")
@@ -52,14 +52,14 @@ def apply(config: ModelConfig, pipeline: Any, file: Path | None) -> None:
 def _marks(file: Path) -> dict[str, Any]:
     if file.suffix.lower() not in sources.SAFE:
         return {}  # a pickle has no header
-    header = single_file.header_of(file)
-    metadata = header.get("__metadata__", {})
+    header = weight_header.of_file(file)
+    metadata, names = header.metadata, header.tensors
     marks: dict[str, Any] = {}
-    if "v_pred" in header or metadata.get("modelspec.prediction_type") in ("v", "v_prediction"):
+    if "v_pred" in names or metadata.get("modelspec.prediction_type") in ("v", "v_prediction"):
         marks["prediction_type"] = "v_prediction"
-        if "ztsnr" in header:
+        if "ztsnr" in names:
             marks["rescale_betas_zero_snr"] = True
-    if EDM in header and "edm_vpred.sigma_min" in header:
+    if EDM in names and "edm_vpred.sigma_min" in names:
         with safe_open(file, "pt") as tensors:
             highest, lowest = (float(tensors.get_tensor(key)) for key in (EDM, "edm_vpred.sigma_min"))
         marks |= {"sigma_max": highest, "sigma_min": lowest, "sigma_data": 1.0, "prediction_type": "v_prediction",

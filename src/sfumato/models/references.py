@@ -57,6 +57,18 @@ def find(config: ModelConfig, key: str, name: str, report: OnProgress) -> Path |
     return Repository(repo, revision or None)
 
 
+def file(config: ModelConfig, key: str, name: str, report: OnProgress) -> Path:
+    """A single weight file, downloaded if necessary. Raises what `find` raises, and LoadError for anything else."""
+    found = find(config, key, name, report)
+    if isinstance(found, Path) and found.is_file():
+        return found
+    raise LoadError(
+        f"{config.name}: {key}: {addresses.redact(name)!r} is no file; name one: a path, owner/name/file.safetensors "
+        "or a URL",
+        param=key,
+    )
+
+
 def lora(config: ModelConfig, name: str, report: OnProgress) -> Path:
     """The file with the weights of a LoRA."""
     source = find(config, "lora_adapter", name, report)

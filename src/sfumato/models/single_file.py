@@ -9,20 +9,21 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
-import json
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+
+from sfumato.errors import SfumatoError
+from sfumato.models import weight_header
+from sfumato.models.weight_header import Header
 
 log = logging.getLogger(__name__)
 
-MAX_HEADER = 16 * 2**20
-"""In bytes. A model of ten thousand tensors has a header of one MiB."""
-
 TYPE_OF = "infer_diffusers_model_type"
 REPOSITORIES = "DIFFUSERS_DEFAULT_PIPELINE_PATHS"
+OTHERWISE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+"""diffusers takes a file with none of the marks it knows for this one."""
 NEEDED = ("CHECKPOINT_KEY_NAMES", REPOSITORIES, TYPE_OF)
 """Names of diffusers' `loaders/single_file_utils.py`."""
 
@@ -32,36 +33,25 @@ def described_by(path: Path) -> str | None:
     try:
         status = path.stat()
         return _described_by(path, status.st_mtime_ns, status.st_size)
-    except (OSError, ValueError, RecursionError):
+    except (OSError, SfumatoError):
         return None
 
 
 @functools.lru_cache(maxsize=1024)
 def _described_by(path: Path, modified_ns: int, size: int) -> str | None:
-    entries = header_of(path).items()
-    shapes = {
-        name: SimpleNamespace(shape=each["shape"]) for name, each in entries if isinstance(each.get("shape"), list)
-    }
-    if not shapes:
+    return repository_of(weight_header.of_file(path))
+
+
+def repository_of(header: Header) -> str | None:
+    """The hub id of the repository that diffusers would take the configurations of such a file from, if any."""
+    if not header.tensors:
         return None
     type_of, repositories = _rules()
     try:
-        return str(repositories[type_of(shapes)]["pretrained_model_name_or_path"])
+        return str(repositories[type_of(header.tensors)]["pretrained_model_name_or_path"])
     except Exception as error:  # third-party code over an untrusted file
-        log.debug("%s: %r", path, error)
+        log.debug("%r", error)
         return None
-
-
-def header_of(path: Path) -> Mapping[str, Any]:
-    """Header of a safetensors file: name → dtype, shape and offsets. Raises ValueError if it is not such a file."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > MAX_HEADER:
-            raise ValueError(f"{path} has no header of safetensors")
-        header = json.loads(file.read(length))
-    if not (isinstance(header, dict) and all(isinstance(entry, dict) for entry in header.values())):
-        raise ValueError(f"{path} has no header of safetensors")
-    return header
 
 
 @functools.cache

@@ -18,8 +18,13 @@ from sfumato.errors import LoadError, ModelFileError, SfumatoError
 
 HUB = "https://huggingface.co"
 INDEX = "model_index.json"
-SAFE = (".safetensors", ".sft", ".gguf")
+DDUF = ".dduf"
+TENSORS = (".safetensors", ".sft", ".gguf")
+SAFE = (*TENSORS, DDUF)
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
+
+SPLIT_FOLDERS = ("diffusion_models", "unet")
+"""ComfyUI's folders for denoisers."""
 
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,95})"
 _HUB_ID = re.compile(rf"({_PART}/{_PART})(?:@([^\s@]+))?")
@@ -76,7 +81,7 @@ def resolve(config: ModelConfig) -> Source:
     if os.path.isfile(path) or path in awaited:  # noqa: PTH113
         return File(weights(config, path))
     if os.path.isdir(path):  # noqa: PTH112
-        return Folder(_layout(config, path))
+        return _layout(config, path)
     if scheme := _SCHEME.fullmatch(text):
         return _remote(config, scheme[1].lower(), scheme[2])
     suffix = PurePosixPath(text).suffix.lower()
@@ -183,15 +188,28 @@ def weights(config: ModelConfig, path: AnyPath, key: str = "parameters.model") -
     )
 
 
-def _layout(config: ModelConfig, path: Path) -> Path:
-    if not (path / INDEX).is_file():
-        files = sorted(file.name for file in path.iterdir() if file.suffix.lower() in SAFE)
-        remedy = f"name the file: {config.label}/{files[0]}" if files else "download it again, or name a single file"
-        raise LoadError(
-            f"{_location(config)}: the folder {path} has no {INDEX}, which every diffusers model needs; {remedy}",
-            param="parameters.model",
-        )
-    return path
+def _layout(config: ModelConfig, path: Path) -> Folder | File:
+    if (path / INDEX).is_file():
+        return Folder(path)
+    denoisers = [
+        file
+        for name in SPLIT_FOLDERS
+        if not (path / name / "config.json").is_file()
+        for file in sorted((path / name).rglob("*"))
+        if file.suffix.lower() in TENSORS
+    ]
+    if len(denoisers) == 1:
+        return File(denoisers[0])
+    files = [file.relative_to(path).as_posix() for file in denoisers] or sorted(
+        file.name for file in path.iterdir() if file.suffix.lower() in SAFE
+    )
+    remedy = f"name the file: {config.label}/{files[0]}" if files else "download it again, or name a single file"
+    if len(files) > 1:
+        remedy = f"name one of its files: {', '.join(f'{config.label}/{file}' for file in files[:8])}"
+    raise LoadError(
+        f"{_location(config)}: the folder {path} has no {INDEX}, which every diffusers model needs; {remedy}",
+        param="parameters.model",
+    )
 
 
 def _not_found(config: ModelConfig, path: Path) -> str:

@@ -19,7 +19,16 @@ from typing import Any
 
 from sfumato.config import ModelConfig
 from sfumato.errors import SfumatoError
-from sfumato.models import descriptions, diffusers_source, gguf, pipeline_class, single_file, sources, weight_file
+from sfumato.models import (
+    dduf,
+    descriptions,
+    diffusers_source,
+    pipeline_class,
+    single_file,
+    sources,
+    split,
+    weight_file,
+)
 from sfumato.pipelines import capabilities, tokens
 
 DEFAULT_MULTIPLE = 8
@@ -42,8 +51,7 @@ class _Unknown(Exception):
 
 def static_capabilities(config: ModelConfig) -> StaticCapabilities:
     """Capabilities of a model file; None for what is not on this disk. Blocks."""
-    folder = _folder(config)
-    index = diffusers_source.json_of(folder / sources.INDEX) if folder else {}
+    folder, index = folder_of(config), index_of(config)
     name: Any
     try:
         name = pipeline_class.choose(config, index)
@@ -63,8 +71,16 @@ def static_capabilities(config: ModelConfig) -> StaticCapabilities:
 
 def index_of(config: ModelConfig) -> dict[str, Any]:
     """The `model_index.json` of a model whose files are on this disk, else empty. Blocks."""
-    folder = _folder(config)
-    return diffusers_source.json_of(folder / sources.INDEX) if folder else {}
+    folder = folder_of(config)
+    if folder and (folder / sources.INDEX).is_file():
+        return diffusers_source.json_of(folder / sources.INDEX)
+    try:
+        match sources.resolve(config):
+            case sources.File(path) if path.suffix.lower() == sources.DDUF:
+                return dduf.index_of(path)
+    except SfumatoError:  # requests for the model get this error
+        pass
+    return {}
 
 
 class _Parts:
@@ -194,32 +210,35 @@ def _parameters(name: str) -> Mapping[str, inspect.Parameter] | None:
     return None
 
 
-def _folder(config: ModelConfig) -> Path | None:
-    """Where the model's files lie in diffusers' layout, if they are on this disk."""
-    if sources.suffix_of(config) == gguf.SUFFIX:
-        return _folder(gguf.of_base(config, config.base_model)) if config.base_model else None
+def folder_of(config: ModelConfig) -> Path | None:
+    """Where the model's configurations lie in diffusers' layout, if they are on this disk."""
     try:
         source = sources.resolve(config)
     except SfumatoError:
-        return None  # requests for the model get this error
+        # Requests for the model get this error, unless what it lacks is a file that comes later.
+        return folder_of(split.with_source(config, config.base_model)) if config.base_model else None
     match source:
         case sources.Folder(path):
             return path
         case sources.HubRepository(repo, revision):
-            return _snapshot(repo, revision or "main")
+            return snapshot(repo, revision or "main")
         case sources.File(path):
-            return _description(path)
+            return _description(config, path)
         case sources.Url(url):
-            return _description(weight_file.path_for(url, config.folder))
+            return _description(config, weight_file.path_for(url, config.folder))
 
 
-def _description(path: Path) -> Path | None:
+def _description(config: ModelConfig, path: Path) -> Path | None:
     """The folder that describes a single file, if it was downloaded."""
+    if config.base_model:
+        return folder_of(split.with_source(config, config.base_model))
+    if path.suffix.lower() == sources.DDUF:
+        return dduf.folder_of(path) if path.is_file() else None
     repo = single_file.described_by(path)
-    return (_snapshot(repo, "main") or descriptions.of(repo)) if repo else None
+    return (snapshot(repo, "main") or descriptions.of(repo)) if repo else None
 
 
-def _snapshot(repo: str, revision: str) -> Path | None:
+def snapshot(repo: str, revision: str) -> Path | None:
     """A repository's folder in huggingface_hub's cache."""
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "huggingface"
     cache = Path(os.environ.get("HF_HUB_CACHE", Path(home) / "hub")).expanduser()

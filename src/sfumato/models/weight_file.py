@@ -73,7 +73,7 @@ def fetch(url: str, target: Path, *, sha256: str | None, report: OnProgress) -> 
     """
     if sha256:
         sha256 = sha256.lower()
-    with _as_download_errors(url, target):
+    with as_download_errors(url, target):
         if _is_complete(target, url, sha256):
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +107,7 @@ def obtain(url: str, folder: Path, *, report: OnProgress) -> Path:
             with _optional():
                 _remember(target, Version(_digest(url), "", target.stat().st_size))
         return fetch(url, target, sha256=None, report=report)
-    with _as_download_errors(url, target):
+    with as_download_errors(url, target):
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(target, report):
             if (path := path_for(url, folder)) == target:
@@ -185,8 +185,7 @@ def _is_complete(target: Path, url: str, sha256: str | None) -> bool:
 
 
 def _download(url: str, target: Path, sha256: str | None, report: OnProgress) -> None:
-    if _origin(url) == _origin(sources.endpoint()) and os.environ.get("HF_HUB_OFFLINE", "").upper() in ON:
-        raise DownloadError(f"{addresses.redact(url)} is not at {target}, and HF_HUB_OFFLINE is set. Fetch it before")
+    check_online(url, target)
     part = _sidecar(target, "part")
     for resumed in (True, False):
         if not resumed:
@@ -205,6 +204,12 @@ def _download(url: str, target: Path, sha256: str | None, report: OnProgress) ->
     part.replace(target)
 
 
+def check_online(url: str, target: Path) -> None:
+    """Raises DownloadError if the file is the hub's, which must not be asked."""
+    if _origin(url) == _origin(sources.endpoint()) and os.environ.get("HF_HUB_OFFLINE", "").upper() in ON:
+        raise DownloadError(f"{addresses.redact(url)} is not at {target}, and HF_HUB_OFFLINE is set. Fetch it before")
+
+
 def _mismatch(url: str, version: Version, size: int, digest: str | None, sha256: str | None) -> str:
     if version.size not in (None, size):
         return f"{addresses.redact(url)}: {size} of {version.size} bytes arrived. Nothing was kept; try again."
@@ -219,7 +224,7 @@ def _receive(url: str, target: Path, part: Path, report: OnProgress) -> tuple[Ve
     if not (offset and before and before.url == _digest(url) and before.validator):
         offset = 0
     # A compressed response would have a different length than the file.
-    headers = {"accept-encoding": "identity", **_authorization(url)}
+    headers = {"accept-encoding": "identity", **authorization(url)}
     if offset and before:
         headers |= {"range": f"bytes={offset}-", "if-range": before.validator}
     with httpx.stream("GET", url, headers=headers, follow_redirects=True, timeout=TIMEOUT_S) as response:
@@ -253,7 +258,7 @@ def _receive(url: str, target: Path, part: Path, report: OnProgress) -> tuple[Ve
     return version, offset
 
 
-def _authorization(url: str) -> dict[str, str]:
+def authorization(url: str) -> dict[str, str]:
     """The hub's token, for the hub's host only; httpx removes it when a redirect leads to another host."""
     if _origin(url) != _origin(sources.endpoint()):
         return {}
@@ -326,7 +331,8 @@ def _check_space(target: Path, missing: int) -> None:
 
 
 @contextmanager
-def _as_download_errors(url: str, target: Path) -> Iterator[None]:
+def as_download_errors(url: str, target: Path) -> Iterator[None]:
+    """Turn what httpx and the system raise while downloading a URL to `target` into errors with a remedy."""
     try:
         yield
     except httpx.HTTPStatusError as error:
@@ -357,7 +363,7 @@ def _refused(url: str, status: int) -> str:
     start = f"{addresses.redact(url)} could not be fetched: the server answers {status}"
     if _origin(url) != _origin(sources.endpoint()):
         return f"{start}; put the token that it wants into the URL, or fetch the file by hand"
-    token_state = "HF_TOKEN is of an account that may not read it" if _authorization(url) else "no HF_TOKEN is set"
+    token_state = "HF_TOKEN is of an account that may not read it" if authorization(url) else "no HF_TOKEN is set"
     return f"{start}: it is gated or private, and {token_state}. Accept its licence on the hub, and set HF_TOKEN"
 
 

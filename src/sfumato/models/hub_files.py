@@ -1,0 +1,127 @@
+"""Ask a hub for the small files of a repository, and say in words what went wrong with it. Without torch.
+
+`HF_ENDPOINT`, `HF_TOKEN`, `HF_HOME` and `HF_HUB_OFFLINE` are huggingface_hub's and work as documented there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx2
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import errors as hub
+from tqdm.auto import tqdm
+
+from sfumato.errors import DownloadError, LoadError
+from sfumato.models import diffusers_source, sources
+
+DESCRIPTIONS = [sources.INDEX, "*/config.json", "scheduler/scheduler_config.json"]
+"""What tells of components without their weights."""
+
+
+def index_path(repo: str, revision: str | None) -> Path:
+    """Where the `model_index.json` of the snapshot is, if it has one. Asks the hub once, and then takes the cache."""
+    folder = snapshot_download(repo, revision=revision, allow_patterns=[sources.INDEX], tqdm_class=SilentBar)
+    return Path(folder) / sources.INDEX
+
+
+def files_of(repo: str, revision: str | None) -> list[str]:
+    """Paths in a repository on the hub or, if that is unreachable, in the cache; empty if it is in neither."""
+    with as_download_errors(repo):
+        try:
+            # Not `list_repo_files`, which asks an unreachable hub for 23 seconds.
+            return [file.rfilename for file in HfApi().model_info(repo, revision=revision).siblings or ()]
+        except UNREACHABLE:
+            pass
+        except hub.HfHubHTTPError as error:
+            if error.response is not None and error.response.status_code < httpx2.codes.INTERNAL_SERVER_ERROR:
+                raise
+    with suppress(hub.LocalEntryNotFoundError):
+        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    return []
+
+
+def index_of(repo: str, revision: str | None) -> dict[str, Any]:
+    """A repository's `model_index.json`, downloaded if necessary; empty if it has none."""
+    with as_download_errors(repo):
+        return diffusers_source.json_of(index_path(repo, revision))
+
+
+def described(repo: str, revision: str | None) -> Path:
+    """A snapshot with the configurations of a repository's components, downloaded if necessary."""
+    with as_download_errors(repo):
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=DESCRIPTIONS, tqdm_class=SilentBar))
+
+
+DIFFUSERS = "(a diffusers repository has a model_index.json and safetensors weights)"
+
+UNREACHABLE = (hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError, httpx2.TransportError)
+"""The hub was not contacted, or did not answer."""
+
+
+@contextmanager
+def as_download_errors(repo: str, remedy: str = "") -> Iterator[None]:
+    """Turn what huggingface_hub and diffusers raise while downloading `repo` into errors with a remedy."""
+    remedy = remedy or f"Run `sfumato pull {repo}`"
+    endpoint = os.environ.get("HF_ENDPOINT", "the hub")
+    try:
+        yield
+    except hub.GatedRepoError as error:
+        raise LoadError(
+            f"{repo} is gated: accept its licence on {endpoint} and set HF_TOKEN to a token of that account."
+        ) from error
+    except hub.RepositoryNotFoundError as error:
+        raise LoadError(
+            f"{repo} is not on {endpoint}, or it is private. Check the spelling of parameters.model; "
+            "for a private repository set HF_TOKEN."
+        ) from error
+    except hub.RevisionNotFoundError as error:
+        raise LoadError(f"{repo} has no such revision: {error}") from error
+    except UNREACHABLE as error:
+        if isinstance(error.__cause__, hub.HfHubHTTPError):  # the hub did answer
+            raise DownloadError(
+                f"{repo} could not be fetched from {endpoint}: {first_line(error.__cause__)}"
+            ) from error
+        raise _unreachable(repo, endpoint, remedy) from error
+    except hub.RemoteEntryNotFoundError as error:
+        raise LoadError(f"{repo} cannot be loaded by diffusers: {first_line(error)} {DIFFUSERS}") from error
+    except (hub.HfHubHTTPError, httpx2.HTTPError) as error:  # httpx2 is huggingface_hub's HTTP client
+        raise DownloadError(f"{repo} could not be fetched from {endpoint}: {first_line(error)}") from error
+    except OSError as error:
+        if isinstance(error.__cause__, UNREACHABLE):  # diffusers looked into its cache first and found nothing
+            raise _unreachable(repo, endpoint, remedy) from error
+        if not isinstance(error.__cause__, hub.EntryNotFoundError) and error.errno is not None:
+            raise DownloadError(f"{repo} could not be written to the cache: {error}") from error
+        raise LoadError(f"{repo} cannot be loaded by diffusers: {first_line(error)} {DIFFUSERS}") from error
+
+
+def _unreachable(repo: str, endpoint: str, remedy: str) -> DownloadError:
+    reason = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else f"{endpoint} cannot be reached"
+    return DownloadError(f"{repo} is not in the local cache and {reason}. {remedy} once while online.")
+
+
+def first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+class SilentBar(tqdm):  # type: ignore[misc]
+    """A progress bar without output; huggingface_hub creates one for files and two for bytes."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._bytes = kwargs.get("unit") == "B"
+        kwargs.pop("name", None)
+        super().__init__(*args, **{**kwargs, "disable": False, "file": _NullFile()})
+
+
+class _NullFile:
+    def write(self, text: str) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
