@@ -113,6 +113,12 @@ class Sampling:
         empty=True, a1111="negative_prompt", invoke="negative_prompt", flag="--negative",
         keys=("parameters.negative_prompt",),
     )  # fmt: skip
+    max_sequence_length: int | None = _parameter(
+        "Tokens of the prompt that T5 or a language model reads; the rest is cut off", argument="max_sequence_length",
+        least=1, most=4096, a1111="max_sequence_length", optional=True, infotext="Max sequence length",
+        keys=("max_sequence_length", "diffusers.max_sequence_length"),
+        absent="256 for Flux schnell and for `pipeline_type: FluxPipeline`, as in LocalAI; else the pipeline's own",
+    )  # fmt: skip
     eta: float | None = _parameter(
         "0..1: noise added at each step, by schedulers that take it, such as ddim", argument="eta", least=0, most=1,
         stepped=True, a1111="eta", neutral=(1,), infotext="Eta", keys=("eta", "diffusers.eta"),

@@ -150,7 +150,7 @@ def _settings(config: ModelConfig) -> Iterator[tuple[str, str]]:
     """Labels and their text; an empty text is left out."""
     gpu = f", GPU {config.main_gpu}" if config.main_gpu is not None else ""
     offload = ", holding only the active module" if config.low_vram else ""
-    half = "fp16 on CUDA; " if config.f16 else ""
+    half = "fp16 on CUDA (bf16 for families made for it); " if config.f16 else ""
     yield "aliases", ", ".join(config.aliases)
     yield "device", _DEVICES[config.cuda] + gpu + offload
     yield "dtype", config.dtype or f"{half}bf16 if the device supports it, else fp32"

@@ -156,7 +156,11 @@ KEYS: tuple[Key, ...] = (
     ),
     *_group(
         "Device",
-        ("f16", "f16", read.flag, "float16 on CUDA. Absent: bfloat16 if the device supports it, else float32."),
+        (
+            "f16", "f16", read.flag,
+            "Half precision on CUDA: float16, or bfloat16 for families made for it, such as Flux. Absent: bfloat16 if "
+            "the device supports it, else float32.",
+        ),
         ("dtype", "dtype", read.dtype, "`fp16`, `bf16` or `fp32`; takes precedence over `f16`."),
         ("cuda", "cuda", read.flag, "true: CUDA or an error. false: CPU. Absent: the best device available."),
         ("diffusers.cuda", "cuda", read.flag, "Same as `cuda`; takes precedence over it."),

@@ -15,7 +15,7 @@ from sfumato.config.model import REQUEST_DEFAULTS
 from sfumato.core import QUALITIES, Generation
 from sfumato.drawing import crop
 from sfumato.errors import InvalidRequest
-from sfumato.models.load import Loaded
+from sfumato.models.load import Loaded, token_limit
 from sfumato.pictures import images
 from sfumato.pipelines.capabilities import parameters_of, upscaler
 from sfumato.sampling import PARAMETERS, Parameter, Sampling, merged
@@ -94,7 +94,9 @@ def _of_file(model: Loaded, pipeline: Any, *, pictures: bool = False) -> Samplin
     config = model.config
     options: dict[str, Any] = {each.name: config.options.get(each.argument) for each in PARAMETERS if each.argument}
     page = REQUEST_DEFAULTS if _has_page_defaults(pipeline) else Sampling()
-    chosen = merged(Sampling(**options), config.sampling, page)
+    chosen = merged(
+        Sampling(**options), config.sampling, page, Sampling(max_sequence_length=token_limit(config, model.pipeline))
+    )
 
     def applies(parameter: Parameter) -> bool:
         return not (parameter.side if pictures else parameter.source)  # a source picture brings its size

@@ -104,7 +104,7 @@ def _draw(model: Loaded, pipeline: Any, generation: Generation, on_step: OnStep,
     # 6. the picture with its recipe, and warnings for what differs from the request
     image_recipe = _recipe(model, pipeline, filled, image, kwargs, choice, canvas)
     negative = filled.sampling.negative_prompt
-    token_count, cut_off = tokens.count(pipeline, model.config.options, model.config.name, filled.prompt, negative)
+    token_count, cut_off = tokens.count(pipeline, kwargs, model.config.name, filled.prompt, negative)
     warnings = (
         *generation.notes,
         *how_read,

@@ -16,12 +16,13 @@ def model_info(model: Loaded) -> ModelInfo:
     tasks = capabilities.tasks(pipeline)
     width, height = arguments.own_size(model) if "text-to-image" in tasks else (None, None)
     sampling = replace(arguments.defaults(model, pipeline), width=width, height=height)
+    limit = {tokens.LIMIT: sampling.max_sequence_length} if sampling.max_sequence_length else {}
     return ModelInfo(
         pipeline=type(pipeline).__name__,
         tasks=tasks,
         sampling=sampling,
         size_multiple=upscaler.multiple * upscaler.factor if upscaler else arguments.size_multiple(pipeline),
-        prompt_tokens=tokens.capacity(pipeline, model.config.options),
+        prompt_tokens=tokens.capacity(pipeline, limit),
         transparent=capabilities.transparent(pipeline),
         upscale=upscaler.factor if upscaler else None,
         device=model.device,

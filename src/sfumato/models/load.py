@@ -18,7 +18,7 @@ from sfumato.batching import offload
 from sfumato.batching.batcher import is_out_of_memory
 from sfumato.config import ModelConfig, addresses
 from sfumato.core import ModelStatus
-from sfumato.errors import DeviceUnavailable, DownloadError, InvalidRequest, LoadError, ModelFileError, SfumatoError
+from sfumato.errors import DownloadError, InvalidRequest, LoadError, ModelFileError, SfumatoError
 from sfumato.models import (
     contents,
     dduf,
@@ -37,17 +37,17 @@ from sfumato.models import (
     variants,
     weight_file,
 )
-from sfumato.pipelines import request_scheduler
+from sfumato.models.device import DTYPES, choose_device, choose_dtype, expected_dtype
+from sfumato.pipelines import request_scheduler, tokens
 from sfumato.pipelines.capabilities import most_clip_skip
 from sfumato.previews.decode import CheapDecoder, cheap_decoder
+
+__all__ = ["DTYPES", "Fetched", "Loaded", "ModelState", "choose_device", "choose_dtype", "fetch", "load"]
 
 log = logging.getLogger(__name__)
 
 OnStatus: TypeAlias = Callable[[ModelStatus], None]
 MakeRoom: TypeAlias = Callable[[footprint.Needs], None]
-
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-
 
 TILES = "its VAE works in slices and tiles"
 OFFLOADED = "its modules wait in main memory"
@@ -103,16 +103,15 @@ def load(
         on_status(ModelStatus("downloading", name, fraction))
 
     try:
-        device = choose_device(config, device_setting)
-        dtype = choose_dtype(config, device)
-        pipeline, fetched = _pipeline(config, device, dtype, on_status, make_room)
+        place = choose_device(config, device_setting)
+        pipeline, fetched, dtype = _pipeline(config, place, on_status, make_room)
         source = fetched.label
         prediction.apply(config, pipeline, fetched.path if fetched.description else None)
         _check(config, pipeline)
         parts.replace_vae(config, pipeline, DTYPES[dtype], report)
         parts.load_adapters(config, pipeline, report)
-        preview_decoder = _load_preview_decoder(config, pipeline, device, dtype)
-        _place(config, pipeline, device)
+        preview_decoder = _load_preview_decoder(config, pipeline, place, dtype)
+        _place(config, pipeline, place)
     except SfumatoError:
         raise
     except Exception as error:  # whatever a pipeline's loading code raises, the caller gets a readable message
@@ -122,55 +121,8 @@ def load(
         log.exception("%s: load failed", config.name)
         raise LoadError(f"{config.name}: {type(error).__name__}: {addresses.redact(str(error))}") from error
     pipeline.set_progress_bar_config(disable=True)
-    log.info("%s: %s from %s on %s in %s", config.name, type(pipeline).__name__, source, device, dtype)
-    return Loaded(config, pipeline, source, device, dtype, preview_decoder=preview_decoder)
-
-
-def choose_device(config: ModelConfig, setting: str) -> str:
-    """`setting` wins unless "auto"; then the file's `cuda`: true, false, or absent for the best available device."""
-    if setting != "auto":
-        if config.cuda and not setting.startswith("cuda"):
-            log.warning("%s: the file says cuda: true; the server's device setting is %s", config.name, setting)
-        _usable(config, setting)
-        return setting
-    if config.cuda is False:
-        return "cpu"
-    gpu = "cuda" if config.main_gpu is None else f"cuda:{config.main_gpu}"
-    if config.cuda:
-        _usable(config, gpu)
-        return gpu
-    best = torch.accelerator.current_accelerator(check_available=True)
-    if best is None:
-        return "cpu"
-    return gpu if best.type == "cuda" else str(best.type)
-
-
-def _usable(config: ModelConfig, device: str) -> None:
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise DeviceUnavailable(
-            f"{config.name}: the device {device!r} is not usable on this machine ({str(error).splitlines()[0]}). "
-            "Set `cuda: false` in the model file, leave it out (to take the best available device), "
-            "or start the server with --device cpu."
-        ) from error
-
-
-def choose_dtype(config: ModelConfig, device: str) -> str:
-    """The file's `dtype`; else fp16 for `f16: true` on CUDA, bf16 on CUDA and CPUs that support it, else fp32."""
-    if config.dtype:
-        return config.dtype
-    fast = "bf16" if device.startswith("cuda") or (device == "cpu" and _cpu_has_bf16()) else "fp32"
-    if config.f16:
-        if device.startswith("cuda"):
-            return "fp16"
-        log.warning("%s: f16: true: float16 is slow on %s; %s is used", config.name, device, fast)
-    return fast
-
-
-def _cpu_has_bf16() -> bool:
-    features = torch.cpu.get_capabilities()
-    return bool(features.get("avx512_bf16") or features.get("amx_bf16") or features.get("bf16"))
+    log.info("%s: %s from %s on %s in %s", config.name, type(pipeline).__name__, source, place, dtype)
+    return Loaded(config, pipeline, source, place, dtype, preview_decoder=preview_decoder)
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,22 +193,22 @@ def _described(config: ModelConfig, path: Path, label: str, dtype: str, on_statu
     return Fetched(path, label, supplied, files)
 
 
-def _pipeline(
-    config: ModelConfig, device: str, dtype: str, on_status: OnStatus, make_room: MakeRoom
-) -> tuple[Any, Fetched]:
+def _pipeline(config: ModelConfig, device: str, on_status: OnStatus, make_room: MakeRoom) -> tuple[Any, Fetched, str]:
+    """The pipeline in main memory, what it was loaded from, and its dtype."""
     pipeline_class.choose(config, None)  # an unknown class is reported before anything is fetched
-    fetched = fetch(config, dtype, on_status)
+    fetched = fetch(config, expected_dtype(config, device), on_status)
     on_status(ModelStatus("loading", fetched.label))
     index = pipeline_class.index_of(fetched.description or fetched.path)
+    dtype = choose_dtype(config, device, index)
     cls = getattr(diffusers, pipeline_class.choose(config, index))
     make_room(_needs(config, fetched, index, device, dtype))
     with download.as_download_errors(fetched.label):
         if fetched.files and fetched.description:
             components = split_load.components(fetched.files, fetched.description, index, DTYPES[dtype])
-            return _folder(config, fetched.description, cls, dtype, **components), fetched
+            return _folder(config, fetched.description, cls, dtype, **components), fetched, dtype
         if fetched.description:
-            return _single_file(config, fetched, cls, dtype), fetched
-        return _folder(config, fetched.path, cls, dtype), fetched
+            return _single_file(config, fetched, cls, dtype), fetched, dtype
+        return _folder(config, fetched.path, cls, dtype), fetched, dtype
 
 
 def _needs(config: ModelConfig, fetched: Fetched, index: dict[str, Any], device: str, dtype: str) -> footprint.Needs:
@@ -360,6 +312,13 @@ def _check(config: ModelConfig, pipeline: Any) -> None:
             request_scheduler.check(pipeline, choice)
         except InvalidRequest as error:
             raise ModelFileError(f"{config.name}: {error.message}", param="scheduler_type") from error
+    limit = token_limit(config, pipeline)
+    if limit and not config.sampling.max_sequence_length and tokens.LIMIT not in config.options:
+        log.info(
+            "%s: prompts are read up to %d tokens, as LocalAI does with FluxPipeline and as schnell was trained; "
+            "`max_sequence_length` in the model file or a request sets another limit",
+            config.name, limit,
+        )  # fmt: skip
     most = most_clip_skip(pipeline)
     clip_skip = config.sampling.clip_skip
     if clip_skip and most is not None and clip_skip > most:
@@ -367,6 +326,13 @@ def _check(config: ModelConfig, pipeline: Any) -> None:
             f"{config.name}: clip_skip {clip_skip} skips more layers than the text encoder has; 0 to {most} are valid",
             param="clip_skip",
         )
+
+
+def token_limit(config: ModelConfig, pipeline: Any) -> int | None:
+    """`max_sequence_length` where neither file nor request says it; None: the pipeline's own default."""
+    denoiser = getattr(pipeline, "transformer", None)
+    guidance_embeds = getattr(denoiser, "config", {}).get("guidance_embeds")
+    return tokens.usual_limit(config.pipeline_type, type(pipeline).__name__, guidance_embeds)
 
 
 def _place(config: ModelConfig, pipeline: Any, device: str) -> None:

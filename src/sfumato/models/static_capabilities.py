@@ -66,7 +66,7 @@ def static_capabilities(config: ModelConfig) -> StaticCapabilities:
         return StaticCapabilities(name, tasks)
     replaced = {"controlnet": config.control_net, "text_encoder": config.clip_model}
     parts = _Parts(folder, index | {part: ["", ""] for part, source in replaced.items() if source})
-    return StaticCapabilities(name, tasks, _multiple(name, parts), _tokens(parameters, parts, config.options))
+    return StaticCapabilities(name, tasks, _multiple(name, parts), _tokens(name, parameters, parts, config))
 
 
 def index_of(config: ModelConfig) -> dict[str, Any]:
@@ -105,16 +105,25 @@ class _Parts:
                 return defaults[key]
         raise _Unknown
 
+    def guidance_embeds(self) -> bool | None:
+        """Of the denoiser; None: it has no such setting."""
+        try:
+            return bool(self.setting("transformer", "guidance_embeds"))
+        except _Unknown:
+            return None
+
     def tokenizer(self, part: str) -> tuple[str, Any]:
         """A tokenizer's class, and its maximum length in tokens, if it has one."""
         config = diffusers_source.json_of(self._folder / part / "tokenizer_config.json")
         return self._classes.get(part, ""), config.get("model_max_length")
 
 
-def _tokens(parameters: Mapping[str, inspect.Parameter], parts: _Parts, options: Mapping[str, Any]) -> int | None:
+def _tokens(name: str, parameters: Mapping[str, inspect.Parameter], parts: _Parts, config: ModelConfig) -> int | None:
     """Equals `tokens.capacity` of the loaded pipeline."""
     limit = parameters.get("max_sequence_length")
-    max_length = options.get("max_sequence_length", limit.default if limit else None)
+    max_length = config.options.get("max_sequence_length") or config.sampling.max_sequence_length
+    max_length = max_length or tokens.usual_limit(config.pipeline_type, name, parts.guidance_embeds())
+    max_length = max_length or (limit.default if limit else None)
     capacities = []
     for part, encoder in tokens.ENCODERS.items():
         if part in parts and encoder in parts:

@@ -30,16 +30,31 @@ PLAIN = re.compile(r"CLIP|T5")
 """Tokenizers whose pipelines encode the text unchanged; others insert it into a chat, so more may be cut off."""
 
 
+LIMIT = "max_sequence_length"
+"""The argument of a pipeline that says how many tokens of a prompt its encoders read, CLIP's excepted."""
+
+SCHNELL = 256
+"""Tokens that a Flux without embedded guidance (schnell) was trained with; LocalAI sets it for `FluxPipeline`."""
+
 CACHED_TEXTS = 64
 """Texts with cached tokens per tokenizer: the pictures of one request have the same prompt."""
 
 _token_counts: weakref.WeakKeyDictionary[Any, OrderedDict[bytes, int]] = weakref.WeakKeyDictionary()
 
 
+def usual_limit(pipeline_type: str | None, name: str, guidance_embeds: bool | None) -> int | None:
+    """`max_sequence_length` where neither file nor request says it; None: the pipeline's own default.
+
+    `pipeline_type` as the model file has it, `name` the class that draws, `guidance_embeds` of its denoiser.
+    """
+    schnell = name.startswith("Flux") and guidance_embeds is False
+    return SCHNELL if schnell or pipeline_type == "FluxPipeline" else None
+
+
 def capacity(pipeline: Any, options: Mapping[str, Any]) -> int | None:
     """Maximum tokens of the longest encoder, including start and end tokens; None if none is stated.
 
-    `options` are the model file's arguments for every call.
+    `options`: arguments of the call; only `max_sequence_length` matters.
     """
     room = [room for _, room in _readers(pipeline, options)]
     return max(room) if room else None
@@ -81,8 +96,8 @@ def _tokens(tokenizer: Any, text: str) -> int:
 
 def _readers(pipeline: Any, options: Mapping[str, Any]) -> Iterator[tuple[Any, int]]:
     """Each tokenizer with an encoder, and the maximum tokens of that encoder."""
-    parameter = parameters_of(pipeline).get("max_sequence_length")
-    limit = options.get("max_sequence_length", parameter.default if parameter else None)
+    parameter = parameters_of(pipeline).get(LIMIT)
+    limit = options.get(LIMIT, parameter.default if parameter else None)
     for name, encoder in ENCODERS.items():
         tokenizer = getattr(pipeline, name, None)
         if tokenizer is None or getattr(pipeline, encoder, None) is None:
