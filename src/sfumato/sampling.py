@@ -115,7 +115,7 @@ class Sampling:
     )  # fmt: skip
     max_sequence_length: int | None = _parameter(
         "Tokens of the prompt that T5 or a language model reads; the rest is cut off", argument="max_sequence_length",
-        least=1, most=4096, a1111="max_sequence_length", optional=True, infotext="Max sequence length",
+        least=1, most=4096, a1111="max_sequence_length", infotext="Max sequence length",
         keys=("max_sequence_length", "diffusers.max_sequence_length"),
         absent="256 for Flux schnell and for `pipeline_type: FluxPipeline`, as in LocalAI; else the pipeline's own",
     )  # fmt: skip
