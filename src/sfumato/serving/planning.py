@@ -91,24 +91,12 @@ def plan(request: ImageRequest, config: ModelConfig, limits: Limits, max_picture
             param="n",
         )
     _check(request.sampling, limits)
-    _check_range("mask_padding", request.mask_padding, 0, MAX_PADDING)
-    if request.mask_padding is not None and request.mask is None:
-        raise InvalidRequest("masked_area_only: needs a mask; send `mask` too", param="masked_area_only")
     if request.quality is not None and request.quality not in QUALITIES:
         raise InvalidRequest(
             f"quality: {request.quality[:100]!r}; {', '.join(QUALITIES)} or a number of steps are valid",
             param="quality",
         )
-    if len(request.images) > MAX_PICTURES:
-        raise InvalidRequest(
-            f"image: {len(request.images)} pictures; at most {MAX_PICTURES} are allowed", param="image"
-        )
-    if request.mask is not None and not request.images:
-        raise InvalidRequest("mask: needs a picture to redraw; send `image` too", param="mask")
-    if request.sampling.strength is not None and not request.images:
-        raise InvalidRequest(
-            "strength: applies only to a source picture; send `image`, or leave it out", param="strength"
-        )
+    _check_pictures(request)
     seed = _seed(config.seed if request.seed is None else request.seed, n)
     generations = []
     for prompt in prompts:
@@ -134,6 +122,22 @@ def plan(request: ImageRequest, config: ModelConfig, limits: Limits, max_picture
             generation = _enabled(config, generation, bool(request.images))
         generations += [replace(generation, id=uuid.uuid4().hex, seed=seed + i) for i in range(n)]
     return generations
+
+
+def _check_pictures(request: ImageRequest) -> None:
+    _check_range("mask_padding", request.mask_padding, 0, MAX_PADDING)
+    if request.mask_padding is not None and request.mask is None:
+        raise InvalidRequest("masked_area_only: needs a mask; send `mask` too", param="masked_area_only")
+    if len(request.images) > MAX_PICTURES:
+        raise InvalidRequest(
+            f"image: {len(request.images)} pictures; at most {MAX_PICTURES} are allowed", param="image"
+        )
+    if request.mask is not None and not request.images:
+        raise InvalidRequest("mask: needs a picture to redraw; send `image` too", param="mask")
+    if request.sampling.strength is not None and not request.images:
+        raise InvalidRequest(
+            "strength: applies only to a source picture; send `image`, or leave it out", param="strength"
+        )
 
 
 def _check(sampling: Sampling, limits: Limits) -> None:
