@@ -232,10 +232,12 @@ def test_idle_models_leave_for_one_that_needs_the_memory_and_those_in_use_stay(
 
 
 def huge(folder: Path, size: int) -> Path:
-    """A diffusers folder whose UNet claims `size` bytes and has none of them: reading it fails."""
+    """A diffusers folder whose UNet has `size` bytes, as a sparse file."""
     other = folder.parent / "huge"
     header = json.dumps({"w": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}}).encode()
-    (other / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    with (other / "unet" / "diffusion_pytorch_model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(file.tell() + size)
     return other
 
 

@@ -143,6 +143,8 @@ def fetch(config: ModelConfig, dtype: str, on_status: OnStatus, without: Sequenc
     `without`: of these components the configurations alone.
     """
     source = sources.resolve(config)
+    if isinstance(source, sources.HubRepository):
+        on_status(ModelStatus("downloading", source.repo))
     inspection.refuse(config, source)  # what is known before anything is fetched
 
     def report(fraction: float | None, name: str) -> None:
@@ -153,7 +155,6 @@ def fetch(config: ModelConfig, dtype: str, on_status: OnStatus, without: Sequenc
         download.from_url(url, config.folder / file.filename, sha256=file.sha256, report=report)
     match source:
         case sources.HubRepository(repo, revision):
-            on_status(ModelStatus("downloading", repo))
             folder = download.from_hub(
                 repo,
                 revision=revision,
