@@ -28,6 +28,9 @@ CLIP_SKIP = "clip_skip: it is counted for Stable Diffusion 1 and 2; for XL and S
 """An infotext counts layers from the last one, and does not say what kind of model it was."""
 
 
+WEIGHTS = "prompt: its weights are read on AUTOMATIC1111's routes; on others they are text"
+
+
 @dataclass(frozen=True, slots=True)
 class FileParameters:
     """`source`: the program that wrote it; `fields`: request fields; `warnings`: what could not be used."""
@@ -65,7 +68,8 @@ def _ours(texts: Mapping[str, str]) -> FileParameters | None:
     fields |= {each.name: metadata.get(each.name) for each in PARAMETERS if from_picture or not each.source}
     fields["scheduler"] = schedulers.canonical_name(metadata.get("scheduler"))
     sources = ("it was made from a picture, which is needed again for the same one",) if from_picture else ()
-    return FileParameters("sfumato", _convert(fields), sources)
+    marked = (WEIGHTS,) if metadata.get("weights") else ()
+    return FileParameters("sfumato", _convert(fields), sources + marked)
 
 
 def _infotext(texts: Mapping[str, str]) -> FileParameters | None:

@@ -91,6 +91,7 @@ def _as_request(recipe: Recipe) -> dict[str, Any]:
         ),
         # Only savings that change pixels; where modules wait depends on this machine.
         "savings": tuple(name for name in recipe.savings if name == VAE_TILING),
+        "weights": recipe.weights,
         "crop": recipe.drawn_size is not None,
         "mask_padding": recipe.masked_area[0] if recipe.masked_area else None,
     }
