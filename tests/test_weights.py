@@ -94,7 +94,7 @@ def test_a_weight_of_one_changes_nothing(kind: str, clip_skip: int | None) -> No
     call = {"prompt": "a cat", "negative_prompt": "dog", "clip_skip": clip_skip}
     view = views.view(pipeline)
     try:
-        encoders = weights._encoders(view)
+        encoders = [(getattr(view, one), getattr(view, other)) for one, other in weights.encoders(view)]
         made = weights._arguments(view, encoders, {field: parse(str(call[field])) for field in weights.FIELDS}, call)
         names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
         more = {"clip_skip": clip_skip} if kind == "sd" else {"prompt_2": None, "clip_skip": clip_skip}

@@ -151,6 +151,8 @@ class Recipe:
     """If only the masked area was drawn: padding in pixels, and the width and height it was drawn at."""
     weights: bool = False
     """Whether AUTOMATIC1111's markup was read in the prompts."""
+    embeddings: tuple[str, ...] = ()
+    """Textual inversions in the prompts, as `name:hash` with the SHA-256 of their files."""
     drawn_size: tuple[int, int] | None = None
     """Width and height that it was drawn at, if it was cropped from that."""
 

@@ -18,7 +18,7 @@ from sfumato import __version__, schedulers
 from sfumato.batching import views
 from sfumato.batching.batcher import is_out_of_memory
 from sfumato.core import OFFLOAD, VAE_TILING, Done, Generation, Recipe
-from sfumato.drawing import arguments, crop, prompts, usable, weights
+from sfumato.drawing import arguments, crop, prompts, usable
 from sfumato.errors import ContentFiltered, DrawError, InvalidRequest, SfumatoError
 from sfumato.models.load import OFFLOADED, Loaded
 from sfumato.models.release import release_frames
@@ -93,9 +93,8 @@ def _draw(model: Loaded, pipeline: Any, generation: Generation, on_step: OnStep,
         )
     _watch(pipeline, kwargs, on_step, previews)
     # 4. run
-    call, not_read = weights.read(model, pipeline, kwargs) if generation.weights else (kwargs, ())
-    filled = replace(filled, weights=any(call.get(field) != kwargs.get(field) for field in weights.FIELDS))
-    image = _run(pipeline, call, filled.seed)
+    reading = prompts.read(model, pipeline, generation, kwargs)
+    image = _run(pipeline, reading.arguments, filled.seed)
     # 5. the requested part of it; outside the mask every pixel stays unchanged
     if capabilities.upscaler(pipeline) and image.size != (canvas.width, canvas.height):
         raise DrawError(
@@ -104,15 +103,18 @@ def _draw(model: Loaded, pipeline: Any, generation: Generation, on_step: OnStep,
         )
     image = _placed(image, canvas)
     # 6. the picture with its recipe, and warnings for what differs from the request
-    image_recipe = _recipe(model, pipeline, filled, image, kwargs, choice, canvas)
-    negative = filled.sampling.negative_prompt
-    token_count, cut_off = tokens.count(pipeline, kwargs, model.config.name, filled.prompt, negative)
+    image_recipe = replace(
+        _recipe(model, pipeline, filled, image, kwargs, choice, canvas),
+        weights=reading.weights,
+        embeddings=reading.embeddings,
+    )
+    token_count, cut_off = tokens.count(pipeline, kwargs, model.config.name, *reading.texts)
     warnings = (
         *generation.notes,
         *how_read,
         *left_out,
-        *not_read,
-        *(cut_off if "prompt" in call else ()),
+        *reading.warnings,
+        *(() if reading.embedded else cut_off),
         *_kept_scheduler(driver, filled.sampling),
         *_locked(model, generation.sampling, filled.sampling),
         *_not_taken(model, pipeline, filled.sampling, kwargs),
@@ -331,6 +333,5 @@ def _recipe(
         versions={"sfumato": __version__, "diffusers": diffusers.__version__, "torch": torch.__version__},
         savings=filled.savings + ((OFFLOAD,) if OFFLOADED in model.fallbacks else ()),
         masked_area=(filled.mask_padding or 0, canvas.width or 0, canvas.height or 0) if canvas.box else None,
-        weights=filled.weights,
         drawn_size=(canvas.width or 0, canvas.height or 0) if canvas.kept else None,
     )

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
+from sfumato.batching.batcher import is_out_of_memory
 from sfumato.drawing.arguments import PAGE_CLASSES
 from sfumato.drawing.emphasis import Emphasis, Fragment, parse, unescaped
+from sfumato.errors import DrawError
 from sfumato.models.load import Loaded
 from sfumato.pipelines.capabilities import parameters_of
 from sfumato.sampling import clip_layer
@@ -32,8 +34,8 @@ def read(model: Loaded, pipeline: Any, kwargs: Mapping[str, Any]) -> tuple[dict[
         for field, emphasis in prompts.items()
         if emphasis.unread
     ]
-    encoders = _encoders(pipeline)
-    if not encoders:
+    pairs = [(getattr(pipeline, tokenizer), getattr(pipeline, encoder)) for tokenizer, encoder in encoders(pipeline)]
+    if not pairs:
         warnings += [
             f"{field}: {', '.join(map(repr, emphasis.markup))} is read as text: weights are for the CLIP encoders of "
             f"Stable Diffusion, not for {model.config.name} ({type(pipeline).__name__})"
@@ -41,32 +43,30 @@ def read(model: Loaded, pipeline: Any, kwargs: Mapping[str, Any]) -> tuple[dict[
             if emphasis.markup
         ]
         return {**kwargs, **{field: unescaped(kwargs[field]) for field in FIELDS if kwargs.get(field)}}, tuple(warnings)
-    if not any(_is_weighted(emphasis) or _is_long(emphasis, encoders) for emphasis in prompts.values()):
+    if not any(_is_weighted(emphasis) or _is_long(emphasis, pairs) for emphasis in prompts.values()):
         plain = {field: emphasis.plain for field, emphasis in prompts.items() if kwargs.get(field)}
         return {**kwargs, **plain}, tuple(warnings)
     texts = {name: value for name, value in kwargs.items() if name not in FIELDS}
-    return texts | _arguments(pipeline, encoders, prompts, kwargs), tuple(warnings)
+    return texts | _arguments(pipeline, pairs, prompts, kwargs), tuple(warnings)
 
 
 def _is_weighted(emphasis: Emphasis) -> bool:
     return len(emphasis.parts) > 1 or any(fragment.weight != 1 for part in emphasis.parts for fragment in part)
 
 
-def _is_long(emphasis: Emphasis, encoders: list[tuple[Any, Any]]) -> bool:
-    tokenizer, _ = encoders[0]
+def _is_long(emphasis: Emphasis, pairs: list[tuple[Any, Any]]) -> bool:
+    tokenizer, _ = pairs[0]
     return len(tokenizer(emphasis.plain, verbose=False).input_ids) > int(tokenizer.model_max_length)
 
 
-def _encoders(pipeline: Any) -> list[tuple[Any, Any]]:
-    """Tokenizers and text encoders; none if the class does not take embeddings that these make."""
+def encoders(pipeline: Any) -> list[tuple[str, str]]:
+    """Names of its tokenizers and CLIP text encoders; none if the class does not take embeddings that these make."""
     if not PAGE_CLASSES.match(type(pipeline).__name__) or "prompt_embeds" not in parameters_of(pipeline):
         return []
-    pairs = [
-        (getattr(pipeline, f"tokenizer{n}", None), getattr(pipeline, f"text_encoder{n}", None)) for n in ("", "_2")
-    ]
-    present = [(tokenizer, encoder) for tokenizer, encoder in pairs if tokenizer is not None and encoder is not None]
+    names = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
+    present = [pair for pair in names if all(getattr(pipeline, name, None) is not None for name in pair)]
     # A stand-in has its module's `__class__`.
-    clip = all("CLIP" in encoder.__class__.__name__ for _, encoder in present)
+    clip = all("CLIP" in getattr(pipeline, encoder).__class__.__name__ for _, encoder in present)
     return present if clip else []
 
 
@@ -98,19 +98,19 @@ class _Layer:
 
 
 def _arguments(
-    pipeline: Any, encoders: list[tuple[Any, Any]], prompts: Mapping[str, Emphasis], kwargs: Mapping[str, Any]
+    pipeline: Any, pairs: list[tuple[Any, Any]], prompts: Mapping[str, Emphasis], kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
     parameters, name = parameters_of(pipeline), type(pipeline).__name__
     pooled = "pooled_prompt_embeds" in parameters
     # Only the prompt skips layers in diffusers.
     layers = {"prompt": clip_layer(kwargs.get("clip_skip"), name), "negative_prompt": clip_layer(None, name)}
     embedded = {
-        field: _embedded(encoders, prompts[field], layer, normalised=not pooled) for field, layer in layers.items()
+        field: _embedded(pairs, prompts[field], layer, normalised=not pooled) for field, layer in layers.items()
     }
     longest = max(len(parts) for parts, _ in embedded.values())
     answer: dict[str, Any] = {}
     for field, (parts, pool) in embedded.items():
-        empty = _embedded(encoders, parse(""), layers[field], normalised=not pooled)[0]
+        empty = _embedded(pairs, parse(""), layers[field], normalised=not pooled)[0]
         states = torch.cat(parts + empty * (longest - len(parts)), dim=1)
         absent = field == "negative_prompt" and kwargs.get(field) is None
         if absent and getattr(pipeline.config, "force_zeros_for_empty_prompt", False):
@@ -123,13 +123,13 @@ _POOLED = {"prompt": "pooled_prompt_embeds", "negative_prompt": "negative_pooled
 
 
 def _embedded(
-    encoders: list[tuple[Any, Any]], emphasis: Emphasis, layer: int, *, normalised: bool
+    pairs: list[tuple[Any, Any]], emphasis: Emphasis, layer: int, *, normalised: bool
 ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
     """Chunks of [1, 77, features of all encoders], at least one for each part, and the pooled embedding."""
     from compel.embeddings_provider import EmbeddingsProvider, SplitLongTextMode  # for those who send weights
 
     rows, pooled = [], None
-    for tokenizer, encoder in encoders:
+    for tokenizer, encoder in pairs:
         reader = _Layer(encoder, layer, normalised=normalised)
         provider = EmbeddingsProvider(
             tokenizer, reader, truncate=False, device=encoder.device, split_long_text_mode=SplitLongTextMode.PHRASES
@@ -138,12 +138,17 @@ def _embedded(
         for part in emphasis.parts:
             fragments = [each for each in part if tokenizer(each.text, add_special_tokens=False).input_ids]
             fragments = fragments or [Fragment("", 1.0)]
-            parts.append(
-                provider.get_embeddings_for_weighted_prompt_fragments(
-                    [[each.text for each in fragments]], [[each.weight for each in fragments]], device=encoder.device
+            texts, factors = [each.text for each in fragments], [each.weight for each in fragments]
+            try:
+                states = provider.get_embeddings_for_weighted_prompt_fragments(
+                    [texts], [factors], device=encoder.device
                 )
-            )
+            except RuntimeError as error:  # compel's word for tokens that it does not find again
+                if is_out_of_memory(error):
+                    raise
+                raise DrawError(f"prompt: its weights cannot be read: {error}") from error
+            parts.append(states)
         rows.append(torch.cat(parts, dim=1))
         pooled = reader.pooled
-    chunk = int(encoders[0][0].model_max_length)
+    chunk = int(pairs[0][0].model_max_length)
     return list(torch.split(torch.cat(rows, dim=-1), chunk, dim=1)), pooled
