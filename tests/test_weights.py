@@ -119,6 +119,14 @@ def test_weights_change_the_picture(kind: str) -> None:
     assert (pixels(negative) != pixels(heavier)).any()
 
 
+@pytest.mark.parametrize("kind", [tiny.stable_diffusion, tiny.stable_diffusion_xl])
+def test_in_half_precision(kind: Any) -> None:
+    model = loaded(kind().to(torch.bfloat16))
+    size = {"width": 64, "height": 64}
+    pictures = [draw(model, wanted(prompt=prompt, weights=True, **size), quiet) for prompt in (MARKED, "a cat")]
+    assert (pixels(pictures[0]) != pixels(pictures[1])).any()
+
+
 @pytest.mark.parametrize("kind", ["sd", "xl"])
 def test_what_is_not_weighted_is_a_text_as_on_other_routes(kind: str) -> None:
     for negative in (None, "dog"):

@@ -73,12 +73,12 @@ def encoders(pipeline: Any) -> list[tuple[str, str]]:
 class _Layer:
     """A text encoder, as compel calls it, that gives one of its layers, read as the pipeline class reads it."""
 
-    def __init__(self, encoder: Any, layer: int, *, normalised: bool) -> None:
-        """`layer`: counted from the last, which is 1. `normalised`: by the encoder's last norm."""
+    def __init__(self, encoder: Any, device: torch.device, layer: int, *, normalised: bool) -> None:
+        """`device`: where it computes. `layer`: counted from the last, which is 1. `normalised`: by its last norm."""
         self._encoder = encoder
         self._layer = layer
         self._normalised = normalised
-        self.device = encoder.device
+        self.device = device
         self.dtype = encoder.dtype
         self.pooled: torch.Tensor | None = None
         """The pooled embedding of the first chunk, if the encoder has one."""
@@ -104,14 +104,17 @@ def _arguments(
     pooled = "pooled_prompt_embeds" in parameters
     # Only the prompt skips layers in diffusers.
     layers = {"prompt": clip_layer(kwargs.get("clip_skip"), name), "negative_prompt": clip_layer(None, name)}
+    device = pipeline._execution_device  # an offloaded encoder's own is the CPU
     embedded = {
-        field: _embedded(pairs, prompts[field], layer, normalised=not pooled) for field, layer in layers.items()
+        field: _embedded(pairs, prompts[field], device, layer, normalised=not pooled) for field, layer in layers.items()
     }
     longest = max(len(parts) for parts, _ in embedded.values())
     answer: dict[str, Any] = {}
     for field, (parts, pool) in embedded.items():
-        empty = _embedded(pairs, parse(""), layers[field], normalised=not pooled)[0]
-        states = torch.cat(parts + empty * (longest - len(parts)), dim=1)
+        if len(parts) < longest:
+            empty, _ = _embedded(pairs, parse(""), device, layers[field], normalised=not pooled)
+            parts = parts + empty * (longest - len(parts))
+        states = torch.cat(parts, dim=1)
         absent = field == "negative_prompt" and kwargs.get(field) is None
         if absent and getattr(pipeline.config, "force_zeros_for_empty_prompt", False):
             states, pool = torch.zeros_like(states), None if pool is None else torch.zeros_like(pool)
@@ -123,16 +126,16 @@ _POOLED = {"prompt": "pooled_prompt_embeds", "negative_prompt": "negative_pooled
 
 
 def _embedded(
-    pairs: list[tuple[Any, Any]], emphasis: Emphasis, layer: int, *, normalised: bool
+    pairs: list[tuple[Any, Any]], emphasis: Emphasis, device: torch.device, layer: int, *, normalised: bool
 ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
     """Chunks of [1, 77, features of all encoders], at least one for each part, and the pooled embedding."""
     from compel.embeddings_provider import EmbeddingsProvider, SplitLongTextMode  # for those who send weights
 
     rows, pooled = [], None
     for tokenizer, encoder in pairs:
-        reader = _Layer(encoder, layer, normalised=normalised)
+        reader = _Layer(encoder, device, layer, normalised=normalised)
         provider = EmbeddingsProvider(
-            tokenizer, reader, truncate=False, device=encoder.device, split_long_text_mode=SplitLongTextMode.PHRASES
+            tokenizer, reader, truncate=False, device=device, split_long_text_mode=SplitLongTextMode.PHRASES
         )
         parts = []
         for part in emphasis.parts:
@@ -140,9 +143,7 @@ def _embedded(
             fragments = fragments or [Fragment("", 1.0)]
             texts, factors = [each.text for each in fragments], [each.weight for each in fragments]
             try:
-                states = provider.get_embeddings_for_weighted_prompt_fragments(
-                    [texts], [factors], device=encoder.device
-                )
+                states = provider.get_embeddings_for_weighted_prompt_fragments([texts], [factors], device=device)
             except RuntimeError as error:  # compel's word for tokens that it does not find again
                 if is_out_of_memory(error):
                     raise
