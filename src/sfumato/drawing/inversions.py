@@ -103,6 +103,8 @@ def _load(model: Loaded, pipeline: Any, path: Path, digest: str) -> str:
                 if tokens[0] in tokenizer.get_vocab():  # the second encoder failed the last time
                     continue
                 _align(tokenizer, encoder)
+                # All rows are set below: a distribution to draw them from would take seconds to compute.
+                encoder.resize_token_embeddings(len(tokenizer) + count, mean_resizing=False)
                 model.pipeline.load_textual_inversion(
                     [{token: row} for token, row in zip(tokens, by_encoder[encoder_name], strict=True)],
                     token=tokens, tokenizer=tokenizer, text_encoder=encoder,
