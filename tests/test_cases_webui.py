@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 import sfumato.commands.generate as command
+from sfumato.api import file_parameters
 from sfumato.drawing import crop
 from sfumato.drawing.draw import draw
 from sfumato.errors import InvalidRequest
@@ -393,3 +394,29 @@ def test_row_5_options_say_the_layer_of_the_model(tmp_path: Path) -> None:
     )
     with door.inside.client() as client:
         assert client.get("/sdapi/v1/options").json()["CLIP_stop_at_last_layers"] == 3
+
+
+@pytest.mark.parametrize(
+    ("model", "clip_skip"), [("dreamshaper_8", 1), ("ponyDiffusionV6XL", None), ("animagineXL", None)]
+)
+def test_row_5_the_infotext_of_another_program(model: str, clip_skip: int | None) -> None:
+    text = f"a cat\nSteps: 20, Seed: 1, Size: 512x768, Model: {model}, Clip skip: 2"
+    assert file_parameters.read({"parameters": text}).fields.get("clip_skip") == clip_skip
+
+
+# Row 13, over HTTP; `test_weights` has the rest.
+
+
+@pytest.mark.parametrize("pipeline", ["sd", "flux"])
+def test_row_13_weights_are_read_or_a_warning_names_them(pipeline: str, tmp_path: Path) -> None:
+    marked = "a (cat:1.5) ((dog)) [bird] BREAK x"
+    door = Door(tmp_path, pipeline)
+    body = {"steps": 2, "seed": 1, "width": 64, "height": 64}
+    image, recipe, fields = door.drawn("txt2img", prompt=marked, **body)
+    assert (recipe["prompt"], recipe.get("weights", False), fields) == (
+        (marked, True, []) if pipeline == "sd" else (marked, False, ["prompt"])
+    )
+    plain, _, _ = door.drawn("txt2img", prompt="a cat dog bird x", **body)
+    assert image.tobytes() != plain.tobytes()
+    answer = asked(door, marked)  # OpenAI's routes have no such markup
+    assert prompts_of(answer)[0] == marked and "x-sfumato-warning" not in answer.headers

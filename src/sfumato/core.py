@@ -114,6 +114,8 @@ class Generation:
     out with a warning, and `clip_skip` counts from the last layer. Otherwise that is refused with an InvalidRequest."""
     split_prompt: bool = False
     """Take `positive|negative` in the prompt for both prompts, if the model uses a negative prompt."""
+    weights: bool = False
+    """Read AUTOMATIC1111's markup in both prompts: `(cat:1.5)`, `[less]`, BREAK, escaped brackets."""
     crop: bool = False
     """Draw a size whose sides are no multiples of the model's at the next multiple, and crop the picture to it.
     Otherwise it is refused."""
@@ -147,6 +149,10 @@ class Recipe:
     """Names of `SAVINGS` that the picture was drawn with."""
     masked_area: tuple[int, int, int] | None = None
     """If only the masked area was drawn: padding in pixels, and the width and height it was drawn at."""
+    weights: bool = False
+    """Whether AUTOMATIC1111's markup was read in the prompts."""
+    embeddings: tuple[str, ...] = ()
+    """Textual inversions in the prompts, as `name:hash` with the SHA-256 of their files."""
     drawn_size: tuple[int, int] | None = None
     """Width and height that it was drawn at, if it was cropped from that."""
 

@@ -5,6 +5,7 @@ from ComfyUI if the file has AUTOMATIC1111's infotext.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -24,8 +25,12 @@ MAX_TEXT = 1_000_000
 """Maximum characters of one chunk."""
 
 
-CLIP_SKIP = "clip_skip: it is counted for Stable Diffusion 1 and 2; for XL and Stable Diffusion 3 take one less"
-"""An infotext counts layers from the last one, and does not say what kind of model it was."""
+PENULTIMATE_MODELS = re.compile(r"xl|pony|illustrious|noob|sd3", re.IGNORECASE)
+"""Names of models that read the last but one layer by themselves: an infotext counts layers from the last one, and says
+no more of a model than its name. Others are taken for Stable Diffusion 1."""
+
+
+WEIGHTS = "prompt: its weights are read on AUTOMATIC1111's routes; on others they are text"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +70,8 @@ def _ours(texts: Mapping[str, str]) -> FileParameters | None:
     fields |= {each.name: metadata.get(each.name) for each in PARAMETERS if from_picture or not each.source}
     fields["scheduler"] = schedulers.canonical_name(metadata.get("scheduler"))
     sources = ("it was made from a picture, which is needed again for the same one",) if from_picture else ()
-    return FileParameters("sfumato", _convert(fields), sources)
+    marked = (WEIGHTS,) if metadata.get("weights") else ()
+    return FileParameters("sfumato", _convert(fields), sources + marked)
 
 
 def _infotext(texts: Mapping[str, str]) -> FileParameters | None:
@@ -82,8 +88,9 @@ def _infotext(texts: Mapping[str, str]) -> FileParameters | None:
             value = pairs.get(parameter.infotext)
             fields[parameter.name] = (_number(int, value) or 1) - 1 or None if parameter.one_based else value
     comfy = "ComfyUI" in pairs.get("Version", "") or "workflow" in texts
-    counted = (CLIP_SKIP,) if fields["clip_skip"] else ()
-    return FileParameters("comfyui" if comfy else "automatic1111", _convert(fields), choice.warnings + counted)
+    if fields["clip_skip"] and PENULTIMATE_MODELS.search(pairs.get("Model", "")):
+        fields["clip_skip"] -= 1
+    return FileParameters("comfyui" if comfy else "automatic1111", _convert(fields), choice.warnings)
 
 
 def _invoke(texts: Mapping[str, str]) -> FileParameters | None:

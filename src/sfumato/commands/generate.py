@@ -91,6 +91,7 @@ def _as_request(recipe: Recipe) -> dict[str, Any]:
         ),
         # Only savings that change pixels; where modules wait depends on this machine.
         "savings": tuple(name for name in recipe.savings if name == VAE_TILING),
+        "weights": recipe.weights,
         "crop": recipe.drawn_size is not None,
         "mask_padding": recipe.masked_area[0] if recipe.masked_area else None,
     }
@@ -127,7 +128,7 @@ def _with_source_size(request: ImageRequest, recipe: Recipe, settings: Settings)
 
 
 def _warn_of_differences(recipe: Recipe, redrawn: Recipe) -> None:
-    for name in ("source", "pipeline", "device", "dtype", "versions"):
+    for name in ("source", "pipeline", "device", "dtype", "versions", "embeddings"):
         if getattr(recipe, name) != getattr(redrawn, name):
             log.warning(
                 "%s was %s, now it is %s: the pixels may differ",

@@ -93,7 +93,8 @@ def _draw(model: Loaded, pipeline: Any, generation: Generation, on_step: OnStep,
         )
     _watch(pipeline, kwargs, on_step, previews)
     # 4. run
-    image = _run(pipeline, kwargs, filled.seed)
+    reading = prompts.read(model, pipeline, generation, kwargs)
+    image = _run(pipeline, reading.arguments, filled.seed)
     # 5. the requested part of it; outside the mask every pixel stays unchanged
     if capabilities.upscaler(pipeline) and image.size != (canvas.width, canvas.height):
         raise DrawError(
@@ -102,14 +103,18 @@ def _draw(model: Loaded, pipeline: Any, generation: Generation, on_step: OnStep,
         )
     image = _placed(image, canvas)
     # 6. the picture with its recipe, and warnings for what differs from the request
-    image_recipe = _recipe(model, pipeline, filled, image, kwargs, choice, canvas)
-    negative = filled.sampling.negative_prompt
-    token_count, cut_off = tokens.count(pipeline, kwargs, model.config.name, filled.prompt, negative)
+    image_recipe = replace(
+        _recipe(model, pipeline, filled, image, kwargs, choice, canvas),
+        weights=reading.weights,
+        embeddings=reading.embeddings,
+    )
+    token_count, cut_off = tokens.count(pipeline, kwargs, model.config.name, *reading.texts)
     warnings = (
         *generation.notes,
         *how_read,
         *left_out,
-        *cut_off,
+        *reading.warnings,
+        *(() if reading.embedded else cut_off),
         *_kept_scheduler(driver, filled.sampling),
         *_locked(model, generation.sampling, filled.sampling),
         *_not_taken(model, pipeline, filled.sampling, kwargs),

@@ -2,13 +2,48 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sfumato.core import Generation
+from sfumato.drawing import inversions, weights
 from sfumato.drawing.usable import takes_negative
 from sfumato.models.load import Loaded
 from sfumato.sampling import prompt_pair
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What the pipeline gets of the prompts."""
+
+    arguments: Mapping[str, Any]
+    """Of the call: the texts, or embeddings in their place."""
+    texts: tuple[str, str | None]
+    """Prompt and negative prompt, with tokens for the names of textual inversions."""
+    weights: bool
+    """Whether markup was read."""
+    embeddings: tuple[str, ...]
+    """`name:hash` of each textual inversion."""
+    warnings: tuple[str, ...]
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the texts are read to their end."""
+        return "prompt_embeds" in self.arguments
+
+
+def read(model: Loaded, pipeline: Any, generation: Generation, kwargs: Mapping[str, Any]) -> Reading:
+    """Read the prompts of a call. Raises InvalidRequest for a textual inversion that cannot be used."""
+    named, used, told = inversions.read(model, pipeline, kwargs, lenient=generation.webui)
+    call, not_read = weights.read(model, pipeline, named) if generation.weights else (named, ())
+    return Reading(
+        call,
+        (named.get("prompt") or "", named.get("negative_prompt")),
+        any(call.get(field) != named.get(field) for field in weights.FIELDS),
+        used,
+        (*told, *not_read),
+    )
 
 
 def split(model: Loaded, pipeline: Any, generation: Generation) -> tuple[Generation, tuple[str, ...]]:

@@ -62,6 +62,8 @@ class ModelState:
     """Pixels of the smallest picture for which the VAE ran out of memory; from that size on it is tiled at once."""
     broken: str = ""
     """What a request changed and could not restore; new requests do not use such a model."""
+    embeddings: dict[str, str] = field(default_factory=dict)
+    """Hash of each textual inversion that its tokenizers and text encoders have → its tokens."""
 
 
 @dataclass(slots=True)

@@ -37,7 +37,7 @@ _SIZE = re.compile(r"(\d+)x(\d+)")
 _UNICODE = b"UNICODE\0"
 """EXIF's prefix for a text in UTF-16."""
 
-RARE = frozenset({"drawn_size"})
+RARE = frozenset({"drawn_size", "weights", "embeddings"})
 """Fields of a recipe that its JSON has only if they are set."""
 
 MAX_SIDES: Mapping[str, int] = {"webp": 16383, "jpeg": 65500}
@@ -146,12 +146,19 @@ def infotext(recipe: Recipe) -> str:
             layer = clip_layer(value, recipe.pipeline)
             value = layer if value is not None and layer > 1 else None
         pairs |= {parameter.infotext: value} if parameter.infotext else composite_pairs.get(parameter.name, {})
+    if recipe.embeddings:  # AUTOMATIC1111 shortens hashes to ten digits
+        pairs["TI hashes"] = ", ".join(f"{name}: {digest[:10]}" for name, digest in _hashes(recipe))
     pairs["Version"] = f"sfumato {__version__}"
     lines = [recipe.prompt]
     if sampling.negative_prompt:
         lines.append(f"{NEGATIVE} {sampling.negative_prompt}")
     lines.append(", ".join(f"{key}: {_quoted(value)}" for key, value in pairs.items() if value is not None))
     return "\n".join(lines)
+
+
+def _hashes(recipe: Recipe) -> list[tuple[str, str]]:
+    """Name and hash of each textual inversion."""
+    return [(name, digest) for name, _, digest in (each.rpartition(":") for each in recipe.embeddings)]
 
 
 def parse(infotext: str) -> dict[str, str]:

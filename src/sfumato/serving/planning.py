@@ -69,8 +69,9 @@ class ImageRequest:
     """Sent by the owner of the model files: `enable_parameters` does not apply."""
     webui: bool = False
     """As in `Generation`; what the model file does not enable is left out, too."""
+    weights: bool = False
     crop: bool = False
-    """As in `Generation`."""
+    """Both as in `Generation`."""
 
 
 def plan(request: ImageRequest, config: ModelConfig, limits: Limits, max_pictures: int) -> list[Generation]:
@@ -115,6 +116,7 @@ def plan(request: ImageRequest, config: ModelConfig, limits: Limits, max_picture
             caller=request.caller,
             limits=limits,
             webui=request.webui,
+            weights=request.weights,
             crop=request.crop,
             keep_alive=request.keep_alive,
         )

@@ -80,5 +80,6 @@ def request_of(service: Service, choices: Choices, body: DrawBody, request: Requ
         caller=caller,
         webui=True,
         crop=True,
+        weights=True,
     )
     return image_request, [*body.warnings(), *choice.warnings]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 from collections import OrderedDict
@@ -21,6 +22,7 @@ from sfumato.api.models import still_in_use
 from sfumato.api.openai import answers
 from sfumato.config import ModelConfig
 from sfumato.errors import InvalidRequest
+from sfumato.models import embeddings
 from sfumato.models.static_capabilities import static_capabilities
 from sfumato.sampling import clip_layer
 from sfumato.serving.service import Service
@@ -185,9 +187,25 @@ async def upscalers(service: TheService) -> list[dict[str, Any]]:
     return [none] + [none | {"name": name, "model_name": name} for name in upscaler_names(service)]
 
 
-@routes.get("/embeddings", summary="Textual inversions: none", response_model=shapes.Embeddings)
-async def embeddings() -> dict[str, Any]:
-    return {"loaded": {}, "skipped": {}}
+@routes.get(
+    "/embeddings",
+    summary="Textual inversions in `embeddings/` beside the model files",
+    response_model=shapes.Embeddings,
+)
+async def list_embeddings(service: TheService) -> dict[str, Any]:
+    return await asyncio.to_thread(_embeddings, service)
+
+
+def _embeddings(service: Service) -> dict[str, dict[str, Any]]:
+    """Those that can be used, and pickles and files that are none."""
+    answer: dict[str, dict[str, Any]] = {"loaded": {}, "skipped": {}}
+    for name, path in embeddings.found(service.settings.models).items():
+        shape = embeddings.shape(path)
+        answer["loaded" if shape else "skipped"][name] = {
+            "step": None, "sd_checkpoint": None, "sd_checkpoint_name": None,
+            "shape": shape and shape.features, "vectors": shape and shape.vectors,
+        }  # fmt: skip
+    return answer
 
 
 @routes.get("/scripts", summary="Scripts: none", response_model=shapes.Scripts)
