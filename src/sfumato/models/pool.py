@@ -23,6 +23,7 @@ from sfumato.models import footprint, load
 from sfumato.models.budget import Budget
 from sfumato.models.loading import CANCELLED, Loading
 from sfumato.models.release import release_frames
+from sfumato.models.sharing import Sharing
 from sfumato.models.turns import Turns
 from sfumato.sampling import Sampling
 
@@ -55,13 +56,15 @@ class ModelPool:
         free_caches: Callable[[], int] = lambda: 0,
         describe: Callable[[load.Loaded], ModelInfo | None] = lambda model: None,
         *,
+        known: Sharing | None = None,
         budget: Budget | None = None,
         keep_alive: float = math.inf,
         clock: Callable[[], float] = time.monotonic,
         turns: Turns | None = None,
         wake: Callable[[], None] | None = None,
     ) -> None:
-        """Hold at most `limit` models, on `device` (a setting), within `budget` (None: what the device has).
+        """Hold at most `limit` models, on `device` (a setting), within `budget` (None: what the device has); those that
+        have components in common share what is `known`.
 
         `on_status` may be called in the thread that loads. `dropped` is called after a model was unloaded,
         `free_caches` drops the engine's caches and returns the bytes freed, for a model that does not fit, `describe`
@@ -75,6 +78,7 @@ class ModelPool:
         self._dropped = dropped
         self._free_caches = free_caches
         self._describe = describe
+        self._known = known
         self._budget = budget or Budget()
         self._default_keep_alive = keep_alive
         self._clock = clock
@@ -212,7 +216,7 @@ class ModelPool:
         self._on_status(config.name, ModelStatus("loading"))
         return Loading(
             config,
-            lambda config, report, make_room: load.load(config, self._device, report, make_room),
+            lambda config, report, make_room: load.load(config, self._device, report, make_room, self._known),
             lambda status: self._on_status(config.name, status),
             turn,
         )
@@ -256,8 +260,10 @@ class ModelPool:
         self._users[name] -= 1
         if not self._users[name]:
             self._become_idle(name)
-            if name in self._to_unload:
-                self._unload(name, UNLOAD_REQUESTED)
+        if self._loaded[name].state.broken:
+            self._forget_broken()
+        if not self._users[name] and name in self._to_unload:
+            self._unload(name, UNLOAD_REQUESTED)
 
     def _seconds(self, config: ModelConfig) -> float:
         return self._default_keep_alive if config.keep_alive is None else config.keep_alive
@@ -285,7 +291,9 @@ class ModelPool:
         if name in self._loaded:
             if self._users[name]:
                 return  # it must be reloaded; requests that use the old one finish first
+            self._forget_broken()
             self._unload(name, self._loaded[name].state.broken or "its model file changed")
+        self._forget_broken()
         staying = [self._blocks[other] for other, model in self._loaded.items() if self._pinned(model)]
         if refusal := self._budget.refusal(name, needs, staying):
             loading.refuse(ModelTooLarge(refusal))
@@ -302,6 +310,17 @@ class ModelPool:
                 self._on_status(name, ModelStatus("loading"))
             loading.admit()
         self._short_of_room = False
+
+    def _forget_broken(self) -> None:
+        """What a request has left changed is not shared with the next model, and is reloaded in all that have it."""
+        for broken in [model for model in self._loaded.values() if model.state.broken]:
+            modules = footprint.modules_of(broken.pipeline)
+            if self._known:
+                self._known.forget(modules)
+            ids = {id(module) for module in modules}
+            for model in self._loaded.values():
+                if any(id(module) in ids for module in footprint.modules_of(model.pipeline)):
+                    model.state.broken = model.state.broken or broken.state.broken
 
     def _cancel(self, loading: Loading) -> None:
         """Nobody waits for it any more. Its thread ends at its next report; what it has read by then is dropped."""
