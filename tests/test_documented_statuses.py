@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import re
 import shutil
 import sqlite3
@@ -126,8 +127,10 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     (pictures / STORED).write_bytes(base64.b64decode(PHOTO))
     tiny.save(upscalers.four_times(), models / "enlarge")
     shutil.copytree(TINY, models / "huge")
-    header = json.dumps({"w": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
-    next((models / "huge" / "unet").glob("*.safetensors")).write_bytes(len(header).to_bytes(8, "little") + header)
+    header = json.dumps({"w": {"dtype": "F32", "shape": [2**38], "data_offsets": [0, 2**40]}}).encode()
+    weights = next((models / "huge" / "unet").glob("*.safetensors"))
+    weights.write_bytes(len(header).to_bytes(8, "little") + header)
+    os.truncate(weights, 8 + len(header) + 2**40)  # a hole, which takes no room on the disk
     for name, text in FILES.items():
         (models / f"{name}.yaml").write_text(f"name: {name}\n{text}")
     env = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(folder / "hf")}  # nobody listens there

@@ -46,6 +46,7 @@ from sfumato.engine.stats import Stats
 from sfumato.errors import Cancelled, SfumatoError
 from sfumato.models.budget import MIB, Budget
 from sfumato.models.content_hashes import ContentHashes
+from sfumato.models.idle_times import IdleTimes
 from sfumato.models.pool import ModelPool
 from sfumato.models.sharing import Sharing
 from sfumato.models.turns import Turns
@@ -86,8 +87,7 @@ class Loop:
             model_info,
             known=Sharing(ContentHashes(settings.data / "hashes.json")),
             budget=Budget(settings.memory_mb * MIB, settings.vram_headroom * MIB),
-            keep_alive=keep_alive_seconds(settings.keep_alive),
-            clock=clock,
+            idle_times=IdleTimes(keep_alive_seconds(settings.keep_alive), clock),
             turns=self._turns,
             wake=lambda: self._inbox.put(None),
         )
