@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import base64
 import io
+import json
+import os
 import re
+import shutil
 import sqlite3
 import tempfile
 import threading
@@ -36,8 +39,10 @@ FILES = {
     "enlarge": f"parameters:\n  model: enlarge\nstep: 2\n{UPSCALER}",
     "enlarge-long": f"parameters:\n  model: enlarge\nstep: 1000\n{UPSCALER}",
     "enlarge-broken": f"parameters:\n  model: nowhere\n{UPSCALER}",
+    "huge": "parameters:\n  model: huge\n",
     "enlarge-offline": f"parameters:\n  model: someone/not-on-this-machine\n{UPSCALER}",
 }
+RELOAD = "POST /sdapi/v1/reload-checkpoint"
 KEY = {"authorization": "Bearer the-key"}
 STORED = f"{uuid.UUID(int=7).hex}.png"
 
@@ -121,6 +126,11 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     pictures.mkdir(parents=True)
     (pictures / STORED).write_bytes(base64.b64decode(PHOTO))
     tiny.save(upscalers.four_times(), models / "enlarge")
+    shutil.copytree(TINY, models / "huge")
+    header = json.dumps({"w": {"dtype": "F32", "shape": [2**38], "data_offsets": [0, 2**40]}}).encode()
+    weights = next((models / "huge" / "unet").glob("*.safetensors"))
+    weights.write_bytes(len(header).to_bytes(8, "little") + header)
+    os.truncate(weights, 8 + len(header) + 2**40)  # a hole, which takes no room on the disk
     for name, text in FILES.items():
         (models / f"{name}.yaml").write_text(f"name: {name}\n{text}")
     env = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(folder / "hf")}  # nobody listens there
@@ -200,6 +210,19 @@ def known(servers: Servers, label: str) -> httpx.Response:
     return send(servers.plain, label)
 
 
+def reloaded(servers: Servers, name: str) -> httpx.Response:
+    """What AUTOMATIC1111's route says of the model that its caller has selected."""
+    file, choose = servers.folder / "models" / "selected.yaml", "POST /sdapi/v1/options"
+    file.write_text(f"name: selected\n{FILES['painter']}")
+    try:
+        send(servers.plain, choose, sd_model_checkpoint="selected")
+        file.write_text(f"name: selected\n{FILES[name]}") if name else file.unlink()
+        return send(servers.plain, RELOAD)
+    finally:
+        file.unlink(missing_ok=True)
+        send(servers.plain, choose)
+
+
 def without_a_key(servers: Servers, label: str) -> httpx.Response:
     return send(servers.strict, label)
 
@@ -213,6 +236,8 @@ def wrong(servers: Servers, label: str) -> httpx.Response:
 
 
 def missing(servers: Servers, label: str) -> httpx.Response:
+    if label == RELOAD:
+        return reloaded(servers, "")
     if label in BODIES and "{" not in label:
         return send(servers.plain, label, **of_model(label, "no-such"))
     if label == "GET /sdapi/v1/options":
@@ -263,6 +288,8 @@ def cancelled(servers: Servers, label: str) -> httpx.Response:
 
 
 def broken(servers: Servers, label: str) -> httpx.Response:
+    if label == RELOAD:
+        return reloaded(servers, "broken")
     if label == "GET /sdapi/v1/options":
         return options_after(servers, lambda file: file.write_text("name: painter\n" + FILES["broken"]))
     if label == "GET /v1/models/{id}":
@@ -271,6 +298,8 @@ def broken(servers: Servers, label: str) -> httpx.Response:
 
 
 def offline(servers: Servers, label: str) -> httpx.Response:
+    if label == RELOAD:
+        return reloaded(servers, "offline")
     return send(servers.plain, label, **of_model(label, "offline"))
 
 
@@ -280,6 +309,8 @@ def too_slow(servers: Servers, label: str) -> httpx.Response:
 
 
 def unwritable(servers: Servers, label: str) -> httpx.Response:
+    if label == RELOAD:  # there it is the memory that is too small
+        return reloaded(servers, "huge")
     if label == "GET /v1/images/gallery":
         return without_its_table(servers, label)
     folder = servers.folder / "data" / "generated-images"

@@ -84,6 +84,24 @@ def test_the_memory_is_free_when_the_answer_comes(server: Server) -> None:
     assert server.client.post("/models/unload", json={}).json() == {"success": True}
 
 
+def test_what_models_take_is_told(server: Server) -> None:
+    def told() -> tuple[int | None, int | None, list[str]]:
+        model = server.client.get("/v1/models/one").json()["sfumato"]
+        lines = server.client.get("/metrics").text.splitlines()
+        metric = [line for line in lines if line.startswith("sfumato_model_memory_bytes{")]
+        return model["memory_bytes"], state(server, "one")["memory_bytes"], metric
+
+    server.client.post("/v1/models/unload")
+    assert told() == (None, None, [])
+    assert server.draw(model="one", prompt="a cat").status_code == 200
+    size, same, metric = told()
+    assert size == same
+    assert size is not None
+    assert size > 2**20
+    assert [float(line.split()[1]) for line in metric] == [size]
+    assert 'model="one"' in metric[0]
+
+
 def test_a_model_in_use_is_named_and_leaves_later(server: Server) -> None:
     answers = []
     thread = threading.Thread(target=lambda: answers.append(server.draw(model="one", prompt="a cat", steps=300)))

@@ -24,6 +24,7 @@ from sfumato.engine.local import Local
 from sfumato.errors import LoadError, ModelFileError, ModelTooLarge
 from sfumato.models import footprint, load
 from sfumato.models.budget import MIB, Budget
+from sfumato.models.idle_times import IdleTimes
 from sfumato.models.pool import ModelPool
 from sfumato.models.turns import Turns
 from sfumato.settings import Settings
@@ -100,7 +101,7 @@ class Clock:
 def test_idle_models_leave_after_their_time(configs: dict[str, ModelConfig]) -> None:
     clock, told = Clock(), []
     pool = ModelPool(4, "cpu", lambda name, status: told.append((name, status.state, status.detail)),
-                     keep_alive=60, clock=clock)  # fmt: skip
+                     idle_times=IdleTimes(60, clock))  # fmt: skip
 
     def used(name: str, keep_alive: float | None = None, **fields: Any) -> None:
         with pool.use(replace(configs[name], **fields), never, keep_alive):
@@ -303,7 +304,7 @@ def test_a_model_draws_while_another_is_loaded(hub: Hub, tmp_path: Path, configs
         hub.hold("acme/slow")
         waiting = [asyncio.create_task(events(engine, slow, wanted(f"slow{i}"))) for i in range(2)]
         await asyncio.to_thread(hub.wait_held, "acme/slow")
-        assert engine.status("slow").state == "downloading"
+        assert engine.status("slow").state in ("loading", "downloading")
         for at in range(3):
             during = await events(engine, configs["a"], wanted(f"during{at}", steps=10))
             assert sum(isinstance(event, Step) for event in during) >= 10
@@ -318,6 +319,35 @@ def test_a_model_draws_while_another_is_loaded(hub: Hub, tmp_path: Path, configs
             assert isinstance(answer[-1], Done)
         assert engine.stats.loads == 2
 
+    run(work)
+
+
+def test_a_model_draws_while_the_weights_of_another_are_read(
+    configs: dict[str, ModelConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The load goes on only after the other model has drawn five more steps: if it stopped them, it would never end."""
+    reading, drawn = threading.Event(), threading.Event()
+    check = load._check
+
+    def checked(config: ModelConfig, pipeline: Any) -> None:
+        if config.name == "b":
+            reading.set()
+            assert drawn.wait(120), "the other model stood still"
+        check(config, pipeline)
+
+    async def work(engine: Local) -> None:
+        assert isinstance((await events(engine, configs["a"], wanted("first")))[-1], Done)
+        other = asyncio.create_task(events(engine, configs["b"], wanted("other")))
+        await asyncio.to_thread(reading.wait, 120)
+        steps = 0
+        async with aclosing(engine.submit(configs["a"], wanted("during", steps=10))) as stream:
+            async for event in stream:
+                steps += isinstance(event, Step)
+                if steps == 5:
+                    drawn.set()
+        assert isinstance((await other)[-1], Done)
+
+    monkeypatch.setattr(load, "_check", checked)
     run(work)
 
 

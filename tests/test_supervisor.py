@@ -23,6 +23,7 @@ from starlette.testclient import TestClient
 from sfumato.api.app import create_app
 from sfumato.config.parse import config_for
 from sfumato.core import Done, Event, Failed, Generation, ModelStatus, Step
+from sfumato.engine.protocol import Load, Ordered, Unload
 from sfumato.errors import RequestTooLarge, WorkerDied
 from sfumato.pictures.store import Store
 from sfumato.process import supervisor as module
@@ -358,3 +359,27 @@ def test_events_of_a_picture_come_in_order(tmp_path: Path) -> None:
     *steps, last = run(work, stub(tmp_path))
     assert steps == [Step(step, 4) for step in range(1, 5)]
     assert isinstance(last, Done)
+
+
+def test_an_order_to_unload_needs_no_worker(tmp_path: Path) -> None:
+    """Nothing is in memory then, and what was ordered before will not be."""
+
+    async def work() -> None:
+        supervisor = Supervisor(SETTINGS, stub(tmp_path))
+        for name in ("one", "two"):
+            supervisor.order(Load(replace(CONFIG, name=name)))
+        assert await supervisor.carry_out(Unload("one")) == Ordered("")
+        assert [order.config.name for order in supervisor._orders if isinstance(order, Load)] == ["two"]
+        assert await supervisor.carry_out(Unload(None)) == Ordered("")
+        assert not supervisor._orders
+
+    asyncio.run(work())
+
+
+def test_an_order_is_answered_though_its_worker_dies(tmp_path: Path) -> None:
+    async def work(supervisor: Supervisor) -> None:
+        assert isinstance(await answer(supervisor, "a cat"), Done)
+        done = await supervisor.carry_out(Load(CONFIG))  # the stub does not know it, and ends
+        assert isinstance(done.error, WorkerDied)
+
+    run(work, stub(tmp_path))

@@ -18,6 +18,7 @@ from sfumato.batching.batcher import is_out_of_memory
 from sfumato.core import VAE_TILING, Generation
 from sfumato.drawing.arguments import own_size
 from sfumato.errors import DrawError
+from sfumato.models import sharing
 from sfumato.models.load import OFFLOADED, TILES, Loaded
 from sfumato.models.release import release_frames
 from sfumato.pictures import images
@@ -79,6 +80,8 @@ def _tiled(generation: Generation) -> Generation:
 def _offload(model: Loaded) -> bool:
     if model.device == "cpu" or offload.enabled(model.pipeline):
         return False
+    sharing.unshare(model.pipeline)
+    model.task_pipelines.clear()
     offload.enable(model.pipeline, model.device)
     return True
 

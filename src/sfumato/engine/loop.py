@@ -45,7 +45,10 @@ from sfumato.engine.protocol import (
 from sfumato.engine.stats import Stats
 from sfumato.errors import Cancelled, SfumatoError
 from sfumato.models.budget import MIB, Budget
+from sfumato.models.content_hashes import ContentHashes
+from sfumato.models.idle_times import IdleTimes
 from sfumato.models.pool import ModelPool
+from sfumato.models.sharing import Sharing
 from sfumato.models.turns import Turns
 from sfumato.settings import Settings
 
@@ -82,9 +85,9 @@ class Loop:
             self._batcher.forget,
             self._batcher.free_caches,
             model_info,
+            known=Sharing(ContentHashes(settings.data / "hashes.json")),
             budget=Budget(settings.memory_mb * MIB, settings.vram_headroom * MIB),
-            keep_alive=keep_alive_seconds(settings.keep_alive),
-            clock=clock,
+            idle_times=IdleTimes(keep_alive_seconds(settings.keep_alive), clock),
             turns=self._turns,
             wake=lambda: self._inbox.put(None),
         )
@@ -176,15 +179,15 @@ class Loop:
             del self._tasks[id]
             self._stats.ended(id)
         loads, self._loads = self._loads, [(id, task) for id, task in self._loads if not task.done]
-        for id, load in loads:
-            if load.done:
-                self._stats.changed()
-                event = _event("the load of a model", load)
-                if id:
-                    self._send(Ordered(id, error=event.error if isinstance(event, Failed) else None))
+        loaded = {id: _event("the load of a model", task) for id, task in loads if task.done}
+        if loaded:
+            self._stats.changed()
         # Before the answers: the counters must include a request once its answer is read.
         if self._stats.due(idle=not (self._tasks or self._loads)):
             self._send(StatsReport(self._stats.stats()))
+        for id, event in loaded.items():
+            if id:
+                self._send(Ordered(id, error=event.error if isinstance(event, Failed) else None))
         for id, task in ended.items():
             self._send(Answer(id, _event(f"request {id}", task)))
 

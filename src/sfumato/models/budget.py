@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,7 +59,10 @@ def capacity(device: str) -> int:
     """Bytes of memory that the device has; of main memory, what this process may use."""
     if _kind(device) == "cpu":
         return min(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_limits())
-    return int(torch.accelerator.get_memory_info(torch.device(device))[1])
+    try:
+        return int(torch.accelerator.get_memory_info(torch.device(device))[1])
+    except (RuntimeError, AttributeError):  # this device's backend does not tell
+        return sys.maxsize
 
 
 def _limits() -> list[int]:

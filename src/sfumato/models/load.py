@@ -31,6 +31,7 @@ from sfumato.models import (
     pipeline_class,
     prediction,
     references,
+    sharing,
     sources,
     split,
     split_load,
@@ -82,6 +83,8 @@ class Loaded:
     state: ModelState = field(default_factory=ModelState)
     preview_decoder: CheapDecoder | None = None
     """Cheap preview decoder; None: previews use the model's own VAE."""
+    kept: tuple[torch.nn.Module, ...] = ()
+    """Components without this model's adapters, for other models to share; their tensors are the pipeline's own."""
 
     def blocks(self) -> footprint.Blocks:
         """The memory blocks that its weights take."""
@@ -90,11 +93,16 @@ class Loaded:
 
 
 def load(
-    config: ModelConfig, device_setting: str, on_status: OnStatus, make_room: MakeRoom = lambda needs: None
+    config: ModelConfig,
+    device_setting: str,
+    on_status: OnStatus,
+    make_room: MakeRoom = lambda needs: None,
+    known: sharing.Sharing | None = None,
 ) -> Loaded:
     """Load a model. Raises LoadError, ModelFileError or InvalidRequest with a readable message, and then keeps nothing.
 
-    `make_room` is called when all files are there, before weights are read; what it raises ends the load.
+    `make_room` is called when all files are there, before weights are read; what it raises ends the load. Components
+    that are `known` are used again, and the model's own are made known.
     If memory runs out, raises what torch or Python raised (see `is_out_of_memory`).
     """
     # The server logs what is loaded; progress bars are for terminals.
@@ -106,14 +114,17 @@ def load(
 
     try:
         place = choose_device(config, device_setting)
-        pipeline, fetched, dtype = _pipeline(config, place, on_status, make_room)
+        components = known.of(config) if known else sharing.Components()
+        pipeline, fetched, dtype = _pipeline(config, place, on_status, make_room, components)
         source = fetched.label
         prediction.apply(config, pipeline, fetched.path if fetched.description else None)
         _check(config, pipeline)
         parts.replace_vae(config, pipeline, DTYPES[dtype], report)
-        parts.load_adapters(config, pipeline, report)
-        preview_decoder = _load_preview_decoder(config, pipeline, place, dtype)
-        _place(config, pipeline, place)
+        with components.kept_from_adapters(pipeline, place):
+            parts.load_adapters(config, pipeline, report)
+        preview_decoder = _load_preview_decoder(config, components.private_view(pipeline), place, dtype)
+        _place(config, pipeline, place, components.given)
+        components.make_known(pipeline)
     except SfumatoError:
         raise
     except Exception as error:  # whatever a pipeline's loading code raises, the caller gets a readable message
@@ -124,7 +135,7 @@ def load(
         raise LoadError(f"{config.name}: {type(error).__name__}: {addresses.redact(str(error))}") from error
     pipeline.set_progress_bar_config(disable=True)
     log.info("%s: %s from %s on %s in %s", config.name, type(pipeline).__name__, source, place, dtype)
-    return Loaded(config, pipeline, source, place, dtype, preview_decoder=preview_decoder)
+    return Loaded(config, pipeline, source, place, dtype, preview_decoder=preview_decoder, kept=components.kept)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,35 +207,43 @@ def _described(config: ModelConfig, path: Path, label: str, dtype: str, on_statu
     return Fetched(path, label, supplied, files)
 
 
-def _pipeline(config: ModelConfig, device: str, on_status: OnStatus, make_room: MakeRoom) -> tuple[Any, Fetched, str]:
-    """The pipeline in main memory, what it was loaded from, and its dtype."""
+def _pipeline(
+    config: ModelConfig, device: str, on_status: OnStatus, make_room: MakeRoom, shared: sharing.Components
+) -> tuple[Any, Fetched, str]:
+    """The pipeline in main memory, what it was loaded from, and its dtype. `shared` components are where they are."""
     pipeline_class.choose(config, None)  # an unknown class is reported before anything is fetched
     fetched = fetch(config, expected_dtype(config, device), on_status)
     on_status(ModelStatus("loading", fetched.label))
     index = pipeline_class.index_of(fetched.description or fetched.path)
     dtype = choose_dtype(config, device, index)
     cls = getattr(diffusers, pipeline_class.choose(config, index))
-    make_room(_needs(config, fetched, index, device, dtype))
+    variant, sizes = _sizes(config, fetched, index, dtype)
+    shared.identify(fetched.path, fetched.description or fetched.path, fetched.files, index, variant, (device, dtype))
+    make_room(footprint.Needs({name: size for name, size in sizes.items() if name not in shared.find()}, device, dtype))
+    given = shared.find()  # another model may have left, or have been loaded, while this one waited
     with download.as_download_errors(fetched.label):
         if fetched.files and fetched.description:
-            components = split_load.components(fetched.files, fetched.description, index, DTYPES[dtype])
-            return _folder(config, fetched.description, cls, dtype, **components), fetched, dtype
+            own = {name: file for name, file in fetched.files.items() if name not in given}
+            given |= split_load.components(own, fetched.description, index, DTYPES[dtype])
+            return _folder(config, fetched.description, cls, dtype, **given), fetched, dtype
         if fetched.description:
-            return _single_file(config, fetched, cls, dtype), fetched, dtype
-        return _folder(config, fetched.path, cls, dtype), fetched, dtype
+            return _single_file(config, fetched, cls, dtype, **given), fetched, dtype
+        return _folder(config, fetched.path, cls, dtype, **given), fetched, dtype
 
 
-def _needs(config: ModelConfig, fetched: Fetched, index: dict[str, Any], device: str, dtype: str) -> footprint.Needs:
-    """What the model's own weights will take; a GGUF file's denoiser stays quantised."""
+def _sizes(
+    config: ModelConfig, fetched: Fetched, index: dict[str, Any], dtype: str
+) -> tuple[str | None, dict[str, int]]:
+    """The variant of its weights, and the bytes that each component takes; a GGUF file's denoiser stays quantised."""
     if fetched.description and not fetched.files:
-        return footprint.Needs(footprint.of_files(fetched.path, index, dtype, None), device, dtype)
+        return None, footprint.of_files(fetched.path, index, dtype, None)
     folder = fetched.description or fetched.path
     files = [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
     variant = variants.pick(files, _preferred_variants(config, dtype))
     sizes = footprint.of_files(folder, index, dtype, variant, without=fetched.files)
     for component, file in fetched.files.items():
         sizes[component] = sum(footprint.of_files(file, index, dtype, None).values())
-    return footprint.Needs(sizes, device, dtype)
+    return variant, sizes
 
 
 def _preferred_variants(config: ModelConfig, dtype: str) -> tuple[str | None, ...]:
@@ -258,7 +277,7 @@ def _folder(config: ModelConfig, folder: Path, cls: Any, dtype: str, **component
     )
 
 
-def _single_file(config: ModelConfig, fetched: Fetched, cls: Any, dtype: str) -> Any:
+def _single_file(config: ModelConfig, fetched: Fetched, cls: Any, dtype: str, **components: Any) -> Any:
     assert fetched.description
     original = {"original_config": str(parts.original_config(config))} if config.original_config else {}
     with weight_file.in_lower_case(fetched.path) as file, descriptions.whole(fetched.description) as described:
@@ -267,6 +286,7 @@ def _single_file(config: ModelConfig, fetched: Fetched, cls: Any, dtype: str) ->
             "dtype": DTYPES[dtype],
             **original,
             **parts.components(config, DTYPES[dtype]),
+            **components,
         }
         try:
             return cls.from_single_file(str(file), **given)
@@ -338,8 +358,13 @@ def token_limit(config: ModelConfig, pipeline: Any) -> int | None:
     return tokens.usual_limit(config.pipeline_type, type(pipeline).__name__, guidance_embeds)
 
 
-def _place(config: ModelConfig, pipeline: Any, device: str) -> None:
+def _place(config: ModelConfig, pipeline: Any, device: str, shared: Sequence[torch.nn.Module] = ()) -> None:
+    """Move its modules where they are to be, except `shared` ones, which are there and may be in use."""
     if config.low_vram and device != "cpu":
         offload.enable(pipeline, device)
-    else:
+    elif not shared:
         pipeline.to(device)
+    else:
+        for module in footprint.modules_of(pipeline):
+            if all(module is not other for other in shared):
+                module.to(device)

@@ -6,7 +6,6 @@ import copy
 import gc
 import logging
 import math
-import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,8 +20,10 @@ from sfumato.core import ModelInfo, ModelStatus
 from sfumato.errors import Cancelled, LoadError, ModelTooLarge
 from sfumato.models import footprint, load
 from sfumato.models.budget import Budget
+from sfumato.models.idle_times import IdleTimes
 from sfumato.models.loading import CANCELLED, Loading
 from sfumato.models.release import release_frames
+from sfumato.models.sharing import Sharing
 from sfumato.models.turns import Turns
 from sfumato.sampling import Sampling
 
@@ -55,19 +56,19 @@ class ModelPool:
         free_caches: Callable[[], int] = lambda: 0,
         describe: Callable[[load.Loaded], ModelInfo | None] = lambda model: None,
         *,
+        known: Sharing | None = None,
         budget: Budget | None = None,
-        keep_alive: float = math.inf,
-        clock: Callable[[], float] = time.monotonic,
+        idle_times: IdleTimes | None = None,
         turns: Turns | None = None,
         wake: Callable[[], None] | None = None,
     ) -> None:
-        """Hold at most `limit` models, on `device` (a setting), within `budget` (None: what the device has).
+        """Hold at most `limit` models, on `device` (a setting), within `budget` (None: what the device has); those that
+        have components in common share what is `known`.
 
         `on_status` may be called in the thread that loads. `dropped` is called after a model was unloaded,
         `free_caches` drops the engine's caches and returns the bytes freed, for a model that does not fit, `describe`
-        returns a model's capabilities. An idle model leaves after `keep_alive` seconds, unless its file or the request
-        says otherwise. `wake` is called in the thread that loads, when there is something to do for `tend`; None: this
-        thread loads.
+        returns a model's capabilities. `wake` is called in the thread that loads, when there is something to do for
+        `tend`; None: this thread loads.
         """
         self._limit = limit
         self._device = device
@@ -75,9 +76,9 @@ class ModelPool:
         self._dropped = dropped
         self._free_caches = free_caches
         self._describe = describe
+        self._known = known
         self._budget = budget or Budget()
-        self._default_keep_alive = keep_alive
-        self._clock = clock
+        self._idle_times = idle_times or IdleTimes()
         self._turns = turns or Turns()
         self._wake = wake
         self._loaded: OrderedDict[str, load.Loaded] = OrderedDict()
@@ -85,9 +86,6 @@ class ModelPool:
         """Loaded model → its memory blocks."""
         self._newest: dict[str, ModelConfig] = {}
         """Loaded model → the config of its latest request."""
-        self._keep_alive: dict[str, float] = {}
-        """Loaded model → seconds that it stays once it is idle."""
-        self._idle_since: dict[str, float] = {}
         self._users: Counter[str] = Counter()
         """Model → requests that use it, or have waited for its load and are about to."""
         self._pins: dict[str, bool] = {}
@@ -130,17 +128,16 @@ class ModelPool:
         that waits for room. `keep_alive`: of the request.
         """
         model = self._obtain(config, turn)
-        name = config.name
-        self._keep_alive[name] = self._seconds(config) if keep_alive is None else keep_alive
+        self._idle_times.stay(config.name, keep_alive, config.keep_alive)
         try:
             yield model
         finally:
-            self._release(name)
+            self._release(config.name)
 
     def preload(self, config: ModelConfig, turn: Callable[[], None]) -> None:
         """Load the model, if it is not there, without using it."""
         self._obtain(config, turn, order=True)
-        self._keep_alive[config.name] = self._seconds(config) or math.inf  # until its first request
+        self._idle_times.stay_for_a_request(config.name, config.keep_alive)
         self._release(config.name)
 
     def unload(self, name: str | None) -> tuple[str, ...]:
@@ -179,7 +176,7 @@ class ModelPool:
         if waiting and waiting.needs and not self._reading:
             self._try_to_admit(waiting, waiting.needs)
         for name in [name for name, seconds in self._idle().items() if seconds <= 0]:
-            self._unload(name, f"it was idle for {self._keep_alive[name]:g} s (keep_alive)")
+            self._unload(name, f"it was idle for {self._idle_times.of(name):g} s (keep_alive)")
 
     def until_expiry(self) -> float | None:
         """Seconds until an idle model is to be unloaded; None if none is."""
@@ -212,7 +209,7 @@ class ModelPool:
         self._on_status(config.name, ModelStatus("loading"))
         return Loading(
             config,
-            lambda config, report, make_room: load.load(config, self._device, report, make_room),
+            lambda config, report, make_room: load.load(config, self._device, report, make_room, self._known),
             lambda status: self._on_status(config.name, status),
             turn,
         )
@@ -256,11 +253,10 @@ class ModelPool:
         self._users[name] -= 1
         if not self._users[name]:
             self._become_idle(name)
-            if name in self._to_unload:
-                self._unload(name, UNLOAD_REQUESTED)
-
-    def _seconds(self, config: ModelConfig) -> float:
-        return self._default_keep_alive if config.keep_alive is None else config.keep_alive
+        if self._loaded[name].state.broken:
+            self._forget_broken()
+        if not self._users[name] and name in self._to_unload:
+            self._unload(name, UNLOAD_REQUESTED)
 
     # Loads in progress.
 
@@ -285,7 +281,9 @@ class ModelPool:
         if name in self._loaded:
             if self._users[name]:
                 return  # it must be reloaded; requests that use the old one finish first
+            self._forget_broken()
             self._unload(name, self._loaded[name].state.broken or "its model file changed")
+        self._forget_broken()
         staying = [self._blocks[other] for other, model in self._loaded.items() if self._pinned(model)]
         if refusal := self._budget.refusal(name, needs, staying):
             loading.refuse(ModelTooLarge(refusal))
@@ -302,6 +300,17 @@ class ModelPool:
                 self._on_status(name, ModelStatus("loading"))
             loading.admit()
         self._short_of_room = False
+
+    def _forget_broken(self) -> None:
+        """What a request has left changed is not shared with the next model, and is reloaded in all that have it."""
+        for broken in [model for model in self._loaded.values() if model.state.broken]:
+            modules = footprint.modules_of(broken.pipeline)
+            if self._known:
+                self._known.forget(modules)
+            ids = {id(module) for module in modules}
+            for model in self._loaded.values():
+                if any(id(module) in ids for module in footprint.modules_of(model.pipeline)):
+                    model.state.broken = model.state.broken or broken.state.broken
 
     def _cancel(self, loading: Loading) -> None:
         """Nobody waits for it any more. Its thread ends at its next report; what it has read by then is dropped."""
@@ -371,7 +380,7 @@ class ModelPool:
 
     def _become_idle(self, name: str) -> None:
         """Called when the last request using the model has ended."""
-        self._idle_since[name] = self._clock()
+        self._idle_times.begin(name)
         model = self._loaded[name]
         model.config = self._newest[name]
         try:
@@ -382,9 +391,8 @@ class ModelPool:
 
     def _idle(self) -> dict[str, float]:
         """Models that are neither pinned nor in use → seconds until they are to be unloaded, least recent first."""
-        now = self._clock()
         return {
-            name: self._idle_since.get(name, now) + self._keep_alive.get(name, math.inf) - now
+            name: self._idle_times.left(name)
             for name, model in self._loaded.items()
             if not self._pinned(model) and not self._users[name]
         }
@@ -402,8 +410,8 @@ class ModelPool:
 
     def _unload(self, name: str, reason: str) -> None:
         log.info("%s was unloaded: %s", name, reason)
-        for record in (self._loaded, self._newest, self._blocks, self._keep_alive, self._idle_since):
-            record.pop(name, None)
+        del self._loaded[name], self._newest[name], self._blocks[name]
+        self._idle_times.forget(name)
         self._to_unload.discard(name)
         self._dropped()
         self._free()
