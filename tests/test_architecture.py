@@ -24,6 +24,7 @@ BELOW_THE_SEAM = {"drawing", "models", "previews", "batching"}
 
 WITHOUT_TORCH = [
     "sfumato.cli", "sfumato.commands.serve", "sfumato.commands.generate", "sfumato.commands.check", "sfumato.api.app",
+    "sfumato.commands.add", "sfumato.commands.models", "sfumato.commands.remove",
     "sfumato.serving.service", "sfumato.process.supervisor", "sfumato.engine.protocol",
 ]  # fmt: skip
 

@@ -20,7 +20,7 @@ def sfumato(*arguments: str | Path, cwd: Path, code: int = 0, env: dict[str, str
     done = subprocess.run(
         [sys.executable, "-m", "sfumato.cli", *map(str, arguments)],
         cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {"HF_HUB_OFFLINE": "1"})},
         capture_output=True,
         text=True,
     )
@@ -113,8 +113,9 @@ def test_models_and_check(tmp_path: Path) -> None:
     assert "some/one" in sfumato("check", "models", cwd=tmp_path)
     (models / "bad.yaml").write_text("name: bad\nparameters:\n  modle: some/one\n")
     done = subprocess.run(
-        [sys.executable, "-m", "sfumato.cli", "check", "models"], cwd=tmp_path, capture_output=True, text=True
-    )
+        [sys.executable, "-m", "sfumato.cli", "check", "models"],
+        cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
     assert done.returncode == 1
     assert "modle" in done.stdout
     assert "Did you mean 'parameters.model'?" in done.stdout

@@ -85,6 +85,8 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
     "large index": lambda: packed_with(("model_index.json", json.dumps({"a": "x" * 2**21}))),
     "many": lambda: packed_with(("model_index.json", INDEX), *((f"unet/{index}.json", "") for index in range(10_001))),
     "longer than it is": lambda: longer(packed_with(("model_index.json", INDEX))),
+    "an index that claims to be huge": lambda: packed_with(("model_index.json", INDEX))[:-10]
+    + struct.pack("<LLH", 2**31, 0, 0),
     "cut": lambda: packed_with(("model_index.json", INDEX))[:-30],
 }  # fmt: skip
 

@@ -256,7 +256,7 @@ def test_the_readers_of_source_find_what_they_know() -> None:
     assert flux and flux.runs[0].with_values({}) == {"sigmas", "mu"}, mend("pipelines/scheduler_calls.py")
     assert capabilities.has_task_class("StableDiffusionPipeline", "image"), mend("pipelines/capabilities.py")
     assert capabilities.has_task_class("FluxPipeline", "mask"), mend("pipelines/capabilities.py")
-    parameters = static_capabilities._parameters("StableDiffusionPipeline")
+    parameters = static_capabilities.parameters("StableDiffusionPipeline")
     assert parameters and "clip_skip" in parameters, mend("models/static_capabilities.py")
     _, repositories = single_file._rules()
     assert "v1" in repositories, mend("models/single_file.py")

@@ -126,23 +126,45 @@ def generate(
 
 @app.command("models")
 def list_models(models: Models = None) -> None:
-    """List the models that requests can name."""
-    from rich.console import Console
-    from rich.table import Table
+    """List the models that requests can name, with their class, source and size on this disk."""
+    from sfumato.commands.models import table
 
     catalog = _catalog(_settings(models=models))
-    table = Table("name", "aliases", "weights", "pipeline", "scheduler")
-    for config in catalog.all():
-        table.add_row(
-            config.name,
-            ", ".join(config.aliases),
-            config.label,
-            config.pipeline_type or "as the repository says",
-            config.sampling.scheduler or "the model's own",
-        )
-    Console().print(table)
+    for line in table(catalog):
+        typer.echo(line)
     for problem in catalog.problems():
         typer.secho(str(problem), fg="red", err=True)
+
+
+@app.command()
+def add(
+    source: Annotated[str, typer.Argument(help="Hub id, folder, file, http(s) URL or huggingface://owner/name/file.")],
+    name: Annotated[str | None, typer.Option(help="The model's name; absent: the source's.")] = None,
+    base: Annotated[str | None, typer.Option(help="Of a denoiser alone (GGUF ...): where all else comes from.")] = None,
+    models: Models = None,
+) -> None:
+    """Write a model file for a source, by looking at it. The weights are downloaded at first use, or by `pull`."""
+    from sfumato.commands.add import add as run
+
+    file, told = run(source, name, base, _settings(models=models))
+    typer.echo(f"{file}: {told}")
+
+
+@app.command()
+def remove(
+    model: Annotated[str, typer.Argument(help="Name of a model.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Delete without a question.")] = False,
+    models: Models = None,
+) -> None:
+    """Delete a model file, and what was downloaded into its folder for it alone."""
+    from sfumato.commands.remove import carry_out, plan
+    from sfumato.models.stored import readable
+
+    removal = plan(model, _settings(models=models))
+    typer.echo(str(removal))
+    if not yes:
+        typer.confirm(f"Delete {readable(removal.size)}?", abort=True)
+    carry_out(removal)
 
 
 @app.command()
@@ -163,7 +185,7 @@ def pull(
     models: Models = None,
 ) -> None:
     """Download a model before its first use."""
-    from sfumato.commands.generate import pull as run
+    from sfumato.commands.pull import pull as run
 
     typer.echo(run(id, _settings(models=models)))
 

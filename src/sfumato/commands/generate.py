@@ -1,4 +1,4 @@
-"""`sfumato generate` and `sfumato pull`: the engine in this process, with a progress bar."""
+"""`sfumato generate`: the engine in this process, with a progress bar."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from sfumato import schedulers
 from sfumato.config import ModelConfig
-from sfumato.core import VAE_TILING, Done, ModelStatus, Recipe, Step
-from sfumato.engine import environment
+from sfumato.core import VAE_TILING, Done, Recipe, Step
 from sfumato.engine.local import Local
 from sfumato.errors import InvalidRequest, StorageError
 from sfumato.pictures import images
@@ -59,23 +58,6 @@ def generate(fields: dict[str, Any], like: Path | None, output: Path | None, set
     if recipe:
         _warn_of_differences(recipe, results[0].recipe)
     return [_write(result, index, len(results), output) for index, result in enumerate(results)]
-
-
-def pull(name: str, settings: Settings) -> str:
-    """Download what a model file (or a hub id) needs; returns its path."""
-    environment.prepare()
-    from sfumato.models import load, parts
-
-    config = Catalog.of(settings, open=True).get(name)
-    with _bar() as (progress, task):
-
-        def on_status(status: ModelStatus) -> None:
-            progress.update(task, description=f"{status.state} {status.detail}", completed=status.progress)
-
-        dtype = load.choose_dtype(config, load.choose_device(config, settings.device))
-        path = load.fetch(config, dtype, on_status).path
-        parts.fetch(config, lambda fraction, what: on_status(ModelStatus("downloading", what, fraction)))
-        return str(path)
 
 
 def _as_request(recipe: Recipe) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 from sfumato.errors import LoadError
 from sfumato.models import single_file
@@ -113,6 +114,14 @@ def latent_channels(header: Header) -> int | None:
         if _VAE.match(name) and len(tensor.shape) > 1:
             return tensor.shape[1]
     return None
+
+
+def prediction(header: Header) -> dict[str, Any]:
+    """What a checkpoint was trained to predict, by the marks in it: keys of a model file, empty without a mark."""
+    if "v_pred" in header.tensors or header.metadata.get("modelspec.prediction_type") in ("v", "v_prediction"):
+        zero = {"rescale_betas_zero_snr": True} if "ztsnr" in header.tensors else {}
+        return {"prediction_type": "v_prediction", **zero}
+    return {}
 
 
 def _kind(header: Header) -> str:

@@ -8,6 +8,7 @@ file) are read, by huggingface_hub's reader.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 import zipfile
@@ -27,6 +28,10 @@ MAX_DIRECTORY = 8 * 2**20
 """Bytes of a zip's index."""
 MAX_JSON = 2**20
 CHUNK = 2**20
+
+END, LOCATOR, LARGE_END = (struct.Struct(form) for form in ("<4s4H2LH", "<4sLQL", "<4sQ2H2L4Q"))
+"""Records at the end of a zip: its index's place; where the record of one too large for that is; and that record."""
+MAX_COMMENT = 2**16
 
 
 def index_of(path: Path) -> dict[str, Any]:
@@ -64,12 +69,9 @@ def entries(path: Path) -> Mapping[str, DDUFEntry]:
 def _check(path: Path) -> None:
     """What huggingface_hub's reader takes on trust. Raises ValueError."""
     size = path.stat().st_size
-    with path.open("rb") as file:
-        end = zipfile._EndRecData(file)  # type: ignore[attr-defined]  # before `ZipFile` reads an index of any length
-        if not end:
-            raise ValueError("it has no index")
-        if end[zipfile._ECD_SIZE] > MAX_DIRECTORY or end[zipfile._ECD_ENTRIES_TOTAL] > MAX_ENTRIES:  # type: ignore[attr-defined]
-            raise ValueError("its index is too large")
+    entries, directory = _end_of(path)
+    if directory > MAX_DIRECTORY or entries > MAX_ENTRIES:
+        raise ValueError("its index is too large")
     with zipfile.ZipFile(path) as archive:
         infos = archive.infolist()
         names = [info.filename for info in infos]
@@ -87,6 +89,25 @@ def _check(path: Path) -> None:
                 raise ValueError(f"{sources.INDEX} is too large")
         if sum(info.file_size for info in infos) > size:
             raise ValueError("its entries overlap")
+
+
+def _end_of(path: Path) -> tuple[int, int]:
+    """Entries and bytes of a zip's index, before `ZipFile` reads an index of any length. Raises ValueError."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - END.size - LOCATOR.size - MAX_COMMENT))
+        tail = file.read()
+        at = tail.rfind(b"PK\x05\x06")
+        if at < 0 or at + END.size > len(tail):
+            raise ValueError("it has no index")
+        _, _, _, _, entries, directory, _, _ = END.unpack_from(tail, at)
+        if at >= LOCATOR.size and tail[at - LOCATOR.size : at].startswith(b"PK\x06\x07"):
+            file.seek(min(LOCATOR.unpack_from(tail, at - LOCATOR.size)[2], size))
+            large = file.read(LARGE_END.size)
+            if len(large) < LARGE_END.size:
+                raise ValueError("it has no index")
+            entries, directory = LARGE_END.unpack(large)[7:9]
+    return entries, directory
 
 
 def folder_of(path: Path) -> Path:

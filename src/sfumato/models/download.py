@@ -10,7 +10,9 @@ import json
 import logging
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
@@ -28,6 +30,8 @@ __all__ = ["as_download_errors", "description_of", "files_of", "from_hub", "from
 
 log = logging.getLogger(__name__)
 
+AT_ONCE = 4
+"""Files of a repository that are downloaded at a time."""
 DESCRIPTION_FILES = ["*.json", "*/*.json", "*.txt", "*/*.txt", "*/*.model"]
 
 
@@ -39,14 +43,16 @@ def from_hub(
     pickles: bool,
     report: OnProgress,
     without: Sequence[str] = (),
+    on_file: OnProgress | None = None,
 ) -> Path:
     """The local snapshot folder of a repository; files missing from the cache are downloaded first.
 
     diffusers' own rules say which files a pipeline needs. `without`: of these components only the configuration.
+    `on_file` is told of each file's progress, in place of `report`, which is told of the sum.
     Raises DownloadError or LoadError with a readable message.
     """
     with as_download_errors(repo):
-        commit = _fetch_files(repo, revision, variant, pickles, without, report)
+        commit = _fetch_files(repo, revision, variant, pickles, without, report, on_file)
         # diffusers checks by its own rules that all files are there, downloads missing ones, and refuses others.
         folder = Path(
             DiffusionPipeline.download(
@@ -64,7 +70,13 @@ def from_hub(
 
 
 def _fetch_files(
-    repo: str, revision: str | None, variant: str | None, pickles: bool, without: Sequence[str], report: OnProgress
+    repo: str,
+    revision: str | None,
+    variant: str | None,
+    pickles: bool,
+    without: Sequence[str],
+    report: OnProgress,
+    on_file: OnProgress | None = None,
 ) -> str:
     """Download the files that `needed` names into the cache, with progress in bytes. Returns their commit."""
     path = hub_files.index_path(repo, revision)
@@ -77,11 +89,20 @@ def _fetch_files(
         files = repository_files.needed(names, index, variant, pickles=pickles)
     except (hub.CachedRepoTreeNotFoundError, FileNotFoundError):  # an old cache, or not a diffusers repository
         return folder.name
-    if files:
+    if files and on_file:
+        with ThreadPoolExecutor(AT_ONCE) as threads:
+            tuple(threads.map(partial(_fetch_file, repo, folder.name, on_file), files))
+    elif files:
         bar = type("_Bar", (_ReportingBar,), {"report": staticmethod(report), "repo": repo})
         patterns = [glob.escape(name) for name in files]
         snapshot_download(repo, revision=folder.name, allow_patterns=patterns, tqdm_class=bar)
     return folder.name
+
+
+def _fetch_file(repo: str, commit: str, on_file: OnProgress, name: str) -> None:
+    bar = type("_Bar", (_ReportingBar,), {"report": staticmethod(on_file), "repo": f"{repo}/{name}"})
+    hf_hub_download(repo, name, revision=commit, tqdm_class=bar)
+    on_file(1.0, f"{repo}/{name}")
 
 
 def from_url(url: str, target: Path, *, sha256: str | None, report: OnProgress) -> Path:

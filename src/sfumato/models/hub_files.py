@@ -52,6 +52,17 @@ def index_of(repo: str, revision: str | None) -> dict[str, Any]:
         return diffusers_source.json_of(index_path(repo, revision))
 
 
+def bases_of(repo: str) -> list[str]:
+    """The repositories that a repository's card says it was made from; empty if the hub cannot be asked."""
+    try:
+        with as_download_errors(repo):
+            card = HfApi().model_info(repo).card_data
+    except LoadError:
+        return []
+    bases = card.get("base_model") if card else None
+    return [base for base in (bases if isinstance(bases, list) else [bases]) if isinstance(base, str)]
+
+
 def described(repo: str, revision: str | None) -> Path:
     """A snapshot with the configurations of a repository's components, downloaded if necessary."""
     with as_download_errors(repo):

@@ -47,6 +47,11 @@ class Inspection:
     base: str | None = None
     """Hub id or folder of what describes a single file."""
 
+    @property
+    def size(self) -> int | None:
+        """Bytes of a single file; None if they are not known, and for other sources."""
+        return self.header.size if self.header else None
+
 
 def inspect(config: ModelConfig, source: Source, *, ask: bool) -> Inspection:
     """Look at a source. `ask`: also at a hub or server. Raises what loading it would, as far as this tells."""
@@ -61,6 +66,19 @@ def inspect(config: ModelConfig, source: Source, *, ask: bool) -> Inspection:
             return _of_url(config, source, url, ask)
         case sources.File(path):
             return _of_file(config, source, path, ask)
+
+
+def header_of(config: ModelConfig, source: Source) -> Header | None:
+    """The header of a single file, on this disk or behind its URL; else None. Raises what reading it would."""
+    match source:
+        case sources.File(path) if path.suffix.lower() in sources.TENSORS:
+            return weight_header.of_file(path)
+        case sources.Url(url) if PurePosixPath(urlparse(url).path).suffix.lower() not in (
+            sources.DDUF,
+            *sources.PICKLES,
+        ):
+            return weight_header.of_url(url, config.folder)
+    return None
 
 
 def refuse(config: ModelConfig, source: Source) -> None:

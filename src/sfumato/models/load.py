@@ -150,10 +150,16 @@ class Fetched:
     """For a model in several files: component -> its file; `description` has the others."""
 
 
-def fetch(config: ModelConfig, dtype: str, on_status: OnStatus, without: Sequence[str] = ()) -> Fetched:
+def fetch(
+    config: ModelConfig,
+    dtype: str,
+    on_status: OnStatus,
+    without: Sequence[str] = (),
+    on_file: weight_file.OnProgress | None = None,
+) -> Fetched:
     """Have everything the model needs on this disk. Raises DownloadError, LoadError or ModelFileError.
 
-    `without`: of these components the configurations alone.
+    `without`: of these components the configurations alone. `on_file`: told of each file of a repository.
     """
     source = sources.resolve(config)
     if isinstance(source, sources.HubRepository):
@@ -175,19 +181,27 @@ def fetch(config: ModelConfig, dtype: str, on_status: OnStatus, without: Sequenc
                 pickles=config.allow_pickle,
                 without=without,
                 report=report,
+                on_file=on_file,
             )
             return Fetched(folder, f"{repo}@{folder.name}")
         case sources.Url(url):
             path = sources.weights(config, weight_file.obtain(url, config.folder, report=report))
-            return _described(config, path, addresses.redact(url), dtype, on_status)
+            return _described(config, path, addresses.redact(url), dtype, on_status, on_file)
         case sources.File(path):
-            return _described(config, path, str(path), dtype, on_status)
+            return _described(config, path, str(path), dtype, on_status, on_file)
         case sources.Folder(path):
             pinned = f"{config.repo}@{config.revision or 'main'}" if config.repo else str(path)
             return Fetched(path, pinned)
 
 
-def _described(config: ModelConfig, path: Path, label: str, dtype: str, on_status: OnStatus) -> Fetched:
+def _described(
+    config: ModelConfig,
+    path: Path,
+    label: str,
+    dtype: str,
+    on_status: OnStatus,
+    on_file: weight_file.OnProgress | None,
+) -> Fetched:
     """A single file with its configurations; a denoiser alone with the base that supplies the other components."""
     if path.suffix.lower() == sources.DDUF:
         return Fetched(dduf.unpacked(path), label)
@@ -203,7 +217,7 @@ def _described(config: ModelConfig, path: Path, label: str, dtype: str, on_statu
 
     named = {name: references.file(config, "diffusers.text_encoders", name, report) for name in config.text_encoders}
     files = split.assign(config, path, named, base)
-    supplied = fetch(base.config, dtype, on_status, without=tuple(files)).path
+    supplied = fetch(base.config, dtype, on_status, tuple(files), on_file).path
     return Fetched(path, label, supplied, files)
 
 

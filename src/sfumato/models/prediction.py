@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from sfumato.config import ModelConfig
 from sfumato.errors import ModelFileError
-from sfumato.models import sources, weight_header
+from sfumato.models import contents, sources, weight_header
 from sfumato.pipelines import request_scheduler
 
 KEYS = ("prediction_type", "rescale_betas_zero_snr", "timestep_spacing")
@@ -53,12 +53,8 @@ def _marks(file: Path) -> dict[str, Any]:
     if file.suffix.lower() not in sources.SAFE:
         return {}  # a pickle has no header
     header = weight_header.of_file(file)
-    metadata, names = header.metadata, header.tensors
-    marks: dict[str, Any] = {}
-    if "v_pred" in names or metadata.get("modelspec.prediction_type") in ("v", "v_prediction"):
-        marks["prediction_type"] = "v_prediction"
-        if "ztsnr" in names:
-            marks["rescale_betas_zero_snr"] = True
+    names = header.tensors
+    marks = contents.prediction(header)
     if EDM in names and "edm_vpred.sigma_min" in names:
         with safe_open(file, "pt") as tensors:
             highest, lowest = (float(tensors.get_tensor(key)) for key in (EDM, "edm_vpred.sigma_min"))

@@ -12,6 +12,7 @@ import inspect
 import operator
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -59,14 +60,14 @@ def static_capabilities(config: ModelConfig) -> StaticCapabilities:
         name = config.pipeline_type or index.get("_class_name")
     if not isinstance(name, str) or name == pipeline_class.ANY or name in pipeline_class.AUTO:
         return StaticCapabilities(None)
-    if (parameters := _parameters(name)) is None:
+    if (called := parameters(name)) is None:
         return StaticCapabilities(name)
-    tasks = capabilities.tasks_of(name, parameters)
+    tasks = capabilities.tasks_of(name, called)
     if not index or folder is None:
         return StaticCapabilities(name, tasks)
     replaced = {"controlnet": config.control_net, "text_encoder": config.clip_model}
     parts = _Parts(folder, index | {part: ["", ""] for part, source in replaced.items() if source})
-    return StaticCapabilities(name, tasks, _multiple(name, parts), _tokens(name, parameters, parts, config))
+    return StaticCapabilities(name, tasks, _multiple(name, parts), _tokens(name, called, parts, config))
 
 
 def index_of(config: ModelConfig) -> dict[str, Any]:
@@ -151,6 +152,22 @@ def _multiple(name: str, parts: _Parts) -> int | None:
     return int(factor) if isinstance(factor, int | float) and factor else None
 
 
+def default_side(name: str, folder: Path, index: Mapping[str, Any]) -> int | None:
+    """Pixels of each side that a class draws by default on components with these configurations; None: unknown."""
+    parts = _Parts(folder, index)
+    attributes: dict[str, Any] = {}
+    for function in diffusers_source.methods(name, "__init__"):
+        for target, value in _assignments(function):
+            attributes.setdefault(target, _value(value, attributes, parts))
+    factor = attributes.get("vae_scale_factor", DEFAULT_MULTIPLE)
+    sizes: list[Any] = [attributes.get("default_sample_size")]
+    for part in ("unet", "transformer"):
+        with suppress(_Unknown):
+            sizes.append(parts.setting(part, "sample_size"))
+    side = next((size for size in sizes if isinstance(size, int) and size > 0), None)
+    return side * factor if side and isinstance(factor, int) else None
+
+
 def _assignments(function: ast.FunctionDef) -> Iterator[tuple[str, ast.expr]]:
     """Its assignments to attributes of `self`, in order."""
     for node in ast.walk(function):
@@ -207,7 +224,7 @@ def _evaluate(node: ast.expr, attributes: Mapping[str, Any], parts: _Parts) -> A
 
 
 @functools.cache
-def _parameters(name: str) -> Mapping[str, inspect.Parameter] | None:
+def parameters(name: str) -> Mapping[str, inspect.Parameter] | None:
     """Parameters of a pipeline's call, as `capabilities.parameters_of` returns them; None: no such class."""
     for function in diffusers_source.methods(name, "__call__"):
         defaults = diffusers_source.defaults(function)

@@ -64,6 +64,8 @@ class Version:
     """Whether the whole file had this sha256."""
     name: str = ""
     """The server's name for the file, if the URL does not have one."""
+    downloaded: bool = False
+    """Whether the file came from there, and was not put there by hand."""
 
 
 def fetch(url: str, target: Path, *, sha256: str | None, report: OnProgress) -> Path:
@@ -180,7 +182,8 @@ def _is_complete(target: Path, url: str, sha256: str | None) -> bool:
                 "Remove it to download it again."
             )
         with _optional():
-            _remember(target, Version(_digest(url), "", size, sha256, checked=True))
+            came = version is not None and version.downloaded
+            _remember(target, Version(_digest(url), "", size, sha256, checked=True, downloaded=came))
     return True
 
 
@@ -200,7 +203,7 @@ def _download(url: str, target: Path, sha256: str | None, report: OnProgress) ->
             _sidecar(target, "source").unlink(missing_ok=True)
             raise DownloadError(_mismatch(url, version, size, digest, sha256))
         log.warning("%s: the partial download does not match; starting over", target.name)
-    _remember(target, replace(version, size=size, checked=version.sha256 is not None))
+    _remember(target, replace(version, size=size, checked=version.sha256 is not None, downloaded=True))
     part.replace(target)
 
 
@@ -378,6 +381,13 @@ def _optional() -> Iterator[None]:
 
 def _sidecar(target: Path, extension: str) -> Path:
     return target.with_name(f".{target.name}.{extension}")
+
+
+def records(target: Path) -> list[Path]:
+    """What is kept beside a file because it was downloaded; empty if it was put there by hand."""
+    if (version := _version(target)) is None or not version.downloaded:
+        return []
+    return [path for path in (_sidecar(target, name) for name in ("source", "part", "lock")) if path.exists()]
 
 
 def _version(target: Path) -> Version | None:

@@ -1,0 +1,28 @@
+"""`sfumato models`: a table of the models that requests can name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sfumato.config import ModelConfig
+from sfumato.models import static_capabilities, stored
+from sfumato.serving.catalog import Catalog
+
+COLUMNS = ("name", "class", "source", "on disk", "downloaded")
+
+
+def table(catalog: Catalog) -> Iterator[str]:
+    """Its lines, with columns as wide as their longest entry."""
+    rows = [COLUMNS, *map(_row, catalog.all())]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+
+
+def _row(config: ModelConfig) -> tuple[str, ...]:
+    found = stored.of(config)
+    pipeline = static_capabilities.static_capabilities(config).pipeline or config.pipeline_type
+    names = ", ".join((config.name, *config.aliases))
+    size = stored.readable(found.size) if found.files else "-"
+    here = "yes" if found.complete else "in part" if found.files else "no"
+    return names, pipeline or "told at first use", config.label, size, here

@@ -1,0 +1,125 @@
+"""`sfumato remove`: delete a model file, and what was downloaded for it alone."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from sfumato.config import Broken, ModelConfig, ParsedFile, Redirect
+from sfumato.errors import InvalidRequest, ModelNotFound, StorageError, did_you_mean
+from sfumato.models import stored
+from sfumato.serving.catalog import EMBEDDED, Catalog
+from sfumato.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """What would be deleted, and what stays, each with its reason."""
+
+    files: tuple[Path, ...]
+    kept: tuple[tuple[Path, str], ...]
+
+    @property
+    def size(self) -> int:
+        return sum(map(stored.size_of, self.files))
+
+    def __str__(self) -> str:
+        lines = [f"delete  {path}  {stored.readable(stored.size_of(path))}" for path in self.files]
+        lines += [f"keep    {path}  {stored.readable(stored.size_of(path))}: {why}" for path, why in self.kept]
+        return "\n".join(lines)
+
+
+def plan(name: str, settings: Settings) -> Removal:
+    """What `remove` of a model deletes. Raises ModelNotFound, and InvalidRequest where a person has to do it."""
+    catalog = Catalog.of(settings)
+    everything = [(file, outcome) for file, each in catalog.outcomes().items() for outcome in each]
+    file, outcome = _find(name, everything)
+    if file.parent == EMBEDDED:
+        raise InvalidRequest(
+            f"{name} comes with Sfumato and takes no room; write `disabled: true` into a file of its name"
+        )
+    others = [other for other_file, other in everything if other is not outcome and other_file == file]
+    if others:
+        raise InvalidRequest(
+            f"{file} has {len(others) + 1} models, of which {name} is one; delete its lines there, or the file by hand"
+        )
+    if not isinstance(outcome, ModelConfig):
+        return Removal((file,), ())
+    found = stored.of(outcome)
+    used = _Users(outcome, everything)
+    files, kept = [file], []
+    roots = [settings.models.resolve(), settings.data.resolve()]
+    for path in dict.fromkeys((*found.files, *found.downloaded)):
+        if path in found.cached:
+            kept.append((path, "it is in the hub's cache, which other programs use too; `hf cache` cleans it"))
+        elif path not in found.downloaded:
+            kept.append((path, "Sfumato did not download it"))
+        elif why := used(path):
+            kept.append((path, why))
+        elif not any(path.parent.resolve().is_relative_to(root) for root in roots):
+            kept.append((path, "it is outside the folder of models"))
+        else:
+            files.append(path)
+    return Removal(tuple(files), tuple(kept))
+
+
+def carry_out(removal: Removal) -> None:
+    """Delete the files: the model file first, so that no request asks for what is half gone. Raises StorageError."""
+    for path in removal.files:
+        try:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(f"{path} could not be deleted: {error.strerror or error}") from error
+
+
+def _find(name: str, everything: list[tuple[Path, ParsedFile]]) -> tuple[Path, ParsedFile]:
+    names: dict[str, tuple[Path, ParsedFile]] = {}
+    for file, outcome in everything:
+        for each in _names(outcome):
+            names.setdefault(each, (file, outcome))
+    if name not in names:
+        raise ModelNotFound(f"There is no model {name[:100]!r}.{did_you_mean(name, names)}", param="model")
+    return names[name]
+
+
+def _names(outcome: ParsedFile) -> tuple[str, ...]:
+    match outcome:
+        case ModelConfig(name=name, aliases=aliases):
+            return (name, *aliases)
+        case Broken(names=names):
+            return names
+        case Redirect(name=name):
+            return (name,)
+    return ()
+
+
+class _Users:
+    """Why a file has to stay: another model uses it, or may."""
+
+    def __init__(self, removed: ModelConfig, everything: list[tuple[Path, ParsedFile]]) -> None:
+        self._by: dict[Path, str] = {}
+        self._unreadable: list[tuple[Path, str]] = []
+        for file, outcome in everything:
+            if isinstance(outcome, ModelConfig) and outcome is not removed:
+                for path in _all_files(outcome):
+                    self._by.setdefault(path.resolve(), outcome.name)
+            elif isinstance(outcome, Broken):
+                self._unreadable.append((file, file.read_text(encoding="utf-8", errors="replace")))
+
+    def __call__(self, path: Path) -> str:
+        owner = self._by.get(path.resolve())
+        if owner:
+            return f"{owner} uses it"
+        file = next((file for file, text in self._unreadable if path.name in text), None)
+        return f"{file} has an error and names it" if file else ""
+
+
+def _all_files(config: ModelConfig) -> Iterator[Path]:
+    found = stored.of(config)
+    yield from found.files
+    yield from found.downloaded
