@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,6 +28,8 @@ from sfumato.models import (
     footprint,
     hub_files,
     inspection,
+    modular,
+    modular_load,
     parts,
     pipeline_class,
     prediction,
@@ -155,6 +158,11 @@ def fetch(config: ModelConfig, dtype: str, on_status: OnStatus, without: Sequenc
         download.from_url(url, config.folder / file.filename, sha256=file.sha256, report=report)
     match source:
         case sources.HubRepository(repo, revision):
+            index = inspection.inspect(config, source, ask=False).index
+            if modular.is_one(pipeline_class.choose(config, index)):
+                variant = functools.partial(_variant, config, dtype)
+                folder = modular_load.fetch(config, repo, revision, index, variant, report, without)
+                return Fetched(folder, f"{repo}@{folder.name}")
             folder = download.from_hub(
                 repo,
                 revision=revision,
@@ -171,6 +179,9 @@ def fetch(config: ModelConfig, dtype: str, on_status: OnStatus, without: Sequenc
             return _described(config, path, str(path), dtype, on_status)
         case sources.Folder(path):
             pinned = f"{config.repo}@{config.revision or 'main'}" if config.repo else str(path)
+            index = pipeline_class.index_of(path)
+            if modular.is_one(pipeline_class.choose(config, index)):
+                modular_load.fetch_others(config, path, index, functools.partial(_variant, config, dtype), report)
             return Fetched(path, pinned)
 
 
@@ -201,15 +212,18 @@ def _pipeline(config: ModelConfig, device: str, on_status: OnStatus, make_room: 
     on_status(ModelStatus("loading", fetched.label))
     index = pipeline_class.index_of(fetched.description or fetched.path)
     dtype = choose_dtype(config, device, index)
-    cls = getattr(diffusers, pipeline_class.choose(config, index))
+    name = pipeline_class.choose(config, index)
+    cls = getattr(diffusers, name)
     make_room(_needs(config, fetched, index, device, dtype))
     with download.as_download_errors(fetched.label):
-        if fetched.files and fetched.description:
-            components = split_load.components(fetched.files, fetched.description, index, DTYPES[dtype])
-            return _folder(config, fetched.description, cls, dtype, **components), fetched, dtype
-        if fetched.description:
+        if fetched.description and not fetched.files:
             return _single_file(config, fetched, cls, dtype), fetched, dtype
-        return _folder(config, fetched.path, cls, dtype), fetched, dtype
+        folder = fetched.description or fetched.path
+        components = split_load.components(fetched.files, folder, index, DTYPES[dtype]) if fetched.files else {}
+        if modular.is_one(name):
+            variant = functools.partial(_variant, config, dtype)
+            return modular_load.load(config, folder, index, cls, DTYPES[dtype], variant, components), fetched, dtype
+        return _folder(config, folder, cls, dtype, **components), fetched, dtype
 
 
 def _needs(config: ModelConfig, fetched: Fetched, index: dict[str, Any], device: str, dtype: str) -> footprint.Needs:
@@ -219,7 +233,10 @@ def _needs(config: ModelConfig, fetched: Fetched, index: dict[str, Any], device:
     folder = fetched.description or fetched.path
     files = [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
     variant = variants.pick(files, _preferred_variants(config, dtype))
-    sizes = footprint.of_files(folder, index, dtype, variant, without=fetched.files)
+    if modular.is_one(pipeline_class.choose(config, index)):
+        sizes = footprint.of_folders(modular_load.folders(config, folder, index), dtype, variant)
+    else:
+        sizes = footprint.of_files(folder, index, dtype, variant, without=fetched.files)
     for component, file in fetched.files.items():
         sizes[component] = sum(footprint.of_files(file, index, dtype, None).values())
     return footprint.Needs(sizes, device, dtype)
