@@ -6,7 +6,7 @@ Loading uses no network and runs no code from repositories.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -34,13 +34,14 @@ def fetch(
     index: Mapping[str, Any],
     pick: PickVariant,
     report: OnProgress,
+    without: Sequence[str] = (),
 ) -> Path:
-    """The snapshot folder of a modular repository; all its components are on this disk.
+    """The snapshot folder of a modular repository; its components are on this disk, except those `without`.
 
     Raises DownloadError or LoadError.
     """
     files = hub_files.files_of(repo, revision)
-    found = modular.places(index, repo, files)
+    found = {name: place for name, place in modular.places(index, repo, files).items() if name not in without}
     _fetch(config, [place for place in found.values() if place.repo], pick, report)
     own = [place.subfolder for place in found.values() if not place.repo]
     return _fetch_parts(config, repo, revision, own, pick(files), report)
@@ -74,9 +75,18 @@ def _fetch_parts(
 
 
 def load(
-    config: ModelConfig, folder: Path, index: Mapping[str, Any], cls: Any, dtype: torch.dtype, pick: PickVariant
+    config: ModelConfig,
+    folder: Path,
+    index: Mapping[str, Any],
+    cls: Any,
+    dtype: torch.dtype,
+    pick: PickVariant,
+    given: Mapping[str, Any],
 ) -> Any:
-    """The pipeline with its components, as `modular.adapted` returns it. Raises LoadError or ModelFileError."""
+    """The pipeline with its components, as `modular.adapted` returns it; `given` ones are taken as they are.
+
+    Raises LoadError or ModelFileError.
+    """
     found = _places(config, folder, index)
     if foreign := {str(place.library) for place in found.values()} - {str(library) for library in LIBRARIES}:
         raise LoadError(
@@ -86,7 +96,7 @@ def load(
     snapshots = {name: _folder(place, folder) for name, place in found.items()}
     pipeline = cls(pretrained_model_name_or_path=str(folder), modular_config_dict=_index(cls, index, found, snapshots))
     _check_complete(config, pipeline, index, found)
-    replaced = parts.components(config, dtype)
+    replaced = {**given, **parts.components(config, dtype)}
     loaded = {
         name: _component(config, pipeline.get_component_spec(name), snapshots[name], dtype, pick)
         for name in pipeline.pretrained_component_names
