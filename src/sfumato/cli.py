@@ -204,6 +204,26 @@ def unload(
     typer.echo(run(model, url, api_key, _settings()))
 
 
+@app.command()
+@_with_settings
+def prove(
+    model: Annotated[str, typer.Argument(help="A model file's name, or a hub id.")],
+    size: Annotated[
+        str | None,
+        typer.Option(help="WIDTHxHEIGHT to draw for it; absent: the model's own. Results hold for all."),
+    ] = None,
+    **options: Any,
+) -> None:
+    """Find out what of a model batches, and why the rest does not, so that its first requests batch at once.
+
+    Exit codes: 0 everything batches, 1 it cannot be loaded, or a task drawn, 3 some module runs alone.
+    """
+    from sfumato.commands.prove import prove as run
+
+    if code := run(model, size, _settings(**options), typer.echo):
+        raise typer.Exit(code)
+
+
 galleries = typer.Typer(help="The index of the pictures that were made.", no_args_is_help=True)
 app.add_typer(galleries, name="gallery")
 

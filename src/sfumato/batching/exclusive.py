@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from sfumato.batching import feature_caches
-from sfumato.pipelines import scheduler_calls, source_table
+from sfumato.pipelines import modular, scheduler_calls, source_table
 
 INTRUSIVE = re.compile(
     r"set_attn_processor\(|\.processor = |enable_grad\(|autograd\.grad|\.(named_)?modules\(\)|requires_grad_\(True"
@@ -26,7 +26,7 @@ def exclusive(pipeline: Any) -> str:
         if getattr(part, "free_init_enabled", False):
             return "FreeInit runs the whole schedule several times over one state"
         pipeline_class: Any = type(part)
-        if reason := _intrusion(pipeline_class):
+        if reason := _intrusion(pipeline_class) or modular.rewires(part):
             return reason
         for module in vars(part).values():
             if isinstance(module, torch.nn.Module) and feature_caches.state_managers(module) == ():
@@ -56,6 +56,9 @@ def _intrusion(kind: Any) -> str:
 
 def intrusion(kind: Any) -> str:
     """Code of a pipeline that rewires shared modules, read from its source; raises any error of reading it."""
+    for block in modular.code_of(kind):
+        if match := INTRUSIVE.search(inspect.getsource(block)):
+            return match[0]
     for base in kind.__mro__:
         # The base class of all pipelines has such methods, for users to call.
         if base.__module__.startswith(("diffusers.pipelines.pipeline_utils", "diffusers.loaders", "builtins")):

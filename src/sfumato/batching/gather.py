@@ -25,7 +25,7 @@ from sfumato.batching.counts import Counts
 from sfumato.batching.proof_store import Proofs
 from sfumato.batching.verification import Verification
 from sfumato.batching.views import forget, view
-from sfumato.pipelines import scheduler_owners
+from sfumato.pipelines import modular, scheduler_owners
 
 
 class GatherStopped(BaseException):
@@ -54,6 +54,7 @@ def gather(
 
     `pipe` is not changed and can be used as before, its scheduler included.
     """
+    pipe = modular.adapted(pipe)
     _check(pipe, calls, max_batch)
     forget(pipe)
     verification = Verification(proofs=Proofs(proof_store.of_user()))

@@ -115,6 +115,11 @@ class Proofs:
                 raise
 
 
+def of_server(file: str, data: Path) -> Path:
+    """The file of a server with these settings: `proofs`, else one in the data folder."""
+    return Path(file) if file else data / NAME
+
+
 def of_user() -> Path:
     """The file without a server's data folder: `SFUMATO_PROOFS`, else a file in the user's cache folder."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

@@ -41,6 +41,7 @@ PARTS = frozenset({"modules", "named_modules", "children", "named_children", "ge
 
 READERS = frozenset({
     ("diffusers.pipelines.pipeline_utils", "_execution_device"),
+    ("diffusers.modular_pipelines.modular_pipeline", "_execution_device"),
     ("diffusers.hooks.group_offloading", "_get_top_level_group_offload_hook"),
     ("diffusers.hooks.group_offloading", "_is_group_offload_enabled"),
 })  # fmt: skip

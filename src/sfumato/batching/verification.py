@@ -56,6 +56,8 @@ class Verification:
         self.refused: dict[str, str] = {}
         """Signature → why it runs alone."""
         self._labels: dict[str, Reason] = {}
+        self.known: dict[str, str] = {}
+        """Signature whose verdict was known before → from where."""
 
     def signature(self, call: Call, differences: frozenset[str] = frozenset()) -> str:
         return f"{self.kind(call.module)}.{call.signature(differences)}"
@@ -92,6 +94,10 @@ class Verification:
             verdict = self._first_decision(call, signature)
             self._verdicts[id(call.module), signature] = verdict
         return verdict  # type: ignore[return-value]
+
+    def verdicts_of(self, module: Any) -> dict[str, str]:
+        """Signature → "yes", "no" or "try" (not proved yet), of the calls of this module so far."""
+        return {signature: verdict for (of, signature), verdict in self._verdicts.items() if of == id(module)}
 
     def settle(self, call: Call, signature: str, evidence: Evidence, errors: Sequence[float]) -> None:
         """End a proof; `errors`: how much each member differed from its part."""
@@ -153,10 +159,12 @@ class Verification:
         if call.module.training or self._verify == "always":
             return "try"
         if self._is_listed(call, signature):
+            self.known[signature] = "on the shipped list"
             return "yes"
         verdict = self._proofs.get(call.module, signature) if self._proofs else None
         if verdict is None:
             return "try"
+        self.known[signature] = f"proved on {verdict.shown}"
         if verdict.refused:
             self.refuse(call, signature, f"{verdict.refused} (shown on {verdict.shown})")
             return "no"

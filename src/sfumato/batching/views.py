@@ -23,7 +23,7 @@ from types import MethodType
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModularPipelineBlocks
 
 from sfumato.batching import feature_caches
 from sfumato.batching.adapter_state import Adapters
@@ -162,7 +162,12 @@ def _viewed(value: Any, shared: View, copies: dict[int, Any], name: str, pipelin
         return _view(value, shared, copies, f"{name}.")
     if isinstance(value, torch.nn.Module):
         return shared.stand_in(value, name)
-    if hasattr(value, "set_timesteps") or type(value).__module__.startswith("diffusers.guiders"):
+    # Some blocks of a modular pipeline keep what they have made of the stand-ins.
+    if (
+        hasattr(value, "set_timesteps")
+        or isinstance(value, ModularPipelineBlocks)
+        or type(value).__module__.startswith("diffusers.guiders")
+    ):
         return copies.setdefault(id(value), copy.deepcopy(value))
     if isinstance(value, MethodType) and value.__self__ is pipeline:
         return _bound(value.__func__, copied)

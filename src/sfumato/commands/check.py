@@ -124,19 +124,20 @@ def _source(config: ModelConfig) -> Iterator[tuple[str, str]]:
 
 
 def _class_name(folder: Path) -> str:
+    file = next((name for name in sources.INDEXES if (folder / name).is_file()), sources.INDEX)
     try:
-        index = json.loads((folder / sources.INDEX).read_text())
-        return f"{index['_class_name']}, as {sources.INDEX} says"
+        index = json.loads((folder / file).read_text())
+        return f"{index['_class_name']}, as {file} says"
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise SfumatoError(f"{folder / sources.INDEX} cannot be read: {error}; download the model again") from None
+        raise SfumatoError(f"{folder / file} cannot be read: {error}; download the model again") from None
 
 
 def cached(repo: str, revision: str | None) -> str | None:
     """The commit of a repository in the local hub cache, or None if its model_index.json is not cached."""
     from huggingface_hub import try_to_load_from_cache
 
-    path = try_to_load_from_cache(repo, sources.INDEX, revision=revision)
-    return Path(path).parent.name if isinstance(path, str) else None
+    paths = [try_to_load_from_cache(repo, index, revision=revision) for index in sources.INDEXES]
+    return next((Path(path).parent.name for path in paths if isinstance(path, str)), None)
 
 
 _DEVICES = {

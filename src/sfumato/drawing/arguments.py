@@ -214,7 +214,9 @@ def own_size(model: Loaded) -> tuple[int | None, int | None]:
     if model.config.sampling.size:
         return model.config.sampling.size
     pipeline = model.pipeline
-    signature = [signature_default(pipeline, side) for side in ("width", "height")]
+    signature = [
+        signature_default(pipeline, side) or getattr(pipeline, f"default_{side}", None) for side in ("width", "height")
+    ]
     if all(isinstance(side, int) for side in signature):
         return signature[0], signature[1]
     denoiser = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)

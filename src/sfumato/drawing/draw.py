@@ -23,7 +23,7 @@ from sfumato.errors import ContentFiltered, DrawError, InvalidRequest, SfumatoEr
 from sfumato.models.load import OFFLOADED, Loaded
 from sfumato.models.release import release_frames
 from sfumato.pictures import images, recipe
-from sfumato.pipelines import capabilities, request_scheduler, scheduler_owners, scheduler_steps, tokens
+from sfumato.pipelines import capabilities, modular, request_scheduler, scheduler_owners, scheduler_steps, tokens
 from sfumato.pipelines.tiling import can_tile
 from sfumato.previews.steps import OnPreview, RunPreviews
 from sfumato.previews.x0 import StepResult
@@ -55,7 +55,8 @@ def draw(model: Loaded, generation: Generation, on_step: OnStep, on_preview: OnP
     # 1. the pipeline for this task, as a view: it shares the modules but no state that a run changes
     capabilities.check(model.config.name, model.pipeline, generation)
     task = "mask" if generation.mask else "image" if generation.images else "text"
-    pipeline = views.view(_for_task(model, task), tiled=_tiled(model, generation))
+    chosen = modular.for_task(_for_task(model, task), capabilities.TASKS[task])
+    pipeline = views.view(chosen, tiled=_tiled(model, generation))
     try:
         result = _draw(model, pipeline, generation, on_step, on_preview)
     except BaseException as error:

@@ -12,7 +12,6 @@ import queue
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import TypeAlias
 
 import torch
@@ -68,9 +67,7 @@ class Loop:
         self._inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         """None: the thread that loads a model has news."""
         self._send = send
-        verification = Verification(
-            proofs=Proofs(Path(settings.proofs) if settings.proofs else settings.data / proof_store.NAME)
-        )
+        verification = Verification(proofs=Proofs(proof_store.of_server(settings.proofs, settings.data)))
         self._batcher = Batcher(
             max_rows=settings.max_batch,
             max_active=settings.max_active,

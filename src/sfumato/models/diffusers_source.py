@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-FOLDERS = ("pipelines", "models", "image_processor.py")
-"""Where the classes are that Sfumato looks up."""
+FOLDERS = ("modular_pipelines", "pipelines", "models", "image_processor.py")
+"""Where the classes are that Sfumato looks up; of two classes with one name, the one in the later place."""
 
 
 def root() -> Path:

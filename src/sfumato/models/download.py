@@ -22,7 +22,7 @@ from huggingface_hub import get_cached_repo_tree, hf_hub_download, snapshot_down
 from safetensors import SafetensorError
 
 from sfumato.errors import LoadError
-from sfumato.models import descriptions, hub_files, repository_files, weight_file
+from sfumato.models import descriptions, hub_files, repository_files, sources, weight_file
 from sfumato.models.hub_files import UNREACHABLE, SilentBar, as_download_errors, files_of, first_line, index_of
 from sfumato.models.weight_file import OnProgress
 
@@ -69,6 +69,27 @@ def from_hub(
         return folder
 
 
+def parts_from_hub(
+    repo: str, *, revision: str | None, folders: Sequence[str], variant: str | None, pickles: bool, report: OnProgress
+) -> Path:
+    """The local snapshot folder of a repository with the weights and configurations in these folders.
+
+    Raises DownloadError or LoadError with a readable message.
+    """
+    with as_download_errors(repo):
+        inside = tuple(f"{folder}/" for folder in folders if folder)
+        names = [name for name in files_of(repo, revision) if "/" not in name or name.startswith(inside)]
+        files = repository_files.needed(names, {folder: ["", ""] for folder in folders}, variant, pickles=pickles)
+        if not files:
+            raise LoadError(f"{repo}: {', '.join(folders)}: there are no safetensors weights that can be loaded")
+        patterns = [glob.escape(name) for name in (*files, *sources.INDEXES)]
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, tqdm_class=_bar(report, repo)))
+
+
+def _bar(report: OnProgress, repo: str) -> type[_ReportingBar]:
+    return type("_Bar", (_ReportingBar,), {"report": staticmethod(report), "repo": repo})
+
+
 def _fetch_files(
     repo: str,
     revision: str | None,
@@ -93,9 +114,8 @@ def _fetch_files(
         with ThreadPoolExecutor(AT_ONCE) as threads:
             tuple(threads.map(partial(_fetch_file, repo, folder.name, on_file), files))
     elif files:
-        bar = type("_Bar", (_ReportingBar,), {"report": staticmethod(report), "repo": repo})
         patterns = [glob.escape(name) for name in files]
-        snapshot_download(repo, revision=folder.name, allow_patterns=patterns, tqdm_class=bar)
+        snapshot_download(repo, revision=folder.name, allow_patterns=patterns, tqdm_class=_bar(report, repo))
     return folder.name
 
 

@@ -80,11 +80,16 @@ def of_files(
     """Bytes that each component in a diffusers folder or single file will take in `dtype`, except those `without`."""
     if path.is_dir():
         names = [name for name, value in index.items() if isinstance(value, list) and value[-1] is not None]
-        sizes = {name: sum(_size(file, dtype) for file in weights_of(path / name, variant)) for name in names}
+        sizes = of_folders({name: path / name for name in names}, dtype, variant)
     else:
         sizes = _of_single_file(path, dtype)
     left_out = set(without)
     return {name: size for name, size in sizes.items() if size and name not in left_out}
+
+
+def of_folders(folders: Mapping[str, Path], dtype: str, variant: str | None) -> dict[str, int]:
+    """Bytes that each component will take, of its folder."""
+    return {name: sum(_size(file, dtype) for file in weights_of(path, variant)) for name, path in folders.items()}
 
 
 def weights_of(folder: Path, variant: str | None) -> list[Path]:

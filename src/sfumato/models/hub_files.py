@@ -19,14 +19,14 @@ from tqdm.auto import tqdm
 from sfumato.errors import DownloadError, LoadError
 from sfumato.models import diffusers_source, sources
 
-DESCRIPTIONS = [sources.INDEX, "*/config.json", "scheduler/scheduler_config.json"]
+DESCRIPTIONS = [*sources.INDEXES, "*/config.json", "scheduler/scheduler_config.json"]
 """What tells of components without their weights."""
 
 
 def index_path(repo: str, revision: str | None) -> Path:
-    """Where the `model_index.json` of the snapshot is, if it has one. Asks the hub once, and then takes the cache."""
-    folder = snapshot_download(repo, revision=revision, allow_patterns=[sources.INDEX], tqdm_class=SilentBar)
-    return Path(folder) / sources.INDEX
+    """Where the index of the snapshot is, if it has one. Asks the hub once, and then takes the cache."""
+    folder = Path(snapshot_download(repo, revision=revision, allow_patterns=[*sources.INDEXES], tqdm_class=SilentBar))
+    return folder / next((name for name in sources.INDEXES if (folder / name).is_file()), sources.INDEX)
 
 
 def files_of(repo: str, revision: str | None) -> list[str]:
@@ -41,13 +41,14 @@ def files_of(repo: str, revision: str | None) -> list[str]:
             if error.response is not None and error.response.status_code < httpx2.codes.INTERNAL_SERVER_ERROR:
                 raise
     with suppress(hub.LocalEntryNotFoundError):
-        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        # Without patterns it raises unless the whole repository is there.
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=[], local_files_only=True))
         return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     return []
 
 
 def index_of(repo: str, revision: str | None) -> dict[str, Any]:
-    """A repository's `model_index.json`, downloaded if necessary; empty if it has none."""
+    """A repository's `model_index.json` or modular one, downloaded if necessary; empty if it has none."""
     with as_download_errors(repo):
         return diffusers_source.json_of(index_path(repo, revision))
 

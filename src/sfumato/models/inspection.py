@@ -57,10 +57,10 @@ def inspect(config: ModelConfig, source: Source, *, ask: bool) -> Inspection:
     """Look at a source. `ask`: also at a hub or server. Raises what loading it would, as far as this tells."""
     match source:
         case sources.Folder(path):
-            return Inspection(source, diffusers_source.json_of(path / sources.INDEX), path)
+            return Inspection(source, pipeline_class.index_of(path), path)
         case sources.HubRepository(repo, revision):
             folder = hub_files.described(repo, revision) if ask else static_capabilities.folder_of(config)
-            index = diffusers_source.json_of(folder / sources.INDEX) if folder else {}
+            index = pipeline_class.index_of(folder) if folder else {}
             return Inspection(source, index, folder)
         case sources.Url(url):
             return _of_url(config, source, url, ask)

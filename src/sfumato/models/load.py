@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,6 +28,8 @@ from sfumato.models import (
     footprint,
     hub_files,
     inspection,
+    modular,
+    modular_load,
     parts,
     pipeline_class,
     prediction,
@@ -174,6 +177,11 @@ def fetch(
         download.from_url(url, config.folder / file.filename, sha256=file.sha256, report=report)
     match source:
         case sources.HubRepository(repo, revision):
+            index = inspection.inspect(config, source, ask=False).index
+            if modular.is_one(pipeline_class.choose(config, index)):
+                variant = functools.partial(_variant, config, dtype)
+                folder = modular_load.fetch(config, repo, revision, index, variant, report, without)
+                return Fetched(folder, f"{repo}@{folder.name}")
             folder = download.from_hub(
                 repo,
                 revision=revision,
@@ -191,6 +199,9 @@ def fetch(
             return _described(config, path, str(path), dtype, on_status, on_file)
         case sources.Folder(path):
             pinned = f"{config.repo}@{config.revision or 'main'}" if config.repo else str(path)
+            index = pipeline_class.index_of(path)
+            if modular.is_one(pipeline_class.choose(config, index)):
+                modular_load.fetch_others(config, path, index, functools.partial(_variant, config, dtype), report)
             return Fetched(path, pinned)
 
 
@@ -230,19 +241,23 @@ def _pipeline(
     on_status(ModelStatus("loading", fetched.label))
     index = pipeline_class.index_of(fetched.description or fetched.path)
     dtype = choose_dtype(config, device, index)
-    cls = getattr(diffusers, pipeline_class.choose(config, index))
+    name = pipeline_class.choose(config, index)
+    cls = getattr(diffusers, name)
     variant, sizes = _sizes(config, fetched, index, dtype)
     shared.identify(fetched.path, fetched.description or fetched.path, fetched.files, index, variant, (device, dtype))
     make_room(footprint.Needs({name: size for name, size in sizes.items() if name not in shared.find()}, device, dtype))
     given = shared.find()  # another model may have left, or have been loaded, while this one waited
     with download.as_download_errors(fetched.label):
-        if fetched.files and fetched.description:
-            own = {name: file for name, file in fetched.files.items() if name not in given}
-            given |= split_load.components(own, fetched.description, index, DTYPES[dtype])
-            return _folder(config, fetched.description, cls, dtype, **given), fetched, dtype
-        if fetched.description:
+        if fetched.description and not fetched.files:
             return _single_file(config, fetched, cls, dtype, **given), fetched, dtype
-        return _folder(config, fetched.path, cls, dtype, **given), fetched, dtype
+        folder = fetched.description or fetched.path
+        if fetched.files:
+            own = {name: file for name, file in fetched.files.items() if name not in given}
+            given |= split_load.components(own, folder, index, DTYPES[dtype])
+        if modular.is_one(name):
+            pick = functools.partial(_variant, config, dtype)
+            return modular_load.load(config, folder, index, cls, DTYPES[dtype], pick, given), fetched, dtype
+        return _folder(config, folder, cls, dtype, **given), fetched, dtype
 
 
 def _sizes(
@@ -254,7 +269,10 @@ def _sizes(
     folder = fetched.description or fetched.path
     files = [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
     variant = variants.pick(files, _preferred_variants(config, dtype))
-    sizes = footprint.of_files(folder, index, dtype, variant, without=fetched.files)
+    if modular.is_one(pipeline_class.choose(config, index)):
+        sizes = footprint.of_folders(modular_load.folders(config, folder, index), dtype, variant)
+    else:
+        sizes = footprint.of_files(folder, index, dtype, variant, without=fetched.files)
     for component, file in fetched.files.items():
         sizes[component] = sum(footprint.of_files(file, index, dtype, None).values())
     return variant, sizes

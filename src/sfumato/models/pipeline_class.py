@@ -18,7 +18,7 @@ from typing import Any
 
 from sfumato.config import ModelConfig
 from sfumato.errors import LoadError, UnfitPipeline, did_you_mean
-from sfumato.models import diffusers_source
+from sfumato.models import diffusers_source, modular, sources
 from sfumato.pipelines import capabilities
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,9 @@ def choose(config: ModelConfig, index: Mapping[str, Any] | None) -> str:
         )
     _check_parts(config, requested)
     listed = index.get("_class_name") if index else None
-    chosen = _fitting(config, requested, listed, index or {}) if isinstance(listed, str) else requested
+    chosen = requested
+    if isinstance(listed, str):
+        chosen = _fitting(config, requested, modular.successor(listed), index or {})
     known = isinstance(listed, str) and _is_pipeline(chosen)
     if listed is not None and requested in (ANY, *AUTO) and not known:
         raise UnfitPipeline(
@@ -82,14 +84,18 @@ def choose(config: ModelConfig, index: Mapping[str, Any] | None) -> str:
             "have; code from repositories is never run. If one of its classes fits, write that as pipeline_type",
             param="diffusers.pipeline_type",
         )
+    if modular.is_one(chosen) and index:
+        modular.check(chosen, index)
     _check_parts(config, chosen)
     _check_packages(config, chosen)
     return chosen
 
 
 def _fitting(config: ModelConfig, requested: str, listed: str, index: Mapping[str, Any]) -> str:
-    if requested == ANY:
+    if requested == ANY or (requested in AUTO and modular.is_one(listed)):
         return listed
+    if requested == modular.BASE:
+        return modular.sibling(listed) or listed
     if requested in AUTO:
         sibling = capabilities.task_class(listed, AUTO[requested], controlled=bool(config.control_net))
         if sibling is None:
@@ -99,10 +105,11 @@ def _fitting(config: ModelConfig, requested: str, listed: str, index: Mapping[st
                 param="diffusers.pipeline_type",
             )
         return sibling
-    misfit = "" if requested == listed else _misfit(config, requested, index)
+    misfit = "" if requested == listed else _misfit(config, requested, listed, index)
     if not misfit:
         return requested
-    better = capabilities.task_class(listed, capabilities.task_of(requested) or "text", controlled=False)
+    task = capabilities.task_of(requested) or "text"
+    better = listed if modular.is_one(listed) else capabilities.task_class(listed, task, controlled=False)
     if requested.startswith(WRITTEN_ALWAYS) and better:
         log.warning(
             "%s: pipeline_type %s does not fit this repository (%s); %s does and is used",
@@ -117,8 +124,12 @@ def _fitting(config: ModelConfig, requested: str, listed: str, index: Mapping[st
     )
 
 
-def _misfit(config: ModelConfig, name: str, index: Mapping[str, Any]) -> str:
+def _misfit(config: ModelConfig, name: str, listed: str, index: Mapping[str, Any]) -> str:
     """Which components the class needs or does not take; empty if it fits the repository."""
+    if modular.is_one(name):
+        return modular.misfit(name, listed)
+    if modular.is_one(listed):
+        return "its index is for modular pipelines"
     made_of = constructor(name)
     if made_of is None:
         return ""
@@ -132,6 +143,11 @@ def _misfit(config: ModelConfig, name: str, index: Mapping[str, Any]) -> str:
 
 
 def _check_parts(config: ModelConfig, name: str) -> None:
+    if modular.is_one(name) and config.control_net:
+        raise UnfitPipeline(
+            f"{config.name}: control_net: {name} takes none here; write an ordinary pipeline_type, or leave it out",
+            param="control_net",
+        )
     made_of = constructor(name)
     for field, component in PARTS.items():
         if made_of and getattr(config, field) and component not in made_of.accepted:
@@ -153,7 +169,9 @@ def _check_packages(config: ModelConfig, name: str) -> None:
 
 @functools.cache
 def constructor(name: str) -> Constructor | None:
-    """The constructor of a diffusers class; None if it is not in diffusers' source."""
+    """The constructor of a diffusers class; None if it is not in diffusers' source, or made of blocks."""
+    if modular.is_one(name):
+        return None
     for function in diffusers_source.methods(name, "__init__"):
         arguments = [each.arg for each in (*function.args.args, *function.args.kwonlyargs) if each.arg != "self"]
         parts = frozenset(each.arg for each in _annotated(function) if not _is_plain(each))
@@ -228,5 +246,5 @@ def _version() -> str:
 
 
 def index_of(folder: Path) -> dict[str, Any]:
-    """A folder's `model_index.json`; empty where there is none that can be read."""
-    return diffusers_source.json_of(folder / "model_index.json")
+    """A folder's `model_index.json`, else its modular one; empty where there is none that can be read."""
+    return next((index for name in sources.INDEXES if (index := diffusers_source.json_of(folder / name))), {})

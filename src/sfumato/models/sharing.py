@@ -111,14 +111,14 @@ class Components:
             return
         replaced = {"text_encoder": config.clip_model, "controlnet": config.control_net, "vae": config.vae}
         for name, value in index.items():
-            if not isinstance(value, list) or value[-1] is None or replaced.get(name):
+            if not isinstance(value, list) or value[1] is None or replaced.get(name):
                 continue
             details = diffusers_source.json_of(description / name / "config.json")
             single = own_files.get(name) or (path if path.is_file() and not own_files else None)
             files = [single] if single else footprint.weights_of(description / name, variant)
             if details and files:
                 described = {key: word for key, word in details.items() if key not in PRIVATE_WORDS}
-                text = json.dumps([value[-1], described], sort_keys=True)
+                text = json.dumps([value[1], described], sort_keys=True)
                 part = (name, config.original_config or "") if single else ()
                 self._identities[name] = Identity(text, tuple(files), (*place, *part))
 

@@ -21,6 +21,9 @@ INDEX = "model_index.json"
 DDUF = ".dduf"
 TENSORS = (".safetensors", ".sft", ".gguf")
 SAFE = (*TENSORS, DDUF)
+MODULAR_INDEX = "modular_model_index.json"
+INDEXES = (INDEX, MODULAR_INDEX)
+"""What a repository in diffusers' layout has one of; with both, the first counts."""
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 
 SPLIT_FOLDERS = ("diffusion_models", "unet")
@@ -74,7 +77,7 @@ def resolve(config: ModelConfig) -> Source:
     text = config.repo or config.model
     if config.repo:
         fetched = config.folder / config.snapshot if config.snapshot else None
-        return Folder(fetched) if fetched and (fetched / INDEX).is_file() else _hub(config, config.repo)
+        return Folder(fetched) if fetched and has_index(fetched) else _hub(config, config.repo)
     # os.path, because Path raises on `~nobody` and on names that are too long to be one.
     path = (config.folder / os.path.expanduser(text)).absolute()  # noqa: PTH111
     awaited = [(config.folder / file.filename).absolute() for file in config.downloads]
@@ -88,6 +91,15 @@ def resolve(config: ModelConfig) -> Source:
     if suffix in SAFE + PICKLES or text.startswith(("/", "~", ".")) or not _HUB_ID.fullmatch(text):
         raise LoadError(_not_found(config, path), param="parameters.model")
     return _hub(config, text)
+
+
+def has_index(folder: Path) -> bool:
+    """Whether a folder is in diffusers' layout."""
+    return any((folder / name).is_file() for name in INDEXES)
+
+
+def is_hub_id(text: str) -> bool:
+    return bool(_HUB_ID.fullmatch(text))
 
 
 def suffix_of(config: ModelConfig) -> str:
@@ -189,7 +201,7 @@ def weights(config: ModelConfig, path: AnyPath, key: str = "parameters.model") -
 
 
 def _layout(config: ModelConfig, path: Path) -> Folder | File:
-    if (path / INDEX).is_file():
+    if has_index(path):
         return Folder(path)
     denoisers = [
         file

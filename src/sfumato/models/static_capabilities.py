@@ -24,13 +24,14 @@ from sfumato.models import (
     dduf,
     descriptions,
     diffusers_source,
+    modular,
     pipeline_class,
     single_file,
     sources,
     split,
     weight_file,
 )
-from sfumato.pipelines import capabilities, tokens
+from sfumato.pipelines import capabilities, tokens, workflows
 
 DEFAULT_MULTIPLE = 8
 """Default of diffusers' image processors."""
@@ -60,6 +61,9 @@ def static_capabilities(config: ModelConfig) -> StaticCapabilities:
         name = config.pipeline_type or index.get("_class_name")
     if not isinstance(name, str) or name == pipeline_class.ANY or name in pipeline_class.AUTO:
         return StaticCapabilities(None)
+    if modular.is_one(name):
+        found = modular.workflows(name)
+        return StaticCapabilities(name, workflows.tasks(found, {}) if found else None)
     if (called := parameters(name)) is None:
         return StaticCapabilities(name)
     tasks = capabilities.tasks_of(name, called)
@@ -71,10 +75,10 @@ def static_capabilities(config: ModelConfig) -> StaticCapabilities:
 
 
 def index_of(config: ModelConfig) -> dict[str, Any]:
-    """The `model_index.json` of a model whose files are on this disk, else empty. Blocks."""
+    """The `model_index.json` of a model whose files are on this disk, or the modular one, else empty. Blocks."""
     folder = folder_of(config)
-    if folder and (folder / sources.INDEX).is_file():
-        return diffusers_source.json_of(folder / sources.INDEX)
+    if folder and sources.has_index(folder):
+        return pipeline_class.index_of(folder)
     try:
         match sources.resolve(config):
             case sources.File(path) if path.suffix.lower() == sources.DDUF:
@@ -274,4 +278,4 @@ def snapshot(repo: str, revision: str) -> Path | None:
     except OSError:
         commit = revision
     snapshot = folder / "snapshots" / commit
-    return snapshot if (snapshot / sources.INDEX).is_file() else None
+    return snapshot if sources.has_index(snapshot) else None

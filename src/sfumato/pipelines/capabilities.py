@@ -19,6 +19,9 @@ from sfumato.sampling import clip_layer
 AUTO_PIPELINES = {"image": "AutoPipelineForImage2Image", "mask": "AutoPipelineForInpainting"}
 """By name: importing them imports every pipeline class, which takes seconds."""
 
+TASKS: Mapping[str, str] = MappingProxyType({"text": "text-to-image", "image": "image-to-image", "mask": "inpainting"})
+"""What a request brings → the task."""
+
 NEEDS_PICTURE = re.compile(r"Img2Img|Inpaint|Depth2Img|Upscale|SuperResolution|InstructPix2Pix|ControlNet|Edit")
 """Names of classes that need a source picture, whatever their signature's defaults say."""
 
@@ -79,6 +82,8 @@ def _parameters(call: Any) -> Mapping[str, inspect.Parameter]:
 
 def needs_picture(pipeline: Any) -> bool:
     """Whether it cannot draw from a prompt alone."""
+    if declared := declared_tasks(pipeline):
+        return "text-to-image" not in declared
     return _needs_picture(type(pipeline).__name__, parameters_of(pipeline))
 
 
@@ -90,6 +95,8 @@ def _needs_picture(name: str, parameters: Mapping[str, inspect.Parameter]) -> bo
 
 def supports(pipeline: Any, task: str) -> bool:
     """Whether the class itself supports `image` (a source picture without a mask) or `mask`."""
+    if declared := declared_tasks(pipeline):
+        return TASKS[task] in declared
     return _supports(parameters_of(pipeline), task)
 
 
@@ -99,7 +106,12 @@ def _supports(parameters: Mapping[str, inspect.Parameter], task: str) -> bool:
 
 def tasks(pipeline: Any) -> tuple[str, ...]:
     """The subset of text-to-image, image-to-image, inpainting and upscaling that the weights support."""
-    return tasks_of(type(pipeline).__name__, parameters_of(pipeline))
+    return declared_tasks(pipeline) or tasks_of(type(pipeline).__name__, parameters_of(pipeline))
+
+
+def declared_tasks(pipeline: Any) -> tuple[str, ...]:
+    """The tasks that a class states itself (`modular.adapted`); empty for one whose signature shows them."""
+    return getattr(type(pipeline), "tasks", ())
 
 
 def tasks_of(name: str, parameters: Mapping[str, inspect.Parameter]) -> tuple[str, ...]:
@@ -107,8 +119,8 @@ def tasks_of(name: str, parameters: Mapping[str, inspect.Parameter]) -> tuple[st
     if name in UPSCALERS:
         return ("upscaling",)
     supported = {"text-to-image": not _needs_picture(name, parameters)}
-    for name_of_task, task in (("image-to-image", "image"), ("inpainting", "mask")):
-        supported[name_of_task] = _supports(parameters, task) or has_task_class(name, task)
+    for task in ("image", "mask"):
+        supported[TASKS[task]] = _supports(parameters, task) or has_task_class(name, task)
     return tuple(name_of_task for name_of_task, is_supported in supported.items() if is_supported)
 
 

@@ -19,9 +19,10 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from types import FunctionType
 from typing import Any, Literal, TypeAlias
 
-from sfumato.pipelines import source_table
+from sfumato.pipelines import modular, source_table
 from sfumato.pipelines.source_table import Unreadable
 
 Condition: TypeAlias = Literal["never", "if_dynamic", "unless_flow_sigmas", "always"]
@@ -33,6 +34,9 @@ _POSITIONAL = {
     "set_timesteps": ("num_inference_steps", "device"),
 }
 _PLAIN = {"scheduler", "num_inference_steps", "device"}
+
+MODULAR = "diffusers.modular_pipelines."
+"""Modules of the blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,13 +139,48 @@ def from_source(pipeline: type) -> SchedulerUse | None:
 
 
 def _functions(pipeline: type) -> Iterator[ast.FunctionDef]:
-    """The syntax tree of every method of the class that uses its scheduler."""
-    for _, member in inspect.getmembers_static(pipeline):
+    """The syntax tree of every method of the class that uses its scheduler; of a modular one, those of its blocks."""
+    for function in _methods(pipeline):
+        if "scheduler" in function.__code__.co_names:
+            yield from _parsed(function)
+    of_blocks = {function for block in modular.code_of(pipeline) for function in _with_helpers(block)}
+    for function in sorted(of_blocks, key=lambda function: (function.__module__, function.__code__.co_firstlineno)):
+        for tree in _parsed(function):
+            yield _OneName().visit(tree)
+
+
+def _methods(kind: type) -> Iterator[FunctionType]:
+    for _, member in inspect.getmembers_static(kind):
         function = inspect.unwrap(member) if callable(member) else None
-        if not inspect.isfunction(function) or "scheduler" not in function.__code__.co_names:
+        if inspect.isfunction(function):
+            yield function
+
+
+def _with_helpers(block: type) -> set[FunctionType]:
+    """The methods of a block, and the functions of its own module that they call; blocks share such helpers."""
+    waiting, found = list(_methods(block)), set[FunctionType]()
+    while waiting:
+        function = waiting.pop()
+        if function in found or not function.__module__.startswith(MODULAR) or function.__name__ in _POSITIONAL:
             continue
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-        yield from (node for node in tree.body if isinstance(node, ast.FunctionDef))
+        found.add(function)
+        called = (function.__globals__.get(name) for name in function.__code__.co_names)
+        waiting += [each for each in called if isinstance(each, FunctionType)]
+    return {each for each in found if "scheduler" in (*each.__code__.co_names, *each.__code__.co_varnames)}
+
+
+def _parsed(function: FunctionType) -> Iterator[ast.FunctionDef]:
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    yield from (node for node in tree.body if isinstance(node, ast.FunctionDef))
+
+
+class _OneName(ast.NodeTransformer):
+    """Blocks write `components.scheduler`, or put it into a variable first: both become `self.scheduler`."""
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        if node.id != "scheduler":
+            return node
+        return ast.copy_location(ast.Attribute(ast.Name("self", ast.Load()), "scheduler", node.ctx), node)
 
 
 def _runs(function: ast.FunctionDef) -> Iterator[SetStepsCall]:
@@ -151,7 +190,8 @@ def _runs(function: ast.FunctionDef) -> Iterator[SetStepsCall]:
         callee = _method(node)
         if callee is None and _is_call(node, "retrieve_timesteps"):
             callee = "retrieve_timesteps"
-            scheduler = node.args[0] if node.args else None
+            named = [keyword.value for keyword in node.keywords if keyword.arg == "scheduler"]
+            scheduler = next(iter([*node.args, *named]), None)
             if not _on_scheduler(scheduler):
                 continue
         if callee in _POSITIONAL:
@@ -180,11 +220,11 @@ def _when(function: ast.FunctionDef, call: ast.Call, value: ast.expr) -> Conditi
     """When the value of an argument is not None."""
     if isinstance(value, ast.Constant):
         return "never" if value.value is None else "always"
-    if not isinstance(value, ast.Name):
+    if not isinstance(value, ast.Name | ast.Attribute):
         return "always"
     condition: Condition = "never"
     for node, conditions in _before(function, call):
-        if isinstance(node, ast.Assign) and any(_names(target, value.id) for target in node.targets):
+        if isinstance(node, ast.Assign) and any(_names(target, ast.unparse(value)) for target in node.targets):
             condition = _assigned(condition, node.value, conditions)
     return condition
 
@@ -246,7 +286,7 @@ def _before(function: ast.FunctionDef, call: ast.Call) -> Iterator[tuple[ast.stm
 def _names(target: ast.expr, name: str) -> bool:
     if isinstance(target, ast.Tuple):
         return any(_names(element, name) for element in target.elts)
-    return isinstance(target, ast.Name) and target.id == name
+    return isinstance(target, ast.Name | ast.Attribute) and ast.unparse(target) == name
 
 
 def _is_call(node: ast.AST, name: str) -> bool:
