@@ -27,9 +27,12 @@ from sfumato.models import (
     footprint,
     hub_files,
     inspection,
+    low_memory,
     parts,
     pipeline_class,
+    precision,
     prediction,
+    quantizers,
     references,
     sources,
     split,
@@ -51,6 +54,7 @@ MakeRoom: TypeAlias = Callable[[footprint.Needs], None]
 
 TILES = "its VAE works in slices and tiles"
 OFFLOADED = "its modules wait in main memory"
+GROUPED = "its layers wait in main memory"
 """Descriptions of the out-of-memory fallbacks a model may be using."""
 
 
@@ -60,6 +64,8 @@ class ModelState:
 
     tiled_from: float | None = None
     """Pixels of the smallest picture for which the VAE ran out of memory; from that size on it is tiled at once."""
+    offload: low_memory.Offload = "none"
+    """What of the weights waits in main memory: since it was loaded, or since memory ran out."""
     broken: str = ""
     """What a request changed and could not restore; new requests do not use such a model."""
 
@@ -76,7 +82,7 @@ class Loaded:
     task_pipelines: dict[str, Any] = field(default_factory=dict)
     """Pipelines for other tasks on the same weights, by task."""
     fallbacks: set[str] = field(default_factory=set)
-    """The out-of-memory fallbacks in use: TILES (from the size that did not fit) and OFFLOADED."""
+    """The out-of-memory fallbacks in use: TILES (from the size that did not fit), OFFLOADED and GROUPED."""
     state: ModelState = field(default_factory=ModelState)
     preview_decoder: CheapDecoder | None = None
     """Cheap preview decoder; None: previews use the model's own VAE."""
@@ -85,6 +91,11 @@ class Loaded:
         """The memory blocks that its weights take."""
         decoder = [self.preview_decoder] if isinstance(self.preview_decoder, torch.nn.Module) else []
         return footprint.blocks([*footprint.modules_of(self.pipeline), *decoder])
+
+    @property
+    def savings(self) -> tuple[str, ...]:
+        """Memory savings in effect for every picture, as recipes have them."""
+        return low_memory.savings(self.config, self.state.offload)
 
 
 def load(
@@ -110,8 +121,9 @@ def load(
         _check(config, pipeline)
         parts.replace_vae(config, pipeline, DTYPES[dtype], report)
         parts.load_adapters(config, pipeline, report)
+        low_memory.engage(config, pipeline, DTYPES[dtype])
         preview_decoder = _load_preview_decoder(config, pipeline, place, dtype)
-        _place(config, pipeline, place)
+        state = ModelState(offload=_place(config, pipeline, place))
     except SfumatoError:
         raise
     except Exception as error:  # whatever a pipeline's loading code raises, the caller gets a readable message
@@ -122,7 +134,10 @@ def load(
         raise LoadError(f"{config.name}: {type(error).__name__}: {addresses.redact(str(error))}") from error
     pipeline.set_progress_bar_config(disable=True)
     log.info("%s: %s from %s on %s in %s", config.name, type(pipeline).__name__, source, place, dtype)
-    return Loaded(config, pipeline, source, place, dtype, preview_decoder=preview_decoder)
+    model = Loaded(config, pipeline, source, place, dtype, state=state, preview_decoder=preview_decoder)
+    if model.savings:
+        log.info("%s: saves memory with %s", config.name, ", ".join(model.savings))
+    return model
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,28 +216,35 @@ def _pipeline(config: ModelConfig, device: str, on_status: OnStatus, make_room: 
     on_status(ModelStatus("loading", fetched.label))
     index = pipeline_class.index_of(fetched.description or fetched.path)
     dtype = choose_dtype(config, device, index)
-    cls = getattr(diffusers, pipeline_class.choose(config, index))
+    name = pipeline_class.choose(config, index)
+    low_memory.check(config, name, index, device)
+    cls = getattr(diffusers, name)
     make_room(_needs(config, fetched, index, device, dtype))
     with download.as_download_errors(fetched.label):
         if fetched.files and fetched.description:
-            components = split_load.components(fetched.files, fetched.description, index, DTYPES[dtype])
-            return _folder(config, fetched.description, cls, dtype, **components), fetched, dtype
+            settings = quantizers.settings(config, index, DTYPES[dtype])
+            components = split_load.components(fetched.files, fetched.description, index, DTYPES[dtype], settings)
+            return _folder(config, fetched.description, cls, dtype, index, **components), fetched, dtype
         if fetched.description:
-            return _single_file(config, fetched, cls, dtype), fetched, dtype
-        return _folder(config, fetched.path, cls, dtype), fetched, dtype
+            return _single_file(config, fetched, cls, dtype, index), fetched, dtype
+        return _folder(config, fetched.path, cls, dtype, index), fetched, dtype
 
 
 def _needs(config: ModelConfig, fetched: Fetched, index: dict[str, Any], device: str, dtype: str) -> footprint.Needs:
     """What the model's own weights will take; a GGUF file's denoiser stays quantised."""
-    if fetched.description and not fetched.files:
-        return footprint.Needs(footprint.of_files(fetched.path, index, dtype, None), device, dtype)
     folder = fetched.description or fetched.path
-    files = [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
-    variant = variants.pick(files, _preferred_variants(config, dtype))
-    sizes = footprint.of_files(folder, index, dtype, variant, without=fetched.files)
+    quantised: dict[str, int] = {}
+    if fetched.description and not fetched.files:
+        sizes = footprint.of_files(fetched.path, index, dtype, None)
+    else:
+        files = [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
+        variant = variants.pick(files, _preferred_variants(config, dtype))
+        sizes = footprint.of_files(folder, index, dtype, variant, without=fetched.files)
     for component, file in fetched.files.items():
-        sizes[component] = sum(footprint.of_files(file, index, dtype, None).values())
-    return footprint.Needs(sizes, device, dtype)
+        of_file = sum(footprint.of_files(file, index, dtype, None).values())
+        (quantised if file.suffix == split.GGUF else sizes)[component] = of_file
+    sizes = {**low_memory.stored(config, sizes, index, footprint.BYTES[dtype]), **quantised}
+    return footprint.Needs(sizes, device, dtype, by_layer=config.offload == "group")
 
 
 def _preferred_variants(config: ModelConfig, dtype: str) -> tuple[str | None, ...]:
@@ -244,7 +266,7 @@ def _variant(config: ModelConfig, dtype: str, files: Iterable[str]) -> str | Non
     return variant
 
 
-def _folder(config: ModelConfig, folder: Path, cls: Any, dtype: str, **components: Any) -> Any:
+def _folder(config: ModelConfig, folder: Path, cls: Any, dtype: str, index: dict[str, Any], **components: Any) -> Any:
     files = [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
     return cls.from_pretrained(
         folder,
@@ -252,11 +274,12 @@ def _folder(config: ModelConfig, folder: Path, cls: Any, dtype: str, **component
         variant=_variant(config, dtype, files),
         use_safetensors=None if config.allow_pickle else True,
         local_files_only=True,
+        **quantizers.for_pipeline(config, index, DTYPES[dtype], without=components),
         **{**components, **parts.components(config, DTYPES[dtype])},
     )
 
 
-def _single_file(config: ModelConfig, fetched: Fetched, cls: Any, dtype: str) -> Any:
+def _single_file(config: ModelConfig, fetched: Fetched, cls: Any, dtype: str, index: dict[str, Any]) -> Any:
     assert fetched.description
     original = {"original_config": str(parts.original_config(config))} if config.original_config else {}
     with weight_file.in_lower_case(fetched.path) as file, descriptions.whole(fetched.description) as described:
@@ -265,6 +288,7 @@ def _single_file(config: ModelConfig, fetched: Fetched, cls: Any, dtype: str) ->
             "dtype": DTYPES[dtype],
             **original,
             **parts.components(config, DTYPES[dtype]),
+            **quantizers.denoiser(config, file, described, index, DTYPES[dtype]),
         }
         try:
             return cls.from_single_file(str(file), **given)
@@ -283,7 +307,7 @@ def _load_preview_decoder(config: ModelConfig, pipeline: Any, device: str, dtype
     if not config.preview_vae:
         # With weights offloaded to main memory, the map is fitted there.
         vae = getattr(pipeline, "vae", None)
-        if vae is not None and not config.low_vram:
+        if vae is not None and not config.low_vram and config.offload in (None, "none"):
             vae.to(device)
         return cheap_decoder(pipeline)
     with download.as_download_errors(config.preview_vae):
@@ -336,8 +360,20 @@ def token_limit(config: ModelConfig, pipeline: Any) -> int | None:
     return tokens.usual_limit(config.pipeline_type, type(pipeline).__name__, guidance_embeds)
 
 
-def _place(config: ModelConfig, pipeline: Any, device: str) -> None:
-    if config.low_vram and device != "cpu":
+def _place(config: ModelConfig, pipeline: Any, device: str) -> low_memory.Offload:
+    """Put the modules where they belong; returns what of the weights waits in main memory."""
+    if device.startswith("cpu"):
+        if told := low_memory.without_effect(config, device):
+            log.warning("%s: %s", config.name, told)
+        pipeline.to(device)
+        return "none"
+    ordered = bool(pipeline.model_cpu_offload_seq)
+    room = low_memory.room(pipeline, device)
+    chosen = low_memory.choose_offload(config, low_memory.sizes(pipeline), room, ordered=ordered)
+    if chosen == "model":
         offload.enable(pipeline, device)
+    elif chosen == "group":
+        offload.enable_groups(pipeline, device, precision.is_denoiser)
     else:
         pipeline.to(device)
+    return chosen
