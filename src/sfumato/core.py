@@ -25,11 +25,17 @@ MAX_PREVIEWS = 16
 VAE_TILING = "vae_tiling"
 """A name of `SAVINGS`: the VAE works in tiles, which changes pixels where they meet."""
 
+VAE_SLICING = "vae_slicing"
+"""A name of `SAVINGS`: the VAE works on one picture of a batch at a time, which changes no pixel."""
+
 OFFLOAD = "offload"
 """A name of `SAVINGS`: modules wait in main memory, which changes no pixel."""
 
-SAVINGS = (VAE_TILING, OFFLOAD)
-"""Memory savings (out-of-memory fallbacks) that a picture may be drawn with."""
+GROUP_OFFLOAD = "group_offload"
+"""A name of `SAVINGS`: layers wait in main memory, which changes no pixel."""
+
+SAVINGS = (VAE_TILING, VAE_SLICING, OFFLOAD, GROUP_OFFLOAD)
+"""Memory savings that a picture may be drawn with. Savings in weights (`quantization:int8`) come with the model."""
 
 QUALITIES: Mapping[str, float] = MappingProxyType(
     {"low": 0.5, "medium": 1.0, "high": 1.5, "xhigh": 2.0, "max": 3.0, "auto": 1.0, "standard": 1.0, "hd": 1.5}
@@ -146,7 +152,7 @@ class Recipe:
     dtype: str
     versions: dict[str, str] = field(default_factory=dict)
     savings: tuple[str, ...] = ()
-    """Names of `SAVINGS` that the picture was drawn with."""
+    """Names of `SAVINGS` that the picture was drawn with, and the model's savings in weights."""
     masked_area: tuple[int, int, int] | None = None
     """If only the masked area was drawn: padding in pixels, and the width and height it was drawn at."""
     weights: bool = False
@@ -238,6 +244,8 @@ class ModelInfo:
     dtype: str
     memory_bytes: int = 0
     """What its weights take in memory; what it shares with another model counts for both."""
+    savings: tuple[str, ...] = ()
+    """Memory savings in effect for every picture, as recipes have them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@
     │   ├── DeviceUnavailable         500 device_unavailable
     │   └── UnfitPipeline             400 pipeline_unfit         also a ModelFileError; told before the download
     ├── DrawError                     500 generation_failed      the pipeline raised, or drew NaN
+    │   └── OutOfMemory               500 out_of_memory          nor will it fit the next time
     ├── StorageError                  507 storage_failed         a picture could not be written
     ├── TimedOut                      504 timeout
     ├── ServerStops                   503 server_stopping        the server was stopped before the answer was ready
@@ -178,6 +179,12 @@ class UnfitPipeline(ModelFileError, LoadError):
 
 class DrawError(SfumatoError):
     code = "generation_failed"
+
+
+class OutOfMemory(DrawError):
+    """The picture does not fit into memory; the same request will not fit the next time either."""
+
+    code = "out_of_memory"
 
 
 class StorageError(SfumatoError):

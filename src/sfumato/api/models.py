@@ -166,6 +166,7 @@ def _model(service: Service, config: ModelConfig) -> dict[str, Any]:
                 "prompt_tokens": capabilities.prompt_tokens,
                 "max_concurrent": config.max_concurrent,
             },
+            "savings": list(facts.savings) if facts else None,
             "qualities": _qualities(config, facts),
         },
     }

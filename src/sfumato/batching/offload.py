@@ -1,4 +1,4 @@
-"""Offload modules to main memory until they are called: for `low_vram`, and after running out of memory.
+"""Offload modules or layers to main memory until they are called: for `offload`, and after running out of memory.
 
 In diffusers each module of a pipeline offloads the previous one, and the pipeline offloads the last one at its end.
 With many requests there is no such order: a module is offloaded when another is called, and the last one when no
@@ -7,14 +7,18 @@ request is left.
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from accelerate.hooks import UserCpuOffloadHook
+from diffusers.hooks import apply_group_offloading
 
 log = logging.getLogger(__name__)
+
+LEAVES = {"offload_type": "leaf_level"}
 
 
 def enable(pipeline: Any, device: str) -> None:
@@ -29,7 +33,39 @@ def enable(pipeline: Any, device: str) -> None:
         hook.hook.prev_module_hook = _OffloadOthers(others) if others else None
 
 
+def enable_groups(pipeline: Any, device: str, by_block: Callable[[str], bool]) -> None:
+    """Keep only the layers that compute on `device` from now on. Call it while no request is inside a module.
+
+    Components for whose name `by_block` is true move block by block: the denoiser, which is only ever called as a
+    whole. Of others parts are called too, such as `vae.decode`; there each layer moves by itself. Without streams: a
+    layer that is fetched ahead would be the wrong one when requests of different kinds take turns.
+    """
+    _remove_hooks(pipeline)
+    for name, module in pipeline.components.items():
+        if not isinstance(module, torch.nn.Module):
+            continue
+        if not getattr(module, "_supports_group_offloading", True):
+            log.info("%s stays on %s: its layers cannot be offloaded one by one", name, device)
+            module.to(device)
+            continue
+        unit = {"offload_type": "block_level", "num_blocks_per_group": 1} if by_block(name) else LEAVES
+        # diffusers' own modules know which of their arguments must not be moved.
+        enable_one = getattr(module, "enable_group_offload", functools.partial(apply_group_offloading, module))
+        enable_one(torch.device(device), **unit)
+
+
+def _remove_hooks(pipeline: Any) -> None:
+    pipeline.remove_all_hooks()
+    pipeline._all_hooks = []
+    for module in pipeline.components.values():
+        # accelerate puts the class's own `forward` on the module, which then looks as if someone had replaced it.
+        own = getattr(vars(module).get("forward"), "__func__", None) if isinstance(module, torch.nn.Module) else None
+        if own is not None and own is type(module).forward:
+            del module.forward
+
+
 def enabled(pipeline: Any) -> bool:
+    """Whether modules of the pipeline are offloaded."""
     return bool(getattr(pipeline, "_all_hooks", None))
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, ModularPipelineBlocks
 
-from sfumato.batching import feature_caches
+from sfumato.batching import feature_caches, offload
 from sfumato.batching.adapter_state import Adapters
 from sfumato.batching.exclusive import exclusive, patched
 from sfumato.batching.reasons import Reason
@@ -149,8 +149,14 @@ def _view(pipeline: Any, shared: View, copies: dict[int, Any], prefix: str) -> A
 
 
 def _free_outside(pipeline: Any) -> None:
-    if not current():
-        type(pipeline).maybe_free_model_hooks(pipeline)
+    if current():
+        return
+    # With these hooks it would put new ones on the stand-ins.
+    hooks = pipeline.__dict__.pop("_all_hooks", None)
+    type(pipeline).maybe_free_model_hooks(pipeline)
+    if hooks is not None:
+        pipeline._all_hooks = hooks
+        offload.offload_all(pipeline)
 
 
 def _viewed(value: Any, shared: View, copies: dict[int, Any], name: str, pipeline: Any, copied: Any) -> Any:

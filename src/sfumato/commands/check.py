@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sfumato.config import Broken, ModelConfig, ParsedFile, Redirect, Skipped, addresses
 from sfumato.errors import DownloadError, SfumatoError
-from sfumato.models import inspection, pipeline_class, sources
+from sfumato.models import inspection, low_memory, pipeline_class, quantizers, sources
 from sfumato.sampling import PARAMETERS
 from sfumato.serving.catalog import Catalog
 
@@ -93,7 +93,8 @@ def _model(config: ModelConfig, complaints: tuple[str, ...], hub: _Hub) -> FileR
         found, unasked = hub.inspect(config)
         facts += [("not asked", unasked)] if unasked else []
         facts += [("base", found.base)] if found.contents and found.contents.needs_base and found.base else []
-        pipeline_class.choose(config, found.index)
+        name = pipeline_class.choose(config, found.index)
+        low_memory.check(config, name, found.index, "cpu" if config.cuda is False else None)
     except SfumatoError as error:
         problems.append(error.message)
     facts += [(label, text) for label, text in _settings(config) if text]
@@ -150,17 +151,30 @@ _DEVICES = {
 def _settings(config: ModelConfig) -> Iterator[tuple[str, str]]:
     """Labels and their text; an empty text is left out."""
     gpu = f", GPU {config.main_gpu}" if config.main_gpu is not None else ""
-    offload = ", holding only the active module" if config.low_vram else ""
     half = "fp16 on CUDA (bf16 for families made for it); " if config.f16 else ""
     yield "aliases", ", ".join(config.aliases)
-    yield "device", _DEVICES[config.cuda] + gpu + offload
+    yield "device", _DEVICES[config.cuda] + gpu
     yield "dtype", config.dtype or f"{half}bf16 if the device supports it, else fp32"
+    yield "memory", "; ".join(_memory(config))
     yield "scheduler", config.sampling.scheduler or "the model's own"
     yield "adapters", ", ".join(f"{addresses.redact(lora.source)} × {lora.scale:g}" for lora in config.adapters)
     yield "defaults", ", ".join(f"{label} {value}" for label, value in _defaults(config) if value is not None)
     yield "options", ", ".join(f"{key}={value!r}" for key, value in config.options.items())
     enabled = ", ".join(sorted(config.enable_parameters))
     yield "requests", f"may set {enabled or 'nothing but prompt, size, seed, guidance and eta'}"
+
+
+def _memory(config: ModelConfig) -> Iterator[str]:
+    """What is saved, and what has no effect."""
+    if told := low_memory.without_effect(config, "cpu" if config.cuda is False else ""):
+        yield told
+    elif config.low_vram or config.offload:
+        yield f"offload: {config.offload or 'model, or group where that does not fit'}; no effect on a CPU"
+    for key in ("vae_slicing", "vae_tiling", "layerwise_casting", "quantization"):
+        if value := getattr(config, key):
+            yield key if value is True else f"{key}: {value}"
+    if config.quantization and (devices := quantizers.QUANTIZERS[config.quantization].devices):
+        yield f"{config.quantization} needs {' or '.join(sorted(devices))}"
 
 
 def _defaults(config: ModelConfig) -> Iterator[tuple[str, object]]:

@@ -165,7 +165,27 @@ KEYS: tuple[Key, ...] = (
         ("cuda", "cuda", read.flag, "true: CUDA or an error. false: CPU. Absent: the best device available."),
         ("diffusers.cuda", "cuda", read.flag, "Same as `cuda`; takes precedence over it."),
         ("main_gpu", "main_gpu", read.gpu, "Number of the GPU."),
-        ("low_vram", "low_vram", read.flag, "Keep only the active module on the GPU."),
+        ("low_vram", "low_vram", read.flag, "As `offload: model`, or `group` where that does not fit."),
+        (
+            "offload", "offload", read.offload,
+            "What of the weights waits in main memory: `none`; `model`: all modules but the active one; `group`: all "
+            "layers but the active ones. Absent or `auto`: as little as fits on the GPU. No effect on a CPU.",
+        ),
+        ("vae_slicing", "vae_slicing", read.flag, "The VAE works on one picture of a batch at a time. Same pixels."),
+        (
+            "vae_tiling", "vae_tiling", read.flag,
+            "true: the VAE works in tiles, which changes pixels where they meet. false: never. Absent: for pictures "
+            "that do not fit otherwise.",
+        ),
+        (
+            "layerwise_casting", "layerwise_casting", read.layerwise_casting,
+            "`fp8` (or `true`), `fp8_e5m2`: the denoiser's weights are stored in a byte each, and cast for each layer.",
+        ),
+        (
+            "quantization", "quantization", read.quantization,
+            "`int8`, `fp8` (package torchao), `nf4`, `fp4` (package bitsandbytes, CUDA): denoiser and large text "
+            "encoders are quantised while they are loaded.",
+        ),
         ("threads", "threads", read.integer(1, 4096, absent=0), "CPU threads."),
     ),
     *_group(
@@ -227,8 +247,7 @@ IGNORED: Mapping[str, str] = MappingProxyType(
         **_ignored("there is no separate backend process to set up", "grpc env"),
         **_ignored("the server's log level decides", "debug disable_log_stats"),
         **_ignored("one GPU draws; set `main_gpu` to choose it", "tensor_parallel_size tensor_split"),
-        **_ignored("weights are loaded unchanged: choose quantised ones (`.gguf`) or set `dtype`",
-                   "quantization load_format"),
+        **_ignored("the weights themselves say how they are stored", "load_format"),
         **_ignored(_PLACEMENT, "concurrency_groups gpu_memory_utilization swap_space mmap mmlock numa gpu_layers"),
         **_ignored("a LoRA applies to the model of this file", "lora_base"),
         **_ignored("code from repositories is never run", "trust_remote_code"),

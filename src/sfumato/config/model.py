@@ -137,6 +137,16 @@ class ModelConfig:
     """fp16, bf16 or fp32; takes precedence over `f16`."""
     main_gpu: int | None = None
     low_vram: bool = False
+    """As `offload: model` where the file does not say `offload`."""
+    offload: str | None = None
+    """none, model or group; None: what fits."""
+    vae_slicing: bool = False
+    vae_tiling: bool | None = None
+    """None: when memory runs out. False: never."""
+    layerwise_casting: str | None = None
+    """The dtype in which the denoiser's weights are stored: a value of `readers.STORAGE_DTYPES`."""
+    quantization: str | None = None
+    """A key of `models.quantizers.QUANTIZERS`."""
     threads: int | None = None
 
     max_concurrent: int | None = None

@@ -196,6 +196,8 @@ def _parse(source: _Source, file: Path, created: int, default_name: str | None) 
     fields["width"], fields["height"] = fields.pop("size", None) or (None, None)
     fields["adapters"] = _adapters(source, fields)
     ignored += _options(source, fields)
+    if fields.get("quantization") in readers.OF_LANGUAGE_MODELS:
+        ignored += [("quantization", f"{fields.pop('quantization')} is for language models")]
     if str(fields.get("vae", "")).lower() in ("none", "automatic"):
         del fields["vae"]
     _img2img(fields)

@@ -29,6 +29,21 @@ DTYPES: Mapping[str, str | None] = {
     **dict.fromkeys(("fp32", "f32", "float32", "float"), "fp32"),
 }
 
+OFFLOADS: Mapping[str, str | None] = {"auto": None, "none": "none", "model": "model", "group": "group"}
+
+STORAGE_DTYPES: Mapping[str, str] = {
+    **dict.fromkeys(("fp8", "float8", "fp8_e4m3", "float8_e4m3fn"), "fp8"),
+    **dict.fromkeys(("fp8_e5m2", "float8_e5m2"), "fp8_e5m2"),
+}
+
+QUANTIZATIONS: Mapping[str, str | None] = {"none": None, **{name: name for name in ("int8", "fp8", "nf4", "fp4")}}
+
+OF_LANGUAGE_MODELS = frozenset({
+    "awq", "gptq", "bitsandbytes", "marlin", "gguf", "squeezellm", "aqlm", "deepspeedfp", "compressed-tensors",
+    "experts_int8", "awq_marlin", "gptq_marlin", "modelopt", "hqq", "fbgemm_fp8", "ptpc_fp8", "torchao",
+})  # fmt: skip
+"""Values of `quantization` that LocalAI passes to vLLM."""
+
 EVERY = "*"
 
 _NOT_ARGUMENTS = frozenset({"size", "seed", "n", "scheduler", "scheduler_type", "schedule", "quality"})
@@ -166,9 +181,26 @@ def one_of(choices: Mapping[str, Any]) -> Reader:
 
 
 dtype = one_of(DTYPES)
+offload = one_of(OFFLOADS)
 prediction_type = one_of({**{word: word for word in ("epsilon", "v_prediction", "sample", "flow_prediction")},
                           "v": "v_prediction", "v_pred": "v_prediction", "eps": "epsilon"})  # fmt: skip
 timestep_spacing = one_of({word: word for word in ("leading", "trailing", "linspace")})
+
+
+def layerwise_casting(value: Any) -> str | None:
+    """The dtype of the stored weights; `true` is fp8."""
+    if isinstance(value, bool):
+        return "fp8" if value else None
+    stored: str = one_of(STORAGE_DTYPES)(value)
+    return stored
+
+
+def quantization(value: Any) -> str | None:
+    """A way to quantise; vLLM's are left as they are, for `parse` to tell of."""
+    if isinstance(value, str) and value.lower() in OF_LANGUAGE_MODELS:
+        return value.lower()
+    chosen: str | None = one_of(QUANTIZATIONS)(value)
+    return chosen
 
 
 def size(value: Any) -> tuple[int, int] | None:

@@ -17,10 +17,10 @@ from PIL import Image
 from sfumato import __version__, schedulers
 from sfumato.batching import views
 from sfumato.batching.batcher import is_out_of_memory
-from sfumato.core import OFFLOAD, VAE_TILING, Done, Generation, Recipe
+from sfumato.core import VAE_TILING, Done, Generation, Recipe
 from sfumato.drawing import arguments, crop, prompts, usable
 from sfumato.errors import ContentFiltered, DrawError, InvalidRequest, SfumatoError
-from sfumato.models.load import OFFLOADED, Loaded
+from sfumato.models.load import Loaded
 from sfumato.models.release import release_frames
 from sfumato.pictures import images, recipe
 from sfumato.pipelines import capabilities, modular, request_scheduler, scheduler_owners, scheduler_steps, tokens
@@ -332,7 +332,7 @@ def _recipe(
         device=model.device,
         dtype=model.dtype,
         versions={"sfumato": __version__, "diffusers": diffusers.__version__, "torch": torch.__version__},
-        savings=filled.savings + ((OFFLOAD,) if OFFLOADED in model.fallbacks else ()),
+        savings=tuple(sorted({*filled.savings, *model.savings})),
         masked_area=(filled.mask_padding or 0, canvas.width or 0, canvas.height or 0) if canvas.box else None,
         drawn_size=(canvas.width or 0, canvas.height or 0) if canvas.kept else None,
     )

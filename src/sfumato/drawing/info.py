@@ -28,4 +28,5 @@ def model_info(model: Loaded) -> ModelInfo:
         device=model.device,
         dtype=model.dtype,
         memory_bytes=sum(model.blocks().values()),
+        savings=model.savings,
     )

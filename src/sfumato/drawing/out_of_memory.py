@@ -17,9 +17,9 @@ from sfumato.batching import offload
 from sfumato.batching.batcher import is_out_of_memory
 from sfumato.core import VAE_TILING, Generation
 from sfumato.drawing.arguments import own_size
-from sfumato.errors import DrawError
-from sfumato.models import sharing
-from sfumato.models.load import OFFLOADED, TILES, Loaded
+from sfumato.errors import OutOfMemory
+from sfumato.models import precision, sharing
+from sfumato.models.load import GROUPED, OFFLOADED, TILES, Loaded
 from sfumato.models.release import release_frames
 from sfumato.pictures import images
 from sfumato.pipelines.tiling import can_tile
@@ -32,7 +32,7 @@ T = TypeVar("T")
 def with_less(
     model: Loaded, generation: Generation, draw: Callable[[Generation], T], free_caches: Callable[[], int] = lambda: 0
 ) -> T:
-    """Run `draw(generation)`, and again after each fallback while memory runs out. Raises DrawError if none is left.
+    """Run `draw(generation)`, and again after each fallback while memory runs out. Raises OutOfMemory if none is left.
 
     `free_caches` drops the engine's caches and returns the bytes freed.
     """
@@ -53,17 +53,17 @@ def with_less(
         if freed and not caches_freed:
             caches_freed = True
             log.warning("%s ran out of memory; dropped %d bytes of cached results", model.config.name, freed)
-        elif VAE_TILING not in generation.savings and can_tile(model.pipeline):
+        elif VAE_TILING not in generation.savings and _may_tile(model):
             generation = _tiled(generation)
             model.state.tiled_from = pixels if tiled_from is None else min(pixels, tiled_from)
             _note(model, TILES)
-        elif _offload(model):
-            _note(model, OFFLOADED)
+        elif fallback := _offload(model):
+            _note(model, fallback)
         else:
-            raise DrawError(
-                f"{model.config.name}: out of memory, even with the VAE in tiles"
-                f"{'' if model.device == 'cpu' else ' and modules in main memory'}. Request a smaller size, or set a "
-                "smaller dtype in the model file."
+            in_effect = ", ".join(sorted({*generation.savings, *model.savings}))
+            raise OutOfMemory(
+                f"{model.config.name}: out of memory{f', even with {in_effect}' if in_effect else ''}. Request a "
+                "smaller size, or set `quantization`, `layerwise_casting` or a smaller dtype in the model file."
             )
 
 
@@ -77,13 +77,24 @@ def _tiled(generation: Generation) -> Generation:
     return replace(generation, savings=tuple(sorted({*generation.savings, VAE_TILING})))
 
 
-def _offload(model: Loaded) -> bool:
-    if model.device == "cpu" or offload.enabled(model.pipeline):
-        return False
+def _may_tile(model: Loaded) -> bool:
+    """Whether the VAE is not in tiles already, and neither the file nor its class is against it."""
+    return model.config.vae_tiling is None and can_tile(model.pipeline)
+
+
+def _offload(model: Loaded) -> str:
+    """Keep less of the weights on the device from now on: the fallback, or an empty string if none is left."""
+    if model.device.startswith("cpu") or model.config.offload == "none" or model.state.offload == "group":
+        return ""
     sharing.unshare(model.pipeline)
     model.task_pipelines.clear()
-    offload.enable(model.pipeline, model.device)
-    return True
+    if model.state.offload == "none" and model.pipeline.model_cpu_offload_seq:
+        offload.enable(model.pipeline, model.device)
+        model.state.offload = "model"
+        return OFFLOADED
+    offload.enable_groups(model.pipeline, model.device, precision.is_denoiser)
+    model.state.offload = "group"
+    return GROUPED
 
 
 def _pixels(model: Loaded, generation: Generation) -> float:

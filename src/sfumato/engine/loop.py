@@ -219,7 +219,12 @@ class Loop:
             with self._pool.use(submit.config, self._batcher.turn, keep_alive) as model, suppress(Disturbed):
                 run = functools.partial(draw, model, on_step=on_step, on_preview=on_preview)
                 self._stats.started(id)
-                return out_of_memory.with_less(model, submit.generation, run, self._batcher.free_caches)
+                before = model.savings
+                try:
+                    return out_of_memory.with_less(model, submit.generation, run, self._batcher.free_caches)
+                finally:
+                    if model.savings != before:
+                        self._pool.describe_again(model)
             log.warning("request %s is drawn again: another request left its model changed", id)
 
     def _load(self, config: ModelConfig) -> None:

@@ -63,6 +63,17 @@ def literal(name: str, attribute: str) -> Any:
     return None
 
 
+def inherited(name: str, attribute: str) -> Any:
+    """The value of a class attribute of a class or the first of its base classes that has one; None: none has."""
+    definition = _class(name)
+    if definition is None:
+        return None
+    if (value := literal(name, attribute)) is not None:
+        return value
+    bases = [base.id for base in definition.bases if isinstance(base, ast.Name) and base.id != name]
+    return next((value for base in bases if (value := inherited(base, attribute)) is not None), None)
+
+
 @functools.cache
 def _class(name: str) -> ast.ClassDef | None:
     path = files().get(name)

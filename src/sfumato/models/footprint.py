@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -28,6 +28,9 @@ OTHERS: Mapping[str, int] = {
 ACTIVATIONS = 0.15
 """What a component needs besides its weights while it computes, as a fraction of them: an estimate."""
 
+LAYERS = 0.1
+"""The part of a component that is on an accelerator at a time if its layers wait in main memory: an estimate."""
+
 PREFIXES = (
     ("model.diffusion_model.", "unet"),
     ("first_stage_model.", "vae"),
@@ -50,6 +53,8 @@ class Needs:
     components: Mapping[str, int]
     device: str = "cpu"
     dtype: str = "fp32"
+    by_layer: bool = False
+    """Whether its layers wait in main memory, so that no component is ever whole on an accelerator."""
 
     @property
     def total(self) -> int:
@@ -58,7 +63,8 @@ class Needs:
     @property
     def largest(self) -> int:
         """Of the largest component, with an estimate for its activations: enough if the others are offloaded."""
-        return math.ceil(max(self.components.values(), default=0) * (1 + ACTIVATIONS))
+        part = LAYERS if self.by_layer else 1
+        return math.ceil(max(self.components.values(), default=0) * (part + ACTIVATIONS))
 
     def __str__(self) -> str:
         largest = sorted(self.components.items(), key=lambda each: -each[1])
@@ -130,10 +136,24 @@ def blocks(modules: Iterable[Any]) -> dict[tuple[str, int], int]:
     """The memory blocks of these modules' tensors; two modules that share a tensor share its block."""
     found: dict[tuple[str, int], int] = {}
     for module in modules:
-        for tensor in (*module.parameters(), *module.buffers()):
+        for tensor in tensors_of(module):
             if tensor.device.type != "meta" and tensor.numel():
                 found[tensor.device.type, tensor.data_ptr()] = tensor.numel() * tensor.element_size()
     return found
+
+
+def tensors_of(module: Any) -> Iterator[torch.Tensor]:
+    """The tensors that hold a module's weights: of a quantised one its numbers and scales, not what it stands for."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        yield from _inner(tensor)
+
+
+def _inner(tensor: Any) -> Iterator[torch.Tensor]:
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _inner(getattr(tensor, name))
 
 
 def modules_of(pipeline: Any) -> list[torch.nn.Module]:

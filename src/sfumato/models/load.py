@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -28,11 +28,14 @@ from sfumato.models import (
     footprint,
     hub_files,
     inspection,
+    low_memory,
     modular,
     modular_load,
     parts,
     pipeline_class,
+    precision,
     prediction,
+    quantizers,
     references,
     sharing,
     sources,
@@ -55,6 +58,7 @@ MakeRoom: TypeAlias = Callable[[footprint.Needs], None]
 
 TILES = "its VAE works in slices and tiles"
 OFFLOADED = "its modules wait in main memory"
+GROUPED = "its layers wait in main memory"
 """Descriptions of the out-of-memory fallbacks a model may be using."""
 
 
@@ -64,6 +68,8 @@ class ModelState:
 
     tiled_from: float | None = None
     """Pixels of the smallest picture for which the VAE ran out of memory; from that size on it is tiled at once."""
+    offload: low_memory.Offload = "none"
+    """What of the weights waits in main memory: since it was loaded, or since memory ran out."""
     broken: str = ""
     """What a request changed and could not restore; new requests do not use such a model."""
     embeddings: dict[str, str] = field(default_factory=dict)
@@ -82,7 +88,7 @@ class Loaded:
     task_pipelines: dict[str, Any] = field(default_factory=dict)
     """Pipelines for other tasks on the same weights, by task."""
     fallbacks: set[str] = field(default_factory=set)
-    """The out-of-memory fallbacks in use: TILES (from the size that did not fit) and OFFLOADED."""
+    """The out-of-memory fallbacks in use: TILES (from the size that did not fit), OFFLOADED and GROUPED."""
     state: ModelState = field(default_factory=ModelState)
     preview_decoder: CheapDecoder | None = None
     """Cheap preview decoder; None: previews use the model's own VAE."""
@@ -93,6 +99,11 @@ class Loaded:
         """The memory blocks that its weights take."""
         decoder = [self.preview_decoder] if isinstance(self.preview_decoder, torch.nn.Module) else []
         return footprint.blocks([*footprint.modules_of(self.pipeline), *decoder])
+
+    @property
+    def savings(self) -> tuple[str, ...]:
+        """Memory savings in effect for every picture, as recipes have them."""
+        return low_memory.savings(self.config, self.state.offload)
 
 
 def load(
@@ -125,8 +136,9 @@ def load(
         parts.replace_vae(config, pipeline, DTYPES[dtype], report)
         with components.kept_from_adapters(pipeline, place):
             parts.load_adapters(config, pipeline, report)
+        low_memory.engage(config, pipeline, DTYPES[dtype])
         preview_decoder = _load_preview_decoder(config, components.private_view(pipeline), place, dtype)
-        _place(config, pipeline, place, components.given)
+        state = ModelState(offload=_place(config, pipeline, place, components.given))
         components.make_known(pipeline)
     except SfumatoError:
         raise
@@ -138,7 +150,12 @@ def load(
         raise LoadError(f"{config.name}: {type(error).__name__}: {addresses.redact(str(error))}") from error
     pipeline.set_progress_bar_config(disable=True)
     log.info("%s: %s from %s on %s in %s", config.name, type(pipeline).__name__, source, place, dtype)
-    return Loaded(config, pipeline, source, place, dtype, preview_decoder=preview_decoder, kept=components.kept)
+    model = Loaded(
+        config, pipeline, source, place, dtype, state=state, preview_decoder=preview_decoder, kept=components.kept
+    )
+    if model.savings:
+        log.info("%s: saves memory with %s", config.name, ", ".join(model.savings))
+    return model
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,40 +259,53 @@ def _pipeline(
     index = pipeline_class.index_of(fetched.description or fetched.path)
     dtype = choose_dtype(config, device, index)
     name = pipeline_class.choose(config, index)
+    low_memory.check(config, name, index, device)
     cls = getattr(diffusers, name)
     variant, sizes = _sizes(config, fetched, index, dtype)
     shared.identify(fetched.path, fetched.description or fetched.path, fetched.files, index, variant, (device, dtype))
-    make_room(footprint.Needs({name: size for name, size in sizes.items() if name not in shared.find()}, device, dtype))
+    make_room(_needs(config, sizes, shared.find(), device, dtype))
     given = shared.find()  # another model may have left, or have been loaded, while this one waited
     with download.as_download_errors(fetched.label):
         if fetched.description and not fetched.files:
-            return _single_file(config, fetched, cls, dtype, **given), fetched, dtype
+            return _single_file(config, fetched, cls, dtype, index, **given), fetched, dtype
         folder = fetched.description or fetched.path
         if fetched.files:
             own = {name: file for name, file in fetched.files.items() if name not in given}
-            given |= split_load.components(own, folder, index, DTYPES[dtype])
+            settings = quantizers.settings(config, index, DTYPES[dtype])
+            given |= split_load.components(own, folder, index, DTYPES[dtype], settings)
         if modular.is_one(name):
             pick = functools.partial(_variant, config, dtype)
             return modular_load.load(config, folder, index, cls, DTYPES[dtype], pick, given), fetched, dtype
-        return _folder(config, folder, cls, dtype, **given), fetched, dtype
+        return _folder(config, folder, cls, dtype, index, **given), fetched, dtype
 
 
 def _sizes(
     config: ModelConfig, fetched: Fetched, index: dict[str, Any], dtype: str
 ) -> tuple[str | None, dict[str, int]]:
     """The variant of its weights, and the bytes that each component takes; a GGUF file's denoiser stays quantised."""
-    if fetched.description and not fetched.files:
-        return None, footprint.of_files(fetched.path, index, dtype, None)
     folder = fetched.description or fetched.path
-    files = [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
-    variant = variants.pick(files, _preferred_variants(config, dtype))
-    if modular.is_one(pipeline_class.choose(config, index)):
-        sizes = footprint.of_folders(modular_load.folders(config, folder, index), dtype, variant)
+    variant, quantised = None, dict[str, int]()
+    if fetched.description and not fetched.files:
+        sizes = footprint.of_files(fetched.path, index, dtype, None)
     else:
-        sizes = footprint.of_files(folder, index, dtype, variant, without=fetched.files)
+        files = [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
+        variant = variants.pick(files, _preferred_variants(config, dtype))
+        if modular.is_one(pipeline_class.choose(config, index)):
+            sizes = footprint.of_folders(modular_load.folders(config, folder, index), dtype, variant)
+        else:
+            sizes = footprint.of_files(folder, index, dtype, variant, without=fetched.files)
     for component, file in fetched.files.items():
-        sizes[component] = sum(footprint.of_files(file, index, dtype, None).values())
-    return variant, sizes
+        of_file = sum(footprint.of_files(file, index, dtype, None).values())
+        (quantised if file.suffix == split.GGUF else sizes)[component] = of_file
+    return variant, {**low_memory.stored(config, sizes, index, footprint.BYTES[dtype]), **quantised}
+
+
+def _needs(
+    config: ModelConfig, sizes: Mapping[str, int], shared: Container[str], device: str, dtype: str
+) -> footprint.Needs:
+    """What its own weights will take, without `shared` components."""
+    own = {name: size for name, size in sizes.items() if name not in shared}
+    return footprint.Needs(own, device, dtype, by_layer=config.offload == "group")
 
 
 def _preferred_variants(config: ModelConfig, dtype: str) -> tuple[str | None, ...]:
@@ -297,7 +327,7 @@ def _variant(config: ModelConfig, dtype: str, files: Iterable[str]) -> str | Non
     return variant
 
 
-def _folder(config: ModelConfig, folder: Path, cls: Any, dtype: str, **components: Any) -> Any:
+def _folder(config: ModelConfig, folder: Path, cls: Any, dtype: str, index: dict[str, Any], **components: Any) -> Any:
     files = [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
     return cls.from_pretrained(
         folder,
@@ -305,11 +335,14 @@ def _folder(config: ModelConfig, folder: Path, cls: Any, dtype: str, **component
         variant=_variant(config, dtype, files),
         use_safetensors=None if config.allow_pickle else True,
         local_files_only=True,
+        **quantizers.for_pipeline(config, index, DTYPES[dtype], without=components),
         **{**components, **parts.components(config, DTYPES[dtype])},
     )
 
 
-def _single_file(config: ModelConfig, fetched: Fetched, cls: Any, dtype: str, **components: Any) -> Any:
+def _single_file(
+    config: ModelConfig, fetched: Fetched, cls: Any, dtype: str, index: dict[str, Any], **components: Any
+) -> Any:
     assert fetched.description
     original = {"original_config": str(parts.original_config(config))} if config.original_config else {}
     with weight_file.in_lower_case(fetched.path) as file, descriptions.whole(fetched.description) as described:
@@ -318,6 +351,7 @@ def _single_file(config: ModelConfig, fetched: Fetched, cls: Any, dtype: str, **
             "dtype": DTYPES[dtype],
             **original,
             **parts.components(config, DTYPES[dtype]),
+            **quantizers.denoiser(config, file, described, index, DTYPES[dtype]),
             **components,
         }
         try:
@@ -337,7 +371,7 @@ def _load_preview_decoder(config: ModelConfig, pipeline: Any, device: str, dtype
     if not config.preview_vae:
         # With weights offloaded to main memory, the map is fitted there.
         vae = getattr(pipeline, "vae", None)
-        if vae is not None and not config.low_vram:
+        if vae is not None and not config.low_vram and config.offload in (None, "none"):
             vae.to(device)
         return cheap_decoder(pipeline)
     with download.as_download_errors(config.preview_vae):
@@ -390,13 +424,34 @@ def token_limit(config: ModelConfig, pipeline: Any) -> int | None:
     return tokens.usual_limit(config.pipeline_type, type(pipeline).__name__, guidance_embeds)
 
 
-def _place(config: ModelConfig, pipeline: Any, device: str, shared: Sequence[torch.nn.Module] = ()) -> None:
-    """Move its modules where they are to be, except `shared` ones, which are there and may be in use."""
-    if config.low_vram and device != "cpu":
-        offload.enable(pipeline, device)
-    elif not shared:
+def _place(
+    config: ModelConfig, pipeline: Any, device: str, shared: Sequence[torch.nn.Module] = ()
+) -> low_memory.Offload:
+    """Put the modules where they belong, except `shared` ones, which are there and may be in use.
+
+    Returns what of the weights waits in main memory.
+    """
+    chosen = _offload(config, pipeline, device)
+    if chosen == "none" and not shared:
         pipeline.to(device)
-    else:
+    elif chosen == "none":
         for module in footprint.modules_of(pipeline):
             if all(module is not other for other in shared):
                 module.to(device)
+    elif chosen == "model":
+        sharing.unshare(pipeline)
+        offload.enable(pipeline, device)
+    else:
+        sharing.unshare(pipeline)
+        offload.enable_groups(pipeline, device, precision.is_denoiser)
+    return chosen
+
+
+def _offload(config: ModelConfig, pipeline: Any, device: str) -> low_memory.Offload:
+    """What of the weights is to wait in main memory."""
+    if not device.startswith("cpu"):
+        ordered, room = bool(pipeline.model_cpu_offload_seq), low_memory.room(pipeline, device)
+        return low_memory.choose_offload(config, low_memory.sizes(pipeline), room, ordered=ordered)
+    if told := low_memory.without_effect(config, device):
+        log.warning("%s: %s", config.name, told)
+    return "none"

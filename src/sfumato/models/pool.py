@@ -363,6 +363,10 @@ class ModelPool:
         self._free()
         self._on_status(loading.config.name, ModelStatus("failed", getattr(error, "message", repr(error))))
 
+    def describe_again(self, model: load.Loaded) -> None:
+        """Report a loaded model's capabilities: a request has changed them."""
+        self._on_status(model.config.name, self._ready(model))
+
     def _ready(self, model: load.Loaded) -> ModelStatus:
         try:
             return ModelStatus("ready", info=self._describe(model))

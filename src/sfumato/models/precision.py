@@ -17,16 +17,25 @@ from sfumato.models import diffusers_source
 
 DTYPES: Mapping[str, str] = {"bfloat16": "bf16", "float16": "fp16"}
 
-_PART = r"(?:transformer|unet|prior|decoder|denoiser)\w*"
-"""Components that denoise, by name."""
+_PART = re.compile(r"(?:transformer|unet|prior|decoder|denoiser)(?:_\w+)?")
 
 _ANNOTATED = re.compile(r"^\s+(\w+): ([^=\n]*)", re.MULTILINE)
 """A parameter of a constructor, and its classes."""
 
 _EXAMPLE = re.compile(r"^\s+(?:>>>|\.\.\.).*dtype=torch\.(bfloat16|float16)", re.MULTILINE)
 
-_LARGE_RANGE = re.compile(r"T5|Gemma|Qwen|Llama|GLM|Mistral|SmolLM|Ministral")
+_LANGUAGE_MODEL = re.compile(r"T5|Gemma|Qwen|Llama|GLM|Mistral|SmolLM|Ministral")
 """Text encoders that are language models. Their activations do not fit float16 either."""
+
+
+def is_denoiser(name: str) -> bool:
+    """Whether a component of this name denoises, and has most of the weights."""
+    return bool(_PART.fullmatch(name))
+
+
+def is_language_model(name: str, cls: str) -> bool:
+    """Whether a component is a text encoder as large as a language model, by its name and class."""
+    return "text_encoder" in name and bool(_LANGUAGE_MODEL.search(cls))
 
 
 def made_for(pipeline: str | None, index: Mapping[str, Any]) -> str:
@@ -34,10 +43,10 @@ def made_for(pipeline: str | None, index: Mapping[str, Any]) -> str:
     parts = [(name, str(value[-1])) for name, value in index.items() if isinstance(value, list)]
     if not parts and pipeline and (path := diffusers_source.files().get(pipeline)):
         parts = _parts(path.read_text(encoding="utf-8"))
-    votes = sum((_votes().get(cls, Counter()) for name, cls in parts if re.fullmatch(_PART, name)), Counter[str]())
+    votes = sum((_votes().get(cls, Counter()) for name, cls in parts if is_denoiser(name)), Counter[str]())
     if votes:
         return "fp16" if votes["fp16"] > votes["bf16"] else "bf16"
-    return "bf16" if any("text_encoder" in name and _LARGE_RANGE.search(cls) for name, cls in parts) else "fp16"
+    return "bf16" if any(is_language_model(name, cls) for name, cls in parts) else "fp16"
 
 
 @functools.cache
@@ -47,7 +56,7 @@ def _votes() -> Mapping[str, Counter[str]]:
     for path in {path for name, path in diffusers_source.files().items() if name.endswith("Pipeline")}:
         text = path.read_text(encoding="utf-8")
         precisions = {DTYPES[name] for name in _EXAMPLE.findall(text)}
-        for denoiser in {cls for name, cls in _parts(text) if re.fullmatch(_PART, name)}:
+        for denoiser in {cls for name, cls in _parts(text) if is_denoiser(name)}:
             votes.setdefault(denoiser, Counter()).update(precisions)
     return votes
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any
 
 import diffusers
@@ -16,31 +17,40 @@ from sfumato.models import contents, split, weight_file
 
 
 def components(
-    files: Mapping[str, Path], described: Path, index: Mapping[str, Any], dtype: torch.dtype
+    files: Mapping[str, Path],
+    described: Path,
+    index: Mapping[str, Any],
+    dtype: torch.dtype,
+    settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Component -> module, in `dtype`; GGUF and quantised ones compute in it.
 
-    `files`: component -> its file; `described`: the base's descriptions. Raises LoadError if a file does not fit.
+    `files`: component -> its file; `described`: the base's descriptions; `settings`: component -> how to quantise it,
+    if its file is not quantised. Raises LoadError if a file does not fit.
     """
     modules = {}
     for part, path in files.items():
         library, name = index[part]
         with weight_file.in_lower_case(path) as file:
             if library == "transformers":
-                modules[part] = _text_encoder(getattr(transformers, name), file, described / part, dtype)
+                modules[part] = _text_encoder(
+                    getattr(transformers, name), file, described / part, dtype, settings.get(part)
+                )
             else:
-                modules[part] = _of_diffusers(getattr(diffusers, name), file, described, part, dtype)
+                modules[part] = _of_diffusers(
+                    getattr(diffusers, name), file, described, part, dtype, settings.get(part)
+                )
     return modules
 
 
-def _of_diffusers(cls: Any, file: Path, described: Path, part: str, dtype: torch.dtype) -> Any:
+def _of_diffusers(cls: Any, file: Path, described: Path, part: str, dtype: torch.dtype, setting: Any) -> Any:
     if not hasattr(cls, "from_single_file"):
         raise LoadError(
             f"{file.name}: diffusers cannot read a {cls.__name__} from a single file; name the whole model in "
             "parameters.model",
             param="parameters.model",
         )
-    quantised: dict[str, Any] = {}
+    quantised: dict[str, Any] = {"quantization_config": setting} if setting else {}
     made_of = split.contents_of(file)
     if file.suffix == split.GGUF:
         quantised["quantization_config"] = diffusers.GGUFQuantizationConfig(compute_dtype=dtype)
@@ -49,12 +59,15 @@ def _of_diffusers(cls: Any, file: Path, described: Path, part: str, dtype: torch
     return cls.from_single_file(str(file), config=str(described), subfolder=part, dtype=dtype, **quantised)
 
 
-def _text_encoder(cls: Any, file: Path, described: Path, dtype: torch.dtype) -> Any:
+def _text_encoder(cls: Any, file: Path, described: Path, dtype: torch.dtype, setting: Any) -> Any:
     """transformers reads a folder: here one with the description, and the file under the name it expects."""
     with TemporaryDirectory() as folder:
         (Path(folder) / "config.json").symlink_to((described / "config.json").absolute())
         (Path(folder) / "model.safetensors").symlink_to(file.resolve())
-        module, report = cls.from_pretrained(folder, dtype=dtype, output_loading_info=True, local_files_only=True)
+        quantised = {"quantization_config": setting} if setting else {}
+        module, report = cls.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, local_files_only=True, **quantised
+        )
     if missing := sorted(report["missing_keys"]):
         raise LoadError(
             f"{file.name} lacks {len(missing)} of the weights of a {cls.__name__} ({', '.join(missing[:3])} ...); take "

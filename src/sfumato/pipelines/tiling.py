@@ -13,8 +13,12 @@ NAME = "vae"
 """Name of the component that supports tiling."""
 
 
+TILING, SLICING = "use_tiling", "use_slicing"
+"""Attributes of those that support it: every autoencoder inherits the methods, and raises in them without these."""
+
+
 def can_tile(pipeline: Any) -> bool:
-    return hasattr(getattr(pipeline, NAME, None), "enable_tiling")
+    return hasattr(getattr(pipeline, NAME, None), TILING)
 
 
 @contextmanager
@@ -22,8 +26,8 @@ def tiled(vae: Any) -> Iterator[None]:
     """Inside the context `vae` works in tiles, one picture at a time; afterwards as before."""
     before = dict(vars(vae))
     try:
-        for enable in ("enable_slicing", "enable_tiling"):
-            if hasattr(vae, enable):
+        for attribute, enable in ((SLICING, "enable_slicing"), (TILING, "enable_tiling")):
+            if hasattr(vae, attribute):
                 getattr(vae, enable)()
         yield
     finally:

@@ -100,6 +100,10 @@ class ModelExtension(BaseModel):
     enable_parameters: list[str]
     defaults: ModelDefaults
     limits: ModelLimits
+    savings: list[str] | None = Field(
+        description="What saves memory for every picture, as in recipes: `offload`, `group_offload`, `vae_slicing`, "
+        "`vae_tiling`, `layerwise_casting:...`, `quantization:...`; null until it is loaded."
+    )
     qualities: dict[str, int] = Field(description="`quality` → steps, as far as known.")
 
 
