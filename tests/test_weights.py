@@ -19,6 +19,7 @@ from sfumato.core import Done
 from sfumato.drawing import weights
 from sfumato.drawing.draw import draw
 from sfumato.drawing.emphasis import HEAVIEST, parse
+from sfumato.errors import InvalidRequest
 from sfumato.pictures.images import decoded
 from support import tiny
 from support.drawing import loaded, quiet, wanted
@@ -147,6 +148,22 @@ def test_long_prompts_are_read_to_their_end(kind: str) -> None:
     assert "cut off" in other.warnings[0]
     assert same(other, drawn(kind, long + "y", weights=False))
     assert drawn(kind, "a cat", negative_prompt=long).warnings == ()  # both are made as long as the longer one
+
+
+@pytest.mark.parametrize("prompt", ["a" * 20_000, "a, (b:1.2) " * 1000, "a BREAK " * 1000, "BREAK " * 1000])
+def test_a_prompt_has_an_end(prompt: str) -> None:
+    """A hostile one would else fill the memory at every step."""
+    pipeline = PIPELINES["sd"]
+    call, warnings = weights.read(loaded(pipeline), pipeline, {"prompt": prompt})
+    assert call["prompt_embeds"].shape[1] <= 77 * (weights.MAX_CHUNKS + 1)
+    assert call["prompt_embeds"].shape == call["negative_prompt_embeds"].shape
+    assert [each.partition(" ")[0] for each in warnings] == ([] if "a" not in prompt else ["prompt:"])
+    assert not warnings or "cut off" in warnings[0]
+
+
+def test_weights_below_one_are_counted() -> None:
+    with pytest.raises(InvalidRequest, match=r"^prompt: 65 pieces .*; at most 64 are allowed"):
+        drawn("sd", "[a] b " * 65)
 
 
 @pytest.mark.parametrize("field", ["prompt", "negative_prompt"])

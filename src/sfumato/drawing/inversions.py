@@ -6,6 +6,7 @@ names the embedding gets these tokens in place of the name, so other requests ar
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,7 +36,7 @@ def read(
     names = embeddings.found(model.config.folder)
     if not names and not any(_EXPLICIT.search(text) for text in texts.values()):
         return dict(kwargs), (), ()
-    pattern, by_name = _pattern(names), {name.casefold(): name for name in names}
+    pattern, by_name = _pattern(frozenset(names)), {name.casefold(): name for name in names}
     used: dict[str, str] = {}
     warnings: list[str] = []
 
@@ -64,7 +65,8 @@ def read(
     return {**kwargs, **texts}, tuple(f"{name}:{digest}" for name, digest in used.items()), tuple(warnings)
 
 
-def _pattern(names: Mapping[str, Path]) -> re.Pattern[str]:
+@functools.lru_cache(maxsize=16)
+def _pattern(names: frozenset[str]) -> re.Pattern[str]:
     choices = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or "(?!)"
     suffixes = "|".join(suffix.removeprefix(".") for suffix in embeddings.SAFE + PICKLES)
     return re.compile(

@@ -15,12 +15,18 @@ import torch
 from sfumato.batching.batcher import is_out_of_memory
 from sfumato.drawing.arguments import PAGE_CLASSES
 from sfumato.drawing.emphasis import Emphasis, Fragment, parse, unescaped
-from sfumato.errors import DrawError
+from sfumato.errors import DrawError, InvalidRequest
 from sfumato.models.load import Loaded
 from sfumato.pipelines.capabilities import parameters_of
 from sfumato.sampling import clip_layer
 
 FIELDS = ("prompt", "negative_prompt")
+
+MAX_CHUNKS = 16
+"""What a prompt may have of 75 tokens each, and of BREAKs: attention grows with each for every step."""
+
+MAX_LIGHTER = 64
+"""Pieces of a prompt with a weight below 1: compel reads the whole prompt again for each."""
 
 
 def read(model: Loaded, pipeline: Any, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -46,6 +52,9 @@ def read(model: Loaded, pipeline: Any, kwargs: Mapping[str, Any]) -> tuple[dict[
     if not any(_is_weighted(emphasis) or _is_long(emphasis, pairs) for emphasis in prompts.values()):
         plain = {field: emphasis.plain for field, emphasis in prompts.items() if kwargs.get(field)}
         return {**kwargs, **plain}, tuple(warnings)
+    for field, emphasis in prompts.items():
+        prompts[field], warning = _bounded(emphasis, field, pairs[0][0])
+        warnings += warning
     texts = {name: value for name, value in kwargs.items() if name not in FIELDS}
     return texts | _arguments(pipeline, pairs, prompts, kwargs), tuple(warnings)
 
@@ -57,6 +66,31 @@ def _is_weighted(emphasis: Emphasis) -> bool:
 def _is_long(emphasis: Emphasis, pairs: list[tuple[Any, Any]]) -> bool:
     tokenizer, _ = pairs[0]
     return len(tokenizer(emphasis.plain, verbose=False).input_ids) > int(tokenizer.model_max_length)
+
+
+def _bounded(emphasis: Emphasis, field: str, tokenizer: Any) -> tuple[Emphasis, list[str]]:
+    """A prompt of at most `MAX_CHUNKS`, and a warning if that is not all of it. Raises InvalidRequest."""
+    lighter = sum(fragment.weight < 1 for part in emphasis.parts for fragment in part)
+    if lighter > MAX_LIGHTER:
+        raise InvalidRequest(
+            f"{field}: {lighter} pieces have a weight below 1; at most {MAX_LIGHTER} are allowed", param=field
+        )
+    room = MAX_CHUNKS * (int(tokenizer.model_max_length) - 2)
+    total = read = 0
+    parts: list[tuple[Fragment, ...]] = []
+    for number, part in enumerate(emphasis.parts):
+        kept = []
+        for fragment in part:
+            tokens = tokenizer(fragment.text, add_special_tokens=False, verbose=False).input_ids
+            left = room - read if number < MAX_CHUNKS else 0
+            total, read = total + len(tokens), read + min(len(tokens), left)
+            if len(tokens) <= left:
+                kept.append(fragment)
+            elif left:
+                kept.append(Fragment(tokenizer.decode(tokens[:left]), fragment.weight))
+        parts.append(tuple(kept))
+    cut = f"{field}: {total - read} of {total} tokens were cut off; at most {MAX_CHUNKS} times 75 are read"
+    return Emphasis(tuple(parts[:MAX_CHUNKS])), [cut] if read < total else []
 
 
 def encoders(pipeline: Any) -> list[tuple[str, str]]:
