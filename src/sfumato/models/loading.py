@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 import torch
 
+from sfumato import allocator
 from sfumato.batching import cpu_threads
 from sfumato.config import ModelConfig
 from sfumato.core import ModelStatus
@@ -81,7 +82,7 @@ class Loading:
 
         def run() -> None:
             with ExitStack() as stack, torch.no_grad():
-                self._run(wait_for_room, lambda: stack.enter_context(turns.loading()))
+                self._run(wait_for_room, lambda: _begin_to_read(stack, turns))
             self.done = True
             wake()
 
@@ -140,3 +141,8 @@ class Loading:
             raise Cancelled(CANCELLED)
         if status:
             self._on_status(status)
+
+
+def _begin_to_read(stack: ExitStack, turns: Turns) -> None:
+    stack.enter_context(turns.loading())
+    stack.enter_context(allocator.separate_large_blocks())
