@@ -10,13 +10,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fastapi.testclient import TestClient
 
+from sfumato.api.app import create_app
 from sfumato.commands.check import check
+from sfumato.engine.local import Local
 from sfumato.errors import LoadError, ModelFileError, SfumatoError
 from sfumato.models import load, pipeline_class
 from sfumato.models.static_capabilities import static_capabilities
+from sfumato.pictures.store import Store
 from sfumato.pipelines import capabilities
 from sfumato.serving.catalog import Catalog
+from sfumato.serving.service import Service
+from sfumato.settings import Settings
 from support import modular, tiny
 from support.here import config, cut, drawn, quiet, use
 from support.hub import Hub
@@ -152,7 +158,7 @@ def test_a_missing_component_is_named(copy: Path, tmp_path: Path) -> None:
 
 MISFITS = [
     ("WanModularPipeline", {}, "draws no pictures"),
-    ("Flux9ModularPipeline", {}, "the installed diffusers does not have"),
+    ("Flux9ModularPipeline", {}, "Flux9ModularPipeline, which diffusers .* does not have"),
     ("StableDiffusionXLModularPipeline", {"pipeline_type": "FluxModularPipeline"}, "of the family"),
     ("FluxModularPipeline", {"pipeline_type": "FluxPipeline"}, "Write `pipeline_type: FluxModularPipeline`"),
     ("FluxModularPipeline", {"control_net": "a/b"}, "control_net: FluxModularPipeline takes none"),
@@ -183,3 +189,25 @@ def test_a_vae_of_the_model_file_replaces_the_model_s(root: Path, tmp_path: Path
     before = drawn(config(tmp_path, root / "StableDiffusionXL"))
     after = drawn(config(tmp_path, root / "StableDiffusionXL", vae="vae"))
     assert np.abs(before - after).max() > 0
+
+
+def test_over_http_pictures_of_one_request_share_forward_passes(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "m.yaml").write_text(f"name: m\nparameters:\n  model: {root / 'Flux'}\ndtype: fp32\n")
+    settings = Settings(device="cpu", data=tmp_path / "data", log_level="error")
+    engine = Local(settings)
+    service = Service(Catalog([tmp_path / "models"]), engine, settings)
+    body = {"model": "m", "prompt": "a cat", "size": "64x64", "step": 4, "seed": 1, "response_format": "b64_json"}
+    with TestClient(create_app(service, Store.of(settings)), client=("203.0.113.7", 50000)) as client:
+        (before,) = client.get("/v1/models").json()["data"]
+        answer = client.post("/v1/images/generations", json={**body, "n": 3, "guidance_scale": 2.0})
+        assert answer.status_code == 200, answer.text
+        again = client.post("/v1/images/generations", json={**body, "seed": 2, "guidance_scale": 2.0})
+        assert again.json()["data"][0]["b64_json"] == answer.json()["data"][1]["b64_json"]
+        (after,) = client.get("/v1/models").json()["data"]
+        refused = client.post("/v1/images/generations", json={**body, "negative_prompt": "bad"})
+        sizes = engine.stats.batch_sizes
+    assert sizes[3] == 4, sizes
+    assert before["sfumato"]["tasks"] == after["sfumato"]["tasks"] == ["text-to-image", "image-to-image"]
+    assert refused.status_code == 400
+    assert "FluxModularPipeline" in refused.json()["error"]["message"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers as d
-from transformers import Qwen3Config, Qwen3Model
+from transformers import Qwen3Config, Qwen3Model, Qwen3VLConfig, Qwen3VLModel
 
 from support import tiny
 from support.families_transformers import LANGUAGE, any_tokenizer, flow, flux2, flux2_klein, qwen_image, z_image
@@ -48,6 +48,26 @@ def anima() -> Any:
         return of_parts(d.AnimaModularPipeline, parts)
 
 
+def krea2(cls: Any) -> Any:
+    with seeded(0):
+        rope = {"mrope_section": [1, 1, 2], "rope_type": "default"}
+        text = LANGUAGE | {"num_hidden_layers": 36, "rope_scaling": rope}
+        vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": WIDTH,
+                  "deepstack_visual_indexes": []}  # fmt: skip
+        transformer = d.Krea2Transformer2DModel(
+            in_channels=16, num_layers=2, attention_head_dim=16, num_attention_heads=2, num_key_value_heads=1,
+            intermediate_size=64, timestep_embed_dim=32, text_hidden_dim=WIDTH, num_text_layers=12,
+            text_num_attention_heads=2, text_num_key_value_heads=2, text_intermediate_size=64,
+            num_layerwise_text_blocks=1, num_refiner_text_blocks=1, axes_dims_rope=(4, 6, 6),
+        )  # fmt: skip
+        parts = {
+            "transformer": transformer.eval(), "vae": qwen_image().vae, "scheduler": flow(use_dynamic_shifting=True),
+            "text_encoder": Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision)).eval(),
+            "tokenizer": any_tokenizer(),
+        }  # fmt: skip
+        return of_parts(cls, parts)
+
+
 BUILD: dict[str, Callable[[], Any]] = {
     "StableDiffusionXL": over(d.StableDiffusionXLModularPipeline, tiny.stable_diffusion_xl),
     "StableDiffusion3": over(d.StableDiffusion3ModularPipeline, tiny.stable_diffusion_3),
@@ -59,6 +79,8 @@ BUILD: dict[str, Callable[[], Any]] = {
     "QwenImage": over(d.QwenImageModularPipeline, qwen_image),
     "ZImage": over(d.ZImageModularPipeline, z_image),
     "Anima": anima,
+    "Krea2": lambda: krea2(d.Krea2ModularPipeline),
+    "Krea2Turbo": lambda: krea2(d.Krea2TurboModularPipeline),
 }
 
 
