@@ -129,7 +129,7 @@ class Hub:
             self._failures.setdefault((repo, path), []).extend([(status, retry_after)] * times)
 
     def cut(self, repo: str, path: str, times: int = 1) -> None:
-        """The next `times` downloads of a file end half-way, but not looks at its first bytes: the connection closes."""
+        """The next `times` downloads of a file end half-way, except looks at its first bytes."""
         with self._lock:
             self._cuts[repo, path] += times
 
