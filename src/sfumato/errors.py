@@ -158,6 +158,13 @@ class LoadError(SfumatoError):
 class DownloadError(LoadError):
     status = 503
     code = "model_download_failed"
+    retry_after: int | None = None
+    """Seconds after which the hub or server wants to be asked again, if it said so."""
+
+    def after(self, seconds: int | None) -> DownloadError:
+        """The same error, with what the server said of when to ask again."""
+        self.retry_after = seconds
+        return self
 
 
 class ModelTooLarge(LoadError):

@@ -70,8 +70,9 @@ class Repository:
 class Refused(Exception):
     """An answer other than the one asked for, in the hub's terms: a status and X-Error-Code."""
 
-    def __init__(self, status: int, code: str, message: str) -> None:
+    def __init__(self, status: int, code: str, message: str, retry_after: int | None = None) -> None:
         super().__init__(message)
+        self.retry_after = retry_after
         self.status = status
         self.code = code
         self.message = message
@@ -86,7 +87,11 @@ class Hub:
         self._lock = threading.Lock()
         self._repositories: dict[str, Repository] = {}
         self._downloads: dict[str, Counter[str]] = {}
-        self._failures: dict[tuple[str, str | None], list[int]] = {}
+        self._failures: dict[tuple[str, str | None], list[tuple[int, int | None]]] = {}
+        self._cuts: Counter[tuple[str, str]] = Counter()
+        self._damages: dict[tuple[str, str], list[bytes]] = {}
+        self.sent: Counter[tuple[str, str]] = Counter()
+        """Bytes of content sent, by repository and path."""
         self._gates: dict[str, threading.Event] = {}
         self._arrived: dict[str, threading.Event] = {}
         self._server = Server(("127.0.0.1", 0), Handler)
@@ -118,10 +123,20 @@ class Hub:
         with self._lock:
             return dict(self._downloads.get(repo, {}))
 
-    def fail(self, repo: str, path: str | None, status: int, times: int = 1) -> None:
+    def fail(self, repo: str, path: str | None, status: int, times: int = 1, *, retry_after: int | None = None) -> None:
         """The next `times` requests for a file (HEAD or GET), or for the list of files (None), fail."""
         with self._lock:
-            self._failures.setdefault((repo, path), []).extend([status] * times)
+            self._failures.setdefault((repo, path), []).extend([(status, retry_after)] * times)
+
+    def cut(self, repo: str, path: str, times: int = 1) -> None:
+        """The next `times` downloads of a file end half-way, except looks at its first bytes."""
+        with self._lock:
+            self._cuts[repo, path] += times
+
+    def damage(self, repo: str, path: str, content: bytes, times: int = 1) -> None:
+        """The next `times` downloads of a file bring this content, under the checksum of the right one."""
+        with self._lock:
+            self._damages.setdefault((repo, path), []).extend([content] * times)
 
     def hold(self, repo: str) -> None:
         """From now on content of `repo` stops half-way, until `release`.
@@ -192,7 +207,20 @@ class Hub:
         with self._lock:
             due = self._failures.get((repo, path))
             if due:
-                raise Refused(due.pop(0), "Injected", "The test asked for this failure")
+                status, retry_after = due.pop(0)
+                raise Refused(status, "Injected", "The test asked for this failure", retry_after)
+
+    def is_cut(self, repo: str, path: str) -> bool:
+        """Whether this download is to end half-way."""
+        with self._lock:
+            self._cuts[repo, path] -= 1
+            return self._cuts[repo, path] >= 0
+
+    def damaged(self, repo: str, path: str, content: bytes) -> bytes:
+        """The content that this download is to bring."""
+        with self._lock:
+            due = self._damages.get((repo, path))
+            return due.pop(0) if due else content
 
     def begin(self, repo: str, path: str) -> None:
         with self._lock:
@@ -237,6 +265,7 @@ class Handler(BaseHTTPRequestHandler):
         except Refused as refused:
             body = json.dumps({"error": refused.message}).encode()
             headers = {"X-Error-Code": refused.code, "X-Error-Message": refused.message}
+            headers |= {"Retry-After": str(refused.retry_after)} if refused.retry_after is not None else {}
             self._send(refused.status, "application/json", body, headers)
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True  # The client went away, which tests of cancelling do on purpose.
@@ -295,6 +324,8 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(404, "EntryNotFound", "Entry not found")
         headers = {"ETag": f'"{entry.etag}"', "X-Repo-Commit": repository.commit, "Accept-Ranges": "bytes"}
         content = entry.source.read_bytes()
+        if self.command == "GET":
+            content = hub.damaged(repo, path, content)
         status = 200
         if span := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             start, end = int(span[1]), min(int(span[2] or entry.size - 1), entry.size - 1)
@@ -308,8 +339,13 @@ class Handler(BaseHTTPRequestHandler):
         hub.begin(repo, path)
         half = len(content) // 2
         self._send(status, "application/octet-stream", content[:half], headers, length=len(content))
+        hub.sent[repo, path] += half
+        if not self.headers.get("Range", "").startswith("bytes=0-") and hub.is_cut(repo, path):
+            self.close_connection = True
+            return
         hub.pause(repo)
         self.wfile.write(content[half:])
+        hub.sent[repo, path] += len(content) - half
 
     def _check_token(self, repo: str, token: str | None) -> None:
         given = self.headers.get("Authorization")

@@ -17,12 +17,12 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline
 from diffusers.loaders import single_file_utils
+from huggingface_hub import constants, get_cached_repo_tree, hf_hub_download, snapshot_download
 from huggingface_hub import errors as hub
-from huggingface_hub import get_cached_repo_tree, hf_hub_download, snapshot_download
 from safetensors import SafetensorError
 
-from sfumato.errors import LoadError
-from sfumato.models import descriptions, hub_files, repository_files, sources, weight_file
+from sfumato.errors import DownloadError, LoadError
+from sfumato.models import checked, descriptions, hub_files, repository_files, sources, weight_file
 from sfumato.models.hub_files import UNREACHABLE, SilentBar, as_download_errors, files_of, first_line, index_of
 from sfumato.models.weight_file import OnProgress
 
@@ -30,6 +30,8 @@ __all__ = ["as_download_errors", "description_of", "files_of", "from_hub", "from
 
 log = logging.getLogger(__name__)
 
+constants.DOWNLOAD_CHUNK_SIZE = 2**18
+"""huggingface_hub keeps whole chunks of what a broken connection brought; its own are of 10 MB."""
 AT_ONCE = 4
 """Files of a repository that are downloaded at a time."""
 DESCRIPTION_FILES = ["*.json", "*/*.json", "*.txt", "*/*.txt", "*/*.model"]
@@ -66,6 +68,7 @@ def from_hub(
         for part in without:
             with suppress(hub.EntryNotFoundError):
                 hf_hub_download(repo, f"{part}/config.json", revision=commit)
+        _check(repo, folder)
         return folder
 
 
@@ -83,11 +86,30 @@ def parts_from_hub(
         if not files:
             raise LoadError(f"{repo}: {', '.join(folders)}: there are no safetensors weights that can be loaded")
         patterns = [glob.escape(name) for name in (*files, *sources.INDEXES)]
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, tqdm_class=_bar(report, repo)))
+        bar = _bar(report, repo)
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, tqdm_class=bar))
+        _check(repo, folder)
+        return folder
 
 
 def _bar(report: OnProgress, repo: str) -> type[_ReportingBar]:
     return type("_Bar", (_ReportingBar,), {"report": staticmethod(report), "repo": repo})
+
+
+def _check(repo: str, folder: Path) -> None:
+    """Compare the files of a snapshot with the hub's checksums; what is damaged is downloaded once more."""
+    if not (damaged := checked.damaged(folder.rglob("*"))):
+        return
+    names = [path.relative_to(folder).as_posix() for path in damaged]
+    checked.discard(damaged)
+    for name in names:
+        hf_hub_download(repo, name, revision=folder.name)
+    if still := checked.damaged(folder / name for name in names):
+        checked.discard(still)
+        raise DownloadError(
+            f"{repo}: {still[0].relative_to(folder).as_posix()} does not have the sha256 that the hub gives for it. It "
+            "was downloaded twice and not kept; try again later, or tell its authors"
+        )
 
 
 def _fetch_files(
@@ -145,7 +167,7 @@ def description_of(path: Path, model: str) -> Path:
     shipped = descriptions.of(repo)
     with as_download_errors(repo, f"{path.name} needs its small configuration files. Run `sfumato pull {model}`"):
         try:
-            return Path(snapshot_download(repo, allow_patterns=DESCRIPTION_FILES))
+            return Path(snapshot_download(repo, allow_patterns=DESCRIPTION_FILES, tqdm_class=SilentBar))
         except (*UNREACHABLE, hub.HfHubHTTPError) as error:
             if shipped is None:
                 raise

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from sfumato.errors import DownloadError, LoadError
 from sfumato.models import diffusers_source, sources
 
+MAX_RETRY_AFTER_S = 3600
 DESCRIPTIONS = [*sources.INDEXES, "*/config.json", "scheduler/scheduler_config.json"]
 """What tells of components without their weights."""
 
@@ -96,6 +97,8 @@ def as_download_errors(repo: str, remedy: str = "") -> Iterator[None]:
         raise LoadError(f"{repo} has no such revision: {error}") from error
     except UNREACHABLE as error:
         if isinstance(error.__cause__, hub.HfHubHTTPError):  # the hub did answer
+            if refusal := refused(repo, endpoint, error.__cause__.response):
+                raise refusal from error
             raise DownloadError(
                 f"{repo} could not be fetched from {endpoint}: {first_line(error.__cause__)}"
             ) from error
@@ -103,13 +106,40 @@ def as_download_errors(repo: str, remedy: str = "") -> Iterator[None]:
     except hub.RemoteEntryNotFoundError as error:
         raise LoadError(f"{repo} cannot be loaded by diffusers: {first_line(error)} {DIFFUSERS}") from error
     except (hub.HfHubHTTPError, httpx2.HTTPError) as error:  # httpx2 is huggingface_hub's HTTP client
+        if isinstance(error, hub.HfHubHTTPError) and (refusal := refused(repo, endpoint, error.response)):
+            raise refusal from error
         raise DownloadError(f"{repo} could not be fetched from {endpoint}: {first_line(error)}") from error
     except OSError as error:
         if isinstance(error.__cause__, UNREACHABLE):  # diffusers looked into its cache first and found nothing
             raise _unreachable(repo, endpoint, remedy) from error
         if not isinstance(error.__cause__, hub.EntryNotFoundError) and error.errno is not None:
             raise DownloadError(f"{repo} could not be written to the cache: {error}") from error
+        if "Consistency check" in str(error):
+            raise DownloadError(
+                f"{repo} came damaged from {endpoint}, and was not kept: {first_line(error)}"
+            ) from error
         raise LoadError(f"{repo} cannot be loaded by diffusers: {first_line(error)} {DIFFUSERS}") from error
+
+
+def refused(repo: str, endpoint: str, response: httpx2.Response | None) -> LoadError | None:
+    """The error for an answer that says more than that it failed; None for others."""
+    status = response.status_code if response is not None else None
+    if response is not None and status == httpx2.codes.TOO_MANY_REQUESTS:
+        wait = response.headers.get("retry-after", "")
+        seconds = min(int(wait), MAX_RETRY_AFTER_S) if wait.isdigit() else None
+        when = f"in {seconds} s" if seconds else "later"
+        return DownloadError(
+            f"{repo} could not be fetched: {endpoint} is asked too often (429). Try again {when}; with HF_TOKEN set it "
+            "allows more"
+        ).after(seconds)
+    if status in (httpx2.codes.UNAUTHORIZED, httpx2.codes.FORBIDDEN):
+        return LoadError(
+            f"{repo} could not be fetched: {endpoint} answers {status}. It is gated or private, or HF_TOKEN is not "
+            "valid: accept its licence there, and set HF_TOKEN to a token of that account"
+        )
+    if status == httpx2.codes.NOT_FOUND:
+        return LoadError(f"{repo} could not be fetched: {endpoint} answers 404. Check the spelling and the revision")
+    return None
 
 
 def _unreachable(repo: str, endpoint: str, remedy: str) -> DownloadError:

@@ -19,6 +19,7 @@ from sfumato.models import (
     dduf,
     descriptions,
     diffusers_source,
+    folder_weights,
     hub_files,
     pipeline_class,
     sources,
@@ -57,6 +58,7 @@ def inspect(config: ModelConfig, source: Source, *, ask: bool) -> Inspection:
     """Look at a source. `ask`: also at a hub or server. Raises what loading it would, as far as this tells."""
     match source:
         case sources.Folder(path):
+            folder_weights.refuse_damaged(path, str(path), pickles=config.allow_pickle)
             return Inspection(source, pipeline_class.index_of(path), path)
         case sources.HubRepository(repo, revision):
             folder = hub_files.described(repo, revision) if ask else static_capabilities.folder_of(config)

@@ -25,6 +25,7 @@ from sfumato.models import (
     dduf,
     descriptions,
     download,
+    folder_weights,
     footprint,
     hub_files,
     inspection,
@@ -208,6 +209,7 @@ def fetch(
                 report=report,
                 on_file=on_file,
             )
+            folder_weights.refuse_damaged(folder, repo, pickles=config.allow_pickle, without=without)
             return Fetched(folder, f"{repo}@{folder.name}")
         case sources.Url(url):
             path = sources.weights(config, weight_file.obtain(url, config.folder, report=report))
@@ -215,6 +217,7 @@ def fetch(
         case sources.File(path):
             return _described(config, path, str(path), dtype, on_status, on_file)
         case sources.Folder(path):
+            folder_weights.refuse_damaged(path, str(path), pickles=config.allow_pickle, without=without)
             pinned = f"{config.repo}@{config.revision or 'main'}" if config.repo else str(path)
             index = pipeline_class.index_of(path)
             if modular.is_one(pipeline_class.choose(config, index)):

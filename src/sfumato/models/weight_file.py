@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -38,12 +39,18 @@ log = logging.getLogger(__name__)
 OnProgress: TypeAlias = Callable[[float | None, str], None]
 """Called with the progress of a download: fraction 0 .. 1 (None: unknown) and the name of the file."""
 
-CHUNK = 1 << 20
 TIMEOUT_S = 30.0
+BROKEN = (httpx.RemoteProtocolError, httpx.ReadError, httpx.ReadTimeout)
+"""A connection broke or fell silent."""
+RETRIES = 3
+"""Connections that break without a byte before a download is given up."""
+RETRY_S = 1.0
+"""After the first of them; longer after each."""
 WAIT_S = 1.0
 """Whoever waits for another process says so this often."""
 ON = ("1", "ON", "YES", "TRUE")
 """huggingface_hub's words for a switch."""
+MAX_RETRY_AFTER_S = 3600
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -193,7 +200,7 @@ def _download(url: str, target: Path, sha256: str | None, report: OnProgress) ->
     for resumed in (True, False):
         if not resumed:
             part.unlink(missing_ok=True)
-        version, offset = _receive(url, target, part, report)
+        version, offset = _receive_all(url, target, part, report)
         version = replace(version, sha256=sha256 or version.sha256)
         size, digest = part.stat().st_size, _sha256_of(part) if version.sha256 else None
         if version.size in (None, size) and digest == version.sha256:
@@ -218,6 +225,21 @@ def _mismatch(url: str, version: Version, size: int, digest: str | None, sha256:
         return f"{addresses.redact(url)}: {size} of {version.size} bytes arrived. Nothing was kept; try again."
     source = "the model file" if sha256 else "the hub"
     return f"{addresses.redact(url)}: the file's sha256 is {digest}, {source} says {version.sha256}. Nothing was kept."
+
+
+def _receive_all(url: str, target: Path, part: Path, report: OnProgress) -> tuple[Version, int]:
+    """`_receive`, again after a connection that broke or fell silent: as long as bytes arrive, and then a few times."""
+    tries = 0
+    while True:
+        before = part.stat().st_size if part.exists() else 0
+        try:
+            return _receive(url, target, part, report)
+        except BROKEN as error:
+            tries = 0 if part.exists() and part.stat().st_size > before else tries + 1
+            if tries >= RETRIES:
+                raise
+            log.warning("%s: the connection broke (%s); going on with what arrived", target.name, type(error).__name__)
+            time.sleep(RETRY_S * tries)
 
 
 def _receive(url: str, target: Path, part: Path, report: OnProgress) -> tuple[Version, int]:
@@ -253,7 +275,7 @@ def _receive(url: str, target: Path, part: Path, report: OnProgress) -> tuple[Ve
         with part.open("r+b" if offset else "wb") as file:
             file.seek(offset)
             file.truncate()
-            for chunk in response.iter_bytes(CHUNK):
+            for chunk in response.iter_bytes():  # as it comes: what a broken connection brought is kept
                 file.write(chunk)
                 report(min(1.0, file.tell() / version.size) if version.size else None, target.name)
             file.flush()
@@ -343,10 +365,13 @@ def as_download_errors(url: str, target: Path) -> Iterator[None]:
             raise LoadError(
                 _refused(url, error.response.status_code)
             ) from None  # its message has the URL, with secrets
+        wait = error.response.headers.get("retry-after", "")
+        seconds = min(int(wait), MAX_RETRY_AFTER_S) if wait.isdigit() else None
+        when = f". Try again in {seconds} s" if seconds else ""
         raise DownloadError(
             f"{addresses.redact(url)} could not be downloaded to {target}: the server answered "
-            f"{error.response.status_code} {error.response.reason_phrase}"
-        ) from None
+            f"{error.response.status_code} {error.response.reason_phrase}{when}"
+        ).after(seconds) from None
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise DownloadError(
             f"{addresses.redact(url)} could not be downloaded to {target}: {addresses.redact(str(error))}"

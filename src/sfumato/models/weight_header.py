@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -79,12 +80,20 @@ def of_url(url: str, folder: Path) -> Header:
         sizes: list[int | None] = []
 
         def first(count: int) -> bytes:
-            data, size = _first_bytes(url, count)
+            data, size = _first_bytes_again(url, count)
             sizes.append(size)
             return data
 
         header = _parsed(first, None, addresses.redact(url))
         return replace(header, size=sizes[-1])
+
+
+def _first_bytes_again(url: str, count: int) -> tuple[bytes, int | None]:
+    """`_first_bytes`, a few times if the connection breaks."""
+    for _ in range(weight_file.RETRIES - 1):
+        with suppress(*weight_file.BROKEN):
+            return _first_bytes(url, count)
+    return _first_bytes(url, count)
 
 
 def _first_bytes(url: str, count: int) -> tuple[bytes, int | None]:

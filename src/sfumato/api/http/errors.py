@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from sfumato import logs
-from sfumato.errors import InvalidRequest, SfumatoError, TooManyRequests, Unauthorized
+from sfumato.errors import DownloadError, InvalidRequest, SfumatoError, TooManyRequests, Unauthorized
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def shape(error: SfumatoError) -> dict[str, dict[str, str | None]]:
 def response(error: SfumatoError) -> JSONResponse:
     # The OpenAI SDK retries every 5xx unless told not to; most of ours would fail again in the same way.
     headers = {"x-should-retry": "true" if error.retry else "false"}
-    if isinstance(error, TooManyRequests):
+    if isinstance(error, TooManyRequests | DownloadError) and error.retry_after is not None:
         headers["retry-after"] = str(error.retry_after)
     if isinstance(error, Unauthorized):
         headers["www-authenticate"] = "Bearer"
