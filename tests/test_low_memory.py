@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,15 @@ import numpy as np
 import pytest
 import torch
 from diffusers.hooks.group_offloading import ModuleGroup
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
 
 import sfumato
 from sfumato.batching import offload
 from sfumato.commands.check import check
 from sfumato.config import ModelConfig
+from sfumato.config.model import Adapter
 from sfumato.core import Done
 from sfumato.drawing.draw import draw
 from sfumato.drawing.info import model_info
@@ -27,7 +32,7 @@ from sfumato.pictures.images import decoded
 from sfumato.sampling import nested
 from sfumato.serving.catalog import Catalog
 from support import tiny
-from support.drawing import quiet, wanted
+from support.drawing import loaded, quiet, source, wanted
 from support.model_files import read
 
 FAMILIES: dict[str, Callable[[], Any]] = {
@@ -265,8 +270,7 @@ def test_a_tiled_vae_draws_the_same_where_one_tile_is_enough(family: str, folder
     assert np.array_equal(large, np.asarray(decoded(by_diffusers.png)).astype(int))
 
 
-@FAMILY
-@pytest.mark.parametrize("stored", ["fp8", "fp8_e5m2"])
+@pytest.mark.parametrize(("family", "stored"), [*((family, "fp8") for family in FAMILIES), ("sd", "fp8_e5m2")])
 def test_cast_layers_draw_what_diffusers_draws(family: str, stored: str, folders: dict[str, Path]) -> None:
     torch_name = getattr(torch, low_memory.STORED[stored])
 
@@ -289,8 +293,7 @@ def test_cast_layers_draw_what_diffusers_draws(family: str, stored: str, folders
 
 
 @HAS_TORCHAO
-@FAMILY
-@pytest.mark.parametrize("name", ["int8", "fp8"])
+@pytest.mark.parametrize(("family", "name"), [*((family, "int8") for family in FAMILIES), ("flux", "fp8")])
 def test_quantised_weights_draw_what_diffusers_draws(family: str, name: str, folders: dict[str, Path]) -> None:
     config = config_of(folders[family], quantization=name)
     model = load.load(config, "cpu", quiet)
@@ -317,6 +320,131 @@ def neighbours_are_right(pipe: Any) -> None:
     for request, image in zip(requests(), images, strict=True):
         (alone,) = sfumato.gather(pipe, [request])
         assert np.abs(image - alone.images[0]).max() < 1e-4
+
+
+# Other sources, adapters and tasks.
+
+
+def lora(folder: Path) -> Path:
+    pipeline = tiny.stable_diffusion()
+    with tiny.seeded(3):
+        pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+        pipeline.save_lora_weights(folder, unet_lora_layers=get_peft_model_state_dict(pipeline.unet))
+    return folder / "pytorch_lora_weights.safetensors"
+
+
+MODES = [
+    pytest.param({"layerwise_casting": "fp8"}, id="cast"),
+    pytest.param({"quantization": "int8"}, id="int8", marks=HAS_TORCHAO),
+    pytest.param({"quantization": "fp8"}, id="fp8", marks=HAS_TORCHAO),
+]
+
+
+@pytest.mark.parametrize("fields", MODES)
+def test_a_lora_acts_on_smaller_weights(fields: dict[str, Any], folders: dict[str, Path], tmp_path: Path) -> None:
+    """As much as on whole ones."""
+    adapters = (Adapter(str(lora(tmp_path)), 2.0),)
+    with_lora, _ = drawn(config_of(folders["sd"], adapters=adapters))
+    without, _ = drawn(config_of(folders["sd"]))
+    small, _ = drawn(config_of(folders["sd"], adapters=adapters, **fields))
+    assert np.abs(small - with_lora).mean() < np.abs(with_lora - without).mean() / 2
+
+
+@pytest.mark.parametrize("fields", MODES)
+def test_a_single_file_is_stored_in_less(
+    fields: dict[str, Any], checkpoint: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load.download, "description_of", lambda path, name: folders["sd"])
+    model = load.load(config_of(checkpoint, **fields), "cpu", quiet)
+    whole = load.load(config_of(checkpoint), "cpu", quiet)
+    assert low_memory.sizes(model.pipeline)["unet"] < 0.85 * low_memory.sizes(whole.pipeline)["unet"]
+    assert model.savings == tuple(f"{key}:{value}" for key, value in fields.items())
+    small, _ = drawn(config_of(checkpoint, **fields))
+    of_folder, _ = drawn(config_of(folders["sd"], **fields))
+    assert np.abs(small - of_folder).max() <= 1
+
+
+@pytest.mark.parametrize("fields", MODES)
+def test_a_denoiser_beside_its_base_is_stored_in_less(
+    fields: dict[str, Any], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """And so is a text encoder beside it."""
+    pipe, files = tiny.flux(), {"flux": tmp_path / "flux.safetensors", "t5": tmp_path / "t5.safetensors"}
+    save_file({name: tensor.contiguous() for name, tensor in pipe.transformer.state_dict().items()}, files["flux"])
+    t5 = {name: tensor for name, tensor in pipe.text_encoder_2.state_dict().items() if "embed_tokens" not in name}
+    save_file({name: tensor.contiguous() for name, tensor in t5.items()}, files["t5"])
+    config = config_of(files["flux"], base_model=str(folders["flux"]), text_encoders=(str(files["t5"]),), **fields)
+    small, done = drawn(config)
+    of_folder, _ = drawn(config_of(folders["flux"], **fields))
+    assert np.array_equal(small, of_folder)
+    assert done.recipe.savings == tuple(f"{key}:{value}" for key, value in fields.items())
+    sizes = low_memory.sizes(load.load(config, "cpu", quiet).pipeline)
+    assert sizes == low_memory.sizes(load.load(config_of(folders["flux"], **fields), "cpu", quiet).pipeline)
+
+
+@pytest.mark.parametrize("mode", ["model", "group"])
+def test_other_tasks_on_the_same_weights_wait_too(mode: str, away: Away) -> None:
+    """Image-to-image runs on a pipeline of its own, of the same modules."""
+    asked = wanted(prompt="a cat", images=(source(64, 64),), strength=0.8, steps=4)
+    expected = draw(loaded(tiny.stable_diffusion()), asked, quiet)
+    pipe = tiny.stable_diffusion()
+    enable(pipe, mode)
+    for generation in (asked, wanted(prompt="a cat", width=64, height=64), asked):
+        done = draw(loaded(pipe), generation, quiet)
+    assert np.array_equal(np.asarray(decoded(done.png)), np.asarray(decoded(expected.png)))
+
+
+def test_what_a_model_needs_is_what_it_keeps(folders: dict[str, Path]) -> None:
+    """The estimate before the weights are read; smaller weights and layers that wait need less."""
+    seen: list[Any] = []
+    for fields in ({}, {"layerwise_casting": "fp8"}, {"offload": "group"}):
+        load.load(config_of(folders["sd"], **fields), "cpu", quiet, seen.append)
+    whole, cast, grouped = seen
+    assert cast.components["unet"] == -(-whole.components["unet"] // 4)
+    assert cast.components["vae"] == whole.components["vae"]
+    assert grouped.total == whole.total
+    assert grouped.largest < 0.3 * whole.largest
+
+
+# On a GPU, where there is one.
+
+ON_GPU: list[dict[str, Any]] = [
+    {"offload": "model"},
+    {"offload": "group"},
+    {"vae_slicing": True},
+    {"vae_tiling": True},
+    {"layerwise_casting": "fp8"},
+    {"layerwise_casting": "fp8", "offload": "group"},
+    {"quantization": "int8"},
+    {"quantization": "int8", "offload": "model"},
+    {"quantization": "int8", "offload": "group"},
+    {"quantization": "fp8"},
+    {"quantization": "nf4"},
+    {"quantization": "nf4", "offload": "model"},
+]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@FAMILY
+@pytest.mark.parametrize("fields", ON_GPU, ids=lambda fields: ",".join(map(str, fields.values())))
+def test_on_a_gpu(family: str, fields: dict[str, Any], folders: dict[str, Path]) -> None:
+    """Each mode beside neighbours; weights that wait are in main memory when nobody draws."""
+    name = fields.get("quantization")
+    if name and importlib.util.find_spec(quantizers.QUANTIZERS[name].package) is None:
+        pytest.skip(f"the extra {quantizers.QUANTIZERS[name].package} is missing")
+    config = config_of(folders[family], **{**fields, "dtype": "bf16"})
+    resident = load.load(replace(config_of(folders[family]), dtype="bf16", offload="none"), "cuda", quiet)
+    expected, _ = together(resident.pipeline)
+    model = load.load(config, "cuda", quiet)
+    images, stats = together(model.pipeline)
+    assert batched(stats)
+    exact = not fields.keys() & {"layerwise_casting", "quantization"}
+    for image, other in zip(images, expected, strict=True):
+        assert np.abs(image - other).mean() < (2e-3 if exact else 5e-2)
+    if "offload" in fields:
+        offload.offload_all(model.pipeline)
+        denoiser = getattr(model.pipeline, "unet", None) or model.pipeline.transformer
+        assert {parameter.device.type for parameter in denoiser.parameters()} == {"cpu"}
 
 
 # What cannot work is said, by `check` and by load.

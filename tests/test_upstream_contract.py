@@ -49,7 +49,12 @@ NAMES: dict[str, tuple[str, ...]] = {
         "diffusers.guiders:ClassifierFreeGuidance",
         "torch.nn:Module._modules",
     ),
-    "batching/offload.py": ("accelerate.hooks:UserCpuOffloadHook.offload",),
+    "batching/offload.py": (
+        "accelerate.hooks:UserCpuOffloadHook.offload",
+        "diffusers.hooks:apply_group_offloading",
+        "diffusers:ModelMixin._supports_group_offloading",
+        "diffusers:ModelMixin.enable_group_offload",
+    ),
     "batching/feature_caches.py": (
         "diffusers.hooks.hooks:StateManager", "diffusers.hooks.hooks:ModelHook._is_stateful",
     ),

@@ -93,8 +93,7 @@ def _model(config: ModelConfig, complaints: tuple[str, ...], hub: _Hub) -> FileR
         found, unasked = hub.inspect(config)
         facts += [("not asked", unasked)] if unasked else []
         facts += [("base", found.base)] if found.contents and found.contents.needs_base and found.base else []
-        name = pipeline_class.choose(config, found.index)
-        low_memory.check(config, name, found.index, "cpu" if config.cuda is False else None)
+        inspection.choose(config, found.index)
     except SfumatoError as error:
         problems.append(error.message)
     facts += [(label, text) for label, text in _settings(config) if text]

@@ -21,6 +21,7 @@ from sfumato.models import (
     diffusers_source,
     folder_weights,
     hub_files,
+    low_memory,
     pipeline_class,
     sources,
     split,
@@ -87,11 +88,18 @@ def refuse(config: ModelConfig, source: Source) -> None:
     """Raises what loading would refuse and what can be known before anything is downloaded. Asks hub and server."""
     match source:
         case sources.HubRepository(repo, revision):
-            pipeline_class.choose(config, hub_files.index_of(repo, revision))
+            choose(config, hub_files.index_of(repo, revision))
         case sources.Url():
-            pipeline_class.choose(config, inspect(config, source, ask=True).index)
+            choose(config, inspect(config, source, ask=True).index)
         case sources.File() if split.is_gguf(config):
             split.base_of(config, _made_of(source.path))
+
+
+def choose(config: ModelConfig, index: Mapping[str, Any], device: str | None = None) -> str:
+    """The pipeline class. Raises what keeps it, or a low-memory key with it, from working; `device` if it is known."""
+    name = pipeline_class.choose(config, index)
+    low_memory.check(config, name, index, device or ("cpu" if config.cuda is False else None))
+    return name
 
 
 def base(config: ModelConfig, made_of: Contents | None, *, ask: bool = True) -> split.Base:

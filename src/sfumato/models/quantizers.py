@@ -10,6 +10,7 @@ import importlib.util
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any
 
@@ -114,12 +115,20 @@ def denoiser(config: ModelConfig, file: Path, described: Path, index: Mapping[st
     part = next((name for name, library in parts(index).items() if library == "diffusers"), None)
     if part is None:
         raise nothing(config)
-    cls, setting = getattr(diffusers, index[part][1]), _setting(config.quantization, "diffusers", dtype)
-    return {
-        part: cls.from_single_file(
-            str(file), config=str(described), subfolder=part, quantization_config=setting, dtype=dtype
-        )
-    }
+    plain = getattr(diffusers, index[part][1]).from_single_file(
+        str(file), config=str(described), subfolder=part, dtype=dtype
+    )
+    return {part: quantised(plain, _setting(config.quantization, "diffusers", dtype), dtype)}
+
+
+def quantised(module: Any, setting: Any, dtype: Any) -> Any:
+    """A module of diffusers, read anew with quantised weights.
+
+    `from_single_file` takes a setting too, but leaves the weights as they are with some quantisers, and says nothing.
+    """
+    with TemporaryDirectory(prefix="sfumato-") as folder:
+        module.save_pretrained(folder)
+        return type(module).from_pretrained(folder, quantization_config=setting, dtype=dtype, local_files_only=True)
 
 
 def nothing(config: ModelConfig) -> ModelFileError:

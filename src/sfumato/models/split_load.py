@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from sfumato.errors import LoadError
-from sfumato.models import contents, split, weight_file
+from sfumato.models import contents, quantizers, split, weight_file
 
 
 def components(
@@ -50,13 +50,14 @@ def _of_diffusers(cls: Any, file: Path, described: Path, part: str, dtype: torch
             "parameters.model",
             param="parameters.model",
         )
-    quantised: dict[str, Any] = {"quantization_config": setting} if setting else {}
+    quantised: dict[str, Any] = {}
     made_of = split.contents_of(file)
     if file.suffix == split.GGUF:
         quantised["quantization_config"] = diffusers.GGUFQuantizationConfig(compute_dtype=dtype)
     elif made_of and made_of.quantised in contents.READABLE:
         quantised["quantization_config"] = diffusers.BFLQuantizationConfig(compute_dtype=dtype)
-    return cls.from_single_file(str(file), config=str(described), subfolder=part, dtype=dtype, **quantised)
+    module = cls.from_single_file(str(file), config=str(described), subfolder=part, dtype=dtype, **quantised)
+    return quantizers.quantised(module, setting, dtype) if setting and not quantised else module
 
 
 def _text_encoder(cls: Any, file: Path, described: Path, dtype: torch.dtype, setting: Any) -> Any:
