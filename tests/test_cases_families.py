@@ -16,7 +16,7 @@ from sfumato.config import ModelConfig
 from sfumato.core import Done
 from sfumato.drawing.draw import draw
 from sfumato.drawing.info import model_info
-from sfumato.models import load, precision
+from sfumato.models import device, load, precision
 from sfumato.models.static_capabilities import static_capabilities
 from sfumato.pictures.images import decoded
 from support import tiny
@@ -105,11 +105,11 @@ MADE_FOR = [
 @pytest.mark.parametrize(("name", "dtype"), MADE_FOR)
 def test_row_33_by_pipeline_class(name: str, dtype: str, caplog: pytest.LogCaptureFixture) -> None:
     config = ModelConfig(name="m", model="m", f16=True, pipeline_type=name)
-    assert load.choose_dtype(config, "cuda") == load.choose_dtype(config, "cuda:1") == dtype
+    assert device.choose_dtype(config, "cuda") == device.choose_dtype(config, "cuda:1") == dtype
     assert ("made for bfloat16" in caplog.text) == (dtype == "bf16")
-    assert load.choose_dtype(replace(config, f16=False), "cuda") == "bf16"
-    assert load.choose_dtype(replace(config, dtype="fp16"), "cuda") == "fp16"
-    assert load.choose_dtype(replace(config, f16=False), "cpu") == load.choose_dtype(config, "cpu")
+    assert device.choose_dtype(replace(config, f16=False), "cuda") == "bf16"
+    assert device.choose_dtype(replace(config, dtype="fp16"), "cuda") == "fp16"
+    assert device.choose_dtype(replace(config, f16=False), "cpu") == device.choose_dtype(config, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_row_33_by_pipeline_class(name: str, dtype: str, caplog: pytest.LogCaptu
 def test_row_33_by_repository(index: dict[str, Any], dtype: str) -> None:
     """The repository's denoiser is known where the file names no class; an unheard one by its text encoder."""
     assert precision.made_for(None, index) == dtype
-    assert load.choose_dtype(ModelConfig(name="m", model="m", f16=True), "cuda", index) == dtype
+    assert device.choose_dtype(ModelConfig(name="m", model="m", f16=True), "cuda", index) == dtype
 
 
 def test_row_33_a_loaded_model_has_it(
@@ -135,7 +135,7 @@ def test_row_33_a_loaded_model_has_it(
 ) -> None:
     """Without a word of its class in the file, and without a GPU: only where it would be put is another place."""
     monkeypatch.setattr(load, "choose_device", lambda config, setting: "cuda")
-    monkeypatch.setattr(load, "_place", lambda config, pipeline, device: None)
+    monkeypatch.setattr(load, "_place", lambda *args: "none")
     monkeypatch.setattr(load, "_load_preview_decoder", lambda *args: None)
     for folder, dtype in ((flux / "dev", torch.bfloat16), (repositories["nitrosocke/Ghibli-Diffusion"], torch.float16)):
         pipeline = load.load(ModelConfig(name="m", model=str(folder), f16=True), "cuda", quiet).pipeline

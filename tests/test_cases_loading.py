@@ -27,7 +27,7 @@ from sfumato.commands.check import check
 from sfumato.config import Adapter, ModelConfig
 from sfumato.drawing import arguments, draw
 from sfumato.errors import LoadError, ModelFileError, SfumatoError
-from sfumato.models import descriptions, download, load, parts, pipeline_class, static_capabilities, variants
+from sfumato.models import descriptions, device, download, load, parts, pipeline_class, static_capabilities, variants
 from sfumato.serving.catalog import Catalog
 from support import tiny
 from support.here import asked, config, cut, drawn, quiet, use
@@ -334,7 +334,7 @@ def test_row_22_a_repository_with_one_variant_alone(
     for model in (tmp_path / "half", f"tiny/{variant}"):
         caplog.clear()
         loaded = load.load(config(tmp_path, model, dtype=dtype, f16=True), "cpu", quiet)
-        assert loaded.pipeline.unet.dtype == load.DTYPES[dtype]
+        assert loaded.pipeline.unet.dtype == device.DTYPES[dtype]
         assert ("weights; the variant" in caplog.text) == ((variant, dtype) != ("fp16", "bf16"))
 
 

@@ -19,6 +19,7 @@ from sfumato.api.http import errors as http_errors
 from sfumato.commands.check import check
 from sfumato.errors import DownloadError, LoadError, SfumatoError
 from sfumato.models import checked, load, weight_file
+from sfumato.models import fetch as fetching
 from sfumato.serving.catalog import Catalog
 from support.here import config, quiet, use
 from support.hub import Hub
@@ -48,9 +49,9 @@ def hub(
         yield hub
 
 
-def fetch(tmp_path: Path, model: str) -> load.Fetched:
+def fetch(tmp_path: Path, model: str) -> fetching.Fetched:
     (tmp_path / "models").mkdir(exist_ok=True)
-    return load.fetch(config(tmp_path / "models", model), "fp32", quiet)
+    return fetching.fetch(config(tmp_path / "models", model), "fp32", quiet)
 
 
 PLACES = {REPO: (REPO, WEIGHTS), FILE: ("acme/files", "model.safetensors")}

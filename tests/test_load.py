@@ -24,7 +24,7 @@ from sfumato.config import Download, ModelConfig
 from sfumato.core import Generation
 from sfumato.drawing.draw import draw
 from sfumato.errors import DeviceUnavailable, DownloadError, LoadError, ModelFileError
-from sfumato.models import load
+from sfumato.models import device, load
 from sfumato.models.pool import ModelPool
 from sfumato.pictures.images import decoded
 from sfumato.sampling import Sampling, nested
@@ -147,20 +147,20 @@ def test_a_half_precision_variant_is_found(tmp_path: Path) -> None:
 
 def test_device_and_dtype_rules(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     made = config(folder, dtype=None)
-    cpu = load.choose_dtype(made, "cpu")
+    cpu = device.choose_dtype(made, "cpu")
     assert cpu in ("bf16", "fp32")
-    assert load.choose_dtype(made, "cuda") == "bf16"
-    assert load.choose_dtype(made, "mps") == "fp32"
-    assert load.choose_dtype(replace(made, f16=True), "cuda:1") == "fp16"
-    assert load.choose_dtype(replace(made, f16=True), "cpu") == cpu
+    assert device.choose_dtype(made, "cuda") == "bf16"
+    assert device.choose_dtype(made, "mps") == "fp32"
+    assert device.choose_dtype(replace(made, f16=True), "cuda:1") == "fp16"
+    assert device.choose_dtype(replace(made, f16=True), "cpu") == cpu
     assert "f16: true" in caplog.text
-    assert load.choose_dtype(replace(made, f16=True, dtype="fp32"), "cuda") == "fp32"
-    assert load.choose_device(replace(made, cuda=False), "auto") == "cpu"
-    assert load.choose_device(replace(made, cuda=True), "cpu") == "cpu"
+    assert device.choose_dtype(replace(made, f16=True, dtype="fp32"), "cuda") == "fp32"
+    assert device.choose_device(replace(made, cuda=False), "auto") == "cpu"
+    assert device.choose_device(replace(made, cuda=True), "cpu") == "cpu"
     if not torch.cuda.is_available():
         for setting in ("auto", "cuda"):
             with pytest.raises(DeviceUnavailable, match="cuda: false"):
-                load.choose_device(replace(made, cuda=True), setting)
+                device.choose_device(replace(made, cuda=True), setting)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from sfumato.commands.check import check
 from sfumato.errors import LoadError, ModelFileError, SfumatoError, UnfitPipeline
-from sfumato.models import load, static_capabilities
+from sfumato.models import fetch, load, static_capabilities
 from sfumato.serving.catalog import Catalog
 from support import tiny
 from support.here import config, drawn, quiet, use
@@ -133,8 +133,8 @@ def test_of_two_precisions_the_higher_is_taken(base: Path, split: Path, tmp_path
     half = {name: tensor.half() for name, tensor in load_file(root / "text_encoders" / "t5xxl.safetensors").items()}
     save_file(half, root / "text_encoders" / "a_t5xxl_fp16.safetensors")
     made = config(root, "diffusion_models/flux.safetensors", base_model=str(base))
-    assert str(load.fetch(made, "fp32", quiet).files["text_encoder_2"]).endswith("t5xxl.safetensors")
-    assert "a_t5xxl" not in str(load.fetch(made, "fp32", quiet).files["text_encoder_2"])
+    assert str(fetch.fetch(made, "fp32", quiet).files["text_encoder_2"]).endswith("t5xxl.safetensors")
+    assert "a_t5xxl" not in str(fetch.fetch(made, "fp32", quiet).files["text_encoder_2"])
 
 
 # Quantised weights.

@@ -28,7 +28,7 @@ from sfumato.core import Generation
 from sfumato.drawing import draw as generation
 from sfumato.drawing.info import model_info
 from sfumato.errors import DrawError
-from sfumato.models import load
+from sfumato.models import device
 from sfumato.models.load import Loaded
 from sfumato.models.pool import ModelPool
 from sfumato.pipelines import request_scheduler
@@ -463,4 +463,4 @@ def test_each_device_has_its_own_random_numbers(monkeypatch: pytest.MonkeyPatch)
 
 def test_no_device_is_started_by_looking() -> None:
     assert set(torch_state.random()) >= {torch_state.CPU}
-    assert load.choose_device(ModelConfig(name="m", model="m", cuda=False), "auto") == "cpu"
+    assert device.choose_device(ModelConfig(name="m", model="m", cuda=False), "auto") == "cpu"

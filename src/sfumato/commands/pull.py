@@ -18,7 +18,7 @@ from sfumato.settings import Settings
 def pull(name: str, settings: Settings) -> str:
     """Download all that a model file (or a hub id) names; returns the path of its weights."""
     environment.prepare()
-    from sfumato.models import load, parts
+    from sfumato.models import device, fetch, parts
 
     config = Catalog.of(settings, open=True).get(name)
     with _files() as report:
@@ -27,8 +27,8 @@ def pull(name: str, settings: Settings) -> str:
             if status.progress is not None:
                 report(status.progress, status.detail)
 
-        dtype = load.choose_dtype(config, load.choose_device(config, settings.device))
-        path = load.fetch(config, dtype, on_status, on_file=report).path
+        dtype = device.choose_dtype(config, device.choose_device(config, settings.device))
+        path = fetch.fetch(config, dtype, on_status, on_file=report).path
         parts.fetch(config, report)
         return str(path)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import logging
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,13 +21,9 @@ from sfumato.config import ModelConfig, addresses
 from sfumato.core import ModelStatus
 from sfumato.errors import DownloadError, InvalidRequest, LoadError, ModelFileError, SfumatoError
 from sfumato.models import (
-    contents,
-    dduf,
     descriptions,
     download,
-    folder_weights,
     footprint,
-    hub_files,
     inspection,
     low_memory,
     modular,
@@ -37,24 +33,20 @@ from sfumato.models import (
     precision,
     prediction,
     quantizers,
-    references,
     sharing,
-    sources,
     split,
     split_load,
     variants,
     weight_file,
 )
 from sfumato.models.device import DTYPES, choose_device, choose_dtype, expected_dtype
+from sfumato.models.fetch import Fetched, OnStatus, fetch
 from sfumato.pipelines import request_scheduler, tokens
 from sfumato.pipelines.capabilities import most_clip_skip
 from sfumato.previews.decode import CheapDecoder, cheap_decoder
 
-__all__ = ["DTYPES", "Fetched", "Loaded", "ModelState", "choose_device", "choose_dtype", "fetch", "load"]
-
 log = logging.getLogger(__name__)
 
-OnStatus: TypeAlias = Callable[[ModelStatus], None]
 MakeRoom: TypeAlias = Callable[[footprint.Needs], None]
 
 TILES = "its VAE works in slices and tiles"
@@ -159,99 +151,6 @@ def load(
     return model
 
 
-@dataclass(frozen=True, slots=True)
-class Fetched:
-    """Weights on this machine: a diffusers folder or a single file, and what to call them, without secrets."""
-
-    path: Path
-    label: str
-    description: Path | None = None
-    """For a single file: the folder with its configurations and tokenizer."""
-    files: Mapping[str, Path] = field(default_factory=dict)
-    """For a model in several files: component -> its file; `description` has the others."""
-
-
-def fetch(
-    config: ModelConfig,
-    dtype: str,
-    on_status: OnStatus,
-    without: Sequence[str] = (),
-    on_file: weight_file.OnProgress | None = None,
-) -> Fetched:
-    """Have everything the model needs on this disk. Raises DownloadError, LoadError or ModelFileError.
-
-    `without`: of these components the configurations alone. `on_file`: told of each file of a repository.
-    """
-    source = sources.resolve(config)
-    if isinstance(source, sources.HubRepository):
-        on_status(ModelStatus("downloading", source.repo))
-    inspection.refuse(config, source)  # what is known before anything is fetched
-
-    def report(fraction: float | None, name: str) -> None:
-        on_status(ModelStatus("downloading", name, fraction))
-
-    for file in config.downloads:
-        url = sources.download_url(file.uri)
-        download.from_url(url, config.folder / file.filename, sha256=file.sha256, report=report)
-    match source:
-        case sources.HubRepository(repo, revision):
-            index = inspection.inspect(config, source, ask=False).index
-            if modular.is_one(pipeline_class.choose(config, index)):
-                variant = functools.partial(_variant, config, dtype)
-                folder = modular_load.fetch(config, repo, revision, index, variant, report, without)
-                return Fetched(folder, f"{repo}@{folder.name}")
-            folder = download.from_hub(
-                repo,
-                revision=revision,
-                variant=_variant(config, dtype, hub_files.files_of(repo, revision)),
-                pickles=config.allow_pickle,
-                without=without,
-                report=report,
-                on_file=on_file,
-            )
-            folder_weights.refuse_damaged(folder, repo, pickles=config.allow_pickle, without=without)
-            return Fetched(folder, f"{repo}@{folder.name}")
-        case sources.Url(url):
-            path = sources.weights(config, weight_file.obtain(url, config.folder, report=report))
-            return _described(config, path, addresses.redact(url), dtype, on_status, on_file)
-        case sources.File(path):
-            return _described(config, path, str(path), dtype, on_status, on_file)
-        case sources.Folder(path):
-            folder_weights.refuse_damaged(path, str(path), pickles=config.allow_pickle, without=without)
-            pinned = f"{config.repo}@{config.revision or 'main'}" if config.repo else str(path)
-            index = pipeline_class.index_of(path)
-            if modular.is_one(pipeline_class.choose(config, index)):
-                modular_load.fetch_others(config, path, index, functools.partial(_variant, config, dtype), report)
-            return Fetched(path, pinned)
-
-
-def _described(
-    config: ModelConfig,
-    path: Path,
-    label: str,
-    dtype: str,
-    on_status: OnStatus,
-    on_file: weight_file.OnProgress | None,
-) -> Fetched:
-    """A single file with its configurations; a denoiser alone with the base that supplies the other components."""
-    if path.suffix.lower() == sources.DDUF:
-        return Fetched(dduf.unpacked(path), label)
-    made_of = split.contents_of(path)
-    if made_of:
-        contents.refuse(made_of, label)
-    if made_of is None or not made_of.needs_base:
-        return Fetched(path, label, download.description_of(path, config.name))
-    base = inspection.base(config, made_of)
-
-    def report(fraction: float | None, name: str) -> None:
-        on_status(ModelStatus("downloading", name, fraction))
-
-    named = {name: references.file(config, "diffusers.text_encoders", name, report) for name in config.text_encoders}
-    files = split.assign(config, path, named, base)
-    supplied = fetch(base.config, dtype, on_status, tuple(files), on_file).path
-    return Fetched(path, label, supplied, files)
-
-
 def _pipeline(
     config: ModelConfig, device: str, on_status: OnStatus, make_room: MakeRoom, shared: sharing.Components
 ) -> tuple[Any, Fetched, str]:
@@ -276,7 +175,7 @@ def _pipeline(
             settings = quantizers.settings(config, index, DTYPES[dtype])
             given |= split_load.components(own, folder, index, DTYPES[dtype], settings)
         if modular.is_one(name):
-            pick = functools.partial(_variant, config, dtype)
+            pick = functools.partial(variants.choose, config, dtype)
             return modular_load.load(config, folder, index, cls, DTYPES[dtype], pick, given), fetched, dtype
         return _folder(config, folder, cls, dtype, index, **given), fetched, dtype
 
@@ -291,7 +190,7 @@ def _sizes(
         sizes = footprint.of_files(fetched.path, index, dtype, None)
     else:
         files = [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
-        variant = variants.pick(files, _preferred_variants(config, dtype))
+        variant = variants.pick(files, variants.preferred(config, dtype))
         if modular.is_one(pipeline_class.choose(config, index)):
             sizes = footprint.of_folders(modular_load.folders(config, folder, index), dtype, variant)
         else:
@@ -310,31 +209,12 @@ def _needs(
     return footprint.Needs(own, device, dtype, by_layer=config.offload == "group")
 
 
-def _preferred_variants(config: ModelConfig, dtype: str) -> tuple[str | None, ...]:
-    """Variants in order of preference. For a half-precision model fp16 files are enough, and half the download."""
-    if config.variant:
-        return (config.variant,)
-    return (None,) if dtype == "fp32" else ("fp16", None)
-
-
-def _variant(config: ModelConfig, dtype: str, files: Iterable[str]) -> str | None:
-    """The variant of a repository's files to load; logs a warning if it is not a preferred one."""
-    preferred = _preferred_variants(config, dtype)
-    variant = variants.pick(files, preferred)
-    if variant not in preferred:
-        log.warning(
-            "%s: there are no %s weights; the variant %s is loaded, in %s",
-            config.name, preferred[0] or "plain", variant or "without a name", dtype,
-        )  # fmt: skip
-    return variant
-
-
 def _folder(config: ModelConfig, folder: Path, cls: Any, dtype: str, index: dict[str, Any], **components: Any) -> Any:
     files = [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
     return cls.from_pretrained(
         folder,
         dtype=DTYPES[dtype],
-        variant=_variant(config, dtype, files),
+        variant=variants.choose(config, dtype, files),
         use_safetensors=None if config.allow_pickle else True,
         local_files_only=True,
         **quantizers.for_pipeline(config, index, DTYPES[dtype], without=components),

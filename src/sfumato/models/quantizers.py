@@ -73,11 +73,11 @@ def check(config: ModelConfig, device: str | None) -> None:
 
 
 def parts(index: Mapping[str, Any]) -> dict[str, str]:
-    """Component to quantise → the library it is of, from a `model_index.json`."""
-    components = {name: value for name, value in index.items() if isinstance(value, list) and value[-1] is not None}
+    """Component to quantise → the library it is of, from a `model_index.json` or a modular one."""
+    components = {name: value for name, value in index.items() if isinstance(value, list) and value[1] is not None}
     return {
         name: str(library)
-        for name, (library, cls) in components.items()
+        for name, (library, cls, *_) in components.items()
         if (precision.is_denoiser(name) and library == "diffusers") or precision.is_language_model(name, str(cls))
     }
 
