@@ -31,7 +31,7 @@ from sfumato.models import load, low_memory, precision, quantizers
 from sfumato.pictures.images import decoded
 from sfumato.sampling import nested
 from sfumato.serving.catalog import Catalog
-from support import tiny
+from support import modular, tiny
 from support.drawing import loaded, quiet, source, wanted
 from support.model_files import read
 
@@ -404,6 +404,30 @@ def test_what_a_model_needs_is_what_it_keeps(folders: dict[str, Path]) -> None:
     assert cast.components["vae"] == whole.components["vae"]
     assert grouped.total == whole.total
     assert grouped.largest < 0.3 * whole.largest
+
+
+@pytest.mark.parametrize("fields", MODES)
+def test_a_modular_model_is_stored_in_less(fields: dict[str, Any], tmp_path: Path) -> None:
+    modular.save(modular.BUILD["Flux"](), tmp_path / "flux")
+    whole = load.load(config_of(tmp_path / "flux"), "cpu", quiet)
+    model = load.load(config_of(tmp_path / "flux", **fields), "cpu", quiet)
+    assert low_memory.sizes(model.pipeline)["transformer"] < 0.85 * low_memory.sizes(whole.pipeline)["transformer"]
+    small, plain = (draw(each, wanted(prompt="a cat", width=64, height=64), quiet) for each in (model, whole))
+    assert small.recipe.savings == tuple(f"{key}:{value}" for key, value in fields.items())
+    difference = np.abs(np.asarray(decoded(small.png)).astype(int) - np.asarray(decoded(plain.png)).astype(int))
+    assert 0 < difference.mean() < 10
+
+
+@pytest.mark.parametrize("mode", ["model", "group", "model, then group"])
+def test_modules_and_layers_of_a_modular_model_wait(mode: str, away: Away, tmp_path: Path) -> None:
+    config = config_of(modular.save(modular.BUILD["Flux"](), tmp_path / "flux"))
+    expected, _ = drawn(config)
+    model = load.load(config, "cpu", quiet)
+    for each in mode.split(", then "):
+        enable(model.pipeline, each)
+    assert away.kept
+    done = draw(model, wanted(prompt="a cat", width=64, height=64), quiet)
+    assert np.array_equal(np.asarray(decoded(done.png)), expected)
 
 
 # On a GPU, where there is one.

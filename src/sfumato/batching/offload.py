@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from accelerate.hooks import UserCpuOffloadHook
+from accelerate.hooks import UserCpuOffloadHook, remove_hook_from_module
 from diffusers.hooks import apply_group_offloading
 
 log = logging.getLogger(__name__)
@@ -55,12 +55,13 @@ def enable_groups(pipeline: Any, device: str, by_block: Callable[[str], bool]) -
 
 
 def _remove_hooks(pipeline: Any) -> None:
-    pipeline.remove_all_hooks()
     pipeline._all_hooks = []
     for module in pipeline.components.values():
-        # accelerate puts the class's own `forward` on the module, which then looks as if someone had replaced it.
-        own = getattr(vars(module).get("forward"), "__func__", None) if isinstance(module, torch.nn.Module) else None
-        if own is not None and own is type(module).forward:
+        if not isinstance(module, torch.nn.Module):
+            continue
+        remove_hook_from_module(module, recurse=True)
+        # It puts the class's own `forward` on the module, which then looks as if someone had replaced it.
+        if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
             del module.forward
 
 

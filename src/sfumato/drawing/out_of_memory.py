@@ -18,7 +18,7 @@ from sfumato.batching.batcher import is_out_of_memory
 from sfumato.core import VAE_TILING, Generation
 from sfumato.drawing.arguments import own_size
 from sfumato.errors import OutOfMemory
-from sfumato.models import precision, sharing
+from sfumato.models import low_memory, precision, sharing
 from sfumato.models.load import GROUPED, OFFLOADED, TILES, Loaded
 from sfumato.models.release import release_frames
 from sfumato.pictures import images
@@ -88,7 +88,7 @@ def _offload(model: Loaded) -> str:
         return ""
     sharing.unshare(model.pipeline)
     model.task_pipelines.clear()
-    if model.state.offload == "none" and model.pipeline.model_cpu_offload_seq:
+    if model.state.offload == "none" and low_memory.is_ordered(model.pipeline):
         offload.enable(model.pipeline, model.device)
         model.state.offload = "model"
         return OFFLOADED

@@ -176,7 +176,9 @@ def _pipeline(
             given |= split_load.components(own, folder, index, DTYPES[dtype], settings)
         if modular.is_one(name):
             pick = functools.partial(variants.choose, config, dtype)
-            return modular_load.load(config, folder, index, cls, DTYPES[dtype], pick, given), fetched, dtype
+            settings = quantizers.settings(config, index, DTYPES[dtype])
+            pipeline = modular_load.load(config, folder, index, cls, DTYPES[dtype], pick, given, settings)
+            return pipeline, fetched, dtype
         return _folder(config, folder, cls, dtype, index, **given), fetched, dtype
 
 
@@ -332,7 +334,7 @@ def _place(
 def _offload(config: ModelConfig, pipeline: Any, device: str) -> low_memory.Offload:
     """What of the weights is to wait in main memory."""
     if not device.startswith("cpu"):
-        ordered, room = bool(pipeline.model_cpu_offload_seq), low_memory.room(pipeline, device)
+        ordered, room = low_memory.is_ordered(pipeline), low_memory.room(pipeline, device)
         return low_memory.choose_offload(config, low_memory.sizes(pipeline), room, ordered=ordered)
     if told := low_memory.without_effect(config, device):
         log.warning("%s: %s", config.name, told)

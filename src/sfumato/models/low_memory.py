@@ -49,12 +49,6 @@ def check(config: ModelConfig, name: str, index: Mapping[str, Any], device: str 
             "`offload: group`, or leave it out",
             param="offload",
         )
-    if config.quantization and modular.is_one(name):
-        raise ModelFileError(
-            f"{config.name}: quantization: the weights of a modular pipeline ({name}) are loaded as they are. Leave it "
-            "out, or write `layerwise_casting: fp8`",
-            param="quantization",
-        )
     denoisers = [part for part, value in index.items() if precision.is_denoiser(part) and isinstance(value, list)]
     if config.quantization and index and not quantizers.parts(index):
         raise quantizers.nothing(config)
@@ -169,6 +163,11 @@ def room(pipeline: Any, device: str) -> int | None:
 
 def _modules(pipeline: Any) -> Iterator[tuple[str, Any]]:
     return ((name, part) for name, part in pipeline.components.items() if hasattr(part, "parameters"))
+
+
+def is_ordered(pipeline: Any) -> bool:
+    """Whether a pipeline's modules can be offloaded one by one."""
+    return bool(getattr(pipeline, SEQUENCE, None))
 
 
 def _has_sequence(name: str) -> bool:

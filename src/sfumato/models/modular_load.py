@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
@@ -82,8 +83,11 @@ def load(
     dtype: torch.dtype,
     pick: PickVariant,
     given: Mapping[str, Any],
+    settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> Any:
     """The pipeline with its components, as `modular.adapted` returns it; `given` ones are taken as they are.
+
+    `settings`: component → how to quantise it.
 
     Raises LoadError or ModelFileError.
     """
@@ -98,7 +102,7 @@ def load(
     _check_complete(config, pipeline, index, found)
     replaced = {**given, **parts.components(config, dtype)}
     loaded = {
-        name: _component(config, pipeline.get_component_spec(name), snapshots[name], dtype, pick)
+        name: _component(config, pipeline.get_component_spec(name), snapshots[name], dtype, pick, settings.get(name))
         for name in pipeline.pretrained_component_names
         if name in found and name not in replaced
     }
@@ -164,10 +168,14 @@ def _check_complete(config: ModelConfig, pipeline: Any, index: Mapping[str, Any]
         )
 
 
-def _component(config: ModelConfig, spec: Any, folder: Path, dtype: torch.dtype, pick: PickVariant) -> Any:
+def _component(
+    config: ModelConfig, spec: Any, folder: Path, dtype: torch.dtype, pick: PickVariant, setting: Any
+) -> Any:
     has_weights = spec.type_hint is None or issubclass(spec.type_hint, torch.nn.Module)
     files = [f"{spec.subfolder}/{path.name}" for path in (folder / spec.subfolder).glob("*")]
     weights = {"dtype": dtype, "use_safetensors": None if config.allow_pickle else True} if has_weights else {}
+    if setting is not None:
+        weights["quantization_config"] = setting
     return spec.load(
         pretrained_model_name_or_path=str(folder),
         variant=pick(files) if has_weights else None,

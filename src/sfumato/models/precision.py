@@ -40,7 +40,7 @@ def is_language_model(name: str, cls: str) -> bool:
 
 def made_for(pipeline: str | None, index: Mapping[str, Any]) -> str:
     """`bf16` or `fp16`, for a repository with this `model_index.json` (may be empty) and pipeline class."""
-    parts = [(name, str(value[-1])) for name, value in index.items() if isinstance(value, list)]
+    parts = [(name, str(value[1])) for name, value in index.items() if isinstance(value, list)]
     if not parts and pipeline and (path := diffusers_source.files().get(pipeline)):
         parts = _parts(path.read_text(encoding="utf-8"))
     votes = sum((_votes().get(cls, Counter()) for name, cls in parts if is_denoiser(name)), Counter[str]())

@@ -74,11 +74,13 @@ def check(config: ModelConfig, device: str | None) -> None:
 
 def parts(index: Mapping[str, Any]) -> dict[str, str]:
     """Component to quantise → the library it is of, from a `model_index.json` or a modular one."""
-    components = {name: value for name, value in index.items() if isinstance(value, list) and value[1] is not None}
+    # In a modular index a third entry says where it is; a class may be unknown.
+    components = {name: value[:2] for name, value in index.items() if isinstance(value, list) and any(value[1:])}
     return {
-        name: str(library)
-        for name, (library, cls, *_) in components.items()
-        if (precision.is_denoiser(name) and library == "diffusers") or precision.is_language_model(name, str(cls))
+        name: str(library or "diffusers")
+        for name, (library, cls) in components.items()
+        if (precision.is_denoiser(name) and library in ("diffusers", None))
+        or precision.is_language_model(name, str(cls))
     }
 
 
