@@ -141,7 +141,7 @@ def test_one_base_under_several_loras_is_in_memory_once(folders: dict[str, Path]
     assert picture(again) == expected[2]
 
 
-@pytest.mark.parametrize("why", ["content", "dtype", "configuration", "slices"])
+@pytest.mark.parametrize("why", ["content", "dtype", "configuration", "slices", "rewired"])
 def test_what_differs_is_not_shared(folders: dict[str, Path], tmp_path: Path, why: str) -> None:
     models = pool()
     one = loaded(models, config(folders, "one"))
@@ -149,6 +149,8 @@ def test_what_differs_is_not_shared(folders: dict[str, Path], tmp_path: Path, wh
         other = config(folders, "recast")
     elif why == "dtype":
         other = config(folders, "half", "one", dtype="bf16")
+    elif why == "rewired":
+        other = config(folders, "guided", "one", pipeline_type="StableDiffusionPAGPipeline")
     elif why == "slices":
         other = config(folders, "low", "one", low_vram=True)
     else:
