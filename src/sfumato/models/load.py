@@ -128,7 +128,7 @@ def load(
         prediction.apply(config, pipeline, fetched.path if fetched.description else None)
         _check(config, pipeline)
         parts.replace_vae(config, pipeline, DTYPES[dtype], report)
-        with components.kept_from_adapters(pipeline, place):
+        with components.kept_from_adapters(pipeline):
             parts.load_adapters(config, pipeline, report)
         low_memory.engage(config, pipeline, DTYPES[dtype])
         preview_decoder = _load_preview_decoder(config, components.private_view(pipeline), place, dtype)
