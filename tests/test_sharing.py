@@ -141,7 +141,7 @@ def test_one_base_under_several_loras_is_in_memory_once(folders: dict[str, Path]
     assert picture(again) == expected[2]
 
 
-@pytest.mark.parametrize("why", ["content", "dtype", "configuration", "slices"])
+@pytest.mark.parametrize("why", ["content", "dtype", "configuration", "slices", "rewired"])
 def test_what_differs_is_not_shared(folders: dict[str, Path], tmp_path: Path, why: str) -> None:
     models = pool()
     one = loaded(models, config(folders, "one"))
@@ -149,6 +149,8 @@ def test_what_differs_is_not_shared(folders: dict[str, Path], tmp_path: Path, wh
         other = config(folders, "recast")
     elif why == "dtype":
         other = config(folders, "half", "one", dtype="bf16")
+    elif why == "rewired":
+        other = config(folders, "guided", "one", pipeline_type="StableDiffusionPAGPipeline")
     elif why == "slices":
         other = config(folders, "low", "one", low_vram=True)
     else:
@@ -307,3 +309,17 @@ def test_a_model_loaded_twice_under_two_names_is_in_memory_once(folders: dict[st
     assert together(one, again) == together(one)
     assert again.pipeline is not one.pipeline
     assert replace(again.config, name="x", seed=None) == one.config
+
+
+def test_the_base_of_a_lora_goes_where_its_twin_was_moved(folders: dict[str, Path]) -> None:
+    """As on an accelerator; here it is another dtype that makes the tensors others."""
+    pipeline = tiny.stable_diffusion(seed=1)
+    base, tuned = pipeline.unet, twin(pipeline.unet)
+    tuned.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    adapters = size(tuned) - size(base)
+    tuned.to(torch.bfloat16)
+    assert together_of(base, tuned) > size(base)
+    sharing._follow(base, tuned)
+    assert together_of(base, tuned) == size(tuned)
+    assert size(tuned) == size(base) + adapters // 2
+    assert {tensor.dtype for tensor in base.parameters()} == {torch.bfloat16}

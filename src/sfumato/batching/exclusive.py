@@ -34,6 +34,11 @@ def exclusive(pipeline: Any) -> str:
     return ""
 
 
+def rewires(kind: Any) -> bool:
+    """Whether requests of this pipeline class change its modules while they run."""
+    return bool(_intrusion(kind))
+
+
 def patched(pipeline: Any) -> str:
     """Why a module of `pipeline` may keep a state: its `forward` was replaced, as third-party feature caches do."""
     for name, module in vars(pipeline).items():

@@ -17,6 +17,7 @@ import transformers
 from sfumato import schedulers
 from sfumato.batching import offload
 from sfumato.batching.batcher import is_out_of_memory
+from sfumato.batching.exclusive import rewires
 from sfumato.config import ModelConfig, addresses
 from sfumato.core import ModelStatus
 from sfumato.errors import DownloadError, InvalidRequest, LoadError, ModelFileError, SfumatoError
@@ -127,12 +128,13 @@ def load(
         prediction.apply(config, pipeline, fetched.path if fetched.description else None)
         _check(config, pipeline)
         parts.replace_vae(config, pipeline, DTYPES[dtype], report)
-        with components.kept_from_adapters(pipeline, place):
+        with components.kept_from_adapters(pipeline):
             parts.load_adapters(config, pipeline, report)
         low_memory.engage(config, pipeline, DTYPES[dtype])
         preview_decoder = _load_preview_decoder(config, components.private_view(pipeline), place, dtype)
         state = ModelState(offload=_place(config, pipeline, place, components.given))
-        components.make_known(pipeline)
+        if state.offload == "none":
+            components.make_known(pipeline)
     except SfumatoError:
         raise
     except Exception as error:  # whatever a pipeline's loading code raises, the caller gets a readable message
@@ -163,7 +165,9 @@ def _pipeline(
     name = inspection.choose(config, index, device)
     cls = getattr(diffusers, name)
     variant, sizes = _sizes(config, fetched, index, dtype)
-    shared.identify(fetched.path, fetched.description or fetched.path, fetched.files, index, variant, (device, dtype))
+    if not rewires(cls):
+        described = fetched.description or fetched.path
+        shared.identify(fetched.path, described, fetched.files, index, variant, (device, dtype))
     make_room(_needs(config, sizes, shared.find(), device, dtype))
     given = shared.find()  # another model may have left, or have been loaded, while this one waited
     with download.as_download_errors(fetched.label):

@@ -129,21 +129,19 @@ class Components:
         return dict(self._given)
 
     @contextmanager
-    def kept_from_adapters(self, pipeline: Any, device: str) -> Iterator[None]:
+    def kept_from_adapters(self, pipeline: Any) -> Iterator[None]:
         """Inside, adapters are loaded into twins; a component that got none of them is shared itself."""
-        touched: dict[str, torch.nn.Module] = {}
-        if self._config and self._config.adapters:
-            names = set(getattr(pipeline, "_lora_loadable_modules", ())) & self._identities.keys()
-            modules = {name: getattr(pipeline, name, None) for name in names}
-            touched = {
-                name: module.to(device) for name, module in modules.items() if module is not None and _is_plain(module)
-            }
+        if not (self._config and self._config.adapters):
+            yield
+            return
+        names = set(getattr(pipeline, "_lora_loadable_modules", ())) & self._identities.keys()
+        modules = {name: getattr(pipeline, name, None) for name in names}
+        touched = {name: module for name, module in modules.items() if module is not None and _is_plain(module)}
         pipeline.register_modules(**{name: twin(module) for name, module in touched.items()})
         yield
         untouched = [name for name in touched if not getattr(getattr(pipeline, name), "peft_config", None)]
         pipeline.register_modules(**{name: touched.pop(name) for name in untouched})
         self._originals = touched
-        self.kept = tuple(touched.values())
 
     @property
     def given(self) -> tuple[torch.nn.Module, ...]:
@@ -159,7 +157,11 @@ class Components:
         return view
 
     def make_known(self, pipeline: Any) -> None:
-        """The model is loaded: others may share its components."""
+        """The model is loaded, with all of it on its device: others may share its components."""
+        for name, original in self._originals.items():
+            if original not in self.given:
+                _follow(original, getattr(pipeline, name))
+        self.kept = tuple(self._originals.values())
         for name, identity in self._identities.items():
             module = self._originals.get(name, getattr(pipeline, name, None))
             if self._known and isinstance(module, torch.nn.Module) and _is_plain(module):
@@ -174,6 +176,17 @@ def twin(module: torch.nn.Module) -> torch.nn.Module:
         for parameter in module.parameters()
     }
     return copy.deepcopy(module, same)
+
+
+def _follow(original: torch.nn.Module, moved: torch.nn.Module) -> None:
+    """Let a module have the tensors of its twin, which was moved to another device and has adapters of its own."""
+    for mine, theirs in (
+        (original.named_parameters(), moved.named_parameters()),
+        (original.named_buffers(), moved.named_buffers()),
+    ):
+        tensors = {name.replace(".base_layer.", "."): tensor for name, tensor in theirs}  # peft's name for the layer
+        for name, tensor in mine:
+            tensor.data = tensors[name].data
 
 
 def _is_plain(module: torch.nn.Module) -> bool:
