@@ -56,6 +56,7 @@ def test_the_embedded_model_is_drawn_without_the_models_of_others() -> None:
     assert below("diffusers.pipelines") <= 10
     assert below("transformers.models") <= 40
     assert below("torch._dynamo") <= 4
+    assert below("torchao") == 0
     for package in ("torch._inductor", "torch.distributed.tensor", "torch.distributed.fsdp", "scipy.optimize"):
         assert below(package) == 0, package
     assert "scipy.stats._stats_py" not in modules
@@ -100,6 +101,11 @@ print(json.dumps(missing))
         "import torch.distributed.tensor; assert not torch.distributed.is_initialized()",
         "import diffusers.models.transformers as t; assert t.transformer_flux.FluxPosEmbed",
         "import torch._dynamo.config; assert torch._dynamo.config.verbose is not None; torch._dynamo.reset()",
+        "import diffusers; from diffusers.quantizers import auto as a; from torchao.quantization import"
+        " Int8WeightOnlyConfig as I; q = a.DiffusersAutoQuantizer.from_config(diffusers.TorchAoConfig(I())); q.validate_environment()",
+        "import transformers; from transformers.quantizers import auto as a; from torchao.quantization import"
+        " Int8WeightOnlyConfig as I; q = a.AutoHfQuantizer.from_config(transformers.TorchAoConfig(I()));"
+        " q.validate_environment()",
     ],
 )
 def test_it_works_then(code: str) -> None:

@@ -4,6 +4,7 @@
     torch.distributed               a worker is a single process
     scipy.stats, scipy.integrate    used only by beta schedules and LMS
     scipy.optimize                  training losses of detectors
+    torchao                         used by quantised models only
     packages of `LAZY_PACKAGES`     each of their `__init__` imports every existing model
 
 All of it stays usable: on first use a module is imported with its dependencies.
@@ -36,12 +37,16 @@ def _unchanged(fn: Callable[..., Any] | None = None, *_: Any, **__: Any) -> Any:
     return fn or (lambda fn: fn)
 
 
-def _linear_sum_assignment(*args: Any, **kwargs: Any) -> Any:
-    """transformers' losses import this name from scipy; the real one is imported when it is called."""
-    module: Any = importlib.import_module("scipy.optimize")
-    if type(module) is _DeferredModule:
-        module.run()
-    return module.linear_sum_assignment(*args, **kwargs)
+def _later(module: str, name: str) -> Callable[..., Any]:
+    """What stands in for a callable: its module is imported when it is called."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        imported: Any = importlib.import_module(module)
+        if type(imported) is _DeferredModule:
+            imported.run()
+        return getattr(imported, name)(*args, **kwargs)
+
+    return call
 
 
 DEFERRED: Mapping[str, Mapping[str, Any]] = {
@@ -51,7 +56,11 @@ DEFERRED: Mapping[str, Mapping[str, Any]] = {
     },
     "scipy.stats": {},
     "scipy.integrate": {},
-    "scipy.optimize": {"linear_sum_assignment": _linear_sum_assignment},
+    "scipy.optimize": {"linear_sum_assignment": _later("scipy.optimize", "linear_sum_assignment")},
+    **{
+        module: {"TorchAoHfQuantizer": _later(module, "TorchAoHfQuantizer")}
+        for module in ("diffusers.quantizers.torchao.torchao_quantizer", "transformers.quantizers.quantizer_torchao")
+    },
 }
 """Modules that are executed when a submodule, or a name that is not listed here, is first used."""
 
