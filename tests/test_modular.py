@@ -11,11 +11,13 @@ import torch
 from PIL import Image
 
 import sfumato
+from sfumato.batching import offload
 from sfumato.batching.exclusive import exclusive
 from sfumato.batching.views import view
 from sfumato.drawing.draw import RunStopped, draw
 from sfumato.drawing.info import model_info
 from sfumato.errors import InvalidRequest
+from sfumato.models import precision
 from sfumato.pictures.images import decoded
 from sfumato.pipelines import capabilities, request_scheduler
 from sfumato.pipelines.modular import adapted
@@ -208,8 +210,6 @@ def test_what_the_blocks_refuse_is_a_fault_of_the_request() -> None:
 
 
 def test_modules_wait_in_main_memory_if_they_have_to() -> None:
-    from sfumato.batching import offload
-
     pipe = modular.BUILD["Flux"]()
     calls = [{"prompt": "a cat", "num_inference_steps": 2, **SQUARE}]
     (before,) = alone(pipe, calls)
@@ -218,3 +218,6 @@ def test_modules_wait_in_main_memory_if_they_have_to() -> None:
     assert len(moved._all_hooks) == 4
     np.testing.assert_array_equal(moved(**seeded(calls)[0]).images, before)
     offload.offload_all(moved)
+    offload.enable_groups(moved, "cpu", precision.is_denoiser)
+    assert not offload.enabled(moved)
+    np.testing.assert_array_equal(moved(**seeded(calls)[0]).images, before)

@@ -11,9 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 
 from sfumato.api.app import create_app
 from sfumato.commands.check import check
+from sfumato.config.model import Adapter
 from sfumato.engine.local import Local
 from sfumato.errors import LoadError, ModelFileError, SfumatoError
 from sfumato.models import load, pipeline_class
@@ -211,3 +214,16 @@ def test_over_http_pictures_of_one_request_share_forward_passes(root: Path, tmp_
     assert before["sfumato"]["tasks"] == after["sfumato"]["tasks"] == ["text-to-image", "image-to-image"]
     assert refused.status_code == 400
     assert "FluxModularPipeline" in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("family", ["StableDiffusionXL", "Flux"])
+def test_a_lora_of_the_model_file_changes_the_picture(family: str, root: Path, tmp_path: Path) -> None:
+    pipe = modular.BUILD[family]()
+    name = "unet" if family == "StableDiffusionXL" else "transformer"
+    denoiser = getattr(pipe, name)
+    denoiser.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False))
+    layers = {f"{name}_lora_layers": get_peft_model_state_dict(denoiser)}
+    type(pipe).save_lora_weights(tmp_path, **layers, weight_name="style.safetensors", safe_serialization=True)
+    adapters = (Adapter("style.safetensors", 4.0),)
+    before = drawn(config(tmp_path, root / family))
+    assert np.abs(before - drawn(config(tmp_path, root / family, adapters=adapters))).max() > 0

@@ -85,7 +85,7 @@ def of_files(
 ) -> dict[str, int]:
     """Bytes that each component in a diffusers folder or single file will take in `dtype`, except those `without`."""
     if path.is_dir():
-        names = [name for name, value in index.items() if isinstance(value, list) and value[-1] is not None]
+        names = [name for name, value in index.items() if isinstance(value, list) and value[1] is not None]
         sizes = of_folders({name: path / name for name in names}, dtype, variant)
     else:
         sizes = _of_single_file(path, dtype)

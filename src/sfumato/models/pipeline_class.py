@@ -133,7 +133,7 @@ def _misfit(config: ModelConfig, name: str, listed: str, index: Mapping[str, Any
     made_of = constructor(name)
     if made_of is None:
         return ""
-    present = {part for part, value in index.items() if isinstance(value, list) and value[-1] is not None}
+    present = {part for part, value in index.items() if isinstance(value, list) and value[1] is not None}
     present |= {component for field, component in PARTS.items() if getattr(config, field)}
     # A component that is left out on purpose is null in the index.
     missing = (made_of.required - present) | (made_of.accepted - HARMLESS - present - index.keys())

@@ -120,7 +120,7 @@ def _encoders(base: Base) -> dict[str, tuple[int, int]]:
     """Text encoder of the base -> its words and width, where its description says them."""
     sizes = {}
     for part, value in base.index.items():
-        if part.startswith("text_encoder") and isinstance(value, list) and value[-1]:
+        if part.startswith("text_encoder") and isinstance(value, list) and value[1]:
             described = diffusers_source.json_of(base.folder / part / "config.json")
             inner = described.get("text_config")
             described = {**described, **inner} if isinstance(inner, dict) else described

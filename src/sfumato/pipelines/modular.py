@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import cpu_offload_with_hook
+from accelerate.hooks import remove_hook_from_module
 from diffusers import ModularPipeline
 from diffusers.guiders.guider_utils import BaseGuidance
 
@@ -95,6 +96,11 @@ class Adapted:
     def enable_model_cpu_offload(self, device: str) -> None:
         """Keep each module in main memory until it is called."""
         self._all_hooks = [cpu_offload_with_hook(module, device)[1] for module in _modules(self).values()]
+
+    def remove_all_hooks(self) -> None:
+        """Undo `enable_model_cpu_offload`; the modules stay where they are."""
+        for module in _modules(self).values():
+            remove_hook_from_module(module, recurse=True)
 
     @property
     def _unpack_latents(self) -> Callable[..., torch.Tensor]:
