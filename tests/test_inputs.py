@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import io
 import json
 from collections.abc import Iterator
@@ -20,8 +21,8 @@ from sfumato.commands.check import check
 from sfumato.config import ModelConfig
 from sfumato.drawing import outputs
 from sfumato.drawing.draw import draw
-from sfumato.errors import InvalidRequest
-from sfumato.models import class_reading, diffusers_source, load, static_capabilities
+from sfumato.errors import InvalidRequest, LoadError
+from sfumato.models import class_reading, diffusers_source, load, pipeline_class, static_capabilities
 from sfumato.pictures import recipe
 from sfumato.pictures.images import decoded
 from sfumato.pipelines import capabilities
@@ -250,6 +251,25 @@ def test_row_36_the_picture_of_any_output(field: str, value: Any) -> None:
     assert image.size == (8, 6)
     assert image.convert("RGB").getpixel((4, 4)) == (255, 0, 0)
     assert warnings == []
+
+
+def test_row_11_a_file_that_was_mended_is_read_again(server: Served) -> None:
+    file = server.folder / "mended.yaml"
+    file.write_text("name: mended\nparameters: {model: o/r}\ndiffusers: {pipeline_type: WanPipeline}\n")
+    assert "moving pictures" in server.generate("mended").json()["error"]["message"]
+    assert "moving pictures" in server.told("mended")["detail"]
+    server.built["mended"] = FAMILIES["StableDiffusion"].build()
+    file.write_text("name: mended\nparameters: {model: o/r}\nstep: 2\n")
+    assert server.generate("mended").status_code == 200
+
+
+def test_row_39_every_class_says_which_package_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None)
+    needing = [name for name in CLASSES if pipeline_class.packages(name)]
+    assert len(needing) > 15
+    for name in needing:
+        with pytest.raises(LoadError, match="pip install"):
+            pipeline_class.choose(ModelConfig(name="m", model="o/r", pipeline_type=name), None)
 
 
 # Rows 37 and 38: what is missing is named.

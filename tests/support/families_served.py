@@ -50,22 +50,22 @@ class Served:
 
     def __init__(self, client: TestClient, folder: Path, families: Mapping[str, Family]) -> None:
         self.client = client
-        self._folder = folder
+        self.folder = folder
         self._families = families
-        self._built: dict[str, Any] = {}
+        self.built: dict[str, Any] = {}
 
     def model(self, family: str) -> str:
         """The name of a family's model, whose file is written when it is first asked for."""
         name = "".join(letter if letter.isalnum() else "-" for letter in family)
-        file = self._folder / f"{name}.yaml"
+        file = self.folder / f"{name}.yaml"
         if not file.exists():
-            self._built[name] = self._families[family].build()
-            file.write_text(model_file(name, self._families[family], type(self._built[name]).__name__))
+            self.built[name] = self._families[family].build()
+            file.write_text(model_file(name, self._families[family], type(self.built[name]).__name__))
         return name
 
     def load_built(self, config: ModelConfig, *rest: Any) -> load.Loaded:
         """In the place of `load.load`."""
-        pipeline = self._built[config.name]
+        pipeline = self.built[config.name]
         pipeline.set_progress_bar_config(disable=True)
         return load.Loaded(config, pipeline, "tiny", "cpu", "fp32")
 

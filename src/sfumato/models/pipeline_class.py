@@ -43,10 +43,12 @@ WRITTEN_ALWAYS = "StableDiffusion"
 HARDWARE = frozenset({"torch_npu", "torch_xla"})
 """Packages for other hardware."""
 
-MODULES: Mapping[str, str] = MappingProxyType({"opencv": "cv2", "bs4": "bs4"})
+MODULES: Mapping[str, str] = MappingProxyType({"opencv": "cv2", "bs4": "bs4", "onnx": "onnxruntime"})
 """diffusers' name for a package -> the module to import."""
 
-PACKAGES: Mapping[str, str] = MappingProxyType({"opencv": "opencv-python-headless", "bs4": "beautifulsoup4"})
+PACKAGES: Mapping[str, str] = MappingProxyType(
+    {"opencv": "opencv-python-headless", "bs4": "beautifulsoup4", "onnx": "onnxruntime", "note_seq": "note-seq"}
+)
 """diffusers' name for a package -> its name on PyPI."""
 
 

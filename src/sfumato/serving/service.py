@@ -15,7 +15,7 @@ from typing import TypeAlias
 
 from sfumato import logs
 from sfumato.config import ModelConfig
-from sfumato.core import Done, Failed, Limits, Step
+from sfumato.core import Abilities, Done, Failed, Limits, Step
 from sfumato.engine.protocol import Engine, Load, Pin, Unload
 from sfumato.errors import Cancelled, RequestNotFound, SfumatoError, TimedOut, TooManyRequests, WorkerDied
 from sfumato.models.static_capabilities import static_capabilities
@@ -32,6 +32,9 @@ from sfumato.serving.queue import MAX_RETRY_AFTER_S, Queue
 from sfumato.settings import Settings
 
 log = logging.getLogger(__name__)
+
+FORESEEN_S = 5.0
+"""How long what the files of a model say holds: many requests may wait for it while it loads."""
 
 MAX_REMEMBERED = 256
 """Number of ended requests whose progress is still available."""
@@ -57,6 +60,8 @@ class Service:
         self._arrivals: list[Arrival] = []
         self._jobs: list[Job] = []
         self._pins: dict[str, bool] = {}
+        self._foreseen: dict[str, tuple[Abilities | None, ModelConfig | None, float]] = {}
+        """Model → what its file and its folder say of it, of which version of the file, and when they were read."""
         self._ended: deque[Progress] = deque(maxlen=MAX_REMEMBERED)
 
     async def start(self) -> None:
@@ -326,11 +331,17 @@ class Service:
             )
 
     async def _check_inputs(self, request: ImageRequest, config: ModelConfig) -> None:
-        """Raises InvalidRequest for what the model cannot draw, as far as that is known before it is loaded."""
-        info = self.engine.status(config.name).info
-        static = None if info else await asyncio.to_thread(static_capabilities, config)
-        abilities = info.abilities if info else static and static.abilities
-        if abilities:
+        """Raises InvalidRequest for what a model that is not loaded cannot draw, so that it is not loaded for nothing.
+
+        The engine checks it for all models; what it knows may be of an earlier version of the file.
+        """
+        if self.engine.status(config.name).info:
+            return
+        known, config_read, read_at = self._foreseen.get(config.name, (None, None, -FORESEEN_S))
+        if config_read != config or time.monotonic() > read_at + FORESEEN_S:
+            known = (await asyncio.to_thread(static_capabilities, config)).abilities
+            self._foreseen[config.name] = known, config, time.monotonic()
+        if abilities := known:
             inputs.check(
                 config.name,
                 abilities,
