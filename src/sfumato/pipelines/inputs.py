@@ -250,7 +250,9 @@ def check(model: str, can: Abilities, *, pictures: int, mask: bool, controls: in
         raise InvalidRequest(f"{model} draws no picture: {can.problem}", param="model")
     image, control = can.input("image"), can.input("controls")
     if mask and "inpainting" not in can.tasks:
-        raise InvalidRequest(f"{model} does not take mask_image; leave the mask out. It does: {', '.join(can.tasks)}", param="mask")
+        raise InvalidRequest(
+            f"{model} does not take mask_image; leave the mask out. It does: {', '.join(can.tasks)}", param="mask"
+        )
     if controls and control is None:
         raise InvalidRequest(f"{model} takes no control pictures; leave controls out", param="controls")
     if control and control.least and not controls:
