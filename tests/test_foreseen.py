@@ -14,9 +14,10 @@ import pytest
 from diffusers.loaders import single_file_utils
 
 from conftest import REPOSITORIES
+from sfumato.config import ModelConfig
 from sfumato.drawing import arguments
 from sfumato.drawing.info import model_info
-from sfumato.models import load, single_file, static_capabilities
+from sfumato.models import class_reading, load, single_file, static_capabilities
 from sfumato.pipelines import capabilities, tokens
 from sfumato.serving.catalog import Catalog
 from support import families, families_moving, families_transformers, tiny
@@ -37,7 +38,10 @@ def as_loaded(pipeline: Any) -> static_capabilities.StaticCapabilities:
     larger = capabilities.upscaler(pipeline)
     multiple = larger.multiple * larger.factor if larger else arguments.size_multiple(pipeline)
     return static_capabilities.StaticCapabilities(
-        type(pipeline).__name__, capabilities.tasks(pipeline), multiple, tokens.capacity(pipeline, {})
+        type(pipeline).__name__,
+        class_reading.abilities_of(ModelConfig(name="m", model="m"), class_reading.kin_of_pipeline(pipeline)),
+        multiple,
+        tokens.capacity(pipeline, {}),
     )
 
 
@@ -58,7 +62,7 @@ def test_a_repository_is_foreseen_as_the_engine_loads_it(
     config = Catalog([tmp_path]).get("m")
     after = model_info(load.load(config, "cpu", lambda status: None))
     assert before == static_capabilities.StaticCapabilities(
-        after.pipeline, after.tasks, after.size_multiple, after.prompt_tokens
+        after.pipeline, after.abilities, after.size_multiple, after.prompt_tokens
     )
     assert None not in (before.tasks, before.size_multiple, before.prompt_tokens)
 

@@ -28,7 +28,7 @@ from sfumato.batching import exclusive, feature_caches, offload, outputs, torch_
 from sfumato.batching.adapter_state import Adapters
 from sfumato.batching.calls import original_module
 from sfumato.drawing import draw
-from sfumato.models import diffusers_source, pipeline_class, single_file, static_capabilities
+from sfumato.models import class_reading, diffusers_source, pipeline_class, single_file
 from sfumato.pipelines import capabilities, request_scheduler, scheduler_calls, source_digest
 from sfumato.previews import x0
 from sfumato.process import lean_imports
@@ -261,7 +261,7 @@ def test_the_readers_of_source_find_what_they_know() -> None:
     assert flux and flux.runs[0].with_values({}) == {"sigmas", "mu"}, mend("pipelines/scheduler_calls.py")
     assert capabilities.has_task_class("StableDiffusionPipeline", "image"), mend("pipelines/capabilities.py")
     assert capabilities.has_task_class("FluxPipeline", "mask"), mend("pipelines/capabilities.py")
-    parameters = static_capabilities.parameters("StableDiffusionPipeline")
+    parameters = class_reading.parameters("StableDiffusionPipeline")
     assert parameters and "clip_skip" in parameters, mend("models/static_capabilities.py")
     _, repositories = single_file._rules()
     assert "v1" in repositories, mend("models/single_file.py")

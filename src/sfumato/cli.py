@@ -94,8 +94,13 @@ def generate(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="File to write (PNG).")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed; absent: a random one.")] = None,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT.")] = None,
-    image: Annotated[Path | None, typer.Option(help="Source picture.", exists=True, dir_okay=False)] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="Source picture; again for more.", exists=True, dir_okay=False)
+    ] = None,
     mask: Annotated[Path | None, typer.Option(help="Mask: white is redrawn.", exists=True, dir_okay=False)] = None,
+    control: Annotated[
+        list[Path] | None, typer.Option(help="Control picture; again for more.", exists=True, dir_okay=False)
+    ] = None,
     n: Annotated[int, typer.Option("-n", "--n", help="Pictures to draw, with seeds seed, seed + 1, ...")] = 1,
     like: Annotated[
         Path | None,
@@ -106,6 +111,7 @@ def generate(
 ) -> None:
     """Draw pictures in this process, without a server; prints the path of each."""
     from sfumato.commands.generate import generate as run
+    from sfumato.core import Control
 
     if prompt is None and like is None:
         raise typer.BadParameter("say what to draw, or pass --like FILE.png", param_hint="PROMPT")
@@ -115,8 +121,9 @@ def generate(
         "sampling": Sampling(**sampling),
         "size": size,
         "seed": seed,
-        "images": [image.read_bytes()] if image else None,
+        "images": [each.read_bytes() for each in image] if image else None,
         "mask": mask.read_bytes() if mask else None,
+        "controls": [Control(each.read_bytes()) for each in control] if control else None,
         "n": n,
     }
     request_fields = {name: value for name, value in request_fields.items() if value is not None}

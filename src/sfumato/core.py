@@ -85,6 +85,22 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
+class Control:
+    """A picture that a ControlNet or an adapter of the model follows. None: the pipeline's own."""
+
+    image: str | bytes
+    """In a generation an encoded PNG, upright, RGB or RGBA, empty while that waits; in a request as other pictures."""
+    weight: float | None = None
+    """How strongly it is followed; 0: not at all, 1: as trained."""
+    start: float | None = None
+    """0 .. 1: the part of the steps after which it begins."""
+    end: float | None = None
+    """0 .. 1: the part of the steps after which it ends."""
+    mode: int | None = None
+    """Number of the kind of control, for nets that know several."""
+
+
+@dataclass(frozen=True, slots=True)
 class Generation:
     """One picture to draw. `n` pictures are `n` of these, with seeds `seed`, `seed + 1`, ..."""
 
@@ -103,6 +119,9 @@ class Generation:
     mask_padding: int | None = None
     """Draw only the masked area plus this many pixels around it, at the requested or the model's own size, and paste it
     back into the picture. None: redraw the whole picture."""
+    mask_from_alpha: bool = False
+    """Whether the first picture's fully transparent areas are its mask, if none was sent and the model takes one."""
+    controls: tuple[Control, ...] = ()
     previews: int = 0
     """0 .. MAX_PREVIEWS: number of previews, spread evenly over the steps; never at the last step."""
     quality: str | None = None
@@ -161,6 +180,10 @@ class Recipe:
     """Textual inversions in the prompts, as `name:hash` with the SHA-256 of their files."""
     drawn_size: tuple[int, int] | None = None
     """Width and height that it was drawn at, if it was cropped from that."""
+    mask_from_alpha: bool = False
+    """Whether the mask was the transparency of the first picture."""
+    controls: tuple[tuple[str, float | None, float | None, float | None, int | None], ...] = ()
+    """For each control the digest of its picture, and its weight, start, end and mode."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -223,13 +246,40 @@ LoadState: TypeAlias = Literal["unloaded", "downloading", "loading", "ready", "f
 
 
 @dataclass(frozen=True, slots=True)
+class Input:
+    """A field of requests that a model takes."""
+
+    name: str
+    """`prompt`, `image`, `mask` or `controls`."""
+    least: int
+    """How many every request needs; 0: optional."""
+    most: int | None
+    """None: as many as the server allows, or not known before the model is loaded."""
+    roles: tuple[str, ...]
+    """What they are for, in the order in which they are sent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Abilities:
+    """What requests may ask of a model."""
+
+    tasks: tuple[str, ...] = ()
+    """The subset of text-to-image, label-to-image, image-to-image, inpainting and upscaling that it supports."""
+    inputs: tuple[Input, ...] = ()
+    problem: str = ""
+    """Why no request can have a picture of it, in words."""
+
+    def input(self, name: str) -> Input | None:
+        return next((each for each in self.inputs if each.name == name), None)
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """What is known about a loaded model. None: the pipeline does not say."""
 
     pipeline: str
     """diffusers class."""
-    tasks: tuple[str, ...]
-    """The subset of text-to-image, image-to-image, inpainting and upscaling that these weights support."""
+    abilities: Abilities
     sampling: Sampling
     """Defaults for requests, including the model file's."""
     size_multiple: int
@@ -246,6 +296,10 @@ class ModelInfo:
     """What its weights take in memory; what it shares with another model counts for both."""
     savings: tuple[str, ...] = ()
     """Memory savings in effect for every picture, as recipes have them."""
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return self.abilities.tasks
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from sfumato.api.http import documents
 from sfumato.api.http.forms import openapi_body, reader
 from sfumato.api.http.headers import header_text
 from sfumato.config import ModelConfig
-from sfumato.core import QUALITIES, ModelInfo
+from sfumato.core import QUALITIES, Input, ModelInfo
 from sfumato.models.static_capabilities import static_capabilities
 from sfumato.sampling import NAMED, PARAMETERS
 from sfumato.serving.service import Service
@@ -142,6 +142,7 @@ def _model(service: Service, config: ModelConfig) -> dict[str, Any]:
     facts = status.info
     settings = service.settings
     capabilities = facts or static_capabilities(config)
+    abilities = capabilities.abilities
     return {
         "id": config.name,
         "object": "model",
@@ -149,13 +150,14 @@ def _model(service: Service, config: ModelConfig) -> dict[str, Any]:
         "owned_by": "sfumato",
         "sfumato": {
             "status": status.state,
-            "detail": status.detail,
+            "detail": status.detail or (abilities.problem if abilities else ""),
             "progress": status.progress,
             "memory_bytes": facts.memory_bytes if facts else None,
             "aliases": list(config.aliases),
             "description": config.description,
             "pipeline": capabilities.pipeline or config.pipeline_type,
-            "tasks": list(capabilities.tasks) if capabilities.tasks is not None else None,
+            "tasks": list(abilities.tasks) if abilities else None,
+            "inputs": [_input(each) for each in abilities.inputs] if abilities else None,
             "enable_parameters": sorted(config.enable_parameters),
             "defaults": _defaults(config, facts),
             "limits": {
@@ -170,6 +172,11 @@ def _model(service: Service, config: ModelConfig) -> dict[str, Any]:
             "qualities": _qualities(config, facts),
         },
     }
+
+
+def _input(each: Input) -> dict[str, Any]:
+    return {"name": each.name, "required": each.least > 0, "least": each.least, "most": each.most,
+            "roles": list(each.roles)}  # fmt: skip
 
 
 def _defaults(config: ModelConfig, facts: ModelInfo | None) -> dict[str, Any]:

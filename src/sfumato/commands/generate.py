@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from sfumato import schedulers
 from sfumato.config import ModelConfig
-from sfumato.core import VAE_TILING, Done, Recipe, Step
+from sfumato.core import VAE_TILING, Control, Done, Recipe, Step
 from sfumato.engine.local import Local
 from sfumato.errors import InvalidRequest, StorageError
 from sfumato.pictures import images
@@ -49,6 +49,12 @@ def generate(fields: dict[str, Any], like: Path | None, output: Path | None, set
     if "prompts" in fields:
         from_recipe.pop("split_prompt", None)
     request = ImageRequest(**{**from_recipe, **fields, "sampling": sampling}, operator=True)
+    if recipe and len(recipe.controls) == len(request.controls):
+        controls = zip(request.controls, recipe.controls, strict=True)
+        followed = [
+            Control(control.image, weight, start, end, mode) for control, (_, weight, start, end, mode) in controls
+        ]
+        request = replace(request, controls=followed)
     if recipe:
         _check_sources(request, recipe, settings)
         request = _with_source_size(request, recipe, settings)
@@ -76,13 +82,19 @@ def _as_request(recipe: Recipe) -> dict[str, Any]:
         "weights": recipe.weights,
         "crop": recipe.drawn_size is not None,
         "mask_padding": recipe.masked_area[0] if recipe.masked_area else None,
+        "mask_from_alpha": recipe.mask_from_alpha,
     }
 
 
 def _check_sources(request: ImageRequest, recipe: Recipe, settings: Settings) -> None:
     masks = (request.mask,) if request.mask else ()
     needed = (recipe.mask_sha256,) if recipe.mask_sha256 else ()
-    for flag, sources, digests in (("--image", request.images, recipe.image_sha256), ("--mask", masks, needed)):
+    controls = tuple(control.image for control in request.controls)
+    for flag, sources, digests in (
+        ("--image", request.images, recipe.image_sha256),
+        ("--mask", masks, needed),
+        ("--control", controls, tuple(digest for digest, *_ in recipe.controls)),
+    ):
         if len(sources) != len(digests):
             raise InvalidRequest(
                 f"{flag}: the recipe was made from {len(digests)} such pictures, but {len(sources)} were passed. "
@@ -97,7 +109,7 @@ def _check_sources(request: ImageRequest, recipe: Recipe, settings: Settings) ->
 
 def _with_source_size(request: ImageRequest, recipe: Recipe, settings: Settings) -> ImageRequest:
     """An inpainted picture keeps its source's size, which a request might not be allowed to name."""
-    if not recipe.mask_sha256:
+    if not recipe.mask_sha256 and not recipe.mask_from_alpha:
         return request
     if recipe.masked_area:
         _, width, height = recipe.masked_area

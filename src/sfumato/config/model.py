@@ -106,7 +106,7 @@ class ModelConfig:
     pipeline_type: str | None = None
     img2img: bool = False
     """Used for image-to-image; `pipeline_type` is already the class for it, if known."""
-    control_net: str | None = None
+    control_net: str | tuple[str, ...] | None = None
     clip_model: str | None = None
     clip_subfolder: str | None = None
     vae: str | None = None

@@ -223,6 +223,10 @@ def strings(value: Any) -> tuple[str, ...]:
     return tuple(string(item) for item in (value if isinstance(value, list) else [value]))
 
 
+def one_or_more(value: Any) -> str | tuple[str, ...]:
+    return strings(value) if isinstance(value, list) else string(value)
+
+
 def numbers(value: Any) -> tuple[float, ...]:
     read = number(-math.inf)
     return tuple(read(item) for item in (value if isinstance(value, list) else [value]))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,15 +12,12 @@ from PIL import Image, ImageOps
 
 from sfumato.config.model import REQUEST_DEFAULTS
 from sfumato.core import QUALITIES, Generation
-from sfumato.drawing import crop
+from sfumato.drawing import crop, picture_arguments
 from sfumato.errors import InvalidRequest
 from sfumato.models.load import Loaded, token_limit
 from sfumato.pictures import images
 from sfumato.pipelines.capabilities import parameters_of, upscaler
 from sfumato.sampling import PARAMETERS, Parameter, Sampling, merged
-
-MANY_PICTURES = re.compile(r"Flux2|EditPlus|OmniGen|Kontext(?!Inpaint)")
-"""Classes that take several reference pictures for one result; for others a list is a batch."""
 
 SAMPLED = frozenset(parameter.argument for parameter in PARAMETERS if parameter.argument)
 """Arguments of the call that `Sampling` has; the file's `options` for them are defaults like its other keys."""
@@ -46,16 +42,19 @@ class Canvas:
     """The area of `whole` that is drawn; None: all of it."""
     kept: crop.Box | None = None
     """The area of the drawn picture that is the result; None: all of it."""
+    controls: tuple[Image.Image, ...] = ()
+    """Control pictures; RGB, at this size."""
 
     @property
-    def image(self) -> Image.Image | list[Image.Image] | None:
-        return self.sources if len(self.sources) > 1 else next(iter(self.sources), None)
+    def sized(self) -> bool:
+        """Whether a picture has the result's size already, so that a class need not be told it."""
+        return bool(self.sources or self.controls)
 
 
 def fill(model: Loaded, pipeline: Any, generation: Generation) -> Generation:
     """Fill in what the request leaves open, from the model file and the seed page; class defaults stay None."""
     of_quality = Sampling(steps=_steps_of_quality(model, pipeline, generation.quality))
-    of_file = _of_file(model, pipeline, pictures=bool(generation.images))
+    of_file = _of_file(model, pipeline, pictures=bool(generation.images or generation.controls))
     # A locked parameter without a value in the file is the pipeline class's own.
     locked = {each.name: of_file[each] for each in PARAMETERS if model.config.locks(each.argument or "")}
     return replace(generation, sampling=replace(merged(generation.sampling, of_quality, of_file), **locked))
@@ -118,7 +117,13 @@ def _steps_of_quality(model: Loaded, pipeline: Any, quality: str | None) -> int 
 def canvas(model: Loaded, pipeline: Any, filled: Generation) -> Canvas:
     """Sources and mask at the requested size, else the source's. Raises InvalidRequest for what is not possible."""
     canvas = _canvas(model, pipeline, filled)
-    if not (filled.limits and canvas.width and canvas.height and (canvas.sources or canvas.kept)):
+    if canvas.controls and not (canvas.width and canvas.height):
+        multiple = size_multiple(pipeline)
+        width, height = (_near(side, multiple) for side in canvas.controls[0].size)
+        canvas = replace(canvas, width=width, height=height)
+    if canvas.controls:
+        canvas = replace(canvas, controls=tuple(_controls(canvas)))
+    if not (filled.limits and canvas.width and canvas.height and (canvas.sized or canvas.kept)):
         return canvas
     breach = filled.limits.violation(canvas.width, canvas.height)
     if breach and filled.sampling.size:
@@ -128,9 +133,9 @@ def canvas(model: Loaded, pipeline: Any, filled: Generation) -> Canvas:
             param="size",
         )
     if breach:
+        size = _size((*canvas.sources, *canvas.controls)[0])
         raise InvalidRequest(
-            f"image: {_size(canvas.sources[0])} would become {canvas.width}x{canvas.height}; {breach}. "
-            "Send a size, or a smaller picture.",
+            f"image: {size} would become {canvas.width}x{canvas.height}; {breach}. Send a size, or a smaller picture.",
             param="image",
         )
     return canvas
@@ -147,13 +152,10 @@ def _canvas(model: Loaded, pipeline: Any, filled: Generation) -> Canvas:
             param="size",
         )
     sources = [_flat(images.decoded(png)) for png in filled.images]
+    controls = tuple(_flat(images.decoded(png)) for png in picture_arguments.encoded(filled))
     if not sources:
-        return _cropped((width, height), multiple) if width and height else Canvas(width, height, [], None)
-    if len(sources) > 1 and not MANY_PICTURES.search(type(pipeline).__name__):
-        raise InvalidRequest(
-            f"{model.config.name} ({type(pipeline).__name__}) takes one picture, got {len(sources)}; send only one",
-            param="image",
-        )
+        plain = _cropped((width, height), multiple) if width and height else Canvas(width, height, [], None)
+        return replace(plain, controls=controls)
     mask = images.decoded(filled.mask).convert("L") if filled.mask else None
     if larger := upscaler(pipeline):
         return _enlarged(model, larger.factor, larger.multiple, filled, sources)
@@ -163,19 +165,35 @@ def _canvas(model: Loaded, pipeline: Any, filled: Generation) -> Canvas:
             param="mask",
         )
     if mask is not None and filled.mask_padding is not None:
-        return _masked_area(model, filled, sources, mask, multiple)
+        area = _masked_area(model, filled, sources, mask, multiple)
+        whole = (control.resize(mask.size, Image.Resampling.LANCZOS) for control in controls)
+        return replace(area, controls=tuple(control.crop(area.box) for control in whole))
     if not (width and height):
         width, height = sources[0].size if filled.crop else (_near(side, multiple) for side in sources[0].size)
     if mask is not None and not filled.crop and not filled.sampling.size and (width, height) != sources[0].size:
         # Stretched slightly for the model, then pasted into the original: outside the mask nothing changes.
         size, first = (width, height), sources[0]
         stretched = [source.resize(size, Image.Resampling.LANCZOS) for source in sources[:1]] + sources[1:]
-        return Canvas(width, height, stretched, mask.resize(size, Image.Resampling.NEAREST), (first, mask))
-    fit = functools.partial(ImageOps.fit, size=(width, height), method=Image.Resampling.LANCZOS)
-    if len(sources) == 1:
-        sources = [fit(source) for source in sources]
-    mask = mask and fit(mask, method=Image.Resampling.NEAREST)
-    return _cropped((width, height), multiple, sources, mask) if filled.crop else Canvas(width, height, sources, mask)
+        masked = mask.resize(size, Image.Resampling.NEAREST)
+        return Canvas(width, height, stretched, masked, (first, mask), controls=controls)
+    if len(sources) == 1 or mask is not None:
+        sources = [_fit(sources[0], width, height), *sources[1:]]
+    mask = mask and ImageOps.fit(mask, (width, height), Image.Resampling.NEAREST)
+    drawn = _cropped((width, height), multiple, sources, mask) if filled.crop else Canvas(width, height, sources, mask)
+    return replace(drawn, controls=controls)
+
+
+def _controls(canvas: Canvas) -> Iterator[Image.Image]:
+    """Its control pictures at its size, which must be set."""
+    assert canvas.width
+    assert canvas.height
+    for control in canvas.controls:
+        if canvas.kept is None:
+            yield _fit(control, canvas.width, canvas.height)
+        else:
+            left, top, right, bottom = canvas.kept
+            fitted = _fit(control, right - left, bottom - top)
+            yield crop.extended(fitted, canvas.kept, (canvas.width, canvas.height))
 
 
 def _cropped(
@@ -269,10 +287,11 @@ def arguments(
         filled.sampling, strength=_strength(filled.sampling, parameters), width=canvas.width, height=canvas.height
     )
     values = {
-        "prompt": (filled.prompt, generation.prompt or None),
+        "prompt": (filled.prompt, None),
         **{each.argument: (used[each], generation.sampling[each]) for each in PARAMETERS if each.argument},
-        "image": (canvas.image, canvas.image),
-        "mask_image": (canvas.mask, canvas.mask),
+        **{
+            name: (value, value) for name, value in picture_arguments.of_canvas(model, pipeline, filled, canvas).items()
+        },
     }
     for argument, (_, requested) in values.items():
         if requested is not None and argument not in SAMPLED and argument not in parameters:
@@ -299,6 +318,13 @@ def arguments(
     }
 
 
+def unused_prompt(model: Loaded, pipeline: Any, filled: Generation, kwargs: Mapping[str, Any]) -> list[str]:
+    """A warning for a prompt that this class does not take; every request has one."""
+    if not filled.prompt or {"prompt", "class_labels"} & kwargs.keys():
+        return []
+    return [f"prompt: it was not used, {model.config.name} ({type(pipeline).__name__}) takes none"]
+
+
 def _strength(sampling: Sampling, parameters: Mapping[str, inspect.Parameter]) -> float | None:
     """Strength for at least one denoising step: diffusers runs int(steps * strength). None: the class's default."""
     default = parameters["strength"].default if "strength" in parameters else None
@@ -316,6 +342,10 @@ def size_multiple(pipeline: Any) -> int:
     processor = getattr(pipeline, "image_processor", None)
     factor = getattr(getattr(processor, "config", None), "vae_scale_factor", None)
     return int(factor or getattr(pipeline, "vae_scale_factor", None) or 8)
+
+
+def _fit(image: Image.Image, width: int, height: int) -> Image.Image:
+    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
 
 
 def _near(side: int, multiple: int) -> int:

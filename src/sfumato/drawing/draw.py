@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import traceback
 import weakref
@@ -18,7 +17,7 @@ from sfumato import __version__, schedulers
 from sfumato.batching import views
 from sfumato.batching.batcher import is_out_of_memory
 from sfumato.core import VAE_TILING, Done, Generation, Recipe
-from sfumato.drawing import arguments, crop, prompts, usable
+from sfumato.drawing import arguments, crop, inputs, outputs, prompts, usable
 from sfumato.errors import ContentFiltered, DrawError, InvalidRequest, SfumatoError
 from sfumato.models.load import Loaded
 from sfumato.models.release import release_frames
@@ -54,11 +53,11 @@ def draw(model: Loaded, generation: Generation, on_step: OnStep, on_preview: OnP
     """
     # 1. the pipeline for this task, as a view: it shares the modules but no state that a run changes
     capabilities.check(model.config.name, model.pipeline, generation)
-    task = "mask" if generation.mask else "image" if generation.images else "text"
-    chosen = modular.for_task(_for_task(model, task), capabilities.TASKS[task])
-    pipeline = views.view(chosen, tiled=_tiled(model, generation))
+    task, complete = inputs.complete(model, generation)
+    workflow = capabilities.TASKS["mask" if complete.mask else "image" if complete.images else "text"]
+    pipeline = views.view(modular.for_task(_for_task(model, task), workflow), tiled=_tiled(model, generation))
     try:
-        result = _draw(model, pipeline, generation, on_step, on_preview)
+        result = _draw(model, pipeline, generation, complete, on_step, on_preview)
     except BaseException as error:
         release_frames(error)
         if isinstance(error, Exception) and model.state.broken:
@@ -74,7 +73,15 @@ def draw(model: Loaded, generation: Generation, on_step: OnStep, on_preview: OnP
         del pipeline  # a stored error would keep this frame
 
 
-def _draw(model: Loaded, pipeline: Any, generation: Generation, on_step: OnStep, on_preview: OnPreview | None) -> Done:
+def _draw(
+    model: Loaded,
+    pipeline: Any,
+    requested: Generation,
+    generation: Generation,
+    on_step: OnStep,
+    on_preview: OnPreview | None,
+) -> Done:
+    """`generation` is `requested` with the mask and controls that it implies."""
     # 2. the prompts; what this class can use; defaults for the rest; source pictures at the result's size
     generation, how_read = prompts.split(model, pipeline, generation)
     generation, left_out = usable.usable(model, pipeline, generation)
@@ -95,7 +102,7 @@ def _draw(model: Loaded, pipeline: Any, generation: Generation, on_step: OnStep,
     _watch(pipeline, kwargs, on_step, previews)
     # 4. run
     reading = prompts.read(model, pipeline, generation, kwargs)
-    image = _run(pipeline, reading.arguments, filled.seed)
+    image, more = _run(pipeline, reading.arguments, filled.seed)
     # 5. the requested part of it; outside the mask every pixel stays unchanged
     if capabilities.upscaler(pipeline) and image.size != (canvas.width, canvas.height):
         raise DrawError(
@@ -105,7 +112,7 @@ def _draw(model: Loaded, pipeline: Any, generation: Generation, on_step: OnStep,
     image = _placed(image, canvas)
     # 6. the picture with its recipe, and warnings for what differs from the request
     image_recipe = replace(
-        _recipe(model, pipeline, filled, image, kwargs, choice, canvas),
+        _recipe(model, pipeline, requested, filled, image, kwargs, choice, canvas),
         weights=reading.weights,
         embeddings=reading.embeddings,
     )
@@ -116,6 +123,8 @@ def _draw(model: Loaded, pipeline: Any, generation: Generation, on_step: OnStep,
         *left_out,
         *reading.warnings,
         *(() if reading.embedded else cut_off),
+        *more,
+        *arguments.unused_prompt(model, pipeline, filled, kwargs),
         *_kept_scheduler(driver, filled.sampling),
         *_locked(model, generation.sampling, filled.sampling),
         *_not_taken(model, pipeline, filled.sampling, kwargs),
@@ -150,13 +159,7 @@ def _tiled(model: Loaded, generation: Generation) -> bool:
 
 def _for_task(model: Loaded, task: str) -> Any:
     name = type(model.pipeline).__name__
-    if task == "text":
-        if capabilities.needs_picture(model.pipeline):
-            raise InvalidRequest(
-                f"{model.config.name} needs a source picture ({name}): send one as `image`", param="image"
-            )
-        return model.pipeline
-    if capabilities.supports(model.pipeline, task):
+    if task == inputs.OWN:
         return model.pipeline
     if task not in model.task_pipelines:
         try:
@@ -237,7 +240,8 @@ def _refuse_nan(result: Any) -> None:
         )
 
 
-def _run(pipeline: Any, kwargs: Mapping[str, Any], seed: int) -> Image.Image:
+def _run(pipeline: Any, kwargs: Mapping[str, Any], seed: int) -> tuple[Image.Image, list[str]]:
+    """The picture, and warnings for what came with it."""
     # Noise is always drawn on the CPU: the same seed gives the same noise on every device.
     noise = {"generator": torch.Generator("cpu").manual_seed(seed)}
     if "generator" not in capabilities.parameters_of(pipeline):
@@ -255,10 +259,7 @@ def _run(pipeline: Any, kwargs: Mapping[str, Any], seed: int) -> Image.Image:
         raise DrawError(f"{type(pipeline).__name__}: {type(error).__name__}: {error}") from error
     if any(getattr(output, "nsfw_content_detected", None) or ()):
         raise ContentFiltered("the model's safety checker blocked this picture; change the prompt or the seed")
-    image = output.images[0]
-    if isinstance(image, list):  # layers: composite them
-        image = functools.reduce(Image.alpha_composite, (layer.convert("RGBA") for layer in image))
-    return image  # type: ignore[no-any-return]
+    return outputs.picture_of(pipeline, output)
 
 
 def _locked(model: Loaded, requested: Sampling, filled: Sampling) -> list[str]:
@@ -300,6 +301,7 @@ def _without_effect(pipeline: Any, driver: Any, kwargs: Mapping[str, Any]) -> li
 def _recipe(
     model: Loaded,
     pipeline: Any,
+    requested: Generation,
     filled: Generation,
     image: Image.Image,
     kwargs: Mapping[str, Any],
@@ -327,12 +329,14 @@ def _recipe(
             scheduler=choice.name if choice else type(model_scheduler).__name__,
             strength=sampling.strength if filled.sampling.strength is None else filled.sampling.strength,
         ),
-        image_sha256=tuple(images.fingerprint(png) for png in filled.images),
-        mask_sha256=images.fingerprint(filled.mask) if filled.mask else None,
+        image_sha256=tuple(images.fingerprint(png) for png in requested.images),
+        mask_sha256=images.fingerprint(requested.mask) if requested.mask else None,
         device=model.device,
         dtype=model.dtype,
         versions={"sfumato": __version__, "diffusers": diffusers.__version__, "torch": torch.__version__},
         savings=tuple(sorted({*filled.savings, *model.savings})),
         masked_area=(filled.mask_padding or 0, canvas.width or 0, canvas.height or 0) if canvas.box else None,
         drawn_size=(canvas.width or 0, canvas.height or 0) if canvas.kept else None,
+        mask_from_alpha=filled.mask_from_alpha,
+        controls=tuple(inputs.recorded(control) for control in requested.controls),
     )

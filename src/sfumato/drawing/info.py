@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from sfumato.core import ModelInfo
 from sfumato.drawing import arguments
+from sfumato.models import class_reading
 from sfumato.models.load import Loaded
 from sfumato.pipelines import capabilities, tokens
 
@@ -13,13 +14,14 @@ from sfumato.pipelines import capabilities, tokens
 def model_info(model: Loaded) -> ModelInfo:
     pipeline = model.pipeline
     upscaler = capabilities.upscaler(pipeline)
-    tasks = capabilities.tasks(pipeline)
+    abilities = class_reading.abilities_of(model.config, class_reading.kin_of_pipeline(pipeline))
+    tasks = abilities.tasks
     width, height = arguments.own_size(model) if "text-to-image" in tasks else (None, None)
     sampling = replace(arguments.defaults(model, pipeline), width=width, height=height)
     limit = {tokens.LIMIT: sampling.max_sequence_length} if sampling.max_sequence_length else {}
     return ModelInfo(
         pipeline=type(pipeline).__name__,
-        tasks=tasks,
+        abilities=abilities,
         sampling=sampling,
         size_multiple=upscaler.multiple * upscaler.factor if upscaler else arguments.size_multiple(pipeline),
         prompt_tokens=tokens.capacity(pipeline, limit),

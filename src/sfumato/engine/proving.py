@@ -17,12 +17,14 @@ from PIL import Image
 
 from sfumato.batching.batcher import Batcher, Task
 from sfumato.batching.verification import Verification
-from sfumato.core import Generation
+from sfumato.core import Abilities, Control, Generation
 from sfumato.drawing import arguments
 from sfumato.drawing.draw import draw
 from sfumato.errors import SfumatoError
+from sfumato.models import class_reading
 from sfumato.models.load import Loaded
 from sfumato.pipelines import capabilities, request_scheduler, scheduler_owners
+from sfumato.pipelines.inputs import CONTROL
 from sfumato.sampling import Sampling
 
 ROUNDS = (
@@ -83,7 +85,7 @@ def prove(
     batcher = Batcher(max_rows=max_rows, verification=verification)
     failures: dict[str, str] = {}
     with torch.no_grad():
-        for task in capabilities.tasks(model.pipeline):
+        for task in _abilities(model).tasks:
             on_task(task)
             for prompts in ROUNDS:
                 errors = _round(batcher, model, list(_generations(model, task, prompts, size)))
@@ -126,7 +128,7 @@ def _generations(model: Loaded, task: str, prompts: Sequence[str], size: Size) -
             sampling = replace(sampling, steps=steps)
         if (defaults.guidance_scale or 0) > 1:  # distilled models are left without
             sampling = replace(sampling, guidance_scale=(defaults.guidance_scale or 0) + at)
-        text = prompt if "prompt" in parameters else ""
+        text = prompt if "prompt" in parameters else str(at) if task == "label-to-image" else ""
         upscaler = capabilities.upscaler(model.pipeline)
         upscale = upscaler.factor if upscaler else None
         yield Generation(id=str(at), prompt=text, seed=at, sampling=sampling, upscale=upscale, **pictures)
@@ -140,18 +142,32 @@ def _other_scheduler(pipeline: Any) -> str | None:
     return next((name for name in OTHER_SCHEDULERS if name in fitting), None)
 
 
+def _abilities(model: Loaded) -> Abilities:
+    return class_reading.abilities_of(model.config, class_reading.kin_of_pipeline(model.pipeline))
+
+
 def _sources(model: Loaded, task: str, size: Size) -> dict[str, Any]:
-    """The picture and the mask that a task needs, as fields of a Generation."""
-    if task == "text-to-image":
+    """The pictures and the mask that a task needs, as fields of a Generation."""
+    if task not in ("image-to-image", "inpainting", "upscaling"):
         return {}
+    can = _abilities(model)
+    image, controls = can.input("image"), can.input("controls")
+    count = max(1, image.least if image else 0)
+    needed = controls.least if controls else 0
     upscaler = capabilities.upscaler(model.pipeline)
     width, height = (64, 64) if upscaler else (side or SIDE for side in size)
     picture = Image.linear_gradient("L").resize((width, height)).convert("RGB")
+    control = Control(_png(picture), mode=0 if class_reading.kinds_of(model.pipeline) else None)
+    fields: dict[str, Any] = {"images": (_png(picture),) * count}
+    if needed and (task == "inpainting" or (image and CONTROL not in image.roles)):
+        fields["controls"] = (control,) * needed
+    elif needed:
+        fields["images"] = (_png(picture),) * needed
     if task != "inpainting":
-        return {"images": (_png(picture),)}
+        return fields
     mask = Image.new("L", (width, height))
     mask.paste(255, (0, 0, width // 2, height))
-    return {"images": (_png(picture),), "mask": _png(mask)}
+    return fields | {"mask": _png(mask)}
 
 
 def _png(image: Image.Image) -> bytes:

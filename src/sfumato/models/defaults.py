@@ -11,7 +11,7 @@ from typing import Any
 from sfumato import schedulers
 from sfumato.config.model import DEFAULTS
 from sfumato.errors import InvalidRequest
-from sfumato.models import contents, diffusers_source, static_capabilities
+from sfumato.models import class_reading, contents, diffusers_source, static_capabilities
 from sfumato.models.weight_header import Header
 
 PAGE_CLASSES = re.compile(r"StableDiffusion(?!3)")
@@ -62,7 +62,7 @@ def _steps(
     pipeline: str, scheduler: Mapping[str, Any], denoiser: Mapping[str, Any], name: str
 ) -> dict[str, int | float]:
     """Steps and guidance: of a distilled model, else of the seed page or of the class's own signature."""
-    parameters = static_capabilities.parameters(pipeline) or {}
+    parameters = class_reading.parameters(pipeline) or {}
     own = {argument: parameters[argument].default for argument in KEYS if argument in parameters}
     if PAGE_CLASSES.match(pipeline):
         own = {argument: DEFAULTS[KEYS[argument]] for argument in own}

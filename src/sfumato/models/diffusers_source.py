@@ -51,6 +51,20 @@ def methods(name: str, method: str) -> Iterator[ast.FunctionDef]:
             yield from methods(base.id, method)
 
 
+def fields(name: str) -> dict[str, str]:
+    """The annotated attributes of a dataclass and of its base classes, each with its annotation."""
+    definition = _class(name)
+    if definition is None:
+        return {}
+    bases = [base.id for base in definition.bases if isinstance(base, ast.Name) and base.id != name]
+    inherited = {field: text for base in bases for field, text in fields(base).items()}
+    return inherited | {
+        node.target.id: ast.unparse(node.annotation)
+        for node in definition.body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
+
+
 def literal(name: str, attribute: str) -> Any:
     """The value of a class attribute; None if the class does not have it, or if it is not a literal."""
     definition = _class(name)

@@ -26,10 +26,10 @@ def components(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     """Components to pass to the pipeline's constructor."""
     modules: dict[str, Any] = {}
     if config.control_net:
-        with download.as_download_errors(config.control_net):
-            modules["controlnet"] = diffusers.ControlNetModel.from_pretrained(
-                path_or_id(config, config.control_net), dtype=dtype
-            )
+        if isinstance(config.control_net, tuple):
+            modules["controlnet"] = [_control_net(config, name, dtype) for name in config.control_net]
+        else:
+            modules["controlnet"] = _control_net(config, config.control_net, dtype)
     if config.clip_model:
         with download.as_download_errors(config.clip_model):
             modules["text_encoder"] = transformers.CLIPTextModel.from_pretrained(
@@ -38,6 +38,15 @@ def components(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
                 dtype=dtype,
             )
     return modules
+
+
+def _control_net(config: ModelConfig, name: str, dtype: torch.dtype) -> Any:
+    """A ControlNet of the class that its configuration names."""
+    source = path_or_id(config, name)
+    with download.as_download_errors(name):
+        kind = diffusers.ControlNetModel.load_config(source).get("_class_name", "")
+        cls = getattr(diffusers, kind, None) if "ControlNet" in kind else None
+        return (cls or diffusers.ControlNetModel).from_pretrained(source, dtype=dtype)
 
 
 def fetch(config: ModelConfig, report: OnProgress) -> None:

@@ -17,8 +17,8 @@ from types import MappingProxyType
 from typing import Any
 
 from sfumato.config import ModelConfig
-from sfumato.errors import LoadError, UnfitPipeline, did_you_mean
-from sfumato.models import diffusers_source, modular, sources
+from sfumato.errors import InvalidRequest, LoadError, UnfitPipeline, did_you_mean
+from sfumato.models import class_reading, diffusers_source, modular, sources
 from sfumato.pipelines import capabilities
 
 log = logging.getLogger(__name__)
@@ -43,10 +43,12 @@ WRITTEN_ALWAYS = "StableDiffusion"
 HARDWARE = frozenset({"torch_npu", "torch_xla"})
 """Packages for other hardware."""
 
-MODULES: Mapping[str, str] = MappingProxyType({"opencv": "cv2", "bs4": "bs4"})
+MODULES: Mapping[str, str] = MappingProxyType({"opencv": "cv2", "bs4": "bs4", "onnx": "onnxruntime"})
 """diffusers' name for a package -> the module to import."""
 
-PACKAGES: Mapping[str, str] = MappingProxyType({"opencv": "opencv-python-headless", "bs4": "beautifulsoup4"})
+PACKAGES: Mapping[str, str] = MappingProxyType(
+    {"opencv": "opencv-python-headless", "bs4": "beautifulsoup4", "onnx": "onnxruntime", "note_seq": "note-seq"}
+)
 """diffusers' name for a package -> its name on PyPI."""
 
 
@@ -63,7 +65,8 @@ def choose(config: ModelConfig, index: Mapping[str, Any] | None) -> str:
     """The name of the class for a repository with this `model_index.json` (None: not known yet).
 
     Raises UnfitPipeline if the name is not a pipeline class, or the class does not fit the repository or does not take
-    a component that the file sets; LoadError if it needs a package that is not installed.
+    a component that the file sets; LoadError if it needs a package that is not installed; InvalidRequest if it draws no
+    picture.
     """
     requested = config.pipeline_type or ANY
     if requested not in AUTO and requested != ANY and not _is_pipeline(requested):
@@ -88,6 +91,7 @@ def choose(config: ModelConfig, index: Mapping[str, Any] | None) -> str:
         modular.check(chosen, index)
     _check_parts(config, chosen)
     _check_packages(config, chosen)
+    _check_output(config, chosen)
     return chosen
 
 
@@ -165,6 +169,12 @@ def _check_packages(config: ModelConfig, name: str) -> None:
             "installed, and start it again",
             param="diffusers.pipeline_type",
         )
+
+
+def _check_output(config: ModelConfig, name: str) -> None:
+    reading = class_reading.of_name(name)
+    if reading and (problem := reading.problem(config.options)):
+        raise InvalidRequest(f"{config.name} draws no picture: {problem}", param="model")
 
 
 @functools.cache

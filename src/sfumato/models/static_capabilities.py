@@ -7,7 +7,6 @@ What the files do not say is None; once the model is loaded, `core.ModelInfo` ha
 from __future__ import annotations
 
 import ast
-import functools
 import inspect
 import operator
 import os
@@ -19,8 +18,10 @@ from types import MappingProxyType
 from typing import Any
 
 from sfumato.config import ModelConfig
+from sfumato.core import Abilities
 from sfumato.errors import SfumatoError
 from sfumato.models import (
+    class_reading,
     dduf,
     descriptions,
     diffusers_source,
@@ -32,6 +33,7 @@ from sfumato.models import (
     weight_file,
 )
 from sfumato.pipelines import capabilities, tokens, workflows
+from sfumato.pipelines.inputs import Kin, Reading
 
 DEFAULT_MULTIPLE = 8
 """Default of diffusers' image processors."""
@@ -42,9 +44,13 @@ class StaticCapabilities:
     """The part of `core.ModelInfo` that files reveal."""
 
     pipeline: str | None = None
-    tasks: tuple[str, ...] | None = None
+    abilities: Abilities | None = None
     size_multiple: int | None = None
     prompt_tokens: int | None = None
+
+    @property
+    def tasks(self) -> tuple[str, ...] | None:
+        return self.abilities.tasks if self.abilities else None
 
 
 class _Unknown(Exception):
@@ -63,15 +69,37 @@ def static_capabilities(config: ModelConfig) -> StaticCapabilities:
         return StaticCapabilities(None)
     if modular.is_one(name):
         found = modular.workflows(name)
-        return StaticCapabilities(name, workflows.tasks(found, {}) if found else None)
-    if (called := parameters(name)) is None:
+        if not found:
+            return StaticCapabilities(name)
+        blocks = class_reading.of_declared(name, workflows.tasks(found, {}))
+        return StaticCapabilities(name, class_reading.abilities_of(config, Kin(blocks)))
+    parameters, reading = class_reading.parameters(name), class_reading.of_name(name)
+    if parameters is None or reading is None:
         return StaticCapabilities(name)
-    tasks = capabilities.tasks_of(name, called)
     if not index or folder is None:
-        return StaticCapabilities(name, tasks)
+        kin = class_reading.kin_of(reading, nets=_nets(config), more=not config.control_net)
+        return StaticCapabilities(name, class_reading.abilities_of(config, kin))
     replaced = {"controlnet": config.control_net, "text_encoder": config.clip_model}
     parts = _Parts(folder, index | {part: ["", ""] for part, source in replaced.items() if source})
-    return StaticCapabilities(name, tasks, _multiple(name, parts), _tokens(name, called, parts, config))
+    abilities = class_reading.abilities_of(config, _kin(reading, parts, _nets(config)))
+    return StaticCapabilities(name, abilities, _multiple(name, parts), _tokens(name, parameters, parts, config))
+
+
+def _nets(config: ModelConfig) -> int:
+    return len(config.control_net) if isinstance(config.control_net, tuple) else 1
+
+
+def _kin(reading: Reading, parts: _Parts, nets: int) -> Kin:
+    """Equals `class_reading.kin_of_pipeline` of the loaded pipeline."""
+
+    def setting(part: str, key: str) -> Any:
+        with suppress(_Unknown):
+            return parts.setting(part, key) if part in parts else None
+        return None
+
+    channels, kinds = setting("unet", "in_channels"), setting("controlnet", "num_control_type")
+    more = any(parts.kind(part).startswith("Multi") for part in ("controlnet", "adapter"))
+    return class_reading.kin_of(reading, unet_channels=channels, nets=nets, kinds=kinds or 0, more=more)
 
 
 def index_of(config: ModelConfig) -> dict[str, Any]:
@@ -109,6 +137,10 @@ class _Parts:
             if key in (defaults := diffusers_source.defaults(function)):
                 return defaults[key]
         raise _Unknown
+
+    def kind(self, part: str) -> str:
+        """A component's class; empty if there is none, or the model file replaces it."""
+        return self._classes.get(part, "")
 
     def guidance_embeds(self) -> bool | None:
         """Of the denoiser; None: it has no such setting."""
@@ -225,19 +257,6 @@ def _evaluate(node: ast.expr, attributes: Mapping[str, Any], parts: _Parts) -> A
         case ast.Attribute(attr=name) if _attribute(node) and attributes.get(name) is not None:
             return attributes[name]
     raise _Unknown
-
-
-@functools.cache
-def parameters(name: str) -> Mapping[str, inspect.Parameter] | None:
-    """Parameters of a pipeline's call, as `capabilities.parameters_of` returns them; None: no such class."""
-    for function in diffusers_source.methods(name, "__call__"):
-        defaults = diffusers_source.defaults(function)
-        names = [each.arg for each in (*function.args.args, *function.args.kwonlyargs) if each.arg != "self"]
-        kind = inspect.Parameter.KEYWORD_ONLY
-        return {
-            each: inspect.Parameter(each, kind, default=defaults.get(each, inspect.Parameter.empty)) for each in names
-        }
-    return None
 
 
 def folder_of(config: ModelConfig) -> Path | None:

@@ -161,6 +161,14 @@ def as_mask(png_data: bytes) -> bytes:
     return png(mask)
 
 
+def alpha_mask(png_data: bytes) -> bytes | None:
+    """A mask in mode L of a picture from `normalise`: white where it is fully transparent; None if that is nowhere."""
+    image = decoded(png_data)
+    if image.mode != "RGBA" or image.getchannel("A").getextrema()[0] != 0:
+        return None
+    return png(image.getchannel("A").point([255] + [0] * 255))
+
+
 def _check(image: Image.Image, param: str, bounds: Bounds) -> None:
     width, height = image.size
     if width * height > bounds.pixels:

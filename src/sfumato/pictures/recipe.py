@@ -37,7 +37,7 @@ _SIZE = re.compile(r"(\d+)x(\d+)")
 _UNICODE = b"UNICODE\0"
 """EXIF's prefix for a text in UTF-16."""
 
-RARE = frozenset({"drawn_size", "weights", "embeddings"})
+RARE = frozenset({"drawn_size", "weights", "embeddings", "mask_from_alpha", "controls"})
 """Fields of a recipe that its JSON has only if they are set."""
 
 MAX_SIDES: Mapping[str, int] = {"webp": 16383, "jpeg": 65500}
@@ -248,4 +248,4 @@ def from_json(values: Mapping[str, Any]) -> Recipe:
 
 
 def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    return tuple(_frozen(each) for each in value) if isinstance(value, list) else value

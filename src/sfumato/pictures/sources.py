@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 from sfumato.core import Limits
 from sfumato.errors import InvalidPicture, InvalidRequest
@@ -43,8 +43,17 @@ async def file_of(picture: str | bytes, param: str, fetcher: PictureFetcher, sha
     return await asyncio.to_thread(pictures.from_text, picture, param)
 
 
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """The pictures of a request as PNG, in the form of `Generation`."""
+
+    images: tuple[bytes, ...] = ()
+    mask: bytes | None = None
+    controls: tuple[bytes, ...] = ()
+
+
 class Sources:
-    """Source pictures and mask: file bytes, base64, `data:` URI or URL.
+    """Source pictures, control pictures and mask: file bytes, base64, `data:` URI or URL.
 
     `fetch` turns all of them into bytes and checks their headers, `decode` turns them into what the engine
     takes. Both raise InvalidRequest naming the picture, and stop when cancelled.
@@ -54,6 +63,7 @@ class Sources:
         self,
         images: Sequence[str | bytes],
         mask: str | bytes | None,
+        controls: Sequence[str | bytes] = (),
         *,
         share: Share,
         limits: Limits,
@@ -63,6 +73,8 @@ class Sources:
         """`scale`: size of the result relative to the first picture; None: the size is known."""
         names = ["image" if fitting is None else f"init_images[{index}]" for index in range(len(images))]
         self._pictures: list[tuple[str, str | bytes]] = list(zip(names, images, strict=True))
+        self._pictures += [("controls", control) for control in controls]
+        self._images = len(images)
         if mask is not None:
             self._pictures.append(("mask", mask))
         self._masked = mask is not None
@@ -81,8 +93,8 @@ class Sources:
             if index == 0 and self._scale:
                 self._refuse_large(param, *answer["size"])
 
-    async def decode(self, decoders: Decoders) -> tuple[tuple[bytes, ...], bytes | None]:
-        """Pictures and mask in the form of `Generation`. The encoded ones are released."""
+    async def decode(self, decoders: Decoders) -> Decoded:
+        """The pictures; the encoded ones are released."""
         decoded: list[bytes] = []
         sizes: list[tuple[int, int]] = []
         fitting = self._fitting
@@ -91,7 +103,8 @@ class Sources:
             param, data = self._pictures.pop(0)
             assert isinstance(data, bytes)
             if not self._pictures and self._masked:
-                return tuple(decoded), await self._mask(decoders, param, data, fit, sizes[0])
+                mask = await self._mask(decoders, param, data, fit, sizes[0])
+                return Decoded(tuple(decoded[: self._images]), mask, tuple(decoded[self._images :]))
             options = {"fit": fit, "crop": fitting.crop} if fitting and fit else {}
             answer, png = await decoders.run("picture", data, param, **options)
             if fitting and fit is None:
@@ -100,7 +113,7 @@ class Sources:
             decoded.append(png)
             width, height = answer["size"]
             sizes.append((width, height))
-        return tuple(decoded), None
+        return Decoded(tuple(decoded[: self._images]), None, tuple(decoded[self._images :]))
 
     async def _mask(
         self, decoders: Decoders, param: str, data: bytes, fit: tuple[int, int] | None, first: tuple[int, int]

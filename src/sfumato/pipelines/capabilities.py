@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from sfumato.core import Generation
+from sfumato.core import Abilities, Generation, Input
 from sfumato.errors import InvalidRequest
 from sfumato.sampling import clip_layer
 
@@ -21,9 +21,6 @@ AUTO_PIPELINES = {"image": "AutoPipelineForImage2Image", "mask": "AutoPipelineFo
 
 TASKS: Mapping[str, str] = MappingProxyType({"text": "text-to-image", "image": "image-to-image", "mask": "inpainting"})
 """What a request brings → the task."""
-
-NEEDS_PICTURE = re.compile(r"Img2Img|Inpaint|Depth2Img|Upscale|SuperResolution|InstructPix2Pix|ControlNet|Edit")
-"""Names of classes that need a source picture, whatever their signature's defaults say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +39,9 @@ UPSCALERS: Mapping[str, Upscaler] = MappingProxyType(
     }
 )
 """diffusers' upscaler classes."""
+
+UPSCALING = Abilities(("upscaling",), (Input("prompt", 0, 1, ("text",)), Input("image", 1, 1, ("picture",))))
+"""What each of them is asked for."""
 
 
 def upscaler(pipeline: Any) -> Upscaler | None:
@@ -80,48 +80,9 @@ def _parameters(call: Any) -> Mapping[str, inspect.Parameter]:
     )
 
 
-def needs_picture(pipeline: Any) -> bool:
-    """Whether it cannot draw from a prompt alone."""
-    if declared := declared_tasks(pipeline):
-        return "text-to-image" not in declared
-    return _needs_picture(type(pipeline).__name__, parameters_of(pipeline))
-
-
-def _needs_picture(name: str, parameters: Mapping[str, inspect.Parameter]) -> bool:
-    image = parameters.get("image")
-    required = image is not None and image.default is inspect.Parameter.empty
-    return required or (image is not None and bool(NEEDS_PICTURE.search(name)))
-
-
-def supports(pipeline: Any, task: str) -> bool:
-    """Whether the class itself supports `image` (a source picture without a mask) or `mask`."""
-    if declared := declared_tasks(pipeline):
-        return TASKS[task] in declared
-    return _supports(parameters_of(pipeline), task)
-
-
-def _supports(parameters: Mapping[str, inspect.Parameter], task: str) -> bool:
-    return "mask_image" in parameters if task == "mask" else "image" in parameters and "mask_image" not in parameters
-
-
 def tasks(pipeline: Any) -> tuple[str, ...]:
-    """The subset of text-to-image, image-to-image, inpainting and upscaling that the weights support."""
-    return declared_tasks(pipeline) or tasks_of(type(pipeline).__name__, parameters_of(pipeline))
-
-
-def declared_tasks(pipeline: Any) -> tuple[str, ...]:
-    """The tasks that a class states itself (`modular.adapted`); empty for one whose signature shows them."""
+    """The tasks that a class states itself (`modular.adapted`); empty for one that `models.class_reading` reads."""
     return getattr(type(pipeline), "tasks", ())
-
-
-def tasks_of(name: str, parameters: Mapping[str, inspect.Parameter]) -> tuple[str, ...]:
-    """The same, from the class's name and its call's parameters."""
-    if name in UPSCALERS:
-        return ("upscaling",)
-    supported = {"text-to-image": not _needs_picture(name, parameters)}
-    for task in ("image", "mask"):
-        supported[TASKS[task]] = _supports(parameters, task) or has_task_class(name, task)
-    return tuple(name_of_task for name_of_task, is_supported in supported.items() if is_supported)
 
 
 def has_task_class(name: str, task: str) -> bool:

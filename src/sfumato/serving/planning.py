@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from sfumato import schedulers
 from sfumato.config import ModelConfig
-from sfumato.core import MAX_SEED, QUALITIES, Generation, Limits, StorePicture
+from sfumato.core import MAX_SEED, QUALITIES, Control, Generation, Limits, StorePicture
 from sfumato.errors import InvalidRequest
 from sfumato.pictures.fitting import Fitting
 from sfumato.sampling import MAX_PROMPT, PARAMETERS, Parameter, Sampling, prompt_pair
@@ -42,6 +42,10 @@ class ImageRequest:
     """Source pictures: file bytes, base64, `data:` URI or http(s) URL."""
     mask: str | bytes | None = None
     """White is redrawn; if the mask has transparency, transparent areas are redrawn."""
+    mask_from_alpha: bool = False
+    """Whether the first picture's fully transparent areas are the mask, if none is sent and the model takes one."""
+    controls: Sequence[Control] = ()
+    """Their pictures as the source pictures."""
     fitting: Fitting | None = None
     """Set if pictures and mask follow AUTOMATIC1111's conventions; None: OpenAI's."""
     mask_padding: int | None = None
@@ -108,10 +112,12 @@ def plan(request: ImageRequest, config: ModelConfig, limits: Limits, max_picture
             split_prompt=request.split_prompt,
             seed=seed,
             mask_padding=request.mask_padding,
+            mask_from_alpha=request.mask_from_alpha and request.mask is None,
             quality=request.quality,
             transparent=request.transparent,
             upscale=request.upscale,
             savings=request.savings,
+            controls=tuple(replace(control, image=b"") for control in request.controls),
             previews=request.previews,
             caller=request.caller,
             limits=limits,
@@ -121,18 +127,22 @@ def plan(request: ImageRequest, config: ModelConfig, limits: Limits, max_picture
             keep_alive=request.keep_alive,
         )
         if not request.operator:
-            generation = _enabled(config, generation, bool(request.images))
+            generation = _enabled(config, generation, bool(request.images or request.controls))
         generations += [replace(generation, id=uuid.uuid4().hex, seed=seed + i) for i in range(n)]
     return generations
 
 
 def _check_pictures(request: ImageRequest) -> None:
     _check_range("mask_padding", request.mask_padding, 0, MAX_PADDING)
-    if request.mask_padding is not None and request.mask is None:
+    if request.mask_padding is not None and request.mask is None and not request.mask_from_alpha:
         raise InvalidRequest("masked_area_only: needs a mask; send `mask` too", param="masked_area_only")
     if len(request.images) > MAX_PICTURES:
         raise InvalidRequest(
             f"image: {len(request.images)} pictures; at most {MAX_PICTURES} are allowed", param="image"
+        )
+    if len(request.controls) > MAX_PICTURES:
+        raise InvalidRequest(
+            f"controls: {len(request.controls)} control pictures; at most {MAX_PICTURES} are allowed", param="controls"
         )
     if request.mask is not None and not request.images:
         raise InvalidRequest("mask: needs a picture to redraw; send `image` too", param="mask")

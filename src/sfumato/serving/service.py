@@ -15,13 +15,15 @@ from typing import TypeAlias
 
 from sfumato import logs
 from sfumato.config import ModelConfig
-from sfumato.core import Done, Failed, Limits, Step
+from sfumato.core import Abilities, Done, Failed, Limits, Step
 from sfumato.engine.protocol import Engine, Load, Pin, Unload
 from sfumato.errors import Cancelled, RequestNotFound, SfumatoError, TimedOut, TooManyRequests, WorkerDied
+from sfumato.models.static_capabilities import static_capabilities
 from sfumato.pictures.budget import Budget, Share
 from sfumato.pictures.decoder_pool import Decoders
 from sfumato.pictures.fetch import PictureFetcher
-from sfumato.pictures.sources import Sources, encoded_size, file_of
+from sfumato.pictures.sources import Decoded, Sources, encoded_size, file_of
+from sfumato.pipelines import inputs
 from sfumato.serving.catalog import Catalog
 from sfumato.serving.job import CANCELLED, Arrival, Job, Part, Progress
 from sfumato.serving.metrics import Metrics
@@ -30,6 +32,9 @@ from sfumato.serving.queue import MAX_RETRY_AFTER_S, Queue
 from sfumato.settings import Settings
 
 log = logging.getLogger(__name__)
+
+FORESEEN_S = 5.0
+"""How long what the files of a model say holds: many requests may wait for it while it loads."""
 
 MAX_REMEMBERED = 256
 """Number of ended requests whose progress is still available."""
@@ -55,6 +60,8 @@ class Service:
         self._arrivals: list[Arrival] = []
         self._jobs: list[Job] = []
         self._pins: dict[str, bool] = {}
+        self._foreseen: dict[str, tuple[Abilities | None, ModelConfig | None, float]] = {}
+        """Model → what its file and its folder say of it, of which version of the file, and when they were read."""
         self._ended: deque[Progress] = deque(maxlen=MAX_REMEMBERED)
 
     async def start(self) -> None:
@@ -90,10 +97,11 @@ class Service:
         self.catalog.refresh()
         config = self.catalog.get(request.model)
         generations = plan(request, config, self.limits, self.settings.max_n)
+        await self._check_inputs(request, config)
         share = self.budget.share()
         try:
             self._admit(config, len(generations))
-            tickets = self.queue.join(request.caller, len(generations), ready=not request.images)
+            tickets = self.queue.join(request.caller, len(generations), ready=not (request.images or request.controls))
         except TooManyRequests as error:
             self.metrics.record_rejection(error.code)
             raise
@@ -248,7 +256,7 @@ class Service:
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None  # the first failure is why the others were cancelled
 
-    async def _take_pictures(self, job: Job, sources: Sources) -> tuple[tuple[bytes, ...], bytes | None]:
+    async def _take_pictures(self, job: Job, sources: Sources) -> Decoded:
         """Fetch the pictures immediately, and decode them when the job's turn has come."""
         await sources.fetch(self.fetcher, self.decoders)
         tickets = [part.ticket for part in job.parts]
@@ -280,9 +288,7 @@ class Service:
         self._jobs.remove(job)
         self._ended.append(job.progress())
 
-    async def _draw_picture(
-        self, job: Job, index: int, part: Part, pictures: asyncio.Task[tuple[tuple[bytes, ...], bytes | None]] | None
-    ) -> None:
+    async def _draw_picture(self, job: Job, index: int, part: Part, pictures: asyncio.Task[Decoded] | None) -> None:
         queued_at = time.monotonic()
         await part.ticket.called.wait()
         turn_at = time.monotonic()
@@ -290,8 +296,12 @@ class Service:
         try:
             generation = part.generation
             if pictures:
-                images, mask = await pictures
-                generation = replace(generation, images=images, mask=mask)
+                decoded = await pictures
+                controls = [
+                    replace(control, image=png)
+                    for control, png in zip(generation.controls, decoded.controls, strict=True)
+                ]
+                generation = replace(generation, images=decoded.images, mask=decoded.mask, controls=tuple(controls))
             async with aclosing(self.engine.submit(job.config, generation)) as events:
                 async for event in events:
                     match event:
@@ -320,14 +330,35 @@ class Service:
                 retry_after=min(config.retry_after, MAX_RETRY_AFTER_S),
             )
 
+    async def _check_inputs(self, request: ImageRequest, config: ModelConfig) -> None:
+        """Raises InvalidRequest for what a model that is not loaded cannot draw, so that it is not loaded for nothing.
+
+        The engine checks it for all models; what it knows may be of an earlier version of the file.
+        """
+        if self.engine.status(config.name).info:
+            return
+        known, config_read, read_at = self._foreseen.get(config.name, (None, None, -FORESEEN_S))
+        if config_read != config or time.monotonic() > read_at + FORESEEN_S:
+            known = (await asyncio.to_thread(static_capabilities, config)).abilities
+            self._foreseen[config.name] = known, config, time.monotonic()
+        if abilities := known:
+            inputs.check(
+                config.name,
+                abilities,
+                pictures=len(request.images),
+                mask=request.mask is not None,
+                controls=len(request.controls),
+            )
+
     def _sources(self, request: ImageRequest, share: Share) -> Sources | None:
         """Raises RequestTooLarge or TooManyRequests if the pictures exceed the budget."""
-        if not request.images:
+        if not request.images and not request.controls:
             return None
         derived = request.sampling.size is None
         return Sources(
             request.images,
             request.mask,
+            [control.image for control in request.controls],
             share=share,
             limits=self.limits,
             fitting=request.fitting,

@@ -82,6 +82,16 @@ class ModelLimits(BaseModel):
     max_concurrent: int | None
 
 
+class ModelInput(BaseModel):
+    """A field of requests that the model takes."""
+
+    name: str = Field(description="prompt, image, mask or controls.")
+    required: bool
+    least: int
+    most: int | None = Field(description="null: as many as the server allows.")
+    roles: list[str] = Field(description="What they are for, in the order in which they are sent.")
+
+
 class ModelExtension(BaseModel):
     """Sfumato's additions to OpenAI's model object."""
 
@@ -95,8 +105,11 @@ class ModelExtension(BaseModel):
     description: str | None
     pipeline: str | None = Field(description="diffusers class; null until known.")
     tasks: list[str] | None = Field(
-        description="Read from its files; null if none is on this disk and it was not loaded yet."
+        description="Of text-to-image, label-to-image (the prompt is a class's name or number), image-to-image, "
+        "inpainting and upscaling. Read from its files; null if none is on this disk and it was not loaded yet. "
+        "Empty if it draws no picture: `detail` says why."
     )
+    inputs: list[ModelInput] | None = Field(description="What requests may or must send; null where `tasks` is.")
     enable_parameters: list[str]
     defaults: ModelDefaults
     limits: ModelLimits

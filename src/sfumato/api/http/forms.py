@@ -114,7 +114,8 @@ _OBJECT = TypeAdapter(dict[str, Any])
 
 def openapi_body(kind: type[BaseModel], *, required: bool = True) -> dict[str, Any]:
     """Its OpenAPI description: the same fields as JSON and as a form, each with all its aliases."""
-    schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
+    schema = kind.model_json_schema()
+    schema = _inlined(schema, schema.pop("$defs", {}))
     for name, info in kind.model_fields.items():
         if isinstance(info.validation_alias, AliasChoices):
             also = [alias for alias in info.validation_alias.choices if isinstance(alias, str) and alias != name]
@@ -128,6 +129,17 @@ def openapi_body(kind: type[BaseModel], *, required: bool = True) -> dict[str, A
                 schema.setdefault("allOf", []).append({"anyOf": any_of})
     content = {type: {"schema": schema} for type in ("application/json", FORMS[0])}
     return {"requestBody": {"required": required, "content": content}}
+
+
+def _inlined(schema: Any, parts: dict[str, Any]) -> Any:
+    """A schema without references: FastAPI does not collect the parts of one that it has not made."""
+    if isinstance(schema, list):
+        return [_inlined(each, parts) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        schema = parts[schema["$ref"].rpartition("/")[2]]
+    return {key: _inlined(value, parts) for key, value in schema.items()}
 
 
 def _bodies(request: Request) -> Bodies:

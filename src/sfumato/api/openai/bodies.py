@@ -6,20 +6,28 @@ a picture is a file. Unlisted fields are kept in `model_extra` without effect.
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
 
 from sfumato.api.fields import BLANK, KeepAlive, PictureCount, Seed, Text, openai_field
-from sfumato.core import MAX_SEED, QUALITIES
+from sfumato.core import MAX_SEED, QUALITIES, Control
 from sfumato.sampling import MAX_PROMPT, PARAMETERS, Sampling
-from sfumato.serving.planning import DEFAULT_PADDING, MAX_PADDING, RANDOM_SEED, ImageRequest, size_of
+from sfumato.serving.planning import (
+    DEFAULT_PADDING,
+    MAX_PADDING,
+    MAX_PICTURES,
+    RANDOM_SEED,
+    ImageRequest,
+    size_of,
+)
 
 MAX_PARTIAL_IMAGES = 3
 
 GPT_FIELDS = ("background", "output_format", "output_compression", "moderation")
-PICTURE_FIELDS = ("image", "file", "files", "ref_images", "mask")
+PICTURE_FIELDS = ("image", "file", "files", "ref_images", "mask", "controls")
 GPT_QUALITIES = ("auto", "low", "medium", "high")
 
 
@@ -41,6 +49,53 @@ Picture: TypeAlias = str | bytes
 OnePicture: TypeAlias = Picture | dict[str, Any]
 Pictures: TypeAlias = Annotated[
     list[Picture], BeforeValidator(_listed, json_schema_input_type=OnePicture | list[OnePicture])
+]
+
+
+def _of_text(value: Any) -> Any:
+    """A list of controls; in a form it is JSON."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value or "[]")
+        except (ValueError, RecursionError):
+            raise ValueError('must be a list as JSON, [{"image": "..."}]') from None
+    return [value] if isinstance(value, dict) else value or []
+
+
+class ControlBody(BaseModel):
+    """A picture that a ControlNet or an adapter of the model follows."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    image: Annotated[Picture, BeforeValidator(_url_of, json_schema_input_type=OnePicture)] = Field(
+        description="Base64, data: URI or http(s) URL."
+    )
+    weight: Annotated[float, Field(ge=0, le=10)] | None = Field(None, description="How strongly; absent: 1.")
+    start: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="0..1: the part of the steps after which it begins; absent: 0."
+    )
+    end: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="0..1: the part of the steps after which it ends; absent: 1."
+    )
+    mode: Annotated[int, Field(ge=0, le=100)] | None = Field(
+        None, description="Number of the kind of control, for nets that know several."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            raise ValueError('each must be an object, {"image": "..."}')
+        if unknown := sorted(map(str, data.keys() - cls.model_fields.keys())):
+            raise ValueError(f"{', '.join(unknown)[:200]} is not known; {', '.join(cls.model_fields)} are valid")
+        return data
+
+    def to_control(self) -> Control:
+        return Control(self.image, self.weight, self.start, self.end, self.mode)
+
+
+Controls: TypeAlias = Annotated[
+    list[ControlBody], BeforeValidator(_of_text, json_schema_input_type=list[ControlBody] | ControlBody | str)
 ]
 Percent: TypeAlias = Annotated[Annotated[int, Field(ge=0, le=100)] | None, BLANK]
 PartialImages: TypeAlias = Annotated[Annotated[int, Field(ge=0, le=MAX_PARTIAL_IMAGES)] | None, BLANK]
@@ -159,6 +214,13 @@ class PaintBody(Body):
     output_compression: Percent = Field(None, description="Quality of webp and jpeg; absent: 100, the best.")
     stream: Annotated[bool | None, BLANK] = Field(None, description="Answer with server-sent events.")
     partial_images: PartialImages = Field(None, description="Number of previews per picture in the stream.")
+    controls: Controls = Field(
+        [],
+        max_length=MAX_PICTURES,
+        description="Pictures that the model's ControlNets or adapters follow: `image`, `weight` (1 is as trained), "
+        "`start` and `end` (0..1 of the steps), `mode` (kind, for nets with several); in a form, JSON. "
+        "/v1/models has how many a model takes.",
+    )
     safety_identifier: str | None = Field(None, description="Same as `user`.")
     detached: Annotated[bool | None, BLANK] = Field(
         None,
@@ -190,6 +252,7 @@ class PaintBody(Body):
                 "transparent": self.background == "transparent",
                 "previews": (self.partial_images or 0) if self.stream else 0,
                 "detached": bool(self.detached),
+                "controls": [control.to_control() for control in self.controls],
             }
             | more
         )
@@ -238,7 +301,9 @@ class EditsBody(PaintBody):
         description=f"The picture to edit, or several if the model supports that. {_PICTURE}",
     )
     mask: Annotated[Picture | None, BeforeValidator(_url_of)] = Field(
-        None, description="Same size as the first picture; transparent areas are redrawn."
+        None,
+        description="Same size as the first picture; transparent areas are redrawn. "
+        "Absent: the fully transparent areas of the first picture, if it has some and the model takes a mask.",
     )
     masked_area_only: Annotated[bool | None, BLANK] = Field(
         None,
@@ -263,6 +328,7 @@ class EditsBody(PaintBody):
             images=self.image,
             mask=None if self.mask == "" else self.mask,
             mask_padding=padding if self.masked_area_only else None,
+            mask_from_alpha=True,
             **more,
         )
 

@@ -1,0 +1,54 @@
+"""The pictures of a request as the class on these weights takes them: which of its pipelines, mask and controls."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from PIL import Image
+
+from sfumato.core import Control, Generation
+from sfumato.errors import InvalidRequest
+from sfumato.models import class_reading
+from sfumato.models.load import Loaded
+from sfumato.pictures import images
+from sfumato.pipelines import inputs
+
+OWN = "own"
+"""Task of the loaded class itself; other tasks are `image` and `mask`, of its siblings on the same weights."""
+
+
+def complete(model: Loaded, generation: Generation) -> tuple[str, Generation]:
+    """The task, and the generation with the mask and the controls that it implies.
+
+    A picture's transparency may be its mask; where a class draws only under a mask, a picture without one is redrawn as
+    a whole; where it needs a control picture and no other, a picture is that. Raises InvalidRequest naming the input
+    that is missing, or that the model does not take.
+    """
+    kin = class_reading.kin_of_pipeline(model.pipeline)
+    can = class_reading.abilities_of(model.config, kin)
+    inputs.check(
+        model.config.name, can,
+        pictures=len(generation.images), mask=bool(generation.mask), controls=len(generation.controls),
+    )  # fmt: skip
+    mask, mask_from_alpha = generation.mask, False
+    if mask is None and kin.as_control() and not generation.controls and generation.images:
+        controls = tuple(Control(image) for image in generation.images)
+        return OWN, replace(generation, images=(), controls=controls, mask_from_alpha=False)
+    if mask is None and generation.images and generation.mask_from_alpha and kin.with_mask():
+        mask = images.alpha_mask(generation.images[0])
+        mask_from_alpha = mask is not None
+    if mask is None and generation.images and kin.with_mask() and not kin.without_mask():
+        mask = images.png(Image.new("L", images.size(generation.images[0]), 255))
+    if mask is None and generation.mask_padding is not None:
+        raise InvalidRequest("masked_area_only: needs a mask; send `mask` too", param="masked_area_only")
+    generation = replace(generation, mask=mask, mask_from_alpha=mask_from_alpha)
+    chosen = kin.with_mask() if mask else kin.without_mask() if generation.images else kin.own
+    if chosen is kin.own or chosen is None:
+        return OWN, generation
+    return "mask" if mask else "image", generation
+
+
+def recorded(control: Control) -> tuple[str, float | None, float | None, float | None, int | None]:
+    """A control as a recipe keeps it."""
+    assert isinstance(control.image, bytes)
+    return images.fingerprint(control.image), control.weight, control.start, control.end, control.mode

@@ -1,0 +1,76 @@
+"""The picture in what a pipeline returns, whatever its output class calls it."""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from sfumato.errors import DrawError
+
+FIELDS = ("images", "image", "rgb", "prediction", "frames", "video")
+"""Fields of outputs that hold pictures."""
+
+BESIDES = ("depth",)
+"""Fields of outputs that hold another picture, which is not returned."""
+
+VISUALISED = re.compile(r"\w*?([A-Z][a-z]+)Output")
+"""The last word of an output class's name: its image processor has a `visualize_` for the word."""
+
+
+def picture_of(pipeline: Any, output: Any) -> tuple[Image.Image, list[str]]:
+    """The picture, and warnings for what else there was. Raises DrawError if there is none."""
+    for field in FIELDS:
+        value = getattr(output, field, None)
+        if value is None:
+            continue
+        warnings = [
+            f"{each}: {type(pipeline).__name__} makes one too; it is not returned"
+            for each in BESIDES
+            if getattr(output, each, None) is not None
+        ]
+        if field == "prediction":
+            return _visualised(pipeline, output, value)
+        return _first(value, layers=field == "images"), warnings
+    raise DrawError(f"{type(pipeline).__name__} returned no picture but {type(output).__name__}")
+
+
+def _first(value: Any, *, layers: bool) -> Image.Image:
+    """The first picture of a batch. `layers`: a list within the batch is composited, else its first is taken."""
+    while isinstance(value, list) and value and not isinstance(value[0], Image.Image):
+        value = value[0]
+        if layers and isinstance(value, list) and isinstance(value[0], Image.Image):
+            layers_of_one: list[Image.Image] = [layer.convert("RGBA") for layer in value]
+            return functools.reduce(Image.alpha_composite, layers_of_one)
+    if isinstance(value, list):
+        value = value[0]
+    return value if isinstance(value, Image.Image) else _of_numbers(value)
+
+
+def _of_numbers(value: Any) -> Image.Image:
+    """Of an array (..., height, width, channels) or a tensor (..., channels, height, width), 0 .. 1."""
+    array = value.float().cpu().movedim(-3, -1).numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+    while array.ndim > 3:
+        array = array[0]
+    pixels = (array.clip(0, 1) * 255).round().astype(np.uint8)
+    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+
+
+def _visualised(pipeline: Any, output: Any, prediction: Any) -> tuple[Image.Image, list[str]]:
+    """A predicted map as the pipeline's own image processor shows it; of several maps the first."""
+    match = VISUALISED.fullmatch(type(output).__name__)
+    show = getattr(pipeline.image_processor, f"visualize_{match[1].lower()}", None) if match else None
+    if show is None:
+        return _first(prediction, layers=False), []
+    properties = getattr(pipeline, "target_properties", None)
+    shown = (show(prediction, properties) if properties else show(prediction))[0]
+    if not isinstance(shown, dict):
+        return _first(shown, layers=False), []
+    first, *others = shown
+    return _first(shown[first], layers=False), [
+        f"prediction: {first} is returned, {', '.join(others)} is not"
+    ] if others else []
