@@ -101,11 +101,10 @@ print(json.dumps(missing))
         "import torch.distributed.tensor; assert not torch.distributed.is_initialized()",
         "import diffusers.models.transformers as t; assert t.transformer_flux.FluxPosEmbed",
         "import torch._dynamo.config; assert torch._dynamo.config.verbose is not None; torch._dynamo.reset()",
-        "import diffusers; from diffusers.quantizers import auto as a; from torchao.quantization import"
-        " Int8WeightOnlyConfig as I; q = a.DiffusersAutoQuantizer.from_config(diffusers.TorchAoConfig(I())); q.validate_environment()",
-        "import transformers; from transformers.quantizers import auto as a; from torchao.quantization import"
-        " Int8WeightOnlyConfig as I; q = a.AutoHfQuantizer.from_config(transformers.TorchAoConfig(I()));"
-        " q.validate_environment()",
+        "from diffusers import TorchAoConfig as C; from diffusers.quantizers.auto import DiffusersAutoQuantizer as Q;"
+        "from torchao.quantization import Int8WeightOnlyConfig as I; Q.from_config(C(I())).validate_environment()",
+        "from transformers import TorchAoConfig as C; from transformers.quantizers.auto import AutoHfQuantizer as Q;"
+        "from torchao.quantization import Int8WeightOnlyConfig as I; Q.from_config(C(I())).validate_environment()",
     ],
 )
 def test_it_works_then(code: str) -> None:

@@ -65,6 +65,8 @@ class Repository:
     entries: dict[str, Entry]
     commit: str
     token: str | None
+    card: dict[str, Any]
+    """Of its README: what it says of itself."""
 
 
 class Refused(Exception):
@@ -101,11 +103,11 @@ class Hub:
         self._thread = threading.Thread(target=self._server.serve_forever, name="hub", daemon=True)
         self._thread.start()
 
-    def add(self, repo: str, folder: Path, *, token: str | None = None) -> str:
+    def add(self, repo: str, folder: Path, *, token: str | None = None, card: dict[str, Any] | None = None) -> str:
         """Serves the files of `folder` as `repo`; returns the commit. Adding again is a new commit.
 
         With `token` the repository is gated: anyone may look at its list of files, but content needs
-        this token. As on the real hub, no token is 401 and a wrong one 403.
+        this token. As on the real hub, no token is 401 and a wrong one 403. `card`: what its README says of itself.
         """
         entries = {
             source.relative_to(folder).as_posix(): _entry(source)
@@ -115,7 +117,7 @@ class Hub:
         listing = "".join(f"{path} {entry.etag}\n" for path, entry in entries.items())
         commit = hashlib.sha1(listing.encode()).hexdigest()
         with self._lock:
-            self._repositories[repo] = Repository(entries, commit, token)
+            self._repositories[repo] = Repository(entries, commit, token, card or {})
         return commit
 
     def downloads(self, repo: str) -> dict[str, int]:
@@ -296,6 +298,7 @@ class Handler(BaseHTTPRequestHandler):
                 "disabled": False,
                 "tags": ["diffusers"],
                 "library_name": "diffusers",
+                "cardData": repository.card,
                 "siblings": [{"rfilename": path} for path in repository.entries],
             }
         )
