@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -109,3 +110,46 @@ print(json.dumps(missing))
 )
 def test_it_works_then(code: str) -> None:
     assert run(code + "\nprint(json.dumps(True))")
+
+
+def test_two_threads_may_use_a_deferred_module_first(tmp_path: Path) -> None:
+    """One executes it; the other waits for all of it."""
+    (tmp_path / "slow_module.py").write_text(
+        "import gate\nfirst = 1\ngate.entered.set()\nassert gate.go.wait(60)\nsecond = 2\n"
+    )
+    (tmp_path / "gate.py").write_text("import threading\nentered, go = threading.Event(), threading.Event()\n")
+    assert run(f"""
+import threading
+sys.path.insert(0, {str(tmp_path)!r})
+lean_imports.DEFERRED["slow_module"] = {{}}
+import gate, slow_module
+seen = []
+def use(name):
+    seen.append(getattr(slow_module, name))
+threads = [threading.Thread(target=use, args=(name,)) for name in ("first", "second")]
+threads[0].start()
+assert gate.entered.wait(60)
+threads[1].start()
+threads[1].join(0.2)
+assert seen == []  # neither has it before all of it was executed
+gate.go.set()
+for each in threads:
+    each.join(60)
+print(json.dumps(sorted(seen)))
+""") == [1, 2]
+
+
+def test_a_deferred_module_that_fails_is_tried_again(tmp_path: Path) -> None:
+    (tmp_path / "first_time.py").write_text("tries = globals().get('tries', 0) + 1\nassert tries > 1\nvalue = 5\n")
+    assert (
+        run(f"""
+sys.path.insert(0, {str(tmp_path)!r})
+lean_imports.DEFERRED["first_time"] = {{}}
+import first_time
+try:
+    first_time.value
+except AssertionError:
+    print(json.dumps(first_time.value))
+""")
+        == 5
+    )

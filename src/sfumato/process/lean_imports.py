@@ -21,6 +21,7 @@ import ast
 import importlib
 import importlib.util
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder, SourceLoader
 from importlib.machinery import ModuleSpec, PathFinder
@@ -81,13 +82,12 @@ def install() -> None:
 class _Finder(MetaPathFinder):
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         parent = sys.modules.get(name.rpartition(".")[0])
-        if type(parent) is _DeferredModule and name not in INDEPENDENT:
-            # Their submodules import each other in a circle, which only works when entered at the top.
-            parent.run()
-            if imported := sys.modules.get(name):
-                spec = ModuleSpec(name, _AlreadyImported(imported))
-                vars(imported)["__spec__"] = spec  # import continues with it; torch's configs refuse assignment
-                return spec
+        # Their submodules import each other in a circle, which only works when entered at the top.
+        executed = type(parent) is _DeferredModule and name not in INDEPENDENT and parent.run()
+        if executed and (imported := sys.modules.get(name)):
+            spec = ModuleSpec(name, _AlreadyImported(imported))
+            vars(imported)["__spec__"] = spec  # import continues with it; torch's configs refuse assignment
+            return spec
         if name not in LAZY_PACKAGES and name not in DEFERRED:
             return None
         found = PathFinder.find_spec(name, path)
@@ -143,19 +143,34 @@ class _Deferred(Loader):
         vars(module).update(self._stand_ins)
 
 
-class _DeferredModule(ModuleType):
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or type(self) is not _DeferredModule:  # the import system looks at these
-            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-        self.run()
-        return getattr(self, name)
+_LOCK = "_sfumato_lock"
 
-    def run(self) -> None:
+
+class _DeferredModule(ModuleType):
+    """Executed by the thread that first uses it; others wait: models are loaded in threads while others draw."""
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("__") and self.run():  # the import system looks at names with underscores
+            return getattr(self, name)
+        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+
+    def run(self) -> bool:
+        """Whether it has been executed now; otherwise this thread is in the middle of that."""
         spec = self.__spec__
-        assert spec and isinstance(spec.loader, _Deferred)
-        self.__class__ = ModuleType  # type: ignore[assignment]
-        spec.loader = spec.loader._loader
-        spec.loader.exec_module(self)
+        assert spec
+        with vars(self).setdefault(_LOCK, threading.RLock()):
+            if type(self) is not _DeferredModule:
+                return True
+            if not isinstance(deferred := spec.loader, _Deferred):
+                return False
+            spec.loader = deferred._loader
+            try:
+                spec.loader.exec_module(self)
+            except BaseException:
+                spec.loader = deferred  # the next use tries again
+                raise
+            self.__class__ = ModuleType  # type: ignore[assignment]
+            return True
 
 
 class _AlreadyImported(Loader):
