@@ -24,7 +24,7 @@ from sfumato.api.a1111.bodies import NEUTRAL, DrawBody, Img2ImgBody, Txt2ImgBody
 from sfumato.config import ModelConfig
 from sfumato.core import Event, Generation
 from sfumato.errors import InvalidPicture
-from sfumato.pictures.sources import Sources
+from sfumato.pictures.sources import Decoded, Sources
 from sfumato.serving.catalog import EMBEDDED, Catalog
 from sfumato.serving.service import Service
 from sfumato.settings import Settings
@@ -493,14 +493,14 @@ def test_a_blurred_mask_leaves_what_is_far(ann: httpx.Client) -> None:
     assert images[0].convert("RGB").crop(far).tobytes() == SOURCE.crop(far).tobytes()
 
 
-def prepared(body: Img2ImgBody, **settings: Any) -> tuple[tuple[bytes, ...], bytes | None]:
+def prepared(body: Img2ImgBody, **settings: Any) -> Decoded:
     """Pictures and mask of a body, as the engine gets them."""
     service = Service(Catalog([]), FakeEngine(), Settings(**settings))
     fitting = body.fitting()
     images, mask = body.sources()
     assert (body.init_images, body.mask) == ([], None)
 
-    async def run() -> tuple[tuple[bytes, ...], bytes | None]:
+    async def run() -> Decoded:
         scale = None if fitting.size else 1
         sources = Sources(
             images, mask, share=service.budget.share(), limits=service.limits, fitting=fitting, scale=scale
@@ -516,7 +516,7 @@ def prepared(body: Img2ImgBody, **settings: Any) -> tuple[tuple[bytes, ...], byt
 
 def mask_of(mask: Image.Image, **more: Any) -> Image.Image:
     body = Img2ImgBody(init_images=[base64_of(SOURCE)], mask=base64_of(mask), mask_blur=0, **more)
-    prepared_mask = prepared(body)[1]
+    prepared_mask = prepared(body).mask
     assert prepared_mask
     return Image.open(io.BytesIO(prepared_mask))
 
@@ -539,7 +539,7 @@ def test_a_picture_is_stretched_or_cropped(mode: int | None, corner: str) -> Non
     wide = Image.new("RGB", (128, 64), "lime")
     wide.paste("red", (0, 0, 32, 64))
     body = Img2ImgBody(init_images=[base64_of(wide)], width=64, height=64, resize_mode=mode)
-    image = Image.open(io.BytesIO(prepared(body)[0][0]))
+    image = Image.open(io.BytesIO(prepared(body).images[0]))
     assert image.size == (64, 64)
     assert image.getpixel((2, 2)) == Image.new("RGB", (1, 1), corner).getpixel((0, 0))
     assert bool(body.warnings()) == (mode in (2, 3))
