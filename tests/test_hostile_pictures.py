@@ -164,8 +164,13 @@ class Held:
             httpx.post, f"{self._server.url}/v1/images/generations", json=self._body, headers=headers, timeout=300
         )
         where = f"/v1/images/progress/{self._id}"
-        # Its model is told once it is in the queue; its id is known from before its body was read.
-        within(60, lambda: bool(self._server.client.get(where).json().get("model")))
+
+        def is_in_the_queue() -> bool:
+            """Its id is known from before its body was read, its model from then on; another test had the same id."""
+            seen = self._server.client.get(where).json()
+            return bool(seen.get("model")) and seen["status"] in ("queued", "drawing")
+
+        within(60, is_in_the_queue)
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -105,6 +105,7 @@ NAMES: dict[str, tuple[str, ...]] = {
 TOUCHED = {name.rpartition(".")[2].rpartition(":")[2] for names in NAMES.values() for name in names} | {
     "_cache_config", "_diffusers_hook", "_state_cache", "_all_hooks", "_hf_hook", "_old_forward", "_use_default_values",
     "_orig_mod", "_version", "_C", "_class_name", "_name_or_path", "_diffusers_version", "_ignore_files",
+    "_workflow_map", "_blocks_class_name", "_lora_loadable_modules", "_commit_hash",
 }  # fmt: skip
 """Private names that a test here touches."""
 
@@ -114,7 +115,7 @@ OWN = {
     ("_k", "api/file_parameters.py"), ("_Bar", "models/download.py"),
     # Parts of file names and functions that are looked for: see `test_packages_of_a_class_are_found`.
     ("_available", "models/pipeline_class.py"), ("_objects", "models/pipeline_class.py"),
-    ("_and_", "models/pipeline_class.py"),
+    ("_and_", "models/pipeline_class.py"), ("_embeds", "drawing/weights.py"), ("_unpatchify", "pipelines/modular.py"),
     # The standard library's, documented in spite of the underscore.
     ("_getframe", "batching/stand_in.py"), ("_exit", "process/worker.py"), ("_replace", "models/weight_file.py"),
 }  # fmt: skip
@@ -198,6 +199,17 @@ def test_offload_hooks_are_where_they_are_looked_for() -> None:
     assert "prev_module_hook" in inspect.getsource(type(hook.hook).pre_forward), words
     assert "_all_hooks" in inspect.getsource(diffusers.DiffusionPipeline.enable_model_cpu_offload), words
     assert not offload.enabled(tiny.ddpm())
+
+
+def test_modular_pipelines_say_what_they_are_made_of() -> None:
+    blocks = diffusers.StableDiffusionXLAutoBlocks()
+    assert "text2image" in blocks._workflow_map, mend("pipelines/modular.py")
+    assert "_blocks_class_name" in inspect.getsource(diffusers.ModularPipeline), mend("models/modular.py")
+
+
+def test_components_say_what_adapters_and_caches_need() -> None:
+    assert "unet" in diffusers.StableDiffusionPipeline._lora_loadable_modules, mend("models/sharing.py")
+    assert "_commit_hash" in inspect.getsource(transformers.PretrainedConfig), mend("models/sharing.py")
 
 
 def test_torch_says_its_state() -> None:

@@ -121,7 +121,7 @@ class Hub:
         return commit
 
     def downloads(self, repo: str) -> dict[str, int]:
-        """How many times the content of each path was sent or begun; looking at headers does not count."""
+        """How many times the content of each path was sent or begun; looks at headers and first bytes do not count."""
         with self._lock:
             return dict(self._downloads.get(repo, {}))
 
@@ -339,7 +339,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             self._send(status, "application/octet-stream", content, headers)
             return
-        hub.begin(repo, path)
+        if not (span and span[2]):
+            hub.begin(repo, path)
         half = len(content) // 2
         self._send(status, "application/octet-stream", content[:half], headers, length=len(content))
         hub.sent[repo, path] += half

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from sfumato import schedulers
 from sfumato.api.dependencies import TheService
@@ -32,10 +32,12 @@ class ModelBody(BaseModel):
 
 
 class UnloadBody(BaseModel):
-    """Of `POST /v1/models/unload`."""
+    """Of `POST /v1/models/unload`. A misspelt field is refused: without a model all are unloaded."""
+
+    model_config = ConfigDict(extra="forbid")
 
     model: Annotated[
-        str | None, Field(max_length=MAX_NAME, description="A name from /v1/models; absent: all models.")
+        str | None, Field(min_length=1, max_length=MAX_NAME, description="A name from /v1/models; absent: all models.")
     ] = None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -18,6 +19,7 @@ from sfumato.serving.catalog import Catalog
 from sfumato.settings import Settings
 
 NAME = re.compile(r"[^\w.+-]+")
+MAX_NAME = 100
 
 
 def add(source: str, name: str | None, base: str | None, settings: Settings) -> tuple[Path, str]:
@@ -27,7 +29,14 @@ def add(source: str, name: str | None, base: str | None, settings: Settings) -> 
     """
     text, path = _written(source, settings.models)
     name = name or _name_of(text)
-    file = settings.models / f"{NAME.sub('-', name)}.yaml"
+    stem = NAME.sub("-", name).strip("-.")
+    if not stem or not name.isprintable() or len(name) > MAX_NAME:
+        raise InvalidRequest(
+            f"name: {name[:MAX_NAME]!r}: up to {MAX_NAME} letters, digits, spaces and signs are valid. Give "
+            "another with --name",
+            param="name",
+        )
+    file = settings.models / f"{stem}.yaml"
     _check_free(name, file, settings)
     config = ModelConfig(name=name, model=text, folder=settings.models.absolute(), base_model=base)
     found, config = _inspect(config)
@@ -41,7 +50,7 @@ def add(source: str, name: str | None, base: str | None, settings: Settings) -> 
     values = {"backend": "diffusers", "name": name, "parameters.model": text, "diffusers.pipeline_type": pipeline}
     if config.base_model:
         values["diffusers.base_model"] = config.base_model
-    values |= defaults.of(pipeline, found.folder, found.index, found.header, f"{name} {text}")
+    values |= defaults.of(pipeline, found.folder, found.index, found.header, f"{name} {_name_of(text)}")
     tasks = static_capabilities.static_capabilities(replace(config, pipeline_type=pipeline)).tasks or ()
     if {"image-to-image", "inpainting"} & set(tasks):
         enabled = sorted({*ModelConfig.enable_parameters, "image"})
@@ -60,7 +69,7 @@ SHOWN = {
 
 def _written(source: str, models: Path) -> tuple[str, Path | None]:
     """The source as the model file has it, and where it is on this disk: paths are relative to the folder of models."""
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))  # noqa: PTH111, of a user that does not exist it makes nothing
     for candidate in (path, models / path):
         if candidate.exists() and not re.match(r"[A-Za-z][\w+.-]*://", source):
             found = candidate.absolute()

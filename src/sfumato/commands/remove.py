@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sfumato.config import Broken, ModelConfig, ParsedFile, Redirect
+from sfumato.config import Broken, ModelConfig, ParsedFile, Redirect, Skipped
 from sfumato.errors import InvalidRequest, ModelNotFound, StorageError, did_you_mean
 from sfumato.models import stored
 from sfumato.serving.catalog import EMBEDDED, Catalog
@@ -79,9 +79,10 @@ def carry_out(removal: Removal) -> None:
 
 def _find(name: str, everything: list[tuple[Path, ParsedFile]]) -> tuple[Path, ParsedFile]:
     names: dict[str, tuple[Path, ParsedFile]] = {}
-    for file, outcome in everything:
-        for each in _names(outcome):
-            names.setdefault(each, (file, outcome))
+    for of in (_names, _aliases):  # a name wins over an alias, as in the catalog
+        for file, outcome in everything:
+            for each in of(outcome):
+                names.setdefault(each, (file, outcome))
     if name not in names:
         raise ModelNotFound(f"There is no model {name[:100]!r}.{did_you_mean(name, names)}", param="model")
     return names[name]
@@ -89,8 +90,8 @@ def _find(name: str, everything: list[tuple[Path, ParsedFile]]) -> tuple[Path, P
 
 def _names(outcome: ParsedFile) -> tuple[str, ...]:
     match outcome:
-        case ModelConfig(name=name, aliases=aliases):
-            return (name, *aliases)
+        case ModelConfig(name=name):
+            return (name,)
         case Broken(names=names):
             return names
         case Redirect(name=name):
@@ -98,25 +99,30 @@ def _names(outcome: ParsedFile) -> tuple[str, ...]:
     return ()
 
 
+def _aliases(outcome: ParsedFile) -> tuple[str, ...]:
+    return outcome.aliases if isinstance(outcome, ModelConfig) else ()
+
+
 class _Users:
     """Why a file has to stay: another model uses it, or may."""
 
     def __init__(self, removed: ModelConfig, everything: list[tuple[Path, ParsedFile]]) -> None:
         self._by: dict[Path, str] = {}
-        self._unreadable: list[tuple[Path, str]] = []
+        self._others: list[tuple[Path, str, str]] = []
+        """Files that are not read as a model's: path, text, and why."""
         for file, outcome in everything:
             if isinstance(outcome, ModelConfig) and outcome is not removed:
                 for path in _all_files(outcome):
                     self._by.setdefault(path.resolve(), outcome.name)
-            elif isinstance(outcome, Broken):
-                self._unreadable.append((file, file.read_text(encoding="utf-8", errors="replace")))
+            elif isinstance(outcome, Broken | Skipped):
+                why = "has an error" if isinstance(outcome, Broken) else "is for another backend"
+                self._others.append((file, file.read_text(encoding="utf-8", errors="replace"), why))
 
     def __call__(self, path: Path) -> str:
-        owner = self._by.get(path.resolve())
-        if owner:
+        inside = path.resolve()
+        if owner := next((self._by[each] for each in (inside, *inside.parents) if each in self._by), ""):
             return f"{owner} uses it"
-        file = next((file for file, text in self._unreadable if path.name in text), None)
-        return f"{file} has an error and names it" if file else ""
+        return next((f"{file} {why} and names it" for file, text, why in self._others if path.name in text), "")
 
 
 def _all_files(config: ModelConfig) -> Iterator[Path]:

@@ -54,7 +54,7 @@ def read(
 
     for field, text in texts.items():
         texts[field] = pattern.sub(lambda match, field=field: replaced(field, match), text)  # type: ignore[misc]
-        for unknown in _EXPLICIT.findall(texts[field]):
+        for unknown in _EXPLICIT.findall(pattern.sub("", text)):
             if unknown.casefold() in by_name:
                 continue
             known = f"there are {', '.join(sorted(names)[:20])}" if names else "there are none"

@@ -88,6 +88,7 @@ def _offload(model: Loaded) -> str:
         return ""
     sharing.unshare(model.pipeline)
     model.task_pipelines.clear()
+    model.state.kept = ()  # its tensors are the pipeline's, which now move
     if model.state.offload == "none" and low_memory.is_ordered(model.pipeline):
         offload.enable(model.pipeline, model.device)
         model.state.offload = "model"

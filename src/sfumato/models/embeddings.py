@@ -77,11 +77,11 @@ def vectors(path: Path, config: ModelConfig) -> dict[str, Any]:
         )
     try:
         state = torch.load(path, "cpu", weights_only=True) if is_pickle(path) else load_file(path)
-    except Exception as error:  # whatever a damaged file makes torch raise
+        if isinstance(state.get("string_to_param"), dict):  # AUTOMATIC1111's pickles
+            state = state["string_to_param"]
+        tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor) and value.ndim}
+    except Exception as error:  # whatever a damaged file makes torch raise, or one that holds something else
         raise LoadError(f"{path.name} cannot be read: {type(error).__name__}") from None
-    if isinstance(state, dict) and isinstance(state.get("string_to_param"), dict):  # AUTOMATIC1111's pickles
-        state = state["string_to_param"]
-    tensors = {name: value for name, value in dict(state).items() if isinstance(value, torch.Tensor)}
     return {name: value.reshape(-1, value.shape[-1]).float() for name, value in _vectors(tensors, path).items()}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -53,6 +53,8 @@ class Needs:
     components: Mapping[str, int]
     device: str = "cpu"
     dtype: str = "fp32"
+    shared: Blocks = field(default_factory=dict)
+    """What it will use of components in memory: they stay there while it waits, also if their model leaves."""
     by_layer: bool = False
     """Whether its layers wait in main memory, so that no component is ever whole on an accelerator."""
 

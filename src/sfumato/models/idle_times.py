@@ -32,7 +32,7 @@ class IdleTimes:
     def left(self, name: str) -> float:
         """Seconds that an idle model may still stay; infinite if nothing limits them."""
         now = self._clock()
-        return self._since.get(name, now) + self._stays.get(name, math.inf) - now
+        return self._since.get(name, now) + self.of(name) - now
 
     def of(self, name: str) -> float:
         """Seconds that it stays once it is idle."""

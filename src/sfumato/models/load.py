@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import logging
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -66,6 +66,8 @@ class ModelState:
     """What of the weights waits in main memory: since it was loaded, or since memory ran out."""
     broken: str = ""
     """What a request changed and could not restore; new requests do not use such a model."""
+    kept: tuple[torch.nn.Module, ...] = ()
+    """Components without this model's adapters, for other models to share; their tensors are the pipeline's own."""
     embeddings: dict[str, str] = field(default_factory=dict)
     """Hash of each textual inversion that its tokenizers and text encoders have → its tokens."""
 
@@ -86,8 +88,6 @@ class Loaded:
     state: ModelState = field(default_factory=ModelState)
     preview_decoder: CheapDecoder | None = None
     """Cheap preview decoder; None: previews use the model's own VAE."""
-    kept: tuple[torch.nn.Module, ...] = ()
-    """Components without this model's adapters, for other models to share; their tensors are the pipeline's own."""
 
     def blocks(self) -> footprint.Blocks:
         """The memory blocks that its weights take."""
@@ -134,7 +134,7 @@ def load(
         preview_decoder = _load_preview_decoder(config, components.private_view(pipeline), place, dtype)
         state = ModelState(offload=_place(config, pipeline, place, components.given))
         if state.offload == "none":
-            components.make_known(pipeline)
+            state.kept = components.make_known(pipeline)
     except SfumatoError:
         raise
     except Exception as error:  # whatever a pipeline's loading code raises, the caller gets a readable message
@@ -145,9 +145,7 @@ def load(
         raise LoadError(f"{config.name}: {type(error).__name__}: {addresses.redact(str(error))}") from error
     pipeline.set_progress_bar_config(disable=True)
     log.info("%s: %s from %s on %s in %s", config.name, type(pipeline).__name__, source, place, dtype)
-    model = Loaded(
-        config, pipeline, source, place, dtype, state=state, preview_decoder=preview_decoder, kept=components.kept
-    )
+    model = Loaded(config, pipeline, source, place, dtype, state=state, preview_decoder=preview_decoder)
     if model.savings:
         log.info("%s: saves memory with %s", config.name, ", ".join(model.savings))
     return model
@@ -169,7 +167,7 @@ def _pipeline(
         described = fetched.description or fetched.path
         shared.identify(fetched.path, described, fetched.files, index, variant, (device, dtype))
     make_room(_needs(config, sizes, shared.find(), device, dtype))
-    given = shared.find()  # another model may have left, or have been loaded, while this one waited
+    given = shared.find()  # more than before, if another model was loaded while this one waited
     with download.as_download_errors(fetched.label):
         if fetched.description and not fetched.files:
             return _single_file(config, fetched, cls, dtype, index, **given), fetched, dtype
@@ -208,11 +206,12 @@ def _sizes(
 
 
 def _needs(
-    config: ModelConfig, sizes: Mapping[str, int], shared: Container[str], device: str, dtype: str
+    config: ModelConfig, sizes: Mapping[str, int], shared: Mapping[str, torch.nn.Module], device: str, dtype: str
 ) -> footprint.Needs:
     """What its own weights will take, without `shared` components."""
     own = {name: size for name, size in sizes.items() if name not in shared}
-    return footprint.Needs(own, device, dtype, by_layer=config.offload == "group")
+    in_memory = footprint.blocks(shared.values())
+    return footprint.Needs(own, device, dtype, in_memory, by_layer=config.offload == "group")
 
 
 def _folder(config: ModelConfig, folder: Path, cls: Any, dtype: str, index: dict[str, Any], **components: Any) -> Any:
@@ -327,10 +326,10 @@ def _place(
             if all(module is not other for other in shared):
                 module.to(device)
     elif chosen == "model":
-        sharing.unshare(pipeline)
+        sharing.unshare(pipeline, shared)
         offload.enable(pipeline, device)
     else:
-        sharing.unshare(pipeline)
+        sharing.unshare(pipeline, shared)
         offload.enable_groups(pipeline, device, precision.is_denoiser)
     return chosen
 

@@ -7,10 +7,9 @@ import gc
 import logging
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 from sfumato import allocator
 from sfumato.batching import cpu_threads, offload
@@ -18,26 +17,19 @@ from sfumato.batching.batcher import is_out_of_memory
 from sfumato.config import ModelConfig
 from sfumato.core import ModelInfo, ModelStatus
 from sfumato.errors import Cancelled, LoadError, ModelTooLarge
-from sfumato.models import footprint, load
+from sfumato.models import footprint, load, reload
 from sfumato.models.budget import Budget
 from sfumato.models.idle_times import IdleTimes
 from sfumato.models.loading import CANCELLED, Loading
 from sfumato.models.release import release_frames
 from sfumato.models.sharing import Sharing
 from sfumato.models.turns import Turns
-from sfumato.sampling import Sampling
 
 log = logging.getLogger(__name__)
 
 UNLOAD_REQUESTED = "unloading was requested"
-
-PER_REQUEST: Mapping[str, Any] = {
-    "aliases": (), "pinned": False, "disabled": False, "file": None, "enable_parameters": frozenset(),
-    "quality_steps": (), "seed": None, "n": None, "option_lines": (), "locked": frozenset(),
-    "threads": None, "max_concurrent": None, "keep_alive": None,
-    "retry_after": 0,
-}  # fmt: skip
-"""Fields without effect on loading, with a value that replaces them in comparisons."""
+LONGEST_S = 30 * 86400
+"""Whoever waits longer is woken by a request before; clocks cannot count to all that may be written."""
 
 
 class ModelPool:
@@ -181,7 +173,7 @@ class ModelPool:
     def until_expiry(self) -> float | None:
         """Seconds until an idle model is to be unloaded; None if none is."""
         soonest = min(self._idle().values(), default=math.inf)
-        return None if math.isinf(soonest) else max(0.0, soonest)
+        return None if soonest > LONGEST_S else max(0.0, soonest)
 
     def close(self) -> None:
         """End the loads in progress as soon as possible."""
@@ -196,12 +188,12 @@ class ModelPool:
         while True:
             self.tend()
             loaded, loading = self._loaded.get(name), self._loadings.get(name)
-            if loaded and _serves(loaded, config):
+            if loaded and reload.serves(loaded, config):
                 if not self._short_of_room:
                     self._to_unload.discard(name)  # it is requested again
                     self._users[name] += 1
                     return self._take(loaded, config)
-            elif loading is None or _loading_config(loading.config) == _loading_config(config):
+            elif loading is None or reload.loading_config(loading.config) == reload.loading_config(config):
                 return self._join(loading or self._begin(config, turn), config, turn, order=order)
             turn()
 
@@ -285,10 +277,13 @@ class ModelPool:
             self._unload(name, self._loaded[name].state.broken or "its model file changed")
         self._forget_broken()
         staying = [self._blocks[other] for other, model in self._loaded.items() if self._pinned(model)]
+        staying.append(needs.shared)
         if refusal := self._budget.refusal(name, needs, staying):
             loading.refuse(ModelTooLarge(refusal))
         else:
-            while len(self._loaded) >= self._limit or not self._budget.fits(needs, self._blocks.values()):
+            while len(self._loaded) >= self._limit or not self._budget.fits(
+                needs, [*self._blocks.values(), needs.shared]
+            ):
                 idle = self._oldest()
                 if idle is None and any(self._users.values()):
                     return
@@ -325,6 +320,8 @@ class ModelPool:
         error = loading.error
         if loading.cancelled:
             loading.model = None
+            if error is not None:
+                release_frames(error)
             self._free()
         elif error is None:
             self._enter(loading)
@@ -350,7 +347,10 @@ class ModelPool:
         name = loading.config.name
         gc.collect()
         if not self._free_caches() and not self._evict_idle():
-            message = f"{name}: does not fit into memory. Try `low_vram: true`, a smaller dtype or cuda: false"
+            message = (
+                f"{name}: does not fit into memory. Write `offload: group`, `quantization`, a smaller "
+                "dtype or `cuda: false` into its file"
+            )
             self._fail(loading, LoadError(message))
             return
         offload.empty_cache()
@@ -359,12 +359,15 @@ class ModelPool:
 
     def _fail(self, loading: Loading, error: BaseException) -> None:
         loading.error = error
+        self._to_unload.discard(loading.config.name)
         release_frames(error)
         self._free()
         self._on_status(loading.config.name, ModelStatus("failed", getattr(error, "message", repr(error))))
 
     def describe_again(self, model: load.Loaded) -> None:
-        """Report a loaded model's capabilities: a request has changed them."""
+        """Report a loaded model's capabilities and memory: a request has changed them."""
+        if model.config.name in self._blocks:
+            self._blocks[model.config.name] = model.blocks()
         self._on_status(model.config.name, self._ready(model))
 
     def _ready(self, model: load.Loaded) -> ModelStatus:
@@ -427,14 +430,3 @@ class ModelPool:
         gc.collect()
         offload.empty_cache()
         allocator.trim()
-
-
-def _serves(model: load.Loaded, config: ModelConfig) -> bool:
-    """Whether the loaded model can serve a request with `config`."""
-    return not model.state.broken and _loading_config(model.config) == _loading_config(config)
-
-
-def _loading_config(config: ModelConfig) -> ModelConfig:
-    """The config without the fields that each request reads itself: changing only those does not reload."""
-    sampling = Sampling(scheduler=config.sampling.scheduler, clip_skip=config.sampling.clip_skip)  # `load` checks these
-    return replace(config, **PER_REQUEST, sampling=sampling)

@@ -30,6 +30,10 @@ PRIVATE_WORDS = ("_name_or_path", "_diffusers_version", "transformers_version", 
 """Entries of a config.json that say where it comes from."""
 
 
+_SHARED: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+"""Modules that a second model was loaded with."""
+
+
 @dataclass(frozen=True, slots=True)
 class Identity:
     """What a component is, before its weights are read."""
@@ -92,8 +96,6 @@ class Components:
         """Those that were in memory already."""
         self._originals: dict[str, torch.nn.Module] = {}
         """Those of which the pipeline has twins."""
-        self.kept: tuple[torch.nn.Module, ...] = ()
-        """Those without the model's adapters, of which the pipeline has twins."""
 
     def identify(
         self,
@@ -156,16 +158,20 @@ class Components:
         view.__dict__["vae"] = twin(pipeline.vae)
         return view
 
-    def make_known(self, pipeline: Any) -> None:
-        """The model is loaded, with all of it on its device: others may share its components."""
+    def make_known(self, pipeline: Any) -> tuple[torch.nn.Module, ...]:
+        """The model is loaded, with all of it on its device: others may share its components.
+
+        Returns those without the model's adapters, of which the pipeline has twins.
+        """
+        _SHARED.update(self.given)
         for name, original in self._originals.items():
             if original not in self.given:
                 _follow(original, getattr(pipeline, name))
-        self.kept = tuple(self._originals.values())
         for name, identity in self._identities.items():
             module = self._originals.get(name, getattr(pipeline, name, None))
             if self._known and isinstance(module, torch.nn.Module) and _is_plain(module):
                 self._known.add(identity, module)
+        return tuple(self._originals.values())
 
 
 def twin(module: torch.nn.Module) -> torch.nn.Module:
@@ -194,7 +200,11 @@ def _is_plain(module: torch.nn.Module) -> bool:
     return all(type(parameter) is torch.nn.Parameter for parameter in module.parameters())
 
 
-def unshare(pipeline: Any) -> None:
-    """Give the pipeline twins of all its modules, before something such as hooks that offload changes them for good."""
-    modules = {name: module for name, module in pipeline.components.items() if isinstance(module, torch.nn.Module)}
+def unshare(pipeline: Any, given: Iterable[torch.nn.Module] = ()) -> None:
+    """Give the pipeline twins of the modules that other models may use, before hooks that offload change them for good.
+
+    `given`: those that it was loaded with just now.
+    """
+    shared = {id(module) for module in (*_SHARED, *given)}
+    modules = {name: module for name, module in pipeline.components.items() if id(module) in shared}
     pipeline.register_modules(**{name: twin(module) for name, module in modules.items() if _is_plain(module)})

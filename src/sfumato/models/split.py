@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sfumato.config import ModelConfig
+from sfumato.config import ModelConfig, addresses
 from sfumato.errors import LoadError, ModelFileError
 from sfumato.models import contents, diffusers_source, sources, weight_header
 from sfumato.models.contents import Contents
@@ -133,7 +133,7 @@ def _encoders(base: Base) -> dict[str, tuple[int, int]]:
 def _place(
     config: ModelConfig, name: str, file: Path, encoders: Mapping[str, tuple[int, int]], assigned: Mapping[str, Path]
 ) -> str:
-    header = weight_header.of_file(file)
+    header, name = weight_header.of_file(file), addresses.redact(name)
     contents.refuse_layout(contents.of(header), name, "diffusers.text_encoders", readable=())
     sizes = contents.words_and_width(header)
     for part, wanted in encoders.items():

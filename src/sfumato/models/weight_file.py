@@ -409,8 +409,10 @@ def _sidecar(target: Path, extension: str) -> Path:
 
 
 def records(target: Path) -> list[Path]:
-    """What is kept beside a file because it was downloaded; empty if it was put there by hand."""
+    """What is kept beside a file because it was downloaded; empty if it was put there by hand, also later."""
     if (version := _version(target)) is None or not version.downloaded:
+        return []
+    if target.is_file() and version.size not in (None, target.stat().st_size):
         return []
     return [path for path in (_sidecar(target, name) for name in ("source", "part", "lock")) if path.exists()]
 

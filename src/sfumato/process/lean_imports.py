@@ -82,8 +82,9 @@ def install() -> None:
 class _Finder(MetaPathFinder):
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         parent = sys.modules.get(name.rpartition(".")[0])
-        # Their submodules import each other in a circle, which only works when entered at the top.
-        executed = type(parent) is _DeferredModule and name not in INDEPENDENT and parent.run()
+        # Their submodules import each other in a circle, which only works when entered at the top. If another thread is
+        # doing that it must not be waited for: it may wait for the submodule that is being imported here.
+        executed = type(parent) is _DeferredModule and name not in INDEPENDENT and parent.run(0)
         if executed and (imported := sys.modules.get(name)):
             spec = ModuleSpec(name, _AlreadyImported(imported))
             vars(imported)["__spec__"] = spec  # import continues with it; torch's configs refuse assignment
@@ -144,6 +145,8 @@ class _Deferred(Loader):
 
 
 _LOCK = "_sfumato_lock"
+PATIENCE_S = 60
+"""How long a thread waits for another that executes the module; that one might wait for an import of this one."""
 
 
 class _DeferredModule(ModuleType):
@@ -154,11 +157,13 @@ class _DeferredModule(ModuleType):
             return getattr(self, name)
         raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
 
-    def run(self) -> bool:
-        """Whether it has been executed now; otherwise this thread is in the middle of that."""
-        spec = self.__spec__
+    def run(self, patience_s: float = PATIENCE_S) -> bool:
+        """Whether it has been executed now; otherwise a thread, this one or another, is in the middle of that."""
+        spec, lock = self.__spec__, vars(self).setdefault(_LOCK, threading.RLock())
         assert spec
-        with vars(self).setdefault(_LOCK, threading.RLock()):
+        if not lock.acquire(timeout=patience_s):
+            return False
+        try:
             if type(self) is not _DeferredModule:
                 return True
             if not isinstance(deferred := spec.loader, _Deferred):
@@ -171,6 +176,8 @@ class _DeferredModule(ModuleType):
                 raise
             self.__class__ = ModuleType  # type: ignore[assignment]
             return True
+        finally:
+            lock.release()
 
 
 class _AlreadyImported(Loader):

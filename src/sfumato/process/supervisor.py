@@ -39,7 +39,7 @@ from sfumato.engine.protocol import (
     Unload,
 )
 from sfumato.engine.streams import Streams
-from sfumato.errors import RequestTooLarge, WorkerDied
+from sfumato.errors import Cancelled, RequestTooLarge, WorkerDied
 from sfumato.process import wire
 from sfumato.settings import Settings
 
@@ -92,7 +92,7 @@ class Supervisor:
         self._flights: dict[str, Flight] = {}
         self._pins: dict[str, Pin] = {}
         """Pins that every new worker is told."""
-        self._orders: deque[Order] = deque(maxlen=MAX_ORDERS)
+        self._orders: deque[Order] = deque()
         """Orders that arrived while no worker was up."""
         self._last_message_at = 0.0
         self._restarts = 0
@@ -128,13 +128,21 @@ class Supervisor:
         if self._writer:
             self._post(command)
         elif not isinstance(command, Pin):
+            if len(self._orders) == MAX_ORDERS:
+                self._drop(self._orders[0])
             self._orders.append(command)
+
+    def _drop(self, order: Order) -> None:
+        """Not carry it out; whoever waits for it is told."""
+        self._orders.remove(order)
+        if isinstance(order, Load):
+            error = Cancelled(f"{order.config.name}: it was ordered to leave before it was loaded")
+            self._streams.deliver(Ordered(order.id, error=error))
 
     async def carry_out(self, command: Load | Unload) -> Ordered:
         if isinstance(command, Unload) and not self._writer:  # nothing is loaded, and now nothing will be
-            kept = [order for order in self._orders if not _undoes(command, order)]
-            self._orders.clear()
-            self._orders.extend(kept)
+            for order in [order for order in self._orders if _undoes(command, order)]:
+                self._drop(order)
             return Ordered("")
         return await self._streams.carried_out(command, self.order)
 

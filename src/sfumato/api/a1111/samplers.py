@@ -41,7 +41,8 @@ def choose(sampler: str | None, schedule_type: str | None) -> SamplerChoice:
     """The scheduler for a request's `sampler_name` and `scheduler`; unsupported parts are dropped with a warning."""
     sampler, schedule_type = (sampler or "")[:MAX_NAME], (schedule_type or AUTOMATIC)[:MAX_NAME]
     if not sampler.strip():
-        return SamplerChoice()
+        alone = schedule_type.strip().casefold() not in ("", AUTOMATIC.casefold())
+        return SamplerChoice(None, (f"scheduler: {schedule_type!r} needs a sampler_name beside it",) if alone else ())
     match = _parse_sampler(sampler)
     if match is None:
         return _by_own_name(sampler)
