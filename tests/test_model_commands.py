@@ -243,6 +243,41 @@ def test_remove_never_leaves_the_folder(sources: tuple[Hub, Path], settings: Set
         plan("nobody", settings)
 
 
+def test_remove_leaves_what_others_use(sources: tuple[Hub, Path], settings: Settings) -> None:
+    """Inside a folder that another model loads, in the file of another backend, and what was put there since."""
+    models = settings.models
+    here = "download_files: [{{uri: 'hf://acme/files/one.safetensors', filename: {}}}]\nparameters: {{model: {}}}\n"
+    for name, file in (("a", "base/x.safetensors"), ("b", "clip.safetensors"), ("c", "mine.safetensors")):
+        (models / f"{name}.yaml").write_text(here.format(file, file))
+        pull(name, settings)
+    (models / "base" / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    (models / "other.yaml").write_text("name: other\nparameters: {model: base}\n")
+    (models / "llm.yaml").write_text("name: llm\nbackend: llama-cpp\nparameters: {model: clip.safetensors}\n")
+    (models / "mine.safetensors").write_bytes(b"by hand")
+    for name, why in (("a", "other uses it"), ("b", "another backend"), ("c", "did not download it")):
+        removal = plan(name, settings)
+        assert removal.files == (models / f"{name}.yaml",)
+        assert why in str(removal)
+
+
+def test_remove_takes_the_model_of_that_name_before_an_alias(settings: Settings) -> None:
+    (settings.models / "a.yaml").write_text("name: a\naliases: [b]\nparameters: {model: acme/a}\n")
+    (settings.models / "b.yaml").write_text("name: b\nparameters: {model: acme/b}\n")
+    assert plan("b", settings).files == (settings.models / "b.yaml",)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "new\nline", "..."])
+def test_names_that_cannot_be_a_files_are_refused(settings: Settings, name: str) -> None:
+    with pytest.raises(InvalidRequest, match="name"):
+        add("tiny/flux", name, None, settings)
+    assert not list(settings.models.glob("*.yaml"))
+
+
+def test_no_file_is_hidden_by_its_name(settings: Settings) -> None:
+    file, _ = add("tiny/flux", "../evil", None, settings)
+    assert file == settings.models / "evil.yaml"
+
+
 def test_the_command_line_asks_before_it_deletes(settings: Settings) -> None:
     folder = ["--models", str(settings.models)]
     add("tiny/flux", None, None, settings)

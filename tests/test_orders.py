@@ -82,6 +82,8 @@ def test_the_memory_is_free_when_the_answer_comes(server: Server) -> None:
     order(server, "unload", model="one")  # it is not there: that is what was wanted
     assert server.client.post("/v1/models/unload").json() == {"success": True}  # without a body: all
     assert server.client.post("/models/unload", json={}).json() == {"success": True}
+    for misspelt in ({"modle": "one"}, {"model": ""}):  # not all of them
+        assert server.client.post("/models/unload", json=misspelt).status_code == 400
 
 
 def test_what_models_take_is_told(server: Server) -> None:

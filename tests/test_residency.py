@@ -122,6 +122,8 @@ def test_idle_models_leave_after_their_time(configs: dict[str, ModelConfig]) -> 
     assert sorted(pool.sizes) == ["b", "c"]
     used("b", keep_alive=math.inf)
     assert pool.until_expiry() is None  # c is pinned
+    used("b", keep_alive=keep_alive_seconds("9999999999h"))
+    assert pool.until_expiry() is None  # longer than a clock can count
     used("b")  # the latest request decides; without a word it is the server's
     clock.now += 60
     pool.tend()

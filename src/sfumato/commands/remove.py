@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from sfumato.config import Broken, ModelConfig, ParsedFile, Redirect, Skipped
-from sfumato.errors import InvalidRequest, ModelNotFound, StorageError, did_you_mean
-from sfumato.models import stored
+from sfumato.errors import InvalidRequest, ModelNotFound, SfumatoError, StorageError, did_you_mean
+from sfumato.models import sources, stored
 from sfumato.serving.catalog import EMBEDDED, Catalog
 from sfumato.settings import Settings
+
+RECORD = re.compile(r"\.(.+)\.(?:source|part|lock)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,12 +124,18 @@ class _Users:
 
     def __call__(self, path: Path) -> str:
         inside = path.resolve()
+        if RECORD.fullmatch(inside.name):  # what is kept beside a file stays with it
+            inside = inside.with_name(RECORD.sub(r"\1", inside.name))
         if owner := next((self._by[each] for each in (inside, *inside.parents) if each in self._by), ""):
             return f"{owner} uses it"
-        return next((f"{file} {why} and names it" for file, text, why in self._others if path.name in text), "")
+        return next((f"{file} {why} and names it" for file, text, why in self._others if inside.name in text), "")
 
 
 def _all_files(config: ModelConfig) -> Iterator[Path]:
     found = stored.of(config)
     yield from found.files
     yield from found.downloaded
+    with suppress(SfumatoError):  # a source that is not there uses nothing
+        source = sources.resolve(config)
+        if isinstance(source, sources.Folder):
+            yield source.path  # with all that is in it
