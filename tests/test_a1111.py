@@ -389,8 +389,8 @@ def test_the_table_has_every_solver_once() -> None:
         ("euler_beta", None, "euler_beta"),
         ("dpmpp_2m", None, "dpmpp_2m"),
         ("k_dpp_sde", None, "k_dpmpp_sde"),
-        (None, "Karras", None),
         ("", None, None),
+        (None, "Automatic", None),
     ],
 )
 def test_names_are_understood(sampler: str | None, schedule: str | None, ours: str | None) -> None:
@@ -400,6 +400,7 @@ def test_names_are_understood(sampler: str | None, schedule: str | None, ours: s
 @pytest.mark.parametrize(
     ("sampler", "schedule", "ours", "words"),
     [
+        (None, "Karras", None, "needs a sampler_name"),
         ("No such sampler", None, None, "sampler_name: there is no sampler 'No such sampler'."),
         ("DPM++ 2S a", None, None, "Did you mean 'DPM++ 2S'?"),
         ("Euler a", "Karras", "euler_a", "scheduler: Euler a does not support the schedule 'Karras'"),
