@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from sfumato.cli import app
 from sfumato.pictures import recipe
 from support.hub import Hub
 
@@ -119,6 +121,11 @@ def test_models_and_check(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "modle" in done.stdout
     assert "Did you mean 'parameters.model'?" in done.stdout
+
+
+def test_check_of_a_folder_that_is_not_there_fails(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["check", str(tmp_path / "nowhere")])
+    assert done.exit_code == 2
 
 
 def test_help_is_quick_because_it_imports_little(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from diffusers import FluxPipeline
-from gguf import GGUFWriter
 from huggingface_hub import export_folder_as_dduf
 from safetensors.torch import save_file
 
@@ -170,16 +169,6 @@ def test_each_is_drawn_right(name: str, at_hub: tuple[Hub, Path]) -> None:
 # Offline.
 
 
-def gguf(path: Path) -> None:
-    writer = GGUFWriter(path, "flux")
-    for name, tensor in tiny.flux(seed=9).transformer.state_dict().items():
-        writer.add_tensor(name, tensor.float().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 SOURCES = {
     "repository": "parameters: {model: acme/sd}",
     "repository at a commit": "parameters: {model: 'acme/sd@COMMIT'}",
@@ -205,7 +194,7 @@ def sources(
     root = tmp_path_factory.mktemp("files")
     shutil.copy(checkpoint, root / "one.safetensors")
     shutil.copy(checkpoint, root / "one")
-    gguf(root / "flux.gguf")
+    tiny.gguf(root / "flux.gguf")
     save_file(tiny.flux(seed=9).transformer.state_dict(), root / "denoiser.safetensors")
     encoder = FluxPipeline.from_pretrained(repositories["tiny/flux"]).text_encoder_2
     kept = {name: tensor for name, tensor in encoder.state_dict().items() if "embed_tokens" not in name}

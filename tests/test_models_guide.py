@@ -13,7 +13,6 @@ import pytest
 import torch
 import yaml
 from diffusers import FluxPipeline, StableDiffusionPipeline
-from gguf import GGUFWriter
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -36,16 +35,6 @@ def test_every_key_has_an_example() -> None:
         for key, value in yaml.safe_load(code).items():
             paths |= {f"{key}.{inner}" for inner in value} if key in SECTIONS else {key}
     assert {key.path for key in KEYS} - paths == set()
-
-
-def gguf(path: Path) -> None:
-    writer = GGUFWriter(path, "flux")
-    for name, tensor in tiny.flux(seed=9).transformer.state_dict().items():
-        writer.add_tensor(name, tensor.float().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def lora(pipe: StableDiffusionPipeline, path: Path) -> None:
@@ -74,7 +63,7 @@ def place(
     pipe = StableDiffusionPipeline.from_pretrained(sd)
     lora(pipe, models / "style.safetensors")
     lora(pipe, files / "detail.safetensors")
-    gguf(files / "flux1-schnell-Q4_K_S.gguf")
+    tiny.gguf(files / "flux1-schnell-Q4_K_S.gguf")
     save_file(flux.transformer.state_dict(), models / "diffusion_models" / "flux1-schnell.safetensors")
     save_file(flux.text_encoder.state_dict(), models / "text_encoders" / "clip_l.safetensors")
     t5 = {name: tensor for name, tensor in flux.text_encoder_2.state_dict().items() if "embed_tokens" not in name}

@@ -271,8 +271,8 @@ def test_the_readers_of_source_find_what_they_know() -> None:
     assert exclusive.intrusion(diffusers.StableDiffusionPipeline) == "", mend("batching/exclusive.py")
     flux = scheduler_calls.from_source(diffusers.FluxPipeline)
     assert flux and flux.runs[0].with_values({}) == {"sigmas", "mu"}, mend("pipelines/scheduler_calls.py")
-    assert capabilities.has_task_class("StableDiffusionPipeline", "image"), mend("pipelines/capabilities.py")
-    assert capabilities.has_task_class("FluxPipeline", "mask"), mend("pipelines/capabilities.py")
+    for name, task in (("StableDiffusionPipeline", "image"), ("FluxPipeline", "mask")):
+        assert capabilities.task_class(name, task, controlled=False), mend("pipelines/capabilities.py")
     parameters = class_reading.parameters("StableDiffusionPipeline")
     assert parameters and "clip_skip" in parameters, mend("models/static_capabilities.py")
     _, repositories = single_file._rules()

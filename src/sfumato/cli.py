@@ -175,7 +175,7 @@ def remove(
 
 
 @app.command()
-def check(models: Annotated[Path | None, typer.Argument(help="Folder of model files.")] = None) -> None:
+def check(models: Annotated[Path | None, typer.Argument(exists=True, help="Folder of model files.")] = None) -> None:
     """Explain each model file: what is loaded and from where, which keys are ignored and why, what is wrong."""
     from sfumato.commands.check import check as run
 

@@ -213,6 +213,19 @@ def stable_diffusion_15(seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> D
         )
 
 
+def gguf(path: Path) -> None:
+    """Write the denoiser of a tiny Flux as a GGUF file."""
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(path, "flux")
+    for name, tensor in flux(seed=9).transformer.state_dict().items():
+        writer.add_tensor(name, tensor.float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def save(pipe: DiffusionPipeline, folder: Path, *, variant: str | None = None) -> Path:
     """Writes `pipe` as a diffusers folder of safetensors, `variant` in the file names; returns `folder`."""
     pipe.save_pretrained(folder, safe_serialization=True, variant=variant)

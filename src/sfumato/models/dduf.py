@@ -40,18 +40,6 @@ def index_of(path: Path) -> dict[str, Any]:
     return index
 
 
-def config_of(path: Path, part: str, name: str = "config.json") -> dict[str, Any]:
-    """A component's configuration; empty if there is none."""
-    entry = entries(path).get(f"{part}/{name}")
-    if entry is None or entry.length > MAX_JSON:
-        return {}
-    try:
-        value = json.loads(entry.read_text())
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
 def entries(path: Path) -> Mapping[str, DDUFEntry]:
     """Its entries by name; only the zip's index and `model_index.json` are read. Raises LoadError."""
     try:

@@ -68,6 +68,8 @@ def _dtype(config: ModelConfig, device: str, index: Mapping[str, Any]) -> tuple[
     if config.dtype:
         return config.dtype, ""
     fast = "bf16" if device.startswith("cuda") or (device == "cpu" and _cpu_has_bf16()) else "fp32"
+    if any(precision.draws_without_bf16(str(name)) for name in (config.pipeline_type, index.get("_class_name"))):
+        fast = "fp32"
     if not config.f16:
         return fast, ""
     if not device.startswith("cuda"):

@@ -7,6 +7,7 @@ here, and a family that a new diffusers brings is known on the day.
 
 from __future__ import annotations
 
+import ast
 import functools
 import re
 from collections import Counter
@@ -47,6 +48,18 @@ def made_for(pipeline: str | None, index: Mapping[str, Any]) -> str:
     if votes:
         return "fp16" if votes["fp16"] > votes["bf16"] else "bf16"
     return "bf16" if any(is_language_model(name, cls) for name, cls in parts) else "fp16"
+
+
+@functools.cache
+def draws_without_bf16(pipeline: str) -> bool:
+    """Whether a pipeline class hands its pictures to numpy, which has no bfloat16, as they are (DDPM and others)."""
+    calls = (
+        ast.unparse(node)
+        for function in diffusers_source.methods(pipeline, "__call__")
+        for node in ast.walk(function)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "numpy"
+    )
+    return any("permute(0, 2, 3, 1)" in call and ".float()" not in call for call in calls)
 
 
 @functools.cache

@@ -85,14 +85,6 @@ def tasks(pipeline: Any) -> tuple[str, ...]:
     return getattr(type(pipeline), "tasks", ())
 
 
-def has_task_class(name: str, task: str) -> bool:
-    """Whether diffusers has a class for `task` that shares the weights of the class `name`."""
-    families = {
-        family for mapping in _mappings().values() for family, class_name in mapping.items() if class_name == name
-    }
-    return not families.isdisjoint(_mappings()[_MAPPINGS[task]])
-
-
 def task_class(name: str, task: str, *, controlled: bool) -> str | None:
     """The class for `text`, `image` or `mask` on the weights of the class `name`; `controlled`: with a ControlNet."""
     classes = _mappings()[_MAPPINGS[task]]
