@@ -13,14 +13,11 @@ import sfumato
 ROOT = Path(sfumato.__file__).parent
 
 ROOMS = [
-    "cli", "commands", "api", "serving", "process", "engine", "drawing", "models", "previews", "batching", "pipelines",
-    "pictures", "config", "logs", "schedulers", "settings", "allocator", "core", "sampling",
+    "cli", "commands", "api", "serving", "process", "engine", "drawing", "residency", "models", "checkpoints",
+    "previews", "batching", "pipelines", "pictures", "config", "logs", "schedulers", "settings", "allocator", "core", "sampling",
     "errors",
 ]  # fmt: skip
 """Top to bottom: a folder or a file of `src/sfumato`. A module imports from lower rooms, or from its own."""
-
-BELOW_THE_SEAM = {"drawing", "models", "previews", "batching"}
-"""Rooms that need torch. `engine` has the seam itself, `pipelines` what a class says without its weights."""
 
 WITHOUT_TORCH = [
     "sfumato.cli", "sfumato.commands.serve", "sfumato.commands.generate", "sfumato.commands.check", "sfumato.api.app",

@@ -12,12 +12,12 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 
+from sfumato.checkpoints.static_capabilities import static_capabilities
 from sfumato.config import ModelConfig
 from sfumato.core import Done
 from sfumato.drawing.draw import draw
 from sfumato.drawing.info import model_info
 from sfumato.models import device, load, precision
-from sfumato.models.static_capabilities import static_capabilities
 from sfumato.pictures.images import decoded
 from support import tiny
 from support.drawing import quiet, wanted

@@ -23,11 +23,12 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
 from sfumato import schedulers
+from sfumato.checkpoints import descriptions, download, pipeline_class, static_capabilities, variants
 from sfumato.commands.check import check
 from sfumato.config import Adapter, ModelConfig
 from sfumato.drawing import arguments, draw
 from sfumato.errors import LoadError, ModelFileError, SfumatoError
-from sfumato.models import descriptions, device, download, load, parts, pipeline_class, static_capabilities, variants
+from sfumato.models import device, load, parts
 from sfumato.serving.catalog import Catalog
 from support import tiny
 from support.here import asked, config, cut, drawn, quiet, use

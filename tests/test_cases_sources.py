@@ -16,11 +16,12 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from sfumato.checkpoints import sources, weight_file
 from sfumato.commands.check import check
 from sfumato.config import Broken, Download, ModelConfig, outcomes
 from sfumato.drawing.draw import draw
 from sfumato.errors import DownloadError, LoadError, ModelFileError, SfumatoError
-from sfumato.models import load, sources, weight_file
+from sfumato.models import load
 from sfumato.serving.catalog import Catalog
 from support.here import asked, config, quiet
 from support.hub import Hub

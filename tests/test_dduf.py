@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from huggingface_hub import export_folder_as_dduf
 
+from sfumato.checkpoints import dduf, static_capabilities
 from sfumato.commands.check import check
 from sfumato.errors import LoadError
-from sfumato.models import dduf, load, static_capabilities
+from sfumato.models import load
 from sfumato.serving.catalog import Catalog
 from support.here import config, cut, drawn, quiet
 from support.hub import Hub

@@ -174,7 +174,7 @@ def test_what_cannot_be_loaded_is_refused_in_words(
 
 
 def test_a_hub_that_is_away_is_asked_once_and_the_cache_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sfumato.models import download
+    from sfumato.checkpoints import download
 
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "model_index.json").write_text(json.dumps(INDEX))

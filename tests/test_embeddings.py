@@ -17,11 +17,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import sfumato.commands.generate as command
+from sfumato.checkpoints import embeddings
 from sfumato.core import Done
 from sfumato.drawing import inversions
 from sfumato.drawing.draw import draw
 from sfumato.errors import InvalidRequest
-from sfumato.models import embeddings
 from sfumato.models.load import Loaded
 from sfumato.pictures import recipe
 from sfumato.pictures.images import decoded

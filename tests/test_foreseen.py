@@ -14,10 +14,11 @@ import pytest
 from diffusers.loaders import single_file_utils
 
 from conftest import REPOSITORIES
+from sfumato.checkpoints import class_reading, single_file, static_capabilities
 from sfumato.config import ModelConfig
 from sfumato.drawing import arguments
 from sfumato.drawing.info import model_info
-from sfumato.models import class_reading, load, single_file, static_capabilities
+from sfumato.models import load
 from sfumato.pipelines import capabilities, tokens
 from sfumato.serving.catalog import Catalog
 from support import families, families_moving, families_transformers, tiny
@@ -152,7 +153,7 @@ def test_neither_torch_nor_diffusers_is_imported(repositories: dict[str, Path], 
     told(tmp_path, repositories["tiny/sd3"])
     program = (
         "import sys; from pathlib import Path; from sfumato.serving.catalog import Catalog; "
-        "from sfumato.models.static_capabilities import static_capabilities; "
+        "from sfumato.checkpoints.static_capabilities import static_capabilities; "
         f"assert static_capabilities(Catalog([Path({str(tmp_path)!r})]).get('m')).size_multiple; "
         "sys.exit(' '.join({'torch', 'diffusers', 'transformers'} & set(sys.modules)) or 0)"
     )

@@ -16,10 +16,11 @@ from huggingface_hub.utils import _http
 from safetensors.torch import load_file
 
 from sfumato.api.http import errors as http_errors
+from sfumato.checkpoints import checked, weight_file
 from sfumato.commands.check import check
 from sfumato.errors import DownloadError, LoadError, SfumatoError
-from sfumato.models import checked, load, weight_file
 from sfumato.models import fetch as fetching
+from sfumato.models import load
 from sfumato.serving.catalog import Catalog
 from support.here import config, quiet, use
 from support.hub import Hub

@@ -17,12 +17,13 @@ import pytest
 import torch
 from PIL import Image
 
+from sfumato.checkpoints import class_reading, diffusers_source, pipeline_class, static_capabilities
 from sfumato.commands.check import check
 from sfumato.config import ModelConfig
 from sfumato.drawing import outputs
 from sfumato.drawing.draw import draw
 from sfumato.errors import InvalidRequest, LoadError
-from sfumato.models import class_reading, diffusers_source, load, pipeline_class, static_capabilities
+from sfumato.models import load
 from sfumato.pictures import recipe
 from sfumato.pictures.images import decoded
 from sfumato.pipelines import capabilities

@@ -23,9 +23,9 @@ from sfumato.drawing.draw import draw
 from sfumato.drawing.info import model_info
 from sfumato.errors import DrawError, InvalidRequest
 from sfumato.models.load import Loaded, load
-from sfumato.models.pool import ModelPool
 from sfumato.pictures.images import decoded
 from sfumato.pipelines import capabilities
+from sfumato.residency.pool import ModelPool
 from sfumato.sampling import NAMED, Sampling, flat
 from sfumato.serving.catalog import EMBEDDED, Catalog
 from support import tiny
@@ -130,8 +130,9 @@ def test_siblings_are_those_that_diffusers_makes() -> None:
     for task, mapping in mappings.items():
         for kind in auto.AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values():
             made = auto._get_task_class(mapping, kind.__name__, throw_error_if_not_exist=False)
-            assert capabilities.has_task_class(kind.__name__, task) == (made is not None), kind.__name__
-    assert not capabilities.has_task_class("DDPMPipeline", "image")
+            ours = capabilities.task_class(kind.__name__, task, controlled=False)
+            assert ours == (made.__name__ if made else None), kind.__name__
+    assert capabilities.task_class("DDPMPipeline", "image", controlled=False) is None
 
 
 EVERY = ("text-to-image", "image-to-image", "inpainting")

@@ -25,8 +25,8 @@ from sfumato.core import Generation
 from sfumato.drawing.draw import draw
 from sfumato.errors import DeviceUnavailable, DownloadError, LoadError, ModelFileError
 from sfumato.models import device, load
-from sfumato.models.pool import ModelPool
 from sfumato.pictures.images import decoded
+from sfumato.residency.pool import ModelPool
 from sfumato.sampling import Sampling, nested
 from sfumato.serving.catalog import Catalog
 from support import tiny

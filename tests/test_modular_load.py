@@ -15,12 +15,13 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 from sfumato.api.app import create_app
+from sfumato.checkpoints import pipeline_class
+from sfumato.checkpoints.static_capabilities import static_capabilities
 from sfumato.commands.check import check
 from sfumato.config.model import Adapter
 from sfumato.engine.local import Local
 from sfumato.errors import LoadError, ModelFileError, SfumatoError
-from sfumato.models import load, pipeline_class
-from sfumato.models.static_capabilities import static_capabilities
+from sfumato.models import load
 from sfumato.pictures.store import Store
 from sfumato.pipelines import capabilities
 from sfumato.serving.catalog import Catalog

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import pytest
 from PIL import Image
 
+from sfumato.checkpoints import weight_file
 from sfumato.errors import DownloadError
-from sfumato.models import weight_file
 from support import tiny
 from support.hub import Hub
 from support.serving import Server

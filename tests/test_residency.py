@@ -23,10 +23,10 @@ from sfumato.core import Done, Event, Failed, Generation, Step, keep_alive_secon
 from sfumato.engine.local import Local
 from sfumato.errors import LoadError, ModelFileError, ModelTooLarge
 from sfumato.models import footprint, load
-from sfumato.models.budget import MIB, Budget
-from sfumato.models.idle_times import IdleTimes
-from sfumato.models.pool import ModelPool
-from sfumato.models.turns import Turns
+from sfumato.residency.budget import MIB, Budget
+from sfumato.residency.idle_times import IdleTimes
+from sfumato.residency.pool import ModelPool
+from sfumato.residency.turns import Turns
 from sfumato.settings import Settings
 from support import here, tiny
 from support.drawing import quiet

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sfumato.checkpoints.sources import File, Folder, HubRepository, Url, download_url, resolve
 from sfumato.config import Download, ModelConfig
 from sfumato.errors import LoadError, ModelFileError
-from sfumato.models.sources import File, Folder, HubRepository, Url, download_url, resolve
 
 
 def config(folder: Path, model: str, **fields: Any) -> ModelConfig:

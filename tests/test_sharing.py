@@ -24,8 +24,8 @@ from sfumato.drawing.draw import draw as drawn
 from sfumato.engine.local import Local
 from sfumato.models import footprint, load, sharing
 from sfumato.models.content_hashes import ContentHashes
-from sfumato.models.pool import ModelPool
 from sfumato.models.sharing import Sharing, twin
+from sfumato.residency.pool import ModelPool
 from sfumato.settings import Settings
 from support import here, tiny
 from support.drawing import quiet

@@ -213,6 +213,29 @@ def test_a_cancelled_arrival_is_not_drawn(service: Service) -> None:
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_a_request_is_known_at_every_moment(service: Service, cancelled: bool) -> None:
+    """Also while what its model takes is read from disk in a thread; it can be cancelled then."""
+
+    async def run() -> None:
+        with service.register_arrival("x", "ann"):
+            submitted = asyncio.create_task(service.submit(ImageRequest(prompts=["x"], id="x", caller="ann")))
+            await asyncio.sleep(0)  # it has begun
+            assert not submitted.done()
+            if cancelled:
+                assert (await service.cancel_id("x", "ann")).state == "cancelled"
+                with pytest.raises(Cancelled):
+                    await submitted
+                return
+            while not submitted.done():
+                assert service.progress("x", "ann").state == "queued"
+                await asyncio.sleep(0)
+            await submitted.result().pictures()
+        assert service.progress("x", "ann").state == "completed"
+
+    asyncio.run(run())
+
+
 # How much.
 
 

@@ -14,9 +14,10 @@ import torch
 from diffusers import FluxPipeline
 from safetensors.torch import save_file
 
+from sfumato.checkpoints import static_capabilities
 from sfumato.commands.check import check
 from sfumato.errors import LoadError, ModelFileError, SfumatoError, UnfitPipeline
-from sfumato.models import fetch, load, static_capabilities
+from sfumato.models import fetch, load
 from sfumato.serving.catalog import Catalog
 from support import tiny
 from support.here import config, drawn, quiet, use

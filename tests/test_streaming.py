@@ -230,7 +230,7 @@ def test_a_callers_burst_does_not_make_another_wait_and_each_sees_its_own(tmp_pa
 
         with ThreadPoolExecutor(1) as pool:
             burst = pool.submit(send, "key-a", LONG | {"n": 8}, "burst")
-            while seen("key-a").status_code == 404 or not seen("key-a").json()["step"]:
+            while (answer := seen("key-a")).status_code == 404 or not answer.json()["step"]:
                 pass
             assert send("key-b", {"prompt": "a cat", "steps": 2}, "single").status_code == 200
             standing = seen("key-a").json()

@@ -27,8 +27,8 @@ from sfumato import schedulers
 from sfumato.batching import exclusive, feature_caches, offload, outputs, torch_state
 from sfumato.batching.adapter_state import Adapters
 from sfumato.batching.calls import original_module
+from sfumato.checkpoints import class_reading, diffusers_source, pipeline_class, single_file
 from sfumato.drawing import draw
-from sfumato.models import class_reading, diffusers_source, pipeline_class, single_file
 from sfumato.pipelines import capabilities, request_scheduler, scheduler_calls, source_digest
 from sfumato.previews import x0
 from sfumato.process import lean_imports
@@ -62,13 +62,13 @@ NAMES: dict[str, tuple[str, ...]] = {
         "torch._C:_get_privateuse1_backend_name", "torch._C:_len_torch_function_stack",
         "torch._C:_len_torch_dispatch_stack",
     ),
-    "models/download.py": (
+    "checkpoints/download.py": (
         "diffusers.loaders.single_file_utils:load_single_file_checkpoint",
         "diffusers.loaders.single_file_utils:fetch_diffusers_config",
         "huggingface_hub:get_cached_repo_tree",
     ),
-    "models/single_file.py": tuple(f"diffusers.loaders.single_file_utils:{name}" for name in single_file.NEEDED),
-    "models/repository_files.py": (
+    "checkpoints/single_file.py": tuple(f"diffusers.loaders.single_file_utils:{name}" for name in single_file.NEEDED),
+    "checkpoints/repository_files.py": (
         "diffusers.pipelines.pipeline_loading_utils:filter_model_files",
         "diffusers.pipelines.pipeline_loading_utils:is_safetensors_compatible",
         "diffusers.pipelines.pipeline_loading_utils:variant_compatible_siblings",
@@ -94,8 +94,8 @@ NAMES: dict[str, tuple[str, ...]] = {
         for form in (solver.noise, solver.flow)
         if form
     ),
-    "models/pipeline_class.py": ("diffusers:DiffusionPipeline._optional_components",),
-    "models/prediction.py": ("diffusers:ConfigMixin._get_init_keys",),
+    "checkpoints/pipeline_class.py": ("diffusers:DiffusionPipeline._optional_components",),
+    "checkpoints/prediction.py": ("diffusers:ConfigMixin._get_init_keys",),
     "previews/x0.py": tuple(f"diffusers:{name}" for name in x0.X0_FORMULAS),
     "api/http/connections.py": ("uvicorn.protocols.http.h11_impl:H11Protocol._unset_keepalive_if_required",),
     "batching/outputs.py": tuple(f"transformers.cache_utils:{name}" for name in sorted(outputs.DYNAMIC_LAYERS)),
@@ -112,12 +112,13 @@ TOUCHED = {name.rpartition(".")[2].rpartition(":")[2] for names in NAMES.values(
 
 OWN = {
     ("_charset_", "api/http/multipart.py"), ("_total", "serving/metrics.py"), ("_mask", "batching/text_masks.py"),
-    ("_k", "api/file_parameters.py"), ("_Bar", "models/download.py"),
+    ("_k", "api/file_parameters.py"), ("_Bar", "checkpoints/download.py"),
     # Parts of file names and functions that are looked for: see `test_packages_of_a_class_are_found`.
-    ("_available", "models/pipeline_class.py"), ("_objects", "models/pipeline_class.py"),
-    ("_and_", "models/pipeline_class.py"), ("_embeds", "drawing/weights.py"), ("_unpatchify", "pipelines/modular.py"),
+    ("_available", "checkpoints/pipeline_class.py"), ("_objects", "checkpoints/pipeline_class.py"),
+    ("_and_", "checkpoints/pipeline_class.py"), ("_embeds", "drawing/weights.py"),
+    ("_unpatchify", "pipelines/modular.py"),
     # The standard library's, documented in spite of the underscore.
-    ("_getframe", "batching/stand_in.py"), ("_exit", "process/worker.py"), ("_replace", "models/weight_file.py"),
+    ("_getframe", "batching/stand_in.py"), ("_exit", "process/worker.py"), ("_replace", "checkpoints/weight_file.py"),
 }  # fmt: skip
 """What looks like a private name of another package and is none."""
 
@@ -204,7 +205,7 @@ def test_offload_hooks_are_where_they_are_looked_for() -> None:
 def test_modular_pipelines_say_what_they_are_made_of() -> None:
     blocks = diffusers.StableDiffusionXLAutoBlocks()
     assert "text2image" in blocks._workflow_map, mend("pipelines/modular.py")
-    assert "_blocks_class_name" in inspect.getsource(diffusers.ModularPipeline), mend("models/modular.py")
+    assert "_blocks_class_name" in inspect.getsource(diffusers.ModularPipeline), mend("checkpoints/modular.py")
 
 
 def test_components_say_what_adapters_and_caches_need() -> None:
@@ -248,11 +249,11 @@ def test_configurations_say_what_was_not_written_down() -> None:
     config = diffusers.PNDMScheduler().config
     assert "steps_offset" in config["_use_default_values"], mend("pipelines/request_scheduler.py")
     written = json.loads(tiny._unet().to_json_string())
-    assert "_class_name" in written, mend("models/static_capabilities.py")
+    assert "_class_name" in written, mend("checkpoints/static_capabilities.py")
     assert "_diffusers_version" in written, mend("batching/proof_store.py")
     assert "_name_or_path" in inspect.getsource(diffusers.ModelMixin.from_pretrained), mend("batching/proof_store.py")
     assert "_ignore_files" in inspect.getsource(diffusers.DiffusionPipeline.download), mend(
-        "models/repository_files.py"
+        "checkpoints/repository_files.py"
     )
 
 
@@ -274,9 +275,9 @@ def test_the_readers_of_source_find_what_they_know() -> None:
     for name, task in (("StableDiffusionPipeline", "image"), ("FluxPipeline", "mask")):
         assert capabilities.task_class(name, task, controlled=False), mend("pipelines/capabilities.py")
     parameters = class_reading.parameters("StableDiffusionPipeline")
-    assert parameters and "clip_skip" in parameters, mend("models/static_capabilities.py")
+    assert parameters and "clip_skip" in parameters, mend("checkpoints/static_capabilities.py")
     _, repositories = single_file._rules()
-    assert "v1" in repositories, mend("models/single_file.py")
+    assert "v1" in repositories, mend("checkpoints/single_file.py")
 
 
 def test_distributions_are_known_by_name() -> None:
@@ -286,9 +287,9 @@ def test_distributions_are_known_by_name() -> None:
 
 
 def test_packages_of_a_class_are_found() -> None:
-    assert pipeline_class.packages("PRXPipeline") == ("ftfy",), mend("models/pipeline_class.py")
-    assert pipeline_class.packages("StableDiffusionPipeline") == (), mend("models/pipeline_class.py")
-    assert pipeline_class._backends(), mend("models/pipeline_class.py")
+    assert pipeline_class.packages("PRXPipeline") == ("ftfy",), mend("checkpoints/pipeline_class.py")
+    assert pipeline_class.packages("StableDiffusionPipeline") == (), mend("checkpoints/pipeline_class.py")
+    assert pipeline_class._backends(), mend("checkpoints/pipeline_class.py")
 
 
 def test_modules_that_compute_nothing_are_there() -> None:
@@ -298,7 +299,9 @@ def test_modules_that_compute_nothing_are_there() -> None:
 
 
 def test_downloads_can_be_watched() -> None:
-    assert "tqdm_class" in inspect.signature(huggingface_hub.snapshot_download).parameters, mend("models/download.py")
+    assert "tqdm_class" in inspect.signature(huggingface_hub.snapshot_download).parameters, mend(
+        "checkpoints/download.py"
+    )
 
 
 # What a worker leaves out when it starts.

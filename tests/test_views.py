@@ -30,8 +30,8 @@ from sfumato.drawing.info import model_info
 from sfumato.errors import DrawError
 from sfumato.models import device
 from sfumato.models.load import Loaded
-from sfumato.models.pool import ModelPool
 from sfumato.pipelines import request_scheduler
+from sfumato.residency.pool import ModelPool
 from sfumato.sampling import Sampling, nested
 from support import tiny
 from support.drawing import quiet

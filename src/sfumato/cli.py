@@ -164,8 +164,8 @@ def remove(
     models: Models = None,
 ) -> None:
     """Delete a model file, and what was downloaded into its folder for it alone."""
+    from sfumato.checkpoints.stored import readable
     from sfumato.commands.remove import carry_out, plan
-    from sfumato.models.stored import readable
 
     removal = plan(model, _settings(models=models))
     typer.echo(str(removal))

@@ -18,8 +18,9 @@ from starlette.testclient import TestClient
 from sfumato.api.app import create_app
 from sfumato.config import ModelConfig
 from sfumato.engine.local import Local
-from sfumato.models import load, pool
+from sfumato.models import load
 from sfumato.pictures.store import Store
+from sfumato.residency import pool
 from sfumato.serving.catalog import Catalog
 from sfumato.serving.service import Service
 from sfumato.settings import Settings

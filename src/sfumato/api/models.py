@@ -15,9 +15,9 @@ from sfumato.api.dependencies import TheService
 from sfumato.api.http import documents
 from sfumato.api.http.forms import openapi_body, reader
 from sfumato.api.http.headers import header_text
+from sfumato.checkpoints.static_capabilities import static_capabilities
 from sfumato.config import ModelConfig
 from sfumato.core import QUALITIES, Input, ModelInfo
-from sfumato.models.static_capabilities import static_capabilities
 from sfumato.sampling import NAMED, PARAMETERS
 from sfumato.serving.service import Service
 

@@ -11,10 +11,11 @@ from urllib.parse import unquote, urlsplit
 
 import yaml
 
+from sfumato.checkpoints import contents as file_contents
+from sfumato.checkpoints import defaults, hub_files, pipeline_class, sources, static_capabilities, stored
 from sfumato.config import ModelConfig, addresses, load
 from sfumato.errors import InvalidRequest, LoadError, SfumatoError, StorageError
-from sfumato.models import contents as file_contents
-from sfumato.models import defaults, hub_files, inspection, pipeline_class, sources, static_capabilities, stored
+from sfumato.models import inspection
 from sfumato.serving.catalog import Catalog
 from sfumato.settings import Settings
 

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from sfumato.checkpoints import pipeline_class, sources
 from sfumato.config import Broken, ModelConfig, ParsedFile, Redirect, Skipped, addresses
 from sfumato.errors import DownloadError, SfumatoError
-from sfumato.models import inspection, low_memory, pipeline_class, quantizers, sources
+from sfumato.models import inspection, low_memory, quantizers
 from sfumato.sampling import PARAMETERS
 from sfumato.serving.catalog import Catalog
 

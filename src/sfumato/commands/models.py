@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from sfumato.checkpoints import static_capabilities, stored
 from sfumato.config import ModelConfig
-from sfumato.models import static_capabilities, stored
 from sfumato.serving.catalog import Catalog
 
 COLUMNS = ("name", "class", "source", "on disk", "downloaded")

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from sfumato.checkpoints.weight_file import OnProgress
 from sfumato.core import ModelStatus
 from sfumato.engine import environment
-from sfumato.models.weight_file import OnProgress
 from sfumato.serving.catalog import Catalog
 from sfumato.settings import Settings
 

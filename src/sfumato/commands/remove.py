@@ -9,9 +9,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from sfumato.checkpoints import sources, stored
 from sfumato.config import Broken, ModelConfig, ParsedFile, Redirect, Skipped
 from sfumato.errors import InvalidRequest, ModelNotFound, SfumatoError, StorageError, did_you_mean
-from sfumato.models import sources, stored
 from sfumato.serving.catalog import EMBEDDED, Catalog
 from sfumato.settings import Settings
 

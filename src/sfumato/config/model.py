@@ -82,7 +82,7 @@ class ModelConfig:
     """Seconds that it stays in memory once it is idle; None: as the server says."""
 
     model: str
-    """Where the weights come from, as written; `sfumato.models.sources` says what it is."""
+    """Where the weights come from, as written; `sfumato.checkpoints.sources` says what it is."""
     file: Path | None = None
     """The model file; None for a model that was named on the command line."""
     folder: Path = field(default_factory=Path)

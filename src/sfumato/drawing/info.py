@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from sfumato.checkpoints import class_reading
 from sfumato.core import ModelInfo
 from sfumato.drawing import arguments
-from sfumato.models import class_reading
 from sfumato.models.load import Loaded
 from sfumato.pipelines import capabilities, tokens
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from PIL import Image
 
+from sfumato.checkpoints import class_reading
 from sfumato.core import Control, Generation
 from sfumato.errors import InvalidRequest
-from sfumato.models import class_reading
 from sfumato.models.load import Loaded
 from sfumato.pictures import images
 from sfumato.pipelines import inputs

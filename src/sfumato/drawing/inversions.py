@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from sfumato.batching import offload, torch_state
+from sfumato.checkpoints import embeddings
+from sfumato.checkpoints.sources import PICKLES
 from sfumato.drawing.weights import FIELDS, encoders
 from sfumato.errors import InvalidRequest, LoadError
-from sfumato.models import embeddings
 from sfumato.models.load import Loaded
-from sfumato.models.sources import PICKLES
 
 _EXPLICIT = re.compile(r"\bembedding:([^\s,()\[\]:|]+)", re.IGNORECASE)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from sfumato.checkpoints import class_reading
 from sfumato.core import Control, Generation
 from sfumato.errors import InvalidRequest
-from sfumato.models import class_reading
 from sfumato.models.load import Loaded
 from sfumato.pipelines import inputs
 from sfumato.pipelines.capabilities import parameters_of

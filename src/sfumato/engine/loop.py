@@ -1,4 +1,4 @@
-"""The loop of the worker's only thread: read commands, let the batcher run one group of module calls, report.
+"""The loop of the worker's main thread: read commands, let the batcher run one group of module calls, report.
 
 Some requests compute for a long time without yielding the thread (`batching.Batcher.listen`). The loop then reads
 commands inside them, at each module call and step: it answers cancelled requests at once and queues new ones.
@@ -43,12 +43,12 @@ from sfumato.engine.protocol import (
 )
 from sfumato.engine.stats import Stats
 from sfumato.errors import Cancelled, SfumatoError
-from sfumato.models.budget import MIB, Budget
 from sfumato.models.content_hashes import ContentHashes
-from sfumato.models.idle_times import IdleTimes
-from sfumato.models.pool import ModelPool
 from sfumato.models.sharing import Sharing
-from sfumato.models.turns import Turns
+from sfumato.residency.budget import MIB, Budget
+from sfumato.residency.idle_times import IdleTimes
+from sfumato.residency.pool import ModelPool
+from sfumato.residency.turns import Turns
 from sfumato.settings import Settings
 
 log = logging.getLogger(__name__)

@@ -17,11 +17,11 @@ from PIL import Image
 
 from sfumato.batching.batcher import Batcher, Task
 from sfumato.batching.verification import Verification
+from sfumato.checkpoints import class_reading
 from sfumato.core import Abilities, Control, Generation
 from sfumato.drawing import arguments
 from sfumato.drawing.draw import draw
 from sfumato.errors import SfumatoError
-from sfumato.models import class_reading
 from sfumato.models.load import Loaded
 from sfumato.pipelines import capabilities, request_scheduler, scheduler_owners
 from sfumato.pipelines.inputs import CONTROL

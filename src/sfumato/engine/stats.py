@@ -12,7 +12,7 @@ import torch
 
 from sfumato.batching.batcher import Batcher
 from sfumato.core import EngineStats
-from sfumato.models.pool import ModelPool
+from sfumato.residency.pool import ModelPool
 
 EVERY_S = 1.0
 """Minimum interval between reports while no request ends."""

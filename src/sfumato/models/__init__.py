@@ -1,1 +1,1 @@
-"""Weights: sources, download, load, the pool of loaded models, memory. The built-in model's files are here too."""
+"""Weights in memory: what is loaded, how, in which precision. The built-in model's files are here too."""

@@ -8,17 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
-from sfumato.config import ModelConfig, addresses
-from sfumato.core import ModelStatus
-from sfumato.models import (
+from sfumato.checkpoints import (
     contents,
     dduf,
     download,
     folder_weights,
     hub_files,
-    inspection,
     modular,
-    modular_load,
     pipeline_class,
     references,
     sources,
@@ -26,6 +22,9 @@ from sfumato.models import (
     variants,
     weight_file,
 )
+from sfumato.config import ModelConfig, addresses
+from sfumato.core import ModelStatus
+from sfumato.models import inspection, modular_load
 
 OnStatus: TypeAlias = Callable[[ModelStatus], None]
 

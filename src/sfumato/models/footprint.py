@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 
 import torch
 
+from sfumato.checkpoints import variants, weight_header
 from sfumato.errors import LoadError
-from sfumato.models import variants, weight_header
 
 BYTES: Mapping[str, int] = {"fp16": 2, "bf16": 2, "fp32": 4}
 """Bytes of a number, by dtype."""

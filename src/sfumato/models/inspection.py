@@ -12,16 +12,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlparse
 
-from sfumato.config import ModelConfig, addresses
-from sfumato.errors import DownloadError, LoadError, ModelFileError, SfumatoError
-from sfumato.models import (
+from sfumato.checkpoints import (
     contents,
     dduf,
     descriptions,
     diffusers_source,
     folder_weights,
     hub_files,
-    low_memory,
     pipeline_class,
     sources,
     split,
@@ -29,9 +26,12 @@ from sfumato.models import (
     weight_file,
     weight_header,
 )
-from sfumato.models.contents import Contents
-from sfumato.models.sources import Source
-from sfumato.models.weight_header import Header
+from sfumato.checkpoints.contents import Contents
+from sfumato.checkpoints.sources import Source
+from sfumato.checkpoints.weight_header import Header
+from sfumato.config import ModelConfig, addresses
+from sfumato.errors import DownloadError, LoadError, ModelFileError, SfumatoError
+from sfumato.models import low_memory
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,27 +18,29 @@ from sfumato import schedulers
 from sfumato.batching import offload
 from sfumato.batching.batcher import is_out_of_memory
 from sfumato.batching.exclusive import rewires
+from sfumato.checkpoints import (
+    descriptions,
+    download,
+    modular,
+    pipeline_class,
+    prediction,
+    split,
+    variants,
+    weight_file,
+)
 from sfumato.config import ModelConfig, addresses
 from sfumato.core import ModelStatus
 from sfumato.errors import DownloadError, InvalidRequest, LoadError, ModelFileError, SfumatoError
 from sfumato.models import (
-    descriptions,
-    download,
     footprint,
     inspection,
     low_memory,
-    modular,
     modular_load,
     parts,
-    pipeline_class,
     precision,
-    prediction,
     quantizers,
     sharing,
-    split,
     split_load,
-    variants,
-    weight_file,
 )
 from sfumato.models.device import DTYPES, choose_device, choose_dtype, expected_dtype
 from sfumato.models.fetch import Fetched, OnStatus, fetch

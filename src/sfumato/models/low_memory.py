@@ -12,10 +12,11 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeAlias
 
+from sfumato.checkpoints import diffusers_source, modular, pipeline_class, split
 from sfumato.config import ModelConfig
 from sfumato.core import GROUP_OFFLOAD, OFFLOAD, VAE_SLICING, VAE_TILING
 from sfumato.errors import ModelFileError
-from sfumato.models import diffusers_source, modular, pipeline_class, precision, quantizers, split
+from sfumato.models import precision, quantizers
 from sfumato.pipelines import tiling
 
 log = logging.getLogger(__name__)

@@ -14,11 +14,12 @@ from typing import Any, TypeAlias
 import torch
 from huggingface_hub import snapshot_download
 
+from sfumato.checkpoints import download, hub_files, modular, sources
+from sfumato.checkpoints.modular import Place
+from sfumato.checkpoints.weight_file import OnProgress
 from sfumato.config import ModelConfig
 from sfumato.errors import LoadError, ModelFileError
-from sfumato.models import download, hub_files, modular, parts, sources
-from sfumato.models.modular import Place
-from sfumato.models.weight_file import OnProgress
+from sfumato.models import parts
 from sfumato.pipelines.modular import adapted
 
 PickVariant: TypeAlias = Callable[[Iterable[str]], str | None]

@@ -16,10 +16,10 @@ import transformers
 from huggingface_hub import snapshot_download
 
 from sfumato.batching.batcher import is_out_of_memory
+from sfumato.checkpoints import diffusers_source, download, references, sources, variants, weight_file
+from sfumato.checkpoints.weight_file import OnProgress
 from sfumato.config import ModelConfig, addresses
 from sfumato.errors import LoadError, ModelFileError
-from sfumato.models import diffusers_source, download, references, sources, variants, weight_file
-from sfumato.models.weight_file import OnProgress
 
 
 def components(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from sfumato.models import diffusers_source
+from sfumato.checkpoints import diffusers_source
 
 DTYPES: Mapping[str, str] = {"bfloat16": "bf16", "float16": "fp16"}
 

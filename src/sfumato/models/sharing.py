@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
+from sfumato.checkpoints import diffusers_source
 from sfumato.config import ModelConfig
-from sfumato.models import diffusers_source, footprint
+from sfumato.models import footprint
 from sfumato.models.content_hashes import ContentHashes
 
 CHANGING = ("low_vram", "offload", "vae_slicing", "vae_tiling", "layerwise_casting", "quantization")

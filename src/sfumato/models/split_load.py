@@ -12,8 +12,9 @@ import diffusers
 import torch
 import transformers
 
+from sfumato.checkpoints import contents, split, weight_file
 from sfumato.errors import LoadError
-from sfumato.models import contents, quantizers, split, weight_file
+from sfumato.models import quantizers
 
 
 def components(

@@ -14,11 +14,11 @@ from dataclasses import replace
 from typing import TypeAlias
 
 from sfumato import logs
+from sfumato.checkpoints.static_capabilities import static_capabilities
 from sfumato.config import ModelConfig
 from sfumato.core import Abilities, Done, Failed, Limits, Step
 from sfumato.engine.protocol import Engine, Load, Pin, Unload
 from sfumato.errors import Cancelled, RequestNotFound, SfumatoError, TimedOut, TooManyRequests, WorkerDied
-from sfumato.models.static_capabilities import static_capabilities
 from sfumato.pictures.budget import Budget, Share
 from sfumato.pictures.decoder_pool import Decoders
 from sfumato.pictures.fetch import PictureFetcher
@@ -92,12 +92,13 @@ class Service:
 
         Its source pictures are checked once it has a place; an error in them ends the job.
         """
-        if arrival := self._arrival(request.id, request.caller):
-            arrival.submit()
         self.catalog.refresh()
         config = self.catalog.get(request.model)
         generations = plan(request, config, self.limits, self.settings.max_n)
         await self._check_inputs(request, config)
+        # Nothing is awaited from here on, so that its progress is always known and cancelling it always works.
+        if arrival := self._arrival(request.id, request.caller):
+            arrival.submit()
         share = self.budget.share()
         try:
             self._admit(config, len(generations))

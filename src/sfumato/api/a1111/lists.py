@@ -20,10 +20,10 @@ from sfumato.api.http.forms import read_object
 from sfumato.api.localai import UPSCALERS
 from sfumato.api.models import still_in_use
 from sfumato.api.openai import answers
+from sfumato.checkpoints import embeddings
+from sfumato.checkpoints.static_capabilities import static_capabilities
 from sfumato.config import ModelConfig
 from sfumato.errors import InvalidRequest
-from sfumato.models import embeddings
-from sfumato.models.static_capabilities import static_capabilities
 from sfumato.sampling import clip_layer
 from sfumato.serving.service import Service
 

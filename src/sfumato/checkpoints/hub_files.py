@@ -16,8 +16,8 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub import errors as hub
 from tqdm.auto import tqdm
 
+from sfumato.checkpoints import diffusers_source, sources
 from sfumato.errors import DownloadError, LoadError
-from sfumato.models import diffusers_source, sources
 
 MAX_RETRY_AFTER_S = 3600
 DESCRIPTIONS = [*sources.INDEXES, "*/config.json", "scheduler/scheduler_config.json"]

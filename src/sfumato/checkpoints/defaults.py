@@ -9,10 +9,10 @@ from types import MappingProxyType
 from typing import Any
 
 from sfumato import schedulers
+from sfumato.checkpoints import class_reading, contents, diffusers_source, static_capabilities
+from sfumato.checkpoints.weight_header import Header
 from sfumato.config.model import DEFAULTS
 from sfumato.errors import InvalidRequest
-from sfumato.models import class_reading, contents, diffusers_source, static_capabilities
-from sfumato.models.weight_header import Header
 
 PAGE_CLASSES = re.compile(r"StableDiffusion(?!3)")
 KEYS: Mapping[str, str] = MappingProxyType({"num_inference_steps": "step", "guidance_scale": "cfg_scale"})

@@ -17,13 +17,14 @@ from sfumato.batching.batcher import is_out_of_memory
 from sfumato.config import ModelConfig
 from sfumato.core import ModelInfo, ModelStatus
 from sfumato.errors import Cancelled, LoadError, ModelTooLarge
-from sfumato.models import footprint, load, reload
-from sfumato.models.budget import Budget
-from sfumato.models.idle_times import IdleTimes
-from sfumato.models.loading import CANCELLED, Loading
+from sfumato.models import footprint, load
 from sfumato.models.release import release_frames
 from sfumato.models.sharing import Sharing
-from sfumato.models.turns import Turns
+from sfumato.residency import reload
+from sfumato.residency.budget import Budget
+from sfumato.residency.idle_times import IdleTimes
+from sfumato.residency.loading import CANCELLED, Loading
+from sfumato.residency.turns import Turns
 
 log = logging.getLogger(__name__)
 

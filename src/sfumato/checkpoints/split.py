@@ -15,11 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sfumato.checkpoints import contents, diffusers_source, sources, weight_header
+from sfumato.checkpoints.contents import Contents
+from sfumato.checkpoints.weight_header import Header
 from sfumato.config import ModelConfig, addresses
 from sfumato.errors import LoadError, ModelFileError
-from sfumato.models import contents, diffusers_source, sources, weight_header
-from sfumato.models.contents import Contents
-from sfumato.models.weight_header import Header
 
 log = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from sfumato.checkpoints import class_reading, diffusers_source, modular, sources
 from sfumato.config import ModelConfig
 from sfumato.errors import InvalidRequest, LoadError, UnfitPipeline, did_you_mean
-from sfumato.models import class_reading, diffusers_source, modular, sources
 from sfumato.pipelines import capabilities
 
 log = logging.getLogger(__name__)

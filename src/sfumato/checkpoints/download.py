@@ -21,10 +21,10 @@ from huggingface_hub import constants, get_cached_repo_tree, hf_hub_download, sn
 from huggingface_hub import errors as hub
 from safetensors import SafetensorError
 
+from sfumato.checkpoints import checked, descriptions, hub_files, repository_files, sources, weight_file
+from sfumato.checkpoints.hub_files import UNREACHABLE, SilentBar, as_download_errors, files_of, first_line, index_of
+from sfumato.checkpoints.weight_file import OnProgress
 from sfumato.errors import DownloadError, LoadError
-from sfumato.models import checked, descriptions, hub_files, repository_files, sources, weight_file
-from sfumato.models.hub_files import UNREACHABLE, SilentBar, as_download_errors, files_of, first_line, index_of
-from sfumato.models.weight_file import OnProgress
 
 __all__ = ["as_download_errors", "description_of", "files_of", "from_hub", "from_url", "index_of"]
 

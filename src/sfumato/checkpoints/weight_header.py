@@ -17,9 +17,9 @@ from typing import Any
 
 import httpx
 
+from sfumato.checkpoints import weight_file
 from sfumato.config import addresses
 from sfumato.errors import LoadError
-from sfumato.models import weight_file
 
 MAX_BYTES = 32 * 2**20
 """A header of ten thousand tensors has one MiB; a GGUF file of a language model has its vocabulary there too."""

@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sfumato.checkpoints import weight_header
+from sfumato.checkpoints.weight_header import Header
 from sfumato.errors import SfumatoError
-from sfumato.models import weight_header
-from sfumato.models.weight_header import Header
 
 log = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from sfumato.checkpoints import single_file
+from sfumato.checkpoints.weight_header import Header, Tensor
 from sfumato.errors import LoadError
-from sfumato.models import single_file
-from sfumato.models.weight_header import Header, Tensor
 
 CHECKPOINT, DENOISER = "checkpoint", "denoiser"
 LORA, CONTROL_NET, VAE, TEXT_ENCODER, EMBEDDING = "LoRA", "ControlNet", "VAE", "text encoder", "textual inversion"

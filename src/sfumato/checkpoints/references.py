@@ -9,10 +9,10 @@ from pathlib import Path, PurePosixPath
 
 from huggingface_hub import hf_hub_download
 
+from sfumato.checkpoints import download, sources, weight_file
+from sfumato.checkpoints.weight_file import OnProgress
 from sfumato.config import ModelConfig, addresses
 from sfumato.errors import LoadError
-from sfumato.models import download, sources, weight_file
-from sfumato.models.weight_file import OnProgress
 
 LORA = "pytorch_lora_weights.safetensors"
 """diffusers' name for the file with a LoRA's weights."""

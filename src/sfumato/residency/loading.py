@@ -16,7 +16,7 @@ from sfumato.core import ModelStatus
 from sfumato.errors import Cancelled, SfumatoError
 from sfumato.models.footprint import Needs
 from sfumato.models.load import Loaded
-from sfumato.models.turns import Turns
+from sfumato.residency.turns import Turns
 
 Load: TypeAlias = Callable[[ModelConfig, Callable[[ModelStatus], None], Callable[[Needs], None]], Loaded]
 

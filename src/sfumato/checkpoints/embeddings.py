@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sfumato.checkpoints import weight_header
+from sfumato.checkpoints.sources import PICKLES
 from sfumato.config import ModelConfig
 from sfumato.errors import LoadError
-from sfumato.models import weight_header
-from sfumato.models.sources import PICKLES
 
 FOLDER = "embeddings"
 SAFE = (".safetensors", ".sft")

@@ -17,10 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from sfumato.config import ModelConfig
-from sfumato.core import Abilities
-from sfumato.errors import SfumatoError
-from sfumato.models import (
+from sfumato.checkpoints import (
     class_reading,
     dduf,
     descriptions,
@@ -32,6 +29,9 @@ from sfumato.models import (
     split,
     weight_file,
 )
+from sfumato.config import ModelConfig
+from sfumato.core import Abilities
+from sfumato.errors import SfumatoError
 from sfumato.pipelines import capabilities, tokens, workflows
 from sfumato.pipelines.inputs import Kin, Reading
 

@@ -12,8 +12,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sfumato.checkpoints import diffusers_source, sources
 from sfumato.errors import UnfitPipeline
-from sfumato.models import diffusers_source, sources
 
 SUFFIX = "ModularPipeline"
 

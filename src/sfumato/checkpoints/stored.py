@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from sfumato.checkpoints import dduf, diffusers_source, sources, split, static_capabilities, weight_file
 from sfumato.config import ModelConfig
 from sfumato.errors import SfumatoError
-from sfumato.models import dduf, diffusers_source, sources, split, static_capabilities, weight_file
 
 WEIGHTS = re.compile(r".*\.(safetensors|bin|ckpt|pt|pth|gguf|sft|dduf)", re.IGNORECASE)
 

@@ -12,9 +12,9 @@ from typing import Any
 import diffusers
 from safetensors import safe_open
 
+from sfumato.checkpoints import contents, sources, weight_header
 from sfumato.config import ModelConfig
 from sfumato.errors import ModelFileError
-from sfumato.models import contents, sources, weight_header
 from sfumato.pipelines import request_scheduler
 
 KEYS = ("prediction_type", "rescale_betas_zero_snr", "timestep_spacing")

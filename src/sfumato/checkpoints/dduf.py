@@ -20,8 +20,8 @@ from typing import Any
 from huggingface_hub import DDUFEntry, read_dduf_file
 from huggingface_hub.errors import DDUFError
 
+from sfumato.checkpoints import sources
 from sfumato.errors import DownloadError, LoadError
-from sfumato.models import sources
 
 MAX_ENTRIES = 10_000
 MAX_DIRECTORY = 8 * 2**20

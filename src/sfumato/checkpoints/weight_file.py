@@ -30,9 +30,9 @@ from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 import filelock
 import httpx
 
+from sfumato.checkpoints import sources
 from sfumato.config import addresses
 from sfumato.errors import DownloadError, LoadError
-from sfumato.models import sources
 
 log = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from sfumato.checkpoints import diffusers_source
 from sfumato.config import ModelConfig
 from sfumato.core import Abilities
-from sfumato.models import diffusers_source
 from sfumato.pipelines import capabilities
 from sfumato.pipelines.inputs import (
     CONTROL,

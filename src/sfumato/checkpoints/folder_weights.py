@@ -6,8 +6,8 @@ import re
 from collections.abc import Container, Iterator
 from pathlib import Path
 
+from sfumato.checkpoints import diffusers_source, sources, weight_header
 from sfumato.errors import LoadError
-from sfumato.models import diffusers_source, sources, weight_header
 
 _NO_WEIGHTS = re.compile(r"Tokenizer|Scheduler|Processor|FeatureExtractor")
 """Classes of components that have none."""

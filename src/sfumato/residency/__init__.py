@@ -1,0 +1,1 @@
+"""Who stays in memory: loads on demand within a budget, least recently used ones leave."""
