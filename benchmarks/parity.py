@@ -251,10 +251,11 @@ def difference(one: list[Any], other: list[Any]) -> float:
 
 
 class jittered:
-    """Inside the context, the module's first output is disturbed by JITTER times its largest value."""
+    """Inside the context, the module's first output is disturbed by `rounding` times its largest value."""
 
-    def __init__(self, module: torch.nn.Module) -> None:
+    def __init__(self, module: torch.nn.Module, rounding: float = JITTER) -> None:
         self._module = module
+        self._rounding = rounding
 
     def __enter__(self) -> None:
         noise = torch.Generator().manual_seed(0)
@@ -262,7 +263,8 @@ class jittered:
         def disturb(_module: Any, _args: Any, output: Any) -> None:
             first = output[0]
             for tensor in first if isinstance(first, list) else [first]:
-                tensor.add_(JITTER * tensor.abs().max() * torch.randn(tensor.shape, generator=noise))
+                random = torch.randn(tensor.shape, generator=noise).to(tensor)
+                tensor.add_(self._rounding * tensor.abs().max() * random)
 
         self._hook = self._module.register_forward_hook(disturb)
 

@@ -448,6 +448,7 @@ ON_GPU: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @FAMILY
 @pytest.mark.parametrize("fields", ON_GPU, ids=lambda fields: ",".join(map(str, fields.values())))
