@@ -311,10 +311,8 @@ def main() -> None:
     for name, shape in SHAPES.items():
         if name in parts and clock.allows(name):
             print(name, flush=True)
-            figures[name] = measure(
-                chosen, options.device, options.repeats, clock, rate, options.concurrent
-            ) if options.tiny else shape, options.device, options.repeats, clock, rate
-            )
+            chosen = shape.tiny() if options.tiny else shape
+            figures[name] = measure(chosen, options.device, options.repeats, clock, rate, options.concurrent)
             figures["left out for lack of time"] = clock.left_out
             write("gpu", options.device, figures)
             if options.device.startswith("cuda"):
