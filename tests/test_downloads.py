@@ -87,7 +87,7 @@ REFUSED = {
 SCRIPT = """
 import json, sys
 from diffusers import DiffusionPipeline
-from sfumato.models import download, variants
+from sfumato.checkpoints import download, variants
 from sfumato.errors import SfumatoError
 told = {}
 for name, layout in json.load(sys.stdin).items():

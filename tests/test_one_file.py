@@ -31,7 +31,7 @@ CONTENT, OTHER = (bytes([value]) * SIZE for value in (1, 2))
 FETCH = """
 import sys
 from pathlib import Path
-from sfumato.models import weight_file
+from sfumato.checkpoints import weight_file
 def report(fraction, what):
     print("waits" if "another process" in what else "fetches", flush=True)
 weight_file.fetch(sys.argv[1], Path(sys.argv[2]), sha256=None, report=report)
