@@ -7,6 +7,7 @@ import functools
 import http.client
 import json
 import logging
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -249,9 +250,9 @@ def test_what_is_no_http_is_answered_in_our_shape(server: Server) -> None:
                     continue
                 assert answer.startswith(b"HTTP/1.1 %d " % status) or (not answer and len(data) > 10_000), data[:99]
                 if answer:
-                    assert set(json.loads(answer.partition(b"\r\n\r\n")[2])["error"]) == {
-                        "message", "type", "param", "code",
-                    }  # fmt: skip
+                    head, _, body = answer.partition(b"\r\n\r\n")
+                    assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
+                    assert re.search(rb"\r\nx-request-id: [0-9a-f]{32}\r\n", head + b"\r\n")
     assert sum("Invalid HTTP" in line for line in server.lines[before:]) <= logs.RepeatFilter.MAX_REPEATS
     assert "Traceback" not in "".join(server.lines[before:])
 

@@ -21,6 +21,8 @@ import torch
 from sfumato.config import ModelConfig
 from sfumato.core import Done, Event, Failed, Generation, Step, keep_alive_seconds
 from sfumato.engine.local import Local
+from sfumato.engine.protocol import StatsReport
+from sfumato.engine.streams import Streams
 from sfumato.errors import LoadError, ModelFileError, ModelTooLarge
 from sfumato.models import footprint, load
 from sfumato.residency.budget import MIB, Budget
@@ -370,6 +372,27 @@ def test_a_load_that_nobody_waits_for_leaves_nothing(hub: Hub, tmp_path: Path, c
         assert (engine.stats.resident_models, engine.stats.loads) == (1, 1)
         # And it is loaded for the next one who wants it.
         assert isinstance((await events(engine, slow, wanted("next")))[-1], Done)
+
+    run(work)
+
+
+def test_a_worker_that_loads_goes_on_reporting(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a load longer than `hang_s` is not taken for a worker that hangs."""
+    slow = here.config(tmp_path, "acme/slow", name="slow")
+    reports: list[Any] = []
+    deliver = Streams.deliver
+    monkeypatch.setattr(Streams, "deliver", lambda streams, report: (reports.append(report), deliver(streams, report)))
+
+    async def work(engine: Local) -> None:
+        hub.hold("acme/slow")
+        waiting = asyncio.create_task(events(engine, slow, wanted("slow")))
+        await asyncio.to_thread(hub.wait_held, "acme/slow")
+        before = len(reports)
+        async with asyncio.timeout(120):
+            while sum(isinstance(each, StatsReport) for each in reports[before:]) < 4:
+                await asyncio.sleep(0.01)
+        hub.release("acme/slow")
+        assert isinstance((await waiting)[-1], Done)
 
     run(work)
 

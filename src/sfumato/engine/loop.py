@@ -41,7 +41,7 @@ from sfumato.engine.protocol import (
     Submit,
     Unload,
 )
-from sfumato.engine.stats import Stats
+from sfumato.engine.stats import EVERY_S, Stats
 from sfumato.errors import Cancelled, SfumatoError
 from sfumato.models.content_hashes import ContentHashes
 from sfumato.models.sharing import Sharing
@@ -135,9 +135,16 @@ class Loop:
         """Read all commands that have arrived. `wait`: block until one arrives, or an idle model is to be unloaded."""
         if wait:
             with suppress(queue.Empty):
-                self._handle(self._inbox.get(timeout=self._pool.until_expiry()))
+                self._handle(self._inbox.get(timeout=self._patience()))
         while not self._inbox.empty():  # only this thread reads it
             self._handle(self._inbox.get_nowait())
+
+    def _patience(self) -> float | None:
+        """Seconds until there is something to do without a command; None: never."""
+        expiry = self._pool.until_expiry()
+        if not self._pool.loading:
+            return expiry
+        return EVERY_S if expiry is None else min(expiry, EVERY_S)  # a worker that loads is not taken for a hung one
 
     def _handle(self, command: Command | None) -> None:
         match command:

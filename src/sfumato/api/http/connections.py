@@ -14,6 +14,7 @@ import socket
 import struct
 import sys
 import time
+import uuid
 from typing import Any, Literal, TypeAlias
 
 import h11
@@ -180,7 +181,7 @@ class Connection(H11Protocol):
         status = status or error.status
         head = h11.Response(
             status_code=status,
-            headers=[*answer.raw_headers, (b"connection", b"close")],
+            headers=[*answer.raw_headers, (b"connection", b"close"), (b"x-request-id", self._request_id().encode())],
             reason=http.HTTPStatus(status).phrase.encode(),
         )
         with contextlib.suppress(h11.LocalProtocolError):
@@ -191,6 +192,12 @@ class Connection(H11Protocol):
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
+
+    def _request_id(self) -> str:
+        """Of the request being received, if it has got one, else a new one."""
+        pending = self.cycle is not None and not self.cycle.response_complete
+        known: str | None = self.cycle.scope.get("state", {}).get("request_id") if pending and self.cycle else None
+        return known or uuid.uuid4().hex
 
     def check(self, now: float) -> None:
         """Disconnect if the client has stalled for too long."""
