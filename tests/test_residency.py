@@ -21,7 +21,7 @@ import torch
 from sfumato.config import ModelConfig
 from sfumato.core import Done, Event, Failed, Generation, Step, keep_alive_seconds
 from sfumato.engine.local import Local
-from sfumato.engine.protocol import StatsReport
+from sfumato.engine.protocol import Report, StatsReport
 from sfumato.engine.streams import Streams
 from sfumato.errors import LoadError, ModelFileError, ModelTooLarge
 from sfumato.models import footprint, load
@@ -379,18 +379,22 @@ def test_a_load_that_nobody_waits_for_leaves_nothing(hub: Hub, tmp_path: Path, c
 def test_a_worker_that_loads_goes_on_reporting(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a load longer than `hang_s` is not taken for a worker that hangs."""
     slow = here.config(tmp_path, "acme/slow", name="slow")
-    reports: list[Any] = []
-    deliver = Streams.deliver
-    monkeypatch.setattr(Streams, "deliver", lambda streams, report: (reports.append(report), deliver(streams, report)))
+    reports, deliver = itertools.count(1), Streams.deliver
+    held, enough = threading.Event(), threading.Event()
+
+    def counted(streams: Streams, report: Report) -> None:
+        deliver(streams, report)
+        if isinstance(report, StatsReport) and held.is_set() and next(reports) == 4:
+            enough.set()
+
+    monkeypatch.setattr(Streams, "deliver", counted)
 
     async def work(engine: Local) -> None:
         hub.hold("acme/slow")
         waiting = asyncio.create_task(events(engine, slow, wanted("slow")))
         await asyncio.to_thread(hub.wait_held, "acme/slow")
-        before = len(reports)
-        async with asyncio.timeout(120):
-            while sum(isinstance(each, StatsReport) for each in reports[before:]) < 4:
-                await asyncio.sleep(0.01)
+        held.set()
+        assert await asyncio.to_thread(enough.wait, 120)
         hub.release("acme/slow")
         assert isinstance((await waiting)[-1], Done)
 
