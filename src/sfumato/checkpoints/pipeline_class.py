@@ -18,7 +18,7 @@ from typing import Any
 
 from sfumato.checkpoints import class_reading, diffusers_source, modular, sources
 from sfumato.config import ModelConfig
-from sfumato.errors import InvalidRequest, LoadError, UnfitPipeline, did_you_mean
+from sfumato.errors import InvalidRequest, LoadError, ModelFileError, UnfitPipeline, did_you_mean
 from sfumato.pipelines import capabilities
 
 log = logging.getLogger(__name__)
@@ -64,11 +64,11 @@ class Constructor:
 def choose(config: ModelConfig, index: Mapping[str, Any] | None) -> str:
     """The name of the class for a repository with this `model_index.json` (None: not known yet).
 
-    Raises UnfitPipeline if the name is not a pipeline class, or the class does not fit the repository or does not take
-    a component that the file sets; LoadError if it needs a package that is not installed; InvalidRequest if it draws no
-    picture.
+    With `control_net` it is the class that takes one. Raises UnfitPipeline if the name is not a pipeline class, or the
+    class does not fit the repository; ModelFileError if it does not take a component that the file sets; LoadError if
+    it needs a package that is not installed; InvalidRequest if it draws no picture.
     """
-    requested = config.pipeline_type or ANY
+    requested = _controlled(config, config.pipeline_type or ANY)
     if requested not in AUTO and requested != ANY and not _is_pipeline(requested):
         raise UnfitPipeline(
             f"{config.name}: pipeline_type {requested!r} is not a pipeline class of diffusers {_version()}."
@@ -79,7 +79,7 @@ def choose(config: ModelConfig, index: Mapping[str, Any] | None) -> str:
     listed = index.get("_class_name") if index else None
     chosen = requested
     if isinstance(listed, str):
-        chosen = _fitting(config, requested, modular.successor(listed), index or {})
+        chosen = _controlled(config, _fitting(config, requested, modular.successor(listed), index or {}))
     known = isinstance(listed, str) and _is_pipeline(chosen)
     if listed is not None and requested in (ANY, *AUTO) and not known:
         raise UnfitPipeline(
@@ -93,6 +93,16 @@ def choose(config: ModelConfig, index: Mapping[str, Any] | None) -> str:
     _check_packages(config, chosen)
     _check_output(config, chosen)
     return chosen
+
+
+def _controlled(config: ModelConfig, name: str) -> str:
+    """The class that takes a ControlNet on the weights of this one, if the file names a ControlNet and there is one."""
+    made_of = constructor(name)
+    if not config.control_net or made_of is None or "controlnet" in made_of.accepted:
+        return name
+    by_name = f"{name.removesuffix('Pipeline')}ControlNetPipeline"
+    better = capabilities.task_class(name, "text", controlled=True) or (by_name if _is_pipeline(by_name) else None)
+    return better or name
 
 
 def _fitting(config: ModelConfig, requested: str, listed: str, index: Mapping[str, Any]) -> str:
@@ -148,16 +158,14 @@ def _misfit(config: ModelConfig, name: str, listed: str, index: Mapping[str, Any
 
 def _check_parts(config: ModelConfig, name: str) -> None:
     if modular.is_one(name) and config.control_net:
-        raise UnfitPipeline(
+        raise ModelFileError(
             f"{config.name}: control_net: {name} takes none here; write an ordinary pipeline_type, or leave it out",
-            param="control_net",
+            param="diffusers.control_net",
         )
     made_of = constructor(name)
     for field, component in PARTS.items():
         if made_of and getattr(config, field) and component not in made_of.accepted:
-            better = capabilities.task_class(name, "text", controlled=True) if field == "control_net" else None
-            remedy = f"write `pipeline_type: {better}`, or leave it out" if better else "leave it out"
-            raise UnfitPipeline(f"{config.name}: {field}: {name} takes no {component}; {remedy}", param=field)
+            raise ModelFileError(f"{config.name}: {field}: {name} takes no {component}; leave it out", param=field)
 
 
 def _check_packages(config: ModelConfig, name: str) -> None:
