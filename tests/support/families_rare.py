@@ -10,13 +10,26 @@ from diffusers.models.attention_processor import AttnAddedKVProcessor
 from diffusers.pipelines.deprecated.paint_by_example import PaintByExampleImageEncoder
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from support import tiny
+from support import families_newer, tiny
 from support.families import Family, _first_plain, half_mask, picture, three, with_pictures, without
 from support.tiny import WIDTH, seeded
 from support.tiny_text import t5_tokenizer
 
 SIDE = 32
 """Pixels of what the encoders of pictures read."""
+
+
+def cascade_with_pictures() -> Any:
+    made = families_newer.cascade()
+    with seeded(1):
+        made.register_modules(
+            prior_image_encoder=CLIPVisionModelWithProjection(VISION).eval(), prior_feature_extractor=reader()
+        )
+        made.prior_pipe.register_modules(
+            image_encoder=made.prior_image_encoder, feature_extractor=made.prior_feature_extractor
+        )
+    return made
+
 
 VISION = CLIPVisionConfig(
     hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=2, num_attention_heads=4, image_size=SIDE,
@@ -110,6 +123,9 @@ MAPS = with_pictures(without(PLAIN, "prompt"))
 TWO = [{**call, "original_image": picture(at + 5)} for at, call in enumerate(with_pictures(three(), size=SIDE))]
 
 FAMILIES: dict[str, Family] = {
+    "StableCascadeCombined (pictures)": Family(
+        cascade_with_pictures, families_newer.FAMILIES["StableCascadeCombined"].calls, "decoder"
+    ),
     "MarigoldDepth": Family(marigold(d.MarigoldDepthPipeline, prediction_type="depth"), MAPS, "unet"),
     "MarigoldNormals": Family(marigold(d.MarigoldNormalsPipeline, prediction_type="normals"), MAPS, "unet"),
     "MarigoldIntrinsics": Family(
@@ -118,7 +134,7 @@ FAMILIES: dict[str, Family] = {
     "StableDiffusionLDM3D": Family(with_depth, three(), "unet"),
     "PaintByExample": Family(
         paint_by_example,
-        [{**call, "example_image": picture(9), "mask_image": half_mask()} for call in with_pictures(PLAIN)],
+        [{**c, "example_image": picture(9), "mask_image": half_mask()} for c in MAPS],
         "unet",
     ),
     "StableDiffusionImageVariation": Family(variation, with_pictures(without(three(), "prompt")), "unet"),

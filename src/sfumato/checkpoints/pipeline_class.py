@@ -10,16 +10,18 @@ import ast
 import functools
 import importlib.util
 import logging
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from sfumato.checkpoints import class_reading, diffusers_source, modular, sources
+from sfumato.checkpoints import class_needs, class_reading, diffusers_source, modular, sources
 from sfumato.config import ModelConfig
 from sfumato.errors import InvalidRequest, LoadError, ModelFileError, UnfitPipeline, did_you_mean
 from sfumato.pipelines import capabilities
+from sfumato.pipelines.inputs import OUTPUTS
 
 log = logging.getLogger(__name__)
 
@@ -182,7 +184,27 @@ def _check_packages(config: ModelConfig, name: str) -> None:
 def _check_output(config: ModelConfig, name: str) -> None:
     reading = class_reading.of_name(name)
     if reading and (problem := reading.problem(config.options)):
-        raise InvalidRequest(f"{config.name} draws no picture: {problem}", param="model")
+        instead = _instead(name) if reading.output == OUTPUTS["image_embeds"] else ""
+        raise InvalidRequest(f"{config.name} draws no picture: {problem}{instead}", param="model")
+
+
+def _instead(name: str) -> str:
+    """Of a class that makes embeddings: classes that draw with it, else those of its family that take a picture."""
+    combined = [
+        kind
+        for kind in _pipelines()
+        if kind.endswith("CombinedPipeline") and name in class_needs.inner_pipelines(kind).values()
+    ]
+    if combined:
+        return f". Write `pipeline_type: {'` or `'.join(sorted(combined))}` for a repository that has both stages"
+    drawing = [kind for kind in capabilities.image_classes() if _family(kind) == _family(name)]
+    return f". Name a repository for one that draws from a picture: {', '.join(drawing)}" if drawing else ""
+
+
+def _family(name: str) -> str:
+    """The first word of a class's name, with its version: `Flux2`."""
+    match = re.match(r"[A-Z][a-z]+\d*", name)
+    return match[0] if match else name
 
 
 @functools.cache

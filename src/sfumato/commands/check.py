@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sfumato.checkpoints import file_values, pipeline_class, sources
+from sfumato.checkpoints import file_values, pipeline_class, sources, static_capabilities
 from sfumato.config import Broken, ModelConfig, ParsedFile, Redirect, Skipped, addresses
 from sfumato.errors import DownloadError, SfumatoError, in_words
 from sfumato.models import inspection, low_memory, quantizers
@@ -96,6 +96,8 @@ def _model(config: ModelConfig, complaints: tuple[str, ...], hub: _Hub) -> FileR
         facts += [("base", found.base)] if found.contents and found.contents.needs_base and found.base else []
         name = inspection.choose(config, found.index)
         problems += file_values.problems(config, name, found.index, found.folder)
+        if (told := static_capabilities.static_capabilities(config).abilities) and told.problem:
+            problems.append(f"{config.name} draws no picture: {told.problem}")
     except SfumatoError as error:
         problems.append(error.message)
     facts += [(label, text) for label, text in _settings(config) if text]

@@ -18,7 +18,7 @@ from sfumato.errors import InvalidRequest
 from sfumato.models.load import Loaded, token_limit
 from sfumato.pictures import images
 from sfumato.pipelines import request_fields
-from sfumato.pipelines.capabilities import parameters_of, upscaler
+from sfumato.pipelines.capabilities import MULTIPLES, parameters_of, upscaler
 from sfumato.sampling import PARAMETERS, Parameter, Sampling, merged
 
 SAMPLED = frozenset(parameter.argument for parameter in PARAMETERS if parameter.argument)
@@ -337,6 +337,8 @@ def _strength(sampling: Sampling, parameters: Mapping[str, inspect.Parameter]) -
 
 def size_multiple(pipeline: Any) -> int:
     """Both sides of a picture must be multiples of this, in pixels."""
+    if multiple := MULTIPLES.get(type(pipeline).__name__):
+        return multiple
     processor = getattr(pipeline, "image_processor", None)
     factor = getattr(getattr(processor, "config", None), "vae_scale_factor", None)
     return int(factor or getattr(pipeline, "vae_scale_factor", None) or 8)

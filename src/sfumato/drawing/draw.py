@@ -253,7 +253,7 @@ def _run(pipeline: Any, kwargs: Mapping[str, Any], seed: int) -> tuple[Image.Ima
         noise = {}
     torch.manual_seed(seed)  # for the few pipelines that draw noise without their generator
     try:
-        output = pipeline(**kwargs, **noise)
+        output = pipeline(**{**outputs.form(pipeline), **kwargs}, **noise)
     except SfumatoError:
         raise
     except Exception as error:  # whatever a pipeline raises, the caller gets a readable message
