@@ -384,9 +384,11 @@ def test_row_28_one_of_other_latents_is_refused_and_none_is_the_model_s_own(
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ("diffusers: {control_net: a/b}", "control_net"),
-        ("diffusers: {control_net: a/b, pipeline_type: StableDiffusionPipeline}", "StableDiffusionControlNetPipeline"),
-        ("diffusers: {control_net: a/b, pipeline_type: FluxPipeline}", "control_net"),
+        ("diffusers: {control_net: a/b}", ""),
+        ("diffusers: {control_net: [a/b, c/d], img2img: true}", ""),
+        ("diffusers: {control_net: a/b, pipeline_type: StableDiffusionPipeline}", ""),
+        ("diffusers: {control_net: a/b, pipeline_type: FluxPipeline}", "FluxControlNetPipeline does not fit"),
+        ("diffusers: {control_net: a/b, pipeline_type: ChromaPipeline}", "control_net: ChromaPipeline takes no"),
         ("diffusers: {control_net: a/b, pipeline_type: StableDiffusionControlNetPipeline}", ""),
         ("diffusers: {pipeline_type: NoSuchPipeline}", "NoSuchPipeline"),
         ("vae: a/b\ndiffusers: {pipeline_type: DDPMPipeline}", "vae"),

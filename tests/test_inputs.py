@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from sfumato.checkpoints import class_reading, diffusers_source, pipeline_class, static_capabilities
+from sfumato.checkpoints.class_reading import kin_of_pipeline as kin_of
 from sfumato.commands.check import check
 from sfumato.config import ModelConfig
 from sfumato.drawing import outputs
@@ -29,7 +30,14 @@ from sfumato.pictures.images import decoded
 from sfumato.pipelines import capabilities
 from sfumato.pipelines.inputs import of_signature
 from sfumato.serving.catalog import Catalog
-from support import families, families_controlled, families_moving, families_newer, families_transformers
+from support import (
+    families,
+    families_controlled,
+    families_moving,
+    families_newer,
+    families_rare,
+    families_transformers,
+)
 from support.drawing import loaded, quiet, wanted
 from support.families import Family, picture
 from support.families_served import MASK, Served, encoded, served
@@ -41,7 +49,6 @@ WITHOUT = {
     "StableDiffusionUpscale": "its toy is no upscaler; tests/test_kinds.py has some that are",
     "Flux2": "its toy has fewer layers of text than the class asks for",
     "Flux2Klein": "the same",
-    "StableCascadeCombined": "its toy lacks the encoder of pictures, which published ones have",
 }
 ALL: dict[str, Family] = {
     **families.FAMILIES,
@@ -49,6 +56,7 @@ ALL: dict[str, Family] = {
     **families_transformers.FAMILIES,
     **families_newer.FAMILIES,
     **families_moving.FAMILIES,
+    **families_rare.FAMILIES,
 }
 LOAD = load.load
 """The server of the families replaces it."""
@@ -411,3 +419,60 @@ def test_a_label_is_a_prompt(server: Served) -> None:
         answer = server.generate(model, prompt=prompt)
         assert answer.status_code == 400
         assert "is no class" in answer.json()["error"]["message"]
+
+
+# What a class takes depends on the components that it can be without.
+
+
+def test_without_its_encoder_of_pictures_a_model_takes_none(tmp_path: Path) -> None:
+    for family, tasks in (
+        ("StableCascadeCombined", ("text-to-image",)),
+        ("StableCascadeCombined (pictures)", ("text-to-image", "image-to-image")),
+    ):
+        pipeline = ALL[family].build()
+        assert class_reading.abilities_of(ModelConfig(name="m", model="m"), kin_of(pipeline)).tasks == tasks
+        index = {
+            name: [None, None] if part is None else ["diffusers", type(part).__name__]
+            for name, part in pipeline.components.items()
+        }
+        (tmp_path / "w").mkdir(exist_ok=True)
+        (tmp_path / "w" / "model_index.json").write_text(json.dumps({"_class_name": type(pipeline).__name__, **index}))
+        config = ModelConfig(name="m", model="w", folder=tmp_path)
+        assert static_capabilities.static_capabilities(config).tasks == tasks
+
+
+def test_without_a_text_encoder_a_model_draws_nothing(tmp_path: Path) -> None:
+    index = {"_class_name": "FluxPipeline", "text_encoder": [None, None], "text_encoder_2": [None, None]}
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w" / "model_index.json").write_text(json.dumps(index))
+    told = static_capabilities.static_capabilities(ModelConfig(name="m", model="w", folder=tmp_path)).abilities
+    assert told
+    assert told.tasks == ()
+    assert told.problem == "FluxPipeline needs text_encoder and text_encoder_2, which this model does not have"
+    one = index | {"text_encoder": ["transformers", "CLIPTextModel"]}
+    (tmp_path / "w" / "model_index.json").write_text(json.dumps(one))
+    told = static_capabilities.static_capabilities(ModelConfig(name="m", model="w", folder=tmp_path)).abilities
+    assert told
+    assert "text-to-image" in told.tasks
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("FluxPriorReduxPipeline", "one that draws from a picture: FluxImg2ImgPipeline, FluxKontextPipeline"),
+        ("StableCascadePriorPipeline", "Write `pipeline_type: StableCascadeCombinedPipeline`"),
+        ("KandinskyV22PriorPipeline", "Write `pipeline_type: KandinskyV22CombinedPipeline`"),
+    ],
+)
+def test_a_class_of_embeddings_is_refused_with_what_would_work(kind: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "m.yaml").write_text(f"parameters: {{model: o/r}}\ndiffusers: {{pipeline_type: {kind}}}")
+    (report,) = check(Catalog([tmp_path]))
+    assert not report.ok
+    assert words in str(report)
+    assert static_capabilities.static_capabilities(Catalog([tmp_path]).get("m")).tasks == ()
+
+
+def test_a_picture_with_its_depth_has_no_alpha_channel() -> None:
+    pipeline = ALL["StableDiffusionLDM3D"].build()
+    pipeline.vae.register_to_config(out_channels=4)
+    assert not capabilities.transparent(pipeline)

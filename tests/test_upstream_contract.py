@@ -86,7 +86,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     ),
     "pipelines/request_scheduler.py": tuple(
         f"diffusers:{name}.set_timesteps"
-        for name in sorted(request_scheduler.SLOW_CONSTRUCTORS | request_scheduler._FLOW_CLASSES)
+        for name in sorted(request_scheduler.SLOW_CONSTRUCTORS | schedulers.FLOW_CLASSES)
     ),
     "schedulers.py": tuple(
         f"diffusers:{form.cls}.step"

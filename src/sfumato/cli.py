@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 
 Models = Annotated[Path | None, typer.Option("--models", help="Folder of model files.")]
+NewModels = Annotated[Path | None, typer.Option("--models", help="Folder of model files; made if there is none.")]
 
 
 def main() -> None:
@@ -127,7 +128,7 @@ def generate(
         "n": n,
     }
     request_fields = {name: value for name, value in request_fields.items() if value is not None}
-    for path in run(request_fields, like, output, _settings(models=models)):
+    for path in run(request_fields, like, output, _reading(_settings(models=models))):
         typer.echo(path)
 
 
@@ -148,7 +149,7 @@ def add(
     source: Annotated[str, typer.Argument(help="Hub id, folder, file, http(s) URL or huggingface://owner/name/file.")],
     name: Annotated[str | None, typer.Option(help="The model's name; absent: the source's.")] = None,
     base: Annotated[str | None, typer.Option(help="Of a denoiser alone (GGUF ...): where all else comes from.")] = None,
-    models: Models = None,
+    models: NewModels = None,
 ) -> None:
     """Write a model file for a source, by looking at it. The weights are downloaded at first use, or by `pull`."""
     from sfumato.commands.add import add as run
@@ -167,7 +168,7 @@ def remove(
     from sfumato.checkpoints.stored import readable
     from sfumato.commands.remove import carry_out, plan
 
-    removal = plan(model, _settings(models=models))
+    removal = plan(model, _reading(_settings(models=models)))
     typer.echo(str(removal))
     if not yes:
         typer.confirm(f"Delete {readable(removal.size)}?", abort=True)
@@ -175,7 +176,7 @@ def remove(
 
 
 @app.command()
-def check(models: Annotated[Path | None, typer.Argument(exists=True, help="Folder of model files.")] = None) -> None:
+def check(models: Annotated[Path | None, typer.Argument(help="Folder of model files.")] = None) -> None:
     """Explain each model file: what is loaded and from where, which keys are ignored and why, what is wrong."""
     from sfumato.commands.check import check as run
 
@@ -194,7 +195,7 @@ def pull(
     """Download a model before its first use."""
     from sfumato.commands.pull import pull as run
 
-    typer.echo(run(id, _settings(models=models)))
+    typer.echo(run(id, _reading(_settings(models=models))))
 
 
 @app.command()
@@ -227,7 +228,7 @@ def prove(
     """
     from sfumato.commands.prove import prove as run
 
-    if code := run(model, size, _settings(**options), typer.echo):
+    if code := run(model, size, _reading(_settings(**options)), typer.echo):
         raise typer.Exit(code)
 
 
@@ -267,7 +268,17 @@ def _settings(**options: Any) -> Settings:
 def _catalog(settings: Settings) -> Any:
     from sfumato.serving.catalog import Catalog
 
-    return Catalog.of(settings)
+    return Catalog.of(_reading(settings))
+
+
+def _reading(settings: Settings) -> Settings:
+    """The settings of a command that reads the folder of model files, which must be there if it is not the default."""
+    if settings.models != Settings().models and not settings.models.exists():
+        raise typer.BadParameter(
+            f"{settings.models} does not exist. Write the folder of the model files, or a model file",
+            param_hint="--models (or SFUMATO_MODELS)",
+        )
+    return settings
 
 
 if __name__ == "__main__":

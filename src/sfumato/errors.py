@@ -35,7 +35,8 @@ pipe between the processes, so each can be pickled with all its attributes.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any, ClassVar
 
 
@@ -220,3 +221,33 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """`" Did you mean 'x'?"` for the nearest known word, or an empty string if none is close."""
     near = difflib.get_close_matches(word[:100], list(choices), n=1, cutoff=0.6)  # quadratic in the word's length
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+MAX_ITEMS, MAX_DEPTH, MAX_TEXT = 4, 2, 80
+_WORDS = {None: "null", True: "true", False: "false"}
+
+
+def in_words(value: object, depth: int = MAX_DEPTH) -> str:
+    """A value for a message, as JSON and YAML write it (`true`, `null`, `[1, 'a']`); short, and never raises."""
+    match value:
+        case None | bool():
+            return _WORDS[value]
+        case str():
+            half = MAX_TEXT // 2 - 2
+            return repr(value if len(value) <= MAX_TEXT else f"{value[:half]}...{value[-half:]}")
+        case bytes():
+            return f"a file of {len(value)} bytes"
+        case dict():
+            pairs = (f"{in_words(key, 0)}: {in_words(each, depth - 1)}" for key, each in value.items())
+            return "{" + _several(pairs, len(value), depth) + "}"
+        case list() | tuple() | set() | frozenset():
+            return "[" + _several((in_words(each, depth - 1) for each in value), len(value), depth) + "]"
+    try:
+        return str(value)[:MAX_TEXT]
+    except ValueError:  # an integer of thousands of digits
+        return f"a {type(value).__name__}"
+
+
+def _several(items: Iterator[str], count: int, depth: int) -> str:
+    shown = list(islice(items, MAX_ITEMS)) if depth > 0 else []  # aliases can turn lines of YAML into gigabytes
+    return ", ".join(shown + (["..."] if count > len(shown) else []))

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 from sfumato.errors import InvalidRequest, did_you_mean
 
@@ -278,3 +279,33 @@ def _name(base: str, schedule: str) -> str:
 def _scheduled(form: SolverForm, schedule: str) -> SolverForm:
     _, arguments = SCHEDULES[schedule]
     return SolverForm(form.cls, {**form.arguments, **arguments}, form.schedules)
+
+
+_NOISE_CLASSES = frozenset(solver.noise.cls for solver in SOLVERS.values())
+FLOW_CLASSES = frozenset({"FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler"})
+
+
+def is_flow(kind: str, config: Mapping[str, Any]) -> bool:
+    """Whether a model predicts a flow, whose own scheduler is of this class with this configuration."""
+    return kind in FLOW_CLASSES or (
+        kind in _NOISE_CLASSES
+        and (config.get("prediction_type") == "flow_prediction" or bool(config.get("use_flow_sigmas")))
+    )
+
+
+def form_for(choice: SchedulerChoice, kind: str, config: Mapping[str, Any]) -> SolverForm | None:
+    """The form of the solver for such a model; None if it has none."""
+    if is_flow(kind, config):
+        return choice.flow
+    return choice.noise if kind in _NOISE_CLASSES else None
+
+
+def why_no_form(choice: SchedulerChoice, kind: str, config: Mapping[str, Any]) -> str:
+    """Why `form_for` is None, in words."""
+    if not is_flow(kind, config):
+        return f"this model works only with {kind}"
+    flow = SOLVERS[choice.solver].flow
+    if flow is None:
+        return f"there is no {SOLVERS[choice.solver].description} for flow-matching models, and this is one"
+    schedules = f"only the schedules {', '.join(flow.schedules)}" if flow.schedules else "no schedule"
+    return f"with flow-matching models, and this is one, {SOLVERS[choice.solver].description} takes {schedules}"

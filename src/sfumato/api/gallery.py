@@ -51,6 +51,8 @@ class GalleryPage(BaseModel):
 class RecipeBody(BaseModel):
     """Of `POST /v1/images/recipe`."""
 
+    model_config = ConfigDict(extra="forbid")
+
     image: Picture = Field(description="PNG, JPEG or WebP: base64 or a data: URI; in a form, a file.")
 
 

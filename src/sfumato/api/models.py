@@ -25,16 +25,20 @@ MAX_NAME = 1000
 """Maximum characters of a model's name."""
 
 
-class ModelBody(BaseModel):
-    """Of `POST /v1/models/load`."""
-
-    model: str = Field(max_length=MAX_NAME, description="A name from /v1/models.")
-
-
-class UnloadBody(BaseModel):
-    """Of `POST /v1/models/unload`. A misspelt field is refused: without a model all are unloaded."""
+class _Order(BaseModel):
+    """A misspelt field is refused: without `model` all are unloaded, without `pinned` a model is pinned."""
 
     model_config = ConfigDict(extra="forbid")
+
+
+class ModelBody(_Order):
+    """Of `POST /v1/models/load`."""
+
+    model: str = Field(min_length=1, max_length=MAX_NAME, description="A name from /v1/models.")
+
+
+class UnloadBody(_Order):
+    """Of `POST /v1/models/unload`."""
 
     model: Annotated[
         str | None, Field(min_length=1, max_length=MAX_NAME, description="A name from /v1/models; absent: all models.")

@@ -13,7 +13,8 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from sfumato.checkpoints import diffusers_source
+from sfumato.checkpoints import class_needs, diffusers_source
+from sfumato.checkpoints.class_needs import Lacks
 from sfumato.config import ModelConfig
 from sfumato.core import Abilities
 from sfumato.pipelines import capabilities
@@ -71,6 +72,13 @@ def of_name(name: str) -> Reading | None:
     return Reading(name, plain.parameters, inputs, output, plain.unmet, masked)
 
 
+@functools.cache
+def output_fields(name: str) -> frozenset[str]:
+    """The fields of what a diffusers class returns; empty if that cannot be read."""
+    call = next(diffusers_source.methods(name, "__call__"), None)
+    return frozenset(dict(_returned(name, call))) if call else frozenset()
+
+
 def of_class(kind: type[Any], signature: Mapping[str, inspect.Parameter]) -> Reading:
     """The reading of an imported class; of one that is not diffusers' the signature alone."""
     of_diffusers = of_name(kind.__name__) if kind.__module__.startswith("diffusers.") else None
@@ -114,17 +122,34 @@ def abilities_of(config: ModelConfig, kin: Kin) -> Abilities:
     return abilities(kin, config.options)
 
 
-def kin_of(own: Reading, *, unet_channels: Any = None, nets: int = 1, kinds: int = 0, more: bool = False) -> Kin:
+def kin_of(
+    own: Reading,
+    *,
+    unet_channels: Any = None,
+    nets: int = 1,
+    kinds: int = 0,
+    more: bool = False,
+    lacks: Lacks = lambda part: False,
+) -> Kin:
     """A class with its siblings. `unet_channels`: those that the UNet takes, if there is one."""
-    siblings = {task: _sibling(own, task) for task in ("image", "mask")}
-    return Kin(own, siblings["image"], siblings["mask"], unet_channels == MASKED_CHANNELS, nets, kinds, more)
+    found = {task: _sibling(own, task) for task in ("image", "mask")}
+    siblings = {task: class_needs.on_parts(sibling, lacks) for task, sibling in found.items() if sibling}
+    image, mask = (each if each and not each.lacks else None for each in map(siblings.get, ("image", "mask")))
+    masks_only = unet_channels == MASKED_CHANNELS
+    return Kin(class_needs.on_parts(own, lacks), image, mask, masks_only, nets, kinds, more)
 
 
 def kin_of_pipeline(pipeline: Any) -> Kin:
     """The class of a pipeline in memory, with what its components say."""
     own = of_pipeline(pipeline)
     unet = getattr(getattr(pipeline, "unet", None), "config", {})
-    return kin_of(own, unet_channels=unet.get("in_channels"), nets=nets_of(pipeline), kinds=kinds_of(pipeline))
+    return kin_of(
+        own,
+        unet_channels=unet.get("in_channels"),
+        nets=nets_of(pipeline),
+        kinds=kinds_of(pipeline),
+        lacks=lambda part: getattr(pipeline, part, None) is None,
+    )
 
 
 def nets_of(pipeline: Any) -> int:
@@ -310,12 +335,4 @@ def _assigned_from(name: str, call: ast.FunctionDef, variable: str) -> Iterator[
 
 def _pipeline_of(name: str, attribute: str) -> str | None:
     """The class of a pipeline that another makes in its constructor."""
-    for function in diffusers_source.methods(name, "__init__"):
-        for node in ast.walk(function):
-            match node:
-                case ast.Assign(
-                    targets=[ast.Attribute(value=ast.Name(id="self"), attr=attr)],
-                    value=ast.Call(func=ast.Name(id=kind)),
-                ) if attr == attribute and kind.endswith("Pipeline"):
-                    return kind
-    return None
+    return class_needs.inner_pipelines(name).get(attribute)

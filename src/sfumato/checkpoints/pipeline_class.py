@@ -10,16 +10,18 @@ import ast
 import functools
 import importlib.util
 import logging
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from sfumato.checkpoints import class_reading, diffusers_source, modular, sources
+from sfumato.checkpoints import class_needs, class_reading, diffusers_source, modular, sources
 from sfumato.config import ModelConfig
-from sfumato.errors import InvalidRequest, LoadError, UnfitPipeline, did_you_mean
+from sfumato.errors import InvalidRequest, LoadError, ModelFileError, UnfitPipeline, did_you_mean
 from sfumato.pipelines import capabilities
+from sfumato.pipelines.inputs import OUTPUTS
 
 log = logging.getLogger(__name__)
 
@@ -64,11 +66,11 @@ class Constructor:
 def choose(config: ModelConfig, index: Mapping[str, Any] | None) -> str:
     """The name of the class for a repository with this `model_index.json` (None: not known yet).
 
-    Raises UnfitPipeline if the name is not a pipeline class, or the class does not fit the repository or does not take
-    a component that the file sets; LoadError if it needs a package that is not installed; InvalidRequest if it draws no
-    picture.
+    With `control_net` it is the class that takes one. Raises UnfitPipeline if the name is not a pipeline class, or the
+    class does not fit the repository; ModelFileError if it does not take a component that the file sets; LoadError if
+    it needs a package that is not installed; InvalidRequest if it draws no picture.
     """
-    requested = config.pipeline_type or ANY
+    requested = _controlled(config, config.pipeline_type or ANY)
     if requested not in AUTO and requested != ANY and not _is_pipeline(requested):
         raise UnfitPipeline(
             f"{config.name}: pipeline_type {requested!r} is not a pipeline class of diffusers {_version()}."
@@ -79,7 +81,7 @@ def choose(config: ModelConfig, index: Mapping[str, Any] | None) -> str:
     listed = index.get("_class_name") if index else None
     chosen = requested
     if isinstance(listed, str):
-        chosen = _fitting(config, requested, modular.successor(listed), index or {})
+        chosen = _controlled(config, _fitting(config, requested, modular.successor(listed), index or {}))
     known = isinstance(listed, str) and _is_pipeline(chosen)
     if listed is not None and requested in (ANY, *AUTO) and not known:
         raise UnfitPipeline(
@@ -93,6 +95,16 @@ def choose(config: ModelConfig, index: Mapping[str, Any] | None) -> str:
     _check_packages(config, chosen)
     _check_output(config, chosen)
     return chosen
+
+
+def _controlled(config: ModelConfig, name: str) -> str:
+    """The class that takes a ControlNet on the weights of this one, if the file names a ControlNet and there is one."""
+    made_of = constructor(name)
+    if not config.control_net or made_of is None or "controlnet" in made_of.accepted:
+        return name
+    by_name = f"{name.removesuffix('Pipeline')}ControlNetPipeline"
+    better = capabilities.task_class(name, "text", controlled=True) or (by_name if _is_pipeline(by_name) else None)
+    return better or name
 
 
 def _fitting(config: ModelConfig, requested: str, listed: str, index: Mapping[str, Any]) -> str:
@@ -148,16 +160,14 @@ def _misfit(config: ModelConfig, name: str, listed: str, index: Mapping[str, Any
 
 def _check_parts(config: ModelConfig, name: str) -> None:
     if modular.is_one(name) and config.control_net:
-        raise UnfitPipeline(
+        raise ModelFileError(
             f"{config.name}: control_net: {name} takes none here; write an ordinary pipeline_type, or leave it out",
-            param="control_net",
+            param="diffusers.control_net",
         )
     made_of = constructor(name)
     for field, component in PARTS.items():
         if made_of and getattr(config, field) and component not in made_of.accepted:
-            better = capabilities.task_class(name, "text", controlled=True) if field == "control_net" else None
-            remedy = f"write `pipeline_type: {better}`, or leave it out" if better else "leave it out"
-            raise UnfitPipeline(f"{config.name}: {field}: {name} takes no {component}; {remedy}", param=field)
+            raise ModelFileError(f"{config.name}: {field}: {name} takes no {component}; leave it out", param=field)
 
 
 def _check_packages(config: ModelConfig, name: str) -> None:
@@ -174,7 +184,27 @@ def _check_packages(config: ModelConfig, name: str) -> None:
 def _check_output(config: ModelConfig, name: str) -> None:
     reading = class_reading.of_name(name)
     if reading and (problem := reading.problem(config.options)):
-        raise InvalidRequest(f"{config.name} draws no picture: {problem}", param="model")
+        instead = _instead(name) if reading.output == OUTPUTS["image_embeds"] else ""
+        raise InvalidRequest(f"{config.name} draws no picture: {problem}{instead}", param="model")
+
+
+def _instead(name: str) -> str:
+    """Of a class that makes embeddings: classes that draw with it, else those of its family that take a picture."""
+    combined = [
+        kind
+        for kind in _pipelines()
+        if kind.endswith("CombinedPipeline") and name in class_needs.inner_pipelines(kind).values()
+    ]
+    if combined:
+        return f". Write `pipeline_type: {'` or `'.join(sorted(combined))}` for a repository that has both stages"
+    drawing = [kind for kind in capabilities.image_classes() if _family(kind) == _family(name)]
+    return f". Name a repository for one that draws from a picture: {', '.join(drawing)}" if drawing else ""
+
+
+def _family(name: str) -> str:
+    """The first word of a class's name, with its version: `Flux2`."""
+    match = re.match(r"[A-Z][a-z]+\d*", name)
+    return match[0] if match else name
 
 
 @functools.cache

@@ -99,7 +99,9 @@ def _kin(reading: Reading, parts: _Parts, nets: int) -> Kin:
 
     channels, kinds = setting("unet", "in_channels"), setting("controlnet", "num_control_type")
     more = any(parts.kind(part).startswith("Multi") for part in ("controlnet", "adapter"))
-    return class_reading.kin_of(reading, unet_channels=channels, nets=nets, kinds=kinds or 0, more=more)
+    return class_reading.kin_of(
+        reading, unet_channels=channels, nets=nets, kinds=kinds or 0, more=more, lacks=parts.lacks
+    )
 
 
 def index_of(config: ModelConfig) -> dict[str, Any]:
@@ -121,12 +123,17 @@ class _Parts:
 
     def __init__(self, folder: Path, index: Mapping[str, Any]) -> None:
         self._folder = folder
+        self._without = {part for part, value in index.items() if isinstance(value, list) and value[1:] == [None]}
         self._classes = {
             part: str(value[1]) for part, value in index.items() if isinstance(value, list) and value[1:] != [None]
         }
 
     def __contains__(self, part: object) -> bool:
         return part in self._classes
+
+    def lacks(self, part: str) -> bool:
+        """Whether the model has been made without this component, as the index says."""
+        return part in self._without
 
     def setting(self, part: str, key: str) -> Any:
         """A value of a component's configuration, else its class's default. Raises _Unknown."""
@@ -175,6 +182,8 @@ def _multiple(name: str, parts: _Parts) -> int | None:
     """Equals `arguments.size_multiple`, from the arithmetic in the class's `__init__`."""
     if larger := capabilities.UPSCALERS.get(name):
         return larger.multiple * larger.factor
+    if multiple := capabilities.MULTIPLES.get(name):
+        return multiple
     attributes: dict[str, Any] = {}
     processor: Any = None
     for function in diffusers_source.methods(name, "__init__"):

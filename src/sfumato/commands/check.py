@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sfumato.checkpoints import pipeline_class, sources
+from sfumato.checkpoints import file_values, pipeline_class, sources, static_capabilities
 from sfumato.config import Broken, ModelConfig, ParsedFile, Redirect, Skipped, addresses
-from sfumato.errors import DownloadError, SfumatoError
+from sfumato.errors import DownloadError, SfumatoError, in_words
 from sfumato.models import inspection, low_memory, quantizers
 from sfumato.sampling import PARAMETERS
 from sfumato.serving.catalog import Catalog
@@ -94,7 +94,10 @@ def _model(config: ModelConfig, complaints: tuple[str, ...], hub: _Hub) -> FileR
         found, unasked = hub.inspect(config)
         facts += [("not asked", unasked)] if unasked else []
         facts += [("base", found.base)] if found.contents and found.contents.needs_base and found.base else []
-        inspection.choose(config, found.index)
+        name = inspection.choose(config, found.index)
+        problems += file_values.problems(config, name, found.index, found.folder)
+        if (told := static_capabilities.static_capabilities(config).abilities) and told.problem:
+            problems.append(f"{config.name} draws no picture: {told.problem}")
     except SfumatoError as error:
         problems.append(error.message)
     facts += [(label, text) for label, text in _settings(config) if text]
@@ -159,7 +162,7 @@ def _settings(config: ModelConfig) -> Iterator[tuple[str, str]]:
     yield "scheduler", config.sampling.scheduler or "the model's own"
     yield "adapters", ", ".join(f"{addresses.redact(lora.source)} × {lora.scale:g}" for lora in config.adapters)
     yield "defaults", ", ".join(f"{label} {value}" for label, value in _defaults(config) if value is not None)
-    yield "options", ", ".join(f"{key}={value!r}" for key, value in config.options.items())
+    yield "options", ", ".join(f"{key}={in_words(value)}" for key, value in config.options.items())
     enabled = ", ".join(sorted(config.enable_parameters))
     yield "requests", f"may set {enabled or 'nothing but prompt, size, seed, guidance and eta'}"
 

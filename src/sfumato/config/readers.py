@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import re
-import reprlib
 from collections.abc import Callable, Mapping
 from datetime import date
 from pathlib import PurePosixPath
@@ -18,7 +17,7 @@ from sfumato.config import addresses
 from sfumato.config.model import Download
 from sfumato.config.scalar import scalar
 from sfumato.core import MAX_SEED, QUALITIES, keep_alive_seconds
-from sfumato.errors import did_you_mean
+from sfumato.errors import did_you_mean, in_words
 
 Reader: TypeAlias = Callable[[Any], Any]
 
@@ -60,12 +59,7 @@ _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 
 def shorten(value: Any) -> str:
     """The value as text for an error message: short, and never raises."""
-    short = reprlib.Repr()  # bounded: aliases can turn a few lines of YAML into gigabytes of text
-    short.maxlevel, short.maxlist, short.maxdict, short.maxstring = 2, 4, 4, 80
-    try:
-        return addresses.redact(short.repr(value))
-    except ValueError:  # an integer of thousands of digits
-        return f"a {type(value).__name__}"
+    return addresses.redact(in_words(value))
 
 
 def string(value: Any) -> str:

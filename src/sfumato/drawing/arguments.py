@@ -10,13 +10,15 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
+from sfumato.checkpoints import file_values
 from sfumato.config.model import REQUEST_DEFAULTS
 from sfumato.core import QUALITIES, Generation
 from sfumato.drawing import crop, picture_arguments
 from sfumato.errors import InvalidRequest
 from sfumato.models.load import Loaded, token_limit
 from sfumato.pictures import images
-from sfumato.pipelines.capabilities import parameters_of, upscaler
+from sfumato.pipelines import request_fields
+from sfumato.pipelines.capabilities import MULTIPLES, parameters_of, upscaler
 from sfumato.sampling import PARAMETERS, Parameter, Sampling, merged
 
 SAMPLED = frozenset(parameter.argument for parameter in PARAMETERS if parameter.argument)
@@ -297,16 +299,11 @@ def arguments(
         if requested is not None and argument not in SAMPLED and argument not in parameters:
             raise InvalidRequest(
                 f"{argument}: {model.config.name} ({name}) does not take it. Leave it out. "
-                f"It takes: {', '.join(parameters)}",
+                f"It takes: {', '.join(request_fields.of(pipeline))}",
                 param=argument,
             )
-    unknown = [option for option in model.config.options if option not in parameters]
-    if unknown:
-        raise InvalidRequest(
-            f"options in {model.config.file}: {', '.join(unknown)} is not an argument of {name}. "
-            f"It takes: {', '.join(parameters)}",
-            param="options",
-        )
+    own = parameters_of(model.pipeline)  # its siblings for other tasks may have fewer
+    file_values.refuse_options(model.config, type(model.pipeline).__name__, {**own, **parameters})
     kwargs = {
         argument: value for argument, (value, _) in values.items() if value is not None and argument in parameters
     }
@@ -314,6 +311,7 @@ def arguments(
     return kwargs | {
         option: value
         for option, value in model.config.options.items()
+        if option in parameters
         if option not in SAMPLED and (option not in by_request or model.config.locks(option))
     }
 
@@ -339,6 +337,8 @@ def _strength(sampling: Sampling, parameters: Mapping[str, inspect.Parameter]) -
 
 def size_multiple(pipeline: Any) -> int:
     """Both sides of a picture must be multiples of this, in pixels."""
+    if multiple := MULTIPLES.get(type(pipeline).__name__):
+        return multiple
     processor = getattr(pipeline, "image_processor", None)
     factor = getattr(getattr(processor, "config", None), "vae_scale_factor", None)
     return int(factor or getattr(pipeline, "vae_scale_factor", None) or 8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import traceback
 import weakref
 from collections.abc import Callable, Mapping
@@ -16,9 +17,10 @@ from PIL import Image
 from sfumato import __version__, schedulers
 from sfumato.batching import views
 from sfumato.batching.batcher import is_out_of_memory
+from sfumato.config import at_fault
 from sfumato.core import VAE_TILING, Done, Generation, Recipe
 from sfumato.drawing import arguments, crop, inputs, outputs, prompts, usable
-from sfumato.errors import ContentFiltered, DrawError, InvalidRequest, SfumatoError
+from sfumato.errors import ContentFiltered, DrawError, InvalidRequest, SfumatoError, in_words
 from sfumato.models.load import Loaded
 from sfumato.models.release import release_frames
 from sfumato.pictures import images, recipe
@@ -62,6 +64,8 @@ def draw(model: Loaded, generation: Generation, on_step: OnStep, on_preview: OnP
         release_frames(error)
         if isinstance(error, Exception) and model.state.broken:
             raise Disturbed from error
+        if isinstance(error, InvalidRequest):
+            raise at_fault.error_of(error, model.config, at_fault.set_by(generation.sampling)) from None
         raise
     else:
         if model.state.broken:
@@ -86,6 +90,7 @@ def _draw(
     generation, how_read = prompts.split(model, pipeline, generation)
     generation, left_out = usable.usable(model, pipeline, generation)
     filled = arguments.fill(model, pipeline, generation)
+    usable.refuse_defaults(model, pipeline, filled)
     canvas = arguments.canvas(model, pipeline, filled)
     kwargs = arguments.arguments(model, pipeline, generation, filled, canvas)
     # 3. its own scheduler
@@ -126,7 +131,7 @@ def _draw(
         *more,
         *arguments.unused_prompt(model, pipeline, filled, kwargs),
         *_kept_scheduler(driver, filled.sampling),
-        *_locked(model, generation.sampling, filled.sampling),
+        *_locked(model, pipeline, generation, filled.sampling),
         *_not_taken(model, pipeline, filled.sampling, kwargs),
         *_without_effect(pipeline, driver, kwargs),
     )
@@ -248,34 +253,37 @@ def _run(pipeline: Any, kwargs: Mapping[str, Any], seed: int) -> tuple[Image.Ima
         noise = {}
     torch.manual_seed(seed)  # for the few pipelines that draw noise without their generator
     try:
-        output = pipeline(**kwargs, **noise)
+        output = pipeline(**{**outputs.form(pipeline), **kwargs}, **noise)
     except SfumatoError:
         raise
     except Exception as error:  # whatever a pipeline raises, the caller gets a readable message
         if is_out_of_memory(error):
             raise
         if any(frame.name == "check_inputs" for frame in traceback.extract_tb(error.__traceback__)):
-            raise InvalidRequest(f"{type(pipeline).__name__} refused the request: {error}") from error
+            named = next((name for name in kwargs if re.search(rf"\b{name}\b", str(error))), None)
+            raise InvalidRequest(f"{type(pipeline).__name__} refused the request: {error}", param=named) from error
         raise DrawError(f"{type(pipeline).__name__}: {type(error).__name__}: {error}") from error
     if any(getattr(output, "nsfw_content_detected", None) or ()):
         raise ContentFiltered("the model's safety checker blocked this picture; change the prompt or the seed")
     return outputs.picture_of(pipeline, output)
 
 
-def _locked(model: Loaded, requested: Sampling, filled: Sampling) -> list[str]:
+def _locked(model: Loaded, pipeline: Any, requested: Generation, filled: Sampling) -> list[str]:
     """Warnings for values of the request that the model file locks."""
     return [
-        f"{each.name}: {requested[each]!r} was not used: {model.config.name} locks it"
+        f"{each.name}: {usable.in_request(each, requested, pipeline)} was not used: {model.config.name} locks it"
         for each in PARAMETERS
-        if requested[each] is not None and model.config.locks(each.argument or "") and requested[each] != filled[each]
+        if (value := requested.sampling[each]) is not None
+        and model.config.locks(each.argument or "")
+        and value != filled[each]
     ]
 
 
 def _not_taken(model: Loaded, pipeline: Any, sampling: Sampling, kwargs: Mapping[str, Any]) -> list[str]:
     """Warnings for defaults of the model file that this class does not take; a request's parameters were refused."""
-    file = model.config.sampling
+    file, name = model.config.sampling, type(pipeline).__name__
     return [
-        f"{each.name}: {file[each]!r} of the model file has no effect, {type(pipeline).__name__} does not take it"
+        f"{each.name}: {in_words(file[each])} of the model file has no effect, {name} does not take it"
         for each in PARAMETERS
         if each.argument and not each.side and each.argument not in kwargs
         if file[each] is not None and sampling[each] == file[each]

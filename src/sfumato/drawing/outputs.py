@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from sfumato.checkpoints import class_reading
 from sfumato.errors import DrawError
 
 FIELDS = ("images", "image", "rgb", "prediction", "frames", "video")
@@ -20,6 +21,12 @@ BESIDES = ("depth",)
 
 VISUALISED = re.compile(r"\w*?([A-Z][a-z]+)Output")
 """The last word of an output class's name: its image processor has a `visualize_` for the word."""
+
+
+def form(pipeline: Any) -> dict[str, str]:
+    """Arguments for the form of the output. Of two pictures in one, diffusers cannot always make PIL's."""
+    two = class_reading.output_fields(type(pipeline).__name__) & {*BESIDES}
+    return {"output_type": "np"} if two else {}
 
 
 def picture_of(pipeline: Any, output: Any) -> tuple[Image.Image, list[str]]:

@@ -92,10 +92,16 @@ def _settings(model: Loaded, pipeline: Any, controls: Sequence[Control], *, seve
 
 def _label(pipeline: Any, prompt: str) -> int | None:
     """The class that a prompt names, by its number or its name; None: it names none."""
-    text, labels = prompt.strip(), _labels(pipeline)
-    if text in labels:
-        return labels[text]
+    text, labels = _spelling(prompt), _labels(pipeline)
+    for spelling in (_spelling, lambda label: _spelling(label).casefold()):  # names that differ in case are told apart
+        named = {spelling(label): number for label, number in labels.items()}
+        if spelling(text) in named:
+            return named[spelling(text)]
     return int(text) if text.isdecimal() and len(text) < 10 and int(text) < _label_count(pipeline) else None
+
+
+def _spelling(label: str) -> str:
+    return " ".join(label.replace("_", " ").split())
 
 
 def _labels(pipeline: Any) -> dict[str, int]:

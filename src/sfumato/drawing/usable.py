@@ -9,11 +9,11 @@ from typing import Any
 from sfumato import schedulers
 from sfumato.core import Generation
 from sfumato.drawing import arguments
-from sfumato.errors import InvalidRequest
+from sfumato.errors import InvalidRequest, in_words
 from sfumato.models.load import Loaded
-from sfumato.pipelines import request_scheduler, scheduler_owners
+from sfumato.pipelines import request_fields, request_scheduler, scheduler_owners
 from sfumato.pipelines.capabilities import most_clip_skip, parameters_of, upscaler
-from sfumato.sampling import PARAMETERS, Parameter, Sampling, clip_skip_for
+from sfumato.sampling import PARAMETERS, Parameter, Sampling, clip_layer, clip_skip_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,17 +49,27 @@ def usable(model: Loaded, pipeline: Any, generation: Generation) -> tuple[Genera
     sampling = replace(generation.sampling, **dict.fromkeys(names))
     generation = replace(generation, sampling=sampling)
     left_out = [f"{field}: left out: {refusal.reason}" for field, refusal in refusals.items()]
-    driver = scheduler_owners.drawing_pipeline(pipeline)
-    steps = arguments.fill(model, pipeline, generation).sampling.steps
-    while wanted := generation.sampling.scheduler:
-        try:
-            scheduler(driver, Sampling(scheduler=wanted, steps=steps))
-            break
-        except InvalidRequest as error:
-            left_out.append(f"scheduler: left out: {error.message}")
-            sampling = replace(generation.sampling, scheduler=schedulers.without_schedule(wanted))
-            generation = replace(generation, sampling=sampling)
+    if wanted := generation.sampling.scheduler:
+        steps = arguments.fill(model, pipeline, generation).sampling.steps
+        chosen, told = _nearest_scheduler(scheduler_owners.drawing_pipeline(pipeline), wanted, steps)
+        generation = replace(generation, sampling=replace(generation.sampling, scheduler=chosen))
+        left_out += told
     return generation, tuple(left_out)
+
+
+def _nearest_scheduler(driver: Any, wanted: str, steps: int | None) -> tuple[str | None, list[str]]:
+    """This scheduler, else the same without its schedule, else None for the model's own; a warning if it is another."""
+    if request_scheduler.keeps_own(driver):
+        return wanted, []
+    choice = schedulers.parse(wanted)
+    reason = request_scheduler.why_unfit(driver, choice, steps)
+    if reason is None:
+        return wanted, []
+    plain = schedulers.without_schedule(wanted)
+    if plain and request_scheduler.why_unfit(driver, schedulers.parse(plain), steps) is None:
+        return plain, [f"scheduler: the schedule {choice.schedule} was left out, {plain} is used without it: {reason}"]
+    own = type(driver.scheduler).__name__ if getattr(driver, "scheduler", None) is not None else "none"
+    return None, [f"scheduler: left out: {wanted}: {reason}. The model's own is used ({own})"]
 
 
 def scheduler(driver: Any, sampling: Sampling) -> schedulers.SchedulerChoice | None:
@@ -92,10 +102,30 @@ def _refusals(model: Loaded, pipeline: Any, generation: Generation) -> Iterator[
             if generation.webui and (larger := upscaler(pipeline)):
                 yield Refusal(each, f"{name} enlarges {larger.factor} times", "Leave it out.")
         elif each.argument not in parameters:
-            told = "" if isinstance(value, str) else f"{value}; "
-            yield Refusal(each, f"{told}{name} does not take it", f"Leave it out. It takes: {', '.join(parameters)}")
-        elif why := _UNUSED.get(each.name, _always_used)(model, pipeline, value):
-            yield Refusal(each, *why)
+            told = "" if isinstance(value, str) else f"{in_request(each, generation, pipeline)}; "
+            fields = ", ".join(request_fields.of(pipeline))
+            yield Refusal(each, f"{told}{name} does not take it", f"Leave it out. It takes: {fields}")
+        elif why := {**_UNUSED, **_UNUSABLE}.get(each.name, _always_used)(model, pipeline, value):
+            reason, remedy = why
+            told = f"{in_request(each, generation, pipeline)}; " if each.name in _UNUSABLE else ""
+            yield Refusal(each, told + reason, remedy)
+
+
+def in_request(parameter: Parameter, generation: Generation, pipeline: Any) -> str:
+    """The value of a parameter as its request says it; `generation` is as `usable` returns it."""
+    value = generation.sampling[parameter]
+    if parameter.one_based and generation.webui:
+        value = clip_layer(value, type(pipeline).__name__)
+    return in_words(value)
+
+
+def refuse_defaults(model: Loaded, pipeline: Any, filled: Generation) -> None:
+    """Raises InvalidRequest for a value that the pipeline takes and would fail with."""
+    for each in PARAMETERS:
+        value, reject = filled.sampling[each], _UNUSABLE.get(each.name, _always_used)
+        if value is not None and each.argument in parameters_of(pipeline) and (why := reject(model, pipeline, value)):
+            reason, remedy = why
+            raise Refusal(each, f"{in_words(value)}; {reason}", remedy).error()
 
 
 def takes_negative(model: Loaded, pipeline: Any) -> bool:
@@ -121,7 +151,7 @@ def _too_deep(model: Loaded, pipeline: Any, clip_skip: int) -> tuple[str, str] |
     most = most_clip_skip(pipeline)
     if most is None or clip_skip <= most:
         return None
-    return f"{clip_skip}; the text encoder of {model.config.name} has too few layers", f"0 to {most} are valid"
+    return f"the text encoder of {model.config.name} has too few layers", f"0 to {most} are valid"
 
 
 def _always_used(model: Loaded, pipeline: Any, value: Any) -> tuple[str, str] | None:
@@ -130,6 +160,8 @@ def _always_used(model: Loaded, pipeline: Any, value: Any) -> tuple[str, str] | 
 
 _UNUSED: Mapping[str, Callable[[Loaded, Any, Any], tuple[str, str] | None]] = {
     "negative_prompt": _unused_negative,
-    "clip_skip": _too_deep,
 }
 """Parameter → reason and remedy if the class takes it but this model does not use this value."""
+
+_UNUSABLE: Mapping[str, Callable[[Loaded, Any, Any], tuple[str, str] | None]] = {"clip_skip": _too_deep}
+"""The same for a value that the class takes and fails with."""

@@ -40,6 +40,11 @@ UPSCALERS: Mapping[str, Upscaler] = MappingProxyType(
 )
 """diffusers' upscaler classes."""
 
+MULTIPLES: Mapping[str, int] = MappingProxyType(
+    dict.fromkeys(("StableCascadeCombinedPipeline", "WuerstchenCombinedPipeline"), 128)
+)
+"""Classes whose code does not say it: of these sides the latents of both stages are whole."""
+
 UPSCALING = Abilities(("upscaling",), (Input("prompt", 0, 1, ("text",)), Input("image", 1, 1, ("picture",))))
 """What each of them is asked for."""
 
@@ -49,7 +54,9 @@ def upscaler(pipeline: Any) -> Upscaler | None:
 
 
 def transparent(pipeline: Any) -> bool:
-    """Whether it draws an alpha channel: its VAE decodes to four channels."""
+    """Whether it draws an alpha channel: its VAE decodes to four channels, and the fourth is not the depth."""
+    if hasattr(getattr(pipeline, "image_processor", None), "numpy_to_depth"):
+        return False
     config = getattr(getattr(pipeline, "vae", None), "config", {})
     return 4 in (config.get("out_channels"), config.get("input_channels"))
 
@@ -94,6 +101,11 @@ def task_class(name: str, task: str, *, controlled: bool) -> str | None:
     if controlled:
         families = [family if "controlnet" in family else f"{family}-controlnet" for family in families]
     return next((classes[family] for family in families if family in classes), None)
+
+
+def image_classes() -> list[str]:
+    """diffusers' classes that draw from a source picture, and need nothing else."""
+    return sorted({each for each in _mappings()[_MAPPINGS["image"]].values() if "Control" not in each})
 
 
 def task_of(name: str) -> str | None:

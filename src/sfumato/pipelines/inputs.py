@@ -112,6 +112,8 @@ class Reading:
     """Parameters without a default that have no role: a request cannot give them."""
     own_denoiser: bool = False
     """Whether its denoiser takes a mask beside the latents, which that of its siblings does not."""
+    lacks: str = ""
+    """Components that it needs and that the model does not have."""
 
     def of(self, *roles: str) -> Parameter | None:
         """The first parameter with one of these roles, in their order."""
@@ -134,6 +136,8 @@ class Reading:
             if counts := [count for count in FRAME_COUNTS if count in self.parameters]:
                 only = f", unless the model file has `{counts[0]}:1` in its `options`"
             return f"{self.name} makes {self.output}, and Sfumato serves single pictures{only}"
+        if self.lacks:
+            return f"{self.name} needs {self.lacks}, which this model does not have"
         if unmet := [name for name in self.unmet if name not in options]:
             return f"{self.name} needs {', '.join(unmet)}, which a request cannot give"
         prompts = [name for name in self.parameters if re.fullmatch(r"(?!negative)(?!.*_per_)\w+_prompt", name)]

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from sfumato import schedulers
-from sfumato.errors import InvalidRequest
+from sfumato.errors import InvalidRequest, in_words
 from sfumato.pipelines import scheduler_calls, scheduler_steps
 from sfumato.pipelines.scheduler_calls import SchedulerUse
 from sfumato.schedulers import SchedulerChoice, SolverForm
@@ -74,11 +74,6 @@ SLOW_CONSTRUCTORS = frozenset({
 The first `set_timesteps` replaces it.
 """
 
-_NOISE_CLASSES = frozenset(solver.noise.cls for solver in schedulers.SOLVERS.values())
-_FLOW_CLASSES = frozenset(
-    {"FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler"}
-)
-
 
 def make(pipeline: Any, choice: SchedulerChoice | None, seed: int | Sequence[int]) -> Any:
     """A fresh scheduler for one call of `pipeline`; without a choice, one like the model's own.
@@ -106,18 +101,20 @@ def make(pipeline: Any, choice: SchedulerChoice | None, seed: int | Sequence[int
 
 def check(pipeline: Any, choice: SchedulerChoice | None, count: int | None = None) -> None:
     """Raise InvalidRequest if `choice` cannot draw with `pipeline` (in `count` steps, if not None)."""
-    if choice is None:
+    if choice is None or (reason := why_unfit(pipeline, choice, count)) is None:
         return
     model = _model(pipeline)
-    reason = _why_unfit(model, choice.name, count)
-    if reason is None:
-        return
     if count is not None and _why_unfit(model, choice.name, None) is None:
         raise InvalidRequest(
             f"Scheduler {choice.name!r} cannot draw in {count} steps: {reason}. Use another number of steps.",
             param="step",
         )
     raise _refusal(pipeline, choice, reason)
+
+
+def why_unfit(pipeline: Any, choice: SchedulerChoice, count: int | None = None) -> str | None:
+    """Why `choice` cannot draw with `pipeline` (in `count` steps, if not None), in words; None if it can."""
+    return _why_unfit(_model(pipeline), choice.name, count)
 
 
 def keeps_own(pipeline: Any) -> str:
@@ -137,30 +134,18 @@ def works_with(pipeline: Any) -> tuple[str, ...]:
 
 def is_flow(scheduler: Any) -> bool:
     """Whether the model behind this scheduler predicts a flow."""
-    config = getattr(scheduler, "config", {})
-    return type(scheduler).__name__ in _FLOW_CLASSES or (
-        type(scheduler).__name__ in _NOISE_CLASSES
-        and (config.get("prediction_type") == "flow_prediction" or bool(config.get("use_flow_sigmas")))
-    )
+    return schedulers.is_flow(type(scheduler).__name__, getattr(scheduler, "config", {}))
 
 
 def _form(model_scheduler: Any, choice: SchedulerChoice) -> SolverForm | None:
     """The form of the solver for the kind of model that `model_scheduler` belongs to."""
-    if model_scheduler is not None and is_flow(model_scheduler):
-        return choice.flow
-    return choice.noise if type(model_scheduler).__name__ in _NOISE_CLASSES else None
+    return schedulers.form_for(choice, type(model_scheduler).__name__, getattr(model_scheduler, "config", {}))
 
 
 def _why_no_form(model_scheduler: Any, choice: SchedulerChoice) -> str:
     if model_scheduler is None:
         return "this pipeline has no scheduler"
-    if not is_flow(model_scheduler):
-        return f"this model works only with {type(model_scheduler).__name__}"
-    flow = schedulers.SOLVERS[choice.solver].flow
-    if flow is None:
-        return f"this is a flow-matching model, which {choice.noise.cls} does not support"
-    schedules = ", ".join(flow.schedules) or "none"
-    return f"{flow.cls} does not support the schedule {choice.schedule!r}; it supports: {schedules}"
+    return schedulers.why_no_form(choice, type(model_scheduler).__name__, getattr(model_scheduler, "config", {}))
 
 
 def _like_model(model_scheduler: Any, seed: int | Sequence[int], *, sets_steps: bool) -> Any:
@@ -316,7 +301,7 @@ def _why_unfit(model: _Model, name: str, count: int | None) -> str | None:
     parameters = _parameters(getattr(diffusers, form.cls))
     for key, neutral in NEUTRAL.items():
         if model_scheduler.config.get(key) not in neutral and key not in parameters:
-            return f"{form.cls} does not support the model's {key}={model_scheduler.config[key]!r}"
+            return f"{form.cls} does not support the model's {key} ({in_words(model_scheduler.config[key])})"
     scheduler = _build(model_scheduler, form, seed=0)
     return _missing_support(scheduler, model_scheduler, usage) or _rehearse(scheduler, usage, count)
 

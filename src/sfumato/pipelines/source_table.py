@@ -15,8 +15,6 @@ from importlib import resources
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from sfumato.pipelines import source_digest
-
 log = logging.getLogger(__name__)
 
 FILE = "sources.json"
@@ -36,6 +34,8 @@ def table() -> Mapping[str, Mapping[str, Any]]:
 
 def row(kind: type) -> Mapping[str, Any] | None:
     """The table's row for this class; None if it has none or the installed source differs."""
+    from sfumato.pipelines import source_digest  # imports torch, and the table is read without it, too
+
     entry = table().get(source_digest.path(kind))
     return entry if entry and entry["source"] == source_digest.class_digest(kind) else None
 

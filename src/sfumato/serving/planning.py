@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from sfumato import schedulers
-from sfumato.config import ModelConfig
+from sfumato.config import ModelConfig, at_fault
 from sfumato.core import MAX_SEED, QUALITIES, Control, Generation, Limits, StorePicture
 from sfumato.errors import InvalidRequest
 from sfumato.pictures.fitting import Fitting
@@ -81,7 +81,7 @@ class ImageRequest:
 def plan(request: ImageRequest, config: ModelConfig, limits: Limits, max_pictures: int) -> list[Generation]:
     """The generations of a request, without source pictures; at most `most` pictures per request.
 
-    Raises InvalidRequest naming the field at fault.
+    Raises InvalidRequest naming the field at fault, and ModelFileError if that is a default of the model file.
     """
     prompts = request.prompts
     if not prompts:
@@ -102,7 +102,10 @@ def plan(request: ImageRequest, config: ModelConfig, limits: Limits, max_picture
             param="quality",
         )
     _check_pictures(request)
-    seed = _seed(config.seed if request.seed is None else request.seed, n)
+    try:
+        seed = _seed(config.seed if request.seed is None else request.seed, n)
+    except InvalidRequest as error:
+        raise at_fault.error_of(error, config, () if request.seed is None else (at_fault.SEED,)) from None
     generations = []
     for prompt in prompts:
         generation = Generation(
@@ -224,7 +227,8 @@ def _disabled(config: ModelConfig, argument: str) -> InvalidRequest:
 
 
 def _left_out(config: ModelConfig, sampling: Sampling, parameter: Parameter) -> str:
-    told = "" if parameter.kind is str else f"{sampling[parameter]}; "  # a prompt stays out of warnings
+    value = sampling[parameter]
+    told = "" if parameter.kind is str else f"{value + parameter.one_based}; "  # a prompt stays out of warnings
     return f"{parameter.name}: left out: {told}{config.name} does not allow requests to set it"
 
 

@@ -247,7 +247,12 @@ class Img2ImgBody(_SampledFromPicture):
 class PngInfoBody(BaseModel):
     """Of `POST /sdapi/v1/png-info`."""
 
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
     image: str = Field(description="PNG, JPEG or WebP as base64, a data: URI or an http(s) URL.")
+
+    def ignored(self) -> list[str]:
+        return list(self.model_extra or {})
 
 
 class UpscaleBody(BaseModel):

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Request, Response
 from starlette.responses import JSONResponse
 
 from sfumato.api.a1111 import answers as shapes
@@ -26,7 +26,7 @@ from sfumato.api.http.forms import openapi_body, reader
 from sfumato.api.keeping import keeper
 from sfumato.api.openai import answers
 from sfumato.core import StorePicture
-from sfumato.errors import InvalidRequest
+from sfumato.errors import InvalidRequest, in_words
 from sfumato.pictures import recipe
 from sfumato.pictures.sources import bytes_or_url
 from sfumato.serving.job import Job
@@ -111,12 +111,16 @@ async def upscale(
     responses=documents.errors(400, 401, 403, 413, 415, 429),
 )
 async def png_info(
-    body: Annotated[PngInfoBody, Depends(reader(PngInfoBody))], request: Request, service: TheService
+    body: Annotated[PngInfoBody, Depends(reader(PngInfoBody))],
+    request: Request,
+    response: Response,
+    service: TheService,
 ) -> dict[str, Any]:
     picture = await asyncio.to_thread(bytes_or_url, body.image, "image")
     body.image = ""
     items = await answers.unless_gone(request, service.texts(picture))
     info = items.pop(recipe.INFOTEXT_CHUNK, "")
+    response.headers.update(answers.warning_headers(body.ignored(), ()))
     return {"info": info, "items": items, "parameters": recipe.parse(info) if info else {}}
 
 
@@ -217,15 +221,16 @@ def _upscaler(service: Service, name: str | None) -> str:
     if name in names:
         return str(name)
     have = f"available: {', '.join(names)}" if names else "no model file has an upscaling pipeline"
+    wrong = f"{name!r} is not an upscaler" if name else "is missing"
     raise InvalidRequest(
-        f"upscaler_1: {name!r} is not an upscaler; {have}. Plain resizing is not supported.",
+        f"upscaler_1: {wrong}; {have}. Plain resizing is not supported.",
         param="upscaler_1",
     )
 
 
 def _scale(factor: float | None) -> int:
     if factor not in (2, 4):
-        raise InvalidRequest(f"upscaling_resize: {factor}; 2 and 4 are valid", param="upscaling_resize")
+        raise InvalidRequest(f"upscaling_resize: {in_words(factor)}; 2 and 4 are valid", param="upscaling_resize")
     return int(factor)
 
 

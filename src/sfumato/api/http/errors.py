@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import reprlib
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -11,15 +10,15 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from sfumato import logs
-from sfumato.errors import DownloadError, InvalidRequest, SfumatoError, TooManyRequests, Unauthorized
+from sfumato.errors import DownloadError, InvalidRequest, SfumatoError, TooManyRequests, Unauthorized, in_words
 
 log = logging.getLogger(__name__)
 
 MAX_MESSAGE = 4000
 """In characters: a message quotes the request, which may be long."""
 
-SHORT = reprlib.Repr()
-SHORT.maxstring = SHORT.maxother = 80
+PLAIN = {"Value error, ": "", "valid dictionary": "JSON object", "Input should": "it should", "instance": "value"}
+"""Words of pydantic's messages -> ours."""
 
 
 def install(app: FastAPI) -> None:
@@ -60,13 +59,11 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
     if first["type"] == "missing":
         where = f"{field}: this field is required" if field else "the request needs a JSON body"
         return response(InvalidRequest(where, param=field or None))
-    where = f"{field or 'the body'}: {_shorten(first.get('input'))} is not valid: {first['msg']}"
+    reason = first["msg"]
+    for words, plain in PLAIN.items():
+        reason = reason.replace(words, plain)
+    where = f"{field or 'the body'}: {in_words(first.get('input'))} is not valid: {reason}"
     return response(InvalidRequest(where, param=field or None))
-
-
-def _shorten(value: object) -> str:
-    """The value, shortened for a message."""
-    return f"a file of {len(value)} bytes" if isinstance(value, bytes) else SHORT.repr(value)
 
 
 async def _http(request: Request, error: Exception) -> JSONResponse:

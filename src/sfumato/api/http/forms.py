@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import codecs
+import functools
 import re
 from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ from pydantic import AliasChoices, BaseModel, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError, from_json
 
 from sfumato.api.http import body_cost, content_type, multipart
-from sfumato.errors import UnsupportedMedia
+from sfumato.errors import InvalidRequest, UnsupportedMedia, did_you_mean
 
 Body = TypeVar("Body")
 
@@ -99,9 +100,19 @@ def reader(kind: type[BaseModel], *, optional: bool = False) -> Callable[[Reques
             and "transfer-encoding" not in request.headers
         ):
             return kind()
-        return await _bodies(request).read(request, kind.model_validate)
+        return await _bodies(request).read(request, functools.partial(_validated, kind))
 
     return read
+
+
+def _validated(kind: type[BaseModel], values: dict[str, Any]) -> Any:
+    """The body. Raises InvalidRequest for a field that it does not have, if it takes no others."""
+    if kind.model_config.get("extra") == "forbid":
+        for name in values.keys() - kind.model_fields.keys():
+            near = did_you_mean(name, kind.model_fields)
+            known = ", ".join(kind.model_fields)
+            raise InvalidRequest(f"{name[:100]}: this route has no such field.{near} It has: {known}", param=name[:100])
+    return kind.model_validate(values)
 
 
 async def read_object(request: Request) -> dict[str, Any]:
