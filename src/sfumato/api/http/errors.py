@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import reprlib
+from collections.abc import Sequence
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -17,6 +18,9 @@ log = logging.getLogger(__name__)
 
 MAX_MESSAGE = 4000
 """In characters: a message quotes the request, which may be long."""
+
+TYPES = ("str", "bytes", "int", "float", "bool")
+"""What pydantic calls the branches of a choice between types."""
 
 SHORT = reprlib.Repr()
 SHORT.maxstring = SHORT.maxother = 80
@@ -54,7 +58,7 @@ async def _sfumato_error(request: Request, error: Exception) -> JSONResponse:
 async def _invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    field = str(first["loc"][1]) if len(first["loc"]) > 1 else ""  # deeper parts are branches of our own types
+    field = _field(first["loc"])
     if first["type"] == "json_invalid":
         return response(InvalidRequest(f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}"))
     if first["type"] == "missing":
@@ -62,6 +66,16 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
         return response(InvalidRequest(where, param=field or None))
     where = f"{field or 'the body'}: {_shorten(first.get('input'))} is not valid: {first['msg']}"
     return response(InvalidRequest(where, param=field or None))
+
+
+def _field(location: Sequence[int | str]) -> str:
+    """The name of the field at fault; deeper parts are branches of our own types, except of an object in a list."""
+    match location[1:4]:
+        case [str(name), int(index), str(inner)] if inner.isidentifier() and inner not in TYPES:
+            return f"{name}[{index}].{inner}"
+        case [name, *_]:
+            return str(name)
+    return ""
 
 
 def _shorten(value: object) -> str:
