@@ -300,10 +300,15 @@ def test_row_39_every_class_says_which_package_it_lacks(monkeypatch: pytest.Monk
         ("StableDiffusion", {"controls": [{"image": PICTURE}]}, "controls", "takes no control pictures"),
         ("StableDiffusion", {"image": [PICTURE] * 2}, "image", "takes one picture, got 2"),
         ("Chroma", {"image": PICTURE}, "image", "takes no picture"),
-        ("StableDiffusion", {"controls": [{"image": PICTURE, "name": "canny"}]}, "controls", "name is not known"),
-        ("StableDiffusion", {"controls": [{"weight": 1}]}, "controls", ""),
+        ("StableDiffusion", {"controls": [{"image": PICTURE, "kind": "canny"}]}, "controls", "kind is not known"),
+        ("StableDiffusion", {"controls": [{"weight": 1}]}, "controls[0].image", ""),
         ("StableDiffusion", {"controls": "x"}, "controls", "list as JSON"),
-        ("StableDiffusion", {"controls": [{"image": PICTURE, "start": 2}]}, "controls", "less than or equal to 1"),
+        (
+            "StableDiffusion",
+            {"controls": [{"image": PICTURE, "start": 2}]},
+            "controls[0].start",
+            "less than or equal to 1",
+        ),
     ],
 )
 def test_rows_37_and_38_what_is_missing_is_named(
@@ -355,8 +360,10 @@ def test_row_38_two_control_nets_in_a_form_and_their_recipe(server: Served) -> N
     made = json.loads(Image.open(io.BytesIO(data)).info["sfumato"])
     read = recipe.from_json(made)
     first, second = read.controls
-    assert (first[1:], second[1:]) == ((0.5, None, None, None), (None, None, 0.5, None))
-    assert first[0] != second[0]
+    assert (first.weight, first.end, second.weight, second.end) == (0.5, None, None, 0.5)
+    assert first.image_sha256 != second.image_sha256
+    made["controls"] = [list(each.values())[:5] for each in made["controls"]]  # as it was written before
+    assert recipe.from_json(made).controls == read.controls
 
 
 # Rows 16 and 17: masks that nobody sent.

@@ -98,6 +98,8 @@ class Control:
     """0 .. 1: the part of the steps after which it ends."""
     mode: int | None = None
     """Number of the kind of control, for nets that know several."""
+    name: str | None = None
+    """The ControlNet that follows it: in `controlnets/` beside the model files, or a hub id. None: the model's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +153,21 @@ class Generation:
 
 
 @dataclass(frozen=True, slots=True)
+class RecordedControl:
+    """A control as a recipe has it; the fields of `Control`, with digests."""
+
+    image_sha256: str
+    """Digest of the decoded picture."""
+    weight: float | None = None
+    start: float | None = None
+    end: float | None = None
+    mode: int | None = None
+    name: str | None = None
+    net_sha256: str | None = None
+    """Digest of the weights of the ControlNet, if the request named it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
     """Everything that made one picture; `sfumato generate --like` reproduces it from this alone."""
 
@@ -182,8 +199,7 @@ class Recipe:
     """Width and height that it was drawn at, if it was cropped from that."""
     mask_from_alpha: bool = False
     """Whether the mask was the transparency of the first picture."""
-    controls: tuple[tuple[str, float | None, float | None, float | None, int | None], ...] = ()
-    """For each control the digest of its picture, and its weight, start, end and mode."""
+    controls: tuple[RecordedControl, ...] = ()
 
     @property
     def size(self) -> tuple[int, int]:

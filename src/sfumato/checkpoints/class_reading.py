@@ -154,8 +154,14 @@ def kin_of_pipeline(pipeline: Any) -> Kin:
 
 def nets_of(pipeline: Any) -> int:
     """How many control nets or adapters a pipeline has; 1 also if it has none."""
+    return max(1, len(nets_in(pipeline)))
+
+
+def nets_in(pipeline: Any) -> list[Any]:
+    """Its control nets or adapters."""
     control = _control_of(pipeline)
-    return len(getattr(control, "nets", None) or getattr(control, "adapters", None) or (control,))
+    several = getattr(control, "nets", None) or getattr(control, "adapters", None)
+    return list(several) if several else [] if control is None else [control]
 
 
 def kinds_of(pipeline: Any) -> int:

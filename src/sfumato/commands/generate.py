@@ -50,9 +50,9 @@ def generate(fields: dict[str, Any], like: Path | None, output: Path | None, set
         from_recipe.pop("split_prompt", None)
     request = ImageRequest(**{**from_recipe, **fields, "sampling": sampling}, operator=True)
     if recipe and len(recipe.controls) == len(request.controls):
-        controls = zip(request.controls, recipe.controls, strict=True)
         followed = [
-            Control(control.image, weight, start, end, mode) for control, (_, weight, start, end, mode) in controls
+            Control(control.image, made.weight, made.start, made.end, made.mode, made.name)
+            for control, made in zip(request.controls, recipe.controls, strict=True)
         ]
         request = replace(request, controls=followed)
     if recipe:
@@ -93,7 +93,7 @@ def _check_sources(request: ImageRequest, recipe: Recipe, settings: Settings) ->
     for flag, sources, digests in (
         ("--image", request.images, recipe.image_sha256),
         ("--mask", masks, needed),
-        ("--control", controls, tuple(digest for digest, *_ in recipe.controls)),
+        ("--control", controls, tuple(control.image_sha256 for control in recipe.controls)),
     ):
         if len(sources) != len(digests):
             raise InvalidRequest(
@@ -122,7 +122,7 @@ def _with_source_size(request: ImageRequest, recipe: Recipe, settings: Settings)
 
 
 def _warn_of_differences(recipe: Recipe, redrawn: Recipe) -> None:
-    for name in ("source", "pipeline", "device", "dtype", "versions", "embeddings", "savings"):
+    for name in ("source", "pipeline", "device", "dtype", "versions", "embeddings", "controls", "savings"):
         if getattr(recipe, name) != getattr(redrawn, name):
             log.warning(
                 "%s was %s, now it is %s: the pixels may differ",

@@ -81,6 +81,9 @@ class ModelConfig:
     keep_alive: float | None = None
     """Seconds that it stays in memory once it is idle; None: as the server says."""
 
+    part: bool = False
+    """Not a model but a ControlNet that requests for models name: loaded for itself, and shared by them."""
+
     model: str
     """Where the weights come from, as written; `sfumato.checkpoints.sources` says what it is."""
     file: Path | None = None

@@ -19,7 +19,7 @@ from sfumato.batching import views
 from sfumato.batching.batcher import is_out_of_memory
 from sfumato.config import at_fault
 from sfumato.core import VAE_TILING, Done, Generation, Recipe
-from sfumato.drawing import arguments, crop, inputs, outputs, prompts, usable
+from sfumato.drawing import arguments, crop, inputs, named_nets, outputs, prompts, usable
 from sfumato.errors import ContentFiltered, DrawError, InvalidRequest, SfumatoError, in_words
 from sfumato.models.load import Loaded
 from sfumato.models.release import release_frames
@@ -346,5 +346,5 @@ def _recipe(
         masked_area=(filled.mask_padding or 0, canvas.width or 0, canvas.height or 0) if canvas.box else None,
         drawn_size=(canvas.width or 0, canvas.height or 0) if canvas.kept else None,
         mask_from_alpha=filled.mask_from_alpha,
-        controls=tuple(inputs.recorded(control) for control in requested.controls),
+        controls=tuple(named_nets.recorded(control, model.net_digests) for control in requested.controls),
     )

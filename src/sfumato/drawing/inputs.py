@@ -46,9 +46,3 @@ def complete(model: Loaded, generation: Generation) -> tuple[str, Generation]:
     if chosen is kin.own or chosen is None:
         return OWN, generation
     return "mask" if mask else "image", generation
-
-
-def recorded(control: Control) -> tuple[str, float | None, float | None, float | None, int | None]:
-    """A control as a recipe keeps it."""
-    assert isinstance(control.image, bytes)
-    return images.fingerprint(control.image), control.weight, control.start, control.end, control.mode

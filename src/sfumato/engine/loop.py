@@ -23,7 +23,7 @@ from sfumato.batching.proof_store import Proofs
 from sfumato.batching.verification import Verification
 from sfumato.config import ModelConfig
 from sfumato.core import Done, Event, Failed, ModelStatus, Preview, Step, keep_alive_seconds
-from sfumato.drawing import out_of_memory
+from sfumato.drawing import named_nets, out_of_memory
 from sfumato.drawing.draw import Disturbed, RunStopped, draw
 from sfumato.drawing.info import model_info
 from sfumato.engine.protocol import (
@@ -223,8 +223,12 @@ class Loop:
         on_preview = functools.partial(self._on_preview, id)
         while True:
             keep_alive = submit.generation.keep_alive
-            with self._pool.use(submit.config, self._batcher.turn, keep_alive) as model, suppress(Disturbed):
-                run = functools.partial(draw, model, on_step=on_step, on_preview=on_preview)
+            with (
+                self._pool.use(submit.config, self._batcher.turn, keep_alive) as model,
+                suppress(Disturbed),
+                named_nets.beside(model, submit.generation, self._pool, self._batcher.turn) as drawn,
+            ):
+                run = functools.partial(draw, drawn, on_step=on_step, on_preview=on_preview)
                 self._stats.started(id)
                 before = model.savings
                 try:

@@ -88,6 +88,8 @@ class Loaded:
     fallbacks: set[str] = field(default_factory=set)
     """The out-of-memory fallbacks in use: TILES (from the size that did not fit), OFFLOADED and GROUPED."""
     state: ModelState = field(default_factory=ModelState)
+    net_digests: Mapping[str, str] = field(default_factory=dict)
+    """ControlNet that the request names -> SHA-256 of its weights."""
     preview_decoder: CheapDecoder | None = None
     """Cheap preview decoder; None: previews use the model's own VAE."""
 

@@ -50,7 +50,7 @@ class Sharing:
     """The components in memory that other models may use too. It keeps none of them. May be used in any thread."""
 
     def __init__(self, hashes: ContentHashes | None = None) -> None:
-        self._hashes = hashes or ContentHashes()
+        self.hashes = hashes or ContentHashes()
         self._entries: list[tuple[Identity, weakref.ref[torch.nn.Module]]] = []
         self._lock = threading.Lock()
 
@@ -81,7 +81,7 @@ class Sharing:
         if (one.config, one.place, len(one.files)) != (other.config, other.place, len(other.files)):
             return False
         try:
-            return all(self._hashes.same(*pair) for pair in zip(one.files, other.files, strict=True))
+            return all(self.hashes.same(*pair) for pair in zip(one.files, other.files, strict=True))
         except OSError:
             return False
 

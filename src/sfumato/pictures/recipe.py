@@ -18,7 +18,7 @@ from typing import Any
 from PIL import ExifTags, Image, PngImagePlugin
 
 from sfumato import __version__, schedulers
-from sfumato.core import Recipe
+from sfumato.core import Recipe, RecordedControl
 from sfumato.errors import InvalidPicture, InvalidRequest
 from sfumato.pictures import images
 from sfumato.sampling import PARAMETERS, clip_layer, flat, nested
@@ -244,6 +244,10 @@ def from_json(values: Mapping[str, Any]) -> Recipe:
     """What `as_json` gave, or an earlier version's. Raises TypeError, ValueError or AttributeError for others."""
     field_names = {spec.name for spec in fields(Recipe)}
     by_field = nested({key: _frozen(value) for key, value in values.items()})
+    if controls := values.get("controls"):
+        by_field["controls"] = tuple(
+            RecordedControl(**each) if isinstance(each, dict) else RecordedControl(*each) for each in controls
+        )
     return Recipe(**{key: value for key, value in by_field.items() if key in field_names})
 
 

@@ -73,7 +73,7 @@ class Sources:
         """`scale`: size of the result relative to the first picture; None: the size is known."""
         names = ["image" if fitting is None else f"init_images[{index}]" for index in range(len(images))]
         self._pictures: list[tuple[str, str | bytes]] = list(zip(names, images, strict=True))
-        self._pictures += [("controls", control) for control in controls]
+        self._pictures += [(f"controls[{index}].image", control) for index, control in enumerate(controls)]
         self._images = len(images)
         if mask is not None:
             self._pictures.append(("mask", mask))

@@ -258,7 +258,10 @@ def check(model: str, can: Abilities, *, pictures: int, mask: bool, controls: in
             f"{model} does not take mask_image; leave the mask out. It does: {', '.join(can.tasks)}", param="mask"
         )
     if controls and control is None:
-        raise InvalidRequest(f"{model} takes no control pictures; leave controls out", param="controls")
+        raise InvalidRequest(
+            f"{model} takes no control pictures by itself; leave controls out, or send the `name` of a ControlNet",
+            param="controls",
+        )
     if control and control.least and not controls:
         if pictures and not mask and image and not image.least:
             pictures, controls = 0, pictures  # pictures alone are the controls

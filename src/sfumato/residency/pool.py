@@ -16,8 +16,8 @@ from sfumato.batching import cpu_threads, offload
 from sfumato.batching.batcher import is_out_of_memory
 from sfumato.config import ModelConfig
 from sfumato.core import ModelInfo, ModelStatus
-from sfumato.errors import Cancelled, LoadError, ModelTooLarge
-from sfumato.models import footprint, load
+from sfumato.errors import Cancelled, LoadError, ModelTooLarge, TooManyRequests
+from sfumato.models import controlnets, footprint, load
 from sfumato.models.release import release_frames
 from sfumato.models.sharing import Sharing
 from sfumato.residency import reload
@@ -29,6 +29,8 @@ from sfumato.residency.turns import Turns
 log = logging.getLogger(__name__)
 
 UNLOAD_REQUESTED = "unloading was requested"
+NO_ROOM = "{} does not fit beside the models in use; try again when fewer requests are drawn"
+RETRY_S = 10
 LONGEST_S = 30 * 86400
 """Whoever waits longer is woken by a request before; clocks cannot count to all that may be written."""
 
@@ -97,7 +99,7 @@ class ModelPool:
         """Models unloaded so far to make room for another."""
 
     def __len__(self) -> int:
-        return len(self._loaded)
+        return sum(not model.config.part for model in self._loaded.values())
 
     @property
     def loading(self) -> bool:
@@ -165,11 +167,17 @@ class ModelPool:
                 if self._reading is loading:
                     self._reading = None
                 self._finish(loading)
-        waiting = next((each for each in self._loadings.values() if each.needs), None)
-        if waiting and waiting.needs and not self._reading:
-            self._try_to_admit(waiting, waiting.needs)
+        for waiting in self._waiting():
+            if waiting.needs and not self._reading:
+                self._try_to_admit(waiting, waiting.needs)
         for name in [name for name, seconds in self._idle().items() if seconds <= 0]:
             self._unload(name, f"it was idle for {self._idle_times.of(name):g} s (keep_alive)")
+
+    def _waiting(self) -> list[Loading]:
+        """Loads that wait for room: parts, as requests that are in the way of a model wait for them; then one model."""
+        waiting = [each for each in self._loadings.values() if each.needs]
+        parts = [each for each in waiting if each.config.part]
+        return [*parts, *[each for each in waiting if not each.config.part][:1]]
 
     def until_expiry(self) -> float | None:
         """Seconds until an idle model is to be unloaded; None if none is."""
@@ -190,7 +198,7 @@ class ModelPool:
             self.tend()
             loaded, loading = self._loaded.get(name), self._loadings.get(name)
             if loaded and reload.serves(loaded, config):
-                if not self._short_of_room:
+                if config.part or not self._short_of_room:
                     self._to_unload.discard(name)  # it is requested again
                     self._users[name] += 1
                     return self._take(loaded, config)
@@ -200,9 +208,10 @@ class ModelPool:
 
     def _begin(self, config: ModelConfig, turn: Callable[[], None]) -> Loading:
         self._on_status(config.name, ModelStatus("loading"))
+        read = controlnets.load if config.part else load.load
         return Loading(
             config,
-            lambda config, report, make_room: load.load(config, self._device, report, make_room, self._known),
+            lambda config, report, make_room: read(config, self._device, report, make_room, self._known),
             lambda status: self._on_status(config.name, status),
             turn,
         )
@@ -269,8 +278,8 @@ class ModelPool:
 
     def _try_to_admit(self, loading: Loading, needs: footprint.Needs) -> None:
         """Let the load go on if there is room for it, or can be: idle models are unloaded."""
-        name = loading.config.name
-        self._short_of_room = True
+        name, part = loading.config.name, loading.config.part
+        self._short_of_room = self._short_of_room or not part
         if name in self._loaded:
             if self._users[name]:
                 return  # it must be reloaded; requests that use the old one finish first
@@ -282,10 +291,13 @@ class ModelPool:
         if refusal := self._budget.refusal(name, needs, staying):
             loading.refuse(ModelTooLarge(refusal))
         else:
-            while len(self._loaded) >= self._limit or not self._budget.fits(
+            while (full := not part and len(self) >= self._limit) or not self._budget.fits(
                 needs, [*self._blocks.values(), needs.shared]
             ):
-                idle = self._oldest()
+                idle = self._oldest(models=full)
+                if idle is None and part:  # a request that waits for it keeps its model from leaving
+                    loading.refuse(TooManyRequests(NO_ROOM.format(name), retry_after=RETRY_S))
+                    return
                 if idle is None and any(self._users.values()):
                     return
                 if idle is None:  # all are pinned, or the rest is offloaded
@@ -295,7 +307,7 @@ class ModelPool:
             with cpu_threads.using(loading.threads):
                 self._on_status(name, ModelStatus("loading"))
             loading.admit()
-        self._short_of_room = False
+        self._short_of_room = self._short_of_room and part
 
     def _forget_broken(self) -> None:
         """What a request has left changed is not shared with the next model, and is reloaded in all that have it."""
@@ -336,7 +348,7 @@ class ModelPool:
         name, model = loading.config.name, loading.model
         assert model is not None
         loading.model = None
-        self.loads += 1
+        self.loads += not model.config.part
         self._loaded[name] = model
         self._blocks[name] = model.blocks()
         self._newest[name] = loading.config
@@ -372,6 +384,8 @@ class ModelPool:
         self._on_status(model.config.name, self._ready(model))
 
     def _ready(self, model: load.Loaded) -> ModelStatus:
+        if model.config.part:
+            return ModelStatus("ready")
         try:
             return ModelStatus("ready", info=self._describe(model))
         except Exception:  # an unusual pipeline may still be able to draw
@@ -405,9 +419,9 @@ class ModelPool:
             if not self._pinned(model) and not self._users[name]
         }
 
-    def _oldest(self) -> str | None:
-        """The least recently used model that is neither pinned nor in use."""
-        return next(iter(self._idle()), None)
+    def _oldest(self, *, models: bool = False) -> str | None:
+        """The least recently used model or part (`models`: model) that is neither pinned nor in use."""
+        return next((name for name in self._idle() if not (models and self._loaded[name].config.part)), None)
 
     def _pinned(self, model: load.Loaded) -> bool:
         return self._pins.get(model.config.name, model.config.pinned)

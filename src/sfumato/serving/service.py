@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import TypeAlias
 
 from sfumato import logs
+from sfumato.checkpoints import controlnets
 from sfumato.checkpoints.static_capabilities import static_capabilities
 from sfumato.config import ModelConfig
 from sfumato.core import Abilities, Done, Failed, Limits, Step
@@ -334,9 +335,13 @@ class Service:
     async def _check_inputs(self, request: ImageRequest, config: ModelConfig) -> None:
         """Raises InvalidRequest for what a model that is not loaded cannot draw, so that it is not loaded for nothing.
 
-        The engine checks it for all models; what it knows may be of an earlier version of the file.
+        A ControlNet that is named must be there. The engine checks all this for every model; what is
+        known of one in memory may be of an earlier version of its file.
         """
-        if self.engine.status(config.name).info:
+        names = [(index, control.name) for index, control in enumerate(request.controls) if control.name]
+        for index, name in names:
+            await asyncio.to_thread(controlnets.find, config.folder, name, f"controls[{index}].name")
+        if names or self.engine.status(config.name).info:  # with a ControlNet of the request, another class draws
             return
         known, config_read, read_at = self._foreseen.get(config.name, (None, None, -FORESEEN_S))
         if config_read != config or time.monotonic() > read_at + FORESEEN_S:

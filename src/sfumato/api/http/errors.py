@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -19,6 +20,9 @@ MAX_MESSAGE = 4000
 
 PLAIN = {"Value error, ": "", "valid dictionary": "JSON object", "Input should": "it should", "instance": "value"}
 """Words of pydantic's messages -> ours."""
+
+TYPES = ("str", "bytes", "int", "float", "bool")
+"""What pydantic calls the branches of a choice between types."""
 
 
 def install(app: FastAPI) -> None:
@@ -53,7 +57,7 @@ async def _sfumato_error(request: Request, error: Exception) -> JSONResponse:
 async def _invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    field = str(first["loc"][1]) if len(first["loc"]) > 1 else ""  # deeper parts are branches of our own types
+    field = _field(first["loc"])
     if first["type"] == "json_invalid":
         return response(InvalidRequest(f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}"))
     if first["type"] == "missing":
@@ -64,6 +68,16 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
         reason = reason.replace(words, plain)
     where = f"{field or 'the body'}: {in_words(first.get('input'))} is not valid: {reason}"
     return response(InvalidRequest(where, param=field or None))
+
+
+def _field(location: Sequence[int | str]) -> str:
+    """The name of the field at fault; deeper parts are branches of our own types, except of an object in a list."""
+    match location[1:4]:
+        case [str(name), int(index), str(inner)] if inner.isidentifier() and inner not in TYPES:
+            return f"{name}[{index}].{inner}"
+        case [name, *_]:
+            return str(name)
+    return ""
 
 
 async def _http(request: Request, error: Exception) -> JSONResponse:

@@ -25,6 +25,8 @@ from sfumato.serving.planning import (
 )
 
 MAX_PARTIAL_IMAGES = 3
+MAX_NAME = 300
+"""Characters of the name of a ControlNet."""
 
 GPT_FIELDS = ("background", "output_format", "output_compression", "moderation")
 PICTURE_FIELDS = ("image", "file", "files", "ref_images", "mask", "controls")
@@ -67,10 +69,18 @@ class ControlBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
+    name: Annotated[str | None, BLANK] = Field(
+        None,
+        max_length=MAX_NAME,
+        description="The ControlNet that follows it: a folder in `controlnets/` beside the model files, a path "
+        "below it, or a hub id. Absent: the model file's own.",
+    )
     image: Annotated[Picture, BeforeValidator(_url_of, json_schema_input_type=OnePicture)] = Field(
         description="Base64, data: URI or http(s) URL."
     )
-    weight: Annotated[float, Field(ge=0, le=10)] | None = Field(None, description="How strongly; absent: 1.")
+    weight: Annotated[float, Field(ge=0, le=10)] | None = Field(
+        None, description="How strongly; absent: the pipeline's own, mostly 1."
+    )
     start: Annotated[float, Field(ge=0, le=1)] | None = Field(
         None, description="0..1: the part of the steps after which it begins; absent: 0."
     )
@@ -91,7 +101,7 @@ class ControlBody(BaseModel):
         return data
 
     def to_control(self) -> Control:
-        return Control(self.image, self.weight, self.start, self.end, self.mode)
+        return Control(self.image, self.weight, self.start, self.end, self.mode, self.name)
 
 
 Controls: TypeAlias = Annotated[
