@@ -308,15 +308,13 @@ def test_what_has_no_effect_is_named(ann: httpx.Client) -> None:
     body = FEW | {
         "prompt": "a cat <lora:fur:0.8>", "enable_hr": True, "hr_scale": 2, "denoising_strength": 0.7, "tiling": True,
         "restore_faces": False, "eta": 1.0, "subseed": 3, "s_noise": 1, "styles": ["noir"], "script_args": [],
-        "alwayson_scripts": {"ControlNet": {"args": []}},
+        "alwayson_scripts": {"ControlNet": {"args": []}, "ADetailer": {"args": []}},
         "override_settings": {"sd_vae": "x", "eta_noise_seed_delta": 0},
     }  # fmt: skip
     answer = ann.post("txt2img", json=body)
     images, info = drawn(answer)
     assert images[0].size == (64, 64)
-    assert (
-        answer.headers["x-sfumato-ignored"] == "tiling, override_settings.sd_vae, alwayson_scripts.ControlNet, styles"
-    )
+    assert answer.headers["x-sfumato-ignored"] == "tiling, override_settings.sd_vae, alwayson_scripts.ADetailer, styles"
     assert [warning.split(":")[0] for warning in info["warnings"]] == ["enable_hr", "prompt"]
     assert answer.headers["x-sfumato-warning"] == "; ".join(info["warnings"])
 

@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
+import json
+import re
 import shutil
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import cv2
 import diffusers
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
+import sfumato.commands.generate as command
+from sfumato.core import Control
+from sfumato.errors import InvalidRequest
+from sfumato.pictures import recipe
+from sfumato.settings import Settings
 from support import nets
 from support.families import picture
 from support.families_served import MASK, Served, encoded, served
+from support.hub import Hub
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers' and transformers' own, some about toy sizes
 
 PICTURE, OTHER = picture(1), picture(2)
 SENT, OTHER_SENT = encoded(PICTURE), encoded(OTHER)
+WHITE = encoded(Image.new("RGB", (64, 64), "white"))
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +143,7 @@ def test_a_plain_request_after_a_controlled_one_is_that_of_a_fresh_pipeline(serv
         ([{"name": "sd/canny", "image": SENT}, {"image": SENT}], "controls[1].name", "names no ControlNet"),
         ([{"name": "xl/canny", "image": SENT}], "controls[0].name", "made for another model"),
         ([{"name": "flux/canny", "image": SENT}], "controls[0].name", "takes ControlNetModel"),
+        ([{"name": "canny", "image": SENT}], "controls[0].name", "may be flux/canny or"),
         ([{"name": "damaged", "image": SENT}], "controls[0].name", "'damaged'"),
         ([{"name": "pickled", "image": SENT}], "controls[0].name", "no diffusion_pytorch_model.safetensors"),
         ([{"name": "sd/canny", "image": "bm90IGEgcGljdHVyZQ=="}], "controls[0].image", ""),
@@ -138,7 +152,7 @@ def test_a_plain_request_after_a_controlled_one_is_that_of_a_fresh_pipeline(serv
     ],
 )
 def test_what_cannot_be_drawn_is_refused_with_the_field(
-    server: Served, controls: list[dict[str, Any]], param: str, says: str
+    server: Served, controls: list[dict[str, Any]], param: str, says: str, here: Hub
 ) -> None:
     folder = server.folder / "controlnets"
     for name in ("damaged", "pickled"):
@@ -161,3 +175,179 @@ def test_nets_are_found_by_the_last_part_of_their_path_and_case_does_not_count(s
             assert np.array_equal(pixels(answer), pixels(by_path)), name
     finally:
         shutil.rmtree(server.folder / "controlnets" / "deep")
+
+
+# AUTOMATIC1111's route.
+
+
+def unit(**fields: Any) -> dict[str, Any]:
+    """As webuiapi's ControlNetUnit sends it."""
+    return {
+        "image": SENT, "mask": None, "module": "none", "model": "sd/canny [d14c016b]", "weight": 1.0,
+        "resize_mode": "Crop and Resize", "low_vram": False, "processor_res": 512, "threshold_a": 64, "threshold_b": 64,
+        "guidance_start": 0.0, "guidance_end": 1.0, "control_mode": "Balanced", "pixel_perfect": False,
+        "hr_option": "Both", "enabled": True, **fields,
+    }  # fmt: skip
+
+
+def by_webui(server: Served, *units: Any, route: str = "txt2img", **fields: Any) -> Any:
+    body = {"prompt": "a cat", "seed": 1, "steps": 4, "width": 64, "height": 64, "cfg_scale": 5.0, **fields}
+    body |= {"override_settings": {"sd_model_checkpoint": server.model("sd")}}
+    body |= {"alwayson_scripts": {"ControlNet": {"args": list(units)}}}
+    return server.client.post(f"/sdapi/v1/{route}", json=body)
+
+
+def first(answer: Any) -> np.ndarray[Any, Any]:
+    assert answer.status_code == 200, answer.text
+    data = base64.b64decode(answer.json()["images"][0])
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
+
+
+def test_units_of_automatic1111_draw_what_controls_draw(server: Served) -> None:
+    units = [unit(weight=0.7, guidance_end=0.5), unit(enabled=False), unit(model="None")]
+    units.append(unit(image={"image": OTHER_SENT, "mask": None}, model="sd/depth", guidance_start=0.5))
+    answer = by_webui(server, *units)
+    controls = [
+        {"name": "sd/canny", "image": SENT, "weight": 0.7, "end": 0.5, "start": 0},
+        {"name": "sd/depth", "image": OTHER_SENT, "weight": 1, "start": 0.5, "end": 1},
+    ]
+    expected = drawn(server, "sd", controls=controls, guidance_scale=5.0)
+    assert np.array_equal(first(answer), pixels(expected))
+    assert "alwayson" not in answer.headers.get("x-sfumato-ignored", "")
+    echoed = answer.json()["parameters"]["alwayson_scripts"]["ControlNet"]["args"]
+    assert [each["image"] for each in echoed] == [None] * 4
+    info = json.loads(answer.json()["info"])["infotexts"][0]
+    assert 'ControlNet 0: "Module: none, Model: sd/canny [' in info
+    sent = {"image": answer.json()["images"][0]}
+    told = server.client.post("/sdapi/v1/png-info", json=sent).json()["parameters"]
+    assert "Model: sd/depth [" in told["ControlNet 1"]
+    assert "Guidance Start: 0.5, Guidance End: 1" in told["ControlNet 1"]
+    assert told["Sampler"]
+
+
+def test_a_unit_without_a_picture_follows_the_source_picture(server: Served) -> None:
+    source = encoded(picture(3))
+    fields: dict[str, Any] = {"init_images": [source], "denoising_strength": 0.8}
+    answer = by_webui(server, unit(image="", weight=10), route="img2img", **fields)
+    given = by_webui(server, unit(image="", input_image=source, weight=10), route="img2img", **fields)
+    other = by_webui(server, unit(image=WHITE, weight=10), route="img2img", **fields)
+    assert np.array_equal(first(answer), first(given))
+    assert not np.array_equal(first(answer), first(other))
+
+
+def test_what_a_unit_says_without_effect_is_told(server: Served) -> None:
+    fields = {"resize_mode": "Resize and Fill", "control_mode": 2, "mask": SENT, "advanced_weighting": [1, 2]}
+    warnings = json.loads(by_webui(server, unit(**fields)).json()["info"])["warnings"]
+    text = json.dumps(warnings)
+    for said in ("resize_mode", "control_mode", "mask has no effect", "advanced_weighting"):
+        assert f"controlnet unit 0: {said}" in text, text
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"module": "openpose"}, "none, canny, invert are"),
+        ({"weight": 99}, "weight: 99; 0 to 10 are valid"),
+        ({"guidance_end": "late"}, "guidance_end: 'late'"),
+        ({"image": 7}, "image must be base64"),
+        ({"image": None}, "it has no image"),
+        ({"model": "sd/no-such net"}, "there is no ControlNet"),
+    ],
+)
+def test_a_unit_that_cannot_be_drawn_is_refused(server: Served, fields: dict[str, Any], says: str) -> None:
+    answer = by_webui(server, unit(**fields))
+    assert answer.status_code == 400, answer.text
+    assert says in answer.json()["error"]["message"]
+
+
+def test_the_lists_of_the_extension(server: Served) -> None:
+    def read(name: str) -> Any:
+        return server.client.get(f"/controlnet/{name}").json()
+
+    assert {"sd/canny", "flux/depth"} <= set(read("model_list")["model_list"])
+    assert read("module_list")["module_list"] == ["none", "canny", "invert"]
+    assert read("version") == {"version": 2}
+    assert "sd/canny" in read("control_types")["control_types"]["All"]["model_list"]
+    assert read("settings")["control_net_unit_count"] >= 3
+
+
+# Preprocessors.
+
+
+def test_canny_is_that_of_opencv_at_the_drawn_size(server: Served) -> None:
+    smooth = Image.fromarray(np.asarray(Image.radial_gradient("L").resize((100, 100)).convert("RGB")) // 64 * 64)
+    edges = cv2.Canny(np.asarray(ImageOps.fit(smooth, (64, 64), Image.Resampling.LANCZOS)), 100, 200)
+    assert edges.any()
+    prepared = drawn(server, "sd", controls=[{"name": "sd/canny", "image": encoded(Image.fromarray(edges))}])
+    answer = drawn(server, "sd", controls=[{"name": "sd/canny", "image": encoded(smooth), "preprocess": "canny"}])
+    assert np.array_equal(pixels(answer), pixels(prepared))
+    both = {"threshold_a": 10, "threshold_b": 20}
+    fine = by_webui(server, unit(image=encoded(smooth), module="canny", **both), cfg_scale=8.0)
+    edges = cv2.Canny(np.asarray(ImageOps.fit(smooth, (64, 64), Image.Resampling.LANCZOS)), 10, 20)
+    expected = by_webui(server, unit(image=encoded(Image.fromarray(edges))), cfg_scale=8.0)
+    assert np.array_equal(first(fine), first(expected))
+
+
+def test_a_preprocessor_that_is_not_there_is_refused_with_the_remedy(
+    server: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unknown = drawn(server, "sd", controls=[{"name": "sd/canny", "image": SENT, "preprocess": "pose"}])
+    assert unknown.status_code == 400
+    assert unknown.json()["error"]["param"] == "controls[0].preprocess"
+    assert "prepared already" in unknown.json()["error"]["message"]
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    missing = drawn(server, "sd", controls=[{"name": "sd/canny", "image": SENT, "preprocess": "canny"}])
+    assert missing.status_code == 400
+    assert "sfumato[preprocess]" in missing.json()["error"]["message"]
+
+
+# The recipe.
+
+
+def test_the_recipe_has_the_nets_and_sfumato_generate_like_draws_it_again(
+    server: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Image.radial_gradient("L").resize((64, 64)).convert("RGB")
+    controls = [
+        {"name": "sd/canny", "image": encoded(source), "weight": 2, "end": 0.5, "preprocess": "canny"},
+        {"name": "sd/depth", "image": OTHER_SENT, "start": 0.25},
+    ]
+    answer = drawn(server, "sd", controls=controls)
+    files = [tmp_path / name for name in ("made.png", "one.png", "two.png")]
+    for file, data in zip(files, (answer.json()["data"][0]["b64_json"], encoded(source), OTHER_SENT), strict=True):
+        file.write_bytes(base64.b64decode(data))
+    first, second = recipe.read(files[0]).controls
+    digest = hashlib.sha256((server.folder / "controlnets/sd/canny/diffusion_pytorch_model.safetensors").read_bytes())
+    assert (first.name, first.net_sha256, first.weight, first.end) == ("sd/canny", digest.hexdigest(), 2, 0.5)
+    assert (first.preprocess, second.preprocess, second.start) == ("canny", None, 0.25)
+    settings = Settings(models=server.folder, data=tmp_path, device="cpu")
+    again = command.generate(
+        {"controls": [Control(file.read_bytes()) for file in files[1:]]},
+        files[0],
+        files[0].with_stem("again"),
+        settings,
+    )
+    images = [np.asarray(Image.open(file)) for file in (files[0], *again)]
+    assert np.array_equal(*images)
+    with pytest.raises(InvalidRequest, match=r"--control: the recipe was made from 2 such pictures, but 1 were passed"):
+        command.generate({"controls": [Control(files[1].read_bytes())]}, files[0], None, settings)
+    with pytest.raises(InvalidRequest, match="--control: not the picture that the recipe was made from"):
+        command.generate({"controls": [Control(files[2].read_bytes())] * 2}, files[0], None, settings)
+
+
+# The guide.
+
+GUIDE = Path(__file__).parent.parent / "docs" / "guides" / "controls.md"
+
+
+@pytest.mark.parametrize("example", re.findall(r"```json\n(.*?)```", GUIDE.read_text(), re.DOTALL))
+def test_the_guide_s_examples_draw(server: Served, example: str) -> None:
+    server.model("sd")
+    body = json.loads(example.replace("PHOTO", SENT).replace("DEPTH", OTHER_SENT))
+    body |= {"size": "64x64", "width": 64, "height": 64, "steps": 2}
+    webui = "alwayson_scripts" in body
+    if webui:
+        body["override_settings"] = {"sd_model_checkpoint": "sd"}
+    answer = server.client.post("/sdapi/v1/txt2img" if webui else "/v1/images/generations", json=body)
+    assert answer.status_code == 200, answer.text
+    assert "x-sfumato-warning" not in answer.headers, answer.headers

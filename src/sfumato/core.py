@@ -84,6 +84,16 @@ class Limits:
         return ""
 
 
+CANNY = "canny"
+"""A name of `PREPROCESSORS`: the edges of a picture, white on black."""
+
+INVERT = "invert"
+"""A name of `PREPROCESSORS`: dark and light swapped, for drawings that are black on white."""
+
+PREPROCESSORS = (CANNY, INVERT)
+"""What a control picture may be made of before it is followed."""
+
+
 @dataclass(frozen=True, slots=True)
 class Control:
     """A picture that a ControlNet or an adapter of the model follows. None: the pipeline's own."""
@@ -100,6 +110,10 @@ class Control:
     """Number of the kind of control, for nets that know several."""
     name: str | None = None
     """The ControlNet that follows it: in `controlnets/` beside the model files, or a hub id. None: the model's own."""
+    preprocess: str | None = None
+    """A name of `PREPROCESSORS`; None: the picture is followed as it is."""
+    thresholds: tuple[float, float] | None = None
+    """Of canny, in levels of 0 .. 255; None: 100 and 200."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +179,8 @@ class RecordedControl:
     name: str | None = None
     net_sha256: str | None = None
     """Digest of the weights of the ControlNet, if the request named it."""
+    preprocess: str | None = None
+    thresholds: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from sfumato import __version__
 from sfumato.api import gallery, localai, models, ops, progress, status, studio
-from sfumato.api.a1111 import jobs, lists
+from sfumato.api.a1111 import controlnet, jobs, lists
 from sfumato.api.a1111 import routes as a1111
 from sfumato.api.http import errors, pages
 from sfumato.api.http.arrivals import Arrivals
@@ -126,6 +126,7 @@ def _add_routes(app: FastAPI, *, keyed: bool) -> None:
         # LocalAI's clients often omit the prefix.
         app.include_router(module.routes, include_in_schema=False)
     app.include_router(a1111.routes, dependencies=key)
+    app.include_router(controlnet.routes, dependencies=key)
     for routes in (ops.routes, gallery.pictures, pages.routes):
         app.include_router(routes)
     studio.install(app)

@@ -48,11 +48,12 @@ def find(folder: Path, name: str, param: str) -> tuple[str, Path | HubNet]:
     that, or as a hub id (`owner/name`, `owner/name@revision`). Raises InvalidRequest with `param`."""
     known = listed(folder)
     plain = _TITLE_SUFFIX.sub("", name).strip().strip("/")
-    by_case = {each.casefold(): each for each in reversed([*known])}
-    by_stem = {each.rpartition("/")[2].casefold(): each for each in reversed([*known])}
-    for choice in (by_case.get(plain.casefold()), by_stem.get(plain.casefold())):
-        if choice is not None:
-            return choice, known[choice]
+    choices = [each for each in known if each.casefold() == plain.casefold()]
+    choices = choices or [each for each in known if each.rpartition("/")[2].casefold() == plain.casefold()]
+    if len(choices) > 1:
+        raise InvalidRequest(f"{param}: {name[:100]!r} may be {' or '.join(choices)}; name one of them", param=param)
+    if choices:
+        return choices[0], known[choices[0]]
     if (match := _HUB.fullmatch(plain)) and not {"..", "."} & set(match["id"].split("/")):
         return plain, HubNet(match["id"], match["revision"])
     raise InvalidRequest(

@@ -51,7 +51,9 @@ def generate(fields: dict[str, Any], like: Path | None, output: Path | None, set
     request = ImageRequest(**{**from_recipe, **fields, "sampling": sampling}, operator=True)
     if recipe and len(recipe.controls) == len(request.controls):
         followed = [
-            Control(control.image, made.weight, made.start, made.end, made.mode, made.name)
+            Control(
+                control.image, made.weight, made.start, made.end, made.mode, made.name, made.preprocess, made.thresholds
+            )
             for control, made in zip(request.controls, recipe.controls, strict=True)
         ]
         request = replace(request, controls=followed)

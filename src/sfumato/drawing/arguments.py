@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from sfumato.checkpoints import file_values
 from sfumato.config.model import REQUEST_DEFAULTS
 from sfumato.core import QUALITIES, Generation
-from sfumato.drawing import crop, picture_arguments
+from sfumato.drawing import crop, picture_arguments, preprocessors
 from sfumato.errors import InvalidRequest
 from sfumato.models.load import Loaded, token_limit
 from sfumato.pictures import images
@@ -124,7 +124,8 @@ def canvas(model: Loaded, pipeline: Any, filled: Generation) -> Canvas:
         width, height = (_near(side, multiple) for side in canvas.controls[0].size)
         canvas = replace(canvas, width=width, height=height)
     if canvas.controls:
-        canvas = replace(canvas, controls=tuple(_controls(canvas)))
+        fitted = tuple(_controls(canvas))
+        canvas = replace(canvas, controls=preprocessors.applied(filled.controls, fitted))
     if not (filled.limits and canvas.width and canvas.height and (canvas.sized or canvas.kept)):
         return canvas
     breach = filled.limits.violation(canvas.width, canvas.height)

@@ -11,7 +11,7 @@ from typing import Any
 from sfumato.checkpoints import class_reading
 from sfumato.checkpoints import controlnets as files
 from sfumato.core import Control, Generation, RecordedControl
-from sfumato.errors import InvalidRequest, LoadError
+from sfumato.errors import InvalidRequest, LoadError, TooManyRequests
 from sfumato.models import controlnets
 from sfumato.models.load import Loaded
 from sfumato.pictures import images
@@ -74,6 +74,9 @@ def _as_of_request(folder: Path, name: str, param: str) -> Iterator[None]:
             raise InvalidRequest(message, param=param) from error
         error.param = param
         raise
+    except TooManyRequests as error:  # there is no room for it now
+        error.param = param
+        raise
 
 
 def recorded(control: Control, digests: Mapping[str, str]) -> RecordedControl:
@@ -81,4 +84,7 @@ def recorded(control: Control, digests: Mapping[str, str]) -> RecordedControl:
     assert isinstance(control.image, bytes)
     fingerprint = images.fingerprint(control.image)
     digest = digests.get(control.name or "")
-    return RecordedControl(fingerprint, control.weight, control.start, control.end, control.mode, control.name, digest)
+    return RecordedControl(
+        fingerprint, control.weight, control.start, control.end, control.mode, control.name, digest,
+        control.preprocess, control.thresholds,
+    )  # fmt: skip

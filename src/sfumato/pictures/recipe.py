@@ -146,6 +146,7 @@ def infotext(recipe: Recipe) -> str:
             layer = clip_layer(value, recipe.pipeline)
             value = layer if value is not None and layer > 1 else None
         pairs |= {parameter.infotext: value} if parameter.infotext else composite_pairs.get(parameter.name, {})
+    pairs |= {f"ControlNet {number}": _unit(control) for number, control in enumerate(recipe.controls)}
     if recipe.embeddings:  # AUTOMATIC1111 shortens hashes to ten digits
         pairs["TI hashes"] = ", ".join(f"{name}: {digest[:10]}" for name, digest in _hashes(recipe))
     pairs["Version"] = f"sfumato {__version__}"
@@ -154,6 +155,25 @@ def infotext(recipe: Recipe) -> str:
         lines.append(f"{NEGATIVE} {sampling.negative_prompt}")
     lines.append(", ".join(f"{key}: {_quoted(value)}" for key, value in pairs.items() if value is not None))
     return "\n".join(lines)
+
+
+def _unit(control: RecordedControl) -> str:
+    """A control as AUTOMATIC1111's extension writes it; hashes are shortened to eight digits."""
+    digest = f" [{control.net_sha256[:8]}]" if control.net_sha256 else ""
+    low, high = control.thresholds or (None, None)
+    values = {
+        "Module": control.preprocess or "none",
+        "Model": f"{control.name or 'None'}{digest}",
+        "Weight": 1.0 if control.weight is None else control.weight,
+        "Resize Mode": "Crop and Resize",
+        "Threshold A": low,
+        "Threshold B": high,
+        "Guidance Start": control.start or 0.0,
+        "Guidance End": 1.0 if control.end is None else control.end,
+        "Pixel Perfect": True,
+        "Control Mode": "Balanced",
+    }
+    return ", ".join(f"{key}: {value}" for key, value in values.items() if value is not None)
 
 
 def _hashes(recipe: Recipe) -> list[tuple[str, str]]:
@@ -246,7 +266,10 @@ def from_json(values: Mapping[str, Any]) -> Recipe:
     by_field = nested({key: _frozen(value) for key, value in values.items()})
     if controls := values.get("controls"):
         by_field["controls"] = tuple(
-            RecordedControl(**each) if isinstance(each, dict) else RecordedControl(*each) for each in controls
+            RecordedControl(**{name: _frozen(value) for name, value in each.items()})
+            if isinstance(each, dict)
+            else RecordedControl(*each)
+            for each in controls
         )
     return Recipe(**{key: value for key, value in by_field.items() if key in field_names})
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from pydantic_core import from_json, to_json
 
+from sfumato.api.a1111.control_units import SCRIPT
 from sfumato.api.fields import BLANK, PictureCount, Seed, Side, Text, a1111_field
 from sfumato.core import MAX_SEED
 from sfumato.pictures.fitting import Fitting
@@ -97,7 +98,12 @@ class _Common(BaseModel):
     enable_hr: bool | None = Field(None, description="Not supported: the picture is drawn at width x height.")
     styles: list[str] | None = Field(None, description="Without effect: there are no styles.")
     script_name: Text = Field(None, description="Without effect: there are no scripts.")
-    alwayson_scripts: dict[str, Any] | None = Field(None, description="Without effect; a header lists them.")
+    alwayson_scripts: dict[str, Any] | None = Field(
+        None,
+        description="`controlnet` with its units in `args`: enabled, model (a name of /controlnet/model_list or a hub "
+        "id), module, image, weight, guidance_start, guidance_end, threshold_a, threshold_b. Others have no effect; a "
+        "header lists them.",
+    )
     send_images: bool | None = Field(True, description="false: the answer has no pictures.")
     save_images: bool | None = Field(False, description="Also store the pictures on the server; info has their URLs.")
 
@@ -152,7 +158,7 @@ class DrawBody(_Sampled):
             for name, value in self.overrides.items()
             if name not in (MODEL, LAYERS) and is_set(value, NO_OVERRIDES.get(name, ()))
         ]
-        scripts = [f"alwayson_scripts.{name}" for name in self.alwayson_scripts or ()]
+        scripts = [f"alwayson_scripts.{name}" for name in self.alwayson_scripts or () if name.casefold() != SCRIPT]
         unsupported = [name for name in ("styles", "script_name") if is_set(getattr(self, name), ())]
         return [*extra, *settings, *scripts, *unsupported]
 

@@ -15,7 +15,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from starlette.responses import JSONResponse
 
 from sfumato.api.a1111 import answers as shapes
-from sfumato.api.a1111 import lists
+from sfumato.api.a1111 import control_units, lists
 from sfumato.api.a1111.bodies import DrawBody, Img2ImgBody, PngInfoBody, Txt2ImgBody, UpscaleBody
 from sfumato.api.a1111.jobs import Jobs, TheJobs, request_of
 from sfumato.api.a1111.lists import Choices, TheChoices
@@ -170,6 +170,10 @@ async def _draw(context: Context, choices: Choices, jobs: Jobs, body: DrawBody, 
         image_request = replace(image_request, fitting=body.fitting(), mask_padding=body.mask_padding)
         images, mask = await asyncio.to_thread(body.sources)
         image_request = replace(image_request, images=images, mask=mask)
+    units = await asyncio.to_thread(control_units.units_of, body.alwayson_scripts, image_request.images)
+    control_units.release(body.alwayson_scripts)
+    image_request = replace(image_request, controls=units.controls)
+    warnings += units.warnings
     job, results = await jobs.draw(image_request, name, warnings)
     saved = [part.name for part in job.parts if part.name] if body.save_images else []
     base = urls.base_url(request, service.settings)

@@ -10,10 +10,19 @@ import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    create_model,
+    field_validator,
+    model_validator,
+)
 
 from sfumato.api.fields import BLANK, KeepAlive, PictureCount, Seed, Text, openai_field
-from sfumato.core import MAX_SEED, QUALITIES, Control
+from sfumato.core import MAX_SEED, PREPROCESSORS, QUALITIES, Control
 from sfumato.sampling import MAX_PROMPT, PARAMETERS, Sampling
 from sfumato.serving.planning import (
     DEFAULT_PADDING,
@@ -78,6 +87,10 @@ class ControlBody(BaseModel):
     image: Annotated[Picture, BeforeValidator(_url_of, json_schema_input_type=OnePicture)] = Field(
         description="Base64, data: URI or http(s) URL."
     )
+    preprocess: Annotated[str | None, BLANK] = Field(
+        None,
+        description=f"What is made of the picture before it is followed: {', '.join(PREPROCESSORS)}; absent: nothing.",
+    )
     weight: Annotated[float, Field(ge=0, le=10)] | None = Field(
         None, description="How strongly; absent: the pipeline's own, mostly 1."
     )
@@ -100,8 +113,21 @@ class ControlBody(BaseModel):
             raise ValueError(f"{', '.join(unknown)[:200]} is not known; {', '.join(cls.model_fields)} are valid")
         return data
 
+    @field_validator("preprocess")
+    @classmethod
+    def _known_preprocessor(cls, name: str | None) -> str | None:
+        plain = name.strip().lower() if name else None
+        if plain in (None, "none"):
+            return None
+        if plain not in PREPROCESSORS:
+            raise ValueError(
+                f"none, {', '.join(PREPROCESSORS)} are valid; for depth, pose and others send a picture that is "
+                "prepared already, without preprocess"
+            )
+        return plain
+
     def to_control(self) -> Control:
-        return Control(self.image, self.weight, self.start, self.end, self.mode, self.name)
+        return Control(self.image, self.weight, self.start, self.end, self.mode, self.name, self.preprocess)
 
 
 Controls: TypeAlias = Annotated[
