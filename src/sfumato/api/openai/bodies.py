@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
 
 from sfumato.api.fields import BLANK, KeepAlive, PictureCount, Seed, Text, openai_field
+from sfumato.api.lora_fields import LoraFields
 from sfumato.core import MAX_SEED, QUALITIES, Control
 from sfumato.sampling import MAX_PROMPT, PARAMETERS, Sampling
 from sfumato.serving.planning import (
@@ -108,7 +109,7 @@ FIELD_PARAMETERS = tuple(each for each in PARAMETERS if not each.side)
 """Each is a field of its own; width and height are `size`."""
 
 
-class _Common(BaseModel):
+class _Common(LoraFields):
     model_config = ConfigDict(extra="allow", protected_namespaces=(), populate_by_name=True)
 
     @model_validator(mode="before")
@@ -188,6 +189,8 @@ class Body(_Sampled):
             "seed": self.seed,
             "sampling": self.sampling(),
             "keep_alive": self.keep_alive,
+            "loras": self.all_loras,
+            "replace_loras": bool(self.replace_loras),
         }
         return ImageRequest(**fields | more)
 
