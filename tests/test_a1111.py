@@ -116,7 +116,6 @@ LEFT.paste(255, (0, 0, 64, 128))
     [
         "latent-upscale-modes",
         "sd-vae",
-        "loras",
         "hypernetworks",
         "face-restorers",
         "realesrgan-models",
@@ -306,7 +305,7 @@ def test_foreign_fields_are_ignored_and_told_nowhere(server: Server, ann: httpx.
 
 def test_what_has_no_effect_is_named(ann: httpx.Client) -> None:
     body = FEW | {
-        "prompt": "a cat <lora:fur:0.8>", "enable_hr": True, "hr_scale": 2, "denoising_strength": 0.7, "tiling": True,
+        "prompt": "cat <hypernet:fur:1>", "enable_hr": True, "hr_scale": 2, "denoising_strength": 0.7, "tiling": True,
         "restore_faces": False, "eta": 1.0, "subseed": 3, "s_noise": 1, "styles": ["noir"], "script_args": [],
         "alwayson_scripts": {"ControlNet": {"args": []}, "ADetailer": {"args": []}},
         "override_settings": {"sd_vae": "x", "eta_noise_seed_delta": 0},

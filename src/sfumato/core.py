@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Literal, TypeAlias
 
 from sfumato.errors import SfumatoError
+from sfumato.loras import Lora
 from sfumato.sampling import Sampling
 
 MAX_SEED = 2**63 - 1
@@ -138,6 +139,10 @@ class Generation:
     mask_from_alpha: bool = False
     """Whether the first picture's fully transparent areas are its mask, if none was sent and the model takes one."""
     controls: tuple[Control, ...] = ()
+    loras: tuple[Lora, ...] = ()
+    """With their files; they act besides those of the model file."""
+    replace_loras: bool = False
+    """Whether none of the model file's LoRAs acts."""
     previews: int = 0
     """0 .. MAX_PREVIEWS: number of previews, spread evenly over the steps; never at the last step."""
     quality: str | None = None
@@ -216,6 +221,9 @@ class Recipe:
     mask_from_alpha: bool = False
     """Whether the mask was the transparency of the first picture."""
     controls: tuple[RecordedControl, ...] = ()
+    loras: tuple[tuple[str, str, str, float, float], ...] = ()
+    """For each LoRA that acted, the model file's first: what it was named by, the SHA-256 of its file, its short hash,
+    and its weights for the denoiser and for the text encoders."""
 
     @property
     def size(self) -> tuple[int, int]:

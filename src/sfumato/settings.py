@@ -103,6 +103,14 @@ class Settings:
     picture_hosts: str = _setting(
         "", "Hosts (comma-separated) whose picture URLs are fetched even if their address is not public."
     )
+    loaded_loras: int = _setting(
+        8, "Maximum LoRAs of requests in memory for each model; the least recently used is dropped.", least=1
+    )
+    lora_hosts: str = _setting(
+        "hub",
+        "Where LoRAs that requests name may be downloaded from: hosts, comma-separated, and hub for the Hugging Face "
+        "hub. Empty: only files in loras/ are used.",
+    )
     outputs_max_age_h: int = _setting(168, "Hours after which generated pictures are deleted; 0 keeps them.", least=0)
     outputs_max_mb: int = _setting(
         10_000, "Total MiB of generated pictures beyond which the oldest are deleted; 0 keeps them.", least=0

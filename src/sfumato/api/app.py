@@ -13,7 +13,7 @@ from fastapi.security import HTTPBearer
 from starlette.middleware.cors import CORSMiddleware
 
 from sfumato import __version__
-from sfumato.api import gallery, localai, models, ops, progress, status, studio
+from sfumato.api import gallery, localai, loras, models, ops, progress, status, studio
 from sfumato.api.a1111 import controlnet, jobs, lists
 from sfumato.api.a1111 import routes as a1111
 from sfumato.api.http import errors, pages
@@ -121,7 +121,7 @@ def create_app(service: Service, store: Store, running: ActiveRequests | None = 
 def _add_routes(app: FastAPI, *, keyed: bool) -> None:
     # Only documents the key in OpenAPI; `Auth` checks it.
     key = [Depends(HTTPBearer(auto_error=False, description="An API key of this server."))] if keyed else []
-    for module in (openai, localai, progress, models, gallery, status):
+    for module in (openai, localai, progress, models, loras, gallery, status):
         app.include_router(module.routes, prefix="/v1", dependencies=key)
         # LocalAI's clients often omit the prefix.
         app.include_router(module.routes, include_in_schema=False)

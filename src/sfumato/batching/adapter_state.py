@@ -13,39 +13,51 @@ from typing import Any, TypeAlias
 AdapterState: TypeAlias = tuple[tuple[str, ...], bool, dict[str, float]]
 """State of one layer: active adapters, whether they are disabled, and the scale of each."""
 
+Names: TypeAlias = tuple[str, ...] | None
+
 
 class Adapters:
     """Layers that one request accessed, each with its earlier state."""
 
     def __init__(self) -> None:
-        self._before: dict[int, tuple[Any, AdapterState]] = {}
+        self._before: dict[int, tuple[Any, Names, AdapterState]] = {}
         self._walked: set[int] = set()
 
-    def track(self, part: Any) -> None:
-        """Track all layers in the module `part`, which the request accesses."""
+    def track(self, part: Any, names: Names = None) -> None:
+        """Track all layers in the module `part`, which the request accesses.
+
+        `names`: only the scales of these adapters; which ones act changes with every forward pass.
+        """
         if id(part) in self._walked:
             return
         self._walked.add(id(part))
         for layer in part.modules():
             if hasattr(layer, "active_adapters") and hasattr(layer, "scaling"):
-                self._before.setdefault(id(layer), (layer, _state(layer)))
+                self._before.setdefault(id(layer), (layer, names, _tracked(layer, names)))
 
     def changed(self) -> bool:
-        return any(not _equal(_state(layer), before) for layer, before in self._before.values())
+        return any(not _equal(_tracked(layer, names), before) for layer, names, before in self._before.values())
 
     def restore(self) -> None:
         """Restore the exact state: scaling and unscaling leaves rounding errors that would accumulate in the layer."""
-        for layer, before in self._before.values():
+        for layer, names, before in self._before.values():
             active, disabled, scaling = before
-            now = _state(layer)
+            now = _tracked(layer, names)
             if now == before:
                 continue
-            layer.scaling.clear()
+            if names is None:
+                layer.scaling.clear()
             layer.scaling.update(scaling)
-            if now[0] != active:
+            if names is None and now[0] != active:
                 layer.set_adapter(list(active))
-            if now[1] != disabled:
+            if names is None and now[1] != disabled:
                 layer.enable_adapters(not disabled)
+
+
+def _tracked(layer: Any, names: Names) -> AdapterState:
+    if names is None:
+        return _state(layer)
+    return (), False, {name: layer.scaling[name] for name in names if name in layer.scaling}
 
 
 def _state(layer: Any) -> AdapterState:

@@ -31,6 +31,8 @@ from typing import Any
 import torch
 
 from sfumato.batching import text_masks
+from sfumato.batching.adapted import Selection
+from sfumato.batching.adapted import target as target
 from sfumato.batching.fingerprints import Fingerprints as Fingerprints
 from sfumato.batching.outputs import PLAIN
 from sfumato.batching.reasons import Reason
@@ -65,9 +67,11 @@ ROWS_SECOND = frozenset({"encoder_hidden_states_llama3"})
 LARGEST_EQUAL = 4 << 20
 """In elements. A larger tensor without rows first is not compared by content; the call runs alone."""
 
-DIFFERENCES: Mapping[str, str] = {"time": "time", "list": "lengths", "ragged": "text", "mask": "text"}
+DIFFERENCES: Mapping[str, str] = {
+    "time": "time", "list": "lengths", "ragged": "text", "mask": "text", "adapters": "adapters",
+}  # fmt: skip
 """Permitted differences between members, by kind of leaf: time steps of two dtypes are converted, lists may differ in
-length, text is padded."""
+length, text is padded, rows have adapters of their own."""
 
 
 @dataclass(slots=True)
@@ -108,10 +112,17 @@ class Call:
     pairs: Mapping[str, str] = field(default_factory=dict)
     """Name of each text that can be padded → name of its mask."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    selection: Selection | None = None
+    """The adapters that act in it, if any are loaded for its module; `module` is then the one with these adapters."""
 
     def run(self) -> Any:
         """Compute the call exactly as the pipeline made it."""
-        return target(self.module, self.method)(*self.args, **self.kwargs)
+        return compute([self], self.args, self.kwargs)
+
+    @property
+    def is_adapted(self) -> bool:
+        """Whether adapters of its own act in it."""
+        return self.selection is not None and not self.selection.plain
 
     @property
     def differences(self) -> frozenset[str]:
@@ -141,7 +152,12 @@ class Call:
                 if word not in kinds:
                     kinds.append(word)
         names = " ".join(f"{path}={'|'.join(kinds)}" for path, kinds in words.items())
-        return f"{self.method}({names}){''.join(f'~{what}' for what in sorted(differences))}"
+        marks = [f"{what}:{self._layout}" if what == "adapters" else what for what in sorted(differences)]
+        return f"{self.method}({names}){''.join(f'~{mark}' for mark in marks)}"
+
+    @property
+    def _layout(self) -> str:
+        return self.selection.adapted.layout if self.selection else ""
 
 
 NUMBERED = re.compile(r"\.\d+(?=\.|$)")
@@ -159,9 +175,18 @@ def differences_between(calls: Sequence[Call]) -> frozenset[str]:
     })  # fmt: skip
 
 
-def target(module: Any, method: str) -> Callable[..., Any]:
-    """The callable: for `__call__` the module itself, so that its hooks run."""
-    return module if method == "__call__" else getattr(module, method)  # type: ignore[no-any-return]
+def lead(calls: Sequence[Call]) -> Call:
+    """The call whose module computes all of `calls`: with adapters, if any of them has some."""
+    return next((call for call in calls if call.is_adapted), calls[0])
+
+
+def compute(calls: Sequence[Call], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """One forward pass with the joined arguments of `calls`."""
+    leader = lead(calls)
+    if leader.selection is None or not leader.is_adapted:
+        return target(leader.module, leader.method)(*args, **kwargs)
+    rows = [call.selection for call in calls if call.selection for _ in range(call.rows)]
+    return leader.selection.adapted.run(leader.method, rows, args, kwargs)
 
 
 def original_module(module: Any) -> Any:
@@ -170,10 +195,16 @@ def original_module(module: Any) -> Any:
 
 
 def describe(
-    module: Any, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], fingerprints: Fingerprints, name: str = ""
+    module: Any,
+    method: str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    fingerprints: Fingerprints,
+    name: str = "",
+    selection: Selection | None = None,
 ) -> Call:
     """Describe a call of `module` (an nn.Module; `method` is `__call__`, `forward`, `encode` ...)."""
-    call = Call(module, method, args, kwargs, name)
+    call = Call(module, method, args, kwargs, name, selection=selection)
     try:
         _describe(call, fingerprints)
     except _Unbatchable as reason:
@@ -219,7 +250,11 @@ def _describe(call: Call, fingerprints: Fingerprints) -> None:
         arguments.setdefault(mask, None)
     # In a fixed order, whatever order the caller uses.
     call.shape = _Reader(call, fingerprints).read(dict(sorted(arguments.items())), "", "")
-    call.key = (id(call.module), call.method, call.shape, tuple([(leaf.kind, leaf.key) for leaf in call.leaves]))
+    owner = call.module
+    if call.selection:
+        owner = call.selection.adapted.original
+        call.leaves.append(Leaf("", "adapters", call.selection, call.selection.key, call.selection.names))
+    call.key = (id(owner), call.method, call.shape, tuple([(leaf.kind, leaf.key) for leaf in call.leaves]))
     call.exact = tuple([leaf.exact for leaf in call.leaves])
 
 
@@ -316,6 +351,8 @@ class _Reader:
 
 def _signature_word(leaf: Leaf, defaults: Mapping[str, Any], padded: bool) -> str:
     """A leaf's word in a signature; empty if it has none."""
+    if leaf.kind == "adapters":
+        return ""
     if leaf.kind == "mask":  # padding makes one
         return "rows2" if padded or leaf.value is not None else ""
     if leaf.kind != "value":

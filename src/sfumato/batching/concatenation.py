@@ -140,6 +140,7 @@ _JOIN: Mapping[str, Callable[[list[Leaf], Sequence[Call], ConcatenationCache], A
     "each": _repeat,
     "equal": _first,
     "value": _first,
+    "adapters": _first,  # not an argument, and behind all that are
     "mask": _first,  # filled in by `_mask`, which knows the text it belongs to
 }
 

@@ -35,7 +35,7 @@ class PromptCache:
         has_tokens = False
         for leaf in call.leaves:
             if not isinstance(leaf.value, torch.Tensor):
-                parts.append(leaf.key)
+                parts.append((leaf.key, leaf.exact))
             elif leaf.path in READ and not leaf.value.is_floating_point():
                 has_tokens |= leaf.path == TOKENS
                 parts.append((leaf.path, leaf.value.shape, leaf.value.dtype, fingerprints.of(leaf.value)))

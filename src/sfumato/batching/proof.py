@@ -42,12 +42,12 @@ from typing import Any, TypeAlias
 import torch
 
 from sfumato.batching import outputs, torch_state
-from sfumato.batching.calls import Call, Leaf, original_module, target
+from sfumato.batching.calls import Call, Leaf, compute, lead, original_module, target
 
 Join: TypeAlias = Callable[[Sequence[Call]], dict[str, Any]]
 """Makes the keyword arguments of one forward pass for several calls."""
 
-SHARED = frozenset({"equal", "value", "each"})
+SHARED = frozenset({"equal", "value", "each", "adapters"})
 """Kinds of leaves in which members must agree; every other kind has contents of its member."""
 
 TOLERANCE = 1e-3
@@ -130,7 +130,7 @@ class _Batch:
 
     def __init__(self, calls: list[Call], join: Join) -> None:
         self.calls = calls
-        self.module = calls[0].module
+        self.module = lead(calls).module
         self.half = is_half(calls[0])
         self.parts: list[Any] = []
         self.rounding: list[float] = []
@@ -154,7 +154,10 @@ class _Batch:
         torch.manual_seed(0)
         try:
             with within or nullcontext():
-                output = target(module, calls[0].method)(**arguments)
+                if module is self.module:
+                    output = compute(calls, (), arguments)
+                else:
+                    output = target(module, calls[0].method)(**arguments)
         finally:
             torch_state.set_random(random)
         self.forwards += 1

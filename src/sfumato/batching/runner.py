@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sfumato.batching import outputs, proof
-from sfumato.batching.calls import Call, differences_between, target
+from sfumato.batching.calls import Call, compute, differences_between, lead
 from sfumato.batching.concatenation import ConcatenationCache, join
 from sfumato.batching.counts import Counts
 from sfumato.batching.outcomes import Compute, Reply, Result, is_out_of_memory
@@ -36,11 +36,11 @@ class Runner:
 
     def run(self, calls: Sequence[Call]) -> Sequence[Reply] | None:
         """One forward pass for `calls`, at least two: a reply for each, or None if it ran out of memory."""
-        first = calls[0]
+        first = lead(calls)
         signature = self.verification.signature(first, differences_between(calls))
         decision = self.verification.decision(first, signature)
         try:
-            output = target(first.module, first.method)(**join(calls, self.concatenations))
+            output = compute(calls, (), join(calls, self.concatenations))
             parts = outputs.split(output, [call.rows for call in calls], listed=first.listed)
         except Unsplittable as reason:
             self.counts.add(first.name, 0, 1)
@@ -62,7 +62,7 @@ class Runner:
 
     def _prove(self, calls: Sequence[Call], signature: str, parts: list[Any]) -> Sequence[Reply] | None:
         """Prove the first batch of its kind. Every member computes its own call, whatever the result."""
-        first = calls[0]
+        first = lead(calls)
         try:
             evidence = proof.examine(calls, lambda some: join(some, ConcatenationCache()))
         except Exception as error:  # the batch ran, but not with other contents

@@ -18,6 +18,7 @@ import greenlet  # type: ignore[import-untyped]
 import torch
 
 from sfumato.batching import feature_caches
+from sfumato.batching.adapted import Selection
 from sfumato.batching.calls import target
 from sfumato.pipelines import compat, tiling
 
@@ -64,17 +65,20 @@ class StandIn:
         "_sfumato_module",
         "_sfumato_name",
         "_sfumato_place",
+        "_sfumato_selection",
         "_sfumato_stateful",
         "_sfumato_view",
     )
 
-    def __init__(self, module: Any, name: str, view: View) -> None:
+    def __init__(self, module: Any, name: str, view: View, selection: Selection | None = None) -> None:
+        """`selection`: the adapters that act, if any are loaded for `module`."""
         put = functools.partial(object.__setattr__, self)
         put("_sfumato_module", module)
         put("_sfumato_name", name)
         put("_sfumato_view", view)
         put("_sfumato_context", None)
         put("_sfumato_place", None)
+        put("_sfumato_selection", selection)
         put("_sfumato_stateful", feature_caches.state_managers(module))
 
     @property  # type: ignore[misc]
@@ -120,6 +124,9 @@ class StandIn:
     def _sfumato_compute(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the module itself, within the cache context that the pipeline requested."""
         with self._sfumato_within():
+            selection: Selection | None = self._sfumato_selection
+            if selection and not selection.plain:
+                return selection.adapted.run(method, [selection], args, kwargs)
             return target(self._sfumato_module, method)(*args, **kwargs)
 
     @property

@@ -177,7 +177,8 @@ class Task(CallHandler):
 
     def _described(self, stand_in: StandIn, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         batcher, name = self.batcher, stand_in._sfumato_name
-        call = describe(stand_in._sfumato_module, method, args, kwargs, batcher.fingerprints, name)
+        module, selection = stand_in._sfumato_module, stand_in._sfumato_selection
+        call = describe(module, method, args, kwargs, batcher.fingerprints, name, selection)
         if apart := stand_in._sfumato_apart:
             call.key, call.alone_because = None, apart
             call.reason = Reason.CACHE if stand_in._sfumato_stateful else Reason.TILED

@@ -78,7 +78,7 @@ class Verification:
         if self._refuses(call, frozenset()):
             return None
         subsets = [
-            frozenset(subset) for n in range(1, 4) for subset in itertools.combinations(sorted(call.differences), n)
+            frozenset(subset) for n in range(1, 5) for subset in itertools.combinations(sorted(call.differences), n)
         ]
         refused = [subset for subset in subsets if self._refuses(call, subset)]
         allowed = [subset for subset in subsets if not any(refused_subset <= subset for refused_subset in refused)]

@@ -18,7 +18,7 @@ import inspect
 import itertools
 import logging
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import MethodType
 from typing import Any
 
@@ -26,6 +26,7 @@ import torch
 from diffusers import DiffusionPipeline, ModularPipelineBlocks
 
 from sfumato.batching import feature_caches, offload
+from sfumato.batching.adapted import Selection
 from sfumato.batching.adapter_state import Adapters
 from sfumato.batching.exclusive import exclusive, patched
 from sfumato.batching.reasons import Reason
@@ -41,7 +42,9 @@ numbers = itertools.count(1)
 class View:
     """What the stand-ins of one view share."""
 
-    def __init__(self, exclusive: str, *, tiled: bool = False) -> None:
+    def __init__(self, exclusive: str, *, tiled: bool = False, adapters: Mapping[int, Selection] | None = None) -> None:
+        self.adapters = adapters or {}
+        """Id of each module that adapters are loaded for → those of this request."""
         self.tiled = tiled
         """Whether its VAE works in tiles for this request."""
         self.exclusive = exclusive
@@ -58,9 +61,11 @@ class View:
     def stand_in(self, module: Any, name: str) -> StandIn:
         stand_in = self.stand_ins.get(id(module))
         if stand_in is None:
-            stand_in = self.stand_ins[id(module)] = StandIn(module, name, self)
-            if self.exclusive and hasattr(module, "attn_processors"):
-                self._processors.append((module, dict(module.attn_processors)))
+            selection = self.adapters.get(id(module))
+            acting = module if selection is None or selection.plain else selection.adapted.module
+            stand_in = self.stand_ins[id(module)] = StandIn(acting, name, self, selection)
+            if self.exclusive and hasattr(acting, "attn_processors"):
+                self._processors.append((acting, dict(acting.attn_processors)))
         return stand_in
 
     def why_no_switch(self) -> str:
@@ -71,7 +76,11 @@ class View:
 
     def track(self, stand_in: StandIn, part: Any) -> None:
         """The request accesses a submodule directly."""
-        if getattr(stand_in._sfumato_module, "peft_config", None):
+        selection = stand_in._sfumato_selection
+        if selection and not selection.plain:
+            selection.adapted.activate(selection)
+            self._adapters.track(part, selection.names)
+        elif getattr(stand_in._sfumato_module, "peft_config", None):
             self._adapters.track(part)
 
     def reason(self, why_no_switch: str) -> Reason:
@@ -103,14 +112,16 @@ class View:
             self.not_restored.append(f"{label}: {type(error).__name__}: {error}")
 
 
-def view(pipeline: Any, *, foreign: bool = False, tiled: bool = False) -> Any:
+def view(
+    pipeline: Any, *, foreign: bool = False, tiled: bool = False, adapters: Mapping[int, Selection] | None = None
+) -> Any:
     """A copy of `pipeline` for one request, of the same class, sharing the weights but no state that a call changes.
 
     `foreign`: the pipeline comes from a library user, so look for patched modules. `tiled`: its VAE works in
-    tiles, for this request only.
+    tiles, for this request only. `adapters`: for each module that adapters are loaded for, by its id, those that act.
     """
     reason = exclusive(pipeline) or (foreign and patched(pipeline)) or ""
-    return _view(pipeline, View(reason, tiled=tiled), {}, "")
+    return _view(pipeline, View(reason, tiled=tiled, adapters=adapters), {}, "")
 
 
 def close(pipeline: Any) -> list[str]:

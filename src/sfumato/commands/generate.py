@@ -18,6 +18,7 @@ from sfumato.config import ModelConfig
 from sfumato.core import VAE_TILING, Control, Done, Recipe, Step
 from sfumato.engine.local import Local
 from sfumato.errors import InvalidRequest, StorageError
+from sfumato.loras import Lora
 from sfumato.pictures import images
 from sfumato.pictures import recipe as recipes
 from sfumato.sampling import Sampling, merged
@@ -47,7 +48,8 @@ def generate(fields: dict[str, Any], like: Path | None, output: Path | None, set
         width, height = size_of(fields.pop("size"))
         sampling = replace(sampling, width=width, height=height)
     if "prompts" in fields:
-        from_recipe.pop("split_prompt", None)
+        for name in ("split_prompt", "lora_tags"):
+            from_recipe.pop(name, None)
     request = ImageRequest(**{**from_recipe, **fields, "sampling": sampling}, operator=True)
     if recipe and len(recipe.controls) == len(request.controls):
         followed = [
@@ -82,6 +84,9 @@ def _as_request(recipe: Recipe) -> dict[str, Any]:
         # Only savings that change pixels; where modules wait depends on this machine.
         "savings": tuple(name for name in recipe.savings if name == VAE_TILING),
         "weights": recipe.weights,
+        "loras": [Lora(source, weight, text) for source, _, _, weight, text in recipe.loras],
+        "replace_loras": True,
+        "lora_tags": False,
         "crop": recipe.drawn_size is not None,
         "mask_padding": recipe.masked_area[0] if recipe.masked_area else None,
         "mask_from_alpha": recipe.mask_from_alpha,
@@ -124,7 +129,7 @@ def _with_source_size(request: ImageRequest, recipe: Recipe, settings: Settings)
 
 
 def _warn_of_differences(recipe: Recipe, redrawn: Recipe) -> None:
-    for name in ("source", "pipeline", "device", "dtype", "versions", "embeddings", "controls", "savings"):
+    for name in ("source", "pipeline", "device", "dtype", "versions", "embeddings", "loras", "controls", "savings"):
         if getattr(recipe, name) != getattr(redrawn, name):
             log.warning(
                 "%s was %s, now it is %s: the pixels may differ",

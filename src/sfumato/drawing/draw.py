@@ -57,7 +57,30 @@ def draw(model: Loaded, generation: Generation, on_step: OnStep, on_preview: OnP
     capabilities.check(model.config.name, model.pipeline, generation)
     task, complete = inputs.complete(model, generation)
     workflow = capabilities.TASKS["mask" if complete.mask else "image" if complete.images else "text"]
-    pipeline = views.view(modular.for_task(_for_task(model, task), workflow), tiled=_tiled(model, generation))
+    with model.state.adapters.use(
+        model.pipeline, model.device, model.config.name, generation.loras, replace_defaults=generation.replace_loras
+    ) as adapters:
+        # No variable refers to the view here: a stored error would keep it.
+        return _draw_on_view(
+            model,
+            views.view(
+                modular.for_task(_for_task(model, task), workflow), tiled=_tiled(model, generation), adapters=adapters
+            ),
+            generation,
+            complete,
+            on_step,
+            on_preview,
+        )
+
+
+def _draw_on_view(
+    model: Loaded,
+    pipeline: Any,
+    generation: Generation,
+    complete: Generation,
+    on_step: OnStep,
+    on_preview: OnPreview | None,
+) -> Done:
     try:
         result = _draw(model, pipeline, generation, complete, on_step, on_preview)
     except BaseException as error:
@@ -347,4 +370,5 @@ def _recipe(
         drawn_size=(canvas.width or 0, canvas.height or 0) if canvas.kept else None,
         mask_from_alpha=filled.mask_from_alpha,
         controls=tuple(named_nets.recorded(control, model.net_digests) for control in requested.controls),
+        loras=inputs.recorded_loras(model, requested),
     )

@@ -46,3 +46,21 @@ def complete(model: Loaded, generation: Generation) -> tuple[str, Generation]:
     if chosen is kin.own or chosen is None:
         return OWN, generation
     return "mask" if mask else "image", generation
+
+
+def recorded_loras(model: Loaded, generation: Generation) -> tuple[tuple[str, str, str, float, float], ...]:
+    """The LoRAs that act, as a recipe keeps them, the model file's first."""
+    weights = {lora.default: lora for lora in generation.loras if lora.default is not None}
+    used = [
+        weights.get(number, own)
+        for number, own in enumerate(model.state.own_loras)
+        if number in weights or not generation.replace_loras
+    ]
+    used += [lora for lora in generation.loras if lora.default is None]
+    own = model.state.own_loras
+    digests = [each if each.default is None else own[each.default] for each in used]
+    return tuple(
+        (lora.source, digest.sha256, digest.short_hash, lora.weight, lora.weight_of_text)
+        for lora, digest in zip(used, digests, strict=True)
+        if lora.weight or lora.weight_of_text
+    )

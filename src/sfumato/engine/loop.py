@@ -87,6 +87,7 @@ class Loop:
             idle_times=IdleTimes(keep_alive_seconds(settings.keep_alive), clock),
             turns=self._turns,
             wake=lambda: self._inbox.put(None),
+            loaded_loras=settings.loaded_loras,
         )
         self._stats = Stats(self._batcher, self._pool)
         self._submitted: dict[str, Submit] = {}

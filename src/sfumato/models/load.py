@@ -31,6 +31,7 @@ from sfumato.checkpoints import (
 from sfumato.config import ModelConfig, addresses
 from sfumato.core import ModelStatus
 from sfumato.errors import DownloadError, InvalidRequest, LoadError, ModelFileError, SfumatoError
+from sfumato.loras import Lora
 from sfumato.models import (
     footprint,
     inspection,
@@ -42,6 +43,7 @@ from sfumato.models import (
     sharing,
     split_load,
 )
+from sfumato.models.adapters import Adapters
 from sfumato.models.device import DTYPES, choose_device, choose_dtype, expected_dtype
 from sfumato.models.fetch import Fetched, OnStatus, fetch
 from sfumato.pipelines import request_scheduler, tokens
@@ -70,6 +72,10 @@ class ModelState:
     """What a request changed and could not restore; new requests do not use such a model."""
     kept: tuple[torch.nn.Module, ...] = ()
     """Components without this model's adapters, for other models to share; their tensors are the pipeline's own."""
+    adapters: Adapters = field(default_factory=Adapters)
+    """The LoRAs that requests have loaded."""
+    own_loras: tuple[Lora, ...] = ()
+    """The LoRAs of the model file."""
     embeddings: dict[str, str] = field(default_factory=dict)
     """Hash of each textual inversion that its tokenizers and text encoders have → its tokens."""
 
@@ -96,7 +102,7 @@ class Loaded:
     def blocks(self) -> footprint.Blocks:
         """The memory blocks that its weights take."""
         decoder = [self.preview_decoder] if isinstance(self.preview_decoder, torch.nn.Module) else []
-        return footprint.blocks([*footprint.modules_of(self.pipeline), *decoder])
+        return footprint.blocks([*footprint.modules_of(self.pipeline), *self.state.adapters.modules, *decoder])
 
     @property
     def savings(self) -> tuple[str, ...]:
@@ -133,10 +139,10 @@ def load(
         _check(config, pipeline)
         parts.replace_vae(config, pipeline, DTYPES[dtype], report)
         with components.kept_from_adapters(pipeline):
-            parts.load_adapters(config, pipeline, report)
+            own_loras = parts.load_adapters(config, pipeline, report)
         low_memory.engage(config, pipeline, DTYPES[dtype])
         preview_decoder = _load_preview_decoder(config, components.private_view(pipeline), place, dtype)
-        state = ModelState(offload=_place(config, pipeline, place, components.given))
+        state = ModelState(offload=_place(config, pipeline, place, components.given), own_loras=own_loras)
         if state.offload == "none":
             state.kept = components.make_known(pipeline)
     except SfumatoError:

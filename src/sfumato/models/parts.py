@@ -16,10 +16,11 @@ import transformers
 from huggingface_hub import snapshot_download
 
 from sfumato.batching.batcher import is_out_of_memory
-from sfumato.checkpoints import diffusers_source, download, references, sources, variants, weight_file
+from sfumato.checkpoints import diffusers_source, download, lora_files, references, sources, variants, weight_file
 from sfumato.checkpoints.weight_file import OnProgress
 from sfumato.config import ModelConfig, addresses
 from sfumato.errors import LoadError, ModelFileError
+from sfumato.loras import Lora
 
 
 def components(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -135,18 +136,20 @@ def _vae_of_folder(folder: Path, dtype: torch.dtype) -> Any:
     return cls.from_pretrained(part, variant=variant, use_safetensors=True, local_files_only=True, dtype=dtype)
 
 
-def load_adapters(config: ModelConfig, pipeline: Any, report: OnProgress) -> None:
-    """Load the file's LoRAs into the pipeline, each with its scale."""
+def load_adapters(config: ModelConfig, pipeline: Any, report: OnProgress) -> tuple[Lora, ...]:
+    """Load the file's LoRAs into the pipeline, each with its scale, and say which they are."""
     if not config.adapters:
-        return
+        return ()
     if not hasattr(pipeline, "load_lora_weights"):
         raise ModelFileError(
             f"{config.name}: lora_adapter: {type(pipeline).__name__} takes no LoRA; leave it out", param="lora_adapter"
         )
-    names = []
+    names, loras = [], []
     for index, adapter in enumerate(config.adapters):
         names.append(f"adapter_{index}")
         path = references.lora(config, adapter.source, report)
+        source, digests = addresses.redact(adapter.source), lora_files.digests(path)
+        loras.append(Lora(source, adapter.scale, None, str(path), *digests, default=index))
         with weight_file.in_lower_case(path) as file, _as_load_error(config, adapter.source, pipeline):
             pipeline.load_lora_weights(
                 str(file.parent),
@@ -157,6 +160,7 @@ def load_adapters(config: ModelConfig, pipeline: Any, report: OnProgress) -> Non
             if not any(names[-1] in loaded for loaded in pipeline.get_list_adapters().values()):
                 raise ValueError("none of its names is one of the model's")
     pipeline.set_adapters(names, [adapter.scale for adapter in config.adapters])
+    return tuple(loras)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from PIL import ExifTags, Image, PngImagePlugin
 from sfumato import __version__, schedulers
 from sfumato.core import Recipe, RecordedControl
 from sfumato.errors import InvalidPicture, InvalidRequest
+from sfumato.loras import Lora, name_of
 from sfumato.pictures import images
 from sfumato.sampling import PARAMETERS, clip_layer, flat, nested
 
@@ -37,7 +38,7 @@ _SIZE = re.compile(r"(\d+)x(\d+)")
 _UNICODE = b"UNICODE\0"
 """EXIF's prefix for a text in UTF-16."""
 
-RARE = frozenset({"drawn_size", "weights", "embeddings", "mask_from_alpha", "controls"})
+RARE = frozenset({"drawn_size", "weights", "embeddings", "mask_from_alpha", "controls", "loras"})
 """Fields of a recipe that its JSON has only if they are set."""
 
 MAX_SIDES: Mapping[str, int] = {"webp": 16383, "jpeg": 65500}
@@ -149,8 +150,11 @@ def infotext(recipe: Recipe) -> str:
     pairs |= {f"ControlNet {number}": _unit(control) for number, control in enumerate(recipe.controls)}
     if recipe.embeddings:  # AUTOMATIC1111 shortens hashes to ten digits
         pairs["TI hashes"] = ", ".join(f"{name}: {digest[:10]}" for name, digest in _hashes(recipe))
+    if recipe.loras:
+        pairs["Lora hashes"] = ", ".join(f"{name_of(source)}: {short}" for source, _, short, _, _ in recipe.loras)
     pairs["Version"] = f"sfumato {__version__}"
-    lines = [recipe.prompt]
+    tags = [Lora(source, weight, text).tag for source, _, _, weight, text in recipe.loras]
+    lines = [" ".join([recipe.prompt, *tags]).strip()]
     if sampling.negative_prompt:
         lines.append(f"{NEGATIVE} {sampling.negative_prompt}")
     lines.append(", ".join(f"{key}: {_quoted(value)}" for key, value in pairs.items() if value is not None))

@@ -20,7 +20,7 @@ from sfumato.errors import Cancelled, LoadError, ModelTooLarge, TooManyRequests
 from sfumato.models import controlnets, footprint, load
 from sfumato.models.release import release_frames
 from sfumato.models.sharing import Sharing
-from sfumato.residency import reload
+from sfumato.residency import lora_room, reload
 from sfumato.residency.budget import Budget
 from sfumato.residency.idle_times import IdleTimes
 from sfumato.residency.loading import CANCELLED, Loading
@@ -56,6 +56,7 @@ class ModelPool:
         idle_times: IdleTimes | None = None,
         turns: Turns | None = None,
         wake: Callable[[], None] | None = None,
+        loaded_loras: int = 8,
     ) -> None:
         """Hold at most `limit` models, on `device` (a setting), within `budget` (None: what the device has); those that
         have components in common share what is `known`.
@@ -76,6 +77,7 @@ class ModelPool:
         self._idle_times = idle_times or IdleTimes()
         self._turns = turns or Turns()
         self._wake = wake
+        self._loaded_loras = loaded_loras
         self._loaded: OrderedDict[str, load.Loaded] = OrderedDict()
         self._blocks: dict[str, footprint.Blocks] = {}
         """Loaded model → its memory blocks."""
@@ -351,6 +353,7 @@ class ModelPool:
         self.loads += not model.config.part
         self._loaded[name] = model
         self._blocks[name] = model.blocks()
+        lora_room.connect(name, self._loaded_loras, self._budget, self._loaded, self._blocks, self._evict_idle)
         self._newest[name] = loading.config
         self._users[name] += loading.waiting  # they are about to use it
         with cpu_threads.using(loading.threads):

@@ -8,10 +8,11 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from sfumato import schedulers
+from sfumato import loras, schedulers
 from sfumato.config import ModelConfig, at_fault
 from sfumato.core import MAX_SEED, QUALITIES, Control, Generation, Limits, StorePicture
 from sfumato.errors import InvalidRequest
+from sfumato.loras import Lora
 from sfumato.pictures.fitting import Fitting
 from sfumato.sampling import MAX_PROMPT, PARAMETERS, Parameter, Sampling, prompt_pair
 
@@ -46,6 +47,10 @@ class ImageRequest:
     """Whether the first picture's fully transparent areas are the mask, if none is sent and the model takes one."""
     controls: Sequence[Control] = ()
     """Their pictures as the source pictures."""
+    loras: Sequence[Lora] = ()
+    """Besides those that the prompts name."""
+    replace_loras: bool = False
+    """As in `Generation`."""
     fitting: Fitting | None = None
     """Set if pictures and mask follow AUTOMATIC1111's conventions; None: OpenAI's."""
     mask_padding: int | None = None
@@ -76,6 +81,8 @@ class ImageRequest:
     weights: bool = False
     crop: bool = False
     """Both as in `Generation`."""
+    lora_tags: bool = True
+    """Whether `<lora:name:0.8>` in a prompt is a LoRA; the prompt of a recipe is text."""
 
 
 def plan(request: ImageRequest, config: ModelConfig, limits: Limits, max_pictures: int) -> list[Generation]:
@@ -108,10 +115,14 @@ def plan(request: ImageRequest, config: ModelConfig, limits: Limits, max_picture
         raise at_fault.error_of(error, config, () if request.seed is None else (at_fault.SEED,)) from None
     generations = []
     for prompt in prompts:
+        text, tagged = loras.read_tags(prompt) if request.lora_tags else (prompt, ())
+        sampling, tagged_negative = _without_tags(request) if request.lora_tags else (request.sampling, ())
         generation = Generation(
             id="",
-            prompt=prompt,
-            sampling=request.sampling,
+            prompt=text,
+            loras=loras.checked((*request.loras, *tagged, *tagged_negative)),
+            replace_loras=request.replace_loras,
+            sampling=sampling,
             split_prompt=request.split_prompt,
             seed=seed,
             mask_padding=request.mask_padding,
@@ -133,6 +144,14 @@ def plan(request: ImageRequest, config: ModelConfig, limits: Limits, max_picture
             generation = _enabled(config, generation, bool(request.images or request.controls))
         generations += [replace(generation, id=uuid.uuid4().hex, seed=seed + i) for i in range(n)]
     return generations
+
+
+def _without_tags(request: ImageRequest) -> tuple[Sampling, tuple[Lora, ...]]:
+    """The sampling parameters without LoRAs in the negative prompt, and these."""
+    if not request.sampling.negative_prompt:
+        return request.sampling, ()
+    text, tagged = loras.read_tags(request.sampling.negative_prompt)
+    return replace(request.sampling, negative_prompt=text), tagged
 
 
 def _check_pictures(request: ImageRequest) -> None:

@@ -14,10 +14,10 @@ from dataclasses import replace
 from typing import TypeAlias
 
 from sfumato import logs
-from sfumato.checkpoints import controlnets
+from sfumato.checkpoints import controlnets, lora_files
 from sfumato.checkpoints.static_capabilities import static_capabilities
 from sfumato.config import ModelConfig
-from sfumato.core import Abilities, Done, Failed, Limits, Step
+from sfumato.core import Abilities, Done, Failed, Generation, Limits, Step
 from sfumato.engine.protocol import Engine, Load, Pin, Unload
 from sfumato.errors import Cancelled, RequestNotFound, SfumatoError, TimedOut, TooManyRequests, WorkerDied
 from sfumato.pictures.budget import Budget, Share
@@ -36,6 +36,9 @@ log = logging.getLogger(__name__)
 
 FORESEEN_S = 5.0
 """How long what the files of a model say holds: many requests may wait for it while it loads."""
+
+LORA_DOWNLOADS = 4
+"""Requests whose LoRAs are looked for at a time; those of others wait."""
 
 MAX_REMEMBERED = 256
 """Number of ended requests whose progress is still available."""
@@ -58,6 +61,7 @@ class Service:
         self.budget = Budget(settings.max_waiting_mb * 2**20, self.queue.retry_after)
         self.limits = Limits(settings.max_pixels, settings.max_side, settings.max_aspect)
         self.fetcher = PictureFetcher(settings.picture_hosts.split(","))
+        self._lora_downloads = asyncio.Semaphore(LORA_DOWNLOADS)
         self._arrivals: list[Arrival] = []
         self._jobs: list[Job] = []
         self._pins: dict[str, bool] = {}
@@ -97,6 +101,7 @@ class Service:
         config = self.catalog.get(request.model)
         generations = plan(request, config, self.limits, self.settings.max_n)
         await self._check_inputs(request, config)
+        generations = await self._with_lora_files(generations, config)
         # Nothing is awaited from here on, so that its progress is always known and cancelling it always works.
         if arrival := self._arrival(request.id, request.caller):
             arrival.submit()
@@ -355,6 +360,17 @@ class Service:
                 mask=request.mask is not None,
                 controls=len(request.controls),
             )
+
+    async def _with_lora_files(self, generations: list[Generation], config: ModelConfig) -> list[Generation]:
+        """The generations with the files of their LoRAs, downloaded if necessary. Raises InvalidRequest."""
+        named = list(dict.fromkeys(lora for generation in generations for lora in generation.loras))
+        if not named:
+            return generations
+        hosts = [host.strip().lower() for host in self.settings.lora_hosts.split(",") if host.strip()]
+        async with self._lora_downloads:
+            located = [await asyncio.to_thread(lora_files.locate, lora, config, hosts) for lora in named]
+        files = dict(zip(named, located, strict=True))
+        return [replace(each, loras=tuple(files[lora] for lora in each.loras)) for each in generations]
 
     def _sources(self, request: ImageRequest, share: Share) -> Sources | None:
         """Raises RequestTooLarge or TooManyRequests if the pictures exceed the budget."""

@@ -99,6 +99,13 @@ class Embeddings(_Item):
     skipped: dict[str, Any]
 
 
+class LoraListItem(_Item):
+    name: str
+    alias: str
+    path: str
+    metadata: dict[str, Any]
+
+
 class Scripts(_Item):
     txt2img: list[str]
     img2img: list[str]

@@ -16,6 +16,7 @@ from pydantic_core import from_json, to_json
 
 from sfumato.api.a1111.control_units import SCRIPT
 from sfumato.api.fields import BLANK, PictureCount, Seed, Side, Text, a1111_field
+from sfumato.api.lora_fields import LoraFields
 from sfumato.core import MAX_SEED
 from sfumato.pictures.fitting import Fitting
 from sfumato.pictures.sources import bytes_or_url
@@ -55,7 +56,7 @@ BLANKS: tuple[object, ...] = (None, "", [], {}, False)
 MODEL, LAYERS = "sd_model_checkpoint", "CLIP_stop_at_last_layers"
 """The settings that a request can override."""
 
-_ADAPTER = re.compile(r"<(?:lora|lyco|hypernet):[^<>]+>", re.IGNORECASE)
+_NETWORK = re.compile(r"<hypernet:[^<>]+>", re.IGNORECASE)
 
 
 def is_set(value: object, neutral: tuple[object, ...]) -> bool:
@@ -73,7 +74,7 @@ def _with_fields(base: type[BaseModel], parameters: tuple[Parameter, ...]) -> ty
     return create_model(base.__name__, __base__=base, **definitions)
 
 
-class _Common(BaseModel):
+class _Common(LoraFields):
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
     prompt: str | None = Field("", description="What to draw.", examples=["a rocket on a blue background"])
@@ -167,8 +168,8 @@ class DrawBody(_Sampled):
         warnings = []
         if self.enable_hr:
             warnings.append("enable_hr: a second pass is not supported; the pictures have width x height")
-        if match := _ADAPTER.search(self.prompt or ""):
-            warnings.append(f"prompt: {match[0][:60]!r} is treated as text; configure adapters in the model file")
+        if match := _NETWORK.search(self.prompt or ""):
+            warnings.append(f"prompt: {match[0][:60]!r} is treated as text: there are no hypernetworks")
         return warnings
 
     def understood(self) -> dict[str, Any]:

@@ -81,5 +81,7 @@ def request_of(service: Service, choices: Choices, body: DrawBody, request: Requ
         webui=True,
         crop=True,
         weights=True,
+        loras=body.all_loras,
+        replace_loras=bool(body.replace_loras),
     )
     return image_request, [*body.warnings(), *choice.warnings]

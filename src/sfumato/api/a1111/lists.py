@@ -20,10 +20,11 @@ from sfumato.api.http.forms import read_object
 from sfumato.api.localai import UPSCALERS
 from sfumato.api.models import still_in_use
 from sfumato.api.openai import answers
-from sfumato.checkpoints import embeddings
+from sfumato.checkpoints import embeddings, lora_files
 from sfumato.checkpoints.static_capabilities import static_capabilities
 from sfumato.config import ModelConfig
 from sfumato.errors import InvalidRequest
+from sfumato.loras import name_of
 from sfumato.sampling import clip_layer
 from sfumato.serving.service import Service
 
@@ -37,7 +38,7 @@ _TITLE_SUFFIX = re.compile(r"(?:\.(?:safetensors|ckpt))?(?:\s*\[[0-9a-fA-F]*\])?
 """What clients append to a model's name: an extension, a hash."""
 
 NOTHING = (
-    "latent-upscale-modes", "sd-vae", "loras", "hypernetworks", "face-restorers", "realesrgan-models", "prompt-styles",
+    "latent-upscale-modes", "sd-vae", "hypernetworks", "face-restorers", "realesrgan-models", "prompt-styles",
     "script-info", "extensions",
 )  # fmt: skip
 """Routes that list what always empty here → here."""
@@ -206,6 +207,20 @@ def _embeddings(service: Service) -> dict[str, dict[str, Any]]:
             "shape": shape and shape.features, "vectors": shape and shape.vectors,
         }  # fmt: skip
     return answer
+
+
+@routes.get("/loras", summary="LoRAs in `loras/` beside the model files", response_model=list[shapes.LoraListItem])
+async def list_loras(service: TheService) -> list[dict[str, Any]]:
+    described = await asyncio.to_thread(lora_files.described, service.settings.models)
+    return [
+        {"name": name, "alias": name_of(name), "path": found.path, "metadata": dict(found.metadata)}
+        for name, found in described.items()
+    ]
+
+
+@routes.post("/refresh-loras", summary="Nothing to do: the folder is read at each request", response_model=None)
+async def refresh_loras() -> JSONResponse:
+    return JSONResponse(None)
 
 
 @routes.get("/scripts", summary="Scripts: none", response_model=shapes.Scripts)

@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from sfumato.api.fields import BLANK, KeepAlive, PictureCount, Seed, Text, openai_field
+from sfumato.api.lora_fields import LoraFields
 from sfumato.core import MAX_SEED, PREPROCESSORS, QUALITIES, Control
 from sfumato.sampling import MAX_PROMPT, PARAMETERS, Sampling
 from sfumato.serving.planning import (
@@ -144,7 +145,7 @@ FIELD_PARAMETERS = tuple(each for each in PARAMETERS if not each.side)
 """Each is a field of its own; width and height are `size`."""
 
 
-class _Common(BaseModel):
+class _Common(LoraFields):
     model_config = ConfigDict(extra="allow", protected_namespaces=(), populate_by_name=True)
 
     @model_validator(mode="before")
@@ -224,6 +225,8 @@ class Body(_Sampled):
             "seed": self.seed,
             "sampling": self.sampling(),
             "keep_alive": self.keep_alive,
+            "loras": self.all_loras,
+            "replace_loras": bool(self.replace_loras),
         }
         return ImageRequest(**fields | more)
 

@@ -1,0 +1,188 @@
+"""A module with adapters beside the same module without them: requests with different adapters share forward passes.
+
+The module itself never changes. Its twin has layers of its own around the same weights, in the same objects: where one
+is moved, or its weights are, so is the other. Adapters are loaded into the twin and never merged. Which of them act is
+set before each of its forward passes, for all rows or for each row.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+BASE = "__base__"
+"""peft's name for rows without an adapter."""
+
+HOOKS = ("_hf_hook", "_old_forward", "_diffusers_hook", "forward")
+"""Attributes of a module that hooks have replaced for it alone; those of layers stay."""
+
+CONTAINERS = (torch.nn.ModuleDict, torch.nn.ModuleList, torch.nn.Sequential, torch.nn.ParameterDict)
+
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The adapters of one module that act on a request."""
+
+    adapted: AdaptedModule
+    names: tuple[str, ...]
+
+    @property
+    def plain(self) -> bool:
+        """Whether the module itself computes this."""
+        return self.names == self.adapted.defaults
+
+    @property
+    def key(self) -> object:
+        """Calls may share a forward pass only if they agree in it; those that also agree in the names surely may."""
+        layout = self.adapted.layout
+        return layout if self.adapted.by_row(self.names) else (layout, self.names)
+
+    @property
+    def row(self) -> str:
+        """peft's name for the adapter of a row."""
+        return self.names[0] if self.names else BASE
+
+
+class AdaptedModule:
+    """A module, its twin with adapters, and which of these act."""
+
+    def __init__(self, original: Any) -> None:
+        self.original = original
+        self.module: Any = twin(original)
+        self.defaults: tuple[str, ...] = ()
+        """Adapters of the module itself, which act unless a request replaces them."""
+        self.layers: list[Any] = []
+        self.layout = ""
+        """Which kinds of layers have adapters: what was proved for one layout says nothing about another."""
+        self._rows: tuple[str, ...] | None = None
+        self._hooks: list[Any] = []
+        first = next((each for each in original.modules() if isinstance(each, BaseTunerLayer)), None)
+        if first is not None and not first.disable_adapters:
+            self.defaults = tuple(first.active_adapters)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Call it when adapters were loaded or deleted."""
+        for hook in self._hooks:
+            hook.remove()
+        named = [(name, layer) for name, layer in self.module.named_modules() if isinstance(layer, BaseTunerLayer)]
+        self.layers = [layer for _, layer in named]
+        self._hooks = [layer.register_forward_pre_hook(self._with_rows, with_kwargs=True) for layer in self.layers]
+        kinds = sorted({f"{NUMBER.sub('*', name)} {type(layer).__name__}" for name, layer in named})
+        self.layout = hashlib.sha256("\n".join(kinds).encode()).hexdigest()[:8]
+
+    def having(self, name: str) -> list[Any]:
+        """The layers that this adapter has a part in."""
+        return [layer for layer in self.layers if name in _names(layer)]
+
+    def by_row(self, names: tuple[str, ...]) -> bool:
+        """Whether peft can apply these adapters to some rows of a batch: one of them, without DoRA."""
+        return len(names) < 2 and all(
+            isinstance(layer, LoraLayer) and name not in layer.lora_variant
+            for name in names
+            for layer in self.having(name)
+        )
+
+    def run(self, method: str, rows: Sequence[Selection], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the twin; `rows` has the selection of each row, or one for all."""
+        self._follow_embeddings()
+        hook = getattr(self.original, "_hf_hook", None) if method in ("__call__", "forward") else None
+        if hook is not None:  # it brings the weights to the device, and sends others away
+            args, kwargs = hook.pre_forward(self.original, *args, **kwargs)
+        if all(row.names == rows[0].names for row in rows):
+            self.activate(rows[0])
+        else:
+            self._activate(tuple(dict.fromkeys(name for row in rows for name in row.names)))
+            self._rows = tuple(row.row for row in rows)
+        try:
+            output = target(self.module, method)(*args, **kwargs)
+        finally:
+            self._rows = None
+        return output if hook is None else hook.post_forward(self.original, output)
+
+    def activate(self, selection: Selection) -> None:
+        """From now on these adapters act, on all rows."""
+        self._activate(selection.names)
+
+    def _activate(self, names: tuple[str, ...]) -> None:
+        for layer in self.layers:
+            # peft's own setter also goes through all parameters, to say which are trained.
+            layer._active_adapter = list(names)
+            layer._disable_adapters = not names
+
+    def _with_rows(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before the forward pass of a layer: tell it the adapter of each of its rows."""
+        if self._rows is None:
+            return None
+        repeats, rest = divmod(len(args[0]), len(self._rows))
+        if rest:
+            raise ValueError(f"a layer with an adapter gets {len(args[0])} rows for the {len(self._rows)} of the batch")
+        names = [name for name in self._rows for _ in range(repeats)]
+        if isinstance(layer, LoraLayer):
+            return args, {**kwargs, "adapter_names": names}
+        return None
+
+    def _follow_embeddings(self) -> None:
+        """A textual inversion gives a text encoder another table of tokens."""
+        table = getattr(self.original, "get_input_embeddings", lambda: None)()
+        if table is not None and self.module.get_input_embeddings() is not table:
+            self.module.set_input_embeddings(table)
+
+
+def target(module: Any, method: str) -> Any:
+    """The callable: for `__call__` the module itself, so that its hooks run."""
+    return module if method == "__call__" else getattr(module, method)
+
+
+def twin(module: Any) -> Any:
+    """A copy of the tree of modules, with the layers at its ends and all tensors shared."""
+    ends = [part for part in module.modules() if _is_end(part)]
+    same: dict[int, Any] = {id(each): each for each in (*ends, *module.parameters(), *module.buffers())}
+    inner = {name: part for name, part in module.named_modules() if not _is_end(part)}
+    for part in inner.values():  # hooks refer to other modules
+        same |= {id(vars(part)[name]): None for name in HOOKS if name in vars(part)}
+    copied = copy.deepcopy(module, same)
+    parts: dict[str, Any] = dict(copied.named_modules())
+    for name, part in inner.items():
+        for hook in HOOKS:
+            parts[name].__dict__.pop(hook, None)
+        # Moving a module replaces its buffers, not the table with them.
+        parts[name].__dict__.update(_buffers=part._buffers, _parameters=part._parameters)
+    return copied
+
+
+@contextmanager
+def untouched(original: torch.nn.Module, adapted: torch.nn.Module) -> Iterator[list[str]]:
+    """Lists the layers of `adapted` whose weights are no longer those of `original` at the end."""
+    changed: list[str] = []
+    trained = [(parameter, parameter.requires_grad) for parameter in original.parameters()]
+    ends = {name: part for name, part in original.named_modules() if _is_end(part)}
+    yield changed
+    for parameter, requires_grad in trained:
+        parameter.requires_grad_(requires_grad)
+    parts = dict(adapted.named_modules(remove_duplicate=False))
+    for name, part in ends.items():
+        now: Any = parts.get(name)
+        while isinstance(now, BaseTunerLayer):
+            now = now.base_layer
+        if now is not part:
+            changed.append(name)
+
+
+def _is_end(part: torch.nn.Module) -> bool:
+    return not part._modules and not isinstance(part, CONTAINERS) and not hasattr(part, "keys")
+
+
+def _names(layer: Any) -> set[str]:
+    return {name for kind in layer.adapter_layer_names for name in getattr(layer, kind, {})}
