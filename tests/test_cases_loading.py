@@ -23,7 +23,14 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
 from sfumato import schedulers
-from sfumato.checkpoints import descriptions, download, pipeline_class, static_capabilities, variants
+from sfumato.checkpoints import (
+    descriptions,
+    download,
+    pipeline_class,
+    processor_packages,
+    static_capabilities,
+    variants,
+)
 from sfumato.commands.check import check
 from sfumato.config import Adapter, ModelConfig
 from sfumato.drawing import arguments, draw
@@ -406,6 +413,28 @@ def test_row_31_a_part_that_the_class_does_not_take_is_said_at_check(
             load.load(Catalog([tmp_path]).get("m"), "cpu", quiet)
         assert caught.value.message in str(report)
         assert not [request for request in here.requests if "/a/b/" in request.path]
+
+
+MODULAR = {"type_hint": ["transformers", "Qwen3VLProcessor"], "pretrained_model_name_or_path": "o/r"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "part"),
+    [
+        ("QwenImageEditPipeline", "model_index.json", ["transformers", "Qwen2VLProcessor"]),
+        ("QwenImage21ModularPipeline", "modular_model_index.json", [None, None, MODULAR]),
+    ],
+)
+def test_row_39_a_processor_that_reads_videos_needs_torchvision(
+    kind: str, file: str, part: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: find(name) if name != "torchvision" else None)
+    index = {"_class_name": kind, "processor": part}
+    assert processor_packages.of(index) == ("torchvision",)
+    assert processor_packages.of(index | {"processor": ["transformers", "CLIPImageProcessor"]}) == ()
+    with pytest.raises(LoadError, match="needs what is not installed: torchvision"):
+        pipeline_class.choose(ModelConfig(name="m", model="o/r"), index)
 
 
 @pytest.mark.parametrize(("kind", "package"), [("PRXPipeline", "ftfy"), ("ConsisIDPipeline", "opencv-python-headless")])

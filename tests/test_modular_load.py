@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import diffusers as d
 import numpy as np
 import pytest
+import torch
 from fastapi.testclient import TestClient
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -18,16 +21,19 @@ from sfumato.api.app import create_app
 from sfumato.checkpoints import pipeline_class
 from sfumato.checkpoints.static_capabilities import static_capabilities
 from sfumato.commands.check import check
-from sfumato.config.model import Adapter
+from sfumato.config.model import Adapter, ModelConfig
+from sfumato.drawing.draw import draw
 from sfumato.engine.local import Local
 from sfumato.errors import LoadError, ModelFileError, SfumatoError
-from sfumato.models import load
+from sfumato.models import load, low_memory, quantizers
+from sfumato.pictures.images import decoded
 from sfumato.pictures.store import Store
 from sfumato.pipelines import capabilities
 from sfumato.serving.catalog import Catalog
 from sfumato.serving.service import Service
 from sfumato.settings import Settings
-from support import modular, tiny
+from support import modular, modular_newer, tiny
+from support.drawing import wanted
 from support.here import config, cut, drawn, quiet, use
 from support.hub import Hub
 
@@ -228,3 +234,39 @@ def test_a_lora_of_the_model_file_changes_the_picture(family: str, root: Path, t
     adapters = (Adapter("style.safetensors", 4.0),)
     before = drawn(config(tmp_path, root / family))
     assert np.abs(before - drawn(config(tmp_path, root / family, adapters=adapters))).max() > 0
+
+
+FEW_TOKENS = {"Ideogram4": {"max_sequence_length": 32}}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="the extra torchao is missing")
+@pytest.mark.filterwarnings("ignore")  # torchao's own
+@pytest.mark.parametrize(
+    ("family", "parts"),
+    [
+        ("Flux", {"transformer", "text_encoder_2"}),
+        ("Anima", {"transformer", "text_encoder"}),
+        ("Ideogram4", {"transformer", "unconditional_transformer", "text_encoder"}),
+    ],
+)
+def test_quantised_blocks_draw_what_diffusers_draws(family: str, parts: set[str], tmp_path: Path) -> None:
+    modular.save({**modular.BUILD, **modular_newer.BUILD}[family](), tmp_path / "w")
+    more = FEW_TOKENS.get(family, {})
+    lines = tuple((name, str(value)) for name, value in more.items())
+    made = ModelConfig(name="m", model=str(tmp_path / "w"), dtype="fp32", quantization="int8", option_lines=lines)
+    settings = quantizers.settings(made, json.loads((tmp_path / "w" / INDEX).read_text()), torch.float32)
+    assert settings.keys() == parts
+    plain = d.ModularPipeline.from_pretrained(str(tmp_path / "w"))
+    for name in plain.pretrained_component_names:
+        quantised = {"quantization_config": settings[name]} if name in settings else {}
+        plain.load_components([name], dtype=torch.float32, **quantised)
+    plain.set_progress_bar_config(disable=True)
+    call = {"prompt": "a cat", "num_inference_steps": 2, "width": 64, "height": 64, **more}
+    call |= {"guidance_schedule": [7.0] * 2} if family == "Ideogram4" else {}
+    expected = plain(**call, generator=torch.Generator().manual_seed(1)).images[0]
+    model = load.load(made, "cpu", quiet)
+    done = draw(model, wanted(prompt="a cat", width=64, height=64), quiet)
+    assert np.array_equal(np.asarray(decoded(done.png)), np.asarray(expected))
+    assert done.recipe.savings == ("quantization:int8",)
+    resident = low_memory.sizes({**modular.BUILD, **modular_newer.BUILD}[family]())
+    assert all(low_memory.sizes(model.pipeline)[part] < 0.85 * resident[part] for part in parts)

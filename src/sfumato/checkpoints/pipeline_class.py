@@ -17,7 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from sfumato.checkpoints import class_needs, class_reading, diffusers_source, modular, sources
+from sfumato.checkpoints import class_needs, class_reading, diffusers_source, modular, processor_packages, sources
 from sfumato.config import ModelConfig
 from sfumato.errors import InvalidRequest, LoadError, ModelFileError, UnfitPipeline, did_you_mean
 from sfumato.pipelines import capabilities
@@ -92,7 +92,7 @@ def choose(config: ModelConfig, index: Mapping[str, Any] | None) -> str:
     if modular.is_one(chosen) and index:
         modular.check(chosen, index)
     _check_parts(config, chosen)
-    _check_packages(config, chosen)
+    _check_packages(config, chosen, index or {})
     _check_output(config, chosen)
     return chosen
 
@@ -170,8 +170,9 @@ def _check_parts(config: ModelConfig, name: str) -> None:
             raise ModelFileError(f"{config.name}: {field}: {name} takes no {component}; leave it out", param=field)
 
 
-def _check_packages(config: ModelConfig, name: str) -> None:
-    missing = [package for package in packages(name) if importlib.util.find_spec(MODULES.get(package, package)) is None]
+def _check_packages(config: ModelConfig, name: str, index: Mapping[str, Any]) -> None:
+    needed = [*packages(name), *processor_packages.of(index)]
+    missing = [package for package in needed if importlib.util.find_spec(MODULES.get(package, package)) is None]
     if missing:
         names = " ".join(PACKAGES.get(package, package) for package in missing)
         raise LoadError(

@@ -17,7 +17,7 @@ from sfumato import schedulers
 from sfumato.config import ModelConfig
 from sfumato.core import VAE_TILING, Control, Done, Recipe, Step
 from sfumato.engine.local import Local
-from sfumato.errors import InvalidRequest, StorageError
+from sfumato.errors import InvalidRequest, StorageError, in_words
 from sfumato.loras import Lora
 from sfumato.pictures import images
 from sfumato.pictures import recipe as recipes
@@ -134,8 +134,8 @@ def _warn_of_differences(recipe: Recipe, redrawn: Recipe) -> None:
             log.warning(
                 "%s was %s, now it is %s: the pixels may differ",
                 name,
-                getattr(recipe, name),
-                getattr(redrawn, name),
+                in_words(getattr(recipe, name)),
+                in_words(getattr(redrawn, name)),
             )
 
 

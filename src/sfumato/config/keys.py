@@ -97,7 +97,10 @@ KEYS: tuple[Key, ...] = (
         "Pipeline",
         ("diffusers.pipeline_type", "pipeline_type", read.string, "diffusers class. Absent: as the repository says."),
         ("diffusers.img2img", "img2img", read.flag, "Use the image-to-image class and accept source pictures."),
-        ("diffusers.control_net", "control_net", read.one_or_more, "ControlNet: folder or hub id; or a list of them."),
+        (
+            "diffusers.control_net", "control_net", read.one_or_more,
+            "ControlNet: folder or hub id; or a list of them. It chooses the class that takes one.",
+        ),
         ("diffusers.clip_model", "clip_model", read.string, "Another CLIP text encoder: folder or hub id."),
         ("diffusers.clip_subfolder", "clip_subfolder", read.string, "Where in it the text encoder stands."),
         ("vae", "vae", read.string, "Another VAE: `.safetensors` file, folder, hub id or URL."),

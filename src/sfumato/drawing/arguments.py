@@ -309,12 +309,33 @@ def arguments(
         argument: value for argument, (value, _) in values.items() if value is not None and argument in parameters
     }
     by_request = {argument for argument, (_, requested) in values.items() if requested is not None}
+    kwargs |= _by_step(parameters, kwargs)
     return kwargs | {
         option: value
         for option, value in model.config.options.items()
         if option in parameters
         if option not in SAMPLED and (option not in by_request or model.config.locks(option))
     }
+
+
+def _by_step(parameters: Mapping[str, inspect.Parameter], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments whose default has a number for each of the default steps, for as many steps as there are.
+
+    Classes refuse one of another length, and one of guidance beside a single scale.
+    """
+    steps = parameters.get("num_inference_steps")
+    count = kwargs.get("num_inference_steps", steps.default if steps else None)
+    made: dict[str, Any] = {}
+    for name, parameter in parameters.items():
+        numbers = parameter.default
+        several = isinstance(numbers, tuple | list) and all(isinstance(number, float) for number in numbers)
+        if not (steps and several and len(numbers) == steps.default):
+            continue
+        if name.startswith("guidance") and kwargs.get("guidance_scale") is not None:
+            made[name] = None
+        elif count != len(numbers):
+            made[name] = [numbers[step * len(numbers) // count] for step in range(count)]
+    return made
 
 
 def unused_prompt(model: Loaded, pipeline: Any, filled: Generation, kwargs: Mapping[str, Any]) -> list[str]:

@@ -18,7 +18,7 @@ from sfumato.checkpoints import diffusers_source
 
 DTYPES: Mapping[str, str] = {"bfloat16": "bf16", "float16": "fp16"}
 
-_PART = re.compile(r"(?:transformer|unet|prior|decoder|denoiser)(?:_\w+)?")
+_PART = re.compile(r"(?:unconditional_)?(?:transformer|unet|prior|decoder|denoiser)(?:_\w+)?")
 
 _ANNOTATED = re.compile(r"^\s+(\w+): ([^=\n]*)", re.MULTILINE)
 """A parameter of a constructor, and its classes."""

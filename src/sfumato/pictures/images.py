@@ -79,8 +79,9 @@ def open_untrusted(data: bytes, param: str) -> Iterator[Image.Image]:
     except (InvalidPicture, GeneratorExit):
         raise
     except UnidentifiedImageError:
+        start = data[:12].decode("latin-1")
         raise InvalidPicture(
-            f"{param}: not a picture in a known format ({', '.join(FORMATS)}): it starts with {data[:12]!r}",
+            f"{param}: not a picture in a known format ({', '.join(FORMATS)}): it starts with {start!r}",
             param=param,
         ) from None
     except MemoryError:

@@ -228,7 +228,7 @@ class Supervisor:
                 reason = await self._run_worker()
             except Exception as error:  # any error: without a next worker nothing would be drawn again
                 log.error("%s", logs.error_location(error))
-                reason = f"it failed to start ({error!r})"
+                reason = f"it failed to start ({type(error).__name__}: {error})"
             if self._stopping:
                 break
             failures = 0 if self._succeeded else failures + 1
