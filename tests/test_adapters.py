@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -385,6 +386,21 @@ def test_a_textual_inversion_reaches_the_twin(sd: Any, files: list[Path]) -> Non
     using(adapters, pipeline, [loras.of(files[0])])
     twin = next(each for each in adapters.modules if hasattr(each, "get_input_embeddings"))
     assert twin.get_input_embeddings() is pipeline.text_encoder.get_input_embeddings()
+
+
+def test_modules_that_were_replaced_get_twins_of_their_own(files: list[Path]) -> None:
+    """As when memory ran out, and what models share was given to each to be offloaded."""
+    pipeline, adapters = quiet(tiny.stable_diffusion()), Adapters()
+    before = using(adapters, pipeline, [loras.of(files[0])], **SMALL)
+    pipeline.register_modules(unet=tiny.stable_diffusion().unet)
+    assert differ(using(adapters, pipeline, [loras.of(files[0])], **SMALL), before) < 1e-5
+    assert differ(using(adapters, pipeline, **SMALL), before) > 1e-3
+
+
+def test_a_file_that_is_gone_is_told(sd: Any, files: list[Path]) -> None:
+    gone = dataclasses.replace(loras.of(files[0]), file="/nowhere/x.safetensors")
+    with pytest.raises(InvalidRequest, match="cannot be read"), Adapters().use(sd, "cpu", "m", [gone]):
+        pass
 
 
 def test_a_twin_shares_every_tensor_and_follows_its_module(sd: Any) -> None:

@@ -17,7 +17,7 @@ from starlette.testclient import TestClient
 
 from sfumato.api.app import create_app
 from sfumato.checkpoints import lora_files
-from sfumato.commands.generate import generate
+from sfumato.commands.generate import _as_request, generate
 from sfumato.engine.local import Local
 from sfumato.errors import InvalidRequest
 from sfumato.loras import MAX_LORAS, Lora, checked, name_of, read_tags
@@ -271,8 +271,28 @@ def test_recipe_infotext_and_back(
     redrawn = recipe.read(path)
     assert redrawn.loras == made.loras
     assert "loras was" not in caplog.text
-    one, two = (np.asarray(Image.open(each).convert("RGB")).astype(int) for each in (tmp_path / "one.png", path))
+    one, two = (np.asarray(image_in(each)).astype(int) for each in (tmp_path / "one.png", path))
     assert np.abs(one - two).max() <= 1
+
+
+def image_in(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def test_like_keeps_what_acted(client: TestClient, settings: Settings, tmp_path: Path) -> None:
+    """Pictures of earlier versions do not say which of the model file's LoRAs acted: all did."""
+    for name, fields in {"own": {}, "none": {"loras": {"name": "style", "weight": 0}}}.items():
+        answer = client.post("/v1/images/generations", json={**FEW, "model": "painter", **fields})
+        image = image_of(answer)
+        (tmp_path / f"{name}.png").write_bytes(base64.b64decode(answer.json()["data"][0]["b64_json"]))
+        assert ("without_loras" in json.loads(image.info["sfumato"])) == (name == "none")
+        (path,) = generate({}, tmp_path / f"{name}.png", tmp_path / f"{name}-again.png", settings)
+        one, two = pixels(image.convert("RGB")).astype(int), pixels(image_in(path))
+        assert np.abs(one - two).max() <= 1
+    old = recipe.as_json(recipe.read(tmp_path / "own.png"))
+    del old["loras"]
+    assert _as_request(recipe.from_json(old))["replace_loras"] is False
 
 
 def test_a_recipe_without_loras_has_no_field(client: TestClient) -> None:

@@ -224,6 +224,8 @@ class Recipe:
     loras: tuple[tuple[str, str, str, float, float], ...] = ()
     """For each LoRA that acted, the model file's first: what it was named by, the SHA-256 of its file, its short hash,
     and its weights for the denoiser and for the text encoders."""
+    without_loras: bool = False
+    """Whether the model file has LoRAs of which none acted, and no other did."""
 
     @property
     def size(self) -> tuple[int, int]:

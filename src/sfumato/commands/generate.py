@@ -85,7 +85,7 @@ def _as_request(recipe: Recipe) -> dict[str, Any]:
         "savings": tuple(name for name in recipe.savings if name == VAE_TILING),
         "weights": recipe.weights,
         "loras": [Lora(source, weight, text) for source, _, _, weight, text in recipe.loras],
-        "replace_loras": True,
+        "replace_loras": bool(recipe.loras) or recipe.without_loras,
         "lora_tags": False,
         "crop": recipe.drawn_size is not None,
         "mask_padding": recipe.masked_area[0] if recipe.masked_area else None,

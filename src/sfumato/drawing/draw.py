@@ -370,5 +370,6 @@ def _recipe(
         drawn_size=(canvas.width or 0, canvas.height or 0) if canvas.kept else None,
         mask_from_alpha=filled.mask_from_alpha,
         controls=tuple(named_nets.recorded(control, model.net_digests) for control in requested.controls),
-        loras=inputs.recorded_loras(model, requested),
+        loras=(loras := inputs.recorded_loras(model, requested)),
+        without_loras=bool(model.state.own_loras) and not loras,
     )

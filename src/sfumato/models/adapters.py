@@ -92,6 +92,7 @@ class Adapters:
                 )
             yield {}
             return
+        self._forget_others(pipeline)
         try:
             for lora in loras:
                 if lora.default is None:
@@ -148,12 +149,21 @@ class Adapters:
             if component not in self._modules and getattr(module, "peft_config", None):
                 self._modules[component] = AdaptedModule(module)
 
+    def _forget_others(self, pipeline: Any) -> None:
+        """Drop what belongs to modules that the pipeline has no more: they were replaced to be offloaded."""
+        modules = _loadable(pipeline)
+        if any(modules.get(component) is not adapted.original for component, adapted in self._modules.items()):
+            self._modules, self._entries = {}, OrderedDict()  # requests in flight keep theirs
+
     # What is in memory.
 
     def _obtain(self, pipeline: Any, device: str, model: str, lora: Lora) -> _Entry:
         entry = self._entries.get(lora.sha256)
         if entry is None:
-            needed = Path(lora.file).stat().st_size
+            try:
+                needed = Path(lora.file).stat().st_size
+            except OSError as error:
+                raise InvalidRequest(f"loras: {lora.name} cannot be read: {error.strerror}", param="loras") from None
             self._trim(self.limit - 1)
             while not self.make_room(needed):
                 if not self._drop_oldest():
@@ -173,8 +183,7 @@ class Adapters:
                 f"loras: {model} ({type(pipeline).__name__}) takes no LoRA; leave out {lora.name}", param="loras"
             )
         for component, module in originals.items():
-            known = self._modules.get(component)
-            if known is None or known.original is not module:
+            if component not in self._modules:
                 self._modules[component] = AdaptedModule(module)
         name = f"lora_{lora.sha256[:16]}"
         try:
