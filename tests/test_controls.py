@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import inspect
 import io
 import json
 import re
@@ -351,3 +352,16 @@ def test_the_guide_s_examples_draw(server: Served, example: str) -> None:
     answer = server.client.post("/sdapi/v1/txt2img" if webui else "/v1/images/generations", json=body)
     assert answer.status_code == 200, answer.text
     assert "x-sfumato-warning" not in answer.headers, answer.headers
+
+
+def test_an_option_that_the_class_of_the_nets_lacks_is_left_out(server: Served) -> None:
+    """The file fits its own class; the request chose the other one."""
+    control = {"name": "sd/canny", "image": SENT}
+    expected = pixels(drawn(server, "sd", controls=[control]))
+    file = json.loads((server.folder / f"{server.model('sd')}.yaml").read_text())
+    assert "guidance_rescale" not in inspect.signature(diffusers.StableDiffusionControlNetPipeline.__call__).parameters
+    file |= {"name": "lacking", "options": [*file["options"], "guidance_rescale:0.5"]}
+    (server.folder / "lacking.yaml").write_text(json.dumps(file))
+    server.built["lacking"] = server.built[server.model("sd")]
+    answer = server.generate("lacking", step=4, size="64x64", controls=[control])
+    assert np.abs(pixels(answer) - expected).max() <= 1

@@ -303,8 +303,9 @@ def arguments(
                 f"It takes: {', '.join(request_fields.of(pipeline))}",
                 param=argument,
             )
-    own = parameters_of(model.pipeline)  # its siblings for other tasks may have fewer
-    file_values.refuse_options(model.config, type(model.pipeline).__name__, {**own, **parameters})
+    if not model.net_digests:  # else the class is the request's choice
+        own = parameters_of(model.pipeline)  # its siblings for other tasks may have fewer
+        file_values.refuse_options(model.config, type(model.pipeline).__name__, {**own, **parameters})
     kwargs = {
         argument: value for argument, (value, _) in values.items() if value is not None and argument in parameters
     }
