@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sfumato.pipelines import syntax
+
 FOLDERS = ("modular_pipelines", "pipelines", "models", "image_processor.py")
 """Where the classes are that Sfumato looks up; of two classes with one name, the one in the later place."""
 
@@ -93,7 +95,7 @@ def _class(name: str) -> ast.ClassDef | None:
     path = files().get(name)
     if path is None:
         return None
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = syntax.parsed(path.read_text(encoding="utf-8"))
     return next((node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name), None)
 
 

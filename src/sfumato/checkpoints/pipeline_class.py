@@ -20,7 +20,7 @@ from typing import Any
 from sfumato.checkpoints import class_needs, class_reading, diffusers_source, modular, processor_packages, sources
 from sfumato.config import ModelConfig
 from sfumato.errors import InvalidRequest, LoadError, ModelFileError, UnfitPipeline, did_you_mean
-from sfumato.pipelines import capabilities
+from sfumato.pipelines import capabilities, syntax
 from sfumato.pipelines.inputs import OUTPUTS
 
 log = logging.getLogger(__name__)
@@ -239,7 +239,7 @@ def packages(name: str) -> tuple[str, ...]:
     path = diffusers_source.files().get(name)
     if path is None:
         return ()
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = syntax.parsed(path.read_text(encoding="utf-8"))
     imports = [node.test for node in tree.body if isinstance(node, ast.If) and not node.orelse]
     guarded = {package for test in imports for package in _checked_package(test)}
     # A class that checks again where it would use the package works without it.
@@ -261,7 +261,7 @@ def _backends() -> Mapping[str, frozenset[str]]:
     for path in (diffusers_source.root() / "utils").glob("dummy_*_objects.py"):
         backend_packages = path.stem.removeprefix("dummy_").removesuffix("_objects").split("_and_")
         needed = frozenset(backend_packages) - {"torch", "transformers", "pt"}
-        for node in ast.parse(path.read_text(encoding="utf-8")).body if needed else ():
+        for node in syntax.parsed(path.read_text(encoding="utf-8")).body if needed else ():
             if isinstance(node, ast.ClassDef):
                 backends[node.name] = needed
     return backends

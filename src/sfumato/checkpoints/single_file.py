@@ -17,6 +17,7 @@ from typing import Any
 from sfumato.checkpoints import weight_header
 from sfumato.checkpoints.weight_header import Header
 from sfumato.errors import SfumatoError
+from sfumato.pipelines import syntax
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ def _rules() -> tuple[Callable[[Mapping[str, Any]], str], Mapping[str, Mapping[s
     assert spec
     assert spec.origin
     path = Path(spec.origin).parent / "loaders" / "single_file_utils.py"
-    nodes = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if _defines(node) in NEEDED]
+    nodes = [node for node in syntax.parsed(path.read_text(encoding="utf-8")).body if _defines(node) in NEEDED]
     names: dict[str, Any] = {}
     exec(compile(ast.Module(nodes, []), str(path), "exec"), names)
     return names[TYPE_OF], names[REPOSITORIES]

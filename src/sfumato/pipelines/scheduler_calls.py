@@ -22,7 +22,7 @@ from functools import lru_cache
 from types import FunctionType
 from typing import Any, Literal, TypeAlias
 
-from sfumato.pipelines import modular, source_table
+from sfumato.pipelines import modular, source_table, syntax
 from sfumato.pipelines.source_table import Unreadable
 
 Condition: TypeAlias = Literal["never", "if_dynamic", "unless_flow_sigmas", "always"]
@@ -170,7 +170,7 @@ def _with_helpers(block: type) -> set[FunctionType]:
 
 
 def _parsed(function: FunctionType) -> Iterator[ast.FunctionDef]:
-    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    tree = syntax.parsed(textwrap.dedent(inspect.getsource(function)))
     yield from (node for node in tree.body if isinstance(node, ast.FunctionDef))
 
 
