@@ -27,7 +27,7 @@ from sfumato.models.content_hashes import ContentHashes
 from sfumato.models.sharing import Sharing, twin
 from sfumato.residency.pool import ModelPool
 from sfumato.settings import Settings
-from support import here, tiny
+from support import here, loads, tiny
 from support.drawing import quiet
 
 
@@ -56,15 +56,11 @@ def config(folders: dict[str, Path], name: str, model: str | None = None, **fiel
 
 
 def pool() -> ModelPool:
-    return ModelPool(9, "cpu", quiet, known=Sharing())
-
-
-def never() -> None:
-    pytest.fail("nobody is in the way")
+    return loads.pool(9, known=Sharing())
 
 
 def loaded(pool: ModelPool, config: ModelConfig) -> load.Loaded:
-    with pool.use(config, never) as model:
+    with pool.use(config, loads.turn) as model:
         return model
 
 
@@ -218,7 +214,7 @@ def test_what_a_request_left_changed_is_loaded_anew_in_every_model_that_has_it(f
     models = pool()
     one, two = (loaded(models, config(folders, name)) for name in ("one", "two"))
     vae = one.pipeline.vae
-    with models.use(one.config, never) as model:
+    with models.use(one.config, loads.turn) as model:
         model.state.broken = "a request changed its vae"
     assert two.state.broken
     again = loaded(models, two.config)
