@@ -9,6 +9,7 @@ import math
 import shutil
 import struct
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import aclosing
 from dataclasses import replace
@@ -24,7 +25,7 @@ from sfumato.drawing.draw import draw as drawn
 from sfumato.engine.local import Local
 from sfumato.engine.protocol import Report, StatsReport
 from sfumato.engine.streams import Streams
-from sfumato.errors import LoadError, ModelFileError, ModelTooLarge
+from sfumato.errors import Cancelled, LoadError, ModelFileError, ModelTooLarge
 from sfumato.models import footprint, load
 from sfumato.models.sharing import Sharing
 from sfumato.residency.budget import MIB, Budget
@@ -432,6 +433,63 @@ def test_a_worker_that_loads_goes_on_reporting(hub: Hub, tmp_path: Path, monkeyp
         assert isinstance((await waiting)[-1], Done)
 
     run(work)
+
+
+def test_a_load_that_was_ordered_and_is_overtaken_by_an_unload_ends(configs: dict[str, ModelConfig]) -> None:
+    told: list[str] = []
+    pool = loads.pool(4, lambda name, status: told.append(status.state))
+
+    def unloads() -> None:
+        assert pool.unload("a") == ()
+
+    with pytest.raises(Cancelled):
+        pool.preload(configs["a"], unloads)
+    while pool.loading:
+        turn()
+        pool.tend()
+    assert (told[-1], len(pool), pool.loads) == ("unloaded", 0, 0)
+    with pool.use(configs["a"], turn):
+        assert pool.loads == 1
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_memory_of_a_cancelled_load_is_free(
+    configs: dict[str, ModelConfig], monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """It is cancelled when its weights have been read; then it goes on to its end, or fails."""
+    read: list[weakref.ref[Any]] = []
+    reading, go = threading.Event(), threading.Event()
+    check = load._check
+
+    def checked(config: ModelConfig, pipeline: Any) -> None:
+        check(config, pipeline)
+        read.append(weakref.ref(pipeline.unet))
+        reading.set()
+        assert go.wait(120)
+        if fails:
+            raise RuntimeError("no more")
+
+    monkeypatch.setattr(load, "_check", checked)
+    pool = loads.pool(4)
+
+    def impatient() -> None:
+        if reading.is_set():
+            raise TimeoutError
+        turn()
+
+    def admitted() -> None:  # there is no news between its admission and its end
+        if pool._reading:
+            assert reading.wait(120)
+        impatient()
+
+    with pytest.raises(TimeoutError), pool.use(configs["a"], admitted):
+        pytest.fail("it was cancelled")
+    go.set()
+    while pool.loading:
+        turn()
+        pool.tend()
+    assert [module() for module in read] == [None]
+    assert (len(pool), pool.loads) == (0, 0)
 
 
 def test_all_who_wait_for_a_load_get_its_error_and_the_next_tries_again(
