@@ -25,10 +25,9 @@ from sfumato.errors import DrawError, InvalidRequest
 from sfumato.models.load import Loaded, load
 from sfumato.pictures.images import decoded
 from sfumato.pipelines import capabilities
-from sfumato.residency.pool import ModelPool
 from sfumato.sampling import NAMED, Sampling, flat
 from sfumato.serving.catalog import EMBEDDED, Catalog
-from support import tiny
+from support import loads, tiny
 from support.drawing import loaded, quiet, source, wanted
 from support.upscalers import UPSCALERS, four_times, twice
 
@@ -170,11 +169,11 @@ def test_facts_of_the_embedded_model_are_what_it_does() -> None:
 def test_facts_follow_the_model_file(tmp_path: Path) -> None:
     folder = tiny.save(tiny.stable_diffusion(), tmp_path / "sd")
     told: list[ModelStatus] = []
-    pool = ModelPool(2, "cpu", lambda model, status: told.append(status), describe=model_info)
+    pool = loads.pool(2, lambda model, status: told.append(status), describe=model_info)
     first = ModelConfig(name="m", model=str(folder), dtype="fp32", sampling=Sampling(steps=7))
     models = []
     for config in (first, first, replace(first, sampling=Sampling(steps=9, width=96, height=64))):
-        with pool.use(config, quiet) as model:
+        with pool.use(config, loads.turn) as model:
             models.append(model)
     assert models[0] is models[1] is models[2]
     known = [status.info for status in told if status.state == "ready"]
@@ -239,7 +238,7 @@ def test_a_model_that_cannot_be_described_draws_all_the_same(tmp_path: Path, mon
 
     folder = tiny.save(tiny.stable_diffusion(), tmp_path / "sd")
     told: list[ModelStatus] = []
-    pool = ModelPool(1, "cpu", lambda model, status: told.append(status), describe=fail)
-    with pool.use(ModelConfig(name="m", model=str(folder), dtype="fp32"), quiet) as model:
+    pool = loads.pool(1, lambda model, status: told.append(status), describe=fail)
+    with pool.use(ModelConfig(name="m", model=str(folder), dtype="fp32"), loads.turn) as model:
         assert draw(model, wanted(prompt="a cat", width=64, height=64), quiet).png
     assert told[-1] == ModelStatus("ready")

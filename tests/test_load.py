@@ -26,10 +26,9 @@ from sfumato.drawing.draw import draw
 from sfumato.errors import DeviceUnavailable, DownloadError, LoadError, ModelFileError
 from sfumato.models import device, load
 from sfumato.pictures.images import decoded
-from sfumato.residency.pool import ModelPool
 from sfumato.sampling import Sampling, nested
 from sfumato.serving.catalog import Catalog
-from support import tiny
+from support import loads, tiny
 from support.drawing import quiet
 
 
@@ -186,10 +185,10 @@ def test_what_cannot_be_loaded_is_said(
 
 def test_residency_keeps_the_last_used_and_the_pinned(folder: Path) -> None:
     states: list[tuple[str, str]] = []
-    pool = ModelPool(2, "cpu", lambda name, status: states.append((name, status.state)))
+    pool = loads.pool(2, lambda name, status: states.append((name, status.state)))
 
     def got(made: ModelConfig) -> load.Loaded:
-        with pool.use(made, turn=lambda: pytest.fail("nobody is in the way")) as model:
+        with pool.use(made, turn=loads.turn) as model:
             return model
 
     a, b, c = (config(folder, name=name) for name in "abc")
@@ -204,16 +203,18 @@ def test_residency_keeps_the_last_used_and_the_pinned(folder: Path) -> None:
 
 
 def test_a_model_in_use_never_leaves(folder: Path) -> None:
-    pool = ModelPool(1, "cpu", quiet)
-    turns = 0
+    pool = loads.pool(1, quiet)
+    waited = []
 
     def free() -> None:
-        nonlocal turns
-        turns += 1
-        held.close()
+        loads.turn()  # until it is known what it needs
+        if not waited:
+            pool.tend()
+            waited.extend(pool.sizes)
+            held.close()
 
     held = ExitStack()
-    held.enter_context(pool.use(config(folder, name="a"), quiet))
+    held.enter_context(pool.use(config(folder, name="a"), loads.turn))
     with pool.use(config(folder, name="b"), free) as model:
         assert model.config.name == "b"
-    assert turns == 1
+    assert waited == ["a"]

@@ -265,3 +265,28 @@ def test_places_and_forwards_are_both_shared_or_one_picture_waits_for_a_hundred(
         assert (took <= STEPS + 3) is (fair_places and fair_forwards), took
 
     within_a_loop(body)
+
+
+def test_a_picture_whose_model_is_loaded_takes_no_place() -> None:
+    def body() -> None:
+        queue = Queue(places=1, limit=2)
+        slow, other, last = (queue.join(caller, 1)[0] for caller in "abc")
+        queue.place(other, False)  # its turn has not come: there is nothing to give up
+        queue.place(slow, False)
+        assert called([slow, other, last]) == [True, True, False]
+        assert (queue.running, queue.waiting) == (1, 2)
+        with pytest.raises(TooManyRequests):
+            queue.join("c", 1)  # what waits for a load counts as waiting
+        queue.place(slow, True)
+        assert (queue.running, queue.waiting) == (2, 1)
+        queue.leave(other, drawn=True)
+        assert not last.called.is_set(), "the one that came back has the place"
+        queue.place(slow, False)
+        queue.place(slow, False)
+        assert last.called.is_set()
+        queue.leave(slow, drawn=False)
+        queue.place(slow, True)
+        queue.leave(last, drawn=True)
+        assert (queue.running, queue.waiting) == (0, 0)
+
+    within_a_loop(body)

@@ -9,6 +9,7 @@ import math
 import shutil
 import struct
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import aclosing
 from dataclasses import replace
@@ -20,20 +21,26 @@ import torch
 
 from sfumato.config import ModelConfig
 from sfumato.core import Done, Event, Failed, Generation, Step, keep_alive_seconds
+from sfumato.drawing.draw import draw as drawn
 from sfumato.engine.local import Local
 from sfumato.engine.protocol import Report, StatsReport
 from sfumato.engine.streams import Streams
-from sfumato.errors import LoadError, ModelFileError, ModelTooLarge
+from sfumato.errors import Cancelled, LoadError, ModelFileError, ModelTooLarge
 from sfumato.models import footprint, load
+from sfumato.models.sharing import Sharing
 from sfumato.residency.budget import MIB, Budget
 from sfumato.residency.idle_times import IdleTimes
-from sfumato.residency.pool import ModelPool
+from sfumato.residency.main_memory import MainMemory
 from sfumato.residency.turns import Turns
+from sfumato.serving.catalog import Catalog
+from sfumato.serving.planning import ImageRequest
+from sfumato.serving.service import Service
 from sfumato.settings import Settings
-from support import here, tiny
+from support import here, loads, tiny
 from support.drawing import quiet
 from support.hub import Hub
 from support.inside import Inside
+from support.loads import turn
 from support.model_files import read
 
 SETTINGS = Settings(device="cpu", log_level="error", loaded_models=4)
@@ -47,10 +54,6 @@ def folder(repositories: dict[str, Path]) -> Path:
 @pytest.fixture
 def configs(folder: Path, tmp_path: Path) -> dict[str, ModelConfig]:
     return {name: here.config(tmp_path, folder, name=name) for name in "abc"}
-
-
-def never() -> None:
-    pytest.fail("nobody is in the way")
 
 
 # Idle times.
@@ -102,11 +105,12 @@ class Clock:
 
 def test_idle_models_leave_after_their_time(configs: dict[str, ModelConfig]) -> None:
     clock, told = Clock(), []
-    pool = ModelPool(4, "cpu", lambda name, status: told.append((name, status.state, status.detail)),
-                     idle_times=IdleTimes(60, clock))  # fmt: skip
+    pool = loads.pool(
+        4, lambda name, status: told.append((name, status.state, status.detail)), idle_times=IdleTimes(60, clock)
+    )
 
     def used(name: str, keep_alive: float | None = None, **fields: Any) -> None:
-        with pool.use(replace(configs[name], **fields), never, keep_alive):
+        with pool.use(replace(configs[name], **fields), turn, keep_alive):
             clock.now += 10  # time in use does not count
             pool.tend()
 
@@ -136,7 +140,7 @@ def test_idle_models_leave_after_their_time(configs: dict[str, ModelConfig]) -> 
     used("b", **{"keep_alive": None})
     assert pool.until_expiry() == 60
     pool.unload("b")
-    pool.preload(replace(configs["a"], keep_alive=0.0), never)
+    pool.preload(replace(configs["a"], keep_alive=0.0), turn)
     pool.tend()
     assert "a" in pool.sizes, "who orders a model wants it until its first request"
 
@@ -214,25 +218,27 @@ def test_idle_models_leave_for_one_that_needs_the_memory_and_those_in_use_stay(
         if status.state == "unloaded":
             left.append(name)
 
-    pool = ModelPool(9, "cpu", on_status, budget=Budget(int(2.5 * size)))
-    with pool.use(configs["a"], never), pool.use(configs["b"], never):
+    pool = loads.pool(9, on_status, budget=Budget(int(2.5 * size)))
+    with pool.use(configs["a"], turn), pool.use(configs["b"], turn):
         pass
-    with pool.use(configs["a"], never):
-        with pool.use(configs["c"], never):
+    with pool.use(configs["a"], turn):
+        with pool.use(configs["c"], turn):
             assert left == ["b"], "the least recently used one that is not in use"
             turns = 0
 
-            def turn() -> None:
+            def impatient() -> None:
                 nonlocal turns
                 turns += 1
-                if turns == 3:
+                if turns == 1:
+                    turn()  # until it is known what it needs
+                elif turns == 3:
                     raise TimeoutError
 
-            with pytest.raises(TimeoutError), pool.use(configs["b"], turn):
+            with pytest.raises(TimeoutError), pool.use(configs["b"], impatient):
                 pytest.fail("there is no room while both others are in use")
             assert turns == 3
         assert sorted(pool.sizes) == ["a", "c"]
-    with pool.use(configs["b"], never):
+    with pool.use(configs["b"], turn):
         assert sorted(pool.sizes) == ["b", "c"], "a was loaded, and used, before c"
 
 
@@ -252,17 +258,17 @@ def test_a_model_too_large_is_refused_with_the_numbers_before_it_is_read(
     shutil.copytree(folder, tmp_path / "huge")
     config = here.config(tmp_path, huge(tmp_path / "m", 3 * 2**30), name="huge")
     told: list[Any] = []
-    pool = ModelPool(9, "cpu", lambda name, status: told.append(status), budget=Budget(2**30))
-    with pool.use(configs["a"], never):
+    pool = loads.pool(9, lambda name, status: told.append(status), budget=Budget(2**30))
+    with pool.use(configs["a"], turn):
         pass
-    with pytest.raises(ModelTooLarge) as caught, pool.use(config, never):
+    with pytest.raises(ModelTooLarge) as caught, pool.use(config, turn):
         pytest.fail("it does not fit")
     for words in ("huge: ", "3.0 GiB", "unet 3.0 GiB", "budget of cpu is 1.0 GiB", "memory_mb"):
         assert words in caught.value.message
     assert (caught.value.status, caught.value.code, caught.value.retry) == (507, "model_too_large", False)
     assert (told[-1].state, told[-1].detail) == ("failed", caught.value.message)
     assert sorted(pool.sizes) == ["a"], "nobody left for it"
-    with pool.use(configs["b"], never):
+    with pool.use(configs["b"], turn):
         pass
 
 
@@ -324,6 +330,34 @@ def test_a_model_draws_while_another_is_loaded(hub: Hub, tmp_path: Path, configs
         assert engine.stats.loads == 2
 
     run(work)
+
+
+def test_requests_that_wait_for_a_load_take_no_place_of_others(hub: Hub, tmp_path: Path, folder: Path) -> None:
+    """One place, and three pictures of a model whose download stands still."""
+    models = tmp_path / "models"
+    models.mkdir()
+    for name, model in (("slow", "acme/slow"), ("quick", folder)):
+        (models / f"{name}.yaml").write_text(f"name: {name}\nparameters:\n  model: {model}\nstep: 2\n")
+    settings = replace(SETTINGS, max_active=1, data=tmp_path / "data")
+
+    async def work() -> None:
+        service = Service(Catalog([models]), Local(settings), settings)
+        await service.start()
+        try:
+            hub.hold("acme/slow")
+            slow = asyncio.create_task(service.draw(ImageRequest(prompts=["x"], model="slow", n=3, seed=1)))
+            await asyncio.to_thread(hub.wait_held, "acme/slow")
+            for seed in range(2):
+                assert len(await service.draw(ImageRequest(prompts=["x"], model="quick", seed=seed))) == 1
+            assert not slow.done()
+            hub.release("acme/slow")
+            assert len(await slow) == 3
+            assert (service.queue.running, service.queue.waiting) == (0, 0)
+        finally:
+            hub.release("acme/slow")
+            await service.stop()
+
+    asyncio.run(asyncio.wait_for(work(), 300))
 
 
 def test_a_model_draws_while_the_weights_of_another_are_read(
@@ -401,6 +435,63 @@ def test_a_worker_that_loads_goes_on_reporting(hub: Hub, tmp_path: Path, monkeyp
     run(work)
 
 
+def test_a_load_that_was_ordered_and_is_overtaken_by_an_unload_ends(configs: dict[str, ModelConfig]) -> None:
+    told: list[str] = []
+    pool = loads.pool(4, lambda name, status: told.append(status.state))
+
+    def unloads() -> None:
+        assert pool.unload("a") == ()
+
+    with pytest.raises(Cancelled):
+        pool.preload(configs["a"], unloads)
+    while pool.loading:
+        turn()
+        pool.tend()
+    assert (told[-1], len(pool), pool.loads) == ("unloaded", 0, 0)
+    with pool.use(configs["a"], turn):
+        assert pool.loads == 1
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_memory_of_a_cancelled_load_is_free(
+    configs: dict[str, ModelConfig], monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """It is cancelled when its weights have been read; then it goes on to its end, or fails."""
+    read: list[weakref.ref[Any]] = []
+    reading, go = threading.Event(), threading.Event()
+    check = load._check
+
+    def checked(config: ModelConfig, pipeline: Any) -> None:
+        check(config, pipeline)
+        read.append(weakref.ref(pipeline.unet))
+        reading.set()
+        assert go.wait(120)
+        if fails:
+            raise RuntimeError("no more")
+
+    monkeypatch.setattr(load, "_check", checked)
+    pool = loads.pool(4)
+
+    def impatient() -> None:
+        if reading.is_set():
+            raise TimeoutError
+        turn()
+
+    def admitted() -> None:  # there is no news between its admission and its end
+        if pool._reading:
+            assert reading.wait(120)
+        impatient()
+
+    with pytest.raises(TimeoutError), pool.use(configs["a"], admitted):
+        pytest.fail("it was cancelled")
+    go.set()
+    while pool.loading:
+        turn()
+        pool.tend()
+    assert [module() for module in read] == [None]
+    assert (len(pool), pool.loads) == (0, 0)
+
+
 def test_all_who_wait_for_a_load_get_its_error_and_the_next_tries_again(
     tmp_path: Path, folder: Path, configs: dict[str, ModelConfig]
 ) -> None:
@@ -470,3 +561,34 @@ def test_the_dtype_of_a_load_is_not_that_of_a_request(folder: Path, tmp_path: Pa
             seen.add(torch.zeros(1).dtype)
     thread.join()
     assert seen == {torch.float32}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_on_a_gpu_idle_models_go_to_main_memory_and_come_back(configs: dict[str, ModelConfig]) -> None:
+    """In `test_main_memory.py` both are the CPU's; here the device is another."""
+    told: dict[str, str] = {}
+    pool = loads.pool(1, lambda name, status: told.update({name: status.state}), device="cuda", known=Sharing(),
+                      main_memory=MainMemory(2**30))  # fmt: skip
+    lone = replace(configs["b"], dtype="bf16")  # another dtype: nothing of it is shared
+
+    def draw(config: ModelConfig) -> bytes:
+        with pool.use(config, turn) as model:
+            assert {parameter.device.type for parameter in model.pipeline.unet.parameters()} == {"cuda"}
+            return drawn(model, wanted("1"), quiet).png
+
+    with pool.use(configs["a"], turn) as model:
+        pipeline = model.pipeline
+    first = draw(configs["a"])
+    before = torch.cuda.memory_allocated()
+    other = draw(lone)
+    assert (told["a"], told["b"]) == ("in_main_memory", "ready")
+    assert {block[0] for block in footprint.blocks([pipeline.unet, pipeline.vae])} == {"cpu"}
+    assert torch.cuda.memory_allocated() < before, "a model of half the size is there alone"
+    assert draw(configs["a"]) == first
+    assert draw(lone) == other
+    assert pool.loads == 2
+    with pool.use(configs["c"], turn) as same:  # what it shares with one in main memory comes to the device
+        assert same.pipeline.vae is pipeline.vae
+    assert draw(configs["c"]) == first
+    assert pool.unload(None) == ()
+    assert (len(pool), told) == (0, dict.fromkeys("abc", "unloaded"))

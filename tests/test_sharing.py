@@ -17,17 +17,19 @@ import torch
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
+from sfumato.batching import offload
 from sfumato.config import ModelConfig
 from sfumato.config.model import Adapter
 from sfumato.core import Done
+from sfumato.drawing import out_of_memory
 from sfumato.drawing.draw import draw as drawn
 from sfumato.engine.local import Local
-from sfumato.models import footprint, load, sharing
+from sfumato.models import footprint, load, low_memory, sharing
 from sfumato.models.content_hashes import ContentHashes
 from sfumato.models.sharing import Sharing, twin
 from sfumato.residency.pool import ModelPool
 from sfumato.settings import Settings
-from support import here, tiny
+from support import here, loads, tiny
 from support.drawing import quiet
 
 
@@ -56,15 +58,11 @@ def config(folders: dict[str, Path], name: str, model: str | None = None, **fiel
 
 
 def pool() -> ModelPool:
-    return ModelPool(9, "cpu", quiet, known=Sharing())
-
-
-def never() -> None:
-    pytest.fail("nobody is in the way")
+    return loads.pool(9, known=Sharing())
 
 
 def loaded(pool: ModelPool, config: ModelConfig) -> load.Loaded:
-    with pool.use(config, never) as model:
+    with pool.use(config, loads.turn) as model:
         return model
 
 
@@ -218,7 +216,7 @@ def test_what_a_request_left_changed_is_loaded_anew_in_every_model_that_has_it(f
     models = pool()
     one, two = (loaded(models, config(folders, name)) for name in ("one", "two"))
     vae = one.pipeline.vae
-    with models.use(one.config, never) as model:
+    with models.use(one.config, loads.turn) as model:
         model.state.broken = "a request changed its vae"
     assert two.state.broken
     again = loaded(models, two.config)
@@ -248,6 +246,34 @@ def test_a_pipeline_is_unshared_before_hooks_change_it(folders: dict[str, Path])
     sharing.unshare(two.pipeline)
     assert two.pipeline.vae is not one.pipeline.vae
     assert together(one, two) == together(one) + size(two.pipeline.unet), "moved apart, the tensors are still the same"
+    assert picture(two) == alone(two.config)
+
+
+@pytest.mark.parametrize("ordered", [True, False], ids=["modules", "layers"])
+def test_out_of_memory_copies_no_module_that_another_model_has(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, ordered: bool
+) -> None:
+    """What would move weights is put into effect on the CPU."""
+    monkeypatch.setattr(offload, "enable", lambda pipeline, device: None)
+    monkeypatch.setattr(offload, "enable_groups", lambda pipeline, device, by_block: None)
+    monkeypatch.setattr(low_memory, "is_ordered", lambda pipeline: ordered)
+    models = pool()
+    one, two = (loaded(models, config(folders, name)) for name in ("one", "two"))
+    before, vae = together(one, two), one.pipeline.vae
+    left = [2]
+
+    def attempt(generation: Any) -> Any:
+        if left[0]:
+            left[0] -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return drawn(one, generation, quiet)
+
+    on_gpu = replace(one, device="cuda")
+    assert out_of_memory.with_less(on_gpu, here.asked(), attempt).recipe.savings
+    assert one.state.offload == ("model" if ordered else "group")
+    assert together(one, two) == before, "it is in memory twice when it was to save memory"
+    assert two.pipeline.vae is vae
+    assert one.pipeline.vae is not vae, "its hooks would be the other model's"
     assert picture(two) == alone(two.config)
 
 

@@ -24,7 +24,7 @@ from sfumato.api.app import create_app
 from sfumato.config.parse import config_for
 from sfumato.core import Done, Event, Failed, Generation, ModelStatus, Step
 from sfumato.engine.protocol import Load, Ordered, Unload
-from sfumato.errors import RequestTooLarge, WorkerDied
+from sfumato.errors import Cancelled, RequestTooLarge, WorkerDied
 from sfumato.pictures.store import Store
 from sfumato.process import supervisor as module
 from sfumato.process import wire
@@ -383,3 +383,22 @@ def test_an_order_is_answered_though_its_worker_dies(tmp_path: Path) -> None:
         assert isinstance(done.error, WorkerDied)
 
     run(work, stub(tmp_path))
+
+
+def test_who_ordered_a_load_that_an_unload_overtakes_is_told() -> None:
+    """No worker is up: the orders wait here."""
+
+    async def run() -> list[Ordered]:
+        engine = Supervisor(SETTINGS)
+        loads = [asyncio.create_task(engine.carry_out(Load(config_for(name)))) for name in ("a/one", "a/two")]
+        await asyncio.sleep(0)  # both are in line
+        async with asyncio.timeout(60):
+            assert await engine.carry_out(Unload(config_for("a/one").name)) == Ordered("")
+            first = await loads[0]
+            assert not loads[1].done()
+            await engine.carry_out(Unload(None))
+            return [first, await loads[1]]
+
+    for ordered in asyncio.run(run()):
+        assert isinstance(ordered.error, Cancelled)
+        assert "before it was loaded" in ordered.error.message

@@ -83,6 +83,37 @@ def test_a_request_can_be_cancelled_wherever_it_stands(turns: int) -> None:
     assert other.outcome.error is None
 
 
+def test_one_that_waits_for_others_takes_no_place_and_waits_for_one_afterwards() -> None:
+    module = View("").stand_in(Doubled(), "module")
+    batcher = Batcher(max_active=1)
+    there, drawing, most = False, 0, 0
+
+    def draw(calls: int) -> None:
+        nonlocal drawing, most
+        drawing += 1
+        most = max(most, drawing)
+        for _ in range(calls):
+            module(torch.ones(1, 1))
+        drawing -= 1
+
+    def wait() -> None:
+        while not there:
+            batcher.turn()
+        with batcher.placed():
+            draw(2)
+
+    waiting = [batcher.submit(wait) for _ in range(3)]
+    others = [batcher.submit(lambda: draw(3)) for _ in range(2)]
+    with torch.no_grad():
+        while not others[0].done:
+            batcher.step()
+        there = True
+        while batcher.step():
+            pass
+    assert all(task.done and task.outcome and task.outcome.error is None for task in (*waiting, *others))
+    assert most == 1
+
+
 @pytest.mark.parametrize("wrong", [Result(1), Compute()])
 def test_nobody_is_answered_who_has_not_asked(wrong: Any) -> None:
     batcher = Batcher()

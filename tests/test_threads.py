@@ -144,8 +144,8 @@ def test_from_a_model_file_to_every_module_of_the_pipeline(tmp_path: Path) -> No
             play.loop.post(Stop())
 
     play = Played(configs | {"pag": replace(configs["pag"], threads=2)}, on)
-    tell = play.loop._pool._on_status
-    play.loop._pool._on_status = lambda name, status: (
+    tell = play.loop._pool._residents.on_status
+    play.loop._pool._residents.on_status = lambda name, status: (
         loads.append((name, torch.get_num_threads())),
         tell(name, status),
     )

@@ -31,9 +31,8 @@ from sfumato.errors import DrawError
 from sfumato.models import device
 from sfumato.models.load import Loaded
 from sfumato.pipelines import request_scheduler
-from sfumato.residency.pool import ModelPool
 from sfumato.sampling import Sampling, nested
-from support import tiny
+from support import loads, tiny
 from support.drawing import quiet
 
 SQUARE = {"width": 64, "height": 64}
@@ -220,7 +219,7 @@ def test_a_view_that_cannot_be_closed_takes_nobody_along() -> None:
 
 
 def test_a_model_that_could_not_be_put_back_is_loaded_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pool = ModelPool(1, "cpu", quiet)
+    pool = loads.pool(1, quiet)
     made = ModelConfig(name="m", model=str(folder), file=folder / "m.yaml", dtype="fp32")
     restore, failures = views.StandIn._sfumato_restore, ["once"]
 
@@ -229,9 +228,9 @@ def test_a_model_that_could_not_be_put_back_is_loaded_anew(folder: Path, monkeyp
             raise RuntimeError(f"it fails {failures.pop()}")
         restore(self)
 
-    with pool.use(made, quiet) as model:
+    with pool.use(made, loads.turn) as model:
         expected = generation.draw(model, wanted(), quiet).png
-    with pool.use(made, quiet) as model, pool.use(made, quiet) as neighbour:
+    with pool.use(made, loads.turn) as model, pool.use(made, loads.turn) as neighbour:
         steps: list[int] = []
 
         def on_step(step: int, total: int) -> None:
@@ -243,7 +242,7 @@ def test_a_model_that_could_not_be_put_back_is_loaded_anew(folder: Path, monkeyp
         with pytest.raises(generation.Disturbed):
             generation.draw(neighbour, wanted(), on_step)
         assert "it fails once" in neighbour.state.broken
-    with pool.use(made, quiet) as model:
+    with pool.use(made, loads.turn) as model:
         assert model.pipeline is not neighbour.pipeline
         assert generation.draw(model, wanted(), quiet).png == expected
     assert pool.loads == 2
@@ -343,17 +342,17 @@ def test_a_watched_scheduler_looks_like_its_class_and_can_be_copied() -> None:
 
 
 def test_when_nobody_draws_every_module_is_put_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pool = ModelPool(1, "cpu", quiet)
+    pool = loads.pool(1, quiet)
     made = ModelConfig(name="m", model=str(folder), file=folder / "m.yaml", dtype="fp32")
     out: list[str] = []
-    with pool.use(made, quiet) as model:
+    with pool.use(made, loads.turn) as model:
         pipe = model.pipeline
         pipe._all_hooks, hook = [], None
         for name in ("text_encoder", "unet", "vae"):
             _, hook = accelerate.cpu_offload_with_hook(getattr(pipe, name), "cpu", prev_module_hook=hook)
             monkeypatch.setattr(hook.hook, "init_hook", lambda module, name=name: out.append(name) or module)
             pipe._all_hooks.append(hook)
-        with pool.use(made, quiet) as neighbour:
+        with pool.use(made, loads.turn) as neighbour:
             task = in_a_hub(lambda: generation.draw(neighbour, wanted(), quiet))
             assert task.outcome.error is None
         assert "vae" not in out, "somebody draws still"
@@ -401,10 +400,10 @@ def test_gather_puts_the_last_module_out(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_request_keeps_the_file_that_it_was_made_with(folder: Path) -> None:
     told: list[Any] = []
-    pool = ModelPool(1, "cpu", lambda name, status: told.append(status.info), describe=model_info)
+    pool = loads.pool(1, lambda name, status: told.append(status.info), describe=model_info)
     first = ModelConfig(name="m", model=str(folder), file=folder / "m.yaml", dtype="fp32", sampling=Sampling(steps=3))
-    with pool.use(first, quiet) as model:
-        with pool.use(replace(first, sampling=Sampling(steps=5), pinned=True), quiet) as newer:
+    with pool.use(first, loads.turn) as model:
+        with pool.use(replace(first, sampling=Sampling(steps=5), pinned=True), loads.turn) as newer:
             assert newer.config.sampling.steps == 5
             assert newer.pipeline is model.pipeline
             assert newer.task_pipelines is model.task_pipelines

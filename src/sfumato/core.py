@@ -284,7 +284,7 @@ Event: TypeAlias = Step | Preview | Done | Failed
 StorePicture: TypeAlias = Callable[[Done], Awaitable[str | None]]
 """Stores a picture and returns its name there, or None if it was not kept."""
 
-LoadState: TypeAlias = Literal["unloaded", "downloading", "loading", "ready", "failed"]
+LoadState: TypeAlias = Literal["unloaded", "downloading", "loading", "ready", "in_main_memory", "failed"]
 
 
 @dataclass(frozen=True, slots=True)

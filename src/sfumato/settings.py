@@ -38,12 +38,20 @@ class Settings:
     device: str = _setting(
         "auto", "Device for every model: auto (as the model file says), cpu, cuda, cuda:1, mps, xpu."
     )
-    loaded_models: int = _setting(2, "Maximum models in memory; the least recently used is unloaded.", least=1)
+    loaded_models: int = _setting(
+        2, "Maximum models on a device, or in memory without one; the least recently used leaves.", least=1
+    )
     memory_mb: int = _setting(
         0,
         "Memory that models may take on each device, in MiB: idle ones leave when another needs it. 0: what the device "
         "has, less vram_headroom.",
         least=0,
+    )
+    main_memory_mb: int = _setting(
+        0,
+        "Main memory for idle models that left an accelerator for another, in MiB: they come back without being read "
+        "from disk. 0: what is free, but a tenth; -1: none.",
+        least=-1,
     )
     vram_headroom: int = _setting(
         512, "Memory of each device left to other programs and to what models need while they draw, in MiB.", least=0
@@ -55,7 +63,7 @@ class Settings:
         check=keep_alive_seconds,
     )
     max_batch: int = _setting(8, "Largest batch of a forward pass, in rows; guidance takes two per picture.", least=1)
-    max_active: int = _setting(16, "Maximum pictures in flight at the same time; others wait.", least=1)
+    max_active: int = _setting(16, "Maximum pictures drawn at the same time; others wait.", least=1)
     max_queue: int = _setting(64, "Maximum pictures in the queue; further ones get a 429.", least=1)
     hang_s: int = _setting(1800, "Seconds after which a drawing worker that sends nothing is replaced.", least=1)
     grace_s: int = _setting(

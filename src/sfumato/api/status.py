@@ -24,7 +24,7 @@ SAMPLES = 120
 
 class ModelState(BaseModel):
     id: str
-    status: str = Field(description="unloaded, downloading, loading, ready or failed.")
+    status: str = Field(description="unloaded, downloading, loading, ready, in_main_memory or failed.")
     detail: str = Field(description="What is being downloaded, or why it failed or was unloaded.")
     progress: float | None = Field(description="0 to 1 while downloading.")
     pinned: bool = Field(description="Kept in memory when other models need room.")

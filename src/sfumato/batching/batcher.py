@@ -15,7 +15,8 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,7 +48,7 @@ class Batcher:
     max_rows: int = 8
     """Maximum rows of a forward pass. A request with guidance usually has two; a call with more rows runs alone."""
     max_active: int = 16
-    """Maximum requests in flight. Each keeps its tensors in memory."""
+    """Maximum requests that draw. Each keeps its tensors in memory. Those that wait for others have none."""
     patience: int = policy.PATIENCE
     on_listen: Callable[[], None] = lambda: None
     """Called before each call of a request that runs without switching, to handle other requests in the meantime."""
@@ -88,6 +89,8 @@ class Batcher:
         self.threads = torch.get_num_threads()
         self._admit()
         self._advance()
+        while self._admit():  # some have begun to wait for others, and given up their places
+            self._advance()
         if group := self._schedule():
             self.now += 1
             if replies := self._run(group):
@@ -96,13 +99,20 @@ class Batcher:
 
     # The parts of a turn, in order.
 
-    def _admit(self) -> None:
-        """Start queued requests while places are free, in order of arrival."""
-        while self._queue and len(self._active) < self.max_active:
+    def _admit(self) -> bool:
+        """Give places while they are free, in order of arrival: to requests that have waited for others, then to queued
+        ones, which start. Returns whether any got one."""
+        before = free = self._free_places()
+        for task in [task for task in self._active.values() if task.returns][: max(0, free)]:
+            task.placed, task.returns = True, False
+            free -= 1
+        while self._queue and free > 0:
+            free -= 1
             task = self._queue.popleft()
             self._share.enter(task.caller, (other.caller for other in self._active.values()))
             self._active[task.number] = task
             task.admit()
+        return free < before
 
     def _advance(self) -> None:
         """Resume requests that need no forward pass, also those answered by the prompt cache, until all are parked."""
@@ -151,6 +161,9 @@ class Batcher:
         self._end_marked()
 
     # Used by the parts of a turn.
+
+    def _free_places(self) -> int:
+        return self.max_active - sum(task.placed for task in self._active.values())
 
     def _in_state(self, *states: State) -> list[Task]:
         return [task for task in self._active.values() if task.state in states]
@@ -218,11 +231,23 @@ class Batcher:
 
     # Called inside a request.
 
-    def turn(self) -> None:
-        """Let all other requests run, then resume: for a request that waits for others."""
+    def turn(self, *, placed: bool = False) -> None:
+        """Let all other requests run, then resume: for one that waits for others. `placed`: it keeps its place."""
         task = greenlet.getcurrent()
         assert isinstance(task, Task)
+        task.placed = task.placed and placed
         task.pause()
+
+    @contextmanager
+    def placed(self) -> Iterator[None]:
+        """For a request that has waited for others: it goes on inside when there is a place for it."""
+        task = greenlet.getcurrent()
+        assert isinstance(task, Task)
+        task.placed = task.placed or self._free_places() > 0
+        task.returns = not task.placed
+        while task.returns:
+            task.pause()
+        yield
 
     def listen(self) -> None:
         """Handle new commands, inside a request that must not switch. Raises the error that cancels this request."""

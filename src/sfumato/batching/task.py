@@ -94,6 +94,10 @@ class Task(CallHandler):
         self.prompt_key: Hashable = None
         """Key of its call in the prompt cache; None if the call is not cached there."""
         self.views: set[View] = set()
+        self.placed = False
+        """Whether it takes one of the batcher's places; not while it waits for others."""
+        self.returns = False
+        """Whether it waits for a place again, and for nothing else."""
         self._reply: Reply | None = None
         self._function: Callable[[], Any] | None = function
         self._closing = ""
@@ -109,6 +113,7 @@ class Task(CallHandler):
 
     def admit(self) -> None:
         """It gets a place and may begin."""
+        self.placed = True
         self._become(State.READY)
 
     def answer(self, reply: Reply) -> None:

@@ -47,6 +47,7 @@ from sfumato.models.content_hashes import ContentHashes
 from sfumato.models.sharing import Sharing
 from sfumato.residency.budget import MIB, Budget
 from sfumato.residency.idle_times import IdleTimes
+from sfumato.residency.main_memory import MainMemory
 from sfumato.residency.pool import ModelPool
 from sfumato.residency.turns import Turns
 from sfumato.settings import Settings
@@ -84,6 +85,7 @@ class Loop:
             model_info,
             known=Sharing(ContentHashes(settings.data / "hashes.json")),
             budget=Budget(settings.memory_mb * MIB, settings.vram_headroom * MIB),
+            main_memory=MainMemory(settings.main_memory_mb * MIB),
             idle_times=IdleTimes(keep_alive_seconds(settings.keep_alive), clock),
             turns=self._turns,
             wake=lambda: self._inbox.put(None),
@@ -224,10 +226,12 @@ class Loop:
         on_preview = functools.partial(self._on_preview, id)
         while True:
             keep_alive = submit.generation.keep_alive
+            keeping_its_place = functools.partial(self._batcher.turn, placed=True)
             with (
                 self._pool.use(submit.config, self._batcher.turn, keep_alive) as model,
                 suppress(Disturbed),
-                named_nets.beside(model, submit.generation, self._pool, self._batcher.turn) as drawn,
+                self._batcher.placed(),  # it took no place while the model was loaded
+                named_nets.beside(model, submit.generation, self._pool, keeping_its_place) as drawn,
             ):
                 run = functools.partial(draw, drawn, on_step=on_step, on_preview=on_preview)
                 self._stats.started(id)

@@ -42,8 +42,11 @@ PREFIXES = (
 )
 """Beginnings of the names in a single file → the component."""
 
-Blocks: TypeAlias = Mapping[tuple[str, int], int]
-"""Memory blocks: device type and address → bytes."""
+Block: TypeAlias = tuple[str, int]
+"""A tensor's memory: device type and address."""
+
+Blocks: TypeAlias = Mapping[Block, int]
+"""Memory blocks → bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,12 @@ class Needs:
     @property
     def total(self) -> int:
         return sum(self.components.values())
+
+    @property
+    def shared_there(self) -> Blocks:
+        """The shared blocks as they will be on the device; some may still be in main memory."""
+        kind = self.device.partition(":")[0]
+        return {(kind, address): size for (_, address), size in self.shared.items()}
 
     @property
     def largest(self) -> int:
@@ -134,14 +143,19 @@ def _tensors(file: Path, dtype: str) -> list[tuple[str, int]]:
     return [(name, math.prod(tensor.shape) * sizes[tensor.dtype]) for name, tensor in tensors.items()]
 
 
-def blocks(modules: Iterable[Any]) -> dict[tuple[str, int], int]:
+def blocks(modules: Iterable[Any]) -> dict[Block, int]:
     """The memory blocks of these modules' tensors; two modules that share a tensor share its block."""
-    found: dict[tuple[str, int], int] = {}
+    found: dict[Block, int] = {}
     for module in modules:
         for tensor in tensors_of(module):
             if tensor.device.type != "meta" and tensor.numel():
-                found[tensor.device.type, tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+                found[block(tensor)] = tensor.numel() * tensor.element_size()
     return found
+
+
+def block(tensor: torch.Tensor) -> Block:
+    """The memory block of a plain tensor."""
+    return tensor.device.type, tensor.data_ptr()
 
 
 def tensors_of(module: Any) -> Iterator[torch.Tensor]:

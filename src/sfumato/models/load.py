@@ -99,10 +99,16 @@ class Loaded:
     preview_decoder: CheapDecoder | None = None
     """Cheap preview decoder; None: previews use the model's own VAE."""
 
+    def modules(self) -> dict[str, torch.nn.Module]:
+        """Everything of it that has weights, by name."""
+        parts: dict[str, Any] = {**vars(self.pipeline), "the preview decoder": self.preview_decoder}
+        parts |= {f"component {at} without adapters": module for at, module in enumerate(self.state.kept)}
+        parts |= {f"component {at} with adapters": module for at, module in enumerate(self.state.adapters.modules)}
+        return {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
+
     def blocks(self) -> footprint.Blocks:
         """The memory blocks that its weights take."""
-        decoder = [self.preview_decoder] if isinstance(self.preview_decoder, torch.nn.Module) else []
-        return footprint.blocks([*footprint.modules_of(self.pipeline), *self.state.adapters.modules, *decoder])
+        return footprint.blocks(self.modules().values())
 
     @property
     def savings(self) -> tuple[str, ...]:

@@ -139,7 +139,7 @@ class Components:
             return
         names = set(getattr(pipeline, "_lora_loadable_modules", ())) & self._identities.keys()
         modules = {name: getattr(pipeline, name, None) for name in names}
-        touched = {name: module for name, module in modules.items() if module is not None and _is_plain(module)}
+        touched = {name: module for name, module in modules.items() if module is not None and is_plain(module)}
         pipeline.register_modules(**{name: twin(module) for name, module in touched.items()})
         yield
         untouched = [name for name in touched if not getattr(getattr(pipeline, name), "peft_config", None)]
@@ -170,7 +170,7 @@ class Components:
                 _follow(original, getattr(pipeline, name))
         for name, identity in self._identities.items():
             module = self._originals.get(name, getattr(pipeline, name, None))
-            if self._known and isinstance(module, torch.nn.Module) and _is_plain(module):
+            if self._known and isinstance(module, torch.nn.Module) and is_plain(module):
                 self._known.add(identity, module)
         return tuple(self._originals.values())
 
@@ -196,7 +196,7 @@ def _follow(original: torch.nn.Module, moved: torch.nn.Module) -> None:
             tensor.data = tensors[name].data
 
 
-def _is_plain(module: torch.nn.Module) -> bool:
+def is_plain(module: torch.nn.Module) -> bool:
     """Whether its tensors are plain ones: those of quantisers belong to the module that was made for them."""
     return all(type(parameter) is torch.nn.Parameter for parameter in module.parameters())
 
@@ -208,4 +208,4 @@ def unshare(pipeline: Any, given: Iterable[torch.nn.Module] = ()) -> None:
     """
     shared = {id(module) for module in (*_SHARED, *given)}
     modules = {name: module for name, module in pipeline.components.items() if id(module) in shared}
-    pipeline.register_modules(**{name: twin(module) for name, module in modules.items() if _is_plain(module)})
+    pipeline.register_modules(**{name: twin(module) for name, module in modules.items() if is_plain(module)})

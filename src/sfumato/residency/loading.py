@@ -23,6 +23,9 @@ Load: TypeAlias = Callable[[ModelConfig, Callable[[ModelStatus], None], Callable
 CANCELLED = "loading was cancelled, as nothing waits for the model any more"
 
 
+def _nothing() -> None: ...
+
+
 class Loading:
     """One load. It stops between fetching and reading the weights, until `admit` or `refuse` is called.
 
@@ -34,11 +37,11 @@ class Loading:
         config: ModelConfig,
         load: Load,
         on_status: Callable[[ModelStatus], None],
-        turn: Callable[[], None],
+        waiting_model: Loaded | None = None,
     ) -> None:
         self.config = config
-        self.turn = turn
-        """Lets others run, if the load has no thread of its own."""
+        self.waiting_model = waiting_model
+        """The model, if it waits in main memory and only has to come back."""
         self.requests = 0
         """Requests that wait for it."""
         self.orders = 0
@@ -54,6 +57,7 @@ class Loading:
         self.error: BaseException | None = None
         self._load = load
         self._on_status = on_status
+        self._move: Callable[[], None] = _nothing
         self._answered = threading.Event()
         self._refusal: SfumatoError | None = None
 
@@ -74,29 +78,21 @@ class Loading:
 
     def start(self, turns: Turns, wake: Callable[[], None]) -> None:
         """Begin, in a thread; `wake` is called there whenever the loop has something to do for it."""
-        self._reset()
-
-        def wait_for_room() -> None:
-            wake()
-            self._answered.wait()
+        self.begun, self.done, self.error = True, False, None
+        if not self.cancelled:
+            self._answered.clear()
 
         def run() -> None:
             with ExitStack() as stack, torch.no_grad():
-                self._run(wait_for_room, lambda: _begin_to_read(stack, turns))
+                self._run(wake, lambda: _begin_to_read(stack, turns))
             self.done = True
             wake()
 
         threading.Thread(target=run, name="sfumato-load", daemon=True).start()
 
-    def run_here(self, wait_for_room: Callable[[], None]) -> None:
-        """Load in this thread, without a loop; `wait_for_room` returns when it was admitted or refused."""
-        self._reset()
-        self._run(wait_for_room, lambda: None)
-        self.done = True
-
-    def admit(self) -> None:
-        """There is room for it."""
-        self.needs = None
+    def admit(self, move: Callable[[], None] = _nothing) -> None:
+        """There is room for it, once its thread has called `move`."""
+        self.needs, self._move = None, move
         self._answered.set()
 
     def refuse(self, error: SfumatoError) -> None:
@@ -109,22 +105,14 @@ class Loading:
         self.cancelled = True
         self._answered.set()
 
-    def _reset(self) -> None:
-        self.begun, self.done, self.error = True, False, None
-        if not self.cancelled:
-            self._answered.clear()
-
-    def _run(self, wait_for_room: Callable[[], None], begin_to_read: Callable[[], None]) -> None:
-        interruptions: list[BaseException] = []
-
+    def _run(self, wake: Callable[[], None], begin_to_read: Callable[[], None]) -> None:
         def make_room(needs: Needs) -> None:
             self.needs = needs
-            try:
-                wait_for_room()
-            except BaseException as error:
-                interruptions.append(error)
-                raise
+            wake()
+            self._answered.wait()
             self.needs = None
+            move, self._move = self._move, _nothing
+            move()  # also if it was cancelled since: others count on it
             self._report(None)
             if self._refusal:
                 raise self._refusal
@@ -134,7 +122,7 @@ class Loading:
             with cpu_threads.using(self.threads):
                 self.model = self._load(self.config, self._report, make_room)
         except BaseException as error:  # it belongs to those who wait for this model
-            self.error = interruptions[0] if interruptions else error
+            self.error = error
 
     def _report(self, status: ModelStatus | None) -> None:
         if self.cancelled:

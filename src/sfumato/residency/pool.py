@@ -1,34 +1,31 @@
-"""The models in memory: the most recently used ones, up to a limit and a budget; a changed model file is reloaded."""
+"""A loaded model for each request: loads on demand, within a limit and a budget; a changed model file is reloaded."""
 
 from __future__ import annotations
 
 import copy
 import gc
-import logging
 import math
-from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
-from sfumato import allocator
 from sfumato.batching import cpu_threads, offload
 from sfumato.batching.batcher import is_out_of_memory
 from sfumato.config import ModelConfig
 from sfumato.core import ModelInfo, ModelStatus
 from sfumato.errors import Cancelled, LoadError, ModelTooLarge, TooManyRequests
-from sfumato.models import controlnets, footprint, load
+from sfumato.models import controlnets, load
+from sfumato.models.fetch import OnStatus
+from sfumato.models.footprint import Needs
 from sfumato.models.release import release_frames
 from sfumato.models.sharing import Sharing
 from sfumato.residency import lora_room, reload
 from sfumato.residency.budget import Budget
 from sfumato.residency.idle_times import IdleTimes
-from sfumato.residency.loading import CANCELLED, Loading
+from sfumato.residency.loading import CANCELLED, Load, Loading
+from sfumato.residency.main_memory import MainMemory
+from sfumato.residency.residents import FILE_CHANGED, UNLOAD_REQUESTED, Residents
 from sfumato.residency.turns import Turns
 
-log = logging.getLogger(__name__)
-
-UNLOAD_REQUESTED = "unloading was requested"
 NO_ROOM = "{} does not fit beside the models in use; try again when fewer requests are drawn"
 RETRY_S = 10
 LONGEST_S = 30 * 86400
@@ -38,8 +35,9 @@ LONGEST_S = 30 * 86400
 class ModelPool:
     """Loaded models by name. Used only on the loop's thread, by requests that take turns on it.
 
-    Models are loaded in threads of their own if there is a loop to wake, and requests for other models go on. Files of
-    several models may be fetched at the same time; weights are read of one at a time.
+    Models are loaded in threads of their own, and requests for other models go on. Files of several models may be
+    fetched at the same time; weights are read of one at a time. Idle models that leave a device for another one wait in
+    main memory, if there is room.
     """
 
     def __init__(
@@ -51,57 +49,52 @@ class ModelPool:
         free_caches: Callable[[], int] = lambda: 0,
         describe: Callable[[load.Loaded], ModelInfo | None] = lambda model: None,
         *,
+        wake: Callable[[], None],
         known: Sharing | None = None,
         budget: Budget | None = None,
+        main_memory: MainMemory | None = None,
         idle_times: IdleTimes | None = None,
         turns: Turns | None = None,
-        wake: Callable[[], None] | None = None,
         loaded_loras: int = 8,
     ) -> None:
-        """Hold at most `limit` models, on `device` (a setting), within `budget` (None: what the device has); those that
+        """Hold at most `limit` models on `device` (a setting), within `budget` (None: what the device has); those that
         have components in common share what is `known`.
 
-        `on_status` may be called in the thread that loads. `dropped` is called after a model was unloaded,
+        `on_status` may be called in the thread that loads. `dropped` is called after a model has left its device,
         `free_caches` drops the engine's caches and returns the bytes freed, for a model that does not fit, `describe`
         returns a model's capabilities. `wake` is called in the thread that loads, when there is something to do for
-        `tend`; None: this thread loads.
+        `tend`.
         """
         self._limit = limit
         self._device = device
         self._on_status = on_status
-        self._dropped = dropped
         self._free_caches = free_caches
-        self._describe = describe
         self._known = known
         self._budget = budget or Budget()
         self._idle_times = idle_times or IdleTimes()
         self._turns = turns or Turns()
         self._wake = wake
         self._loaded_loras = loaded_loras
-        self._loaded: OrderedDict[str, load.Loaded] = OrderedDict()
-        self._blocks: dict[str, footprint.Blocks] = {}
-        """Loaded model → its memory blocks."""
-        self._newest: dict[str, ModelConfig] = {}
-        """Loaded model → the config of its latest request."""
-        self._users: Counter[str] = Counter()
-        """Model → requests that use it, or have waited for its load and are about to."""
-        self._pins: dict[str, bool] = {}
-        """Model → whether it is pinned, if a request overrode its model file."""
-        self._to_unload: set[str] = set()
-        """Models to unload as soon as no request uses them."""
         self._loadings: dict[str, Loading] = {}
         """Model → the load that requests or orders wait for, oldest first."""
         self._reading: Loading | None = None
         """The load that was let go on: only one at a time reads weights. It may be cancelled."""
         self._short_of_room = False
         """Whether a load has to wait until models in use are idle."""
+        self._residents = Residents(
+            on_status, dropped, describe, self._loadings, known, main_memory or MainMemory(), self._idle_times
+        )
+        self._loaded, self._users = self._residents.loaded, self._residents.users
         self.loads = 0
-        """Models loaded so far."""
-        self.evictions = 0
-        """Models unloaded so far to make room for another."""
+        """Models read from disk so far."""
 
     def __len__(self) -> int:
-        return sum(not model.config.part for model in self._loaded.values())
+        return len(self._residents)
+
+    @property
+    def evictions(self) -> int:
+        """Models that have left their device so far to make room for another."""
+        return self._residents.evictions
 
     @property
     def loading(self) -> bool:
@@ -110,8 +103,8 @@ class ModelPool:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Bytes of each loaded model; what two models share counts for both."""
-        return {name: sum(blocks.values()) for name, blocks in self._blocks.items()}
+        """Bytes of each model in memory; what two models share counts for both."""
+        return self._residents.sizes
 
     # What requests and orders call.
 
@@ -129,34 +122,41 @@ class ModelPool:
         try:
             yield model
         finally:
-            self._release(config.name)
+            self._residents.release(config.name)
 
     def preload(self, config: ModelConfig, turn: Callable[[], None]) -> None:
         """Load the model, if it is not there, without using it."""
         self._obtain(config, turn, order=True)
         self._idle_times.stay_for_a_request(config.name, config.keep_alive)
-        self._release(config.name)
+        self._residents.release(config.name)
 
     def unload(self, name: str | None) -> tuple[str, ...]:
         """Unload a model (None: all), pinned or not. Returns those in use: they leave when no request uses them."""
+        residents = self._residents
         in_use = []
         for loading in [each for each in self._loadings.values() if name in (None, each.config.name)]:
             if loading.requests:
-                self._to_unload.add(loading.config.name)
+                residents.to_unload.add(loading.config.name)
                 in_use.append(loading.config.name)
             else:
                 loading.error = Cancelled(CANCELLED)  # for those who ordered it
                 self._cancel(loading)
-        for model in [name] if name is not None else list(self._loaded):
-            if model in self._loaded and self._users[model]:
-                self._to_unload.add(model)
+        there = (*self._loaded, *(model for model in residents.main_memory.models if model not in in_use))
+        for model in [model for model in there if name in (None, model)]:
+            if self._users[model]:
+                residents.to_unload.add(model)
                 in_use.append(model)
-            elif model in self._loaded:
-                self._unload(model, UNLOAD_REQUESTED)
+            else:
+                residents.unload(model, UNLOAD_REQUESTED)
+        self._settle()
         return tuple(dict.fromkeys(in_use))
 
     def pin(self, name: str, pinned: bool) -> None:
-        self._pins[name] = pinned
+        self._residents.pins[name] = pinned
+
+    def describe_again(self, model: load.Loaded) -> None:
+        """Report a loaded model's capabilities and memory: a request has changed them."""
+        self._residents.describe_again(model)
 
     # What the loop calls.
 
@@ -172,8 +172,8 @@ class ModelPool:
         for waiting in self._waiting():
             if waiting.needs and not self._reading:
                 self._try_to_admit(waiting, waiting.needs)
-        for name in [name for name, seconds in self._idle().items() if seconds <= 0]:
-            self._unload(name, f"it was idle for {self._idle_times.of(name):g} s (keep_alive)")
+        self._residents.unload_expired()
+        self._settle()
 
     def _waiting(self) -> list[Loading]:
         """Loads that wait for room: parts, as requests that are in the way of a model wait for them; then one model."""
@@ -181,9 +181,13 @@ class ModelPool:
         parts = [each for each in waiting if each.config.part]
         return [*parts, *[each for each in waiting if not each.config.part][:1]]
 
+    def _settle(self) -> None:
+        if not self.loading:  # a load that goes on settles it, in its thread
+            self._residents.settle()
+
     def until_expiry(self) -> float | None:
         """Seconds until an idle model is to be unloaded; None if none is."""
-        soonest = min(self._idle().values(), default=math.inf)
+        soonest = min(self._residents.stays().values(), default=math.inf)
         return None if soonest > LONGEST_S else max(0.0, soonest)
 
     def close(self) -> None:
@@ -195,28 +199,27 @@ class ModelPool:
 
     def _obtain(self, config: ModelConfig, turn: Callable[[], None], *, order: bool = False) -> load.Loaded:
         """The model, counted as used from now on. A failed load leaves nothing behind: the next request tries again."""
-        name = config.name
+        name, residents = config.name, self._residents
         while True:
             self.tend()
             loaded, loading = self._loaded.get(name), self._loadings.get(name)
             if loaded and reload.serves(loaded, config):
                 if config.part or not self._short_of_room:
-                    self._to_unload.discard(name)  # it is requested again
+                    residents.to_unload.discard(name)  # it is requested again
                     self._users[name] += 1
-                    return self._take(loaded, config)
+                    return residents.take(config)
             elif loading is None or reload.loading_config(loading.config) == reload.loading_config(config):
-                return self._join(loading or self._begin(config, turn), config, turn, order=order)
+                return self._join(loading or self._begin(config), config, turn, order=order)
             turn()
 
-    def _begin(self, config: ModelConfig, turn: Callable[[], None]) -> Loading:
+    def _begin(self, config: ModelConfig) -> Loading:
+        waiting = self._residents.main_memory.models.get(config.name)
+        if waiting and not reload.serves(waiting, config):
+            self._residents.unload(config.name, waiting.state.broken or FILE_CHANGED)
+            waiting = None
         self._on_status(config.name, ModelStatus("loading"))
-        read = controlnets.load if config.part else load.load
-        return Loading(
-            config,
-            lambda config, report, make_room: read(config, self._device, report, make_room, self._known),
-            lambda status: self._on_status(config.name, status),
-            turn,
-        )
+        read = self._from_main_memory(waiting) if waiting else self._from_disk
+        return Loading(config, read, lambda status: self._on_status(config.name, status), waiting)
 
     def _join(self, loading: Loading, config: ModelConfig, turn: Callable[[], None], *, order: bool) -> load.Loaded:
         """Wait for the load. Raises its error. When the last one that waits leaves, the load is cancelled."""
@@ -232,103 +235,86 @@ class ModelPool:
         except BaseException:
             loading.leave(order)
             if self._loadings.get(name) is not loading and not loading.error:
-                self._release(name)  # it was loaded, and counted as used
+                self._residents.release(name)  # it was loaded, and counted as used
             elif not loading.waiting and self._loadings.get(name) is loading:
                 self._cancel(loading)
             raise
         if loading.error:
             raise copy.copy(loading.error)
-        return self._take(self._loaded[name], config)
+        return self._residents.take(config)
 
-    def _take(self, loaded: load.Loaded, config: ModelConfig) -> load.Loaded:
-        """The loaded model as this request sees it."""
-        name = config.name
-        self._loaded.move_to_end(name)
-        changed, self._newest[name] = self._newest[name] != config, config
-        if self._users[name] == 1:
-            loaded.config = config
-        # Running requests keep the model file they were made with.
-        model = loaded if loaded.config == config else replace(loaded, config=config)
-        if changed:  # a default of requests changed
-            self._on_status(name, self._ready(model))
+    # In the thread that loads.
+
+    def _from_disk(self, config: ModelConfig, report: OnStatus, make_room: load.MakeRoom) -> load.Loaded:
+        read = controlnets.load if config.part else load.load
+        model = read(config, self._device, report, make_room, self._known)
+        if model.state.offload == "none":  # what it shares with a model in main memory comes to the device
+            self._residents.main_memory.give(model.blocks(), model.device, model)
         return model
 
-    def _release(self, name: str) -> None:
-        self._users[name] -= 1
-        if not self._users[name]:
-            self._become_idle(name)
-        if self._loaded[name].state.broken:
-            self._forget_broken()
-        if not self._users[name] and name in self._to_unload:
-            self._unload(name, UNLOAD_REQUESTED)
+    def _from_main_memory(self, model: load.Loaded) -> Load:
+        def bring(config: ModelConfig, report: OnStatus, make_room: load.MakeRoom) -> load.Loaded:
+            report(ModelStatus("loading", "from main memory"))
+            make_room(Needs({}, model.device, model.dtype))  # what it takes is seen when it is admitted
+            self._residents.main_memory.give(model.blocks(), model.device, model)
+            return model
+
+        return bring
 
     # Loads in progress.
 
     def _launch(self, loading: Loading) -> None:
         self._loadings[loading.config.name] = loading
-        if self._wake:
-            loading.start(self._turns, self._wake)
-            return
+        loading.start(self._turns, self._wake)
 
-        def wait_for_room() -> None:
-            while loading.needs:
-                self._try_to_admit(loading, loading.needs)
-                if loading.needs:
-                    loading.turn()
-
-        loading.run_here(wait_for_room)
-
-    def _try_to_admit(self, loading: Loading, needs: footprint.Needs) -> None:
-        """Let the load go on if there is room for it, or can be: idle models are unloaded."""
-        name, part = loading.config.name, loading.config.part
+    def _try_to_admit(self, loading: Loading, needs: Needs) -> None:
+        """Let the load go on if there is room for it, or can be: idle models leave."""
+        name, part, residents = loading.config.name, loading.config.part, self._residents
+        if loading.waiting_model:
+            needs = residents.main_memory.needs(loading.waiting_model)
         self._short_of_room = self._short_of_room or not part
         if name in self._loaded:
             if self._users[name]:
                 return  # it must be reloaded; requests that use the old one finish first
-            self._forget_broken()
-            self._unload(name, self._loaded[name].state.broken or "its model file changed")
-        self._forget_broken()
-        staying = [self._blocks[other] for other, model in self._loaded.items() if self._pinned(model)]
-        staying.append(needs.shared)
-        if refusal := self._budget.refusal(name, needs, staying):
+            residents.forget_broken()
+            residents.unload(name, self._loaded[name].state.broken or FILE_CHANGED)
+        residents.forget_broken()
+        shared = needs.shared_there
+        staying = [residents.blocks[other] for other, model in self._loaded.items() if residents.pinned(model)]
+        if refusal := self._budget.refusal(name, needs, [*staying, shared]):
             loading.refuse(ModelTooLarge(refusal))
         else:
-            while (full := not part and len(self) >= self._limit) or not self._budget.fits(
-                needs, [*self._blocks.values(), needs.shared]
+            while (full := not part and len(residents.models()) >= self._limit) or not self._budget.fits(
+                needs, [*residents.blocks.values(), shared]
             ):
-                idle = self._oldest(models=full)
-                if idle is None and part:  # a request that waits for it keeps its model from leaving
+                idle = [each for each in residents.idle() if not full or each in residents.models()]
+                if not idle and part:  # a request that waits for it keeps its model from leaving
                     loading.refuse(TooManyRequests(NO_ROOM.format(name), retry_after=RETRY_S))
                     return
-                if idle is None and any(self._users.values()):
+                if not idle and any(self._users.values()):
                     return
-                if idle is None:  # all are pinned, or the rest is offloaded
+                if not idle:  # all are pinned, or the rest is offloaded
                     break
-                self._evict(idle, "another model needs its place")
+                residents.evict(idle[0], "another model needs its place", needs.shared)
+            if not loading.waiting_model:  # it is read into main memory first
+                residents.make_room_in_main_memory(needs.total, residents.main_memory.free)
             self._reading = loading
             with cpu_threads.using(loading.threads):
                 self._on_status(name, ModelStatus("loading"))
-            loading.admit()
+            loading.admit(residents.moves(needs))
         self._short_of_room = self._short_of_room and part
-
-    def _forget_broken(self) -> None:
-        """What a request has left changed is not shared with the next model, and is reloaded in all that have it."""
-        for broken in [model for model in self._loaded.values() if model.state.broken]:
-            modules = footprint.modules_of(broken.pipeline)
-            if self._known:
-                self._known.forget(modules)
-            ids = {id(module) for module in modules}
-            for model in self._loaded.values():
-                if any(id(module) in ids for module in footprint.modules_of(model.pipeline)):
-                    model.state.broken = model.state.broken or broken.state.broken
 
     def _cancel(self, loading: Loading) -> None:
         """Nobody waits for it any more. Its thread ends at its next report; what it has read by then is dropped."""
         loading.cancel()
         del self._loadings[loading.config.name]
-        self._to_unload.discard(loading.config.name)
+        self._residents.to_unload.discard(loading.config.name)
+        self._residents.unsettle()
         self._short_of_room = False
-        self._on_status(loading.config.name, ModelStatus("unloaded", CANCELLED))
+        if loading.waiting_model:
+            self._residents.waits(loading.waiting_model, CANCELLED)
+        else:
+            self._on_status(loading.config.name, ModelStatus("unloaded", CANCELLED))
 
     def _finish(self, loading: Loading) -> None:
         """The load has ended: its model is loaded, or nothing of it is left."""
@@ -337,7 +323,8 @@ class ModelPool:
             loading.model = None
             if error is not None:
                 release_frames(error)
-            self._free()
+            self._residents.unsettle()
+            self._residents.free()
         elif error is None:
             self._enter(loading)
         elif is_out_of_memory(error):
@@ -347,22 +334,26 @@ class ModelPool:
             self._fail(loading, error)
 
     def _enter(self, loading: Loading) -> None:
-        name, model = loading.config.name, loading.model
+        model, loading.model = loading.model, None
         assert model is not None
-        loading.model = None
-        self.loads += not model.config.part
-        self._loaded[name] = model
-        self._blocks[name] = model.blocks()
-        lora_room.connect(name, self._loaded_loras, self._budget, self._loaded, self._blocks, self._evict_idle)
-        self._newest[name] = loading.config
-        self._users[name] += loading.waiting  # they are about to use it
+        self.loads += not (loading.waiting_model or loading.config.part)
+        loading.waiting_model = None
         with cpu_threads.using(loading.threads):
-            self._on_status(name, self._ready(model))
+            self._residents.enter(loading.config, model, loading.waiting)
+        lora_room.connect(
+            loading.config.name, self._loaded_loras, self._budget, self._loaded, self._residents.blocks, self._evict_now
+        )
+
+    def _evict_now(self) -> bool:
+        """Let one idle model leave its device, for a request that needs its memory; whether there was one."""
+        evicted = self._residents.evict_idle()
+        self._settle()
+        return evicted
 
     def _try_with_more_memory(self, loading: Loading) -> None:
         name = loading.config.name
         gc.collect()
-        if not self._free_caches() and not self._evict_idle():
+        if not self._free_caches() and not self._residents.leave_one():
             message = (
                 f"{name}: does not fit into memory. Write `offload: group`, `quantization`, a smaller "
                 "dtype or `cuda: false` into its file"
@@ -374,77 +365,10 @@ class ModelPool:
         self.tend()
 
     def _fail(self, loading: Loading, error: BaseException) -> None:
-        loading.error = error
-        self._to_unload.discard(loading.config.name)
+        name = loading.config.name
+        loading.error, loading.waiting_model = error, None
+        self._residents.to_unload.discard(name)
+        self._residents.main_memory.remove(name)
         release_frames(error)
-        self._free()
-        self._on_status(loading.config.name, ModelStatus("failed", getattr(error, "message", repr(error))))
-
-    def describe_again(self, model: load.Loaded) -> None:
-        """Report a loaded model's capabilities and memory: a request has changed them."""
-        if model.config.name in self._blocks:
-            self._blocks[model.config.name] = model.blocks()
-        self._on_status(model.config.name, self._ready(model))
-
-    def _ready(self, model: load.Loaded) -> ModelStatus:
-        if model.config.part:
-            return ModelStatus("ready")
-        try:
-            return ModelStatus("ready", info=self._describe(model))
-        except Exception:  # an unusual pipeline may still be able to draw
-            log.exception("%s: its capabilities could not be read", model.config.name)
-            return ModelStatus("ready")
-
-    # Leaving.
-
-    def _evict_idle(self) -> bool:
-        idle = self._oldest()
-        if idle is not None:
-            self._evict(idle, "its memory is needed")
-        return idle is not None
-
-    def _become_idle(self, name: str) -> None:
-        """Called when the last request using the model has ended."""
-        self._idle_times.begin(name)
-        model = self._loaded[name]
-        model.config = self._newest[name]
-        try:
-            offload.offload_all(model.pipeline)
-        except Exception as error:  # whatever a module raises when it is moved
-            log.exception("%s: its modules could not be put into main memory", name)
-            model.state.broken = f"its modules could not be put into main memory: {error}"
-
-    def _idle(self) -> dict[str, float]:
-        """Models that are neither pinned nor in use → seconds until they are to be unloaded, least recent first."""
-        return {
-            name: self._idle_times.left(name)
-            for name, model in self._loaded.items()
-            if not self._pinned(model) and not self._users[name]
-        }
-
-    def _oldest(self, *, models: bool = False) -> str | None:
-        """The least recently used model or part (`models`: model) that is neither pinned nor in use."""
-        return next((name for name in self._idle() if not (models and self._loaded[name].config.part)), None)
-
-    def _pinned(self, model: load.Loaded) -> bool:
-        return self._pins.get(model.config.name, model.config.pinned)
-
-    def _evict(self, name: str, reason: str) -> None:
-        self.evictions += 1
-        self._unload(name, reason)
-
-    def _unload(self, name: str, reason: str) -> None:
-        log.info("%s was unloaded: %s", name, reason)
-        del self._loaded[name], self._newest[name], self._blocks[name]
-        self._idle_times.forget(name)
-        self._to_unload.discard(name)
-        self._dropped()
-        self._free()
-        for model in self._loaded.values():  # there is more room now: models that did not fit may fit
-            model.state.tiled_from = None
-        self._on_status(name, ModelStatus("unloaded", reason))
-
-    def _free(self) -> None:
-        gc.collect()
-        offload.empty_cache()
-        allocator.trim()
+        self._residents.free()
+        self._on_status(name, ModelStatus("failed", getattr(error, "message", repr(error))))

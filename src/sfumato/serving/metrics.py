@@ -119,7 +119,11 @@ SNAPSHOT_METRICS = (
         lambda now: now.stats.step_seconds,
     ),
     SnapshotMetric("sfumato_model_loads_total", "Models loaded into memory.", lambda now: now.stats.loads),
-    SnapshotMetric("sfumato_model_evictions_total", "Models unloaded to make room.", lambda now: now.stats.evictions),
+    SnapshotMetric(
+        "sfumato_model_evictions_total",
+        "Models that left their device to make room for another.",
+        lambda now: now.stats.evictions,
+    ),
     SnapshotMetric(
         "sfumato_worker_restarts_total", "Workers started to replace a dead one.", lambda now: now.stats.restarts
     ),

@@ -39,10 +39,12 @@ class Ticket:
         self.called = asyncio.Event()
         self.since: float | None = None
         """When its turn began, in seconds of the monotonic clock."""
+        self.placed = False
+        """Whether it takes a place; not while its model is loaded."""
 
 
 class Queue:
-    """`places` pictures are in flight at a time and `limit` may wait; requests beyond that are refused."""
+    """`places` pictures are drawn at a time and `limit` may wait; requests beyond that are refused."""
 
     def __init__(self, places: int, limit: int) -> None:
         self._places = places
@@ -54,6 +56,8 @@ class Queue:
         self._waiting = 0
         self._in_flight: Counter[str] = Counter()
         self._running = 0
+        self._aside = 0
+        """Pictures in flight that take no place, as their model is being loaded."""
         self._served: dict[str, int] = {}
         """Caller → number of turns begun when it last got one; only callers waiting or in flight."""
         self._turns = 0
@@ -64,7 +68,8 @@ class Queue:
 
     @property
     def waiting(self) -> int:
-        return self._waiting
+        """Pictures that wait for their turn, or for the load of their model."""
+        return self._waiting + self._aside
 
     @property
     def running(self) -> int:
@@ -116,15 +121,32 @@ class Queue:
                 took = time.monotonic() - ticket.since
                 self._mean = took if self._mean is None else self._mean + WEIGHT * (took - self._mean)
             ticket.since = None
-            self._running -= 1
-            self._in_flight[ticket.caller] -= 1
-            if not self._in_flight[ticket.caller]:
-                del self._in_flight[ticket.caller]
+            if ticket.placed:
+                self._count(ticket, False)
+            else:
+                self._aside -= 1
         else:
             return
         self._call()
         if not any(ticket.caller in those for those in (self._lines, self._unready, self._in_flight)):
             self._served.pop(ticket.caller, None)
+
+    def place(self, ticket: Ticket, placed: bool) -> None:
+        """A picture in flight takes a place, or none while its model is loaded. Those that return may be too many."""
+        if ticket.since is None or ticket.placed == placed:
+            return
+        if placed:
+            ticket.since = time.monotonic()  # the load is no time of drawing
+        self._count(ticket, placed)
+        self._aside += -1 if placed else 1
+        self._call()
+
+    def _count(self, ticket: Ticket, placed: bool) -> None:
+        ticket.placed = placed
+        self._running += 1 if placed else -1
+        self._in_flight[ticket.caller] += 1 if placed else -1
+        if not self._in_flight[ticket.caller]:
+            del self._in_flight[ticket.caller]
 
     def position(self, ticket: Ticket) -> int:
         """Turns until its own, if no other arrives: 1 is next; 0: its turn has come, or it is not ready."""
@@ -138,7 +160,7 @@ class Queue:
 
     def _free(self, caller: str) -> int:
         """Places that this caller may take now; the last one is reserved for callers without any."""
-        free = self._places - self.running
+        free = max(0, self._places - self.running)
         return free if self._places == 1 or (free == 1 and not self._in_flight[caller]) else max(0, free - 1)
 
     def _call(self) -> None:
@@ -152,8 +174,7 @@ class Queue:
             ticket = next(iter(self._lines[caller]))
             self._take(ticket)
             self._turns += 1
-            self._running += 1
-            self._in_flight[caller] += 1
+            self._count(ticket, True)
             self._served[caller] = self._turns
             ticket.since = time.monotonic()
             ticket.called.set()

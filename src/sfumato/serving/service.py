@@ -8,8 +8,8 @@ import logging
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import replace
 from typing import TypeAlias
 
@@ -29,7 +29,7 @@ from sfumato.serving.catalog import Catalog
 from sfumato.serving.job import CANCELLED, Arrival, Job, Part, Progress
 from sfumato.serving.metrics import Metrics
 from sfumato.serving.planning import ImageRequest, plan
-from sfumato.serving.queue import MAX_RETRY_AFTER_S, Queue
+from sfumato.serving.queue import MAX_RETRY_AFTER_S, Queue, Ticket
 from sfumato.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -39,6 +39,10 @@ FORESEEN_S = 5.0
 
 LORA_DOWNLOADS = 4
 """Requests whose LoRAs are looked for at a time; those of others wait."""
+
+LOADING = ("loading", "downloading")
+LOOK_S = 0.2
+"""How often it is seen whether the model of a picture is still being loaded."""
 
 MAX_REMEMBERED = 256
 """Number of ended requests whose progress is still available."""
@@ -309,8 +313,12 @@ class Service:
                     for control, png in zip(generation.controls, decoded.controls, strict=True)
                 ]
                 generation = replace(generation, images=decoded.images, mask=decoded.mask, controls=tuple(controls))
-            async with aclosing(self.engine.submit(job.config, generation)) as events:
+            async with (
+                aclosing(self.engine.submit(job.config, generation)) as events,
+                self._placed(job.config.name, part.ticket) as placed,
+            ):
                 async for event in events:
+                    placed()
                     match event:
                         case Failed(error):
                             raise error
@@ -324,6 +332,26 @@ class Service:
         if not part.done:
             raise WorkerDied("the engine stopped without an answer")
         self.metrics.record_picture(job.config.name, time.monotonic() - turn_at)
+
+    @asynccontextmanager
+    async def _placed(self, model: str, ticket: Ticket) -> AsyncIterator[Callable[[], None]]:
+        """While the model is loaded, the picture takes no place in the queue. Call what it returns at each event."""
+
+        async def look() -> None:
+            while True:
+                self.queue.place(ticket, self.engine.status(model).state not in LOADING)
+                await asyncio.sleep(LOOK_S)
+
+        looking = asyncio.create_task(look())
+
+        def placed() -> None:
+            looking.cancel()
+            self.queue.place(ticket, True)
+
+        try:
+            yield placed
+        finally:
+            looking.cancel()
 
     def _admit(self, config: ModelConfig, pictures: int) -> None:
         limit = config.max_concurrent

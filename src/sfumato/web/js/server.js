@@ -37,11 +37,11 @@ async function act(path, model, more = {}) {
   }
 }
 
-const STATES = { unloaded: "not in memory", downloading: "downloading", loading: "loading", ready: "in memory", failed: "failed" };
+const STATES = { unloaded: "not in memory", downloading: "downloading", loading: "loading", ready: "in memory", in_main_memory: "in main memory", failed: "failed" };
 
 const modelRow = (model) => {
-  const there = model.status === "ready";
-  const where = there && model.device ? ` · ${model.device}, ${model.dtype}` : "";
+  const there = model.status === "ready" || model.status === "in_main_memory";
+  const where = model.status === "ready" && model.device ? ` · ${model.device}, ${model.dtype}` : "";
   const still = model.status === "loading" || model.status === "downloading" || busy.value === model.id;
   return html`<li>
     <div><h3>${model.id}</h3>
