@@ -103,6 +103,11 @@ def test_the_api_process_has_no_torch() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_source_is_parsed_in_one_place() -> None:
+    """Two threads that parse at once fail in Python 3.11: `pipelines.syntax` has the lock."""
+    assert [name for name, path in MODULES.items() if "ast.parse(" in path.read_text()] == ["sfumato.pipelines.syntax"]
+
+
 LONGEST = 60
 """Lines of a function. Routes were closures of one of 148."""
 

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sfumato.pipelines import syntax
+
 OF_VIDEOS = "video_processor"
 """A parameter of such processors."""
 
@@ -42,7 +44,7 @@ def _of_videos() -> frozenset[str]:
     for path in (Path(spec.origin).parent / "models").glob("*/processing_*.py"):
         text = path.read_text(encoding="utf-8")
         if OF_VIDEOS in text:
-            for node in ast.parse(text).body:
+            for node in syntax.parsed(text).body:
                 if isinstance(node, ast.ClassDef) and _takes_video_processor(node):
                     found.add(node.name)
     return frozenset(found)

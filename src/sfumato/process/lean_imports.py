@@ -28,6 +28,8 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+from sfumato.pipelines import syntax
+
 LAZY_PACKAGES = frozenset(f"diffusers.{name}" for name in (
     "hooks", "models.autoencoders", "models.controlnets", "models.transformers", "models.unets",
 ))  # fmt: skip
@@ -111,7 +113,9 @@ class _LazyPackage(Loader):
     def exec_module(self, module: ModuleType) -> None:
         package = module.__name__
         source = self._loader.get_source(package) or ""
-        imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom) and node.level == 1]
+        imports = [
+            node for node in ast.walk(syntax.parsed(source)) if isinstance(node, ast.ImportFrom) and node.level == 1
+        ]
         origins = {alias.asname or alias.name: (node.module, alias.name) for node in imports for alias in node.names}
         submodules = {node.module for node in imports}
 
