@@ -418,5 +418,6 @@ def test_row_13_weights_are_read_or_a_warning_names_them(pipeline: str, tmp_path
     )
     plain, _, _ = door.drawn("txt2img", prompt="a cat dog bird x", **body)
     assert image.tobytes() != plain.tobytes()
-    answer = asked(door, marked)  # OpenAI's routes have no such markup
-    assert prompts_of(answer)[0] == marked and "x-sfumato-warning" not in answer.headers
+    answer = asked(door, marked)  # on OpenAI's routes it is text, unless `prompt_weights` is sent
+    assert prompts_of(answer)[0] == marked
+    assert "prompt: '(cat:1.5)', 'BREAK' is read as text" in answer.headers["x-sfumato-warning"]

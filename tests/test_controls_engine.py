@@ -74,6 +74,12 @@ def test_requests_share_one_net_and_its_forward_passes(folder: Path) -> None:
     assert max(calls for name, calls in sizes if name == "controlnet") == 3
     assert max(calls for name, calls in sizes if name == "unet") == 3
     assert max(calls for name, calls in sizes if name == "text_encoder") == 6  # with the plain ones
+    stats, again = engine.loop._stats.stats(), requested("5", "sd/canny", "sd/depth")
+    assert stats.prompt_hits + stats.prompt_misses > 0
+    assert stats.prompt_cache_bytes > 0
+    engine.draw(again)
+    later = engine.loop._stats.stats()
+    assert (later.prompt_misses, later.prompt_hits > stats.prompt_hits) == (stats.prompt_misses, True)
     for each in (wanted[1], wanted[2]):
         alone = Engine(folder, max_batch=1).draw(each)[each.id]
         assert np.abs(pixels(alone) - pixels(events[each.id])).max() <= 1

@@ -112,6 +112,7 @@ def test_what_is_read() -> None:
         forwards=9, batch_sizes={1: 2, 4: 3}, steps=14, step_seconds=2.5, loads=5, evictions=3, restarts=1,
         resident_models=2, memory_bytes=123456, device_memory_bytes=789,
         unbatched={("unet", "refused"): 6, ("vae", "changed_module"): 1},
+        prompt_hits=11, prompt_misses=12, prompt_cache_bytes=13,
     )  # fmt: skip
     text = rendered(Metrics(), ready=False, queue_depth=7, running=6, stats=stats)
     assert value(text, "sfumato_ready") == 0
@@ -122,6 +123,9 @@ def test_what_is_read() -> None:
     assert value(text, "sfumato_batch_size_forwards_total", size="4") == 3
     assert value(text, "sfumato_unbatched_forwards_total", module="unet", reason="refused") == 6
     assert value(text, "sfumato_unbatched_forwards_total", module="vae", reason="changed_module") == 1
+    assert value(text, "sfumato_prompt_cache_total", result="hit") == 11
+    assert value(text, "sfumato_prompt_cache_total", result="miss") == 12
+    assert value(text, "sfumato_prompt_cache_bytes") == 13
     assert value(text, "sfumato_steps_total") == 14
     assert value(text, "sfumato_step_seconds_total") == 2.5
     assert value(text, "sfumato_model_loads_total") == 5

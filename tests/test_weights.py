@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import sfumato
 import sfumato.commands.generate as command
+from sfumato.api.openai.bodies import GenerationsBody
 from sfumato.batching import views
 from sfumato.core import Done
 from sfumato.drawing import weights
@@ -209,3 +210,20 @@ def test_it_is_made_again_from_its_recipe() -> None:
         quiet,
     )
     assert second.png == first.png
+
+
+def test_on_other_routes_the_markup_is_text_with_a_warning_unless_the_key_is_sent() -> None:
+    body = {"prompt": "a (cat:1.5), (really) big", "negative_prompt": "x BREAK y"}
+    plain, keyed = (GenerationsBody(**body, **more).to_request() for more in ({}, {"prompt_weights": True}))
+    assert (plain.weights, keyed.weights) == (False, True)
+    pictures = {}
+    for name, read in (("plain", False), ("read", True)):
+        model = loaded(PIPELINES["sd"])
+        done = draw(model, wanted(**body, weights=read, width=64, height=64), quiet)
+        pictures[name] = done
+    told = pictures["plain"].warnings
+    assert told[0].startswith("prompt: '(cat:1.5)' is read as text; weights are read with `prompt_weights: true`")
+    assert told[1].startswith("negative_prompt: 'BREAK' is read as text")
+    assert len(told) == 2
+    assert pictures["read"].warnings == ()
+    assert not np.array_equal(*(np.asarray(decoded(done.png)) for done in pictures.values()))

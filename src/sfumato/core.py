@@ -354,6 +354,11 @@ class EngineStats:
     """Number of requests that shared a denoiser forward pass → number of such forward passes."""
     unbatched: Mapping[tuple[str, str], int] = field(default_factory=dict)
     """Module name (`unet`, `vae` ...) and reason → forward passes that could not have been batched with any request."""
+    prompt_hits: int = 0
+    """Calls of text encoders answered from the prompt-embedding cache."""
+    prompt_misses: int = 0
+    """Calls of text encoders that were computed, though the cache could have had them."""
+    prompt_cache_bytes: int = 0
     steps: int = 0
     """Total denoising steps of all requests."""
     step_seconds: float = 0.0

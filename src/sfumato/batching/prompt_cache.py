@@ -26,6 +26,15 @@ class PromptCache:
         self._limit = limit
         self._entries: OrderedDict[Hashable, tuple[weakref.ref[Any], int, Any]] = OrderedDict()
         self._bytes = 0
+        self.hits = 0
+        """Calls answered from here."""
+        self.misses = 0
+        """Calls whose result was computed, and could have been here."""
+
+    @property
+    def size(self) -> int:
+        """Bytes in use."""
+        return self._bytes
 
     def key(self, call: Call, fingerprints: Fingerprints) -> Hashable:
         """Key that determines the output of this call; None unless it depends only on tokens."""
@@ -52,10 +61,12 @@ class PromptCache:
             self._drop(key)
             return None
         self._entries.move_to_end(key)
+        self.hits += 1
         return (outputs.copied(entry[2]),)
 
     def put(self, key: Hashable, module: Any, output: Any) -> None:
-        """Keep a copy, unless it would take more than a quarter of the space."""
+        """Keep a copy of what was computed, unless it would take more than a quarter of the space."""
+        self.misses += 1
         try:
             size = sum(tensor.nbytes for tensor in outputs.tensors(output))
             if size > self._limit // 4:

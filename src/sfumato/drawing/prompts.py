@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from sfumato.core import Generation
-from sfumato.drawing import inversions, weights
+from sfumato.drawing import emphasis, inversions, weights
 from sfumato.drawing.usable import takes_negative
 from sfumato.models.load import Loaded
 from sfumato.sampling import prompt_pair
+
+_WEIGHTED = re.compile(r":\s*[+-]?[\d.]+\s*\)|\bBREAK\b")
+"""In markup that nobody writes by chance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +40,25 @@ class Reading:
 def read(model: Loaded, pipeline: Any, generation: Generation, kwargs: Mapping[str, Any]) -> Reading:
     """Read the prompts of a call. Raises InvalidRequest for a textual inversion that cannot be used."""
     named, used, told = inversions.read(model, pipeline, kwargs, lenient=generation.webui)
-    call, not_read = weights.read(model, pipeline, named) if generation.weights else (named, ())
+    call, not_read = weights.read(model, pipeline, named) if generation.weights else (named, _as_text(named))
     return Reading(
         call,
         (named.get("prompt") or "", named.get("negative_prompt")),
         any(call.get(field) != named.get(field) for field in weights.FIELDS),
         used,
         (*told, *not_read),
+    )
+
+
+def _as_text(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+    """Warnings for weights that stand in prompts of a request that does not ask for them; brackets alone are text."""
+    markup = {field: emphasis.parse(kwargs.get(field) or "").markup for field in weights.FIELDS}
+    weighted = {field: [each for each in pieces if _WEIGHTED.search(each)] for field, pieces in markup.items()}
+    return tuple(
+        f"{field}: {', '.join(map(repr, pieces))} is read as text; weights are read with `prompt_weights: true`, and "
+        "on AUTOMATIC1111's routes"
+        for field, pieces in weighted.items()
+        if pieces
     )
 
 

@@ -13,7 +13,7 @@ from sfumato.core import Done, EngineStats, Event, Failed, ModelStatus, Preview,
 from sfumato.engine.protocol import Answer, Load, Order, Ordered, Ready, Report, Started, StatsReport, Status, Unload
 from sfumato.errors import SfumatoError, WorkerDied
 
-SUMS = ("forwards", "steps", "step_seconds", "loads", "evictions")
+SUMS = ("forwards", "steps", "step_seconds", "loads", "evictions", "prompt_hits", "prompt_misses")
 """Fields of `EngineStats` that never decrease, even across workers."""
 
 

@@ -112,6 +112,15 @@ SNAPSHOT_METRICS = (
         lambda now: dict(sorted(now.stats.unbatched.items())),
         ("module", "reason"),
     ),
+    SnapshotMetric(
+        "sfumato_prompt_cache_total",
+        "Calls of text encoders: answered from the prompt-embedding cache (hit), or computed (miss).",
+        lambda now: {("hit",): now.stats.prompt_hits, ("miss",): now.stats.prompt_misses},
+        ("result",),
+    ),
+    SnapshotMetric(
+        "sfumato_prompt_cache_bytes", "Memory of the prompt-embedding cache.", lambda now: now.stats.prompt_cache_bytes
+    ),
     SnapshotMetric("sfumato_steps_total", "Total denoising steps of all pictures.", lambda now: now.stats.steps),
     SnapshotMetric(
         "sfumato_step_seconds_total",

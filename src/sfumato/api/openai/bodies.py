@@ -260,6 +260,11 @@ class PaintBody(Body):
         "`start` and `end` (0..1 of the steps), `mode` (kind, for nets with several); in a form, JSON. "
         "/v1/models has how many a model takes.",
     )
+    prompt_weights: Annotated[bool | None, BLANK] = Field(
+        None,
+        description="Read AUTOMATIC1111's markup in both prompts: `(word:1.2)`, `[word]`, `BREAK`, and prompts longer "
+        "than 77 tokens; for Stable Diffusion 1, 2 and XL. Absent: it is text, with a warning.",
+    )
     safety_identifier: str | None = Field(None, description="Same as `user`.")
     detached: Annotated[bool | None, BLANK] = Field(
         None,
@@ -291,6 +296,7 @@ class PaintBody(Body):
                 "transparent": self.background == "transparent",
                 "previews": (self.partial_images or 0) if self.stream else 0,
                 "detached": bool(self.detached),
+                "weights": bool(self.prompt_weights),
                 "controls": [control.to_control() for control in self.controls],
             }
             | more
