@@ -483,3 +483,20 @@ def test_a_picture_with_its_depth_has_no_alpha_channel() -> None:
     pipeline = ALL["StableDiffusionLDM3D"].build()
     pipeline.vae.register_to_config(out_channels=4)
     assert not capabilities.transparent(pipeline)
+
+
+def test_a_unet_with_an_ip_adapter_claims_nothing_that_it_cannot_draw(tmp_path: Path) -> None:
+    pipeline = families_controlled.ip_adapted()
+    model = loaded(pipeline)
+    can = class_reading.abilities_of(model.config, class_reading.kin_of_pipeline(pipeline))
+    assert can.tasks == ()
+    with pytest.raises(InvalidRequest, match="needs ip_adapter_image, which a request cannot give"):
+        draw(model, wanted(prompt="a cat"), quiet)
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "model_index.json").write_text(
+        json.dumps({"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]})
+    )
+    (tmp_path / "unet" / "config.json").write_text(json.dumps({"encoder_hid_dim_type": "ip_image_proj"}))
+    told = static_capabilities.static_capabilities(ModelConfig(name="m", model=str(tmp_path)))
+    assert told.abilities is not None
+    assert "ip_adapter_image" in told.abilities.problem

@@ -11,6 +11,7 @@ import functools
 import inspect
 import re
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from sfumato.checkpoints import class_needs, diffusers_source
@@ -48,6 +49,9 @@ MANY_BLOCKS = re.compile(r"Flux2|EditPlus|Kontext")
 
 MASKS = frozenset({"mask", "mask_image", "masked_image_latents"})
 """What calls name a mask that they hand to the denoiser."""
+
+WITH_PICTURE = "ip_image_proj"
+"""`encoder_hid_dim_type` of a UNet with an IP-Adapter, which draws nothing without the adapter's picture."""
 
 MASKED_CHANNELS = 9
 """Channels of a UNet that takes latents, a mask, and the latents of the masked picture."""
@@ -126,12 +130,16 @@ def kin_of(
     own: Reading,
     *,
     unet_channels: Any = None,
+    hidden_type: Any = None,
     nets: int = 1,
     kinds: int = 0,
     more: bool = False,
     lacks: Lacks = lambda part: False,
 ) -> Kin:
-    """A class with its siblings. `unet_channels`: those that the UNet takes, if there is one."""
+    """A class with its siblings. `unet_channels`: those that the UNet takes, if there is one; `hidden_type`: its
+    `encoder_hid_dim_type`."""
+    if hidden_type == WITH_PICTURE:
+        own = replace(own, unmet=(*own.unmet, "ip_adapter_image"))
     found = {task: _sibling(own, task) for task in ("image", "mask")}
     siblings = {task: class_needs.on_parts(sibling, lacks) for task, sibling in found.items() if sibling}
     image, mask = (each if each and not each.lacks else None for each in map(siblings.get, ("image", "mask")))
@@ -146,6 +154,7 @@ def kin_of_pipeline(pipeline: Any) -> Kin:
     return kin_of(
         own,
         unet_channels=unet.get("in_channels"),
+        hidden_type=getattr(unet, "encoder_hid_dim_type", None),  # diffusers sets the attribute alone
         nets=nets_of(pipeline),
         kinds=kinds_of(pipeline),
         lacks=lambda part: getattr(pipeline, part, None) is None,

@@ -98,10 +98,12 @@ def _kin(reading: Reading, parts: _Parts, nets: int) -> Kin:
         return None
 
     channels, kinds = setting("unet", "in_channels"), setting("controlnet", "num_control_type")
+    hidden_type = setting("unet", "encoder_hid_dim_type")
     more = any(parts.kind(part).startswith("Multi") for part in ("controlnet", "adapter"))
     return class_reading.kin_of(
-        reading, unet_channels=channels, nets=nets, kinds=kinds or 0, more=more, lacks=parts.lacks
-    )
+        reading, unet_channels=channels, hidden_type=hidden_type, nets=nets, kinds=kinds or 0, more=more,
+        lacks=parts.lacks,
+    )  # fmt: skip
 
 
 def index_of(config: ModelConfig) -> dict[str, Any]:
