@@ -23,7 +23,7 @@ from sfumato.process.supervisor import Supervisor
 from sfumato.sampling import nested
 from sfumato.serving.catalog import Catalog
 from sfumato.settings import Settings
-from support import tiny
+from support import loras, tiny
 
 ONE = Settings(device="cpu", log_level="error", loaded_models=1)
 """Only one model fits."""
@@ -58,9 +58,9 @@ def wanted(id: str, **fields: Any) -> Generation:
     )
 
 
-async def drawn(engine: Engine, catalog: Catalog, model: str) -> str:
+async def drawn(engine: Engine, catalog: Catalog, model: str, **fields: Any) -> str:
     """A fingerprint of the pixels of that model's picture."""
-    async with aclosing(engine.submit(catalog.get(model), wanted(model))) as events:
+    async with aclosing(engine.submit(catalog.get(model), wanted(model, **fields))) as events:
         last = [event async for event in events][-1]
     assert isinstance(last, Done), last
     return hashlib.sha256(decoded(last.png).tobytes()).hexdigest()
@@ -150,9 +150,14 @@ def test_row_11_a_lora_leaves_no_trace(catalog: Catalog) -> None:
 
     async def following(engine: Engine) -> None:
         after.extend([await drawn(engine, catalog, model) for model in ("tuned", "a")])
+        path = catalog.get("tuned").folder / "pytorch_lora_weights.safetensors"
+        for weight in (2.0, 1.0):  # of requests, to the model without one
+            after.append(await drawn(engine, catalog, "a", loras=(loras.of(path, weight),)))
+        after.append(await drawn(engine, catalog, "a"))
 
     with_engine(Supervisor, alone)
     with_engine(Supervisor, following)
-    tuned, plain = after
-    assert plain == fresh[0]
-    assert tuned != plain
+    tuned, plain, doubled, single, plain_again = after
+    assert plain == plain_again == fresh[0]
+    assert len({tuned, single, plain}) == 3
+    assert doubled == tuned, "from the model file or of the request"

@@ -22,7 +22,7 @@ from sfumato.batching.verification import Verification
 from sfumato.errors import InvalidRequest, ModelTooLarge
 from sfumato.loras import Lora
 from sfumato.models.adapters import Adapters
-from support import loras, tiny
+from support import families_transformers, loras, tiny
 
 CALL: dict[str, Any] = {"num_inference_steps": 2, "width": 64, "height": 64, "output_type": "np"}
 
@@ -62,7 +62,7 @@ def quiet(pipeline: Any) -> Any:
 
 def plain(pipeline: Any, **call: Any) -> Any:
     """What diffusers itself draws."""
-    return pipeline("a cat", **{**CALL, **call}, generator=torch.Generator().manual_seed(1)).images[0]
+    return pipeline(**{"prompt": "a cat", **CALL, **call}, generator=torch.Generator().manual_seed(1)).images[0]
 
 
 def using(adapters: Adapters, pipeline: Any, chosen: Sequence[Lora] = (), replace: bool = False, **call: Any) -> Any:
@@ -111,6 +111,36 @@ def test_a_lora_as_diffusers_saves_it(make: Callable[[], Any], part: str, dora: 
         assert differ(plain(ours), plain(theirs)) > 1e-3
     assert any(layer.lora_variant for each in adapters.modules for layer in each.modules()
                if isinstance(layer, BaseTunerLayer)) == dora  # fmt: skip
+
+
+def test_a_lokr_of_lycoris_where_diffusers_reads_it(tmp_path: Path) -> None:
+    """Beside a LoRA, whose layers are wrapped around its own."""
+    ours, theirs = quiet(families_transformers.flux2_klein()), quiet(families_transformers.flux2_klein())
+    state = {}
+    with tiny.seeded(4):
+        for name, layer in ours.transformer.named_modules():
+            if name.endswith(("to_q", "to_k", "to_v")):
+                rows, columns = layer.weight.shape
+                state[f"transformer.{name}.lokr_w1"] = torch.randn(2, 2) * 0.5
+                state[f"transformer.{name}.lokr_w2"] = torch.randn(rows // 2, columns // 2) * 0.5
+    assert state
+    lokr = loras.saved(state, tmp_path / "lokr.safetensors")
+    lora = loras.diffusers(families_transformers.flux2_klein(), tmp_path, "lora.safetensors")
+    theirs.load_lora_weights(tmp_path, weight_name=lokr.name, adapter_name="a")
+    call = {"text_encoder_out_layers": (1,)}
+    adapters = Adapters()
+    for weight in (1.0, 0.5):
+        theirs.set_adapters(["a"], [weight])
+        expected = plain(theirs, **call)
+        assert differ(using(adapters, ours, [loras.of(lokr, weight)], **call), expected) < 1e-5
+        assert differ(plain(ours, **call), expected) > 1e-3
+    with pytest.warns(UserWarning):
+        theirs.load_lora_weights(tmp_path, weight_name=lora.name, adapter_name="b")
+    theirs.set_adapters(["a", "b"], [0.5, 0.7])
+    both = [loras.of(lokr, 0.5), loras.of(lora, 0.7)]
+    assert differ(using(adapters, ours, both, **call), plain(theirs, **call)) < 1e-5
+    theirs.set_adapters(["b"], [0.7])
+    assert differ(using(adapters, ours, both[1:], **call), plain(theirs, **call)) < 1e-5
 
 
 def test_several_of_one_request(sd: Any, files: list[Path]) -> None:
