@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from sfumato.checkpoints import hub_files
 from sfumato.errors import DownloadError
 from support import here
 from support.hub import Hub
@@ -195,3 +196,10 @@ def test_a_hub_that_is_away_is_asked_once_and_the_cache_taken(tmp_path: Path, mo
     with pytest.raises(DownloadError, match="sfumato pull some/two"):
         download.index_of("some/two", None)
     assert download.files_of("some/two", None) == []
+
+
+def test_the_signature_of_an_address_is_in_no_message() -> None:
+    error = OSError("503 Server Error for url: https://cdn.example/x?X-Amz-Signature=secret&token=hidden (id: 7)\nmore")
+    line = hub_files.first_line(error)
+    assert "https://cdn.example/x" in line
+    assert not any(word in line for word in ("secret", "hidden", "more"))

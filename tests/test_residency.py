@@ -18,8 +18,12 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import ControlNetModel
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 
 from sfumato.config import ModelConfig
+from sfumato.config.model import Adapter
 from sfumato.core import Done, Event, Failed, Generation, Step, keep_alive_seconds
 from sfumato.drawing.draw import draw as drawn
 from sfumato.engine.local import Local
@@ -200,6 +204,29 @@ def test_a_single_file_says_what_it_takes_too(tmp_path: Path) -> None:
     file = tiny.single_file(tiny.stable_diffusion(), tmp_path / "m.safetensors")
     parts = footprint.of_files(file, {}, "fp32", None)
     assert set(parts) == {"unet", "vae", "text_encoder"}
+
+
+def test_what_a_file_names_beside_the_model_counts_too(folder: Path, tmp_path: Path) -> None:
+    """A LoRA, a ControlNet and a VAE: as much as they take once they are loaded."""
+    pipeline = tiny.stable_diffusion()
+    pipeline.vae.save_pretrained(tmp_path / "vae")
+    ControlNetModel.from_unet(pipeline.unet, conditioning_embedding_out_channels=(8, 8)).save_pretrained(
+        tmp_path / "net"
+    )
+    pipeline.unet.add_adapter(LoraConfig(r=16, target_modules=["to_q", "to_v"]))
+    layers = get_peft_model_state_dict(pipeline.unet)
+    pipeline.save_lora_weights(tmp_path, unet_lora_layers=layers, weight_name="lora.safetensors")
+    needs: list[footprint.Needs] = []
+    config = here.config(
+        tmp_path, folder, vae="vae", control_net="net", pipeline_type="StableDiffusionControlNetPipeline",
+        adapters=(Adapter("lora.safetensors", 1.0),), dtype="bf16",
+    )  # fmt: skip
+    model = load.load(config, "cpu", quiet, needs.append)
+    own = needs[0].components
+    assert set(own) == {"unet", "vae", "text_encoder", "lora 1", "controlnet 1"}
+    assert sum(model.blocks().values()) == pytest.approx(needs[0].total, rel=0.02)
+    for name, module in (("vae", model.pipeline.vae), ("controlnet 1", model.pipeline.controlnet)):
+        assert own[name] == pytest.approx(sum(footprint.blocks([module]).values()), rel=0.02)
 
 
 def size_of(config: ModelConfig) -> int:

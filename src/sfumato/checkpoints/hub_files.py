@@ -17,6 +17,7 @@ from huggingface_hub import errors as hub
 from tqdm.auto import tqdm
 
 from sfumato.checkpoints import diffusers_source, sources
+from sfumato.config import addresses
 from sfumato.errors import DownloadError, LoadError
 
 MAX_RETRY_AFTER_S = 3600
@@ -148,7 +149,8 @@ def _unreachable(repo: str, endpoint: str, remedy: str) -> DownloadError:
 
 
 def first_line(error: BaseException) -> str:
-    text = str(error).strip()
+    """Without what is secret in its URLs: those that a hub answers with are signed."""
+    text = addresses.redact(str(error).strip())
     return text.splitlines()[0] if text else type(error).__name__
 
 

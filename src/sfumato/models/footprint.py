@@ -109,6 +109,13 @@ def of_folders(folders: Mapping[str, Path], dtype: str, variant: str | None) -> 
     return {name: sum(_size(file, dtype) for file in weights_of(path, variant)) for name, path in folders.items()}
 
 
+def of_part(path: Path, name: str, dtype: str) -> int:
+    """Bytes that one component takes, of its file or folder, which may be a pipeline's with a folder `name` in it."""
+    if path.is_file():
+        return _size(path, dtype)
+    return sum(_size(file, dtype) for file in weights_of(path / name, None) or weights_of(path, None))
+
+
 def weights_of(folder: Path, variant: str | None) -> list[Path]:
     """The weight files of a component's folder that are loaded: of the variant, else the plain ones, else any."""
     by_variant: dict[str | None, list[Path]] = {}

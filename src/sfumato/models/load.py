@@ -179,6 +179,10 @@ def _pipeline(
     name = inspection.choose(config, index, device)
     cls = getattr(diffusers, name)
     variant, sizes = _sizes(config, fetched, index, dtype)
+    named = parts.sizes(config, dtype, lambda fraction, name: on_status(ModelStatus("downloading", name, fraction)))
+    if config.control_net:  # in place of the repository's own
+        sizes.pop("controlnet", None)
+    sizes |= {name: size for name, size in named.items() if size}
     if not rewires(cls):
         described = fetched.description or fetched.path
         shared.identify(fetched.path, described, fetched.files, index, variant, (device, dtype))

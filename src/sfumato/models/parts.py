@@ -21,6 +21,7 @@ from sfumato.checkpoints.weight_file import OnProgress
 from sfumato.config import ModelConfig, addresses
 from sfumato.errors import LoadError, ModelFileError
 from sfumato.loras import Lora
+from sfumato.models import footprint
 
 
 def components(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -48,6 +49,20 @@ def _control_net(config: ModelConfig, name: str, dtype: torch.dtype) -> Any:
         kind = diffusers.ControlNetModel.load_config(source).get("_class_name", "")
         cls = getattr(diffusers, kind, None) if "ControlNet" in kind else None
         return (cls or diffusers.ControlNetModel).from_pretrained(source, dtype=dtype)
+
+
+def sizes(config: ModelConfig, dtype: str, report: OnProgress) -> dict[str, int]:
+    """Bytes that each will take in `dtype`, told from its files; of the hub only those that are here count."""
+    nets = config.control_net if isinstance(config.control_net, tuple) else (config.control_net or "",)
+    named: dict[str, Path | references.Repository] = {
+        f"lora {at}": references.lora(config, adapter.source, report) for at, adapter in enumerate(config.adapters, 1)
+    }
+    named |= {f"controlnet {at}": Path(path_or_id(config, net)) for at, net in enumerate(nets, 1) if net}
+    if config.vae:
+        named["vae"] = references.find(config, "vae", config.vae, report)
+    if config.clip_model:
+        named["text_encoder"] = Path(path_or_id(config, config.clip_model)) / (config.clip_subfolder or "")
+    return {name: footprint.of_part(path, name, dtype) for name, path in named.items() if isinstance(path, Path)}
 
 
 def fetch(config: ModelConfig, report: OnProgress) -> None:
