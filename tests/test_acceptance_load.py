@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import threading
 import uuid
@@ -21,6 +22,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil
 
 from support import tiny
 from support.answers import error_of, image_of, pixels
+from support.held import Held, left
 from support.serving import Server
 
 MODEL = "name: {name}\nparameters:\n  model: {folder}\ndtype: fp32\ncuda: false\n"
@@ -116,49 +118,24 @@ def test_row_04_mixed_guidance_and_negative_prompts(server: Server) -> None:
         assert same(answer, server.draw(**request))
 
 
-def leave(server: Server, request: dict[str, Any], pattern: str) -> None:
-    """Send a request and drop the connection as soon as the log shows that it runs."""
-    sent = threading.Event()
-    before = len(server.lines)
-
-    def send() -> None:
-        with (
-            pytest.raises(httpx.HTTPError),
-            httpx.Client(timeout=300) as client,
-            client.stream(
-                "POST", f"{server.url}/v1/images/generations", json=request, timeout=httpx.Timeout(300, read=1)
-            ),
-        ):
-            sent.set()
-
-    thread = threading.Thread(target=send)
-    thread.start()
-    thread.join()
-    assert not sent.is_set()
-    server.wait_for(pattern, before)
-
-
 def test_row_06_and_07_a_client_that_leaves_stops_its_own_work_only(server: Server) -> None:
-    assert server.draw(**body()).status_code == 200  # the worker is up and the model loaded
-    long = body(step=900, size="256x256", seed=3)
+    before = len(server.lines)
     with ThreadPoolExecutor(1) as pool:
         neighbour = pool.submit(server.draw, **body(step=60))
-        leave(server, long, r"cancelled with \d+ steps left")
-        left = int(server.wait_for(r"cancelled with (\d+) steps left")[1])
-        assert left > 0
+        left(server, body(step=900, size="512x512", seed=3))
+        assert int(server.wait_for(r"was cancelled with (\d+) steps left", before)[1]) > 0
         assert same(neighbour.result(), server.draw(**body(step=60)))
     # Nothing of the nine hundred steps is left: nobody waits behind them.
     assert server.draw(**body()).status_code == 200
-    assert server.log.count("was cancelled with") == 1
+    assert "".join(server.lines[before:]).count("was cancelled with") == 1
 
 
 def test_row_08_health_and_models_during_a_generation(server: Server) -> None:
-    with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(server.draw, **body(step=300, size="128x128"))
+    with Held(server, body(step=900, size="512x512")) as running:
+        running.drawing()
         for path in ("/healthz", "/v1/models", "/readyz"):
             assert server.client.get(path).status_code == 200
-        assert not running.done()
-        assert running.result().status_code == 200
+        assert not running.answered
 
 
 def test_row_22_nan_and_safety_hits_are_errors(server: Server) -> None:
@@ -172,20 +149,24 @@ def test_row_22_nan_and_safety_hits_are_errors(server: Server) -> None:
 def test_row_25_a_killed_worker_answers_all_the_same(models: Path, tmp_path: Path) -> None:
     with Server(models, tmp_path) as server:
         undisturbed = [server.draw(**body(seed=seed, step=200)) for seed in range(3)]
-        before = len(server.lines)
-        with ThreadPoolExecutor(3) as pool:
-            answers = [pool.submit(server.draw, **body(seed=seed, step=200)) for seed in range(3)]
-            running = server.wait_for(r"request (\w+) starts", before)[1]
-            os.kill(int(server.wait_for(r"worker (\d+) is up")[1]), signal.SIGKILL)
-            for answer, expected in zip(answers, undisturbed, strict=True):
-                assert same(answer.result(), expected)
-        server.wait_for(r"worker \d+ is up", before)
-        # It was being drawn when the worker died, and was drawn again by the next one.
-        assert server.log.count(f"request {running} starts") == 2
+
+        def killed() -> bool:
+            """Whether a request was drawn twice: where others compute too, all may be done before the kill."""
+            before = len(server.lines)
+            with ThreadPoolExecutor(3) as pool:
+                answers = [pool.submit(server.draw, **body(seed=seed, step=200)) for seed in range(3)]
+                running = server.wait_for(r"request (\w+) starts", before)[1]
+                os.kill(int(re.findall(r"worker (\d+) is up", server.log)[-1]), signal.SIGKILL)
+                for answer, expected in zip(answers, undisturbed, strict=True):
+                    assert same(answer.result(), expected)
+            server.wait_for(r"worker \d+ is up", before)
+            return server.log.count(f"request {running} starts") == 2
+
+        assert any(killed() for _ in range(5))
 
 
 def test_row_26_sigterm_lets_what_runs_finish(models: Path, tmp_path: Path) -> None:
-    with Server(models, tmp_path) as server, ThreadPoolExecutor(1) as pool:
+    with Server(models, tmp_path, "--grace-s", "300") as server, ThreadPoolExecutor(1) as pool:
         running = pool.submit(server.draw, **body(step=60))
         server.wait_for(r"plain: StableDiffusionPipeline from")
         assert server.stop() == 0

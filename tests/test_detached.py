@@ -14,10 +14,10 @@ import httpx
 import pytest
 from PIL import Image
 
-from support.serving import Server
+from support.serving import TIMEOUT_S, Server
 
-LONG = 400
-"""Steps."""
+LONG = {"steps": 400, "size": "384x384"}
+"""Its first preview comes after some seconds, and its end long after."""
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def left(server: Server, **body: Any) -> str:
     """The id of a request whose client has gone while it was drawn."""
     id = str(uuid.uuid4())
     body = {"prompt": "a cat", "stream": True, "partial_images": 3} | body
-    with httpx.Client(base_url=server.url, timeout=120) as client:
+    with httpx.Client(base_url=server.url, timeout=TIMEOUT_S) as client:
         stream = client.stream("POST", "/v1/images/generations", json=body, headers=key("alice") | {"x-request-id": id})
         with stream as answer:
             next(answer.iter_lines())
@@ -51,9 +51,10 @@ def left(server: Server, **body: Any) -> str:
 
 
 def until(server: Server, id: str, *states: str) -> dict[str, Any]:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + TIMEOUT_S
     while (now := seen(server, id)[0])["status"] not in states:
         assert time.monotonic() < deadline, now
+        time.sleep(0.02)
     return now
 
 
@@ -67,15 +68,15 @@ def test_it_is_drawn_to_its_end_and_found_again(server: Server) -> None:
 
 
 def test_without_that_word_it_ends_with_its_client(server: Server) -> None:
-    id = left(server, steps=LONG)
+    id = left(server, **LONG)
     assert until(server, id, "completed", "cancelled")["status"] == "cancelled"
 
 
 def test_it_can_be_looked_at_and_cancelled_from_afar(server: Server) -> None:
-    id = left(server, detached=True, steps=LONG)
+    id = left(server, detached=True, **LONG)
     (now,) = seen(server, id, preview=True)
     assert now["status"] == "drawing"
-    assert Image.open(io.BytesIO(base64.b64decode(now["preview"]["b64_json"]))).size == (128, 128)
+    assert Image.open(io.BytesIO(base64.b64decode(now["preview"]["b64_json"]))).size == (384, 384)
     assert [each["id"] for each in seen(server)] == [id]
     assert seen(server, name="bob") == seen(server, id, name="bob") == []
     assert seen(server, "no-such-request") == []

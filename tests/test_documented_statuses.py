@@ -13,7 +13,6 @@ import re
 import shutil
 import sqlite3
 import tempfile
-import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,6 +25,7 @@ from PIL import Image, PngImagePlugin
 
 import sfumato
 from support import tiny, upscalers
+from support.held import Held
 from support.inside import Inside
 from support.serving import Server
 
@@ -166,30 +166,8 @@ def of_model(label: str, name: str) -> dict[str, Any]:
     return {"model": name}
 
 
-class Sent:
-    """A request in a thread of its own, from when it stands in the server's line until it is answered."""
-
-    def __init__(self, server: Server, label: str, **changes: Any) -> None:
-        self.id = uuid.uuid4().hex
-        self._server = server
-        self._answers: list[httpx.Response] = []
-        self._thread = threading.Thread(target=self._send, args=(label, changes))
-        self._thread.start()
-        # Its id is known before its body was read; its model once it stands in the line.
-        while not server.client.get(self._where).json().get("model"):
-            assert self._thread.is_alive(), self._answers
-
-    def cancelled(self) -> httpx.Response:
-        self._server.client.delete(self._where)  # answered once the work has ended
-        self._thread.join()
-        return self._answers[0]
-
-    @property
-    def _where(self) -> str:
-        return f"/v1/images/progress/{self.id}"
-
-    def _send(self, label: str, changes: dict[str, Any]) -> None:
-        self._answers.append(send(self._server, label, headers={"x-request-id": self.id}, **changes))
+def in_the_queue(server: Server, label: str, **changes: Any) -> Held:
+    return Held(server, BODIES[label] | changes, label.split()[1])
 
 
 @contextmanager
@@ -197,7 +175,7 @@ def held(server: Server, pictures: int, **more: Any) -> Iterator[None]:
     """So many pictures are drawn or wait their turn."""
     with ExitStack() as stack:
         for _ in range(pictures):
-            stack.callback(Sent(server, "POST /v1/images/generations", steps=1000, **more).cancelled)
+            stack.enter_context(in_the_queue(server, "POST /v1/images/generations", steps=1000, **more))
         yield
 
 
@@ -283,8 +261,8 @@ def full(servers: Servers, label: str) -> httpx.Response:
 
 
 def cancelled(servers: Servers, label: str) -> httpx.Response:
-    with held(servers.plain, 1):
-        return Sent(servers.plain, label).cancelled()
+    with held(servers.plain, 1), in_the_queue(servers.plain, label) as request:
+        return request.cancel()
 
 
 def broken(servers: Servers, label: str) -> httpx.Response:

@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
 import psutil
 import pytest
 from PIL import Image
 
 from support.answerable import answerable, descriptors, memory_mb, threads, within
 from support.answers import error_of
+from support.held import Held
 from support.hostile import many_scans
-from support.quick import NOISE, Server
+from support.quick import FOR_EVER, NOISE, Server
 
 DRAW = {"prompt": "a cat", "size": "64x64", "steps": 2, "response_format": "b64_json"}
 LIMITS = ("--decode-s", "1", "--decoders", "2", "--max-waiting-mb", "2", "--max-active", "2", "--max-queue", "8")
@@ -47,9 +47,9 @@ def given_back(server: Server) -> Iterator[None]:
     """Memory, threads and descriptors of the process that answers are back afterwards."""
     before = threads(server.pid), descriptors(server.pid), memory_mb(server.pid)
     yield
-    within(30, lambda: threads(server.pid) <= before[0] + 2)
-    within(30, lambda: descriptors(server.pid) <= before[1] + 4)
-    within(30, lambda: memory_mb(server.pid) <= before[2] + 60)
+    within(120, lambda: threads(server.pid) <= before[0] + 2)
+    within(120, lambda: descriptors(server.pid) <= before[1] + 4)
+    within(120, lambda: memory_mb(server.pid) <= before[2] + 60)
 
 
 def decoders(server: Server) -> list[psutil.Process]:
@@ -74,7 +74,7 @@ SCANS = text(many_scans())
 
 @pytest.mark.usefixtures("given_back")
 def test_a_picture_that_takes_too_long_is_refused(server: Server) -> None:
-    with answerable(server.url), ThreadPoolExecutor(6) as pool:
+    with answerable(server.url, server.pid), ThreadPoolExecutor(6) as pool:
         answers = list(pool.map(lambda _: server.draw(**DRAW, image=SCANS), range(6)))
     for answer in answers:
         error = error_of(answer, 400)
@@ -138,45 +138,20 @@ def test_large_pictures_leave_nothing_behind(tmp_path: Path) -> None:
     with Server(tmp_path / "models", tmp_path / "data", "--decode-s", "60") as server:
         assert server.draw(**DRAW, image=server.png_data_uri()).status_code == 200
         before, peak = memory_mb(server.pid), 0.0
-        with answerable(server.url), ThreadPoolExecutor(2) as pool:
+        with answerable(server.url, server.pid), ThreadPoolExecutor(2) as pool:
             answers = [pool.submit(server.draw, **DRAW, image=picture) for _ in range(4)]
             while not all(answer.done() for answer in answers):
                 peak = max(peak, memory_mb(server.pid))
         assert [answer.result().status_code for answer in answers] == [200] * 4
         assert peak < before + 100  # one of them has 108 MB of pixels
-        within(30, lambda: all(process.memory_info().rss < 120 * 2**20 for process in decoders(server)))
+        within(120, lambda: all(process.memory_info().rss < 120 * 2**20 for process in decoders(server)))
 
 
 # The line.
 
 
-class Held:
-    """A picture that is drawn for long; it ends with the block."""
-
-    def __init__(self, server: Server, id: str, **more: Any) -> None:
-        self._server, self._id = server, id
-        self._body = DRAW | {"steps": 1000} | more
-        self._pool = ThreadPoolExecutor(1)
-
-    def __enter__(self) -> Held:
-        headers = {"x-request-id": self._id}
-        self.answer = self._pool.submit(
-            httpx.post, f"{self._server.url}/v1/images/generations", json=self._body, headers=headers, timeout=300
-        )
-        where = f"/v1/images/progress/{self._id}"
-
-        def is_in_the_queue() -> bool:
-            """Its id is known from before its body was read, its model from then on; another test had the same id."""
-            seen = self._server.client.get(where).json()
-            return bool(seen.get("model")) and seen["status"] in ("queued", "drawing")
-
-        within(60, is_in_the_queue)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._server.client.delete(f"/v1/images/progress/{self._id}")
-        self._pool.shutdown()
-        assert self.answer.result().status_code == 499, self.answer.result().text
+def held(server: Server, **more: Any) -> Held:
+    return Held(server, DRAW | {"steps": FOR_EVER} | more)
 
 
 def photo(kilobytes: int) -> str:
@@ -188,28 +163,29 @@ def photo(kilobytes: int) -> str:
 
 @pytest.mark.usefixtures("given_back")
 def test_bytes_that_wait_are_bounded(server: Server) -> None:
-    with answerable(server.url):
-        with Held(server, "first", n=2), Held(server, "waits", image=photo(300)):
+    with answerable(server.url, server.pid):
+        with held(server, n=2), held(server, image=photo(300)):
             # The one that waits has 0.3 of the 2 MiB.
             assert error_of(server.draw(**DRAW, image=photo(2800)), 413)["code"] == "request_too_large"
             refused = server.draw(**DRAW, image=photo(1990))
             error = error_of(refused, 429)
             assert "max_waiting_mb" in error["message"]
             assert 0 < int(refused.headers["retry-after"]) <= 120
-            with Held(server, "fits", image=photo(300)):
-                pass
+            with held(server, image=photo(300)) as fits:
+                assert fits.cancel().status_code == 499
         assert server.draw(**DRAW, image=photo(1750)).status_code == 200  # it is let in again
 
 
 @pytest.mark.usefixtures("given_back")
 def test_what_waits_is_not_decoded(server: Server) -> None:
     """Neither in this process nor in another, until its turn comes."""
-    with Held(server, "first", n=2):
+    with held(server, n=2):
         used = {process.pid: process.cpu_times().user for process in decoders(server)}
-        with Held(server, "waits", image=SCANS):
-            within(60, lambda: server.client.get("/v1/images/progress/waits").json()["status"] == "queued")
+        with held(server, image=SCANS) as waits:
+            assert waits.progress()["status"] == "queued"
             # Its header was read: a text is refused at once, without waiting.
             assert error_of(server.draw(**DRAW, image=text(b"a text" * 50)), 400)["param"] == "image"
+            assert waits.cancel().status_code == 499
         assert all(process.cpu_times().user - used.get(process.pid, 0) < 0.9 for process in decoders(server))
 
 

@@ -244,7 +244,7 @@ def test_a_busy_model_is_asked_again_until_it_is_free(server: Server, client: op
         **body,  # type: ignore[arg-type]
         stream=True,
         partial_images=1,
-        extra_body={"steps": 1000},
+        extra_body={"steps": 1000, "size": "512x512"},
     ):
         with pytest.raises(openai.RateLimitError) as refused:
             client.images.generate(**body)  # type: ignore[call-overload]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,13 +12,17 @@ from typer.testing import CliRunner
 
 import sfumato
 from sfumato.cli import app
-from support.serving import Server
+from support.held import LONG, Held
+from support.serving import TIMEOUT_S, Server
 
 TINY = Path(sfumato.__file__).parent / "models" / "sfumato-tiny"
 FILE = (
     "name: {name}\nparameters:\n  model: {tiny}\nstep: 2\nsize: 64x64\n"
     "diffusers:\n  enable_parameters: num_inference_steps\n"
 )
+
+SHORT = {"prompt": "a cat", "steps": 100, "size": "128x128", "model": "one"}
+"""Is drawn to its end, but not at once."""
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +47,10 @@ def state(server: Server, name: str) -> dict[str, Any]:
 
 
 def until(server: Server, name: str, wanted: str) -> dict[str, Any]:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + TIMEOUT_S
     while (now := state(server, name))["status"] != wanted:
         assert time.monotonic() < deadline, now
+        time.sleep(0.02)
     return now
 
 
@@ -63,14 +67,14 @@ def test_a_model_is_loaded_and_unloaded_at_a_word(server: Server) -> None:
 
 
 def test_a_model_that_draws_leaves_when_it_is_done(server: Server) -> None:
-    answers = []
-    thread = threading.Thread(target=lambda: answers.append(server.draw(model="one", prompt="a cat", steps=300)))
-    thread.start()
-    while not any(each["status"] == "drawing" for each in server.client.get("/v1/images/progress").json()["data"]):
-        assert thread.is_alive()
-    order(server, "unload", model="one")
-    thread.join()
-    assert answers[0].status_code == 200
+    """All who use it are drawn to their end, also while it was ordered to leave."""
+    with Held(server, {**LONG, "model": "one"}) as long, Held(server, SHORT) as short:
+        step = long.drawing()["step"]
+        short.until(lambda seen: seen["step"])  # whoever comes after the order keeps the model
+        order(server, "unload", model="one")
+        assert state(server, "one")["status"] == "ready"
+        assert long.drawing(step + 3)["status"] == "drawing"
+        assert short.answer().status_code == 200
     until(server, "one", "unloaded")
 
 
@@ -105,17 +109,13 @@ def test_what_models_take_is_told(server: Server) -> None:
 
 
 def test_a_model_in_use_is_named_and_leaves_later(server: Server) -> None:
-    answers = []
-    thread = threading.Thread(target=lambda: answers.append(server.draw(model="one", prompt="a cat", steps=300)))
-    thread.start()
-    while not any(each["step"] > 0 for each in server.client.get("/v1/images/progress").json()["data"]):
-        assert thread.is_alive()
-    answer = server.client.post("/sdapi/v1/unload-checkpoint")
-    assert (answer.status_code, answer.json()) == (200, {})
-    assert "requests have ended: one" in answer.headers["x-sfumato-warning"]
-    assert state(server, "one")["status"] == "ready"
-    thread.join()
-    assert answers[0].status_code == 200
+    with Held(server, {**LONG, "model": "one"}) as held:
+        step = held.drawing()["step"]
+        answer = server.client.post("/sdapi/v1/unload-checkpoint")
+        assert (answer.status_code, answer.json()) == (200, {})
+        assert "requests have ended: one" in answer.headers["x-sfumato-warning"]
+        assert state(server, "one")["status"] == "ready"
+        assert held.drawing(step + 3)["status"] == "drawing"
     until(server, "one", "unloaded")
 
 

@@ -204,7 +204,7 @@ def test_cancelled_at_a_preview(studio: Studio) -> None:
                 if isinstance(event, Preview):
                     break
 
-    studio.runner.run(asyncio.wait_for(run(), 60))
+    studio.runner.run(asyncio.wait_for(run(), 300))
     (events,) = studio.draw(("sd", wanted("next")))
     assert isinstance(events[-1], Done)
 

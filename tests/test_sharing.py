@@ -31,6 +31,7 @@ from sfumato.residency.pool import ModelPool
 from sfumato.settings import Settings
 from support import here, loads, tiny
 from support.drawing import quiet
+from support.together import posted_together
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +199,8 @@ def test_requests_of_two_models_share_the_forward_passes_of_what_they_share(fold
             counts = engine._loop._batcher.counts.batch_sizes
             counts.clear()
             engine._loop._batcher.prompt_cache.clear()
-            done = await asyncio.gather(*(ask(("one", "two")[at % 2], str(at + 10)) for at in range(4)))
+            with posted_together(engine, 4):
+                done = await asyncio.gather(*(ask(("one", "two")[at % 2], str(at + 10)) for at in range(4)))
             assert all(isinstance(each, Done) for each in done)
             for name in ("text_encoder", "vae"):
                 sizes = {calls: forwards for (part, calls), forwards in counts.items() if part == name}

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import io
 import json
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,25 +17,23 @@ import pytest
 from PIL import Image
 
 from sfumato.api.openai import answers
+from support import quick
+from support.answerable import within
+from support.held import LONG, Held
 from support.serving import Server
-
-LONG = {"prompt": "a cat", "steps": 1000, "size": "512x512"}
-"""Takes many minutes: nobody waits for it."""
 
 
 @pytest.fixture(scope="module")
 def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One picture at a time, one may wait, four seconds for each request."""
+    """One picture at a time, one may wait."""
     folder = tmp_path_factory.mktemp("narrow")
     (folder / "models").mkdir()
-    flags = ("--max-active", "1", "--max-queue", "1", "--time-limit-s", "20")
-    with Server(folder / "models", folder / "data", *flags) as server:
-        server.draw(prompt="a cat", steps=1)
+    with Server(folder / "models", folder / "data", "--max-active", "1", "--max-queue", "1") as server:
         yield server
 
 
-def events(server: Server, body: dict[str, Any], path: str = "/v1/images/generations") -> list[dict[str, Any]]:
-    with server.client.stream("POST", path, json=body | {"stream": True}) as answer:
+def events(server: Server, body: Mapping[str, Any], path: str = "/v1/images/generations") -> list[dict[str, Any]]:
+    with server.client.stream("POST", path, json={**body, "stream": True}) as answer:
         assert answer.status_code == 200, answer.read()
         assert answer.headers["content-type"].startswith("text/event-stream")
         found = []
@@ -52,15 +50,7 @@ def picture_of(event: dict[str, Any]) -> Image.Image:
 
 
 def progress(server: Server, id: str) -> dict[str, Any]:
-    answer = server.client.get(f"/v1/images/progress/{id}")
-    return dict(answer.json()) if answer.status_code == 200 else {"status": None, "step": 0}
-
-
-def await_step(server: Server, id: str) -> dict[str, Any]:
-    """Ask until a step is done; every question is a request, so nothing is waited for by the clock."""
-    while not (seen := progress(server, id))["step"]:
-        assert seen["status"] in (None, "queued", "drawing")
-    return seen
+    return dict(server.client.get(f"/v1/images/progress/{id}").json())
 
 
 @pytest.mark.parametrize("previews", [0, 1, 2, 3])
@@ -111,8 +101,9 @@ def test_what_is_wrong_from_the_start_is_no_stream(server: Server) -> None:
         assert answer.json()["error"]["param"] == next(iter(fields))
 
 
-def test_an_error_on_the_way_is_an_event(narrow: Server) -> None:
-    *_, last = events(narrow, LONG | {"partial_images": 3})
+def test_an_error_on_the_way_is_an_event(tmp_path: Path) -> None:
+    with quick.Server(tmp_path, tmp_path / "data", "--time-limit-s", "10") as server:
+        *_, last = events(server, {**LONG, "partial_images": 3})
     assert set(last) == {"error"}
     assert set(last["error"]) == {"message", "type", "param", "code"}
     assert last["error"]["code"] == "timeout"
@@ -120,12 +111,13 @@ def test_an_error_on_the_way_is_an_event(narrow: Server) -> None:
 
 def test_a_stream_that_is_dropped_stops_the_work(server: Server) -> None:
     lines = len(server.lines)
-    body = LONG | {"size": "256x256", "steps": 400, "stream": True, "partial_images": 3}
+    body = {**LONG, "stream": True, "partial_images": 3}
     headers = {"x-request-id": "dropped"}
     with server.client.stream("POST", "/v1/images/generations", json=body, headers=headers) as answer:
         assert answer.status_code == 200
+        within(120, lambda: progress(server, "dropped")["step"] > 0)
     server.wait_for(r"was cancelled with \d+ steps left", after=lines)
-    assert progress(server, "dropped")["status"] == "cancelled"
+    within(120, lambda: progress(server, "dropped")["status"] == "cancelled")
 
 
 def test_a_stream_with_nothing_to_say_is_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,23 +143,21 @@ def test_a_stream_with_nothing_to_say_is_kept_alive(monkeypatch: pytest.MonkeyPa
 
 
 def test_progress_and_cancel_by_id(server: Server) -> None:
-    with ThreadPoolExecutor(2) as pool:
-        asked = pool.submit(server.client.post, "/v1/images/generations", json=LONG, headers={"x-request-id": "a"})
-        seen = await_step(server, "a")
+    with Held(server) as held:
+        seen = held.drawing()
         assert (seen["object"], seen["status"], seen["model"]) == ("image.progress", "drawing", "sfumato-tiny")
-        assert (seen["total"], seen["pictures"], seen["pictures_done"], seen["queue_position"]) == (1000, 1, 0, 0)
-        while (seen := progress(server, "a"))["step"] < 3:
-            pass
-        assert seen["seconds_left"] > 0
-        neighbour = pool.submit(server.draw, prompt="a cat", steps=4)
-        gone = server.client.delete("/v1/images/progress/a")
-        assert (gone.status_code, gone.json()["status"]) == (200, "cancelled")
-        cancelled = asked.result()
+        assert (seen["total"], seen["pictures"], seen["pictures_done"], seen["queue_position"]) == (900, 1, 0, 0)
+        assert held.drawing(steps=3)["seconds_left"] > 0
+        with ThreadPoolExecutor(1) as pool:
+            neighbour = pool.submit(server.draw, prompt="a cat", steps=4)
+            gone = server.client.delete(f"/v1/images/progress/{held.id}")
+            assert (gone.status_code, gone.json()["status"]) == (200, "cancelled")
+            assert neighbour.result().status_code == 200
+        cancelled = held.answer()
         assert cancelled.status_code == 499
         assert cancelled.json()["error"]["code"] == "cancelled"
         assert cancelled.headers["x-should-retry"] == "false"
-        assert neighbour.result().status_code == 200
-    assert progress(server, "a")["status"] == "cancelled"
+        assert held.progress()["status"] == "cancelled"
 
 
 def test_progress_of_what_is_done_and_of_what_never_was(server: Server) -> None:
@@ -181,36 +171,24 @@ def test_progress_of_what_is_done_and_of_what_never_was(server: Server) -> None:
 
 
 def test_row_07_a_cancel_ends_one_request_and_not_the_one_that_starts(server: Server) -> None:
-    with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(server.client.post, "/v1/images/generations", json=LONG, headers={"x-request-id": "A"})
-        await_step(server, "A")
-        second = pool.submit(
-            server.client.post,
-            "/v1/images/generations",
-            json={"prompt": "a cat", "steps": 30},
-            headers={"x-request-id": "B"},
-        )
-        server.client.delete("/v1/images/progress/A")
-        assert first.result().status_code == 499
+    with Held(server) as first, ThreadPoolExecutor(1) as pool:
+        first.drawing()
+        second = pool.submit(server.draw, prompt="a cat", steps=30)
+        assert first.cancel().status_code == 499
         assert second.result().status_code == 200
 
 
 def test_row_21_a_full_line_answers_429(narrow: Server) -> None:
-    with ThreadPoolExecutor(2) as pool:
-        running = pool.submit(narrow.client.post, "/v1/images/generations", json=LONG, headers={"x-request-id": "r"})
-        await_step(narrow, "r")
-        waiting = pool.submit(narrow.client.post, "/v1/images/generations", json=LONG, headers={"x-request-id": "w"})
-        # It is known from its first byte on, and in the line once its body was read.
-        while not (seen := progress(narrow, "w")).get("queue_position"):
-            assert seen["status"] in (None, "queued")
-        assert (seen["status"], seen["queue_position"]) == ("queued", 1)
-        refused = narrow.draw(prompt="a cat")
-        assert refused.status_code == 429
-        assert refused.json()["error"]["code"] == "rate_limit_exceeded"
-        assert 1 <= int(refused.headers["retry-after"]) <= 120
-        for id in ("w", "r"):
-            assert narrow.client.delete(f"/v1/images/progress/{id}").status_code == 200
-        assert {running.result().status_code, waiting.result().status_code} == {499}
+    with Held(narrow) as running:
+        running.drawing()
+        with Held(narrow) as waiting:
+            seen = waiting.until(lambda seen: seen["queue_position"])
+            assert (seen["status"], seen["queue_position"]) == ("queued", 1)
+            refused = narrow.draw(prompt="a cat")
+            assert refused.status_code == 429
+            assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+            assert 1 <= int(refused.headers["retry-after"]) <= 120
+            assert {waiting.cancel().status_code, running.cancel().status_code} == {499}
     assert narrow.draw(prompt="a cat", steps=2).status_code == 200
 
 
@@ -219,23 +197,18 @@ def test_a_callers_burst_does_not_make_another_wait_and_each_sees_its_own(tmp_pa
     flags = ("--max-active", "3", "--api-keys", "ann:key-a,bob:key-b")
     with Server(tmp_path / "models", tmp_path / "data", *flags) as server:
 
-        def send(key: str, body: dict[str, Any], id: str) -> httpx.Response:
-            headers = {"authorization": f"Bearer {key}", "x-request-id": id}
-            return server.client.post("/v1/images/generations", json=body, headers=headers)
+        def asked(key: str, method: str = "GET") -> httpx.Response:
+            headers = {"authorization": f"Bearer {key}"}
+            return server.client.request(method, f"/v1/images/progress/{burst.id}", headers=headers)
 
-        def seen(key: str, method: str = "GET") -> httpx.Response:
-            return server.client.request(
-                method, "/v1/images/progress/burst", headers={"authorization": f"Bearer {key}"}
-            )
-
-        with ThreadPoolExecutor(1) as pool:
-            burst = pool.submit(send, "key-a", LONG | {"n": 8}, "burst")
-            while (answer := seen("key-a")).status_code == 404 or not answer.json()["step"]:
-                pass
-            assert send("key-b", {"prompt": "a cat", "steps": 2}, "single").status_code == 200
-            standing = seen("key-a").json()
+        with Held(server, {**LONG, "n": 8}, headers={"authorization": "Bearer key-a"}) as burst:
+            burst.drawing()
+            body = {"prompt": "a cat", "steps": 2}
+            single = server.client.post("/v1/images/generations", json=body, headers={"authorization": "Bearer key-b"})
+            assert single.status_code == 200
+            standing = burst.progress()
             assert (standing["status"], standing["pictures_done"], standing["queue_position"]) == ("drawing", 0, 1)
-            assert seen("key-b").status_code == 404
-            assert seen("key-b", "DELETE").status_code == 404
-            assert seen("key-a", "DELETE").json()["status"] == "cancelled"
-            assert burst.result().status_code == 499
+            assert asked("key-b").status_code == 404
+            assert asked("key-b", "DELETE").status_code == 404
+            assert asked("key-a", "DELETE").json()["status"] == "cancelled"
+            assert burst.answer().status_code == 499

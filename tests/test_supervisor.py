@@ -10,7 +10,6 @@ import os
 import random
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import replace
@@ -32,11 +31,13 @@ from sfumato.process.supervisor import Supervisor
 from sfumato.serving.catalog import Catalog
 from sfumato.serving.service import Service
 from sfumato.settings import Settings
-from support.stub_worker import FRAMES, TOTAL, lives, stub
+from support.answerable import within
+from support.hanging import replaced
+from support.stub_worker import FRAMES, TOTAL, gate_of, lives, stub
 
 SETTINGS = Settings(log_level="critical")
 CONFIG = config_for("some/model")
-PATIENCE_S = 60
+PATIENCE_S = 300
 PICTURES = 6
 """Of a round that a worker is killed in."""
 
@@ -116,8 +117,8 @@ def test_a_handshake_that_is_none_is_a_start_that_failed(tmp_path: Path, fault: 
 def test_starts_that_come_to_nothing_are_told_and_the_keeper_goes_on(
     tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if fault == "hang":  # the handshake that never comes; it has to be running by then
-        monkeypatch.setattr(module, "START_TIMEOUT_S", 4.0)
+    if fault == "hang":  # the handshake that never comes
+        monkeypatch.setattr(module, "START_TIMEOUT_S", 1.0)
 
     async def work(supervisor: Supervisor) -> None:
         failed = await answer(supervisor, "hopeless")
@@ -126,9 +127,10 @@ def test_starts_that_come_to_nothing_are_told_and_the_keeper_goes_on(
         assert "does not start" in failed.error.message
         assert not supervisor.ready
         monkeypatch.undo()
+        supervisor._command = tuple(stub(tmp_path, "well"))
         assert isinstance(await answer(supervisor, "later"), Done)
 
-    run(work, stub(tmp_path, fault, fault, fault, "well"))
+    run(work, stub(tmp_path, fault))
 
 
 @pytest.mark.parametrize("bad", [1, 2, 99])
@@ -248,9 +250,14 @@ def test_an_error_of_taking_a_report_is_the_end_of_that_worker_only(
 
 def test_a_worker_that_hangs_is_replaced(tmp_path: Path) -> None:
     async def work(supervisor: Supervisor) -> None:
-        assert isinstance(await answer(supervisor, "once:hang"), Done)
+        generation = Generation(id="once-hang", prompt="once:hang", seed=7)
+        async with aclosing(supervisor.submit(CONFIG, generation)) as events:
+            assert await anext(events) == Step(1, TOTAL)
+            await replaced(supervisor)
+            assert isinstance([event async for event in events][-1], Done)
+        assert supervisor.stats.restarts == 1
 
-    run(work, stub(tmp_path), hang_s=1)
+    run(work, stub(tmp_path))
 
 
 def test_a_cancel_while_there_is_no_worker_is_not_drawn_later(tmp_path: Path) -> None:
@@ -328,25 +335,29 @@ def test_readyz_says_whether_it_can_draw(tmp_path: Path) -> None:
     """Not before the handshake, not while the next one starts, and again after it."""
     (tmp_path / "m.yaml").write_text("name: m\nparameters:\n  model: some/one\n")
     settings = replace(SETTINGS, models=tmp_path, data=tmp_path / "data")
-    supervisor = Supervisor(settings, stub(tmp_path))
+    supervisor = Supervisor(settings, stub(tmp_path, "gated"))
     app = create_app(Service(Catalog([tmp_path]), supervisor, settings), Store.of(settings))
+    gate = gate_of(tmp_path)
+    gate.touch()
 
     def wait_for(client: TestClient, status: int, words: str) -> None:
-        for _ in range(1000):
+        def seen() -> bool:
             found = client.get("/readyz")
-            if found.status_code == status and words in found.text:
-                return
-            time.sleep(0.02)
-        raise AssertionError(f"never {status} {words}: {found.text}")
+            return found.status_code == status and words in found.text
+
+        within(PATIENCE_S, seen)
 
     with TestClient(app) as client:
         wait_for(client, 503, "not up yet")
+        gate.unlink()
         wait_for(client, 200, "ready")
+        gate.touch()
         assert supervisor.pid
         os.kill(supervisor.pid, signal.SIGKILL)
         wait_for(client, 503, "died")
         assert client.get("/healthz").status_code == 200
         assert supervisor.status("m") == ModelStatus()
+        gate.unlink()
         wait_for(client, 200, "ready")
 
 

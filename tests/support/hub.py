@@ -149,7 +149,7 @@ class Hub:
             self._gates[repo] = threading.Event()
             self._arrived[repo] = threading.Event()
 
-    def wait_held(self, repo: str, timeout: float = 60.0) -> None:
+    def wait_held(self, repo: str, timeout: float = 300.0) -> None:
         """Returns as soon as a download of the held `repo` stands in mid-file."""
         if not self._arrived[repo].wait(timeout):
             raise TimeoutError(f"Nothing of {repo} was downloaded within {timeout} s.")

@@ -64,8 +64,8 @@ class Server:
 
     def wait(self) -> int:
         """Until it has ended; the exit code."""
-        code = self._process.wait(60)
-        self._reader.join(10)
+        code = self._process.wait(TIMEOUT_S)
+        self._reader.join(TIMEOUT_S)
         return code
 
     def signal(self, number: signal.Signals) -> None:

@@ -41,6 +41,11 @@ def stub(folder: Path, *beginnings: str) -> list[str]:
     return [sys.executable, __file__, str(folder / "lives"), ",".join(beginnings or ("well",))]
 
 
+def gate_of(folder: Path) -> Path:
+    """While this file exists, workers that begin with "gated" wait before their handshake."""
+    return folder / "gate"
+
+
 def lives(folder: Path) -> int:
     """How many were started so far."""
     return int((folder / "lives").read_text())
@@ -105,7 +110,7 @@ MISBEHAVIOUR: Mapping[str, Callable[[socket.socket], None]] = {
     "hang": hang,
     "deaf": deaf,
 }
-BEGINNINGS = ("well", "stdout noise", *MISBEHAVIOUR)
+BEGINNINGS = ("well", "gated", "stdout noise", *MISBEHAVIOUR)
 DRAWINGS = tuple(MISBEHAVIOUR)
 
 
@@ -146,6 +151,9 @@ def main(counter: Path, beginnings: list[str], fd: int) -> None:
     beginning = beginnings[min(life, len(beginnings) - 1)]
     if beginning == "stdout noise":
         print("noise on stdout " * 1000, flush=True)
+    elif beginning == "gated":
+        while gate_of(counter.parent).exists():
+            time.sleep(0.01)
     elif beginning != "well":
         MISBEHAVIOUR[beginning](sock)
     wire.receive(sock)  # the settings

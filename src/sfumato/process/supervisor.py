@@ -58,6 +58,8 @@ STARTS = 3
 SETTLED_S = 30.0
 """A start counts as successful once the worker was up for this long."""
 MAX_ORDERS = 100
+WATCH_S = 0.5
+"""Seconds between two looks at whether the worker hangs."""
 DEATHS = 2
 """A generation in flight at this many worker deaths is failed; the second time it was alone."""
 
@@ -325,9 +327,9 @@ class Supervisor:
 
     async def _watch(self) -> str:
         """Returns when the worker owes an answer and has sent nothing for `hang_s`."""
-        limit = self._settings.hang_s
         while True:
-            await asyncio.sleep(limit / 4)
+            await asyncio.sleep(WATCH_S)
+            limit = self._settings.hang_s
             # Not only started ones: the request that hung it may be gone, and the others wait for their turn.
             busy = any(flight.sent for flight in self._flights.values())
             if busy and asyncio.get_running_loop().time() - self._last_message_at > limit:
