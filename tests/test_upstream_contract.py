@@ -95,6 +95,9 @@ NAMES: dict[str, tuple[str, ...]] = {
         if form
     ),
     "checkpoints/pipeline_class.py": ("diffusers:DiffusionPipeline._optional_components",),
+    "batching/adapted.py": ("torch.nn:Module._buffers", "peft.tuners.tuners_utils:BaseTunerLayer._active_adapter"),
+    "models/adapters.py": ("diffusers.hooks.group_offloading:_is_group_offload_enabled",),
+    "models/controlnets.py": ("diffusers:DiffusionPipeline._get_signature_keys",),
     "checkpoints/prediction.py": ("diffusers:ConfigMixin._get_init_keys",),
     "previews/x0.py": tuple(f"diffusers:{name}" for name in x0.X0_FORMULAS),
     "api/http/connections.py": ("uvicorn.protocols.http.h11_impl:H11Protocol._unset_keepalive_if_required",),

@@ -20,7 +20,8 @@ class Adapters:
     """Layers that one request accessed, each with its earlier state."""
 
     def __init__(self) -> None:
-        self._before: dict[int, tuple[Any, Names, AdapterState]] = {}
+        self._before: dict[int, tuple[Any, AdapterState]] = {}
+        self._names: dict[int, Names] = {}
         self._walked: set[int] = set()
 
     def track(self, part: Any, names: Names = None) -> None:
@@ -33,14 +34,16 @@ class Adapters:
         self._walked.add(id(part))
         for layer in part.modules():
             if hasattr(layer, "active_adapters") and hasattr(layer, "scaling"):
-                self._before.setdefault(id(layer), (layer, names, _tracked(layer, names)))
+                self._names.setdefault(id(layer), names)
+                self._before.setdefault(id(layer), (layer, _tracked(layer, names)))
 
     def changed(self) -> bool:
-        return any(not _equal(_tracked(layer, names), before) for layer, names, before in self._before.values())
+        return any(not _equal(_tracked(layer, self._names[at]), before) for at, (layer, before) in self._before.items())
 
     def restore(self) -> None:
         """Restore the exact state: scaling and unscaling leaves rounding errors that would accumulate in the layer."""
-        for layer, names, before in self._before.values():
+        for at, (layer, before) in self._before.items():
+            names = self._names[at]
             active, disabled, scaling = before
             now = _tracked(layer, names)
             if now == before:
