@@ -46,7 +46,8 @@ def left(server: Server, **body: Any) -> str:
     with httpx.Client(base_url=server.url, timeout=TIMEOUT_S) as client:
         stream = client.stream("POST", "/v1/images/generations", json=body, headers=key("alice") | {"x-request-id": id})
         with stream as answer:
-            next(answer.iter_lines())
+            # The first preview; comments that keep the connection open may come before.
+            next(line for line in answer.iter_lines() if line.startswith("data:"))
     return id
 
 
