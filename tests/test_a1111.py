@@ -646,15 +646,15 @@ def test_an_interruption_ends_the_callers_own(ann: httpx.Client, bob: httpx.Clie
 
 
 def test_an_interrupted_request_answers_with_what_is_done(ann: httpx.Client) -> None:
-    with Drawing(ann, steps=100, seed=5, n_iter=10) as drawing:
+    with Drawing(ann, steps=100, seed=5, n_iter=4) as drawing:
         seen = drawing.until(lambda seen: seen["state"]["job_no"] >= 2)
-        assert seen["state"]["job_count"] == 10
-        assert 0.2 <= seen["progress"] < 1
+        assert seen["state"]["job_count"] == 4
+        assert 0.5 <= seen["progress"] < 1
         ann.post("interrupt")
         images, info = drawn(drawing.end())
-    assert 2 <= len(images) < 10
+    assert len(images) in (2, 3)
     assert info["all_seeds"] == [5 + at for at in range(len(images))]
-    assert info["warnings"] == [f"interrupted: {len(images)} of 10 pictures were finished"]
+    assert info["warnings"] == [f"interrupted: {len(images)} of 4 pictures were finished"]
 
 
 def test_an_interruption_ends_nothing_of_other_routes(server: Server, ann: httpx.Client) -> None:
