@@ -34,6 +34,7 @@ from sfumato.process.supervisor import Supervisor
 from sfumato.sampling import nested
 from sfumato.serving.catalog import Catalog
 from sfumato.settings import Settings
+from support.together import posted_together
 
 SETTINGS = Settings(device="cpu", log_level="critical")
 
@@ -150,7 +151,8 @@ class Workshop:
         self.undisturbed([wanted("first")])
 
     def draw(self, asked: Sequence[Generation]) -> list[Event]:
-        return self._runner.run(answers_of(self.engine, self.config, asked))
+        with posted_together(self.engine, len(asked)):
+            return self._runner.run(answers_of(self.engine, self.config, asked))
 
     def undisturbed(self, asked: Sequence[Generation]) -> list[Event]:
         """Each alone."""
