@@ -21,7 +21,7 @@ from sfumato.batching.batcher import Batcher
 from sfumato.batching.verification import Verification
 from sfumato.errors import InvalidRequest, ModelTooLarge
 from sfumato.loras import Lora
-from sfumato.models.adapters import Adapters
+from sfumato.models.adapters import KEPT_WEIGHTS, Adapters
 from support import families_transformers, loras, tiny
 
 CALL: dict[str, Any] = {"num_inference_steps": 2, "width": 64, "height": 64, "output_type": "np"}
@@ -216,6 +216,37 @@ def test_many_pass_through_a_few_places(count: int, sd: Any, tmp_path: Path) -> 
     assert len(adapters) == 0 == len(adapters.modules)
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_many_weights_leave_nothing(own: bool, files: list[Path]) -> None:
+    """A weight is a name in the tables of every layer."""
+    served, adapters = quiet(tiny.stable_diffusion()), Adapters()
+    if own:
+        served.load_lora_weights(files[0].parent, weight_name=files[0].name, adapter_name="adapter_0")
+
+    def chosen(weight: float) -> Lora:
+        return Lora("l0", weight, default=0) if own else loras.of(files[0], weight)
+
+    first = using(adapters, served, [chosen(0.5)])
+    with adapters.use(served, "cpu", "m", [chosen(0.25)]):
+        for at in range(100):
+            with adapters.use(served, "cpu", "m", [chosen(1 + at / 1000)]):
+                pass
+        layers = [layer for module in adapters.modules for layer in module.modules() if hasattr(layer, "scaling")]
+        assert layers
+        assert max(len(layer.scaling) for layer in layers) < 3 * KEPT_WEIGHTS
+        assert all("adapter_0@0,25" in layer.scaling or not own for layer in layers), "one in use stays"
+    assert differ(using(adapters, served, [chosen(0.5)]), first) == 0
+
+
+def test_a_model_that_casts_its_layers_takes_none(files: list[Path]) -> None:
+    served = quiet(tiny.stable_diffusion())
+    served.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    before = plain(served)
+    with pytest.raises(InvalidRequest, match="layerwise_casting"):
+        using(Adapters(), served, [loras.of(files[0])])
+    assert differ(plain(served), before) == 0
+
+
 def test_one_in_use_stays(sd: Any, files: list[Path]) -> None:
     adapters = Adapters()
     adapters.limit = 1
@@ -315,6 +346,8 @@ def test_a_model_files_own_are_added_to_changed_or_replaced(files: list[Path]) -
     assert differ(using(adapters, served, [loras.of(files[1], 0.5)]), plain(own({"a": 0.8, "b": 0.5}))) < 1e-5
     assert differ(using(adapters, served, [loras.of(files[0], 0.5)], True), plain(own({"a": 0.5}))) < 1e-5
     assert differ(using(adapters, served, [default]), plain(own({"a": 0.4}))) < 1e-5
+    twice = [Lora("l0", 0.1, default=0), Lora("l0.safetensors", 0.3, default=0)]
+    assert differ(using(adapters, served, twice), plain(own({"a": 0.4}))) < 1e-5
     assert differ(using(adapters, served, [Lora("l0", 0.0, default=0)]), plain(own({}))) < 1e-5
     assert differ(using(adapters, served, replace=True), plain(own({}))) < 1e-5
     assert differ(using(adapters, served), plain(own({"a": 0.8}))) == 0

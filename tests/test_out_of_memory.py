@@ -21,6 +21,7 @@ from sfumato.drawing.draw import draw
 from sfumato.drawing.info import model_info
 from sfumato.engine.local import Local
 from sfumato.errors import OutOfMemory
+from sfumato.models.adapters import Adapters
 from sfumato.models.load import Loaded
 from sfumato.pictures.images import decoded
 from sfumato.pipelines.tiling import can_tile
@@ -223,3 +224,13 @@ def test_the_list_has_what_is_in_effect(client: TestClient) -> None:
         hook.remove()
     assert client.get("/v1/models/m").json()["sfumato"]["savings"] == ["group_offload", "vae_slicing"]
     model.state.offload = "none"
+
+
+def test_loras_that_no_request_uses_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = loaded(tiny.stable_diffusion())
+    dropped: list[bool] = []
+    monkeypatch.setattr(Adapters, "drop", lambda adapters: dropped.append(adapters is model.state.adapters) or 1)
+    with short_of_memory(model.pipeline.vae.decoder, small), pytest.raises(OutOfMemory):
+        drawn(replace(model, config=replace(model.config, vae_tiling=False)), asked())
+    assert dropped
+    assert all(dropped)

@@ -131,3 +131,16 @@ def _sum(one: Lora, other: Lora) -> Lora:
     text = one.weight_of_text + other.weight_of_text
     weight = one.weight + other.weight
     return replace(one, weight=weight, text_weight=None if text == weight else text)
+
+
+def of_defaults(loras: Iterable[Lora]) -> dict[int, Lora]:
+    """Number of each of the model file's LoRAs that a request names → that; of one named twice the weights add up."""
+    found: dict[int, Lora] = {}
+    for lora in loras:
+        if lora.default is not None:
+            before = found.get(lora.default)
+            weight, text = lora.weight, lora.weight_of_text
+            if before is not None:
+                weight, text = weight + before.weight, text + before.weight_of_text
+            found[lora.default] = replace(lora, weight=weight, text_weight=text)
+    return found

@@ -9,6 +9,7 @@ from PIL import Image
 from sfumato.checkpoints import class_reading
 from sfumato.core import Control, Generation
 from sfumato.errors import InvalidRequest
+from sfumato.loras import of_defaults
 from sfumato.models.load import Loaded
 from sfumato.pictures import images
 from sfumato.pipelines import inputs
@@ -50,7 +51,7 @@ def complete(model: Loaded, generation: Generation) -> tuple[str, Generation]:
 
 def recorded_loras(model: Loaded, generation: Generation) -> tuple[tuple[str, str, str, float, float], ...]:
     """The LoRAs that act, as a recipe keeps them, the model file's first."""
-    weights = {lora.default: lora for lora in generation.loras if lora.default is not None}
+    weights = of_defaults(generation.loras)
     used = [
         weights.get(number, own)
         for number, own in enumerate(model.state.own_loras)

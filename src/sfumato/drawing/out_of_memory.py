@@ -48,11 +48,11 @@ def with_less(
                 raise
             release_frames(error)
         gc.collect()
-        freed = free_caches()
+        freed = free_caches() + model.state.adapters.drop()
         offload.empty_cache()
         if freed and not caches_freed:
             caches_freed = True
-            log.warning("%s ran out of memory; dropped %d bytes of cached results", model.config.name, freed)
+            log.warning("%s ran out of memory; dropped %d bytes of cached results and LoRAs", model.config.name, freed)
         elif VAE_TILING not in generation.savings and _may_tile(model):
             generation = _tiled(generation)
             model.state.tiled_from = pixels if tiled_from is None else min(pixels, tiled_from)

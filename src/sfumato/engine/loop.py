@@ -22,7 +22,7 @@ from sfumato.batching.batcher import Batcher, Task
 from sfumato.batching.proof_store import Proofs
 from sfumato.batching.verification import Verification
 from sfumato.config import ModelConfig
-from sfumato.core import Done, Event, Failed, ModelStatus, Preview, Step, keep_alive_seconds
+from sfumato.core import Done, Event, Failed, Generation, ModelStatus, Preview, Step, keep_alive_seconds
 from sfumato.drawing import named_nets, out_of_memory
 from sfumato.drawing.draw import Disturbed, RunStopped, draw
 from sfumato.drawing.info import model_info
@@ -44,6 +44,7 @@ from sfumato.engine.protocol import (
 from sfumato.engine.stats import EVERY_S, Stats
 from sfumato.errors import Cancelled, SfumatoError
 from sfumato.models.content_hashes import ContentHashes
+from sfumato.models.load import Loaded
 from sfumato.models.sharing import Sharing
 from sfumato.residency.budget import MIB, Budget
 from sfumato.residency.idle_times import IdleTimes
@@ -224,16 +225,20 @@ class Loop:
         log.info("request %s starts", id)
         on_step = functools.partial(self._on_step, id)
         on_preview = functools.partial(self._on_preview, id)
+        keeping_its_place = functools.partial(self._batcher.turn, placed=True)
+        keep_alive = submit.generation.keep_alive
         while True:
-            keep_alive = submit.generation.keep_alive
-            keeping_its_place = functools.partial(self._batcher.turn, placed=True)
             with (
                 self._pool.use(submit.config, self._batcher.turn, keep_alive) as model,
                 suppress(Disturbed),
                 self._batcher.placed(),  # it took no place while the model was loaded
-                named_nets.beside(model, submit.generation, self._pool, keeping_its_place) as drawn,
             ):
-                run = functools.partial(draw, drawn, on_step=on_step, on_preview=on_preview)
+
+                def run(generation: Generation, model: Loaded = model) -> Done:
+                    # For each try: one with less memory draws on other modules.
+                    with named_nets.beside(model, generation, self._pool, keeping_its_place) as drawn:
+                        return draw(drawn, generation, on_step=on_step, on_preview=on_preview)
+
                 self._stats.started(id)
                 before = model.savings
                 try:

@@ -13,9 +13,9 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
@@ -24,7 +24,7 @@ from sfumato.batching.adapted import AdaptedModule, Selection, untouched
 from sfumato.batching.batcher import is_out_of_memory
 from sfumato.checkpoints import weight_file
 from sfumato.errors import InvalidRequest, ModelTooLarge
-from sfumato.loras import Lora
+from sfumato.loras import Lora, of_defaults
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +45,13 @@ class _Entry:
     """Those it has a part for."""
     bytes: int
     users: int = 0
-    scaled: dict[tuple[str, float], str] = field(default_factory=dict)
-    """Component and weight → peft's name for it with that weight."""
+
+
+_Weighted: TypeAlias = tuple[str, str, float]
+"""Component, peft's name for the adapter, and its weight."""
+
+KEPT_WEIGHTS = 16
+"""Weights that layers keep without a request that uses them: each is an entry in the tables of every layer."""
 
 
 class Adapters:
@@ -63,6 +68,8 @@ class Adapters:
         """Component → its twin."""
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         """By content, least recently used first."""
+        self._weighted: OrderedDict[_Weighted, int] = OrderedDict()
+        """Adapters with a weight, least recently used first → requests that use them so."""
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -93,25 +100,30 @@ class Adapters:
             yield {}
             return
         self._forget_others(pipeline)
+        used: list[_Weighted] = []
         try:
             for lora in loras:
                 if lora.default is None:
                     entry = self._obtain(pipeline, device, model, lora)
                     entry.users += 1
                     entries.append((lora, entry))
-            weights: dict[int | None, Lora] = {lora.default: lora for lora in loras if lora.default is not None}
+            weights = of_defaults(loras)
             if weights or replace_defaults:
                 self._twin_those_with_defaults(pipeline)
             yield {
                 id(adapted.original): Selection(
-                    adapted, self._names(component, adapted, entries, weights, replace_defaults)
+                    adapted, self._names(component, adapted, entries, weights, replace_defaults, used)
                 )
                 for component, adapted in self._modules.items()
             }
         finally:
             for _, entry in entries:
                 entry.users -= 1
+            for key in used:
+                if key in self._weighted:
+                    self._weighted[key] -= 1
             self._trim(self.limit)
+            self._trim_weights()
 
     def drop(self) -> int:
         """Memory is short: drop what no request uses; returns the bytes freed."""
@@ -126,22 +138,30 @@ class Adapters:
         component: str,
         adapted: AdaptedModule,
         entries: Sequence[tuple[Lora, _Entry]],
-        weights: Mapping[int | None, Lora],
+        weights: Mapping[int, Lora],
         replace_defaults: bool,
+        used: list[_Weighted],
     ) -> tuple[str, ...]:
-        """peft's names of those that act on a component."""
+        """peft's names of those that act on a component; what it takes of `_weighted` is added to `used`."""
         names = []
+
+        def weighted(name: str, weight: float) -> str:
+            key = component, name, weight
+            if key not in self._weighted:
+                _add_weight(adapted, name, weight)
+            self._weighted[key] = self._weighted.pop(key, 0) + 1
+            used.append(key)
+            return _alias(name, weight)
+
         for name in adapted.defaults:
             lora = weights.get(int(name.rpartition("_")[2]))
             if lora is None and not replace_defaults:
                 names.append(name)
             elif lora is not None and (weight := _weight(lora, component)):
-                names.append(_with_weight(adapted, name, weight))
+                names.append(weighted(name, weight))
         for lora, entry in entries:
             if component in entry.components and (weight := _weight(lora, component)):
-                if (component, weight) not in entry.scaled:
-                    entry.scaled[component, weight] = _with_weight(adapted, entry.name, weight)
-                names.append(entry.scaled[component, weight])
+                names.append(weighted(entry.name, weight))
         return tuple(names)
 
     def _twin_those_with_defaults(self, pipeline: Any) -> None:
@@ -153,7 +173,8 @@ class Adapters:
         """Drop what belongs to modules that the pipeline has no more: they were replaced to be offloaded."""
         modules = _loadable(pipeline)
         if any(modules.get(component) is not adapted.original for component, adapted in self._modules.items()):
-            self._modules, self._entries = {}, OrderedDict()  # requests in flight keep theirs
+            # Requests in flight keep theirs.
+            self._modules, self._entries, self._weighted = {}, OrderedDict(), OrderedDict()
 
     # What is in memory.
 
@@ -181,6 +202,12 @@ class Adapters:
         if not originals or not hasattr(pipeline, "load_lora_weights"):
             raise InvalidRequest(
                 f"loras: {model} ({type(pipeline).__name__}) takes no LoRA; leave out {lora.name}", param="loras"
+            )
+        if any(_is_cast_by_layer(module) for module in originals.values()):
+            raise InvalidRequest(
+                f"loras: the weights of {model} are stored in fp8 (layerwise_casting), to which requests cannot add "
+                f"LoRAs. Name {lora.name} in the model file (lora_adapter), or use `quantization`",
+                param="loras",
             )
         for component, module in originals.items():
             if component not in self._modules:
@@ -258,10 +285,24 @@ class Adapters:
         if digest is None:
             return False
         entry = self._entries.pop(digest)
-        self._delete([entry.name, *entry.scaled.values()])
+        weighted = [key for key in self._weighted if key[1] == entry.name]
+        self._delete([entry.name, *self._forget_weights(weighted)])
         self._drop_unused_twins()
         self.changed()
         return True
+
+    def _trim_weights(self) -> None:
+        """Forget weights that no request uses, many at a time: it takes a walk through the layers."""
+        unused = [key for key, users in self._weighted.items() if not users]
+        if len(unused) > 2 * KEPT_WEIGHTS:
+            self._delete(self._forget_weights(unused[:-KEPT_WEIGHTS]))
+
+    def _forget_weights(self, keys: Sequence[_Weighted]) -> list[str]:
+        """peft's names for them, to be deleted: but for those that another component has in use."""
+        for key in keys:
+            del self._weighted[key]
+        left = {_alias(name, weight) for _, name, weight in self._weighted}
+        return [alias for alias in dict.fromkeys(_alias(name, weight) for _, name, weight in keys) if alias not in left]
 
     def _delete(self, names: Sequence[str]) -> None:
         for adapted in self._modules.values():
@@ -286,6 +327,12 @@ def _has_adapters(adapted: AdaptedModule) -> bool:
     return any(getattr(layer, kind, None) for layer in adapted.layers for kind in layer.adapter_layer_names)
 
 
+def _is_cast_by_layer(module: torch.nn.Module) -> bool:
+    """Whether its layers are cast for each call: peft would make a LoRA's tensors in the dtype they are stored in."""
+    hooks = (getattr(part, "_diffusers_hook", None) for part in module.modules())
+    return any(hook and hook.get_hook("layerwise_casting") for hook in hooks)
+
+
 def _loadable(pipeline: Any) -> dict[str, torch.nn.Module]:
     """The components that a LoRA may have a part for."""
     names = getattr(pipeline, "_lora_loadable_modules", ())
@@ -297,9 +344,14 @@ def _weight(lora: Lora, component: str) -> float:
     return lora.weight_of_text if component.startswith("text_encoder") else lora.weight
 
 
-def _with_weight(adapted: AdaptedModule, name: str, weight: float) -> str:
-    """peft's name for an adapter with this weight: a second name for the same tensors, as a name has one scale."""
-    alias = f"{name}@{weight!r}".replace(".", ",")  # a module's name has no dots
+def _alias(name: str, weight: float) -> str:
+    """peft's name for an adapter with this weight."""
+    return f"{name}@{weight!r}".replace(".", ",")  # a module's name has no dots
+
+
+def _add_weight(adapted: AdaptedModule, name: str, weight: float) -> None:
+    """A second name for the same tensors, as a name has one scale."""
+    alias = _alias(name, weight)
     for layer in adapted.having(name):
         for kind in (*layer.adapter_layer_names, *layer.other_param_names):
             table: Any = getattr(layer, kind, None)
@@ -308,7 +360,6 @@ def _with_weight(adapted: AdaptedModule, name: str, weight: float) -> str:
         if name in getattr(layer, "lora_variant", {}):
             layer.lora_variant[alias] = layer.lora_variant[name]
         layer.set_scale(alias, weight)
-    return alias
 
 
 def _own(layers: Sequence[Any], name: str) -> Iterator[torch.Tensor]:
