@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -458,6 +459,20 @@ def test_modules_that_were_replaced_get_twins_of_their_own(files: list[Path]) ->
     pipeline.register_modules(unet=tiny.stable_diffusion().unet)
     assert differ(using(adapters, pipeline, [loras.of(files[0])], **SMALL), before) < 1e-5
     assert differ(using(adapters, pipeline, **SMALL), before) > 1e-3
+
+
+def test_a_file_that_is_written_over_changes_nothing_in_memory(sd: Any, files: list[Path], tmp_path: Path) -> None:
+    """As `cp` and trainers do: into the same file, which weights that are only mapped would follow."""
+    path, adapters = tmp_path / "l.safetensors", Adapters()
+    path.write_bytes(files[0].read_bytes())
+    chosen = [loras.of(path)]
+    with adapters.use(sd, "cpu", "m", chosen):
+        pass
+    with path.open("r+b") as file:
+        file.seek(-2000, os.SEEK_END)
+        file.write(b"\x3f" * 2000)
+    changed = using(adapters, sd, chosen)
+    assert differ(changed, using(Adapters(), sd, [loras.of(files[0])])) == 0
 
 
 def test_a_file_that_is_gone_is_told(sd: Any, files: list[Path]) -> None:

@@ -376,8 +376,8 @@ def _own(layers: Sequence[Any], name: str) -> Iterator[torch.Tensor]:
 def _move(adapted: AdaptedModule, name: str, device: str) -> None:
     """Put an adapter where its model computes; its own weights may wait in main memory."""
     for tensor in _own(adapted.having(name), name):
-        if tensor.device != torch.device(device):
-            tensor.data = tensor.data.to(device)
+        # A copy also on the CPU: what is read is mapped, and changes with a file that is written over.
+        tensor.data = tensor.data.to(device, copy=True)
 
 
 def _layer(key: str) -> str:

@@ -98,6 +98,8 @@ def load(
         if is_out_of_memory(error):
             raise
         raise LoadError(f"{path.name} cannot be loaded: {type(error).__name__}: {error}") from error
+    for tensor in (*net.parameters(), *net.buffers()):
+        tensor.data = tensor.data.clone()  # what is read is mapped, and changes with a file that is written over
     return Loaded(config, Part(net.eval(), digest), str(path), device, dtype)
 
 
