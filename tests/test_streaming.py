@@ -102,8 +102,8 @@ def test_what_is_wrong_from_the_start_is_no_stream(server: Server) -> None:
 
 
 def test_an_error_on_the_way_is_an_event(tmp_path: Path) -> None:
-    with quick.Server(tmp_path, tmp_path / "data", "--time-limit-s", "10") as server:
-        *_, last = events(server, {**LONG, "partial_images": 3})
+    with quick.Server(tmp_path, tmp_path / "data", "--time-limit-s", "2") as server:
+        *_, last = events(server, {"prompt": "a cat", "steps": quick.FOR_EVER, "partial_images": 3})
     assert set(last) == {"error"}
     assert set(last["error"]) == {"message", "type", "param", "code"}
     assert last["error"]["code"] == "timeout"
