@@ -395,8 +395,9 @@ class Service:
         if not named:
             return generations
         hosts = [host.strip().lower() for host in self.settings.lora_hosts.split(",") if host.strip()]
+        data = self.settings.data
         async with self._lora_downloads:
-            located = [await asyncio.to_thread(lora_files.locate, lora, config, hosts) for lora in named]
+            located = [await asyncio.to_thread(lora_files.locate, lora, config, hosts, data) for lora in named]
         files = dict(zip(named, located, strict=True))
         return [replace(each, loras=tuple(files[lora] for lora in each.loras)) for each in generations]
 
