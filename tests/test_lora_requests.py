@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import re
@@ -19,16 +20,19 @@ from starlette.testclient import TestClient
 from sfumato.api.app import create_app
 from sfumato.checkpoints import lora_files, weight_file
 from sfumato.commands.generate import _as_request, generate
+from sfumato.core import Control
 from sfumato.engine.local import Local
 from sfumato.errors import InvalidRequest
 from sfumato.loras import MAX_LORAS, Lora, checked, name_of, read_tags
 from sfumato.pictures import recipe
 from sfumato.pictures.store import Store
 from sfumato.serving.catalog import Catalog
+from sfumato.serving.planning import ImageRequest
 from sfumato.serving.service import Service
 from sfumato.settings import Settings
 from support import loras, tiny
 from support.answers import error_of, image_of, pixels
+from support.fake_engine import FakeEngine
 from support.here import use
 from support.hub import Hub
 
@@ -347,6 +351,15 @@ def test_lora_hosts_may_be_empty(folder: Path) -> None:
         with pytest.raises(InvalidRequest, match="lora_hosts: nowhere"):
             lora_files.locate(Lora(source), config, [], folder)
     assert lora_files.locate(Lora("anna"), config, [], folder).file
+
+
+def test_without_hub_no_controlnet_comes_from_there(folder: Path) -> None:
+    settings = Settings(models=folder, lora_hosts="", default_model="m")
+    service = Service(Catalog.of(settings), FakeEngine(), settings)
+    asked = ImageRequest(prompts=["a cat"], model="m", controls=[Control(b"", name="any/repo")])
+    with pytest.raises(InvalidRequest, match="lora_hosts") as refused:
+        asyncio.run(service.submit(asked))
+    assert refused.value.param == "controls[0].name"
 
 
 # The guide.
