@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,18 +18,21 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from sfumato.api.app import create_app
-from sfumato.checkpoints import lora_files
+from sfumato.checkpoints import lora_files, weight_file
 from sfumato.commands.generate import _as_request, generate
+from sfumato.core import Control
 from sfumato.engine.local import Local
 from sfumato.errors import InvalidRequest
 from sfumato.loras import MAX_LORAS, Lora, checked, name_of, read_tags
 from sfumato.pictures import recipe
 from sfumato.pictures.store import Store
 from sfumato.serving.catalog import Catalog
+from sfumato.serving.planning import ImageRequest
 from sfumato.serving.service import Service
 from sfumato.settings import Settings
 from support import loras, tiny
 from support.answers import error_of, image_of, pixels
+from support.fake_engine import FakeEngine
 from support.here import use
 from support.hub import Hub
 
@@ -231,6 +236,32 @@ def test_a_secret_in_a_url_is_shown_nowhere(client: TestClient, hub: Hub) -> Non
     assert "SECRET" not in refused.text
 
 
+def test_a_url_brings_its_own_file(client: TestClient, settings: Settings, hub: Hub, folder: Path) -> None:
+    """Not one of the same name that lies beside the model files, in `loras/`, or in the folder of downloads."""
+    hub.add("somebody/else", folder / "loras" / "people")
+    named = f"{hub.url}/somebody/else/resolve/main/anna.safetensors"
+    before = set(lora_files.found(folder))
+    expected = draw(client, loras="people/anna")
+    place = weight_file.path_for(named, settings.data / "loras", by_hand=False)
+    for path in (folder / "anna.safetensors", settings.data / "loras" / "anna.safetensors", place):
+        path.parent.mkdir(exist_ok=True)
+        shutil.copy(folder / "loras" / "watercolour.safetensors", path)
+    for _ in range(2):
+        assert np.abs(draw(client, loras=named) - expected).max() == 0
+    assert hub.downloads("somebody/else") == {"anna.safetensors": 1}
+    assert set(lora_files.found(folder)) == before
+    assert not list(folder.glob(".anna*"))
+
+
+@pytest.mark.parametrize("file", ["x.bin", "x.ckpt", "x.gguf", "x.html"])
+def test_a_url_of_another_kind_of_file_is_refused_before_the_download(client: TestClient, hub: Hub, file: str) -> None:
+    url = f"{hub.url}/acme/one/resolve/main/{file}?token=SECRET"
+    before = len(hub.requests)
+    error = error_of(client.post("/v1/images/generations", json={**FEW, "model": "m", "loras": url}))
+    assert "no .safetensors file" in error["message"] and "SECRET" not in error["message"]
+    assert len(hub.requests) == before
+
+
 # Lists, recipe, infotext.
 
 
@@ -318,8 +349,17 @@ def test_lora_hosts_may_be_empty(folder: Path) -> None:
     config = Catalog([folder]).get("m")
     for source in ("acme/one", "https://huggingface.co/acme/one/resolve/main/far.safetensors"):
         with pytest.raises(InvalidRequest, match="lora_hosts: nowhere"):
-            lora_files.locate(Lora(source), config, [])
-    assert lora_files.locate(Lora("anna"), config, []).file
+            lora_files.locate(Lora(source), config, [], folder)
+    assert lora_files.locate(Lora("anna"), config, [], folder).file
+
+
+def test_without_hub_no_controlnet_comes_from_there(folder: Path) -> None:
+    settings = Settings(models=folder, lora_hosts="", default_model="m")
+    service = Service(Catalog.of(settings), FakeEngine(), settings)
+    asked = ImageRequest(prompts=["a cat"], model="m", controls=[Control(b"", name="any/repo")])
+    with pytest.raises(InvalidRequest, match="lora_hosts") as refused:
+        asyncio.run(service.submit(asked))
+    assert refused.value.param == "controls[0].name"
 
 
 # The guide.

@@ -116,8 +116,8 @@ class Settings:
     )
     lora_hosts: str = _setting(
         "hub",
-        "Where LoRAs that requests name may be downloaded from: hosts, comma-separated, and hub for the Hugging Face "
-        "hub. Empty: only files in loras/ are used.",
+        "Where LoRAs and ControlNets that requests name may be downloaded from: hosts (of LoRAs), comma-separated, and "
+        "hub for the Hugging Face hub. Empty: only what lies in loras/ and controlnets/ is used.",
     )
     outputs_max_age_h: int = _setting(168, "Hours after which generated pictures are deleted; 0 keeps them.", least=0)
     outputs_max_mb: int = _setting(

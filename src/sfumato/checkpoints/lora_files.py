@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from huggingface_hub import hf_hub_download
 
@@ -24,6 +24,9 @@ from sfumato.errors import DownloadError, InvalidRequest, LoadError, ModelFileEr
 from sfumato.loras import Lora, name_of
 
 FOLDER = "loras"
+
+DOWNLOADED = "loras"
+"""In the data folder: what URLs of requests brought. Files that were put there by hand are not used."""
 
 HUB = "hub"
 """In the setting lora_hosts: hub ids."""
@@ -39,6 +42,8 @@ _OF_REPOSITORY = re.compile(
 )
 _HUB_SCHEME = re.compile(r"(huggingface|hf):/{0,2}", re.IGNORECASE)
 _URL = re.compile(r"https?://", re.IGNORECASE)
+_SUFFIX = re.compile(r"\.[a-z]\w*")
+"""Not the end of a version, as in `/download/v1.5`: the server names such a file."""
 
 
 def found(folder: Path) -> dict[str, Path]:
@@ -83,10 +88,10 @@ def of_model(config: ModelConfig) -> dict[str, str]:
     return {name_of(adapter.source): adapter.source for adapter in config.adapters}
 
 
-def locate(lora: Lora, config: ModelConfig, hosts: Sequence[str]) -> Lora:
+def locate(lora: Lora, config: ModelConfig, hosts: Sequence[str], data: Path) -> Lora:
     """The LoRA with its file, downloaded if necessary. Raises InvalidRequest naming `loras`, or DownloadError.
 
-    `hosts`: those that LoRAs may be downloaded from.
+    `hosts`: those that LoRAs may be downloaded from. `data`: the folder of the setting.
     """
     source = lora.source.strip()
     label = addresses.redact(source)
@@ -97,11 +102,11 @@ def locate(lora: Lora, config: ModelConfig, hosts: Sequence[str]) -> Lora:
         if number is not None:
             return replace(lora, source=label, default=number)
         if path is None:
-            path = _downloaded(source, config, hosts)
+            path = _downloaded(source, config, hosts, (data / DOWNLOADED).absolute())
         if path is None:
             raise _unknown(source, config)
         if path.suffix.lower() not in SUFFIXES:
-            raise InvalidRequest(f"loras: {label!r} is no .safetensors file; others are not loaded", param="loras")
+            raise _no_safetensors(label)
         weight_header.of_file(path)
         hashes = digests(path)
     except DownloadError:
@@ -145,13 +150,16 @@ def _in_folder(source: str, folder: Path) -> Path | None:
     return files[named[0]] if named else None
 
 
-def _downloaded(source: str, config: ModelConfig, hosts: Sequence[str]) -> Path | None:
+def _downloaded(source: str, config: ModelConfig, hosts: Sequence[str], folder: Path) -> Path | None:
     """The file of a URL or a hub id; None if it is neither."""
     if _URL.match(source):
         if source.startswith(f"{sources.HUB}/"):
             source = sources.hub_page(source)
         _refuse_host(urlsplit(source).hostname or "", hosts)
-        return weight_file.obtain(source, config.folder, report=lambda fraction, what: None)
+        suffix = PurePosixPath(unquote(urlsplit(source).path)).suffix.lower()
+        if _SUFFIX.fullmatch(suffix) and suffix not in SUFFIXES:
+            raise _no_safetensors(addresses.redact(source))
+        return weight_file.obtain(source, folder, report=lambda fraction, what: None, by_hand=False)
     match = _OF_REPOSITORY.fullmatch(_HUB_SCHEME.sub("", source))
     if match is None or (match["path"] is None and source.lower().endswith(SUFFIXES + sources.PICKLES)):
         return None
@@ -162,8 +170,12 @@ def _downloaded(source: str, config: ModelConfig, hosts: Sequence[str]) -> Path 
     with as_download_errors(repo, f"Put the file into {FOLDER}/"):
         file = match["path"] or _only_file(repo, files_of(repo, revision))
         if not file.lower().endswith(SUFFIXES):
-            raise InvalidRequest(f"loras: {source!r} is no .safetensors file; others are not loaded", param="loras")
+            raise _no_safetensors(addresses.redact(source))
         return Path(hf_hub_download(repo, file, revision=revision))
+
+
+def _no_safetensors(label: str) -> InvalidRequest:
+    return InvalidRequest(f"loras: {label[:200]!r} is no .safetensors file; others are not loaded", param="loras")
 
 
 def _only_file(repo: str, files: Sequence[str]) -> str:

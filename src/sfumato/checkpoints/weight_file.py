@@ -92,25 +92,28 @@ def fetch(url: str, target: Path, *, sha256: str | None, report: OnProgress) -> 
     return target
 
 
-def path_for(url: str, folder: Path) -> Path:
+def path_for(url: str, folder: Path, *, by_hand: bool = True) -> Path:
     """Path for the file of a URL: its own name plus a hash of the URL, as many are called `model.safetensors`.
 
-    A file with its own name that was put there by hand is used by the first URL that needs it. If a URL has no file
-    name, the server names the file; until it is downloaded, the path has only the hash.
+    A file with its own name that was put there by hand is used by the first URL that needs it, unless `by_hand` is
+    False. If a URL has no file name, the server names the file; until it is downloaded, the path has only the hash.
     """
     name = unquote(Path(urlsplit(url).path).name).replace("/", "_")
-    by_hand, mark = folder / name, _digest(url)[:10]
+    plain, mark = folder / name, _digest(url)[:10]
     if not _is_weight_name(name):
         existing = (path for path in folder.glob(f"[!.]*-{mark}.*") if path.is_file())
         return next(existing, folder / f"{name[:80]}-{mark}")
-    if by_hand.is_file() and ((version := _version(by_hand)) is None or version.url == _digest(url)):
-        return by_hand
-    return by_hand.with_name(f"{by_hand.stem}-{mark}{by_hand.suffix}")
+    if by_hand and plain.is_file() and ((version := _version(plain)) is None or version.url == _digest(url)):
+        return plain
+    return plain.with_name(f"{plain.stem}-{mark}{plain.suffix}")
 
 
-def obtain(url: str, folder: Path, *, report: OnProgress) -> Path:
+def obtain(url: str, folder: Path, *, report: OnProgress, by_hand: bool = True) -> Path:
     """Download the file of a URL to its path (`path_for`), if necessary. Raises DownloadError or LoadError."""
-    target = path_for(url, folder)
+    target = path_for(url, folder, by_hand=by_hand)
+    if not by_hand and target.is_file() and not records(target):
+        target.unlink()
+        target = path_for(url, folder, by_hand=False)
     if _is_weight_name(target.name):
         if target.exists() and _version(target) is None:
             with _optional():
@@ -119,7 +122,7 @@ def obtain(url: str, folder: Path, *, report: OnProgress) -> Path:
     with as_download_errors(url, target):
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(target, report):
-            if (path := path_for(url, folder)) == target:
+            if (path := path_for(url, folder, by_hand=by_hand)) == target:
                 if not target.exists():
                     _download(url, target, None, report)
                 path = _move_to_server_name(url, target)

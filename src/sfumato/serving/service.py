@@ -19,7 +19,15 @@ from sfumato.checkpoints.static_capabilities import static_capabilities
 from sfumato.config import ModelConfig
 from sfumato.core import Abilities, Done, Failed, Generation, Limits, Step
 from sfumato.engine.protocol import Engine, Load, Pin, Unload
-from sfumato.errors import Cancelled, RequestNotFound, SfumatoError, TimedOut, TooManyRequests, WorkerDied
+from sfumato.errors import (
+    Cancelled,
+    InvalidRequest,
+    RequestNotFound,
+    SfumatoError,
+    TimedOut,
+    TooManyRequests,
+    WorkerDied,
+)
 from sfumato.pictures.budget import Budget, Share
 from sfumato.pictures.decoder_pool import Decoders
 from sfumato.pictures.fetch import PictureFetcher
@@ -373,7 +381,14 @@ class Service:
         """
         names = [(index, control.name) for index, control in enumerate(request.controls) if control.name]
         for index, name in names:
-            await asyncio.to_thread(controlnets.find, config.folder, name, f"controls[{index}].name")
+            param = f"controls[{index}].name"
+            _, source = await asyncio.to_thread(controlnets.find, config.folder, name, param)
+            if isinstance(source, controlnets.HubNet) and lora_files.HUB not in self._hosts:
+                raise InvalidRequest(
+                    f"{param}: nothing is downloaded from the hub for requests (the setting lora_hosts); put the "
+                    f"ControlNet into {controlnets.FOLDER}/ beside the model files",
+                    param=param,
+                )
         if names or self.engine.status(config.name).info:  # with a ControlNet of the request, another class draws
             return
         known, config_read, read_at = self._foreseen.get(config.name, (None, None, -FORESEEN_S))
@@ -389,14 +404,20 @@ class Service:
                 controls=len(request.controls),
             )
 
+    @property
+    def _hosts(self) -> list[str]:
+        """Where LoRAs and ControlNets of requests may be downloaded from."""
+        return [host.strip().lower() for host in self.settings.lora_hosts.split(",") if host.strip()]
+
     async def _with_lora_files(self, generations: list[Generation], config: ModelConfig) -> list[Generation]:
         """The generations with the files of their LoRAs, downloaded if necessary. Raises InvalidRequest."""
         named = list(dict.fromkeys(lora for generation in generations for lora in generation.loras))
         if not named:
             return generations
-        hosts = [host.strip().lower() for host in self.settings.lora_hosts.split(",") if host.strip()]
+        hosts = self._hosts
+        data = self.settings.data
         async with self._lora_downloads:
-            located = [await asyncio.to_thread(lora_files.locate, lora, config, hosts) for lora in named]
+            located = [await asyncio.to_thread(lora_files.locate, lora, config, hosts, data) for lora in named]
         files = dict(zip(named, located, strict=True))
         return [replace(each, loras=tuple(files[lora] for lora in each.loras)) for each in generations]
 
