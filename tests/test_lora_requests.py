@@ -7,6 +7,7 @@ import base64
 import json
 import re
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -388,3 +389,35 @@ def test_the_guides_table_of_clients(client: TestClient, expected: Any) -> None:
                 assert np.abs(picture - expected).max() == 0, entry
             if field != "prompt":
                 assert np.abs(draw(client, **{field: [value]}) - picture).max() == 0
+
+
+def test_slow_downloads_keep_nobody_waiting_whose_lora_is_here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    let_go, located = threading.Event(), lora_files.locate
+
+    def slow(lora: Lora, *rest: Any) -> Lora:
+        if "/" in lora.source:
+            assert let_go.wait(120)
+            raise InvalidRequest("gone")
+        return located(lora, *rest)
+
+    monkeypatch.setattr(lora_files, "locate", slow)
+
+    async def run() -> None:
+        service = Service(Catalog([folder]), FakeEngine(), Settings(data=folder / "data", max_queue=20))
+
+        def asked(name: str) -> asyncio.Task[Any]:
+            request = ImageRequest(prompts=["x"], model="m", loras=(Lora(name),))
+            return asyncio.create_task(service.submit(request))
+
+        waiting = [asked("acme/one") for _ in range(8)]
+        job = await asked("watercolour")
+        assert len(await job.pictures()) == 1
+        assert not any(task.done() for task in waiting)
+        let_go.set()
+        assert all(isinstance(each, InvalidRequest) for each in await asyncio.gather(*waiting, return_exceptions=True))
+        await service.stop()
+
+    try:
+        asyncio.run(run())
+    finally:
+        let_go.set()

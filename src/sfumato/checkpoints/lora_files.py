@@ -119,6 +119,17 @@ def locate(lora: Lora, config: ModelConfig, hosts: Sequence[str], data: Path) ->
     return replace(lora, source=label, file=str(path), sha256=hashes[0], short_hash=hashes[1])
 
 
+def is_here(lora: Lora, config: ModelConfig) -> bool:
+    """Whether it is the model file's, or a file in the folder, so that nothing is downloaded for it."""
+    source = lora.source.strip()
+    if _URL.match(source) or _HUB_SCHEME.match(source):
+        return False
+    try:
+        return _number(source, config) is not None or _in_folder(source, config.folder) is not None
+    except (OSError, ValueError, LoadError, ModelFileError, InvalidRequest):
+        return True  # `locate` says what is wrong with it
+
+
 def _number(source: str, config: ModelConfig) -> int | None:
     """The number of the model file's LoRA that has this name, or that the file names so."""
     for number, adapter in enumerate(config.adapters):

@@ -9,6 +9,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import replace
 from typing import TypeAlias
@@ -28,6 +29,7 @@ from sfumato.errors import (
     TooManyRequests,
     WorkerDied,
 )
+from sfumato.loras import Lora
 from sfumato.pictures.budget import Budget, Share
 from sfumato.pictures.decoder_pool import Decoders
 from sfumato.pictures.fetch import PictureFetcher
@@ -73,7 +75,7 @@ class Service:
         self.budget = Budget(settings.max_waiting_mb * 2**20, self.queue.retry_after)
         self.limits = Limits(settings.max_pixels, settings.max_side, settings.max_aspect)
         self.fetcher = PictureFetcher(settings.picture_hosts.split(","))
-        self._lora_downloads = asyncio.Semaphore(LORA_DOWNLOADS)
+        self._lora_downloads = ThreadPoolExecutor(LORA_DOWNLOADS, "sfumato-lora")
         self._arrivals: list[Arrival] = []
         self._jobs: list[Job] = []
         self._pins: dict[str, bool] = {}
@@ -414,12 +416,21 @@ class Service:
         named = list(dict.fromkeys(lora for generation in generations for lora in generation.loras))
         if not named:
             return generations
-        hosts = self._hosts
-        data = self.settings.data
-        async with self._lora_downloads:
-            located = [await asyncio.to_thread(lora_files.locate, lora, config, hosts, data) for lora in named]
+        limit = self.settings.time_limit_s
+        try:
+            async with asyncio.timeout(limit):
+                located = await asyncio.gather(*(self._lora_file(lora, config) for lora in named))
+        except TimeoutError:
+            raise TimedOut(f"loras: not downloaded within {limit} s (the setting time_limit_s)") from None
         files = dict(zip(named, located, strict=True))
         return [replace(each, loras=tuple(files[lora] for lora in each.loras)) for each in generations]
+
+    async def _lora_file(self, lora: Lora, config: ModelConfig) -> Lora:
+        """Downloads have threads of their own: slow ones keep nobody waiting whose LoRA is here."""
+        here = await asyncio.to_thread(lora_files.is_here, lora, config)
+        threads = None if here else self._lora_downloads
+        locate = functools.partial(lora_files.locate, lora, config, self._hosts, self.settings.data)
+        return await asyncio.get_running_loop().run_in_executor(threads, locate)
 
     def _sources(self, request: ImageRequest, share: Share) -> Sources | None:
         """Raises RequestTooLarge or TooManyRequests if the pictures exceed the budget."""
