@@ -290,3 +290,37 @@ def test_a_picture_whose_model_is_loaded_takes_no_place() -> None:
         assert (queue.running, queue.waiting) == (0, 0)
 
     within_a_loop(body)
+
+
+def test_a_burst_for_a_model_that_is_loaded_keeps_its_share_and_no_more() -> None:
+    """Otherwise all of it would be in flight when the load has ended, and another's single picture after it."""
+
+    def body() -> None:
+        queue = Queue(places=4, limit=100)
+        burst = queue.join("ann", 60)
+        aside: list[Ticket] = []
+        held: list[Ticket] = []
+        while turns := [each for each in burst if each.called.is_set() and each not in aside]:
+            for ticket in turns:
+                if queue.hold(ticket):
+                    held.append(ticket)
+                else:
+                    queue.place(ticket, False)
+                    aside.append(ticket)
+        assert (len(aside), len(held)) == (3, 57)
+        assert (queue.running, queue.waiting) == (0, 60)
+        same_caller = queue.join("ann", 1)[0]
+        assert same_caller.called.is_set(), "of another model, which is in memory"
+        queue.leave(same_caller, drawn=True)
+        queue.leave(held.pop(), drawn=False)  # cancelled meanwhile
+        for ticket in aside:
+            queue.place(ticket, True)
+        queue.release(held)
+        assert queue.running == 3
+        single = queue.join("bob", 1)[0]
+        assert single.called.is_set()
+        for ticket in (single, *burst):
+            queue.leave(ticket, drawn=True)
+        assert (queue.running, queue.waiting) == (0, 0)
+
+    within_a_loop(body)

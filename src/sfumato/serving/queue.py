@@ -3,6 +3,11 @@
 Next is the waiting caller with the fewest pictures in flight, then the one served longest ago; for one
 caller, first come, first served. The last free place is reserved for a caller with nothing in flight, so a
 single picture does not have to wait for another caller's hundred.
+
+A picture whose model is being loaded is put aside and takes no place. Of one caller, no more of them leave the queue
+than it may have in flight; the others return to it until the load has ended. Those that were put aside are with the
+engine already and draw at once when it has ended, so more than `places` may be in flight then: for each caller and
+load, by at most all places but one.
 """
 
 from __future__ import annotations
@@ -52,12 +57,12 @@ class Queue:
         self._lines: dict[str, dict[Ticket, None]] = {}
         """Caller → its waiting tickets in order of arrival; only callers that have any."""
         self._unready: dict[str, dict[Ticket, None]] = {}
-        """The same for tickets that must not be called yet, as their pictures are still being fetched."""
+        """The same for tickets that must not be called yet: their pictures are being fetched, or their model loaded."""
         self._waiting = 0
         self._in_flight: Counter[str] = Counter()
         self._running = 0
-        self._aside = 0
-        """Pictures in flight that take no place, as their model is being loaded."""
+        self._aside: Counter[str] = Counter()
+        """Caller → its pictures that were called but take no place, as their model is being loaded."""
         self._served: dict[str, int] = {}
         """Caller → number of turns begun when it last got one; only callers waiting or in flight."""
         self._turns = 0
@@ -69,7 +74,7 @@ class Queue:
     @property
     def waiting(self) -> int:
         """Pictures that wait for their turn, or for the load of their model."""
-        return self._waiting + self._aside
+        return self._waiting + self._aside.total()
 
     @property
     def running(self) -> int:
@@ -108,8 +113,11 @@ class Queue:
             if ticket in self._unready.get(ticket.caller, ()):
                 self._take(ticket)
                 self._waiting += 1
-                line = self._lines.pop(ticket.caller, {}) | {ticket: None}
-                self._lines[ticket.caller] = dict.fromkeys(sorted(line, key=lambda each: each.number))
+                line = self._lines.setdefault(ticket.caller, {})
+                in_order = not line or next(reversed(line)).number < ticket.number
+                line[ticket] = None
+                if not in_order:
+                    self._lines[ticket.caller] = dict.fromkeys(sorted(line, key=lambda each: each.number))
         self._call()
 
     def leave(self, ticket: Ticket, *, drawn: bool) -> None:
@@ -124,22 +132,40 @@ class Queue:
             if ticket.placed:
                 self._count(ticket, False)
             else:
-                self._aside -= 1
+                self._count_aside(ticket.caller, -1)
         else:
             return
         self._call()
-        if not any(ticket.caller in those for those in (self._lines, self._unready, self._in_flight)):
+        if not any(ticket.caller in those for those in (self._lines, self._unready, self._in_flight, self._aside)):
             self._served.pop(ticket.caller, None)
 
     def place(self, ticket: Ticket, placed: bool) -> None:
-        """A picture in flight takes a place, or none while its model is loaded. Those that return may be too many."""
+        """A called picture takes a place, or none while its model is loaded. Those that return may be too many."""
         if ticket.since is None or ticket.placed == placed:
             return
         if placed:
             ticket.since = time.monotonic()  # the load is no time of drawing
         self._count(ticket, placed)
-        self._aside += -1 if placed else 1
+        self._count_aside(ticket.caller, -1 if placed else 1)
         self._call()
+
+    def hold(self, ticket: Ticket) -> bool:
+        """Call it when the turn of a picture has come, and its model is being loaded.
+
+        If its caller has its share in flight or aside without it, it returns to the queue, to be called again after
+        `release`. Returns whether it did.
+        """
+        caller = ticket.caller
+        others = self._in_flight[caller] + self._aside[caller] - 1
+        if not ticket.placed or others < max(1, self._places - 1):
+            return False
+        ticket.since = None
+        ticket.called.clear()
+        self._count(ticket, False)
+        self._unready.setdefault(caller, {})[ticket] = None
+        self._waiting += 1
+        self._call()
+        return True
 
     def _count(self, ticket: Ticket, placed: bool) -> None:
         ticket.placed = placed
@@ -147,6 +173,11 @@ class Queue:
         self._in_flight[ticket.caller] += 1 if placed else -1
         if not self._in_flight[ticket.caller]:
             del self._in_flight[ticket.caller]
+
+    def _count_aside(self, caller: str, more: int) -> None:
+        self._aside[caller] += more
+        if not self._aside[caller]:
+            del self._aside[caller]
 
     def position(self, ticket: Ticket) -> int:
         """Turns until its own, if no other arrives: 1 is next; 0: its turn has come, or it is not ready."""

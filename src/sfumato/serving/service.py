@@ -266,10 +266,11 @@ class Service:
         limit = self.settings.time_limit_s
         try:
             async with asyncio.timeout(limit), asyncio.TaskGroup() as group:
-                pictures = group.create_task(self._take_pictures(job, sources)) if sources else None
+                turn = asyncio.Event()
+                pictures = group.create_task(self._take_pictures(job, sources, turn)) if sources else None
                 del sources  # the encoded pictures are released as soon as they are decoded
                 for index, part in enumerate(job.parts):
-                    group.create_task(self._draw_picture(job, index, part, pictures))
+                    group.create_task(self._draw_picture(job, index, part, pictures, turn))
         except TimeoutError:
             raise TimedOut(
                 f"not drawn within {limit} s (the setting time_limit_s): request fewer steps or a smaller size"
@@ -277,17 +278,11 @@ class Service:
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None  # the first failure is why the others were cancelled
 
-    async def _take_pictures(self, job: Job, sources: Sources) -> Decoded:
+    async def _take_pictures(self, job: Job, sources: Sources, turn: asyncio.Event) -> Decoded:
         """Fetch the pictures immediately, and decode them when the job's turn has come."""
         await sources.fetch(self.fetcher, self.decoders)
-        tickets = [part.ticket for part in job.parts]
-        self.queue.release(tickets)
-        turns = [asyncio.ensure_future(ticket.called.wait()) for ticket in tickets]
-        try:
-            await asyncio.wait(turns, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for turn in turns:
-                turn.cancel()
+        self.queue.release([part.ticket for part in job.parts])
+        await turn.wait()
         return await sources.decode(self.decoders)
 
     def _leave(self, job: Job) -> None:
@@ -309,9 +304,13 @@ class Service:
         self._jobs.remove(job)
         self._ended.append(job.progress())
 
-    async def _draw_picture(self, job: Job, index: int, part: Part, pictures: asyncio.Task[Decoded] | None) -> None:
+    async def _draw_picture(
+        self, job: Job, index: int, part: Part, pictures: asyncio.Task[Decoded] | None, turn: asyncio.Event
+    ) -> None:
+        """`turn`: set when the first picture of the job has its turn."""
         queued_at = time.monotonic()
-        await part.ticket.called.wait()
+        await self._wait_for_turn(job.config.name, part.ticket)
+        turn.set()
         turn_at = time.monotonic()
         self.metrics.record_wait(turn_at - queued_at)
         try:
@@ -343,13 +342,25 @@ class Service:
             raise WorkerDied("the engine stopped without an answer")
         self.metrics.record_picture(job.config.name, time.monotonic() - turn_at)
 
+    async def _wait_for_turn(self, model: str, ticket: Ticket) -> None:
+        """While enough pictures of its caller wait for the load of a model, the picture stays in the queue."""
+        await ticket.called.wait()
+        while self._loading(model) and self.queue.hold(ticket):
+            while self._loading(model):  # noqa: ASYNC110 (the engine has a status for it, and no event)
+                await asyncio.sleep(LOOK_S)
+            self.queue.release([ticket])
+            await ticket.called.wait()
+
+    def _loading(self, model: str) -> bool:
+        return self.engine.status(model).state in LOADING
+
     @asynccontextmanager
     async def _placed(self, model: str, ticket: Ticket) -> AsyncIterator[Callable[[], None]]:
         """While the model is loaded, the picture takes no place in the queue. Call what it returns at each event."""
 
         async def look() -> None:
             while True:
-                self.queue.place(ticket, self.engine.status(model).state not in LOADING)
+                self.queue.place(ticket, not self._loading(model))
                 await asyncio.sleep(LOOK_S)
 
         looking = asyncio.create_task(look())
