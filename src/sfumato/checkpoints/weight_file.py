@@ -42,10 +42,8 @@ OnProgress: TypeAlias = Callable[[float | None, str], None]
 TIMEOUT_S = 30.0
 BROKEN = (httpx.RemoteProtocolError, httpx.ReadError, httpx.ReadTimeout)
 """A connection broke or fell silent."""
-RETRIES = 3
-"""Connections that break without a byte before a download is given up."""
-RETRY_S = 1.0
-"""After the first of them; longer after each."""
+RETRIES, RETRY_S = 3, 1.0
+"""Connections that break without a byte before a download is given up; the wait after the first, longer after each."""
 WAIT_S = 1.0
 """Whoever waits for another process says so this often."""
 ON = ("1", "ON", "YES", "TRUE")

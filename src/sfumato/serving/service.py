@@ -9,7 +9,6 @@ import time
 import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import replace
 from typing import TypeAlias
@@ -18,7 +17,7 @@ from sfumato import logs
 from sfumato.checkpoints import controlnets, lora_files
 from sfumato.checkpoints.static_capabilities import static_capabilities
 from sfumato.config import ModelConfig
-from sfumato.core import Abilities, Done, Failed, Generation, Limits, Step
+from sfumato.core import Abilities, Done, Failed, Limits, Step
 from sfumato.engine.protocol import Engine, Load, Pin, Unload
 from sfumato.errors import (
     Cancelled,
@@ -29,7 +28,6 @@ from sfumato.errors import (
     TooManyRequests,
     WorkerDied,
 )
-from sfumato.loras import Lora
 from sfumato.pictures.budget import Budget, Share
 from sfumato.pictures.decoder_pool import Decoders
 from sfumato.pictures.fetch import PictureFetcher
@@ -40,15 +38,13 @@ from sfumato.serving.job import CANCELLED, Arrival, Job, Part, Progress
 from sfumato.serving.metrics import Metrics
 from sfumato.serving.planning import ImageRequest, plan
 from sfumato.serving.queue import MAX_RETRY_AFTER_S, Queue, Ticket
+from sfumato.serving.request_loras import RequestLoras
 from sfumato.settings import Settings
 
 log = logging.getLogger(__name__)
 
 FORESEEN_S = 5.0
 """How long what the files of a model say holds: many requests may wait for it while it loads."""
-
-LORA_DOWNLOADS = 4
-"""Requests whose LoRAs are looked for at a time; those of others wait."""
 
 LOADING = ("loading", "downloading")
 LOOK_S = 0.2
@@ -75,7 +71,7 @@ class Service:
         self.budget = Budget(settings.max_waiting_mb * 2**20, self.queue.retry_after)
         self.limits = Limits(settings.max_pixels, settings.max_side, settings.max_aspect)
         self.fetcher = PictureFetcher(settings.picture_hosts.split(","))
-        self._lora_downloads = ThreadPoolExecutor(LORA_DOWNLOADS, "sfumato-lora")
+        self._loras = RequestLoras(settings)
         self._arrivals: list[Arrival] = []
         self._jobs: list[Job] = []
         self._pins: dict[str, bool] = {}
@@ -115,7 +111,7 @@ class Service:
         config = self.catalog.get(request.model)
         generations = plan(request, config, self.limits, self.settings.max_n)
         await self._check_inputs(request, config)
-        generations = await self._with_lora_files(generations, config)
+        generations = await self._loras.with_files(generations, config)
         # Nothing is awaited from here on, so that its progress is always known and cancelling it always works.
         if arrival := self._arrival(request.id, request.caller):
             arrival.submit()
@@ -346,8 +342,10 @@ class Service:
         """While enough pictures of its caller wait for the load of a model, the picture stays in the queue."""
         await ticket.called.wait()
         while self._loading(model) and self.queue.hold(ticket):
-            while self._loading(model):  # noqa: ASYNC110 (the engine has a status for it, and no event)
-                await asyncio.sleep(LOOK_S)
+            loading = True
+            while loading:
+                loading = self._loading(model)
+                await asyncio.sleep(LOOK_S)  # also when it has ended: those put aside see it, and take places first
             self.queue.release([ticket])
             await ticket.called.wait()
 
@@ -396,7 +394,7 @@ class Service:
         for index, name in names:
             param = f"controls[{index}].name"
             _, source = await asyncio.to_thread(controlnets.find, config.folder, name, param)
-            if isinstance(source, controlnets.HubNet) and lora_files.HUB not in self._hosts:
+            if isinstance(source, controlnets.HubNet) and lora_files.HUB not in self._loras.hosts:
                 raise InvalidRequest(
                     f"{param}: nothing is downloaded from the hub for requests (the setting lora_hosts); put the "
                     f"ControlNet into {controlnets.FOLDER}/ beside the model files",
@@ -416,32 +414,6 @@ class Service:
                 mask=request.mask is not None,
                 controls=len(request.controls),
             )
-
-    @property
-    def _hosts(self) -> list[str]:
-        """Where LoRAs and ControlNets of requests may be downloaded from."""
-        return [host.strip().lower() for host in self.settings.lora_hosts.split(",") if host.strip()]
-
-    async def _with_lora_files(self, generations: list[Generation], config: ModelConfig) -> list[Generation]:
-        """The generations with the files of their LoRAs, downloaded if necessary. Raises InvalidRequest."""
-        named = list(dict.fromkeys(lora for generation in generations for lora in generation.loras))
-        if not named:
-            return generations
-        limit = self.settings.time_limit_s
-        try:
-            async with asyncio.timeout(limit):
-                located = await asyncio.gather(*(self._lora_file(lora, config) for lora in named))
-        except TimeoutError:
-            raise TimedOut(f"loras: not downloaded within {limit} s (the setting time_limit_s)") from None
-        files = dict(zip(named, located, strict=True))
-        return [replace(each, loras=tuple(files[lora] for lora in each.loras)) for each in generations]
-
-    async def _lora_file(self, lora: Lora, config: ModelConfig) -> Lora:
-        """Downloads have threads of their own: slow ones keep nobody waiting whose LoRA is here."""
-        here = await asyncio.to_thread(lora_files.is_here, lora, config)
-        threads = None if here else self._lora_downloads
-        locate = functools.partial(lora_files.locate, lora, config, self._hosts, self.settings.data)
-        return await asyncio.get_running_loop().run_in_executor(threads, locate)
 
     def _sources(self, request: ImageRequest, share: Share) -> Sources | None:
         """Raises RequestTooLarge or TooManyRequests if the pictures exceed the budget."""

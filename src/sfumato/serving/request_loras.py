@@ -1,0 +1,51 @@
+"""The files of the LoRAs that requests name, downloaded if necessary."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+from sfumato.checkpoints import lora_files
+from sfumato.config import ModelConfig
+from sfumato.core import Generation
+from sfumato.errors import TimedOut
+from sfumato.loras import Lora
+from sfumato.settings import Settings
+
+DOWNLOADS = 4
+"""LoRAs that are downloaded at a time."""
+
+
+class RequestLoras:
+    """Downloads have threads of their own: slow ones keep nobody waiting whose LoRA is here."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._downloads = ThreadPoolExecutor(DOWNLOADS, "sfumato-lora")
+
+    @property
+    def hosts(self) -> list[str]:
+        """Where LoRAs and ControlNets of requests may be downloaded from."""
+        return [host.strip().lower() for host in self._settings.lora_hosts.split(",") if host.strip()]
+
+    async def with_files(self, generations: list[Generation], config: ModelConfig) -> list[Generation]:
+        """The generations with the files of their LoRAs. Raises InvalidRequest, DownloadError or TimedOut."""
+        named = list(dict.fromkeys(lora for generation in generations for lora in generation.loras))
+        if not named:
+            return generations
+        limit = self._settings.time_limit_s
+        try:
+            async with asyncio.timeout(limit):
+                located = await asyncio.gather(*(self._located(lora, config) for lora in named))
+        except TimeoutError:
+            raise TimedOut(f"loras: not downloaded within {limit} s (the setting time_limit_s)") from None
+        files = dict(zip(named, located, strict=True))
+        return [replace(each, loras=tuple(files[lora] for lora in each.loras)) for each in generations]
+
+    async def _located(self, lora: Lora, config: ModelConfig) -> Lora:
+        here = await asyncio.to_thread(lora_files.is_here, lora, config)
+        threads = None if here else self._downloads
+        locate = functools.partial(lora_files.locate, lora, config, self.hosts, self._settings.data)
+        return await asyncio.get_running_loop().run_in_executor(threads, locate)
