@@ -235,6 +235,17 @@ def test_a_secret_in_a_url_is_shown_nowhere(client: TestClient, hub: Hub) -> Non
     refused = client.post("/v1/images/generations", json={**FEW, "loras": url.replace("far", "gone")})
     assert refused.status_code in (400, 503)
     assert "SECRET" not in refused.text
+    for body in (
+        {"loras": {"name": url, "weight": "much"}},
+        {"loras": {"name": url, "wait": 1}},
+        {"loras": [url] * 11},
+        {"prompt": "a <lora:https://u:SECRET@host/x.safetensors:much>"},
+        {"loras": url.replace("safetensors", "bin")},
+    ):
+        refused = client.post("/v1/images/generations", json={**FEW, "model": "m", **body})
+        assert refused.status_code == 400, refused.text
+        assert "SECRET" not in refused.text
+        assert "Lora(" not in refused.text
 
 
 def test_a_url_brings_its_own_file(client: TestClient, settings: Settings, hub: Hub, folder: Path) -> None:

@@ -139,8 +139,5 @@ def of_defaults(loras: Iterable[Lora]) -> dict[int, Lora]:
     for lora in loras:
         if lora.default is not None:
             before = found.get(lora.default)
-            weight, text = lora.weight, lora.weight_of_text
-            if before is not None:
-                weight, text = weight + before.weight, text + before.weight_of_text
-            found[lora.default] = replace(lora, weight=weight, text_weight=text)
+            found[lora.default] = _sum(before, lora) if before else lora
     return found

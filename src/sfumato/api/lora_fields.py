@@ -33,6 +33,8 @@ def _entries(value: Any) -> list[Any]:
         else:
             value = text
     values = value if isinstance(value, list) else [] if value is None else [value]
+    if len(values) > MAX_LORAS:
+        raise ValueError(f"there are {len(values)}; at most {MAX_LORAS} act on a picture")
     return [_entry(each) for each in values if each != ""]
 
 

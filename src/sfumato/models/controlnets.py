@@ -36,9 +36,6 @@ from sfumato.pipelines import capabilities
 
 log = logging.getLogger(__name__)
 
-UNION = "ControlNetUnionModel"
-"""Tells kinds of controls apart; diffusers has pipelines of their own for it."""
-
 ALIKE = (
     "in_channels", "cross_attention_dim", "block_out_channels", "addition_embed_type",
     "joint_attention_dim", "num_attention_heads", "attention_head_dim", "pooled_projection_dim",
@@ -99,7 +96,8 @@ def load(
             raise
         raise LoadError(f"{path.name} cannot be loaded: {type(error).__name__}: {error}") from error
     for tensor in (*net.parameters(), *net.buffers()):
-        tensor.data = tensor.data.clone()  # what is read is mapped, and changes with a file that is written over
+        if tensor.device.type == "cpu":  # what is read is mapped, and changes with a file that is written over
+            tensor.data = tensor.data.clone()
     return Loaded(config, Part(net.eval(), digest), str(path), device, dtype)
 
 

@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from sfumato import logs
+from sfumato.config.addresses import redact
 from sfumato.errors import DownloadError, InvalidRequest, SfumatoError, TooManyRequests, Unauthorized, in_words
 
 log = logging.getLogger(__name__)
@@ -32,9 +33,8 @@ def install(app: FastAPI) -> None:
 
 
 def shape(error: SfumatoError) -> dict[str, dict[str, str | None]]:
-    return {
-        "error": {"message": error.message[:MAX_MESSAGE], "type": error.type, "param": error.param, "code": error.code},
-    }
+    message = redact(error.message)[:MAX_MESSAGE]  # it may quote a URL of the request
+    return {"error": {"message": message, "type": error.type, "param": error.param, "code": error.code}}
 
 
 def response(error: SfumatoError) -> JSONResponse:
