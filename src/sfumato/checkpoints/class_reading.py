@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from sfumato.checkpoints import class_needs, diffusers_source
+from sfumato.checkpoints import class_needs, diffusers_source, feature_caches
 from sfumato.checkpoints.class_needs import Lacks
 from sfumato.config import ModelConfig
 from sfumato.core import Abilities
@@ -123,6 +123,11 @@ def abilities_of(config: ModelConfig, kin: Kin) -> Abilities:
     """What requests may ask of a model file's class."""
     if kin.own.name in capabilities.UPSCALERS:
         return capabilities.UPSCALING
+    if config.cache:
+        image, mask = (
+            each if each and feature_caches.says_its_calls(each.name) else None for each in (kin.image, kin.mask)
+        )
+        kin = replace(kin, image=image, mask=mask)
     return abilities(kin, config.options)
 
 

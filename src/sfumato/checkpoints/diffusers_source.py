@@ -90,6 +90,15 @@ def inherited(name: str, attribute: str) -> Any:
     return next((value for base in bases if (value := inherited(base, attribute)) is not None), None)
 
 
+def ancestors(name: str) -> Iterator[str]:
+    """The names of the base classes of a diffusers class, and of theirs."""
+    definition = _class(name)
+    for base in definition.bases if definition else ():
+        if isinstance(base, ast.Name) and base.id != name:
+            yield base.id
+            yield from ancestors(base.id)
+
+
 @functools.cache
 def _class(name: str) -> ast.ClassDef | None:
     path = files().get(name)

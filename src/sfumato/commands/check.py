@@ -173,7 +173,7 @@ def _memory(config: ModelConfig) -> Iterator[str]:
         yield told
     elif config.low_vram or config.offload:
         yield f"offload: {config.offload or 'model, or group where that does not fit'}; no effect on a CPU"
-    for key in ("vae_slicing", "vae_tiling", "layerwise_casting", "quantization"):
+    for key in ("vae_slicing", "vae_tiling", "layerwise_casting", "quantization", "cache"):
         if value := getattr(config, key):
             yield key if value is True else f"{key}: {value}"
     if config.quantization and (devices := quantizers.QUANTIZERS[config.quantization].devices):

@@ -189,6 +189,11 @@ KEYS: tuple[Key, ...] = (
             "`int8`, `fp8` (package torchao), `nf4`, `fp4` (package bitsandbytes, CUDA): denoiser and large text "
             "encoders are quantised while they are loaded.",
         ),
+        (
+            "cache", "cache", read.cache,
+            "Skips layers of a transformer whose output changes little from step to step: `first_block`, `taylorseer`, "
+            "or a mapping with one of them as `type` and its settings beside it. Faster, and another picture.",
+        ),
         ("threads", "threads", read.integer(1, 4096, absent=0), "CPU threads."),
     ),
     *_group(

@@ -67,6 +67,18 @@ class Download:
     sha256: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class FeatureCache:
+    """A way to skip layers whose output changes little from step to step, with the settings that the file gives it."""
+
+    kind: str
+    """A key of `readers.CACHES`."""
+    settings: tuple[tuple[str, int | float | bool], ...] = ()
+
+    def __str__(self) -> str:
+        return ":".join((self.kind, *(f"{name}={value}" for name, value in self.settings)))
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """One model. `None` means that the file does not say; see `DEFAULTS`."""
@@ -150,6 +162,7 @@ class ModelConfig:
     """The dtype in which the denoiser's weights are stored: a value of `readers.STORAGE_DTYPES`."""
     quantization: str | None = None
     """A key of `models.quantizers.QUANTIZERS`."""
+    cache: FeatureCache | None = None
     threads: int | None = None
 
     max_concurrent: int | None = None

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 from urllib.parse import urlparse
 
 from sfumato.config import addresses
-from sfumato.config.model import Download
+from sfumato.config.model import Download, FeatureCache
 from sfumato.config.scalar import scalar
 from sfumato.core import MAX_SEED, QUALITIES, keep_alive_seconds
 from sfumato.errors import did_you_mean, in_words
@@ -136,6 +136,18 @@ def _range(minimum: float, maximum: float | None) -> str:
     return f"from {minimum:g} up" if maximum is None or maximum == math.inf else f"from {minimum:g} to {maximum:g}"
 
 
+CACHES: Mapping[str, Mapping[str, Reader]] = {
+    "first_block": {"threshold": number(0, 10)},
+    "taylorseer": {
+        "cache_interval": integer(1, 1000),
+        "disable_cache_before_step": integer(1, 1000),
+        "disable_cache_after_step": integer(1, 1000),
+        "max_order": integer(0, 4),
+        "use_lite_mode": flag,
+    },
+}
+"""Feature caches → their settings, by diffusers' names (`FirstBlockCacheConfig`, `TaylorSeerCacheConfig`)."""
+
 seed = integer(0, MAX_SEED, absent=-1)
 """-1 is LocalAI's value for a random seed."""
 
@@ -195,6 +207,23 @@ def quantization(value: Any) -> str | None:
         return value.lower()
     chosen: str | None = one_of(QUANTIZATIONS)(value)
     return chosen
+
+
+def cache(value: Any) -> FeatureCache | None:
+    """The name of a feature cache, or a mapping with it as `type` and settings beside it."""
+    if value in (False, "none"):
+        return None
+    settings = dict(value) if isinstance(value, dict) else {"type": value}
+    kind: str = one_of({name: name for name in CACHES})(settings.pop("type", None))
+    readers = CACHES[kind]
+    for name in settings.keys() - readers.keys():
+        raise ValueError(f"{kind} has no setting {shorten(name)}; it has {', '.join(readers)}")
+    try:
+        return FeatureCache(
+            kind, tuple((name, read(settings[name])) for name, read in readers.items() if name in settings)
+        )
+    except ValueError as error:
+        raise ValueError(f"{kind}: {error}") from None
 
 
 def size(value: Any) -> tuple[int, int] | None:

@@ -89,6 +89,12 @@ class Adapters:
         if not self._modules and not loras and not replace_defaults:
             yield {}
             return
+        if any(getattr(module, "_cache_config", None) is not None for module in _loadable(pipeline).values()):
+            raise InvalidRequest(
+                f"loras: {model} has a feature cache (`cache`), whose hooks are not in the twins that requests draw "
+                "with. Name the LoRA in the model file (lora_adapter), or leave `cache` out there",
+                param="loras",
+            )
         if any(_is_group_offload_enabled(module) for module in _loadable(pipeline).values()):
             # Its hooks are on the blocks, of which the twin has its own.
             if loras or replace_defaults:

@@ -17,6 +17,7 @@ from sfumato.checkpoints import (
     dduf,
     descriptions,
     diffusers_source,
+    feature_caches,
     folder_weights,
     hub_files,
     pipeline_class,
@@ -99,6 +100,8 @@ def choose(config: ModelConfig, index: Mapping[str, Any], device: str | None = N
     """The pipeline class. Raises what keeps it, or a low-memory key with it, from working; `device` if it is known."""
     name = pipeline_class.choose(config, index)
     low_memory.check(config, name, index, device or ("cpu" if config.cuda is False else None))
+    if name not in (pipeline_class.ANY, *pipeline_class.AUTO):
+        feature_caches.check(config, name, index)
     return name
 
 

@@ -33,6 +33,7 @@ from sfumato.core import ModelStatus
 from sfumato.errors import DownloadError, InvalidRequest, LoadError, ModelFileError, SfumatoError
 from sfumato.loras import Lora
 from sfumato.models import (
+    feature_caches,
     footprint,
     inspection,
     low_memory,
@@ -147,6 +148,7 @@ def load(
         with components.kept_from_adapters(pipeline):
             own_loras = parts.load_adapters(config, pipeline, report)
         low_memory.engage(config, pipeline, DTYPES[dtype])
+        feature_caches.engage(config, pipeline, DTYPES[dtype])
         preview_decoder = _load_preview_decoder(config, components.private_view(pipeline), place, dtype)
         state = ModelState(offload=_place(config, pipeline, place, components.given), own_loras=own_loras)
         if state.offload == "none":
@@ -163,7 +165,7 @@ def load(
     log.info("%s: %s from %s on %s in %s", config.name, type(pipeline).__name__, source, place, dtype)
     model = Loaded(config, pipeline, source, place, dtype, state=state, preview_decoder=preview_decoder)
     if model.savings:
-        log.info("%s: saves memory with %s", config.name, ", ".join(model.savings))
+        log.info("%s: saves with %s", config.name, ", ".join(model.savings))
     return model
 
 

@@ -113,6 +113,7 @@ def savings(config: ModelConfig, offload: Offload) -> tuple[str, ...]:
         OFFLOAD_NAMES.get(offload, ""): offload != "none",
         f"layerwise_casting:{config.layerwise_casting}": config.layerwise_casting is not None,
         f"quantization:{config.quantization}": config.quantization is not None,
+        f"cache:{config.cache}": config.cache is not None,
     }
     return tuple(sorted(name for name, engaged in keys.items() if engaged))
 

@@ -24,7 +24,7 @@ from sfumato.config import ModelConfig
 from sfumato.models import footprint
 from sfumato.models.content_hashes import ContentHashes
 
-CHANGING = ("low_vram", "offload", "vae_slicing", "vae_tiling", "layerwise_casting", "quantization")
+CHANGING = ("low_vram", "offload", "vae_slicing", "vae_tiling", "layerwise_casting", "quantization", "cache")
 """Keys of a model file that change its modules: such a model shares nothing."""
 
 PRIVATE_WORDS = ("_name_or_path", "_diffusers_version", "transformers_version", "_commit_hash")

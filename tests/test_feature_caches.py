@@ -1,0 +1,180 @@
+"""The key `cache`: pictures are those of plain diffusers with the same cache, also beside neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+import sfumato
+from sfumato.checkpoints import feature_caches as reading
+from sfumato.commands.check import check
+from sfumato.config import ModelConfig, readers
+from sfumato.core import Control
+from sfumato.drawing import named_nets
+from sfumato.drawing.draw import draw
+from sfumato.drawing.info import model_info
+from sfumato.errors import InvalidRequest, ModelFileError
+from sfumato.loras import Lora
+from sfumato.models import feature_caches, load
+from sfumato.models.adapters import Adapters
+from sfumato.pictures.images import decoded
+from sfumato.residency.pool import ModelPool
+from sfumato.sampling import nested
+from sfumato.serving.catalog import Catalog
+from support import families_transformers, tiny
+from support.drawing import quiet, source, wanted
+from support.model_files import read
+
+CACHES: dict[str, dict[str, Any]] = {
+    "first_block": {"threshold": 2.0},
+    "taylorseer": {"cache_interval": 3, "disable_cache_before_step": 2},
+}
+STEPS = 8
+SIZE = {"width": 64, "height": 64}
+FAMILIES: dict[str, tuple[Callable[[], Any], dict[str, Any], dict[str, Any]]] = {
+    "flux": (tiny.flux, {}, {}),
+    # Two calls a step: each has a state of its own.
+    "qwen": (
+        families_transformers.qwen_image,
+        {"negative_prompt": "a dog", "true_cfg_scale": 3.0},
+        {"negative_prompt": "a dog", "guidance_scale": 3.0},
+    ),
+}
+"""Family → its pipeline, arguments of its call, and the same as fields of a request."""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("families")
+    made = {name: make for name, (make, *_) in FAMILIES.items()}
+    return {name: tiny.save(make(), root / name) for name, make in {**made, "sd": tiny.stable_diffusion}.items()}
+
+
+def config_of(folder: Path, kind: str, **fields: Any) -> ModelConfig:
+    cache = readers.cache({"type": kind, **CACHES[kind]})
+    return ModelConfig(**nested({"name": "m", "model": str(folder), "dtype": "fp32", "cache": cache, **fields}))
+
+
+def plain(folder: Path, kind: str | None) -> Any:
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    if kind:
+        dtype = {"taylor_factors_dtype": torch.float32} if kind == "taylorseer" else {}
+        pipe.transformer.enable_cache(feature_caches.CONFIGURATIONS[kind](**CACHES[kind], **dtype))
+    return pipe
+
+
+def call(family: str, seed: int, steps: int = STEPS) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    fields = {"prompt": "a cat", "num_inference_steps": steps, "output_type": "np", "generator": generator}
+    return {**fields, **SIZE, **FAMILIES[family][1]}
+
+
+@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pictures_are_those_of_diffusers_with_the_same_cache(family: str, kind: str, folders: dict[str, Path]) -> None:
+    expected = plain(folders[family], kind)(**call(family, 5)).images[0]
+    assert np.abs(expected - plain(folders[family], None)(**call(family, 5)).images[0]).max() > 1e-4  # layers skipped
+    model = load.load(config_of(folders[family], kind), "cpu", quiet)
+    for _ in range(2):  # of the first nothing is left
+        request = wanted(prompt="a cat", seed=5, steps=STEPS, **SIZE, **FAMILIES[family][2])
+        done = draw(model, request, quiet)
+        assert np.abs(np.asarray(decoded(done.png)).astype(int) - np.round(expected * 255)).max() <= 1
+        assert done.recipe.savings == (f"cache:{model.config.cache}",)
+    assert model_info(model).savings == (f"cache:{model.config.cache}",)
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_neighbours_keep_their_own_states(kind: str, folders: dict[str, Path]) -> None:
+    pipe = plain(folders["qwen"], kind)
+    calls = [(seed, steps) for seed, steps in zip((5, 6, 7), (STEPS, STEPS - 2, STEPS + 1), strict=True)]
+    alone = [pipe(**call("qwen", *each)).images[0] for each in calls]
+    together = sfumato.gather(pipe, [call("qwen", *each) for each in calls])
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_allclose(other.images[0], one, atol=1e-5)
+
+
+def test_a_class_that_does_not_say_which_call_is_which_has_none(folders: dict[str, Path]) -> None:
+    assert reading.says_its_calls("FluxPipeline")
+    assert not reading.says_its_calls("FluxImg2ImgPipeline")
+    model = load.load(config_of(folders["flux"], "first_block"), "cpu", quiet)
+    assert model_info(model).tasks == ("text-to-image",)
+    with pytest.raises(InvalidRequest, match="image"):
+        draw(model, wanted(images=(source(64, 64),), **SIZE), quiet)
+    with (
+        pytest.raises(InvalidRequest, match=r"controls\[0\].name: m has a feature cache"),
+        named_nets.beside(
+            model, wanted(controls=(Control(source(64, 64), name="edges"),)), cast(ModelPool, None), quiet
+        ),
+    ):
+        pass
+
+
+def test_loras_of_requests_are_refused(folders: dict[str, Path]) -> None:
+    model = load.load(config_of(folders["flux"], "first_block"), "cpu", quiet)
+    lora = Lora("style", 1.0, None, "style.safetensors", "0" * 64, "0" * 10)
+    with pytest.raises(InvalidRequest, match="feature cache"), Adapters().use(model.pipeline, "cpu", "m", [lora]):
+        pass
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_a_model_without_such_a_transformer_is_refused(kind: str, folders: dict[str, Path]) -> None:
+    with pytest.raises(ModelFileError, match=f"cache: {kind}.*leave it out") as caught:
+        load.load(config_of(folders["sd"], kind), "cpu", quiet)
+    assert caught.value.param == "cache"
+
+
+def test_check_tells(folders: dict[str, Path], tmp_path: Path) -> None:
+    for name in ("flux", "sd"):
+        text = f"parameters: {{model: {folders[name]}}}\ncache: {{type: first_block, threshold: 0.1}}\n"
+        (tmp_path / f"{name}.yaml").write_text(text)
+    told = "\n".join(map(str, check(Catalog([tmp_path]))))
+    assert "cache: first_block:threshold=0.1" in told
+    assert "diffusers caches no features of StableDiffusionPipeline" in told
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("cache: first_block", "first_block"),
+        ("cache: {type: first_block, threshold: 0.08}", "first_block:threshold=0.08"),
+        ("cache: {type: TaylorSeer, max_order: 2, use_lite_mode: true}", "taylorseer:max_order=2:use_lite_mode=True"),
+    ],
+)
+def test_values(text: str, expected: str, tmp_path: Path) -> None:
+    assert str(read(tmp_path, f"parameters: {{model: a/b}}\n{text}\n").cache) == expected
+
+
+@pytest.mark.parametrize("text", ["cache: none", "cache: false", "cache:"])
+def test_none(text: str, tmp_path: Path) -> None:
+    assert read(tmp_path, f"parameters: {{model: a/b}}\n{text}\n").cache is None
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("deep", "is not one of first_block, taylorseer"),
+        ("true", "is not one of"),
+        ("{threshold: 0.1}", "is not one of"),
+        ("{type: first_block, treshold: 0.1}", "first_block has no setting .treshold.; it has threshold"),
+        ("{type: first_block, threshold: -1}", "needs a number from 0"),
+        ("{type: taylorseer, cache_interval: 0}", "needs a whole number from 1"),
+        ("{type: taylorseer, 3: 0}", "has no setting"),
+        ("[first_block]", "is not one of"),
+    ],
+)
+def test_values_that_are_refused(value: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match=words):
+        read(tmp_path, f"parameters: {{model: a/b}}\ncache: {value}\n")
+
+
+def test_settings_are_those_of_diffusers() -> None:
+    assert readers.CACHES.keys() == feature_caches.CONFIGURATIONS.keys()
+    for kind, settings in readers.CACHES.items():
+        assert settings.keys() <= feature_caches.CONFIGURATIONS[kind].__dataclass_fields__.keys()
