@@ -165,7 +165,7 @@ def test_row_19_what_was_pulled_loads_without_a_network(
         tmp_path, folder, pipeline_type="StableDiffusionControlNetPipeline", control_net="tiny/control-of-row-19",
         vae="tiny/vae-of-row-19", preview_vae="tiny/preview-of-row-19", adapters=(Adapter("tiny/lora1"),),
     )  # fmt: skip
-    parts.fetch(made, quiet)
+    parts.fetch(made, tmp_path, quiet)
     cut(monkeypatch)
     before = len(here.requests)
     assert type(load.load(made, "cpu", quiet).preview_decoder).__name__ == "AutoencoderTiny"

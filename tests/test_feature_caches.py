@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -16,7 +16,6 @@ from sfumato.checkpoints import feature_caches as reading
 from sfumato.commands.check import check
 from sfumato.config import ModelConfig, readers
 from sfumato.core import Control
-from sfumato.drawing import named_nets
 from sfumato.drawing.draw import draw
 from sfumato.drawing.info import model_info
 from sfumato.errors import InvalidRequest, ModelFileError
@@ -24,11 +23,10 @@ from sfumato.loras import Lora
 from sfumato.models import feature_caches, load
 from sfumato.models.adapters import Adapters
 from sfumato.pictures.images import decoded
-from sfumato.residency.pool import ModelPool
 from sfumato.sampling import nested
 from sfumato.serving.catalog import Catalog
 from support import families_transformers, tiny
-from support.drawing import quiet, source, wanted
+from support.drawing import loaded, quiet, source, wanted
 from support.model_files import read
 
 CACHES: dict[str, dict[str, Any]] = {
@@ -100,6 +98,7 @@ def test_neighbours_keep_their_own_states(kind: str, folders: dict[str, Path]) -
         np.testing.assert_allclose(other.images[0], one, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")
 def test_a_class_that_does_not_say_which_call_is_which_has_none(folders: dict[str, Path]) -> None:
     assert reading.says_its_calls("FluxPipeline")
     assert not reading.says_its_calls("FluxImg2ImgPipeline")
@@ -107,13 +106,9 @@ def test_a_class_that_does_not_say_which_call_is_which_has_none(folders: dict[st
     assert model_info(model).tasks == ("text-to-image",)
     with pytest.raises(InvalidRequest, match="image"):
         draw(model, wanted(images=(source(64, 64),), **SIZE), quiet)
-    with (
-        pytest.raises(InvalidRequest, match=r"controls\[0\].name: m has a feature cache"),
-        named_nets.beside(
-            model, wanted(controls=(Control(source(64, 64), name="edges"),)), cast(ModelPool, None), quiet
-        ),
-    ):
-        pass
+    under_control = loaded(families_transformers.flux_controlled(), cache=readers.cache("first_block"))
+    with pytest.raises(InvalidRequest, match="m has a feature cache"):
+        draw(under_control, wanted(controls=(Control(source(64, 64)),), **SIZE), quiet)
 
 
 def test_loras_of_requests_are_refused(folders: dict[str, Path]) -> None:

@@ -90,6 +90,14 @@ def inherited(name: str, attribute: str) -> Any:
     return next((value for base in bases if (value := inherited(base, attribute)) is not None), None)
 
 
+@functools.cache
+def attributes(name: str) -> frozenset[str]:
+    """The names of all attributes that the methods of a diffusers class and of its base classes use."""
+    definitions = [definition for each in (name, *ancestors(name)) if (definition := _class(each))]
+    nodes = (node for definition in definitions for node in ast.walk(definition))
+    return frozenset(node.attr for node in nodes if isinstance(node, ast.Attribute))
+
+
 def ancestors(name: str) -> Iterator[str]:
     """The names of the base classes of a diffusers class, and of theirs."""
     definition = _class(name)

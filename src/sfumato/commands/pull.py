@@ -28,9 +28,9 @@ def pull(name: str, settings: Settings) -> str:
                 report(status.progress, status.detail)
 
         dtype = device.choose_dtype(config, device.choose_device(config, settings.device))
-        path = fetch.fetch(config, dtype, on_status, on_file=report).path
-        parts.fetch(config, report)
-        return str(path)
+        fetched = fetch.fetch(config, dtype, on_status, on_file=report)
+        parts.fetch(config, fetched.description or fetched.path, report)
+        return str(fetched.path)
 
 
 @contextmanager

@@ -103,7 +103,10 @@ KEYS: tuple[Key, ...] = (
         ),
         ("diffusers.clip_model", "clip_model", read.string, "Another CLIP text encoder: folder or hub id."),
         ("diffusers.clip_subfolder", "clip_subfolder", read.string, "Where in it the text encoder stands."),
-        ("vae", "vae", read.string, "Another VAE: `.safetensors` file, folder, hub id or URL."),
+        (
+            "vae", "vae", read.string,
+            "Another VAE: `.safetensors` file, folder, hub id or URL. `tiny`: the small one made for its latents.",
+        ),
         ("sd_vae", "vae", read.string, "As `vae`, AUTOMATIC1111's word; `None` and `Automatic` are the model's own."),
         ("diffusers.vae", "vae", read.string, "As `vae`, and wins over it."),
         (
@@ -118,7 +121,10 @@ KEYS: tuple[Key, ...] = (
             "diffusers.timestep_spacing", "timestep_spacing", read.timestep_spacing,
             "How steps are spaced: `leading`, `trailing`, `linspace`. Absent: as repository or single file say.",
         ),
-        ("diffusers.preview_vae", "preview_vae", read.string, "A tiny autoencoder for previews: folder or hub id."),
+        (
+            "diffusers.preview_vae", "preview_vae", read.string,
+            "A tiny autoencoder for previews: folder, hub id or `tiny`.",
+        ),
     ),
     *_group(
         "Adapters",

@@ -29,12 +29,6 @@ def beside(model: Loaded, generation: Generation, pool: ModelPool, turn: Callabl
         yield model
         return
     params = [f"controls[{number}].name" for number in range(len(generation.controls))]
-    if model.config.cache:
-        raise InvalidRequest(
-            f"{params[0]}: {model.config.name} has a feature cache (`cache` in its file), which is not for drawing "
-            "under ControlNets; leave `controls` out",
-            param=params[0],
-        )
     with ExitStack() as stack:
         parts: list[Loaded] = []
         for control, param in zip(generation.controls, params, strict=True):

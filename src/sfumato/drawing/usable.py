@@ -6,7 +6,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from diffusers import AutoencoderTiny
+
 from sfumato import schedulers
+from sfumato.checkpoints import feature_caches, tiny_vaes
 from sfumato.core import Generation
 from sfumato.drawing import arguments
 from sfumato.errors import InvalidRequest, in_words
@@ -55,6 +58,23 @@ def usable(model: Loaded, pipeline: Any, generation: Generation) -> tuple[Genera
         generation = replace(generation, sampling=replace(generation.sampling, scheduler=chosen))
         left_out += told
     return generation, tuple(left_out)
+
+
+def refuse_class(model: Loaded, pipeline: Any) -> None:
+    """Raises InvalidRequest if the class that draws a request cannot use what the model file has put into the model."""
+    name = type(pipeline).__name__
+    if model.config.cache and not feature_caches.says_its_calls(name):
+        raise InvalidRequest(
+            f"{model.config.name} has a feature cache (`cache` in its file), with which {name} cannot draw; leave the "
+            "pictures out, or `cache`",
+            param="image",
+        )
+    if isinstance(getattr(pipeline, "vae", None), AutoencoderTiny) and tiny_vaes.keeps_from(name):
+        raise InvalidRequest(
+            f"{model.config.name} has a tiny VAE (`vae` in its file), with which {name} cannot draw; leave the "
+            "pictures out, or `vae`",
+            param="image",
+        )
 
 
 def _nearest_scheduler(driver: Any, wanted: str, steps: int | None) -> tuple[str | None, list[str]]:

@@ -24,6 +24,7 @@ from sfumato.checkpoints import (
     sources,
     split,
     static_capabilities,
+    tiny_vaes,
     weight_file,
     weight_header,
 )
@@ -89,7 +90,9 @@ def refuse(config: ModelConfig, source: Source) -> None:
     """Raises what loading would refuse and what can be known before anything is downloaded. Asks hub and server."""
     match source:
         case sources.HubRepository(repo, revision):
-            choose(config, hub_files.index_of(repo, revision))
+            name = choose(config, hub_files.index_of(repo, revision))
+            if tiny_vaes.TINY in (config.vae, config.preview_vae):
+                refuse_vae(config, name, hub_files.described(repo, revision))
         case sources.Url():
             choose(config, inspect(config, source, ask=True).index)
         case sources.File() if split.is_gguf(config):
@@ -103,6 +106,12 @@ def choose(config: ModelConfig, index: Mapping[str, Any], device: str | None = N
     if name not in (pipeline_class.ANY, *pipeline_class.AUTO):
         feature_caches.check(config, name, index)
     return name
+
+
+def refuse_vae(config: ModelConfig, name: str, folder: Path | None) -> None:
+    """Raises ModelFileError for a tiny VAE that cannot draw with the pipeline class `name`. `folder`: with the
+    configurations of its components, if it is here."""
+    tiny_vaes.check(config, name, diffusers_source.json_of(folder / "vae" / "config.json") if folder else {})
 
 
 def base(config: ModelConfig, made_of: Contents | None, *, ask: bool = True) -> split.Base:

@@ -25,6 +25,7 @@ from sfumato.checkpoints import (
     pipeline_class,
     prediction,
     split,
+    tiny_vaes,
     variants,
     weight_file,
 )
@@ -144,12 +145,14 @@ def load(
         source = fetched.label
         prediction.apply(config, pipeline, fetched.path if fetched.description else None)
         _check(config, pipeline)
-        parts.replace_vae(config, pipeline, DTYPES[dtype], report)
+        vae = getattr(pipeline, "vae", None)
+        named = tiny_vaes.resolve(config, {"_class_name": type(vae).__name__, **getattr(vae, "config", {})})
+        parts.replace_vae(named, pipeline, DTYPES[dtype], report)
         with components.kept_from_adapters(pipeline):
             own_loras = parts.load_adapters(config, pipeline, report)
         low_memory.engage(config, pipeline, DTYPES[dtype])
         feature_caches.engage(config, pipeline, DTYPES[dtype])
-        preview_decoder = _load_preview_decoder(config, components.private_view(pipeline), place, dtype)
+        preview_decoder = _load_preview_decoder(named, components.private_view(pipeline), place, dtype)
         state = ModelState(offload=_place(config, pipeline, place, components.given), own_loras=own_loras)
         if state.offload == "none":
             state.kept = components.make_known(pipeline)

@@ -16,7 +16,16 @@ import transformers
 from huggingface_hub import snapshot_download
 
 from sfumato.batching.batcher import is_out_of_memory
-from sfumato.checkpoints import diffusers_source, download, lora_files, references, sources, variants, weight_file
+from sfumato.checkpoints import (
+    diffusers_source,
+    download,
+    lora_files,
+    references,
+    sources,
+    tiny_vaes,
+    variants,
+    weight_file,
+)
 from sfumato.checkpoints.weight_file import OnProgress
 from sfumato.config import ModelConfig, addresses
 from sfumato.errors import LoadError, ModelFileError
@@ -58,15 +67,19 @@ def sizes(config: ModelConfig, dtype: str, report: OnProgress) -> dict[str, int]
         f"lora {at}": references.lora(config, adapter.source, report) for at, adapter in enumerate(config.adapters, 1)
     }
     named |= {f"controlnet {at}": Path(path_or_id(config, net)) for at, net in enumerate(nets, 1) if net}
-    if config.vae:
+    if config.vae and config.vae != tiny_vaes.TINY:
         named["vae"] = references.find(config, "vae", config.vae, report)
     if config.clip_model:
         named["text_encoder"] = Path(path_or_id(config, config.clip_model)) / (config.clip_subfolder or "")
     return {name: footprint.of_part(path, name, dtype) for name, path in named.items() if isinstance(path, Path)}
 
 
-def fetch(config: ModelConfig, report: OnProgress) -> None:
-    """Download all that the file names besides the model itself, so that loading needs no network."""
+def fetch(config: ModelConfig, described: Path, report: OnProgress) -> None:
+    """Download all that the file names besides the model itself, so that loading needs no network.
+
+    `described`: the folder with the configurations of its components.
+    """
+    config = tiny_vaes.resolve(config, diffusers_source.json_of(described / "vae" / "config.json"))
     components(config, torch.float32)  # diffusers and transformers download what they load
     if config.preview_vae:
         with download.as_download_errors(config.preview_vae):
@@ -121,6 +134,8 @@ def replace_vae(config: ModelConfig, pipeline: Any, dtype: torch.dtype, report: 
             f"have {model_channels} in {factors[1]}. Take one made for it, or leave it out",
             param="vae",
         )
+    if isinstance(vae, diffusers.AutoencoderTiny):
+        tiny_vaes.refuse(config, type(pipeline).__name__)
     pipeline.register_modules(vae=vae)
 
 
