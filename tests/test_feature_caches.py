@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import numpy as np
@@ -122,6 +122,14 @@ def test_loras_of_requests_are_refused(folders: dict[str, Path]) -> None:
 def test_a_model_without_such_a_transformer_is_refused(kind: str, folders: dict[str, Path]) -> None:
     with pytest.raises(ModelFileError, match=f"cache: {kind}.*leave it out") as caught:
         load.load(config_of(folders["sd"], kind), "cpu", quiet)
+    assert caught.value.param == "cache"
+
+
+def test_a_cache_that_fails_while_it_draws_is_named() -> None:
+    pipe = tiny.flux()
+    pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=cast(float, "0.1")))  # fails in its hook
+    with pytest.raises(ModelFileError, match=r"cache: first_block: .*TypeError.*leave it out") as caught:
+        draw(loaded(pipe, cache=readers.cache("first_block")), wanted(**SIZE), quiet)
     assert caught.value.param == "cache"
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 from sfumato import __version__, schedulers
 from sfumato.batching import views
 from sfumato.batching.batcher import is_out_of_memory
+from sfumato.checkpoints import feature_caches
 from sfumato.config import at_fault
 from sfumato.core import VAE_TILING, Done, Generation, Recipe
 from sfumato.drawing import arguments, crop, inputs, named_nets, outputs, prompts, usable
@@ -89,6 +90,8 @@ def _draw_on_view(
             raise Disturbed from error
         if isinstance(error, InvalidRequest):
             raise at_fault.error_of(error, model.config, at_fault.set_by(generation.sampling)) from None
+        if type(error) is DrawError and model.config.cache:  # diffusers has caches that fail with some transformers
+            raise feature_caches.refusal(model.config, error.message) from error
         raise
     else:
         if model.state.broken:
