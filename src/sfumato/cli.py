@@ -27,6 +27,10 @@ Models = Annotated[Path | None, typer.Option("--models", help="Folder of model f
 NewModels = Annotated[Path | None, typer.Option("--models", help="Folder of model files; made if there is none.")]
 
 
+MOST_CLIENTS = 256
+"""Of `sfumato bench`: each is a thread."""
+
+
 def main() -> None:
     """Entry point: our own errors print one line on stderr and exit with code 1, without a traceback."""
     from sfumato.errors import SfumatoError
@@ -230,6 +234,37 @@ def prove(
 
     if code := run(model, size, _reading(_settings(**options)), typer.echo):
         raise typer.Exit(code)
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help="A model file's name.")],
+    clients: Annotated[str, typer.Option(help="Numbers of clients, each a turn.")] = "1,2,4,8,16",
+    pictures: Annotated[int, typer.Option(min=1, help="Pictures that each client asks for.")] = 2,
+    repeats: Annotated[int, typer.Option(min=1, help="Measurements of a step, and of a picture against plain.")] = 3,
+    size: Annotated[list[str] | None, typer.Option(help="WIDTHxHEIGHT; again for more. Absent: its own.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of the pictures under load; absent: its own.")] = None,
+    against: Annotated[str | None, typer.Option(help="`plain`: also plain diffusers, in turns.")] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Its .json, .png, .svg are written.")] = Path("bench"),
+    models: Models = None,
+) -> None:
+    """Measure a model on this machine: start, steps, clients at once, memory. Other settings from the environment."""
+    from sfumato.commands.bench.run import bench as run
+
+    if against not in (None, "plain"):
+        raise typer.BadParameter(f"{against!r}: only `plain` can be measured against", param_hint="--against")
+    try:
+        numbers = [int(each) for each in clients.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or not all(1 <= number <= MOST_CLIENTS for number in numbers):
+        raise typer.BadParameter(
+            f"{clients!r}: needs whole numbers from 1 to {MOST_CLIENTS}, with commas: 1,4,16", param_hint="--clients"
+        )
+    run(
+        model, _reading(_settings(models=models)), typer.echo, clients=numbers, pictures=pictures, repeats=repeats,
+        sizes=size or [], steps=steps, against_plain=against is not None, output=output,
+    )  # fmt: skip
 
 
 galleries = typer.Typer(help="The index of the pictures that were made.", no_args_is_help=True)
