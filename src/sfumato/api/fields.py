@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, TypeAlias
 
 from pydantic import AliasChoices, BeforeValidator, Field, WithJsonSchema
@@ -20,6 +21,18 @@ MAX_SIDE = 100_000
 def _blank_is_absent(value: Any) -> Any:
     """Forms send an empty string for an empty field."""
     return None if isinstance(value, str) and not value.strip() else value
+
+
+def number_within(value: Any, least: float, most: float) -> float:
+    """A number, or a text that is one. Raises ValueError that says the value and the bounds."""
+    try:
+        number = float(str(value))
+    except (ValueError, OverflowError):
+        number = math.nan
+    if not least <= number <= most:
+        kind = " is no number" if math.isnan(number) else ""
+        raise ValueError(f"{repr(value)[:40]}{kind}; {least:g} to {most:g} are valid")
+    return number
 
 
 BLANK = BeforeValidator(_blank_is_absent)

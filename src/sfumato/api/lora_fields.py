@@ -7,7 +7,7 @@ from typing import Annotated, Any, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, Field
 
-from sfumato.api.fields import BLANK
+from sfumato.api.fields import BLANK, number_within
 from sfumato.loras import MAX_LORAS, MAX_NAME, MAX_WEIGHT, Lora
 
 NAMES = ("path", "id", "lora_name", "name")
@@ -62,12 +62,9 @@ def _entry(value: Any) -> Lora:
 
 def _number(key: str, value: Any) -> float:
     try:
-        number = float("nan") if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = float("nan")
-    if not -MAX_WEIGHT <= number <= MAX_WEIGHT:
-        raise ValueError(f"{key}: {str(value)[:40]}; a number from {-MAX_WEIGHT:g} to {MAX_WEIGHT:g} is valid")
-    return number
+        return number_within(value, -MAX_WEIGHT, MAX_WEIGHT)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
 
 
 _SHAPE: TypeAlias = str | dict[str, Any] | list[str | dict[str, Any]] | None

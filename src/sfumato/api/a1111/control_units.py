@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sfumato.api.fields import number_within
 from sfumato.core import CANNY, INVERT, Control
 from sfumato.errors import InvalidRequest
 from sfumato.pictures.sources import bytes_or_url
@@ -138,10 +138,6 @@ def _number(unit: Mapping[str, Any], field: str, where: str, least: float, most:
     if value in (None, ""):
         return None
     try:
-        number = float(str(value))
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not least <= number <= most:
-        shown = repr(value)[:40]
-        raise InvalidRequest(f"{where}: {field}: {shown}; {least} to {most} are valid", param="alwayson_scripts")
-    return number
+        return number_within(value, least, most)
+    except ValueError as error:
+        raise InvalidRequest(f"{where}: {field}: {error}", param="alwayson_scripts") from None
