@@ -466,7 +466,10 @@ def test_without_a_text_encoder_a_model_draws_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("FluxPriorReduxPipeline", "one that draws from a picture: FluxImg2ImgPipeline, FluxKontextPipeline"),
+        (
+            "FluxPriorReduxPipeline",
+            "Name a Flux model in parameters.model, and this one as its `diffusers: {prior: ...}`",
+        ),
         ("StableCascadePriorPipeline", "Write `pipeline_type: StableCascadeCombinedPipeline`"),
         ("KandinskyV22PriorPipeline", "Write `pipeline_type: KandinskyV22CombinedPipeline`"),
     ],

@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 from sfumato.cli import app
 from sfumato.config.keys import KEYS, SECTIONS
 from sfumato.serving.catalog import Catalog
-from support import tiny
+from support import redux, tiny
+from support.drawing import source
 from support.here import drawn, use
 from support.hub import Hub
 
@@ -70,10 +71,12 @@ def place(
     save_file(t5, models / "text_encoders" / "t5xxl_fp16.safetensors")
     save_file(flux.vae.state_dict(), models / "vae" / "ae.safetensors")
     v1 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    prior = tiny.save(redux.redux(), root / "redux")
     with Hub() as hub:
         for repo, folder in {
             SCHNELL: repositories["tiny/flux"], "city96/FLUX.1-schnell-gguf": files, "owner/name": files,
             "owner/turbo": sd, "stabilityai/sd-vae-ft-mse": sd / "vae", v1: repositories[v1],
+            "black-forest-labs/FLUX.1-Redux-dev": prior,
             "stabilityai/stable-diffusion-xl-base-1.0": repositories["Linaqruf/animagine-xl"],
         }.items():  # fmt: skip
             hub.add(repo, folder, card={"base_model": SCHNELL} if "gguf" in repo else None)
@@ -88,7 +91,8 @@ def test_examples_are_drawn(
     use(place[0], tmp_path / "cache", monkeypatch)
     models = shutil.copytree(place[1], tmp_path / "models")
     (models / "m.yaml").write_text(f"{BLOCKS[name]}\ndtype: fp32\n")
-    picture = drawn(Catalog([models]).get(name), steps=2, width=64, height=64)
+    config = Catalog([models]).get(name)
+    picture = drawn(config, steps=2, width=64, height=64, images=(source(64, 64),) if config.prior else ())
     assert np.ptp(picture) > 0
 
 

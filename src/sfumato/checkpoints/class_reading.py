@@ -44,8 +44,8 @@ MANY_BY_NAME = re.compile(r"Kontext(?!Inpaint)")
 CAPTION = "text"
 """A field of the output of classes that answer a picture with words."""
 
-MANY_BLOCKS = re.compile(r"Flux2|EditPlus|Kontext")
-"""Names of classes made of blocks that take several pictures for one result."""
+MANY_BLOCKS = re.compile(r"Flux2|EditPlus|Kontext|WithPrior")
+"""Names of classes made of blocks, or with a prior, that take several pictures for one result."""
 
 MASKS = frozenset({"mask", "mask_image", "masked_image_latents"})
 """What calls name a mask that they hand to the denoiser."""

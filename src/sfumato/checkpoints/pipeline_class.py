@@ -190,7 +190,7 @@ def _check_output(config: ModelConfig, name: str) -> None:
 
 
 def _instead(name: str) -> str:
-    """Of a class that makes embeddings: classes that draw with it, else those of its family that take a picture."""
+    """Of a class that makes embeddings: classes that draw with it, else a model that takes it as its prior."""
     combined = [
         kind
         for kind in _pipelines()
@@ -198,8 +198,10 @@ def _instead(name: str) -> str:
     ]
     if combined:
         return f". Write `pipeline_type: {'` or `'.join(sorted(combined))}` for a repository that has both stages"
-    drawing = [kind for kind in capabilities.image_classes() if _family(kind) == _family(name)]
-    return f". Name a repository for one that draws from a picture: {', '.join(drawing)}" if drawing else ""
+    reading = class_reading.of_name(name)
+    if reading is None or not reading.sources:
+        return ""
+    return f". Name a {_family(name)} model in parameters.model, and this one as its `diffusers: {{prior: ...}}`"
 
 
 def _family(name: str) -> str:

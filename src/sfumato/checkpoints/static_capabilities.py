@@ -32,7 +32,7 @@ from sfumato.checkpoints import (
 from sfumato.config import ModelConfig
 from sfumato.core import Abilities
 from sfumato.errors import SfumatoError
-from sfumato.pipelines import capabilities, tokens, workflows
+from sfumato.pipelines import capabilities, tokens, with_prior, workflows
 from sfumato.pipelines.inputs import Kin, Reading
 
 DEFAULT_MULTIPLE = 8
@@ -73,6 +73,10 @@ def static_capabilities(config: ModelConfig) -> StaticCapabilities:
             return StaticCapabilities(name)
         blocks = class_reading.of_declared(name, workflows.tasks(found, {}))
         return StaticCapabilities(name, class_reading.abilities_of(config, Kin(blocks)))
+    if config.prior:
+        joined = with_prior.class_name(name)
+        blocks = class_reading.of_declared(joined, with_prior.TASKS)
+        return StaticCapabilities(joined, class_reading.abilities_of(config, Kin(blocks)))
     parameters, reading = class_reading.parameters(name), class_reading.of_name(name)
     if parameters is None or reading is None:
         return StaticCapabilities(name)

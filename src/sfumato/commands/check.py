@@ -94,7 +94,7 @@ def _model(config: ModelConfig, complaints: tuple[str, ...], hub: _Hub) -> FileR
         found, unasked = hub.inspect(config)
         facts += [("not asked", unasked)] if unasked else []
         facts += [("base", found.base)] if found.contents and found.contents.needs_base and found.base else []
-        name = inspection.choose(config, found.index)
+        name = inspection.choose(config, found.index, ask=hub.ask)
         inspection.refuse_vae(config, name, found.folder)
         problems += file_values.problems(config, name, found.index, found.folder)
         if (told := static_capabilities.static_capabilities(config).abilities) and told.problem:

@@ -29,6 +29,7 @@ def pull(name: str, settings: Settings) -> str:
 
         dtype = device.choose_dtype(config, device.choose_device(config, settings.device))
         fetched = fetch.fetch(config, dtype, on_status, on_file=report)
+        fetch.fetch_prior(config, dtype, on_status)
         parts.fetch(config, fetched.description or fetched.path, report)
         return str(fetched.path)
 

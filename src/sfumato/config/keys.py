@@ -122,6 +122,11 @@ KEYS: tuple[Key, ...] = (
             "How steps are spaced: `leading`, `trailing`, `linspace`. Absent: as repository or single file say.",
         ),
         (
+            "diffusers.prior", "prior", read.string,
+            "A pipeline that makes embeddings of pictures for this one (FLUX.1 Redux): folder or hub id. The model "
+            "then draws variations of pictures.",
+        ),
+        (
             "diffusers.preview_vae", "preview_vae", read.string,
             "A tiny autoencoder for previews: folder, hub id or `tiny`.",
         ),

@@ -130,6 +130,8 @@ class ModelConfig:
     rescale_betas_zero_snr: bool | None = None
     timestep_spacing: str | None = None
     """What the model was trained with, where neither its repository nor its single file says so."""
+    prior: str | None = None
+    """Another pipeline that makes embeddings of pictures for this one: folder or hub id."""
     preview_vae: str | None = None
     """A tiny autoencoder for previews."""
     adapters: tuple[Adapter, ...] = ()

@@ -200,7 +200,7 @@ def _parse(source: _Source, file: Path, created: int, default_name: str | None) 
         ignored += [("quantization", f"{fields.pop('quantization')} is for language models")]
     if str(fields.get("vae", "")).lower() in ("none", "automatic"):
         del fields["vae"]
-    _img2img(fields)
+    _pictures(fields)
     _scheduler(source, fields)
 
     # 4. A value that its reader takes as "not set" leaves the default in force.
@@ -245,9 +245,10 @@ def _options(source: _Source, fields: dict[str, Any]) -> list[tuple[str, str]]:
     return [(f"options: {switch}", "a switch of another backend: an argument is `key:value`") for switch in switches]
 
 
-def _img2img(fields: dict[str, Any]) -> None:
+def _pictures(fields: dict[str, Any]) -> None:
     if fields.get("img2img"):
         fields["pipeline_type"] = IMG2IMG.get(fields.get("pipeline_type", ""), fields.get("pipeline_type"))
+    if fields.get("img2img") or fields.get("prior"):
         fields["enable_parameters"] = fields.get("enable_parameters", ModelConfig.enable_parameters) | {"image"}
 
 

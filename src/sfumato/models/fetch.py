@@ -16,6 +16,7 @@ from sfumato.checkpoints import (
     hub_files,
     modular,
     pipeline_class,
+    priors,
     references,
     sources,
     split,
@@ -39,6 +40,8 @@ class Fetched:
     """For a single file: the folder with its configurations and tokenizer."""
     files: Mapping[str, Path] = field(default_factory=dict)
     """For a model in several files: component -> its file; `description` has the others."""
+    prior: Path | None = None
+    """The folder of the prior that the model file names."""
 
 
 def fetch(
@@ -95,6 +98,23 @@ def fetch(
                     config, path, index, functools.partial(variants.choose, config, dtype), report
                 )
             return Fetched(path, pinned)
+
+
+def fetch_prior(config: ModelConfig, dtype: str, on_status: OnStatus) -> Path | None:
+    """The folder of the prior that the file names, downloaded if necessary; None if it names none."""
+    if config.prior is None:
+        return None
+    match priors.source_of(config):
+        case sources.Folder(path):
+            return path
+        case sources.HubRepository(repo, revision):
+            return download.from_hub(
+                repo,
+                revision=revision,
+                variant=variants.choose(config, dtype, hub_files.files_of(repo, revision)),
+                pickles=config.allow_pickle,
+                report=lambda fraction, name: on_status(ModelStatus("downloading", name, fraction)),
+            )
 
 
 def _described(

@@ -21,6 +21,7 @@ from sfumato.checkpoints import (
     folder_weights,
     hub_files,
     pipeline_class,
+    priors,
     sources,
     split,
     static_capabilities,
@@ -90,18 +91,20 @@ def refuse(config: ModelConfig, source: Source) -> None:
     """Raises what loading would refuse and what can be known before anything is downloaded. Asks hub and server."""
     match source:
         case sources.HubRepository(repo, revision):
-            name = choose(config, hub_files.index_of(repo, revision))
+            name = choose(config, hub_files.index_of(repo, revision), ask=True)
             if tiny_vaes.TINY in (config.vae, config.preview_vae):
                 refuse_vae(config, name, hub_files.described(repo, revision))
         case sources.Url():
-            choose(config, inspect(config, source, ask=True).index)
+            choose(config, inspect(config, source, ask=True).index, ask=True)
         case sources.File() if split.is_gguf(config):
             split.base_of(config, _made_of(source.path))
 
 
-def choose(config: ModelConfig, index: Mapping[str, Any], device: str | None = None) -> str:
-    """The pipeline class. Raises what keeps it, or a low-memory key with it, from working; `device` if it is known."""
+def choose(config: ModelConfig, index: Mapping[str, Any], device: str | None = None, *, ask: bool = False) -> str:
+    """The pipeline class. Raises what keeps it, its prior, or a low-memory key with it, from working; `device` if it is
+    known. `ask`: the hub is asked about the prior."""
     name = pipeline_class.choose(config, index)
+    priors.check(config, name, ask=ask)
     low_memory.check(config, name, index, device or ("cpu" if config.cuda is False else None))
     if name not in (pipeline_class.ANY, *pipeline_class.AUTO):
         feature_caches.check(config, name, index)

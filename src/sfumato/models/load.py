@@ -6,7 +6,7 @@ import functools
 import gc
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -47,8 +47,8 @@ from sfumato.models import (
 )
 from sfumato.models.adapters import Adapters
 from sfumato.models.device import DTYPES, choose_device, choose_dtype, expected_dtype
-from sfumato.models.fetch import Fetched, OnStatus, fetch
-from sfumato.pipelines import request_scheduler, tokens
+from sfumato.models.fetch import Fetched, OnStatus, fetch, fetch_prior
+from sfumato.pipelines import request_scheduler, tokens, with_prior
 from sfumato.pipelines.capabilities import most_clip_skip
 from sfumato.previews.decode import CheapDecoder, cheap_decoder
 
@@ -142,6 +142,8 @@ def load(
         place = choose_device(config, device_setting)
         components = known.of(config) if known else sharing.Components()
         pipeline, fetched, dtype = _pipeline(config, place, on_status, make_room, components)
+        if fetched.prior:
+            pipeline = with_prior.joined(pipeline, parts.prior(config, fetched.prior, dtype))
         source = fetched.label
         prediction.apply(config, pipeline, fetched.path if fetched.description else None)
         _check(config, pipeline)
@@ -177,7 +179,8 @@ def _pipeline(
 ) -> tuple[Any, Fetched, str]:
     """The pipeline in main memory, what it was loaded from, and its dtype. `shared` components are where they are."""
     pipeline_class.choose(config, None)  # an unknown class is reported before anything is fetched
-    fetched = fetch(config, expected_dtype(config, device), on_status)
+    dtype = expected_dtype(config, device)
+    fetched = replace(fetch(config, dtype, on_status), prior=fetch_prior(config, dtype, on_status))
     on_status(ModelStatus("loading", fetched.label))
     index = pipeline_class.index_of(fetched.description or fetched.path)
     dtype = choose_dtype(config, device, index)
@@ -185,6 +188,8 @@ def _pipeline(
     cls = getattr(diffusers, name)
     variant, sizes = _sizes(config, fetched, index, dtype)
     named = parts.sizes(config, dtype, lambda fraction, name: on_status(ModelStatus("downloading", name, fraction)))
+    if prior := fetched.prior:
+        named["prior"] = sum(footprint.of_files(prior, pipeline_class.index_of(prior), dtype, None).values())
     if config.control_net:  # in place of the repository's own
         sizes.pop("controlnet", None)
     sizes |= {name: size for name, size in named.items() if size}

@@ -31,6 +31,7 @@ from sfumato.config import ModelConfig, addresses
 from sfumato.errors import LoadError, ModelFileError
 from sfumato.loras import Lora
 from sfumato.models import footprint
+from sfumato.models.device import DTYPES
 
 
 def components(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -58,6 +59,18 @@ def _control_net(config: ModelConfig, name: str, dtype: torch.dtype) -> Any:
         kind = diffusers.ControlNetModel.load_config(source).get("_class_name", "")
         cls = getattr(diffusers, kind, None) if "ControlNet" in kind else None
         return (cls or diffusers.ControlNetModel).from_pretrained(source, dtype=dtype)
+
+
+def prior(config: ModelConfig, folder: Path, dtype: str) -> Any:
+    """The pipeline of the prior at `folder`."""
+    files = [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
+    return diffusers.DiffusionPipeline.from_pretrained(
+        folder,
+        dtype=DTYPES[dtype],
+        variant=variants.choose(config, dtype, files),
+        use_safetensors=None if config.allow_pickle else True,
+        local_files_only=True,
+    )
 
 
 def sizes(config: ModelConfig, dtype: str, report: OnProgress) -> dict[str, int]:

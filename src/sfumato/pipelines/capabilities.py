@@ -103,11 +103,6 @@ def task_class(name: str, task: str, *, controlled: bool) -> str | None:
     return next((classes[family] for family in families if family in classes), None)
 
 
-def image_classes() -> list[str]:
-    """diffusers' classes that draw from a source picture, and need nothing else."""
-    return sorted({each for each in _mappings()[_MAPPINGS["image"]].values() if "Control" not in each})
-
-
 def task_of(name: str) -> str | None:
     """Which of `text`, `image` and `mask` diffusers takes the class `name` for."""
     return next((task for task, table in _MAPPINGS.items() if name in _mappings()[table].values()), None)
