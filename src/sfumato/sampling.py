@@ -83,7 +83,8 @@ class Sampling:
     steps: int | None = _parameter(
         "Denoising steps", argument="num_inference_steps", least=1, most=1000, example=20, guarded=True, reported=True,
         aliases=("step", "num_inference_steps"), a1111="steps", infotext="Steps", invoke="steps",
-        keys=("step",), most_in_file=10_000, absent="30 for Stable Diffusion, else the pipeline's own",
+        keys=("step",), most_in_file=10_000,
+        absent="few if it was distilled to that, 30 for Stable Diffusion, else the pipeline's own",
     )  # fmt: skip
     scheduler: str | None = _parameter(
         "Scheduler, by a name of docs/reference/schedulers.md", example="k_dpmpp_2m", reported=True,
@@ -93,7 +94,7 @@ class Sampling:
         "Guidance scale; 0 is none", argument="guidance_scale", least=0, most=100.0, example=7.0, reported=True,
         aliases=("cfg_scale",), a1111="cfg_scale", infotext="CFG scale", invoke="cfg_scale",
         flag="--guidance", keys=("cfg_scale", "diffusers.cfg_scale"), most_in_file=1000,
-        absent="8 for Stable Diffusion",
+        absent="0 or 1 for models distilled to few steps, 8 for Stable Diffusion",
     )  # fmt: skip
     width: int | None = _parameter("Pixels", argument="width", side=True, reported=True, invoke="width")
     height: int | None = _parameter("Pixels", argument="height", side=True, reported=True, invoke="height")

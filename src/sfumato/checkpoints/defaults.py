@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from sfumato import schedulers
-from sfumato.checkpoints import class_reading, contents, diffusers_source, static_capabilities
+from sfumato.checkpoints import class_reading, contents, diffusers_source, few_steps, static_capabilities
 from sfumato.checkpoints.weight_header import Header
 from sfumato.config.model import DEFAULTS
 from sfumato.errors import InvalidRequest
@@ -17,9 +17,6 @@ from sfumato.errors import InvalidRequest
 PAGE_CLASSES = re.compile(r"StableDiffusion(?!3)")
 KEYS: Mapping[str, str] = MappingProxyType({"num_inference_steps": "step", "guidance_scale": "cfg_scale"})
 """Argument of the pipeline -> key of a model file."""
-FEW_STEPS = 4
-DISTILLED = re.compile(r"(?<![a-z])(turbo|lightning|schnell)(?![a-z])", re.IGNORECASE)
-"""Words in the names of models that were distilled to a few steps without guidance; their files do not say so."""
 SCHEDULES: Mapping[str, str] = MappingProxyType(
     {"use_karras_sigmas": "karras", "use_exponential_sigmas": "exponential", "use_beta_sigmas": "beta"}
 )
@@ -39,7 +36,7 @@ def of(
     values: dict[str, Any] = {}
     if folder and (side := static_capabilities.default_side(pipeline, folder, index)):
         values["size"] = f"{side}x{side}"
-    values |= _steps(pipeline, scheduler, denoiser, name)
+    values |= _steps(pipeline, scheduler, denoiser, index, name)
     if chosen := _scheduler(scheduler):
         values["diffusers.scheduler_type"] = chosen
     marks = contents.prediction(header) if header else {}
@@ -59,19 +56,14 @@ def _denoiser(folder: Path | None) -> Mapping[str, Any]:
 
 
 def _steps(
-    pipeline: str, scheduler: Mapping[str, Any], denoiser: Mapping[str, Any], name: str
+    pipeline: str, scheduler: Mapping[str, Any], denoiser: Mapping[str, Any], index: Mapping[str, Any], name: str
 ) -> dict[str, int | float]:
     """Steps and guidance: of a distilled model, else of the seed page or of the class's own signature."""
     parameters = class_reading.parameters(pipeline) or {}
     own = {argument: parameters[argument].default for argument in KEYS if argument in parameters}
     if PAGE_CLASSES.match(pipeline):
         own = {argument: DEFAULTS[KEYS[argument]] for argument in own}
-    kind = str(scheduler.get("_class_name"))
-    if kind in ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler"):
-        own["num_inference_steps"] = FEW_STEPS
-        own["guidance_scale"] = 8.0 if denoiser.get("time_cond_proj_dim") else 1.0
-    elif denoiser.get("guidance_embeds") is False or DISTILLED.search(name):
-        own |= {"num_inference_steps": FEW_STEPS, "guidance_scale": 0.0}
+    own |= few_steps.of(pipeline, str(scheduler.get("_class_name")), denoiser, index, name)
     return {KEYS[argument]: value for argument, value in own.items() if type(value) in (int, float)}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from sfumato.checkpoints import file_values
+from sfumato.checkpoints import few_steps, file_values
 from sfumato.config.model import REQUEST_DEFAULTS
 from sfumato.core import QUALITIES, Generation
 from sfumato.drawing import crop, picture_arguments, preprocessors
@@ -96,13 +96,34 @@ def _of_file(model: Loaded, pipeline: Any, *, pictures: bool = False) -> Samplin
     options: dict[str, Any] = {each.name: config.options.get(each.argument) for each in PARAMETERS if each.argument}
     page = REQUEST_DEFAULTS if _has_page_defaults(pipeline) else Sampling()
     chosen = merged(
-        Sampling(**options), config.sampling, page, Sampling(max_sequence_length=token_limit(config, model.pipeline))
+        Sampling(**options),
+        config.sampling,
+        _of_few_steps(model, pipeline),
+        page,
+        Sampling(max_sequence_length=token_limit(config, model.pipeline)),
     )
 
     def applies(parameter: Parameter) -> bool:
         return not (parameter.side if pictures else parameter.source)  # a source picture brings its size
 
     return Sampling(**{parameter.name: chosen[parameter] for parameter in PARAMETERS if applies(parameter)})
+
+
+def _of_few_steps(model: Loaded, pipeline: Any) -> Sampling:
+    """Of a model that was distilled to a few steps; else nothing."""
+    denoiser = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
+    scheduler, config = type(getattr(model.pipeline, "scheduler", None)).__name__, getattr(pipeline, "config", {})
+    values = few_steps.of(
+        type(pipeline).__name__, scheduler, getattr(denoiser, "config", {}), config, model.config.label
+    )
+    taken = parameters_of(pipeline)
+    return Sampling(
+        **{
+            each.name: values[each.argument]
+            for each in PARAMETERS
+            if each.argument and each.argument in values and each.argument in taken
+        }
+    )
 
 
 def _steps_of_quality(model: Loaded, pipeline: Any, quality: str | None) -> int | None:
