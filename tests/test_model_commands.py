@@ -119,7 +119,9 @@ def test_add_looks_at_the_source_and_what_it_writes_draws(
     assert np.ptp(picture) > 0
     with pytest.raises(InvalidRequest, match="--name"):
         add(source, None, base or None, settings)
-    line = next(line for line in table(Catalog([settings.models])) if line.startswith(written["name"]))
+    line = next(
+        line for line in table(Catalog([settings.models]), settings.accelerate) if line.startswith(written["name"])
+    )
     assert line.split()[-1] == "yes"
     assert "S3CRET" not in line
 
@@ -167,11 +169,14 @@ def test_the_token_opens_what_is_gated_and_offline_asks_nobody(
 def test_models_tells_what_is_here(settings: Settings) -> None:
     add("tiny/flux", None, None, settings)
     (settings.models / "gone.yaml").write_text("parameters: {model: gone.safetensors}")
-    header, *rows = table(Catalog([settings.models]))
-    assert header.split() == ["name", "class", "source", "on", "disk", "downloaded"]
+    header, *rows = table(Catalog([settings.models]), settings.accelerate)
+    assert header.split() == ["name", "class", "source", "runner", "on", "disk", "downloaded"]
     assert [row.split()[-1] for row in rows] == ["part", "no"]
     pull("flux", settings)
-    assert [row.split()[-1] for row in list(table(Catalog([settings.models])))[1:]] == ["yes", "no"]
+    assert [row.split()[-1] for row in list(table(Catalog([settings.models]), settings.accelerate))[1:]] == [
+        "yes",
+        "no",
+    ]
 
 
 def test_pull_tells_of_each_file_on_a_line(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:

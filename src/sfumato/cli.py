@@ -138,11 +138,12 @@ def generate(
 
 @app.command("models")
 def list_models(models: Models = None) -> None:
-    """List the models that requests can name, with their class, source and size on this disk."""
+    """List the models that requests can name, with their class, source, runner and size on this disk."""
     from sfumato.commands.models import table
 
-    catalog = _catalog(_settings(models=models))
-    for line in table(catalog):
+    settings = _settings(models=models)
+    catalog = _catalog(settings)
+    for line in table(catalog, settings.accelerate):
         typer.echo(line)
     for problem in catalog.problems():
         typer.secho(str(problem), fg="red", err=True)

@@ -226,6 +226,8 @@ class Recipe:
     and its weights for the denoiser and for the text encoders."""
     without_loras: bool = False
     """Whether the model file has LoRAs of which none acted, and no other did."""
+    runner: str = "eager"
+    """What computed the denoiser, as in `RunnerState`; `eager+...` if that could not serve all calls."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -316,6 +318,19 @@ class Abilities:
 
 
 @dataclass(frozen=True, slots=True)
+class RunnerState:
+    """What computes a module of a model."""
+
+    module: str
+    """Its name in the pipeline: `unet`, `transformer`."""
+    runner: str
+    """`eager`: the module itself. `openvino-fp32`, `openvino-bf16`: a graph made of it, in this precision; `openvino`
+    before the precision is known."""
+    detail: str = ""
+    """Why it is eager, or what is not ready yet or not served by the graph."""
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """What is known about a loaded model. None: the pipeline does not say."""
 
@@ -338,6 +353,8 @@ class ModelInfo:
     """What its weights take in memory; what it shares with another model counts for both."""
     savings: tuple[str, ...] = ()
     """Memory savings in effect for every picture, as recipes have them."""
+    runners: tuple[RunnerState, ...] = ()
+    """What computes its denoisers."""
 
     @property
     def tasks(self) -> tuple[str, ...]:

@@ -62,6 +62,13 @@ class Settings:
         "0: not at all; -1: until another model needs the memory.",
         check=keep_alive_seconds,
     )
+    accelerate: str = _setting(
+        "eager",
+        "What computes denoisers on a CPU, unless the model file says: eager (the modules themselves) or openvino "
+        "(graphs made of them; needs the extra openvino, and memory for a copy of the weights).",
+        choices=("eager", "openvino"),
+    )
+    runners: str = _setting("", "Folder for converted models; empty: `runners` in the data folder.")
     max_batch: int = _setting(8, "Largest batch of a forward pass, in rows; guidance takes two per picture.", least=1)
     max_active: int = _setting(16, "Maximum pictures drawn at the same time; others wait.", least=1)
     max_queue: int = _setting(64, "Maximum pictures in the queue; further ones get a 429.", least=1)

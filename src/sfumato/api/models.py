@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
@@ -175,6 +176,7 @@ def _model(service: Service, config: ModelConfig) -> dict[str, Any]:
                 "max_concurrent": config.max_concurrent,
             },
             "savings": list(facts.savings) if facts else None,
+            "runners": [asdict(each) for each in facts.runners] if facts else None,
             "qualities": _qualities(config, facts),
         },
     }

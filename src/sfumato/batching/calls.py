@@ -34,6 +34,7 @@ from sfumato.batching import text_masks
 from sfumato.batching.adapted import Selection
 from sfumato.batching.adapted import target as target
 from sfumato.batching.fingerprints import Fingerprints as Fingerprints
+from sfumato.batching.module_runner import ModuleRunner
 from sfumato.batching.outputs import PLAIN
 from sfumato.batching.reasons import Reason
 from sfumato.pipelines import generators
@@ -114,6 +115,8 @@ class Call:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     selection: Selection | None = None
     """The adapters that act in it, if any are loaded for its module; `module` is then the one with these adapters."""
+    runner: ModuleRunner | None = None
+    """What computes it instead of the module; it shares forward passes with others of that runner only."""
 
     def run(self) -> Any:
         """Compute the call exactly as the pipeline made it."""
@@ -181,7 +184,7 @@ def lead(calls: Sequence[Call]) -> Call:
 
 
 def compute(calls: Sequence[Call], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """One forward pass with the joined arguments of `calls`."""
+    """One forward pass with the joined arguments of `calls`, by the module itself."""
     leader = lead(calls)
     if leader.selection is None or not leader.is_adapted:
         return target(leader.module, leader.method)(*args, **kwargs)
@@ -202,9 +205,10 @@ def describe(
     fingerprints: Fingerprints,
     name: str = "",
     selection: Selection | None = None,
+    runner: ModuleRunner | None = None,
 ) -> Call:
     """Describe a call of `module` (an nn.Module; `method` is `__call__`, `forward`, `encode` ...)."""
-    call = Call(module, method, args, kwargs, name, selection=selection)
+    call = Call(module, method, args, kwargs, name, selection=selection, runner=runner)
     try:
         _describe(call, fingerprints)
     except _Unbatchable as reason:
@@ -254,7 +258,8 @@ def _describe(call: Call, fingerprints: Fingerprints) -> None:
     if call.selection:
         owner = call.selection.adapted.original
         call.leaves.append(Leaf("", "adapters", call.selection, call.selection.key, call.selection.names))
-    call.key = (id(owner), call.method, call.shape, tuple([(leaf.kind, leaf.key) for leaf in call.leaves]))
+    by = () if call.runner is None else (id(call.runner),)
+    call.key = (id(owner), call.method, call.shape, tuple([(leaf.kind, leaf.key) for leaf in call.leaves]), *by)
     call.exact = tuple([leaf.exact for leaf in call.leaves])
 
 

@@ -15,6 +15,8 @@ class Result:
     """Reply to a parked request: the output of its call."""
 
     value: Any
+    by: str = ""
+    """The name of what computed it, if the call had a runner."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,7 @@ class Runner:
         signature = self.verification.signature(first, differences_between(calls))
         decision = self.verification.decision(first, signature)
         try:
-            output = compute(calls, (), join(calls, self.concatenations))
+            output, by = _forward(calls, join(calls, self.concatenations), proving=decision == "try")
             parts = outputs.split(output, [call.rows for call in calls], listed=first.listed)
         except Unsplittable as reason:
             self.counts.add(first.name, 0, 1)
@@ -58,7 +58,7 @@ class Runner:
         if decision == "try":
             return self._prove(calls, signature, parts)
         self.counts.add(first.name, len(calls), 1)
-        return [Result(part) for part in parts]
+        return [Result(part, by) for part in parts]
 
     def _prove(self, calls: Sequence[Call], signature: str, parts: list[Any]) -> Sequence[Reply] | None:
         """Prove the first batch of its kind. Every member computes its own call, whatever the result."""
@@ -81,6 +81,14 @@ class Runner:
             return _each_alone(calls)
         settle = functools.partial(self.verification.settle, first, signature, evidence)
         return _each_alone(calls, Comparison(evidence.parts, settle))
+
+
+def _forward(calls: Sequence[Call], arguments: dict[str, Any], *, proving: bool) -> tuple[Any, str]:
+    """The output of one forward pass, and what computed it. Proofs are about the module itself."""
+    first = lead(calls)
+    if first.runner is None or proving:
+        return compute(calls, (), arguments), ""
+    return first.runner.run(first.method, (), arguments)
 
 
 def _each_alone(calls: Sequence[Call], trial: Trial | None = None) -> Sequence[Compute]:

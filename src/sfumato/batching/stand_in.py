@@ -20,6 +20,7 @@ import torch
 from sfumato.batching import feature_caches
 from sfumato.batching.adapted import Selection
 from sfumato.batching.calls import target
+from sfumato.batching.module_runner import ModuleRunner
 from sfumato.pipelines import compat, tiling
 
 if TYPE_CHECKING:
@@ -65,13 +66,21 @@ class StandIn:
         "_sfumato_module",
         "_sfumato_name",
         "_sfumato_place",
+        "_sfumato_runner",
         "_sfumato_selection",
         "_sfumato_stateful",
         "_sfumato_view",
     )
 
-    def __init__(self, module: Any, name: str, view: View, selection: Selection | None = None) -> None:
-        """`selection`: the adapters that act, if any are loaded for `module`."""
+    def __init__(
+        self,
+        module: Any,
+        name: str,
+        view: View,
+        selection: Selection | None = None,
+        runner: ModuleRunner | None = None,
+    ) -> None:
+        """`selection`: the adapters that act, if any are loaded for `module`. `runner`: what computes it instead."""
         put = functools.partial(object.__setattr__, self)
         put("_sfumato_module", module)
         put("_sfumato_name", name)
@@ -79,6 +88,7 @@ class StandIn:
         put("_sfumato_context", None)
         put("_sfumato_place", None)
         put("_sfumato_selection", selection)
+        put("_sfumato_runner", runner)
         put("_sfumato_stateful", feature_caches.state_managers(module))
 
     @property  # type: ignore[misc]
@@ -129,6 +139,15 @@ class StandIn:
                 return selection.adapted.run(method, [selection], args, kwargs)
             return target(self._sfumato_module, method)(*args, **kwargs)
 
+    def _sfumato_run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """As `_sfumato_compute`, by the runner if there is one."""
+        runner: ModuleRunner | None = self._sfumato_runner
+        if runner is None:
+            return self._sfumato_compute(method, args, kwargs)
+        value, by = runner.run(method, args, kwargs)
+        self._sfumato_view.computed_by.add(by)
+        return value
+
     @property
     def _sfumato_apart(self) -> str:
         """Why its calls must not be batched with other requests; empty if they may be."""
@@ -173,7 +192,9 @@ def current() -> CallHandler | None:
 def _handle_call(stand_in: StandIn, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     handler = current()
     if handler is None:
-        return stand_in._sfumato_compute(method, args, kwargs)
+        if stand_in._sfumato_runner is not None:
+            stand_in._sfumato_runner.prepare(method, args, kwargs, wait=True)
+        return stand_in._sfumato_run(method, args, kwargs)
     return handler.handle_call(stand_in, method, args, kwargs)
 
 

@@ -160,10 +160,19 @@ class Task(CallHandler):
         if reason := self._must_not_switch(stand_in):
             self.batcher.listen()
             self._count_unswitched(stand_in, reason)
+            if stand_in._sfumato_runner:  # what the request has changed is not in it
+                stand_in._sfumato_view.computed_by.add("eager")
             return stand_in._sfumato_compute(method, args, kwargs)
+        if runner := stand_in._sfumato_runner:
+            while not runner.prepare(method, args, kwargs):
+                self.pause()
         call = self._described(stand_in, method, args, kwargs)
         reply = self._park(call)
-        return reply.value if isinstance(reply, Result) else self._compute(stand_in, call, reply)
+        if not isinstance(reply, Result):
+            return self._compute(stand_in, call, reply)
+        if reply.by:
+            stand_in._sfumato_view.computed_by.add(reply.by)
+        return reply.value
 
     def _must_not_switch(self, stand_in: StandIn) -> str:
         """Why this request must not switch now; empty if it may."""
@@ -183,7 +192,8 @@ class Task(CallHandler):
     def _described(self, stand_in: StandIn, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         batcher, name = self.batcher, stand_in._sfumato_name
         module, selection = stand_in._sfumato_module, stand_in._sfumato_selection
-        call = describe(module, method, args, kwargs, batcher.fingerprints, name, selection)
+        runner = stand_in._sfumato_runner
+        call = describe(module, method, args, kwargs, batcher.fingerprints, name, selection, runner)
         if apart := stand_in._sfumato_apart:
             call.key, call.alone_because = None, apart
             call.reason = Reason.CACHE if stand_in._sfumato_stateful else Reason.TILED
@@ -209,14 +219,16 @@ class Task(CallHandler):
         if trial is None and (unbatched := batcher.why_alone(call)):
             batcher.counts.add_unbatched(call.name, unbatched, call.alone_because)
         try:
-            value = stand_in._sfumato_compute(call.method, call.args, call.kwargs)
+            value = stand_in._sfumato_run(call.method, call.args, call.kwargs)
+            # A proof is about the module itself.
+            own = call.run() if trial and call.runner else value
         except BaseException:
             if trial:
                 trial.raised(reply.member)
             raise
         batcher.computed(self, call, value)
         if trial:
-            trial.computed(reply.member, value)
+            trial.computed(reply.member, own)
         return value
 
     # Used on both sides.

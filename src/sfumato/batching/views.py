@@ -29,6 +29,7 @@ from sfumato.batching import feature_caches, offload
 from sfumato.batching.adapted import Selection
 from sfumato.batching.adapter_state import Adapters
 from sfumato.batching.exclusive import exclusive, patched
+from sfumato.batching.module_runner import ModuleRunner
 from sfumato.batching.reasons import Reason
 from sfumato.batching.stand_in import StandIn, current
 
@@ -42,9 +43,20 @@ numbers = itertools.count(1)
 class View:
     """What the stand-ins of one view share."""
 
-    def __init__(self, exclusive: str, *, tiled: bool = False, adapters: Mapping[int, Selection] | None = None) -> None:
+    def __init__(
+        self,
+        exclusive: str,
+        *,
+        tiled: bool = False,
+        adapters: Mapping[int, Selection] | None = None,
+        runners: Mapping[int, ModuleRunner] | None = None,
+    ) -> None:
         self.adapters = adapters or {}
         """Id of each module that adapters are loaded for → those of this request."""
+        self.runners = {} if exclusive else runners or {}
+        """Id of each module that something else computes in this request → that."""
+        self.computed_by: set[str] = set()
+        """What has computed the modules that have a runner."""
         self.tiled = tiled
         """Whether its VAE works in tiles for this request."""
         self.exclusive = exclusive
@@ -63,7 +75,8 @@ class View:
         if stand_in is None:
             selection = self.adapters.get(id(module))
             acting = module if selection is None or selection.plain else selection.adapted.module
-            stand_in = self.stand_ins[id(module)] = StandIn(acting, name, self, selection)
+            runner = self.runners.get(id(module)) if acting is module else None
+            stand_in = self.stand_ins[id(module)] = StandIn(acting, name, self, selection, runner)
             if self.exclusive and hasattr(acting, "attn_processors"):
                 self._processors.append((acting, dict(acting.attn_processors)))
         return stand_in
@@ -113,15 +126,26 @@ class View:
 
 
 def view(
-    pipeline: Any, *, foreign: bool = False, tiled: bool = False, adapters: Mapping[int, Selection] | None = None
+    pipeline: Any,
+    *,
+    foreign: bool = False,
+    tiled: bool = False,
+    adapters: Mapping[int, Selection] | None = None,
+    runners: Mapping[int, ModuleRunner] | None = None,
 ) -> Any:
     """A copy of `pipeline` for one request, of the same class, sharing the weights but no state that a call changes.
 
     `foreign`: the pipeline comes from a library user, so look for patched modules. `tiled`: its VAE works in
     tiles, for this request only. `adapters`: for each module that adapters are loaded for, by its id, those that act.
+    `runners`: what computes modules in their place, by the id of the module.
     """
     reason = exclusive(pipeline) or (foreign and patched(pipeline)) or ""
-    return _view(pipeline, View(reason, tiled=tiled, adapters=adapters), {}, "")
+    return _view(pipeline, View(reason, tiled=tiled, adapters=adapters, runners=runners), {}, "")
+
+
+def computed_by(pipeline: Any) -> set[str]:
+    """Names of what has computed the modules of this view that have a runner."""
+    return {name for stand_in in _stand_ins(pipeline) for name in stand_in._sfumato_view.computed_by}
 
 
 def close(pipeline: Any) -> list[str]:

@@ -129,7 +129,18 @@ def _with_source_size(request: ImageRequest, recipe: Recipe, settings: Settings)
 
 
 def _warn_of_differences(recipe: Recipe, redrawn: Recipe) -> None:
-    for name in ("source", "pipeline", "device", "dtype", "versions", "embeddings", "loras", "controls", "savings"):
+    for name in (
+        "source",
+        "pipeline",
+        "device",
+        "dtype",
+        "versions",
+        "embeddings",
+        "loras",
+        "controls",
+        "savings",
+        "runner",
+    ):
         if getattr(recipe, name) != getattr(redrawn, name):
             log.warning(
                 "%s was %s, now it is %s: the pixels may differ",

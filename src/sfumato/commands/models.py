@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 
 from sfumato.checkpoints import static_capabilities, stored
 from sfumato.config import ModelConfig
 from sfumato.serving.catalog import Catalog
 
-COLUMNS = ("name", "class", "source", "on disk", "downloaded")
+COLUMNS = ("name", "class", "source", "runner", "on disk", "downloaded")
 
 
-def table(catalog: Catalog) -> Iterator[str]:
-    """Its lines, with columns as wide as their longest entry."""
-    rows = [COLUMNS, *map(_row, catalog.all())]
+def table(catalog: Catalog, accelerate: str) -> Iterator[str]:
+    """Its lines, with columns as wide as their longest entry. `accelerate`: the setting."""
+    rows = [COLUMNS, *(_row(config, accelerate) for config in catalog.all())]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         yield "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
 
 
-def _row(config: ModelConfig) -> tuple[str, ...]:
+def _runner(chosen: str) -> str:
+    missing = chosen == "openvino" and importlib.util.find_spec("openvino") is None
+    return "eager (openvino is not installed)" if missing else chosen
+
+
+def _row(config: ModelConfig, accelerate: str) -> tuple[str, ...]:
     found = stored.of(config)
     pipeline = static_capabilities.static_capabilities(config).pipeline or config.pipeline_type
     names = ", ".join((config.name, *config.aliases))
     size = stored.readable(found.size) if found.files else "-"
     here = "yes" if found.complete else "in part" if found.files else "no"
-    return names, pipeline or "told at first use", config.label, size, here
+    runner = _runner(config.accelerate or accelerate)
+    return names, pipeline or "told at first use", config.label, runner, size, here

@@ -205,6 +205,11 @@ KEYS: tuple[Key, ...] = (
             "Skips layers of a transformer whose output changes little from step to step: `first_block`, `taylorseer`, "
             "or a mapping with one of them as `type` and its settings beside it. Faster, and another picture.",
         ),
+        (
+            "accelerate", "accelerate", read.accelerate,
+            "What computes the denoiser on a CPU: `eager`, the module itself; `openvino`, a graph made of it (extra "
+            "`openvino`), in the model's dtype. Absent: the setting `accelerate`.",
+        ),
         ("threads", "threads", read.integer(1, 4096, absent=0), "CPU threads."),
     ),
     *_group(

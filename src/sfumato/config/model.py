@@ -165,6 +165,8 @@ class ModelConfig:
     quantization: str | None = None
     """A key of `models.quantizers.QUANTIZERS`."""
     cache: FeatureCache | None = None
+    accelerate: str | None = None
+    """A value of `readers.RUNNERS`; None: as the server says."""
     threads: int | None = None
 
     max_concurrent: int | None = None

@@ -35,6 +35,9 @@ STORAGE_DTYPES: Mapping[str, str] = {
     **dict.fromkeys(("fp8_e5m2", "float8_e5m2"), "fp8_e5m2"),
 }
 
+RUNNERS = ("eager", "openvino")
+"""Values of `accelerate`."""
+
 QUANTIZATIONS: Mapping[str, str | None] = {"none": None, **{name: name for name in ("int8", "fp8", "nf4", "fp4")}}
 
 OF_LANGUAGE_MODELS = frozenset({
@@ -224,6 +227,9 @@ def cache(value: Any) -> FeatureCache | None:
         )
     except ValueError as error:
         raise ValueError(f"{kind}: {error}") from None
+
+
+accelerate: Reader = one_of({name: name for name in RUNNERS})
 
 
 def size(value: Any) -> tuple[int, int] | None:

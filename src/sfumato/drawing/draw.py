@@ -17,6 +17,7 @@ from PIL import Image
 from sfumato import __version__, schedulers
 from sfumato.batching import views
 from sfumato.batching.batcher import is_out_of_memory
+from sfumato.batching.module_runner import ModuleRunner
 from sfumato.checkpoints import feature_caches
 from sfumato.config import at_fault
 from sfumato.core import VAE_TILING, Done, Generation, Recipe
@@ -48,8 +49,16 @@ class Disturbed(Exception):
     """Another request left the model changed during this one: draw it again, on a freshly loaded model."""
 
 
-def draw(model: Loaded, generation: Generation, on_step: OnStep, on_preview: OnPreview | None = None) -> Done:
+def draw(
+    model: Loaded,
+    generation: Generation,
+    on_step: OnStep,
+    on_preview: OnPreview | None = None,
+    runners: Mapping[int, ModuleRunner] | None = None,
+) -> Done:
     """Draw one picture; `on_preview` receives the requested previews, if the pipeline supports them.
+
+    `runners`: what computes modules in their place, by the id of the module.
 
     Raises InvalidRequest for what this model cannot do, ContentFiltered if its safety checker fires,
     DrawError if the pipeline raises or its result is not finite, Disturbed if the model must be reloaded.
@@ -65,7 +74,10 @@ def draw(model: Loaded, generation: Generation, on_step: OnStep, on_preview: OnP
         return _draw_on_view(
             model,
             views.view(
-                modular.for_task(_for_task(model, task), workflow), tiled=_tiled(model, generation), adapters=adapters
+                modular.for_task(_for_task(model, task), workflow),
+                tiled=_tiled(model, generation),
+                adapters=adapters,
+                runners=runners,
             ),
             generation,
             complete,
@@ -376,4 +388,5 @@ def _recipe(
         controls=tuple(named_nets.recorded(control, model.net_digests) for control in requested.controls),
         loras=(loras := inputs.recorded_loras(model, requested)),
         without_loras=bool(model.state.own_loras) and not loras,
+        runner="+".join(sorted(views.computed_by(pipeline))) or "eager",
     )

@@ -10,8 +10,10 @@ import functools
 import logging
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 from typing import TypeAlias
 
 import torch
@@ -19,10 +21,11 @@ import torch
 from sfumato import logs
 from sfumato.batching import proof_store
 from sfumato.batching.batcher import Batcher, Task
+from sfumato.batching.module_runner import ModuleRunner
 from sfumato.batching.proof_store import Proofs
 from sfumato.batching.verification import Verification
 from sfumato.config import ModelConfig
-from sfumato.core import Done, Event, Failed, Generation, ModelStatus, Preview, Step, keep_alive_seconds
+from sfumato.core import Done, Event, Failed, Generation, ModelInfo, ModelStatus, Preview, Step, keep_alive_seconds
 from sfumato.drawing import named_nets, out_of_memory
 from sfumato.drawing.draw import Disturbed, RunStopped, draw
 from sfumato.drawing.info import model_info
@@ -51,6 +54,7 @@ from sfumato.residency.idle_times import IdleTimes
 from sfumato.residency.main_memory import MainMemory
 from sfumato.residency.pool import ModelPool
 from sfumato.residency.turns import Turns
+from sfumato.runners.choice import Runners
 from sfumato.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -67,7 +71,7 @@ class Loop:
     def __init__(self, settings: Settings, send: Send, clock: Callable[[], float] = time.monotonic) -> None:
         """`clock`: seconds, for what is unloaded once it was idle for long enough."""
         self._inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
-        """None: the thread that loads a model has news."""
+        """None: a thread that loads a model or prepares a runner has news."""
         self._send = send
         verification = Verification(proofs=Proofs(proof_store.of_server(settings.proofs, settings.data)))
         self._batcher = Batcher(
@@ -77,13 +81,15 @@ class Loop:
             on_listen=self._listen,
         )
         self._turns = Turns()
+        folder = Path(settings.runners) if settings.runners else settings.data / "runners"
+        self._runners = Runners(settings.accelerate, folder, lambda: self._inbox.put(None))
         self._pool = ModelPool(
             settings.loaded_models,
             settings.device,
             self._report_status,
             self._batcher.forget,
             self._batcher.free_caches,
-            model_info,
+            self._describe,
             known=Sharing(ContentHashes(settings.data / "hashes.json")),
             budget=Budget(settings.memory_mb * MIB, settings.vram_headroom * MIB),
             main_memory=MainMemory(settings.main_memory_mb * MIB),
@@ -115,7 +121,7 @@ class Loop:
                 self._begin()
                 with self._turns.turn():
                     computed = self._step()
-                waits = self._pool.loading and not computed
+                waits = (self._pool.loading or self._runners.preparing) and not computed
                 self._report()
                 idle = waits or not self._busy
         self._pool.close()
@@ -146,7 +152,7 @@ class Loop:
     def _patience(self) -> float | None:
         """Seconds until there is something to do without a command; None: never."""
         expiry = self._pool.until_expiry()
-        if not self._pool.loading:
+        if not self._pool.loading and not self._runners.preparing:
             return expiry
         return EVERY_S if expiry is None else min(expiry, EVERY_S)  # a worker that loads is not taken for a hung one
 
@@ -237,16 +243,30 @@ class Loop:
                 def run(generation: Generation, model: Loaded = model) -> Done:
                     # For each try: one with less memory draws on other modules.
                     with named_nets.beside(model, generation, self._pool, keeping_its_place) as drawn:
-                        return draw(drawn, generation, on_step=on_step, on_preview=on_preview)
+                        return draw(drawn, generation, on_step, on_preview, self._runners_of(model))
 
                 self._stats.started(id)
-                before = model.savings
+                before = self._reported(model)
                 try:
                     return out_of_memory.with_less(model, submit.generation, run, self._batcher.free_caches)
                 finally:
-                    if model.savings != before:
+                    if self._reported(model) != before:
                         self._pool.describe_again(model)
             log.warning("request %s is drawn again: another request left its model changed", id)
+
+    def _runners_of(self, model: Loaded) -> Mapping[int, ModuleRunner]:
+        """Chosen once for a request: no picture depends on when another runner became ready."""
+        config = model.config
+        return self._runners.of(model.denoisers(), model.state.runners, config.accelerate, config.threads)
+
+    def _describe(self, model: Loaded) -> ModelInfo:
+        states = self._runners.states(model.denoisers(), model.state.runners, model.config.accelerate)
+        return replace(model_info(model), runners=states)
+
+    def _reported(self, model: Loaded) -> object:
+        """What a request may change of what is reported about a model."""
+        states = self._runners.states(model.denoisers(), model.state.runners, model.config.accelerate)
+        return model.savings, states
 
     def _load(self, config: ModelConfig) -> None:
         """Load a model; progress and errors appear in its status."""

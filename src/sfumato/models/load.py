@@ -51,6 +51,7 @@ from sfumato.models.fetch import Fetched, OnStatus, fetch, fetch_prior
 from sfumato.pipelines import request_scheduler, tokens, with_prior
 from sfumato.pipelines.capabilities import most_clip_skip
 from sfumato.previews.decode import CheapDecoder, cheap_decoder
+from sfumato.runners.openvino import OpenVino
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +79,8 @@ class ModelState:
     """The LoRAs that requests have loaded."""
     own_loras: tuple[Lora, ...] = ()
     """The LoRAs of the model file."""
+    runners: dict[str, OpenVino] = field(default_factory=dict)
+    """What has computed its denoisers in their place, by component."""
     embeddings: dict[str, str] = field(default_factory=dict)
     """Hash of each textual inversion that its tokenizers and text encoders have → its tokens."""
 
@@ -109,8 +112,14 @@ class Loaded:
         return {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
 
     def blocks(self) -> footprint.Blocks:
-        """The memory blocks that its weights take."""
-        return footprint.blocks(self.modules().values())
+        """The memory blocks that its weights take, and the runners' copies of them."""
+        copies = {("cpu", id(runner)): runner.bytes for runner in self.state.runners.values() if runner.bytes}
+        return {**footprint.blocks(self.modules().values()), **copies}
+
+    def denoisers(self) -> dict[str, torch.nn.Module]:
+        """Its denoisers, by component."""
+        parts = vars(self.pipeline).items()
+        return {name: part for name, part in parts if precision.is_denoiser(name) and isinstance(part, torch.nn.Module)}
 
     @property
     def savings(self) -> tuple[str, ...]:

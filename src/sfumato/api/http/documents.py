@@ -92,6 +92,12 @@ class ModelInput(BaseModel):
     roles: list[str] = Field(description="What they are for, in the order in which they are sent.")
 
 
+class ModelRunner(BaseModel):
+    module: str = Field(description="Component of the pipeline, e.g. `unet`.")
+    runner: str = Field(description="`eager`, `openvino`, `openvino-fp32`, `openvino-bf16`.")
+    detail: str = Field(description="Why it is eager, or what it does not serve; empty if there is nothing to say.")
+
+
 class ModelExtension(BaseModel):
     """Sfumato's additions to OpenAI's model object."""
 
@@ -116,6 +122,9 @@ class ModelExtension(BaseModel):
     savings: list[str] | None = Field(
         description="What saves memory for every picture, as in recipes: `offload`, `group_offload`, `vae_slicing`, "
         "`vae_tiling`, `layerwise_casting:...`, `quantization:...`; null until it is loaded."
+    )
+    runners: list[ModelRunner] | None = Field(
+        description="What computes its denoisers, and why; null until it is loaded. See `accelerate` in model files."
     )
     qualities: dict[str, int] = Field(description="`quality` → steps, as far as known.")
 
