@@ -18,9 +18,10 @@ import torch
 import transformers
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from gguf import GGUFWriter
+from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from sfumato import schedulers
 from sfumato.checkpoints import (
@@ -148,9 +149,11 @@ def test_rows_19_and_20_lora_sources_with_and_without_a_network(
 
 
 @pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")  # diffusers passes it
+@pytest.mark.parametrize("how", ["offline", "dead"])
 def test_row_19_what_was_pulled_loads_without_a_network(
-    here: Hub, folder: Path, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    how: str, here: Hub, folder: Path, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """All that a model file may name; with HF_HUB_OFFLINE, and with a hub that nobody reaches."""
     base = StableDiffusionPipeline.from_pretrained(folder)
     for name, module in {
         "control": diffusers.ControlNetModel.from_unet(base.unet),
@@ -160,13 +163,24 @@ def test_row_19_what_was_pulled_loads_without_a_network(
     }.items():  # fmt: skip
         module.save_pretrained(tmp_path / name)
         here.add(f"tiny/{name}-of-row-19", tmp_path / name)
+    base.text_encoder.save_pretrained(tmp_path / "clip" / "encoder")
+    here.add("tiny/clip-of-row-19", tmp_path / "clip")
     here.add("tiny/lora1", lora.parent)
     made = config(
         tmp_path, folder, pipeline_type="StableDiffusionControlNetPipeline", control_net="tiny/control-of-row-19",
         vae="tiny/vae-of-row-19", preview_vae="tiny/preview-of-row-19", adapters=(Adapter("tiny/lora1"),),
+        clip_model="tiny/clip-of-row-19", clip_subfolder="encoder",
     )  # fmt: skip
-    parts.fetch(made, tmp_path, quiet)
-    cut(monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(diffusers.ModelMixin, "from_pretrained", None)  # nothing is loaded
+        patch.setattr(CLIPTextModel, "from_pretrained", None)
+        parts.fetch(made, tmp_path, quiet)
+    if how == "offline":
+        cut(monkeypatch)
+    else:
+        with Hub() as gone:
+            pass
+        use(gone, Path(constants.HF_HUB_CACHE), monkeypatch)
     before = len(here.requests)
     assert type(load.load(made, "cpu", quiet).preview_decoder).__name__ == "AutoencoderTiny"
     assert len(here.requests) == before

@@ -97,7 +97,7 @@ for name, layout in json.load(sys.stdin).items():
     try:
         given = {"revision": None, "pickles": layout["pickles"], "without": layout["without"]}
         given["variant"] = variants.pick(layout["files"], layout["variants"])
-        with download.as_download_errors(f"first/{name}"):
+        with hub_files.as_download_errors(f"first/{name}"):
             download._fetch_files(f"first/{name}", **given, report=report)
         download.from_hub(f"whole/{name}", **given, report=lambda part, what: None)
     except (SfumatoError, ValueError) as error:
@@ -175,14 +175,13 @@ def test_what_cannot_be_loaded_is_refused_in_words(
 
 
 def test_a_hub_that_is_away_is_asked_once_and_the_cache_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sfumato.checkpoints import download
 
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "model_index.json").write_text(json.dumps(INDEX))
     with Hub() as hub:
         here.use(hub, tmp_path / "cache", monkeypatch)
         hub.add("some/one", tmp_path / "one")
-        assert download.index_of("some/one", None) == INDEX
+        assert hub_files.index_of("some/one", None) == INDEX
     with Hub() as away:
         pass
     here.use(away, tmp_path / "cache", monkeypatch)
@@ -191,11 +190,11 @@ def test_a_hub_that_is_away_is_asked_once_and_the_cache_taken(tmp_path: Path, mo
         raise AssertionError(f"it waits {seconds} s, to ask again")
 
     monkeypatch.setattr("time.sleep", sleep)
-    assert download.index_of("some/one", None) == INDEX
-    assert download.files_of("some/one", None) == ["model_index.json"]
+    assert hub_files.index_of("some/one", None) == INDEX
+    assert hub_files.files_of("some/one", None) == ["model_index.json"]
     with pytest.raises(DownloadError, match="sfumato pull some/two"):
-        download.index_of("some/two", None)
-    assert download.files_of("some/two", None) == []
+        hub_files.index_of("some/two", None)
+    assert hub_files.files_of("some/two", None) == []
 
 
 def test_the_signature_of_an_address_is_in_no_message() -> None:

@@ -138,6 +138,11 @@ class Recording(Streams):
         super().deliver(report)
 
 
+def in_use(model: Any) -> list[str]:
+    """The out-of-memory fallbacks of a model."""
+    return ["tiles"] * (model.state.tiled_from is not None) + [model.state.offload] * (model.state.offload != "none")
+
+
 class Workshop:
     """A started `Local`, its model in memory, and what each request gives while nothing is broken."""
 
@@ -284,7 +289,7 @@ def test_a_batch_that_does_not_fit_is_halved_once_and_for_all(workshop: Workshop
     # Once more as large, when what was kept of earlier calls has been dropped.
     assert [rows for rows in tried if rows > fits] == ([8, 8] if fits == 4 else [8, 8, 4]), "the cap was forgotten"
     assert fits in tried, "smaller than it had to be"
-    assert workshop.model.fallbacks == set()
+    assert not in_use(workshop.model)
 
 
 def test_a_vae_that_does_not_fit_works_in_tiles_from_then_on(workshop: Workshop) -> None:
@@ -300,7 +305,7 @@ def test_a_vae_that_does_not_fit_works_in_tiles_from_then_on(workshop: Workshop)
     with broken(workshop.model.pipeline.vae.decoder, around):
         answers = workshop.draw(asked)
         assert all(pixels(answer).shape == (128, 128, 3) for answer in answers)
-        assert workshop.model.fallbacks == {"its VAE works in slices and tiles"}
+        assert in_use(workshop.model) == ["tiles"]
         tried.clear()
         assert all(map(same, workshop.draw([replace(one, id=f"{one.id} again") for one in asked]), answers))
         assert max(tried) == 8
@@ -389,7 +394,7 @@ def test_what_is_kept_for_speed_goes_before_anything_else(workshop: Workshop, co
     assert all(map(same, answers, alone))
     assert tried[0] == (2 * count, False)
     assert tried[1] == (2 * count, True), "something else was tried first"
-    assert workshop.model.fallbacks == set()
+    assert not in_use(workshop.model)
     assert all(isinstance(answer, Done) and answer.recipe.savings == () for answer in answers)
 
 

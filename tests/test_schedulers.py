@@ -704,3 +704,43 @@ def test_no_request_waits_for_a_schedule_of_all_training_steps(monkeypatch: pyte
 def test_a_pipeline_that_sets_no_steps_gets_the_whole_schedule() -> None:
     combined = own(diffusers.HeunDiscreteScheduler(), diffusers.KandinskyV22CombinedPipeline)
     assert len(request_scheduler.make(combined, None, SEED).timesteps) == len(combined.scheduler.timesteps) > 1000
+
+
+def steps_through(scheduler: Any, **settings: Any) -> bool:
+    """Whether the result of all steps is finite."""
+    scheduler.set_timesteps(**settings)
+    sample = torch.zeros(1, 4, 2, 2)
+    for timestep in scheduler.timesteps:
+        if hasattr(scheduler, "scale_model_input"):
+            scheduler.scale_model_input(sample, timestep)
+        sample = scheduler.step(torch.zeros_like(sample), timestep, sample, return_dict=False)[0]
+    return bool(torch.isfinite(sample).all())
+
+
+def test_as_many_steps_as_the_model_was_trained_with(pipelines: Callable[[str], Any]) -> None:
+    """Of every solver, and the model's own: it draws, or is refused with the number, never an error of diffusers."""
+    sd, refused = pipelines("sd"), set[str | None]()
+    for name in (None, *schedulers.SOLVERS):
+        choice = schedulers.parse(name) if name else None
+        try:
+            request_scheduler.check(sd, choice, 1000)
+        except InvalidRequest as error:
+            assert error.param == "step"
+            assert "1000" in error.message
+            refused.add(name)
+        else:
+            assert steps_through(request_scheduler.make(sd, choice, SEED), num_inference_steps=1000), name
+    assert refused >= {None, "pndm", "ddim", "unipc", "dpmpp_2m"}
+    request_scheduler.check(sd, None, 999)
+
+
+def test_so_many_steps_that_two_fall_on_one_time_step(pipelines: Callable[[str], Any]) -> None:
+    sd3 = pipelines("sd3")
+    unipc, euler = schedulers.parse("unipc"), schedulers.parse("euler")
+    with pytest.raises(InvalidRequest, match="cannot draw in 500 steps") as caught:
+        request_scheduler.check(sd3, unipc, 500)
+    assert caught.value.param == "step"
+    with pytest.raises(AssertionError):
+        steps_through(request_scheduler.make(sd3, unipc, SEED), num_inference_steps=500)
+    request_scheduler.check(sd3, unipc, 50)
+    request_scheduler.check(sd3, euler, 500)

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from sfumato.checkpoints import static_capabilities
 from sfumato.commands.check import check
 from sfumato.errors import LoadError, ModelFileError, SfumatoError, UnfitPipeline
-from sfumato.models import fetch, load
+from sfumato.models import fetch, footprint, load
 from sfumato.serving.catalog import Catalog
 from support import tiny
 from support.here import config, drawn, quiet, use
@@ -165,6 +165,58 @@ def test_fp8_with_a_scale_for_each_row_is_read(base: Path, other: Path, tmp_path
     assert np.abs(quantised - plain).mean() < 4
 
 
+def quantised(weights: Mapping[str, torch.Tensor], layout: str) -> dict[str, torch.Tensor]:
+    """ComfyUI's layouts, and the plain one of others: a scale for each tensor, or row, and what says so."""
+    made: dict[str, torch.Tensor] = {"scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)} if layout == "old" else {}
+    for name, tensor in weights.items():
+        if not name.endswith(".weight") or tensor.dim() != 2 or "embed_tokens" in name or "shared" in name:
+            made[name] = tensor
+            continue
+        layer = name.removesuffix(".weight")
+        scale = (tensor.abs().amax(dim=1, keepdim=True) if layout == "rows" else tensor.abs().amax()) / 448
+        made[name] = (tensor / scale).to(torch.float8_e4m3fn)
+        made[f"{layer}.{'scale_weight' if layout == 'old' else 'weight_scale'}"] = scale.float()
+        made[f"{layer}.{'scale_input' if layout == 'old' else 'input_scale'}"] = torch.tensor(1.0)
+        if layout in ("new", "rows"):
+            said = b'{"format": "float8_e4m3fn"}'
+            made[f"{layer}.comfy_quant"] = torch.tensor(list(said), dtype=torch.uint8)
+    return made
+
+
+@pytest.mark.parametrize("layout", ["old", "new", "rows", "plain"])
+def test_scaled_fp8_is_read_into_the_models_dtype(layout: str, base: Path, other: Path, tmp_path: Path) -> None:
+    pipe = FluxPipeline.from_pretrained(other)
+    for name, module in (("flux", pipe.transformer), ("t5", pipe.text_encoder_2)):
+        folder = tmp_path / ("unet" if name == "flux" else "text_encoders")
+        folder.mkdir()
+        weights = {key: value for key, value in tensors(module).items() if "encoder.embed_tokens" not in key}
+        save_file(quantised(weights, layout), folder / f"{name}.sft")
+    made = config(tmp_path, "unet/flux.sft", base_model=str(base))
+    model = load.load(made, "cpu", quiet).pipeline
+    for loaded, original in ((model.transformer, pipe.transformer), (model.text_encoder_2, pipe.text_encoder_2)):
+        assert loaded.dtype == torch.float32
+        expected = quantised(tensors(original), layout)
+        for key, value in loaded.state_dict().items():
+            scale = expected.get(f"{key}_scale", expected.get(f"{key.removesuffix('weight')}scale_weight"))
+            wanted = expected[key].float() * (1 if scale is None else scale)
+            assert torch.equal(value, wanted), key
+    assert np.ptp(drawn(made)) > 0
+    # Its footprint is that of the dtype in which it is in memory.
+    size = sum(tensor.nbytes for tensor in model.transformer.parameters())
+    counted = sum(footprint.of_files(tmp_path / "unet" / "flux.sft", {}, "fp32", None).values())
+    assert 0 <= counted - size < size / 10
+    assert sum(footprint.of_files(tmp_path / "unet" / "flux.sft", {}, "bf16", None).values()) < counted / 1.9
+
+
+def test_comfy_quant_of_another_format_is_refused(base: Path, other: Path, tmp_path: Path) -> None:
+    weights = quantised(tensors(FluxPipeline.from_pretrained(other).transformer), "new")
+    name = next(name for name in weights if name.endswith("comfy_quant"))
+    weights[name] = torch.tensor(list(b'{"format": "rotated"}'), dtype=torch.uint8)
+    save_file(weights, tmp_path / "f.safetensors")
+    with pytest.raises(LoadError, match=r"says rotated; float8_e4m3fn and float8_e5m2 are read.*\.gguf"):
+        load.load(config(tmp_path, "f.safetensors", base_model=str(base)), "cpu", quiet)
+
+
 def test_plain_fp8_is_cast(base: Path, other: Path, tmp_path: Path) -> None:
     weights = tensors(FluxPipeline.from_pretrained(other).transformer)
     save_file({name: tensor.to(torch.float8_e4m3fn) for name, tensor in weights.items()}, tmp_path / "f.safetensors")
@@ -173,12 +225,15 @@ def test_plain_fp8_is_cast(base: Path, other: Path, tmp_path: Path) -> None:
 
 
 UNREADABLE = [
-    ({"x_embedder.weight": torch.ones(4, 4).to(torch.float8_e4m3fn), "x_embedder.scale_weight": torch.ones(1),
-      "scaled_fp8": torch.ones(2).to(torch.float8_e4m3fn)}, "ComfyUI's scaled fp8"),
-    ({"x_embedder.weight": torch.ones(4, 4).to(torch.float8_e4m3fn), "x_embedder.weight_scale": torch.tensor(1.0),
-      "x_embedder.comfy_quant": torch.zeros(4, dtype=torch.uint8)}, "ComfyUI's scaled fp8"),
-    ({"x_embedder.weight": torch.ones(4, 4).to(torch.float8_e4m3fn), "x_embedder.weight_scale": torch.tensor(1.0)},
+    ({"x_embedder.weight": torch.ones(4, 4).to(torch.float8_e4m3fn), "x_embedder.comfy_quant": torch.zeros(4).byte(),
+      "x_embedder.weight_scale": torch.ones(4, 4, dtype=torch.uint8)}, "ComfyUI's scaled fp8"),  # mxfp8
+    ({"x_embedder.weight": torch.ones(4, 4).to(torch.float8_e4m3fn), "x_embedder.weight_scale": torch.ones(2)},
      "scaled fp8"),
+    ({"x_embedder.weight": torch.ones(4, 4, dtype=torch.uint8), "x_embedder.comfy_quant": torch.zeros(4).byte(),
+      "x_embedder.weight_scale": torch.ones(4, 1).to(torch.float8_e4m3fn),
+      "x_embedder.weight_scale_2": torch.tensor(1.0)}, "ComfyUI's nvfp4"),
+    ({"x_embedder.weight": torch.ones(4, 4, dtype=torch.int8), "x_embedder.comfy_quant": torch.zeros(4).byte(),
+      "x_embedder.weight_scale": torch.tensor(1.0)}, "ComfyUI's scaled int8"),
     ({"x_embedder.weight": torch.ones(4, 4, dtype=torch.int8), "x_embedder.weight_scale": torch.ones(4)},
      "scaled int8"),
     ({"x_embedder.weight": torch.ones(4, 4, dtype=torch.int8)}, "int8"),

@@ -6,6 +6,7 @@ parts of models (LoRAs, VAEs, text encoders) that no pipeline can be made of.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -53,6 +54,10 @@ REMEDIES: Mapping[str, str] = MappingProxyType(
 FP8R, NVFP4 = "fp8r", "nvfp4"
 READABLE = (FP8R, NVFP4)
 """Layouts of quantised weights that diffusers' quantisers read from a single file."""
+SCALED_FP8 = "fp8 with scales of tensors or rows"
+"""Layout with a scale for each tensor or row, which is read into the model's dtype (`models.scaled_fp8`)."""
+
+_ABOUT_SCALES = re.compile(r"(^|\.)(scaled_fp8|comfy_quant|scale_weight|scale_input|weight_scale|input_scale)$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +67,7 @@ class Contents:
     repository: str | None
     """The hub id of the repository that describes it, by diffusers' rules; None if they do not know it."""
     quantised: str | None = None
-    """The layout of quantised weights: one of READABLE, or words for one that nothing here reads."""
+    """The layout of quantised weights: one of READABLE, SCALED_FP8, or words for one that nothing here reads."""
     has_vae: bool = False
     has_text: bool = False
 
@@ -87,10 +92,12 @@ def refuse(contents: Contents, label: str) -> None:
     """Raises LoadError if no model can be made of such a file."""
     if remedy := REMEDIES.get(contents.kind):
         raise LoadError(f"{label} is a {contents.kind}, not a model. {remedy}", param="parameters.model")
-    refuse_layout(contents, label, "parameters.model")
+    # Whole models are read by diffusers from the file itself.
+    scaled = (SCALED_FP8,) if contents.needs_base else ()
+    refuse_layout(contents, label, "parameters.model", (*READABLE, *scaled))
 
 
-def refuse_layout(contents: Contents, label: str, key: str, readable: tuple[str, ...] = READABLE) -> None:
+def refuse_layout(contents: Contents, label: str, key: str, readable: tuple[str, ...]) -> None:
     """Raises LoadError if the file's weights are quantised in a layout that nothing here reads."""
     if contents.quantised and contents.quantised not in readable:
         raise LoadError(
@@ -150,14 +157,45 @@ def _quantised(names: Mapping[str, Tensor]) -> str | None:
             return FP8R
         if "weight_scale_2" in ends and all(_is_nvfp4(names, name) for name in scales):
             return NVFP4
+    if _is_scaled_fp8(names):
+        return SCALED_FP8
     dtypes = {tensor.dtype for name, tensor in names.items() if name.endswith("weight")}
     if "scaled_fp8" in names or ends & {"comfy_quant", "scale_weight"}:
-        return f"ComfyUI's scaled {'int8' if 'I8' in dtypes else 'fp8'}"
+        packed = "nvfp4" if "weight_scale_2" in ends else "scaled fp8"
+        return f"ComfyUI's {'scaled int8' if 'I8' in dtypes else packed}"
     if "weight_scale" in ends or "input_scale" in ends:
         return f"scaled {'int8' if 'I8' in dtypes else 'fp4' if 'U8' in dtypes else 'fp8'}"
     if any("quant_state" in name for name in names) or ends & {"SCB", "absmax"}:
         return "bitsandbytes"
     return "int8" if "I8" in dtypes else None
+
+
+def scales_of(name: str) -> tuple[str, ...]:
+    """What the scale of a weight may be called."""
+    layer, _, last = name.rpartition(".")
+    return (f"{name}_scale", f"{layer}.scale_weight") if last == "weight" else (f"{name}_scale",)
+
+
+def is_about_scales(name: str) -> bool:
+    """Whether a tensor says how others are scaled, and is no weight."""
+    return bool(_ABOUT_SCALES.search(name))
+
+
+def _is_scaled_fp8(names: Mapping[str, Tensor]) -> bool:
+    """Whether some weights are in fp8 with a scale, and all scales are of whole tensors or of rows of such weights."""
+    scaled = {weight: scale for weight in names for scale in scales_of(weight) if scale in names}
+    others = {name for name in names if name.endswith((".weight_scale", ".scale_weight"))} - set(scaled.values())
+    others |= {name for name in names if name.endswith(".weight_scale_2")}
+    return (
+        bool(scaled)
+        and not others
+        and all(
+            names[weight].dtype.startswith("F8_")
+            and names[scale].dtype in ("F32", "F16", "BF16")
+            and math.prod(names[scale].shape) in (1, names[weight].shape[0] if names[weight].shape else 1)
+            for weight, scale in scaled.items()
+        )
+    )
 
 
 def _is_fp8r(names: Mapping[str, Tensor], scale: str) -> bool:

@@ -22,11 +22,9 @@ from huggingface_hub import errors as hub
 from safetensors import SafetensorError
 
 from sfumato.checkpoints import checked, descriptions, hub_files, repository_files, sources, weight_file
-from sfumato.checkpoints.hub_files import UNREACHABLE, SilentBar, as_download_errors, files_of, first_line, index_of
+from sfumato.checkpoints.hub_files import UNREACHABLE, SilentBar, as_download_errors, files_of, first_line
 from sfumato.checkpoints.weight_file import OnProgress
 from sfumato.errors import DownloadError, LoadError
-
-__all__ = ["as_download_errors", "description_of", "files_of", "from_hub", "from_url", "index_of"]
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from huggingface_hub import hf_hub_download
 
-from sfumato.checkpoints import download, sources, weight_file
+from sfumato.checkpoints import hub_files, sources, weight_file
 from sfumato.checkpoints.weight_file import OnProgress
 from sfumato.config import ModelConfig, addresses
 from sfumato.errors import LoadError
@@ -44,7 +44,7 @@ def find(config: ModelConfig, key: str, name: str, report: OnProgress) -> Path |
         return sources.weights(config, weight_file.obtain(sources.hub_page(name), config.folder, report=report), key)
     if (match := _OF_REPOSITORY.fullmatch(plain)) and PurePosixPath(match["path"]).suffix:
         sources.weights(config, PurePosixPath(match["path"]), key)
-        with download.as_download_errors(match["repo"], _pull(config)):
+        with hub_files.as_download_errors(match["repo"], _pull(config)):
             revision = match["revision"] or match["branch"]
             return Path(hf_hub_download(match["repo"], match["path"], revision=revision))
     repo, _, revision = plain.partition("@")
@@ -73,8 +73,8 @@ def lora(config: ModelConfig, name: str, report: OnProgress) -> Path:
     """The file with the weights of a LoRA."""
     source = find(config, "lora_adapter", name, report)
     if isinstance(source, Repository):
-        with download.as_download_errors(source.id, _pull(config)):
-            file = _lora_of(config, name, download.files_of(source.id, source.revision))
+        with hub_files.as_download_errors(source.id, _pull(config)):
+            file = _lora_of(config, name, hub_files.files_of(source.id, source.revision))
             return Path(hf_hub_download(source.id, file, revision=source.revision))
     if source.is_dir():
         return source / _lora_of(config, name, [path.name for path in source.iterdir()])

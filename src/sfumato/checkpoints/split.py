@@ -134,7 +134,7 @@ def _place(
     config: ModelConfig, name: str, file: Path, encoders: Mapping[str, tuple[int, int]], assigned: Mapping[str, Path]
 ) -> str:
     header, name = weight_header.of_file(file), addresses.redact(name)
-    contents.refuse_layout(contents.of(header), name, "diffusers.text_encoders", readable=())
+    contents.refuse_layout(contents.of(header), name, "diffusers.text_encoders", (contents.SCALED_FP8,))
     sizes = contents.words_and_width(header)
     for part, wanted in encoders.items():
         if part not in assigned and sizes == wanted:
@@ -166,7 +166,8 @@ def _beside(root: Path, folders: tuple[str, ...], fits: Callable[[Header], bool]
 
 def _is_encoder(sizes: tuple[int, int], header: Header) -> bool:
     made_of = contents.of(header)
-    return made_of.kind == contents.TEXT_ENCODER and not made_of.quantised and contents.words_and_width(header) == sizes
+    readable = made_of.quantised in (None, contents.SCALED_FP8)
+    return made_of.kind == contents.TEXT_ENCODER and readable and contents.words_and_width(header) == sizes
 
 
 def _is_vae(channels: int, header: Header) -> bool:

@@ -19,12 +19,19 @@ from sfumato.core import VAE_TILING, Generation
 from sfumato.drawing.arguments import own_size
 from sfumato.errors import OutOfMemory
 from sfumato.models import low_memory, precision, sharing
-from sfumato.models.load import GROUPED, OFFLOADED, TILES, Loaded
+from sfumato.models.load import Loaded
 from sfumato.models.release import release_frames
 from sfumato.pictures import images
 from sfumato.pipelines.tiling import can_tile
 
 log = logging.getLogger(__name__)
+
+TILES = "its VAE works in slices and tiles"
+OFFLOADED = "its modules wait in main memory"
+GROUPED = "its layers wait in main memory"
+"""Descriptions of the fallbacks that a model may be using; `ModelState` has them."""
+
+FROM_NOW_ON = "%s ran out of memory; from now on %s"
 
 T = TypeVar("T")
 
@@ -55,22 +62,17 @@ def with_less(
             log.warning("%s ran out of memory; dropped %d bytes of cached results and LoRAs", model.config.name, freed)
         elif VAE_TILING not in generation.savings and _may_tile(model):
             generation = _tiled(generation)
+            if model.state.tiled_from is None:
+                log.warning(FROM_NOW_ON, model.config.name, TILES)
             model.state.tiled_from = pixels if tiled_from is None else min(pixels, tiled_from)
-            _note(model, TILES)
         elif fallback := _offload(model):
-            _note(model, fallback)
+            log.warning(FROM_NOW_ON, model.config.name, fallback)
         else:
             in_effect = ", ".join(sorted({*generation.savings, *model.savings}))
             raise OutOfMemory(
                 f"{model.config.name}: out of memory{f', even with {in_effect}' if in_effect else ''}. Request a "
                 "smaller size, or set `quantization`, `layerwise_casting` or a smaller dtype in the model file."
             )
-
-
-def _note(model: Loaded, fallback: str) -> None:
-    if fallback not in model.fallbacks:
-        log.warning("%s ran out of memory; from now on %s", model.config.name, fallback)
-    model.fallbacks.add(fallback)
 
 
 def _tiled(generation: Generation) -> Generation:

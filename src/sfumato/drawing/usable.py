@@ -94,9 +94,9 @@ def _nearest_scheduler(driver: Any, wanted: str, steps: int | None) -> tuple[str
 
 def scheduler(driver: Any, sampling: Sampling) -> schedulers.SchedulerChoice | None:
     """The scheduler to draw with; None: the model's own. Raises InvalidRequest if it cannot draw with `driver`."""
-    if not sampling.scheduler or request_scheduler.keeps_own(driver):
+    if request_scheduler.keeps_own(driver):
         return None
-    choice = schedulers.parse(sampling.scheduler)
+    choice = schedulers.parse(sampling.scheduler) if sampling.scheduler else None
     request_scheduler.check(driver, choice, sampling.steps)
     return choice
 

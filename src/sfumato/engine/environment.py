@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 
@@ -15,7 +16,14 @@ ENVIRONMENT = {
 """Applied unless the operator set them."""
 
 
+QUIET = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
+"""Loggers of what diffusers imports whether or not a model is quantised: they tell of kernels for other hardware and of
+what a later torch will do otherwise."""
+
+
 def prepare() -> None:
+    for name in QUIET:
+        logging.getLogger(name).setLevel(logging.ERROR)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings(

@@ -21,7 +21,7 @@ import torch
 from huggingface_hub import snapshot_download
 
 from sfumato.batching.batcher import is_out_of_memory
-from sfumato.checkpoints import controlnets, download
+from sfumato.checkpoints import controlnets, hub_files
 from sfumato.checkpoints.controlnets import HubNet
 from sfumato.config import ModelConfig
 from sfumato.core import ModelStatus
@@ -104,8 +104,8 @@ def load(
 def _fetch(repository: HubNet) -> Path:
     """Download a ControlNet's configuration and safetensors weights. Raises LoadError or DownloadError."""
     repo, revision = repository.id, repository.revision
-    with download.as_download_errors(repo):
-        _, files = controlnets.chosen(download.files_of(repo, revision))
+    with hub_files.as_download_errors(repo):
+        _, files = controlnets.chosen(hub_files.files_of(repo, revision))
         if not files:
             raise LoadError(f"{repo} has no diffusion_pytorch_model.safetensors: it is no ControlNet for diffusers")
         return Path(snapshot_download(repo, revision=revision, allow_patterns=[controlnets.DESCRIPTION, *files]))

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from sfumato.checkpoints import variants, weight_header
+from sfumato.checkpoints import contents, variants, weight_header
 from sfumato.errors import LoadError
 
 BYTES: Mapping[str, int] = {"fp16": 2, "bf16": 2, "fp32": 4}
@@ -19,6 +19,8 @@ BYTES: Mapping[str, int] = {"fp16": 2, "bf16": 2, "fp32": 4}
 
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 """Types of safetensors that are cast to the model's dtype when they are loaded."""
+
+FP8 = frozenset({"F8_E4M3", "F8_E5M2"})
 
 OTHERS: Mapping[str, int] = {
     "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -145,8 +147,11 @@ def _of_single_file(path: Path, dtype: str) -> dict[str, int]:
 
 def _tensors(file: Path, dtype: str) -> list[tuple[str, int]]:
     """Name of each tensor in a safetensors file, and the bytes it takes in `dtype`. Raises KeyError for other types."""
-    sizes = {**OTHERS, **dict.fromkeys(FLOATS, BYTES[dtype])}
-    tensors = weight_header.of_file(file).tensors
+    header = weight_header.of_file(file)
+    # What is in fp8 stays so in the layouts of quantisers alone.
+    cast = FLOATS if contents.of(header).quantised in contents.READABLE else FLOATS | FP8
+    sizes = {**OTHERS, **dict.fromkeys(cast, BYTES[dtype])}
+    tensors = header.tensors
     return [(name, math.prod(tensor.shape) * sizes[tensor.dtype]) for name, tensor in tensors.items()]
 
 

@@ -20,7 +20,7 @@ from sfumato.batching.batcher import is_out_of_memory
 from sfumato.batching.exclusive import rewires
 from sfumato.checkpoints import (
     descriptions,
-    download,
+    hub_files,
     modular,
     pipeline_class,
     prediction,
@@ -57,11 +57,6 @@ log = logging.getLogger(__name__)
 
 MakeRoom: TypeAlias = Callable[[footprint.Needs], None]
 
-TILES = "its VAE works in slices and tiles"
-OFFLOADED = "its modules wait in main memory"
-GROUPED = "its layers wait in main memory"
-"""Descriptions of the out-of-memory fallbacks a model may be using."""
-
 
 @dataclass(slots=True)
 class ModelState:
@@ -96,8 +91,6 @@ class Loaded:
     dtype: str
     task_pipelines: dict[str, Any] = field(default_factory=dict)
     """Pipelines for other tasks on the same weights, by task."""
-    fallbacks: set[str] = field(default_factory=set)
-    """The out-of-memory fallbacks in use: TILES (from the size that did not fit), OFFLOADED and GROUPED."""
     state: ModelState = field(default_factory=ModelState)
     net_digests: Mapping[str, str] = field(default_factory=dict)
     """ControlNet that the request names -> SHA-256 of its weights."""
@@ -207,7 +200,7 @@ def _pipeline(
         shared.identify(fetched.path, described, fetched.files, index, variant, (device, dtype))
     make_room(_needs(config, sizes, shared.find(), device, dtype))
     given = shared.find()  # more than before, if another model was loaded while this one waited
-    with download.as_download_errors(fetched.label):
+    with hub_files.as_download_errors(fetched.label):
         if fetched.description and not fetched.files:
             return _single_file(config, fetched, cls, dtype, index, **given), fetched, dtype
         folder = fetched.description or fetched.path
@@ -300,10 +293,9 @@ def _load_preview_decoder(config: ModelConfig, pipeline: Any, device: str, dtype
         if vae is not None and not config.low_vram and config.offload in (None, "none"):
             vae.to(device)
         return cheap_decoder(pipeline)
-    with download.as_download_errors(config.preview_vae):
-        tiny = diffusers.AutoencoderTiny.from_pretrained(
-            parts.path_or_id(config, config.preview_vae), dtype=DTYPES[dtype]
-        )
+    source = parts.component(config, config.preview_vae)
+    with hub_files.as_download_errors(config.preview_vae):
+        tiny = diffusers.AutoencoderTiny.from_pretrained(source, local_files_only=True, dtype=DTYPES[dtype])
     channels, model_channels = (
         tiny.config.latent_channels,
         getattr(getattr(pipeline, "vae", None), "config", {}).get("latent_channels"),

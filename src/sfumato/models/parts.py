@@ -18,7 +18,7 @@ from huggingface_hub import snapshot_download
 from sfumato.batching.batcher import is_out_of_memory
 from sfumato.checkpoints import (
     diffusers_source,
-    download,
+    hub_files,
     lora_files,
     references,
     sources,
@@ -33,6 +33,9 @@ from sfumato.loras import Lora
 from sfumato.models import footprint
 from sfumato.models.device import DTYPES
 
+_WEIGHTS = re.compile(r"(diffusion_pytorch_|pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+"""Of a component, without a variant."""
+
 
 def components(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     """Components to pass to the pipeline's constructor."""
@@ -43,22 +46,21 @@ def components(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
         else:
             modules["controlnet"] = _control_net(config, config.control_net, dtype)
     if config.clip_model:
-        with download.as_download_errors(config.clip_model):
+        source = component(config, config.clip_model, config.clip_subfolder or "")
+        with hub_files.as_download_errors(config.clip_model):
             modules["text_encoder"] = transformers.CLIPTextModel.from_pretrained(
-                path_or_id(config, config.clip_model),
-                subfolder=config.clip_subfolder or "",
-                dtype=dtype,
+                source, subfolder=config.clip_subfolder or "", local_files_only=True, dtype=dtype
             )
     return modules
 
 
 def _control_net(config: ModelConfig, name: str, dtype: torch.dtype) -> Any:
     """A ControlNet of the class that its configuration names."""
-    source = path_or_id(config, name)
-    with download.as_download_errors(name):
-        kind = diffusers.ControlNetModel.load_config(source).get("_class_name", "")
+    source = component(config, name)
+    with hub_files.as_download_errors(name):
+        kind = diffusers.ControlNetModel.load_config(source, local_files_only=True).get("_class_name", "")
         cls = getattr(diffusers, kind, None) if "ControlNet" in kind else None
-        return (cls or diffusers.ControlNetModel).from_pretrained(source, dtype=dtype)
+        return (cls or diffusers.ControlNetModel).from_pretrained(source, local_files_only=True, dtype=dtype)
 
 
 def prior(config: ModelConfig, folder: Path, dtype: str) -> Any:
@@ -93,17 +95,33 @@ def fetch(config: ModelConfig, described: Path, report: OnProgress) -> None:
     `described`: the folder with the configurations of its components.
     """
     config = tiny_vaes.resolve(config, diffusers_source.json_of(described / "vae" / "config.json"))
-    components(config, torch.float32)  # diffusers and transformers download what they load
-    if config.preview_vae:
-        with download.as_download_errors(config.preview_vae):
-            diffusers.AutoencoderTiny.from_pretrained(path_or_id(config, config.preview_vae))
+    nets = config.control_net if isinstance(config.control_net, tuple) else (config.control_net,)
+    for name in (*nets, config.preview_vae):
+        if name:
+            component(config, name)
+    if config.clip_model:
+        component(config, config.clip_model, config.clip_subfolder or "")
     if config.original_config:
         original_config(config)
     if config.vae and isinstance(vae := references.find(config, "vae", config.vae, report), references.Repository):
-        with download.as_download_errors(addresses.redact(config.vae)):
+        with hub_files.as_download_errors(addresses.redact(config.vae)):
             _fetch_vae(vae)
     for adapter in config.adapters:
         references.lora(config, adapter.source, report)
+
+
+def component(config: ModelConfig, name: str, folder: str = "") -> Path:
+    """Where the component that a file names is on this disk; of a hub id, what `from_pretrained` of this folder in it
+    loads is downloaded if necessary. An unreachable hub is asked once, not for each file."""
+    path = Path(path_or_id(config, name))
+    if path.exists():
+        return path
+    with hub_files.as_download_errors(name):
+        prefix = f"{folder}/" if folder else ""
+        names = [each for each in hub_files.files_of(name, None) if each.rpartition("/")[0] == folder]
+        plain = [each for each in names if _WEIGHTS.fullmatch(each.removeprefix(prefix))]
+        safe = [each for each in plain if ".safetensors" in each]
+        return Path(snapshot_download(name, allow_patterns=[f"{prefix}config.json", *(safe or plain)]))
 
 
 def original_config(config: ModelConfig) -> Path:
@@ -137,7 +155,7 @@ def replace_vae(config: ModelConfig, pipeline: Any, dtype: torch.dtype, report: 
     if isinstance(source, Path) and source.is_file():
         vae = _vae_of_file(source, original, dtype)
     else:
-        with download.as_download_errors(label):
+        with hub_files.as_download_errors(label):
             vae = _vae_of_folder(_fetch_vae(source) if isinstance(source, references.Repository) else source, dtype)
     channels, model_channels = (getattr(each, "config", {}).get("latent_channels") for each in (vae, original))
     factors = [len(getattr(each, "config", {}).get("block_out_channels", ())) for each in (vae, original)]
@@ -161,7 +179,7 @@ def _vae_of_file(path: Path, layout: Any, dtype: torch.dtype) -> Any:
 
 def _fetch_vae(repository: references.Repository) -> Path:
     """Download only the VAE of a repository, which may be the whole repository or its folder `vae`."""
-    files = download.files_of(repository.id, repository.revision)
+    files = hub_files.files_of(repository.id, repository.revision)
     part = "vae/" if "vae/config.json" in files else ""
     weights = [file for file in files if re.fullmatch(rf"{part}diffusion_pytorch_model[^/]*\.safetensors", file)]
     plain = [file for file in weights if file.count(".") == 1]

@@ -14,7 +14,7 @@ import transformers
 
 from sfumato.checkpoints import contents, split, weight_file
 from sfumato.errors import LoadError
-from sfumato.models import quantizers
+from sfumato.models import quantizers, scaled_fp8
 
 
 def components(
@@ -53,22 +53,30 @@ def _of_diffusers(cls: Any, file: Path, described: Path, part: str, dtype: torch
         )
     quantised: dict[str, Any] = {}
     made_of = split.contents_of(file)
+    source: Any = str(file)
     if file.suffix == split.GGUF:
         quantised["quantization_config"] = diffusers.GGUFQuantizationConfig(compute_dtype=dtype)
     elif made_of and made_of.quantised in contents.READABLE:
         quantised["quantization_config"] = diffusers.BFLQuantizationConfig(compute_dtype=dtype)
-    module = cls.from_single_file(str(file), config=str(described), subfolder=part, dtype=dtype, **quantised)
+    elif made_of and made_of.quantised == contents.SCALED_FP8:
+        source = scaled_fp8.tensors(file, dtype)
+    module = cls.from_single_file(source, config=str(described), subfolder=part, dtype=dtype, **quantised)
     return quantizers.quantised(module, setting, dtype) if setting and not quantised else module
 
 
 def _text_encoder(cls: Any, file: Path, described: Path, dtype: torch.dtype, setting: Any) -> Any:
     """transformers reads a folder: here one with the description, and the file under the name it expects."""
+    made_of = split.contents_of(file)
+    scaled = made_of is not None and made_of.quantised == contents.SCALED_FP8
+    more = {"quantization_config": setting} if setting else {}
     with TemporaryDirectory() as folder:
         (Path(folder) / "config.json").symlink_to((described / "config.json").absolute())
-        (Path(folder) / "model.safetensors").symlink_to(file.resolve())
-        quantised = {"quantization_config": setting} if setting else {}
+        if scaled:
+            more |= {"config": cls.config_class.from_pretrained(folder), "state_dict": scaled_fp8.tensors(file, dtype)}
+        else:
+            (Path(folder) / "model.safetensors").symlink_to(file.resolve())
         module, report = cls.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, local_files_only=True, **quantised
+            None if scaled else folder, dtype=dtype, output_loading_info=True, local_files_only=True, **more
         )
     if missing := sorted(report["missing_keys"]):
         raise LoadError(

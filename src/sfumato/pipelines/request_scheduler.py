@@ -65,6 +65,9 @@ SIGMA_FLAGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 REHEARSAL_STEPS = 4
 """Steps of a rehearsal without a requested number, and of a schedule that is never used."""
 
+CROWDED_STEPS = 100
+"""From so many steps on, two may fall on one time step of the thousand that models are trained with."""
+
 SLOW_CONSTRUCTORS = frozenset({
     "HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "LMSDiscreteScheduler",
     "DPMSolverSDEScheduler",
@@ -100,10 +103,21 @@ def make(pipeline: Any, choice: SchedulerChoice | None, seed: int | Sequence[int
 
 
 def check(pipeline: Any, choice: SchedulerChoice | None, count: int | None = None) -> None:
-    """Raise InvalidRequest if `choice` cannot draw with `pipeline` (in `count` steps, if not None)."""
-    if choice is None or (reason := why_unfit(pipeline, choice, count)) is None:
-        return
+    """Raise InvalidRequest if `choice` cannot draw with `pipeline` (in `count` steps, if not None).
+
+    None stands for the model's own scheduler, of which only the number of steps is checked.
+    """
     model = _model(pipeline)
+    if choice is None:
+        if count is not None and (reason := _why_too_many(model, count)):
+            raise InvalidRequest(
+                f"step: {count}: the model's own scheduler cannot draw in so many: {reason}. It was trained with "
+                f"{_trained_steps(model.scheduler)}; send fewer, or another scheduler.",
+                param="step",
+            )
+        return
+    if (reason := _why_unfit(model, choice.name, count)) is None:
+        return
     if count is not None and _why_unfit(model, choice.name, None) is None:
         raise InvalidRequest(
             f"Scheduler {choice.name!r} cannot draw in {count} steps: {reason}. Use another number of steps.",
@@ -306,6 +320,25 @@ def _why_unfit(model: _Model, name: str, count: int | None) -> str | None:
     return _missing_support(scheduler, model_scheduler, usage) or _rehearse(scheduler, usage, count)
 
 
+@functools.lru_cache(maxsize=256)
+def _why_too_many(model: _Model, count: int) -> str | None:
+    """Why the model's own scheduler cannot draw in as many steps as it was trained with; None if it can, or there are
+    fewer."""
+    usage = scheduler_calls.read(model.pipeline_class)
+    if usage is None or count < _trained_steps(model.scheduler):
+        return None
+
+    def rehearsed(steps: int | None) -> str | None:
+        return _rehearse(_like_model(model.scheduler, 0, sets_steps=True), usage, steps)
+
+    # What fails in any number of steps is not understood here, and may draw.
+    return rehearsed(count) if rehearsed(None) is None else None
+
+
+def _trained_steps(scheduler: Any) -> int:
+    return int(getattr(scheduler, "config", {}).get("num_train_timesteps") or 1000)
+
+
 def _missing_support(scheduler: Any, model_scheduler: Any, usage: SchedulerUse) -> str | None:
     """What the pipeline requires of its scheduler but this one lacks."""
     cls = type(scheduler).__name__
@@ -336,7 +369,7 @@ def _rehearse(scheduler: Any, usage: SchedulerUse, count: int | None) -> str | N
     for run in usage.runs:
         try:
             _set(scheduler, run, count or REHEARSAL_STEPS)
-            finite = _step(scheduler, usage)
+            finite = _step(scheduler, usage, None if _may_fail_late(scheduler, count) else REHEARSAL_STEPS)
         # Whatever diffusers raises here, it would raise in the middle of a request.
         except Exception as error:
             return (
@@ -350,6 +383,15 @@ def _rehearse(scheduler: Any, usage: SchedulerUse, count: int | None) -> str | N
         if float(getattr(scheduler, "init_noise_sigma", 1.0)) != 1.0 and not scales:
             return f"the pipeline does not scale the noise as {type(scheduler).__name__} needs it"
     return None
+
+
+def _may_fail_late(scheduler: Any, count: int | None) -> bool:
+    """Whether the last step may fail where the first do not: with as many steps as the model was trained with, and
+    where so many are asked for that two have one time step, of which a scheduler may begin at the second."""
+    if count is None or count < CROWDED_STEPS:
+        return False
+    timesteps = torch.as_tensor(scheduler.timesteps).tolist()
+    return count >= _trained_steps(scheduler) or len(set(timesteps)) < len(timesteps)
 
 
 def _error_text(error: Exception) -> str:
@@ -368,14 +410,17 @@ def _set(scheduler: Any, run: scheduler_calls.SetStepsCall, count: int) -> None:
     scheduler.set_timesteps(device="cpu", **arguments)
 
 
-def _step(scheduler: Any, usage: SchedulerUse) -> bool:
+def _step(scheduler: Any, usage: SchedulerUse, count: int | None) -> bool:
+    """Whether the result of the first `count` steps (None: of all) is finite."""
     sample = torch.zeros(1, 4, 2, 2)
     learned = str(scheduler.config.get("variance_type")).startswith("learned")
     prediction = torch.zeros(1, 8 if learned else 4, 2, 2)
     extra: dict[str, Any] = {}
     if "generator" in _parameters(type(scheduler).step):
         extra["generator"] = torch.Generator().manual_seed(0)
-    for timestep in scheduler.timesteps[:REHEARSAL_STEPS]:
+    if "set_begin_index" in usage.uses and hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)
+    for timestep in scheduler.timesteps[:count]:
         if "scale_model_input" in usage.uses and hasattr(scheduler, "scale_model_input"):
             scheduler.scale_model_input(sample, timestep)
         sample = scheduler.step(prediction, timestep, sample, return_dict=False, **extra)[0]
