@@ -5,7 +5,8 @@
 1. One forward pass of the denoiser, over the same one of the module without adapters: a LoRA that is loaded and not
    used; one LoRA on all rows; four LoRAs and none, each on rows of its own; another LoRA than the time before. On the
    CPU in CPU time of one thread, alternating.
-2. Eight requests with four LoRAs and different steps and guidance, at once over one LoRA at a time.
+2. Eight requests with four LoRAs and none, of different steps and guidance: all at once over those of one LoRA at a
+   time. In pairs, of which each begins with the other kind than the one before, in time of the clock and of the CPU.
 """
 
 from __future__ import annotations
@@ -95,19 +96,19 @@ def per_step(pipeline: Any, loras: Sequence[Lora], device: str, side: int, repea
     return answer
 
 
-def at_once(pipeline: Any, loras: Sequence[Lora], device: str, name: str, repeats: int) -> tuple[Figure, float]:
-    """Rate of eight requests at once over one LoRA at a time, and the mean batch."""
+def at_once(pipeline: Any, loras: Sequence[Lora], device: str, name: str, repeats: int) -> dict[str, Any]:
+    """Rate of eight requests at once over one LoRA at a time, by either clock, and the mean batches of the denoiser."""
     adapters = Adapters()
-    requests = [(loras[at % COUNT], each) for at, each in enumerate(models.mixed(name, ROWS, seed=5))]
+    kinds: list[list[Lora]] = [*([lora] for lora in loras), []]
+    requests = [(kinds[at % len(kinds)], each) for at, each in enumerate(models.mixed(name, ROWS, seed=5))]
 
-    def draw(lora: Lora, call: Mapping[str, Any]) -> Any:
-        with adapters.use(pipeline, device, "m", [lora]) as selections:
+    def draw(own: Sequence[Lora], call: Mapping[str, Any]) -> Any:
+        with adapters.use(pipeline, device, "m", own) as selections:
             return view(pipeline, adapters=selections)(**call)
 
-    def together(some: Sequence[tuple[Lora, Any]]) -> None:
-        tasks = []
-        for lora, generation in some:
-            tasks.append(batcher.submit(functools.partial(draw, lora, models.arguments(generation))))
+    def together(some: Sequence[tuple[Sequence[Lora], Any]]) -> None:
+        batcher.prompt_cache.clear()
+        tasks = [batcher.submit(functools.partial(draw, own, models.arguments(each))) for own, each in some]
         while batcher.step():
             pass
         for task in tasks:
@@ -118,25 +119,30 @@ def at_once(pipeline: Any, loras: Sequence[Lora], device: str, name: str, repeat
         together(requests)
 
     def one_lora_at_a_time() -> None:
-        for lora in loras:
-            together([each for each in requests if each[0] is lora])
+        for own in kinds:
+            together([each for each in requests if each[0] is own])
+
+    def mean_batch(run: Callable[[], None]) -> float:
+        batcher.counts.clear()
+        run()
+        return round(batcher.counts["unet"].calls / batcher.counts["unet"].forwards, 2)
 
     batcher = Batcher(max_rows=2 * ROWS)
-    ratios = []
+    clocks: Mapping[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+    ratios: dict[str, list[float]] = {what: [] for what in clocks}
+    variants = (one_lora_at_a_time, all_at_once)
     with adapters.use(pipeline, device, "m", loras):
         all_at_once(), one_lora_at_a_time()  # the proofs
-        batcher.counts.clear()
-        all_at_once()
-        count = batcher.counts["unet"]
-        for _ in range(repeats):
-            batcher.prompt_cache.clear()
-            start = time.perf_counter()
-            one_lora_at_a_time()
-            middle = time.perf_counter()
-            batcher.prompt_cache.clear()
-            all_at_once()
-            ratios.append((middle - start) / (time.perf_counter() - middle))
-    return figure(ratios), round(count.calls / count.forwards, 2)
+        batches = {"mean batch": mean_batch(all_at_once), "mean batch, one at a time": mean_batch(one_lora_at_a_time)}
+        for pair in range(repeats):
+            took: dict[Any, dict[str, float]] = {}
+            for variant in variants if pair % 2 else reversed(variants):
+                start = {what: now() for what, now in clocks.items()}
+                variant()
+                took[variant] = {what: now() - start[what] for what, now in clocks.items()}
+            for what in clocks:
+                ratios[what].append(took[one_lora_at_a_time][what] / took[all_at_once][what])
+    return {**{what: figure(values) for what, values in ratios.items()}, **batches}
 
 
 def run(device: str, repeats: int, names: Sequence[str]) -> None:
@@ -147,11 +153,11 @@ def run(device: str, repeats: int, names: Sequence[str]) -> None:
             pipeline = models.Plain(models.config(name, Path(folder), device), device).pipeline
             loras = files(pipeline, Path(folder))
             steps = per_step(pipeline, loras, device, models.SIZES[name], 3 * repeats)
-            rate, batch = at_once(pipeline, loras, device, name, repeats)
+            rate = at_once(pipeline, loras, device, name, repeats)
             rows = [(name, what, ratio) for what, ratio in steps.items()]
-            rows.append((name, f"eight at once over one LoRA at a time (mean batch {batch})", rate))
-            print(table(("model", "what", "ratio"), rows), "\n")
-            figures[name] = {"step": steps, "rate": rate, "mean batch": batch}
+            rows += [(name, f"eight at once over one LoRA at a time: {what}", value) for what, value in rate.items()]
+            print(table(("model", "what", "ratio"), rows), "\n", flush=True)
+            figures[name] = {"step": steps, "rate": rate}
     print(write("adapters", device, figures))
 
 

@@ -17,7 +17,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from sfumato.batching import adapted, views
+from sfumato.batching import adapted, adapter_rows, views
 from sfumato.batching.batcher import Batcher
 from sfumato.batching.verification import Verification
 from sfumato.errors import InvalidRequest, ModelTooLarge
@@ -439,6 +439,45 @@ def test_rows_that_a_layer_cannot_tell_apart_run_alone() -> None:
     with pytest.raises(ValueError, match="gets 1 rows for the 2"):
         module.run("__call__", rows, (torch.ones(2, 4),), {})
     assert module.run("__call__", rows[:1], (torch.ones(2, 4),), {}).shape == (2, 4)
+
+
+class Several(torch.nn.Module):
+    """Kinds of layers that LoRAs have a part for; each row of the input has two entries inside, like frames."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = {"embedding": torch.nn.Embedding(5, 6), "linear": torch.nn.Linear(6, 6)}
+        self.inner = torch.nn.ModuleDict({**layers, "conv": torch.nn.Conv2d(6, 4, 3), "line": torch.nn.Conv1d(4, 4, 1)})
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        found = self.inner["linear"](self.inner["embedding"](tokens.repeat_interleave(2, dim=0)))
+        pictures = self.inner["conv"](found.transpose(1, 2).unflatten(2, (3, 3)))
+        return self.inner["line"](pictures.flatten(2)).unflatten(0, (-1, 2))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("order", ["a--b", "abab", "-", "bbbb", "aabb-a"])
+def test_each_row_has_its_adapter_in_every_kind_of_layer(order: str) -> None:
+    with tiny.seeded(0):
+        module = adapted.AdaptedModule(Several())
+        for name, rank in (("a", 1), ("b", 3)):
+            module.module.__dict__.pop("peft_config", None)
+            targets = ["embedding", "linear", "conv", *(["line"] if name == "a" else [])]
+            inject_adapter_in_model(
+                LoraConfig(r=rank, target_modules=targets, init_lora_weights=False), module.module, name
+            )
+        module.refresh()
+        tokens = torch.randint(0, 5, (len(order), 9))
+    rows = [adapted.Selection(module, () if name == "-" else (name,)) for name in order]
+    with torch.no_grad():
+        batch = module.run("__call__", rows, (tokens,), {})
+        alone = [module.run("__call__", [row], (tokens[at : at + 1],), {}) for at, row in enumerate(rows)]
+        assert torch.allclose(batch, torch.cat(alone), atol=1e-6)
+        assert not torch.allclose(batch, module.original(tokens)) or order == "-"
+
+
+def test_rows_with_the_same_adapters_lie_together() -> None:
+    assert adapter_rows.together("baabcb", lambda item: item) == ["b", "b", "b", "a", "a", "c"]
+    assert adapter_rows.Rows.of(["a", "a", adapter_rows.BASE, "b"]).slices == (("a", 0, 2), ("b", 3, 4))
 
 
 def test_a_textual_inversion_reaches_the_twin(sd: Any, files: list[Path]) -> None:

@@ -20,6 +20,7 @@ from starlette.testclient import TestClient
 
 from sfumato.api.app import create_app
 from sfumato.checkpoints import lora_files, weight_file
+from sfumato.checkpoints.remote_limits import Limits
 from sfumato.commands.generate import _as_request, generate
 from sfumato.core import Control
 from sfumato.engine.local import Local
@@ -361,8 +362,8 @@ def test_lora_hosts_may_be_empty(folder: Path) -> None:
     config = Catalog([folder]).get("m")
     for source in ("acme/one", "https://huggingface.co/acme/one/resolve/main/far.safetensors"):
         with pytest.raises(InvalidRequest, match="lora_hosts: nowhere"):
-            lora_files.locate(Lora(source), config, [], folder)
-    assert lora_files.locate(Lora("anna"), config, [], folder).file
+            lora_files.locate(Lora(source), config, Limits([]), folder)
+    assert lora_files.locate(Lora("anna"), config, Limits([]), folder).file
 
 
 def test_without_hub_no_controlnet_comes_from_there(folder: Path) -> None:

@@ -19,8 +19,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-BASE = "__base__"
-"""peft's name for rows without an adapter."""
+from sfumato.batching.adapter_rows import ADDITIVE, BASE, Rows
 
 HOOKS = ("_hf_hook", "_old_forward", "_diffusers_hook", "forward")
 """Attributes of a module that hooks have replaced for it alone; those of layers stay."""
@@ -65,7 +64,8 @@ class AdaptedModule:
         self.layers: list[Any] = []
         self.layout = ""
         """Which kinds of layers have adapters: what was proved for one layout says nothing about another."""
-        self._rows: tuple[str, ...] | None = None
+        self._rows: Rows | None = None
+        self._by_row: dict[tuple[str, ...], bool] = {}
         self._hooks: list[Any] = []
         first = next((each for each in original.modules() if isinstance(each, BaseTunerLayer)), None)
         if first is not None and not first.disable_adapters:
@@ -78,7 +78,13 @@ class AdaptedModule:
             hook.remove()
         named = [(name, layer) for name, layer in self.module.named_modules() if isinstance(layer, BaseTunerLayer)]
         self.layers = [layer for _, layer in named]
-        self._hooks = [layer.register_forward_pre_hook(self._with_rows, with_kwargs=True) for layer in self.layers]
+        self._hooks = [
+            layer.register_forward_hook(self._add_to_rows)
+            if type(layer) in ADDITIVE
+            else layer.register_forward_pre_hook(self._with_rows, with_kwargs=True)
+            for layer in self.layers
+        ]
+        self._by_row.clear()
         kinds = sorted({f"{NUMBER.sub('*', name)} {type(layer).__name__}" for name, layer in named})
         self.layout = hashlib.sha256("\n".join(kinds).encode()).hexdigest()[:8]
 
@@ -88,11 +94,13 @@ class AdaptedModule:
 
     def by_row(self, names: tuple[str, ...]) -> bool:
         """Whether peft can apply these adapters to some rows of a batch: one of them, without DoRA."""
-        return len(names) < 2 and all(
-            isinstance(layer, LoraLayer) and name not in layer.lora_variant
-            for name in names
-            for layer in self.having(name)
-        )
+        if names not in self._by_row:
+            self._by_row[names] = len(names) < 2 and all(
+                isinstance(layer, LoraLayer) and name not in layer.lora_variant
+                for name in names
+                for layer in self.having(name)
+            )
+        return self._by_row[names]
 
     def run(self, method: str, rows: Sequence[Selection], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the twin; `rows` has the selection of each row, or one for all."""
@@ -104,7 +112,10 @@ class AdaptedModule:
             self.activate(rows[0])
         else:
             self._activate(tuple(dict.fromkeys(name for row in rows for name in row.names)))
-            self._rows = tuple(row.row for row in rows)
+            self._rows = Rows.of(row.row for row in rows)
+            for layer in self.layers:
+                if type(layer) in ADDITIVE:  # peft computes the layer below, and `_add_to_rows` the rest
+                    layer._disable_adapters = True
         try:
             output = target(self.module, method)(*args, **kwargs)
         finally:
@@ -121,17 +132,16 @@ class AdaptedModule:
             layer._active_adapter = list(names)
             layer._disable_adapters = not names
 
+    def _add_to_rows(self, layer: Any, args: tuple[Any, ...], output: Any) -> None:
+        """After the forward pass of a layer whose adapters are off: what they add to each row."""
+        if self._rows is not None:
+            self._rows.add(layer, args[0], output)
+
     def _with_rows(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Before the forward pass of a layer: tell it the adapter of each of its rows."""
-        if self._rows is None:
+        """Before the forward pass of a layer of another kind: tell peft the adapter of each of its rows."""
+        if self._rows is None or not isinstance(layer, LoraLayer):
             return None
-        repeats, rest = divmod(len(args[0]), len(self._rows))
-        if rest:
-            raise ValueError(f"a layer with an adapter gets {len(args[0])} rows for the {len(self._rows)} of the batch")
-        names = [name for name in self._rows for _ in range(repeats)]
-        if isinstance(layer, LoraLayer):
-            return args, {**kwargs, "adapter_names": names}
-        return None
+        return args, {**kwargs, "adapter_names": self._rows.repeated(self._rows.per_row(args[0]))}
 
     def _follow_embeddings(self) -> None:
         """A textual inversion gives a text encoder another table of tokens."""

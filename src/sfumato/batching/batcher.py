@@ -23,7 +23,7 @@ from typing import Any
 import greenlet  # type: ignore[import-untyped]
 import torch
 
-from sfumato.batching import cpu_threads, offload, policy, torch_state
+from sfumato.batching import adapter_rows, cpu_threads, offload, policy, torch_state
 from sfumato.batching.calls import Call, Fingerprints
 from sfumato.batching.concatenation import ConcatenationCache
 from sfumato.batching.counts import Count, Counts
@@ -135,7 +135,7 @@ class Batcher:
             self._share.add(task.caller, waiting_call.rows)
             # Equal texts are computed once; the prompt cache answers the others before the next forward pass is chosen.
             leaders.setdefault(task.prompt_key if task.prompt_key is not None else task.number, task)
-        return list(leaders.values())
+        return adapter_rows.together(list(leaders.values()), _adapters)
 
     def _run(self, group: Sequence[Task]) -> Sequence[Reply]:
         """One forward pass for the calls of `group`: a reply for each; empty if it ran out of memory."""
@@ -319,3 +319,7 @@ class Batcher:
         self.prompt_cache.clear()
         self.concatenations.clear()
         self.limits.clear()
+
+
+def _adapters(task: Task) -> object:
+    return task.call and task.call.selection and task.call.selection.names

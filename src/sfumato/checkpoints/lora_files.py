@@ -10,6 +10,7 @@ import functools
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,7 +19,8 @@ from urllib.parse import unquote, urlsplit
 from huggingface_hub import hf_hub_download
 
 from sfumato.checkpoints import sources, weight_file, weight_header
-from sfumato.checkpoints.hub_files import as_download_errors, files_of
+from sfumato.checkpoints.hub_files import UNREACHABLE, as_download_errors, files_of
+from sfumato.checkpoints.remote_limits import HUB, Limits
 from sfumato.config import ModelConfig, addresses
 from sfumato.errors import DownloadError, InvalidRequest, LoadError, ModelFileError
 from sfumato.loras import Lora, name_of
@@ -27,9 +29,6 @@ FOLDER = "loras"
 
 DOWNLOADED = "loras"
 """In the data folder: what URLs of requests brought. Files that were put there by hand are not used."""
-
-HUB = "hub"
-"""In the setting lora_hosts: hub ids."""
 
 SUFFIXES = (".safetensors", ".sft")
 
@@ -88,10 +87,10 @@ def of_model(config: ModelConfig) -> dict[str, str]:
     return {name_of(adapter.source): adapter.source for adapter in config.adapters}
 
 
-def locate(lora: Lora, config: ModelConfig, hosts: Sequence[str], data: Path) -> Lora:
+def locate(lora: Lora, config: ModelConfig, limits: Limits, data: Path) -> Lora:
     """The LoRA with its file, downloaded if necessary. Raises InvalidRequest naming `loras`, or DownloadError.
 
-    `hosts`: those that LoRAs may be downloaded from. `data`: the folder of the setting.
+    `limits`: of downloads. `data`: the folder of the setting.
     """
     source = lora.source.strip()
     label = addresses.redact(source)
@@ -102,7 +101,7 @@ def locate(lora: Lora, config: ModelConfig, hosts: Sequence[str], data: Path) ->
         if number is not None:
             return replace(lora, source=label, default=number)
         if path is None:
-            path = _downloaded(source, config, hosts, (data / DOWNLOADED).absolute())
+            path = _downloaded(source, config, limits, (data / DOWNLOADED).absolute())
         if path is None:
             raise _unknown(source, config)
         if path.suffix.lower() not in SUFFIXES:
@@ -161,28 +160,28 @@ def _in_folder(source: str, folder: Path) -> Path | None:
     return files[named[0]] if named else None
 
 
-def _downloaded(source: str, config: ModelConfig, hosts: Sequence[str], folder: Path) -> Path | None:
+def _downloaded(source: str, config: ModelConfig, limits: Limits, folder: Path) -> Path | None:
     """The file of a URL or a hub id; None if it is neither."""
     if _URL.match(source):
         if source.startswith(f"{sources.HUB}/"):
             source = sources.hub_page(source)
-        _refuse_host(urlsplit(source).hostname or "", hosts)
+        _refuse_host(urlsplit(source).hostname or "", limits)
         suffix = PurePosixPath(unquote(urlsplit(source).path)).suffix.lower()
         if _SUFFIX.fullmatch(suffix) and suffix not in SUFFIXES:
             raise _no_safetensors(addresses.redact(source))
-        return weight_file.obtain(source, folder, report=lambda fraction, what: None, by_hand=False)
+        return weight_file.obtain(source, folder, report=lambda fraction, what: None, by_hand=False, limits=limits)
     match = _OF_REPOSITORY.fullmatch(_HUB_SCHEME.sub("", source))
     if match is None or (match["path"] is None and source.lower().endswith(SUFFIXES + sources.PICKLES)):
         return None
     if match["path"] is None and difflib.get_close_matches(source[:100], found(config.folder), n=1, cutoff=0.8):
         return None
-    _refuse_host(HUB, hosts)
+    _refuse_host(HUB, limits)
     repo, revision = match["repo"], match["revision"] or match["branch"]
     with as_download_errors(repo, f"Put the file into {FOLDER}/"):
         file = match["path"] or _only_file(repo, files_of(repo, revision))
         if not file.lower().endswith(SUFFIXES):
             raise _no_safetensors(addresses.redact(source))
-        return Path(hf_hub_download(repo, file, revision=revision))
+        return _from_hub(repo, file, revision, limits)
 
 
 def _no_safetensors(label: str) -> InvalidRequest:
@@ -198,9 +197,17 @@ def _only_file(repo: str, files: Sequence[str]) -> str:
     raise InvalidRequest(f"loras: {repo}: name its file ({repo}/FILE): {listed}", param="loras")
 
 
-def _refuse_host(host: str, hosts: Sequence[str]) -> None:
-    if host.lower() not in hosts and not (host == "huggingface.co" and HUB in hosts):
-        allowed = ", ".join(hosts) or "nowhere"
+def _from_hub(repo: str, file: str, revision: str | None, limits: Limits) -> Path:
+    with suppress(*UNREACHABLE):  # the download says so, unless the file is in the cache
+        planned = hf_hub_download(repo, file, revision=revision, dry_run=True)
+        if planned.will_download:
+            limits.check_size(f"{repo}/{file}", planned.file_size or 0)
+    return Path(hf_hub_download(repo, file, revision=revision))
+
+
+def _refuse_host(host: str, limits: Limits) -> None:
+    if not limits.allow(host):
+        allowed = ", ".join(limits.hosts or ()) or "nowhere"
         raise InvalidRequest(
             f"loras: nothing is downloaded from {host[:200]} for requests (the setting lora_hosts: {allowed}); put the "
             f"file into {FOLDER}/ beside the model files, or let the operator add the host",

@@ -21,16 +21,18 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from email.message import Message
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TypeAlias
-from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
+from urllib.parse import unquote, urlsplit
 
 import filelock
 import httpx
 
-from sfumato.checkpoints import sources
+from sfumato.checkpoints import sources, url_version
+from sfumato.checkpoints.remote_limits import ANY, Limits, TooLarge
+from sfumato.checkpoints.url_version import Version, is_weight_name
+from sfumato.checkpoints.url_version import digest as digest_of
 from sfumato.config import addresses
 from sfumato.errors import DownloadError, LoadError
 
@@ -51,30 +53,9 @@ ON = ("1", "ON", "YES", "TRUE")
 MAX_RETRY_AFTER_S = 3600
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_VOLATILE = re.compile(r"(access_?)?token|(api_?)?key|sig|signature|expires|policy|key-pair-id|x-amz-.*", re.IGNORECASE)
 
-
-@dataclass(frozen=True, slots=True)
-class Version:
-    """The URL of a file, and which version of the URL's content it is."""
-
-    url: str
-    """SHA-256 of the URL without the parts that change independently of the file, such as a key."""
-    validator: str = ""
-    """A strong ETag, or the date: with it a server resumes only the same content."""
-    size: int | None = None
-    sha256: str | None = None
-    checked: bool = False
-    """Whether the whole file had this sha256."""
-    name: str = ""
-    """The server's name for the file, if the URL does not have one."""
-    downloaded: bool = False
-    """Whether the file came from there, and was not put there by hand."""
-
-
-def fetch(url: str, target: Path, *, sha256: str | None, report: OnProgress) -> Path:
-    """Download the file to `target`. Raises DownloadError with a readable message.
+def fetch(url: str, target: Path, *, sha256: str | None, report: OnProgress, limits: Limits = ANY) -> Path:
+    """Download the file to `target`. Raises DownloadError with a readable message, LoadError for what `limits` refuse.
 
     If several processes need it at once, one downloads it and the others wait for it.
     """
@@ -86,7 +67,7 @@ def fetch(url: str, target: Path, *, sha256: str | None, report: OnProgress) -> 
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target, report):
             if not _is_complete(target, url, sha256):
-                _download(url, target, sha256, report)
+                _download(url, target, sha256, report, limits)
     return target
 
 
@@ -97,32 +78,32 @@ def path_for(url: str, folder: Path, *, by_hand: bool = True) -> Path:
     False. If a URL has no file name, the server names the file; until it is downloaded, the path has only the hash.
     """
     name = unquote(Path(urlsplit(url).path).name).replace("/", "_")
-    plain, mark = folder / name, _digest(url)[:10]
-    if not _is_weight_name(name):
+    plain, mark = folder / name, digest_of(url)[:10]
+    if not is_weight_name(name):
         existing = (path for path in folder.glob(f"[!.]*-{mark}.*") if path.is_file())
         return next(existing, folder / f"{name[:80]}-{mark}")
-    if by_hand and plain.is_file() and ((version := _version(plain)) is None or version.url == _digest(url)):
+    if by_hand and plain.is_file() and ((version := _version(plain)) is None or version.url == digest_of(url)):
         return plain
     return plain.with_name(f"{plain.stem}-{mark}{plain.suffix}")
 
 
-def obtain(url: str, folder: Path, *, report: OnProgress, by_hand: bool = True) -> Path:
+def obtain(url: str, folder: Path, *, report: OnProgress, by_hand: bool = True, limits: Limits = ANY) -> Path:
     """Download the file of a URL to its path (`path_for`), if necessary. Raises DownloadError or LoadError."""
     target = path_for(url, folder, by_hand=by_hand)
     if not by_hand and target.is_file() and not records(target):
         target.unlink()
         target = path_for(url, folder, by_hand=False)
-    if _is_weight_name(target.name):
+    if is_weight_name(target.name):
         if target.exists() and _version(target) is None:
             with _optional():
-                _remember(target, Version(_digest(url), "", target.stat().st_size))
-        return fetch(url, target, sha256=None, report=report)
+                _remember(target, Version(digest_of(url), "", target.stat().st_size))
+        return fetch(url, target, sha256=None, report=report, limits=limits)
     with as_download_errors(url, target):
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(target, report):
             if (path := path_for(url, folder, by_hand=by_hand)) == target:
                 if not target.exists():
-                    _download(url, target, None, report)
+                    _download(url, target, None, report, limits)
                 path = _move_to_server_name(url, target)
     return path
 
@@ -140,16 +121,11 @@ def in_lower_case(path: Path) -> Iterator[Path]:
         yield link
 
 
-def _is_weight_name(name: str) -> bool:
-    """Whether a file of this name holds weights, by its suffix."""
-    return Path(name).suffix.lower() in sources.SAFE + sources.PICKLES
-
-
 def _move_to_server_name(url: str, target: Path) -> Path:
     """Rename the downloaded file to the server's name for it. Raises LoadError if that is not a weight file."""
     version = _version(target)
     name = Path((version.name if version else "") or target.name + _suffix_of(target))
-    if not _is_weight_name(name.name):
+    if not is_weight_name(name.name):
         _sidecar(target, "source").unlink(missing_ok=True)
         target.unlink()
         raise LoadError(
@@ -157,7 +133,7 @@ def _move_to_server_name(url: str, target: Path) -> Path:
             "can be loaded. If it is a page that asks who you are, put a token into the URL",
             param="parameters.model",
         )
-    renamed = target.with_name(f"{name.stem[:120]}-{_digest(url)[:10]}{name.suffix}")
+    renamed = target.with_name(f"{name.stem[:120]}-{digest_of(url)[:10]}{name.suffix}")
     _sidecar(target, "source").replace(_sidecar(renamed, "source"))
     return target.replace(renamed)
 
@@ -177,7 +153,7 @@ def _is_complete(target: Path, url: str, sha256: str | None) -> bool:
     version, size = _version(target), target.stat().st_size
     recorded = version.sha256 if version and version.checked and version.size == size else None
     if sha256 is None:
-        if version and version.url != _digest(url):
+        if version and version.url != digest_of(url):
             raise DownloadError(
                 f"{target} exists already and came from another URL than {addresses.redact(url)}; "
                 "give each its own `filename`, or remove the file"
@@ -191,17 +167,17 @@ def _is_complete(target: Path, url: str, sha256: str | None) -> bool:
             )
         with _optional():
             came = version is not None and version.downloaded
-            _remember(target, Version(_digest(url), "", size, sha256, checked=True, downloaded=came))
+            _remember(target, Version(digest_of(url), "", size, sha256, checked=True, downloaded=came))
     return True
 
 
-def _download(url: str, target: Path, sha256: str | None, report: OnProgress) -> None:
+def _download(url: str, target: Path, sha256: str | None, report: OnProgress, limits: Limits) -> None:
     check_online(url, target)
     part = _sidecar(target, "part")
     for resumed in (True, False):
         if not resumed:
             part.unlink(missing_ok=True)
-        version, offset = _receive_all(url, target, part, report)
+        version, offset = _receive_all(url, target, part, report, limits)
         version = replace(version, sha256=sha256 or version.sha256)
         size, digest = part.stat().st_size, _sha256_of(part) if version.sha256 else None
         if version.size in (None, size) and digest == version.sha256:
@@ -228,13 +204,17 @@ def _mismatch(url: str, version: Version, size: int, digest: str | None, sha256:
     return f"{addresses.redact(url)}: the file's sha256 is {digest}, {source} says {version.sha256}. Nothing was kept."
 
 
-def _receive_all(url: str, target: Path, part: Path, report: OnProgress) -> tuple[Version, int]:
+def _receive_all(url: str, target: Path, part: Path, report: OnProgress, limits: Limits) -> tuple[Version, int]:
     """`_receive`, again after a connection that broke or fell silent: as long as bytes arrive, and then a few times."""
     tries = 0
     while True:
         before = part.stat().st_size if part.exists() else 0
         try:
-            return _receive(url, target, part, report)
+            return _receive(url, target, part, report, limits)
+        except TooLarge:
+            part.unlink(missing_ok=True)
+            _sidecar(target, "source").unlink(missing_ok=True)
+            raise
         except BROKEN as error:
             tries = 0 if part.exists() and part.stat().st_size > before else tries + 1
             if tries >= RETRIES:
@@ -243,22 +223,22 @@ def _receive_all(url: str, target: Path, part: Path, report: OnProgress) -> tupl
             time.sleep(RETRY_S * tries)
 
 
-def _receive(url: str, target: Path, part: Path, report: OnProgress) -> tuple[Version, int]:
+def _receive(url: str, target: Path, part: Path, report: OnProgress, limits: Limits) -> tuple[Version, int]:
     """Download the missing bytes of `part`; returns the version of the file and the offset this started at."""
     before = _version(target)
     offset = part.stat().st_size if part.exists() else 0
-    if not (offset and before and before.url == _digest(url) and before.validator):
+    if not (offset and before and before.url == digest_of(url) and before.validator):
         offset = 0
     # A compressed response would have a different length than the file.
     headers = {"accept-encoding": "identity", **authorization(url)}
     if offset and before:
         headers |= {"range": f"bytes={offset}-", "if-range": before.validator}
-    with httpx.stream("GET", url, headers=headers, follow_redirects=True, timeout=TIMEOUT_S) as response:
+    with limits.client(TIMEOUT_S) as client, client.stream("GET", url, headers=headers) as response:
         if response.status_code == httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE and offset:
             part.unlink()
-            return _receive(url, target, part, report)
+            return _receive(url, target, part, report, limits)
         response.raise_for_status()
-        version = _version_of(url, response)
+        version = url_version.of_response(url, response)
         span = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("content-range", ""))
         partial = response.status_code == httpx.codes.PARTIAL_CONTENT
         if partial and not (
@@ -268,9 +248,10 @@ def _receive(url: str, target: Path, part: Path, report: OnProgress) -> tuple[Ve
             part.unlink(missing_ok=True)  # not the range that was requested
             if not offset:
                 raise DownloadError(f"{addresses.redact(url)}: the server sent a range that was not requested")
-            return _receive(url, target, part, report)
+            return _receive(url, target, part, report, limits)
         if not partial:
             offset = 0
+        limits.check_size(url, version.size or 0)
         _check_space(target, (version.size or 0) - offset)
         _remember(target, version)
         with part.open("r+b" if offset else "wb") as file:
@@ -278,6 +259,7 @@ def _receive(url: str, target: Path, part: Path, report: OnProgress) -> tuple[Ve
             file.truncate()
             for chunk in response.iter_bytes():  # as it comes: what a broken connection brought is kept
                 file.write(chunk)
+                limits.check_size(url, file.tell())
                 report(min(1.0, file.tell() / version.size) if version.size else None, target.name)
             file.flush()
             os.fsync(file.fileno())
@@ -297,37 +279,6 @@ def authorization(url: str) -> dict[str, str]:
 def _origin(url: str) -> tuple[str, str | None, int | None]:
     parts = urlsplit(url)
     return parts.scheme.lower(), parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme.lower())
-
-
-def _version_of(url: str, response: httpx.Response) -> Version:
-    headers = response.headers
-    size = None
-    if span := re.fullmatch(r"bytes \d+-\d+/(\d+)", headers.get("content-range", "")):
-        size = int(span[1])
-    elif headers.get("content-encoding", "identity") == "identity" and headers.get("content-length", "").isdigit():
-        size = int(headers["content-length"])
-    etag = headers.get("etag", "")
-    validator = etag if etag.startswith('"') else headers.get("last-modified", "")
-    return Version(_digest(url), validator, size, _sha256_by_hub(response), name=_name_of(response))
-
-
-def _name_of(response: httpx.Response) -> str:
-    """File name in Content-Disposition, else the last part of the final URL's path."""
-    message = Message()
-    message["content-disposition"] = response.headers.get("content-disposition", "")
-    filename = message.get_filename() or unquote(response.url.path)
-    name = re.sub(r"[^\w .()+-]", "_", re.split(r"[/\\]", filename)[-1]).strip(" .")
-    return name if _is_weight_name(name) or message.get_filename() else ""
-
-
-def _sha256_by_hub(response: httpx.Response) -> str | None:
-    """The SHA-256 that a hub sends for large files: in ETag, or in X-Linked-Etag when it redirects."""
-    for answer in (*response.history, response):
-        if "x-repo-commit" in answer.headers:
-            etag = answer.headers.get("x-linked-etag") or answer.headers.get("etag", "")
-            if _SHA256.fullmatch(etag.strip('"')):
-                return str(etag).strip('"')
-    return None
 
 
 @contextmanager
@@ -436,14 +387,3 @@ def _remember(target: Path, version: Version) -> None:
 def _sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _digest(url: str) -> str:
-    """Hash of the stable parts of a URL: without the hub's mirror, keys and signatures."""
-    mirror = sources.endpoint()
-    if url.startswith(f"{mirror}/"):
-        url = sources.HUB + url.removeprefix(mirror)
-    parts = urlsplit(url)
-    query = [(name, value) for name, value in parse_qsl(parts.query) if not _VOLATILE.fullmatch(name)]
-    same = parts._replace(netloc=parts.netloc.rpartition("@")[2], query=urlencode(query), fragment="").geturl()
-    return hashlib.sha256(same.encode()).hexdigest()

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from sfumato.checkpoints import lora_files
+from sfumato.checkpoints.remote_limits import Limits
 from sfumato.config import ModelConfig
 from sfumato.core import Generation
 from sfumato.errors import TimedOut
@@ -30,6 +31,10 @@ class RequestLoras:
         """Where LoRAs and ControlNets of requests may be downloaded from."""
         return [host.strip().lower() for host in self._settings.lora_hosts.split(",") if host.strip()]
 
+    @property
+    def _limits(self) -> Limits:
+        return Limits(self.hosts, self._settings.max_lora_mb << 20)
+
     async def with_files(self, generations: list[Generation], config: ModelConfig) -> list[Generation]:
         """The generations with the files of their LoRAs. Raises InvalidRequest, DownloadError or TimedOut."""
         named = list(dict.fromkeys(lora for generation in generations for lora in generation.loras))
@@ -47,5 +52,5 @@ class RequestLoras:
     async def _located(self, lora: Lora, config: ModelConfig) -> Lora:
         here = await asyncio.to_thread(lora_files.is_here, lora, config)
         threads = None if here else self._downloads
-        locate = functools.partial(lora_files.locate, lora, config, self.hosts, self._settings.data)
+        locate = functools.partial(lora_files.locate, lora, config, self._limits, self._settings.data)
         return await asyncio.get_running_loop().run_in_executor(threads, locate)

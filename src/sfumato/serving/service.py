@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import TypeAlias
 
 from sfumato import logs
-from sfumato.checkpoints import controlnets, lora_files
+from sfumato.checkpoints import controlnets, remote_limits
 from sfumato.checkpoints.static_capabilities import static_capabilities
 from sfumato.config import ModelConfig
 from sfumato.core import Abilities, Done, Failed, Limits, Step
@@ -394,7 +394,7 @@ class Service:
         for index, name in names:
             param = f"controls[{index}].name"
             _, source = await asyncio.to_thread(controlnets.find, config.folder, name, param)
-            if isinstance(source, controlnets.HubNet) and lora_files.HUB not in self._loras.hosts:
+            if isinstance(source, controlnets.HubNet) and remote_limits.HUB not in self._loras.hosts:
                 raise InvalidRequest(
                     f"{param}: nothing is downloaded from the hub for requests (the setting lora_hosts); put the "
                     f"ControlNet into {controlnets.FOLDER}/ beside the model files",
