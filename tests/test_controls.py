@@ -22,6 +22,7 @@ import torch
 from PIL import Image, ImageOps
 
 import sfumato.commands.generate as command
+from sfumato.checkpoints import net_classes
 from sfumato.core import Control
 from sfumato.errors import InvalidRequest
 from sfumato.pictures import recipe
@@ -144,12 +145,18 @@ def test_a_plain_request_after_a_controlled_one_is_that_of_a_fresh_pipeline(serv
         ([{"name": "sd/canny", "image": SENT}, {"image": SENT}], "controls[1].name", "names no ControlNet"),
         ([{"name": "xl/canny", "image": SENT}], "controls[0].name", "made for another model"),
         ([{"name": "flux/canny", "image": SENT}], "controls[0].name", "takes ControlNetModel"),
-        ([{"name": "canny", "image": SENT}], "controls[0].name", "may be flux/canny or"),
+        ([{"name": "qwen/canny", "image": SENT}], "controls[0].name", "takes ControlNetModel"),
         ([{"name": "damaged", "image": SENT}], "controls[0].name", "'damaged'"),
         ([{"name": "pickled", "image": SENT}], "controls[0].name", "no diffusion_pytorch_model.safetensors"),
         ([{"name": "sd/canny", "image": "bm90IGEgcGljdHVyZQ=="}], "controls[0].image", ""),
         ([{"name": "sd/canny", "image": SENT}, {"name": "sd/canny", "image": "!"}], "controls[1].image", ""),
         ([{"name": "sd/canny", "image": SENT, "mode": 1}], "controls", "mode"),
+        ([{"name": "sd/canny", "image": SENT, "start": 0.5, "end": 0.5}], "controls[0].start", "is not before end 0.5"),
+        ([{"name": "sd/canny", "image": SENT, "start": 1}], "controls[0].start", "start 1 is not before end 1"),
+        ([{"name": "sd/canny", "image": SENT, "end": 0}], "controls[0].end", "start 0 is not before end 0"),
+        ([{"name": "sd/canny", "image": SENT, "weight": 10.1}], "controls[0].weight", "10"),
+        ([{"name": "sd/canny", "image": SENT, "weight": -1}], "controls[0].weight", "0"),
+        ([{"name": "sd/canny", "image": SENT, "mode": 101}], "controls[0].mode", "100"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_with_the_field(
@@ -330,6 +337,8 @@ def test_the_recipe_has_the_nets_and_sfumato_generate_like_draws_it_again(
     )
     images = [np.asarray(Image.open(file)) for file in (files[0], *again)]
     assert np.array_equal(*images)
+    found = command.generate({}, files[0], files[0].with_stem("found"), settings)  # both lie beside it
+    assert np.array_equal(images[0], np.asarray(Image.open(found[0])))
     with pytest.raises(InvalidRequest, match=r"--control: the recipe was made from 2 such pictures, but 1 were passed"):
         command.generate({"controls": [Control(files[1].read_bytes())]}, files[0], None, settings)
     with pytest.raises(InvalidRequest, match="--control: not the picture that the recipe was made from"):
@@ -365,3 +374,37 @@ def test_an_option_that_the_class_of_the_nets_lacks_is_left_out(server: Served) 
     server.built["lacking"] = server.built[server.model("sd")]
     answer = server.generate("lacking", step=4, size="64x64", controls=[control])
     assert np.abs(pixels(answer) - expected).max() <= 1
+
+
+# What models take.
+
+
+@pytest.mark.parametrize("family", nets.CONTROLLED)
+def test_the_model_list_says_which_nets_a_model_takes(server: Served, family: str) -> None:
+    """And it is so: the number, and the class of the net that is drawn with above."""
+    name = server.model(family)
+    listed = server.client.get(f"/v1/models/{name}").json()["sfumato"]["control_nets"]
+    kind = type(nets.whole(family).controlnet).__name__
+    (entry,) = [each for each in listed if each["class"] == kind]
+    drawing = type(nets.whole(family))
+    assert entry["mode"] == ("control_mode" in inspect.signature(drawing.__call__).parameters)
+    control = {"name": f"{family}/canny", "image": SENT}
+    answer = drawn(server, family, controls=[control, control], **guidance(family))
+    assert (answer.status_code == 200) == (entry["most"] > 1), answer.text
+    refused = {each for each in nets.CONTROLLED if type(nets.whole(each).controlnet).__name__ not in
+               {known["class"] for known in listed}}  # fmt: skip
+    for other in refused:
+        answer = drawn(server, family, controls=[{"name": f"{other}/canny", "image": SENT}], **guidance(family))
+        assert answer.status_code == 400
+    assert refused
+
+
+def test_the_classes_that_are_read_from_sources_are_those_of_diffusers() -> None:
+    classes = [name for name in dir(diffusers) if name.endswith("Pipeline")]
+    found = {each.name: each for name in classes for each in net_classes.of(name)}
+    assert len(found) > 10
+    for name, each in found.items():
+        words = str(inspect.signature(getattr(diffusers, name).__init__).parameters["controlnet"].annotation)
+        assert all(kind in words for kind in each.kinds), name
+        assert each.kinds, name
+        assert each.several == bool(re.search(r"\b(list|tuple)\[", words, re.IGNORECASE)), name

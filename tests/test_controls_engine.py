@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import shutil
+import time
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import numpy as np
 import pytest
 
-from sfumato.config import ModelConfig
-from sfumato.core import Control, Done, Failed, Generation, Step
-from sfumato.engine.loop import Loop
-from sfumato.engine.protocol import Answer, Cancel, Stop, Submit
-from sfumato.pictures.images import decoded
-from sfumato.sampling import nested
-from sfumato.settings import Settings
-from support import nets, tiny
-from support.drawing import source
+from sfumato.core import Done, Failed, Step
+from sfumato.engine.protocol import Answer, Cancel
+from sfumato.errors import DownloadError
+from sfumato.models.controlnets import config_of as net_config
+from sfumato.models.footprint import in_words
+from support.control_engine import Engine, pixels, requested, save
 from support.hub import Hub
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers' and transformers' own, some about toy sizes
@@ -26,43 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers' and transformers
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A plain model and its ControlNets."""
-    folder = tmp_path_factory.mktemp("models")
-    tiny.save(nets.plain("sd"), folder / "base")
-    nets.save_nets(folder, "sd")
-    return folder
-
-
-class Engine:
-    """A loop in this thread; `then` may post more at each answer."""
-
-    def __init__(self, folder: Path, **settings: Any) -> None:
-        self.sent: list[Any] = []
-        self.config = ModelConfig(name="m", model=str(folder / "base"), folder=folder, dtype="fp32", cuda=False)
-        self.loop = Loop(Settings(device="cpu", log_level="error", data=folder / "data", **settings), self.sent.append)
-
-    def draw(self, *generations: Generation) -> dict[str, Any]:
-        """The last event of each."""
-        self.loop._stopping = False
-        for generation in generations:
-            self.loop.post(Submit(self.config, generation))
-        self.loop.post(Stop())
-        self.loop.run()
-        return {each.id: each.event for each in self.sent if isinstance(each, Answer)}
-
-    @property
-    def in_memory(self) -> set[str]:
-        return {name.partition(" ")[0] for name in self.loop._pool.sizes}
-
-
-def pixels(event: Any) -> Any:
-    assert isinstance(event, Done), event
-    return np.asarray(decoded(event.png)).astype(int)
-
-
-def requested(id: str, *names: str, **fields: Any) -> Generation:
-    controls = tuple(Control(source(64, 64), name=name) for name in names)
-    values = {"id": id, "prompt": f"a cat {id}", "seed": 1, "steps": 4, "width": 64, "height": 64, "controls": controls}
-    return Generation(**nested({**values, **fields}))
+    return save(tmp_path_factory.mktemp("models"))
 
 
 def test_requests_share_one_net_and_its_forward_passes(folder: Path) -> None:
@@ -96,12 +61,6 @@ def test_an_idle_net_leaves_when_another_needs_the_memory(folder: Path) -> None:
     events = engine.draw(requested("1", "sd/canny"), requested("2", "sd/depth"))
     assert all(isinstance(event, Done) for event in events.values()), events
     assert engine.in_memory == {"m", "controlnets/sd/depth"}
-    too_small = Engine(folder)
-    too_small.loop._pool._budget.size = of_model + of_net + of_net // 2
-    refused = too_small.draw(requested("1", "sd/canny", "sd/depth"), requested("2"))
-    assert isinstance(refused["1"], Failed)
-    assert (refused["1"].error.status, refused["1"].error.param) == (429, "controls[1].name")
-    assert isinstance(refused["2"], Done)
 
 
 def test_a_net_leaves_when_it_is_idle_and_when_all_is_unloaded(folder: Path) -> None:
@@ -150,3 +109,73 @@ def test_a_net_of_a_hub_is_fetched_once(folder: Path, here: Hub, tmp_path: Path)
     missing = Engine(folder).draw(requested("1", "some/other"))["1"]
     assert (missing.error.status, missing.error.param) == (400, "controls[0].name")
     assert "In controlnets/ there are sd/canny, sd/depth" in missing.error.message
+
+
+def test_without_a_hub_the_error_names_the_folder_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a slip of the keyboard made a hub id of a name in the folder."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    failed = Engine(folder).draw(requested("1", "sd/cany"))["1"]
+    assert isinstance(failed.error, DownloadError)
+    assert failed.error.param == "controls[0].name"
+    assert "sd/cany" in failed.error.message
+    assert "In controlnets/ there are sd/canny, sd/depth" in failed.error.message
+
+
+def test_all_requests_take_their_nets_in_one_order_and_each_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else two could hold one each, and wait for the other's, which broke and is read again when nobody has it."""
+    engine = Engine(folder)
+    pool, taken = engine.loop._pool, list[str]()
+    use = pool.use
+
+    def recorded(config: Any, *others: Any, **named: Any) -> Any:
+        taken.append(config.name.partition(" ")[0])
+        return use(config, *others, **named)
+
+    monkeypatch.setattr(pool, "use", recorded)
+    for names in (("sd/canny", "sd/depth"), ("sd/depth", "sd/canny"), ("sd/depth", "sd/canny", "sd/depth")):
+        taken.clear()
+        assert isinstance(engine.draw(requested("1", *names))["1"], Done)
+        assert taken == ["m", "controlnets/sd/canny", "controlnets/sd/depth"]
+
+
+def test_nets_that_broke_in_both_are_read_again(folder: Path) -> None:
+    engine = Engine(folder)
+    first = engine.draw(requested("1", "sd/canny", "sd/depth"))["1"]
+    nets = {name: model for name, model in engine.loop._pool._loaded.items() if name != "m"}
+    for model in nets.values():
+        model.state.broken = "for the test"
+    again = [requested("2", "sd/canny", "sd/depth"), requested("3", "sd/depth", "sd/canny")]
+    events = engine.draw(*[replace(each, prompt="a cat 1") for each in again])
+    assert np.abs(pixels(events["2"]) - pixels(first)).max() <= 1
+    assert isinstance(events["3"], Done)
+    assert all(engine.loop._pool._loaded[name] is not model for name, model in nets.items())
+
+
+def test_nets_that_can_never_fit_beside_their_model_are_refused_for_good(folder: Path) -> None:
+    sizes = Engine(folder)
+    sizes.draw(requested("1", "sd/canny"))
+    of_model, of_net = (sizes.loop._pool.sizes[name] for name in sorted(sizes.loop._pool.sizes, reverse=True))
+    for room, names, at in ((of_net // 2, ["sd/canny"], 0), (of_net + of_net // 2, ["sd/canny", "sd/depth"], 1)):
+        engine = Engine(folder)
+        engine.loop._pool._budget.size = of_model + room
+        events = engine.draw(requested("1", *names), requested("2"))
+        refused = events["1"].error
+        assert (refused.status, refused.retry, refused.param) == (507, False, f"controls[{at}].name")
+        assert in_words(of_model + room) in refused.message
+        assert isinstance(events["2"], Done)
+
+
+def test_a_net_that_has_no_room_beside_other_models_in_use_may_be_asked_for_again(folder: Path) -> None:
+    engine = Engine(folder)
+    engine.draw(requested("1", "sd/canny"))
+    of_model, of_net = (engine.loop._pool.sizes[name] for name in sorted(engine.loop._pool.sizes, reverse=True))
+    engine = Engine(folder)
+    pool = engine.loop._pool
+    pool._budget.size = of_model + of_net + of_net // 2
+    with ExitStack() as held:
+        model = held.enter_context(pool.use(engine.config, lambda: time.sleep(0.01)))
+        depth = net_config(model, "sd/depth", "x")
+        held.enter_context(pool.use(depth, lambda: time.sleep(0.01)))
+        refused = engine.draw(requested("2", "sd/canny"))["2"].error
+        assert (refused.status, refused.retry) == (429, True)
+    assert isinstance(engine.draw(requested("3", "sd/canny"))["3"], Done)

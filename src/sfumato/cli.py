@@ -104,7 +104,8 @@ def generate(
     ] = None,
     mask: Annotated[Path | None, typer.Option(help="Mask: white is redrawn.", exists=True, dir_okay=False)] = None,
     control: Annotated[
-        list[Path] | None, typer.Option(help="Control picture; again for more.", exists=True, dir_okay=False)
+        list[str] | None,
+        typer.Option(help="Control picture, FILE or NAME=FILE with the name of a ControlNet; again for more."),
     ] = None,
     n: Annotated[int, typer.Option("-n", "--n", help="Pictures to draw, with seeds seed, seed + 1, ...")] = 1,
     like: Annotated[
@@ -115,8 +116,8 @@ def generate(
     **sampling: Any,
 ) -> None:
     """Draw pictures in this process, without a server; prints the path of each."""
+    from sfumato.commands import kept_sources
     from sfumato.commands.generate import generate as run
-    from sfumato.core import Control
 
     if prompt is None and like is None:
         raise typer.BadParameter("say what to draw, or pass --like FILE.png", param_hint="PROMPT")
@@ -128,7 +129,7 @@ def generate(
         "seed": seed,
         "images": [each.read_bytes() for each in image] if image else None,
         "mask": mask.read_bytes() if mask else None,
-        "controls": [Control(each.read_bytes()) for each in control] if control else None,
+        "controls": [kept_sources.passed(text) for text in control] if control else None,
         "n": n,
     }
     request_fields = {name: value for name, value in request_fields.items() if value is not None}

@@ -16,10 +16,12 @@ from sfumato.api.dependencies import TheService
 from sfumato.api.http import documents
 from sfumato.api.http.forms import openapi_body, reader
 from sfumato.api.http.headers import header_text
+from sfumato.checkpoints import net_classes
 from sfumato.checkpoints.static_capabilities import static_capabilities
 from sfumato.config import ModelConfig
 from sfumato.core import QUALITIES, Input, ModelInfo
 from sfumato.sampling import NAMED, PARAMETERS
+from sfumato.serving.planning import MAX_PICTURES
 from sfumato.serving.service import Service
 
 MAX_NAME = 1000
@@ -165,6 +167,7 @@ def _model(service: Service, config: ModelConfig) -> dict[str, Any]:
             "pipeline": capabilities.pipeline or config.pipeline_type,
             "tasks": list(abilities.tasks) if abilities else None,
             "inputs": [_input(each) for each in abilities.inputs] if abilities else None,
+            "control_nets": _control_nets(capabilities.pipeline or config.pipeline_type),
             "enable_parameters": sorted(config.enable_parameters),
             "defaults": _defaults(config, facts),
             "limits": {
@@ -180,6 +183,17 @@ def _model(service: Service, config: ModelConfig) -> dict[str, Any]:
             "qualities": _qualities(config, facts),
         },
     }
+
+
+def _control_nets(pipeline: str | None) -> list[dict[str, Any]] | None:
+    """The ControlNets that requests may name, by the class of the model; None if that is not known."""
+    if pipeline is None:
+        return None
+    return [
+        {"class": kind, "most": MAX_PICTURES if each.several else 1, "mode": each.mode}
+        for each in net_classes.of(pipeline)
+        for kind in each.kinds
+    ]
 
 
 def _input(each: Input) -> dict[str, Any]:

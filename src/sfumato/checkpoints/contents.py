@@ -41,8 +41,8 @@ EMBEDDED_WORDS = re.compile(r"(token_embedding|shared|embed_tokens|word_embeddin
 REMEDIES: Mapping[str, str] = MappingProxyType(
     {
         LORA: "Name the model that it changes in parameters.model, and this file in `lora_adapter`",
-        CONTROL_NET: "Name the model that it controls in parameters.model, and its diffusers folder or hub id in "
-                     "`diffusers.control_net`",
+        CONTROL_NET: "Put it into the folder `controlnets` beside the model files, for requests to name; or name the "
+                     "model that it controls in parameters.model, and this file in `diffusers.control_net`",
         VAE: "Name a model in parameters.model, and this file in `vae`",
         TEXT_ENCODER: "Name a model in parameters.model, and this file in `diffusers.text_encoders`",
         EMBEDDING: "Name a model in parameters.model, and put this file into the folder `embeddings` beside the model "

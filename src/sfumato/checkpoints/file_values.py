@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from sfumato import schedulers
-from sfumato.checkpoints import class_reading, diffusers_source, modular, static_capabilities
+from sfumato.checkpoints import class_reading, controlnets, diffusers_source, modular, static_capabilities
 from sfumato.config import ModelConfig
 from sfumato.core import MAX_SEED
-from sfumato.errors import ModelFileError, did_you_mean
+from sfumato.errors import LoadError, ModelFileError, did_you_mean
 from sfumato.pipelines import source_table
 from sfumato.sampling import PARAMETERS, clip_layer
 
@@ -43,6 +43,12 @@ def problems(config: ModelConfig, name: str, index: Mapping[str, Any], folder: P
     """
     if config.seed is not None and config.seed > MAX_SEED - ((config.n or 1) - 1):
         yield f"parameters.seed: {config.seed} with n {config.n}: the last picture's seed is above {MAX_SEED}"
+    for net in controlnets.of_model(config):
+        if (path := controlnets.here(config, net)) and path.is_file():
+            try:
+                controlnets.refuse(path)
+            except LoadError as error:
+                yield f"diffusers.control_net: {error.message}"
     if modular.is_one(name):
         return
     if parameters := class_reading.parameters(name):

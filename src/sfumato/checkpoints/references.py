@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from huggingface_hub import hf_hub_download
 
-from sfumato.checkpoints import hub_files, sources, weight_file
+from sfumato.checkpoints import controlnets, hub_files, sources, weight_file
 from sfumato.checkpoints.weight_file import OnProgress
 from sfumato.config import ModelConfig, addresses
 from sfumato.errors import LoadError
@@ -67,6 +67,12 @@ def file(config: ModelConfig, key: str, name: str, report: OnProgress) -> Path:
         "or a URL",
         param=key,
     )
+
+
+def control_net(config: ModelConfig, name: str) -> Path | Repository:
+    """A ControlNet of the model file: a path, one of `controlnets/` beside it, or what else `find` finds."""
+    key, here = "diffusers.control_net", controlnets.here(config, name)
+    return here or find(config, key, name, lambda fraction, what: None)
 
 
 def lora(config: ModelConfig, name: str, report: OnProgress) -> Path:

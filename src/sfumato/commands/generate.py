@@ -14,13 +14,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from sfumato import schedulers
+from sfumato.commands import kept_sources
 from sfumato.config import ModelConfig
-from sfumato.core import VAE_TILING, Control, Done, Recipe, Step
+from sfumato.core import VAE_TILING, Done, Recipe, Step
 from sfumato.engine.local import Local
 from sfumato.errors import InvalidRequest, StorageError, in_words
 from sfumato.loras import Lora
 from sfumato.pictures import images
 from sfumato.pictures import recipe as recipes
+from sfumato.pictures.store import Store
 from sfumato.sampling import Sampling, merged
 from sfumato.serving.catalog import Catalog
 from sfumato.serving.planning import ImageRequest, size_of
@@ -51,14 +53,10 @@ def generate(fields: dict[str, Any], like: Path | None, output: Path | None, set
         for name in ("split_prompt", "lora_tags"):
             from_recipe.pop(name, None)
     request = ImageRequest(**{**from_recipe, **fields, "sampling": sampling}, operator=True)
-    if recipe and len(recipe.controls) == len(request.controls):
-        followed = [
-            Control(
-                control.image, made.weight, made.start, made.end, made.mode, made.name, made.preprocess, made.thresholds
-            )
-            for control, made in zip(request.controls, recipe.controls, strict=True)
-        ]
-        request = replace(request, controls=followed)
+    if recipe and like:
+        places = [like.parent, Store.of(settings).folder]
+        bounds = images.Bounds.of(settings)
+        request = replace(request, controls=kept_sources.controls(request.controls, recipe, places, bounds))
     if recipe:
         _check_sources(request, recipe, settings)
         request = _with_source_size(request, recipe, settings)

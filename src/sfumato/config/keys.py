@@ -99,7 +99,8 @@ KEYS: tuple[Key, ...] = (
         ("diffusers.img2img", "img2img", read.flag, "Use the image-to-image class and accept source pictures."),
         (
             "diffusers.control_net", "control_net", read.one_or_more,
-            "ControlNet: folder or hub id; or a list of them. It chooses the class that takes one.",
+            "ControlNet: folder, `.safetensors` file, name in `controlnets/`, hub id or file of a repository; or a "
+            "list of them. It chooses the class that takes one.",
         ),
         ("diffusers.clip_model", "clip_model", read.string, "Another CLIP text encoder: folder or hub id."),
         ("diffusers.clip_subfolder", "clip_subfolder", read.string, "Where in it the text encoder stands."),

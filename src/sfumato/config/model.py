@@ -95,6 +95,10 @@ class ModelConfig:
 
     part: bool = False
     """Not a model but a ControlNet that requests for models name: loaded for itself, and shared by them."""
+    part_file: str | None = None
+    """The file of such a ControlNet in its repository on the hub."""
+    denoiser: str | None = None
+    """Of such a ControlNet, if it is a single file: settings of the denoiser that it was made for, as JSON."""
 
     model: str
     """Where the weights come from, as written; `sfumato.checkpoints.sources` says what it is."""

@@ -10,8 +10,9 @@ from typing import Any
 
 from sfumato.checkpoints import class_reading
 from sfumato.checkpoints import controlnets as files
+from sfumato.config import ModelConfig
 from sfumato.core import Control, Generation, RecordedControl
-from sfumato.errors import InvalidRequest, LoadError, TooManyRequests
+from sfumato.errors import DownloadError, InvalidRequest, LoadError, TooManyRequests
 from sfumato.models import controlnets
 from sfumato.models.load import Loaded
 from sfumato.pictures import images
@@ -30,12 +31,11 @@ def beside(model: Loaded, generation: Generation, pool: ModelPool, turn: Callabl
         return
     params = [f"controls[{number}].name" for number in range(len(generation.controls))]
     with ExitStack() as stack:
-        parts: list[Loaded] = []
-        for control, param in zip(generation.controls, params, strict=True):
-            if control.name:
-                config = controlnets.config_of(model, control.name, param)
-                with _as_of_request(model.config.folder, control.name, param):
-                    parts.append(stack.enter_context(pool.use(config, turn, generation.keep_alive)))
+
+        def use(config: ModelConfig, beside: Sequence[str]) -> Loaded:
+            return stack.enter_context(pool.use(config, turn, generation.keep_alive, beside))
+
+        parts = _used(model, generation, params, use)
         nets = _in_order(model, generation.controls, [part.pipeline.controlnet for part in parts])
         names = [control.name for control in generation.controls if control.name]
         digests = {name: part.pipeline.digest for name, part in zip(names, parts, strict=True)}
@@ -45,6 +45,26 @@ def beside(model: Loaded, generation: Generation, pool: ModelPool, turn: Callabl
             if model.state.broken:
                 for part in parts:
                     part.state.broken = part.state.broken or model.state.broken
+
+
+def _used(
+    model: Loaded, generation: Generation, params: Sequence[str], use: Callable[[ModelConfig, Sequence[str]], Loaded]
+) -> list[Loaded]:
+    """The ControlNet of each control that names one.
+
+    All requests take theirs in the same order, each once, whatever the order of their controls: so no two hold one
+    each and wait for the other's, which has to be loaded again.
+    """
+    wanted: list[tuple[ModelConfig, str, str]] = []
+    for control, param in zip(generation.controls, params, strict=True):
+        if control.name:
+            wanted.append((controlnets.config_of(model, control.name, param), control.name, param))
+    taken: dict[str, Loaded] = {}
+    for config, name, param in sorted(wanted, key=lambda each: each[0].name):
+        if config.name not in taken:
+            with _as_of_request(model.config.folder, name, param):
+                taken[config.name] = use(config, [model.config.name, *taken])
+    return [taken[config.name] for config, _, _ in wanted]
 
 
 def _in_order(model: Loaded, controls: Sequence[Control], named: Sequence[Any]) -> list[Any]:
@@ -68,6 +88,9 @@ def _as_of_request(folder: Path, name: str, param: str) -> Iterator[None]:
     """A ControlNet that cannot be loaded is the request's mistake, unless memory or the network is short."""
     try:
         yield
+    except DownloadError as error:
+        error.message, error.param = f"{param}: {error.message} {files.available(folder)}", param
+        raise
     except LoadError as error:
         message = f"{param}: {name[:100]!r}: {error.message}. {files.available(folder)}"
         if type(error) is LoadError:

@@ -6,33 +6,33 @@ modules. Requests with the same ControlNets have the same module, so their calls
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import inspect
+import json
 import logging
-import re
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 
 from sfumato.batching.batcher import is_out_of_memory
-from sfumato.checkpoints import controlnets, hub_files
+from sfumato.checkpoints import controlnets, diffusers_source, hub_files, net_classes
 from sfumato.checkpoints.controlnets import HubNet
+from sfumato.checkpoints.net_classes import NetClass
 from sfumato.config import ModelConfig
 from sfumato.core import ModelStatus
 from sfumato.errors import InvalidRequest, LoadError, SfumatoError
-from sfumato.models import footprint
+from sfumato.models import footprint, net_files
 from sfumato.models.content_hashes import ContentHashes
 from sfumato.models.device import DTYPES, choose_device
 from sfumato.models.fetch import OnStatus
 from sfumato.models.load import Loaded, MakeRoom
 from sfumato.models.sharing import Sharing
-from sfumato.pipelines import capabilities
 
 log = logging.getLogger(__name__)
 
@@ -56,13 +56,53 @@ class Part:
 def config_of(model: Loaded, name: str, param: str) -> ModelConfig:
     """What loads the ControlNet that a request names, as the model needs it. Raises InvalidRequest with `param`."""
     base = model.config
-    label, source = controlnets.find(base.folder, name, param)
-    where = str(source) if isinstance(source, Path) else source.id
-    revision = source.revision if isinstance(source, HubNet) else None
+    label, source = _one_of(model, controlnets.find(base.folder, name, param), name, param)
+    where, revision, file = (str(source), None, None) if isinstance(source, Path) else (
+        source.id, source.revision, source.file)  # fmt: skip
+    denoiser, kind = None, ""
+    if file or (isinstance(source, Path) and source.is_file()):
+        denoiser = json.dumps(net_files.settings_of(getattr(_denoiser(model), "config", {})))
+        kind = f", for {hashlib.sha256(denoiser.encode()).hexdigest()[:8]}"  # models of one kind share it
     return ModelConfig(
-        name=f"{controlnets.FOLDER}/{label} ({model.dtype} on {model.device})", part=True, model=where,
-        revision=revision, folder=base.folder, dtype=model.dtype, cuda=base.cuda, main_gpu=base.main_gpu,
+        name=f"{controlnets.FOLDER}/{label} ({model.dtype} on {model.device}{kind})", part=True, model=where,
+        part_file=file, denoiser=denoiser, revision=revision, folder=base.folder, dtype=model.dtype, cuda=base.cuda,
+        main_gpu=base.main_gpu,
     )  # fmt: skip
+
+
+def _one_of(model: Loaded, found: Mapping[str, Path | HubNet], name: str, param: str) -> tuple[str, Path | HubNet]:
+    """The one that fits the model, of those with the same name. Raises InvalidRequest if there is not one."""
+    if len(found) > 1:
+        problems = {label: _problem(model, source) for label, source in found.items() if isinstance(source, Path)}
+        fitting = [label for label, problem in problems.items() if problem is None]
+        if len(fitting) > 1:
+            raise InvalidRequest(
+                f"{param}: {name[:100]!r} may be {' or '.join(fitting)}; name one of them", param=param
+            )
+        if not fitting:
+            told = "; ".join(f"{label}: {problem}" for label, problem in problems.items())
+            raise InvalidRequest(
+                f"{param}: no ControlNet {name[:100]!r} is for {model.config.name}: {told[:1500]}", param=param
+            )
+        return fitting[0], found[fitting[0]]
+    label, source = next(iter(found.items()))
+    if isinstance(source, Path):
+        _class_for(model, controlnets.class_of(source) or "", param)
+        if why := _problem(model, source):
+            raise _other_model(model, why, param)
+    return label, source
+
+
+def _problem(model: Loaded, path: Path) -> str | None:
+    """Why a ControlNet does not go with the model, told without its weights; None if it does."""
+    kind = controlnets.class_of(path) or ""
+    own = type(model.pipeline).__name__
+    if not any(kind in each.kinds for each in net_classes.of(own)):
+        return f"a {kind} does not go with {own}"
+    denoiser = dict(getattr(_denoiser(model), "config", {}))
+    if path.is_file():
+        return net_files.problem(path, net_files.settings_of(denoiser))
+    return _other_size(diffusers_source.json_of(path / controlnets.DESCRIPTION), denoiser)
 
 
 def load(
@@ -76,19 +116,20 @@ def load(
     path = Path(config.model)
     if not path.is_absolute():
         on_status(ModelStatus("downloading", config.model))
-        path = _fetch(HubNet(config.model, config.revision))
+        path = _fetch(HubNet(config.model, config.revision, config.part_file))
     device, dtype = choose_device(config, device_setting), config.dtype or "fp32"
-    variant, files = controlnets.chosen(each.name for each in path.iterdir())
-    cls = getattr(diffusers, controlnets.class_of(path) or "", None)
-    if cls is None or not files:
-        why = "has no diffusion_pytorch_model.safetensors" if cls else "names no ControlNet of diffusers in config.json"
-        raise LoadError(f"{path.name if Path(config.model).is_absolute() else config.model} {why}")
-    make_room(footprint.Needs(footprint.of_folders({"controlnet": path}, dtype, variant), device, dtype))
+    if path.is_file():
+        controlnets.refuse(path)
+        sizes, files = {"controlnet": footprint.of_part(path, "controlnet", dtype)}, [path]
+        read: Callable[[], torch.nn.Module] = functools.partial(
+            net_files.load, path, json.loads(config.denoiser or "{}"), DTYPES[dtype]
+        )
+    else:
+        sizes, files, read = _of_folder(config, path, dtype)
+    make_room(footprint.Needs(sizes, device, dtype))
     try:
-        net = cls.from_pretrained(
-            path, dtype=DTYPES[dtype], variant=variant, use_safetensors=True, local_files_only=True
-        ).to(device)
-        digest = _digest([path / file for file in files], known.hashes if known else ContentHashes())
+        net = read().to(device)
+        digest = _digest(files, known.hashes if known else ContentHashes())
     except SfumatoError:
         raise
     except Exception as error:  # whatever a damaged file makes diffusers raise
@@ -101,13 +142,38 @@ def load(
     return Loaded(config, Part(net.eval(), digest), str(path), device, dtype)
 
 
-def _fetch(repository: HubNet) -> Path:
-    """Download a ControlNet's configuration and safetensors weights. Raises LoadError or DownloadError."""
-    repo, revision = repository.id, repository.revision
-    with hub_files.as_download_errors(repo):
-        _, files = controlnets.chosen(hub_files.files_of(repo, revision))
-        if not files:
-            raise LoadError(f"{repo} has no diffusion_pytorch_model.safetensors: it is no ControlNet for diffusers")
+def _of_folder(
+    config: ModelConfig, path: Path, dtype: str
+) -> tuple[dict[str, int], list[Path], Callable[[], torch.nn.Module]]:
+    """Bytes, files and what reads them, of a folder in diffusers' layout."""
+    variant, files = controlnets.chosen(each.name for each in path.iterdir())
+    cls = getattr(diffusers, controlnets.class_of(path) or "", None)
+    if cls is None or not files:
+        why = "has no diffusion_pytorch_model.safetensors" if cls else "names no ControlNet of diffusers in config.json"
+        raise LoadError(f"{path.name if Path(config.model).is_absolute() else config.model} {why}")
+    read = functools.partial(
+        cls.from_pretrained, path, dtype=DTYPES[dtype], variant=variant, use_safetensors=True, local_files_only=True
+    )
+    return footprint.of_folders({"controlnet": path}, dtype, variant), [path / file for file in files], read
+
+
+def _fetch(net: HubNet) -> Path:
+    """Download a ControlNet's file, or its configuration and safetensors weights. Raises LoadError or DownloadError."""
+    repo, revision = net.id, net.revision
+    with hub_files.as_download_errors(repo, f"Put it into {controlnets.FOLDER}/ beside the model files, or name it"):
+        if net.file:
+            return Path(hf_hub_download(repo, net.file, revision=revision))
+        there = hub_files.files_of(repo, revision)
+        if not there:  # the hub is not reached, and nothing of it is here: this says why
+            snapshot_download(repo, revision=revision, allow_patterns=[controlnets.DESCRIPTION])
+        _, files = controlnets.chosen(there)
+        if not files or controlnets.DESCRIPTION not in there:
+            single = [name for name in there if Path(name).suffix.lower() in controlnets.SUFFIXES]
+            named = f". Name one of its files: {', '.join(f'{repo}/{each}' for each in single[:8])}" if single else ""
+            raise LoadError(
+                f"{repo} has no diffusion_pytorch_model.safetensors with a config.json: it is no ControlNet in "
+                f"diffusers' layout{named}"
+            )
         return Path(snapshot_download(repo, revision=revision, allow_patterns=[controlnets.DESCRIPTION, *files]))
 
 
@@ -124,61 +190,49 @@ def beside(model: Loaded, nets: Sequence[torch.nn.Module], params: Sequence[str]
 
     `params`: of the request, one for each net. Raises InvalidRequest with one of them for a net of another model.
     """
-    own = type(model.pipeline).__name__
-    cls: Any = None
+    cls: NetClass | None = None
     for net, param in zip(nets, params, strict=True):
-        kind = type(net).__name__
-        fitting = next((each for each in _classes(own) if _takes(each, kind)), None)
-        if fitting is None or cls not in (None, fitting):
-            taken = sorted({word for each in _classes(own) for word in _taken(each)})
-            takes = f"it takes {', '.join(taken)}" if taken else "diffusers has no pipeline with one for it"
-            raise InvalidRequest(
-                f"{param}: a {kind} does not go with {model.config.name} ({own}); {takes}", param=param
-            )
-        cls = fitting
+        cls = _class_for(model, type(net).__name__, param, cls)
         _refuse_other_size(model, net, param)
-    if len(nets) > 1 and not any(word.startswith(("list", "tuple")) for word in _words(cls)):
-        raise InvalidRequest(f"controls: {model.config.name} ({cls.__name__}) takes one ControlNet", param="controls")
-    return replace(model, pipeline=_over(model.pipeline, cls, nets), task_pipelines={})
+    assert cls is not None
+    if len(nets) > 1 and not cls.several:
+        raise InvalidRequest(f"controls: {model.config.name} ({cls.name}) takes one ControlNet", param="controls")
+    return replace(model, pipeline=_over(model.pipeline, getattr(diffusers, cls.name), nets), task_pipelines={})
 
 
-def _classes(own: str) -> list[Any]:
-    """The diffusers classes that draw with a ControlNet what this class draws without."""
-    plain = re.sub(r"(?:ControlNet(?:Union)?|Img2Img|Inpaint(?:ing)?)+(?=Pipeline$)", "", own)
-    names = [
-        capabilities.task_class(own, "text", controlled=True),
-        plain.removesuffix("Pipeline") + "ControlNetPipeline",
-        plain.removesuffix("Pipeline") + "ControlNetUnionPipeline",
-    ]
-    return [getattr(diffusers, name) for name in dict.fromkeys(names) if name and hasattr(diffusers, name)]
+def _class_for(model: Loaded, kind: str, param: str, chosen: NetClass | None = None) -> NetClass:
+    """The diffusers class that draws with such a ControlNet. Raises InvalidRequest if there is none, or it is not the
+    one `chosen` for the others."""
+    own = type(model.pipeline).__name__
+    fitting = next((each for each in net_classes.of(own) if kind in each.kinds), None)
+    if fitting is None or chosen not in (None, fitting):
+        taken = sorted({word for each in net_classes.of(own) for word in each.kinds})
+        takes = f"it takes {', '.join(taken)}" if taken else "diffusers has no pipeline with one for it"
+        raise InvalidRequest(f"{param}: a {kind} does not go with {model.config.name} ({own}); {takes}", param=param)
+    return fitting
 
 
-def _words(cls: Any) -> list[str]:
-    """What its constructor's annotation of `controlnet` names."""
-    annotation = inspect.signature(cls.__init__).parameters["controlnet"].annotation
-    return [part.strip() for part in str(annotation).split("|")]
-
-
-def _taken(cls: Any) -> set[str]:
-    names = {name for word in _words(cls) for name in re.findall(r"\w+(?=\W*$)", word)}
-    return {name for name in names if "Multi" not in name}
-
-
-def _takes(cls: Any, kind: str) -> bool:
-    return kind in _taken(cls)
+def _denoiser(model: Loaded) -> Any:
+    return getattr(model.pipeline, "unet", None) or getattr(model.pipeline, "transformer", None)
 
 
 def _refuse_other_size(model: Loaded, net: Any, param: str) -> None:
     """Raises InvalidRequest for a net made for a denoiser of another shape, such as XL's for Stable Diffusion 1.5."""
-    denoiser = getattr(model.pipeline, "unet", None) or getattr(model.pipeline, "transformer", None)
-    mine, other = dict(net.config), dict(getattr(denoiser, "config", {}))
+    if why := _other_size(dict(net.config), dict(getattr(_denoiser(model), "config", {}))):
+        raise _other_model(model, why, param)
+
+
+def _other_model(model: Loaded, why: str, param: str) -> InvalidRequest:
+    message = why if "made for another model" in why else f"this ControlNet was made for another model: {why}"
+    return InvalidRequest(f"{param}: {message}; {model.config.name} is a {type(model.pipeline).__name__}", param=param)
+
+
+def _other_size(mine: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+    """In what a net's settings are not the denoiser's."""
     for name in ALIKE:
         if name in mine and name in other and _plain(mine[name]) != _plain(other[name]):
-            raise InvalidRequest(
-                f"{param}: this ControlNet was made for another model: its {name} is {mine[name]}, that of "
-                f"{model.config.name} is {other[name]}",
-                param=param,
-            )
+            return f"its {name} is {mine[name]}, the model's is {other[name]}"
+    return None
 
 
 def _plain(value: Any) -> Any:

@@ -255,7 +255,7 @@ def _folder(config: ModelConfig, folder: Path, cls: Any, dtype: str, index: dict
         use_safetensors=None if config.allow_pickle else True,
         local_files_only=True,
         **quantizers.for_pipeline(config, index, DTYPES[dtype], without=components),
-        **{**components, **parts.components(config, DTYPES[dtype])},
+        **{**components, **parts.components(config, DTYPES[dtype], folder)},
     )
 
 
@@ -269,7 +269,7 @@ def _single_file(
             "config": str(described),
             "dtype": DTYPES[dtype],
             **original,
-            **parts.components(config, DTYPES[dtype]),
+            **parts.components(config, DTYPES[dtype], described),
             **quantizers.denoiser(config, file, described, index, DTYPES[dtype]),
             **components,
         }

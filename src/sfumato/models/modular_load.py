@@ -101,7 +101,7 @@ def load(
     snapshots = {name: _folder(place, folder) for name, place in found.items()}
     pipeline = cls(pretrained_model_name_or_path=str(folder), modular_config_dict=_index(cls, index, found, snapshots))
     _check_complete(config, pipeline, index, found)
-    replaced = {**given, **parts.components(config, dtype)}
+    replaced = {**given, **parts.components(config, dtype, folder)}
     loaded = {
         name: _component(config, pipeline.get_component_spec(name), snapshots[name], dtype, pick, settings.get(name))
         for name in pipeline.pretrained_component_names

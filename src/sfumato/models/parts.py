@@ -17,6 +17,7 @@ from huggingface_hub import snapshot_download
 
 from sfumato.batching.batcher import is_out_of_memory
 from sfumato.checkpoints import (
+    controlnets,
     diffusers_source,
     hub_files,
     lora_files,
@@ -30,21 +31,19 @@ from sfumato.checkpoints.weight_file import OnProgress
 from sfumato.config import ModelConfig, addresses
 from sfumato.errors import LoadError, ModelFileError
 from sfumato.loras import Lora
-from sfumato.models import footprint
+from sfumato.models import footprint, net_files
 from sfumato.models.device import DTYPES
 
 _WEIGHTS = re.compile(r"(diffusion_pytorch_|pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 """Of a component, without a variant."""
 
 
-def components(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """Components to pass to the pipeline's constructor."""
+def components(config: ModelConfig, dtype: torch.dtype, described: Path) -> dict[str, Any]:
+    """Components to pass to the pipeline's constructor. `described`: the folder with the configurations of the rest."""
     modules: dict[str, Any] = {}
     if config.control_net:
-        if isinstance(config.control_net, tuple):
-            modules["controlnet"] = [_control_net(config, name, dtype) for name in config.control_net]
-        else:
-            modules["controlnet"] = _control_net(config, config.control_net, dtype)
+        nets = [_control_net(config, name, dtype, described) for name in controlnets.of_model(config)]
+        modules["controlnet"] = nets if isinstance(config.control_net, tuple) else nets[0]
     if config.clip_model:
         source = component(config, config.clip_model, config.clip_subfolder or "")
         with hub_files.as_download_errors(config.clip_model):
@@ -54,13 +53,31 @@ def components(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     return modules
 
 
-def _control_net(config: ModelConfig, name: str, dtype: torch.dtype) -> Any:
-    """A ControlNet of the class that its configuration names."""
-    source = component(config, name)
+def _control_net(config: ModelConfig, name: str, dtype: torch.dtype, described: Path) -> Any:
+    """A ControlNet of the class that its configuration, or its file's header, names."""
+    source = _control_net_source(config, name)
+    if source.is_file():
+        return net_files.load(source, _denoiser(described), dtype)
     with hub_files.as_download_errors(name):
         kind = diffusers.ControlNetModel.load_config(source, local_files_only=True).get("_class_name", "")
         cls = getattr(diffusers, kind, None) if "ControlNet" in kind else None
         return (cls or diffusers.ControlNetModel).from_pretrained(source, local_files_only=True, dtype=dtype)
+
+
+def _control_net_source(config: ModelConfig, name: str) -> Path:
+    """Its folder or file, downloaded if necessary. Raises LoadError for a file that is no ControlNet."""
+    source = references.control_net(config, name)
+    if isinstance(source, references.Repository):
+        return Path(component(config, name))
+    if source.is_file():
+        controlnets.refuse(source)
+    return source
+
+
+def _denoiser(described: Path) -> dict[str, Any]:
+    """Settings of the model's denoiser."""
+    found = (diffusers_source.json_of(described / part / "config.json") for part in ("unet", "transformer"))
+    return net_files.settings_of(next((each for each in found if each), {}))
 
 
 def prior(config: ModelConfig, folder: Path, dtype: str) -> Any:
@@ -77,11 +94,13 @@ def prior(config: ModelConfig, folder: Path, dtype: str) -> Any:
 
 def sizes(config: ModelConfig, dtype: str, report: OnProgress) -> dict[str, int]:
     """Bytes that each will take in `dtype`, told from its files; of the hub only those that are here count."""
-    nets = config.control_net if isinstance(config.control_net, tuple) else (config.control_net or "",)
     named: dict[str, Path | references.Repository] = {
         f"lora {at}": references.lora(config, adapter.source, report) for at, adapter in enumerate(config.adapters, 1)
     }
-    named |= {f"controlnet {at}": Path(path_or_id(config, net)) for at, net in enumerate(nets, 1) if net}
+    named |= {
+        f"controlnet {at}": references.control_net(config, net)
+        for at, net in enumerate(controlnets.of_model(config), 1)
+    }
     if config.vae and config.vae != tiny_vaes.TINY:
         named["vae"] = references.find(config, "vae", config.vae, report)
     if config.clip_model:
@@ -95,10 +114,10 @@ def fetch(config: ModelConfig, described: Path, report: OnProgress) -> None:
     `described`: the folder with the configurations of its components.
     """
     config = tiny_vaes.resolve(config, diffusers_source.json_of(described / "vae" / "config.json"))
-    nets = config.control_net if isinstance(config.control_net, tuple) else (config.control_net,)
-    for name in (*nets, config.preview_vae):
-        if name:
-            component(config, name)
+    for net in controlnets.of_model(config):
+        _control_net_source(config, net)
+    if config.preview_vae:
+        component(config, config.preview_vae)
     if config.clip_model:
         component(config, config.clip_model, config.clip_subfolder or "")
     if config.original_config:

@@ -50,6 +50,17 @@ class Budget:
             f"{in_words(budget)} ({rule}){beside}. Take a smaller model or dtype, or raise the setting"
         )
 
+    def refusal_beside(self, name: str, needs: Needs, staying: Iterable[Blocks]) -> str:
+        """Why a part can never be loaded for a request that uses `staying` at the same time; empty if it can."""
+        budget, used = self.of(needs.device), _used(needs.device, staying)
+        if needs.total <= budget - used:
+            return ""
+        return (
+            f"{name}: its weights take {in_words(needs.total)} in {needs.dtype}, and the model with what else the "
+            f"request uses {in_words(used)}; the budget of {needs.device} is {in_words(budget)}. It never fits: leave "
+            "it out, take a smaller model, ControlNet or dtype, or raise the setting memory_mb"
+        )
+
     def fits(self, needs: Needs, loaded: Iterable[Blocks]) -> bool:
         """Whether there is room for all its components beside the models that are loaded."""
         return needs.total + _used(needs.device, loaded) <= self.of(needs.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from sfumato.batching import cpu_threads, offload
@@ -30,6 +30,14 @@ NO_ROOM = "{} does not fit beside the models in use; try again when fewer reques
 RETRY_S = 10
 LONGEST_S = 30 * 86400
 """Whoever waits longer is woken by a request before; clocks cannot count to all that may be written."""
+
+
+class NoRoom(TooManyRequests):
+    """There is no room for a part beside the models in use now. It never leaves this module."""
+
+    def __init__(self, name: str, needs: Needs) -> None:
+        super().__init__(NO_ROOM.format(name), retry_after=RETRY_S)
+        self.needs = needs
 
 
 class ModelPool:
@@ -110,14 +118,25 @@ class ModelPool:
 
     @contextmanager
     def use(
-        self, config: ModelConfig, turn: Callable[[], None], keep_alive: float | None = None
+        self,
+        config: ModelConfig,
+        turn: Callable[[], None],
+        keep_alive: float | None = None,
+        beside: Sequence[str] = (),
     ) -> Iterator[load.Loaded]:
         """The model for this `config`, loaded if necessary, and not unloaded while in use.
 
         `turn` lets other requests continue while this one waits. Requests for loaded models do not overtake a model
-        that waits for room. `keep_alive`: of the request.
+        that waits for room. `keep_alive`: of the request. `beside`: what the request uses already. Raises
+        TooManyRequests for a part that has no room now, and ModelTooLarge if it never has, beside those.
         """
-        model = self._obtain(config, turn)
+        try:
+            model = self._obtain(config, turn)
+        except NoRoom as error:
+            staying = [self._residents.blocks[name] for name in beside if name in self._residents.blocks]
+            if refusal := self._budget.refusal_beside(config.name, error.needs, staying):
+                raise ModelTooLarge(refusal) from None
+            raise TooManyRequests(error.message, retry_after=RETRY_S) from None
         self._idle_times.stay(config.name, keep_alive, config.keep_alive)
         try:
             yield model
@@ -289,7 +308,7 @@ class ModelPool:
             ):
                 idle = [each for each in residents.idle() if not full or each in residents.models()]
                 if not idle and part:  # a request that waits for it keeps its model from leaving
-                    loading.refuse(TooManyRequests(NO_ROOM.format(name), retry_after=RETRY_S))
+                    loading.refuse(NoRoom(name, needs))
                     return
                 if not idle and any(self._users.values()):
                     return

@@ -166,6 +166,14 @@ def _check_pictures(request: ImageRequest) -> None:
         raise InvalidRequest(
             f"controls: {len(request.controls)} control pictures; at most {MAX_PICTURES} are allowed", param="controls"
         )
+    for number, control in enumerate(request.controls):
+        start, end = (0.0 if control.start is None else control.start), (1.0 if control.end is None else control.end)
+        if start >= end:
+            raise InvalidRequest(
+                f"controls[{number}]: start {start:g} is not before end {end:g}: the part of the steps, 0 to 1, in "
+                "which it is followed; absent, they are 0 and 1. To leave it out, leave out the control",
+                param=f"controls[{number}].{'end' if control.start is None else 'start'}",
+            )
     if request.mask is not None and not request.images:
         raise InvalidRequest("mask: needs a picture to redraw; send `image` too", param="mask")
     if request.sampling.strength is not None and not request.images:

@@ -393,11 +393,13 @@ class Service:
         names = [(index, control.name) for index, control in enumerate(request.controls) if control.name]
         for index, name in names:
             param = f"controls[{index}].name"
-            _, source = await asyncio.to_thread(controlnets.find, config.folder, name, param)
-            if isinstance(source, controlnets.HubNet) and remote_limits.HUB not in self._loras.hosts:
+            found = await asyncio.to_thread(controlnets.find, config.folder, name, param)
+            on_hub = any(isinstance(source, controlnets.HubNet) for source in found.values())
+            if on_hub and remote_limits.HUB not in self._loras.hosts:
+                there = await asyncio.to_thread(controlnets.available, config.folder)
                 raise InvalidRequest(
-                    f"{param}: nothing is downloaded from the hub for requests (the setting lora_hosts); put the "
-                    f"ControlNet into {controlnets.FOLDER}/ beside the model files",
+                    f"{param}: there is no ControlNet {name[:100]!r} in the folder, and nothing is downloaded from the "
+                    f"hub for requests (the setting lora_hosts). {there}; put it there, beside the model files",
                     param=param,
                 )
         if names or self.engine.status(config.name).info:  # with a ControlNet of the request, another class draws

@@ -98,6 +98,14 @@ class ModelRunner(BaseModel):
     detail: str = Field(description="Why it is eager, or what it does not serve; empty if there is nothing to say.")
 
 
+class ModelControlNets(BaseModel):
+    """ControlNets that requests may name."""
+
+    kind: str = Field(alias="class", description="diffusers class of the ControlNet.")
+    most: int = Field(description="How many at a time.")
+    mode: bool = Field(description="Whether `mode` of a control is read, for nets that know several kinds.")
+
+
 class ModelExtension(BaseModel):
     """Sfumato's additions to OpenAI's model object."""
 
@@ -116,6 +124,9 @@ class ModelExtension(BaseModel):
         "Empty if it draws no picture: `detail` says why."
     )
     inputs: list[ModelInput] | None = Field(description="What requests may or must send; null where `tasks` is.")
+    control_nets: list[ModelControlNets] | None = Field(
+        description="Which ControlNets requests may name in `controls`; empty: none, null: its class is not known yet."
+    )
     enable_parameters: list[str]
     defaults: ModelDefaults
     limits: ModelLimits
