@@ -395,6 +395,46 @@ def test_eight_requests_with_four_and_none_share_forwards(sd: Any, files: list[P
     assert len({picture.tobytes() for picture in together_again}) == len(REQUESTS)
 
 
+def test_one_cancelled_and_one_broken_of_a_mixed_batch_leave_nothing(sd: Any, files: list[Path]) -> None:
+    """In the middle of shared forwards: the neighbours draw what they draw alone, and all that was loaded goes."""
+    call = {"num_inference_steps": 6}
+    before, chosen = plain(sd, **call), [[loras.of(files[at], 0.7)] for at in range(4)]
+    alone = {at: using(Adapters(), sd, chosen[at], **call) for at in (1, 3)}
+    adapters, batcher, ended = Adapters(), Batcher(max_rows=32, verification=Verification()), []
+
+    class Cancelled(BaseException):
+        pass
+
+    def request(at: int) -> Any:
+        def at_step(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            if at == 2 and step == 3:
+                ended.append(at)
+                raise RuntimeError("broken")
+            if at == 0 and step == 2:
+                ended.append(at)
+                batcher.cancel(tasks[0], Cancelled())
+            return tensors
+
+        return using(adapters, sd, chosen[at], **call, callback_on_step_end=at_step)
+
+    tasks = [batcher.submit(lambda at=at: request(at)) for at in range(4)]  # type: ignore[misc]
+    with torch.no_grad():
+        while batcher.step():
+            pass
+    outcomes = [task.outcome for task in tasks]
+    assert ended == [0, 2] and all(outcomes)
+    assert [type(each.error) for each in outcomes if each] == [Cancelled, type(None), RuntimeError, type(None)]
+    for at, picture in alone.items():
+        assert differ(outcomes[at].value, picture) < 1e-4  # type: ignore[union-attr]
+    count = batcher.counts["unet"]
+    assert count.calls > 1.5 * (count.forwards - count.proving), "they shared forwards"
+    assert all(not entry.users for entry in adapters._entries.values()) and not any(adapters._weighted.values())
+    assert np.array_equal(using(adapters, sd, **call), before)
+    adapters.drop()
+    assert not len(adapters) and not adapters.modules
+    assert np.array_equal(plain(sd, **call), before)
+
+
 def test_a_dora_and_several_run_apart_and_right(sd: Any, files: list[Path]) -> None:
     chosen = [[loras.of(files[4])], [loras.of(files[0])], [loras.of(files[4])],
               [loras.of(files[0]), loras.of(files[1])], [], [loras.of(files[5])]]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import io
 import json
 import re
 import shutil
@@ -317,6 +318,52 @@ def test_recipe_infotext_and_back(
     assert "loras was" not in caplog.text
     one, two = (np.asarray(image_in(each)).astype(int) for each in (tmp_path / "one.png", path))
     assert np.abs(one - two).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "named",
+    ["acme/one", "acme/one/far.safetensors", "hf://acme/one@main/far.safetensors", "a/twice", "people/anna.safetensors",
+     "{hub}/acme/one/resolve/main/far.safetensors?token=SECRET"],
+)  # fmt: skip
+def test_tags_of_an_infotext_name_the_same_file(client: TestClient, hub: Hub, named: str) -> None:
+    answer = webui(client, loras={"name": named.replace("{hub}", hub.url), "weight": 0.7})
+    told = client.post("/sdapi/v1/png-info", json={"image": answer["images"][0]}).json()["parameters"]
+    assert "SECRET" not in json.dumps(told)
+    again = webui(client, prompt=told["Prompt"])
+    assert np.array_equal(
+        *(pixels(Image.open(io.BytesIO(base64.b64decode(each["images"][0])))) for each in (answer, again))
+    )
+    told_again = client.post("/sdapi/v1/png-info", json={"image": again["images"][0]}).json()["parameters"]
+    assert told_again["Lora hashes"] == told["Lora hashes"] and told_again["Prompt"] == told["Prompt"]
+
+
+@pytest.mark.parametrize(
+    "fields", [{"loras": {"name": "style", "weight": 0}}, {"replace_loras": True},
+               {"replace_loras": True, "loras": "watercolour"}]
+)  # fmt: skip
+def test_an_infotext_says_which_of_the_models_own_is_off(client: TestClient, fields: dict[str, Any]) -> None:
+    painter = {"sd_model_checkpoint": "painter"}
+    answer = webui(client, override_settings=painter, **fields)
+    told = client.post("/sdapi/v1/png-info", json={"image": answer["images"][0]}).json()["parameters"]
+    assert told["Prompt"].endswith("<lora:style:0>")
+    again = webui(client, prompt=told["Prompt"], override_settings=painter)
+    one, two = (pixels(Image.open(io.BytesIO(base64.b64decode(each["images"][0])))) for each in (answer, again))
+    assert np.abs(one.astype(int) - two.astype(int)).max() <= 1
+    assert client.post("/sdapi/v1/png-info", json={"image": again["images"][0]}).json()["parameters"] == told
+
+
+def test_a_tag_of_a_new_prompt_replaces_the_weight_of_a_recipe(
+    client: TestClient, settings: Settings, tmp_path: Path
+) -> None:
+    answer = webui(client, prompt="a cat <lora:watercolour:0.5> <lora:people/anna:0.4>")
+    (tmp_path / "one.png").write_bytes(base64.b64decode(answer["images"][0]))
+    for prompt, weights in {
+        "a cat <lora:watercolour:0.1>": {"anna": 0.4, "watercolour": 0.1},
+        "a cat <lora:anna:0>": {"watercolour": 0.5},
+        "a cat": {"watercolour": 0.5, "anna": 0.4},
+    }.items():
+        (path,) = generate({"prompts": [prompt]}, tmp_path / "one.png", tmp_path / "two.png", settings)
+        assert {name_of(source): weight for source, _, _, weight, _ in recipe.read(path).loras} == weights
 
 
 def image_in(path: Path) -> Image.Image:

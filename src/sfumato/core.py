@@ -228,6 +228,8 @@ class Recipe:
     """Whether the model file has LoRAs of which none acted, and no other did."""
     runner: str = "eager"
     """What computed the denoiser, as in `RunnerState`; `eager+...` if that could not serve all calls."""
+    loras_off: tuple[str, ...] = ()
+    """Names of the model file's LoRAs that did not act."""
 
     @property
     def size(self) -> tuple[int, int]:

@@ -23,6 +23,9 @@ MAX_NAME = 1024
 _TAG = re.compile(r"<(?:lora|lyco):([^<>:]*)((?::[^<>:]*)*)>", re.IGNORECASE)
 
 _SUFFIX = re.compile(r"\.(safetensors|sft)$", re.IGNORECASE)
+_URL = re.compile(r"https?://", re.IGNORECASE)
+_HUB_SCHEME = re.compile(r"^(huggingface|hf):/{0,2}", re.IGNORECASE)
+_HASHED = re.compile(r"(.+)-([0-9a-f]{12})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,16 +56,36 @@ class Lora:
         return self.weight if self.text_weight is None else self.text_weight
 
     @property
+    def tag_name(self) -> str:
+        """What a tag can name it by, so that it is found again: of a URL, which has colons, by its short hash."""
+        if _URL.match(self.source):
+            return f"{self.name}-{self.short_hash}" if self.short_hash else self.name
+        path = _HUB_SCHEME.sub("", self.source)
+        return self.name if "/" not in path or set("<>:,") & set(path) else path
+
+    @property
     def tag(self) -> str:
         """As AUTOMATIC1111 writes it into a prompt: the weight of the text encoders comes first."""
         weights = [self.weight_of_text] if self.weight_of_text == self.weight else [self.weight_of_text, self.weight]
-        return f"<lora:{self.name}{''.join(f':{weight:g}' for weight in weights)}>"
+        return f"<lora:{self.tag_name}{''.join(f':{weight:g}' for weight in weights)}>"
 
 
 def name_of(source: str) -> str:
     """The last part of a path, id or URL, without a suffix."""
-    path = urlsplit(source).path if re.match(r"https?://", source, re.IGNORECASE) else source
+    path = urlsplit(source).path if _URL.match(source) else source
     return _SUFFIX.sub("", PurePosixPath(re.sub(r"@[^/]*", "", path).rstrip("/")).name)
+
+
+def hashed(name: str) -> tuple[str, str] | None:
+    """Name and short hash of what `Lora.tag_name` has made of a URL's LoRA; None if it is no such name."""
+    match = _HASHED.fullmatch(name)
+    return (match[1], match[2]) if match else None
+
+
+def not_named_by(recorded: Iterable[Lora], tags: Iterable[Lora]) -> list[Lora]:
+    """Those of a recipe that no tag of a new prompt names: a tag says anew how strongly its LoRA acts."""
+    names = {name.casefold() for tag in tags for name in (tag.source, tag.name)}
+    return [each for each in recorded if not names & {each.source.casefold(), each.name.casefold(), each.tag_name}]
 
 
 def read_tags(prompt: str) -> tuple[str, tuple[Lora, ...]]:

@@ -23,7 +23,7 @@ from sfumato.checkpoints.hub_files import UNREACHABLE, as_download_errors, files
 from sfumato.checkpoints.remote_limits import HUB, Limits
 from sfumato.config import ModelConfig, addresses
 from sfumato.errors import DownloadError, InvalidRequest, LoadError, ModelFileError
-from sfumato.loras import Lora, name_of
+from sfumato.loras import Lora, hashed, name_of
 
 FOLDER = "loras"
 
@@ -100,8 +100,11 @@ def locate(lora: Lora, config: ModelConfig, limits: Limits, data: Path) -> Lora:
         path = None if remote or number is not None else _in_folder(source, config.folder)
         if number is not None:
             return replace(lora, source=label, default=number)
+        downloads = (data / DOWNLOADED).absolute()
+        if path is None and not remote and limits.hosts:
+            path = _with_hash(source, downloads)
         if path is None:
-            path = _downloaded(source, config, limits, (data / DOWNLOADED).absolute())
+            path = _downloaded(source, config, limits, downloads)
         if path is None:
             raise _unknown(source, config)
         if path.suffix.lower() not in SUFFIXES:
@@ -131,10 +134,21 @@ def is_here(lora: Lora, config: ModelConfig) -> bool:
 
 def _number(source: str, config: ModelConfig) -> int | None:
     """The number of the model file's LoRA that has this name, or that the file names so."""
+    name, _ = hashed(source) or ("", "")
     for number, adapter in enumerate(config.adapters):
         if source in (adapter.source, addresses.redact(adapter.source), name_of(adapter.source)):
             return number
+        if _URL.match(adapter.source) and name == name_of(adapter.source):
+            return number
     return None
+
+
+def _with_hash(source: str, folder: Path) -> Path | None:
+    """The file that a URL has brought, by what infotexts call it: name and short hash."""
+    if (named := hashed(source)) is None:
+        return None
+    files = [path for path in sorted(folder.glob("[!.]*")) if path.suffix.lower() in SUFFIXES and path.is_file()]
+    return next((path for path in files if weight_file.records(path) and digests(path)[1] == named[1]), None)
 
 
 def _in_folder(source: str, folder: Path) -> Path | None:

@@ -19,7 +19,7 @@ from sfumato.config import ModelConfig
 from sfumato.core import VAE_TILING, Done, Recipe, Step
 from sfumato.engine.local import Local
 from sfumato.errors import InvalidRequest, StorageError, in_words
-from sfumato.loras import Lora
+from sfumato.loras import Lora, not_named_by, read_tags
 from sfumato.pictures import images
 from sfumato.pictures import recipe as recipes
 from sfumato.pictures.store import Store
@@ -52,6 +52,10 @@ def generate(fields: dict[str, Any], like: Path | None, output: Path | None, set
     if "prompts" in fields:
         for name in ("split_prompt", "lora_tags"):
             from_recipe.pop(name, None)
+        if recipe:
+            texts = [*fields["prompts"], sampling.negative_prompt or ""]
+            tags = [tag for text in texts for tag in read_tags(text)[1]]
+            from_recipe["loras"] = not_named_by(from_recipe["loras"], tags)
     request = ImageRequest(**{**from_recipe, **fields, "sampling": sampling}, operator=True)
     if recipe and like:
         places = [like.parent, Store.of(settings).folder]

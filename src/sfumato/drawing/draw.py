@@ -389,4 +389,5 @@ def _recipe(
         loras=(loras := inputs.recorded_loras(model, requested)),
         without_loras=bool(model.state.own_loras) and not loras,
         runner="+".join(sorted(views.computed_by(pipeline))) or "eager",
+        loras_off=inputs.loras_off(model, requested),
     )

@@ -65,3 +65,14 @@ def recorded_loras(model: Loaded, generation: Generation) -> tuple[tuple[str, st
         for lora, digest in zip(used, digests, strict=True)
         if lora.weight or lora.weight_of_text
     )
+
+
+def loras_off(model: Loaded, generation: Generation) -> tuple[str, ...]:
+    """Names of the model file's LoRAs that do not act."""
+    weights = of_defaults(generation.loras)
+    off = []
+    for number, own in enumerate(model.state.own_loras):
+        lora = weights.get(number, replace(own, weight=0.0, text_weight=None) if generation.replace_loras else own)
+        if not lora.weight and not lora.weight_of_text:
+            off.append(own.name)
+    return tuple(off)

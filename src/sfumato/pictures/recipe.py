@@ -20,7 +20,7 @@ from PIL import ExifTags, Image, PngImagePlugin
 from sfumato import __version__, schedulers
 from sfumato.core import Recipe, RecordedControl
 from sfumato.errors import InvalidPicture, InvalidRequest
-from sfumato.loras import Lora, name_of
+from sfumato.loras import Lora
 from sfumato.pictures import images
 from sfumato.sampling import PARAMETERS, clip_layer, flat, nested
 
@@ -38,7 +38,9 @@ _SIZE = re.compile(r"(\d+)x(\d+)")
 _UNICODE = b"UNICODE\0"
 """EXIF's prefix for a text in UTF-16."""
 
-RARE = frozenset({"drawn_size", "weights", "embeddings", "mask_from_alpha", "controls", "loras", "without_loras"})
+RARE = frozenset(
+    {"drawn_size", "weights", "embeddings", "mask_from_alpha", "controls", "loras", "without_loras", "loras_off"}
+)
 """Fields of a recipe that its JSON has only if they are set."""
 
 MAX_SIDES: Mapping[str, int] = {"webp": 16383, "jpeg": 65500}
@@ -150,10 +152,11 @@ def infotext(recipe: Recipe) -> str:
     pairs |= {f"ControlNet {number}": _unit(control) for number, control in enumerate(recipe.controls)}
     if recipe.embeddings:  # AUTOMATIC1111 shortens hashes to ten digits
         pairs["TI hashes"] = ", ".join(f"{name}: {digest[:10]}" for name, digest in _hashes(recipe))
-    if recipe.loras:
-        pairs["Lora hashes"] = ", ".join(f"{name_of(source)}: {short}" for source, _, short, _, _ in recipe.loras)
+    loras = [Lora(source, weight, text, "", digest, short) for source, digest, short, weight, text in recipe.loras]
+    if loras:
+        pairs["Lora hashes"] = ", ".join(f"{lora.tag_name}: {lora.short_hash}" for lora in loras)
     pairs["Version"] = f"sfumato {__version__}"
-    tags = [Lora(source, weight, text).tag for source, _, _, weight, text in recipe.loras]
+    tags = [lora.tag for lora in (*loras, *(Lora(name, 0.0) for name in recipe.loras_off))]
     lines = [" ".join([recipe.prompt, *tags]).strip()]
     if sampling.negative_prompt:
         lines.append(f"{NEGATIVE} {sampling.negative_prompt}")
