@@ -38,7 +38,9 @@ _SIZE = re.compile(r"(\d+)x(\d+)")
 _UNICODE = b"UNICODE\0"
 """EXIF's prefix for a text in UTF-16."""
 
-RARE = frozenset({"drawn_size", "weights", "embeddings", "mask_from_alpha", "controls", "loras", "without_loras"})
+RARE = frozenset(
+    {"drawn_size", "weights", "embeddings", "mask_from_alpha", "controls", "loras", "without_loras", "runner"}
+)
 """Fields of a recipe that its JSON has only if they are set."""
 
 MAX_SIDES: Mapping[str, int] = {"webp": 16383, "jpeg": 65500}
