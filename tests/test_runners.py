@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 import torch
 
+from sfumato.commands.generate import _warn_of_differences
 from sfumato.config import ModelConfig
-from sfumato.core import Done, Generation, RunnerState
+from sfumato.core import Done, Generation, Recipe, RunnerState
 from sfumato.drawing.draw import draw
 from sfumato.engine.local import Local
 from sfumato.models.load import Loaded
@@ -28,6 +29,7 @@ from sfumato.runners import arguments, graph, kept, module_state, openvino
 from sfumato.runners.arguments import Unserved
 from sfumato.runners.background import Background
 from sfumato.runners.choice import NOT_INSTALLED, Runners
+from sfumato.sampling import Sampling
 from sfumato.settings import Settings
 from support import here, tiny
 from support.drawing import loaded, quiet, wanted
@@ -130,6 +132,25 @@ def test_a_module_that_changes_is_noticed(change: Callable[[Any], Any]) -> None:
     with torch.no_grad():
         change(unet)
     assert module_state.state_of(unet) != before
+
+
+def test_like_tells_of_another_runner(caplog: pytest.LogCaptureFixture) -> None:
+    made = Recipe(
+        model="m", source="m", pipeline="P", prompt="", seed=1, sampling=Sampling(), image_sha256=(), mask_sha256=None,
+        device="cpu", dtype="fp32", runner="openvino-fp32",
+    )  # fmt: skip
+    _warn_of_differences(made, replace(made, runner="eager"))
+    assert "runner was 'openvino-fp32', now it is 'eager'" in caplog.text
+    caplog.clear()
+    _warn_of_differences(replace(made, runner=""), replace(made, runner="eager"))  # of an earlier version
+    assert not caplog.text
+
+
+def test_diffusers_empty_registry_of_hooks_is_none() -> None:
+    transformer = tiny.flux().transformer.eval()
+    with transformer.cache_context("cond"):
+        pass
+    assert module_state.why_unserved(transformer) == ""
 
 
 def test_calls_of_one_structure(model: Loaded) -> None:

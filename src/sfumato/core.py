@@ -226,8 +226,9 @@ class Recipe:
     and its weights for the denoiser and for the text encoders."""
     without_loras: bool = False
     """Whether the model file has LoRAs of which none acted, and no other did."""
-    runner: str = "eager"
-    """What computed the denoiser, as in `RunnerState`; `eager+...` if that could not serve all calls."""
+    runner: str = ""
+    """What computed the denoiser, as in `RunnerState`; `eager+...` if that could not serve all calls. Empty in recipes
+    of earlier versions, which knew `eager` alone."""
     loras_off: tuple[str, ...] = ()
     """Names of the model file's LoRAs that did not act."""
 

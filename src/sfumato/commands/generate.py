@@ -131,6 +131,7 @@ def _with_source_size(request: ImageRequest, recipe: Recipe, settings: Settings)
 
 
 def _warn_of_differences(recipe: Recipe, redrawn: Recipe) -> None:
+    recipe = replace(recipe, runner=recipe.runner or "eager")
     for name in (
         "source",
         "pipeline",

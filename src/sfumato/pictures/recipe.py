@@ -39,7 +39,17 @@ _UNICODE = b"UNICODE\0"
 """EXIF's prefix for a text in UTF-16."""
 
 RARE = frozenset(
-    {"drawn_size", "weights", "embeddings", "mask_from_alpha", "controls", "loras", "without_loras", "loras_off"}
+    {
+        "drawn_size",
+        "weights",
+        "embeddings",
+        "mask_from_alpha",
+        "controls",
+        "loras",
+        "without_loras",
+        "loras_off",
+        "runner",
+    }
 )
 """Fields of a recipe that its JSON has only if they are set."""
 

@@ -33,7 +33,8 @@ def why_unserved(module: torch.nn.Module) -> str:
     for part in module.modules():
         if part.training:
             return "it is in training mode"
-        if "forward" in vars(part) or "_diffusers_hook" in vars(part) or "_hf_hook" in vars(part):
+        registry = vars(part).get("_diffusers_hook")  # diffusers gives some modules an empty one
+        if "forward" in vars(part) or "_hf_hook" in vars(part) or (registry and registry.hooks):
             return "hooks act in it: offload, casting or a feature cache"
         if part._forward_hooks or part._forward_pre_hooks:
             return "hooks act in it"
