@@ -47,7 +47,7 @@ def find(folder: Path, name: str, param: str) -> tuple[str, Path | HubNet]:
     """The ControlNet that a request names, as it is called here: by its path below `controlnets/`, by the last part of
     that, or as a hub id (`owner/name`, `owner/name@revision`). Raises InvalidRequest with `param`."""
     known = listed(folder)
-    plain = _TITLE_SUFFIX.sub("", name).strip().strip("/")
+    plain = without_hash(name)
     choices = [each for each in known if each.casefold() == plain.casefold()]
     choices = choices or [each for each in known if each.rpartition("/")[2].casefold() == plain.casefold()]
     if len(choices) > 1:
@@ -62,12 +62,22 @@ def find(folder: Path, name: str, param: str) -> tuple[str, Path | HubNet]:
     )
 
 
+def without_hash(name: str) -> str:
+    """A name without the hash that AUTOMATIC1111's clients send behind it."""
+    return _TITLE_SUFFIX.sub("", name).strip().strip("/")
+
+
 def available(folder: Path) -> str:
     """The ControlNets beside the model files, in words."""
-    names = [*listed(folder)]
+    return in_words(FOLDER, listed(folder))
+
+
+def in_words(folder: str, known: Iterable[str]) -> str:
+    """What there is in a folder beside the model files."""
+    names = [*known]
     more = f" and {len(names) - MAX_TOLD} more" if len(names) > MAX_TOLD else ""
     told = f"there are {', '.join(names[:MAX_TOLD])}{more}" if names else "there are none"
-    return f"In {FOLDER}/ {told}"
+    return f"In {folder}/ {told}"
 
 
 def chosen(names: Iterable[str]) -> tuple[str | None, list[str]]:

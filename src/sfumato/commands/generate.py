@@ -54,10 +54,11 @@ def generate(fields: dict[str, Any], like: Path | None, output: Path | None, set
     if recipe and len(recipe.controls) == len(request.controls):
         followed = [
             Control(
-                control.image, made.weight, made.start, made.end, made.mode, made.name, made.preprocess, made.thresholds
+                control.image, made.weight, made.start, made.end, made.mode, made.name, made.preprocess,
+                made.thresholds, made.joins,
             )
             for control, made in zip(request.controls, recipe.controls, strict=True)
-        ]
+        ]  # fmt: skip
         request = replace(request, controls=followed)
     if recipe:
         _check_sources(request, recipe, settings)

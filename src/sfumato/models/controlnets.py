@@ -60,7 +60,7 @@ def config_of(model: Loaded, name: str, param: str) -> ModelConfig:
     where = str(source) if isinstance(source, Path) else source.id
     revision = source.revision if isinstance(source, HubNet) else None
     return ModelConfig(
-        name=f"{controlnets.FOLDER}/{label} ({model.dtype} on {model.device})", part=True, model=where,
+        name=f"{controlnets.FOLDER}/{label} ({model.dtype} on {model.device})", part="controlnet", model=where,
         revision=revision, folder=base.folder, dtype=model.dtype, cuda=base.cuda, main_gpu=base.main_gpu,
     )  # fmt: skip
 
