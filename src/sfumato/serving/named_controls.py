@@ -24,8 +24,8 @@ async def prompts(controls: Sequence[Control], folder: Path, *, hub: bool) -> li
         adapter, source = await asyncio.to_thread(ip_adapters.find_any, folder, control.name, param)
         if not hub and not isinstance(source, Path):
             raise InvalidRequest(
-                f"{param}: nothing is downloaded from the hub for requests (the setting lora_hosts); put the "
-                f"ControlNet into {controlnets.FOLDER}/, or the IP-Adapter into {ip_adapters.FOLDER}/, beside the model files",
+                f"{param}: nothing is downloaded from the hub for requests (the setting lora_hosts); put the ControlNet"
+                f" into {controlnets.FOLDER}/, or the IP-Adapter into {ip_adapters.FOLDER}/, beside the model files",
                 param=param,
             )
         if adapter:
