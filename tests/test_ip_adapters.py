@@ -240,7 +240,8 @@ def save_unfit(folder: Path) -> None:
 def test_an_adapter_for_a_family_without_any_is_refused(server: Served) -> None:
     error = error_of(server.generate(server.model("qwen"), controls=[{"name": "sd/base", "image": SENT}], step=2))
     assert error["param"] == "controls[0].name"
-    assert "has no IP-Adapters" in error["message"]
+    assert "takes no IP-Adapters" in error["message"]
+    assert [server.told(server.model(each))["ip_adapters"] for each in ("sd", "xl", "qwen")] == [True, True, False]
 
 
 def test_names_are_found_by_their_last_part_with_the_suffix_or_a_hash(server: Served) -> None:

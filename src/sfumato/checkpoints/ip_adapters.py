@@ -5,13 +5,14 @@ An adapter is one file. Its image encoder is a folder near it, as in the reposit
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from sfumato.checkpoints import controlnets, diffusers_source, weight_header
+from sfumato.checkpoints import class_reading, controlnets, diffusers_source, weight_header
 from sfumato.errors import InvalidRequest, LoadError
 
 FOLDER = "ip_adapters"
@@ -20,6 +21,9 @@ ENCODER_WEIGHTS = "model*.safetensors"
 
 PROJECTION, IMAGE = "image_proj.", "ip_adapter."
 """Beginnings of an adapter's keys: what makes tokens of a picture, and the attention to them."""
+
+ARGUMENT = "ip_adapter_image"
+"""What the calls of pipelines name the pictures."""
 
 SHOWN = 5
 """Keys that a message names."""
@@ -55,6 +59,15 @@ def listed(folder: Path) -> dict[str, Path]:
     root = folder / FOLDER
     files = [path for path in sorted(root.rglob(f"*{SUFFIX}")) if not (path.parent / controlnets.DESCRIPTION).exists()]
     return {path.relative_to(root).with_suffix("").as_posix(): path for path in files}
+
+
+@functools.cache
+def taken_by(pipeline: str) -> bool:
+    """Whether a diffusers class draws with adapters that requests name: it has a UNet, and its call takes pictures for
+    them."""
+    constructor = next(diffusers_source.methods(pipeline, "__init__"), None)
+    parts = [each.arg for each in constructor.args.args] if constructor else []
+    return "unet" in parts and ARGUMENT in (class_reading.parameters(pipeline) or {})
 
 
 def all_listed(folder: Path) -> list[str]:

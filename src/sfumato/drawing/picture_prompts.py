@@ -8,9 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 from sfumato.batching.attending import Attending
+from sfumato.checkpoints.ip_adapters import ARGUMENT
 from sfumato.core import Generation
 from sfumato.errors import InvalidRequest
-from sfumato.models.ip_adapters import ARGUMENT
 from sfumato.models.load import Loaded
 from sfumato.pictures import images
 from sfumato.pipelines.capabilities import parameters_of

@@ -25,7 +25,7 @@ from sfumato.batching.adapted import AdaptedModule, Selection
 from sfumato.batching.attending import Attending, Extended
 from sfumato.batching.batcher import is_out_of_memory
 from sfumato.checkpoints import controlnets, diffusers_source, download, ip_adapters
-from sfumato.checkpoints.ip_adapters import IMAGE, PROJECTION, HubFile
+from sfumato.checkpoints.ip_adapters import ARGUMENT, IMAGE, PROJECTION, HubFile
 from sfumato.config import ModelConfig
 from sfumato.core import ModelStatus
 from sfumato.errors import InvalidRequest, LoadError
@@ -38,9 +38,6 @@ from sfumato.models.load import Loaded, MakeRoom
 from sfumato.models.picture_prompt import Adapter, ImageEncoder, PicturePrompt, Weights
 from sfumato.models.sharing import Sharing
 from sfumato.pipelines.capabilities import parameters_of
-
-ARGUMENT = "ip_adapter_image"
-"""What the calls of pipelines name the pictures."""
 
 ATTENTION = (".to_k_ip.weight", ".to_v_ip.weight", ".to_k_ip.bias", ".to_v_ip.bias")
 
@@ -180,7 +177,8 @@ def beside(model: Loaded, prompt: PicturePrompt, encoder: torch.nn.Module | None
     denoiser = _denoiser(pipeline)
     if denoiser is None or ARGUMENT not in parameters_of(pipeline):
         raise InvalidRequest(
-            f"{prompt.param}: diffusers has no IP-Adapters for {name}; leave it out", param=prompt.param
+            f"{prompt.param}: {name} takes no IP-Adapters: it has no UNet, or takes no {ARGUMENT}; leave it out",
+            param=prompt.param,
         )
     if waits_by_layer([denoiser]) or is_cast_by_layer(denoiser) or has_feature_cache([denoiser]):
         raise InvalidRequest(

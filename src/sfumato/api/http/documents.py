@@ -116,6 +116,9 @@ class ModelExtension(BaseModel):
         "Empty if it draws no picture: `detail` says why."
     )
     inputs: list[ModelInput] | None = Field(description="What requests may or must send; null where `tasks` is.")
+    ip_adapters: bool | None = Field(
+        description="Whether requests may name IP-Adapters in `controls`; null until the class is known."
+    )
     enable_parameters: list[str]
     defaults: ModelDefaults
     limits: ModelLimits
