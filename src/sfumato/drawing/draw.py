@@ -146,8 +146,7 @@ def _draw(
     # 3. its own scheduler
     driver = scheduler_owners.drawing_pipeline(pipeline)
     choice = usable.scheduler(driver, filled.sampling)
-    scheduler = request_scheduler.make(driver, choice, filled.seed)
-    if scheduler is not None:
+    if (scheduler := request_scheduler.make(driver, choice, filled.seed)) is not None:
         scheduler_owners.replace_scheduler(pipeline, scheduler)
     previews = None
     if generation.previews and on_preview:
