@@ -24,7 +24,7 @@ from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 from sfumato.batching.adapted import AdaptedModule, Selection
 from sfumato.batching.attending import Attending, Extended
 from sfumato.batching.batcher import is_out_of_memory
-from sfumato.checkpoints import controlnets, diffusers_source, download, ip_adapters
+from sfumato.checkpoints import controlnets, diffusers_source, hub_files, ip_adapters
 from sfumato.checkpoints.ip_adapters import ARGUMENT, IMAGE, PROJECTION, HubFile
 from sfumato.config import ModelConfig
 from sfumato.core import ModelStatus
@@ -117,7 +117,7 @@ def load_encoder(
         on_status(ModelStatus("downloading", config.model))
         repo, folder = _repository(config.model)
         patterns = [f"{folder}/{name}" for name in (controlnets.DESCRIPTION, ip_adapters.ENCODER_WEIGHTS)]
-        with download.as_download_errors(repo):
+        with hub_files.as_download_errors(repo):
             path = Path(snapshot_download(repo, revision=config.revision, allow_patterns=patterns)) / folder
     device, dtype = choose_device(config, device_setting), config.dtype or "fp32"
     make_room(footprint.Needs(footprint.of_folders({"image_encoder": path}, dtype, None), device, dtype))
@@ -143,16 +143,16 @@ def _repository(where: str) -> tuple[str, str]:
 
 def _fetch(config: ModelConfig) -> Path:
     repo, file = _repository(config.model)
-    with download.as_download_errors(repo):
+    with hub_files.as_download_errors(repo):
         return Path(hf_hub_download(repo, file, revision=config.revision))
 
 
 def _folder_on_hub(config: ModelConfig, encoder: ip_adapters.Encoder) -> str | None:
     """The folder of the image encoder in the repository of an adapter; None: there is none that fits."""
     repo, file = _repository(config.model)
-    names = download.files_of(repo, config.revision)
+    names = hub_files.files_of(repo, config.revision)
     folders = [name.rpartition("/")[0] for name in names if name.rpartition("/")[2] == controlnets.DESCRIPTION]
-    with download.as_download_errors(repo):
+    with hub_files.as_download_errors(repo):
         for folder in ip_adapters.nearest(file, [each for each in folders if each]):
             description = hf_hub_download(repo, f"{folder}/{controlnets.DESCRIPTION}", revision=config.revision)
             if encoder.fits(diffusers_source.json_of(Path(description))):
