@@ -96,7 +96,11 @@ NAMES: dict[str, tuple[str, ...]] = {
     ),
     "checkpoints/pipeline_class.py": ("diffusers:DiffusionPipeline._optional_components",),
     "batching/adapted.py": ("torch.nn:Module._buffers", "peft.tuners.tuners_utils:BaseTunerLayer._active_adapter"),
-    "models/adapters.py": ("diffusers.hooks.group_offloading:_is_group_offload_enabled",),
+    "models/by_layer.py": ("diffusers.hooks.group_offloading:_is_group_offload_enabled",),
+    "models/ip_adapters.py": tuple(
+        f"diffusers.loaders.unet:UNet2DConditionLoadersMixin._convert_ip_adapter_{part}_to_diffusers"
+        for part in ("attn", "image_proj")
+    ),
     "models/controlnets.py": ("diffusers:DiffusionPipeline._get_signature_keys",),
     "checkpoints/prediction.py": ("diffusers:ConfigMixin._get_init_keys",),
     "previews/x0.py": tuple(f"diffusers:{name}" for name in x0.X0_FORMULAS),

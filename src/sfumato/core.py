@@ -6,9 +6,10 @@ defined here. Standard library only; frozen, so nothing changes under a reader.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal, TypeAlias
@@ -97,7 +98,7 @@ PREPROCESSORS = (CANNY, INVERT)
 
 @dataclass(frozen=True, slots=True)
 class Control:
-    """A picture that a ControlNet or an adapter of the model follows. None: the pipeline's own."""
+    """A picture that a ControlNet, an IP-Adapter or an adapter of the model follows. None: the pipeline's own."""
 
     image: str | bytes
     """In a generation an encoded PNG, upright, RGB or RGBA, empty while that waits; in a request as other pictures."""
@@ -110,11 +111,20 @@ class Control:
     mode: int | None = None
     """Number of the kind of control, for nets that know several."""
     name: str | None = None
-    """The ControlNet that follows it: in `controlnets/` beside the model files, or a hub id. None: the model's own."""
+    """The ControlNet or IP-Adapter that follows it: in `controlnets/` or `ip_adapters/` beside the model files, or on
+    the hub. None: the model file's own."""
     preprocess: str | None = None
     """A name of `PREPROCESSORS`; None: the picture is followed as it is."""
     thresholds: tuple[float, float] | None = None
     """Of canny, in levels of 0 .. 255; None: 100 and 200."""
+    joins: bool = False
+    """Whether it is one more picture for the IP-Adapter of the control before it, and has nothing else."""
+
+
+def labels(controls: Sequence[Control]) -> list[str]:
+    """What a request calls each of its controls: `controls[0]`; those that join one have its label."""
+    numbers = itertools.accumulate((not control.joins for control in controls), initial=-1)
+    return [f"controls[{number}]" for number in [*numbers][1:]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,9 +193,10 @@ class RecordedControl:
     mode: int | None = None
     name: str | None = None
     net_sha256: str | None = None
-    """Digest of the weights of the ControlNet, if the request named it."""
+    """Digest of the weights of the ControlNet or IP-Adapter, if the request named it."""
     preprocess: str | None = None
     thresholds: tuple[float, float] | None = None
+    joins: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -123,8 +123,9 @@ class Settings:
     )
     lora_hosts: str = _setting(
         "hub",
-        "Where LoRAs and ControlNets that requests name may be downloaded from: hosts (of LoRAs), comma-separated, and "
-        "hub for the Hugging Face hub. Empty: only what lies in loras/ and controlnets/ is used.",
+        "Where LoRAs, ControlNets and IP-Adapters that requests name may be downloaded from: hosts (of LoRAs), "
+        "comma-separated, and hub for the Hugging Face hub. Empty: only what lies in loras/, controlnets/ and "
+        "ip_adapters/ is used.",
     )
     max_lora_mb: int = _setting(4096, "Maximum size in MiB of a LoRA that is downloaded for a request.", least=1)
     outputs_max_age_h: int = _setting(168, "Hours after which generated pictures are deleted; 0 keeps them.", least=0)

@@ -16,7 +16,7 @@ from sfumato.api.dependencies import TheService
 from sfumato.api.http import documents
 from sfumato.api.http.forms import openapi_body, reader
 from sfumato.api.http.headers import header_text
-from sfumato.checkpoints import net_classes
+from sfumato.checkpoints import ip_adapters, net_classes
 from sfumato.checkpoints.static_capabilities import static_capabilities
 from sfumato.config import ModelConfig
 from sfumato.core import QUALITIES, Input, ModelInfo
@@ -152,6 +152,7 @@ def _model(service: Service, config: ModelConfig) -> dict[str, Any]:
     settings = service.settings
     capabilities = facts or static_capabilities(config)
     abilities = capabilities.abilities
+    pipeline = capabilities.pipeline or config.pipeline_type
     return {
         "id": config.name,
         "object": "model",
@@ -164,10 +165,11 @@ def _model(service: Service, config: ModelConfig) -> dict[str, Any]:
             "memory_bytes": facts.memory_bytes if facts else None,
             "aliases": list(config.aliases),
             "description": config.description,
-            "pipeline": capabilities.pipeline or config.pipeline_type,
+            "pipeline": pipeline,
             "tasks": list(abilities.tasks) if abilities else None,
             "inputs": [_input(each) for each in abilities.inputs] if abilities else None,
-            "control_nets": _control_nets(capabilities.pipeline or config.pipeline_type),
+            "control_nets": _control_nets(pipeline),
+            "ip_adapters": ip_adapters.taken_by(pipeline) if pipeline else None,
             "enable_parameters": sorted(config.enable_parameters),
             "defaults": _defaults(config, facts),
             "limits": {

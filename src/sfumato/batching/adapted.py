@@ -20,6 +20,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from sfumato.batching.adapter_rows import ADDITIVE, BASE, Rows
+from sfumato.batching.attending import Attending
 
 HOOKS = ("_hf_hook", "_old_forward", "_diffusers_hook", "forward")
 """Attributes of a module that hooks have replaced for it alone; those of layers stay."""
@@ -35,17 +36,39 @@ class Selection:
 
     adapted: AdaptedModule
     names: tuple[str, ...]
+    attending: Attending | None = None
+    """The pictures that its attention follows besides the text."""
 
     @property
     def plain(self) -> bool:
         """Whether the module itself computes this."""
-        return self.names == self.adapted.defaults
+        return self.names == self.adapted.defaults and self.attending is None
+
+    @property
+    def module(self) -> Any:
+        """What computes this."""
+        if self.attending:
+            return self.attending.module
+        return self.adapted.original if self.plain else self.adapted.module
+
+    @property
+    def owner(self) -> Any:
+        """Only calls of the same owner may share a forward pass."""
+        return self.attending.module if self.attending else self.adapted.original
 
     @property
     def key(self) -> object:
         """Calls may share a forward pass only if they agree in it; those that also agree in the names surely may."""
-        layout = self.adapted.layout
-        return layout if self.adapted.by_row(self.names) else (layout, self.names)
+        layout: object = self.adapted.layout
+        if not self.adapted.by_row(self.names):
+            layout = layout, self.names
+        return (layout, self.attending.strengths) if self.attending else layout
+
+    def run(self, method: str, rows: Sequence[Selection], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the module; `rows` has the selection of each row, or one for all."""
+        if self.attending:
+            self.attending.activate()
+        return self.adapted.run(method, rows, args, kwargs, None if self.plain else self.module)
 
     @property
     def row(self) -> str:
@@ -71,6 +94,10 @@ class AdaptedModule:
         if first is not None and not first.disable_adapters:
             self.defaults = tuple(first.active_adapters)
         self.refresh()
+
+    def extended(self) -> Any:
+        """A twin of the twin, with the same adapters, for more that a request adds to it."""
+        return twin(self.module, (BaseTunerLayer,))
 
     def refresh(self) -> None:
         """Call it when adapters were loaded or deleted."""
@@ -102,8 +129,15 @@ class AdaptedModule:
             )
         return self._by_row[names]
 
-    def run(self, method: str, rows: Sequence[Selection], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call the twin; `rows` has the selection of each row, or one for all."""
+    def run(
+        self,
+        method: str,
+        rows: Sequence[Selection],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        module: Any = None,
+    ) -> Any:
+        """Call the twin, or `module` with the same layers; `rows` has the selection of each row, or one for all."""
         self._follow_embeddings()
         hook = getattr(self.original, "_hf_hook", None) if method in ("__call__", "forward") else None
         if hook is not None:  # it brings the weights to the device, and sends others away
@@ -117,7 +151,7 @@ class AdaptedModule:
                 if type(layer) in ADDITIVE:  # peft computes the layer below, and `_add_to_rows` the rest
                     layer._disable_adapters = True
         try:
-            output = target(self.module, method)(*args, **kwargs)
+            output = target(self.module if module is None else module, method)(*args, **kwargs)
         finally:
             self._rows = None
         return output if hook is None else hook.post_forward(self.original, output)
@@ -155,11 +189,13 @@ def target(module: Any, method: str) -> Any:
     return module if method == "__call__" else getattr(module, method)
 
 
-def twin(module: Any) -> Any:
-    """A copy of the tree of modules, with the layers at its ends and all tensors shared."""
-    ends = [part for part in module.modules() if _is_end(part)]
+def twin(module: Any, shared: tuple[type, ...] = ()) -> Any:
+    """A copy of the tree of modules, with the layers at its ends, those of the classes `shared`, and all tensors
+    shared."""
+    ends = [part for part in module.modules() if _is_end(part) or isinstance(part, shared)]
+    within = {id(part) for end in ends for part in end.modules()}
     same: dict[int, Any] = {id(each): each for each in (*ends, *module.parameters(), *module.buffers())}
-    inner = {name: part for name, part in module.named_modules() if not _is_end(part)}
+    inner = {name: part for name, part in module.named_modules() if id(part) not in within}
     for part in inner.values():  # hooks refer to other modules
         same |= {id(vars(part)[name]): None for name in HOOKS if name in vars(part)}
     copied = copy.deepcopy(module, same)

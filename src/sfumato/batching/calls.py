@@ -189,7 +189,7 @@ def compute(calls: Sequence[Call], args: tuple[Any, ...], kwargs: dict[str, Any]
     if leader.selection is None or not leader.is_adapted:
         return target(leader.module, leader.method)(*args, **kwargs)
     rows = [call.selection for call in calls if call.selection for _ in range(call.rows)]
-    return leader.selection.adapted.run(leader.method, rows, args, kwargs)
+    return leader.selection.run(leader.method, rows, args, kwargs)
 
 
 def original_module(module: Any) -> Any:
@@ -256,7 +256,7 @@ def _describe(call: Call, fingerprints: Fingerprints) -> None:
     call.shape = _Reader(call, fingerprints).read(dict(sorted(arguments.items())), "", "")
     owner = call.module
     if call.selection:
-        owner = call.selection.adapted.original
+        owner = call.selection.owner
         call.leaves.append(Leaf("", "adapters", call.selection, call.selection.key, call.selection.names))
     by = () if call.runner is None else (id(call.runner),)
     call.key = (id(owner), call.method, call.shape, tuple([(leaf.kind, leaf.key) for leaf in call.leaves]), *by)

@@ -136,7 +136,7 @@ class StandIn:
         with self._sfumato_within():
             selection: Selection | None = self._sfumato_selection
             if selection and not selection.plain:
-                return selection.adapted.run(method, [selection], args, kwargs)
+                return selection.run(method, [selection], args, kwargs)
             return target(self._sfumato_module, method)(*args, **kwargs)
 
     def _sfumato_run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

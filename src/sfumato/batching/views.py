@@ -74,7 +74,7 @@ class View:
         stand_in = self.stand_ins.get(id(module))
         if stand_in is None:
             selection = self.adapters.get(id(module))
-            acting = module if selection is None or selection.plain else selection.adapted.module
+            acting = selection.module if selection else module
             runner = self.runners.get(id(module)) if acting is module else None
             stand_in = self.stand_ins[id(module)] = StandIn(acting, name, self, selection, runner)
             if self.exclusive and hasattr(acting, "attn_processors"):

@@ -38,13 +38,10 @@ from sfumato.pipelines.inputs import (
 FOR_A_PICTURE = re.compile(r"Img2Img|Inpaint|Depth2Img|Upscale|SuperResolution|Pix2Pix|Edit|Refiner|Variation")
 """Names of classes that need a source picture, though their calls look at whether there is one."""
 
-MANY_BY_NAME = re.compile(r"Kontext(?!Inpaint)")
-"""Takes several pictures for one result, though its call does not list a single one."""
-
 CAPTION = "text"
 """A field of the output of classes that answer a picture with words."""
 
-MANY_BLOCKS = re.compile(r"Flux2|EditPlus|Kontext|WithPrior")
+MANY_BLOCKS = re.compile(r"Flux2|EditPlus|WithPrior")
 """Names of classes made of blocks, or with a prior, that take several pictures for one result."""
 
 MASKS = frozenset({"mask", "mask_image", "masked_image_latents"})
@@ -282,8 +279,7 @@ def _many(name: str, call: ast.FunctionDef, parameter: str, role: str) -> bool:
     if role != PICTURE or not _asks_for(call, parameter):
         return False
     lists = [node.elts for node in ast.walk(call) if isinstance(node, ast.List)]
-    alone = any(len(items) == 1 and isinstance(items[0], ast.Name) and items[0].id == parameter for items in lists)
-    return alone or bool(MANY_BY_NAME.search(name))
+    return any(len(items) == 1 and isinstance(items[0], ast.Name) and items[0].id == parameter for items in lists)
 
 
 def _concatenates_mask(name: str, call: ast.FunctionDef) -> bool:

@@ -157,7 +157,7 @@ def find(folder: Path, name: str, param: str) -> dict[str, Path | HubNet]:
     part of that (then of several families, maybe), both with or without the file's suffix, or else as a hub id
     (`owner/name`, `owner/name@revision`, `owner/name/file.safetensors`). Raises InvalidRequest with `param`."""
     known = _there(folder)
-    plain = _TITLE_SUFFIX.sub("", name).strip().strip("/")
+    plain = without_hash(name)
     wanted = plain.casefold()
     for found in (
         {each: path for each, path in known.items() if wanted in _spellings(each, path)},
@@ -210,12 +210,22 @@ def _spellings(name: str, path: Path) -> set[str]:
     return {plain, bare + suffix} | ({bare} if suffix in sources.PICKLES else set())
 
 
+def without_hash(name: str) -> str:
+    """A name without the hash that AUTOMATIC1111's clients send behind it."""
+    return _TITLE_SUFFIX.sub("", name).strip().strip("/")
+
+
 def available(folder: Path) -> str:
     """The ControlNets beside the model files, in words."""
-    names = [*listed(folder)]
+    return in_words(FOLDER, listed(folder))
+
+
+def in_words(folder: str, known: Iterable[str]) -> str:
+    """What there is in a folder beside the model files."""
+    names = [*known]
     more = f" and {len(names) - MAX_TOLD} more" if len(names) > MAX_TOLD else ""
     told = f"there are {', '.join(names[:MAX_TOLD])}{more}" if names else "there are none"
-    return f"In {FOLDER}/ {told}"
+    return f"In {folder}/ {told}"
 
 
 def chosen(names: Iterable[str]) -> tuple[str | None, list[str]]:

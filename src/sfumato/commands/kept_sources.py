@@ -71,7 +71,17 @@ def controls(given: Sequence[Control], recipe: Recipe, folders: Sequence[Path], 
             )
         pictures = [there[control.image_sha256] for control in made]
     return [
-        Control(picture, each.weight, each.start, each.end, each.mode, each.name, each.preprocess, each.thresholds)
+        Control(
+            picture,
+            each.weight,
+            each.start,
+            each.end,
+            each.mode,
+            each.name,
+            each.preprocess,
+            each.thresholds,
+            each.joins,
+        )
         for picture, each in zip(pictures, made, strict=True)
     ]
 

@@ -102,6 +102,11 @@ KEYS: tuple[Key, ...] = (
             "ControlNet: folder, `.safetensors` file, name in `controlnets/`, hub id or file of a repository; or a "
             "list of them. It chooses the class that takes one.",
         ),
+        (
+            "diffusers.ip_adapter", "ip_adapters", read.strings,
+            "IP-Adapter that follows the `controls` of requests that name nothing: a name in `ip_adapters/`, a file "
+            "beside the model file or `owner/name/file.safetensors`; or a list of them.",
+        ),
         ("diffusers.clip_model", "clip_model", read.string, "Another CLIP text encoder: folder or hub id."),
         ("diffusers.clip_subfolder", "clip_subfolder", read.string, "Where in it the text encoder stands."),
         (

@@ -93,8 +93,9 @@ class ModelConfig:
     keep_alive: float | None = None
     """Seconds that it stays in memory once it is idle; None: as the server says."""
 
-    part: bool = False
-    """Not a model but a ControlNet that requests for models name: loaded for itself, and shared by them."""
+    part: str = ""
+    """Not a model but what requests for models name, loaded for itself and shared by them: `controlnet`, `ip_adapter`
+    or `image_encoder`."""
     part_file: str | None = None
     """The file of such a ControlNet in its repository on the hub."""
     denoiser: str | None = None
@@ -126,6 +127,8 @@ class ModelConfig:
     img2img: bool = False
     """Used for image-to-image; `pipeline_type` is already the class for it, if known."""
     control_net: str | tuple[str, ...] | None = None
+    ip_adapters: tuple[str, ...] = ()
+    """IP-Adapters that follow the controls of a request that name nothing."""
     clip_model: str | None = None
     clip_subfolder: str | None = None
     vae: str | None = None

@@ -175,8 +175,8 @@ def _canvas(model: Loaded, pipeline: Any, filled: Generation) -> Canvas:
             f"the nearest is {near}",
             param="size",
         )
-    sources = [_flat(images.decoded(png)) for png in filled.images]
-    controls = tuple(_flat(images.decoded(png)) for png in picture_arguments.encoded(filled))
+    sources = [images.on_white(images.decoded(png)) for png in filled.images]
+    controls = tuple(images.on_white(images.decoded(png)) for png in picture_arguments.encoded(filled))
     if not sources:
         plain = _cropped((width, height), multiple) if width and height else Canvas(width, height, [], None)
         return replace(plain, controls=controls)
@@ -398,11 +398,3 @@ def _near(side: int, multiple: int) -> int:
 
 def _size(image: Image.Image) -> str:
     return f"{image.width}x{image.height}"
-
-
-def _flat(image: Image.Image) -> Image.Image:
-    """Convert to RGB on white, as a browser shows it on a white page."""
-    if image.mode == "RGBA":
-        background = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(background, image).convert("RGB")
-    return image.convert("RGB")

@@ -16,13 +16,15 @@ from PIL import Image
 
 from sfumato import __version__, schedulers
 from sfumato.batching import views
+from sfumato.batching.adapted import Selection
 from sfumato.batching.batcher import is_out_of_memory
 from sfumato.batching.module_runner import ModuleRunner
 from sfumato.checkpoints import feature_caches
 from sfumato.config import at_fault
 from sfumato.core import VAE_TILING, Done, Generation, Recipe
-from sfumato.drawing import arguments, crop, inputs, named_nets, outputs, prompts, usable
+from sfumato.drawing import arguments, crop, inputs, named_nets, outputs, picture_prompts, prompts, usable
 from sfumato.errors import ContentFiltered, DrawError, InvalidRequest, SfumatoError, in_words
+from sfumato.models import ip_adapters
 from sfumato.models.load import Loaded
 from sfumato.models.release import release_frames
 from sfumato.pictures import images, recipe
@@ -65,7 +67,7 @@ def draw(
     """
     # 1. the pipeline for this task, as a view: it shares the modules but no state that a run changes
     capabilities.check(model.config.name, model.pipeline, generation)
-    task, complete = inputs.complete(model, generation)
+    task, complete = inputs.complete(model, picture_prompts.without(model, generation))
     workflow = capabilities.TASKS["mask" if complete.mask else "image" if complete.images else "text"]
     with model.state.adapters.use(
         model.pipeline, model.device, model.config.name, generation.loras, replace_defaults=generation.replace_loras
@@ -73,25 +75,33 @@ def draw(
         # No variable refers to the view here: a stored error would keep it.
         return _draw_on_view(
             model,
-            views.view(
-                modular.for_task(_for_task(model, task), workflow),
-                tiled=_tiled(model, generation),
-                adapters=adapters,
-                runners=runners,
-            ),
+            *_view(model, modular.for_task(_for_task(model, task), workflow), generation, adapters, runners, on_step),
             generation,
             complete,
-            on_step,
             on_preview,
         )
+
+
+def _view(
+    model: Loaded,
+    pipeline: Any,
+    generation: Generation,
+    adapters: Mapping[int, Selection],
+    runners: Mapping[int, ModuleRunner] | None,
+    on_step: OnStep,
+) -> tuple[Any, OnStep]:
+    """A view of a pipeline with the request's adapters, and what is called after each of its steps."""
+    selected, attending = ip_adapters.selections(model, adapters)
+    view = views.view(pipeline, tiled=_tiled(model, generation), adapters=selected, runners=runners)
+    return view, picture_prompts.paced(model, attending, on_step)
 
 
 def _draw_on_view(
     model: Loaded,
     pipeline: Any,
+    on_step: OnStep,
     generation: Generation,
     complete: Generation,
-    on_step: OnStep,
     on_preview: OnPreview | None,
 ) -> Done:
     try:
@@ -132,11 +142,11 @@ def _draw(
     usable.refuse_defaults(model, pipeline, filled)
     canvas = arguments.canvas(model, pipeline, filled)
     kwargs = arguments.arguments(model, pipeline, generation, filled, canvas)
+    kwargs |= picture_prompts.arguments(model, pipeline, requested)
     # 3. its own scheduler
     driver = scheduler_owners.drawing_pipeline(pipeline)
     choice = usable.scheduler(driver, filled.sampling)
-    scheduler = request_scheduler.make(driver, choice, filled.seed)
-    if scheduler is not None:
+    if (scheduler := request_scheduler.make(driver, choice, filled.seed)) is not None:
         scheduler_owners.replace_scheduler(pipeline, scheduler)
     previews = None
     if generation.previews and on_preview:

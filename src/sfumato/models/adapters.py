@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from diffusers.hooks.group_offloading import _is_group_offload_enabled
 
 from sfumato.batching.adapted import AdaptedModule, Selection, untouched
 from sfumato.batching.batcher import is_out_of_memory
 from sfumato.checkpoints import weight_file
 from sfumato.errors import InvalidRequest, ModelTooLarge
 from sfumato.loras import Lora, of_defaults
+from sfumato.models.by_layer import has_feature_cache, is_cast_by_layer, waits_by_layer
 
 log = logging.getLogger(__name__)
 
@@ -89,13 +89,13 @@ class Adapters:
         if not self._modules and not loras and not replace_defaults:
             yield {}
             return
-        if any(getattr(module, "_cache_config", None) is not None for module in _loadable(pipeline).values()):
+        if has_feature_cache(_loadable(pipeline).values()):
             raise InvalidRequest(
                 f"loras: {model} has a feature cache (`cache`), whose hooks are not in the twins that requests draw "
                 "with. Name the LoRA in the model file (lora_adapter), or leave `cache` out there",
                 param="loras",
             )
-        if any(_is_group_offload_enabled(module) for module in _loadable(pipeline).values()):
+        if waits_by_layer(_loadable(pipeline).values()):
             # Its hooks are on the blocks, of which the twin has its own.
             if loras or replace_defaults:
                 raise InvalidRequest(
@@ -209,7 +209,7 @@ class Adapters:
             raise InvalidRequest(
                 f"loras: {model} ({type(pipeline).__name__}) takes no LoRA; leave out {lora.name}", param="loras"
             )
-        if any(_is_cast_by_layer(module) for module in originals.values()):
+        if any(is_cast_by_layer(module) for module in originals.values()):
             raise InvalidRequest(
                 f"loras: the weights of {model} are stored in fp8 (layerwise_casting), to which requests cannot add "
                 f"LoRAs. Name {lora.name} in the model file (lora_adapter), or use `quantization`",
@@ -331,12 +331,6 @@ class Adapters:
 
 def _has_adapters(adapted: AdaptedModule) -> bool:
     return any(getattr(layer, kind, None) for layer in adapted.layers for kind in layer.adapter_layer_names)
-
-
-def _is_cast_by_layer(module: torch.nn.Module) -> bool:
-    """Whether its layers are cast for each call: peft would make a LoRA's tensors in the dtype they are stored in."""
-    hooks = (getattr(part, "_diffusers_hook", None) for part in module.modules())
-    return any(hook and hook.get_hook("layerwise_casting") for hook in hooks)
 
 
 def _loadable(pipeline: Any) -> dict[str, torch.nn.Module]:

@@ -64,7 +64,7 @@ def config_of(model: Loaded, name: str, param: str) -> ModelConfig:
         denoiser = json.dumps(net_files.settings_of(getattr(_denoiser(model), "config", {})))
         kind = f", for {hashlib.sha256(denoiser.encode()).hexdigest()[:8]}"  # models of one kind share it
     return ModelConfig(
-        name=f"{controlnets.FOLDER}/{label} ({model.dtype} on {model.device}{kind})", part=True, model=where,
+        name=f"{controlnets.FOLDER}/{label} ({model.dtype} on {model.device}{kind})", part="controlnet", model=where,
         part_file=file, denoiser=denoiser, revision=revision, folder=base.folder, dtype=model.dtype, cuda=base.cuda,
         main_gpu=base.main_gpu,
     )  # fmt: skip

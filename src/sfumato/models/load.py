@@ -48,6 +48,7 @@ from sfumato.models import (
 from sfumato.models.adapters import Adapters
 from sfumato.models.device import DTYPES, choose_device, choose_dtype, expected_dtype
 from sfumato.models.fetch import Fetched, OnStatus, fetch, fetch_prior
+from sfumato.models.picture_prompt import PicturePrompt
 from sfumato.pipelines import request_scheduler, tokens, with_prior
 from sfumato.pipelines.capabilities import most_clip_skip
 from sfumato.previews.decode import CheapDecoder, cheap_decoder
@@ -94,6 +95,8 @@ class Loaded:
     state: ModelState = field(default_factory=ModelState)
     net_digests: Mapping[str, str] = field(default_factory=dict)
     """ControlNet that the request names -> SHA-256 of its weights."""
+    prompt: PicturePrompt | None = None
+    """The IP-Adapters that the request names."""
     preview_decoder: CheapDecoder | None = None
     """Cheap preview decoder; None: previews use the model's own VAE."""
 

@@ -207,3 +207,11 @@ def _transparent(image: Image.Image) -> bool:
 
 def _shorten(text: str) -> str:
     return repr(text if len(text) <= 40 else text[:40] + "...")
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """Convert to RGB on white, as a browser shows it on a white page."""
+    if image.mode == "RGBA":
+        background = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(background, image).convert("RGB")
+    return image.convert("RGB")

@@ -159,7 +159,7 @@ def infotext(recipe: Recipe) -> str:
             layer = clip_layer(value, recipe.pipeline)
             value = layer if value is not None and layer > 1 else None
         pairs |= {parameter.infotext: value} if parameter.infotext else composite_pairs.get(parameter.name, {})
-    pairs |= {f"ControlNet {number}": _unit(control) for number, control in enumerate(recipe.controls)}
+    pairs |= {f"ControlNet {number}": _unit(control) for number, control in enumerate(_units(recipe))}
     if recipe.embeddings:  # AUTOMATIC1111 shortens hashes to ten digits
         pairs["TI hashes"] = ", ".join(f"{name}: {digest[:10]}" for name, digest in _hashes(recipe))
     loras = [Lora(source, weight, text, "", digest, short) for source, digest, short, weight, text in recipe.loras]
@@ -172,6 +172,11 @@ def infotext(recipe: Recipe) -> str:
         lines.append(f"{NEGATIVE} {sampling.negative_prompt}")
     lines.append(", ".join(f"{key}: {_quoted(value)}" for key, value in pairs.items() if value is not None))
     return "\n".join(lines)
+
+
+def _units(recipe: Recipe) -> list[RecordedControl]:
+    """The controls, without further pictures of one."""
+    return [control for control in recipe.controls if not control.joins]
 
 
 def _unit(control: RecordedControl) -> str:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from sfumato.core import Limits
+from sfumato.core import Control, Limits, labels
 from sfumato.errors import InvalidPicture, InvalidRequest
 from sfumato.pictures import images as pictures
 from sfumato.pictures.budget import Share
@@ -63,21 +63,25 @@ class Sources:
         self,
         images: Sequence[str | bytes],
         mask: str | bytes | None,
-        controls: Sequence[str | bytes] = (),
+        controls: Sequence[Control] = (),
         *,
+        whole: Sequence[str] = (),
         share: Share,
         limits: Limits,
         fitting: Fitting | None,
         scale: int | None,
     ) -> None:
-        """`scale`: size of the result relative to the first picture; None: the size is known."""
+        """`whole`: fields whose pictures keep their shape, whatever `fitting` says. `scale`: size of the result,
+        relative to the first picture; None: the size is known."""
         names = ["image" if fitting is None else f"init_images[{index}]" for index in range(len(images))]
         self._pictures: list[tuple[str, str | bytes]] = list(zip(names, images, strict=True))
-        self._pictures += [(f"controls[{index}].image", control) for index, control in enumerate(controls)]
+        labelled = zip(labels(controls), controls, strict=True)
+        self._pictures += [(f"{label}.image", control.image) for label, control in labelled]
         self._images = len(images)
         if mask is not None:
             self._pictures.append(("mask", mask))
         self._masked = mask is not None
+        self._whole = frozenset(whole)
         self._share = share
         self._limits = limits
         self._fitting = fitting
@@ -105,7 +109,7 @@ class Sources:
             if not self._pictures and self._masked:
                 mask = await self._mask(decoders, param, data, fit, sizes[0])
                 return Decoded(tuple(decoded[: self._images]), mask, tuple(decoded[self._images :]))
-            options = {"fit": fit, "crop": fitting.crop} if fitting and fit else {}
+            options = {"fit": fit, "crop": fitting.crop} if fitting and fit and param not in self._whole else {}
             answer, png = await decoders.run("picture", data, param, **options)
             if fitting and fit is None:
                 fit = pictures.size(png)

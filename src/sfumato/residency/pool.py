@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 import gc
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 
 from sfumato.batching import cpu_threads, offload
 from sfumato.batching.batcher import is_out_of_memory
 from sfumato.config import ModelConfig
 from sfumato.core import ModelInfo, ModelStatus
 from sfumato.errors import Cancelled, LoadError, ModelTooLarge, TooManyRequests
-from sfumato.models import controlnets, load
+from sfumato.models import controlnets, ip_adapters, load
 from sfumato.models.fetch import OnStatus
 from sfumato.models.footprint import Needs
 from sfumato.models.release import release_frames
@@ -25,6 +26,14 @@ from sfumato.residency.loading import CANCELLED, Load, Loading
 from sfumato.residency.main_memory import MainMemory
 from sfumato.residency.residents import FILE_CHANGED, UNLOAD_REQUESTED, Residents
 from sfumato.residency.turns import Turns
+
+READERS: Mapping[str, Callable[..., load.Loaded]] = MappingProxyType({
+    "": lambda *given: load.load(*given),
+    "controlnet": lambda *given: controlnets.load(*given),
+    "ip_adapter": lambda *given: ip_adapters.load(*given),
+    "image_encoder": lambda *given: ip_adapters.load_encoder(*given),
+})  # fmt: skip
+"""What loads a model, and each kind of `ModelConfig.part`."""
 
 NO_ROOM = "{} does not fit beside the models in use; try again when fewer requests are drawn"
 RETRY_S = 10
@@ -265,8 +274,7 @@ class ModelPool:
     # In the thread that loads.
 
     def _from_disk(self, config: ModelConfig, report: OnStatus, make_room: load.MakeRoom) -> load.Loaded:
-        read = controlnets.load if config.part else load.load
-        model = read(config, self._device, report, make_room, self._known)
+        model = READERS[config.part](config, self._device, report, make_room, self._known)
         if model.state.offload == "none":  # what it shares with a model in main memory comes to the device
             self._residents.main_memory.give(model.blocks(), model.device, model)
         return model
@@ -321,7 +329,7 @@ class ModelPool:
             with cpu_threads.using(loading.threads):
                 self._on_status(name, ModelStatus("loading"))
             loading.admit(residents.moves(needs))
-        self._short_of_room = self._short_of_room and part
+        self._short_of_room = self._short_of_room and bool(part)
 
     def _cancel(self, loading: Loading) -> None:
         """Nobody waits for it any more. Its thread ends at its next report; what it has read by then is dropped."""

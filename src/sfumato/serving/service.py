@@ -14,14 +14,13 @@ from dataclasses import replace
 from typing import TypeAlias
 
 from sfumato import logs
-from sfumato.checkpoints import controlnets, remote_limits
+from sfumato.checkpoints import remote_limits
 from sfumato.checkpoints.static_capabilities import static_capabilities
 from sfumato.config import ModelConfig
 from sfumato.core import Abilities, Done, Failed, Limits, Step
 from sfumato.engine.protocol import Engine, Load, Pin, Unload
 from sfumato.errors import (
     Cancelled,
-    InvalidRequest,
     RequestNotFound,
     SfumatoError,
     TimedOut,
@@ -33,6 +32,7 @@ from sfumato.pictures.decoder_pool import Decoders
 from sfumato.pictures.fetch import PictureFetcher
 from sfumato.pictures.sources import Decoded, Sources, encoded_size, file_of
 from sfumato.pipelines import inputs
+from sfumato.serving import named_controls
 from sfumato.serving.catalog import Catalog
 from sfumato.serving.job import CANCELLED, Arrival, Job, Part, Progress
 from sfumato.serving.metrics import Metrics
@@ -110,7 +110,7 @@ class Service:
         self.catalog.refresh()
         config = self.catalog.get(request.model)
         generations = plan(request, config, self.limits, self.settings.max_n)
-        await self._check_inputs(request, config)
+        prompts = await self._check_inputs(request, config)
         generations = await self._loras.with_files(generations, config)
         # Nothing is awaited from here on, so that its progress is always known and cancelling it always works.
         if arrival := self._arrival(request.id, request.caller):
@@ -134,7 +134,7 @@ class Service:
             keep=request.keep,
         )
         try:
-            sources = self._sources(request, share)
+            sources = self._sources(request, share, prompts)
         except SfumatoError as error:
             self._leave(job)
             if isinstance(error, TooManyRequests):
@@ -384,26 +384,18 @@ class Service:
                 retry_after=min(config.retry_after, MAX_RETRY_AFTER_S),
             )
 
-    async def _check_inputs(self, request: ImageRequest, config: ModelConfig) -> None:
+    async def _check_inputs(self, request: ImageRequest, config: ModelConfig) -> list[str]:
         """Raises InvalidRequest for what a model that is not loaded cannot draw, so that it is not loaded for nothing.
 
-        A ControlNet that is named must be there. The engine checks all this for every model; what is
-        known of one in memory may be of an earlier version of its file.
+        What controls name must be there. Returns the fields with pictures for IP-Adapters. The engine checks all this
+        for every model; what is known of one in memory may be of an earlier version of its file.
         """
-        names = [(index, control.name) for index, control in enumerate(request.controls) if control.name]
-        for index, name in names:
-            param = f"controls[{index}].name"
-            found = await asyncio.to_thread(controlnets.find, config.folder, name, param)
-            on_hub = any(isinstance(source, controlnets.HubNet) for source in found.values())
-            if on_hub and remote_limits.HUB not in self._loras.hosts:
-                there = await asyncio.to_thread(controlnets.available, config.folder)
-                raise InvalidRequest(
-                    f"{param}: there is no ControlNet {name[:100]!r} in the folder, and nothing is downloaded from the "
-                    f"hub for requests (the setting lora_hosts). {there}; put it there, beside the model files",
-                    param=param,
-                )
-        if names or self.engine.status(config.name).info:  # with a ControlNet of the request, another class draws
-            return
+        hub = remote_limits.HUB in self._loras.hosts
+        prompts = await named_controls.prompts(request.controls, config.folder, hub=hub)
+        named = any(control.name for control in request.controls)
+        # With a ControlNet of the request, another class draws.
+        if named or config.ip_adapters or self.engine.status(config.name).info:
+            return prompts
         known, config_read, read_at = self._foreseen.get(config.name, (None, None, -FORESEEN_S))
         if config_read != config or time.monotonic() > read_at + FORESEEN_S:
             known = (await asyncio.to_thread(static_capabilities, config)).abilities
@@ -416,8 +408,9 @@ class Service:
                 mask=request.mask is not None,
                 controls=len(request.controls),
             )
+        return prompts
 
-    def _sources(self, request: ImageRequest, share: Share) -> Sources | None:
+    def _sources(self, request: ImageRequest, share: Share, whole: Sequence[str]) -> Sources | None:
         """Raises RequestTooLarge or TooManyRequests if the pictures exceed the budget."""
         if not request.images and not request.controls:
             return None
@@ -425,7 +418,8 @@ class Service:
         return Sources(
             request.images,
             request.mask,
-            [control.image for control in request.controls],
+            request.controls,
+            whole=whole,
             share=share,
             limits=self.limits,
             fitting=request.fitting,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sfumato.api.fields import number_within
+from sfumato.checkpoints import controlnets
 from sfumato.core import CANNY, INVERT, Control
 from sfumato.errors import InvalidRequest
 from sfumato.pictures.sources import bytes_or_url
@@ -18,7 +19,13 @@ SCRIPT = "controlnet"
 NONE = "none"
 """What the extension calls no module, and no model."""
 
-MODULES: Mapping[str, str | None] = {NONE: None, "canny": CANNY, "invert": INVERT}
+READERS = (
+    "ip-adapter-auto", "ip-adapter_clip_h", "ip-adapter_clip_g", "ip-adapter_clip_sd15", "ip-adapter_clip_sdxl",
+    "ip-adapter_clip_sdxl_plus_vith",
+)  # fmt: skip
+"""What the extension calls the image encoders of IP-Adapters; each adapter has its own here."""
+
+MODULES: Mapping[str, str | None] = {NONE: None, "canny": CANNY, "invert": INVERT, **dict.fromkeys(READERS)}
 """The extension's preprocessors that there are here."""
 
 CROPPED = ("crop and resize", "1", "inner fit (scale to fit)")
@@ -98,7 +105,7 @@ def _control(unit: Mapping[str, Any], name: str, where: str, sources: Sequence[s
         weight=_number(unit, "weight", where, 0, 10),
         start=_number(unit, "guidance_start", where, 0, 1),
         end=_number(unit, "guidance_end", where, 0, 1),
-        name=name[:MAX_NAME],
+        name=controlnets.without_hash(name[:MAX_NAME]),
         preprocess=MODULES[plain],
         thresholds=(set_ones[0], set_ones[1]) if MODULES[plain] == CANNY and len(set_ones) == 2 else None,
     )

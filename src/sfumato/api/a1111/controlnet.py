@@ -10,7 +10,7 @@ from fastapi import APIRouter
 from sfumato.api.a1111.control_units import MODULES
 from sfumato.api.dependencies import TheService
 from sfumato.api.http import documents
-from sfumato.checkpoints import controlnets
+from sfumato.checkpoints import ip_adapters
 from sfumato.serving.planning import MAX_PICTURES
 
 routes = APIRouter(prefix="/controlnet", tags=["AUTOMATIC1111"], responses=documents.errors(401, 403))
@@ -20,7 +20,7 @@ VERSION = 2
 
 
 async def _models(service: TheService) -> list[str]:
-    return [*await asyncio.to_thread(controlnets.listed, service.settings.models)]
+    return await asyncio.to_thread(ip_adapters.all_listed, service.settings.models)
 
 
 @routes.get("/version", summary="Version of the ControlNet extension's interface")
@@ -28,7 +28,10 @@ async def version() -> dict[str, int]:
     return {"version": VERSION}
 
 
-@routes.get("/model_list", summary="The ControlNets in `controlnets/` beside the model files")
+@routes.get(
+    "/model_list",
+    summary="The ControlNets in `controlnets/` and the IP-Adapters in `ip_adapters/` beside the model files",
+)
 async def model_list(service: TheService) -> dict[str, list[str]]:
     return {"model_list": await _models(service)}
 
@@ -39,7 +42,7 @@ async def module_list() -> dict[str, Any]:
     return {"module_list": [*MODULES], "module_detail": detail}
 
 
-@routes.get("/control_types", summary="All kinds of control: one, with every ControlNet and preprocessor")
+@routes.get("/control_types", summary="All kinds of control: one, with every ControlNet, IP-Adapter and preprocessor")
 async def control_types(service: TheService) -> dict[str, Any]:
     everything = {"module_list": [*MODULES], "model_list": ["None", *await _models(service)]}
     return {"control_types": {"All": everything | {"default_option": "none", "default_model": "None"}}}

@@ -127,6 +127,9 @@ class ModelExtension(BaseModel):
     control_nets: list[ModelControlNets] | None = Field(
         description="Which ControlNets requests may name in `controls`; empty: none, null: its class is not known yet."
     )
+    ip_adapters: bool | None = Field(
+        description="Whether requests may name IP-Adapters in `controls`; null until the class is known."
+    )
     enable_parameters: list[str]
     defaults: ModelDefaults
     limits: ModelLimits

@@ -75,7 +75,7 @@ def _of_text(value: Any) -> Any:
 
 
 class ControlBody(BaseModel):
-    """A picture that a ControlNet or an adapter of the model follows."""
+    """A picture that a ControlNet, an IP-Adapter or an adapter of the model follows."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -83,10 +83,11 @@ class ControlBody(BaseModel):
         None,
         max_length=MAX_NAME,
         description="The ControlNet that follows it: a folder in `controlnets/` beside the model files, a path "
-        "below it, or a hub id. Absent: the model file's own.",
+        "below it, or a hub id. Or the IP-Adapter: a file in `ip_adapters/`, a path below it, or "
+        "`owner/name/file.safetensors` on the hub. Absent: the model file's own.",
     )
-    image: Annotated[Picture, BeforeValidator(_url_of, json_schema_input_type=OnePicture)] = Field(
-        description="Base64, data: URI or http(s) URL."
+    image: Annotated[Pictures, Field(min_length=1, max_length=MAX_PICTURES)] = Field(
+        description="Base64, data: URI or http(s) URL; for an IP-Adapter one or a list of them."
     )
     preprocess: Annotated[str | None, BLANK] = Field(
         None,
@@ -127,8 +128,10 @@ class ControlBody(BaseModel):
             )
         return plain
 
-    def to_control(self) -> Control:
-        return Control(self.image, self.weight, self.start, self.end, self.mode, self.name, self.preprocess)
+    def to_controls(self) -> list[Control]:
+        first, *others = self.image
+        control = Control(first, self.weight, self.start, self.end, self.mode, self.name, self.preprocess)
+        return [control, *(Control(each, joins=True) for each in others)]
 
 
 Controls: TypeAlias = Annotated[
@@ -297,7 +300,7 @@ class PaintBody(Body):
                 "previews": (self.partial_images or 0) if self.stream else 0,
                 "detached": bool(self.detached),
                 "weights": bool(self.prompt_weights),
-                "controls": [control.to_control() for control in self.controls],
+                "controls": [control for body in self.controls for control in body.to_controls()],
             }
             | more
         )

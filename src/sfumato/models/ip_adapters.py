@@ -1,0 +1,291 @@
+"""IP-Adapters that requests name: loaded for themselves, and put into a twin of a model's denoiser for one request.
+
+The model itself is never changed. diffusers' own code makes the attention processors and the projection of a picture;
+they use the adapter's tensors as they are in memory. Requests with the same adapters have the same twin, and share its
+forward passes where the adapters act equally strongly.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.embeddings import MultiIPAdapterImageProjection
+from huggingface_hub import hf_hub_download, snapshot_download
+from safetensors.torch import load_file
+from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+
+from sfumato.batching.adapted import AdaptedModule, Selection
+from sfumato.batching.attending import Attending, Extended
+from sfumato.batching.batcher import is_out_of_memory
+from sfumato.checkpoints import controlnets, diffusers_source, hub_files, ip_adapters
+from sfumato.checkpoints.ip_adapters import ARGUMENT, IMAGE, PROJECTION, HubFile
+from sfumato.config import ModelConfig
+from sfumato.core import ModelStatus
+from sfumato.errors import InvalidRequest, LoadError
+from sfumato.models import footprint
+from sfumato.models.by_layer import has_feature_cache, is_cast_by_layer, waits_by_layer
+from sfumato.models.content_hashes import ContentHashes
+from sfumato.models.device import DTYPES, choose_device
+from sfumato.models.fetch import OnStatus
+from sfumato.models.load import Loaded, MakeRoom
+from sfumato.models.picture_prompt import Adapter, ImageEncoder, PicturePrompt, Weights
+from sfumato.models.sharing import Sharing
+from sfumato.pipelines.capabilities import parameters_of
+
+ATTENTION = (".to_k_ip.weight", ".to_v_ip.weight", ".to_k_ip.bias", ".to_v_ip.bias")
+
+
+# What is loaded.
+
+
+def config_of(model: Loaded, label: str, source: Path | HubFile) -> ModelConfig:
+    """What loads an adapter, as the model needs it."""
+    base = model.config
+    where = str(source) if isinstance(source, Path) else f"{source.id}/{source.file}"
+    revision = source.revision if isinstance(source, HubFile) else None
+    return _part(model, "ip_adapter", f"{ip_adapters.FOLDER}/{label}", where, revision, base.folder)
+
+
+def config_of_encoder(model: Loaded, adapter: ModelConfig, folder: str) -> ModelConfig:
+    """What loads the image encoder of an adapter, as the model needs it."""
+    if Path(folder).is_absolute():
+        real = Path(folder).resolve()
+        return _part(model, "image_encoder", f"image encoder {real}", str(real), None, model.config.folder)
+    repo = "/".join(adapter.model.split("/")[:2])
+    where = f"{repo}/{folder}"
+    label = f"image encoder {where}" + (f"@{adapter.revision}" if adapter.revision else "")
+    return _part(model, "image_encoder", label, where, adapter.revision, model.config.folder)
+
+
+def _part(model: Loaded, part: str, label: str, where: str, revision: str | None, folder: Path) -> ModelConfig:
+    base = model.config
+    return ModelConfig(
+        name=f"{label} ({model.dtype} on {model.device})", part=part, model=where, revision=revision, folder=folder,
+        dtype=model.dtype, cuda=base.cuda, main_gpu=base.main_gpu,
+    )  # fmt: skip
+
+
+def load(
+    config: ModelConfig,
+    device_setting: str,
+    on_status: OnStatus,
+    make_room: MakeRoom,
+    known: Sharing | None = None,
+) -> Loaded:
+    """Load an adapter. Raises LoadError, or DownloadError, and what torch raises when memory runs out."""
+    path = Path(config.model)
+    if not path.is_absolute():
+        on_status(ModelStatus("downloading", config.model))
+        path = _fetch(config)
+    encoder = ip_adapters.encoder_of(path)
+    folder = _folder_on_hub(config, encoder) if not Path(config.model).is_absolute() else _folder_here(config, encoder)
+    device, dtype = choose_device(config, device_setting), config.dtype or "fp32"
+    make_room(footprint.Needs({"adapter": footprint.of_part(path, "", dtype)}, device, dtype))
+    try:
+        tensors = load_file(path)
+        # A copy also on the CPU: what is read is mapped, and changes with a file that is written over.
+        weights = Weights({key: _there(each, device, dtype) for key, each in tensors.items()})
+        digest = (known.hashes if known else ContentHashes()).of(path)
+    except Exception as error:  # whatever a damaged file makes safetensors raise
+        if is_out_of_memory(error):
+            raise
+        raise LoadError(f"{path.name} cannot be loaded: {type(error).__name__}: {error}") from error
+    return Loaded(config, Adapter(weights, digest, encoder, folder), str(path), device, dtype)
+
+
+def _there(tensor: torch.Tensor, device: str, dtype: str) -> torch.Tensor:
+    return tensor.to(device, DTYPES[dtype] if tensor.is_floating_point() else None, copy=True)
+
+
+def load_encoder(
+    config: ModelConfig,
+    device_setting: str,
+    on_status: OnStatus,
+    make_room: MakeRoom,
+    known: Sharing | None = None,
+) -> Loaded:
+    """Load an image encoder. Raises as `load`."""
+    path = Path(config.model)
+    if not path.is_absolute():
+        on_status(ModelStatus("downloading", config.model))
+        repo, folder = _repository(config.model)
+        patterns = [f"{folder}/{name}" for name in (controlnets.DESCRIPTION, ip_adapters.ENCODER_WEIGHTS)]
+        with hub_files.as_download_errors(repo):
+            path = Path(snapshot_download(repo, revision=config.revision, allow_patterns=patterns)) / folder
+    device, dtype = choose_device(config, device_setting), config.dtype or "fp32"
+    make_room(footprint.Needs(footprint.of_folders({"image_encoder": path}, dtype, None), device, dtype))
+    try:
+        encoder: Any = CLIPVisionModelWithProjection.from_pretrained(
+            path, dtype=DTYPES[dtype], use_safetensors=True, local_files_only=True
+        )
+        encoder = encoder.to(device)
+    except Exception as error:  # whatever a damaged file makes transformers raise
+        if is_out_of_memory(error):
+            raise
+        raise LoadError(f"{path.name} cannot be loaded: {type(error).__name__}: {error}") from error
+    for tensor in (*encoder.parameters(), *encoder.buffers()):
+        if tensor.device.type == "cpu":  # what is read is mapped, and changes with a file that is written over
+            tensor.data = tensor.data.clone()
+    return Loaded(config, ImageEncoder(encoder.eval()), str(path), device, dtype)
+
+
+def _repository(where: str) -> tuple[str, str]:
+    owner, name, path = where.split("/", 2)
+    return f"{owner}/{name}", path
+
+
+def _fetch(config: ModelConfig) -> Path:
+    repo, file = _repository(config.model)
+    with hub_files.as_download_errors(repo):
+        return Path(hf_hub_download(repo, file, revision=config.revision))
+
+
+def _folder_on_hub(config: ModelConfig, encoder: ip_adapters.Encoder) -> str | None:
+    """The folder of the image encoder in the repository of an adapter; None: there is none that fits."""
+    repo, file = _repository(config.model)
+    names = hub_files.files_of(repo, config.revision)
+    folders = [name.rpartition("/")[0] for name in names if name.rpartition("/")[2] == controlnets.DESCRIPTION]
+    with hub_files.as_download_errors(repo):
+        for folder in ip_adapters.nearest(file, [each for each in folders if each]):
+            description = hf_hub_download(repo, f"{folder}/{controlnets.DESCRIPTION}", revision=config.revision)
+            if encoder.fits(diffusers_source.json_of(Path(description))):
+                return folder
+    return None
+
+
+def _folder_here(config: ModelConfig, encoder: ip_adapters.Encoder) -> str | None:
+    folder = ip_adapters.local_encoder(Path(config.model), config.folder.resolve(), encoder)
+    return str(folder) if folder else None
+
+
+# What a request draws with.
+
+
+def beside(model: Loaded, prompt: PicturePrompt, encoder: torch.nn.Module | None) -> Loaded:
+    """The model as a request draws with it: with the image encoder of its adapters, if it has none of its own.
+
+    Raises InvalidRequest for a model that has no IP-Adapters.
+    """
+    pipeline, name = model.pipeline, f"{model.config.name} ({type(model.pipeline).__name__})"
+    denoiser = _denoiser(pipeline)
+    if denoiser is None or ARGUMENT not in parameters_of(pipeline):
+        raise InvalidRequest(
+            f"{prompt.param}: {name} takes no IP-Adapters: it has no UNet, or takes no {ARGUMENT}; leave it out",
+            param=prompt.param,
+        )
+    if waits_by_layer([denoiser]) or is_cast_by_layer(denoiser) or has_feature_cache([denoiser]):
+        raise InvalidRequest(
+            f"{prompt.param}: the layers of {model.config.name} wait in main memory (offload: group), are stored in "
+            "fp8 (layerwise_casting) or have a feature cache (cache), where requests cannot have IP-Adapters",
+            param=prompt.param,
+        )
+    copied = copy.copy(pipeline)
+    if encoder is not None:
+        vars(copied)["image_encoder"] = encoder
+    if getattr(copied, "feature_extractor", None) is None:
+        size = copied.image_encoder.config.image_size
+        vars(copied)["feature_extractor"] = CLIPImageProcessor(size=size, crop_size=size)
+    return replace(model, pipeline=copied, task_pipelines={}, prompt=prompt)
+
+
+def own_encoder(model: Loaded, adapter: Adapter) -> bool:
+    """Whether the model has an image encoder that fits an adapter."""
+    own = getattr(model.pipeline, "image_encoder", None)
+    return own is not None and adapter.encoder.fits(own.config.to_dict())
+
+
+def selections(model: Loaded, selected: Mapping[int, Selection]) -> tuple[Mapping[int, Selection], Attending | None]:
+    """`selected` with what the request's adapters add to the denoiser. Raises InvalidRequest if one does not fit."""
+    prompt, denoiser = model.prompt, _denoiser(model.pipeline)
+    if prompt is None or denoiser is None:
+        return selected, None
+    own = selected.get(id(denoiser))
+    key = (id(denoiser), id(own.adapted.layers) if own else None, tuple(id(each) for each in prompt.of_files))
+    extended = _EXTENDED.get(key)
+    if extended is None:
+        adapted = own.adapted if own else AdaptedModule(denoiser)
+        extended = _EXTENDED[key] = _extended(model.config.name, adapted, prompt)
+    attending = Attending(extended, prompt.strengths())
+    selection = own or Selection(extended.adapted, extended.adapted.defaults)
+    return {**selected, id(denoiser): replace(selection, attending=attending)}, attending
+
+
+_EXTENDED: weakref.WeakValueDictionary[tuple[Any, ...], Extended] = weakref.WeakValueDictionary()
+"""Ids of denoiser, layers with LoRAs and adapters -> the twin with them, while a request uses it: it keeps them all."""
+
+
+def _extended(model: str, adapted: AdaptedModule, prompt: PicturePrompt) -> Extended:
+    """A twin of a denoiser with the attention processors of the adapters, and what makes tokens of their pictures."""
+    module = adapted.extended()
+    states = [{"image_proj": each.weights.of(PROJECTION), "ip_adapter": each.weights.of(IMAGE)} for each in
+              prompt.of_files]  # fmt: skip
+    for state in states:
+        _refuse_other_keys(model, module, state["ip_adapter"], prompt.param)
+    if getattr(module, "encoder_hid_proj", None) is not None and not hasattr(module, "text_encoder_hid_proj"):
+        module.text_encoder_hid_proj = module.encoder_hid_proj  # Kolors has one for its text
+    try:
+        processors = module._convert_ip_adapter_attn_to_diffusers(states)
+        projections = [module._convert_ip_adapter_image_proj_to_diffusers(state["image_proj"]) for state in states]
+    except Exception as error:  # whatever diffusers raises for a file of another kind
+        if is_out_of_memory(error):
+            raise
+        text = " ".join(str(error).split())[:500]
+        raise InvalidRequest(f"{prompt.param}: it does not fit {model}: {text}", param=prompt.param) from error
+    for made in projections:
+        absent = [name for name, tensor in made.named_parameters() if tensor.device.type == "meta"]
+        if absent:
+            raise InvalidRequest(
+                f"{prompt.param}: its file lacks tensors for {ip_adapters.shown(absent)} of {type(made).__name__}",
+                param=prompt.param,
+            )
+    module.encoder_hid_proj = None  # a projection has processors too
+    module.set_attn_processor(dict(processors))
+    module.encoder_hid_proj = MultiIPAdapterImageProjection(projections)
+    module.config.encoder_hid_dim_type = "ip_image_proj"
+    module.eval()
+    following = [each for each in processors.values() if hasattr(each, "to_k_ip")]
+    return Extended(module, following, adapted, (adapted.layers, prompt.of_files))
+
+
+def _refuse_other_keys(model: str, module: Any, attention: Mapping[str, torch.Tensor], param: str) -> None:
+    """Raises InvalidRequest naming the keys of an adapter that was made for another denoiser."""
+    expected = _shapes(module)
+    missing = sorted(expected.keys() - attention.keys())
+    strange = sorted(attention.keys() - expected.keys())
+    other = sorted(key for key in expected.keys() & attention.keys() if attention[key].shape != expected[key])
+    for keys, why in ((strange, "has keys that the model has no place for"), (missing, "lacks"), (other, "has shapes "
+                      "of another model in")):  # fmt: skip
+        if keys:
+            named = [IMAGE + key for key in keys]
+            raise InvalidRequest(
+                f"{param}: it does not fit {model}: it {why} {ip_adapters.shown(named)}. It may be made for models of "
+                "another kind",
+                param=param,
+            )
+
+
+def _shapes(module: Any) -> dict[str, torch.Size]:
+    """The keys that an adapter of this denoiser has for its attention, with their shapes."""
+    shapes: dict[str, torch.Size] = {}
+    number = 1
+    for name in module.attn_processors:
+        if name.endswith("attn1.processor") or "motion_modules" in name:
+            continue
+        attention = module.get_submodule(name.removesuffix(".processor"))
+        shape = torch.Size((attention.inner_dim, module.config.cross_attention_dim))
+        shapes |= {f"{number}.to_k_ip.weight": shape, f"{number}.to_v_ip.weight": shape}
+        number += 2
+    return shapes
+
+
+def _denoiser(pipeline: Any) -> Any:
+    with suppress(AttributeError):
+        return pipeline.unet if hasattr(pipeline.unet, "_convert_ip_adapter_attn_to_diffusers") else None
+    return None
