@@ -23,8 +23,8 @@ def of(places: Iterable[Path]) -> Stamps:
 
 
 def changed(stamps: Stamps) -> list[Path]:
-    """Those that are no longer as they were."""
-    return [file for file, stamp in stamps.items() if _stamp(file) != stamp]
+    """Those that are there and no longer as they were; what is mapped of a deleted file stays."""
+    return [file for file, stamp in stamps.items() if _stamp(file) not in (stamp, None)]
 
 
 def _stamp(file: Path) -> tuple[int, int, int] | None:
