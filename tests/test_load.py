@@ -20,6 +20,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
 
+from sfumato.checkpoints import download
 from sfumato.config import Download, ModelConfig
 from sfumato.core import Generation
 from sfumato.drawing.draw import draw
@@ -69,14 +70,14 @@ def test_a_url_is_fetched_once_and_whole(site: tuple[str, Path], tmp_path: Path)
     (root / "w.safetensors").write_bytes(b"x" * 3_000_000)
     digest = hashlib.sha256(b"x" * 3_000_000).hexdigest()
     told: list[float | None] = []
-    fetched = load.download.from_url(
+    fetched = download.from_url(
         f"{url}/w.safetensors", tmp_path / "w.safetensors", sha256=digest, report=lambda part, what: told.append(part)
     )
     assert fetched.stat().st_size == 3_000_000
     assert told[-1] == 1.0
     assert told == sorted(told, key=lambda part: part or 0.0)
     (root / "w.safetensors").unlink()
-    load.download.from_url(f"{url}/w.safetensors", tmp_path / "w.safetensors", sha256=digest, report=quiet)
+    download.from_url(f"{url}/w.safetensors", tmp_path / "w.safetensors", sha256=digest, report=quiet)
 
 
 @pytest.mark.parametrize(("name", "sha256", "words"), [("no.bin", None, "404"), ("w", "0" * 64, "sha256")])
@@ -86,7 +87,7 @@ def test_a_download_that_fails_leaves_nothing(
     url, root = site
     (root / "w").write_bytes(b"x")
     with pytest.raises(DownloadError, match=words):
-        load.download.from_url(f"{url}/{name}", tmp_path / "kept" / name, sha256=sha256, report=quiet)
+        download.from_url(f"{url}/{name}", tmp_path / "kept" / name, sha256=sha256, report=quiet)
     assert not list((tmp_path / "kept").glob("*"))
 
 

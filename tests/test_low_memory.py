@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 import sfumato
 from sfumato.batching import offload
+from sfumato.checkpoints import download
 from sfumato.commands.check import check
 from sfumato.config import ModelConfig
 from sfumato.config.model import Adapter
@@ -354,7 +355,7 @@ def test_a_lora_acts_on_smaller_weights(fields: dict[str, Any], folders: dict[st
 def test_a_single_file_is_stored_in_less(
     fields: dict[str, Any], checkpoint: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(load.download, "description_of", lambda path, name: folders["sd"])
+    monkeypatch.setattr(download, "description_of", lambda path, name: folders["sd"])
     model = load.load(config_of(checkpoint, **fields), "cpu", quiet)
     whole = load.load(config_of(checkpoint), "cpu", quiet)
     assert low_memory.sizes(model.pipeline)["unet"] < 0.85 * low_memory.sizes(whole.pipeline)["unet"]
