@@ -128,6 +128,16 @@ def test_check_of_a_folder_that_is_not_there_fails(tmp_path: Path) -> None:
     assert done.exit_code == 2
 
 
+def test_check_takes_its_folder_in_both_ways(tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "m.yaml").write_text("parameters: {model: some/one}\ndisabled: true\nmodle: 1\n")
+    folder, other = str(tmp_path / "models"), str(tmp_path)
+    said = [CliRunner().invoke(app, ["check", *words]) for words in ([folder], ["--models", folder])]
+    assert "modle" in said[0].output
+    assert [each.output for each in said] == [said[0].output] * 2
+    assert "two folders" in CliRunner().invoke(app, ["check", folder, "--models", other]).output
+
+
 def test_help_is_quick_because_it_imports_little(tmp_path: Path) -> None:
     """Half a second is the promise; what is heavy stays out, which unlike the time can be asserted."""
     code = (

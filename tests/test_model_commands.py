@@ -278,11 +278,6 @@ def test_names_that_cannot_be_a_files_are_refused(settings: Settings, name: str)
     assert not list(settings.models.glob("*.yaml"))
 
 
-def test_no_file_is_hidden_by_its_name(settings: Settings) -> None:
-    file, _ = add("tiny/flux", "../evil", None, settings)
-    assert file == settings.models / "evil.yaml"
-
-
 def test_the_command_line_asks_before_it_deletes(settings: Settings) -> None:
     folder = ["--models", str(settings.models)]
     add("tiny/flux", None, None, settings)
@@ -297,3 +292,13 @@ def test_the_command_line_asks_before_it_deletes(settings: Settings) -> None:
     assert added.exit_code == 0
     assert (settings.models / "two-words.yaml").exists()
     assert "two words" in run.invoke(app, ["models", *folder]).output
+
+
+@pytest.mark.parametrize(
+    "name", ["../../evil", "/etc/evil", "a/b", "..", ".hidden", "a\tb", "-x", "a:b", "x" * 101, " "]
+)
+def test_a_name_that_no_file_may_have_is_refused(name: str, settings: Settings, repositories: dict[str, Path]) -> None:
+    with pytest.raises(InvalidRequest, match="letters, digits, spaces and any of") as caught:
+        add(str(repositories["tiny/flux"]), name, None, settings)
+    assert caught.value.param == "name"
+    assert not [*settings.models.parent.rglob("*evil*"), *settings.models.rglob("*.yaml")]

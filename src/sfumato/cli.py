@@ -182,11 +182,16 @@ def remove(
 
 
 @app.command()
-def check(models: Annotated[Path | None, typer.Argument(help="Folder of model files.")] = None) -> None:
+def check(
+    folder: Annotated[Path | None, typer.Argument(help="Folder of model files; the same as --models.")] = None,
+    models: Models = None,
+) -> None:
     """Explain each model file: what is loaded and from where, which keys are ignored and why, what is wrong."""
     from sfumato.commands.check import check as run
 
-    reports = run(_catalog(_settings(models=models)), ask=True)
+    if folder and models and folder != models:
+        raise typer.BadParameter(f"{folder} and --models {models} are two folders; write one", param_hint="FOLDER")
+    reports = run(_catalog(_settings(models=folder or models)), ask=True)
     for report in reports:
         typer.echo(report)
     if not all(report.ok for report in reports):

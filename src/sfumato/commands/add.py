@@ -20,6 +20,8 @@ from sfumato.serving.catalog import Catalog
 from sfumato.settings import Settings
 
 NAME = re.compile(r"[^\w.+-]+")
+GIVEN = re.compile(r"\w[\w .+-]*")
+"""What `--name` may be: it is also the file's name, where spaces become dashes."""
 MAX_NAME = 100
 
 
@@ -31,10 +33,10 @@ def add(source: str, name: str | None, base: str | None, settings: Settings) -> 
     text, path = _written(source, settings.models)
     name = name or _name_of(text)
     stem = NAME.sub("-", name).strip("-.")
-    if not stem or not name.isprintable() or len(name) > MAX_NAME:
+    if not GIVEN.fullmatch(name) or len(name) > MAX_NAME:
         raise InvalidRequest(
-            f"name: {name[:MAX_NAME]!r}: up to {MAX_NAME} letters, digits, spaces and signs are valid. Give "
-            "another with --name",
+            f"name: {name[:MAX_NAME]!r}: up to {MAX_NAME} letters, digits, spaces and any of . _ + - are valid, a "
+            "letter or digit first. Give another with --name",
             param="name",
         )
     file = settings.models / f"{stem}.yaml"

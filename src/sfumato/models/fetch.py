@@ -25,7 +25,7 @@ from sfumato.checkpoints import (
 )
 from sfumato.config import ModelConfig, addresses
 from sfumato.core import ModelStatus
-from sfumato.models import inspection, modular_load
+from sfumato.models import inspection, modular_load, weight_stamps
 
 OnStatus: TypeAlias = Callable[[ModelStatus], None]
 
@@ -42,6 +42,8 @@ class Fetched:
     """For a model in several files: component -> its file; `description` has the others."""
     prior: Path | None = None
     """The folder of the prior that the model file names."""
+    stamps: weight_stamps.Stamps = field(default_factory=dict)
+    """Of all weight files, as they were before they were read."""
 
 
 def fetch(

@@ -44,6 +44,7 @@ from sfumato.models import (
     quantizers,
     sharing,
     split_load,
+    weight_stamps,
 )
 from sfumato.models.adapters import Adapters
 from sfumato.models.device import DTYPES, choose_device, choose_dtype, expected_dtype
@@ -73,6 +74,8 @@ class ModelState:
     """Components without this model's adapters, for other models to share; their tensors are the pipeline's own."""
     adapters: Adapters = field(default_factory=Adapters)
     """The LoRAs that requests have loaded."""
+    stamps: weight_stamps.Stamps = field(default_factory=dict)
+    """Of the weight files that it was loaded of."""
     own_loras: tuple[Lora, ...] = ()
     """The LoRAs of the model file."""
     runners: dict[str, OpenVino] = field(default_factory=dict)
@@ -160,7 +163,8 @@ def load(
         low_memory.engage(config, pipeline, DTYPES[dtype])
         feature_caches.engage(config, pipeline, DTYPES[dtype])
         preview_decoder = _load_preview_decoder(named, components.private_view(pipeline), place, dtype)
-        state = ModelState(offload=_place(config, pipeline, place, components.given), own_loras=own_loras)
+        offloaded = _place(config, pipeline, place, components.given)
+        state = ModelState(offload=offloaded, own_loras=own_loras, stamps=fetched.stamps)
         if state.offload == "none":
             state.kept = components.make_known(pipeline)
     except SfumatoError:
@@ -186,6 +190,8 @@ def _pipeline(
     pipeline_class.choose(config, None)  # an unknown class is reported before anything is fetched
     dtype = expected_dtype(config, device)
     fetched = replace(fetch(config, dtype, on_status), prior=fetch_prior(config, dtype, on_status))
+    places = (fetched.path, *fetched.files.values(), fetched.description, fetched.prior, *parts.places(config))
+    fetched = replace(fetched, stamps=weight_stamps.of(filter(None, places)))
     on_status(ModelStatus("loading", fetched.label))
     index = pipeline_class.index_of(fetched.description or fetched.path)
     dtype = choose_dtype(config, device, index)

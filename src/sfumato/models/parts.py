@@ -92,6 +92,14 @@ def prior(config: ModelConfig, folder: Path, dtype: str) -> Any:
     )
 
 
+def places(config: ModelConfig) -> Iterator[Path]:
+    """The files and folders on this disk that it names besides the model itself, other than LoRAs."""
+    nets = config.control_net if isinstance(config.control_net, tuple) else (config.control_net,)
+    for name in (*nets, config.vae, config.clip_model):
+        if name and (path := Path(path_or_id(config, name))).exists():
+            yield path
+
+
 def sizes(config: ModelConfig, dtype: str, report: OnProgress) -> dict[str, int]:
     """Bytes that each will take in `dtype`, told from its files; of the hub only those that are here count."""
     named: dict[str, Path | references.Repository] = {

@@ -231,6 +231,8 @@ class ModelPool:
         while True:
             self.tend()
             loaded, loading = self._loaded.get(name), self._loadings.get(name)
+            if loaded:
+                reload.notice(loaded)
             if loaded and reload.serves(loaded, config):
                 if config.part or not self._short_of_room:
                     residents.to_unload.discard(name)  # it is requested again
@@ -242,6 +244,8 @@ class ModelPool:
 
     def _begin(self, config: ModelConfig) -> Loading:
         waiting = self._residents.main_memory.models.get(config.name)
+        if waiting:
+            reload.notice(waiting)
         if waiting and not reload.serves(waiting, config):
             self._residents.unload(config.name, waiting.state.broken or FILE_CHANGED)
             waiting = None

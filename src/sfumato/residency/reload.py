@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from sfumato.config import ModelConfig
+from sfumato.models import weight_stamps
 from sfumato.models.load import Loaded
 from sfumato.sampling import Sampling
 
@@ -17,6 +18,12 @@ PER_REQUEST: Mapping[str, Any] = {
     "retry_after": 0,
 }  # fmt: skip
 """Fields without effect on loading, with a value that replaces them in comparisons."""
+
+
+def notice(model: Loaded) -> None:
+    """Mark a model whose weight files were replaced or written over as broken, so that it is loaded again."""
+    if not model.state.broken and (changed := weight_stamps.changed(model.state.stamps)):
+        model.state.broken = f"{changed[0].name} has changed on disk"
 
 
 def serves(model: Loaded, config: ModelConfig) -> bool:
