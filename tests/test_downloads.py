@@ -88,7 +88,7 @@ REFUSED = {
 SCRIPT = """
 import json, sys
 from diffusers import DiffusionPipeline
-from sfumato.checkpoints import download, variants
+from sfumato.checkpoints import download, hub_files, variants
 from sfumato.errors import SfumatoError
 told = {}
 for name, layout in json.load(sys.stdin).items():
