@@ -112,7 +112,8 @@ NAMES: dict[str, tuple[str, ...]] = {
 TOUCHED = {name.rpartition(".")[2].rpartition(":")[2] for names in NAMES.values() for name in names} | {
     "_cache_config", "_diffusers_hook", "_state_cache", "_all_hooks", "_hf_hook", "_old_forward", "_use_default_values",
     "_orig_mod", "_version", "_C", "_class_name", "_name_or_path", "_diffusers_version", "_ignore_files",
-    "_workflow_map", "_blocks_class_name", "_lora_loadable_modules", "_commit_hash",
+    "_workflow_map", "_blocks_class_name", "_lora_loadable_modules", "_commit_hash", "_forward_hooks",
+    "_forward_pre_hooks",
 }  # fmt: skip
 """Private names that a test here touches."""
 
@@ -125,7 +126,7 @@ OWN = {
     ("_and_", "checkpoints/pipeline_class.py"), ("_embeds", "drawing/weights.py"),
     ("_unpatchify", "pipelines/modular.py"),
     # The standard library's, documented in spite of the underscore.
-    ("_getframe", "batching/stand_in.py"), ("_exit", "process/worker.py"), ("_replace", "checkpoints/weight_file.py"),
+    ("_getframe", "batching/stand_in.py"), ("_exit", "process/worker.py"), ("_replace", "checkpoints/url_version.py"),
 }  # fmt: skip
 """What looks like a private name of another package and is none."""
 
@@ -196,6 +197,15 @@ def test_feature_caches_keep_their_states_where_they_are_looked_for() -> None:
     assert managers, words
     assert all(isinstance(manager._state_cache, dict) for manager in managers), mend("batching/views.py")
     assert any("_diffusers_hook" in vars(part) for part in transformer.modules()), words
+
+
+def test_hooks_of_a_module_are_where_they_are_looked_for() -> None:
+    words = mend("runners/module_state.py")
+    module = torch.nn.Linear(2, 2)
+    assert not module._forward_hooks and not module._forward_pre_hooks, words
+    module.register_forward_hook(lambda *given: None)
+    module.register_forward_pre_hook(lambda *given: None)
+    assert len(module._forward_hooks) == len(module._forward_pre_hooks) == 1, words
 
 
 def test_offload_hooks_are_where_they_are_looked_for() -> None:
