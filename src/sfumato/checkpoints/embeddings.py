@@ -73,7 +73,7 @@ def vectors(path: Path, config: ModelConfig) -> dict[str, Any]:
     if is_pickle(path) and not config.allow_pickle:
         raise LoadError(
             f"{path.name} is a pickle, which can run arbitrary code when it is loaded. Use a .safetensors file, or set "
-            f"`allow_pickle: true` in {config.file} if you trust it"
+            f"`allow_pickle: true` in {config.file_name} if you trust it"
         )
     try:
         state = torch.load(path, "cpu", weights_only=True) if is_pickle(path) else load_file(path)

@@ -46,7 +46,7 @@ def error_of(error: InvalidRequest, config: ModelConfig, requested: Collection[s
         return error
     key = KEYS.get(name, "options")
     return ModelFileError(
-        f"{error.message.rstrip('.')}. This is the default `{key}` of {config.file or config.name}: correct it there",
+        f"{error.message.rstrip('.')}. This is the default `{key}` of {config.file_name}: correct it there",
         param=key,
     )
 

@@ -203,6 +203,11 @@ class ModelConfig:
         """`model` without the parts of a URL that may be secret; use it in messages."""
         return addresses.redact(self.model)
 
+    @property
+    def file_name(self) -> str:
+        """What to call the model file in messages: clients need not know its folder. The model's name without one."""
+        return self.file.name if self.file else self.name
+
     def enables(self, parameter: str) -> bool:
         """Whether a request may set this argument of the pipeline call."""
         enabled_by = "image" if parameter in WITH_IMAGE else parameter

@@ -163,7 +163,7 @@ def _unused_negative(model: Loaded, pipeline: Any, negative: str) -> tuple[str, 
         return None
     return (
         f"{model.config.name} uses it only with true_cfg_scale above 1",
-        f"Add `true_cfg_scale:4` to `options` in {model.config.file}, or leave it out.",
+        f"Add `true_cfg_scale:4` to `options` in {model.config.file_name}, or leave it out.",
     )
 
 

@@ -248,7 +248,7 @@ def _enabled(config: ModelConfig, generation: Generation, pictures: bool) -> Gen
 def _disabled(config: ModelConfig, argument: str) -> InvalidRequest:
     return InvalidRequest(
         f"{argument}: {config.name} does not allow requests to set it. Add {argument} to "
-        f"diffusers.enable_parameters in {config.file}, or leave it out.",
+        f"diffusers.enable_parameters in {config.file_name}, or leave it out.",
         param=argument,
     )
 
