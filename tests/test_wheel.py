@@ -70,8 +70,7 @@ def test_what_the_package_imports_is_what_it_depends_on() -> None:
                 imported.add(node.module.partition(".")[0])
     ours = imported - set(sys.stdlib_module_names) - {"sfumato"}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = [line for lines in project["optional-dependencies"].values() for line in lines]
-    declared = {_normal(re.split(r"[<>=!~\[; ]", line)[0]) for line in [*project["dependencies"], *extras]}
+    declared = {_normal(re.split(r"[<>=!~\[; ]", line)[0]) for line in project["dependencies"]}
     providers = packages_distributions()
     lacking = {module for module in ours if not {_normal(name) for name in providers.get(module, [module])} & declared}
     assert lacking == set()

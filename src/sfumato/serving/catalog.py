@@ -93,7 +93,8 @@ class Catalog:
             )
         if config.disabled:
             raise ModelNotFound(
-                f"The model {config.name!r} is disabled. Remove `disabled: true` from {config.file_name}.", param="model"
+                f"The model {config.name!r} is disabled. Remove `disabled: true` from {config.file_name}.",
+                param="model",
             )
         return config
 

