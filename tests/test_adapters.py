@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import gc
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -393,6 +394,23 @@ def test_eight_requests_with_four_and_none_share_forwards(sd: Any, files: list[P
     count = batcher.counts["unet"]
     assert count.calls / (count.forwards - count.proving) >= 3
     assert len({picture.tobytes() for picture in together_again}) == len(REQUESTS)
+
+
+def test_a_file_that_is_replaced_while_its_request_waits_is_not_drawn_with(
+    sd: Any, files: list[Path], tmp_path: Path
+) -> None:
+    """The recipe would have the hash of another file."""
+    path = Path(shutil.copy(files[0], tmp_path / "style.safetensors"))
+    waiting, adapters = loras.of(path, 0.7), Adapters()
+    shutil.copy(files[1], tmp_path / "new")
+    (tmp_path / "new").replace(path)
+    with pytest.raises(InvalidRequest, match="replaced while the request waited; send it again"):
+        using(adapters, sd, [waiting])
+    assert not len(adapters) and not adapters.modules
+    assert differ(using(adapters, sd, [loras.of(path, 0.7)]), using(Adapters(), sd, [loras.of(files[1], 0.7)])) == 0
+    path.unlink()
+    with pytest.raises(InvalidRequest, match="cannot be read"):
+        using(Adapters(), sd, [dataclasses.replace(waiting, sha256="0" * 64)])
 
 
 def test_one_cancelled_and_one_broken_of_a_mixed_batch_leave_nothing(sd: Any, files: list[Path]) -> None:

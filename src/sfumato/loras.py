@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from urllib.parse import urlsplit
 
@@ -46,6 +46,8 @@ class Lora:
     """Twelve digits that the community's tools know it by: of the file without its header."""
     default: int | None = None
     """Number of the model file's LoRA that this is."""
+    stamp: tuple[int, int, int] | None = field(default=None, compare=False)
+    """Of the file when its hashes were taken: its size, time of change and inode."""
 
     @property
     def name(self) -> str:

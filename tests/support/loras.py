@@ -10,7 +10,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from sfumato.checkpoints import lora_files
+from sfumato.checkpoints import lora_files, weight_file
 from sfumato.loras import Lora
 from support import tiny
 
@@ -61,4 +61,4 @@ def saved(tensors: dict[str, torch.Tensor], path: Path) -> Path:
 
 def of(path: Path, weight: float = 1.0, text_weight: float | None = None) -> Lora:
     """One whose file is there."""
-    return Lora(path.stem, weight, text_weight, str(path), *lora_files.digests(path))
+    return Lora(path.stem, weight, text_weight, str(path), *lora_files.digests(path), stamp=weight_file.stamp(path))

@@ -110,6 +110,7 @@ def locate(lora: Lora, config: ModelConfig, limits: Limits, data: Path) -> Lora:
         if path.suffix.lower() not in SUFFIXES:
             raise _no_safetensors(label)
         weight_header.of_file(path)
+        stamp = weight_file.stamp(path)
         hashes = digests(path)
     except DownloadError:
         raise
@@ -118,7 +119,7 @@ def locate(lora: Lora, config: ModelConfig, limits: Limits, data: Path) -> Lora:
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or "is not a name"
         raise InvalidRequest(f"loras: {label[:200]!r}: {why}", param="loras") from None
-    return replace(lora, source=label, file=str(path), sha256=hashes[0], short_hash=hashes[1])
+    return replace(lora, source=label, file=str(path), sha256=hashes[0], short_hash=hashes[1], stamp=stamp)
 
 
 def is_here(lora: Lora, config: ModelConfig) -> bool:
@@ -244,12 +245,11 @@ def _unknown(source: str, config: ModelConfig) -> InvalidRequest:
 
 def digests(path: Path) -> tuple[str, str]:
     """SHA-256 of the file, and the first twelve digits of that of its tensors, which other tools know it by."""
-    status = path.stat()
-    return _digests(path, status.st_mtime_ns, status.st_size)
+    return _digests(path, weight_file.stamp(path))
 
 
 @functools.lru_cache(maxsize=1024)
-def _digests(path: Path, changed: int, size: int) -> tuple[str, str]:
+def _digests(path: Path, stamp: tuple[int, int, int] | None) -> tuple[str, str]:
     whole, tensors = hashlib.sha256(), hashlib.sha256()
     with path.open("rb") as file:
         first = file.read(8)

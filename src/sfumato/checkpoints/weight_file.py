@@ -87,6 +87,15 @@ def path_for(url: str, folder: Path, *, by_hand: bool = True) -> Path:
     return plain.with_name(f"{plain.stem}-{mark}{plain.suffix}")
 
 
+def stamp(file: Path) -> tuple[int, int, int] | None:
+    """Size, time of change and inode, which differ when a file is replaced or written over; None: it is not there."""
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
 def obtain(url: str, folder: Path, *, report: OnProgress, by_hand: bool = True, limits: Limits = ANY) -> Path:
     """Download the file of a URL to its path (`path_for`), if necessary. Raises DownloadError or LoadError."""
     target = path_for(url, folder, by_hand=by_hand)

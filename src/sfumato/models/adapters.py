@@ -221,6 +221,11 @@ class Adapters:
         name = f"lora_{lora.sha256[:16]}"
         try:
             self._load_into_twins(pipeline, lora, name, model)
+            if lora.stamp and weight_file.stamp(Path(lora.file)) != lora.stamp:  # it is not what the recipe would say
+                raise InvalidRequest(
+                    f"loras: the file of {lora.name} was replaced while the request waited; send it again",
+                    param="loras",
+                )
         except BaseException:
             self._delete([name])
             self._drop_unused_twins()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from sfumato.checkpoints.stored import WEIGHTS
+from sfumato.checkpoints.weight_file import stamp
 
 Stamps: TypeAlias = Mapping[Path, tuple[int, int, int] | None]
 """Weight file → its size, time of change and inode; None: it is not there."""
@@ -19,17 +20,9 @@ Stamps: TypeAlias = Mapping[Path, tuple[int, int, int] | None]
 def of(places: Iterable[Path]) -> Stamps:
     """Of weight files, and of those in folders."""
     files = (file for place in places for file in (sorted(place.rglob("*")) if place.is_dir() else [place]))
-    return {file: _stamp(file) for file in files if WEIGHTS.fullmatch(file.name)}
+    return {file: stamp(file) for file in files if WEIGHTS.fullmatch(file.name)}
 
 
 def changed(stamps: Stamps) -> list[Path]:
     """Those that are there and no longer as they were; what is mapped of a deleted file stays."""
-    return [file for file, stamp in stamps.items() if _stamp(file) not in (stamp, None)]
-
-
-def _stamp(file: Path) -> tuple[int, int, int] | None:
-    try:
-        status = file.stat()
-    except OSError:
-        return None
-    return status.st_size, status.st_mtime_ns, status.st_ino
+    return [file for file, written in stamps.items() if stamp(file) not in (written, None)]
