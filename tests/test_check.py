@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from sfumato.commands.check import FileReport, check
-from sfumato.serving.catalog import Catalog
+from sfumato.serving.catalog import EMBEDDED, Catalog
 
 PAGE = (Path(__file__).parent / "data" / "seed.md").read_text()
 
@@ -82,3 +82,10 @@ def test_what_has_to_be_mended_and_what_has_no_effect(tmp_path: Path) -> None:
     assert "skipped: l: backend llama-cpp" in str(found["llama"])
     assert "gpt is served by twice" in str(found["gpt"])
     assert "which wins" in str(found["twice2"])
+
+
+def test_an_ip_adapter_that_is_nowhere_is_told(tmp_path: Path) -> None:
+    text = f"parameters: {{model: {EMBEDDED / 'sfumato-tiny'}}}\ndiffusers: {{ip_adapter: nope/plus}}\n"
+    (tmp_path / "m.yaml").write_text(text)
+    (report,) = check(Catalog([tmp_path]))
+    assert any("diffusers.ip_adapter: there is no IP-Adapter 'nope/plus'" in problem for problem in report.problems)

@@ -22,7 +22,7 @@ import torch
 from PIL import Image, ImageOps
 
 import sfumato.commands.generate as command
-from sfumato.checkpoints import net_classes
+from sfumato.checkpoints import ip_adapters, net_classes
 from sfumato.core import Control
 from sfumato.errors import InvalidRequest
 from sfumato.pictures import recipe
@@ -408,3 +408,12 @@ def test_the_classes_that_are_read_from_sources_are_those_of_diffusers() -> None
         assert all(kind in words for kind in each.kinds), name
         assert each.kinds, name
         assert each.several == bool(re.search(r"\b(list|tuple)\[", words, re.IGNORECASE)), name
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "/models/nets/canny.safetensors", "~/canny/x", "./canny/x"])
+def test_a_path_of_a_disk_is_not_asked_of_the_hub(name: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="there is no ControlNet") as refused:
+        ip_adapters.find_any(tmp_path, name, "controls[0].name")
+    assert refused.value.param == "controls[0].name"
+    with pytest.raises(InvalidRequest, match="there is no ControlNet"):
+        ip_adapters.find_any(tmp_path, f"{name}/ip-adapter.safetensors", "controls[0].name")

@@ -33,6 +33,11 @@ SD, FLUX = "StableDiffusionXLPipeline", "FluxPipeline"
         (SD, "EulerDiscreteScheduler", {}, "stabilityai/stable-diffusion-xl-base-1.0", None),
         (SD, "EulerDiscreteScheduler", {}, "someone/turbocharged-steps", None),
         (SD, "EulerDiscreteScheduler", {}, "someone/overturbo", None),
+        (SD, "EulerDiscreteScheduler", {}, "my-lora-500-steps.safetensors", None),
+        (SD, "EulerDiscreteScheduler", {}, "sd15-12-step-study", None),
+        (SD, "EulerDiscreteScheduler", {}, "sdxlTurbo_v2.safetensors", (4, 0.0)),
+        (SD, "EulerDiscreteScheduler", {}, "RealVisXL_V40LightningBakedvae.safetensors", (4, 0.0)),
+        (SD, "EulerDiscreteScheduler", {}, "TurboCat/xl_lightning_500_steps", (4, 0.0)),
     ],
 )
 def test_what_says_so(

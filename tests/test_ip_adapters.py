@@ -333,3 +333,23 @@ def test_an_adapter_of_the_model_file_follows_controls_without_a_name(server: Se
     names = [{**control, "name": name} for control, name in zip(two, ("sd/plus", "sd/base"), strict=True)]
     assert np.array_equal(array(server.generate("both", controls=two, **fields)), array(drawn(server, "sd", *names)))
     assert error_of(server.generate("portraits", controls=two, **fields))["param"] == "controls[1].name"
+
+
+@pytest.mark.parametrize("how", ["written over", "replaced"])
+def test_an_adapter_whose_file_changes_is_read_again(server: Served, how: str) -> None:
+    folder = server.folder / "ip_adapters" / "sd"
+    file, name = folder / f"mine-{how.split()[0]}.safetensors", f"sd/mine-{how.split()[0]}"
+    shutil.copy(folder / "base.safetensors", file)
+    try:
+        before = array(drawn(server, "sd", {"name": name, "image": SENT}))
+        if how == "replaced":
+            shutil.copy(folder / "plus.safetensors", folder / "new")
+            (folder / "new").replace(file)
+        else:
+            shutil.copy(folder / "plus.safetensors", file)
+        after = array(drawn(server, "sd", {"name": name, "image": SENT}))
+    finally:
+        file.unlink()
+    assert np.array_equal(before, array(drawn(server, "sd", {"name": "sd/base", "image": SENT})))
+    assert np.array_equal(after, array(drawn(server, "sd", {"name": "sd/plus", "image": SENT})))
+    assert not np.array_equal(before, after)

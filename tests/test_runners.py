@@ -31,7 +31,7 @@ from sfumato.runners.background import Background
 from sfumato.runners.choice import NOT_INSTALLED, Runners
 from sfumato.sampling import Sampling
 from sfumato.settings import Settings
-from support import here, tiny
+from support import families_transformers, here, tiny
 from support.drawing import loaded, quiet, wanted
 from support.together import posted_together
 
@@ -221,6 +221,26 @@ def test_a_graph_gives_the_numbers_of_its_module_at_every_size_and_batch(dtype: 
         # In half precision no further from full precision than the module itself is.
         distance = [float((each.float() - exact).pow(2).mean()) ** 0.5 for each in (by_graph, own)]
         assert distance[0] <= 1.1 * distance[1]
+
+
+@needs_openvino
+def test_a_module_that_keeps_what_it_computes_for_a_size_stays_as_it_is(tmp_path: Path) -> None:
+    """Qwen-Image keeps the positions of each size. Each size is a kind of calls of its own there: two have graphs."""
+    module = families_transformers.qwen_image().transformer
+    runner = runner_of(module, tmp_path)
+    for height in (4, 6, 8, 10):
+        torch.manual_seed(height)
+        asked = {
+            "hidden_states": torch.randn(1, height * 4, 16), "encoder_hidden_states": torch.randn(1, 7, 32),
+            "encoder_hidden_states_mask": torch.ones(1, 7).long(), "timestep": torch.tensor([0.5]),
+            "img_shapes": [[(1, height, 4)]], "return_dict": False,
+        }  # fmt: skip
+        with torch.no_grad():
+            assert runner.prepare("__call__", (), asked, wait=True)
+            (output,), _ = runner.run("__call__", (), asked)
+            torch.testing.assert_close(output, module(**asked)[0], atol=1e-4, rtol=1e-3)
+    assert runner.state("transformer").detail.count("at most 2 kinds of calls") == 1
+    assert len(runner._structures) == 2
 
 
 @needs_openvino

@@ -170,7 +170,7 @@ def find(folder: Path, name: str, param: str) -> dict[str, Path | HubNet]:
                 refuse(path)
             except LoadError as error:
                 raise InvalidRequest(f"{param}: {each[:100]!r}: {error.message}", param=param) from None
-    match = _HUB.fullmatch(plain)
+    match = None if is_path(name) else _HUB.fullmatch(plain)
     if match and not {"..", "."} & set(f"{match['id']}/{match['file'] or ''}".split("/")):
         net = HubNet(match["id"], match["revision"] or match["branch"], match["file"])
         if net.file and PurePosixPath(net.file).suffix.lower() in sources.PICKLES:
@@ -208,6 +208,11 @@ def _spellings(name: str, path: Path) -> set[str]:
     suffix = path.suffix.casefold()
     bare = plain.removesuffix(suffix)
     return {plain, bare + suffix} | ({bare} if suffix in sources.PICKLES else set())
+
+
+def is_path(name: str) -> bool:
+    """Whether a name is written as a path of a disk, which is never a hub id."""
+    return name.strip().startswith(("/", "~", "\\", "."))
 
 
 def without_hash(name: str) -> str:

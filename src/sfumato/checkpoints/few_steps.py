@@ -19,8 +19,13 @@ FEW = 4
 CONSISTENCY = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
 """Schedulers that only models distilled for them have."""
 
-_NAME = re.compile(r"(?<![a-z])(turbo|lightning|schnell|hyper[-_]?sdx?l?|\d+[-_ ]?steps?)(?![a-z])", re.IGNORECASE)
-_COUNT = re.compile(r"(?<![a-z0-9])(\d{1,2})[-_ ]?steps?(?![a-z])", re.IGNORECASE)
+_NAME = re.compile(
+    r"(?<![a-z])(?i:turbo|lightning|schnell|hyper[-_ ]?(sd|flux)\w*|lcm|dmd2?)(?![a-z])"
+    r"|(?<=[a-z0-9])(Turbo|Lightning|Schnell)(?![a-z])|(?<![A-Za-z])(Turbo|Lightning)(?=[A-Z])"
+)
+"""As words of their own, or in CamelCase."""
+
+_COUNT = re.compile(r"(?<![a-z0-9])([1-9]|1[0-6])[-_ ]?steps?(?![a-z])", re.IGNORECASE)
 
 OF_CLASS: Mapping[str, int] = MappingProxyType({"ZImagePipeline": 9})
 """Classes whose distilled models want more steps."""

@@ -95,7 +95,7 @@ def find(folder: Path, name: str, param: str) -> tuple[str, Path | HubFile] | No
                 f"{param}: {name[:100]!r} is in {FOLDER}/ and in {controlnets.FOLDER}/; rename one of them", param=param
             )
         return choices[0], known[choices[0]]
-    match = _HUB.fullmatch(plain)
+    match = None if controlnets.is_path(name) else _HUB.fullmatch(plain)
     if match and not {"..", "."} & set(plain.split("/")):
         return plain, HubFile(match["id"], match["file"], match["revision"] or match["branch"])
     return None

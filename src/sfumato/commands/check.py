@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sfumato.checkpoints import file_values, pipeline_class, sources, static_capabilities
+from sfumato.checkpoints import file_values, ip_adapters, pipeline_class, sources, static_capabilities
 from sfumato.config import Broken, ModelConfig, ParsedFile, Redirect, Skipped, addresses
-from sfumato.errors import DownloadError, SfumatoError, in_words
+from sfumato.errors import DownloadError, InvalidRequest, SfumatoError, in_words
 from sfumato.models import inspection, low_memory, quantizers
 from sfumato.sampling import PARAMETERS
 from sfumato.serving.catalog import Catalog
@@ -97,6 +97,7 @@ def _model(config: ModelConfig, complaints: tuple[str, ...], hub: _Hub) -> FileR
         name = inspection.choose(config, found.index, ask=hub.ask)
         inspection.refuse_vae(config, name, found.folder)
         problems += file_values.problems(config, name, found.index, found.folder)
+        problems += _adapters(config)
         if (told := static_capabilities.static_capabilities(config).abilities) and told.problem:
             problems.append(f"{config.name} draws no picture: {told.problem}")
     except SfumatoError as error:
@@ -104,6 +105,20 @@ def _model(config: ModelConfig, complaints: tuple[str, ...], hub: _Hub) -> FileR
     facts += [(label, text) for label, text in _settings(config) if text]
     title = config.name + (" (disabled)" if config.disabled else "")
     return FileReport(config.file or Path(), title, tuple(facts), config.ignored, tuple(problems))
+
+
+def _adapters(config: ModelConfig) -> Iterator[str]:
+    """The IP-Adapters that the file names and that are nowhere."""
+    key = "diffusers.ip_adapter"
+    for name in config.ip_adapters:
+        try:
+            there = ip_adapters.find(config.folder, name, key) or (config.folder / name).is_file()
+        except InvalidRequest as error:
+            yield error.message
+        else:
+            if not there:
+                known = ip_adapters.available(config.folder)
+                yield f"{key}: there is no IP-Adapter {name!r}. {known}; owner/name/file.safetensors is valid too"
 
 
 def _source(config: ModelConfig) -> Iterator[tuple[str, str]]:

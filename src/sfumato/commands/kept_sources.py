@@ -90,6 +90,10 @@ def _in_order(given: Sequence[Control], names: Sequence[str | None]) -> list[Con
     """As they stand if none has a name, else by the recipe's names."""
     if not any(control.name for control in given):
         return list(given)
+    if not any(names):
+        raise InvalidRequest(
+            "--control: the recipe's ControlNets are the model file's own; pass FILE without a name", param="--control"
+        )
     left, ordered = list(given), []
     for name in names:
         fitting = next((control for control in left if control.name == name), None)

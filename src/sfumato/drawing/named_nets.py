@@ -198,7 +198,8 @@ def _as_of_request(folder: Path, name: str, param: str) -> Iterator[None]:
     try:
         yield
     except DownloadError as error:
-        error.message, error.param = f"{param}: {error.message} {files.available(folder)}", param
+        there = f"{files.available(folder)}. {adapter_files.available(folder)}"
+        error.message, error.param = f"{param}: {error.message} {there}", param
         raise
     except LoadError as error:
         message = (

@@ -27,11 +27,11 @@ from sfumato.checkpoints.net_classes import NetClass
 from sfumato.config import ModelConfig
 from sfumato.core import ModelStatus
 from sfumato.errors import InvalidRequest, LoadError, SfumatoError
-from sfumato.models import footprint, net_files
+from sfumato.models import footprint, net_files, weight_stamps
 from sfumato.models.content_hashes import ContentHashes
 from sfumato.models.device import DTYPES, choose_device
 from sfumato.models.fetch import OnStatus
-from sfumato.models.load import Loaded, MakeRoom
+from sfumato.models.load import Loaded, MakeRoom, ModelState
 from sfumato.models.sharing import Sharing
 
 log = logging.getLogger(__name__)
@@ -118,6 +118,7 @@ def load(
         on_status(ModelStatus("downloading", config.model))
         path = _fetch(HubNet(config.model, config.revision, config.part_file))
     device, dtype = choose_device(config, device_setting), config.dtype or "fp32"
+    stamps = weight_stamps.of([path])
     if path.is_file():
         controlnets.refuse(path)
         sizes, files = {"controlnet": footprint.of_part(path, "controlnet", dtype)}, [path]
@@ -139,7 +140,7 @@ def load(
     for tensor in (*net.parameters(), *net.buffers()):
         if tensor.device.type == "cpu":  # what is read is mapped, and changes with a file that is written over
             tensor.data = tensor.data.clone()
-    return Loaded(config, Part(net.eval(), digest), str(path), device, dtype)
+    return Loaded(config, Part(net.eval(), digest), str(path), device, dtype, state=ModelState(stamps=stamps))
 
 
 def _of_folder(

@@ -29,12 +29,12 @@ from sfumato.checkpoints.ip_adapters import ARGUMENT, IMAGE, PROJECTION, HubFile
 from sfumato.config import ModelConfig
 from sfumato.core import ModelStatus
 from sfumato.errors import InvalidRequest, LoadError
-from sfumato.models import footprint
+from sfumato.models import footprint, weight_stamps
 from sfumato.models.by_layer import has_feature_cache, is_cast_by_layer, waits_by_layer
 from sfumato.models.content_hashes import ContentHashes
 from sfumato.models.device import DTYPES, choose_device
 from sfumato.models.fetch import OnStatus
-from sfumato.models.load import Loaded, MakeRoom
+from sfumato.models.load import Loaded, MakeRoom, ModelState
 from sfumato.models.picture_prompt import Adapter, ImageEncoder, PicturePrompt, Weights
 from sfumato.models.sharing import Sharing
 from sfumato.pipelines.capabilities import parameters_of
@@ -84,6 +84,7 @@ def load(
     if not path.is_absolute():
         on_status(ModelStatus("downloading", config.model))
         path = _fetch(config)
+    stamps = weight_stamps.of([path])
     encoder = ip_adapters.encoder_of(path)
     folder = _folder_on_hub(config, encoder) if not Path(config.model).is_absolute() else _folder_here(config, encoder)
     device, dtype = choose_device(config, device_setting), config.dtype or "fp32"
@@ -97,7 +98,8 @@ def load(
         if is_out_of_memory(error):
             raise
         raise LoadError(f"{path.name} cannot be loaded: {type(error).__name__}: {error}") from error
-    return Loaded(config, Adapter(weights, digest, encoder, folder), str(path), device, dtype)
+    state = ModelState(stamps=stamps)
+    return Loaded(config, Adapter(weights, digest, encoder, folder), str(path), device, dtype, state=state)
 
 
 def _there(tensor: torch.Tensor, device: str, dtype: str) -> torch.Tensor:

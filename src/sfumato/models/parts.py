@@ -94,8 +94,10 @@ def prior(config: ModelConfig, folder: Path, dtype: str) -> Any:
 
 def places(config: ModelConfig) -> Iterator[Path]:
     """The files and folders on this disk that it names besides the model itself, other than LoRAs."""
-    nets = config.control_net if isinstance(config.control_net, tuple) else (config.control_net,)
-    for name in (*nets, config.vae, config.clip_model):
+    for net in controlnets.of_model(config):
+        if there := controlnets.here(config, net):
+            yield there
+    for name in (config.vae, config.clip_model):
         if name and (path := Path(path_or_id(config, name))).exists():
             yield path
 

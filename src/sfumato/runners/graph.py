@@ -73,14 +73,17 @@ class Form:
 
 
 def form(module: Any, arguments: Arguments) -> Form:
-    """Run the module without numbers. Raises Unserved if its way depends on them, or if it returns other things."""
+    """Run the module without numbers. Raises Unserved if its way depends on them, or if it returns other things.
+
+    It is a copy that runs, on the same tensors: some modules keep what they have computed for a size (Qwen-Image).
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode  # with it comes much that nothing else needs
 
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad(), _quiet():
             dtype = next(module.parameters()).dtype
             inputs = [mode.from_tensor(_in(tensor, dtype)) for tensor in arguments.tensors]
-            output = module(**arguments.rebuilt(inputs))
+            output = _copy(module)(**arguments.rebuilt(inputs))
     except Exception as error:  # whatever a module raises
         first = next(iter(str(error).splitlines()), "")
         raise Unserved(f"it cannot be traced: {type(error).__name__}: {first[:200]}") from error
@@ -130,6 +133,11 @@ def convert(module: Any, arguments: Arguments, folder: Path) -> None:
             Path(part).mkdir()  # for the context manager to remove
     del traced, model
     gc.collect()
+
+
+def _copy(module: Any) -> Any:
+    """The same layers in other objects, on the same tensors."""
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())})
 
 
 def _full_precision_copy(module: Any) -> Any:

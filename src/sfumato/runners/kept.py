@@ -5,21 +5,28 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from contextlib import suppress
 from pathlib import Path
 
 MAX_KEPT = 6
 """Graphs in the folder; those that were used longest ago leave."""
 
+ENDED_S = 24 * 3600
+"""Seconds after which what a conversion has written is that of a process that ended in the middle."""
+
 SIZES = "sizes.json"
 
 
 def touch(folder: Path) -> None:
     """It is used now; others may have to leave."""
-    os.utime(folder)
-    graphs = [each for each in folder.parent.iterdir() if each.is_dir() and not each.name.startswith(".")]
-    for old in sorted(graphs, key=lambda each: each.stat().st_mtime)[:-MAX_KEPT]:
-        shutil.rmtree(old, ignore_errors=True)
+    with suppress(OSError):  # another server may be deleting
+        os.utime(folder)
+        written = {each: each.stat().st_mtime for each in folder.parent.iterdir() if each.is_dir()}
+        graphs = [each for each in written if not each.name.startswith(".")]
+        ended = [each for each in written if each not in graphs and written[each] < time.time() - ENDED_S]
+        for old in (*sorted(graphs, key=written.__getitem__)[:-MAX_KEPT], *ended):
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def sizes(folder: Path) -> dict[str, bool]:

@@ -75,6 +75,8 @@ class OpenVino:
         self._threads = threads
         self._background = background
         self._structures: dict[str, _Structure] = {}
+        self._has_others = False
+        """Whether there were kinds of calls beyond those."""
         self._precision: Precision | None = None
         self.why_eager = module_state.why_unserved(module)
         """Why the module computes everything; empty if it does not."""
@@ -96,7 +98,9 @@ class OpenVino:
         """For people."""
         if self.why_eager:
             return RunnerState(module, "eager", self.why_eager)
-        detail = "; ".join(filter(None, map(self._told, self._structures.values())))
+        told = [self._told(structure) for structure in self._structures.values()]
+        told += [f"at most {MAX_STRUCTURES} kinds of calls of a module have a graph"] if self._has_others else []
+        detail = "; ".join(filter(None, dict.fromkeys(told)))
         ready = any(structure.graph for structure in self._structures.values())
         if not ready and self._structures and all(structure.refused for structure in self._structures.values()):
             return RunnerState(module, "eager", detail)
@@ -119,13 +123,13 @@ class OpenVino:
         except Unserved:
             return True
         structure = self._structures.get(arguments.structure)
+        if structure is None and len(self._structures) == MAX_STRUCTURES:
+            self._has_others = True
+            return True
         if structure is None:
             structure = self._structures[arguments.structure] = _Structure()
-            if len(self._structures) > MAX_STRUCTURES:
-                structure.refused = f"at most {MAX_STRUCTURES} kinds of calls of a module have a graph"
-            else:
-                work = functools.partial(self._prepare, structure, arguments)
-                work() if wait else self._background.submit(work)
+            work = functools.partial(self._prepare, structure, arguments)
+            work() if wait else self._background.submit(work)
         return structure.settled
 
     def run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from sfumato import loras, schedulers
 from sfumato.config import ModelConfig, at_fault
-from sfumato.core import MAX_SEED, QUALITIES, Control, Generation, Limits, StorePicture
+from sfumato.core import MAX_SEED, QUALITIES, Control, Generation, Limits, StorePicture, labels
 from sfumato.errors import InvalidRequest
 from sfumato.loras import Lora
 from sfumato.pictures.fitting import Fitting
@@ -141,7 +141,9 @@ def plan(request: ImageRequest, config: ModelConfig, limits: Limits, max_picture
             keep_alive=request.keep_alive,
         )
         if not request.operator:
-            generation = _enabled(config, generation, bool(request.images or request.controls))
+            # Controls are what a request adds to a model, as LoRAs are: only `none` keeps them out.
+            controls = bool(request.controls) and not config.enable_parameters
+            generation = _enabled(config, generation, bool(request.images) or controls)
         generations += [replace(generation, id=uuid.uuid4().hex, seed=seed + i) for i in range(n)]
     return generations
 
@@ -166,13 +168,13 @@ def _check_pictures(request: ImageRequest) -> None:
         raise InvalidRequest(
             f"controls: {len(request.controls)} control pictures; at most {MAX_PICTURES} are allowed", param="controls"
         )
-    for number, control in enumerate(request.controls):
+    for label, control in zip(labels(request.controls), request.controls, strict=True):
         start, end = (0.0 if control.start is None else control.start), (1.0 if control.end is None else control.end)
         if start >= end:
             raise InvalidRequest(
-                f"controls[{number}]: start {start:g} is not before end {end:g}: the part of the steps, 0 to 1, in "
+                f"{label}: start {start:g} is not before end {end:g}: the part of the steps, 0 to 1, in "
                 "which it is followed; absent, they are 0 and 1. To leave it out, leave out the control",
-                param=f"controls[{number}].{'end' if control.start is None else 'start'}",
+                param=f"{label}.{'end' if control.start is None else 'start'}",
             )
     if request.mask is not None and not request.images:
         raise InvalidRequest("mask: needs a picture to redraw; send `image` too", param="mask")

@@ -45,7 +45,7 @@ def running(models: Path) -> Iterator[Server]:
         with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
             log = _Log(process)
             try:
-                with httpx.Client(base_url=log.address(), timeout=None) as client:
+                with httpx.Client(base_url=log.address(), timeout=None, trust_env=False) as client:
                     while not _answers(client):
                         if process.poll() is not None or time.perf_counter() - began > START_S:
                             raise SfumatoError(f"the server did not start:\n{log.tail()}")
