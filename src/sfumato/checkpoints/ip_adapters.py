@@ -157,7 +157,8 @@ def local_encoder(file: Path, folder: Path, encoder: Encoder) -> Path | None:
     None: there is none that fits."""
     found = [*(folder / FOLDER).rglob(controlnets.DESCRIPTION), *file.parent.glob(f"*/{controlnets.DESCRIPTION}")]
     for path in nearest(file.as_posix(), {path.parent.as_posix() for path in found}):
-        if encoder.fits(diffusers_source.json_of(Path(path) / controlnets.DESCRIPTION)):
+        described = diffusers_source.json_of(Path(path) / controlnets.DESCRIPTION)
+        if encoder.fits(described) and any(Path(path).glob(ENCODER_WEIGHTS)):
             return Path(path)
     return None
 
