@@ -141,9 +141,7 @@ def plan(request: ImageRequest, config: ModelConfig, limits: Limits, max_picture
             keep_alive=request.keep_alive,
         )
         if not request.operator:
-            # Controls are what a request adds to a model, as LoRAs are: only `none` keeps them out.
-            controls = bool(request.controls) and not config.enable_parameters
-            generation = _enabled(config, generation, bool(request.images) or controls)
+            generation = _enabled(config, generation, request)
         generations += [replace(generation, id=uuid.uuid4().hex, seed=seed + i) for i in range(n)]
     return generations
 
@@ -226,11 +224,13 @@ def _seed(seed: int | None, n: int) -> int:
     return seed
 
 
-def _enabled(config: ModelConfig, generation: Generation, pictures: bool) -> Generation:
+def _enabled(config: ModelConfig, generation: Generation, request: ImageRequest) -> Generation:
     """The generation, if requests may set what it sets. Raises InvalidRequest naming the argument.
 
     One of AUTOMATIC1111's clients loses what they may not set, except pictures.
     """
+    # Controls are what a request adds to a model, as LoRAs are: only `none` keeps them out.
+    pictures = request.images or (request.controls and not config.enable_parameters)
     if pictures and not generation.upscale and not config.enables("image"):  # an upscaler always takes a picture
         raise _disabled(config, "image")
     sampling = generation.sampling
