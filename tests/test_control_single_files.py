@@ -19,8 +19,9 @@ from sfumato.core import Failed
 from sfumato.models import load, net_files
 from sfumato.serving.catalog import Catalog
 from support import nets
-from support.control_engine import Engine, pixels, requested, save
+from support.control_engine import requested, save
 from support.drawing import quiet
+from support.engines import Engine, pixels
 from support.families_controlled import ONE_FOR_ALL, XL_UNET, net, xl_unet
 from support.hub import Hub
 from support.net_names import original

@@ -18,7 +18,8 @@ from sfumato.engine.protocol import Answer, Cancel
 from sfumato.errors import DownloadError
 from sfumato.models.controlnets import config_of as net_config
 from sfumato.models.footprint import in_words
-from support.control_engine import Engine, pixels, requested, save
+from support.control_engine import requested, save
+from support.engines import Engine, pixels
 from support.hub import Hub
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers' and transformers' own, some about toy sizes

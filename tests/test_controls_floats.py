@@ -15,8 +15,9 @@ from diffusers.image_processor import VaeImageProcessor
 from sfumato.core import Control, Done, Generation
 from sfumato.pictures.images import decoded
 from support import loras, nets
-from support.control_engine import Engine, requested, save
+from support.control_engine import requested, save
 from support.drawing import source
+from support.engines import Engine
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers' and transformers' own, some about toy sizes
 

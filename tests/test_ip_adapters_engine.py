@@ -24,7 +24,7 @@ from sfumato.sampling import Sampling
 from sfumato.settings import Settings
 from support import loras, nets, prompted, tiny
 from support.drawing import loaded, source
-from support.engines import Engine, generation, pixels_of
+from support.engines import Engine, generation, pixels
 from support.hub import Hub
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers' and transformers' own, some about toy sizes
@@ -111,7 +111,7 @@ def test_requests_with_one_adapter_share_forward_passes_and_draw_what_each_draws
     assert engine.shared("text_encoder") >= 5  # with the plain ones
     for each in wanted:
         alone = Engine(folder, max_batch=1).draw(each)[each.id]
-        assert np.abs(pixels_of(alone) - pixels_of(events[each.id])).max() <= 1, each.id
+        assert np.abs(pixels(alone) - pixels(events[each.id])).max() <= 1, each.id
     assert engine.in_memory == {
         "m", "ip_adapters/plus", "ip_adapters/base", f"image encoder {(folder / 'ip_adapters/image_encoder').resolve()}"
     }  # fmt: skip
@@ -126,11 +126,11 @@ def test_requests_with_one_adapter_and_different_loras_share_forward_passes(fold
     assert engine.shared("unet") == 3
     for each in wanted:
         alone = Engine(folder, max_batch=1).draw(each)[each.id]
-        assert np.abs(pixels_of(alone) - pixels_of(events[each.id])).max() <= 1, each.id
+        assert np.abs(pixels(alone) - pixels(events[each.id])).max() <= 1, each.id
 
 
 def test_a_request_that_is_cancelled_or_fails_leaves_the_model_as_it_was(folder: Path) -> None:
-    plain = pixels_of(Engine(folder).draw(generation("1"))["1"])
+    plain = pixels(Engine(folder).draw(generation("1"))["1"])
     engine = Engine(folder)
     original = engine.sent.append
 
@@ -143,7 +143,7 @@ def test_a_request_that_is_cancelled_or_fails_leaves_the_model_as_it_was(folder:
     failing = requested("3", clip_skip=60)
     events = engine.draw(requested("2"), failing, generation("1"))
     assert [type(events[id]) for id in "23"] == [Failed, Failed]
-    assert np.abs(pixels_of(events["1"]) - plain).max() <= 1
+    assert np.abs(pixels(events["1"]) - plain).max() <= 1
     pool = engine.loop._pool
     pipeline = pool._loaded["m"].pipeline
     assert pipeline.image_encoder is None
@@ -178,10 +178,10 @@ def test_an_adapter_of_a_hub_is_fetched_once_with_the_encoder_that_fits(
     prompted.save_encoder(repository / "sdxl_models" / "image_encoder", hidden_size=32)
     (repository / "models" / "ip-adapter-plus.bin").write_bytes(b"a pickle")
     here.add("some/adapters", repository)
-    local = pixels_of(Engine(folder).draw(requested("1"))["1"])
+    local = pixels(Engine(folder).draw(requested("1"))["1"])
     for place in ("models", "sdxl_models"):
         events = Engine(folder).draw(requested("1", f"some/adapters/{place}/ip-adapter-plus.safetensors"))
-        assert np.array_equal(pixels_of(events["1"]), local), place
+        assert np.array_equal(pixels(events["1"]), local), place
     before = here.downloads("some/adapters")
     assert not any(name.endswith(".bin") or name == "sdxl_models/image_encoder/model.safetensors" for name in before)
     again = requested("1", "some/adapters@main/models/ip-adapter-plus.safetensors")

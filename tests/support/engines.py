@@ -45,7 +45,7 @@ class Engine:
         return max(calls for name, calls in self.loop._batcher.counts.batch_sizes if name == module)
 
 
-def pixels_of(event: Any) -> Any:
+def pixels(event: Any) -> Any:
     assert isinstance(event, Done), event
     return np.asarray(decoded(event.png)).astype(int)
 

@@ -135,7 +135,7 @@ def _draw(
 ) -> Done:
     """`generation` is `requested` with the mask and controls that it implies."""
     # 2. the prompts; what this class can use; defaults for the rest; source pictures at the result's size
-    usable.refuse_class(model, pipeline)
+    usable.refuse_class(model, pipeline, requested)
     generation, how_read = prompts.split(model, pipeline, generation)
     generation, left_out = usable.usable(model, pipeline, generation)
     filled = arguments.fill(model, pipeline, generation)

@@ -60,21 +60,20 @@ def usable(model: Loaded, pipeline: Any, generation: Generation) -> tuple[Genera
     return generation, tuple(left_out)
 
 
-def refuse_class(model: Loaded, pipeline: Any) -> None:
+def refuse_class(model: Loaded, pipeline: Any, generation: Generation) -> None:
     """Raises InvalidRequest if the class that draws a request cannot use what the model file has put into the model."""
-    name = type(pipeline).__name__
-    if model.config.cache and not feature_caches.says_its_calls(name):
-        raise InvalidRequest(
-            f"{model.config.name} has a feature cache (`cache` in its file), with which {name} cannot draw; leave the "
-            "pictures out, or `cache`",
-            param="image",
-        )
-    if isinstance(getattr(pipeline, "vae", None), AutoencoderTiny) and tiny_vaes.keeps_from(name):
-        raise InvalidRequest(
-            f"{model.config.name} has a tiny VAE (`vae` in its file), with which {name} cannot draw; leave the "
-            "pictures out, or `vae`",
-            param="image",
-        )
+    name, param = type(pipeline).__name__, "controls" if generation.controls else "image"
+    tiny = isinstance(getattr(pipeline, "vae", None), AutoencoderTiny)
+    for key, what, unfit in (
+        ("cache", "a feature cache", model.config.cache and not feature_caches.says_its_calls(name)),
+        ("vae", "a tiny VAE", tiny and tiny_vaes.keeps_from(name)),
+    ):
+        if unfit:
+            raise InvalidRequest(
+                f"{model.config.name} has {what} (`{key}` in its file), with which {name} cannot draw; leave {param} "
+                f"out of the request, or `{key}` out of the file",
+                param=param,
+            )
 
 
 def _nearest_scheduler(driver: Any, wanted: str, steps: int | None) -> tuple[str | None, list[str]]:

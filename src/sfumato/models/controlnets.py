@@ -20,18 +20,17 @@ import diffusers
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 
-from sfumato.batching.batcher import is_out_of_memory
 from sfumato.checkpoints import controlnets, diffusers_source, hub_files, net_classes
 from sfumato.checkpoints.controlnets import HubNet
 from sfumato.checkpoints.net_classes import NetClass
 from sfumato.config import ModelConfig
 from sfumato.core import ModelStatus
-from sfumato.errors import InvalidRequest, LoadError, SfumatoError
-from sfumato.models import footprint, net_files, weight_stamps
+from sfumato.errors import InvalidRequest, LoadError
+from sfumato.models import footprint, net_files, request_parts
 from sfumato.models.content_hashes import ContentHashes
-from sfumato.models.device import DTYPES, choose_device
+from sfumato.models.device import DTYPES
 from sfumato.models.fetch import OnStatus
-from sfumato.models.load import Loaded, MakeRoom, ModelState
+from sfumato.models.load import Loaded, MakeRoom
 from sfumato.models.sharing import Sharing
 
 log = logging.getLogger(__name__)
@@ -117,8 +116,7 @@ def load(
     if not path.is_absolute():
         on_status(ModelStatus("downloading", config.model))
         path = _fetch(HubNet(config.model, config.revision, config.part_file))
-    device, dtype = choose_device(config, device_setting), config.dtype or "fp32"
-    stamps = weight_stamps.of([path])
+    device, dtype = request_parts.place(config, device_setting)
     if path.is_file():
         controlnets.refuse(path)
         sizes, files = {"controlnet": footprint.of_part(path, "controlnet", dtype)}, [path]
@@ -128,19 +126,10 @@ def load(
     else:
         sizes, files, read = _of_folder(config, path, dtype)
     make_room(footprint.Needs(sizes, device, dtype))
-    try:
-        net = read().to(device)
+    with request_parts.reading(path) as state:
+        net = request_parts.detached(read().to(device))
         digest = _digest(files, known.hashes if known else ContentHashes())
-    except SfumatoError:
-        raise
-    except Exception as error:  # whatever a damaged file makes diffusers raise
-        if is_out_of_memory(error):
-            raise
-        raise LoadError(f"{path.name} cannot be loaded: {type(error).__name__}: {error}") from error
-    for tensor in (*net.parameters(), *net.buffers()):
-        if tensor.device.type == "cpu":  # what is read is mapped, and changes with a file that is written over
-            tensor.data = tensor.data.clone()
-    return Loaded(config, Part(net.eval(), digest), str(path), device, dtype, state=ModelState(stamps=stamps))
+    return Loaded(config, Part(net, digest), str(path), device, dtype, state=state)
 
 
 def _of_folder(

@@ -29,12 +29,12 @@ from sfumato.checkpoints.ip_adapters import ARGUMENT, IMAGE, PROJECTION, HubFile
 from sfumato.config import ModelConfig
 from sfumato.core import ModelStatus
 from sfumato.errors import InvalidRequest, LoadError
-from sfumato.models import footprint, weight_stamps
+from sfumato.models import footprint, request_parts
 from sfumato.models.by_layer import has_feature_cache, is_cast_by_layer, waits_by_layer
 from sfumato.models.content_hashes import ContentHashes
-from sfumato.models.device import DTYPES, choose_device
+from sfumato.models.device import DTYPES
 from sfumato.models.fetch import OnStatus
-from sfumato.models.load import Loaded, MakeRoom, ModelState
+from sfumato.models.load import Loaded, MakeRoom
 from sfumato.models.picture_prompt import Adapter, ImageEncoder, PicturePrompt, Weights
 from sfumato.models.sharing import Sharing
 from sfumato.pipelines.capabilities import parameters_of
@@ -84,26 +84,19 @@ def load(
     if not path.is_absolute():
         on_status(ModelStatus("downloading", config.model))
         path = _fetch(config)
-    stamps = weight_stamps.of([path])
     encoder = ip_adapters.encoder_of(path)
     folder = _folder_on_hub(config, encoder) if not Path(config.model).is_absolute() else _folder_here(config, encoder)
-    device, dtype = choose_device(config, device_setting), config.dtype or "fp32"
+    device, dtype = request_parts.place(config, device_setting)
     make_room(footprint.Needs({"adapter": footprint.of_part(path, "", dtype)}, device, dtype))
-    try:
-        tensors = load_file(path)
-        # A copy also on the CPU: what is read is mapped, and changes with a file that is written over.
-        weights = Weights({key: _there(each, device, dtype) for key, each in tensors.items()})
+    with request_parts.reading(path) as state:
+        read = load_file(path)
+        tensors = {key: each.to(device, DTYPES[dtype]) for key, each in read.items()}
+        strange = [key for key in read if not read[key].is_floating_point() or not tensors[key].isfinite().all()]
+        if strange:
+            raise LoadError(f"{path.name} has no finite numbers in {ip_adapters.shown(strange)}; download it again")
+        weights = request_parts.detached(Weights(tensors))
         digest = (known.hashes if known else ContentHashes()).of(path)
-    except Exception as error:  # whatever a damaged file makes safetensors raise
-        if is_out_of_memory(error):
-            raise
-        raise LoadError(f"{path.name} cannot be loaded: {type(error).__name__}: {error}") from error
-    state = ModelState(stamps=stamps)
     return Loaded(config, Adapter(weights, digest, encoder, folder), str(path), device, dtype, state=state)
-
-
-def _there(tensor: torch.Tensor, device: str, dtype: str) -> torch.Tensor:
-    return tensor.to(device, DTYPES[dtype] if tensor.is_floating_point() else None, copy=True)
 
 
 def load_encoder(
@@ -121,21 +114,14 @@ def load_encoder(
         patterns = [f"{folder}/{name}" for name in (controlnets.DESCRIPTION, ip_adapters.ENCODER_WEIGHTS)]
         with hub_files.as_download_errors(repo):
             path = Path(snapshot_download(repo, revision=config.revision, allow_patterns=patterns)) / folder
-    device, dtype = choose_device(config, device_setting), config.dtype or "fp32"
+    device, dtype = request_parts.place(config, device_setting)
     make_room(footprint.Needs(footprint.of_folders({"image_encoder": path}, dtype, None), device, dtype))
-    try:
-        encoder: Any = CLIPVisionModelWithProjection.from_pretrained(
+    with request_parts.reading(path) as state:
+        read: Any = CLIPVisionModelWithProjection.from_pretrained(
             path, dtype=DTYPES[dtype], use_safetensors=True, local_files_only=True
         )
-        encoder = encoder.to(device)
-    except Exception as error:  # whatever a damaged file makes transformers raise
-        if is_out_of_memory(error):
-            raise
-        raise LoadError(f"{path.name} cannot be loaded: {type(error).__name__}: {error}") from error
-    for tensor in (*encoder.parameters(), *encoder.buffers()):
-        if tensor.device.type == "cpu":  # what is read is mapped, and changes with a file that is written over
-            tensor.data = tensor.data.clone()
-    return Loaded(config, ImageEncoder(encoder.eval()), str(path), device, dtype)
+        encoder = request_parts.detached(read.to(device))
+    return Loaded(config, ImageEncoder(encoder), str(path), device, dtype, state=state)
 
 
 def _repository(where: str) -> tuple[str, str]:
