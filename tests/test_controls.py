@@ -352,15 +352,23 @@ GUIDE = Path(__file__).parent.parent / "docs" / "guides" / "controls.md"
 
 @pytest.mark.parametrize("example", re.findall(r"```json\n(.*?)```", GUIDE.read_text(), re.DOTALL))
 def test_the_guide_s_examples_draw(server: Served, example: str) -> None:
-    server.model("sd")
-    body = json.loads(example.replace("PHOTO", SENT).replace("DEPTH", OTHER_SENT))
-    body |= {"size": "64x64", "width": 64, "height": 64, "steps": 2}
-    webui = "alwayson_scripts" in body
-    if webui:
-        body["override_settings"] = {"sd_model_checkpoint": "sd"}
-    answer = server.client.post("/sdapi/v1/txt2img" if webui else "/v1/images/generations", json=body)
-    assert answer.status_code == 200, answer.text
-    assert "x-sfumato-warning" not in answer.headers, answer.headers
+    server.draw_example(server.model("sd"), example.replace("PHOTO", SENT).replace("DEPTH", OTHER_SENT))
+
+
+def test_the_model_file_need_not_allow_controls(server: Served) -> None:
+    """As with LoRAs; `none` allows nothing."""
+    file = json.loads((server.folder / f"{server.model('sd')}.yaml").read_text())
+    expected = pixels(drawn(server, "sd", controls=[{"name": "sd/canny", "image": SENT}]))
+    for name, allowed in (("usual", "negative_prompt,num_inference_steps"), ("closed", "none")):
+        file |= {"name": name, "diffusers": {**file["diffusers"], "enable_parameters": allowed}}
+        (server.folder / f"{name}.yaml").write_text(json.dumps(file))
+        server.built[name] = server.built["sd"]
+    controls = [{"name": "sd/canny", "image": SENT}]
+    usual = server.generate("usual", controls=controls, size="64x64", step=4)
+    assert np.array_equal(pixels(usual), expected)
+    refused = server.generate("closed", controls=controls, size="64x64")
+    assert refused.status_code == 400
+    assert "does not allow requests to set it" in refused.json()["error"]["message"]
 
 
 def test_an_option_that_the_class_of_the_nets_lacks_is_left_out(server: Served) -> None:

@@ -13,8 +13,7 @@ import huggingface_hub.constants
 import numpy as np
 import pytest
 
-from sfumato.core import Done, Failed, Step
-from sfumato.engine.protocol import Answer, Cancel
+from sfumato.core import Done, Failed
 from sfumato.errors import DownloadError
 from sfumato.models.controlnets import config_of as net_config
 from sfumato.models.footprint import in_words
@@ -78,14 +77,7 @@ def test_a_net_leaves_when_it_is_idle_and_when_all_is_unloaded(folder: Path) -> 
 def test_a_request_that_is_cancelled_or_fails_leaves_the_model_as_it_was(folder: Path) -> None:
     plain = pixels(Engine(folder).draw(requested("1"))["1"])
     engine = Engine(folder)
-    original = engine.sent.append
-
-    def send(report: Any) -> None:
-        original(report)
-        if isinstance(report, Answer) and isinstance(report.event, Step) and report.id == "2":
-            engine.loop._handle(Cancel("2"))
-
-    engine.loop._send = send
+    engine.cancel_at_its_first_step("2")
     failing = requested("3", "sd/canny", clip_skip=60)
     events = engine.draw(requested("2", "sd/canny"), failing, requested("1"))
     assert [type(events[id]) for id in "23"] == [Failed, Failed]

@@ -200,6 +200,8 @@ def test_an_adapter_beside_a_lora(server: Served) -> None:
         ({"name": "sd/face", "image": SENT}, "controls[0].name", "FaceID"),
         ({"name": "sd/lora", "image": SENT}, "controls[0].name", "is no IP-Adapter"),
         ({"name": "sd/damaged", "image": SENT}, "controls[0].name", "damaged"),
+        ({"name": "sd/strange", "image": SENT}, "controls[0].name", "no finite numbers in ip_adapter.1.to_k_ip"),
+        ({"name": "sd/whole-numbers", "image": SENT}, "controls[0].name", "has no finite numbers in"),
         ({"name": "sd/wide", "image": SENT}, "controls[0].name", "needs an image encoder"),
         ({"name": "sd/base", "image": SENT, "mode": 1}, "controls[0].mode", "takes none"),
         ({"name": "sd/base", "image": SENT, "preprocess": "invert"}, "controls[0].preprocess", "takes none"),
@@ -228,6 +230,8 @@ def save_unfit(folder: Path) -> None:
         "shallow": {name: tensor for name, tensor in plus.items() if "layers.3" not in name},
         "face": {name.replace("proj.proj.", "proj.proj.0."): tensor for name, tensor in whole.items()},
         "lora": loras.kohya(nets.plain("sd")),
+        "strange": {**whole, first: torch.full_like(whole[first], torch.nan)},
+        "whole-numbers": {name: tensor.to(torch.int32) for name, tensor in whole.items()},
         "wide": {**whole, "image_proj.proj.weight": torch.zeros(128, 7)},
     }
     for name, tensors in files.items():
@@ -305,14 +309,7 @@ GUIDE = (Path(__file__).parent.parent / "docs" / "guides" / "ip-adapter.md").rea
 def test_the_examples_of_the_guide_draw(server: Served, example: str) -> None:
     server.model("sd")
     loras.saved(loras.kohya(nets.plain("sd")), server.folder / "loras" / "style.safetensors")
-    body = json.loads(example.replace("PHOTO", SENT).replace("OTHER", OTHER_SENT))
-    body |= {"size": "64x64", "width": 64, "height": 64, "steps": 2}
-    webui = "alwayson_scripts" in body
-    if webui:
-        body["override_settings"] = {"sd_model_checkpoint": "sd"}
-    answer = server.client.post("/sdapi/v1/txt2img" if webui else "/v1/images/generations", json=body)
-    assert answer.status_code == 200, answer.text
-    assert "x-sfumato-warning" not in answer.headers, answer.headers
+    server.draw_example("sd", example.replace("PHOTO", SENT).replace("OTHER", OTHER_SENT))
 
 
 def test_an_adapter_of_the_model_file_follows_controls_without_a_name(server: Served) -> None:

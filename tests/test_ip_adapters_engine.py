@@ -14,8 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from sfumato.commands.generate import generate
-from sfumato.core import Control, Done, Failed, Generation, Step
-from sfumato.engine.protocol import Answer, Cancel
+from sfumato.core import Control, Done, Failed, Generation
 from sfumato.errors import InvalidRequest
 from sfumato.models import ip_adapters
 from sfumato.models.picture_prompt import Adapter, PicturePrompt, Prompted, Weights
@@ -132,14 +131,7 @@ def test_requests_with_one_adapter_and_different_loras_share_forward_passes(fold
 def test_a_request_that_is_cancelled_or_fails_leaves_the_model_as_it_was(folder: Path) -> None:
     plain = pixels(Engine(folder).draw(generation("1"))["1"])
     engine = Engine(folder)
-    original = engine.sent.append
-
-    def send(report: Any) -> None:
-        original(report)
-        if isinstance(report, Answer) and isinstance(report.event, Step) and report.id == "2":
-            engine.loop._handle(Cancel("2"))
-
-    engine.loop._send = send
+    engine.cancel_at_its_first_step("2")
     failing = requested("3", clip_skip=60)
     events = engine.draw(requested("2"), failing, generation("1"))
     assert [type(events[id]) for id in "23"] == [Failed, Failed]

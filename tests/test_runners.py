@@ -7,6 +7,7 @@ import gc
 import os
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
@@ -189,7 +190,11 @@ def test_the_oldest_graphs_leave(tmp_path: Path) -> None:
         (tmp_path / str(number)).mkdir()
         os.utime(tmp_path / str(number), (number, number))
     (tmp_path / "new").mkdir()
+    for name, written in ((".part-ended", 0.0), (".part-now", time.time())):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (written, written))
     kept.touch(tmp_path / "new")
+    (tmp_path / ".part-now").rmdir()  # another process still writes it
     assert sorted(each.name for each in tmp_path.iterdir()) == sorted(["new", *map(str, range(3, kept.MAX_KEPT + 2))])
 
 
@@ -203,8 +208,8 @@ def test_a_graph_gives_the_numbers_of_its_module_at_every_size_and_batch(dtype: 
     full = tiny.stable_diffusion().unet.eval()
     full.load_state_dict({name: value.float() for name, value in unet.state_dict().items()})
     runner = runner_of(unet, folder)
-    for rows, side, time in ((2, 8, 981), (1, 8, 3), (4, 16, 500), (2, 12, 981)):
-        asked = call(unet, rows, side, timestep=torch.tensor(time))
+    for rows, side, step in ((2, 8, 981), (1, 8, 3), (4, 16, 500), (2, 12, 981)):
+        asked = call(unet, rows, side, timestep=torch.tensor(step))
         asked = {name: value.to(dtype) if name in ("sample", "encoder_hidden_states") else value
                  for name, value in asked.items()}  # fmt: skip
         assert runner.prepare("__call__", (), asked, wait=True)

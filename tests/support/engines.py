@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from sfumato.config import ModelConfig
-from sfumato.core import Done, Generation
+from sfumato.core import Done, Generation, Step
 from sfumato.engine.loop import Loop
-from sfumato.engine.protocol import Answer, Stop, Submit
+from sfumato.engine.protocol import Answer, Cancel, Stop, Submit
 from sfumato.pictures.images import decoded
 from sfumato.sampling import nested
 from sfumato.settings import Settings
@@ -34,6 +34,16 @@ class Engine:
         self.loop.post(Stop())
         self.loop.run()
         return {each.id: each.event for each in self.sent if isinstance(each, Answer)}
+
+    def cancel_at_its_first_step(self, id: str) -> None:
+        original = self.sent.append
+
+        def send(report: Any) -> None:
+            original(report)
+            if isinstance(report, Answer) and isinstance(report.event, Step) and report.id == id:
+                self.loop._handle(Cancel(id))
+
+        self.loop._send = send
 
     @property
     def in_memory(self) -> set[str]:

@@ -84,6 +84,16 @@ class Served:
         assert told["status"] == "ready", told["detail"]
         return told
 
+    def draw_example(self, model: str, example: str) -> None:
+        """Send the JSON of a guide to the route that it is for, and see that it draws without a warning."""
+        body = json.loads(example) | {"size": "64x64", "width": 64, "height": 64, "steps": 2}
+        webui = "alwayson_scripts" in body
+        if webui:
+            body["override_settings"] = {"sd_model_checkpoint": model}
+        answer = self.client.post("/sdapi/v1/txt2img" if webui else "/v1/images/generations", json=body)
+        assert answer.status_code == 200, answer.text
+        assert "x-sfumato-warning" not in answer.headers, answer.headers
+
     def generate(self, model: str, **fields: Any) -> Any:
         body = {"model": model, "prompt": "a cat", "seed": 1, "response_format": "b64_json", **fields}
         return self.client.post("/v1/images/generations", json=body)
