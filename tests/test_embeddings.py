@@ -122,6 +122,20 @@ def test_encoders_that_two_models_share(folder: Path) -> None:
         assert np.abs(pixels(drawn(model, name)) - pixels(expected[done])).max() <= 1
 
 
+def test_an_embedding_is_in_a_shared_encoder_once(folder: Path) -> None:
+    """Also when a model is loaded again, with a new tokenizer, beside one that shares its encoder."""
+    one = model_of("sd", folder)
+    encoder = one.pipeline.text_encoder
+    expected = {name: pixels(drawn(one, name)) for name in ("cattoy", "easy-negative")}
+    rows = encoder.get_input_embeddings().weight.shape[0]
+    for names in (("easy-negative", "cattoy"), ("cattoy", "easy-negative")):
+        again = model_of("sd", folder)
+        again.pipeline.text_encoder = encoder
+        for name in names:
+            assert np.array_equal(pixels(drawn(again, name)), expected[name])
+        assert encoder.get_input_embeddings().weight.shape[0] == rows
+
+
 @pytest.mark.parametrize(("kind", "name"), [("sd", "cattoy"), ("xl", "both")])
 def test_no_other_request_is_affected(kind: str, name: str, folder: Path) -> None:
     """Neither one that never named it, nor the same text on a model that has none."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 
-from sfumato.checkpoints import diffusers_source, sources, variants, weight_header
+from sfumato.checkpoints import diffusers_source, sources, variants, weight_file, weight_header
 from sfumato.checkpoints.weight_header import Header
 from sfumato.config import ModelConfig
 from sfumato.errors import InvalidRequest, LoadError, did_you_mean
@@ -105,14 +105,13 @@ def _is_net(path: Path) -> bool:
 def class_of(path: Path) -> str | None:
     """The diffusers class of a ControlNet's folder or file; None if it is none, or cannot be read."""
     if path.is_file():
-        stat = path.stat()
-        return _class_of_file(path, stat.st_mtime_ns, stat.st_size)
+        return _class_of_file(path, weight_file.stamp(path))
     name = diffusers_source.json_of(path / DESCRIPTION).get("_class_name")
     return name if isinstance(name, str) and "ControlNet" in name else None
 
 
 @functools.lru_cache(4096)
-def _class_of_file(path: Path, written: int, size: int) -> str | None:
+def _class_of_file(path: Path, stamp: tuple[int, int, int] | None) -> str | None:
     """Read once for each version of a file: lists and requests look at all of the folder."""
     try:
         return class_in(weight_header.of_file(path))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -102,15 +103,16 @@ def _load(model: Loaded, pipeline: Any, path: Path, digest: str) -> str:
         with torch.inference_mode(False), torch.no_grad():
             for tokenizer_name, encoder_name in targets:
                 tokenizer, encoder = (getattr(model.pipeline, name) for name in (tokenizer_name, encoder_name))
-                if tokens[0] in tokenizer.get_vocab():  # the second encoder failed the last time
-                    continue
                 _align(tokenizer, encoder)
+                if tokens[0] in tokenizer.get_vocab():  # of another model, or the second encoder failed the last time
+                    continue
                 # All rows are set below: a distribution to draw them from would take seconds to compute.
                 encoder.resize_token_embeddings(len(tokenizer) + count, mean_resizing=False)
                 model.pipeline.load_textual_inversion(
                     [{token: row} for token, row in zip(tokens, by_encoder[encoder_name], strict=True)],
                     token=tokens, tokenizer=tokenizer, text_encoder=encoder,
                 )  # fmt: skip
+                _ADDED[encoder] += tokens
     finally:
         torch_state.set_random(random_state)
     if offload.enabled(model.pipeline):  # diffusers has attached its hooks anew
@@ -118,14 +120,20 @@ def _load(model: Loaded, pipeline: Any, path: Path, digest: str) -> str:
     return " ".join(tokens)
 
 
-def _align(tokenizer: Any, encoder: Any) -> None:
-    """Give a tokenizer as many tokens as the encoder has rows, so that the next token is the next row.
+_ADDED: weakref.WeakKeyDictionary[Any, list[str]] = weakref.WeakKeyDictionary()
+"""Text encoder → the tokens of the rows that embeddings have added to it, in their order."""
 
-    An encoder has more of them if another model that shares it has loaded an embedding.
+
+def _align(tokenizer: Any, encoder: Any) -> None:
+    """Give a tokenizer a token for each row of the encoder, so that the next token is the next row.
+
+    Models that share an encoder have tokenizers of their own, and one that is loaded again has a new one: rows that
+    the others have added keep their tokens, and are not added again.
     """
-    rows = encoder.get_input_embeddings().weight.shape[0]
-    if missing := rows - len(tokenizer):
-        tokenizer.add_tokens([f"<embedding-elsewhere-{len(tokenizer) + number}>" for number in range(missing)])
+    added = _ADDED.setdefault(encoder, [])
+    if (missing := encoder.get_input_embeddings().weight.shape[0] - len(tokenizer)) > 0:
+        unused = [f"<row-{len(tokenizer) + number}>" for number in range(missing - len(added))]
+        tokenizer.add_tokens([*unused, *added[-missing:]])
 
 
 def _by_encoder(
