@@ -24,6 +24,7 @@ from sfumato.settings import Settings
 from support import loras, nets, prompted, tiny
 from support.drawing import loaded, source
 from support.engines import Engine, generation, pixels
+from support.here import cut
 from support.hub import Hub
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers' and transformers' own, some about toy sizes
@@ -182,6 +183,27 @@ def test_an_adapter_of_a_hub_is_fetched_once_with_the_encoder_that_fits(
     missing = Engine(folder).draw(requested("1", "some/adapters/other.safetensors"))["1"]
     assert isinstance(missing, Failed)
     assert (missing.error.status, missing.error.param) == (400, "controls[0].name")
+
+
+def test_what_a_model_file_names_on_a_hub_is_pulled(
+    folder: Path, here: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The adapter and its image encoder, so that the first request needs no network."""
+    repository = tmp_path / "repository"
+    (repository / "models").mkdir(parents=True)
+    shutil.copy(folder / "ip_adapters" / "plus.safetensors", repository / "models" / "ip-adapter-plus.safetensors")
+    shutil.copytree(folder / "ip_adapters" / "image_encoder", repository / "models" / "image_encoder")
+    here.add("some/ip-adapters", repository)
+    named = "some/ip-adapters/models/ip-adapter-plus.safetensors"
+    ip_adapters.fetch(Engine(folder, ip_adapters=(named,)).config)
+    assert here.downloads("some/ip-adapters").keys() >= {
+        "models/ip-adapter-plus.safetensors", "models/image_encoder/model.safetensors",
+    }  # fmt: skip
+    cut(monkeypatch)
+    follows = generation("1", controls=(Control(source(64, 64)),))
+    drawn = Engine(folder, ip_adapters=(named,)).draw(follows)["1"]
+    local = Engine(folder, ip_adapters=("plus",)).draw(follows)["1"]
+    assert np.array_equal(pixels(drawn), pixels(local))
 
 
 def test_a_picture_is_made_again_from_its_recipe_and_the_references(folder: Path, tmp_path: Path) -> None:

@@ -110,10 +110,7 @@ def load_encoder(
     path = Path(config.model)
     if not path.is_absolute():
         on_status(ModelStatus("downloading", config.model))
-        repo, folder = _repository(config.model)
-        patterns = [f"{folder}/{name}" for name in (controlnets.DESCRIPTION, ip_adapters.ENCODER_WEIGHTS)]
-        with hub_files.as_download_errors(repo):
-            path = Path(snapshot_download(repo, revision=config.revision, allow_patterns=patterns)) / folder
+        path = _fetch_encoder(*_repository(config.model), config.revision)
     device, dtype = request_parts.place(config, device_setting)
     make_room(footprint.Needs(footprint.of_folders({"image_encoder": path}, dtype, None), device, dtype))
     with request_parts.reading(path) as state:
@@ -133,6 +130,22 @@ def _fetch(config: ModelConfig) -> Path:
     repo, file = _repository(config.model)
     with hub_files.as_download_errors(repo):
         return Path(hf_hub_download(repo, file, revision=config.revision))
+
+
+def _fetch_encoder(repo: str, folder: str, revision: str | None) -> Path:
+    patterns = [f"{folder}/{name}" for name in (controlnets.DESCRIPTION, ip_adapters.ENCODER_WEIGHTS)]
+    with hub_files.as_download_errors(repo):
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns)) / folder
+
+
+def fetch(config: ModelConfig) -> None:
+    """Download the adapters that a model file names on the hub, and their image encoders."""
+    for name in config.ip_adapters:
+        source = ip_adapters.find(config.folder, name, "diffusers.ip_adapter")
+        if source and isinstance(where := source[1], HubFile):
+            part = replace(config, model=f"{where.id}/{where.file}", revision=where.revision)
+            if folder := _folder_on_hub(part, ip_adapters.encoder_of(_fetch(part))):
+                _fetch_encoder(where.id, folder, where.revision)
 
 
 def _folder_on_hub(config: ModelConfig, encoder: ip_adapters.Encoder) -> str | None:
