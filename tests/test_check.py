@@ -84,6 +84,15 @@ def test_what_has_to_be_mended_and_what_has_no_effect(tmp_path: Path) -> None:
     assert "which wins" in str(found["twice2"])
 
 
+def test_what_the_file_puts_into_the_model_is_told(tmp_path: Path) -> None:
+    text = f"parameters: {{model: {EMBEDDED / 'sfumato-tiny'}}}\nvae: tiny\naccelerate: openvino\n"
+    (tmp_path / "m.yaml").write_text(text)
+    (report,) = check(Catalog([tmp_path]))
+    facts = dict(report.facts)
+    assert facts["runner"] == "openvino"
+    assert facts["VAE"] == "the tiny one for its latents"
+
+
 def test_an_ip_adapter_that_is_nowhere_is_told(tmp_path: Path) -> None:
     text = f"parameters: {{model: {EMBEDDED / 'sfumato-tiny'}}}\ndiffusers: {{ip_adapter: nope/plus}}\n"
     (tmp_path / "m.yaml").write_text(text)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sfumato.checkpoints import file_values, ip_adapters, pipeline_class, sources, static_capabilities
+from sfumato.checkpoints import file_values, ip_adapters, pipeline_class, sources, static_capabilities, tiny_vaes
 from sfumato.config import Broken, ModelConfig, ParsedFile, Redirect, Skipped, addresses
 from sfumato.errors import DownloadError, InvalidRequest, SfumatoError, in_words
 from sfumato.models import inspection, low_memory, quantizers
@@ -176,6 +176,9 @@ def _settings(config: ModelConfig) -> Iterator[tuple[str, str]]:
     yield "dtype", config.dtype or f"{half}bf16 if the device supports it, else fp32"
     yield "memory", "; ".join(_memory(config))
     yield "scheduler", config.sampling.scheduler or "the model's own"
+    yield "runner", config.accelerate or ""
+    yield "VAE", "the tiny one for its latents" if config.vae == tiny_vaes.TINY else addresses.redact(config.vae or "")
+    yield "IP-Adapters", ", ".join(config.ip_adapters)
     yield "adapters", ", ".join(f"{addresses.redact(lora.source)} × {lora.scale:g}" for lora in config.adapters)
     yield "defaults", ", ".join(f"{label} {value}" for label, value in _defaults(config) if value is not None)
     yield "options", ", ".join(f"{key}={in_words(value)}" for key, value in config.options.items())

@@ -39,9 +39,6 @@ from sfumato.models.picture_prompt import Adapter, ImageEncoder, PicturePrompt, 
 from sfumato.models.sharing import Sharing
 from sfumato.pipelines.capabilities import parameters_of
 
-ATTENTION = (".to_k_ip.weight", ".to_v_ip.weight", ".to_k_ip.bias", ".to_v_ip.bias")
-
-
 # What is loaded.
 
 
