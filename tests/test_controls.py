@@ -418,6 +418,15 @@ def test_the_classes_that_are_read_from_sources_are_those_of_diffusers() -> None
         assert each.several == bool(re.search(r"\b(list|tuple)\[", words, re.IGNORECASE)), name
 
 
+@pytest.mark.parametrize("described", ["[]", "{", '{"_class_name": "os.system"}', '{"_class_name": 3}'])
+def test_a_folder_that_is_no_control_net_is_not_asked_of_the_hub(described: str, tmp_path: Path) -> None:
+    folder = tmp_path / "controlnets" / "mine" / "canny"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(described)
+    with pytest.raises(InvalidRequest, match=r"is in controlnets/, but its config.json names no ControlNet"):
+        ip_adapters.find_any(tmp_path, "mine/canny", "controls[0].name")
+
+
 @pytest.mark.parametrize("name", ["/etc/passwd", "/models/nets/canny.safetensors", "~/canny/x", "./canny/x"])
 def test_a_path_of_a_disk_is_not_asked_of_the_hub(name: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="there is no ControlNet") as refused:

@@ -169,6 +169,12 @@ def find(folder: Path, name: str, param: str) -> dict[str, Path | HubNet]:
                 refuse(path)
             except LoadError as error:
                 raise InvalidRequest(f"{param}: {each[:100]!r}: {error.message}", param=param) from None
+    if plain and ".." not in plain.split("/") and (folder / FOLDER / plain / DESCRIPTION).is_file():
+        raise InvalidRequest(
+            f"{param}: {plain[:100]!r} is in {FOLDER}/, but its {DESCRIPTION} names no ControlNet of diffusers "
+            "(`_class_name`); take it from the ControlNet's repository",
+            param=param,
+        )
     match = None if is_path(name) else _HUB.fullmatch(plain)
     if match and not {"..", "."} & set(f"{match['id']}/{match['file'] or ''}".split("/")):
         net = HubNet(match["id"], match["revision"] or match["branch"], match["file"])
