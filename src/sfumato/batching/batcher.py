@@ -23,11 +23,12 @@ from typing import Any
 import greenlet  # type: ignore[import-untyped]
 import torch
 
-from sfumato.batching import adapter_rows, cpu_threads, offload, policy, torch_state
+from sfumato.batching import adapter_rows, cpu_threads, interruption, offload, policy, torch_state
 from sfumato.batching.calls import Call, Fingerprints
 from sfumato.batching.concatenation import ConcatenationCache
 from sfumato.batching.counts import Count, Counts
 from sfumato.batching.fair_share import FairShare
+from sfumato.batching.interruption import SharedCall, Slices
 from sfumato.batching.outcomes import Compute, Outcome, Reply, Result, is_out_of_memory
 from sfumato.batching.prompt_cache import PromptCache
 from sfumato.batching.reasons import Reason
@@ -64,11 +65,14 @@ class Batcher:
     """torch state at the start of this turn; it must be the same on both sides of a switch."""
     threads: int = field(default_factory=torch.get_num_threads)
     """CPU threads for requests that do not set them."""
+    slices: Slices = field(default_factory=Slices)
     limits: RowLimits = field(init=False)
     _runner: Runner = field(init=False)
     _share: FairShare = field(default_factory=FairShare)
     _queue: deque[Task] = field(default_factory=deque)
     _active: dict[int, Task] = field(default_factory=dict)
+    _shared: list[SharedCall] = field(default_factory=list)
+    """Long forward passes for several calls that have been interrupted."""
     _to_end: list[Task] = field(default_factory=list)
     """Tasks to end as soon as no request is running."""
     _numbers: itertools.count[int] = field(default_factory=itertools.count)
@@ -91,10 +95,14 @@ class Batcher:
         self._advance()
         while self._admit():  # some have begun to wait for others, and given up their places
             self._advance()
-        if group := self._schedule():
+        long = self._interrupted()
+        group = self._schedule(beside_long=long is not None)
+        if group or long:
             self.now += 1
-            if replies := self._run(group):
-                self._scatter(group, replies)
+        if group:
+            self._compute(group)
+        if long:
+            self._go_on(long)
         return bool(self._active or self._queue)
 
     # The parts of a turn, in order.
@@ -125,9 +133,16 @@ class Batcher:
             self._answer_from_cache()
             ready = self._in_state(State.READY)
 
-    def _schedule(self) -> list[Task]:
-        """The tasks whose calls share the next forward pass, the leader first; empty if no task is parked."""
-        waiting = [self._waiting(task) for task in self._active.values() if task.state is State.PARKED]
+    def _schedule(self, *, beside_long: bool) -> list[Task]:
+        """The tasks whose calls share the next forward pass, the leader first; empty if no task is parked.
+
+        `beside_long`: a long call has been interrupted, and others begin when it has ended.
+        """
+        waiting = [
+            self._waiting(task)
+            for task in self._in_state(State.PARKED)
+            if not (beside_long and task.call and task.call.method in interruption.METHODS)
+        ]
         chosen = policy.choose(waiting, self.now, self._room, self._share.of, self.patience)
         leaders: dict[Hashable, Task] = {}
         for waiting_call in chosen:
@@ -137,16 +152,60 @@ class Batcher:
             leaders.setdefault(task.prompt_key if task.prompt_key is not None else task.number, task)
         return adapter_rows.together(list(leaders.values()), _adapters)
 
-    def _run(self, group: Sequence[Task]) -> Sequence[Reply]:
-        """One forward pass for the calls of `group`: a reply for each; empty if it ran out of memory."""
+    def _compute(self, group: Sequence[Task]) -> None:
+        """One forward pass for the calls of `group`, or, of a long one, the first part."""
+        calls = [call for task in group if (call := task.call)]
+        began = self.slices.now()
+        if calls[0].method not in interruption.METHODS:
+            if replies := self._run(group, calls):
+                self._scatter(group, replies)
+            self.slices.forward(began)
+        elif len(group) == 1:
+            self._scatter(group, [Compute()])
+        else:
+            self._begin_long(group, calls)
+
+    def _run(self, group: Sequence[Task], calls: Sequence[Call]) -> Sequence[Reply]:
+        """One forward pass: a reply for each of `group`; empty if it ran out of memory."""
         if len(group) == 1:
             return [Compute()]
-        calls = [call for task in group if (call := task.call)]
         with cpu_threads.using(group[0].threads or self.threads):
             replies = self._runner.run(calls)
         if replies is None:
             self._make_room(calls)
         return replies or ()
+
+    def _begin_long(self, group: Sequence[Task], calls: Sequence[Call]) -> None:
+        def before_part(on_host: bool) -> None:
+            if self.slices.over(on_host) and torch_state.ambient() == self.ambient:
+                shared.interrupt()
+
+        shared = SharedCall(group, lambda: self._runner.run(calls, before_part))
+        for task in group:
+            task.batch()
+        self._shared.append(shared)
+        self._go_on(shared)
+
+    def _go_on(self, long: Task | SharedCall) -> None:
+        """Compute the next part of a long call."""
+        if isinstance(long, Task):
+            self._resume(long)
+            return
+        if all(task.done for task in long.group):
+            long.end()
+        else:
+            self.slices.begin()
+            with cpu_threads.using(long.group[0].threads or self.threads):
+                long.switch()
+        if not long.dead:
+            return
+        self._shared.remove(long)
+        if long.replies is not None:
+            self._scatter(long.group, long.replies)
+        elif parked := [task for task in long.group if not task.done]:
+            for task in parked:
+                task.park_again()
+            self._make_room([task.call for task in parked if task.call])
 
     def _scatter(self, group: Sequence[Task], replies: Sequence[Reply]) -> None:
         """Send the replies. A task that must compute its own call does so at once; others resume in the next turn."""
@@ -168,10 +227,15 @@ class Batcher:
     def _in_state(self, *states: State) -> list[Task]:
         return [task for task in self._active.values() if task.state in states]
 
+    def _interrupted(self) -> Task | SharedCall | None:
+        """The long call that goes on next, if any has been interrupted."""
+        return self._shared[0] if self._shared else next(iter(self._in_state(State.INTERRUPTED)), None)
+
     def _resume(self, task: Task) -> None:
         self._end_marked()
         if task.done:  # cancelled by another one in this turn
             return
+        self.slices.begin()
         task.resume()
         if task.outcome is not None:
             self._active.pop(task.number, None)
@@ -299,6 +363,9 @@ class Batcher:
         """End every task with `error`."""
         for task in [*self._queue, *self._active.values()]:
             self.cancel(task, error)
+        for shared in self._shared:
+            shared.end()
+        self._shared.clear()
 
     def _end_marked(self) -> None:
         while self._to_end:

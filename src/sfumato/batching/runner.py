@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from sfumato.batching import outputs, proof
-from sfumato.batching.calls import Call, compute, differences_between, lead
+from sfumato.batching.calls import Call, compute, differences_between, lead, target
 from sfumato.batching.concatenation import ConcatenationCache, join
 from sfumato.batching.counts import Counts
+from sfumato.batching.interruption import BeforePart, interruptible, part_by_part
 from sfumato.batching.outcomes import Compute, Reply, Result, is_out_of_memory
 from sfumato.batching.outputs import Unsplittable
 from sfumato.batching.proof import Evidence
@@ -34,13 +35,17 @@ class Runner:
     concatenations: ConcatenationCache
     counts: Counts
 
-    def run(self, calls: Sequence[Call]) -> Sequence[Reply] | None:
-        """One forward pass for `calls`, at least two: a reply for each, or None if it ran out of memory."""
+    def run(self, calls: Sequence[Call], before_part: BeforePart | None = None) -> Sequence[Reply] | None:
+        """One forward pass for `calls`, at least two: a reply for each, or None if it ran out of memory.
+
+        `before_part`: called before each part of the module, if the calls are long.
+        """
         first = lead(calls)
         signature = self.verification.signature(first, differences_between(calls))
         decision = self.verification.decision(first, signature)
         try:
-            output, by = _forward(calls, join(calls, self.concatenations), proving=decision == "try")
+            proving = decision == "try"
+            output, by = _forward(calls, join(calls, self.concatenations), proving, None if proving else before_part)
             parts = outputs.split(output, [call.rows for call in calls], listed=first.listed)
         except Unsplittable as reason:
             self.counts.add(first.name, 0, 1)
@@ -83,12 +88,17 @@ class Runner:
         return _each_alone(calls, Comparison(evidence.parts, settle))
 
 
-def _forward(calls: Sequence[Call], arguments: dict[str, Any], *, proving: bool) -> tuple[Any, str]:
+def _forward(
+    calls: Sequence[Call], arguments: dict[str, Any], proving: bool, before_part: BeforePart | None
+) -> tuple[Any, str]:
     """The output of one forward pass, and what computed it. Proofs are about the module itself."""
     first = lead(calls)
-    if first.runner is None or proving:
+    if first.runner is not None and not proving:
+        return first.runner.run(first.method, (), arguments)
+    if before_part is None or first.is_adapted or not interruptible(first.module, first.method):
         return compute(calls, (), arguments), ""
-    return first.runner.run(first.method, (), arguments)
+    with part_by_part(first.module, before_part) as module:
+        return target(module, first.method)(**arguments), ""
 
 
 def _each_alone(calls: Sequence[Call], trial: Trial | None = None) -> Sequence[Compute]:

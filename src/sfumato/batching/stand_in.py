@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import greenlet  # type: ignore[import-untyped]
 import torch
 
-from sfumato.batching import feature_caches
+from sfumato.batching import feature_caches, interruption
 from sfumato.batching.adapted import Selection
 from sfumato.batching.calls import target
+from sfumato.batching.interruption import BeforePart
 from sfumato.batching.module_runner import ModuleRunner
 from sfumato.pipelines import compat, tiling
 
@@ -131,19 +132,27 @@ class StandIn:
     def __repr__(self) -> str:
         return f"<stand-in for {self._sfumato_module!r}>"
 
-    def _sfumato_compute(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call the module itself, within the cache context that the pipeline requested."""
+    def _sfumato_compute(
+        self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], before_part: BeforePart | None = None
+    ) -> Any:
+        """Call the module itself, within the cache context that the pipeline requested. `before_part`: if it is long"""
         with self._sfumato_within():
             selection: Selection | None = self._sfumato_selection
             if selection and not selection.plain:
                 return selection.run(method, [selection], args, kwargs)
-            return target(self._sfumato_module, method)(*args, **kwargs)
+            module = tiling.tiled(self._sfumato_module) if self._sfumato_tiled else self._sfumato_module
+            if before_part is None or self._sfumato_stateful or not interruption.interruptible(module, method):
+                return target(module, method)(*args, **kwargs)
+            with interruption.part_by_part(module, before_part) as own:
+                return target(own, method)(*args, **kwargs)
 
-    def _sfumato_run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _sfumato_run(
+        self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], before_part: BeforePart | None = None
+    ) -> Any:
         """As `_sfumato_compute`, by the runner if there is one."""
         runner: ModuleRunner | None = self._sfumato_runner
         if runner is None:
-            return self._sfumato_compute(method, args, kwargs)
+            return self._sfumato_compute(method, args, kwargs, before_part)
         value, by = runner.run(method, args, kwargs)
         self._sfumato_view.computed_by.add(by)
         return value
@@ -162,8 +171,6 @@ class StandIn:
         return shared.tiled and name.rpartition(".")[2] == tiling.NAME
 
     def _sfumato_within(self) -> AbstractContextManager[Any]:
-        if self._sfumato_tiled:
-            return tiling.tiled(self._sfumato_module)
         if self._sfumato_context is None or not self._sfumato_stateful:
             return nullcontext()
         name, fields = self._sfumato_context

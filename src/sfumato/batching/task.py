@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import functools
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping
 from enum import IntEnum, auto
@@ -14,6 +15,7 @@ import greenlet  # type: ignore[import-untyped]
 from sfumato.batching import cpu_threads, policy, torch_state
 from sfumato.batching.calls import Call, Fingerprints, describe
 from sfumato.batching.counts import Counts
+from sfumato.batching.interruption import Slices
 from sfumato.batching.outcomes import Compute, Outcome, Reply, Result
 from sfumato.batching.prompt_cache import PromptCache
 from sfumato.batching.reasons import Reason
@@ -32,8 +34,12 @@ class State(IntEnum):  # members of a plain Enum are slow to look up
     """The thread runs its code."""
     PARKED = auto()
     """Waits at a module call for a reply."""
+    BATCHED = auto()
+    """Its call is part of a long forward pass that has been interrupted."""
     PAUSED = auto()
     """Has yielded its turn (`Batcher.turn`) and runs again in the next one."""
+    INTERRUPTED = auto()
+    """Computes a long call of its own, and goes on after a forward pass of others."""
     ENDED = auto()
     """Has an outcome."""
 
@@ -41,8 +47,10 @@ class State(IntEnum):  # members of a plain Enum are slow to look up
 NEXT: Mapping[State, frozenset[State]] = MappingProxyType({
     State.QUEUED: frozenset({State.READY, State.ENDED}),
     State.READY: frozenset({State.RUNNING, State.ENDED}),
-    State.RUNNING: frozenset({State.PARKED, State.PAUSED, State.ENDED}),
-    State.PARKED: frozenset({State.READY, State.RUNNING, State.ENDED}),
+    State.RUNNING: frozenset({State.PARKED, State.PAUSED, State.INTERRUPTED, State.ENDED}),
+    State.PARKED: frozenset({State.BATCHED, State.READY, State.RUNNING, State.ENDED}),
+    State.BATCHED: frozenset({State.PARKED, State.READY, State.RUNNING, State.ENDED}),
+    State.INTERRUPTED: frozenset({State.RUNNING, State.ENDED}),
     State.PAUSED: frozenset({State.RUNNING, State.ENDED}),
     State.ENDED: frozenset(),
 })  # fmt: skip
@@ -59,6 +67,7 @@ class Host(Protocol):
     prompt_cache: PromptCache
     fingerprints: Fingerprints
     counts: Counts
+    slices: Slices
 
     def listen(self) -> None: ...
 
@@ -115,6 +124,14 @@ class Task(CallHandler):
         """It gets a place and may begin."""
         self.placed = True
         self._become(State.READY)
+
+    def batch(self) -> None:
+        """Its call is now part of a long forward pass."""
+        self._become(State.BATCHED)
+
+    def park_again(self) -> None:
+        """That forward pass ran out of memory."""
+        self._become(State.PARKED)
 
     def answer(self, reply: Reply) -> None:
         """The reply to the call at which it is parked."""
@@ -219,7 +236,8 @@ class Task(CallHandler):
         if trial is None and (unbatched := batcher.why_alone(call)):
             batcher.counts.add_unbatched(call.name, unbatched, call.alone_because)
         try:
-            value = stand_in._sfumato_run(call.method, call.args, call.kwargs)
+            before_part = functools.partial(self._before_part, stand_in)
+            value = stand_in._sfumato_run(call.method, call.args, call.kwargs, before_part)
             # A proof is about the module itself.
             own = call.run() if trial and call.runner else value
         except BaseException:
@@ -230,6 +248,12 @@ class Task(CallHandler):
         if trial:
             trial.computed(reply.member, own)
         return value
+
+    def _before_part(self, stand_in: StandIn, on_host: bool) -> None:
+        """Within a long call of its own: let others compute, if it is time."""
+        if self.batcher.slices.over(on_host) and not self._must_not_switch(stand_in):
+            self._become(State.INTERRUPTED)
+            self.parent.switch()
 
     # Used on both sides.
 

@@ -5,8 +5,7 @@ Pixels differ slightly where tiles meet, so it applies to one request and not to
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import copy
 from typing import Any
 
 NAME = "vae"
@@ -21,18 +20,10 @@ def can_tile(pipeline: Any) -> bool:
     return hasattr(getattr(pipeline, NAME, None), TILING)
 
 
-@contextmanager
-def tiled(vae: Any) -> Iterator[None]:
-    """Inside the context `vae` works in tiles, one picture at a time; afterwards as before."""
-    before = dict(vars(vae))
-    try:
-        for attribute, enable in ((SLICING, "enable_slicing"), (TILING, "enable_tiling")):
-            if hasattr(vae, attribute):
-                getattr(vae, enable)()
-        yield
-    finally:
-        for name, value in list(vars(vae).items()):
-            if name not in before:
-                delattr(vae, name)
-            elif before[name] is not value:
-                setattr(vae, name, before[name])
+def tiled(vae: Any) -> Any:
+    """A copy of `vae` with the same weights that works in tiles, one picture at a time."""
+    copied = copy.copy(vae)
+    for attribute, enable in ((SLICING, "enable_slicing"), (TILING, "enable_tiling")):
+        if hasattr(copied, attribute):
+            getattr(copied, enable)()
+    return copied

@@ -1,0 +1,146 @@
+"""Long calls are computed part by part, with forward passes of others in between.
+
+A VAE that decodes a large picture computes for as long as many denoising steps of small ones. So before a part of it
+begins, its request may let others compute one forward pass. The same operations run in the same order, so the picture
+is the same, bit for bit, as without the interruption. Tiles would change pixels where they meet.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import copy
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import greenlet  # type: ignore[import-untyped]
+import torch
+
+from sfumato.batching.outcomes import Reply
+
+if TYPE_CHECKING:
+    from sfumato.batching.task import Task
+
+METHODS = frozenset({"encode", "decode"})
+"""Methods whose calls may be long: those of a VAE."""
+
+MOVED_OR_COMPILED = ("_hf_hook", "_diffusers_hook", "_orig_mod")
+"""Attributes of modules whose weights accelerate or diffusers move, or that `torch.compile` has made."""
+
+BeforePart: TypeAlias = Callable[[bool], None]
+"""Called before a part of a module computes: whether it computes on the host, whose clock then says how long."""
+
+MINIMUM_S = 0.02
+"""Calls are not interrupted before they have computed this long."""
+
+SHARE = 0.75
+"""Part of a forward pass's time that a long call may compute before the next one; its parts cannot be divided."""
+
+
+def interruptible(module: Any, method: str) -> bool:
+    """Whether a call of `method` of `module` can be computed part by part.
+
+    Not where something else than the module's own code moves weights between its parts, or has compiled them.
+    """
+    if method not in METHODS or not isinstance(module, torch.nn.Module):
+        return False
+    return not any(
+        any(hasattr(part, name) for name in MOVED_OR_COMPILED) or part._compiled_call_impl is not None
+        for part in module.modules()
+    )
+
+
+@contextmanager
+def part_by_part(module: Any, before_part: BeforePart) -> Iterator[Any]:
+    """A copy of `module` with the same weights; `before_part` is called here before each of its parts computes.
+
+    A copy, because some VAEs keep a state on themselves during a call, and others may call them in between.
+    """
+    here, on_host = greenlet.getcurrent(), _on_host(module)
+
+    def hook(part: Any, args: Any) -> None:
+        if greenlet.getcurrent() is here:
+            before_part(on_host)
+
+    hooks = [part.register_forward_pre_hook(hook) for part in _parts(module)]
+    try:
+        yield copy.copy(module)
+    finally:
+        for each in hooks:
+            each.remove()
+
+
+def _parts(module: torch.nn.Module) -> list[torch.nn.Module]:
+    """Its layers; on an accelerator, whose time the host does not see pass, its blocks."""
+    if _on_host(module):
+        return [part for part in module.modules() if next(part.children(), None) is None]
+    return list(_blocks(module))
+
+
+def _on_host(module: torch.nn.Module) -> bool:
+    parameter = next(module.parameters(), None)
+    return parameter is None or parameter.device.type == "cpu"
+
+
+def _blocks(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """Members of the outermost lists of modules."""
+    for part in module.children():
+        if isinstance(part, torch.nn.ModuleList | torch.nn.Sequential):
+            yield from part
+        else:
+            yield from _blocks(part)
+
+
+class Slices:
+    """How long a long call may compute before others have their forward pass."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        """`clock`: seconds."""
+        self._clock = clock
+        self._forward_s = 0.0
+        self._began = self._previous = 0.0
+
+    def begin(self) -> None:
+        """A request, or a forward pass of several, begins to compute or goes on."""
+        self._began = self._previous = self._clock()
+
+    def forward(self, began: float) -> None:
+        """The latest forward pass of others began at that time and ends now."""
+        self._forward_s = self._clock() - began
+
+    def now(self) -> float:
+        return self._clock()
+
+    def over(self, on_host: bool) -> bool:
+        """Whether it has computed for long enough, before its next part. One like the one before must still fit."""
+        if not on_host:
+            return True
+        now = self._clock()
+        part, self._previous = now - self._previous, now
+        return now - self._began + part > max(MINIMUM_S, SHARE * self._forward_s)
+
+
+class SharedCall(greenlet.greenlet):  # type: ignore[misc]
+    """A long forward pass for several calls, in a greenlet of its own that can be interrupted."""
+
+    def __init__(self, group: Sequence[Task], compute: Callable[[], Sequence[Reply] | None]) -> None:
+        """`group`: whose calls it answers. `compute`: a reply for each, or None if it ran out of memory."""
+        super().__init__()
+        self.group = group
+        self.replies: Sequence[Reply] | None = None
+        self._compute: Callable[[], Sequence[Reply] | None] | None = compute
+        self.gr_context = contextvars.copy_context()
+
+    def run(self) -> None:
+        assert self._compute
+        compute, self._compute = self._compute, None  # it refers to this object
+        self.replies = compute()
+
+    def interrupt(self) -> None:
+        """Called inside: others compute, then it goes on."""
+        self.parent.switch()
+
+    def end(self) -> None:
+        """Nobody waits for it any more."""
+        self.throw(greenlet.GreenletExit)

@@ -1,0 +1,271 @@
+"""A VAE's long call is computed part by part, with forward passes of others in between, and draws the same."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionImg2ImgPipeline
+
+from sfumato.batching import interruption
+from sfumato.batching.batcher import Batcher
+from sfumato.batching.interruption import Slices
+from sfumato.batching.task import State, Task
+from sfumato.batching.verification import Verification
+from sfumato.batching.views import view
+from support import tiny
+from support.batches import noise
+from support.families import picture
+from support.families_moving import wan
+
+FORWARD = 12.0
+"""Seconds of a forward pass of the denoiser on this file's clock. A layer of the VAE takes one."""
+
+DENOISER, PART = "denoiser", "part"
+
+
+class Stopped(BaseException):
+    pass
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+class Trusting(Verification):
+    """Without proofs, which compute other forward passes."""
+
+    def decision(self, call: Any, signature: str) -> Any:
+        return "yes"
+
+
+class Timed:
+    """A pipeline on a clock of its own, which its modules move on; what they compute, in order."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
+        self.now = 0.0
+        self.computed: list[str] = []
+        denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+        denoiser.register_forward_hook(lambda *_: self._compute(DENOISER, FORWARD))
+        for part in pipe.vae.modules():
+            if next(part.children(), None) is None:
+                part.register_forward_hook(lambda *_: self._compute(PART, 1.0))
+        self.batcher = Batcher(verification=Trusting(), slices=Slices(lambda: self.now))
+
+    def _compute(self, what: str, seconds: float) -> None:
+        self.now += seconds
+        self.computed.append(what)
+
+    def submit(self, **call: Any) -> Task:
+        return self.batcher.submit(lambda: self.draw(view(self.pipe), **call))
+
+    def draw(self, pipe: Any, *, seed: int, **call: Any) -> Any:
+        generator = torch.Generator().manual_seed(seed)
+        return pipe(**call, generator=generator, output_type="pt").images
+
+    def alone(self, **call: Any) -> Any:
+        return self.draw(self.pipe, **call)
+
+    def finish(self) -> None:
+        while self.batcher.step():
+            pass
+
+    def parts_between(self) -> list[int]:
+        """How many layers of the VAE were computed between two forward passes of the denoiser."""
+        at = [index for index, what in enumerate(self.computed) if what == DENOISER]
+        return [after - before - 1 for before, after in itertools.pairwise(at)]
+
+
+@pytest.fixture
+def timed() -> Timed:
+    pipe = tiny.stable_diffusion()
+    pipe.safety_checker = None
+    pipe.set_progress_bar_config(disable=True)
+    return Timed(pipe)
+
+
+SMALL = {"prompt": "a cup", "width": 32, "height": 32, "num_inference_steps": 24}
+LARGE = {"prompt": "a house", "width": 128, "height": 128, "num_inference_steps": 1}
+
+
+def test_a_decode_delays_no_step_of_others_by_more_than_a_step(timed: Timed) -> None:
+    """And its picture is the same, bit for bit, as alone."""
+    alone = timed.alone(seed=1, **LARGE)
+    timed.computed.clear()
+    large = timed.submit(seed=1, **LARGE)
+    others = [timed.submit(seed=seed, **SMALL) for seed in range(2, 5)]
+    timed.finish()
+    assert torch.equal(large.outcome.value, alone)  # type: ignore[union-attr]
+    assert all(task.outcome and task.outcome.error is None for task in others)
+    between = timed.parts_between()
+    assert 0 < max(between) <= FORWARD
+    assert sum(count > 0 for count in between) > 3  # it was interrupted several times
+
+
+def test_alone_it_is_interrupted_too_so_that_commands_are_read(timed: Timed) -> None:
+    """Each turn of the batcher is one of the loop, which begins new requests and ends cancelled ones."""
+    large = timed.submit(seed=1, **LARGE)
+    while large.state is not State.INTERRUPTED:
+        assert timed.batcher.step()
+    before = timed.batcher.now
+    timed.batcher.step()
+    assert timed.batcher.now == before + 1  # the loop must not take it for idle
+    late = timed.submit(seed=2, **SMALL)
+    timed.batcher.step()
+    assert late.state is State.PARKED
+    timed.finish()
+    assert torch.equal(large.outcome.value, timed.alone(seed=1, **LARGE))  # type: ignore[union-attr]
+
+
+def test_encoding_a_source_picture_is_interrupted_too(timed: Timed) -> None:
+    timed.pipe = StableDiffusionImg2ImgPipeline.from_pipe(timed.pipe, safety_checker=None)
+    timed.pipe.set_progress_bar_config(disable=True)
+    call = {"prompt": "a hat", "image": picture(3, 128), "strength": 0.5, "num_inference_steps": 2}
+    alone = timed.alone(seed=1, **call)
+    timed.computed.clear()
+    task = timed.submit(seed=1, **call)
+    seen = set()
+    while timed.batcher.step():
+        seen |= {task.state} if DENOISER not in timed.computed else set()
+    assert State.INTERRUPTED in seen
+    assert torch.equal(task.outcome.value, alone)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("state", [State.INTERRUPTED, State.BATCHED])
+def test_decodes_that_share_a_forward_pass_are_interrupted_and_cancelled_one_by_one(timed: Timed, state: State) -> None:
+    count = 1 if state is State.INTERRUPTED else 3
+    alone = [timed.alone(seed=seed, **LARGE) for seed in range(count)]
+    many = [timed.submit(seed=seed, **LARGE) for seed in range(count)]
+    other = timed.submit(seed=9, **SMALL)
+    timed.computed.clear()
+    while many[0].state is not state:
+        assert timed.batcher.step()
+    assert {task.state for task in many} == {state}
+    timed.batcher.cancel(many[0], Stopped())
+    timed.finish()
+    assert isinstance(many[0].outcome.error, Stopped)  # type: ignore[union-attr]
+    for task, picture_alone in list(zip(many, alone, strict=True))[1:]:
+        torch.testing.assert_close(task.outcome.value, picture_alone, rtol=0, atol=1e-5)  # type: ignore[union-attr]
+    assert max(timed.parts_between()) <= FORWARD
+    assert other.outcome
+    assert not other.outcome.error
+
+
+def test_nothing_of_it_is_computed_when_all_are_cancelled(timed: Timed) -> None:
+    many = [timed.submit(seed=seed, **LARGE) for seed in range(2)]
+    other = timed.submit(seed=9, **SMALL)
+    while many[0].state is not State.BATCHED:
+        assert timed.batcher.step()
+    for task in many:
+        timed.batcher.cancel(task, Stopped())
+    timed.computed.clear()
+    while timed.batcher.step():
+        if len(timed.computed) >= 4:
+            break
+    assert set(timed.computed) == {DENOISER}
+    timed.batcher.cancel(other, Stopped())
+    assert not timed.batcher.step()
+    assert not any(part._forward_pre_hooks for part in timed.pipe.vae.modules())
+
+
+def test_a_shared_decode_that_runs_out_of_memory_is_halved(timed: Timed) -> None:
+    """In its middle, after it has been interrupted."""
+    alone = [timed.alone(seed=seed, **LARGE) for seed in range(4)]
+    failing = timed.pipe.vae.decoder.conv_out
+
+    def refuse(part: Any, arguments: Any) -> None:
+        if len(arguments[0]) > 2:
+            raise torch.OutOfMemoryError("no room")
+
+    failing.register_forward_pre_hook(refuse)
+    many = [timed.submit(seed=seed, **LARGE) for seed in range(4)]
+    timed.finish()
+    assert all(task.outcome for task in many)
+    for task, picture_alone in zip(many, alone, strict=True):
+        torch.testing.assert_close(task.outcome.value, picture_alone, rtol=0, atol=1e-5)  # type: ignore[union-attr]
+
+
+def test_only_one_is_under_way_at_a_time(timed: Timed) -> None:
+    """Its layers' results stay in memory meanwhile. Sizes differ, so that they share no forward pass."""
+    many = [timed.submit(seed=size, **(LARGE | {"width": size})) for size in (96, 112, 128)]
+    other = timed.submit(seed=9, **SMALL)
+    most = 0
+    while timed.batcher.step():
+        most = max(most, sum(task.state is State.INTERRUPTED for task in many))
+    assert most == 1
+    assert other.outcome
+    assert max(timed.parts_between()) <= FORWARD
+
+
+def test_a_vae_in_tiles_is_interrupted_between_them_and_no_other_request_gets_tiles(timed: Timed) -> None:
+    timed.pipe.vae.tile_latent_min_size = timed.pipe.vae.tile_sample_min_size // 8
+    timed.pipe.vae.enable_tiling()
+    tiled_alone = timed.alone(seed=1, **LARGE)
+    timed.pipe.vae.disable_tiling()
+    whole_alone = timed.alone(seed=1, **LARGE)
+    tiled = timed.batcher.submit(lambda: timed.draw(view(timed.pipe, tiled=True), seed=1, **LARGE))
+    whole = timed.submit(seed=1, **LARGE)
+    other = timed.submit(seed=9, **SMALL)
+    timed.computed.clear()
+    timed.finish()
+    assert (tiled_alone - whole_alone).abs().max() > 1e-3
+    torch.testing.assert_close(tiled.outcome.value, tiled_alone, rtol=0, atol=1e-5)  # type: ignore[union-attr]
+    torch.testing.assert_close(whole.outcome.value, whole_alone, rtol=0, atol=1e-5)  # type: ignore[union-attr]
+    assert not timed.pipe.vae.use_tiling
+    assert other.outcome
+    assert max(timed.parts_between()) <= FORWARD
+
+
+def test_a_vae_that_keeps_a_state_on_itself_may_be_called_in_between() -> None:
+    """Wan's remembers the frames before on itself. Requests that never switch call it whenever they run."""
+    vae = wan().vae.eval()
+    first, second = (noise(1, 16, 3, 4, 4, seed=seed) for seed in range(2))
+    alone = vae.decode(first).sample
+    calls = 0
+
+    def before_part(on_host: bool) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == parts // 2:
+            vae.decode(second)
+
+    parts = 10**9
+    for _ in range(2):
+        with interruption.part_by_part(vae, before_part) as own:
+            drawn = own.decode(first).sample
+        parts, calls = calls, 0
+    assert torch.equal(drawn, alone)
+
+
+def with_accelerate_hook(vae: Any) -> None:
+    vae.decoder.mid_block._hf_hook = object()
+
+
+def compiled(vae: Any) -> None:
+    vae.decoder.conv_in.compile(backend="eager")
+
+
+@pytest.mark.parametrize("change", [with_accelerate_hook, compiled])
+def test_a_module_whose_weights_move_or_that_is_compiled_is_not_interrupted(change: Callable[[Any], None]) -> None:
+    vae = tiny.stable_diffusion().vae
+    assert interruption.interruptible(vae, "decode")
+    assert not interruption.interruptible(vae, "forward")
+    change(vae)
+    assert not interruption.interruptible(vae, "decode")
+
+
+def test_on_an_accelerator_it_is_interrupted_before_each_block() -> None:
+    """The host's clock does not see the device's time. `meta` stands for a device that is not the host."""
+    vae = tiny.stable_diffusion().vae.to("meta")
+    seen: list[bool] = []
+    with interruption.part_by_part(vae, seen.append) as own:
+        own.decode(torch.zeros(1, 4, 8, 8, device="meta"))
+    blocks = [*vae.decoder.up_blocks, *vae.decoder.mid_block.resnets, *vae.decoder.mid_block.attentions]
+    assert seen == [False] * len(blocks)
+    assert Slices(lambda: 0.0).over(on_host=False)
