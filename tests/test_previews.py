@@ -30,7 +30,7 @@ from sfumato.drawing.draw import draw
 from sfumato.engine.local import Local
 from sfumato.errors import ModelFileError
 from sfumato.models import load
-from sfumato.previews.decode import PreviewImage, cheap_decoder, preview
+from sfumato.previews.decode import MakePicture, PreviewImage, cheap_decoder, preview
 from sfumato.previews.latent_rgb import LatentRGB, fit
 from sfumato.previews.steps import RunPreviews, due
 from sfumato.previews.x0 import X0_FORMULAS, StepResult, x0_or_sample
@@ -171,7 +171,7 @@ def test_a_preview_that_fails_ends_the_previews_only(studio: Studio, monkeypatch
         calls.append(1)
         raise RuntimeError("cannot")
 
-    monkeypatch.setattr("sfumato.previews.steps.preview", fail)
+    monkeypatch.setattr("sfumato.previews.steps.decoded", fail)
     (events,) = studio.draw(("sd", wanted("shown", previews=3)))
     assert len(calls) == 1
     assert not shown(events)
@@ -179,11 +179,11 @@ def test_a_preview_that_fails_ends_the_previews_only(studio: Studio, monkeypatch
 
 
 def test_a_preview_draws_no_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    def noisy(*_: Any) -> PreviewImage:
+    def noisy(*_: Any) -> MakePicture:
         torch.rand(())
-        return PreviewImage(Image.new("RGB", (8, 8)), 64, 64)
+        return lambda: PreviewImage(Image.new("RGB", (8, 8)), 64, 64)
 
-    monkeypatch.setattr("sfumato.previews.steps.preview", noisy)
+    monkeypatch.setattr("sfumato.previews.steps.decoded", noisy)
     got: list[Preview] = []
     pipe = tiny.stable_diffusion()
     latents = torch.zeros(1, 4, 8, 8)

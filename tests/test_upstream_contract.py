@@ -28,7 +28,7 @@ from sfumato.batching import exclusive, feature_caches, offload, outputs, torch_
 from sfumato.batching.adapter_state import Adapters
 from sfumato.batching.calls import original_module
 from sfumato.checkpoints import class_reading, diffusers_source, pipeline_class, single_file
-from sfumato.drawing import draw
+from sfumato.drawing import steps
 from sfumato.pipelines import capabilities, request_scheduler, scheduler_calls, source_digest
 from sfumato.previews import x0
 from sfumato.process import lean_imports
@@ -77,8 +77,9 @@ NAMES: dict[str, tuple[str, ...]] = {
     "drawing/draw.py": (
         "diffusers:StableDiffusionPipeline.check_inputs",
         "diffusers.pipelines.stable_diffusion:StableDiffusionPipelineOutput.nsfw_content_detected",
-        *(f"diffusers:{name}" for name in draw.ENDED),
     ),
+    "drawing/steps.py": tuple(f"diffusers:{name}" for name in steps.ENDED),
+    "batching/interruption.py": ("torch.nn:Module._compiled_call_impl",),
     "previews/decode.py": ("diffusers:FluxPipeline._unpack_latents", "diffusers:Flux2Pipeline._unpatchify_latents"),
     "pipelines/capabilities.py": (
         *(f"diffusers:{name}" for name in capabilities.UPSCALERS),

@@ -28,6 +28,7 @@ from sfumato.batching.calls import Call, Fingerprints
 from sfumato.batching.concatenation import ConcatenationCache
 from sfumato.batching.counts import Count, Counts
 from sfumato.batching.fair_share import FairShare
+from sfumato.batching.forward_times import ForwardTimes, shape
 from sfumato.batching.interruption import SharedCall, Slices
 from sfumato.batching.outcomes import Compute, Outcome, Reply, Result, is_out_of_memory
 from sfumato.batching.prompt_cache import PromptCache
@@ -66,6 +67,7 @@ class Batcher:
     threads: int = field(default_factory=torch.get_num_threads)
     """CPU threads for requests that do not set them."""
     slices: Slices = field(default_factory=Slices)
+    times: ForwardTimes = field(default_factory=ForwardTimes)
     limits: RowLimits = field(init=False)
     _runner: Runner = field(init=False)
     _share: FairShare = field(default_factory=FairShare)
@@ -78,7 +80,7 @@ class Batcher:
     _numbers: itertools.count[int] = field(default_factory=itertools.count)
 
     def __post_init__(self) -> None:
-        self.limits = RowLimits(self.max_rows)
+        self.limits = RowLimits(self.max_rows, self.times)
         self._runner = Runner(self.verification, self.concatenations, self.counts)
 
     def submit(self, function: Callable[[], Any], *, caller: str = "") -> Task:
@@ -143,7 +145,7 @@ class Batcher:
             for task in self._in_state(State.PARKED)
             if not (beside_long and task.call and task.call.method in interruption.METHODS)
         ]
-        chosen = policy.choose(waiting, self.now, self._room, self._share.of, self.patience)
+        chosen = policy.choose(waiting, self.now, self._room, self._share.of, self.patience, self._bearable)
         leaders: dict[Hashable, Task] = {}
         for waiting_call in chosen:
             task = self._active[waiting_call.id]
@@ -170,7 +172,10 @@ class Batcher:
         if len(group) == 1:
             return [Compute()]
         with cpu_threads.using(group[0].threads or self.threads):
+            begun = self.times.begin(calls[0])
             replies = self._runner.run(calls)
+            if replies and isinstance(replies[0], Result):  # neither proved nor failed
+                self.times.end(begun, calls[0], sum(call.rows for call in calls))
         if replies is None:
             self._make_room(calls)
         return replies or ()
@@ -272,6 +277,7 @@ class Batcher:
                 since=task.since,
                 caller=task.caller,
                 steps_left=task.steps_left,
+                steps=task.steps,
                 repeated_keys=policy.repeated_keys(list(task.past_keys)),
             )
         return task.waiting
@@ -280,6 +286,13 @@ class Batcher:
         call = self._active[waiting.id].call
         assert call is not None
         return self.limits.of(call)
+
+    def _bearable(self, leader: policy.Waiting, most: int) -> int:
+        call = self._active[leader.id].call
+        assert call is not None
+        rows = self.times.bearable(of := shape(call), leader.rows, most)
+        self.times.lose(of, rows, most)
+        return rows
 
     def _make_room(self, calls: Sequence[Call]) -> None:
         """Out of memory: drop the caches, or if they are empty halve the rows for this module and shape.
@@ -386,6 +399,7 @@ class Batcher:
         self.prompt_cache.clear()
         self.concatenations.clear()
         self.limits.clear()
+        self.times.clear()
 
 
 def _adapters(task: Task) -> object:

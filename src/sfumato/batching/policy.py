@@ -8,7 +8,8 @@ Every active request has at most one call parked. The next forward pass goes to
 4. modules called once (text encoders, decoders), and among those the call compatible with most others;
 5. the call that has waited longest.
 
-Calls with an equal key join its batch in the same order, as long as there is room.
+Calls with an equal key join its batch in the same order, as long as there is room. A short request, which would wait
+for the rows of long ones at each of its few steps, takes along only as many of theirs as it can bear.
 
 Requests that call several modules per step can be out of phase, one group at the ControlNet while another
 is at the UNet, and alternating would keep them so forever. So a leader whose batch has room left lets another
@@ -34,6 +35,10 @@ LONGEST_LOOP = 64
 """Maximum calls per step to consider: ten ControlNets and a denoiser for each of five conditions are 55."""
 
 
+SHORT = 4
+"""A request is short beside those that still have this many times as many steps as all of its own."""
+
+
 @dataclass(frozen=True, slots=True)
 class Waiting:
     """A parked call as the policy sees it."""
@@ -50,6 +55,8 @@ class Waiting:
     """Remaining denoising steps of its request."""
     repeated_keys: Set[Hashable] = frozenset()
     """Keys that its request is known to call in every step, so it will reach them again."""
+    steps: int | None = None
+    """All denoising steps of its request."""
 
 
 def choose(
@@ -58,11 +65,13 @@ def choose(
     room: Callable[[Waiting], int],
     rows_received: Callable[[str], float] = lambda caller: 0.0,
     patience: int = PATIENCE,
+    bearable: Callable[[Waiting, int], int] = lambda leader, rows: rows,
 ) -> list[Waiting]:
     """The calls of the next forward pass; the first one is the leader.
 
     `now`: forward passes so far. `room`: maximum rows of a forward pass of this kind; a call with more runs alone.
-    `rows_received`: rows computed for each caller so far.
+    `rows_received`: rows computed for each caller so far. `bearable`: the rows, up to so many, of a forward pass that a
+    short request leads and long ones join.
     """
     by_key: dict[Hashable, list[Waiting]] = {}
     for call in waiting:
@@ -86,7 +95,7 @@ def choose(
         return []
     ranked = sorted(waiting, key=rank)
     leader = ranked[0]
-    group = _with_followers(leader, ranked, room)
+    group = _with_bearable(leader, _with_followers(leader, ranked, room), bearable)
     if now - leader.since >= patience or leader.key is None:
         return group
     room_left = room(leader) - sum(call.rows for call in group)
@@ -130,6 +139,19 @@ def _with_followers(leader: Waiting, ranked: Iterable[Waiting], room: Callable[[
             group.append(call)
             rows += call.rows
     return group
+
+
+def _with_bearable(leader: Waiting, group: list[Waiting], bearable: Callable[[Waiting, int], int]) -> list[Waiting]:
+    """`group` without the calls of long requests that a short leader cannot bear."""
+    if leader.steps is None or all(_steps_left(call) < SHORT * leader.steps for call in group):
+        return group
+    limit = bearable(leader, sum(call.rows for call in group))
+    kept, rows = [leader], leader.rows
+    for call in group[1:]:
+        if _steps_left(call) < SHORT * leader.steps or rows + call.rows <= limit:
+            kept.append(call)
+            rows += call.rows
+    return kept
 
 
 def _group_rank(group: Sequence[Waiting]) -> tuple[int, int]:

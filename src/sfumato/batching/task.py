@@ -15,6 +15,7 @@ import greenlet  # type: ignore[import-untyped]
 from sfumato.batching import cpu_threads, policy, torch_state
 from sfumato.batching.calls import Call, Fingerprints, describe
 from sfumato.batching.counts import Counts
+from sfumato.batching.forward_times import ForwardTimes
 from sfumato.batching.interruption import Slices
 from sfumato.batching.outcomes import Compute, Outcome, Reply, Result
 from sfumato.batching.prompt_cache import PromptCache
@@ -68,6 +69,7 @@ class Host(Protocol):
     fingerprints: Fingerprints
     counts: Counts
     slices: Slices
+    times: ForwardTimes
 
     def listen(self) -> None: ...
 
@@ -87,6 +89,8 @@ class Task(CallHandler):
         self.state = State.QUEUED
         self.steps_left: int | None = None
         """Remaining denoising steps, if the submitter sets them; short requests overtake long ones."""
+        self.steps: int | None = None
+        """All its denoising steps, if the submitter sets them."""
         self.threads: int | None = None
         """CPU threads while it computes and in batches that it leads; None: the default of the process."""
         self.outcome: Outcome | None = None
@@ -237,7 +241,9 @@ class Task(CallHandler):
             batcher.counts.add_unbatched(call.name, unbatched, call.alone_because)
         try:
             before_part = functools.partial(self._before_part, stand_in)
+            begun = batcher.times.begin(call)
             value = stand_in._sfumato_run(call.method, call.args, call.kwargs, before_part)
+            batcher.times.end(begun, call, call.rows)
             # A proof is about the module itself.
             own = call.run() if trial and call.runner else value
         except BaseException:

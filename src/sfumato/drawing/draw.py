@@ -5,10 +5,9 @@ from __future__ import annotations
 import inspect
 import re
 import traceback
-import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import diffusers
 import torch
@@ -23,28 +22,32 @@ from sfumato.checkpoints import feature_caches
 from sfumato.config import at_fault
 from sfumato.core import VAE_TILING, Done, Generation, Recipe
 from sfumato.drawing import arguments, crop, inputs, named_nets, outputs, picture_prompts, prompts, usable
+from sfumato.drawing.steps import Finite, OnStep, watch
 from sfumato.errors import ContentFiltered, DrawError, InvalidRequest, SfumatoError, in_words
 from sfumato.models import ip_adapters
 from sfumato.models.load import Loaded
 from sfumato.models.release import release_frames
 from sfumato.pictures import images, recipe
-from sfumato.pipelines import capabilities, modular, request_scheduler, scheduler_owners, scheduler_steps, tokens
+from sfumato.pictures.encoder import HERE, Encoder
+from sfumato.pipelines import capabilities, modular, request_scheduler, scheduler_owners, tokens
 from sfumato.pipelines.tiling import can_tile
 from sfumato.previews.steps import OnPreview, RunPreviews
-from sfumato.previews.x0 import StepResult
 from sfumato.sampling import PARAMETERS, Parameter, Sampling
 
-OnStep: TypeAlias = Callable[[int, int], None]
-"""Called after each denoising step with (steps done, total steps); may raise to stop the run."""
-
 ARGUMENTS = {"image": "image", "mask": "mask_image"}
-
-ENDED = frozenset({"DDPMWuerstchenScheduler"})
-"""Schedulers whose last time step marks the end of the schedule and is not a step."""
 
 
 class RunStopped(BaseException):
     """Raised through a pipeline by `on_step` to stop it; no pipeline code catches it."""
+
+
+class Drawn(NamedTuple):
+    """What is in `Done`, with the picture not yet encoded."""
+
+    image: Image.Image
+    recipe: Recipe
+    warnings: tuple[str, ...]
+    tokens: int
 
 
 class Disturbed(Exception):
@@ -57,10 +60,12 @@ def draw(
     on_step: OnStep,
     on_preview: OnPreview | None = None,
     runners: Mapping[int, ModuleRunner] | None = None,
+    encoder: Encoder = HERE,
 ) -> Done:
     """Draw one picture; `on_preview` receives the requested previews, if the pipeline supports them.
 
-    `runners`: what computes modules in their place, by the id of the module.
+    `runners`: what computes modules in their place, by the id of the module. `encoder`: encodes the picture and its
+    previews, and calls `on_preview`.
 
     Raises InvalidRequest for what this model cannot do, ContentFiltered if its safety checker fires,
     DrawError if the pipeline raises or its result is not finite, Disturbed if the model must be reloaded.
@@ -73,13 +78,17 @@ def draw(
         model.pipeline, model.device, model.config.name, generation.loras, replace_defaults=generation.replace_loras
     ) as adapters:
         # No variable refers to the view here: a stored error would keep it.
-        return _draw_on_view(
+        drawn = _draw_on_view(
             model,
             *_view(model, modular.for_task(_for_task(model, task), workflow), generation, adapters, runners, on_step),
             generation,
             complete,
             on_preview,
+            encoder,
         )
+    # The view is closed: others may run while the picture is encoded.
+    png = encoder.result(lambda: recipe.encode(drawn.image, drawn.recipe))
+    return Done(png, drawn.recipe, drawn.warnings, drawn.tokens)
 
 
 def _view(
@@ -103,9 +112,10 @@ def _draw_on_view(
     generation: Generation,
     complete: Generation,
     on_preview: OnPreview | None,
-) -> Done:
+    encoder: Encoder,
+) -> Drawn:
     try:
-        result = _draw(model, pipeline, generation, complete, on_step, on_preview)
+        result = _draw(model, pipeline, generation, complete, on_step, on_preview, encoder)
     except BaseException as error:
         release_frames(error)
         if isinstance(error, Exception) and model.state.broken:
@@ -132,7 +142,8 @@ def _draw(
     generation: Generation,
     on_step: OnStep,
     on_preview: OnPreview | None,
-) -> Done:
+    encoder: Encoder,
+) -> Drawn:
     """`generation` is `requested` with the mask and controls that it implies."""
     # 2. the prompts; what this class can use; defaults for the rest; source pictures at the result's size
     usable.refuse_class(model, pipeline, requested)
@@ -151,12 +162,19 @@ def _draw(
     previews = None
     if generation.previews and on_preview:
         previews = RunPreviews(
-            driver, generation.previews, canvas.width, canvas.height, on_preview, model.preview_decoder, canvas.kept
+            driver,
+            generation.previews,
+            canvas.width,
+            canvas.height,
+            on_preview,
+            model.preview_decoder,
+            canvas.kept,
+            encoder,
         )
-    _watch(pipeline, kwargs, on_step, previews)
+    finite = watch(pipeline, kwargs, on_step, previews)
     # 4. run
     reading = prompts.read(model, pipeline, generation, kwargs)
-    image, more = _run(pipeline, reading.arguments, filled.seed)
+    image, more = _run(pipeline, reading.arguments, filled.seed, finite)
     # 5. the requested part of it; outside the mask every pixel stays unchanged
     if capabilities.upscaler(pipeline) and image.size != (canvas.width, canvas.height):
         raise DrawError(
@@ -184,7 +202,7 @@ def _draw(
         *_not_taken(model, pipeline, filled.sampling, kwargs),
         *_without_effect(pipeline, driver, kwargs),
     )
-    return Done(recipe.encode(image, image_recipe), image_recipe, warnings, token_count)
+    return Drawn(image, image_recipe, warnings, token_count)
 
 
 def _placed(image: Image.Image, canvas: arguments.Canvas) -> Image.Image:
@@ -236,65 +254,7 @@ def _kept_scheduler(pipeline: Any, sampling: Sampling) -> tuple[str, ...]:
     return (f"scheduler: {sampling.scheduler} was not used but the model's own ({name}): {why}",) if why else ()
 
 
-def _watch(pipeline: Any, kwargs: Mapping[str, Any], on_step: OnStep, previews: RunPreviews | None) -> None:
-    """Report the steps of every scheduler used in `pipeline`, with previews for the one that draws the picture."""
-    drivers = scheduler_owners.drivers(pipeline)
-    parameters = capabilities.parameters_of(pipeline)
-    expected: dict[str, int] = {}
-    for name in drivers:
-        argument = name.replace("scheduler", "num_inference_steps")
-        steps = kwargs.get(argument, parameters[argument].default if argument in parameters else None)
-        expected[name] = steps if isinstance(steps, int) else 0
-    progress = scheduler_owners.StepCount(expected, on_step)
-    for name, driver in drivers.items():
-        _observed(driver.scheduler, progress.of(name), previews if name == "scheduler" else None)
-
-
-def _observed(scheduler: Any, on_step: OnStep, previews: RunPreviews | None = None) -> Any:
-    """Report each `scheduler.step`: every denoising loop of diffusers calls it, with or without a callback."""
-    done = total = 0
-    first: Any = None
-
-    def observed(scheduler: Any, step: Any, model_output: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal done, total, first
-        first = first or weakref.ref(scheduler)
-        if first() is not scheduler:  # a copy that the pipeline steps in parallel, for audio
-            return step(model_output, timestep, *args, **kwargs)
-        if done == 0:
-            total = _remaining(scheduler, timestep)
-        result = step(model_output, timestep, *args, **kwargs)
-        done += 1
-        on_step(done, max(done, total))
-        if done >= total:
-            _refuse_nan(result)
-        if previews:
-            previews.after(done, total, StepResult(scheduler, model_output, timestep, result))
-        return result
-
-    scheduler_steps.wrap_step(scheduler, observed)
-    return scheduler
-
-
-def _remaining(scheduler: Any, first: Any) -> int:
-    # Image-to-image starts in the middle of the schedule; second-order solvers name a time step twice
-    # and start at its second entry.
-    timesteps = torch.as_tensor(scheduler.timesteps).cpu()
-    if type(scheduler).__name__ in ENDED:
-        timesteps = timesteps[:-1]
-    at = (timesteps == torch.as_tensor(first).cpu()).nonzero()
-    return len(timesteps) - (int(at[-1, 0]) if len(at) else 0)
-
-
-def _refuse_nan(result: Any) -> None:
-    latents = result[0] if isinstance(result, tuple) else getattr(result, "prev_sample", None)
-    if isinstance(latents, torch.Tensor) and not bool(torch.isfinite(latents).all()):
-        raise DrawError(
-            "the model drew NaN: its numbers left the range of its dtype. "
-            "Set `dtype: bf16` or `dtype: fp32` in the model file, or lower the guidance scale."
-        )
-
-
-def _run(pipeline: Any, kwargs: Mapping[str, Any], seed: int) -> tuple[Image.Image, list[str]]:
+def _run(pipeline: Any, kwargs: Mapping[str, Any], seed: int, finite: Finite) -> tuple[Image.Image, list[str]]:
     """The picture, and warnings for what came with it."""
     # Noise is always drawn on the CPU: the same seed gives the same noise on every device.
     noise = {"generator": torch.Generator("cpu").manual_seed(seed)}
@@ -308,10 +268,12 @@ def _run(pipeline: Any, kwargs: Mapping[str, Any], seed: int) -> tuple[Image.Ima
     except Exception as error:  # whatever a pipeline raises, the caller gets a readable message
         if is_out_of_memory(error):
             raise
+        finite.check()  # NaN may be the cause
         if any(frame.name == "check_inputs" for frame in traceback.extract_tb(error.__traceback__)):
             named = next((name for name in kwargs if re.search(rf"\b{name}\b", str(error))), None)
             raise InvalidRequest(f"{type(pipeline).__name__} refused the request: {error}", param=named) from error
         raise DrawError(f"{type(pipeline).__name__}: {type(error).__name__}: {error}") from error
+    finite.check()
     if any(getattr(output, "nsfw_content_detected", None) or ()):
         raise ContentFiltered("the model's safety checker blocked this picture; change the prompt or the seed")
     return outputs.picture_of(pipeline, output)

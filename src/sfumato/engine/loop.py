@@ -25,7 +25,7 @@ from sfumato.batching.module_runner import ModuleRunner
 from sfumato.batching.proof_store import Proofs
 from sfumato.batching.verification import Verification
 from sfumato.config import ModelConfig
-from sfumato.core import Done, Event, Failed, Generation, ModelInfo, ModelStatus, Preview, Step, keep_alive_seconds
+from sfumato.core import Done, Event, Failed, Generation, ModelInfo, ModelStatus, Step, keep_alive_seconds
 from sfumato.drawing import named_nets, out_of_memory
 from sfumato.drawing.draw import Disturbed, RunStopped, draw
 from sfumato.drawing.info import model_info
@@ -49,6 +49,7 @@ from sfumato.errors import Cancelled, SfumatoError
 from sfumato.models.content_hashes import ContentHashes
 from sfumato.models.load import Loaded
 from sfumato.models.sharing import Sharing
+from sfumato.pictures.encoder import HERE, Encoder, EncoderThread
 from sfumato.residency.budget import MIB, Budget
 from sfumato.residency.idle_times import IdleTimes
 from sfumato.residency.main_memory import MainMemory
@@ -71,7 +72,7 @@ class Loop:
     def __init__(self, settings: Settings, send: Send, clock: Callable[[], float] = time.monotonic) -> None:
         """`clock`: seconds, for what is unloaded once it was idle for long enough."""
         self._inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
-        """None: a thread that loads a model or prepares a runner has news."""
+        """None: a thread that loads a model, prepares a runner or encodes a picture has news."""
         self._send = send
         verification = Verification(proofs=Proofs(proof_store.of_server(settings.proofs, settings.data)))
         self._batcher = Batcher(
@@ -98,6 +99,7 @@ class Loop:
             wake=lambda: self._inbox.put(None),
             loaded_loras=settings.loaded_loras,
         )
+        self._encoder = EncoderThread(functools.partial(self._batcher.turn, placed=True), lambda: self._inbox.put(None))
         self._stats = Stats(self._batcher, self._pool)
         self._submitted: dict[str, Submit] = {}
         """Generations without a task yet; those that arrive while a request runs wait here."""
@@ -121,10 +123,11 @@ class Loop:
                 self._begin()
                 with self._turns.turn():
                     computed = self._step()
-                waits = (self._pool.loading or self._runners.preparing) and not computed
+                waits = (self._pool.loading or self._runners.preparing or self._encoder.busy) and not computed
                 self._report()
                 idle = waits or not self._busy
         self._pool.close()
+        self._encoder.close()
 
     def _step(self) -> bool:
         """One turn; whether any request went on, apart from those that wait for the load of a model."""
@@ -152,7 +155,7 @@ class Loop:
     def _patience(self) -> float | None:
         """Seconds until there is something to do without a command; None: never."""
         expiry = self._pool.until_expiry()
-        if not self._pool.loading and not self._runners.preparing:
+        if not self._pool.loading and not self._runners.preparing and not self._encoder.busy:
             return expiry
         return EVERY_S if expiry is None else min(expiry, EVERY_S)  # a worker that loads is not taken for a hung one
 
@@ -182,7 +185,7 @@ class Loop:
         submitted, self._submitted = self._submitted, {}
         for id, submit in submitted.items():
             task = self._batcher.submit(functools.partial(self._draw, submit), caller=submit.generation.caller)
-            task.steps_left = submit.generation.sampling.steps or submit.config.sampling.steps
+            task.steps = task.steps_left = submit.generation.sampling.steps or submit.config.sampling.steps
             task.threads = submit.config.threads
             self._tasks[id] = task
 
@@ -229,8 +232,8 @@ class Loop:
         id = submit.generation.id
         self._send(Started(id))
         log.info("request %s starts", id)
-        on_step = functools.partial(self._on_step, id)
-        on_preview = functools.partial(self._on_preview, id)
+        on_step = functools.partial(self._on_step, submit.generation)
+        on_preview = functools.partial(self._send_running, id)
         keeping_its_place = functools.partial(self._batcher.turn, placed=True)
         keep_alive = submit.generation.keep_alive
         while True:
@@ -243,7 +246,8 @@ class Loop:
                 def run(generation: Generation, model: Loaded = model) -> Done:
                     # For each try: one with less memory draws on other modules.
                     with named_nets.beside(model, generation, self._pool, keeping_its_place) as drawn:
-                        return draw(drawn, generation, on_step, on_preview, self._runners_of(model))
+                        runners = self._runners_of(model)
+                        return draw(drawn, generation, on_step, on_preview, runners, self._encoder)
 
                 self._stats.started(id)
                 before = self._reported(model)
@@ -272,16 +276,20 @@ class Loop:
         """Load a model; progress and errors appear in its status."""
         self._pool.preload(config, self._batcher.turn)
 
-    def _on_step(self, id: str, step: int, total: int) -> None:
+    def _on_step(self, generation: Generation, step: int, total: int) -> None:
+        id = generation.id
         if task := self._tasks.get(id):
             task.steps_left = total - step
             self._stats.stepped(id)
-            self._send(Answer(id, Step(step, total)))
+            # The thread that makes its previews sends them: each comes between the steps that it is between.
+            encoder: Encoder = self._encoder if generation.previews else HERE
+            encoder.later(functools.partial(self._send_running, id, Step(step, total)))
         self._batcher.listen()
 
-    def _on_preview(self, id: str, preview: Preview) -> None:
+    def _send_running(self, id: str, event: Event) -> None:
+        """Called in the thread that encodes, too."""
         if id in self._tasks:
-            self._send(Answer(id, preview))
+            self._send(Answer(id, event))
 
     def _report_status(self, model: str, status: ModelStatus) -> None:
         """May be called in the thread that loads."""

@@ -6,8 +6,10 @@ map fitted for its VAE, or a tiny autoencoder named in its model file. Otherwise
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -47,7 +49,10 @@ class PreviewImage:
     height: int
 
 
-@torch.no_grad()
+MakePicture: TypeAlias = Callable[[], PreviewImage | None]
+"""None if the numbers are not a picture."""
+
+
 def preview(
     pipeline: Any, latents: torch.Tensor, width: int | None, height: int | None, cheap: CheapDecoder | None = None
 ) -> PreviewImage | None:
@@ -56,12 +61,24 @@ def preview(
     Takes [B, C, H, W], [B, C, 1, H, W] with one frame, and packed [B, tokens, C]; pixels if the pipeline
     has no decoder.
     """
+    make = decoded(pipeline, latents, width, height, cheap)
+    return make and make()
+
+
+@torch.no_grad()
+def decoded(
+    pipeline: Any, latents: torch.Tensor, width: int | None, height: int | None, cheap: CheapDecoder | None = None
+) -> MakePicture | None:
+    """As `preview`, up to where a picture is made of the numbers: that can be done later, in any thread.
+
+    On an accelerator it would wait for the device.
+    """
     if not latents.is_floating_point() or hasattr(pipeline, "vocoder"):
         return None
     name = _decoder(pipeline)
     latents = latents.detach()[:1].clone()
     if name is None:
-        return _picture(None, latents)
+        return functools.partial(_picture, None, latents)
     vae = getattr(pipeline, name)
     if cheap is None and hasattr(
         vae, "_hf_hook"
@@ -78,7 +95,8 @@ def preview(
     processor: Any = getattr(pipeline, "image_processor", None)
     binned = hasattr(processor, "resize_and_crop_tensor")  # draws at the nearest size in its table
     if isinstance(cheap, LatentRGB):
-        return _rgb_image(cheap, spatial, (width, height) if binned and width and height else None)
+        size = (width, height) if binned and width and height else None
+        return functools.partial(_rgb_image, cheap, spatial, size)
     if cheap is not None:
         pixels = cheap.decode(spatial.to(cheap.device, cheap.dtype), return_dict=False)[0]
     else:
@@ -87,7 +105,7 @@ def preview(
         pixels = pixels[:, :, 0]
     if width and height and binned:
         pixels = processor.resize_and_crop_tensor(pixels, width, height)
-    return _picture(processor, pixels)
+    return functools.partial(_picture, processor, pixels)
 
 
 def _decoder(pipeline: Any) -> str | None:

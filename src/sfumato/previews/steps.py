@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
 import weakref
@@ -12,7 +13,8 @@ from PIL import Image
 
 from sfumato.batching import torch_state
 from sfumato.core import MAX_PREVIEWS, Preview
-from sfumato.previews.decode import CheapDecoder, PreviewImage, preview
+from sfumato.pictures.encoder import HERE, Encoder
+from sfumato.previews.decode import CheapDecoder, MakePicture, PreviewImage, decoded
 from sfumato.previews.x0 import StepResult, x0_or_sample
 
 log = logging.getLogger(__name__)
@@ -33,8 +35,12 @@ class RunPreviews:
         on_preview: OnPreview,
         cheap_decoder: CheapDecoder | None = None,
         kept: tuple[int, int, int, int] | None = None,
+        encoder: Encoder = HERE,
     ) -> None:
-        """`kept`: left, top, right and bottom of the part that the final picture keeps, in pixels; None: all of it."""
+        """`kept`: left, top, right and bottom of the part that the final picture keeps, in pixels; None: all of it.
+
+        `encoder`: makes and encodes the pictures, and calls `on_preview`.
+        """
         # Weak: its scheduler refers to this object, and a reference cycle would keep the pipeline's weights in memory.
         self._pipeline = weakref.ref(pipeline)
         self._remaining = min(count, MAX_PREVIEWS)
@@ -43,6 +49,7 @@ class RunPreviews:
         self._on_preview = on_preview
         self._cheap_decoder = cheap_decoder
         self._kept = kept
+        self._encoder = encoder
 
     def after(self, step: int, total: int, step_result: StepResult) -> None:
         """Call this after each of `total` steps. After one failure no more previews are tried."""
@@ -50,22 +57,34 @@ class RunPreviews:
         pipeline = self._pipeline()
         if index is None or not self._remaining or pipeline is None:
             return
-        small = None
+        make = None
         random_state = torch_state.random()
         try:
             latents = x0_or_sample(step_result)
-            small = None if latents is None else preview(pipeline, latents, *self._size, self._cheap_decoder)
+            make = None if latents is None else decoded(pipeline, latents, *self._size, self._cheap_decoder)
         except Exception as error:  # a failing preview must not affect its request
             log.debug("no previews for %s: %r", type(pipeline).__name__, error)
         finally:
             torch_state.set_random(random_state)
-        if small is None:
+        if make is None:
             self._remaining = 0
             return
         self._remaining -= 1
+        self._encoder.later(functools.partial(self._send, make, (index, step, total)))
+
+    def _send(self, make: MakePicture, which: tuple[int, int, int]) -> None:
+        """On an accelerator `make` waits for the device."""
+        try:
+            small = make()
+        except Exception as error:
+            log.debug("no more previews: %r", error)
+            small = None
+        if small is None:
+            self._remaining = 0
+            return
         if self._kept:
             small = _part(small, self._kept)
-        self._on_preview(Preview(index, step, total, _png(small.image), small.width, small.height))
+        self._on_preview(Preview(*which, _png(small.image), small.width, small.height))
 
 
 def due(step: int, total: int, count: int) -> int | None:

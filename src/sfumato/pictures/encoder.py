@@ -1,0 +1,74 @@
+"""Pictures are encoded in a thread of their own: a large PNG takes as long as several steps of a small picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar
+
+T = TypeVar("T")
+
+
+class Encoder(Protocol):
+    """Does work in the order in which it was given."""
+
+    def later(self, work: Callable[[], None]) -> None:
+        """Do it, and do not wait for it. It must not raise."""
+
+    def result(self, work: Callable[[], T]) -> T:
+        """Do it; returns what it returns, when it has returned."""
+
+
+class _Here:
+    """At once, where it is given."""
+
+    def later(self, work: Callable[[], None]) -> None:
+        work()
+
+    def result(self, work: Callable[[], T]) -> T:
+        return work()
+
+
+HERE = _Here()
+
+
+class EncoderThread:
+    """In a thread of its own. What waits for a result lets others run meanwhile."""
+
+    def __init__(self, wait: Callable[[], None], wake: Callable[[], None]) -> None:
+        """`wait`: returns after a while, and others have run. `wake`: called in the thread after each piece of work."""
+        self._pool = _pool()
+        self._wait = wait
+        self._wake = wake
+        self._waiting = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything waits for a result."""
+        return self._waiting > 0
+
+    def later(self, work: Callable[[], None]) -> None:
+        self._pool.submit(work)
+
+    def result(self, work: Callable[[], T]) -> T:
+        future: Future[T] = self._pool.submit(work)
+        future.add_done_callback(self._done)
+        self._waiting += 1
+        try:
+            while not future.done():
+                self._wait()
+            return future.result()
+        finally:
+            self._waiting -= 1
+
+    def close(self) -> None:
+        """End the thread, after the work that it was given. More work begins another."""
+        self._pool.shutdown()
+        self._pool = _pool()
+
+    def _done(self, future: Future[Any]) -> None:
+        self._wake()
+
+
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, "sfumato-encode")
