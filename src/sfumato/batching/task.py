@@ -64,7 +64,7 @@ class Host(Protocol):
 
     def why_alone(self, call: Call) -> Reason | None: ...
 
-    def computed(self, task: Task, call: Call, value: Any) -> None: ...
+    def computed(self, task: Task, call: Call, value: Any, by: str) -> None: ...
 
 
 class Task(CallHandler):
@@ -160,8 +160,7 @@ class Task(CallHandler):
         if reason := self._must_not_switch(stand_in):
             self.batcher.listen()
             self._count_unswitched(stand_in, reason)
-            if stand_in._sfumato_runner:  # what the request has changed is not in it
-                stand_in._sfumato_view.computed_by.add("eager")
+            stand_in._sfumato_computed()  # not by its runner, which knows nothing of what the request has changed
             return stand_in._sfumato_compute(method, args, kwargs)
         if runner := stand_in._sfumato_runner:
             while not runner.prepare(method, args, kwargs):
@@ -170,8 +169,7 @@ class Task(CallHandler):
         reply = self._park(call)
         if not isinstance(reply, Result):
             return self._compute(stand_in, call, reply)
-        if reply.by:
-            stand_in._sfumato_view.computed_by.add(reply.by)
+        stand_in._sfumato_computed(reply.by)
         return reply.value
 
     def _must_not_switch(self, stand_in: StandIn) -> str:
@@ -219,14 +217,14 @@ class Task(CallHandler):
         if trial is None and (unbatched := batcher.why_alone(call)):
             batcher.counts.add_unbatched(call.name, unbatched, call.alone_because)
         try:
-            value = stand_in._sfumato_run(call.method, call.args, call.kwargs)
+            value, by = stand_in._sfumato_run(call.method, call.args, call.kwargs)
             # A proof is about the module itself.
             own = call.run() if trial and call.runner else value
         except BaseException:
             if trial:
                 trial.raised(reply.member)
             raise
-        batcher.computed(self, call, value)
+        batcher.computed(self, call, value, by)
         if trial:
             trial.computed(reply.member, own)
         return value

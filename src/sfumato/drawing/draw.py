@@ -32,6 +32,7 @@ from sfumato.pipelines import capabilities, modular, request_scheduler, schedule
 from sfumato.pipelines.tiling import can_tile
 from sfumato.previews.steps import OnPreview, RunPreviews
 from sfumato.previews.x0 import StepResult
+from sfumato.runners import recorded
 from sfumato.sampling import PARAMETERS, Parameter, Sampling
 
 OnStep: TypeAlias = Callable[[int, int], None]
@@ -56,7 +57,7 @@ def draw(
     generation: Generation,
     on_step: OnStep,
     on_preview: OnPreview | None = None,
-    runners: Mapping[int, ModuleRunner] | None = None,
+    runners: Mapping[int, ModuleRunner | None] | None = None,
 ) -> Done:
     """Draw one picture; `on_preview` receives the requested previews, if the pipeline supports them.
 
@@ -87,7 +88,7 @@ def _view(
     pipeline: Any,
     generation: Generation,
     adapters: Mapping[int, Selection],
-    runners: Mapping[int, ModuleRunner] | None,
+    runners: Mapping[int, ModuleRunner | None] | None,
     on_step: OnStep,
 ) -> tuple[Any, OnStep]:
     """A view of a pipeline with the request's adapters, and what is called after each of its steps."""
@@ -398,6 +399,6 @@ def _recipe(
         controls=tuple(named_nets.recorded(control, model.net_digests) for control in requested.controls),
         loras=(loras := inputs.recorded_loras(model, requested)),
         without_loras=bool(model.state.own_loras) and not loras,
-        runner="+".join(sorted(views.computed_by(pipeline))) or "eager",
+        runner=recorded.told(views.computed_by(pipeline)),
         loras_off=inputs.loras_off(model, requested),
     )
