@@ -119,9 +119,7 @@ def test_add_looks_at_the_source_and_what_it_writes_draws(
     assert np.ptp(picture) > 0
     with pytest.raises(InvalidRequest, match="--name"):
         add(source, None, base or None, settings)
-    line = next(
-        line for line in table(Catalog([settings.models]), settings.accelerate) if line.startswith(written["name"])
-    )
+    line = next(line for line in table(Catalog([settings.models]), settings) if line.startswith(written["name"]))
     assert line.split()[-1] == "yes"
     assert "S3CRET" not in line
 
@@ -169,11 +167,11 @@ def test_the_token_opens_what_is_gated_and_offline_asks_nobody(
 def test_models_tells_what_is_here(settings: Settings) -> None:
     add("tiny/flux", None, None, settings)
     (settings.models / "gone.yaml").write_text("parameters: {model: gone.safetensors}")
-    header, *rows = table(Catalog([settings.models]), settings.accelerate)
+    header, *rows = table(Catalog([settings.models]), settings)
     assert header.split() == ["name", "class", "source", "runner", "on", "disk", "downloaded"]
     assert [row.split()[-1] for row in rows] == ["part", "no"]
     pull("flux", settings)
-    assert [row.split()[-1] for row in list(table(Catalog([settings.models]), settings.accelerate))[1:]] == [
+    assert [row.split()[-1] for row in list(table(Catalog([settings.models]), settings))[1:]] == [
         "yes",
         "no",
     ]

@@ -144,7 +144,7 @@ def list_models(models: Models = None) -> None:
 
     settings = _settings(models=models)
     catalog = _catalog(settings)
-    for line in table(catalog, settings.accelerate):
+    for line in table(catalog, settings):
         typer.echo(line)
     for problem in catalog.problems():
         typer.secho(str(problem), fg="red", err=True)

@@ -39,6 +39,9 @@ GROUP_OFFLOAD = "group_offload"
 SAVINGS = (VAE_TILING, VAE_SLICING, OFFLOAD, GROUP_OFFLOAD)
 """Memory savings that a picture may be drawn with. Savings in weights (`quantization:int8`) come with the model."""
 
+EAGER = "eager"
+"""The runner that is the module itself."""
+
 QUALITIES: Mapping[str, float] = MappingProxyType(
     {"low": 0.5, "medium": 1.0, "high": 1.5, "xhigh": 2.0, "max": 3.0, "auto": 1.0, "standard": 1.0, "hd": 1.5}
 )
@@ -179,6 +182,8 @@ class Generation:
     """Warnings that are known before it is drawn, in the form of `Done.warnings`."""
     keep_alive: float | None = None
     """Seconds that the model stays in memory once it is idle; None: as its file or the server says."""
+    runner: str = ""
+    """`Recipe.runner` of a picture to draw again: where `accelerate` is `auto`, the choice is that one's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,8 +243,9 @@ class Recipe:
     without_loras: bool = False
     """Whether the model file has LoRAs of which none acted, and no other did."""
     runner: str = ""
-    """What computed the denoiser, as in `RunnerState`; `eager+...` if that could not serve all calls. Empty in recipes
-    of earlier versions, which knew `eager` alone."""
+    """What computed denoiser, VAE and text encoders, as in `RunnerState`; `eager+...` if that could not serve all calls
+    of a module. Where they differ: `unet openvino-bf16, vae eager`. Empty in recipes of earlier versions, which knew
+    `eager` alone."""
     loras_off: tuple[str, ...] = ()
     """Names of the model file's LoRAs that did not act."""
 
@@ -339,9 +345,9 @@ class RunnerState:
     """Its name in the pipeline: `unet`, `transformer`."""
     runner: str
     """`eager`: the module itself. `openvino-fp32`, `openvino-bf16`: a graph made of it, in this precision; `openvino`
-    before the precision is known."""
+    before the precision is known. `auto`: it is chosen for the first picture."""
     detail: str = ""
-    """Why it is eager, or what is not ready yet or not served by the graph."""
+    """Why it is eager, what was measured, or what is not ready yet or not served by the graph."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,7 +374,7 @@ class ModelInfo:
     savings: tuple[str, ...] = ()
     """Memory savings in effect for every picture, as recipes have them."""
     runners: tuple[RunnerState, ...] = ()
-    """What computes its denoisers."""
+    """What computes its denoisers, VAE and text encoders."""
 
     @property
     def tasks(self) -> tuple[str, ...]:

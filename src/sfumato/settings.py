@@ -64,11 +64,14 @@ class Settings:
     )
     accelerate: str = _setting(
         "eager",
-        "What computes denoisers on a CPU, unless the model file says: eager (the modules themselves) or openvino "
-        "(graphs made of them; needs the extra openvino, and memory for a copy of the weights).",
-        choices=("eager", "openvino"),
+        "What computes denoisers, VAEs and text encoders on a CPU, unless the model file says: eager (the modules "
+        "themselves), openvino (graphs made of them; needs the extra openvino, and memory for a copy of the weights) "
+        "or auto (whatever was faster on this machine).",
+        choices=("eager", "openvino", "auto"),
     )
-    runners: str = _setting("", "Folder for converted models; empty: `runners` in the data folder.")
+    runners: str = _setting(
+        "", "Folder for converted models and what was measured of them; empty: `runners` in the data folder."
+    )
     max_batch: int = _setting(8, "Largest batch of a forward pass, in rows; guidance takes two per picture.", least=1)
     max_active: int = _setting(16, "Maximum pictures drawn at the same time; others wait.", least=1)
     max_queue: int = _setting(64, "Maximum pictures in the queue; further ones get a 429.", least=1)
@@ -147,6 +150,10 @@ class Settings:
         "The least severe lines to log: debug, info, warning or error.",
         choices=("debug", "info", "warning", "error"),
     )
+
+    @property
+    def runners_folder(self) -> Path:
+        return Path(self.runners) if self.runners else self.data / "runners"
 
     @classmethod
     def load(cls, overrides: Mapping[str, Any] | None = None, env: Mapping[str, str] = os.environ) -> Settings:

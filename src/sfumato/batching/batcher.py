@@ -218,7 +218,7 @@ class Batcher:
             if task.done:  # ended by an earlier one
                 continue
             if isinstance(reply, Result) and task.prompt_key is not None and task.call is not None:
-                self.prompt_cache.put(task.prompt_key, task.call.module, reply.value)
+                self.prompt_cache.put(task.prompt_key, task.call.module, reply.value, reply.by)
             task.answer(reply)
             if isinstance(reply, Compute):
                 self._resume(task)
@@ -261,7 +261,7 @@ class Batcher:
                 continue
             if cached := self.prompt_cache.get(task.prompt_key):
                 self.counts.add(task.call.name, 1, 0)
-                task.answer(Result(cached[0]))
+                task.answer(Result(*cached))
 
     def _waiting(self, task: Task) -> policy.Waiting:
         """The task's call as the policy sees it."""
@@ -341,10 +341,10 @@ class Batcher:
             return self.verification.label(call)
         return Reason.ROWS if 2 * call.rows > self.limits.of(call) else None
 
-    def computed(self, task: Task, call: Call, value: Any) -> None:
-        """A request has computed its own call."""
+    def computed(self, task: Task, call: Call, value: Any, by: str) -> None:
+        """A request has computed its own call; `by`: the name of its runner, as in `Result`."""
         if task.prompt_key is not None:
-            self.prompt_cache.put(task.prompt_key, call.module, value)
+            self.prompt_cache.put(task.prompt_key, call.module, value, by)
 
     def _inside(self) -> Task | None:
         """The request of this batcher that is running; None outside of requests."""

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, Protocol
+
+numbers = itertools.count(1)
 
 
 class ModuleRunner(Protocol):
     """The runner of one module, chosen for a request at its start. It leaves to the module what it cannot serve."""
 
+    number: int
+    """One of `numbers`, and of no other: what was computed by different runners is not the same."""
+
     def prepare(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], *, wait: bool = False) -> bool:
         """Make what it needs for such a call, in the background or, with `wait`, now. Whether that is done."""
 
     def run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, str]:
-        """The module's output, and the name of what computed it: `eager` is the module itself."""
+        """The module's output, and the name of what computed it: `EAGER` is the module itself."""

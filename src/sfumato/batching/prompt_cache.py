@@ -24,7 +24,7 @@ class PromptCache:
 
     def __init__(self, limit: int = 256 << 20) -> None:
         self._limit = limit
-        self._entries: OrderedDict[Hashable, tuple[weakref.ref[Any], int, Any]] = OrderedDict()
+        self._entries: OrderedDict[Hashable, tuple[weakref.ref[Any], int, Any, str]] = OrderedDict()
         self._bytes = 0
         self.hits = 0
         """Calls answered from here."""
@@ -40,7 +40,7 @@ class PromptCache:
         """Key that determines the output of this call; None unless it depends only on tokens."""
         if call.key is None or call.module.training:
             return None
-        parts: list[Any] = [id(call.module), call.method, call.shape]
+        parts: list[Any] = [id(call.module), call.method, call.shape, call.runner.number if call.runner else 0]
         has_tokens = False
         for leaf in call.leaves:
             if not isinstance(leaf.value, torch.Tensor):
@@ -52,8 +52,8 @@ class PromptCache:
                 return None
         return tuple(parts) if has_tokens else None
 
-    def get(self, key: Hashable) -> tuple[Any] | None:
-        """A copy of the output in a tuple of one, or None."""
+    def get(self, key: Hashable) -> tuple[Any, str] | None:
+        """A copy of the output and the name of what computed it, or None."""
         entry = self._entries.get(key)
         if entry is None:
             return None
@@ -62,9 +62,9 @@ class PromptCache:
             return None
         self._entries.move_to_end(key)
         self.hits += 1
-        return (outputs.copied(entry[2]),)
+        return outputs.copied(entry[2]), entry[3]
 
-    def put(self, key: Hashable, module: Any, output: Any) -> None:
+    def put(self, key: Hashable, module: Any, output: Any, by: str = "") -> None:
         """Keep a copy of what was computed, unless it would take more than a quarter of the space."""
         self.misses += 1
         try:
@@ -75,7 +75,7 @@ class PromptCache:
         except outputs.Unsplittable:
             return
         self._drop(key)
-        self._entries[key] = (weakref.ref(module), size, value)
+        self._entries[key] = (weakref.ref(module), size, value, by)
         self._bytes += size
         while self._bytes > self._limit:
             self._drop(next(iter(self._entries)))

@@ -22,6 +22,7 @@ from sfumato.batching.adapted import Selection
 from sfumato.batching.calls import target
 from sfumato.batching.interruption import BeforePart
 from sfumato.batching.module_runner import ModuleRunner
+from sfumato.core import EAGER
 from sfumato.pipelines import compat, tiling
 
 if TYPE_CHECKING:
@@ -148,14 +149,22 @@ class StandIn:
 
     def _sfumato_run(
         self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], before_part: BeforePart | None = None
-    ) -> Any:
-        """As `_sfumato_compute`, by the runner if there is one."""
+    ) -> tuple[Any, str]:
+        """As `_sfumato_compute`, by the runner if there is one, and its name: of the module without one it is empty."""
         runner: ModuleRunner | None = self._sfumato_runner
         if runner is None:
-            return self._sfumato_compute(method, args, kwargs, before_part)
-        value, by = runner.run(method, args, kwargs)
-        self._sfumato_view.computed_by.add(by)
-        return value
+            value, by = self._sfumato_compute(method, args, kwargs, before_part), ""
+        else:
+            value, by = runner.run(method, args, kwargs)
+        self._sfumato_computed(by)
+        return value, by
+
+    def _sfumato_computed(self, by: str = "") -> None:
+        """Note what has computed a call: a runner, or the module itself."""
+        self._sfumato_view.note(self._sfumato_name, by or EAGER)
+
+    def _sfumato_without_runner(self) -> None:
+        object.__setattr__(self, "_sfumato_runner", None)
 
     @property
     def _sfumato_apart(self) -> str:
@@ -201,7 +210,7 @@ def _handle_call(stand_in: StandIn, method: str, args: tuple[Any, ...], kwargs: 
     if handler is None:
         if stand_in._sfumato_runner is not None:
             stand_in._sfumato_runner.prepare(method, args, kwargs, wait=True)
-        return stand_in._sfumato_run(method, args, kwargs)
+        return stand_in._sfumato_run(method, args, kwargs)[0]
     return handler.handle_call(stand_in, method, args, kwargs)
 
 

@@ -75,7 +75,7 @@ class Host(Protocol):
 
     def why_alone(self, call: Call) -> Reason | None: ...
 
-    def computed(self, task: Task, call: Call, value: Any) -> None: ...
+    def computed(self, task: Task, call: Call, value: Any, by: str) -> None: ...
 
 
 class Task(CallHandler):
@@ -181,8 +181,7 @@ class Task(CallHandler):
         if reason := self._must_not_switch(stand_in):
             self.batcher.listen()
             self._count_unswitched(stand_in, reason)
-            if stand_in._sfumato_runner:  # what the request has changed is not in it
-                stand_in._sfumato_view.computed_by.add("eager")
+            stand_in._sfumato_computed()  # not by its runner, which knows nothing of what the request has changed
             return stand_in._sfumato_compute(method, args, kwargs)
         if runner := stand_in._sfumato_runner:
             while not runner.prepare(method, args, kwargs):
@@ -191,8 +190,7 @@ class Task(CallHandler):
         reply = self._park(call)
         if not isinstance(reply, Result):
             return self._compute(stand_in, call, reply)
-        if reply.by:
-            stand_in._sfumato_view.computed_by.add(reply.by)
+        stand_in._sfumato_computed(reply.by)
         return reply.value
 
     def _must_not_switch(self, stand_in: StandIn) -> str:
@@ -242,7 +240,7 @@ class Task(CallHandler):
         try:
             before_part = functools.partial(self._before_part, stand_in)
             begun = batcher.times.begin(call)
-            value = stand_in._sfumato_run(call.method, call.args, call.kwargs, before_part)
+            value, by = stand_in._sfumato_run(call.method, call.args, call.kwargs, before_part)
             batcher.times.end(begun, call, call.rows)
             # A proof is about the module itself.
             own = call.run() if trial and call.runner else value
@@ -250,7 +248,7 @@ class Task(CallHandler):
             if trial:
                 trial.raised(reply.member)
             raise
-        batcher.computed(self, call, value)
+        batcher.computed(self, call, value, by)
         if trial:
             trial.computed(reply.member, own)
         return value

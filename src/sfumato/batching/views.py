@@ -49,14 +49,15 @@ class View:
         *,
         tiled: bool = False,
         adapters: Mapping[int, Selection] | None = None,
-        runners: Mapping[int, ModuleRunner] | None = None,
+        runners: Mapping[int, ModuleRunner | None] | None = None,
     ) -> None:
         self.adapters = adapters or {}
         """Id of each module that adapters are loaded for → those of this request."""
         self.runners = {} if exclusive else runners or {}
-        """Id of each module that something else computes in this request → that."""
-        self.computed_by: set[str] = set()
-        """What has computed the modules that have a runner."""
+        """Id of each module whose runner is told → that, or None: the module itself."""
+        self.computed_by: dict[str, set[str]] = {}
+        """Name of each of them that was called → what has computed it."""
+        self._told: set[str] = set()
         self.tiled = tiled
         """Whether its VAE works in tiles for this request."""
         self.exclusive = exclusive
@@ -77,9 +78,18 @@ class View:
             acting = selection.module if selection else module
             runner = self.runners.get(id(module)) if acting is module else None
             stand_in = self.stand_ins[id(module)] = StandIn(acting, name, self, selection, runner)
+            if id(module) in self.runners:
+                self._told.add(name)
+            if stand_in._sfumato_tiled:  # no runner knows of tiles
+                stand_in._sfumato_without_runner()
             if self.exclusive and hasattr(acting, "attn_processors"):
                 self._processors.append((acting, dict(acting.attn_processors)))
         return stand_in
+
+    def note(self, name: str, by: str) -> None:
+        """A call of a module was computed by this."""
+        if name in self._told:
+            self.computed_by.setdefault(name, set()).add(by)
 
     def why_no_switch(self) -> str:
         """Why this request must not switch now; empty if it may."""
@@ -131,21 +141,22 @@ def view(
     foreign: bool = False,
     tiled: bool = False,
     adapters: Mapping[int, Selection] | None = None,
-    runners: Mapping[int, ModuleRunner] | None = None,
+    runners: Mapping[int, ModuleRunner | None] | None = None,
 ) -> Any:
     """A copy of `pipeline` for one request, of the same class, sharing the weights but no state that a call changes.
 
     `foreign`: the pipeline comes from a library user, so look for patched modules. `tiled`: its VAE works in
     tiles, for this request only. `adapters`: for each module that adapters are loaded for, by its id, those that act.
-    `runners`: what computes modules in their place, by the id of the module.
+    `runners`: what computes modules in their place, by the id of the module; None: the module itself, which is told.
     """
     reason = exclusive(pipeline) or (foreign and patched(pipeline)) or ""
     return _view(pipeline, View(reason, tiled=tiled, adapters=adapters, runners=runners), {}, "")
 
 
-def computed_by(pipeline: Any) -> set[str]:
-    """Names of what has computed the modules of this view that have a runner."""
-    return {name for stand_in in _stand_ins(pipeline) for name in stand_in._sfumato_view.computed_by}
+def computed_by(pipeline: Any) -> dict[str, set[str]]:
+    """Name of each module whose runner is told, and that was called in this view → what has computed it."""
+    views = {stand_in._sfumato_view for stand_in in _stand_ins(pipeline)}
+    return {name: by for view in views for name, by in view.computed_by.items()}
 
 
 def close(pipeline: Any) -> list[str]:

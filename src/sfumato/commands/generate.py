@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from sfumato import schedulers
 from sfumato.commands import kept_sources
 from sfumato.config import ModelConfig
-from sfumato.core import VAE_TILING, Done, Recipe, Step
+from sfumato.core import EAGER, VAE_TILING, Done, Recipe, Step
 from sfumato.engine.local import Local
 from sfumato.errors import InvalidRequest, StorageError, in_words
 from sfumato.loras import Lora, not_named_by, read_tags
@@ -85,6 +85,7 @@ def _as_request(recipe: Recipe) -> dict[str, Any]:
         ),
         # Only savings that change pixels; where modules wait depends on this machine.
         "savings": tuple(name for name in recipe.savings if name == VAE_TILING),
+        "runner": recipe.runner or EAGER,
         "weights": recipe.weights,
         "loras": [Lora(source, weight, text) for source, _, _, weight, text in recipe.loras],
         "replace_loras": bool(recipe.loras) or recipe.without_loras,
@@ -131,7 +132,7 @@ def _with_source_size(request: ImageRequest, recipe: Recipe, settings: Settings)
 
 
 def _warn_of_differences(recipe: Recipe, redrawn: Recipe) -> None:
-    recipe = replace(recipe, runner=recipe.runner or "eager")
+    recipe = replace(recipe, runner=recipe.runner or EAGER)
     for name in (
         "source",
         "pipeline",

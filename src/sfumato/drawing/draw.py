@@ -32,6 +32,7 @@ from sfumato.pictures.encoder import HERE, Encoder
 from sfumato.pipelines import capabilities, modular, request_scheduler, scheduler_owners, tokens
 from sfumato.pipelines.tiling import can_tile
 from sfumato.previews.steps import OnPreview, RunPreviews
+from sfumato.runners import recorded
 from sfumato.sampling import PARAMETERS, Parameter, Sampling
 
 ARGUMENTS = {"image": "image", "mask": "mask_image"}
@@ -59,7 +60,7 @@ def draw(
     generation: Generation,
     on_step: OnStep,
     on_preview: OnPreview | None = None,
-    runners: Mapping[int, ModuleRunner] | None = None,
+    runners: Mapping[int, ModuleRunner | None] | None = None,
     encoder: Encoder = HERE,
 ) -> Done:
     """Draw one picture; `on_preview` receives the requested previews, if the pipeline supports them.
@@ -96,7 +97,7 @@ def _view(
     pipeline: Any,
     generation: Generation,
     adapters: Mapping[int, Selection],
-    runners: Mapping[int, ModuleRunner] | None,
+    runners: Mapping[int, ModuleRunner | None] | None,
     on_step: OnStep,
 ) -> tuple[Any, OnStep]:
     """A view of a pipeline with the request's adapters, and what is called after each of its steps."""
@@ -360,6 +361,6 @@ def _recipe(
         controls=tuple(named_nets.recorded(control, model.net_digests) for control in requested.controls),
         loras=(loras := inputs.recorded_loras(model, requested)),
         without_loras=bool(model.state.own_loras) and not loras,
-        runner="+".join(sorted(views.computed_by(pipeline))) or "eager",
+        runner=recorded.told(views.computed_by(pipeline)),
         loras_off=inputs.loras_off(model, requested),
     )

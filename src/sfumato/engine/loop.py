@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import TypeAlias
 
 import torch
@@ -25,7 +24,17 @@ from sfumato.batching.module_runner import ModuleRunner
 from sfumato.batching.proof_store import Proofs
 from sfumato.batching.verification import Verification
 from sfumato.config import ModelConfig
-from sfumato.core import Done, Event, Failed, Generation, ModelInfo, ModelStatus, Step, keep_alive_seconds
+from sfumato.core import (
+    Done,
+    Event,
+    Failed,
+    Generation,
+    ModelInfo,
+    ModelStatus,
+    RunnerState,
+    Step,
+    keep_alive_seconds,
+)
 from sfumato.drawing import named_nets, out_of_memory
 from sfumato.drawing.draw import Disturbed, RunStopped, draw
 from sfumato.drawing.info import model_info
@@ -62,6 +71,9 @@ log = logging.getLogger(__name__)
 
 Send: TypeAlias = Callable[[Report], None]
 
+QUIET_S = 2.0
+"""Seconds without a request after which runners are compared: between two of one client there is no such time."""
+
 
 class Loop:
     """Runs commands until `Stop`. `post` may be called from any thread, the other methods only from the loop's thread.
@@ -82,8 +94,7 @@ class Loop:
             on_listen=self._listen,
         )
         self._turns = Turns()
-        folder = Path(settings.runners) if settings.runners else settings.data / "runners"
-        self._runners = Runners(settings.accelerate, folder, lambda: self._inbox.put(None))
+        self._runners = Runners(settings.accelerate, settings.runners_folder, lambda: self._inbox.put(None))
         self._pool = ModelPool(
             settings.loaded_models,
             settings.device,
@@ -110,6 +121,9 @@ class Loop:
         self._loads: list[tuple[str, Task]] = []
         """Tasks that load a model for an order, each with the order's id; no request waits for them."""
         self._stopping = False
+        self._clock = clock
+        self._last = clock()
+        """When the last command arrived, or the last request ended."""
 
     def post(self, command: Command) -> None:
         self._inbox.put(command)
@@ -125,7 +139,7 @@ class Loop:
                     computed = self._step()
                 waits = (self._pool.loading or self._runners.preparing or self._encoder.busy) and not computed
                 self._report()
-                idle = waits or not self._busy
+                idle = waits or not (self._busy or self._measure())
         self._pool.close()
         self._encoder.close()
 
@@ -135,6 +149,21 @@ class Loop:
         self._pool.tend()
         self._batcher.step()
         return self._batcher.now > before or any(task.done for task in self._all_tasks)
+
+    def _measure(self) -> bool:
+        """If nobody has asked for anything for a while: one forward pass to compare runners. Whether there are more."""
+        if self._stopping or self._pool.loading or not self._runners.due:
+            return False
+        if self._clock() - self._last < QUIET_S:
+            return False
+        before = {name: self._reported(model) for name, model in self._pool.models.items()}
+        with self._turns.turn():
+            computed = self._runners.measure()
+        for name, model in self._pool.models.items():
+            if self._reported(model) != before.get(name):
+                self._pool.describe_again(model)
+                self._runners.keep_states(name, self._states(model))
+        return computed
 
     @property
     def _busy(self) -> bool:
@@ -156,10 +185,15 @@ class Loop:
         """Seconds until there is something to do without a command; None: never."""
         expiry = self._pool.until_expiry()
         if not self._pool.loading and not self._runners.preparing and not self._encoder.busy:
-            return expiry
+            if not self._runners.due:
+                return expiry
+            quiet = max(0.0, QUIET_S - (self._clock() - self._last))
+            return quiet if expiry is None else min(expiry, quiet)
         return EVERY_S if expiry is None else min(expiry, EVERY_S)  # a worker that loads is not taken for a hung one
 
     def _handle(self, command: Command | None) -> None:
+        if command is not None:
+            self._last = self._clock()
         match command:
             case Submit():
                 self._submitted[command.generation.id] = command
@@ -195,6 +229,7 @@ class Loop:
         for id in ended:
             del self._tasks[id]
             self._stats.ended(id)
+            self._last = self._clock()
         loads, self._loads = self._loads, [(id, task) for id, task in self._loads if not task.done]
         loaded = {id: _event("the load of a model", task) for id, task in loads if task.done}
         if loaded:
@@ -246,7 +281,7 @@ class Loop:
                 def run(generation: Generation, model: Loaded = model) -> Done:
                     # For each try: one with less memory draws on other modules.
                     with named_nets.beside(model, generation, self._pool, keeping_its_place) as drawn:
-                        runners = self._runners_of(model)
+                        runners = self._runners_of(model, generation)
                         return draw(drawn, generation, on_step, on_preview, runners, self._encoder)
 
                 self._stats.started(id)
@@ -258,19 +293,20 @@ class Loop:
                         self._pool.describe_again(model)
             log.warning("request %s is drawn again: another request left its model changed", id)
 
-    def _runners_of(self, model: Loaded) -> Mapping[int, ModuleRunner]:
+    def _runners_of(self, model: Loaded, generation: Generation) -> Mapping[int, ModuleRunner | None]:
         """Chosen once for a request: no picture depends on when another runner became ready."""
-        config = model.config
-        return self._runners.of(model.denoisers(), model.state.runners, config.accelerate, config.threads)
+        config, kept = model.config, model.state.runners
+        return self._runners.of(model.computing(), kept, config.accelerate, config.threads, generation.runner)
 
     def _describe(self, model: Loaded) -> ModelInfo:
-        states = self._runners.states(model.denoisers(), model.state.runners, model.config.accelerate)
-        return replace(model_info(model), runners=states)
+        return replace(model_info(model), runners=self._states(model))
+
+    def _states(self, model: Loaded) -> tuple[RunnerState, ...]:
+        return self._runners.states(model.computing(), model.state.runners, model.config.accelerate)
 
     def _reported(self, model: Loaded) -> object:
         """What a request may change of what is reported about a model."""
-        states = self._runners.states(model.denoisers(), model.state.runners, model.config.accelerate)
-        return model.savings, states
+        return model.savings, self._states(model)
 
     def _load(self, config: ModelConfig) -> None:
         """Load a model; progress and errors appear in its status."""

@@ -53,7 +53,7 @@ from sfumato.models.picture_prompt import PicturePrompt
 from sfumato.pipelines import request_scheduler, tokens, with_prior
 from sfumato.pipelines.capabilities import most_clip_skip
 from sfumato.previews.decode import CheapDecoder, cheap_decoder
-from sfumato.runners.openvino import OpenVino
+from sfumato.runners.candidate import Candidate
 
 log = logging.getLogger(__name__)
 
@@ -78,8 +78,8 @@ class ModelState:
     """Of the weight files that it was loaded of."""
     own_loras: tuple[Lora, ...] = ()
     """The LoRAs of the model file."""
-    runners: dict[str, OpenVino] = field(default_factory=dict)
-    """What has computed its denoisers in their place, by component."""
+    runners: dict[str, Candidate] = field(default_factory=dict)
+    """What has computed its modules in their place, by component."""
     embeddings: dict[str, str] = field(default_factory=dict)
     """Hash of each textual inversion that its tokenizers and text encoders have → its tokens."""
 
@@ -115,10 +115,10 @@ class Loaded:
         copies = {("cpu", id(runner)): runner.bytes for runner in self.state.runners.values() if runner.bytes}
         return {**footprint.blocks(self.modules().values()), **copies}
 
-    def denoisers(self) -> dict[str, torch.nn.Module]:
-        """Its denoisers, by component."""
-        parts = vars(self.pipeline).items()
-        return {name: part for name, part in parts if precision.is_denoiser(name) and isinstance(part, torch.nn.Module)}
+    def computing(self) -> dict[str, torch.nn.Module]:
+        """What takes the time of a picture, by component, most of it first: denoisers, VAE and text encoders."""
+        parts = sorted(vars(self.pipeline).items(), key=lambda named: (not precision.is_denoiser(named[0]), named[0]))
+        return {name: part for name, part in parts if precision.computes(name) and isinstance(part, torch.nn.Module)}
 
     @property
     def savings(self) -> tuple[str, ...]:

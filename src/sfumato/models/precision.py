@@ -34,6 +34,11 @@ def is_denoiser(name: str) -> bool:
     return bool(_PART.fullmatch(name))
 
 
+def computes(name: str) -> bool:
+    """Whether a component of this name takes the time of a picture."""
+    return is_denoiser(name) or name == "vae" or name.startswith("text_encoder")
+
+
 def is_language_model(name: str, cls: str) -> bool:
     """Whether a component is a text encoder as large as a language model, by its name and class."""
     return "text_encoder" in name and bool(_LANGUAGE_MODEL.search(cls))

@@ -119,6 +119,11 @@ class ModelPool:
         return bool(self._loadings or self._reading)
 
     @property
+    def models(self) -> Mapping[str, load.Loaded]:
+        """Those on their device that are whole models, by name."""
+        return {name: self._loaded[name] for name in self._residents.models()}
+
+    @property
     def sizes(self) -> dict[str, int]:
         """Bytes of each model in memory; what two models share counts for both."""
         return self._residents.sizes

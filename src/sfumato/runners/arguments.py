@@ -6,6 +6,7 @@ channels). Rows, picture size and length of texts may differ between calls of on
 
 from __future__ import annotations
 
+import functools
 import inspect
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from sfumato.batching.calls import TIME
 from sfumato.batching.outputs import PLAIN
+from sfumato.pipelines import generators
 
 SIDE_INPUTS = ("residual", "adapter")
 """Words in the names of arguments that other networks compute: ControlNets, T2I adapters."""
@@ -67,19 +69,25 @@ def fixed(tensor: torch.Tensor) -> list[int]:
     return [size if at == kept else -1 for at, size in enumerate(shape)]
 
 
-def read(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-    """The arguments of a call of `module`. Raises Unserved."""
-    signature = _signature(type(module))
+def read(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], method: str = "__call__") -> Arguments:
+    """The arguments of a call of a method of `module`. Raises Unserved."""
+    signature = _signature(module, method)
     try:
         given = signature.bind(None, *args, **kwargs).arguments
     except TypeError:
         raise Unserved("the arguments do not fit the signature") from None
     given.pop(next(iter(signature.parameters)))
     for name, parameter in signature.parameters.items():
-        if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL) and given.pop(name, None):
+        if parameter.kind is parameter.VAR_KEYWORD:  # transformers' text encoders
+            given |= given.pop(name, {})
+        elif parameter.kind is parameter.VAR_POSITIONAL and given.pop(name, None):
             raise Unserved(f"it takes {parameter}")
+    kind: Any = type(module)
+    for name in [name for name, value in given.items() if isinstance(value, torch.Generator)]:
+        if not generators.reads(kind, defined(method), name):
+            del given[name]
     returned = given.pop("return_dict", True) if "return_dict" in signature.parameters else None
-    named = {name: value for name, value in sorted(given.items()) if not _is_default(value, signature.parameters[name])}
+    named = {name: value for name, value in sorted(given.items()) if not _is_default(value, signature, name)}
     for name, value in named.items():
         if any(word in name for word in SIDE_INPUTS):
             raise Unserved(f"{name} comes from another network")
@@ -117,10 +125,31 @@ def _time(value: Any, first: Any) -> Any:
     return value.float() if isinstance(value, torch.Tensor) else value
 
 
-def _is_default(value: Any, parameter: inspect.Parameter) -> bool:
-    default = parameter.default
+def _is_default(value: Any, signature: inspect.Signature, name: str) -> bool:
+    if name not in signature.parameters:
+        return False
+    default = signature.parameters[name].default
     return isinstance(value, PLAIN) and type(value) is type(default) and value == default
 
 
-def _signature(kind: type) -> inspect.Signature:
-    return inspect.signature(kind.forward)  # type: ignore[attr-defined]
+def first(module: Any, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """The tensor that gives a call its size: latents, tokens; of a list the first."""
+    name = list(_signature(module, method).parameters)[1]
+    value = args[0] if args else kwargs.get(name)
+    value = value[0] if isinstance(value, list | tuple) and value else value
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def _signature(module: Any, method: str) -> inspect.Signature:
+    kind: Any = type(module)
+    return _of_class(kind, defined(method))
+
+
+def defined(method: str) -> str:
+    """The name under which a class defines it."""
+    return "forward" if method == "__call__" else method
+
+
+@functools.cache
+def _of_class(kind: Any, method: str) -> inspect.Signature:
+    return inspect.signature(getattr(kind, method))

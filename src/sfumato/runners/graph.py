@@ -18,7 +18,9 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
+from torch.utils import _pytree as pytree
 
+from sfumato.batching.calls import target
 from sfumato.runners.arguments import Arguments, Unserved, fixed
 
 Precision: TypeAlias = Literal["fp32", "bf16"]
@@ -55,24 +57,18 @@ def has_bf16() -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """What a module returns: a tuple, or an object of this class with these fields."""
+    """What a module returns: the nesting of its tensors, and their dtypes."""
 
-    kind: type | None
-    """None: a tuple."""
-    fields: tuple[str, ...]
+    spec: Any
     dtypes: tuple[torch.dtype, ...]
 
     def of(self, tensors: Sequence[torch.Tensor], return_dict: bool | None) -> Any:
         """The module's output, made of a graph's."""
         typed = tuple(tensor.to(dtype) for tensor, dtype in zip(tensors, self.dtypes, strict=True))
-        return (
-            typed
-            if return_dict is False or self.kind is None
-            else self.kind(**dict(zip(self.fields, typed, strict=True)))
-        )
+        return typed if return_dict is False else pytree.tree_unflatten(typed, self.spec)
 
 
-def form(module: Any, arguments: Arguments) -> Form:
+def form(module: Any, method: str, arguments: Arguments) -> Form:
     """Run the module without numbers. Raises Unserved if its way depends on them, or if it returns other things.
 
     It is a copy that runs, on the same tensors: some modules keep what they have computed for a size (Qwen-Image).
@@ -83,15 +79,16 @@ def form(module: Any, arguments: Arguments) -> Form:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad(), _quiet():
             dtype = next(module.parameters()).dtype
             inputs = [mode.from_tensor(_in(tensor, dtype)) for tensor in arguments.tensors]
-            output = _copy(module)(**arguments.rebuilt(inputs))
+            output = target(_copy(module), method)(**arguments.rebuilt(inputs))
     except Exception as error:  # whatever a module raises
         first = next(iter(str(error).splitlines()), "")
         raise Unserved(f"it cannot be traced: {type(error).__name__}: {first[:200]}") from error
-    values = output if type(output) is tuple else tuple(output.values()) if hasattr(output, "values") else ()
-    if not values or not all(isinstance(value, torch.Tensor) for value in values):
+    parts = output if type(output) is tuple else tuple(output.values()) if hasattr(output, "values") else ()
+    nested = [part if type(part) is tuple else (part,) for part in parts]  # all hidden states of a text encoder
+    if not parts or not all(isinstance(value, torch.Tensor) for part in nested for value in part):
         raise Unserved(f"it returns a {type(output).__name__}")
-    dtypes = tuple(value.dtype for value in values)
-    return Form(None, (), dtypes) if type(output) is tuple else Form(type(output), tuple(output.keys()), dtypes)
+    values, spec = pytree.tree_flatten(output)
+    return Form(spec, tuple(value.dtype for value in values))
 
 
 def _in(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -101,18 +98,19 @@ def _in(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 class _Traced(torch.nn.Module):
     """The module as a function of tensors alone."""
 
-    def __init__(self, module: Any, arguments: Arguments) -> None:
+    def __init__(self, module: Any, method: str, arguments: Arguments) -> None:
         super().__init__()
         self.module = module
+        self.method = method
         self.arguments = arguments
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         more = {} if self.arguments.return_dict is None else {"return_dict": False}
-        output = self.module(**self.arguments.rebuilt(tensors), **more)
-        return tuple(output.values()) if hasattr(output, "values") else tuple(output)
+        output = target(self.module, self.method)(**self.arguments.rebuilt(tensors), **more)
+        return tuple(pytree.tree_leaves(output))
 
 
-def convert(module: Any, arguments: Arguments, folder: Path) -> None:
+def convert(module: Any, method: str, arguments: Arguments, folder: Path) -> None:
     """Write the module's graph for calls like this one into `folder`, whole or not at all.
 
     The module itself is only read. What is traced is a copy of its layers in full precision, as sixteen bits would be
@@ -120,7 +118,7 @@ def convert(module: Any, arguments: Arguments, folder: Path) -> None:
     """
     ov = library()
     with torch.no_grad(), _quiet():
-        traced = _Traced(_full_precision_copy(module), arguments).eval()
+        traced = _Traced(_full_precision_copy(module), method, arguments).eval()
         model = ov.convert_model(traced, example_input=arguments.tensors)
         if len(model.inputs) != len(arguments.tensors):
             raise Unserved("some of its arguments have no effect on its graph")
@@ -192,8 +190,8 @@ def _with_angles_apart(ov: Any, model: Any) -> tuple[Any, Any]:
     places = []
     for angle in angles:
         place = ov.opset13.parameter(angle.get_partial_shape(), angle.get_element_type())
-        for target in list(angle.get_target_inputs()):
-            target.replace_source_output(place.output(0))
+        for reader in list(angle.get_target_inputs()):
+            reader.replace_source_output(place.output(0))
         places.append(place)
     return head, ov.Model(model.get_results(), [*model.get_parameters(), *places])
 

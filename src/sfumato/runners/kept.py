@@ -9,8 +9,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-MAX_KEPT = 6
-"""Graphs in the folder; those that were used longest ago leave."""
+MAX_KEPT = 18
+"""Graphs in the folder, a few of each model; those that were used longest ago leave."""
 
 ENDED_S = 24 * 3600
 """Seconds after which what a conversion has written is that of a process that ended in the middle."""

@@ -10,6 +10,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 DTYPES = (torch.float32, torch.bfloat16)
+PIECES = ("use_tiling", "use_slicing")
+"""Attributes of a VAE that decodes in pieces, to take less memory."""
 
 
 def state_of(module: torch.nn.Module) -> Hashable:
@@ -17,7 +19,7 @@ def state_of(module: torch.nn.Module) -> Hashable:
     parts = [(id(part), part.training, id(getattr(part, "processor", None)), *_adapters(part))
              for part in module.modules()]  # fmt: skip
     tensors = [(id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in _tensors(module)]
-    return tuple(parts), tuple(tensors)
+    return tuple(parts), tuple(tensors), tuple(bool(getattr(module, name, False)) for name in PIECES)
 
 
 def why_unserved(module: torch.nn.Module) -> str:
@@ -30,6 +32,8 @@ def why_unserved(module: torch.nn.Module) -> str:
         return "it is not on a CPU"
     if others := {str(tensor.dtype).removeprefix("torch.") for tensor in tensors if tensor.dtype not in DTYPES}:
         return f"its weights are {', '.join(sorted(others))}"
+    if any(getattr(module, name, False) for name in PIECES):
+        return "it works in pieces, to take less memory"
     for part in module.modules():
         if part.training:
             return "it is in training mode"

@@ -12,7 +12,7 @@ import functools
 import hashlib
 import logging
 import weakref
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,8 @@ import torch
 
 from sfumato.batching import outputs
 from sfumato.batching.calls import target
-from sfumato.core import RunnerState
+from sfumato.batching.module_runner import numbers
+from sfumato.core import EAGER, RunnerState
 from sfumato.pipelines import source_digest
 from sfumato.runners import arguments as call_arguments
 from sfumato.runners import graph, kept, module_state
@@ -35,7 +36,8 @@ log = logging.getLogger(__name__)
 
 NAME = "openvino"
 
-METHODS = frozenset({"__call__", "forward"})
+METHODS = {"__call__": "__call__", "forward": "__call__", "decode": "decode"}
+"""What a graph can compute, and one name for it. A module has few others: `encode` returns a distribution."""
 
 TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
 """Allowed difference between graph and module, relative to the output's largest value. A size that tracing took for a
@@ -44,7 +46,7 @@ constant gives far more."""
 MAX_STRUCTURES = 2
 """Graphs of one module: each takes the memory of its weights."""
 
-FORMAT = 1
+FORMAT = 2
 """Version of what is kept on disk."""
 
 
@@ -70,11 +72,13 @@ class OpenVino:
 
     def __init__(self, module: torch.nn.Module, folder: Path, threads: int, background: Background) -> None:
         """`folder`: where graphs are kept."""
+        self.number = next(numbers)
         self._module = weakref.ref(module)
         self._folder = folder
         self._threads = threads
         self._background = background
-        self._structures: dict[str, _Structure] = {}
+        self._kind = type(module).__name__
+        self._structures: dict[tuple[str, str], _Structure] = {}
         self._has_others = False
         """Whether there were kinds of calls beyond those."""
         self._precision: Precision | None = None
@@ -89,21 +93,26 @@ class OpenVino:
         """As recipes have it."""
         return f"{NAME}-{self._precision}" if self._precision else NAME
 
-    def serves(self) -> bool:
-        """Whether the module is still the one that the graphs were made of, or will be."""
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        return tuple(structure.folder for structure in self._structures.values() if structure.folder)
+
+    def for_request(self) -> OpenVino | None:
+        """None if the module is no longer the one that the graphs were made of, or will be."""
         module = self._module()
-        return not self.why_eager and module is not None and module_state.state_of(module) == self._state
+        same = not self.why_eager and module is not None and module_state.state_of(module) == self._state
+        return self if same else None
 
     def state(self, module: str) -> RunnerState:
         """For people."""
-        if self.why_eager:
-            return RunnerState(module, "eager", self.why_eager)
+        if self.why_eager or not self.for_request():
+            return RunnerState(module, EAGER, self.why_eager or "it has changed since its graph was made")
         told = [self._told(structure) for structure in self._structures.values()]
         told += [f"at most {MAX_STRUCTURES} kinds of calls of a module have a graph"] if self._has_others else []
         detail = "; ".join(filter(None, dict.fromkeys(told)))
         ready = any(structure.graph for structure in self._structures.values())
         if not ready and self._structures and all(structure.refused for structure in self._structures.values()):
-            return RunnerState(module, "eager", detail)
+            return RunnerState(module, EAGER, detail)
         return RunnerState(module, self.name, detail or ("" if ready else "it is prepared for the first picture"))
 
     def _told(self, structure: _Structure) -> str:
@@ -119,16 +128,17 @@ class OpenVino:
         if module is None or self.why_eager or method not in METHODS:
             return True
         try:
-            arguments = call_arguments.read(module, args, kwargs)
+            arguments = call_arguments.read(module, args, kwargs, METHODS[method])
         except Unserved:
             return True
-        structure = self._structures.get(arguments.structure)
+        key = METHODS[method], arguments.structure
+        structure = self._structures.get(key)
         if structure is None and len(self._structures) == MAX_STRUCTURES:
             self._has_others = True
             return True
         if structure is None:
-            structure = self._structures[arguments.structure] = _Structure()
-            work = functools.partial(self._prepare, structure, arguments)
+            structure = self._structures[key] = _Structure()
+            work = functools.partial(self._prepare, structure, METHODS[method], arguments)
             work() if wait else self._background.submit(work)
         return structure.settled
 
@@ -138,15 +148,14 @@ class OpenVino:
         assert module is not None
         if method in METHODS and not self.why_eager:
             with suppress(Unserved):
-                arguments = call_arguments.read(module, args, kwargs)
-                structure = self._structures.get(arguments.structure)
+                arguments = call_arguments.read(module, args, kwargs, METHODS[method])
+                structure = self._structures.get((METHODS[method], arguments.structure))
                 if structure and structure.graph and structure.sizes.get(_size(arguments), True):
-                    return self._run(structure, arguments, module, args, kwargs)
-        return target(module, method)(*args, **kwargs), "eager"
+                    return self._run(structure, arguments, functools.partial(target(module, method), *args, **kwargs))
+        return target(module, method)(*args, **kwargs), EAGER
 
-    def _run(
-        self, structure: _Structure, arguments: Arguments, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, str]:
+    def _run(self, structure: _Structure, arguments: Arguments, itself: Callable[[], Any]) -> tuple[Any, str]:
+        """`itself`: the module's own computation."""
         size = _size(arguments)
         known = size in structure.sizes
         try:
@@ -155,21 +164,21 @@ class OpenVino:
             output, reason = None, f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
             if known:
                 self.why_eager = f"OpenVINO failed: {reason}"
-                log.warning("%s is computed by the module itself from now on: %s", _kind(module), self.why_eager)
+                log.warning("%s is computed by the module itself from now on: %s", self._kind, self.why_eager)
                 self._release()
         if known and output is not None:
             return output, self.name
-        own = module(*args, **kwargs)
+        own = itself()
         if known:
-            return own, "eager"
+            return own, EAGER
         difference = float("inf") if output is None else outputs.difference(output, own)
         structure.sizes[size] = same = difference <= TOLERANCE[self._precision or "fp32"]
         if structure.folder:
             kept.put_sizes(structure.folder, structure.sizes)
         if not same:
             why = f"it differs by {difference:.1e}" if output is not None else reason
-            log.warning("%s: sizes %s are computed by the module itself: %s", _kind(module), size, why)
-        return (output, self.name) if same else (own, "eager")
+            log.warning("%s: sizes %s are computed by the module itself: %s", self._kind, size, why)
+        return (output, self.name) if same else (own, EAGER)
 
     def _computed(self, structure: _Structure, arguments: Arguments) -> Any:
         assert structure.graph and structure.form
@@ -182,7 +191,7 @@ class OpenVino:
 
     # In the background.
 
-    def _prepare(self, structure: _Structure, arguments: Arguments) -> None:
+    def _prepare(self, structure: _Structure, method: str, arguments: Arguments) -> None:
         """Convert the module, or find what was converted before. Whatever happens, the structure is settled then."""
         module = self._module()
         if module is None:
@@ -191,38 +200,35 @@ class OpenVino:
         try:
             half = module_state.dtype_of(module) is torch.bfloat16 and graph.has_bf16()
             self._precision = "bf16" if half else "fp32"
-            structure.form = graph.form(module, arguments)
-            structure.folder = folder = self._folder / _digest(module, arguments, self._precision)
+            structure.form = graph.form(module, method, arguments)
+            structure.folder = folder = self._folder / _digest(module, method, arguments, self._precision)
             if not (folder / graph.GRAPH).exists():
-                log.info("%s is converted for OpenVINO", _kind(module))
-                graph.convert(module, arguments, folder)
+                log.info("%s is converted for OpenVINO", self._kind)
+                graph.convert(module, method, arguments, folder)
             kept.touch(folder)
             structure.sizes = kept.sizes(folder)
             made = Graph(folder, self._precision, self._threads)
         except Exception as error:  # whatever is raised by tracing code that others wrote
             reason = str(error) if isinstance(error, Unserved) else f"{type(error).__name__}: {error}"
             structure.refused = f"no graph of it: {(reason.splitlines() or [''])[0][:300]}"
-            log.warning("%s is computed by the module itself: %s", _kind(module), structure.refused)
+            log.warning("%s is computed by the module itself: %s", self._kind, structure.refused)
             return
         self.bytes += made.bytes
         structure.graph = made
-        log.info("%s is computed by OpenVINO in %s", _kind(module), self._precision)
+        log.info("%s is computed by OpenVINO in %s", self._kind, self._precision)
 
 
 def _size(arguments: Arguments) -> str:
     return " ".join("x".join(map(str, shape)) for shape in arguments.shapes)
 
 
-def _kind(module: Any) -> str:
-    return type(module).__name__
-
-
-def _digest(module: torch.nn.Module, arguments: Arguments, precision: str) -> str:
+def _digest(module: torch.nn.Module, method: str, arguments: Arguments, precision: str) -> str:
     """Of everything that a graph is made of, and of where its sizes were compared."""
     digest = hashlib.sha256()
     parts: list[Hashable] = [
-        FORMAT, arguments.structure, precision, graph.library().get_version(), torch.__version__, diffusers.__version__,
-        graph.processor(), source_digest.source_digest(module), repr(getattr(module, "config", "")),
+        FORMAT, method, arguments.structure, precision, graph.library().get_version(), torch.__version__,
+        diffusers.__version__, graph.processor(), source_digest.source_digest(module),
+        repr(getattr(module, "config", "")),
     ]  # fmt: skip
     digest.update(repr(parts).encode())
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):

@@ -62,6 +62,8 @@ class ImageRequest:
     """2 or 4: upscaling factor for the source picture."""
     savings: tuple[str, ...] = ()
     """Names of `core.SAVINGS`, to reproduce a picture that used them."""
+    runner: str = ""
+    """`core.Recipe.runner` of a picture to reproduce."""
     previews: int = 0
     """Previews per picture, 0 .. core.MAX_PREVIEWS."""
     id: str = ""
@@ -131,6 +133,7 @@ def plan(request: ImageRequest, config: ModelConfig, limits: Limits, max_picture
             transparent=request.transparent,
             upscale=request.upscale,
             savings=request.savings,
+            runner=request.runner,
             controls=tuple(replace(control, image=b"") for control in request.controls),
             previews=request.previews,
             caller=request.caller,

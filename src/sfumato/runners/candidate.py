@@ -1,0 +1,31 @@
+"""What every runner is: it computes the calls of one module, or says why it does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from sfumato.batching.module_runner import ModuleRunner
+from sfumato.core import RunnerState
+
+
+class Candidate(ModuleRunner, Protocol):
+    """The runner of one module. Used on one thread, apart from what `Background` does for it."""
+
+    @property
+    def name(self) -> str:
+        """As recipes have it."""
+
+    @property
+    def bytes(self) -> int:
+        """Memory that it takes beside the module."""
+
+    def for_request(self) -> ModuleRunner | None:
+        """What computes the module in a request that begins now; None: the module itself."""
+
+    def state(self, module: str) -> RunnerState:
+        """For people; `module`: its component."""
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """What it keeps on disk."""
