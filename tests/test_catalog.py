@@ -114,6 +114,42 @@ def test_names_come_before_aliases_and_the_user_before_the_house(tmp_path: Path)
         catalog.get("tiny")
 
 
+def test_an_alias_with_a_star_is_for_names_that_no_other_is(tmp_path: Path) -> None:
+    user, house = tmp_path / "user", tmp_path / "house"
+    write(house, "h.yaml", model("tiny", 'aliases: ["gpt-image-*", "*-e-*", latest]\n'))
+    write(user, "a.yaml", model("a", "aliases: [gpt-image-1]\n"))
+    write(user, "b.yaml", model("b", 'aliases: ["gpt-image-2*", "b.d"]\n'))
+    write(user, "c.yaml", model("c", 'aliases: ["gpt-image-2*"]\n'))
+    catalog = Catalog([user, house])
+    served = {
+        "gpt-image-1": "a", "gpt-image-2": "b", "gpt-image-2.5-flare": "b", "gpt-image-3": "tiny", "gpt-image-": "tiny",
+        "dall-e-7": "tiny", "latest": "tiny", "b.d": "b",
+    }  # fmt: skip
+    assert {name: catalog.get(name).name for name in served} == served
+    for unknown in ("gpt-image", "my-gpt-image-1", "bxd", "gpt-4o", "dall-e"):
+        with pytest.raises(ModelNotFound):
+            catalog.get(unknown)
+    (problem,) = catalog.problems()
+    assert "alias: 'gpt-image-2*' is also in" in problem.message
+    (user / "b.yaml").unlink()
+    (user / "c.yaml").unlink()
+    catalog.refresh()
+    assert catalog.get("gpt-image-2").name == "tiny"
+
+
+def test_a_star_takes_no_name_of_a_source(tmp_path: Path) -> None:
+    """On the command line a hub id is a model, whatever the files say."""
+    write(tmp_path, "a.yaml", model("a", 'aliases: ["*"]\n'))
+    assert Catalog([tmp_path], open=True).get("some/one").name != "a"
+    assert Catalog([tmp_path], open=True).get("anything").name == "a"
+    assert Catalog([tmp_path]).get("some/one").name == "a"
+
+
+@pytest.mark.parametrize("name", ["gpt-image-1", "gpt-image-9-mini", "dall-e-2", "dall-e-3", "chatgpt-image-latest"])
+def test_the_built_in_model_has_the_names_that_clients_know(tmp_path: Path, name: str) -> None:
+    assert Catalog([tmp_path, EMBEDDED]).get(name).name == "sfumato-tiny"
+
+
 def test_an_alias_without_weights_redirects(tmp_path: Path) -> None:
     write(tmp_path, "a.yaml", model("a"))
     write(tmp_path, "b.yaml", "name: gpt\nalias: a\n")

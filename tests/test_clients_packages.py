@@ -59,7 +59,7 @@ def test_javascript_clients(server: Server, photo: Path, mask: Path) -> None:
     done = environment.run("node", "--test", "--test-reporter=tap", cwd=environment.NODE, **given)
     assert done.returncode == 0, done.stdout + done.stderr
     passed = int(done.stdout.split("# pass ")[1].split()[0])
-    assert passed >= 13, done.stdout
+    assert passed >= 16, done.stdout
 
 
 @pytest.mark.parametrize("code", blocks("py"))

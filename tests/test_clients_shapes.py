@@ -281,6 +281,18 @@ def test_localai_pictures(server: Server, key: str) -> None:
     assert len(json.loads(image.info["sfumato"])["image_sha256"]) == 1
 
 
+def test_anythingllm(server: Server) -> None:
+    """Its LocalAI provider: the list by capabilities, then pictures as raw base64."""
+    listed = server.client.get("/v1/models/capabilities").json()["data"]
+    (model,) = [each["id"] for each in listed if "image" in each["capabilities"]]
+    body = {"model": model, "prompt": "a cat", "size": "128x128", "n": 1, "step": 4}
+    assert items(server.draw(**body), "url")[0].size == (128, 128)
+    reference = base64.b64encode(PHOTO).decode()
+    for picture in (reference, f"data:image/png;base64,{reference}"):
+        image = items(server.draw(**body, ref_images=[picture]), "url")[0]
+        assert len(json.loads(image.info["sfumato"])["image_sha256"]) == 1
+
+
 def test_localai_inpainting(server: Server) -> None:
     files = {"image": ("a.png", PHOTO, "image/png"), "mask": ("m.png", transparent_on_top(), "image/png")}
     fields = {"model": "sfumato-tiny", "prompt": "a cat", "steps": "4"}

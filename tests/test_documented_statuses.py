@@ -64,6 +64,7 @@ A1111 = {"prompt": "a cat", "width": 64, "height": 64, "steps": 2, "save_images"
 BODIES: dict[str, dict[str, Any]] = {
     "POST /v1/images/generations": OPENAI,
     "POST /v1/images/edits": OPENAI | {"image": PHOTO},
+    "POST /v1/chat/completions": OPENAI | {"messages": [{"role": "user", "content": "a cat"}]},
     "POST /v1/images/variations": {"image": PHOTO, "steps": 2},
     "POST /v1/images/inpainting": {"prompt": "a cat", "image": PHOTO, "mask": PHOTO, "steps": 2},
     "POST /v1/images/upscale": {"image": SMALL, "scale": 4, "model": "enlarge"},

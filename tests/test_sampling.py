@@ -125,6 +125,16 @@ def test_openai_json(inside: Inside, parameter: Parameter) -> None:
         assert seen(inside, "/v1/images/generations", json=body) == Sampling(**{parameter.name: value})
 
 
+@pytest.mark.parametrize("place", ["top level", "extra_body"])
+@pytest.mark.parametrize("parameter", EVERY)
+def test_chat(inside: Inside, parameter: Parameter, place: str) -> None:
+    value, path = value_of(parameter), "/v1/chat/completions"
+    fields = {"size": "64x128"} if parameter.side else {parameter.name: value, **said_of(parameter)}
+    fields = fields if place == "top level" else {"extra_body": fields}
+    sampling = seen(inside, path, json={"messages": [{"role": "user", "content": "a"}], **fields})
+    assert sampling[parameter] == value
+
+
 def test_a_blank_name_does_not_hide_another() -> None:
     body = GenerationsBody.model_validate({"prompt": "a cat", "steps": "", "step": 20, "cfg_scale": " "})
     assert (body.to_request().sampling.steps, body.to_request().sampling.guidance_scale) == (20, None)

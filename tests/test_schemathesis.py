@@ -71,6 +71,7 @@ def photo() -> str:
 
 WORKS: dict[str, st.SearchStrategy[Any]] = {
     "prompt": st.just("a cat"),
+    "messages": st.just([{"role": "user", "content": "a cat"}]),
     "model": st.sampled_from(["cheap", "sfumato-tiny"]),
     "n": st.sampled_from([1, 2]),
     "size": st.sampled_from(["64x64", "auto"]),

@@ -143,6 +143,12 @@ class Settings:
         "Database of the gallery index, as an SQLAlchemy URL; empty: SQLite in the data folder.",
         secret=True,
     )
+    content_images: str = _setting(
+        "",
+        "Who gets the pictures of chat completions in `content`, too, as Markdown with their URLs, for clients that do "
+        "not read `images`: names of API keys, comma-separated, or * for all. A request decides with its own field "
+        "of this name.",
+    )
     log_format: str = _setting("text", "text, or json: one object per line.", choices=("text", "json"))
     log_prompts: bool = _setting(False, "Whether prompts may appear in the log.")
     log_level: str = _setting(

@@ -1,4 +1,4 @@
-"""LiteLLM: its `openai/` provider with another base URL. Arguments: the server's URL, a picture."""
+"""LiteLLM: its `openai/` and `openrouter/` providers with another base URL. Arguments: the server's URL, a picture."""
 
 from __future__ import annotations
 
@@ -64,6 +64,35 @@ def variation() -> None:
     assert picture(answer).size == (128, 128)
 
 
+def chat() -> None:
+    messages = [{"role": "user", "content": "a cat"}]
+    answer = litellm.completion(model="openai/sfumato-tiny", messages=messages, extra_body=FEW, **SERVER)
+    (image,) = answer.choices[0].message.images
+    data = image["image_url"]["url"].partition(",")[2]
+    assert Image.open(io.BytesIO(base64.b64decode(data))).size == (128, 128)
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens > 0
+
+
+def chat_stream() -> None:
+    messages = [{"role": "user", "content": "a cat"}]
+    stream = litellm.completion(model="openai/sfumato-tiny", messages=messages, stream=True, extra_body=FEW, **SERVER)
+    images = [image for chunk in stream for image in getattr(chunk.choices[0].delta, "images", None) or ()]
+    assert len(images) == 1, images
+    assert images[0]["image_url"]["url"].startswith("data:image/png;base64,")
+
+
+def openrouter() -> None:
+    """Images by chat completions, as it asks OpenRouter for them."""
+    answer = litellm.image_generation("a cat", model="openrouter/sfumato-tiny", n=2, size="256x256", **SERVER, **FEW)
+    assert [picture(answer, index).size for index in (0, 1)] == [(128, 128)] * 2
+    check_usage(answer)
+    wide = litellm.image_generation("a cat", model="openrouter/sfumato-tiny", size="1792x1024", **SERVER, **FEW)
+    assert picture(wide).size == (168, 96)
+    with PHOTO.open("rb") as photo:
+        edited = litellm.image_edit(image=photo, prompt="a cat", model="openrouter/sfumato-tiny", **SERVER)
+    assert picture(edited).size == (128, 128)
+
+
 def errors() -> None:
     for model, size, expected in (
         ("sfumato-tiny", "abc", litellm.exceptions.BadRequestError),
@@ -77,6 +106,6 @@ def errors() -> None:
             raise AssertionError(f"{model} {size}: no error")
 
 
-for check in (generate, generate_like_gpt_image, edit, variation, errors):
+for check in (generate, generate_like_gpt_image, edit, variation, chat, chat_stream, openrouter, errors):
     check()
     print(check.__name__, "ok")

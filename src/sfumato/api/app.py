@@ -16,6 +16,8 @@ from sfumato import __version__
 from sfumato.api import gallery, localai, loras, models, ops, progress, status, studio
 from sfumato.api.a1111 import controlnet, jobs, lists
 from sfumato.api.a1111 import routes as a1111
+from sfumato.api.chat import routes as chat
+from sfumato.api.chat.answers import parse_callers
 from sfumato.api.http import errors, pages
 from sfumato.api.http.arrivals import Arrivals
 from sfumato.api.http.auth import Auth, parse_keys
@@ -80,7 +82,9 @@ def create_app(service: Service, store: Store, running: ActiveRequests | None = 
     check_proxies(settings.trusted_proxies)
     check_public_url(settings.public_url)
     parse_hosts(settings.allowed_hosts)
+    content_images = parse_callers(settings.content_images, keys)
     picture_gallery = Gallery.of(settings, store, keys)
+    service.fetcher.store = store
     history = status.History(service)
 
     @asynccontextmanager
@@ -108,6 +112,7 @@ def create_app(service: Service, store: Store, running: ActiveRequests | None = 
     app.state.store = store
     app.state.gallery = picture_gallery
     app.state.history = history
+    app.state.content_images = content_images
     app.state.bodies = Bodies(settings.max_text_mb * 2**20)
     app.state.choices = lists.Choices(service)
     app.state.a1111_jobs = jobs.Jobs(service)
@@ -121,12 +126,13 @@ def create_app(service: Service, store: Store, running: ActiveRequests | None = 
 def _add_routes(app: FastAPI, *, keyed: bool) -> None:
     # Only documents the key in OpenAPI; `Auth` checks it.
     key = [Depends(HTTPBearer(auto_error=False, description="An API key of this server."))] if keyed else []
-    for module in (openai, localai, progress, models, loras, gallery, status):
+    for module in (openai, chat, localai, progress, models, loras, gallery, status):
         app.include_router(module.routes, prefix="/v1", dependencies=key)
         # LocalAI's clients often omit the prefix.
         app.include_router(module.routes, include_in_schema=False)
     app.include_router(a1111.routes, dependencies=key)
     app.include_router(controlnet.routes, dependencies=key)
+    app.include_router(models.of_localais_page, dependencies=key)
     for routes in (ops.routes, gallery.pictures, pages.routes):
         app.include_router(routes)
     studio.install(app)

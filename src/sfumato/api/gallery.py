@@ -13,7 +13,7 @@ from sfumato.api import file_parameters
 from sfumato.api.dependencies import Owner, TheGallery, TheService
 from sfumato.api.http import documents
 from sfumato.api.http.forms import openapi_body, reader
-from sfumato.api.openai.bodies import Picture
+from sfumato.api.openai.pictures import Picture
 from sfumato.errors import InvalidRequest, PictureNotFound
 from sfumato.pictures.gallery import MAX_PAGE, Gallery, GalleryEntry, GalleryQuery
 from sfumato.sampling import NAMED

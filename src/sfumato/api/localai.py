@@ -12,7 +12,8 @@ from sfumato.api.dependencies import TheContext
 from sfumato.api.http.documents import DRAWING
 from sfumato.api.http.forms import openapi_body, reader
 from sfumato.api.openai.answers import answer
-from sfumato.api.openai.bodies import Body, Picture, Pictures
+from sfumato.api.openai.bodies import Body
+from sfumato.api.openai.pictures import Picture, Pictures
 from sfumato.config import ModelConfig
 from sfumato.errors import InvalidRequest
 from sfumato.sampling import Sampling

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from types import MappingProxyType
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Depends, Query
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -19,7 +20,7 @@ from sfumato.api.http.headers import header_text
 from sfumato.checkpoints import ip_adapters, net_classes
 from sfumato.checkpoints.static_capabilities import static_capabilities
 from sfumato.config import ModelConfig
-from sfumato.core import QUALITIES, Input, ModelInfo
+from sfumato.core import QUALITIES, Abilities, Input, ModelInfo
 from sfumato.sampling import NAMED, PARAMETERS
 from sfumato.serving.planning import MAX_PICTURES
 from sfumato.serving.service import Service
@@ -65,6 +66,17 @@ ORDERS = documents.errors(400, 401, 403, 404, 413, 415, 500)
 
 routes = APIRouter(tags=["Models"])
 
+CAPABILITIES: Mapping[str, str] = MappingProxyType(
+    {
+        "text-to-image": "image",
+        "label-to-image": "image",
+        "image-to-image": "image",
+        "inpainting": "image",
+        "upscaling": "upscale",
+    }
+)
+"""Task → LocalAI's name of what it is for."""
+
 
 @routes.post(
     "/models/load",
@@ -106,9 +118,53 @@ async def pin(body: Annotated[PinBody, Depends(reader(PinBody))], service: TheSe
 
 
 @routes.get("/models", summary="All models", response_model=documents.Models, responses=documents.errors(401, 403))
-async def models(service: TheService) -> dict[str, Any]:
+async def models(
+    service: TheService,
+    output_modalities: Annotated[
+        str, Query(max_length=MAX_NAME, description="Only models that answer with all of these, as in `image`.")
+    ] = "",
+) -> dict[str, Any]:
     service.catalog.refresh()
-    return {"object": "list", "data": await asyncio.to_thread(_models, service, service.catalog.all())}
+    data = await asyncio.to_thread(_models, service, service.catalog.all())
+    wanted = {word for each in output_modalities.split(",") if (word := each.strip().lower())} - {"all"}
+    return {
+        "object": "list",
+        "data": [each for each in data if wanted <= set(each["architecture"]["output_modalities"])],
+    }
+
+
+@routes.get(
+    "/models/capabilities",
+    summary="All models with what they take and give, as in LocalAI",
+    response_model=documents.AllCapabilities,
+    responses=documents.errors(401, 403),
+)
+async def capabilities(service: TheService) -> dict[str, Any]:
+    service.catalog.refresh()
+    data = await asyncio.to_thread(_models, service, service.catalog.all())
+    return {"object": "list", "data": [_capabilities(each) for each in data]}
+
+
+of_localais_page = APIRouter()
+"""What LocalAI's own page asks, as some of its clients do."""
+
+
+@of_localais_page.get(
+    "/api/models/capabilities",
+    summary="The same by LocalAI's flags, as its page asks for it",
+    tags=["Models"],
+    response_model=documents.AllFlags,
+    responses=documents.errors(401, 403),
+)
+async def flags(service: TheService) -> dict[str, Any]:
+    data = (await capabilities(service))["data"]
+    return {
+        "data": [
+            {"id": each["id"], "capabilities": [f"FLAG_{name.upper()}" for name in each["capabilities"]],
+             "backend": "diffusers"}
+            for each in data
+        ]
+    }  # fmt: skip
 
 
 @routes.get(
@@ -158,6 +214,7 @@ def _model(service: Service, config: ModelConfig) -> dict[str, Any]:
         "object": "model",
         "created": config.created,
         "owned_by": "sfumato",
+        "architecture": _architecture(config, abilities),
         "sfumato": {
             "status": status.state,
             "detail": status.detail or (abilities.problem if abilities else ""),
@@ -185,6 +242,26 @@ def _model(service: Service, config: ModelConfig) -> dict[str, Any]:
             "qualities": _qualities(config, facts),
         },
     }
+
+
+def _architecture(config: ModelConfig, abilities: Abilities | None) -> dict[str, list[str]]:
+    if abilities is None:  # what is not here yet draws pictures from texts at least
+        return {"input_modalities": ["text"], "output_modalities": ["image"]}
+    names = {each.name for each in abilities.inputs}
+    if not config.enables("image"):
+        names -= {"image", "mask"}
+    inputs = {"text": {"prompt"}, "image": {"image", "mask", "controls"}}
+    return {
+        "input_modalities": [modality for modality, of in inputs.items() if names & of],
+        "output_modalities": ["image"] if abilities.tasks else [],
+    }
+
+
+def _capabilities(model: Mapping[str, Any]) -> dict[str, Any]:
+    """LocalAI's entry of a model of the list."""
+    tasks = model["sfumato"]["tasks"]
+    names = ["image"] if tasks is None else list(dict.fromkeys(CAPABILITIES[task] for task in tasks))
+    return {"id": model["id"], "object": "model", "capabilities": names, **model["architecture"]}
 
 
 def _control_nets(pipeline: str | None) -> list[dict[str, Any]] | None:

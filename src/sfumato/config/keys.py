@@ -55,7 +55,7 @@ KEYS: tuple[Key, ...] = (
         "Identity",
         ("name", "name", read.name, "Model name in requests. Absent: the file's name without `.yaml`."),
         ("alias", "alias", read.names, "Another name, or a list. Without `parameters.model`: the model serving it."),
-        ("aliases", "aliases", read.names, "More names for the model."),
+        ("aliases", "aliases", read.names, "More names for the model; `*` stands for any text, as in `gpt-image-*`."),
         ("backend", "backend", read.string, "`diffusers` or a variant (`cuda12-diffusers`). Others are skipped."),
         ("description", "description", read.string, "Free text for people."),
         ("usage", "usage", read.string, "Free text for people."),

@@ -11,12 +11,14 @@ import asyncio
 import ipaddress
 from collections.abc import Callable, Iterable
 from http.cookiejar import CookieJar, DefaultCookiePolicy
+from urllib.parse import urlsplit
 
 import httpx
 
 from sfumato import __version__
 from sfumato.errors import InvalidPicture
 from sfumato.pictures.resolving import Resolver, Unresolved
+from sfumato.pictures.store import Store
 
 MAX_BYTES = 32 * 2**20
 TIMEOUT_S = 20.0
@@ -32,6 +34,9 @@ GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
 
 class PictureFetcher:
     """Fetches picture URLs. `hosts` are names that may resolve to private addresses."""
+
+    store: Store | None = None
+    """Of this server's own pictures, whose URLs are read from there, whatever host they name."""
 
     def __init__(self, hosts: Iterable[str] = (), resolver: Resolver | None = None) -> None:
         allowed = frozenset(host.strip().lower() for host in hosts if host.strip())
@@ -50,6 +55,10 @@ class PictureFetcher:
 
         Raises InvalidPicture naming the URL and the reason.
         """
+        name = _name_in(url)
+        if name and self.store and (own := await asyncio.to_thread(self.store.get, name)):
+            take(len(own.data))
+            return own.data
         try:
             async with asyncio.timeout(TIMEOUT_S):
                 return await self._get(url, param, take)
@@ -59,7 +68,8 @@ class PictureFetcher:
             ) from None
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:  # ValueError: also from IDNA
             reason = str(error) or type(error).__name__
-            raise InvalidPicture(f"{param}: {url} could not be fetched: {reason}", param=param) from None
+            expired = " If it was a picture of this server, it has expired." if name and self.store else ""
+            raise InvalidPicture(f"{param}: {url} could not be fetched: {reason}{expired}", param=param) from None
 
     async def _get(self, url: str, param: str, take: Callable[[int], None]) -> bytes:
         request: httpx.Request | None = self._client.build_request("GET", url)
@@ -76,6 +86,15 @@ class PictureFetcher:
 
     async def close(self) -> None:
         await self._client.aclose()
+
+
+def _name_in(url: str) -> str:
+    """The name in a URL of a stored picture. No other server has one of that name: it is random."""
+    try:
+        folder, _, name = urlsplit(url).path.rpartition("/")
+    except ValueError:
+        return ""
+    return name if folder.endswith("/generated-images") and Store.is_name(name) else ""
 
 
 async def _body(response: httpx.Response, url: str, param: str, take: Callable[[int], None]) -> bytes:

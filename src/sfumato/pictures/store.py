@@ -99,6 +99,11 @@ class Store:
         random = secrets.token_hex(RANDOM_DIGITS // 2)
         return f"{random}{_mark(random, owner)}.{extension}"
 
+    @staticmethod
+    def is_name(text: str) -> bool:
+        """Whether a picture could have this name."""
+        return bool(_NAME.fullmatch(text))
+
     def get(self, name: str) -> StoredPicture | None:
         """The picture of that name, or None if there is none or the name is invalid. Blocks."""
         match = _NAME.fullmatch(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -35,7 +36,8 @@ class Problem:
 
 
 class Catalog:
-    """Models by name and alias. If two folders have the same name, the earlier folder silently wins.
+    """Models by name and alias. If two folders have the same name, the earlier folder silently wins. An alias with `*`
+    is for every name that no other is.
 
     `refresh` checks the files' dates and sizes and reads what changed, so a new, edited or removed
     file needs no restart. An invalid file affects only its own models; one that could not be read is retried.
@@ -49,6 +51,8 @@ class Catalog:
         self._parsed: dict[Path, tuple[Signature, list[ParsedFile]]] = {}
         self._models: list[ModelConfig] = []
         self._names: dict[str, ModelConfig | ModelFileError] = {}
+        self._patterns: dict[str, ModelConfig] = {}
+        """Aliases with `*`, in order of precedence."""
         self._problems: list[Problem] = []
         self.refresh()
 
@@ -85,6 +89,7 @@ class Catalog:
             raise config
         if config is None and self._open and _is_source(name):
             return config_for(name)
+        config = config or next((each for alias, each in self._patterns.items() if _fits(name, alias)), None)
         if config is None:
             names = ", ".join(config.name for config in self.all()) or "none"
             short_name = name if len(name) <= 100 else name[:100] + "..."
@@ -120,7 +125,7 @@ class Catalog:
 
     def _index(self) -> None:
         """Register names, then names in invalid files, then aliases, folder by folder; earlier folders win."""
-        self._models, self._names, self._problems = [], {}, []
+        self._models, self._names, self._patterns, self._problems = [], {}, {}, []
         for folder in self._folders:
             in_folder = [
                 outcome
@@ -162,9 +167,10 @@ class Catalog:
                 self._problems.append(
                     Problem(outcome.file, f"{outcome.file}: alias: {alias!r} is also in {owner}, which wins")
                 )
-            if alias not in self._names:
+            taken = self._patterns if "*" in alias else self._names
+            if alias not in taken:
                 owners[alias] = outcome.file
-                self._names[alias] = outcome
+                taken[alias] = outcome
 
     def _redirect(self, redirect: Redirect) -> None:
         target = self._names.get(redirect.target)
@@ -178,6 +184,11 @@ class Catalog:
         )
         self._problems.append(Problem(redirect.file, error.message))
         self._names.setdefault(redirect.name, error)
+
+
+def _fits(name: str, alias: str) -> bool:
+    """Whether an alias is for this name: each `*` in it stands for any text."""
+    return bool(re.fullmatch(".*".join(map(re.escape, alias.split("*"))), name, re.DOTALL))
 
 
 def _files(folder: Path) -> Iterator[tuple[Path, Signature]]:

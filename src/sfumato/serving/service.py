@@ -396,11 +396,7 @@ class Service:
         # With a ControlNet of the request, another class draws.
         if named or config.ip_adapters or self.engine.status(config.name).info:
             return prompts
-        known, config_read, read_at = self._foreseen.get(config.name, (None, None, -FORESEEN_S))
-        if config_read != config or time.monotonic() > read_at + FORESEEN_S:
-            known = (await asyncio.to_thread(static_capabilities, config)).abilities
-            self._foreseen[config.name] = known, config, time.monotonic()
-        if abilities := known:
+        if abilities := await self.abilities(config):
             inputs.check(
                 config.name,
                 abilities,
@@ -409,6 +405,16 @@ class Service:
                 controls=len(request.controls),
             )
         return prompts
+
+    async def abilities(self, config: ModelConfig) -> Abilities | None:
+        """What requests may ask of a model: as it is in memory, else as its files say. None: neither is here."""
+        if info := self.engine.status(config.name).info:
+            return info.abilities
+        known, config_read, read_at = self._foreseen.get(config.name, (None, None, -FORESEEN_S))
+        if config_read != config or time.monotonic() > read_at + FORESEEN_S:
+            known = (await asyncio.to_thread(static_capabilities, config)).abilities
+            self._foreseen[config.name] = known, config, time.monotonic()
+        return known
 
     def _sources(self, request: ImageRequest, share: Share, whole: Sequence[str]) -> Sources | None:
         """Raises RequestTooLarge or TooManyRequests if the pictures exceed the budget."""

@@ -105,3 +105,42 @@ test('errors have a class, a field and an id', async () => {
     return true;
   });
 });
+
+test('chat answers with a picture, which is the source of the next', async () => {
+  const messages = [{ role: 'user', content: 'a cat on a green background' }];
+  const answer = await client.chat.completions.create({ model: 'sfumato-tiny', messages, ...few });
+  const { message } = answer.choices[0];
+  assert.deepEqual(sizeOfText(message.images[0].image_url.url.split(',')[1]), [128, 128]);
+  assert.equal(answer.usage.total_tokens, answer.usage.prompt_tokens + answer.usage.completion_tokens);
+  messages.push(message, { role: 'user', content: 'now make it blue' });
+  const again = await client.chat.completions.create({ model: 'sfumato-tiny', messages, ...few, content_images: true });
+  assert.ok(again.usage.prompt_tokens_details.image_tokens > 0);
+  const url = /!\[now make it blue\]\((.*)\)/.exec(again.choices[0].message.content)[1];
+  assert.deepEqual(sizeOf(await (await fetch(url)).arrayBuffer()), [128, 128]);
+});
+
+test('chat streams', async () => {
+  const stream = await client.chat.completions.create({
+    model: 'sfumato-tiny',
+    messages: [{ role: 'user', content: 'a cat' }],
+    stream: true,
+    ...few,
+  });
+  const images = [];
+  let reason;
+  for await (const chunk of stream) {
+    images.push(...(chunk.choices[0].delta.images ?? []));
+    reason = chunk.choices[0].finish_reason;
+  }
+  assert.equal(reason, 'stop');
+  assert.deepEqual(sizeOfText(images[0].image_url.url.split(',')[1]), [128, 128]);
+});
+
+test('chat says what OpenAI says of a model that is not there', async () => {
+  const messages = [{ role: 'user', content: 'hello' }];
+  await assert.rejects(client.chat.completions.create({ model: 'gpt-4o', messages }), (error) => {
+    assert.ok(error instanceof OpenAI.NotFoundError);
+    assert.equal(error.code, 'model_not_found');
+    return true;
+  });
+});

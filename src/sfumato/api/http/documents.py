@@ -145,17 +145,50 @@ class ModelExtension(BaseModel):
     qualities: dict[str, int] = Field(description="`quality` → steps, as far as known.")
 
 
+class Architecture(BaseModel):
+    """As OpenRouter has it."""
+
+    input_modalities: list[str] = Field(description="Of text and image: what requests may send.")
+    output_modalities: list[str] = Field(description="image, or nothing if it draws no picture.")
+
+
 class Model(BaseModel):
     id: str
     object: str
     created: int
     owned_by: str
+    architecture: Architecture
     sfumato: ModelExtension
 
 
 class Models(BaseModel):
     object: str
     data: list[Model]
+
+
+class ModelCapabilities(Architecture):
+    """Of LocalAI's list."""
+
+    id: str
+    object: str
+    capabilities: list[str] = Field(description="image, upscale")
+
+
+class AllCapabilities(BaseModel):
+    object: str
+    data: list[ModelCapabilities]
+
+
+class ModelFlags(BaseModel):
+    """Of the list of LocalAI's page."""
+
+    id: str
+    capabilities: list[str] = Field(description="FLAG_IMAGE, FLAG_UPSCALE")
+    backend: str
+
+
+class AllFlags(BaseModel):
+    data: list[ModelFlags]
 
 
 class Scheduler(BaseModel):

@@ -23,6 +23,7 @@ from pydantic import (
 
 from sfumato.api.fields import BLANK, KeepAlive, PictureCount, Seed, Text, openai_field
 from sfumato.api.lora_fields import LoraFields
+from sfumato.api.openai.pictures import Mask, Picture, Pictures
 from sfumato.core import MAX_SEED, PREPROCESSORS, QUALITIES, Control
 from sfumato.sampling import MAX_PROMPT, PARAMETERS, Sampling
 from sfumato.serving.planning import (
@@ -40,28 +41,8 @@ MAX_NAME = 300
 
 GPT_FIELDS = ("background", "output_format", "output_compression", "moderation")
 PICTURE_FIELDS = ("image", "file", "files", "ref_images", "mask", "controls")
+GPT_MODELS = ("gpt-image", "chatgpt-image")
 GPT_QUALITIES = ("auto", "low", "medium", "high")
-
-
-def _listed(value: Any) -> Any:
-    """One picture or several, each a string or OpenAI's `{"image_url": ...}`."""
-    values = value if isinstance(value, list) else [] if value in (None, "") else [value]
-    return [_url_of(each) for each in values]
-
-
-def _url_of(value: Any) -> Any:
-    if not isinstance(value, dict):
-        return value
-    url = value.get("image_url", value.get("url"))
-    return url.get("url") if isinstance(url, dict) else url
-
-
-Picture: TypeAlias = str | bytes
-"""Base64, `data:` URI or http(s) URL; in a form, a file."""
-OnePicture: TypeAlias = Picture | dict[str, Any]
-Pictures: TypeAlias = Annotated[
-    list[Picture], BeforeValidator(_listed, json_schema_input_type=OnePicture | list[OnePicture])
-]
 
 
 def _of_text(value: Any) -> Any:
@@ -310,33 +291,39 @@ class PaintBody(Body):
         if self.response_format:
             return self.response_format == "b64_json"
         return (
-            (self.model or "").startswith("gpt-image")
+            (self.model or "").startswith(GPT_MODELS)
             or any(getattr(self, name, None) is not None for name in GPT_FIELDS)
             or self.quality in GPT_QUALITIES
         )
 
 
-class GenerationsBody(PaintBody):
-    """Of `POST /v1/images/generations`."""
+class DrawBody(PaintBody):
+    """Common fields of generations and chat: what comes besides the prompt."""
 
-    prompt: str | list[str] = Field(description=_PROMPT, examples=["a rocket on a blue background"])
     moderation: str | None = Field(None, description="Without effect: the model's own safety checker decides.")
     style: str | None = Field(None, description="Without effect: describe it in the prompt.")
     image: Pictures = Field([], description=_PICTURE)
     file: Pictures = Field([], description="Same as image.")
     files: Pictures = Field([], description="Same as image.")
     ref_images: Pictures = Field([], description="Same as image.")
-    mask: Picture | None = Field(
-        None, description="Transparent areas (or, without transparency, light ones) are redrawn."
-    )
+    mask: Mask = Field(None, description="Transparent areas (or, without transparency, light ones) are redrawn.")
+
+    @property
+    def all_pictures(self) -> list[Picture]:
+        return [*self.image, *self.file, *self.files, *self.ref_images]
 
     def to_request(self, **more: Any) -> ImageRequest:
-        return super().to_request(
-            prompts=[self.prompt] if isinstance(self.prompt, str) else self.prompt,
-            images=[*self.image, *self.file, *self.files, *self.ref_images],
-            mask=None if self.mask == "" else self.mask,
-            **more,
-        )
+        own = {"images": self.all_pictures, "mask": None if self.mask == "" else self.mask}
+        return super().to_request(**own | more)
+
+
+class GenerationsBody(DrawBody):
+    """Of `POST /v1/images/generations`."""
+
+    prompt: str | list[str] = Field(description=_PROMPT, examples=["a rocket on a blue background"])
+
+    def to_request(self, **more: Any) -> ImageRequest:
+        return super().to_request(prompts=[self.prompt] if isinstance(self.prompt, str) else self.prompt, **more)
 
 
 class EditsBody(PaintBody):
@@ -348,7 +335,7 @@ class EditsBody(PaintBody):
         validation_alias=AliasChoices("image", "images"),
         description=f"The picture to edit, or several if the model supports that. {_PICTURE}",
     )
-    mask: Annotated[Picture | None, BeforeValidator(_url_of)] = Field(
+    mask: Mask = Field(
         None,
         description="Same size as the first picture; transparent areas are redrawn. "
         "Absent: the fully transparent areas of the first picture, if it has some and the model takes a mask.",

@@ -1,0 +1,96 @@
+"""What is drawn for a conversation: with which sources, and at which size."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sfumato.api.chat.bodies import ChatBody
+from sfumato.api.chat.sizes import SIDE
+from sfumato.checkpoints import static_capabilities
+from sfumato.checkpoints.static_capabilities import DEFAULT_MULTIPLE
+from sfumato.config import ModelConfig
+from sfumato.core import Abilities
+from sfumato.errors import ModelNotFound
+from sfumato.sampling import Sampling
+from sfumato.serving.planning import refuse_size, size_of
+from sfumato.serving.service import Service
+
+EDITS = "image-to-image"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Fields of the request that the conversation decides."""
+
+    fields: dict[str, Any]
+    ignored: tuple[str, ...]
+    """Fields of the body that have no effect here."""
+    notice: str
+    """What the answer must say; empty: nothing."""
+
+
+async def plan(service: Service, body: ChatBody) -> Plan:
+    """Raises ModelNotFound for a model that draws no pictures, as for one that is not there."""
+    service.catalog.refresh()
+    config = service.catalog.get(body.model)
+    abilities = await service.abilities(config)
+    if abilities and abilities.problem:
+        raise ModelNotFound(f"There is no picture model {config.name!r}: {abilities.problem}.", param="model")
+    conversation = body.conversation
+    pictures = [*body.all_pictures, *conversation.pictures]
+    edits = _takes_pictures(config, abilities)
+    notice = ""
+    if not edits and (conversation.pictures or conversation.previous):
+        pictures = body.all_pictures
+        notice = f"{config.name} does not edit pictures: this one is drawn from the text alone."
+    elif not pictures and conversation.previous:
+        pictures = [conversation.previous]
+    sampling = body.sampling()
+    ignored = []
+    if sampling.strength is not None and not pictures:  # clients set it once for all messages
+        sampling = replace(sampling, strength=None)
+        ignored.append("strength")
+    sampling, used = await _sized(service, config, body, sampling, with_source=bool(pictures))
+    if body.image_config and (body.image_config.aspect_ratio or body.image_config.image_size) and not used:
+        ignored.append("image_config")
+    fields = {"prompts": [conversation.prompt], "images": pictures, "sampling": sampling}
+    return Plan(fields, tuple(ignored), notice)
+
+
+def _takes_pictures(config: ModelConfig, abilities: Abilities | None) -> bool:
+    """Whether a picture of the conversation can be its source; if that is not known, it is tried."""
+    return config.enables("image") and (abilities is None or EDITS in abilities.tasks)
+
+
+async def _sized(
+    service: Service, config: ModelConfig, body: ChatBody, sampling: Sampling, *, with_source: bool
+) -> tuple[Sampling, bool]:
+    """The parameters with the size of `image_config`, and whether it has an effect."""
+    asked = body.image_config
+    if asked is None or size_of(body.size) != (None, None):
+        return sampling, False
+    if asked.aspect_ratio is None and (with_source or asked.image_size is None):
+        return sampling, False  # a picture keeps its size
+    own, multiple = await _own_size(service, config)
+    width, height = asked.size(own, multiple)
+    refuse_size(service.limits, width, height, "image_config")
+    return replace(sampling, width=width, height=height), True
+
+
+async def _own_size(service: Service, config: ModelConfig) -> tuple[tuple[int, int], int]:
+    """What the model draws by itself, and the multiple of its sides, in pixels."""
+    if info := service.engine.status(config.name).info:
+        return info.sampling.size or config.sampling.size or (SIDE, SIDE), info.size_multiple
+    return await asyncio.to_thread(_by_its_files, config)
+
+
+def _by_its_files(config: ModelConfig) -> tuple[tuple[int, int], int]:
+    known = static_capabilities.static_capabilities(config)
+    multiple = known.size_multiple or DEFAULT_MULTIPLE
+    folder, index = static_capabilities.folder_of(config), static_capabilities.index_of(config)
+    if config.sampling.size or not (known.pipeline and folder):
+        return config.sampling.size or (SIDE, SIDE), multiple
+    side = static_capabilities.default_side(known.pipeline, folder, index) or SIDE
+    return (side, side), multiple

@@ -1,0 +1,40 @@
+"""How requests give pictures, in all the spellings that clients send."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, TypeAlias
+
+from pydantic import BeforeValidator
+
+KEYS = ("image_url", "url", "image")
+"""Of an object that stands for a picture; the first that is there counts."""
+
+NO_FILES = "file_id: this server has no Files API; send image_url: a data: URI, base64 or an http(s) URL"
+
+
+def url_of(value: Any) -> Any:
+    """The picture itself of OpenAI's `{"image_url": ...}`, also as `{"image_url": {"url": ...}}`; others as they are.
+
+    Raises ValueError for `{"file_id": ...}`.
+    """
+    if not isinstance(value, dict):
+        return value
+    url = next((value[key] for key in KEYS if value.get(key) is not None), None)
+    if url is None and value.get("file_id") is not None:
+        raise ValueError(NO_FILES)
+    return url.get("url") if isinstance(url, dict) else url
+
+
+def _listed(value: Any) -> Any:
+    """One picture or several."""
+    values = value if isinstance(value, list) else [] if value in (None, "") else [value]
+    return [url_of(each) for each in values]
+
+
+Picture: TypeAlias = str | bytes
+"""Base64, `data:` URI or http(s) URL; in a form, a file."""
+OnePicture: TypeAlias = Picture | dict[str, Any]
+Pictures: TypeAlias = Annotated[
+    list[Picture], BeforeValidator(_listed, json_schema_input_type=OnePicture | list[OnePicture])
+]
+Mask: TypeAlias = Annotated[Picture | None, BeforeValidator(url_of, json_schema_input_type=OnePicture | None)]
