@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -92,11 +92,12 @@ async def answer(context: Context, body: Body, event: str = "", **more: Any) -> 
     keep = keeper(gallery, caller, form.format, form.encode, required=form.base is not None)
     more |= {"caller": caller, "id": request.state.request_id, "keep": keep}
     if isinstance(body, PaintBody) and body.stream:
-        return Stream(await unless_gone(request, _started_job(service, body, more)), form, event, body.ignored())
+        job = await unless_gone(request, started_job(service, body, more))
+        return Stream(job, _events(job, form, event), body.ignored())
     return await unless_gone(request, _images_response(service, body, more, form, gallery))
 
 
-async def _submit(service: Service, body: Body, more: Mapping[str, Any]) -> Job:
+async def submit(service: Service, body: Body, more: Mapping[str, Any]) -> Job:
     """Submit the request, so that only the job keeps the source pictures."""
     request = body.to_request(**more)
     body.release_pictures()
@@ -107,21 +108,26 @@ async def _images_response(
     service: Service, body: Body, more: Mapping[str, Any], form: OutputFormat, gallery: Gallery
 ) -> Response:
     """OpenAI's images response. All pictures or an error."""
-    job = await _submit(service, body, more)
-    try:
-        results = await job.pictures()
-    except BaseException:
-        if not job.detached:  # the caller does not get any of them
-            await asyncio.shield(asyncio.to_thread(drop, gallery, job))
-        raise
+    job = await submit(service, body, more)
+    results = await all_pictures(job, gallery)
     content = {"created": int(job.created), "usage": usage(results)} | _format_fields(form, job, results[0])
     items = [await _item(part, form) for part in job.parts]
     return JSONResponse(content | {"data": items}, headers=warning_headers(body.ignored(), results))
 
 
-async def _started_job(service: Service, body: Body, more: Mapping[str, Any]) -> Job:
+async def all_pictures(job: Job, gallery: Gallery) -> list[Done]:
+    """The pictures of a job. If it fails or its client disconnects, those that it stored are deleted."""
+    try:
+        return await job.pictures()
+    except BaseException:
+        if not job.detached:  # the caller does not get any of them
+            await asyncio.shield(asyncio.to_thread(drop, gallery, job))
+        raise
+
+
+async def started_job(service: Service, body: Body, more: Mapping[str, Any]) -> Job:
     """A job that has begun, or waited a moment: an error up to then gets an HTTP status, not a stream event."""
-    job = await _submit(service, body, more)
+    job = await submit(service, body, more)
     try:
         with suppress(TimeoutError):  # not `wait_for`: Python 3.11's may swallow a cancellation
             async with asyncio.timeout(KEEP_ALIVE_S):
@@ -134,13 +140,26 @@ async def _started_job(service: Service, body: Body, more: Mapping[str, Any]) ->
     return job
 
 
-class Stream(StreamingResponse):
-    """Server-sent events as OpenAI's SDK types them: `event`.partial_image, then `event`.completed."""
+def _comment() -> str:
+    return ": keep-alive\n\n"
 
-    def __init__(self, job: Job, form: OutputFormat, event: str, ignored: Sequence[str]) -> None:
+
+class Stream(StreamingResponse):
+    """Server-sent events of a job, which is cancelled if its client disconnects; or lines of another kind.
+
+    `alive` gives what is sent when there was nothing for a while.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        events: AsyncGenerator[str, None],
+        ignored: Sequence[str],
+        media_type: str = "text/event-stream",
+        alive: Callable[[], str] = _comment,
+    ) -> None:
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"} | warning_headers(ignored, ())
-        lines = _with_keep_alive(_events(job, form, event))
-        super().__init__(lines, media_type="text/event-stream", headers=headers)
+        super().__init__(_with_keep_alive(events, alive), media_type=media_type, headers=headers)
         self._job = job
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -151,6 +170,7 @@ class Stream(StreamingResponse):
 
 
 async def _events(job: Job, form: OutputFormat, event: str) -> AsyncGenerator[str, None]:
+    """As OpenAI's SDK types them: `event`.partial_image, then `event`.completed."""
     several = len(job.parts) > 1
     previews_sent = [0] * len(job.parts)
     """Previews sent per picture; after a worker's death they come again."""
@@ -158,7 +178,7 @@ async def _events(job: Job, form: OutputFormat, event: str) -> AsyncGenerator[st
 
     async def sse(kind: str, picture: Done | Preview, index: int, **more: Any) -> str:
         type = f"{event}.{kind}"
-        data = {"type": type, "b64_json": await _b64(picture, form), "created_at": int(job.created)} | more
+        data = {"type": type, "b64_json": await b64(picture, form), "created_at": int(job.created)} | more
         data |= _format_fields(form, job, job.parts[index].done) | ({"index": index} if several else {})
         return f"event: {type}\ndata: {json.dumps(data)}\n\n"
 
@@ -176,18 +196,23 @@ async def _events(job: Job, form: OutputFormat, event: str) -> AsyncGenerator[st
                     yield await sse("completed", done, completed, usage=usage([done]), seed=done.recipe.seed, **extra)
                     completed += 1
     except Exception as error:  # the status was already sent, so any error goes into the stream
-        reported = error if isinstance(error, SfumatoError) else errors.unexpected(error)
-        yield f"data: {json.dumps(errors.shape(reported))}\n\n"
+        yield failure(error)
 
 
-async def _with_keep_alive(lines: AsyncGenerator[str, None]) -> AsyncIterator[str]:
+def failure(error: Exception) -> str:
+    """The event for an error on the way."""
+    reported = error if isinstance(error, SfumatoError) else errors.unexpected(error)
+    return f"data: {json.dumps(errors.shape(reported))}\n\n"
+
+
+async def _with_keep_alive(lines: AsyncGenerator[str, None], alive: Callable[[], str] = _comment) -> AsyncIterator[str]:
     async with aclosing(lines):
         following = asyncio.ensure_future(anext(lines))
         try:
             while True:
                 done, _ = await asyncio.wait([following], timeout=KEEP_ALIVE_S)
                 if not done:
-                    yield ": keep-alive\n\n"
+                    yield alive()
                     continue
                 try:
                     line = following.result()
@@ -255,11 +280,17 @@ async def _item(part: Part, form: OutputFormat) -> dict[str, Any]:
     assert part.done
     seed = part.done.recipe.seed
     if form.base is None:
-        return {"b64_json": await _b64(part.done, form), "seed": seed}
-    return {"url": f"{form.base}/generated-images/{part.name}", "seed": seed}
+        return {"b64_json": await b64(part.done, form), "seed": seed}
+    return {"url": picture_url(form.base, part), "seed": seed}
 
 
-async def _b64(picture: Done | Preview, form: OutputFormat) -> str:
+def picture_url(base: str, part: Part) -> str:
+    """Where the stored picture is."""
+    return f"{base}/generated-images/{part.name}"
+
+
+async def b64(picture: Done | Preview, form: OutputFormat) -> str:
+    """The encoded picture as base64."""
     return base64.b64encode(await asyncio.to_thread(form.encode, picture)).decode()
 
 
