@@ -14,6 +14,7 @@ from pydantic import AliasChoices
 
 from sfumato.api.a1111.bodies import Img2ImgBody, Txt2ImgBody
 from sfumato.api.localai import InpaintingBody, UpscaleBody
+from sfumato.api.ollama.bodies import GenerateBody
 from sfumato.api.openai.bodies import EditsBody, GenerationsBody, VariationsBody
 from sfumato.core import MAX_SEED
 from support import broken_pictures
@@ -27,6 +28,7 @@ BODIES = {
     "/v1/images/upscale": UpscaleBody,
     "/sdapi/v1/txt2img": Txt2ImgBody,
     "/sdapi/v1/img2img": Img2ImgBody,
+    "/api/generate": GenerateBody,
 }
 
 

@@ -147,6 +147,17 @@ def test_openai_forms(inside: Inside) -> None:
 
 
 @pytest.mark.parametrize("parameter", EVERY)
+def test_ollama(inside: Inside, parameter: Parameter) -> None:
+    """Beside the prompt and in `options`."""
+    value = value_of(parameter)
+    for name in (parameter.name, *parameter.aliases):
+        fields = {"width": 64, "height": 128} if parameter.side else {name: value}
+        body = {"prompt": "a", "images": [SOURCE] if parameter.source else [], "stream": False}
+        assert seen(inside, "/api/generate", json=body | fields)[parameter] == value
+        assert seen(inside, "/api/generate", json=body | {"options": fields})[parameter] == value
+
+
+@pytest.mark.parametrize("parameter", EVERY)
 def test_a1111(inside: Inside, parameter: Parameter) -> None:
     value = value_of(parameter)
     sent = value + 1 if parameter.one_based else value

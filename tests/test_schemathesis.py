@@ -85,6 +85,7 @@ WORKS: dict[str, st.SearchStrategy[Any]] = {
     "sampler_name": st.just("Euler a"),
     "file": st.just(photo()),
     "files": st.just([photo()]),
+    "images": st.just([photo()]),
     "ref_images": st.just([photo()]),
     "mask": st.just(photo()),
     "quality": st.sampled_from(["low", "auto"]),

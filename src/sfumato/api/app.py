@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from types import MappingProxyType
 from typing import Any
 
 from fastapi import Depends, FastAPI
@@ -22,11 +23,14 @@ from sfumato.api.http import errors, pages
 from sfumato.api.http.arrivals import Arrivals
 from sfumato.api.http.auth import Auth, parse_keys
 from sfumato.api.http.cross_site import CrossSite, parse_hosts
+from sfumato.api.http.error_shapes import ErrorShapes, Shape
 from sfumato.api.http.forms import Bodies
 from sfumato.api.http.headers import SecurityHeaders
 from sfumato.api.http.middleware import AccessLog, BodyCap, Head, LengthCheck, RequestId, UnhandledErrors
 from sfumato.api.http.shutdown import ActiveRequests, Shutdown
 from sfumato.api.http.urls import Forwarded, check_proxies, check_public_url, parse_origins
+from sfumato.api.ollama import answers as ollama_answers
+from sfumato.api.ollama import routes as ollama
 from sfumato.api.openai import routes as openai
 from sfumato.core import MAX_SEED
 from sfumato.errors import SfumatoError
@@ -41,6 +45,10 @@ EXPIRE_EVERY_S = 600
 
 EXPOSED = ("x-request-id", "x-sfumato-ignored", "x-sfumato-warning", "retry-after", "x-should-retry")
 """Response headers that scripts of other origins may read."""
+
+
+ERROR_SHAPES: Mapping[str, Shape] = MappingProxyType({"/api/": ollama_answers.error_shape})
+"""Paths of APIs whose errors are not OpenAI's: see `ErrorShapes`."""
 
 
 class Application(FastAPI):
@@ -133,6 +141,7 @@ def _add_routes(app: FastAPI, *, keyed: bool) -> None:
     app.include_router(a1111.routes, dependencies=key)
     app.include_router(controlnet.routes, dependencies=key)
     app.include_router(models.of_localais_page, dependencies=key)
+    app.include_router(ollama.routes, dependencies=key)
     for routes in (ops.routes, gallery.pictures, pages.routes):
         app.include_router(routes)
     studio.install(app)
@@ -160,6 +169,7 @@ def _add_middleware(app: FastAPI, keys: Mapping[str, str], origins: Sequence[str
     app.add_middleware(Head)
     app.add_middleware(Forwarded, trusted=settings.trusted_proxies)
     app.add_middleware(LengthCheck)
+    app.add_middleware(ErrorShapes, shapes=ERROR_SHAPES)
     app.add_middleware(SecurityHeaders)
     app.add_middleware(AccessLog, metrics=service.metrics)
     app.add_middleware(RequestId)

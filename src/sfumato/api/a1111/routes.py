@@ -22,7 +22,7 @@ from sfumato.api.a1111.lists import Choices, TheChoices
 from sfumato.api.dependencies import Caller, Context, TheContext, TheService
 from sfumato.api.http import documents, urls
 from sfumato.api.http.auth import caller_of
-from sfumato.api.http.forms import openapi_body, reader
+from sfumato.api.http.forms import openapi_json, reader
 from sfumato.api.keeping import keeper
 from sfumato.api.openai import answers
 from sfumato.core import StorePicture
@@ -37,19 +37,13 @@ ERRORS = documents.errors(*documents.REASONS)
 UPSCALE_ERRORS = {status: response for status, response in ERRORS.items() if status not in (404, 507)}
 
 
-def _json(kind: Any) -> dict[str, Any]:
-    """OpenAPI's description of a JSON body."""
-    body = openapi_body(kind)["requestBody"]
-    return {"requestBody": body | {"content": {"application/json": body["content"]["application/json"]}}}
-
-
 routes = APIRouter(prefix="/sdapi/v1", tags=["AUTOMATIC1111"])
 
 
 @routes.post(
     "/txt2img",
     summary="Draw pictures",
-    openapi_extra=_json(Txt2ImgBody),
+    openapi_extra=openapi_json(Txt2ImgBody),
     responses={**ERRORS, 200: {"model": shapes.Drawn}},
 )
 async def txt2img(
@@ -62,7 +56,7 @@ async def txt2img(
 @routes.post(
     "/img2img",
     summary="Draw from a picture, or redraw where the mask is white",
-    openapi_extra=_json(Img2ImgBody),
+    openapi_extra=openapi_json(Img2ImgBody),
     responses={**ERRORS, 200: {"model": shapes.Drawn}},
 )
 async def img2img(
@@ -75,7 +69,7 @@ async def img2img(
 @routes.post(
     "/extra-single-image",
     summary="Upscale a picture with an upscaling model",
-    openapi_extra=_json(UpscaleBody),
+    openapi_extra=openapi_json(UpscaleBody),
     responses={**UPSCALE_ERRORS, 200: {"model": shapes.Upscaled}},
 )
 async def upscale(
@@ -106,7 +100,7 @@ async def upscale(
 @routes.post(
     "/png-info",
     summary="The generation parameters in a picture",
-    openapi_extra=_json(PngInfoBody),
+    openapi_extra=openapi_json(PngInfoBody),
     response_model=shapes.PngInfo,
     responses=documents.errors(400, 401, 403, 413, 415, 429),
 )

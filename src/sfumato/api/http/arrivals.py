@@ -14,6 +14,7 @@ DRAWING = (
     "/images/generations", "/images/edits", "/images/variations", "/images/inpainting", "/images/upscale",
     "/chat/completions",
     "/sdapi/v1/txt2img", "/sdapi/v1/img2img", "/sdapi/v1/extra-single-image",
+    "/api/generate",
 )  # fmt: skip
 """Path suffixes of drawing routes."""
 

@@ -142,6 +142,12 @@ def openapi_body(kind: type[BaseModel], *, required: bool = True) -> dict[str, A
     return {"requestBody": {"required": required, "content": content}}
 
 
+def openapi_json(kind: type[BaseModel]) -> dict[str, Any]:
+    """Its OpenAPI description as JSON alone: clients of other APIs send no forms."""
+    body = openapi_body(kind)["requestBody"]
+    return {"requestBody": body | {"content": {"application/json": body["content"]["application/json"]}}}
+
+
 def _inlined(schema: Any, parts: dict[str, Any]) -> Any:
     """A schema without references: FastAPI does not collect the parts of one that it has not made."""
     if isinstance(schema, list):

@@ -81,6 +81,9 @@ async def _send_final_response(kind: str | None, scope: Scope, receive: Receive,
             elif kind.startswith("text/event-stream"):
                 event = f"data: {json.dumps(errors.shape(_error()))}\n\n"
                 await send({"type": "http.response.body", "body": event.encode(), "more_body": False})
+            elif kind.startswith("application/x-ndjson"):
+                line = json.dumps({"error": _error().message}) + "\n"
+                await send({"type": "http.response.body", "body": line.encode(), "more_body": False})
             # Else the answer breaks off: the server closes a connection whose answer is not complete.
 
 

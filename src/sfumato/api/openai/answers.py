@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -140,12 +140,26 @@ async def started_job(service: Service, body: Body, more: Mapping[str, Any]) -> 
     return job
 
 
-class Stream(StreamingResponse):
-    """Server-sent events of a job, which is cancelled if its client disconnects."""
+def _comment() -> str:
+    return ": keep-alive\n\n"
 
-    def __init__(self, job: Job, events: AsyncGenerator[str, None], ignored: Sequence[str]) -> None:
+
+class Stream(StreamingResponse):
+    """Server-sent events of a job, which is cancelled if its client disconnects; or lines of another kind.
+
+    `alive` gives what is sent when there was nothing for a while.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        events: AsyncGenerator[str, None],
+        ignored: Sequence[str],
+        media_type: str = "text/event-stream",
+        alive: Callable[[], str] = _comment,
+    ) -> None:
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"} | warning_headers(ignored, ())
-        super().__init__(_with_keep_alive(events), media_type="text/event-stream", headers=headers)
+        super().__init__(_with_keep_alive(events, alive), media_type=media_type, headers=headers)
         self._job = job
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -191,14 +205,14 @@ def failure(error: Exception) -> str:
     return f"data: {json.dumps(errors.shape(reported))}\n\n"
 
 
-async def _with_keep_alive(lines: AsyncGenerator[str, None]) -> AsyncIterator[str]:
+async def _with_keep_alive(lines: AsyncGenerator[str, None], alive: Callable[[], str] = _comment) -> AsyncIterator[str]:
     async with aclosing(lines):
         following = asyncio.ensure_future(anext(lines))
         try:
             while True:
                 done, _ = await asyncio.wait([following], timeout=KEEP_ALIVE_S)
                 if not done:
-                    yield ": keep-alive\n\n"
+                    yield alive()
                     continue
                 try:
                     line = following.result()
