@@ -160,18 +160,7 @@ def _draw(
     choice = usable.scheduler(driver, filled.sampling)
     if (scheduler := request_scheduler.make(driver, choice, filled.seed)) is not None:
         scheduler_owners.replace_scheduler(pipeline, scheduler)
-    previews = None
-    if generation.previews and on_preview:
-        previews = RunPreviews(
-            driver,
-            generation.previews,
-            canvas.width,
-            canvas.height,
-            on_preview,
-            model.preview_decoder,
-            canvas.kept,
-            encoder,
-        )
+    previews = _previews(model, driver, generation, canvas, on_preview, encoder)
     finite = watch(pipeline, kwargs, on_step, previews)
     # 4. run
     reading = prompts.read(model, pipeline, generation, kwargs)
@@ -204,6 +193,20 @@ def _draw(
         *_without_effect(pipeline, driver, kwargs),
     )
     return Drawn(image, image_recipe, warnings, token_count)
+
+
+def _previews(
+    model: Loaded,
+    driver: Any,
+    generation: Generation,
+    canvas: arguments.Canvas,
+    on_preview: OnPreview | None,
+    encoder: Encoder,
+) -> RunPreviews | None:
+    if not (generation.previews and on_preview):
+        return None
+    size = (canvas.width, canvas.height)
+    return RunPreviews(driver, generation.previews, *size, on_preview, model.preview_decoder, canvas.kept, encoder)
 
 
 def _placed(image: Image.Image, canvas: arguments.Canvas) -> Image.Image:
