@@ -13,6 +13,7 @@ import huggingface_hub.constants
 import numpy as np
 import pytest
 
+from sfumato.checkpoints.remote_limits import Limits
 from sfumato.core import Done, Failed
 from sfumato.errors import DownloadError
 from sfumato.models.controlnets import config_of as net_config
@@ -172,3 +173,13 @@ def test_a_net_that_has_no_room_beside_other_models_in_use_may_be_asked_for_agai
         refused = engine.draw(requested("2", "sd/canny"))["2"].error
         assert (refused.status, refused.retry) == (429, True)
     assert isinstance(engine.draw(requested("3", "sd/canny"))["3"], Done)
+
+
+def test_a_net_that_is_too_large_to_be_fetched_is_refused(folder: Path, here: Hub) -> None:
+    here.add("some/large", folder / "controlnets" / "sd" / "canny")
+    engine = Engine(folder)
+    engine.loop._pool._part_limits = Limits(bytes=1000, setting="max_net_mb")
+    refused = engine.draw(requested("1", "some/large"))["1"]
+    assert (refused.error.status, refused.error.param) == (400, "controls[0].name")
+    assert "the setting max_net_mb" in refused.error.message
+    assert not here.downloads("some/large")

@@ -103,6 +103,8 @@ def test_one_that_waits_for_others_takes_no_place_and_waits_for_one_afterwards()
             draw(2)
 
     waiting = [batcher.submit(wait) for _ in range(3)]
+    told: list[bool] = []
+    waiting[0].on_place = told.append
     others = [batcher.submit(lambda: draw(3)) for _ in range(2)]
     with torch.no_grad():
         while not others[0].done:
@@ -112,6 +114,7 @@ def test_one_that_waits_for_others_takes_no_place_and_waits_for_one_afterwards()
             pass
     assert all(task.done and task.outcome and task.outcome.error is None for task in (*waiting, *others))
     assert most == 1
+    assert told == [False, True], "once for all its turns"
 
 
 @pytest.mark.parametrize("wrong", [Result(1), Compute()])

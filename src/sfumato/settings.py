@@ -131,6 +131,11 @@ class Settings:
         "ip_adapters/ is used.",
     )
     max_lora_mb: int = _setting(4096, "Maximum size in MiB of a LoRA that is downloaded for a request.", least=1)
+    max_net_mb: int = _setting(
+        8192,
+        "Maximum size in MiB of what is downloaded of a ControlNet, an IP-Adapter or its image encoder for a request.",
+        least=1,
+    )
     outputs_max_age_h: int = _setting(168, "Hours after which generated pictures are deleted; 0 keeps them.", least=0)
     outputs_max_mb: int = _setting(
         10_000, "Total MiB of generated pictures beyond which the oldest are deleted; 0 keeps them.", least=0

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator
 
 from sfumato.config import ModelConfig
 from sfumato.core import Done, EngineStats, Event, Failed, Generation, ModelStatus, Recipe, Step
+from sfumato.engine.protocol import OnPlace
 from sfumato.errors import DrawError
 from sfumato.sampling import Sampling
 
@@ -16,6 +17,7 @@ class FakeEngine:
 
     ready = True
     stats = EngineStats()
+    on_place: OnPlace
 
     def __init__(self) -> None:
         self.seen: list[Generation] = []

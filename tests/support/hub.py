@@ -299,7 +299,10 @@ class Handler(BaseHTTPRequestHandler):
                 "tags": ["diffusers"],
                 "library_name": "diffusers",
                 "cardData": repository.card,
-                "siblings": [{"rfilename": path} for path in repository.entries],
+                "siblings": [
+                    {"rfilename": path, "size": entry.size, "blobId": entry.blob_id}
+                    for path, entry in repository.entries.items()
+                ],
             }
         )
 

@@ -119,6 +119,26 @@ class AdaptedModule:
         """The layers that this adapter has a part in."""
         return [layer for layer in self.layers if name in _names(layer)]
 
+    def take(self, name: str, other: Any) -> None:
+        """Have an adapter that was loaded into another twin of the same module: its layers become this twin's."""
+        for path, layer in having(other, name).items():
+            parent, _, last = path.rpartition(".")
+            here = getattr(self.module.get_submodule(parent), last)
+            same: Any = here
+            while isinstance(same, BaseTunerLayer) and type(same) is not type(layer):
+                same = same.base_layer
+            if isinstance(same, BaseTunerLayer):
+                for key, table in [*vars(layer).items(), *layer._modules.items()]:
+                    if hasattr(table, "keys") and name in table:
+                        getattr(same, key)[name] = table[name]
+            else:
+                layer.base_layer = here
+                setattr(self.module.get_submodule(parent), last, layer)
+        if not hasattr(self.module, "peft_config"):
+            self.module.peft_config = {}
+        self.module.peft_config[name] = other.peft_config[name]
+        self.refresh()
+
     def by_row(self, names: tuple[str, ...]) -> bool:
         """Whether peft can apply these adapters to some rows of a batch: one of them, without DoRA."""
         if names not in self._by_row:
@@ -228,6 +248,12 @@ def untouched(original: torch.nn.Module, adapted: torch.nn.Module) -> Iterator[l
 
 def _is_end(part: torch.nn.Module) -> bool:
     return not part._modules and not isinstance(part, CONTAINERS) and not hasattr(part, "keys")
+
+
+def having(module: Any, name: str) -> dict[str, Any]:
+    """Path → the layers of a module that an adapter has a part in."""
+    layers = [(path, layer) for path, layer in module.named_modules() if isinstance(layer, BaseTunerLayer)]
+    return {path: layer for path, layer in layers if name in _names(layer)}
 
 
 def _names(layer: Any) -> set[str]:

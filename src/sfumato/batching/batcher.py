@@ -114,7 +114,7 @@ class Batcher:
         ones, which start. Returns whether any got one."""
         before = free = self._free_places()
         for task in [task for task in self._active.values() if task.returns][: max(0, free)]:
-            task.placed, task.returns = True, False
+            task.place(True)
             free -= 1
         while self._queue and free > 0:
             free -= 1
@@ -312,7 +312,7 @@ class Batcher:
         """Let all other requests run, then resume: for one that waits for others. `placed`: it keeps its place."""
         task = greenlet.getcurrent()
         assert isinstance(task, Task)
-        task.placed = task.placed and placed
+        task.place(task.placed and placed)
         task.pause()
 
     @contextmanager
@@ -320,7 +320,7 @@ class Batcher:
         """For a request that has waited for others: it goes on inside when there is a place for it."""
         task = greenlet.getcurrent()
         assert isinstance(task, Task)
-        task.placed = task.placed or self._free_places() > 0
+        task.place(task.placed or self._free_places() > 0)
         task.returns = not task.placed
         while task.returns:
             task.pause()

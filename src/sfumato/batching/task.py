@@ -109,6 +109,8 @@ class Task(CallHandler):
         self.views: set[View] = set()
         self.placed = False
         """Whether it takes one of the batcher's places; not while it waits for others."""
+        self.on_place: Callable[[bool], None] = lambda placed: None
+        """Called when it gives up its place, and when it has one again."""
         self.returns = False
         """Whether it waits for a place again, and for nothing else."""
         self._reply: Reply | None = None
@@ -136,6 +138,13 @@ class Task(CallHandler):
     def park_again(self) -> None:
         """That forward pass ran out of memory."""
         self._become(State.PARKED)
+
+    def place(self, placed: bool) -> None:
+        """It gives up its place, or has one again."""
+        self.returns = False
+        if placed is not self.placed:
+            self.placed = placed
+            self.on_place(placed)
 
     def answer(self, reply: Reply) -> None:
         """The reply to the call at which it is parked."""

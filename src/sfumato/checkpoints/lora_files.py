@@ -10,16 +10,13 @@ import functools
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from huggingface_hub import hf_hub_download
-
-from sfumato.checkpoints import sources, weight_file, weight_header
-from sfumato.checkpoints.hub_files import UNREACHABLE, as_download_errors, files_of
+from sfumato.checkpoints import request_files, sources, weight_file, weight_header
+from sfumato.checkpoints.hub_files import as_download_errors
 from sfumato.checkpoints.remote_limits import HUB, Limits
 from sfumato.config import ModelConfig, addresses
 from sfumato.errors import DownloadError, InvalidRequest, LoadError, ModelFileError
@@ -192,11 +189,12 @@ def _downloaded(source: str, config: ModelConfig, limits: Limits, folder: Path) 
         return None
     _refuse_host(HUB, limits)
     repo, revision = match["repo"], match["revision"] or match["branch"]
-    with as_download_errors(repo, f"Put the file into {FOLDER}/"):
-        file = match["path"] or _only_file(repo, files_of(repo, revision))
+    remedy = f"Put the file into {FOLDER}/"
+    with as_download_errors(repo, remedy):
+        file = match["path"] or _only_file(repo, request_files.names(repo, revision, remedy))
         if not file.lower().endswith(SUFFIXES):
             raise _no_safetensors(addresses.redact(source))
-        return _from_hub(repo, file, revision, limits)
+        return request_files.fetch(repo, revision, [file], limits, remedy) / file
 
 
 def _no_safetensors(label: str) -> InvalidRequest:
@@ -210,14 +208,6 @@ def _only_file(repo: str, files: Sequence[str]) -> str:
         return (usual or candidates)[0]
     listed = f"one of {', '.join(candidates[:8])}" if candidates else "it has no .safetensors file"
     raise InvalidRequest(f"loras: {repo}: name its file ({repo}/FILE): {listed}", param="loras")
-
-
-def _from_hub(repo: str, file: str, revision: str | None, limits: Limits) -> Path:
-    with suppress(*UNREACHABLE):  # the download says so, unless the file is in the cache
-        planned = hf_hub_download(repo, file, revision=revision, dry_run=True)
-        if planned.will_download:
-            limits.check_size(f"{repo}/{file}", planned.file_size or 0)
-    return Path(hf_hub_download(repo, file, revision=revision))
 
 
 def _refuse_host(host: str, limits: Limits) -> None:

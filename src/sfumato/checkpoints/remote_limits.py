@@ -25,6 +25,8 @@ class Limits:
     hosts: Sequence[str] | None = None
     """Hosts that may be asked, in small letters; None: any."""
     bytes: int | None = None
+    setting: str = "max_lora_mb"
+    """What says how many bytes."""
 
     def allow(self, host: str) -> bool:
         """Whether a host may be asked: one that is listed, or the hub's page."""
@@ -55,8 +57,8 @@ class Limits:
         """Raises TooLarge if a file has more bytes than may be downloaded."""
         if self.bytes is not None and size > self.bytes:
             raise TooLarge(
-                f"{addresses.redact(url)} has more than {self.bytes >> 20} MiB (the setting max_lora_mb): nothing of "
-                "it was kept. Use a smaller one, or put the file there by hand"
+                f"{addresses.redact(url)} has more than {self.bytes >> 20} MiB (the setting {self.setting}): nothing "
+                "of it was kept. Use a smaller one, or put the file there by hand"
             )
 
 

@@ -97,6 +97,8 @@ class ModelConfig:
     """Not a model but what requests for models name, loaded for itself and shared by them: `controlnet`, `ip_adapter`
     or `image_encoder`."""
     part_file: str | None = None
+    part_of_file: bool = False
+    """Whether the model file names it: it may be of any size."""
     """The file of such a ControlNet in its repository on the hub."""
     denoiser: str | None = None
     """Of such a ControlNet, if it is a single file: settings of the denoiser that it was made for, as JSON."""

@@ -11,6 +11,7 @@ from typing import Any
 from sfumato.checkpoints import class_reading
 from sfumato.checkpoints import controlnets as files
 from sfumato.checkpoints import ip_adapters as adapter_files
+from sfumato.checkpoints.remote_limits import TooLarge
 from sfumato.config import ModelConfig
 from sfumato.core import Control, Generation, RecordedControl, labels
 from sfumato.errors import DownloadError, InvalidRequest, LoadError, TooManyRequests
@@ -117,7 +118,8 @@ def _config_of(model: Loaded, name: str, param: str, *, of_file: bool) -> ModelC
     found = adapter_files.find(model.config.folder, name, param)
     if found is None and of_file and (path := (model.config.folder / name).resolve()).is_file():
         found = name, path
-    return ip_adapters.config_of(model, *found) if found else controlnets.config_of(model, name, param)
+    config = ip_adapters.config_of(model, *found) if found else controlnets.config_of(model, name, param)
+    return replace(config, part_of_file=of_file)
 
 
 def _nets(model: Loaded, named: Sequence[_Named], parts: Sequence[Loaded | None]) -> list[Any]:
@@ -189,7 +191,8 @@ def _encoder_of(model: Loaded, named: _Named, adapter: Adapter) -> ModelConfig:
             "config.json and model.safetensors, beside the file",
             param=named.param,
         )
-    return ip_adapters.config_of_encoder(model, named.config, adapter.folder)
+    config = ip_adapters.config_of_encoder(model, named.config, adapter.folder)
+    return replace(config, part_of_file=named.config.part_of_file)
 
 
 @contextmanager
@@ -205,7 +208,7 @@ def _as_of_request(folder: Path, name: str, param: str) -> Iterator[None]:
         message = (
             f"{param}: {name[:100]!r}: {error.message}. {files.available(folder)}. {adapter_files.available(folder)}"
         )
-        if type(error) is LoadError:
+        if type(error) in (LoadError, TooLarge):
             raise InvalidRequest(message, param=param) from error
         error.param = param
         raise

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from sfumato.config import ModelConfig
 from sfumato.core import EngineStats, Event, Generation, ModelStatus
 from sfumato.engine import environment
-from sfumato.engine.protocol import Cancel, Load, Order, Ordered, Report, Stop, Submit, Unload
+from sfumato.engine.protocol import Cancel, Load, OnPlace, Order, Ordered, Report, Stop, Submit, Unload
 from sfumato.engine.streams import Streams
 from sfumato.errors import WorkerDied
 from sfumato.settings import Settings
@@ -29,7 +29,8 @@ class Local:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._streams = Streams()
+        self.on_place: OnPlace = lambda id, taken: None
+        self._streams = Streams(lambda id, taken: self.on_place(id, taken))
         self._loop: Loop | None = None
         self._thread: threading.Thread | None = None
 

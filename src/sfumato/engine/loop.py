@@ -23,6 +23,7 @@ from sfumato.batching.batcher import Batcher, Task
 from sfumato.batching.module_runner import ModuleRunner
 from sfumato.batching.proof_store import Proofs
 from sfumato.batching.verification import Verification
+from sfumato.checkpoints.remote_limits import Limits
 from sfumato.config import ModelConfig
 from sfumato.core import (
     Done,
@@ -45,6 +46,7 @@ from sfumato.engine.protocol import (
     Load,
     Ordered,
     Pin,
+    Placed,
     Report,
     Started,
     StatsReport,
@@ -84,7 +86,7 @@ class Loop:
     def __init__(self, settings: Settings, send: Send, clock: Callable[[], float] = time.monotonic) -> None:
         """`clock`: seconds, for what is unloaded once it was idle for long enough."""
         self._inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
-        """None: a thread that loads a model, prepares a runner or encodes a picture has news."""
+        """None: a thread that loads a model, reads a LoRA, prepares a runner or encodes a picture has news."""
         self._send = send
         verification = Verification(proofs=Proofs(proof_store.of_server(settings.proofs, settings.data)))
         self._batcher = Batcher(
@@ -109,6 +111,8 @@ class Loop:
             turns=self._turns,
             wake=lambda: self._inbox.put(None),
             loaded_loras=settings.loaded_loras,
+            part_limits=Limits(bytes=settings.max_net_mb * MIB, setting="max_net_mb"),
+            turn=functools.partial(self._batcher.turn, placed=True),
         )
         self._encoder = EncoderThread(functools.partial(self._batcher.turn, placed=True), lambda: self._inbox.put(None))
         self._stats = Stats(self._batcher, self._pool)
@@ -137,7 +141,7 @@ class Loop:
                 self._begin()
                 with self._turns.turn():
                     computed = self._step()
-                waits = (self._pool.loading or self._runners.preparing or self._encoder.busy) and not computed
+                waits = self._has_threads and not computed
                 self._report()
                 idle = waits or not (self._busy or self._measure())
         self._pool.close()
@@ -166,6 +170,11 @@ class Loop:
         return computed
 
     @property
+    def _has_threads(self) -> bool:
+        """Whether requests may wait for a thread, which has news when it is ready."""
+        return self._pool.loading or self._pool.reading_loras or self._runners.preparing or self._encoder.busy
+
+    @property
     def _busy(self) -> bool:
         return bool(self._tasks or self._loads or self._submitted or self._orders)
 
@@ -184,7 +193,7 @@ class Loop:
     def _patience(self) -> float | None:
         """Seconds until there is something to do without a command; None: never."""
         expiry = self._pool.until_expiry()
-        if not self._pool.loading and not self._runners.preparing and not self._encoder.busy:
+        if not self._has_threads:
             if not self._runners.due:
                 return expiry
             quiet = max(0.0, QUIET_S - (self._clock() - self._last))
@@ -221,6 +230,7 @@ class Loop:
             task = self._batcher.submit(functools.partial(self._draw, submit), caller=submit.generation.caller)
             task.steps = task.steps_left = submit.generation.sampling.steps or submit.config.sampling.steps
             task.threads = submit.config.threads
+            task.on_place = functools.partial(self._on_place, id)
             self._tasks[id] = task
 
     def _report(self) -> None:
@@ -321,6 +331,10 @@ class Loop:
             encoder: Encoder = self._encoder if generation.previews else HERE
             encoder.later(functools.partial(self._send_running, id, Step(step, total)))
         self._batcher.listen()
+
+    def _on_place(self, id: str, taken: bool) -> None:
+        if id in self._tasks:
+            self._send(Placed(id, taken))
 
     def _send_running(self, id: str, event: Event) -> None:
         """Called in the thread that encodes, too."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -10,9 +10,14 @@ from sfumato.config import ModelConfig
 from sfumato.core import EngineStats, Event, Generation, ModelStatus
 from sfumato.errors import SfumatoError
 
+OnPlace: TypeAlias = Callable[[str, bool], None]
+"""Called with the id of a generation, and whether it takes a place (see `Placed`)."""
+
 
 class Engine(Protocol):
     """Draws pictures. Implementations: `supervisor` (a child process), `local` (a thread of this one)."""
+
+    on_place: OnPlace
 
     async def start(self) -> None:
         """Accept requests from now on; returns at once, requests wait until the worker is up."""
@@ -21,7 +26,7 @@ class Engine(Protocol):
         """Let running requests finish within the grace time, fail the rest, and stop."""
 
     def submit(self, config: ModelConfig, generation: Generation) -> AsyncGenerator[Event, None]:
-        """Events of one generation: any number of `Step`, then one `Done` or `Failed`.
+        """Events of one generation: any number of `Step` and `Preview`, then one `Done` or `Failed`.
 
         Closing the generator cancels the work within one denoising step.
         """
@@ -108,6 +113,14 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
+class Placed:
+    """This generation takes one of the engine's places again; or none from now on, while its model is loaded."""
+
+    id: str
+    taken: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     id: str
     event: Event
@@ -139,4 +152,4 @@ class StatsReport:
 
 Order: TypeAlias = Load | Unload | Pin
 Command: TypeAlias = Submit | Cancel | Order | Stop
-Report: TypeAlias = Ready | Started | Answer | Status | Ordered | StatsReport
+Report: TypeAlias = Ready | Started | Placed | Answer | Status | Ordered | StatsReport

@@ -10,7 +10,20 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 
 from sfumato.core import Done, EngineStats, Event, Failed, ModelStatus, Preview, Step
-from sfumato.engine.protocol import Answer, Load, Order, Ordered, Ready, Report, Started, StatsReport, Status, Unload
+from sfumato.engine.protocol import (
+    Answer,
+    Load,
+    OnPlace,
+    Order,
+    Ordered,
+    Placed,
+    Ready,
+    Report,
+    Started,
+    StatsReport,
+    Status,
+    Unload,
+)
 from sfumato.errors import SfumatoError, WorkerDied
 
 SUMS = ("forwards", "steps", "step_seconds", "loads", "evictions", "prompt_hits", "prompt_misses")
@@ -20,7 +33,8 @@ SUMS = ("forwards", "steps", "step_seconds", "loads", "evictions", "prompt_hits"
 class Streams:
     """Routes a worker's reports to the waiting requests."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_place: OnPlace = lambda id, taken: None) -> None:
+        self._on_place = on_place
         self._queues: dict[str, asyncio.Queue[Event]] = {}
         self._statuses: dict[str, ModelStatus] = {}
         self._orders: dict[str, asyncio.Future[Ordered]] = {}
@@ -69,6 +83,8 @@ class Streams:
                     done.set_result(report)
             case StatsReport(EngineStats() as stats):
                 self._stats = stats
+            case Placed(str(id), bool(taken)):
+                self._on_place(id, taken)
             case Ready() | Started(str()):
                 pass
             case _:

@@ -1,38 +1,31 @@
 """The LoRAs that requests have loaded beside one model: the latest ones, up to a number and the memory budget.
 
-They are loaded by the pipeline's own loader, into twins of its modules (`batching.adapted`). The model itself does not
-change. A LoRA of which not every part finds its place in the model is refused.
+They act in twins of its modules (`batching.adapted`). The model itself does not change. A thread reads them
+(`lora_reading`), while other requests go on.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import logging
-import re
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 
-from sfumato.batching.adapted import AdaptedModule, Selection, untouched
-from sfumato.batching.batcher import is_out_of_memory
-from sfumato.checkpoints import weight_file
+from sfumato.batching.adapted import AdaptedModule, Selection, twin
 from sfumato.errors import InvalidRequest, ModelTooLarge
 from sfumato.loras import Lora, of_defaults
+from sfumato.models import lora_reading
 from sfumato.models.by_layer import has_feature_cache, is_cast_by_layer, waits_by_layer
+from sfumato.models.lora_reading import Reading
 
 log = logging.getLogger(__name__)
-
-SHOWN = 5
-"""Keys that a message names."""
-
-_ADAPTER_KEY = re.compile(r"[._]lora(?=[._])|\.lokr_|\.lora_magnitude|\.dora_scale|\.alpha$")
-"""Where the name of a layer ends in a key of a LoRA, in diffusers' own form."""
 
 
 @dataclass(slots=True)
@@ -64,8 +57,18 @@ class Adapters:
         """Whether there is room for so many more bytes, once idle models are gone."""
         self.changed: Callable[[], None] = lambda: None
         """Called when LoRAs were loaded or dropped."""
+        self.turn: Callable[[], None] | None = None
+        """Lets other requests go on while one waits for its LoRAs; None: there are no others."""
+        self.alone: AbstractContextManager[Any] | None = None
+        """Held while one is read."""
+        self.wake: Callable[[], None] = lambda: None
+        """Called in the thread that reads, at its end."""
         self._modules: dict[str, AdaptedModule] = {}
         """Component → its twin."""
+        self._untouched: dict[str, tuple[Any, torch.nn.Module]] = {}
+        """Component → its module, and a twin without LoRAs of requests, of which the threads that read make theirs."""
+        self._readings: dict[str, Reading] = {}
+        """Content → the thread that reads it."""
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         """By content, least recently used first."""
         self._weighted: OrderedDict[_Weighted, int] = OrderedDict()
@@ -73,6 +76,11 @@ class Adapters:
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    @property
+    def reading(self) -> bool:
+        """Whether requests wait for a LoRA that is being read."""
+        return any(not reading.done for reading in self._readings.values())
 
     @property
     def modules(self) -> list[torch.nn.Module]:
@@ -105,14 +113,10 @@ class Adapters:
                 )
             yield {}
             return
-        self._forget_others(pipeline)
         used: list[_Weighted] = []
+        named = [lora for lora in loras if lora.default is None]
         try:
-            for lora in loras:
-                if lora.default is None:
-                    entry = self._obtain(pipeline, device, model, lora)
-                    entry.users += 1
-                    entries.append((lora, entry))
+            self._obtain_all(pipeline, device, model, named, entries)
             weights = of_defaults(loras)
             if weights or replace_defaults:
                 self._twin_those_with_defaults(pipeline)
@@ -178,32 +182,53 @@ class Adapters:
     def _forget_others(self, pipeline: Any) -> None:
         """Drop what belongs to modules that the pipeline has no more: they were replaced to be offloaded."""
         modules = _loadable(pipeline)
-        if any(modules.get(component) is not adapted.original for component, adapted in self._modules.items()):
+        known = {component: module for component, (module, _) in self._untouched.items()}
+        known |= {component: adapted.original for component, adapted in self._modules.items()}
+        if any(modules.get(component) is not module for component, module in known.items()):
             # Requests in flight keep theirs.
             self._modules, self._entries, self._weighted = {}, OrderedDict(), OrderedDict()
+            self._untouched, self._readings = {}, {}
 
     # What is in memory.
 
-    def _obtain(self, pipeline: Any, device: str, model: str, lora: Lora) -> _Entry:
-        entry = self._entries.get(lora.sha256)
-        if entry is None:
-            try:
-                needed = Path(lora.file).stat().st_size
-            except OSError as error:
-                raise InvalidRequest(f"loras: {lora.name} cannot be read: {error.strerror}", param="loras") from None
-            self._trim(self.limit - 1)
-            while not self.make_room(needed):
-                if not self._drop_oldest():
-                    raise ModelTooLarge(
-                        f"loras: {lora.name} takes {needed >> 20} MiB, and there is no room for it beside {model}. "
-                        "Raise the setting memory_mb, or use fewer"
-                    )
-            entry = self._entries[lora.sha256] = self._load(pipeline, device, model, lora)
-            self.changed()
-        self._entries.move_to_end(lora.sha256)
-        return entry
+    def _obtain_all(
+        self, pipeline: Any, device: str, model: str, loras: Sequence[Lora], entries: list[tuple[Lora, _Entry]]
+    ) -> None:
+        """Read those that are not in memory; `entries` gets all, counted as used."""
+        self._forget_others(pipeline)
+        while len(entries) < len(loras):
+            lora = loras[len(entries)]
+            entry = self._obtain(pipeline, device, model, lora)
+            entry.users += 1
+            entries.append((lora, entry))
+            self._forget_others(pipeline)
+            if any(self._entries.get(lora.sha256) is not entry for lora, entry in entries):
+                entries.clear()  # while it waited the modules were replaced, and all that belonged to them was dropped
 
-    def _load(self, pipeline: Any, device: str, model: str, lora: Lora) -> _Entry:
+    def _obtain(self, pipeline: Any, device: str, model: str, lora: Lora) -> _Entry:
+        digest = lora.sha256
+        while digest not in self._entries:
+            reading = self._readings.get(digest) or self._begin(pipeline, device, model, lora)
+            try:
+                reading.wait(self.turn)
+            except BaseException:
+                if not reading.waiting and self._readings.get(digest) is reading:
+                    del self._readings[digest]  # nobody waits for what its thread brings
+                raise
+            if self._readings.get(digest) is reading:  # the first of those that have waited
+                del self._readings[digest]
+                self._enter(pipeline, model, lora, reading)
+            if reading.error:
+                raise copy.copy(reading.error)
+        self._entries.move_to_end(digest)
+        return self._entries[digest]
+
+    def _begin(self, pipeline: Any, device: str, model: str, lora: Lora) -> Reading:
+        """Make room for a LoRA, and begin to read it. Raises InvalidRequest and ModelTooLarge."""
+        try:
+            needed = Path(lora.file).stat().st_size
+        except OSError as error:
+            raise InvalidRequest(f"loras: {lora.name} cannot be read: {error.strerror}", param="loras") from None
         originals = _loadable(pipeline)
         if not originals or not hasattr(pipeline, "load_lora_weights"):
             raise InvalidRequest(
@@ -215,76 +240,37 @@ class Adapters:
                 f"LoRAs. Name {lora.name} in the model file (lora_adapter), or use `quantization`",
                 param="loras",
             )
-        for component, module in originals.items():
-            if component not in self._modules:
-                self._modules[component] = AdaptedModule(module)
-        name = f"lora_{lora.sha256[:16]}"
-        try:
-            self._load_into_twins(pipeline, lora, name, model)
-            if lora.stamp and weight_file.stamp(Path(lora.file)) != lora.stamp:  # it is not what the recipe would say
-                raise InvalidRequest(
-                    f"loras: the file of {lora.name} was replaced while the request waited; send it again",
-                    param="loras",
+        self._trim(self.limit - 1)
+        others = sum(reading.bytes for reading in self._readings.values())
+        while not self.make_room(others + needed):
+            if not self._drop_oldest():
+                raise ModelTooLarge(
+                    f"loras: {lora.name} takes {needed >> 20} MiB, and there is no room for it beside {model}. "
+                    "Raise the setting memory_mb, or use fewer"
                 )
-        except BaseException:
-            self._delete([name])
-            self._drop_unused_twins()
-            raise
-        for adapted in self._modules.values():
-            adapted.refresh()
-            _move(adapted, name, device)
-        parts = {component: adapted.having(name) for component, adapted in self._modules.items()}
-        size = sum(tensor.numel() * tensor.element_size() for layers in parts.values() for tensor in _own(layers, name))
+        for component, module in originals.items():
+            if component not in self._untouched:
+                self._untouched[component] = module, twin(module)
+        untouched = {component: each for component, (_, each) in self._untouched.items()}
+        name = f"lora_{lora.sha256[:16]}"
+        read = functools.partial(lora_reading.read, copy.copy(pipeline), untouched, lora, name, model, device)
+        reading = self._readings[lora.sha256] = Reading(read, needed, self.alone, self.wake)
+        return reading
+
+    def _enter(self, pipeline: Any, model: str, lora: Lora, reading: Reading) -> None:
+        """A LoRA was read: take its layers over."""
+        read, reading.result = reading.result, None
+        if read is not None:
+            self._trim(self.limit - 1)
+            originals = _loadable(pipeline)
+            for component, twin_of_it in read.twins.items():
+                if component not in self._modules:
+                    self._modules[component] = AdaptedModule(originals[component])
+                self._modules[component].take(read.name, twin_of_it)
+            self._entries[lora.sha256] = _Entry(read.name, tuple(read.twins), read.bytes)
+            log.info("%s: LoRA %s is loaded: %d bytes", model, lora.name, read.bytes)
+            self.changed()
         self._drop_unused_twins()
-        log.info("%s: LoRA %s is loaded: %d bytes", model, lora.name, size)
-        return _Entry(name, tuple(component for component, layers in parts.items() if layers), size)
-
-    def _load_into_twins(self, pipeline: Any, lora: Lora, name: str, model: str) -> None:
-        loader = copy.copy(pipeline)
-        for key, value in list(vars(loader).items()):
-            if isinstance(value, torch.nn.Module):
-                vars(loader)[key] = self._modules[key].module if key in self._modules else None
-        keys: list[str] = []
-        read = pipeline.lora_state_dict
-
-        def read_and_check(*args: Any, **kwargs: Any) -> Any:
-            answer = read(*args, **kwargs)
-            keys.extend(answer[0] if isinstance(answer, tuple) else answer)
-            _refuse_keys(pipeline, self._modules, keys, lora, model)
-            return answer
-
-        vars(loader)["lora_state_dict"] = read_and_check
-        with weight_file.in_lower_case(Path(lora.file)) as file, _as_request_error(lora, model), _quiet():
-            changes = [untouched(each.original, each.module) for each in self._modules.values()]
-            lists = [change.__enter__() for change in changes]
-            try:
-                loader.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
-            finally:
-                for change in changes:
-                    change.__exit__(None, None, None)
-        if changed := [layer for layers in lists for layer in layers]:
-            raise InvalidRequest(
-                f"loras: {lora.name} changes the shape of {', '.join(changed[:SHOWN])}, which other requests use; name "
-                "it in a model file of its own (lora_adapter)",
-                param="loras",
-            )
-        self._refuse_missing(keys, lora, name, model)
-
-    def _refuse_missing(self, keys: Sequence[str], lora: Lora, name: str, model: str) -> None:
-        """Raise InvalidRequest if a layer that the file has is not one of the model's."""
-        for component, adapted in self._modules.items():
-            adapted.refresh()
-            layers = {_layer(key.removeprefix(f"{component}.")) for key in keys if key.startswith(f"{component}.")}
-            found = adapted.having(name)
-            known = {each for each, _ in adapted.original.named_modules()}
-            if missing := sorted(layer for layer in layers if not _spellings(layer) & known):
-                missing = [f"{component}.{each}" for each in missing]
-                raise _unfit(lora, model, missing, "has layers that the model does not have")
-            if layers and not found:
-                raise _unfit(lora, model, sorted(layers), "has layers that its loader does not take")
-            if len(found) < len(layers):
-                log.warning("%s: diffusers reads %d of the %d layers of %s in %s", model, len(found), len(layers),
-                            component, lora.name)  # fmt: skip
 
     def _trim(self, limit: int) -> None:
         while len(self._entries) > max(0, limit) and self._drop_oldest():
@@ -332,6 +318,8 @@ class Adapters:
             for component, adapted in self._modules.items()
             if adapted.defaults or any(adapted.having(name) for name in names) or _has_adapters(adapted)
         }
+        if not self._entries and not self._readings:
+            self._untouched.clear()
 
 
 def _has_adapters(adapted: AdaptedModule) -> bool:
@@ -365,83 +353,3 @@ def _add_weight(adapted: AdaptedModule, name: str, weight: float) -> None:
         if name in getattr(layer, "lora_variant", {}):
             layer.lora_variant[alias] = layer.lora_variant[name]
         layer.set_scale(alias, weight)
-
-
-def _own(layers: Sequence[Any], name: str) -> Iterator[torch.Tensor]:
-    for layer in layers:
-        for kind in layer.adapter_layer_names:
-            table: Any = getattr(layer, kind, None)
-            part = table[name] if hasattr(table, "keys") and name in table else None
-            if isinstance(part, torch.nn.Module):
-                yield from part.parameters()
-            elif part is not None:
-                yield part
-
-
-def _move(adapted: AdaptedModule, name: str, device: str) -> None:
-    """Put an adapter where its model computes; its own weights may wait in main memory."""
-    for tensor in _own(adapted.having(name), name):
-        # A copy also on the CPU: what is read is mapped, and changes with a file that is written over.
-        tensor.data = tensor.data.to(device, copy=True)
-
-
-def _layer(key: str) -> str:
-    """The layer that a key is for."""
-    return _ADAPTER_KEY.split(key, maxsplit=1)[0].removesuffix(".processor").replace(".processor.", ".")
-
-
-def _spellings(layer: str) -> set[str]:
-    """Names that a layer may have in the model: kohya's and diffusers' older ones differ for attention."""
-    plain = layer.removeprefix("text_model.")
-    names = {layer, plain, f"text_model.{plain}"}
-    for old, new in (("to_q", "q_proj"), ("to_k", "k_proj"), ("to_v", "v_proj"), ("to_out", "out_proj")):
-        names |= {name.removesuffix(old) + new for name in names if name.endswith(f".{old}")}
-    names |= {f"{name}.0" for name in names if name.endswith("to_out")}
-    return names | {f"{name}.base_layer" for name in names}
-
-
-def _refuse_keys(
-    pipeline: Any, modules: Mapping[str, AdaptedModule], keys: Sequence[str], lora: Lora, model: str
-) -> None:
-    """Raise InvalidRequest for keys that no component of the pipeline will load."""
-    prefixes = tuple(f"{component}." for component in modules)
-    if strange := [key for key in keys if not _ADAPTER_KEY.search(key)]:
-        raise _unfit(lora, model, strange, "has keys that are no LoRA's")
-    if foreign := [key for key in keys if not key.startswith(prefixes)]:
-        parts = ", ".join(sorted(modules))
-        raise _unfit(lora, model, foreign, f"has parts for other components than {parts} of {type(pipeline).__name__}")
-    if not keys:
-        raise _unfit(lora, model, [], "has nothing for any component")
-
-
-def _unfit(lora: Lora, model: str, keys: Sequence[str], why: str) -> InvalidRequest:
-    more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
-    named = f": {', '.join(keys[:SHOWN])}{more}" if keys else ""
-    return InvalidRequest(
-        f"loras: {lora.name} does not fit {model}: it {why}{named}. It may be made for models of another kind",
-        param="loras",
-    )
-
-
-@contextmanager
-def _as_request_error(lora: Lora, model: str) -> Iterator[None]:
-    """Turn what diffusers and peft raise for a LoRA that does not fit this model into an InvalidRequest."""
-    try:
-        yield
-    except InvalidRequest:
-        raise
-    except Exception as error:  # whatever these libraries raise for a file of another kind
-        if is_out_of_memory(error):
-            raise
-        text = " ".join(str(error).split())[:500]
-        raise InvalidRequest(
-            f"loras: {lora.name} does not fit {model}: {text}. It may be made for models of another kind",
-            param="loras",
-        ) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a second LoRA beside the first, and of parts that it does not have
-        yield

@@ -18,11 +18,11 @@ from typing import Any
 
 import diffusers
 import torch
-from huggingface_hub import hf_hub_download, snapshot_download
 
-from sfumato.checkpoints import controlnets, diffusers_source, hub_files, net_classes
+from sfumato.checkpoints import controlnets, diffusers_source, net_classes, request_files
 from sfumato.checkpoints.controlnets import HubNet
 from sfumato.checkpoints.net_classes import NetClass
+from sfumato.checkpoints.remote_limits import ANY, Limits
 from sfumato.config import ModelConfig
 from sfumato.core import ModelStatus
 from sfumato.errors import InvalidRequest, LoadError
@@ -110,12 +110,16 @@ def load(
     on_status: OnStatus,
     make_room: MakeRoom,
     known: Sharing | None = None,
+    limits: Limits = ANY,
 ) -> Loaded:
-    """Load a ControlNet. Raises LoadError, or DownloadError, and what torch raises when memory runs out."""
+    """Load a ControlNet. `limits`: of what is downloaded.
+
+    Raises LoadError, or DownloadError, and what torch raises when memory runs out.
+    """
     path = Path(config.model)
     if not path.is_absolute():
         on_status(ModelStatus("downloading", config.model))
-        path = _fetch(HubNet(config.model, config.revision, config.part_file))
+        path = _fetch(HubNet(config.model, config.revision, config.part_file), limits)
     device, dtype = request_parts.place(config, device_setting)
     if path.is_file():
         controlnets.refuse(path)
@@ -147,24 +151,22 @@ def _of_folder(
     return footprint.of_folders({"controlnet": path}, dtype, variant), [path / file for file in files], read
 
 
-def _fetch(net: HubNet) -> Path:
+def _fetch(net: HubNet, limits: Limits) -> Path:
     """Download a ControlNet's file, or its configuration and safetensors weights. Raises LoadError or DownloadError."""
     repo, revision = net.id, net.revision
-    with hub_files.as_download_errors(repo, f"Put it into {controlnets.FOLDER}/ beside the model files, or name it"):
-        if net.file:
-            return Path(hf_hub_download(repo, net.file, revision=revision))
-        there = hub_files.files_of(repo, revision)
-        if not there:  # the hub is not reached, and nothing of it is here: this says why
-            snapshot_download(repo, revision=revision, allow_patterns=[controlnets.DESCRIPTION])
-        _, files = controlnets.chosen(there)
-        if not files or controlnets.DESCRIPTION not in there:
-            single = [name for name in there if Path(name).suffix.lower() in controlnets.SUFFIXES]
-            named = f". Name one of its files: {', '.join(f'{repo}/{each}' for each in single[:8])}" if single else ""
-            raise LoadError(
-                f"{repo} has no diffusion_pytorch_model.safetensors with a config.json: it is no ControlNet in "
-                f"diffusers' layout{named}"
-            )
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=[controlnets.DESCRIPTION, *files]))
+    remedy = f"Put it into {controlnets.FOLDER}/ beside the model files, or name it"
+    if net.file:
+        return request_files.fetch(repo, revision, [net.file], limits, remedy) / net.file
+    there = request_files.names(repo, revision, remedy)
+    _, files = controlnets.chosen(there)
+    if not files or controlnets.DESCRIPTION not in there:
+        single = [name for name in there if Path(name).suffix.lower() in controlnets.SUFFIXES]
+        named = f". Name one of its files: {', '.join(f'{repo}/{each}' for each in single[:8])}" if single else ""
+        raise LoadError(
+            f"{repo} has no diffusion_pytorch_model.safetensors with a config.json: it is no ControlNet in "
+            f"diffusers' layout{named}"
+        )
+    return request_files.fetch(repo, revision, [controlnets.DESCRIPTION, *files], limits, remedy)
 
 
 def _digest(files: Sequence[Path], hashes: ContentHashes) -> str:

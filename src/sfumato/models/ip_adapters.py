@@ -12,20 +12,21 @@ import weakref
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.models.embeddings import MultiIPAdapterImageProjection
-from huggingface_hub import hf_hub_download, snapshot_download
 from safetensors.torch import load_file
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from sfumato.batching.adapted import AdaptedModule, Selection
 from sfumato.batching.attending import Attending, Extended
 from sfumato.batching.batcher import is_out_of_memory
-from sfumato.checkpoints import controlnets, diffusers_source, hub_files, ip_adapters
+from sfumato.checkpoints import controlnets, diffusers_source, hub_files, ip_adapters, request_files
 from sfumato.checkpoints.ip_adapters import ARGUMENT, IMAGE, PROJECTION, HubFile
+from sfumato.checkpoints.remote_limits import ANY, Limits
 from sfumato.config import ModelConfig
 from sfumato.core import ModelStatus
 from sfumato.errors import InvalidRequest, LoadError
@@ -75,12 +76,16 @@ def load(
     on_status: OnStatus,
     make_room: MakeRoom,
     known: Sharing | None = None,
+    limits: Limits = ANY,
 ) -> Loaded:
-    """Load an adapter. Raises LoadError, or DownloadError, and what torch raises when memory runs out."""
+    """Load an adapter. `limits`: of what is downloaded.
+
+    Raises LoadError, or DownloadError, and what torch raises when memory runs out.
+    """
     path = Path(config.model)
     if not path.is_absolute():
         on_status(ModelStatus("downloading", config.model))
-        path = _fetch(config)
+        path = _fetch(config, limits)
     encoder = ip_adapters.encoder_of(path)
     folder = _folder_on_hub(config, encoder) if not Path(config.model).is_absolute() else _folder_here(config, encoder)
     device, dtype = request_parts.place(config, device_setting)
@@ -102,12 +107,13 @@ def load_encoder(
     on_status: OnStatus,
     make_room: MakeRoom,
     known: Sharing | None = None,
+    limits: Limits = ANY,
 ) -> Loaded:
     """Load an image encoder. Raises as `load`."""
     path = Path(config.model)
     if not path.is_absolute():
         on_status(ModelStatus("downloading", config.model))
-        path = _fetch_encoder(*_repository(config.model), config.revision)
+        path = _fetch_encoder(*_repository(config.model), config.revision, limits)
     device, dtype = request_parts.place(config, device_setting)
     make_room(footprint.Needs(footprint.of_folders({"image_encoder": path}, dtype, None), device, dtype))
     with request_parts.reading(path) as state:
@@ -123,16 +129,15 @@ def _repository(where: str) -> tuple[str, str]:
     return f"{owner}/{name}", path
 
 
-def _fetch(config: ModelConfig) -> Path:
+def _fetch(config: ModelConfig, limits: Limits = ANY) -> Path:
     repo, file = _repository(config.model)
-    with hub_files.as_download_errors(repo):
-        return Path(hf_hub_download(repo, file, revision=config.revision))
+    return request_files.fetch(repo, config.revision, [file], limits) / file
 
 
-def _fetch_encoder(repo: str, folder: str, revision: str | None) -> Path:
+def _fetch_encoder(repo: str, folder: str, revision: str | None, limits: Limits = ANY) -> Path:
     patterns = [f"{folder}/{name}" for name in (controlnets.DESCRIPTION, ip_adapters.ENCODER_WEIGHTS)]
-    with hub_files.as_download_errors(repo):
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns)) / folder
+    names = [name for name in hub_files.files_of(repo, revision) if any(fnmatch(name, each) for each in patterns)]
+    return request_files.fetch(repo, revision, names, limits) / folder
 
 
 def fetch(config: ModelConfig) -> None:
@@ -150,11 +155,11 @@ def _folder_on_hub(config: ModelConfig, encoder: ip_adapters.Encoder) -> str | N
     repo, file = _repository(config.model)
     names = hub_files.files_of(repo, config.revision)
     folders = [name.rpartition("/")[0] for name in names if name.rpartition("/")[2] == controlnets.DESCRIPTION]
-    with hub_files.as_download_errors(repo):
-        for folder in ip_adapters.nearest(file, [each for each in folders if each]):
-            description = hf_hub_download(repo, f"{folder}/{controlnets.DESCRIPTION}", revision=config.revision)
-            if encoder.fits(diffusers_source.json_of(Path(description))):
-                return folder
+    for folder in ip_adapters.nearest(file, [each for each in folders if each]):
+        description = f"{folder}/{controlnets.DESCRIPTION}"
+        there = request_files.fetch(repo, config.revision, [description], ANY)
+        if encoder.fits(diffusers_source.json_of(there / description)):
+            return folder
     return None
 
 

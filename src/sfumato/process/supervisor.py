@@ -28,6 +28,7 @@ from sfumato.engine.protocol import (
     Cancel,
     Command,
     Load,
+    OnPlace,
     Order,
     Ordered,
     Pin,
@@ -90,7 +91,8 @@ class Supervisor:
         """`worker` is the command to run; the file descriptor of its socket end is appended."""
         self._settings = settings
         self._command = tuple(worker)
-        self._streams = Streams()
+        self.on_place: OnPlace = lambda id, taken: None
+        self._streams = Streams(lambda id, taken: self.on_place(id, taken))
         self._flights: dict[str, Flight] = {}
         self._pins: dict[str, Pin] = {}
         """Pins that every new worker is told."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from sfumato.models.footprint import Blocks, Needs
 from sfumato.models.load import Loaded
 from sfumato.residency.budget import Budget
+from sfumato.residency.turns import Turns
 
 
 def connect(
@@ -16,8 +17,15 @@ def connect(
     models: Mapping[str, Loaded],
     blocks: dict[str, Blocks],
     evict_idle: Callable[[], bool],
+    turns: Turns,
+    turn: Callable[[], None] | None,
+    wake: Callable[[], None],
 ) -> None:
-    """Let the LoRAs of a loaded model have `limit` places, and the room that idle models can leave."""
+    """Let the LoRAs of a loaded model have `limit` places, and the room that idle models can leave.
+
+    `turn` lets others go on while a request waits for one that is read, with no other weights at a time. `wake` is
+    called in the thread that reads.
+    """
     device, adapters = models[name].device, models[name].state.adapters
 
     def make_room(more: int) -> bool:
@@ -31,3 +39,4 @@ def connect(
             blocks[name] = models[name].blocks()
 
     adapters.limit, adapters.make_room, adapters.changed = limit, make_room, measure
+    adapters.alone, adapters.turn, adapters.wake = turns.reading, turn, wake

@@ -11,6 +11,7 @@ from types import MappingProxyType
 
 from sfumato.batching import cpu_threads, offload
 from sfumato.batching.batcher import is_out_of_memory
+from sfumato.checkpoints.remote_limits import ANY, Limits
 from sfumato.config import ModelConfig
 from sfumato.core import ModelInfo, ModelStatus
 from sfumato.errors import Cancelled, LoadError, ModelTooLarge, TooManyRequests
@@ -73,6 +74,8 @@ class ModelPool:
         idle_times: IdleTimes | None = None,
         turns: Turns | None = None,
         loaded_loras: int = 8,
+        part_limits: Limits = ANY,
+        turn: Callable[[], None] | None = None,
     ) -> None:
         """Hold at most `limit` models on `device` (a setting), within `budget` (None: what the device has); those that
         have components in common share what is `known`.
@@ -80,7 +83,8 @@ class ModelPool:
         `on_status` may be called in the thread that loads. `dropped` is called after a model has left its device,
         `free_caches` drops the engine's caches and returns the bytes freed, for a model that does not fit, `describe`
         returns a model's capabilities. `wake` is called in the thread that loads, when there is something to do for
-        `tend`.
+        `tend`. `part_limits`: of what is downloaded of parts that requests name. `turn` lets other requests continue
+        while one waits for its LoRAs; None: there are no others.
         """
         self._limit = limit
         self._device = device
@@ -92,6 +96,8 @@ class ModelPool:
         self._turns = turns or Turns()
         self._wake = wake
         self._loaded_loras = loaded_loras
+        self._part_limits = part_limits
+        self._turn = turn
         self._loadings: dict[str, Loading] = {}
         """Model → the load that requests or orders wait for, oldest first."""
         self._reading: Loading | None = None
@@ -122,6 +128,11 @@ class ModelPool:
     def models(self) -> Mapping[str, load.Loaded]:
         """Those on their device that are whole models, by name."""
         return {name: self._loaded[name] for name in self._residents.models()}
+
+    @property
+    def reading_loras(self) -> bool:
+        """Whether requests wait for LoRAs that are being read."""
+        return any(model.state.adapters.reading for model in self._loaded.values())
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -283,7 +294,8 @@ class ModelPool:
     # In the thread that loads.
 
     def _from_disk(self, config: ModelConfig, report: OnStatus, make_room: load.MakeRoom) -> load.Loaded:
-        model = READERS[config.part](config, self._device, report, make_room, self._known)
+        given = (self._part_limits,) if config.part and not config.part_of_file else ()
+        model = READERS[config.part](config, self._device, report, make_room, self._known, *given)
         if model.state.offload == "none":  # what it shares with a model in main memory comes to the device
             self._residents.main_memory.give(model.blocks(), model.device, model)
         return model
@@ -377,8 +389,9 @@ class ModelPool:
         with cpu_threads.using(loading.threads):
             self._residents.enter(loading.config, model, loading.waiting)
         lora_room.connect(
-            loading.config.name, self._loaded_loras, self._budget, self._loaded, self._residents.blocks, self._evict_now
-        )
+            loading.config.name, self._loaded_loras, self._budget, self._loaded, self._residents.blocks,
+            self._evict_now, self._turns, self._turn, self._wake,
+        )  # fmt: skip
 
     def _evict_now(self) -> bool:
         """Let one idle model leave its device, for a request that needs its memory; whether there was one."""

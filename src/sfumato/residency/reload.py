@@ -15,7 +15,7 @@ PER_REQUEST: Mapping[str, Any] = {
     "aliases": (), "pinned": False, "disabled": False, "file": None, "enable_parameters": frozenset(),
     "quality_steps": (), "seed": None, "n": None, "option_lines": (), "locked": frozenset(),
     "threads": None, "accelerate": None, "max_concurrent": None, "keep_alive": None,
-    "retry_after": 0,
+    "retry_after": 0, "part_of_file": False,
 }  # fmt: skip
 """Fields without effect on loading, with a value that replaces them in comparisons."""
 

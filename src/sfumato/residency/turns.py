@@ -21,6 +21,8 @@ class Turns:
     """Two parties, of which one runs at a time; if both wait, the one that did not run last goes first."""
 
     def __init__(self) -> None:
+        self.reading = threading.Lock()
+        """Held by the thread that reads weights: libraries change more of torch meanwhile, for all threads."""
         self._changed = threading.Condition()
         self._waiting: set[str] = set()
         self._running = self._last = ""
@@ -52,13 +54,14 @@ class Turns:
 
         It ends with the dtype that it began with: diffusers does not restore it when building a module fails.
         """
-        section = _Section(self, torch.set_default_dtype)
-        torch.set_default_dtype = section.set_default_dtype
-        try:
-            yield
-        finally:
-            torch.set_default_dtype = section.original
-            section.close()
+        with self.reading:
+            section = _Section(self, torch.set_default_dtype)
+            torch.set_default_dtype = section.set_default_dtype
+            try:
+                yield
+            finally:
+                torch.set_default_dtype = section.original
+                section.close()
 
 
 class _Section:

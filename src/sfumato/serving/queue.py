@@ -4,10 +4,10 @@ Next is the waiting caller with the fewest pictures in flight, then the one serv
 caller, first come, first served. The last free place is reserved for a caller with nothing in flight, so a
 single picture does not have to wait for another caller's hundred.
 
-A picture whose model is being loaded is put aside and takes no place. Of one caller, no more of them leave the queue
-than it may have in flight; the others return to it until the load has ended. Those that were put aside are with the
-engine already and draw at once when it has ended, so more than `places` may be in flight then: for each caller and
-load, by at most all places but one.
+A picture whose model is being loaded takes no place: the engine says so, and when it has one again. Of one caller and
+model, no more of them leave the queue than it may have in flight; the others wait in it until some have places again.
+Those that left it are with the engine already and draw when the load has ended, so more than `places` may be in flight
+then: for each caller and load, by at most all places but one.
 """
 
 from __future__ import annotations
@@ -17,9 +17,12 @@ import heapq
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from typing import TypeVar
 
 from sfumato.errors import TooManyRequests
+
+_K = TypeVar("_K", bound=Hashable)
 
 MAX_RETRY_AFTER_S = 120
 """OpenAI's clients give up on longer ones."""
@@ -37,8 +40,9 @@ WEIGHT = 0.2
 class Ticket:
     """A place in the queue for one picture."""
 
-    def __init__(self, caller: str, number: int) -> None:
+    def __init__(self, caller: str, number: int, model: str = "") -> None:
         self.caller = caller
+        self.model = model
         self.number = number
         """Tickets are numbered in order of arrival."""
         self.called = asyncio.Event()
@@ -57,12 +61,14 @@ class Queue:
         self._lines: dict[str, dict[Ticket, None]] = {}
         """Caller → its waiting tickets in order of arrival; only callers that have any."""
         self._unready: dict[str, dict[Ticket, None]] = {}
-        """The same for tickets that must not be called yet: their pictures are being fetched, or their model loaded."""
+        """The same for tickets that must not be called yet: their pictures are being fetched."""
         self._waiting = 0
         self._in_flight: Counter[str] = Counter()
         self._running = 0
-        self._aside: Counter[str] = Counter()
-        """Caller → its pictures that were called but take no place, as their model is being loaded."""
+        self._of_model: Counter[tuple[str, str]] = Counter()
+        """Caller and model → its pictures in flight."""
+        self._aside: Counter[tuple[str, str]] = Counter()
+        """Caller and model → its pictures that were called but take no place, as the model is being loaded."""
         self._served: dict[str, int] = {}
         """Caller → number of turns begun when it last got one; only callers waiting or in flight."""
         self._turns = 0
@@ -85,7 +91,7 @@ class Queue:
         """Recent mean time from a picture's turn to its end, in seconds; None before the first."""
         return self._mean
 
-    def join(self, caller: str, count: int, *, ready: bool = True) -> list[Ticket]:
+    def join(self, caller: str, count: int, *, model: str = "", ready: bool = True) -> list[Ticket]:
         """Returns `count` new tickets. Raises TooManyRequests if the queue has no room for them.
 
         Tickets that are not `ready` are skipped until `release`.
@@ -99,7 +105,7 @@ class Queue:
                 "Try again later.",
                 retry_after=self.retry_after(),
             )
-        tickets = [Ticket(caller, self._numbers + i) for i in range(count)]
+        tickets = [Ticket(caller, self._numbers + i, model) for i in range(count)]
         self._numbers += count
         lines = self._lines if ready else self._unready
         lines.setdefault(caller, {}).update(dict.fromkeys(tickets))
@@ -132,11 +138,12 @@ class Queue:
             if ticket.placed:
                 self._count(ticket, False)
             else:
-                self._count_aside(ticket.caller, -1)
+                _add(self._aside, (ticket.caller, ticket.model), -1)
         else:
             return
         self._call()
-        if not any(ticket.caller in those for those in (self._lines, self._unready, self._in_flight, self._aside)):
+        of_callers = (self._lines, self._unready, self._in_flight, {caller for caller, _ in self._aside})
+        if not any(ticket.caller in each for each in of_callers):
             self._served.pop(ticket.caller, None)
 
     def place(self, ticket: Ticket, placed: bool) -> None:
@@ -146,38 +153,15 @@ class Queue:
         if placed:
             ticket.since = time.monotonic()  # the load is no time of drawing
         self._count(ticket, placed)
-        self._count_aside(ticket.caller, -1 if placed else 1)
+        _add(self._aside, (ticket.caller, ticket.model), -1 if placed else 1)
         self._call()
-
-    def hold(self, ticket: Ticket) -> bool:
-        """Call it when the turn of a picture has come, and its model is being loaded.
-
-        If its caller has its share in flight or aside without it, it returns to the queue, to be called again after
-        `release`. Returns whether it did.
-        """
-        caller = ticket.caller
-        others = self._in_flight[caller] + self._aside[caller] - 1
-        if not ticket.placed or others < max(1, self._places - 1):
-            return False
-        ticket.since = None
-        ticket.called.clear()
-        self._count(ticket, False)
-        self._unready.setdefault(caller, {})[ticket] = None
-        self._waiting += 1
-        self._call()
-        return True
 
     def _count(self, ticket: Ticket, placed: bool) -> None:
+        more = 1 if placed else -1
         ticket.placed = placed
-        self._running += 1 if placed else -1
-        self._in_flight[ticket.caller] += 1 if placed else -1
-        if not self._in_flight[ticket.caller]:
-            del self._in_flight[ticket.caller]
-
-    def _count_aside(self, caller: str, more: int) -> None:
-        self._aside[caller] += more
-        if not self._aside[caller]:
-            del self._aside[caller]
+        self._running += more
+        _add(self._in_flight, ticket.caller, more)
+        _add(self._of_model, (ticket.caller, ticket.model), more)
 
     def position(self, ticket: Ticket) -> int:
         """Turns until its own, if no other arrives: 1 is next; 0: its turn has come, or it is not ready."""
@@ -197,18 +181,28 @@ class Queue:
     def _call(self) -> None:
         """Notify the tickets whose turn has come."""
         self._positions = None
-        while self._lines and self._running < self._places:
-            caller = min(self._lines, key=self._rank)
+        while self._running < self._places and (lines := self._callable()):
+            caller = min(lines, key=lambda each: self._rank(each, lines[each][0]))
             last = self._running == self._places - 1
             if last and self._in_flight[caller] and self._places > 1:
                 return
-            ticket = next(iter(self._lines[caller]))
+            ticket = lines[caller][0]
             self._take(ticket)
             self._turns += 1
             self._count(ticket, True)
             self._served[caller] = self._turns
             ticket.since = time.monotonic()
             ticket.called.set()
+
+    def _callable(self) -> dict[str, list[Ticket]]:
+        """Caller → its tickets that may be called, in order; only callers that have any."""
+        most = max(1, self._places - 1)
+        full = {each for each, count in self._aside.items() if count + self._of_model[each] >= most}
+        lines = {
+            caller: [ticket for ticket in line if (caller, ticket.model) not in full]
+            for caller, line in self._lines.items()
+        }
+        return {caller: line for caller, line in lines.items() if line}
 
     def _take(self, ticket: Ticket) -> None:
         """Remove a ticket from the queue."""
@@ -218,14 +212,15 @@ class Queue:
             del lines[ticket.caller]
         self._waiting -= 1
 
-    def _rank(self, caller: str) -> tuple[int, int, int]:
-        """Sort key of a waiting caller; the smallest is next."""
-        return self._in_flight[caller], self._served.get(caller, 0), next(iter(self._lines[caller])).number
+    def _rank(self, caller: str, ticket: Ticket) -> tuple[int, int, int]:
+        """Sort key of a caller whose next ticket this is; the smallest is next."""
+        return self._in_flight[caller], self._served.get(caller, 0), ticket.number
 
     def _simulated_positions(self) -> dict[Ticket, int]:
         """The positions of all tickets, by simulating `_call` with a heap of callers."""
-        lines = {caller: iter(line) for caller, line in self._lines.items()}
-        heap = [(self._rank(caller), caller, next(lines[caller])) for caller in lines]
+        lines = {caller: iter(line) for caller, line in self._callable().items()}
+        first = {caller: next(line) for caller, line in lines.items()}
+        heap = [(self._rank(caller, ticket), caller, ticket) for caller, ticket in first.items()]
         heapq.heapify(heap)
         positions: dict[Ticket, int] = {}
         while heap:
@@ -243,3 +238,10 @@ class Queue:
         """Seconds after which a refused caller may retry, 1 .. MAX_RETRY_AFTER_S."""
         seconds = (self._waiting + 1) * (self._mean or FIRST_GUESS_S) / self._places
         return min(MAX_RETRY_AFTER_S, max(1, math.ceil(seconds)))
+
+
+def _add(counter: Counter[_K], key: _K, more: int) -> None:
+    """Counters have only what they count more than none of."""
+    counter[key] += more
+    if not counter[key]:
+        del counter[key]

@@ -8,8 +8,8 @@ import logging
 import time
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from typing import TypeAlias
 
@@ -46,10 +46,6 @@ log = logging.getLogger(__name__)
 FORESEEN_S = 5.0
 """How long what the files of a model say holds: many requests may wait for it while it loads."""
 
-LOADING = ("loading", "downloading")
-LOOK_S = 0.2
-"""How often it is seen whether the model of a picture is still being loaded."""
-
 MAX_REMEMBERED = 256
 """Number of ended requests whose progress is still available."""
 OnPictureStep: TypeAlias = Callable[[int, Step], None]
@@ -72,6 +68,9 @@ class Service:
         self.limits = Limits(settings.max_pixels, settings.max_side, settings.max_aspect)
         self.fetcher = PictureFetcher(settings.picture_hosts.split(","))
         self._loras = RequestLoras(settings)
+        self._tickets: dict[str, Ticket] = {}
+        """Those of the generations that the engine has."""
+        engine.on_place = self._place
         self._arrivals: list[Arrival] = []
         self._jobs: list[Job] = []
         self._pins: dict[str, bool] = {}
@@ -118,7 +117,8 @@ class Service:
         share = self.budget.share()
         try:
             self._admit(config, len(generations))
-            tickets = self.queue.join(request.caller, len(generations), ready=not (request.images or request.controls))
+            ready = not (request.images or request.controls)
+            tickets = self.queue.join(request.caller, len(generations), model=config.name, ready=ready)
         except TooManyRequests as error:
             self.metrics.record_rejection(error.code)
             raise
@@ -305,7 +305,7 @@ class Service:
     ) -> None:
         """`turn`: set when the first picture of the job has its turn."""
         queued_at = time.monotonic()
-        await self._wait_for_turn(job.config.name, part.ticket)
+        await part.ticket.called.wait()
         turn.set()
         turn_at = time.monotonic()
         self.metrics.record_wait(turn_at - queued_at)
@@ -318,12 +318,10 @@ class Service:
                     for control, png in zip(generation.controls, decoded.controls, strict=True)
                 ]
                 generation = replace(generation, images=decoded.images, mask=decoded.mask, controls=tuple(controls))
-            async with (
-                aclosing(self.engine.submit(job.config, generation)) as events,
-                self._placed(job.config.name, part.ticket) as placed,
-            ):
+            self._tickets[generation.id] = part.ticket
+            async with aclosing(self.engine.submit(job.config, generation)) as events:
                 async for event in events:
-                    placed()
+                    self.queue.place(part.ticket, True)
                     match event:
                         case Failed(error):
                             raise error
@@ -333,44 +331,16 @@ class Service:
                         case _:
                             job.put(index, event)
         finally:
+            self._tickets.pop(part.generation.id, None)
             self.queue.leave(part.ticket, drawn=part.done is not None)
         if not part.done:
             raise WorkerDied("the engine stopped without an answer")
         self.metrics.record_picture(job.config.name, time.monotonic() - turn_at)
 
-    async def _wait_for_turn(self, model: str, ticket: Ticket) -> None:
-        """While enough pictures of its caller wait for the load of a model, the picture stays in the queue."""
-        await ticket.called.wait()
-        while self._loading(model) and self.queue.hold(ticket):
-            loading = True
-            while loading:
-                loading = self._loading(model)
-                await asyncio.sleep(LOOK_S)  # also when it has ended: those put aside see it, and take places first
-            self.queue.release([ticket])
-            await ticket.called.wait()
-
-    def _loading(self, model: str) -> bool:
-        return self.engine.status(model).state in LOADING
-
-    @asynccontextmanager
-    async def _placed(self, model: str, ticket: Ticket) -> AsyncIterator[Callable[[], None]]:
-        """While the model is loaded, the picture takes no place in the queue. Call what it returns at each event."""
-
-        async def look() -> None:
-            while True:
-                self.queue.place(ticket, not self._loading(model))
-                await asyncio.sleep(LOOK_S)
-
-        looking = asyncio.create_task(look())
-
-        def placed() -> None:
-            looking.cancel()
-            self.queue.place(ticket, True)
-
-        try:
-            yield placed
-        finally:
-            looking.cancel()
+    def _place(self, id: str, taken: bool) -> None:
+        """The engine says whether a picture takes a place."""
+        if ticket := self._tickets.get(id):
+            self.queue.place(ticket, taken)
 
     def _admit(self, config: ModelConfig, pictures: int) -> None:
         limit = config.max_concurrent

@@ -16,6 +16,9 @@ from sfumato.errors import DownloadError, InvalidRequest, SfumatoError, TooManyR
 
 log = logging.getLogger(__name__)
 
+LONGEST = 300
+"""Characters of a value that a message quotes."""
+
 MAX_MESSAGE = 4000
 """In characters: a message quotes the request, which may be long."""
 
@@ -63,10 +66,15 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
     if first["type"] == "missing":
         where = f"{field}: this field is required" if field else "the request needs a JSON body"
         return response(InvalidRequest(where, param=field or None))
+    if first["type"] == "too_long":  # of a list: what is in it tells nothing
+        count, most = len(first["input"]), first["ctx"]["max_length"]
+        return response(InvalidRequest(f"{field}: {count} entries; at most {most} are valid", param=field or None))
     reason = first["msg"]
     for words, plain in PLAIN.items():
         reason = reason.replace(words, plain)
-    where = f"{field or 'the body'}: {in_words(first.get('input'))} is not valid: {reason}"
+    sent = in_words(first.get("input"))
+    sent = sent if len(sent) <= LONGEST else f"{sent[:LONGEST]}..."
+    where = f"{field or 'the body'}: {sent} is not valid: {reason}"
     return response(InvalidRequest(where, param=field or None))
 
 
