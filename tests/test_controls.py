@@ -27,7 +27,7 @@ from sfumato.core import Control
 from sfumato.errors import InvalidRequest
 from sfumato.pictures import recipe
 from sfumato.settings import Settings
-from support import nets
+from support import estimators, nets
 from support.families import picture
 from support.families_served import MASK, Served, encoded, served
 from support.hub import Hub
@@ -41,9 +41,13 @@ WHITE = encoded(Image.new("RGB", (64, 64), "white"))
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with served(tmp_path_factory.mktemp("nets"), nets.families()) as server:
+    estimated_by = {kind: f"{kind}-here" for kind in estimators.SAVED}
+    with served(tmp_path_factory.mktemp("nets"), nets.families(), **estimated_by) as server:
         for family in nets.CONTROLLED:
             nets.save_nets(server.folder, family)
+        for kind, save in estimators.SAVED.items():
+            save(server.folder / estimated_by[kind])
+        nets.another("sd").save_pretrained(server.folder / "controlnets" / "sd" / "pose")
         yield server
 
 
@@ -254,7 +258,7 @@ def test_what_a_unit_says_without_effect_is_told(server: Served) -> None:
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"module": "openpose"}, "none, canny, invert"),
+        ({"module": "lineart"}, "none, canny, invert, depth"),
         ({"weight": 99}, "weight: 99; 0 to 10 are valid"),
         ({"guidance_end": "late"}, "guidance_end: 'late'"),
         ({"image": 7}, "image must be base64"),
@@ -299,7 +303,7 @@ def test_canny_is_that_of_opencv_at_the_drawn_size(server: Served) -> None:
 def test_a_preprocessor_that_is_not_there_is_refused_with_the_remedy(
     server: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    unknown = drawn(server, "sd", controls=[{"name": "sd/canny", "image": SENT, "preprocess": "pose"}])
+    unknown = drawn(server, "sd", controls=[{"name": "sd/canny", "image": SENT, "preprocess": "lineart"}])
     assert unknown.status_code == 400
     assert unknown.json()["error"]["param"] == "controls[0].preprocess"
     assert "prepared already" in unknown.json()["error"]["message"]

@@ -95,7 +95,13 @@ CANNY = "canny"
 INVERT = "invert"
 """A name of `PREPROCESSORS`: dark and light swapped, for drawings that are black on white."""
 
-PREPROCESSORS = (CANNY, INVERT)
+DEPTH = "depth"
+"""A name of `PREPROCESSORS`: how near each place of a picture is, estimated; the nearest is white."""
+
+POSE = "pose"
+"""A name of `PREPROCESSORS`: the people in a picture as skeletons in OpenPose's colours, on black."""
+
+PREPROCESSORS = (CANNY, DEPTH, POSE, INVERT)
 """What a control picture may be made of before it is followed."""
 
 
@@ -122,6 +128,8 @@ class Control:
     """Of canny, in levels of 0 .. 255; None: 100 and 200."""
     joins: bool = False
     """Whether it is one more picture for the IP-Adapter of the control before it, and has nothing else."""
+    estimators: tuple[str, ...] = ()
+    """What `preprocess` estimates with: hub ids or folders; none: what the model file or the server says."""
 
 
 def labels(controls: Sequence[Control]) -> list[str]:
@@ -202,6 +210,8 @@ class RecordedControl:
     preprocess: str | None = None
     thresholds: tuple[float, float] | None = None
     joins: bool = False
+    estimators: tuple[tuple[str, str], ...] = ()
+    """What `preprocess` estimated with: for each model its hub id or folder, and the SHA-256 of its weights."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -130,6 +130,19 @@ class Settings:
         "comma-separated, and hub for the Hugging Face hub. Empty: only what lies in loras/, controlnets/ and "
         "ip_adapters/ is used.",
     )
+    depth_model: str = _setting(
+        "depth-anything/Depth-Anything-V2-Small-hf",
+        "What estimates depth for `preprocess: depth` of controls: a hub id (owner/name, owner/name@revision), "
+        "downloaded when it is first needed, or a folder with a depth estimator of transformers. Empty: none.",
+    )
+    pose_model: str = _setting(
+        "usyd-community/vitpose-base-simple",
+        "What finds people's joints for `preprocess: pose` of controls: a ViTPose of transformers, as for depth_model.",
+    )
+    person_model: str = _setting(
+        "PekingU/rtdetr_r50vd_coco_o365",
+        "What finds people for `preprocess: pose`: an object detector of transformers, as for depth_model.",
+    )
     max_lora_mb: int = _setting(4096, "Maximum size in MiB of a LoRA that is downloaded for a request.", least=1)
     max_net_mb: int = _setting(
         8192,

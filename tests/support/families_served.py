@@ -103,10 +103,13 @@ class Served:
 
 
 @contextmanager
-def served(folder: Path, families: Mapping[str, Family]) -> Iterator[Served]:
-    """A server of these families; nothing is built before its model is named."""
+def served(folder: Path, families: Mapping[str, Family], **more: Any) -> Iterator[Served]:
+    """A server of these families, with `more` settings; nothing is built before its model is named."""
     (folder / "models").mkdir()
-    settings = Settings(models=folder / "models", data=folder / "data", device="cpu", loaded_models=1, max_batch=1)
+    settings = Settings(
+        **{"models": folder / "models", "data": folder / "data", "device": "cpu", "loaded_models": 1, "max_batch": 1}
+        | more
+    )
     service = Service(Catalog([folder / "models"]), Local(settings), settings)
     app = create_app(service, Store.of(settings))
     with pytest.MonkeyPatch.context() as patch, TestClient(app, raise_server_exceptions=False) as client:

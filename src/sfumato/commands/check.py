@@ -179,6 +179,7 @@ def _settings(config: ModelConfig) -> Iterator[tuple[str, str]]:
     yield "runner", config.accelerate or ""
     yield "VAE", "the tiny one for its latents" if config.vae == tiny_vaes.TINY else addresses.redact(config.vae or "")
     yield "IP-Adapters", ", ".join(config.ip_adapters)
+    yield "depth", config.depth_model or ""
     yield "adapters", ", ".join(f"{addresses.redact(lora.source)} × {lora.scale:g}" for lora in config.adapters)
     yield "defaults", ", ".join(f"{label} {value}" for label, value in _defaults(config) if value is not None)
     yield "options", ", ".join(f"{key}={in_words(value)}" for key, value in config.options.items())

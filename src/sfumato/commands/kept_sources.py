@@ -81,6 +81,7 @@ def controls(given: Sequence[Control], recipe: Recipe, folders: Sequence[Path], 
             each.preprocess,
             each.thresholds,
             each.joins,
+            tuple(name for name, _ in each.estimators),
         )
         for picture, each in zip(pictures, made, strict=True)
     ]

@@ -18,7 +18,7 @@ from sfumato.settings import Settings
 def pull(name: str, settings: Settings) -> str:
     """Download all that a model file (or a hub id) names; returns the path of its weights."""
     environment.prepare()
-    from sfumato.models import device, fetch, ip_adapters, parts
+    from sfumato.models import device, estimators, fetch, ip_adapters, parts
 
     config = Catalog.of(settings, open=True).get(name)
     with _files() as report:
@@ -32,6 +32,7 @@ def pull(name: str, settings: Settings) -> str:
         fetch.fetch_prior(config, dtype, on_status)
         parts.fetch(config, fetched.description or fetched.path, report)
         ip_adapters.fetch(config)
+        estimators.fetch(config)
         return str(fetched.path)
 
 

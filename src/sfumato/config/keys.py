@@ -107,6 +107,10 @@ KEYS: tuple[Key, ...] = (
             "IP-Adapter that follows the `controls` of requests that name nothing: a name in `ip_adapters/`, a file "
             "beside the model file or `owner/name/file.safetensors`; or a list of them.",
         ),
+        (
+            "diffusers.depth_model", "depth_model", read.string,
+            "What estimates depth for `preprocess: depth`: hub id or folder. Absent: the setting `depth_model`.",
+        ),
         ("diffusers.clip_model", "clip_model", read.string, "Another CLIP text encoder: folder or hub id."),
         ("diffusers.clip_subfolder", "clip_subfolder", read.string, "Where in it the text encoder stands."),
         (

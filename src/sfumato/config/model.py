@@ -94,12 +94,12 @@ class ModelConfig:
     """Seconds that it stays in memory once it is idle; None: as the server says."""
 
     part: str = ""
-    """Not a model but what requests for models name, loaded for itself and shared by them: `controlnet`, `ip_adapter`
-    or `image_encoder`."""
+    """Not a model but what requests for models need, loaded for itself and shared by them: `controlnet`, `ip_adapter`,
+    `image_encoder`, or a kind of `models.estimators`."""
     part_file: str | None = None
+    """The file of such a ControlNet in its repository on the hub; of an estimator, its name as it is written."""
     part_of_file: bool = False
-    """Whether the model file names it: it may be of any size."""
-    """The file of such a ControlNet in its repository on the hub."""
+    """Whether the model file or a setting names it, and not a request: it may be of any size."""
     denoiser: str | None = None
     """Of such a ControlNet, if it is a single file: settings of the denoiser that it was made for, as JSON."""
 
@@ -131,6 +131,8 @@ class ModelConfig:
     control_net: str | tuple[str, ...] | None = None
     ip_adapters: tuple[str, ...] = ()
     """IP-Adapters that follow the controls of a request that name nothing."""
+    depth_model: str | None = None
+    """What estimates depth for `preprocess: depth`; None: what the server has."""
     clip_model: str | None = None
     clip_subfolder: str | None = None
     vae: str | None = None

@@ -146,7 +146,7 @@ def canvas(model: Loaded, pipeline: Any, filled: Generation) -> Canvas:
         canvas = replace(canvas, width=width, height=height)
     if canvas.controls:
         fitted = tuple(_controls(canvas))
-        canvas = replace(canvas, controls=preprocessors.applied(filled.controls, fitted))
+        canvas = replace(canvas, controls=preprocessors.applied(filled.controls, fitted, model))
     if not (filled.limits and canvas.width and canvas.height and (canvas.sized or canvas.kept)):
         return canvas
     breach = filled.limits.violation(canvas.width, canvas.height)

@@ -361,7 +361,7 @@ def _recipe(
         masked_area=(filled.mask_padding or 0, canvas.width or 0, canvas.height or 0) if canvas.box else None,
         drawn_size=(canvas.width or 0, canvas.height or 0) if canvas.kept else None,
         mask_from_alpha=filled.mask_from_alpha,
-        controls=tuple(named_nets.recorded(control, model.net_digests) for control in requested.controls),
+        controls=tuple(named_nets.recorded(control, model) for control in requested.controls),
         loras=(loras := inputs.recorded_loras(model, requested)),
         without_loras=bool(model.state.own_loras) and not loras,
         runner=recorded.told(views.computed_by(pipeline)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,10 +11,11 @@ from typing import Any
 from sfumato.checkpoints import class_reading
 from sfumato.checkpoints import controlnets as files
 from sfumato.checkpoints import ip_adapters as adapter_files
-from sfumato.checkpoints.remote_limits import TooLarge
 from sfumato.config import ModelConfig
 from sfumato.core import Control, Generation, RecordedControl, labels
-from sfumato.errors import DownloadError, InvalidRequest, LoadError, TooManyRequests
+from sfumato.drawing import preprocessors
+from sfumato.drawing.requested_parts import as_of_request
+from sfumato.errors import InvalidRequest
 from sfumato.models import controlnets, ip_adapters
 from sfumato.models.load import Loaded
 from sfumato.models.picture_prompt import Adapter, PicturePrompt, Prompted
@@ -49,11 +50,14 @@ def beside(model: Loaded, generation: Generation, pool: ModelPool, turn: Callabl
         yield model
         return
     named = _named(model, controls)
+    taken: list[str] = []
     with ExitStack() as stack:
 
         def loaded(each: _Named, config: ModelConfig, beside: Sequence[str]) -> Loaded:
-            with _as_of_request(model.config.folder, each.name, each.param):
-                return stack.enter_context(pool.use(config, turn, generation.keep_alive, beside))
+            with as_of_request(repr(each.name[:100]), each.param, lambda: _available(model.config.folder)):
+                part = stack.enter_context(pool.use(config, turn, generation.keep_alive, beside))
+            taken.append(config.name)
+            return part
 
         parts = _used(model, named, loaded)
         drawn = model
@@ -66,7 +70,7 @@ def beside(model: Loaded, generation: Generation, pool: ModelPool, turn: Callabl
         used = [part for part in parts if part]
         del parts
         try:
-            yield replace(drawn, net_digests=digests)
+            yield replace(drawn, net_digests=digests, beside=tuple(taken))
         finally:
             if model.state.broken:
                 for part in used:
@@ -195,34 +199,16 @@ def _encoder_of(model: Loaded, named: _Named, adapter: Adapter) -> ModelConfig:
     return replace(config, part_of_file=named.config.part_of_file)
 
 
-@contextmanager
-def _as_of_request(folder: Path, name: str, param: str) -> Iterator[None]:
-    """What cannot be loaded is the request's mistake, unless memory or the network is short."""
-    try:
-        yield
-    except DownloadError as error:
-        there = f"{files.available(folder)}. {adapter_files.available(folder)}"
-        error.message, error.param = f"{param}: {error.message} {there}", param
-        raise
-    except LoadError as error:
-        message = (
-            f"{param}: {name[:100]!r}: {error.message}. {files.available(folder)}. {adapter_files.available(folder)}"
-        )
-        if type(error) in (LoadError, TooLarge):
-            raise InvalidRequest(message, param=param) from error
-        error.param = param
-        raise
-    except TooManyRequests as error:  # there is no room for it now
-        error.param = param
-        raise
+def _available(folder: Path) -> str:
+    return f"{files.available(folder)}. {adapter_files.available(folder)}"
 
 
-def recorded(control: Control, digests: Mapping[str, str]) -> RecordedControl:
+def recorded(control: Control, model: Loaded) -> RecordedControl:
     """A control as a recipe keeps it."""
     assert isinstance(control.image, bytes)
     fingerprint = images.fingerprint(control.image)
-    digest = digests.get(control.name or "")
+    digest = model.net_digests.get(control.name or "")
     return RecordedControl(
         fingerprint, control.weight, control.start, control.end, control.mode, control.name, digest,
-        control.preprocess, control.thresholds, control.joins,
+        control.preprocess, control.thresholds, control.joins, preprocessors.recorded(control, model),
     )  # fmt: skip

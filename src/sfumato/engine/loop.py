@@ -36,7 +36,7 @@ from sfumato.core import (
     Step,
     keep_alive_seconds,
 )
-from sfumato.drawing import named_nets, out_of_memory
+from sfumato.drawing import named_nets, out_of_memory, preprocessors
 from sfumato.drawing.draw import Disturbed, RunStopped, draw
 from sfumato.drawing.info import model_info
 from sfumato.engine.protocol import (
@@ -57,6 +57,7 @@ from sfumato.engine.protocol import (
 )
 from sfumato.engine.stats import EVERY_S, Stats
 from sfumato.errors import Cancelled, SfumatoError
+from sfumato.models import estimators
 from sfumato.models.content_hashes import ContentHashes
 from sfumato.models.load import Loaded
 from sfumato.models.sharing import Sharing
@@ -116,6 +117,7 @@ class Loop:
         )
         self._encoder = EncoderThread(functools.partial(self._batcher.turn, placed=True), lambda: self._inbox.put(None))
         self._stats = Stats(self._batcher, self._pool)
+        self._estimators = {kind: str(getattr(settings, kind)) for kind in estimators.KINDS}
         self._submitted: dict[str, Submit] = {}
         """Generations without a task yet; those that arrive while a request runs wait here."""
         self._orders: list[Load] = []
@@ -290,8 +292,12 @@ class Loop:
 
                 def run(generation: Generation, model: Loaded = model) -> Done:
                     # For each try: one with less memory draws on other modules.
-                    with named_nets.beside(model, generation, self._pool, keeping_its_place) as drawn:
-                        runners = self._runners_of(model, generation)
+                    given = generation, self._pool, keeping_its_place
+                    runners = self._runners_of(model, generation)
+                    with (
+                        named_nets.beside(model, *given) as named,
+                        preprocessors.beside(named, *given, self._estimators) as drawn,
+                    ):
                         return draw(drawn, generation, on_step, on_preview, runners, self._encoder)
 
                 self._stats.started(id)

@@ -132,7 +132,7 @@ def load(
     make_room(footprint.Needs(sizes, device, dtype))
     with request_parts.reading(path) as state:
         net = request_parts.detached(read().to(device))
-        digest = _digest(files, known.hashes if known else ContentHashes())
+        digest = request_parts.digest(files, known.hashes if known else ContentHashes())
     return Loaded(config, Part(net, digest), str(path), device, dtype, state=state)
 
 
@@ -167,14 +167,6 @@ def _fetch(net: HubNet, limits: Limits) -> Path:
             f"diffusers' layout{named}"
         )
     return request_files.fetch(repo, revision, [controlnets.DESCRIPTION, *files], limits, remedy)
-
-
-def _digest(files: Sequence[Path], hashes: ContentHashes) -> str:
-    """SHA-256 of the weights; of several files, of their digests."""
-    digests = [hashes.of(file) for file in sorted(files)]
-    if len(digests) == 1:
-        return digests[0]
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def beside(model: Loaded, nets: Sequence[torch.nn.Module], params: Sequence[str]) -> Loaded:

@@ -98,6 +98,10 @@ class Loaded:
     state: ModelState = field(default_factory=ModelState)
     net_digests: Mapping[str, str] = field(default_factory=dict)
     """ControlNet that the request names -> SHA-256 of its weights."""
+    beside: tuple[str, ...] = ()
+    """Names of what else the request uses."""
+    estimators: Mapping[tuple[str, tuple[str, ...]], Sequence[Any]] = field(default_factory=dict)
+    """Preprocessor of the request's controls, and the names that they say -> the estimators that it needs."""
     prompt: PicturePrompt | None = None
     """The IP-Adapters that the request names."""
     preview_decoder: CheapDecoder | None = None

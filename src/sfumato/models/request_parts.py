@@ -1,8 +1,9 @@
-"""Common to all that requests name and that is loaded for itself: ControlNets, IP-Adapters, image encoders."""
+"""Common to all that requests need and that is loaded for itself: ControlNets, IP-Adapters, encoders, estimators."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -13,6 +14,7 @@ from sfumato.batching.batcher import is_out_of_memory
 from sfumato.config import ModelConfig
 from sfumato.errors import LoadError, SfumatoError
 from sfumato.models import weight_stamps
+from sfumato.models.content_hashes import ContentHashes
 from sfumato.models.device import choose_device
 from sfumato.models.load import ModelState
 
@@ -50,3 +52,11 @@ def detached(module: M) -> M:
         if tensor.device.type == "cpu":
             tensor.data = tensor.data.clone()
     return module.eval()
+
+
+def digest(files: Sequence[Path], hashes: ContentHashes) -> str:
+    """SHA-256 of the weights; of several files, of their digests."""
+    digests = [hashes.of(file) for file in sorted(files)]
+    if len(digests) == 1:
+        return digests[0]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()

@@ -15,7 +15,7 @@ from sfumato.checkpoints.remote_limits import ANY, Limits
 from sfumato.config import ModelConfig
 from sfumato.core import ModelInfo, ModelStatus
 from sfumato.errors import Cancelled, LoadError, ModelTooLarge, TooManyRequests
-from sfumato.models import controlnets, ip_adapters, load
+from sfumato.models import controlnets, estimators, ip_adapters, load
 from sfumato.models.fetch import OnStatus
 from sfumato.models.footprint import Needs
 from sfumato.models.release import release_frames
@@ -33,6 +33,7 @@ READERS: Mapping[str, Callable[..., load.Loaded]] = MappingProxyType({
     "controlnet": lambda *given: controlnets.load(*given),
     "ip_adapter": lambda *given: ip_adapters.load(*given),
     "image_encoder": lambda *given: ip_adapters.load_encoder(*given),
+    **dict.fromkeys(estimators.KINDS, lambda *given: estimators.load(*given)),
 })  # fmt: skip
 """What loads a model, and each kind of `ModelConfig.part`."""
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from sfumato.api.fields import number_within
 from sfumato.checkpoints import controlnets
-from sfumato.core import CANNY, INVERT, Control
+from sfumato.core import CANNY, DEPTH, INVERT, POSE, Control
 from sfumato.errors import InvalidRequest
 from sfumato.pictures.sources import bytes_or_url
 
@@ -25,8 +25,26 @@ READERS = (
 )  # fmt: skip
 """What the extension calls the image encoders of IP-Adapters; each adapter has its own here."""
 
-MODULES: Mapping[str, str | None] = {NONE: None, "canny": CANNY, "invert": INVERT, **dict.fromkeys(READERS)}
+DEPTHS = ("depth", "depth_anything", "depth_anything_v2", "depth_midas", "depth_zoe", "depth_leres", "depth_leres++")
+"""What the extension calls estimators of depth; the server has one. Others that begin so are taken for that, too."""
+
+BODY, OTHER_POSES = ("openpose",), ("openpose_full", "openpose_hand", "openpose_face", "dw_openpose_full")
+"""What the extension calls estimators of poses; the second find hands or faces as well, which are left out here."""
+
+MODULES: Mapping[str, str | None] = {
+    NONE: None,
+    "canny": CANNY,
+    "invert": INVERT,
+    **dict.fromkeys(DEPTHS, DEPTH),
+    **dict.fromkeys((*BODY, *OTHER_POSES), POSE),
+    **dict.fromkeys(READERS),
+}
 """The extension's preprocessors that there are here."""
+
+MODEL_FREE = (NONE, "canny", "invert")
+
+NO_DEPTH = ("depth_hand",)
+"""Beginnings of modules that do not estimate the depth of a whole picture."""
 
 CROPPED = ("crop and resize", "1", "inner fit (scale to fit)")
 """How a control picture is fitted to the drawn size; other ways are treated so, with a warning."""
@@ -90,7 +108,7 @@ def _control(unit: Mapping[str, Any], name: str, where: str, sources: Sequence[s
     if picture is None and not sources:
         raise InvalidRequest(f"{where}: it has no image", param="alwayson_scripts")
     module = _text(unit.get("module")) or NONE
-    plain = module.casefold().partition(" ")[0]
+    plain = _module(unit)
     if plain not in MODULES:
         known = ", ".join(MODULES)
         raise InvalidRequest(
@@ -111,6 +129,12 @@ def _control(unit: Mapping[str, Any], name: str, where: str, sources: Sequence[s
     )
 
 
+def _module(unit: Mapping[str, Any]) -> str:
+    """A key of `MODULES`, or what the unit names otherwise."""
+    plain = (_text(unit.get("module")) or NONE).casefold().partition(" ")[0]
+    return DEPTH if plain.startswith(DEPTH) and not plain.startswith(NO_DEPTH) else plain
+
+
 def _picture(unit: Mapping[str, Any], where: str) -> str | bytes | None:
     value = unit.get("image") or unit.get("input_image")
     if isinstance(value, Mapping):  # with a mask beside it
@@ -127,6 +151,8 @@ def _warnings(unit: Mapping[str, Any], where: str) -> Iterator[str]:
         yield f"{where}: resize_mode {mode[:40]!r} is treated as 'Crop and Resize'"
     if (mode := _text(unit.get("control_mode"))) and mode.casefold() not in BALANCED:
         yield f"{where}: control_mode {mode[:40]!r} is treated as 'Balanced'"
+    if _module(unit) in OTHER_POSES:
+        yield f"{where}: module {_module(unit)}: only bodies are found, no hands and faces"
     inner = unit.get("image")
     masked = unit.get("mask") or unit.get("mask_image") or (isinstance(inner, Mapping) and inner.get("mask"))
     if masked:

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from sfumato.api.a1111.control_units import MODULES
+from sfumato.api.a1111.control_units import MODEL_FREE, MODULES
 from sfumato.api.dependencies import TheService
 from sfumato.api.http import documents
 from sfumato.checkpoints import ip_adapters
@@ -38,7 +38,7 @@ async def model_list(service: TheService) -> dict[str, list[str]]:
 
 @routes.get("/module_list", summary="The preprocessors of control pictures")
 async def module_list() -> dict[str, Any]:
-    detail = {name: {"model_free": name == "invert", "sliders": []} for name in MODULES}
+    detail = {name: {"model_free": name in MODEL_FREE, "sliders": []} for name in MODULES}
     return {"module_list": [*MODULES], "module_detail": detail}
 
 

@@ -104,8 +104,8 @@ class ControlBody(BaseModel):
             return None
         if plain not in PREPROCESSORS:
             raise ValueError(
-                f"none, {', '.join(PREPROCESSORS)} are valid; for depth, pose and others send a picture that is "
-                "prepared already, without preprocess"
+                f"none, {', '.join(PREPROCESSORS)} are valid; for others send a picture that is prepared already, "
+                "without preprocess"
             )
         return plain
 
