@@ -8,7 +8,8 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from sfumato.api.fields import BLANK, Side
-from sfumato.api.openai.bodies import GenerationsBody, Pictures
+from sfumato.api.openai.bodies import GenerationsBody
+from sfumato.api.openai.pictures import Pictures
 from sfumato.sampling import MAX_PROMPT, Sampling
 from sfumato.serving.planning import MAX_PICTURES, ImageRequest
 
