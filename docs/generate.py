@@ -98,8 +98,10 @@ def http_page() -> str:
 
 
 HTTP_PREFACE = """\
-Errors have one shape, `{"error": {"message", "type", "param", "code"}}`, except on Ollama's routes, `{"error": "..."}`;
-the message names the field, its value, what is valid and what to do. Response headers:
+Errors have one shape, `{"error": {"message", "type", "param", "code"}}`, except on Ollama's routes, `{"error": "..."}`,
+and at `/mcp`, where they are JSON-RPC's. The message names the field, its value, what is valid and what to do.
+
+Response headers:
 
 | header | meaning |
 |---|---|

@@ -25,6 +25,7 @@
     │   └── OutOfMemory               500 out_of_memory          nor will it fit the next time
     ├── StorageError                  507 storage_failed         a picture could not be written
     ├── TimedOut                      504 timeout
+    ├── NotInstalled                  501 not_installed          the route needs an extra of the package
     ├── ServerStops                   503 server_stopping        the server was stopped before the answer was ready
     └── WorkerDied                    503 worker_died
 
@@ -203,6 +204,11 @@ class StorageError(SfumatoError):
 class TimedOut(SfumatoError):
     status = 504
     code = "timeout"
+
+
+class NotInstalled(SfumatoError):
+    status = 501
+    code = "not_installed"
 
 
 class ServerStops(SfumatoError):

@@ -156,6 +156,12 @@ class Settings:
     keep_pictures: bool = _setting(
         True, "Whether pictures returned as base64 are also stored, for the gallery; those with a URL always are."
     )
+    mcp_max_side: int = _setting(
+        512,
+        "Longer side in pixels of pictures in answers of MCP's tools: larger ones are scaled down there, and whole "
+        "behind their links. Chat programs limit the size of an answer. 0: only links.",
+        least=0,
+    )
     gallery_url: str = _setting(
         "",
         "Database of the gallery index, as an SQLAlchemy URL; empty: SQLite in the data folder.",

@@ -29,6 +29,7 @@ from sfumato.api.http.headers import SecurityHeaders
 from sfumato.api.http.middleware import AccessLog, BodyCap, Head, LengthCheck, RequestId, UnhandledErrors
 from sfumato.api.http.shutdown import ActiveRequests, Shutdown
 from sfumato.api.http.urls import Forwarded, check_proxies, check_public_url, parse_origins
+from sfumato.api.mcp import routes as mcp
 from sfumato.api.ollama import answers as ollama_answers
 from sfumato.api.ollama import routes as ollama
 from sfumato.api.openai import routes as openai
@@ -43,11 +44,13 @@ log = logging.getLogger(__name__)
 EXPIRE_EVERY_S = 600
 """Interval at which expired pictures are deleted."""
 
-EXPOSED = ("x-request-id", "x-sfumato-ignored", "x-sfumato-warning", "retry-after", "x-should-retry")
+EXPOSED = (
+    "x-request-id", "x-sfumato-ignored", "x-sfumato-warning", "retry-after", "x-should-retry", "mcp-session-id",
+)  # fmt: skip
 """Response headers that scripts of other origins may read."""
 
 
-ERROR_SHAPES: Mapping[str, Shape] = MappingProxyType({"/api/": ollama_answers.error_shape})
+ERROR_SHAPES: Mapping[str, Shape] = MappingProxyType({"/api/": ollama_answers.error_shape, "/mcp": mcp.error_shape})
 """Paths of APIs whose errors are not OpenAI's: see `ErrorShapes`."""
 
 
@@ -103,6 +106,7 @@ def create_app(service: Service, store: Store, running: ActiveRequests | None = 
         for keeper in keepers:
             keeper.cancel()
         app.state.bodies.close()
+        await app.state.mcp.close()
         await service.stop()
         picture_gallery.close()
 
@@ -124,6 +128,7 @@ def create_app(service: Service, store: Store, running: ActiveRequests | None = 
     app.state.bodies = Bodies(settings.max_text_mb * 2**20)
     app.state.choices = lists.Choices(service)
     app.state.a1111_jobs = jobs.Jobs(service)
+    app.state.mcp = mcp.Endpoint(service, picture_gallery)
     app.state.document = pages.Document(app.openapi)
     errors.install(app)
     _add_routes(app, keyed=bool(keys))
@@ -142,6 +147,7 @@ def _add_routes(app: FastAPI, *, keyed: bool) -> None:
     app.include_router(controlnet.routes, dependencies=key)
     app.include_router(models.of_localais_page, dependencies=key)
     app.include_router(ollama.routes, dependencies=key)
+    app.include_router(mcp.routes)
     for routes in (ops.routes, gallery.pictures, pages.routes):
         app.include_router(routes)
     studio.install(app)

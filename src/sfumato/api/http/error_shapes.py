@@ -17,6 +17,9 @@ Shape: TypeAlias = Callable[[dict[str, Any]], dict[str, Any]]
 """OpenAI's `{message, type, param, code}` → the whole body of the other API's error."""
 
 
+OURS = {"message", "type", "param", "code"}
+
+
 class ErrorShapes:
     """ASGI middleware. `shapes`: a path, or the beginning of paths if it ends in `/`, → the shape of its errors."""
 
@@ -59,7 +62,7 @@ class ErrorShapes:
     async def _send(self, scope: Scope, start: Message, body: bytes, send: Send) -> None:
         error = json.loads(body).get("error") if body else None  # none in an answer to HEAD
         shape = self._shape(scope)
-        if shape and isinstance(error, dict) and "message" in error:
+        if shape and isinstance(error, dict) and error.keys() == OURS:
             body = json.dumps(shape(error)).encode()
             MutableHeaders(scope=start)["content-length"] = str(len(body))
         await send(start)

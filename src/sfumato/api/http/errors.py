@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -59,23 +60,28 @@ async def _sfumato_error(request: Request, error: Exception) -> JSONResponse:
 
 async def _invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
+    return response(invalid(error.errors()))
+
+
+def invalid(problems: Sequence[Mapping[str, Any]]) -> InvalidRequest:
+    """The first of pydantic's problems with a body, in our words; its location begins with `body`."""
+    first = problems[0]
     field = _field(first["loc"])
     if first["type"] == "json_invalid":
-        return response(InvalidRequest(f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}"))
+        return InvalidRequest(f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
     if first["type"] == "missing":
         where = f"{field}: this field is required" if field else "the request needs a JSON body"
-        return response(InvalidRequest(where, param=field or None))
+        return InvalidRequest(where, param=field or None)
     if first["type"] == "too_long":  # of a list: what is in it tells nothing
         count, most = len(first["input"]), first["ctx"]["max_length"]
-        return response(InvalidRequest(f"{field}: {count} entries; at most {most} are valid", param=field or None))
+        return InvalidRequest(f"{field}: {count} entries; at most {most} are valid", param=field or None)
     reason = first["msg"]
     for words, plain in PLAIN.items():
         reason = reason.replace(words, plain)
     sent = in_words(first.get("input"))
     sent = sent if len(sent) <= LONGEST else f"{sent[:LONGEST]}..."
     where = f"{field or 'the body'}: {sent} is not valid: {reason}"
-    return response(InvalidRequest(where, param=field or None))
+    return InvalidRequest(where, param=field or None)
 
 
 def _field(location: Sequence[int | str]) -> str:

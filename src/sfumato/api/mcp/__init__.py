@@ -1,0 +1,1 @@
+"""The Model Context Protocol at `/mcp`: tools with which a chat program's model draws."""

@@ -1,0 +1,115 @@
+"""The route `/mcp`: streamable HTTP, with the keys, limits and checks of the other routes."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Any, TypeAlias
+
+from fastapi import APIRouter, Depends
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from sfumato.api.dependencies import part
+from sfumato.api.http import body_cost, content_type
+from sfumato.api.mcp.server import Protocol
+from sfumato.errors import UnsupportedMedia
+from sfumato.pictures.gallery import Gallery
+from sfumato.serving.service import Service
+
+INVALID, INTERNAL = -32600, -32603
+"""JSON-RPC's codes of errors."""
+
+
+def error_shape(error: dict[str, Any]) -> dict[str, Any]:
+    """JSON-RPC's, of a request whose id is not known."""
+    code = INTERNAL if error["type"] == "server_error" else INVALID
+    data = {name: error[name] for name in ("type", "param", "code")}
+    return {"jsonrpc": "2.0", "id": None, "error": {"code": code, "message": error["message"], "data": data}}
+
+
+class Endpoint:
+    """What answers `/mcp`. The protocol's package is imported at the first request, and runs until `close`."""
+
+    def __init__(self, service: Service, gallery: Gallery) -> None:
+        self._service, self._gallery = service, gallery
+        self._starting = asyncio.Lock()
+        self._protocol: Protocol | None = None
+        self._running: asyncio.Task[None] | None = None
+        self._end = asyncio.Event()
+
+    async def close(self) -> None:
+        if self._running:
+            self._end.set()
+            await self._running
+        self._starting, self._end = asyncio.Lock(), asyncio.Event()
+        self._protocol = self._running = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Raises SfumatoError for a request that is refused before its message is read."""
+        protocol = await self._started()
+        if scope["method"] == "POST":
+            receive = await self._checked(scope, receive)
+        if user := protocol.user(scope["state"]["caller"]):
+            scope["user"] = user
+        await protocol.manager.handle_request(scope, receive, send)
+
+    async def _started(self) -> Protocol:
+        """Raises NotInstalled."""
+        async with self._starting:
+            if self._protocol is None:
+                protocol = await asyncio.to_thread(Protocol, self._service, self._gallery)
+                ready = asyncio.Event()
+                self._running = asyncio.create_task(self._run(protocol, ready))
+                await ready.wait()
+                self._protocol = protocol
+            return self._protocol
+
+    async def _run(self, protocol: Protocol, ready: asyncio.Event) -> None:
+        # One task enters and leaves it: it is a group of tasks.
+        async with protocol.manager.run():
+            ready.set()
+            await self._end.wait()
+
+    async def _checked(self, scope: Scope, receive: Receive) -> Receive:
+        """What receives the body again once it is known that reading it is cheap enough."""
+        header = next((value for name, value in scope["headers"] if name == b"content-type"), b"").decode("latin-1")
+        if not header or not content_type.is_json(content_type.parse(header).type):
+            raise UnsupportedMedia(f"content-type: {header[:100]!r} is not supported; use application/json")
+        body = bytearray()
+        more = True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return _replayed(message, receive)
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+        await asyncio.to_thread(body_cost.check_json, body, self._service.settings.max_text_mb * 2**20)
+        return _replayed({"type": "http.request", "body": bytes(body), "more_body": False}, receive)
+
+
+def _replayed(first: Message, receive: Receive) -> Receive:
+    messages = [first]
+
+    async def replay() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return replay
+
+
+class _Delegated(Response):
+    def __init__(self, endpoint: Endpoint) -> None:
+        super().__init__()
+        self._endpoint = endpoint
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._endpoint(scope, receive, send)
+
+
+TheEndpoint: TypeAlias = Annotated[Endpoint, Depends(part("mcp"))]
+
+routes = APIRouter(include_in_schema=False)
+
+
+@routes.api_route("/mcp", methods=["GET", "POST", "DELETE"])
+async def mcp(endpoint: TheEndpoint) -> Response:
+    return _Delegated(endpoint)
