@@ -115,7 +115,6 @@ LEFT.paste(255, (0, 0, 64, 128))
 @pytest.mark.parametrize(
     "path",
     [
-        "latent-upscale-modes",
         "sd-vae",
         "hypernetworks",
         "face-restorers",
@@ -306,7 +305,7 @@ def test_foreign_fields_are_ignored_and_told_nowhere(server: Server, ann: httpx.
 
 def test_what_has_no_effect_is_named(ann: httpx.Client) -> None:
     body = FEW | {
-        "prompt": "cat <hypernet:fur:1>", "enable_hr": True, "hr_scale": 2, "denoising_strength": 0.7, "tiling": True,
+        "prompt": "cat <hypernet:fur:1>", "enable_hr": False, "hr_scale": 2, "denoising_strength": 0.7, "tiling": True,
         "restore_faces": False, "eta": 1.0, "subseed": 3, "s_noise": 1, "styles": ["noir"], "script_args": [],
         "alwayson_scripts": {"ControlNet": {"args": []}, "ADetailer": {"args": []}},
         "override_settings": {"sd_vae": "x", "eta_noise_seed_delta": 0},
@@ -315,7 +314,7 @@ def test_what_has_no_effect_is_named(ann: httpx.Client) -> None:
     images, info = drawn(answer)
     assert images[0].size == (64, 64)
     assert answer.headers["x-sfumato-ignored"] == "tiling, override_settings.sd_vae, alwayson_scripts.ADetailer, styles"
-    assert [warning.split(":")[0] for warning in info["warnings"]] == ["enable_hr", "prompt"]
+    assert [warning.split(":")[0] for warning in info["warnings"]] == ["prompt"]
     assert answer.headers["x-sfumato-warning"] == "; ".join(info["warnings"])
 
 

@@ -16,7 +16,7 @@ from typing import Literal, TypeAlias
 
 from sfumato.errors import SfumatoError
 from sfumato.loras import Lora
-from sfumato.sampling import Sampling
+from sfumato.sampling import Hires, Sampling
 
 MAX_SEED = 2**63 - 1
 """Largest seed: torch's generators take 64 bits, but JSON clients treat them as signed."""
@@ -186,6 +186,10 @@ class Generation:
     crop: bool = False
     """Draw a size whose sides are no multiples of the model's at the next multiple, and crop the picture to it.
     Otherwise it is refused."""
+    hires: Hires | None = None
+    """A second pass, for a picture without sources."""
+    latents: str = ""
+    """A name of `sampling.UPSCALERS`: the source picture is enlarged as latents."""
     notes: tuple[str, ...] = ()
     """Warnings that are known before it is drawn, in the form of `Done.warnings`."""
     keep_alive: float | None = None
@@ -258,6 +262,8 @@ class Recipe:
     `eager` alone."""
     loras_off: tuple[str, ...] = ()
     """Names of the model file's LoRAs that did not act."""
+    hires: Hires | None = None
+    """The second pass; all other fields are of the first, except the size."""
 
     @property
     def size(self) -> tuple[int, int]:

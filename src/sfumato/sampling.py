@@ -9,6 +9,7 @@ The seed is not a sampling parameter: the pictures of one request share their `S
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -154,6 +155,48 @@ PARAMETERS = _parameters()
 """One `Parameter` for each field of `Sampling`, in order."""
 
 NAMED: Mapping[str, Parameter] = MappingProxyType({each.name: each for each in PARAMETERS})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hires:
+    """A second pass: the finished picture enlarged, and drawn again from that by the same model."""
+
+    upscaler: str
+    """A key of `UPSCALERS`."""
+    sampling: Sampling
+    """Of the second pass, with the size of the result and the strength. None: as in the first."""
+    prompt: str | None = None
+    """None: as in the first pass."""
+    scale: float | None = None
+    """How many times as long the sides are, if that was requested, and not the size."""
+    first: tuple[int, int] | None = None
+    """In a recipe: width and height of the first pass."""
+
+    @property
+    def steps(self) -> int:
+        """Denoising steps that the second pass runs: its strength leaves out the others."""
+        return max(1, int((self.sampling.steps or 1) * (self.sampling.strength or 0.0) + 1e-9))
+
+
+def whole_steps(steps: int, strength: float) -> int:
+    """Steps of image-to-image that runs `steps` of them: diffusers runs the part `strength` of all."""
+    return min(int(NAMED["steps"].most or steps), math.ceil(steps / strength - 1e-9)) if strength > 0 else steps
+
+
+UPSCALERS: Mapping[str, tuple[str, bool] | None] = MappingProxyType(
+    {
+        "Latent": ("bilinear", False),
+        "Latent (antialiased)": ("bilinear", True),
+        "Latent (bicubic)": ("bicubic", False),
+        "Latent (bicubic antialiased)": ("bicubic", True),
+        "Latent (nearest)": ("nearest", False),
+        "Latent (nearest-exact)": ("nearest-exact", False),
+        "Lanczos": None,
+        "Nearest": None,
+    }
+)
+"""How a picture is enlarged between two passes, by AUTOMATIC1111's names → for its latents, the mode of torch's
+`interpolate` and whether that is antialiased; None: its pixels are."""
 
 
 PENULTIMATE = re.compile(r"(?<!I2VGen)XL|StableDiffusion3")

@@ -145,6 +145,7 @@ def _add_routes(app: FastAPI, *, keyed: bool) -> None:
         app.include_router(module.routes, include_in_schema=False)
     app.include_router(a1111.routes, dependencies=key)
     app.include_router(controlnet.routes, dependencies=key)
+    app.include_router(lists.gradio, dependencies=key)
     app.include_router(models.of_localais_page, dependencies=key)
     app.include_router(ollama.routes, dependencies=key)
     app.include_router(mcp.routes)

@@ -30,6 +30,8 @@ PENULTIMATE_MODELS = re.compile(r"xl|pony|illustrious|noob|sd3", re.IGNORECASE)
 no more of a model than its name. Others are taken for Stable Diffusion 1."""
 
 
+HIRES = "enable_hr: it was drawn in two passes, which AUTOMATIC1111's route txt2img and `sfumato generate --like` do"
+
 WEIGHTS = "prompt: its weights are read on AUTOMATIC1111's routes; on others they are text"
 
 
@@ -71,7 +73,8 @@ def _ours(texts: Mapping[str, str]) -> FileParameters | None:
     fields["scheduler"] = schedulers.canonical_name(metadata.get("scheduler"))
     sources = ("it was made from a picture, which is needed again for the same one",) if from_picture else ()
     marked = (WEIGHTS,) if metadata.get("weights") else ()
-    return FileParameters("sfumato", _convert(fields), sources + marked)
+    twice = (HIRES,) if metadata.get("hires") else ()
+    return FileParameters("sfumato", _convert(fields), sources + marked + twice)
 
 
 def _infotext(texts: Mapping[str, str]) -> FileParameters | None:
@@ -90,7 +93,8 @@ def _infotext(texts: Mapping[str, str]) -> FileParameters | None:
     comfy = "ComfyUI" in pairs.get("Version", "") or "workflow" in texts
     if fields["clip_skip"] and PENULTIMATE_MODELS.search(pairs.get("Model", "")):
         fields["clip_skip"] -= 1
-    return FileParameters("comfyui" if comfy else "automatic1111", _convert(fields), choice.warnings)
+    twice = (HIRES,) if "Hires upscaler" in pairs else ()
+    return FileParameters("comfyui" if comfy else "automatic1111", _convert(fields), (*choice.warnings, *twice))
 
 
 def _invoke(texts: Mapping[str, str]) -> FileParameters | None:

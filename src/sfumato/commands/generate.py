@@ -23,7 +23,7 @@ from sfumato.loras import Lora, not_named_by, read_tags
 from sfumato.pictures import images
 from sfumato.pictures import recipe as recipes
 from sfumato.pictures.store import Store
-from sfumato.sampling import Sampling, merged
+from sfumato.sampling import Hires, Sampling, merged
 from sfumato.serving.catalog import Catalog
 from sfumato.serving.planning import ImageRequest, size_of
 from sfumato.serving.service import Service
@@ -82,7 +82,9 @@ def _as_request(recipe: Recipe) -> dict[str, Any]:
             recipe.sampling,
             scheduler=schedulers.canonical_name(recipe.sampling.scheduler),
             strength=recipe.sampling.strength if recipe.image_sha256 else None,
+            **_first_size(recipe),
         ),
+        "hires": _second_pass(recipe),
         # Only savings that change pixels; where modules wait depends on this machine.
         "savings": tuple(name for name in recipe.savings if name == VAE_TILING),
         "runner": recipe.runner or EAGER,
@@ -94,6 +96,19 @@ def _as_request(recipe: Recipe) -> dict[str, Any]:
         "mask_padding": recipe.masked_area[0] if recipe.masked_area else None,
         "mask_from_alpha": recipe.mask_from_alpha,
     }
+
+
+def _first_size(recipe: Recipe) -> dict[str, Any]:
+    """Of the first of two passes; nothing for a picture drawn in one."""
+    width, height = (recipe.hires and recipe.hires.first) or (None, None)
+    return {"width": width, "height": height} if recipe.hires else {}
+
+
+def _second_pass(recipe: Recipe) -> Hires | None:
+    if not (hires := recipe.hires):
+        return None
+    scheduler = schedulers.canonical_name(hires.sampling.scheduler)
+    return replace(hires, sampling=replace(hires.sampling, scheduler=scheduler), first=None)
 
 
 def _check_sources(request: ImageRequest, recipe: Recipe, settings: Settings) -> None:

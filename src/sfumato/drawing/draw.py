@@ -21,7 +21,17 @@ from sfumato.batching.module_runner import ModuleRunner
 from sfumato.checkpoints import feature_caches
 from sfumato.config import at_fault
 from sfumato.core import VAE_TILING, Done, Generation, Recipe
-from sfumato.drawing import arguments, crop, inputs, named_nets, outputs, picture_prompts, prompts, usable
+from sfumato.drawing import (
+    arguments,
+    crop,
+    inputs,
+    latent_sources,
+    named_nets,
+    outputs,
+    picture_prompts,
+    prompts,
+    usable,
+)
 from sfumato.drawing.steps import Finite, OnStep, watch
 from sfumato.errors import ContentFiltered, DrawError, InvalidRequest, SfumatoError, in_words
 from sfumato.models import ip_adapters
@@ -154,7 +164,7 @@ def _draw(
     usable.refuse_defaults(model, pipeline, filled)
     canvas = arguments.canvas(model, pipeline, filled)
     kwargs = arguments.arguments(model, pipeline, generation, filled, canvas)
-    kwargs |= picture_prompts.arguments(model, pipeline, requested)
+    kwargs |= picture_prompts.arguments(model, pipeline, requested) | latent_sources.of_source(pipeline, generation, kwargs)
     # 3. its own scheduler
     driver = scheduler_owners.drawing_pipeline(pipeline)
     choice = usable.scheduler(driver, filled.sampling)
@@ -191,6 +201,7 @@ def _draw(
         *_locked(model, pipeline, generation, filled.sampling),
         *_not_taken(model, pipeline, filled.sampling, kwargs),
         *_without_effect(pipeline, driver, kwargs),
+        *latent_sources.warnings(pipeline, generation),
     )
     return Drawn(image, image_recipe, warnings, token_count)
 

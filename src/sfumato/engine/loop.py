@@ -37,8 +37,9 @@ from sfumato.core import (
     keep_alive_seconds,
 )
 from sfumato.drawing import named_nets, out_of_memory, preprocessors
-from sfumato.drawing.draw import Disturbed, RunStopped, draw
+from sfumato.drawing.draw import Disturbed, RunStopped
 from sfumato.drawing.info import model_info
+from sfumato.drawing.two_passes import draw
 from sfumato.engine.protocol import (
     Answer,
     Cancel,

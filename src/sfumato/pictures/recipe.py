@@ -22,7 +22,7 @@ from sfumato.core import Recipe, RecordedControl
 from sfumato.errors import InvalidPicture, InvalidRequest
 from sfumato.loras import Lora
 from sfumato.pictures import images
-from sfumato.sampling import PARAMETERS, clip_layer, flat, nested
+from sfumato.sampling import PARAMETERS, Hires, Sampling, clip_layer, flat, nested
 
 INFOTEXT_CHUNK = "parameters"
 RECIPE_CHUNK = "sfumato"
@@ -49,6 +49,7 @@ RARE = frozenset(
         "without_loras",
         "loras_off",
         "runner",
+        "hires",
     }
 )
 """Fields of a recipe that its JSON has only if they are set."""
@@ -147,7 +148,7 @@ def infotext(recipe: Recipe) -> str:
     """One block of text as AUTOMATIC1111 writes it: prompt, negative prompt, then `Key: value` pairs."""
     sampling = recipe.sampling
     sampler, schedule_type = schedulers.sampler_of(sampling.scheduler or "") or (sampling.scheduler, None)
-    width, height = recipe.size
+    width, height = (recipe.hires and recipe.hires.first) or recipe.size
     composite_pairs: dict[str, dict[str, Any]] = {
         "scheduler": {"Sampler": sampler, "Schedule type": schedule_type},
         "width": {"Seed": recipe.seed, "Size": f"{width}x{height}", "Model": recipe.model},
@@ -159,6 +160,7 @@ def infotext(recipe: Recipe) -> str:
             layer = clip_layer(value, recipe.pipeline)
             value = layer if value is not None and layer > 1 else None
         pairs |= {parameter.infotext: value} if parameter.infotext else composite_pairs.get(parameter.name, {})
+    pairs |= hires_pairs(recipe)
     pairs |= {f"ControlNet {number}": _unit(control) for number, control in enumerate(_units(recipe))}
     if recipe.embeddings:  # AUTOMATIC1111 shortens hashes to ten digits
         pairs["TI hashes"] = ", ".join(f"{name}: {digest[:10]}" for name, digest in _hashes(recipe))
@@ -172,6 +174,28 @@ def infotext(recipe: Recipe) -> str:
         lines.append(f"{NEGATIVE} {sampling.negative_prompt}")
     lines.append(", ".join(f"{key}: {_quoted(value)}" for key, value in pairs.items() if value is not None))
     return "\n".join(lines)
+
+
+def hires_pairs(recipe: Recipe) -> dict[str, Any]:
+    """Of an infotext, as AUTOMATIC1111 writes a second pass: what differs from the first."""
+    if not (hires := recipe.hires):
+        return {}
+    first, second = recipe.sampling, hires.sampling
+    width, height = recipe.size
+    sampler, schedule_type = schedulers.sampler_of(second.scheduler or "") or (second.scheduler, None)
+    other = second.scheduler != first.scheduler
+    return {
+        "Denoising strength": second.strength,
+        "Hires upscale": f"{hires.scale:g}" if hires.scale else None,
+        "Hires resize": None if hires.scale else f"{width}x{height}",
+        "Hires steps": hires.steps,
+        "Hires upscaler": hires.upscaler,
+        "Hires sampler": sampler if other else None,
+        "Hires schedule type": schedule_type if other else None,
+        "Hires CFG Scale": second.guidance_scale if second.guidance_scale != first.guidance_scale else None,
+        "Hires prompt": hires.prompt,
+        "Hires negative prompt": second.negative_prompt if second.negative_prompt != first.negative_prompt else None,
+    }
 
 
 def _units(recipe: Recipe) -> list[RecordedControl]:
@@ -293,6 +317,9 @@ def from_json(values: Mapping[str, Any]) -> Recipe:
             else RecordedControl(*each)
             for each in controls
         )
+    if hires := values.get("hires"):
+        passes = {name: _frozen(value) for name, value in hires.items()}
+        by_field["hires"] = Hires(**passes | {"sampling": Sampling(**hires["sampling"])})
     return Recipe(**{key: value for key, value in by_field.items() if key in field_names})
 
 

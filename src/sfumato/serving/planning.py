@@ -14,7 +14,7 @@ from sfumato.core import MAX_SEED, QUALITIES, Control, Generation, Limits, Store
 from sfumato.errors import InvalidRequest
 from sfumato.loras import Lora
 from sfumato.pictures.fitting import Fitting
-from sfumato.sampling import MAX_PROMPT, PARAMETERS, Parameter, Sampling, prompt_pair
+from sfumato.sampling import MAX_PROMPT, PARAMETERS, UPSCALERS, Hires, Parameter, Sampling, prompt_pair
 
 MAX_PICTURES = 16
 MAX_PADDING = 4096
@@ -80,6 +80,8 @@ class ImageRequest:
     """Sent by the owner of the model files: `enable_parameters` does not apply."""
     webui: bool = False
     """As in `Generation`; what the model file does not enable is left out, too."""
+    hires: Hires | None = None
+    """As in `Generation`."""
     weights: bool = False
     crop: bool = False
     """Both as in `Generation`."""
@@ -104,12 +106,7 @@ def plan(request: ImageRequest, config: ModelConfig, limits: Limits, max_picture
             f"n: {len(prompts)} prompts with {n} pictures each; at most {max_pictures} per request",
             param="n",
         )
-    _check(request.sampling, limits)
-    if request.quality is not None and request.quality not in QUALITIES:
-        raise InvalidRequest(
-            f"quality: {request.quality[:100]!r}; {', '.join(QUALITIES)} or a number of steps are valid",
-            param="quality",
-        )
+    _check_passes(request, limits)
     _check_pictures(request)
     try:
         seed = _seed(config.seed if request.seed is None else request.seed, n)
@@ -141,6 +138,7 @@ def plan(request: ImageRequest, config: ModelConfig, limits: Limits, max_picture
             webui=request.webui,
             weights=request.weights,
             crop=request.crop,
+            hires=request.hires,
             keep_alive=request.keep_alive,
         )
         if not request.operator:
@@ -183,6 +181,26 @@ def _check_pictures(request: ImageRequest) -> None:
         raise InvalidRequest(
             "strength: applies only to a source picture; send `image`, or leave it out", param="strength"
         )
+
+
+def _check_passes(request: ImageRequest, limits: Limits) -> None:
+    _check(request.sampling, limits)
+    if request.quality is not None and request.quality not in QUALITIES:
+        raise InvalidRequest(
+            f"quality: {request.quality[:100]!r}; {', '.join(QUALITIES)} or a number of steps are valid",
+            param="quality",
+        )
+    if not (hires := request.hires):
+        return
+    if request.images:
+        raise InvalidRequest("enable_hr: a second pass is for pictures drawn from a text alone", param="enable_hr")
+    if hires.upscaler not in UPSCALERS:
+        raise InvalidRequest(
+            f"hr_upscaler: {hires.upscaler[:100]!r}; {', '.join(UPSCALERS)} are valid", param="hr_upscaler"
+        )
+    _check_length("hr_prompt", hires.prompt or "", MAX_PROMPT)
+    refuse_size(limits, *(hires.sampling.size or (0, 0)), "the size of the second pass", param="hr_scale")
+    _check(hires.sampling, limits)
 
 
 def _check(sampling: Sampling, limits: Limits) -> None:
@@ -247,7 +265,15 @@ def _enabled(config: ModelConfig, generation: Generation, request: ImageRequest)
         raise _disabled(config, disabled[0].argument or "")
     without = replace(sampling, **{each.name: None for each in disabled})
     notes += tuple(_left_out(config, sampling, each) for each in disabled)
-    return replace(generation, sampling=without, notes=notes)
+    return replace(generation, sampling=without, hires=_hires_enabled(config, generation), notes=notes)
+
+
+def _hires_enabled(config: ModelConfig, generation: Generation) -> Hires | None:
+    """The second pass without what requests may not set; its steps follow from those of the first."""
+    if not (hires := generation.hires):
+        return None
+    names = [each.name for each in PARAMETERS if each.guarded and not config.enables(each.argument or "")]
+    return replace(hires, sampling=replace(hires.sampling, **dict.fromkeys(names)))
 
 
 def _disabled(config: ModelConfig, argument: str) -> InvalidRequest:

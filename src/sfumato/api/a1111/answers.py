@@ -111,6 +111,14 @@ class Scripts(_Item):
     img2img: list[str]
 
 
+class QueueStatus(_Item):
+    msg: str
+    queue_size: int
+    queue_eta: float | None = Field(description="Estimated seconds until all have begun; null if unknown.")
+    rank: int | None
+    rank_eta: float | None
+
+
 class Memory(_Item):
     ram: dict[str, Any] = Field(description="Bytes of the machine, and bytes used by this server.")
     cuda: dict[str, Any] = Field(description="Bytes allocated on the accelerator.")
@@ -122,7 +130,7 @@ def info(body: DrawBody, job: Job, results: Sequence[Done], warnings: Sequence[s
     scheduler = first.sampling.scheduler or ""
     sampler, schedule_type = schedulers.sampler_of(scheduler) or (scheduler, schedulers.AUTOMATIC)
     rare = [each for each in PARAMETERS if not each.reported and first.sampling[each] is not None]
-    width, height = first.size
+    width, height = (first.hires and first.hires.first) or first.size
     count = len(results)
     return json.dumps(
         {
@@ -150,6 +158,7 @@ def info(body: DrawBody, job: Job, results: Sequence[Done], warnings: Sequence[s
             "extra_generation_params": {
                 "Schedule type": schedule_type,
                 **{each.infotext: first.sampling[each] for each in rare},
+                **{key: value for key, value in recipes.hires_pairs(first).items() if value is not None},
             },
             "index_of_first_image": 0,
             "infotexts": [recipes.infotext(done.recipe) for done in results],

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 from pydantic_core import from_json, to_json
 
 from sfumato.api.a1111.control_units import SCRIPT
+from sfumato.api.a1111.hires import HiresFields
 from sfumato.api.fields import BLANK, PictureCount, Seed, Side, Text, a1111_field
 from sfumato.api.lora_fields import LoraFields
 from sfumato.core import MAX_SEED
@@ -96,7 +97,10 @@ class _Common(LoraFields):
     override_settings_restore_afterwards: bool | None = Field(
         True, description=f"false: {MODEL} of override_settings stays selected for the caller."
     )
-    enable_hr: bool | None = Field(None, description="Not supported: the picture is drawn at width x height.")
+    enable_hr: bool | None = Field(
+        None, description="txt2img: draw in two passes, the second from the first one's picture, enlarged."
+    )
+    model: Text = Field(None, description=f"As {MODEL} in override_settings, for gateways that choose by it.")
     styles: list[str] | None = Field(None, description="Without effect: there are no styles.")
     script_name: Text = Field(None, description="Without effect: there are no scripts.")
     alwayson_scripts: dict[str, Any] | None = Field(
@@ -166,8 +170,6 @@ class DrawBody(_Sampled):
     def warnings(self) -> list[str]:
         """Where the result differs from the request, one sentence each, beginning with the field."""
         warnings = []
-        if self.enable_hr:
-            warnings.append("enable_hr: a second pass is not supported; the pictures have width x height")
         if match := _NETWORK.search(self.prompt or ""):
             warnings.append(f"prompt: {match[0][:60]!r} is treated as text: there are no hypernetworks")
         return warnings
@@ -179,12 +181,8 @@ class DrawBody(_Sampled):
         return from_json(to_json(fields, inf_nan_mode="null"))  # type: ignore[no-any-return]
 
 
-class Txt2ImgBody(DrawBody):
+class Txt2ImgBody(HiresFields, DrawBody):
     """Of `POST /sdapi/v1/txt2img`."""
-
-    denoising_strength: Annotated[float | None, BLANK] = Field(
-        None, description="Without effect: belongs to the second pass."
-    )
 
 
 if TYPE_CHECKING:
@@ -246,9 +244,10 @@ class Img2ImgBody(_SampledFromPicture):
         return [name for name in super().ignored() if name not in unmasked]
 
     def warnings(self) -> list[str]:
+        second = ["enable_hr: a second pass is for txt2img; the picture is drawn once"] if self.enable_hr else []
         otherwise = {2: "resize_mode: 2 (resize and fill) is treated as 1 (crop and resize)",
                      3: "resize_mode: 3 (latent upscale) is treated as 0 (just resize)"}  # fmt: skip
-        return super().warnings() + [text for mode, text in otherwise.items() if mode == self.resize_mode]
+        return super().warnings() + second + [text for mode, text in otherwise.items() if mode == self.resize_mode]
 
 
 class PngInfoBody(BaseModel):

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, TypeAlias
 
 from fastapi import Depends, Request
 
-from sfumato.api.a1111.bodies import MODEL, DrawBody
+from sfumato.api.a1111 import hires as hires_fields
+from sfumato.api.a1111.bodies import MODEL, DrawBody, Txt2ImgBody
 from sfumato.api.a1111.lists import Choices
 from sfumato.api.a1111.samplers import choose
 from sfumato.api.dependencies import part
 from sfumato.api.http.auth import caller_of
 from sfumato.core import Done
 from sfumato.errors import Cancelled, InvalidRequest
+from sfumato.sampling import Hires, Sampling
 from sfumato.serving.job import Job
 from sfumato.serving.planning import ImageRequest, refuse_size
 from sfumato.serving.service import Service
+
+DEFAULT_SIZE = (512, 512)
+"""AUTOMATIC1111's, of a first pass whose size neither the request nor the model says."""
 
 PREVIEWS = 8
 """Previews per picture, for `progress`."""
@@ -62,19 +68,24 @@ def request_of(service: Service, choices: Choices, body: DrawBody, request: Requ
         )
     if body.width or body.height:
         refuse_size(service.limits, body.width or 512, body.height or 512, "width x height", param="width")
-    model = choices.of(caller)
+    model = choices.model_for_title(body.model) if body.model else choices.of(caller)
     if body.overrides.get(MODEL):
         model = choices.model_for_title(body.overrides[MODEL])
         if body.override_settings_restore_afterwards is False:
             choices.choose(caller, model)
     choice = choose(body.sampler, body.scheduler)
+    sampling, hires = body.sampling(choice.scheduler), None
+    second: list[str] = []
+    if isinstance(body, Txt2ImgBody) and body.enable_hr:
+        sampling, hires, second = _in_two_passes(service, choices, body, sampling, model)
     image_request = ImageRequest(
         prompts=[body.prompt or ""],
         split_prompt=False,
         model=model,
         n=body.pictures,
         seed=body.seed,
-        sampling=body.sampling(choice.scheduler),
+        sampling=sampling,
+        hires=hires,
         previews=PREVIEWS,
         id=request.state.request_id,
         caller=caller,
@@ -84,4 +95,20 @@ def request_of(service: Service, choices: Choices, body: DrawBody, request: Requ
         loras=body.all_loras,
         replace_loras=bool(body.replace_loras),
     )
-    return image_request, [*body.warnings(), *choice.warnings]
+    return image_request, [*body.warnings(), *choice.warnings, *second]
+
+
+def _in_two_passes(
+    service: Service, choices: Choices, body: Txt2ImgBody, sampling: Sampling, model: str | None
+) -> tuple[Sampling, Hires, list[str]]:
+    """The first pass at its size, the second one, and warnings. The size of the result is checked."""
+    service.catalog.refresh()
+    config = service.catalog.get(model)
+    name = body.hr_checkpoint_name
+    hires_fields.check_checkpoint(body, hires_fields.named(name) and choices.model_for_title(name) == config.name)
+    info = service.engine.status(config.name).info
+    own = (info.sampling.size if info else None) or config.sampling.size or DEFAULT_SIZE
+    width, height = sampling.size or own
+    refuse_size(service.limits, *hires_fields.size_of(body, (width, height)), "hr_scale", param="hr_scale")
+    hires, warnings = hires_fields.hires_of(body, sampling, (width, height))
+    return replace(sampling, width=width, height=height), hires, warnings

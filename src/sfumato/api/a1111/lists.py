@@ -25,6 +25,7 @@ from sfumato.checkpoints.static_capabilities import static_capabilities
 from sfumato.config import ModelConfig
 from sfumato.errors import InvalidRequest
 from sfumato.loras import name_of
+from sfumato.sampling import UPSCALERS as UPSCALING
 from sfumato.sampling import clip_layer
 from sfumato.serving.service import Service
 
@@ -38,7 +39,7 @@ _TITLE_SUFFIX = re.compile(r"(?:\.(?:safetensors|ckpt))?(?:\s*\[[0-9a-fA-F]*\])?
 """What clients append to a model's name: an extension, a hash."""
 
 NOTHING = (
-    "latent-upscale-modes", "sd-vae", "hypernetworks", "face-restorers", "realesrgan-models", "prompt-styles",
+    "sd-vae", "hypernetworks", "face-restorers", "realesrgan-models", "prompt-styles",
     "script-info", "extensions",
 )  # fmt: skip
 """Routes that list what always empty here → here."""
@@ -189,6 +190,15 @@ async def upscalers(service: TheService) -> list[dict[str, Any]]:
 
 
 @routes.get(
+    "/latent-upscale-modes",
+    summary="How latents may be enlarged between two passes: `hr_upscaler`",
+    response_model=list[shapes.Named],
+)
+async def latent_upscale_modes() -> list[dict[str, str]]:
+    return [{"name": name} for name, mode in UPSCALING.items() if mode]
+
+
+@routes.get(
     "/embeddings",
     summary="Textual inversions in `embeddings/` beside the model files",
     response_model=shapes.Embeddings,
@@ -259,6 +269,16 @@ def upscaler_names(service: Service) -> list[str]:
         for config in service.catalog.all()
         if any(word in (config.pipeline_type or "") for word in UPSCALERS)
     ]
+
+
+gradio = APIRouter(tags=["AUTOMATIC1111"], responses=documents.errors(401, 403))
+"""Of Gradio, which AUTOMATIC1111 stands on: clients ask it whether somebody is there."""
+
+
+@gradio.get("/queue/status", summary="Pictures that wait, as Gradio says it", response_model=shapes.QueueStatus)
+async def queue_status(service: TheService) -> dict[str, Any]:
+    wait = service.queue.wait_s(service.queue.waiting) if service.queue.waiting else 0.0
+    return {"msg": "estimation", "queue_size": service.queue.waiting, "queue_eta": wait, "rank": None, "rank_eta": None}
 
 
 async def listed() -> list[Any]:

@@ -1,0 +1,109 @@
+"""A picture in two passes: drawn, enlarged, and drawn again from that. AUTOMATIC1111 calls it hires fix.
+
+Both passes are ordinary runs of `draw`, the second one image-to-image of the same model, with the same seed.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import replace
+
+from PIL import Image, ImageOps
+
+from sfumato.batching.module_runner import ModuleRunner
+from sfumato.core import Done, Generation
+from sfumato.drawing import draw as one_pass
+from sfumato.drawing.info import model_info
+from sfumato.drawing.steps import OnStep
+from sfumato.errors import InvalidRequest
+from sfumato.models.load import Loaded
+from sfumato.pictures import images, recipe
+from sfumato.pictures.encoder import HERE, Encoder
+from sfumato.previews.steps import OnPreview
+from sfumato.sampling import UPSCALERS, Hires, merged, whole_steps
+
+
+def draw(
+    model: Loaded,
+    generation: Generation,
+    on_step: OnStep,
+    on_preview: OnPreview | None = None,
+    runners: Mapping[int, ModuleRunner | None] | None = None,
+    encoder: Encoder = HERE,
+) -> Done:
+    """As `drawing.draw.draw`, in two passes if the generation has a second one. Steps are counted over both."""
+    asked = generation.hires
+    if asked is None:
+        return one_pass.draw(model, generation, on_step, on_preview, runners, encoder)
+    if "image-to-image" not in model_info(model).tasks:
+        raise InvalidRequest(
+            f"enable_hr: {model.config.name} ({type(model.pipeline).__name__}) draws no picture from another, which a "
+            "second pass does. Leave it out",
+            param="enable_hr",
+        )
+    first_steps = 0
+
+    def of_first(step: int, total: int) -> None:
+        nonlocal first_steps
+        first_steps = total
+        on_step(step, total + planned(asked, total))
+
+    first = one_pass.draw(model, replace(generation, hires=None), of_first, on_preview, runners, encoder)
+    hires = settled(asked, first)
+    second = encoder.result(lambda: _second(generation, hires, first.png))
+    done = one_pass.draw(
+        model,
+        second,
+        lambda step, total: on_step(first_steps + step, first_steps + total),
+        on_preview,
+        runners,
+        encoder,
+    )
+    used = replace(hires, sampling=done.recipe.sampling, first=first.recipe.size)
+    width, height = done.recipe.size
+    whole = replace(
+        first.recipe,
+        sampling=replace(first.recipe.sampling, width=width, height=height),
+        savings=tuple(sorted({*first.recipe.savings, *done.recipe.savings})),
+        hires=used,
+    )
+    png = encoder.result(lambda: recipe.encode(images.decoded(done.png), whole))
+    warnings = tuple(dict.fromkeys([*first.warnings, *done.warnings]))
+    return Done(png, whole, warnings, first.prompt_tokens)
+
+
+def planned(hires: Hires, steps: int) -> int:
+    """Steps of the second pass, if the first has `steps`."""
+    return hires.steps if hires.sampling.steps else steps
+
+
+def settled(hires: Hires, first: Done) -> Hires:
+    """The second pass with as many steps as the first ran, if it does not say how many."""
+    if hires.sampling.steps:
+        return hires
+    steps = first.recipe.sampling.steps or 1
+    return replace(hires, sampling=replace(hires.sampling, steps=whole_steps(steps, hires.sampling.strength or 0.0)))
+
+
+def _second(generation: Generation, hires: Hires, png: bytes) -> Generation:
+    picture = images.decoded(png)
+    latent = UPSCALERS[hires.upscaler] is not None
+    source = picture if latent else _enlarged(picture, hires)
+    file = io.BytesIO()
+    source.save(file, "PNG", compress_level=1)
+    return replace(
+        generation,
+        hires=None,
+        prompt=generation.prompt if hires.prompt is None else hires.prompt,
+        sampling=merged(hires.sampling, replace(generation.sampling, width=None, height=None)),
+        images=(file.getvalue(),),
+        latents=hires.upscaler if latent else "",
+        transparent=False,
+        notes=(),
+    )
+
+
+def _enlarged(picture: Image.Image, hires: Hires) -> Image.Image:
+    resample = Image.Resampling.NEAREST if hires.upscaler == "Nearest" else Image.Resampling.LANCZOS
+    return ImageOps.fit(picture, hires.sampling.size or picture.size, resample)
