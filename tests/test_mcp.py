@@ -133,6 +133,14 @@ def test_edits(server: Server, mode: str) -> None:
     assert (len(made["image_sha256"]), made["strength"]) == (1, 0.5)
 
 
+def test_edits_what_it_drew_by_its_link(server: Server) -> None:
+    """A model has no other way to say: that one."""
+    link = called(server.url, "generate_image", SMALL).content[1].uri
+    edited = called(server.url, "edit_image", {"prompt": "a dog", "image": link, "steps": 4})
+    assert not edited.is_error, edited.content
+    assert edited.structured_content["pictures"][0]["url"] != link
+
+
 def test_models(server: Server) -> None:
     (model,) = called(server.url, "list_models", {}).structured_content["models"]
     assert model["name"] == "sfumato-tiny"

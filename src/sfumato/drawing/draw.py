@@ -164,7 +164,8 @@ def _draw(
     usable.refuse_defaults(model, pipeline, filled)
     canvas = arguments.canvas(model, pipeline, filled)
     kwargs = arguments.arguments(model, pipeline, generation, filled, canvas)
-    kwargs |= picture_prompts.arguments(model, pipeline, requested) | latent_sources.of_source(pipeline, generation, kwargs)
+    kwargs |= picture_prompts.arguments(model, pipeline, requested)
+    kwargs |= latent_sources.of_source(pipeline, generation, kwargs)
     # 3. its own scheduler
     driver = scheduler_owners.drawing_pipeline(pipeline)
     choice = usable.scheduler(driver, filled.sampling)
