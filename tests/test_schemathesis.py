@@ -99,7 +99,7 @@ def adapted(body: Any, works: dict[str, Any]) -> Any:
     if not isinstance(body, dict):
         return body
     body = body | {name: value for name, value in works.items() if name in body}
-    for name in ("steps", "step", "num_inference_steps", "quality"):
+    for name in ("steps", "step", "num_inference_steps", "quality", "hr_second_pass_steps"):
         if isinstance(body.get(name), int | float) and 2 < body[name] <= 1000:
             body[name] = 2
     return body
