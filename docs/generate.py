@@ -116,8 +116,8 @@ With API keys configured, send `Authorization: Bearer KEY`, `x-api-key: KEY`, or
 Before a request is read: 408 if it arrives too slowly, 431 if its headers are too large, 503 if too many connections
 are open. `HEAD` works wherever `GET` does.
 
-A picture in a request is base64, a `data:` URI or an http(s) URL of a public address; in a form, it is a file. `usage`
-counts a picture as one token per 16x16 pixels.
+A picture in a request is base64, a `data:` URI, the URL of a picture of this server or an http(s) URL of a public
+address; in a form, it is a file. `usage` counts a picture as one token per 16x16 pixels.
 
 With `stream: true` the response is server-sent events: `image_generation.partial_image` (`b64_json`,
 `partial_image_index` from 0), then `image_generation.completed` (`b64_json`, `usage`); for edits `image_edit.…`. With

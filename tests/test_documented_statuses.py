@@ -43,6 +43,7 @@ FILES = {
     "enlarge-offline": f"parameters:\n  model: someone/not-on-this-machine\n{UPSCALER}",
 }
 RELOAD = "POST /sdapi/v1/reload-checkpoint"
+HUGGING_FACE = "POST /models/{id}"
 KEY = {"authorization": "Bearer the-key"}
 STORED = f"{uuid.UUID(int=7).hex}.png"
 
@@ -80,6 +81,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "PATCH /v1/images/gallery/{name}": {"starred": True},
     "POST /api/generate": {"model": "painter", "prompt": "a cat", "width": 64, "steps": 2, "stream": False},
     "POST /api/show": {"model": "painter"},
+    HUGGING_FACE: {"inputs": "a cat", "parameters": {"size": "64x64"}},
 }
 """A request of each operation that takes a body, for which the answer is 200."""
 
@@ -108,6 +110,7 @@ ASKED_WRONGLY = {
 
 PATHS = {
     "/v1/models/{id}": "painter",
+    "/models/{id}": "painter",
     "/generated-images/{name}": STORED,
     "/generated-images/{name}/thumbnail": f"{STORED}/thumbnail",
     "/v1/images/progress/{id}": "known",
@@ -150,12 +153,17 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
 
 
 def send(server: Server, label: str, *, headers: dict[str, str] | None = None, **changes: Any) -> httpx.Response:
-    method, path = label.split()
-    for template, value in PATHS.items():
-        path = f"{path.partition('{')[0]}{value}" if path == template else path
+    path = path_of(label)
+    if label == HUGGING_FACE and "model" in changes:
+        path = f"/models/{changes.pop('model')}"
     body = BODIES.get(label)
     json = None if body is None else body | changes
-    return server.client.request(method, path, json=json, headers=headers)
+    return server.client.request(label.split()[0], path, json=json, headers=headers)
+
+
+def path_of(label: str) -> str:
+    path = label.split()[1]
+    return f"{path.partition('{')[0]}{PATHS[path]}" if path in PATHS else path
 
 
 def of_model(label: str, name: str) -> dict[str, Any]:
@@ -172,7 +180,7 @@ def of_model(label: str, name: str) -> dict[str, Any]:
 
 
 def in_the_queue(server: Server, label: str, **changes: Any) -> Held:
-    return Held(server, BODIES[label] | changes, label.split()[1])
+    return Held(server, BODIES[label] | changes, path_of(label))
 
 
 @contextmanager
@@ -294,7 +302,7 @@ def too_slow(servers: Servers, label: str) -> httpx.Response:
 def unwritable(servers: Servers, label: str) -> httpx.Response:
     if label == RELOAD:  # there it is the memory that is too small
         return reloaded(servers, "huge")
-    if label == "POST /api/generate":  # its pictures are in the answer
+    if label in ("POST /api/generate", HUGGING_FACE):  # its pictures are in the answer
         return send(servers.plain, label, model="huge")
     if label == "GET /v1/images/gallery":
         return without_its_table(servers, label)
@@ -368,7 +376,7 @@ def test_what_is_promised_can_happen(servers: Servers, label: str, status: str) 
     assert answer.status_code == int(status), answer.text[:500]
     if int(status) >= 400:
         error = answer.json()["error"]
-        if "/api/" in label:
+        if "/api/" in label or label == HUGGING_FACE:
             assert error
             assert isinstance(error, str)
             assert set(answer.json()) == {"error"}

@@ -135,6 +135,15 @@ def test_chat(inside: Inside, parameter: Parameter, place: str) -> None:
     assert sampling[parameter] == value
 
 
+@pytest.mark.parametrize("parameter", EVERY)
+def test_hugging_face(inside: Inside, parameter: Parameter) -> None:
+    size = {"width": value_of(NAMED["width"]), "height": value_of(NAMED["height"])}
+    fields = size if parameter.side else {parameter.name: value_of(parameter)}
+    source = {"prompt": "a"} if parameter.source else {}
+    body = {"inputs": SOURCE if source else "a", "parameters": {**fields, **source}}
+    assert seen(inside, "/models/m", json=body)[parameter] == value_of(parameter)
+
+
 def test_a_blank_name_does_not_hide_another() -> None:
     body = GenerationsBody.model_validate({"prompt": "a cat", "steps": "", "step": 20, "cfg_scale": " "})
     assert (body.to_request().sampling.steps, body.to_request().sampling.guidance_scale) == (20, None)

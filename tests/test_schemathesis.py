@@ -71,6 +71,7 @@ def photo() -> str:
 
 WORKS: dict[str, st.SearchStrategy[Any]] = {
     "prompt": st.just("a cat"),
+    "inputs": st.just("a cat"),
     "messages": st.just([{"role": "user", "content": "a cat"}]),
     "model": st.sampled_from(["cheap", "sfumato-tiny"]),
     "n": st.sampled_from([1, 2]),
@@ -99,6 +100,8 @@ def adapted(body: Any, works: dict[str, Any]) -> Any:
     if not isinstance(body, dict):
         return body
     body = body | {name: value for name, value in works.items() if name in body}
+    if "parameters" in body:  # Hugging Face's, which has the others
+        body["parameters"] = adapted(body["parameters"], works)
     for name in ("steps", "step", "num_inference_steps", "quality", "hr_second_pass_steps"):
         if isinstance(body.get(name), int | float) and 2 < body[name] <= 1000:
             body[name] = 2

@@ -14,16 +14,16 @@ from fastapi.security import HTTPBearer
 from starlette.middleware.cors import CORSMiddleware
 
 from sfumato import __version__
-from sfumato.api import gallery, localai, loras, models, ops, progress, status, studio
+from sfumato.api import gallery, hugging_face, localai, loras, models, ops, progress, status, studio
 from sfumato.api.a1111 import controlnet, jobs, lists
 from sfumato.api.a1111 import routes as a1111
 from sfumato.api.chat import routes as chat
 from sfumato.api.chat.answers import parse_callers
 from sfumato.api.http import errors, pages
-from sfumato.api.http.arrivals import Arrivals
+from sfumato.api.http.arrivals import ORDERS, Arrivals
 from sfumato.api.http.auth import Auth, parse_keys
 from sfumato.api.http.cross_site import CrossSite, parse_hosts
-from sfumato.api.http.error_shapes import ErrorShapes, Shape
+from sfumato.api.http.error_shapes import ErrorShapes, Shape, openai_shape
 from sfumato.api.http.forms import Bodies
 from sfumato.api.http.headers import SecurityHeaders
 from sfumato.api.http.middleware import AccessLog, BodyCap, Head, LengthCheck, RequestId, UnhandledErrors
@@ -50,7 +50,15 @@ EXPOSED = (
 """Response headers that scripts of other origins may read."""
 
 
-ERROR_SHAPES: Mapping[str, Shape] = MappingProxyType({"/api/": ollama_answers.error_shape, "/mcp": mcp.error_shape})
+ERROR_SHAPES: Mapping[str, Shape] = MappingProxyType(
+    {
+        "/api/": ollama_answers.error_shape,
+        "/mcp": mcp.error_shape,
+        "POST /": hugging_face.error_shape,
+        **{f"POST {path}": openai_shape for path in ORDERS},
+        "POST /models/": hugging_face.error_shape,
+    }
+)
 """Paths of APIs whose errors are not OpenAI's: see `ErrorShapes`."""
 
 
@@ -149,6 +157,7 @@ def _add_routes(app: FastAPI, *, keyed: bool) -> None:
     app.include_router(models.of_localais_page, dependencies=key)
     app.include_router(ollama.routes, dependencies=key)
     app.include_router(mcp.routes)
+    app.include_router(hugging_face.routes, dependencies=key)
     for routes in (ops.routes, gallery.pictures, pages.routes):
         app.include_router(routes)
     studio.install(app)

@@ -154,7 +154,7 @@ of_localais_page = APIRouter()
     summary="The same by LocalAI's flags, as its page asks for it",
     tags=["Models"],
     response_model=documents.AllFlags,
-    responses=documents.errors(401, 403),
+    responses=documents.errors(401, 403, model=documents.ErrorText),
 )
 async def flags(service: TheService) -> dict[str, Any]:
     data = (await capabilities(service))["data"]

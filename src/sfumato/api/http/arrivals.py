@@ -18,6 +18,10 @@ DRAWING = (
 )  # fmt: skip
 """Path suffixes of drawing routes."""
 
+OF_A_MODEL = "/models/"
+"""Hugging Face's route ends with a model's name, which may be anything but the name of an order."""
+ORDERS = ("/models/load", "/models/unload", "/models/pin")
+
 
 class Arrivals:
     """Registers each drawing request with the service. Innermost middleware: id and caller are known here."""
@@ -27,7 +31,7 @@ class Arrivals:
         self._service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST" or not scope["path"].endswith(DRAWING):
+        if scope["type"] != "http" or scope["method"] != "POST" or not _draws(scope):
             await self.app(scope, receive, send)
             return
         state = scope["state"]
@@ -37,6 +41,11 @@ class Arrivals:
                 return await receive() if arrival.submitted else await _unless_cancelled(receive, arrival)
 
             await self.app(scope, received, send)
+
+
+def _draws(scope: Scope) -> bool:
+    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    return path.endswith(DRAWING) or path == "/" or (path.startswith(OF_A_MODEL) and path not in ORDERS)
 
 
 async def _unless_cancelled(receive: Receive, arrival: Arrival) -> Message:

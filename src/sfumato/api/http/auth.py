@@ -19,7 +19,9 @@ from sfumato.api.http import errors
 from sfumato.errors import Unauthorized
 
 OPEN = ("/healthz", "/readyz", "/", "/docs", "/openapi.json")
-"""Paths that need no key: health checks, and static contents that are the same on every server."""
+"""Paths that may be read without a key: health checks, and static contents that are the same on every server."""
+
+READS = ("GET", "HEAD", "OPTIONS")
 
 OPEN_BELOW = ("/generated-images/", "/docs/", "/studio/")
 """The same for everything below. Picture names cannot be guessed, and clients fetch them without a key."""
@@ -121,7 +123,7 @@ def is_open(scope: Scope, headers: Headers) -> bool:
     if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
         return True  # browsers send the preflight without the key
     path = scope["path"].removeprefix(scope.get("root_path", ""))
-    return path in OPEN or path.startswith(OPEN_BELOW)
+    return scope["method"] in READS and (path in OPEN or path.startswith(OPEN_BELOW))
 
 
 def has_explicit_key(headers: Headers) -> bool:

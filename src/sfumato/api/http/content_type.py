@@ -13,6 +13,7 @@ JSON = ("", "application/json", "text/json", "text/plain")
 """Types read as JSON, including none. `cross_site` decides whether `text/plain` is accepted at all."""
 URLENCODED = "application/x-www-form-urlencoded"
 MULTIPART = "multipart/form-data"
+BYTES = "application/octet-stream"
 
 CODECS: Mapping[str, str] = MappingProxyType(
     {

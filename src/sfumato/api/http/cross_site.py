@@ -27,8 +27,6 @@ RESERVED_SUFFIXES = ("localhost", "local", "internal", "home.arpa", "lan")
 SAME_SITE = ("same-origin", "none")
 """Values of Sec-Fetch-Site: a page of this server, and an address typed by the user."""
 
-READS = ("GET", "HEAD", "OPTIONS")
-
 _NAME = re.compile(r"\*|(?:\*\.)?[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,252})")
 
 
@@ -72,7 +70,9 @@ class CrossSite:
         headers = Headers(scope=scope)
         if auth.is_open(scope, headers) or (self._keys and auth.has_explicit_key(headers)):
             return None
-        if scope["method"] not in READS and headers.get("content-type", "").lower().lstrip().startswith("text/plain"):
+        if scope["method"] not in auth.READS and headers.get("content-type", "").lower().lstrip().startswith(
+            "text/plain"
+        ):
             return UnsupportedMedia(
                 "content-type: web pages can send text/plain without a preflight; send application/json"
             )

@@ -22,6 +22,12 @@ class Error(BaseModel):
     error: ErrorDetail
 
 
+class ErrorText(BaseModel):
+    """The shape of APIs whose clients show a text only."""
+
+    error: str
+
+
 class PictureItem(BaseModel):
     """Has exactly one of `url` and `b64_json`."""
 
@@ -258,8 +264,8 @@ REASONS = {
 }
 
 
-def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: {"model": Error, "description": REASONS[status]} for status in statuses}
+def errors(*statuses: int, model: type[BaseModel] = Error) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": model, "description": REASONS[status]} for status in statuses}
 
 
 DRAWING: dict[int | str, dict[str, Any]] = {

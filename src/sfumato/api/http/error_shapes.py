@@ -20,8 +20,16 @@ Shape: TypeAlias = Callable[[dict[str, Any]], dict[str, Any]]
 OURS = {"message", "type", "param", "code"}
 
 
+def openai_shape(error: dict[str, Any]) -> dict[str, Any]:
+    """As it is, for a path among those of another API."""
+    return {"error": error}
+
+
 class ErrorShapes:
-    """ASGI middleware. `shapes`: a path, or the beginning of paths if it ends in `/`, → the shape of its errors."""
+    """ASGI middleware. `shapes`: a path, or the beginning of paths if it ends in `/`, → the shape of its errors.
+
+    A method may stand before the path, and the first that fits counts.
+    """
 
     def __init__(self, app: ASGIApp, shapes: Mapping[str, Shape]) -> None:
         self.app = app
@@ -50,14 +58,7 @@ class ErrorShapes:
 
     def _shape(self, scope: Scope) -> Shape | None:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        return next(
-            (
-                shape
-                for name, shape in self._shapes.items()
-                if path == name or (name[-1] == "/" and path.startswith(name))
-            ),
-            None,
-        )
+        return next((shape for name, shape in self._shapes.items() if _is_at(name, scope["method"], path)), None)
 
     async def _send(self, scope: Scope, start: Message, body: bytes, send: Send) -> None:
         error = json.loads(body).get("error") if body else None  # none in an answer to HEAD
@@ -67,6 +68,12 @@ class ErrorShapes:
             MutableHeaders(scope=start)["content-length"] = str(len(body))
         await send(start)
         await send({"type": "http.response.body", "body": body})
+
+
+def _is_at(name: str, method: str, path: str) -> bool:
+    of, _, place = name.rpartition(" ")
+    below = place.endswith("/") and place != "/" and path.startswith(place)
+    return of in ("", method) and (path == place or below)
 
 
 def _is_error(message: Message) -> bool:

@@ -52,8 +52,11 @@ class Bodies:
             self._pool.shutdown(wait=False, cancel_futures=True)
             self._pool = None
 
-    async def read(self, request: Request, validate: Callable[[Any], Body]) -> Body:
-        """The body as returned by `validate`. Raises InvalidRequest, or RequestValidationError naming the field."""
+    async def read(self, request: Request, validate: Callable[[Any], Body], picture: str = "") -> Body:
+        """The body as returned by `validate`. Raises InvalidRequest, or RequestValidationError naming the field.
+
+        `picture`: the field for a body that is the file of a picture; empty: such a body is refused.
+        """
         media = content_type.parse(request.headers.get("content-type", ""))
         body = bytearray()  # not `request.body()`, which keeps both its chunks and the whole
         async for chunk in request.stream():
@@ -61,10 +64,12 @@ class Bodies:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(THREADS, "bodies")
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._pool, self._read, media, body, validate)
+        return await loop.run_in_executor(self._pool, self._read, media, body, validate, picture)
 
-    def _read(self, media: content_type.Media, body: bytearray, validate: Callable[[Any], Body]) -> Body:
+    def _read(self, media: content_type.Media, body: bytearray, validate: Callable[[Any], Body], picture: str) -> Body:
         try:
+            if picture and _is_file(media, body):
+                return validate({picture: bytes(body)})
             return validate(self._values(media, body))
         except ValidationError as error:
             errors = [{**each, "loc": ("body", *each["loc"])} for each in error.errors(include_url=False)]
@@ -87,10 +92,10 @@ class Bodies:
         return _of_json(body if codec == "utf-8" else body.decode(codec).encode())
 
 
-def reader(kind: type[BaseModel], *, optional: bool = False) -> Callable[[Request], Awaitable[Any]]:
+def reader(kind: type[BaseModel], *, optional: bool = False, picture: str = "") -> Callable[[Request], Awaitable[Any]]:
     """A dependency that parses a body of this type. Raises RequestValidationError naming the field.
 
-    `optional`: a request without a body is one without fields.
+    `optional`: a request without a body is one without fields. `picture`: as in `Bodies.read`.
     """
 
     async def read(request: Request) -> Any:
@@ -100,7 +105,7 @@ def reader(kind: type[BaseModel], *, optional: bool = False) -> Callable[[Reques
             and "transfer-encoding" not in request.headers
         ):
             return kind()
-        return await _bodies(request).read(request, functools.partial(_validated, kind))
+        return await _bodies(request).read(request, functools.partial(_validated, kind), picture)
 
     return read
 
@@ -163,6 +168,13 @@ def _bodies(request: Request) -> Bodies:
     bodies = request.app.state.bodies
     assert isinstance(bodies, Bodies)
     return bodies
+
+
+def _is_file(media: content_type.Media, body: bytearray) -> bool:
+    """Whether a body is no text: by its type, or without one by how it begins."""
+    if media.type == "":
+        return bool(body) and not _OBJECT_BEGINS.match(body.removeprefix(_MARK))
+    return media.type.startswith("image/") or media.type == content_type.BYTES
 
 
 def _of_json(body: bytes | bytearray) -> dict[str, Any]:

@@ -291,7 +291,12 @@ def picture_url(base: str, part: Part) -> str:
 
 async def b64(picture: Done | Preview, form: OutputFormat) -> str:
     """The encoded picture as base64."""
-    return base64.b64encode(await asyncio.to_thread(form.encode, picture)).decode()
+    return base64.b64encode(await encoded(picture, form)).decode()
+
+
+async def encoded(picture: Done | Preview, form: OutputFormat) -> bytes:
+    """The picture's file."""
+    return await asyncio.to_thread(form.encode, picture)
 
 
 async def _disconnected(request: Request) -> None:

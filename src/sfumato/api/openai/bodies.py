@@ -335,6 +335,7 @@ class EditsBody(PaintBody):
         validation_alias=AliasChoices("image", "images"),
         description=f"The picture to edit, or several if the model supports that. {_PICTURE}",
     )
+    ref_images: Pictures = Field([], description="More pictures, after those of image.")
     mask: Mask = Field(
         None,
         description="Same size as the first picture; transparent areas are redrawn. "
@@ -360,7 +361,7 @@ class EditsBody(PaintBody):
         padding = DEFAULT_PADDING if self.mask_padding is None else self.mask_padding
         return super().to_request(
             prompts=[self.prompt],
-            images=self.image,
+            images=[*self.image, *self.ref_images],
             mask=None if self.mask == "" else self.mask,
             mask_padding=padding if self.masked_area_only else None,
             mask_from_alpha=True,
