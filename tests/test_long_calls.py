@@ -49,13 +49,13 @@ class Timed:
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
-        self.now = 0.0
+        self.now, self.part_s = 0.0, 1.0
         self.computed: list[str] = []
         denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
         denoiser.register_forward_hook(lambda *_: self._compute(DENOISER, FORWARD))
         for part in pipe.vae.modules():
             if next(part.children(), None) is None:
-                part.register_forward_hook(lambda *_: self._compute(PART, 1.0))
+                part.register_forward_hook(lambda *_: self._compute(PART, self.part_s))
         self.batcher = Batcher(verification=Trusting(), slices=Slices(lambda: self.now))
 
     def _compute(self, what: str, seconds: float) -> None:
@@ -106,6 +106,17 @@ def test_a_decode_delays_no_step_of_others_by_more_than_a_step(timed: Timed) -> 
     between = timed.parts_between()
     assert 0 < max(between) <= FORWARD
     assert sum(count > 0 for count in between) > 3  # it was interrupted several times
+
+
+def test_after_a_layer_that_takes_longer_than_a_step_others_compute_as_long(timed: Timed) -> None:
+    """A layer cannot be divided; but no step is delayed by two of them."""
+    timed.part_s = 3 * FORWARD
+    timed.submit(seed=1, **LARGE)
+    timed.submit(seed=2, **SMALL)
+    timed.finish()
+    *between, _ = "".join("d" if what == DENOISER else "p" for what in timed.computed).strip("p").split("p")
+    assert len(between) > 3
+    assert {len(forwards) for forwards in between[1:]} == {3}
 
 
 def test_alone_it_is_interrupted_too_so_that_commands_are_read(timed: Timed) -> None:

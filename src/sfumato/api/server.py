@@ -21,6 +21,7 @@ from sfumato.api.http.connections import (
     Connections,
     raise_descriptor_limit,
 )
+from sfumato.api.http.early import EarlyAnswers
 from sfumato.api.http.shutdown import ActiveRequests
 from sfumato.engine.protocol import Engine
 from sfumato.errors import SfumatoError
@@ -77,8 +78,10 @@ class Server(uvicorn.Server):
             log.warning("the server is stopping; %d running requests are answered with 503", count)
 
 
-def run(settings: Settings, engine: Engine) -> None:
+def run(settings: Settings, engine: Engine, early: EarlyAnswers) -> None:
     """Serve until SIGTERM or Ctrl-C; running requests are finished first, as far as `grace_s` allows.
+
+    `early` has answered on the server's socket so far.
 
     A second Ctrl-C ends them at once, and the process exits with code 130.
 
@@ -107,7 +110,7 @@ def run(settings: Settings, engine: Engine) -> None:
         proxy_headers=False,  # `http.urls` handles them
         timeout_graceful_shutdown=settings.grace_s + ENDING_S,
     )
-    sock = config.bind_socket()
+    sock = early.hand_over() or config.bind_socket()  # which reports why it cannot be bound
     sock.listen(WAITING_AT_ONCE)  # clients may connect as soon as the line below is logged
     host, port = sock.getsockname()[:2]
     names = ", ".join(model.name for model in catalog.all())

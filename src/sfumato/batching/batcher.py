@@ -103,8 +103,9 @@ class Batcher:
             self.now += 1
         if group:
             self._compute(group)
-        if long:
+        if long and (not group or self.slices.may_go_on):
             self._go_on(long)
+            self.slices.end()
         return bool(self._active or self._queue)
 
     # The parts of a turn, in order.
@@ -162,10 +163,12 @@ class Batcher:
             if replies := self._run(group, calls):
                 self._scatter(group, replies)
             self.slices.forward(began)
-        elif len(group) == 1:
-            self._scatter(group, [Compute()])
         else:
-            self._begin_long(group, calls)
+            if len(group) == 1:
+                self._scatter(group, [Compute()])
+            else:
+                self._begin_long(group, calls)
+            self.slices.end()
 
     def _run(self, group: Sequence[Task], calls: Sequence[Call]) -> Sequence[Reply]:
         """One forward pass: a reply for each of `group`; empty if it ran out of memory."""

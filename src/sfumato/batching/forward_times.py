@@ -25,7 +25,7 @@ ENOUGH = 3
 WORTH = 1.03
 """More rows must compute this many times as many rows in a second."""
 
-SHORTEST_S = 0.1
+SHORTEST_S = 0.5
 """Forward passes on a host that take less are not worth comparing: its other load disturbs them more."""
 
 ANEW = 64
@@ -152,9 +152,9 @@ class ForwardTimes:
 
 
 def shape(call: Call) -> Hashable:
-    """Module and shapes, without rows and contents."""
+    """Module, what computes it, and shapes, without rows and contents."""
     shapes = [(leaf.path, leaf.value.shape[1:]) for leaf in call.leaves if leaf.kind in ("rows", "multi", "ragged")]
-    return (id(call.module), call.method, tuple(shapes))
+    return (id(call.module), call.method, call.runner.number if call.runner else 0, tuple(shapes))
 
 
 def _device(call: Call) -> torch.device | None:

@@ -100,6 +100,7 @@ class Slices:
         self._clock = clock
         self._forward_s = 0.0
         self._began = self._previous = 0.0
+        self._owed_s = 0.0
 
     def begin(self) -> None:
         """A request, or a forward pass of several, begins to compute or goes on."""
@@ -108,6 +109,16 @@ class Slices:
     def forward(self, began: float) -> None:
         """The latest forward pass of others began at that time and ends now."""
         self._forward_s = self._clock() - began
+        self._owed_s -= self._forward_s
+
+    def end(self) -> None:
+        """A long call has been interrupted. A layer may have taken longer than it should: others compute as long."""
+        self._owed_s = self._clock() - self._began
+
+    @property
+    def may_go_on(self) -> bool:
+        """Whether others have computed for as long as the long call had."""
+        return self._owed_s <= 0
 
     def now(self) -> float:
         return self._clock()

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from sfumato import logs
-from sfumato.process.supervisor import Supervisor
+from sfumato.api.http.early import EarlyAnswers
 from sfumato.settings import Settings
 
 
 def serve(settings: Settings) -> None:
     """Serve until SIGTERM or Ctrl-C. Raises SfumatoError naming the setting at fault."""
     logs.configure(settings)
-    engine = Supervisor(settings)
-    with engine.launched():
-        # The worker takes seconds to import its libraries. The server imports its own meanwhile.
-        from sfumato.api.server import run
+    with EarlyAnswers(settings.host, settings.port) as early:
+        from sfumato.process.supervisor import Supervisor
 
-        run(settings, engine)
+        engine = Supervisor(settings)
+        with engine.launched():
+            # The worker takes seconds to import its libraries. The server imports its own meanwhile.
+            from sfumato.api.server import run
+
+            run(settings, engine, early)
