@@ -126,13 +126,18 @@ def measure(side: int, steps: int, repeats: int, runner: str) -> Result:
         with served(folder) as server:
             few = {variant: over_http(server, variant, side, FEW, 1.0) for variant in VARIANTS}
             for variant in VARIANTS:  # loads, converts, compares
-                for guidance in (1.0, 5.0):
-                    over_http(server, variant, side, 1, guidance)()
+                print(f"{variant}: first picture in {over_http(server, variant, side, 1, 1.0)():.1f} s", flush=True)
+            over_http(server, "runner", side, 1, 5.0)()
             facts = server.client.get("/v1/models/runner").json()["sfumato"]["runners"]
-            rounds = [{variant: draw() for variant, draw in few.items()} for _ in range(repeats)]
+            rounds = []
+            for _ in range(repeats):
+                rounds.append({variant: draw() for variant, draw in few.items()})
+                print(rounds[-1], flush=True)
             plain, quick = by_diffusers(folder, side, steps), over_http(server, "runner", side, steps, 5.0)
-            by_diffusers(folder, side, 1)()
-            pairs = [(plain(), quick()) for _ in range(repeats)]
+            pairs = []
+            for _ in range(repeats):
+                pairs.append((plain(), quick()))
+                print(pairs[-1], flush=True)
     return Result(
         side, steps, ", ".join(f"{each['module']} {each['runner']}" for each in facts),
         figure([slow for slow, _ in pairs]), figure([fast for _, fast in pairs]),
