@@ -29,6 +29,7 @@ def a_report() -> measure.Report:
     made.steps = [measure.Step("64x64", 1, 0.02), measure.Step("64x64", 4, 0.04)]
     made.load = [measure.Load(1, 2, 1.5, 0.6, 0.7), measure.Load(4, 8, 2.5, 1.5, 1.7)]
     made.model_bytes, made.worker_bytes = 45_000_000, 500_000_000
+    made.runners = {"unet": "openvino-bf16", "vae": "eager"}
     made.over_plain = {"sfumato": 0.5, "plain": 0.6, "ratio": 1.2}
     return made
 
@@ -38,6 +39,7 @@ def test_the_tables() -> None:
     assert "size 64x64, steps 4, guidance_scale 3.0" in text
     assert "scheduler" not in text  # it is not set
     assert "weights 45.0 MB, worker 500.0 MB" in text
+    assert "computed by: unet openvino-bf16, vae eager" in text
     assert "64x64        4     0.040            0.010" in text  # a quarter of the step is each picture's
     assert "      4         8       2.500  1.500  1.700" in text
     assert "plain diffusers 0.60 s: 1.20 times as fast" in text

@@ -64,10 +64,10 @@ class Settings:
     )
     accelerate: str = _setting(
         "eager",
-        "What computes denoisers, VAEs and text encoders on a CPU, unless the model file says: eager (the modules "
-        "themselves), openvino (graphs made of them; needs the extra openvino, and memory for a copy of the weights) "
-        "or auto (whatever was faster on this machine).",
-        choices=("eager", "openvino", "auto"),
+        "What computes denoisers, VAEs and text encoders, unless the model file says: eager (the modules "
+        "themselves), openvino (graphs made of them; needs the extra openvino, and memory for a copy of the weights), "
+        "compile (torch.compile, in the background; needs a C++ compiler) or auto (what was faster on this machine).",
+        choices=("eager", "openvino", "compile", "auto"),
     )
     runners: str = _setting(
         "", "Folder for converted models and what was measured of them; empty: `runners` in the data folder."

@@ -217,9 +217,9 @@ KEYS: tuple[Key, ...] = (
         ),
         (
             "accelerate", "accelerate", read.accelerate,
-            "What computes denoiser, VAE and text encoders on a CPU: `eager`, the modules themselves; `openvino`, "
-            "graphs made of them (extra `openvino`), in the model's dtype; `auto`, what was measured to be faster. "
-            "Absent: the setting `accelerate`.",
+            "What computes denoiser, VAE and text encoders, in the model's dtype: `eager`, the modules themselves; "
+            "`openvino`, graphs made of them, on a CPU (extra `openvino`); `compile`, torch.compile; `auto`, what was "
+            "measured to be faster. Absent: the setting `accelerate`.",
         ),
         ("threads", "threads", read.integer(1, 4096, absent=0), "CPU threads."),
     ),

@@ -35,7 +35,7 @@ STORAGE_DTYPES: Mapping[str, str] = {
     **dict.fromkeys(("fp8_e5m2", "float8_e5m2"), "fp8_e5m2"),
 }
 
-RUNNERS = ("eager", "openvino", "auto")
+RUNNERS = ("eager", "openvino", "compile", "auto")
 """Values of `accelerate`."""
 
 QUANTIZATIONS: Mapping[str, str | None] = {"none": None, **{name: name for name in ("int8", "fp8", "nf4", "fp4")}}

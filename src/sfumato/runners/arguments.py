@@ -69,8 +69,10 @@ def fixed(tensor: torch.Tensor) -> list[int]:
     return [size if at == kept else -1 for at, size in enumerate(shape)]
 
 
-def read(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], method: str = "__call__") -> Arguments:
-    """The arguments of a call of a method of `module`. Raises Unserved."""
+def read(
+    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], method: str = "__call__", *, anywhere: bool = False
+) -> Arguments:
+    """The arguments of a call of a method of `module`. Raises Unserved. `anywhere`: also those on an accelerator."""
     signature = _signature(module, method)
     try:
         given = signature.bind(None, *args, **kwargs).arguments
@@ -93,16 +95,16 @@ def read(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], method: str
             raise Unserved(f"{name} comes from another network")
         if name in TIME:
             named[name] = _time(value, next(iter(given.values())))
-    return _flattened(named, None if returned is None else bool(returned))
+    return _flattened(named, None if returned is None else bool(returned), anywhere)
 
 
-def _flattened(named: dict[str, Any], return_dict: bool | None) -> Arguments:
+def _flattened(named: dict[str, Any], return_dict: bool | None, anywhere: bool) -> Arguments:
     with_paths, spec = pytree.tree_flatten_with_path(named)
     tensors, paths, plain, at = [], [], [], []
     for place, (path, value) in enumerate(with_paths):
         name = pytree.keystr(path)
         if isinstance(value, torch.Tensor):
-            if value.device.type != "cpu":
+            if value.device.type != "cpu" and not anywhere:
                 raise Unserved(f"{name} is on {value.device}")
             tensors.append((value.float() if value.is_floating_point() else value).detach().contiguous())
             paths.append(name)
@@ -130,6 +132,11 @@ def _is_default(value: Any, signature: inspect.Signature, name: str) -> bool:
         return False
     default = signature.parameters[name].default
     return isinstance(value, PLAIN) and type(value) is type(default) and value == default
+
+
+def kept(arguments: Any) -> Any:
+    """The same arguments, with copies of the tensors, which their request may change."""
+    return pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.detach().clone(), arguments)
 
 
 def first(module: Any, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:

@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from sfumato.batching import cpu_threads
 from sfumato.batching.calls import target
-from sfumato.batching.module_runner import numbers
+from sfumato.batching.module_runner import ModuleRunner, numbers
 from sfumato.core import EAGER, RunnerState
 from sfumato.pipelines import source_digest
 from sfumato.runners import arguments, measuring, module_state
@@ -39,12 +38,12 @@ MAX_WAITING = 4
 class Chosen:
     """What computes a module in the requests that begin until something else is measured."""
 
-    def __init__(self, auto: Auto, module: torch.nn.Module, runners: Mapping[str, Candidate]) -> None:
+    def __init__(self, auto: Auto, module: torch.nn.Module, runners: Mapping[str, ModuleRunner]) -> None:
         """`runners`: for each size that the module does not compute itself."""
         self.number = next(numbers)
         self._auto = weakref.ref(auto)
         self._module = weakref.ref(module)
-        self._runners = runners
+        self.runners = runners
 
     def prepare(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], *, wait: bool = False) -> bool:
         if auto := self._auto():
@@ -57,8 +56,8 @@ class Chosen:
             return runner.run(method, args, kwargs)
         return target(self._module(), method)(*args, **kwargs), EAGER
 
-    def _of(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Candidate | None:
-        return self._runners.get(_size(self._module(), method, args, kwargs)[0])
+    def _of(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModuleRunner | None:
+        return self.runners.get(_size(self._module(), method, args, kwargs)[0])
 
 
 class Auto:
@@ -78,7 +77,8 @@ class Auto:
         self._candidates = candidates
         self._measurements = measurements
         self._state = module_state.state_of(module)
-        self._why_eager = module_state.why_unserved(module) if candidates else "no other runner is installed"
+        why = module_state.why_unserved if "openvino" in candidates else module_state.why_hooked
+        self._why_eager = why(module) if candidates else "no other runner is installed"
         self._key = "" if self._why_eager else _key(module, threads)
         self._measured = measurements.of(self._key)
         self._made: dict[str, Candidate] = {}
@@ -108,10 +108,11 @@ class Auto:
         module = self._module()
         if self._why_eager or module is None or self.outdated:
             return None
-        if self._chosen is None:
-            runners = {size: self._candidate(each.chosen) for size, each in self._measured.items()
-                       if each.chosen in self._candidates}  # fmt: skip
-            self._chosen = Chosen(self, module, {size: each for size, each in runners.items() if each.for_request()})
+        chosen = {size: self._candidate(each.chosen).for_request() for size, each in self._measured.items()
+                  if each.chosen in self._candidates}  # fmt: skip
+        runners = {size: runner for size, runner in chosen.items() if runner}
+        if self._chosen is None or self._chosen.runners != runners:
+            self._chosen = Chosen(self, module, runners)
         return self._chosen
 
     def state(self, module: str) -> RunnerState:
@@ -151,7 +152,7 @@ class Auto:
             arguments.read(module, args, kwargs, method)
         except Unserved:
             return
-        args, kwargs = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.detach().clone(), (args, kwargs))
+        args, kwargs = arguments.kept((args, kwargs))
         self._waiting[size] = Sample(at, method, args, kwargs)
 
     @property

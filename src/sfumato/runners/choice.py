@@ -13,10 +13,11 @@ import torch
 
 from sfumato.batching.module_runner import ModuleRunner
 from sfumato.core import EAGER, RunnerState
-from sfumato.runners import graph, recorded
+from sfumato.runners import compiled, graph, recorded
 from sfumato.runners.auto import Auto
 from sfumato.runners.background import Background
 from sfumato.runners.candidate import Candidate
+from sfumato.runners.compiled import Compiled
 from sfumato.runners.measured import Measurements
 from sfumato.runners.openvino import OpenVino
 
@@ -26,8 +27,18 @@ NOT_INSTALLED = "the package openvino is not installed: pip install 'sfumato[ope
 
 AUTO: Final = "auto"
 
-FIRST = {"openvino": "it is prepared for the first picture", AUTO: "it is chosen for the first picture"}
+FIRST = {
+    "openvino": "it is prepared for the first picture", "compile": "it is compiled after the first picture has begun",
+    AUTO: "it is chosen for the first picture",
+}  # fmt: skip
 """What is told of each before that."""
+
+
+MISSING: Mapping[str, Callable[[], str]] = {
+    "openvino": lambda: "" if graph.installed() else NOT_INSTALLED,
+    "compile": lambda: "" if torch.cuda.is_available() or compiled.compiler() else compiled.NO_COMPILER,
+}
+"""What is missing for a runner here."""
 
 
 class Runners:
@@ -38,17 +49,19 @@ class Runners:
         self._setting = setting
         self._folder = folder
         self._background = Background(wake)
+        self._compiling = Background(wake)
+        """For what takes minutes, and what no request waits for."""
         self._measurements = Measurements(folder)
         self._shared: weakref.WeakValueDictionary[tuple[str, int, int], Candidate] = weakref.WeakValueDictionary()
         self._made: Mapping[str, Callable[[torch.nn.Module, int], Candidate]] = {
-            "openvino": self._openvino, AUTO: self._auto,
+            "openvino": self._openvino, "compile": self._compiled, AUTO: self._auto,
         }  # fmt: skip
-        self._told = False
+        self._told: set[str] = set()
 
     @property
     def preparing(self) -> bool:
-        """Whether requests may wait for a runner."""
-        return self._background.busy
+        """Whether requests may wait for a runner, or `measure` for one."""
+        return self._background.busy or self._compiling.busy
 
     def of(
         self,
@@ -65,12 +78,12 @@ class Runners:
         """
         chosen = self._chosen(accelerate)
         again = recorded.read(recipe) if chosen == AUTO else {}
-        if chosen == EAGER or (chosen == "openvino" and not self._installed()):
+        if chosen == EAGER or self._lacks(chosen):
             return {}
         runners: dict[int, ModuleRunner | None] = {id(module): None for module in modules.values()}
         for name, module in modules.items():
             wanted = again.get(name, again.get("", chosen))
-            if wanted in self._made and (wanted != "openvino" or self._installed()):
+            if wanted in self._made and not self._lacks(wanted) and not _left_out(wanted, name):
                 kept[name] = self._shared_runner(wanted, module, threads or torch.get_num_threads())
                 runners[id(module)] = kept[name].for_request()
         return runners
@@ -80,13 +93,16 @@ class Runners:
     ) -> tuple[RunnerState, ...]:
         """What computes each of a model's modules, and why."""
         chosen = self._chosen(accelerate)
-        if chosen == "openvino" and not graph.installed():
-            return tuple(RunnerState(name, EAGER, NOT_INSTALLED) for name in modules)
+        if lacks := self._lacks(chosen):
+            return tuple(RunnerState(name, EAGER, lacks) for name in modules)
         if chosen == EAGER:
             return tuple(RunnerState(name, EAGER) for name in modules)
-        return tuple(
-            kept[name].state(name) if name in kept else RunnerState(name, chosen, FIRST[chosen]) for name in modules
-        )
+        return tuple(self._state(chosen, name, kept.get(name)) for name in modules)
+
+    def _state(self, chosen: str, name: str, runner: Candidate | None) -> RunnerState:
+        if left_out := _left_out(chosen, name):
+            return RunnerState(name, EAGER, left_out)
+        return runner.state(name) if runner else RunnerState(name, chosen, FIRST[chosen])
 
     def keep_states(self, model: str, states: tuple[RunnerState, ...]) -> None:
         """For `sfumato models`, which loads none."""
@@ -122,17 +138,27 @@ class Runners:
         return OpenVino(module, self._folder, threads, self._background)
 
     def _auto(self, module: torch.nn.Module, threads: int) -> Auto:
-        names = ["openvino"] if graph.installed() else []
+        on_cpu = all(tensor.device.type == "cpu" for tensor in module.parameters())
+        names = [name for name in (("openvino",) if on_cpu else ("compile",)) if not MISSING[name]()]
         runner_of = functools.partial(_of_module, self._shared_runner, weakref.ref(module), threads)
         return Auto(module, threads, {name: functools.partial(runner_of, name) for name in names}, self._measurements)
 
-    def _installed(self) -> bool:
-        if graph.installed():
-            return True
-        if not self._told:
-            log.warning("accelerate: openvino: %s; until then modules compute as they are", NOT_INSTALLED)
-            self._told = True
-        return False
+    def _compiled(self, module: torch.nn.Module, threads: int) -> Compiled:
+        return Compiled(module, threads, self._compiling)
+
+    def _lacks(self, name: str) -> str:
+        """What is missing for a runner on this machine; empty if nothing is. Logged once."""
+        missing = MISSING[name]() if name in MISSING else ""
+        if missing and name not in self._told:
+            log.warning("accelerate: %s: %s; until then modules compute as they are", name, missing)
+            self._told.add(name)
+        return missing
+
+
+def _left_out(runner: str, component: str) -> str:
+    """Why a runner leaves a component to the module itself; empty if it does not."""
+    once = runner == "compile" and component.startswith("text_encoder")
+    return "it is called once a prompt, which is not worth minutes of compiling" if once else ""
 
 
 def _of_module(

@@ -21,6 +21,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from sfumato.batching.calls import target
+from sfumato.runners import module_state
 from sfumato.runners.arguments import Arguments, Unserved, fixed
 
 Precision: TypeAlias = Literal["fp32", "bf16"]
@@ -79,7 +80,7 @@ def form(module: Any, method: str, arguments: Arguments) -> Form:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad(), _quiet():
             dtype = next(module.parameters()).dtype
             inputs = [mode.from_tensor(_in(tensor, dtype)) for tensor in arguments.tensors]
-            output = target(_copy(module), method)(**arguments.rebuilt(inputs))
+            output = target(module_state.copied(module), method)(**arguments.rebuilt(inputs))
     except Exception as error:  # whatever a module raises
         first = next(iter(str(error).splitlines()), "")
         raise Unserved(f"it cannot be traced: {type(error).__name__}: {first[:200]}") from error
@@ -131,11 +132,6 @@ def convert(module: Any, method: str, arguments: Arguments, folder: Path) -> Non
             Path(part).mkdir()  # for the context manager to remove
     del traced, model
     gc.collect()
-
-
-def _copy(module: Any) -> Any:
-    """The same layers in other objects, on the same tensors."""
-    return copy.deepcopy(module, {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())})
 
 
 def _full_precision_copy(module: Any) -> Any:

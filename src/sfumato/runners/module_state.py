@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Hashable
 from typing import Any
 
@@ -24,14 +25,20 @@ def state_of(module: torch.nn.Module) -> Hashable:
 
 def why_unserved(module: torch.nn.Module) -> str:
     """Why only the module itself can compute its forward pass; empty if a graph of it can."""
-    kinds = {type(tensor) for tensor in _tensors(module)} - set(PLAIN_TENSORS)
-    if kinds or getattr(module, "hf_quantizer", None) is not None:
-        return "its weights are quantised"
+    if _is_quantised(module):
+        return why_hooked(module)
     tensors = [tensor for tensor in _tensors(module) if tensor.is_floating_point()]
     if any(tensor.device.type != "cpu" for tensor in tensors):
         return "it is not on a CPU"
     if others := {str(tensor.dtype).removeprefix("torch.") for tensor in tensors if tensor.dtype not in DTYPES}:
         return f"its weights are {', '.join(sorted(others))}"
+    return why_hooked(module)
+
+
+def why_hooked(module: torch.nn.Module) -> str:
+    """Why a forward pass of this module is more than its layers compute; empty if it is not."""
+    if _is_quantised(module):
+        return "its weights are quantised"
     if any(getattr(module, name, False) for name in PIECES):
         return "it works in pieces, to take less memory"
     for part in module.modules():
@@ -43,6 +50,16 @@ def why_unserved(module: torch.nn.Module) -> str:
         if part._forward_hooks or part._forward_pre_hooks:
             return "hooks act in it"
     return ""
+
+
+def _is_quantised(module: torch.nn.Module) -> bool:
+    kinds = {type(tensor) for tensor in _tensors(module)} - set(PLAIN_TENSORS)
+    return bool(kinds) or getattr(module, "hf_quantizer", None) is not None
+
+
+def copied(module: Any) -> Any:
+    """The same layers in other objects, on the same tensors."""
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())})
 
 
 def dtype_of(module: torch.nn.Module) -> torch.dtype:

@@ -100,7 +100,7 @@ class ModelInput(BaseModel):
 
 class ModelRunner(BaseModel):
     module: str = Field(description="Component of the pipeline, e.g. `unet`, `vae`.")
-    runner: str = Field(description="`eager`, `auto` (not chosen yet), `openvino`, `openvino-fp32`, `openvino-bf16`.")
+    runner: str = Field(description="`eager`, `auto` (not chosen yet), `openvino-bf16`, `compile-fp32` ...")
     detail: str = Field(
         description="What was measured, why it is eager, or what it does not serve; empty if there is nothing to say."
     )

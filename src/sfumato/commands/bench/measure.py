@@ -62,6 +62,8 @@ class Report:
     """Of its weights."""
     worker_bytes: int = 0
     """Resident memory of the process that draws, after all of it."""
+    runners: dict[str, str] = field(default_factory=dict)
+    """Component → what computed it at the end, as recipes name it."""
     over_plain: dict[str, float] | None = None
     """Seconds for a picture by itself: of the server, of plain diffusers in the same turns, and the ratio."""
 
@@ -147,6 +149,7 @@ class Bench:
     def memory(self) -> None:
         facts = self._facts()
         self.report.model_bytes = facts["memory_bytes"]
+        self.report.runners = {each["module"]: each["runner"] for each in facts["runners"] or ()}
         for line in self._server.client.get("/metrics").text.splitlines():
             if line.startswith("sfumato_worker_memory_bytes "):
                 self.report.worker_bytes = int(float(line.split()[1]))

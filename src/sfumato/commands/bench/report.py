@@ -20,6 +20,8 @@ def tables(report: Report) -> Iterator[str]:
     yield f"start {report.start_s:.2f} s, first picture {report.first_picture_s:.2f} s"
     weights = readable(report.model_bytes) if report.model_bytes else "unknown"
     yield f"memory: weights {weights}, worker {readable(report.worker_bytes)}"
+    if report.runners:
+        yield f"computed by: {', '.join(f'{module} {runner}' for module, runner in report.runners.items())}"
     yield ""
     steps = [(each.size, each.pictures, each.seconds, each.seconds / each.pictures) for each in report.steps]
     yield from _table(("size", "at once", "s a step", "of each picture"), steps)

@@ -1,0 +1,172 @@
+"""`accelerate: compile`: a copy of a module compiled in the background, for sizes and batches of any kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from sfumato.batching.calls import target
+from sfumato.core import RunnerState
+from sfumato.drawing.draw import draw
+from sfumato.runners import compiled, module_state
+from sfumato.runners.background import Background
+from sfumato.runners.choice import Runners
+from sfumato.runners.compiled import Compiled
+from support import families_transformers, tiny
+from support.drawing import loaded, quiet, wanted
+
+SIZE = {"width": 64, "height": 64}
+
+needs_compiler = pytest.mark.skipif(not compiled.compiler(), reason="there is no C++ compiler")
+
+
+def call(rows: int, height: int = 8, width: int = 8) -> dict[str, Any]:
+    torch.manual_seed(rows * height + width)
+    return {
+        "sample": torch.randn(rows, 4, height, width), "timestep": torch.tensor(5),
+        "encoder_hidden_states": torch.randn(rows, 77, 32), "return_dict": False,
+    }  # fmt: skip
+
+
+def runner_of(module: Any) -> Compiled:
+    return Compiled(module, torch.get_num_threads(), Background())
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch traces is run as it is: what is compiled, and when, without minutes of compiling."""
+    monkeypatch.setattr(compiled, "_built", lambda graph, inputs: graph.forward)
+
+
+def test_without_a_compiler_modules_compute_and_say_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    model, runners = loaded(tiny.stable_diffusion(), **SIZE), Runners("compile", tmp_path)
+    chosen = runners.of(model.computing(), model.state.runners, None, None)
+    assert chosen == {}
+    assert draw(model, wanted(**SIZE), quiet, None, chosen).recipe.runner == "eager"
+    assert runners.states(model.computing(), {}, None)[0] == RunnerState("unet", "eager", compiled.NO_COMPILER)
+
+
+@needs_compiler
+def test_a_picture_is_drawn_by_what_was_ready_when_it_began(
+    interpreted: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, runners = loaded(tiny.stable_diffusion(), **SIZE), Runners("compile", tmp_path)
+    submitted: list[Any] = []
+    monkeypatch.setattr(runners._compiling, "submit", submitted.append)
+
+    def drawn() -> str:
+        chosen = runners.of(model.computing(), model.state.runners, None, None)
+        return draw(model, wanted(**SIZE, guidance_scale=4.0), quiet, None, chosen).recipe.runner
+
+    assert drawn() == "eager"
+    assert len(submitted) == 2  # the denoiser's and the VAE's, once each
+    for work in submitted:
+        work()
+    assert drawn() == "text_encoder eager, unet compile-fp32, vae compile-fp32"
+    assert len(submitted) == 2
+    states = runners.states(model.computing(), model.state.runners, None)
+    assert [state.runner for state in states] == ["compile-fp32", "eager", "compile-fp32"]
+
+
+@needs_compiler
+@torch.no_grad()
+def test_any_size_and_batch_is_compiled_once_and_never_while_a_request_waits(interpreted: None) -> None:
+    unet = tiny.stable_diffusion().unet.eval()
+    state, runner = module_state.state_of(unet), runner_of(unet)
+    before = runner.for_request()
+    assert before
+    assert runner.prepare("__call__", (), call(2), wait=True)
+    assert before.run("__call__", (), call(2))[1] == "eager"  # it began before that
+    compilations, now = runner.compilations, runner.for_request()
+    assert now
+    assert compilations
+    frames = counters["stats"]["unique_graphs"]
+    for rows, height, width in ((2, 8, 8), (4, 8, 8), (6, 12, 8), (8, 16, 8), (2, 16, 16), (2, 9, 8)):
+        asked = call(rows, height, width)
+        output, by = now.run("__call__", (), asked)
+        assert by == "compile-fp32"
+        torch.testing.assert_close(output[0], unet(**asked)[0], atol=1e-5, rtol=1e-4)
+    assert now.run("__call__", (), call(1))[1] == "eager"  # a single row is a kind of its own
+    assert (runner.compilations, counters["stats"]["unique_graphs"]) == (compilations, frames)
+    # The module itself is what it was.
+    assert module_state.state_of(unet) == state
+    assert not [part for part in unet.modules() if part._compiled_call_impl is not None]
+    # Nor is anything compiled for a module that has changed.
+    unet.conv_in.weight.mul_(2)
+    assert runner.for_request() is None
+
+
+@needs_compiler
+@torch.no_grad()
+def test_what_would_be_compiled_again_is_left_to_the_module(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = tiny.stable_diffusion().unet.eval()
+    runner = runner_of(unet)
+    runner.prepare("__call__", (), call(2), wait=True)
+    now = runner.for_request()
+    assert now
+    submitted: list[Any] = []
+    monkeypatch.setattr(runner._background, "submit", submitted.append)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(before + 1)  # torch compiles for a number of threads
+        output, by = now.run("__call__", (), call(2))
+    finally:
+        torch.set_num_threads(before)
+    assert by == "eager"
+    torch.testing.assert_close(output[0], unet(**call(2))[0])
+    assert len(submitted) == 1
+    assert now.run("__call__", (), call(2))[1] == "eager"  # to the end of this request
+    assert not runner.why_eager
+
+
+@needs_compiler
+@torch.no_grad()
+def test_a_transformer_and_a_vae(interpreted: None) -> None:
+    transformer = families_transformers.qwen_image().transformer.eval()
+    vae = tiny.stable_diffusion().vae.eval()
+    asked = {
+        "hidden_states": torch.randn(2, 24, 16), "encoder_hidden_states": torch.randn(2, 7, 32),
+        "encoder_hidden_states_mask": torch.ones(2, 7).long(), "timestep": torch.tensor([0.5, 0.2]),
+        "img_shapes": [[(1, 6, 4)]] * 2, "return_dict": False,
+    }  # fmt: skip
+    for module, method, kwargs in ((transformer, "__call__", asked), (vae, "decode", {"z": torch.randn(2, 4, 8, 8)})):
+        runner = runner_of(module)
+        runner.prepare(method, (), kwargs, wait=True)
+        now = runner.for_request()
+        assert now
+        output, by = now.run(method, (), kwargs)
+        assert by == "compile-fp32", runner.why_eager
+        torch.testing.assert_close(output[0], target(module, method)(**kwargs)[0], atol=1e-4, rtol=1e-3)
+
+
+def test_what_cannot_be_compiled_is_computed_by_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = tiny.stable_diffusion().unet.eval()
+    runner = runner_of(unet)
+
+    def broken(*args: Any) -> Any:
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(runner, "_made", broken)
+    assert runner.prepare("__call__", (), call(2), wait=True)
+    assert runner.for_request() is None
+    assert "no such instruction" in runner.state("unet").detail
+
+
+@pytest.mark.slow
+@needs_compiler
+@torch.no_grad()
+def test_compiled_code_gives_the_modules_numbers() -> None:
+    unet = tiny.stable_diffusion().unet.eval()
+    runner = runner_of(unet)
+    runner.prepare("__call__", (), call(2), wait=True)
+    now = runner.for_request()
+    assert now
+    for rows, height, width in ((2, 8, 8), (4, 12, 8)):
+        output, by = now.run("__call__", (), call(rows, height, width))
+        assert by == "compile-fp32"
+        torch.testing.assert_close(output[0], unet(**call(rows, height, width))[0], atol=1e-5, rtol=1e-4)
