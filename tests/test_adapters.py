@@ -178,11 +178,25 @@ def test_no_shared_weight_and_no_module_changes(sd: Any, files: list[Path]) -> N
 
 def test_off_and_on_fifty_times(sd: Any, files: list[Path]) -> None:
     adapters = Adapters()
-    without = using(adapters, sd, **SMALL)
+    without, plainly = using(adapters, sd, **SMALL), held()
     each = [using(adapters, sd, [loras.of(path)], **SMALL) for path in files[:3]]
     for at in range(50):
         assert differ(using(adapters, sd, [loras.of(files[at % 3])], **SMALL), each[at % 3]) == 0
         assert differ(using(adapters, sd, **SMALL), without) == 0
+        if at == 2:
+            with_three = held()
+    assert plainly < with_three < 2 * plainly
+    assert abs(held() - with_three) <= 0.05 * with_three
+    adapters.drop()
+    assert abs(held() - plainly) <= 0.05 * plainly
+
+
+def held() -> int:
+    """Bytes of all tensors."""
+    gc.collect()
+    found = {id(each): each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)}
+    blocks = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in found.values()}
+    return sum(blocks.values())
 
 
 def tensors() -> int:
@@ -206,6 +220,7 @@ def test_many_pass_through_a_few_places(count: int, sd: Any, tmp_path: Path) -> 
             assert len(adapters) <= 8 and selections
         path.unlink()
 
+    empty = held()
     for at in range(20):
         draw(at)
     before, layers = tensors(), len(list(adapters.modules[0].modules()))
@@ -216,6 +231,7 @@ def test_many_pass_through_a_few_places(count: int, sd: Any, tmp_path: Path) -> 
     assert len(adapters) == 8
     assert adapters.drop() > 0
     assert len(adapters) == 0 == len(adapters.modules)
+    assert abs(held() - empty) <= 0.05 * empty
 
 
 @pytest.mark.parametrize("own", [False, True])
