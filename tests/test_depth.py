@@ -28,8 +28,6 @@ from support.answers import error_of, image_of
 from support.families import picture
 from support.families_served import Served, encoded, served
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers' and transformers' own, some about toy sizes
-
 WIDE = Image.fromarray(np.asarray(Image.radial_gradient("L").resize((96, 64)).convert("RGB")) // 3 + 40)
 REPO = "tiny/depth"
 

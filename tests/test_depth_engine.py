@@ -28,8 +28,6 @@ from support.engines import Engine, generation, pixels
 from support.families_served import encoded
 from support.hub import Hub
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers' and transformers' own, some about toy sizes
-
 REPO = "tiny/depth"
 
 

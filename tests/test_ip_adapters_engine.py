@@ -27,8 +27,6 @@ from support.engines import Engine, generation, pixels
 from support.here import cut
 from support.hub import Hub
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers' and transformers' own, some about toy sizes
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -29,8 +29,6 @@ from support.answers import image_of
 from support.families import picture
 from support.families_served import Served, encoded, served
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers' and transformers' own, some about toy sizes
-
 PEOPLE_THERE = picture(5).resize((64, 64))
 
 

@@ -11,7 +11,7 @@ import copy
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,9 +66,8 @@ class Selection:
 
     def run(self, method: str, rows: Sequence[Selection], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the module; `rows` has the selection of each row, or one for all."""
-        if self.attending:
-            self.attending.activate()
-        return self.adapted.run(method, rows, args, kwargs, None if self.plain else self.module)
+        with self.attending.acting() if self.attending else nullcontext():
+            return self.adapted.run(method, rows, args, kwargs, None if self.plain else self.module)
 
     @property
     def row(self) -> str:

@@ -6,25 +6,37 @@ each adapter acts is set before each forward pass.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+
+RESTING = 1.0
+"""Between forward passes: some pipelines ask whether an adapter acts, of a twin that other requests have, too."""
 
 
 class Extended:
     """A twin whose attention follows pictures, for all requests with the same adapters."""
 
     def __init__(self, module: Any, processors: Sequence[Any], adapted: Any, kept: tuple[Any, ...]) -> None:
-        """`processors`: those that follow pictures; each has one `scale` for each adapter. `adapted`: whose twin it
-        is a twin of. `kept`: what stays in memory with it."""
+        """`processors`: those that follow pictures; each has one `scale` for each adapter, or a number for the only
+        one. `adapted`: whose twin it is a twin of. `kept`: what stays in memory with it."""
         self.module = module
         self.adapted = adapted
         self.kept = kept
         self._processors = processors
 
-    def activate(self, strengths: tuple[float, ...]) -> None:
-        """From now on the adapters act so strongly."""
+    @contextmanager
+    def acting(self, strengths: tuple[float, ...]) -> Iterator[None]:
+        """Within it the adapters act so strongly."""
+        self._put(strengths)
+        try:
+            yield
+        finally:
+            self._put((RESTING,) * len(strengths))
+
+    def _put(self, strengths: tuple[float, ...]) -> None:
         for processor in self._processors:
-            processor.scale = list(strengths)
+            processor.scale = list(strengths) if isinstance(processor.scale, list) else strengths[0]
 
 
 class Attending:
@@ -39,5 +51,8 @@ class Attending:
     def module(self) -> Any:
         return self._extended.module
 
-    def activate(self) -> None:
-        self._extended.activate(self.strengths)
+    @contextmanager
+    def acting(self) -> Iterator[None]:
+        """Within it the request's adapters act as strongly as they are to."""
+        with self._extended.acting(self.strengths):
+            yield

@@ -22,6 +22,16 @@ ENCODER_WEIGHTS = "model*.safetensors"
 PROJECTION, IMAGE = "image_proj.", "ip_adapter."
 """Beginnings of an adapter's keys: what makes tokens of a picture, and the attention to them."""
 
+CLIP, SIGLIP = "clip_vision_model", "siglip_vision_model"
+"""Types of image encoders."""
+
+_XLABS = {"ip_adapter_proj_model.": PROJECTION, "double_blocks.": IMAGE}
+"""XLabs' beginnings of keys (FLUX) -> ours."""
+
+_XLABS_PARTS = {
+    "processor.": "", "ip_adapter_double_stream_k_proj": "to_k_ip", "ip_adapter_double_stream_v_proj": "to_v_ip",
+}  # fmt: skip
+
 ARGUMENT = "ip_adapter_image"
 """What the calls of pipelines name the pictures."""
 
@@ -52,9 +62,19 @@ class Encoder:
     setting: str
     """Of the encoder's configuration: `projection_dim`, or `hidden_size` if the adapter reads more than one vector."""
     width: int
+    kind: str = CLIP
+    """Its `model_type`."""
+
+    @property
+    def words(self) -> str:
+        return {CLIP: "CLIPVisionModelWithProjection", SIGLIP: "SiglipVisionModel"}[self.kind]
 
     def fits(self, config: Mapping[str, Any]) -> bool:
-        return config.get("model_type") == "clip_vision_model" and config.get(self.setting) == self.width
+        """Whether a configuration describes one, or a model with one beside a text encoder."""
+        if isinstance(inner := config.get("vision_config"), dict):
+            kind = f"{config.get('model_type')}_vision_model"
+            config = {**inner, "model_type": inner.get("model_type", kind)}
+        return config.get("model_type") == self.kind and config.get(self.setting) == self.width
 
 
 def listed(folder: Path) -> dict[str, Path]:
@@ -66,11 +86,12 @@ def listed(folder: Path) -> dict[str, Path]:
 
 @functools.cache
 def taken_by(pipeline: str) -> bool:
-    """Whether a diffusers class draws with adapters that requests name: it has a UNet, and its call takes pictures for
-    them."""
+    """Whether a diffusers class draws with adapters that requests name: its call takes pictures for them, and its
+    denoiser, a UNet or a transformer, has places for them."""
     constructor = next(diffusers_source.methods(pipeline, "__init__"), None)
     parts = [each.arg for each in constructor.args.args] if constructor else []
-    return "unet" in parts and ARGUMENT in (class_reading.parameters(pipeline) or {})
+    denoiser = any(part in parts for part in ("unet", "transformer"))
+    return denoiser and ARGUMENT in (class_reading.parameters(pipeline) or {})
 
 
 def all_listed(folder: Path) -> list[str]:
@@ -119,7 +140,7 @@ def available(folder: Path) -> str:
 def encoder_of(file: Path) -> Encoder:
     """The image encoder that a file needs. Raises LoadError if it is no IP-Adapter that draws from a picture alone."""
     tensors = weight_header.of_file(file).tensors
-    shapes = {key: tensor.shape for key, tensor in tensors.items()}
+    shapes = {canonical(key): tensor.shape for key, tensor in tensors.items()}
     if not any(key.startswith(IMAGE) for key in shapes) or not any(key.startswith(PROJECTION) for key in shapes):
         raise LoadError(f"{file.name} is no IP-Adapter: it has {shown(sorted(shapes))}, not {PROJECTION}* and {IMAGE}*")
     projected = {key.removeprefix(PROJECTION) for key in shapes if key.startswith(PROJECTION)}
@@ -130,14 +151,26 @@ def encoder_of(file: Path) -> Encoder:
             f"{file.name} is a FaceID adapter: it follows the embedding of a face, which another model (InsightFace) "
             "computes. Use one that follows pictures, such as ip-adapter-plus-face"
         )
+    kind = SIGLIP if "time_embedding.linear_1.weight" in projected else CLIP  # Stable Diffusion 3 reads SigLIP's
     for key, setting in _ENCODERS.items():
         if len(shape := shapes.get(PROJECTION + key, ())) == 2:
-            return Encoder(setting, shape[1])
+            return Encoder(setting, shape[1], kind)
     raise LoadError(f"{file.name}: diffusers knows no IP-Adapter with {PROJECTION}* of {shown(sorted(projected))}")
 
 
 _ENCODERS = {"proj.weight": "projection_dim", "proj.0.weight": "hidden_size", "proj_in.weight": "hidden_size"}
 """Key of the layer that reads the encoder's output -> the setting that says how wide that is."""
+
+
+def canonical(key: str) -> str:
+    """The name of a tensor as most adapters have it: XLabs' have others."""
+    for beginning, ours in _XLABS.items():
+        if key.startswith(beginning):
+            key = ours + key.removeprefix(beginning)
+            if ours == IMAGE:
+                for part, plain in _XLABS_PARTS.items():
+                    key = key.replace(part, plain)
+    return key
 
 
 def nearest(file: str, folders: Iterable[str]) -> list[str]:

@@ -166,7 +166,7 @@ def _prompted(
             param=param,
         )
     beside = [model.config.name, *(part.config.name for part in parts if part)]
-    encoder = next((loaded(*each, beside).pipeline.image_encoder for each in encoders.values()), None)
+    encoder = next((loaded(*each, beside).pipeline for each in encoders.values()), None)
     first = next(each.param for each in named if each.prompts)
     return ip_adapters.beside(model, PicturePrompt(tuple(adapters), first), encoder)
 
@@ -190,7 +190,7 @@ def _encoder_of(model: Loaded, named: _Named, adapter: Adapter) -> ModelConfig:
     if adapter.folder is None or named.config is None:
         needed = adapter.encoder
         raise InvalidRequest(
-            f"{named.param}: {named.name[:100]!r} needs an image encoder (CLIPVisionModelWithProjection) with "
+            f"{named.param}: {named.name[:100]!r} needs an image encoder ({needed.words}) with "
             f"{needed.setting} {needed.width}, and there is none near it; put its folder, image_encoder/ with "
             "config.json and model.safetensors, beside the file",
             param=named.param,

@@ -11,6 +11,7 @@ from sfumato.batching.attending import Attending
 from sfumato.checkpoints.ip_adapters import ARGUMENT
 from sfumato.core import Generation
 from sfumato.errors import InvalidRequest
+from sfumato.models import ip_adapters
 from sfumato.models.load import Loaded
 from sfumato.pictures import images
 from sfumato.pipelines.capabilities import parameters_of
@@ -38,8 +39,8 @@ def arguments(model: Loaded, pipeline: Any, generation: Generation) -> dict[str,
             param=prompt.param,
         )
     pictures = [[generation.controls[place].image for place in each.controls] for each in prompt.adapters]
-    return {ARGUMENT: [[images.on_white(images.decoded(png)) for png in each if isinstance(png, bytes)]
-                       for each in pictures]}  # fmt: skip
+    decoded = [[images.on_white(images.decoded(png)) for png in each if isinstance(png, bytes)] for each in pictures]
+    return ip_adapters.arguments(model, pipeline, decoded)
 
 
 def paced(

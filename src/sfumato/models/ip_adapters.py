@@ -9,28 +9,27 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.embeddings import MultiIPAdapterImageProjection
 from safetensors.torch import load_file
-from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection, SiglipImageProcessor, SiglipVisionModel
 
 from sfumato.batching.adapted import AdaptedModule, Selection
 from sfumato.batching.attending import Attending, Extended
 from sfumato.batching.batcher import is_out_of_memory
 from sfumato.checkpoints import controlnets, diffusers_source, hub_files, ip_adapters, request_files
-from sfumato.checkpoints.ip_adapters import ARGUMENT, IMAGE, PROJECTION, HubFile
+from sfumato.checkpoints.ip_adapters import ARGUMENT, IMAGE, PROJECTION, SIGLIP, HubFile
 from sfumato.checkpoints.remote_limits import ANY, Limits
 from sfumato.config import ModelConfig
 from sfumato.core import ModelStatus
 from sfumato.errors import InvalidRequest, LoadError
-from sfumato.models import footprint, request_parts
+from sfumato.models import attention_kinds, footprint, request_parts
+from sfumato.models.attention_kinds import Kind
 from sfumato.models.by_layer import has_feature_cache, is_cast_by_layer, waits_by_layer
 from sfumato.models.content_hashes import ContentHashes
 from sfumato.models.device import DTYPES
@@ -39,6 +38,9 @@ from sfumato.models.load import Loaded, MakeRoom
 from sfumato.models.picture_prompt import Adapter, ImageEncoder, PicturePrompt, Weights
 from sfumato.models.sharing import Sharing
 from sfumato.pipelines.capabilities import parameters_of
+
+PROCESSOR = "preprocessor_config.json"
+"""Beside an image encoder: how it wants its pictures."""
 
 # What is loaded.
 
@@ -87,13 +89,15 @@ def load(
         on_status(ModelStatus("downloading", config.model))
         path = _fetch(config, limits)
     encoder = ip_adapters.encoder_of(path)
-    folder = _folder_on_hub(config, encoder) if not Path(config.model).is_absolute() else _folder_here(config, encoder)
+    on_hub = not Path(config.model).is_absolute()
+    folder = (_folder_on_hub(config, encoder) if on_hub else None) or _folder_here(config, path, encoder)
     device, dtype = request_parts.place(config, device_setting)
     make_room(footprint.Needs({"adapter": footprint.of_part(path, "", dtype)}, device, dtype))
     with request_parts.reading(path) as state:
         read = load_file(path)
-        tensors = {key: each.to(device, DTYPES[dtype]) for key, each in read.items()}
-        strange = [key for key in read if not read[key].is_floating_point() or not tensors[key].isfinite().all()]
+        tensors = {ip_adapters.canonical(key): each.to(device, DTYPES[dtype]) for key, each in read.items()}
+        strange = [key for (key, each), cast in zip(read.items(), tensors.values(), strict=True)
+                   if not each.is_floating_point() or not cast.isfinite().all()]  # fmt: skip
         if strange:
             raise LoadError(f"{path.name} has no finite numbers in {ip_adapters.shown(strange)}; download it again")
         weights = request_parts.detached(Weights(tensors))
@@ -117,11 +121,14 @@ def load_encoder(
     device, dtype = request_parts.place(config, device_setting)
     make_room(footprint.Needs(footprint.of_folders({"image_encoder": path}, dtype, None), device, dtype))
     with request_parts.reading(path) as state:
-        read: Any = CLIPVisionModelWithProjection.from_pretrained(
-            path, dtype=DTYPES[dtype], use_safetensors=True, local_files_only=True
-        )
+        described = diffusers_source.json_of(path / controlnets.DESCRIPTION)
+        siglip = str(described.get("model_type", "")).startswith("siglip")
+        kind: Any = SiglipVisionModel if siglip else CLIPVisionModelWithProjection
+        read: Any = kind.from_pretrained(path, dtype=DTYPES[dtype], use_safetensors=True, local_files_only=True)
         encoder = request_parts.detached(read.to(device))
-    return Loaded(config, ImageEncoder(encoder), str(path), device, dtype, state=state)
+        own = siglip and (path / PROCESSOR).is_file()  # diffusers takes CLIP's by its size
+        processor = SiglipImageProcessor.from_pretrained(path, local_files_only=True) if own else None
+    return Loaded(config, ImageEncoder(encoder, processor), str(path), device, dtype, state=state)
 
 
 def _repository(where: str) -> tuple[str, str]:
@@ -135,7 +142,8 @@ def _fetch(config: ModelConfig, limits: Limits = ANY) -> Path:
 
 
 def _fetch_encoder(repo: str, folder: str, revision: str | None, limits: Limits = ANY) -> Path:
-    patterns = [f"{folder}/{name}" for name in (controlnets.DESCRIPTION, ip_adapters.ENCODER_WEIGHTS)]
+    files = controlnets.DESCRIPTION, ip_adapters.ENCODER_WEIGHTS, PROCESSOR
+    patterns = [f"{folder}/{name}" for name in files]
     names = [name for name in hub_files.files_of(repo, revision) if any(fnmatch(name, each) for each in patterns)]
     return request_files.fetch(repo, revision, names, limits) / folder
 
@@ -163,15 +171,15 @@ def _folder_on_hub(config: ModelConfig, encoder: ip_adapters.Encoder) -> str | N
     return None
 
 
-def _folder_here(config: ModelConfig, encoder: ip_adapters.Encoder) -> str | None:
-    folder = ip_adapters.local_encoder(Path(config.model), config.folder.resolve(), encoder)
+def _folder_here(config: ModelConfig, file: Path, encoder: ip_adapters.Encoder) -> str | None:
+    folder = ip_adapters.local_encoder(file, config.folder.resolve(), encoder)
     return str(folder) if folder else None
 
 
 # What a request draws with.
 
 
-def beside(model: Loaded, prompt: PicturePrompt, encoder: torch.nn.Module | None) -> Loaded:
+def beside(model: Loaded, prompt: PicturePrompt, encoder: ImageEncoder | None) -> Loaded:
     """The model as a request draws with it: with the image encoder of its adapters, if it has none of its own.
 
     Raises InvalidRequest for a model that has no IP-Adapters.
@@ -180,9 +188,11 @@ def beside(model: Loaded, prompt: PicturePrompt, encoder: torch.nn.Module | None
     denoiser = _denoiser(pipeline)
     if denoiser is None or ARGUMENT not in parameters_of(pipeline):
         raise InvalidRequest(
-            f"{prompt.param}: {name} takes no IP-Adapters: it has no UNet, or takes no {ARGUMENT}; leave it out",
+            f"{prompt.param}: {name} takes no IP-Adapters: diffusers has none for its denoiser, or it takes no "
+            f"{ARGUMENT}; leave it out",
             param=prompt.param,
         )
+    _refuse_several(prompt, name, attention_kinds.of(denoiser))
     if waits_by_layer([denoiser]) or is_cast_by_layer(denoiser) or has_feature_cache([denoiser]):
         raise InvalidRequest(
             f"{prompt.param}: the layers of {model.config.name} wait in main memory (offload: group), are stored in "
@@ -191,11 +201,27 @@ def beside(model: Loaded, prompt: PicturePrompt, encoder: torch.nn.Module | None
         )
     copied = copy.copy(pipeline)
     if encoder is not None:
-        vars(copied)["image_encoder"] = encoder
+        vars(copied)["image_encoder"] = encoder.image_encoder
     if getattr(copied, "feature_extractor", None) is None:
-        size = copied.image_encoder.config.image_size
-        vars(copied)["feature_extractor"] = CLIPImageProcessor(size=size, crop_size=size)
+        vars(copied)["feature_extractor"] = (encoder and encoder.processor) or _processor(copied.image_encoder.config)
     return replace(model, pipeline=copied, task_pipelines={}, prompt=prompt)
+
+
+def _refuse_several(prompt: PicturePrompt, name: str, kind: Kind | None) -> None:
+    most = kind.most if kind else None
+    if most and max(len(prompt.adapters), *(len(each.controls) for each in prompt.adapters)) > most:
+        raise InvalidRequest(
+            f"{prompt.param}: {name} takes {most} IP-Adapter, with {most} picture; leave the others out",
+            param=prompt.param,
+        )
+
+
+def _processor(config: Any) -> Any:
+    """What makes pictures ready for an image encoder that comes without it."""
+    side = config.image_size
+    if config.model_type == SIGLIP:
+        return SiglipImageProcessor(size={"height": side, "width": side})
+    return CLIPImageProcessor(size=side, crop_size=side)
 
 
 def own_encoder(model: Loaded, adapter: Adapter) -> bool:
@@ -227,15 +253,14 @@ _EXTENDED: weakref.WeakValueDictionary[tuple[Any, ...], Extended] = weakref.Weak
 def _extended(model: str, adapted: AdaptedModule, prompt: PicturePrompt) -> Extended:
     """A twin of a denoiser with the attention processors of the adapters, and what makes tokens of their pictures."""
     module = adapted.extended()
+    kind = attention_kinds.of(module)
+    assert kind is not None
     states = [{"image_proj": each.weights.of(PROJECTION), "ip_adapter": each.weights.of(IMAGE)} for each in
               prompt.of_files]  # fmt: skip
     for state in states:
-        _refuse_other_keys(model, module, state["ip_adapter"], prompt.param)
-    if getattr(module, "encoder_hid_proj", None) is not None and not hasattr(module, "text_encoder_hid_proj"):
-        module.text_encoder_hid_proj = module.encoder_hid_proj  # Kolors has one for its text
+        _refuse_other_keys(model, kind.shapes(module, state["ip_adapter"]), state["ip_adapter"], prompt.param)
     try:
-        processors = module._convert_ip_adapter_attn_to_diffusers(states)
-        projections = [module._convert_ip_adapter_image_proj_to_diffusers(state["image_proj"]) for state in states]
+        processors, projections = kind.put(module, states)
     except Exception as error:  # whatever diffusers raises for a file of another kind
         if is_out_of_memory(error):
             raise
@@ -248,18 +273,15 @@ def _extended(model: str, adapted: AdaptedModule, prompt: PicturePrompt) -> Exte
                 f"{prompt.param}: its file lacks tensors for {ip_adapters.shown(absent)} of {type(made).__name__}",
                 param=prompt.param,
             )
-    module.encoder_hid_proj = None  # a projection has processors too
-    module.set_attn_processor(dict(processors))
-    module.encoder_hid_proj = MultiIPAdapterImageProjection(projections)
-    module.config.encoder_hid_dim_type = "ip_image_proj"
     module.eval()
     following = [each for each in processors.values() if hasattr(each, "to_k_ip")]
     return Extended(module, following, adapted, (adapted.layers, prompt.of_files))
 
 
-def _refuse_other_keys(model: str, module: Any, attention: Mapping[str, torch.Tensor], param: str) -> None:
+def _refuse_other_keys(
+    model: str, expected: Mapping[str, torch.Size], attention: Mapping[str, torch.Tensor], param: str
+) -> None:
     """Raises InvalidRequest naming the keys of an adapter that was made for another denoiser."""
-    expected = _shapes(module)
     missing = sorted(expected.keys() - attention.keys())
     strange = sorted(attention.keys() - expected.keys())
     other = sorted(key for key in expected.keys() & attention.keys() if attention[key].shape != expected[key])
@@ -274,21 +296,14 @@ def _refuse_other_keys(model: str, module: Any, attention: Mapping[str, torch.Te
             )
 
 
-def _shapes(module: Any) -> dict[str, torch.Size]:
-    """The keys that an adapter of this denoiser has for its attention, with their shapes."""
-    shapes: dict[str, torch.Size] = {}
-    number = 1
-    for name in module.attn_processors:
-        if name.endswith("attn1.processor") or "motion_modules" in name:
-            continue
-        attention = module.get_submodule(name.removesuffix(".processor"))
-        shape = torch.Size((attention.inner_dim, module.config.cross_attention_dim))
-        shapes |= {f"{number}.to_k_ip.weight": shape, f"{number}.to_v_ip.weight": shape}
-        number += 2
-    return shapes
-
-
 def _denoiser(pipeline: Any) -> Any:
-    with suppress(AttributeError):
-        return pipeline.unet if hasattr(pipeline.unet, "_convert_ip_adapter_attn_to_diffusers") else None
-    return None
+    """The denoiser that takes adapters; None: there is none."""
+    parts = (getattr(pipeline, name, None) for name in ("unet", "transformer"))
+    return next((part for part in parts if attention_kinds.of(part)), None)
+
+
+def arguments(model: Loaded, pipeline: Any, pictures: Sequence[Sequence[Any]]) -> dict[str, Any]:
+    """What the call of a pipeline takes for the pictures of each adapter."""
+    kind = attention_kinds.of(_denoiser(model.pipeline))
+    assert kind is not None
+    return attention_kinds.arguments(kind, pipeline, pictures)

@@ -42,8 +42,10 @@ class Adapter:
 class ImageEncoder:
     """The image encoder of adapters in memory, in place of a pipeline."""
 
-    def __init__(self, image_encoder: torch.nn.Module) -> None:
+    def __init__(self, image_encoder: torch.nn.Module, processor: Any = None) -> None:
+        """`processor`: what makes pictures ready for it; None: what diffusers takes without one."""
         self.image_encoder = image_encoder
+        self.processor = processor
 
 
 @dataclass(frozen=True, slots=True)
