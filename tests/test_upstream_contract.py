@@ -58,6 +58,10 @@ NAMES: dict[str, tuple[str, ...]] = {
     "batching/feature_caches.py": (
         "diffusers.hooks.hooks:StateManager", "diffusers.hooks.hooks:ModelHook._is_stateful",
     ),
+    "runners/compiled.py": (
+        "torch._dynamo:config.patch", "torch._inductor:config.patch", "torch._inductor.compile_fx:compile_fx",
+        "diffusers:ModelMixin._repeated_blocks", "diffusers:ModelMixin.compile_repeated_blocks",
+    ),
     "batching/torch_state.py": (
         "torch._C:_get_privateuse1_backend_name", "torch._C:_len_torch_function_stack",
         "torch._C:_len_torch_dispatch_stack",
@@ -114,7 +118,7 @@ TOUCHED = {name.rpartition(".")[2].rpartition(":")[2] for names in NAMES.values(
     "_cache_config", "_diffusers_hook", "_state_cache", "_all_hooks", "_hf_hook", "_old_forward", "_use_default_values",
     "_orig_mod", "_version", "_C", "_class_name", "_name_or_path", "_diffusers_version", "_ignore_files",
     "_workflow_map", "_blocks_class_name", "_lora_loadable_modules", "_commit_hash", "_forward_hooks",
-    "_forward_pre_hooks",
+    "_forward_pre_hooks", "_dynamo", "_inductor",
 }  # fmt: skip
 """Private names that a test here touches."""
 
