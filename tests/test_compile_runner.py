@@ -122,6 +122,10 @@ def test_what_would_be_compiled_again_is_left_to_the_module(interpreted: None, m
     assert len(submitted) == 1
     assert now.run("__call__", (), call(2))[1] == "eager"  # to the end of this request
     assert not runner.why_eager
+    submitted[0]()
+    later = runner.for_request()
+    assert later
+    assert later.run("__call__", (), call(2))[1] == "compile-fp32"
 
 
 @needs_compiler

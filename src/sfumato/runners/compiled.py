@@ -90,10 +90,17 @@ class Compiled:
         """Kinds of calls that are compiled."""
         self._settled: set[tuple[Any, ...]] = set()
         """Those, and others that cannot be."""
-        self._now = _Now(self, self._ready)
+        self._version = 0
+        """How often something has become ready."""
+        self._now = _Now(self, self._ready, self._version)
         self.sizes: dict[str, bool] = {}
         """Shapes of the arguments → whether its output and the module's agree there."""
         self.compilations = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is being compiled: torch's lock would keep a call waiting that has to be, too."""
+        return self._background.busy
 
     @property
     def name(self) -> str:
@@ -104,8 +111,8 @@ class Compiled:
     def for_request(self) -> _Now | None:
         module = self._module()
         same = not self.why_eager and module is not None and module_state.state_of(module) == self._state
-        if same and self._now.kinds != self._ready:
-            self._now = _Now(self, self._ready)
+        if same and self._now.version != self._version:
+            self._now = _Now(self, self._ready, self._version)
         return self._now if same else None
 
     def state(self, module: str) -> RunnerState:
@@ -195,6 +202,7 @@ class Compiled:
             log.warning("%s cannot be compiled: %r", type(module).__name__, error)
         else:
             self._ready = frozenset({*self._ready, kind})
+            self._version += 1
             log.info("%s is compiled for such calls from the next request on", type(module).__name__)
         finally:
             self._allowed.compiles = False
@@ -223,12 +231,13 @@ class Compiled:
 class _Now:
     """What is compiled when a request begins, and stays so for it."""
 
-    def __init__(self, compiled: Compiled, kinds: frozenset[tuple[Any, ...]]) -> None:
+    def __init__(self, compiled: Compiled, kinds: frozenset[tuple[Any, ...]], version: int) -> None:
         self.number = next(numbers)
         self.kinds = kinds
+        self.version = version
         self._compiled = weakref.ref(compiled)
         self._unready: set[str] = set()
-        """Sizes that need another compilation."""
+        """Sizes that need another compilation, or may need one while torch is busy with another."""
 
     def prepare(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], *, wait: bool = False) -> bool:
         if compiled := self._compiled():
@@ -241,6 +250,8 @@ class _Now:
         with suppress(Unserved):
             kind, read = compiled.kind(method, args, kwargs)
             size = " ".join("x".join(map(str, shape)) for shape in read.shapes)
+            if size not in compiled.sizes and compiled.busy:
+                self._unready.add(size)
             if kind in self.kinds and size not in self._unready and compiled.sizes.get(size, True):
                 if computed := compiled.compute(method, args, kwargs, size):
                     return computed
