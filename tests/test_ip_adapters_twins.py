@@ -82,6 +82,10 @@ def test_the_twin_computes_what_diffusers_computes(tmp_path: Path, family: str, 
         plain = inputs(family, own, len(scales)) | {"joint_attention_kwargs": None}
         assert torch.allclose(without, pipeline.transformer(**plain).sample, atol=1e-5)
     assert not torch.allclose(without, expected, atol=1e-3)
+    if family == "sd3":  # its pipeline asks the twin, which other requests have, too
+        another = copy.copy(pipeline)
+        vars(another)["transformer"] = selection.module
+        assert another.is_ip_adapter_active
     shared = {tensor.data_ptr() for tensor in selection.module.parameters()}
     assert {tensor.data_ptr() for tensor in pipeline.transformer.parameters()} <= shared
     weights = adapters[0].weights

@@ -102,9 +102,13 @@ NAMES: dict[str, tuple[str, ...]] = {
     "checkpoints/pipeline_class.py": ("diffusers:DiffusionPipeline._optional_components",),
     "batching/adapted.py": ("torch.nn:Module._buffers", "peft.tuners.tuners_utils:BaseTunerLayer._active_adapter"),
     "models/by_layer.py": ("diffusers.hooks.group_offloading:_is_group_offload_enabled",),
-    "models/ip_adapters.py": tuple(
-        f"diffusers.loaders.unet:UNet2DConditionLoadersMixin._convert_ip_adapter_{part}_to_diffusers"
+    "models/attention_kinds.py": tuple(
+        f"diffusers.loaders.{mixin}._convert_ip_adapter_{part}_to_diffusers"
         for part in ("attn", "image_proj")
+        for mixin in (
+            "unet:UNet2DConditionLoadersMixin", "transformer_flux:FluxTransformer2DLoadersMixin",
+            "transformer_sd3:SD3Transformer2DLoadersMixin",
+        )
     ),
     "models/controlnets.py": ("diffusers:DiffusionPipeline._get_signature_keys",),
     "checkpoints/prediction.py": ("diffusers:ConfigMixin._get_init_keys",),

@@ -25,6 +25,9 @@ PROJECTION, IMAGE = "image_proj.", "ip_adapter."
 CLIP, SIGLIP = "clip_vision_model", "siglip_vision_model"
 """Types of image encoders."""
 
+_WHOLE = {"clip": CLIP, "siglip": SIGLIP}
+"""Types of models with such an encoder and a text encoder -> the encoder's."""
+
 _XLABS = {"ip_adapter_proj_model.": PROJECTION, "double_blocks.": IMAGE}
 """XLabs' beginnings of keys (FLUX) -> ours."""
 
@@ -72,8 +75,7 @@ class Encoder:
     def fits(self, config: Mapping[str, Any]) -> bool:
         """Whether a configuration describes one, or a model with one beside a text encoder."""
         if isinstance(inner := config.get("vision_config"), dict):
-            kind = f"{config.get('model_type')}_vision_model"
-            config = {**inner, "model_type": inner.get("model_type", kind)}
+            config = {**inner, "model_type": inner.get("model_type", _WHOLE.get(str(config.get("model_type"))))}
         return config.get("model_type") == self.kind and config.get(self.setting) == self.width
 
 
