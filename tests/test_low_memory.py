@@ -19,7 +19,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
 import sfumato
-from sfumato.batching import offload
+from sfumato.batching import offload, views
 from sfumato.checkpoints import download
 from sfumato.commands.check import check
 from sfumato.config import ModelConfig
@@ -27,12 +27,13 @@ from sfumato.config.model import Adapter
 from sfumato.core import Done
 from sfumato.drawing.draw import draw
 from sfumato.drawing.info import model_info
-from sfumato.errors import ModelFileError
+from sfumato.errors import InvalidRequest, ModelFileError
 from sfumato.models import load, low_memory, precision, quantizers
+from sfumato.models.adapters import Adapters
 from sfumato.pictures.images import decoded
 from sfumato.sampling import nested
 from sfumato.serving.catalog import Catalog
-from support import modular, tiny
+from support import loras, modular, tiny
 from support.drawing import loaded, quiet, source, wanted
 from support.model_files import read
 
@@ -162,6 +163,63 @@ def test_offloaded_pictures_are_the_resident_ones(family: str, mode: str, away: 
     assert away.moves > weights, "nothing went away again"
     if "group" in mode:
         assert len(away.kept) > weights / 2
+
+
+@pytest.mark.parametrize("family", ["sd", "sd, DoRA", "flux"])
+def test_loras_of_requests_act_on_layers_that_wait_in_main_memory(family: str, away: Away, tmp_path: Path) -> None:
+    """Also on those that went there while a LoRA was in memory; and they go away again."""
+    make: Any = tiny.flux if family == "flux" else tiny.stable_diffusion
+    if family == "sd":
+        path = loras.saved(loras.kohya(make(), {"text_encoder": "lora_te"}), tmp_path / "x.safetensors")
+    else:
+        part = "transformer" if family == "flux" else "unet"
+        path = loras.diffusers(make(), tmp_path, "x.safetensors", part=part, dora="DoRA" in family)
+    theirs, ours, adapters = make(), make(), Adapters()
+    resident = once(ours)
+    theirs.load_lora_weights(tmp_path, weight_name=path.name, adapter_name="a")
+    expected = once(theirs)
+    assert np.abs(once(ours, adapters, loras.of(path)) - expected).max() < 1e-5
+    enable(ours, "group")
+    kept = len(away.kept)
+    assert kept
+    for _ in range(2):
+        assert np.abs(once(ours, adapters, loras.of(path)) - expected).max() < 1e-5
+        assert len(away.kept) == kept, "they are away again"
+        assert np.abs(once(ours) - resident).max() < 1e-5
+        adapters.drop()
+
+
+def test_a_dora_on_weights_that_come_layer_by_layer_is_refused(away: Away, tmp_path: Path) -> None:
+    pipe = tiny.stable_diffusion()
+    with tiny.seeded(1):
+        layer = dict(pipe.text_encoder.named_modules())["encoder.layers.0.self_attn.q_proj"].weight
+        key = "text_encoder.encoder.layers.0.self_attn.q_proj"
+        state = {
+            f"{key}.lora_A.weight": torch.randn(2, layer.shape[1]), f"{key}.lora_B.weight": torch.randn(len(layer), 2),
+            f"{key}.lora_magnitude_vector": torch.ones(len(layer)),
+        }  # fmt: skip
+    path = loras.saved(state, tmp_path / "x.safetensors")
+    enable(pipe, "group")
+    with pytest.raises(InvalidRequest, match=r"x is a DoRA, .* wait in main memory"):
+        once(pipe, Adapters(), loras.of(path))
+
+
+def once(pipe: Any, adapters: Adapters | None = None, *chosen: Any) -> Any:
+    """The picture of one request; with `adapters`, as a request with LoRAs draws it."""
+    pipe.set_progress_bar_config(disable=True)
+    call = {"num_inference_steps": 2, "width": 64, "height": 64, "output_type": "np"}
+
+    def draw(pipeline: Any) -> Any:
+        return pipeline("a cat", **call, generator=torch.Generator().manual_seed(1)).images[0]
+
+    if adapters is None:
+        return draw(pipe)
+    with adapters.use(pipe, "cpu", "m", chosen) as selections:
+        view = views.view(pipe, adapters=selections)
+        try:
+            return draw(view)
+        finally:
+            views.close(view)
 
 
 def test_an_offloaded_layer_that_is_not_fetched_would_be_seen(away: Away, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.hooks.group_offloading import _GROUP_OFFLOADING, _is_group_offload_enabled
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -81,6 +82,9 @@ class AdaptedModule:
     def __init__(self, original: Any) -> None:
         self.original = original
         self.module: Any = twin(original)
+        self.waits = _is_group_offload_enabled(original)
+        """Whether layers of it wait in main memory until they are called."""
+        _follow_groups(original, self.module)
         self.defaults: tuple[str, ...] = ()
         """Adapters of the module itself, which act unless a request replaces them."""
         self.layers: list[Any] = []
@@ -201,6 +205,25 @@ class AdaptedModule:
         table = getattr(self.original, "get_input_embeddings", lambda: None)()
         if table is not None and self.module.get_input_embeddings() is not table:
             self.module.set_input_embeddings(table)
+
+
+def _follow_groups(original: Any, module: Any) -> None:
+    """Let blocks of a twin bring and send away the weights that they share with those of the original."""
+    parts = dict(module.named_modules())
+    for name, part in original.named_modules():
+        registry = getattr(part, "_diffusers_hook", None)
+        hook = registry.get_hook(_GROUP_OFFLOADING) if registry else None
+        if hook is None or parts[name] is part:  # a layer at the end is the original's, with its hook
+            continue
+
+        def before(twin: Any, args: Any, kwargs: Any, hook: Any = hook, part: Any = part) -> Any:
+            return hook.pre_forward(part, *args, **kwargs)
+
+        def after(twin: Any, args: Any, output: Any, hook: Any = hook, part: Any = part) -> Any:
+            return hook.post_forward(part, output)
+
+        parts[name].register_forward_pre_hook(before, with_kwargs=True)
+        parts[name].register_forward_hook(after)
 
 
 def target(module: Any, method: str) -> Any:

@@ -103,16 +103,6 @@ class Adapters:
                 "with. Name the LoRA in the model file (lora_adapter), or leave `cache` out there",
                 param="loras",
             )
-        if waits_by_layer(_loadable(pipeline).values()):
-            # Its hooks are on the blocks, of which the twin has its own.
-            if loras or replace_defaults:
-                raise InvalidRequest(
-                    f"loras: the layers of {model} wait in main memory (offload: group), where requests cannot have "
-                    "LoRAs. Name it in the model file (lora_adapter), or make room for the model",
-                    param="loras",
-                )
-            yield {}
-            return
         used: list[_Weighted] = []
         named = [lora for lora in loras if lora.default is None]
         try:
@@ -180,11 +170,12 @@ class Adapters:
                 self._modules[component] = AdaptedModule(module)
 
     def _forget_others(self, pipeline: Any) -> None:
-        """Drop what belongs to modules that the pipeline has no more: they were replaced to be offloaded."""
+        """Drop what belongs to modules that the pipeline has no more, or whose layers were moved to main memory."""
         modules = _loadable(pipeline)
         known = {component: module for component, (module, _) in self._untouched.items()}
         known |= {component: adapted.original for component, adapted in self._modules.items()}
-        if any(modules.get(component) is not module for component, module in known.items()):
+        offloaded = (waits_by_layer([each.original]) != each.waits for each in self._modules.values())
+        if any(modules.get(component) is not module for component, module in known.items()) or any(offloaded):
             # Requests in flight keep theirs.
             self._modules, self._entries, self._weighted = {}, OrderedDict(), OrderedDict()
             self._untouched, self._readings = {}, {}

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.hooks.group_offloading import _GROUP_OFFLOADING
 from peft.tuners import tuners_utils
 from torch.nn import init
 from torch.overrides import TorchFunctionMode
@@ -117,6 +118,7 @@ def read(pipeline: Any, modules: Mapping[str, torch.nn.Module], lora: Lora, name
         return answer
 
     vars(loader)["lora_state_dict"] = read_and_check
+    vars(loader)["hf_device_map"] = {}  # else hooks of layers that the twins share would be taken off and put on
     path = Path(lora.file)
     with weight_file.in_lower_case(path) as file, _as_request_error(lora, model), _of_this_thread():
         changes = [untouched(modules[component], each) for component, each in twins.items()]
@@ -139,12 +141,25 @@ def read(pipeline: Any, modules: Mapping[str, torch.nn.Module], lora: Lora, name
         )
     parts = {component: each for component, each in twins.items() if having(each, name)}
     size = 0
-    for each in parts.values():
-        for tensor in own(having(each, name).values(), name):
-            # A copy also on the CPU: what is read is mapped, and changes with a file that is written over.
-            tensor.data = tensor.data.to(device, copy=True)
-            size += tensor.numel() * tensor.element_size()
+    for component, each in parts.items():
+        for where, layer in having(each, name).items():
+            _refuse_without_weights(layer, name, f"{component}.{where}", lora, model)
+            for tensor in own([layer], name):
+                # A copy also on the CPU: what is read is mapped, and changes with a file that is written over.
+                tensor.data = tensor.data.to(device, copy=True)
+                size += tensor.numel() * tensor.element_size()
     return Read(name, parts, size)
+
+
+def _refuse_without_weights(layer: Any, name: str, path: str, lora: Lora, model: str) -> None:
+    """Raise InvalidRequest for an adapter that needs weights which are only there while their own layer computes."""
+    registry = getattr(layer.get_base_layer(), "_diffusers_hook", None)
+    if registry and registry.get_hook(_GROUP_OFFLOADING) and name in getattr(layer, "lora_variant", {}):
+        raise InvalidRequest(
+            f"loras: {lora.name} is a DoRA, which needs the weights of {path}; in {model} they wait in main memory "
+            "until that layer computes (offload: group). Name it in the model file (lora_adapter)",
+            param="loras",
+        )
 
 
 def own(layers: Iterable[Any], name: str) -> Iterator[torch.Tensor]:
