@@ -96,7 +96,7 @@ def test_no_more_is_lost_for_short_requests_than_their_share() -> None:
 # The whole: six requests of 50 steps are under way, and one of four steps comes.
 
 CPU = {2: 1.0, 4: 1.5, 6: 2.0, 8: 2.5}
-"""Time of a forward pass, by rows: the built-in model on two cores."""
+"""Time of a forward pass, by rows: assumed, as of a CPU that gains from batching."""
 
 
 def simulated(short_at: float, *, bearing: bool) -> tuple[float, float]:

@@ -59,7 +59,7 @@ NAMES: dict[str, tuple[str, ...]] = {
         "diffusers.hooks.hooks:StateManager", "diffusers.hooks.hooks:ModelHook._is_stateful",
     ),
     "runners/compiled.py": (
-        "torch._dynamo:config.patch", "torch._inductor:config.patch", "torch._inductor.compile_fx:compile_fx", "torch:_dynamo", "torch:_inductor",
+        "torch._dynamo:config.patch", "torch._inductor:config.patch",
         "diffusers:ModelMixin._repeated_blocks", "diffusers:ModelMixin.compile_repeated_blocks",
     ),
     "batching/torch_state.py": (

@@ -26,6 +26,7 @@ from sfumato.batching.batcher import Batcher
 from sfumato.config import ModelConfig
 from sfumato.core import Generation
 from sfumato.drawing import draw as generation
+from sfumato.drawing import steps
 from sfumato.drawing.info import model_info
 from sfumato.errors import DrawError
 from sfumato.models import device
@@ -324,7 +325,8 @@ def test_a_watched_scheduler_looks_like_its_class_and_can_be_copied() -> None:
     seen: list[int] = []
     made = request_scheduler.make(pipe, schedulers.parse("lcm"), 1)
     cls = type(made)
-    watched = generation._observed(made, lambda step, total: seen.append(step))
+    watched = made
+    steps._observe(watched, lambda step, total: seen.append(step), steps.Finite(), None)
     assert isinstance(watched, cls)
     assert type(watched).__name__ == cls.__name__
     assert "generator" in inspect.signature(watched.step).parameters
