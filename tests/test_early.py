@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import httpx
 import pytest
 
 from sfumato import __version__
+from sfumato.api.http import early as early_module
 from sfumato.api.http.early import EarlyAnswers, answer
 from sfumato.commands.serve import serve
 from sfumato.process.supervisor import Supervisor
@@ -49,6 +51,23 @@ def test_nonsense_is_not_answered_and_stops_nothing(early: EarlyAnswers, sent: b
         client.shutdown(socket.SHUT_WR)
         assert client.recv(100) == b""
     assert httpx.get(f"{url(early)}/healthz").status_code == 200
+
+
+def test_one_that_sends_byte_by_byte_does_not_hold_up_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = itertools.count(0.0, 0.2)
+    monkeypatch.setattr(early_module.time, "monotonic", lambda: next(seconds))
+    received: list[float] = []
+
+    class Slow:
+        def settimeout(self, left: float) -> None:
+            assert left <= early_module.PATIENCE_S
+
+        def recv(self, most: int) -> bytes:
+            received.append(1)
+            return b"x"
+
+    assert answer(early_module._head(Slow())) == b""  # type: ignore[arg-type]
+    assert len(received) == 2
 
 
 def test_whoever_was_not_accepted_is_the_servers(early: EarlyAnswers) -> None:

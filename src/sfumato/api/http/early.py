@@ -10,12 +10,13 @@ import json
 import selectors
 import socket
 import threading
+import time
 from contextlib import suppress
 
 from sfumato import __version__
 
 PATIENCE_S = 0.5
-"""Seconds for a client to send its request, and to read the answer."""
+"""Seconds for a client to send its request, and as many to read the answer."""
 
 LONGEST_HEAD = 8192
 """Maximum bytes of a request's head."""
@@ -72,7 +73,6 @@ class EarlyAnswers:
                 with suppress(OSError):  # a client that is gone
                     client, _ = bound.accept()
                     with client:
-                        client.settimeout(PATIENCE_S)
                         client.sendall(answer(_head(client)))
 
 
@@ -95,7 +95,12 @@ def answer(head: bytes) -> bytes:
 
 
 def _head(client: socket.socket) -> bytes:
-    head = b""
-    while b"\r\n\r\n" not in head and len(head) < LONGEST_HEAD and (more := client.recv(LONGEST_HEAD)):
+    """Empty if it has not come in time: one that sends byte by byte must not hold up the server's start."""
+    head, deadline = b"", time.monotonic() + PATIENCE_S
+    while b"\r\n\r\n" not in head and len(head) < LONGEST_HEAD and (left := deadline - time.monotonic()) > 0:
+        client.settimeout(left)
+        if not (more := client.recv(LONGEST_HEAD)):
+            break
         head += more
+    client.settimeout(PATIENCE_S)
     return head[: head.find(b"\r\n\r\n") + 4]
