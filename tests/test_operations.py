@@ -329,7 +329,9 @@ def test_every_answer_can_be_read_by_it(tmp_path: Path, monkeypatch: pytest.Monk
     for answer in (*answers.values(), streamed):
         assert answer.headers["access-control-allow-origin"] == ORIGIN
         exposed = answer.headers["access-control-expose-headers"].split(", ")
-        assert {"x-request-id", "x-sfumato-ignored", "x-sfumato-warning", "retry-after", "x-should-retry"} == {*exposed}
+        assert {*exposed} == {
+            "x-request-id", "x-sfumato-ignored", "x-sfumato-warning", "retry-after", "x-should-retry", "mcp-session-id",
+        }  # fmt: skip
         assert answer.headers["x-request-id"]
         if answer.status_code != 200:
             assert set(answer.json()["error"]) == {"message", "type", "param", "code"}

@@ -18,6 +18,7 @@ from PIL import Image
 from sfumato.commands import serve
 from sfumato.config import ModelConfig
 from sfumato.core import Done, EngineStats, Event, Generation, ModelStatus, Recipe, Step
+from sfumato.process import supervisor
 from sfumato.sampling import Sampling
 from sfumato.settings import Settings
 from support import serving
@@ -83,7 +84,7 @@ def _recipe(config: ModelConfig, asked: Generation) -> Recipe:
 
 
 def main(given: dict[str, Any]) -> None:
-    serve.Supervisor = Square  # type: ignore[assignment, misc]
+    supervisor.Supervisor = Square  # type: ignore[assignment, misc]
     serve.serve(Settings.load(given))
 
 
