@@ -40,6 +40,7 @@ def test_it_is_alive_and_not_ready(early: EarlyAnswers) -> None:
         later = httpx.request(method, url(early) + path, json={"prompt": "a cup"} if method == "POST" else None)
         assert later.status_code == 503
         assert later.headers["retry-after"] == "1"
+        assert later.headers["refresh"] == "1"  # a browser that shows it loads the page when it is there
         assert later.json()["error"]["code"] == "starting"
 
 

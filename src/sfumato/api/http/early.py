@@ -1,7 +1,7 @@
 """Answer `/healthz` while the server imports its libraries, which takes longer than everything else at its start.
 
 A thread accepts connections on the server's socket, with the standard library alone. Every other request is answered
-with 503 and `Retry-After`. Then the application gets the socket; connections that have not been accepted are its own.
+with 503 and `Retry-After`; a browser asks again by itself. Then the application gets the socket; connections that have not been accepted are its own.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def answer(head: bytes) -> bytes:
         "content-type: application/json",
         f"content-length: {len(body)}",
         "connection: close",
-        *(() if alive else ("retry-after: 1",)),
+        *(() if alive else ("retry-after: 1", "refresh: 1", "x-sfumato-starting: 1")),
     ]
     return "\r\n".join([*lines, "", ""]).encode() + (b"" if method == b"HEAD" else body)
 

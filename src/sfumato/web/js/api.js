@@ -45,6 +45,10 @@ export async function send(method, path, { json, form, id, signal } = {}) {
       lost();
       throw new Failure("The server does not respond.", { code: "offline" });
     }
+    if (answer.status === 503 && answer.headers.has("x-sfumato-starting")) {
+      lost();
+      throw new Failure("The server is starting.", { code: "offline" });
+    }
     reached();
     if (answer.status === 401) {
       await askForKey(used);

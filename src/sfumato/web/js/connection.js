@@ -28,7 +28,8 @@ async function ask() {
   while (!online.value) {
     await new Promise((resolve) => setTimeout(resolve, AGAIN_MS));
     try {
-      const answer = await fetch(new URL("healthz", document.baseURI), { cache: "no-store" });
+      // The page, not healthz: that is answered before the server can do anything else.
+      const answer = await fetch(document.baseURI, { cache: "no-store" });
       if (answer.ok) reached();
     } catch {
       // still gone
