@@ -1,7 +1,8 @@
 """Answer `/healthz` while the server imports its libraries, which takes longer than everything else at its start.
 
 A thread accepts connections on the server's socket, with the standard library alone. Every other request is answered
-with 503 and `Retry-After`; a browser asks again by itself. Then the application gets the socket; connections that have not been accepted are its own.
+with 503 and `Retry-After`; a browser asks again by itself. Then the application gets the socket; connections that have
+not been accepted are its own.
 """
 
 from __future__ import annotations
