@@ -242,6 +242,7 @@ def test_only_what_the_model_takes_is_shown(browser: Browser, tmp_path: Path) ->
         for name in ("Negative prompt", "Steps", "Clip skip"):
             expect(page.get_by_label(name, exact=True)).to_have_count(0)
         expect(page.get_by_label("Width", exact=True)).to_have_attribute("placeholder", "64")
+        expect(page.get_by_role("button", name=re.compile("^Add a "))).to_have_count(0)  # there are no adapters
         model.select_option("sfumato-tiny")
         expect(page.get_by_label("Steps", exact=True)).to_have_attribute("placeholder", "20")
         expect(box(page, "Negative prompt")).to_be_visible()

@@ -45,8 +45,8 @@ export const lastSeed = () => {
 };
 
 function remember() {
-  session.write("drawings", untracked(() => drawings.value.filter((each) => !each.sources || each.state.value === "done").map((each) => ({
-    id: each.id, path: each.path, request: each.request, hidden: each.hidden, state: each.state.value, message: each.message.value,
+  session.write("drawings", untracked(() => drawings.value.filter((each) => !(each.sources || each.request.controls) || each.state.value === "done").map((each) => ({
+    id: each.id, path: each.path, request: { ...each.request, controls: undefined }, hidden: each.hidden, state: each.state.value, message: each.message.value,
     pictures: each.pictures.value.map(({ src, ...rest }) => (src?.startsWith("data:") ? rest : { ...rest, src })),
   }))));
 }
@@ -102,7 +102,7 @@ function whole(drawing, { data }) {
 
 function formOf(body, sources) {
   const form = new FormData();
-  for (const [name, value] of Object.entries(body)) form.append(name, String(value));
+  for (const [name, value] of Object.entries(body)) form.append(name, typeof value === "object" ? JSON.stringify(value) : value);
   for (const [name, file] of Object.entries(sources)) form.append(name, file, `${name}.png`);
   return form;
 }

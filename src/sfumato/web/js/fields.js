@@ -1,5 +1,6 @@
 // The fields below the prompt that the selected model supports; its defaults are the placeholders.
 import { html, nothing } from "./lib.js";
+import { adapters } from "./adapters.js";
 import { choice, number, text, textarea, tool } from "./controls.js";
 import { RARE, form, problemOf, randomSeed, seedIsValid, set } from "./form.js";
 import { about, defaults, limits, model, models, schedulers, takes, wanted } from "./models.js";
@@ -59,7 +60,7 @@ export const settingFields = ({ sized = true, several = true, before = nothing }
           max: limits.value.n, step: 1, problem: problemOf("n") })
       : nothing}
   </div>
-  ${rareFields()}`;
+  ${rareFields()}${adapters()}`;
 
 const BOUNDS = { clip_skip: { label: "Clip skip", max: 64, step: 1 }, eta: { label: "Eta", max: 1 },
   guidance_rescale: { label: "Guidance rescale", max: 1 } };

@@ -1,7 +1,7 @@
 // The fields of a request, and the request made from them. They survive a reload.
 import { batch, signal } from "./lib.js";
 import { kept } from "./kept.js";
-import { defaults, limits, model, takes, wanted } from "./models.js";
+import { controllable, defaults, limits, model, takes, wanted } from "./models.js";
 
 const MAX_SEED = 9223372036854775807n;
 
@@ -19,6 +19,8 @@ export const form = {
   clip_skip: kept("clip_skip", ""),
   eta: kept("eta", ""),
   guidance_rescale: kept("guidance_rescale", ""),
+  loras: kept("loras", []), // { name, weight, text_weight? }
+  controls: signal([]), // { name, weight, preprocess, image } of this visit
 };
 
 /** Fields that few people need, by the names they have in requests and recipes. */
@@ -58,6 +60,8 @@ export const size = () => {
   return wide.value || high.value ? `${wide.value || width}x${high.value || height}` : "";
 };
 
+const weighted = (rows) => rows.map((row) => ({ ...row, weight: Number(row.weight || 1) }));
+
 /** The fields as the body of `POST /v1/images/generations`. */
 export function request() {
   const given = {
@@ -71,8 +75,10 @@ export function request() {
     guidance_scale: takes("guidance_scale") ? form.guidance.value : "",
     scheduler: form.scheduler.value,
     ...Object.fromEntries(RARE.map((name) => [name, takes(name) ? form[name].value : ""])),
+    loras: weighted(form.loras.value),
+    controls: controllable.value.length ? weighted(form.controls.value) : [],
   };
-  return Object.fromEntries(Object.entries(given).filter(([, value]) => value !== "" && value !== undefined));
+  return Object.fromEntries(Object.entries(given).filter(([, value]) => value !== undefined && value?.length !== 0));
 }
 
 export const seedIsValid = (text) => /^\d{0,19}$/.test(text) && BigInt(text || 0) <= MAX_SEED;
@@ -99,6 +105,10 @@ export function use(recipe, what = "all") {
       form.scheduler.value = /^[a-z]/.test(recipe.scheduler ?? "") ? recipe.scheduler : ""; // else a class: the model's own
       for (const name of RARE) form[name].value = text(recipe[name]);
       form.count.value = "1";
+      const off = recipe.loras_off?.map((name) => [name, 0, 0, 0]) ?? []; // of the model file's own
+      form.loras.value = [...(recipe.loras ?? []), ...off].map(([name, , , weight, text_weight]) => ({ name, weight: text(weight), text_weight }));
+      form.controls.value = (recipe.controls ?? []).filter(({ name, joins }) => name && !joins).map(({ name, weight, preprocess }) =>
+        ({ name, weight: text(weight), preprocess: preprocess ?? "none", image: "" }));
     }
   });
 }

@@ -8,6 +8,8 @@ export const EMBEDDED = "sfumato-tiny";
 export const models = signal([]);
 export const schedulers = signal([]);
 export const wanted = kept("model", "");
+const loras = signal([]);
+const nets = signal([]);
 
 export const model = computed(
   () => models.value.find((each) => each.id === wanted.value) ?? models.value[0] ?? null,
@@ -34,6 +36,16 @@ export function takes(field) {
   return status !== "ready" || !KNOWN.includes(field) || defaults.value[field] !== null;
 }
 
+// Files beside the model files are for models there.
+const beside = (list) => (model.value?.id === EMBEDDED ? [] : list);
+
+/** LoRAs for the selected model. */
+export const fitting = computed(() => beside(loras.value).filter(({ models }) => models?.includes(model.value?.id) ?? true));
+
+/** Names of ControlNets and IP-Adapters, unless the selected model takes none. */
+export const controllable = computed(() =>
+  about.value?.control_nets?.length === 0 && !about.value.ip_adapters ? [] : beside(nets.value));
+
 /** The first upscaling model and its factor; null if there is none. */
 export const upscaler = computed(() => {
   const found = models.value.find(
@@ -43,7 +55,10 @@ export const upscaler = computed(() => {
 });
 
 export async function loadModels() {
-  const [listed, named] = await Promise.all([get("v1/models"), get("v1/schedulers")]);
+  const paths = ["v1/models", "v1/schedulers", "v1/loras", "controlnet/model_list"];
+  const [listed, named, adapters, { model_list }] = await Promise.all(paths.map((path) => get(path)));
   models.value = listed.data;
   schedulers.value = named.data;
+  loras.value = adapters.data;
+  nets.value = model_list;
 }

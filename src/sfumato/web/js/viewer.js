@@ -14,20 +14,23 @@ const doomed = signal(null); // names waiting for confirmation
 export const open = (one) => (opened.value = one);
 export const sure = (names) => (doomed.value = names);
 
+// Words, and a field of the recipe or what is made of several.
 const ROWS = [
-  ["Negative prompt", (recipe) => recipe.negative_prompt],
-  ["Model", (recipe) => recipe.model],
+  ["Negative prompt", "negative_prompt"],
+  ["Model", "model"],
   ["Size", (recipe) => recipe.width && `${recipe.width} × ${recipe.height}`],
-  ["Steps", (recipe) => recipe.steps],
-  ["Guidance", (recipe) => recipe.guidance_scale],
-  ["Scheduler", (recipe) => recipe.scheduler],
-  ["Seed", (recipe) => recipe.seed],
-  ["Strength", (recipe) => recipe.strength],
-  ["Clip skip", (recipe) => recipe.clip_skip],
-  ["Eta", (recipe) => recipe.eta],
-  ["Guidance rescale", (recipe) => recipe.guidance_rescale],
-  ["Pipeline", (recipe) => recipe.pipeline],
-  ["Weights", (recipe) => recipe.source],
+  ["Steps", "steps"],
+  ["Guidance", "guidance_scale"],
+  ["Scheduler", "scheduler"],
+  ["Seed", "seed"],
+  ["Strength", "strength"],
+  ["Clip skip", "clip_skip"],
+  ["Eta", "eta"],
+  ["Guidance rescale", "guidance_rescale"],
+  ["LoRAs", (recipe) => recipe.loras?.map(([name, , , weight]) => `${name} ${weight}`).join(", ")],
+  ["Controls", (recipe) => recipe.controls?.map(({ name }) => name).join(", ")],
+  ["Pipeline", "pipeline"],
+  ["Weights", "source"],
   ["Drawn on", (recipe) => recipe.device && `${recipe.device}, ${recipe.dtype}`],
   ["Made with", (recipe) => recipe.versions && Object.entries(recipe.versions).map((pair) => pair.join(" ")).join(", ")],
 ];
@@ -35,7 +38,7 @@ const ROWS = [
 const said = (value) => value !== null && value !== undefined && value !== "";
 
 const recipeList = (recipe, more = []) => html`<dl class="recipe">
-  ${[...ROWS.map(([words, of]) => [words, of(recipe)]), ...more].filter(([, value]) => said(value))
+  ${[...ROWS.map(([words, of]) => [words, of.call ? of(recipe) : recipe[of]]), ...more].filter(([, value]) => said(value))
     .map(([words, value]) => html`<dt>${words}</dt><dd>${value}</dd>`)}
 </dl>`;
 
