@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 
-from sfumato.batching import interruption
+from sfumato.batching import interruption, offload
 from sfumato.batching.batcher import Batcher
 from sfumato.batching.interruption import Slices
 from sfumato.batching.task import State, Task
 from sfumato.batching.verification import Verification
 from sfumato.batching.views import view
+from sfumato.core import Generation
+from sfumato.drawing import out_of_memory
 from support import tiny
 from support.batches import noise
+from support.drawing import loaded, wanted
 from support.families import picture
 from support.families_moving import wan
 
@@ -212,6 +216,28 @@ def test_only_one_is_under_way_at_a_time(timed: Timed) -> None:
     assert most == 1
     assert other.outcome
     assert max(timed.parts_between()) <= FORWARD
+
+
+def test_weights_move_only_when_no_call_is_under_way(timed: Timed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another request of the model runs out of memory while a decode is interrupted. `meta` stands for main memory."""
+    model = loaded(timed.pipe, vae_tiling=False)
+    large = timed.submit(seed=1, **LARGE)
+    while large.state is not State.INTERRUPTED:
+        timed.batcher.step()
+
+    def attempt(generation: Generation) -> bool:
+        if model.state.offload == "none":
+            raise torch.OutOfMemoryError("no room")
+        return large.done
+
+    monkeypatch.setattr(offload, "enable", lambda pipe, device: pipe.vae.to("meta"))
+    given = replace(model, device="cuda"), wanted(), attempt, lambda: 0, timed.batcher.let_long_calls_end
+    short = [timed.batcher.submit(lambda: out_of_memory.with_less(*given)) for _ in range(2)]
+    timed.finish()
+    assert large.outcome
+    assert large.outcome.error is None
+    assert [task.outcome and task.outcome.value for task in short] == [True, True]
+    assert model.state.offload == "model", "moved once for both"
 
 
 def test_a_vae_in_tiles_is_interrupted_between_them_and_no_other_request_gets_tiles(timed: Timed) -> None:
