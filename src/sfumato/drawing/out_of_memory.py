@@ -112,8 +112,9 @@ def _offload(model: Loaded, let_long_calls_end: Callable[[], None]) -> str:
 
 def _pixels(model: Loaded, generation: Generation) -> float:
     """Approximate pixels of the picture to draw, to tell large from small; infinite if unknown."""
-    if size := generation.sampling.size:
-        return math.prod(size)
+    second = generation.hires.sampling.size if generation.hires else None
+    if sizes := [size for size in (generation.sampling.size, second) if size]:
+        return max(math.prod(size) for size in sizes)
     if generation.images:
         return math.prod(images.size(generation.images[0])) * (generation.upscale or 1) ** 2
     width, height = own_size(model)
