@@ -19,6 +19,7 @@ from sfumato.batching.verification import Verification
 from sfumato.batching.views import view
 from sfumato.core import Generation
 from sfumato.drawing import out_of_memory
+from sfumato.runners import module_state
 from support import tiny
 from support.batches import noise
 from support.drawing import loaded, wanted
@@ -278,6 +279,35 @@ def test_a_vae_that_keeps_a_state_on_itself_may_be_called_in_between() -> None:
             drawn = own.decode(first).sample
         parts, calls = calls, 0
     assert torch.equal(drawn, alone)
+
+
+class Counting(torch.nn.Module):
+    """Keeps a state, as the convolutions of AutoencoderKLMagvit do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last, self.all = 0, [0]
+
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        self.last += 1
+        self.all.append(self.last)
+        return sample
+
+
+def test_what_happens_within_a_call_is_of_layers_of_its_own() -> None:
+    """A runner that is made of the module meanwhile finds no hooks; a state of layers is not another call's."""
+    vae = tiny.stable_diffusion().vae.eval()
+    vae.decoder.conv_act = counting = Counting().eval()
+    latents = noise(1, 4, 4, 4)
+    expected = vae.decode(latents).sample
+    found: list[str] = []
+    with interruption.part_by_part(vae, lambda on_host: found.append(module_state.why_hooked(vae))) as own:
+        assert torch.equal(own.decode(latents).sample, expected)
+        assert own.decoder.conv_act.last == 2
+    assert found
+    assert set(found) == {""}
+    assert (counting.last, counting.all) == (1, [0, 1])
+    assert [id(each) for each in own.parameters()] == [id(each) for each in vae.parameters()]
 
 
 def with_accelerate_hook(vae: Any) -> None:
