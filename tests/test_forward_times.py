@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -51,6 +52,14 @@ def test_what_is_not_known_well_limits_nothing() -> None:
     assert learned({2: 1.0, 8: 4.0}, times=ENOUGH - 1).limit(SHAPE, 8) == 8
     assert ForwardTimes().limit(SHAPE, 8) == 8
     assert learned({2: 1.0, 8: 4.0}).limit("another", 8) == 8
+
+
+def test_what_takes_no_time_is_not_noted() -> None:
+    times = ForwardTimes()
+    for rows in (1, 2):
+        for _ in range(ENOUGH):
+            times.note(SHAPE, rows, 0.0, on_host=False)
+    assert times.limit(SHAPE, 4) == 4
 
 
 def test_a_disturbed_forward_pass_teaches_nothing() -> None:
@@ -196,12 +205,20 @@ def test_unloading_a_model_forgets_its_times() -> None:
 def test_an_accelerator_is_read_when_it_is_ready_and_never_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Events stand in for a device that is some forward passes behind."""
     ready: list[bool] = []
+    current: list[int | None] = []
+
+    @contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        current.append(device.index)
+        yield
+        current.pop()
 
     class Event:
         def __init__(self, enable_timing: bool) -> None:
             self.at = len(ready)
 
         def record(self) -> None:
+            assert current == [1], "the model's card is not the first one"
             ready.append(False)
 
         def query(self) -> bool:
@@ -212,9 +229,10 @@ def test_an_accelerator_is_read_when_it_is_ready_and_never_waited_for(monkeypatc
             return 40.0
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", on)
     times = ForwardTimes()
     call = called(Coupled(), noise(2, 3).to("meta"))
-    monkeypatch.setattr(forward_times, "_device", lambda call: torch.device("cuda"))
+    monkeypatch.setattr(forward_times, "_device", lambda call: torch.device("cuda", 1))
     times.end(times.begin(call), call, 2)
     assert not times._shapes
     ready[:] = [True] * len(ready)

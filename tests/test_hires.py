@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +14,18 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline
+from diffusers import AutoencoderTiny, StableDiffusionImg2ImgPipeline
 from PIL import Image
 
 import sfumato
 import sfumato.commands.generate as command
 from sfumato.core import Generation
-from sfumato.drawing import latent_sources
+from sfumato.drawing import latent_sources, two_passes
 from sfumato.pictures import recipe as recipes
 from sfumato.sampling import UPSCALERS, Hires, Sampling, whole_steps
 from sfumato.settings import Settings
+from support import tiny
+from support.drawing import loaded, quiet, wanted
 from support.held import Held
 from support.inside import Inside
 from support.serving import Server
@@ -104,6 +108,36 @@ def test_latents_are_diffusers(size: tuple[int, int]) -> None:
         assert torch.allclose(taken, torch.nn.functional.interpolate(whole, size=(16, 16), mode="bicubic"), atol=1e-5)
     image = pipeline("a cat", image=taken, strength=0.5, num_inference_steps=2).images[0]
     assert image.size == canvas.size
+
+
+def test_a_tiny_vae_has_latents_without_a_distribution() -> None:
+    pipeline = tiny.stable_diffusion()
+    pipeline.vae = AutoencoderTiny(
+        latent_channels=4,
+        encoder_block_out_channels=(8,) * 4,
+        decoder_block_out_channels=(8,) * 4,
+        num_encoder_blocks=(1,) * 4,
+        num_decoder_blocks=(1,) * 4,
+    ).eval()
+    second = Sampling(width=128, height=128, steps=2, strength=0.5)
+    generation = replace(wanted(width=64, height=64), hires=Hires(upscaler="Latent", sampling=second))
+    done = two_passes.draw(loaded(pipeline), generation, quiet)
+    assert (done.recipe.size, done.warnings) == ((128, 128), ())
+
+
+def as_in_playground(pipeline: Any) -> None:
+    pipeline.vae.register_to_config(latents_mean=[0.1] * 4, latents_std=[1.0] * 4)
+
+
+@pytest.mark.parametrize("change", [lambda pipeline: pipeline.to(torch.float16), as_in_playground])
+def test_pixels_are_enlarged_where_the_pipeline_does_more_than_encode(change: Callable[[Any], Any]) -> None:
+    pipeline = tiny.stable_diffusion_xl()
+    generation = Generation("", "a cat", 1, latents="Latent")
+    assert latent_sources.taken(pipeline, generation)
+    change(pipeline)
+    assert not latent_sources.taken(pipeline, generation)
+    assert "as Lanczos does" in latent_sources.warnings(pipeline, generation)[0]
+    assert latent_sources.taken(tiny.stable_diffusion().to(torch.float16), generation), "which does not upcast its VAE"
 
 
 def test_infotext_and_info_are_automatic1111s(server: Server) -> None:

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 
-from sfumato.batching import interruption
+from sfumato.batching import interruption, offload
 from sfumato.batching.batcher import Batcher
 from sfumato.batching.interruption import Slices
 from sfumato.batching.task import State, Task
 from sfumato.batching.verification import Verification
 from sfumato.batching.views import view
+from sfumato.core import Generation
+from sfumato.drawing import out_of_memory
+from sfumato.runners import module_state
 from support import tiny
 from support.batches import noise
+from support.drawing import loaded, wanted
 from support.families import picture
 from support.families_moving import wan
 
@@ -214,6 +219,28 @@ def test_only_one_is_under_way_at_a_time(timed: Timed) -> None:
     assert max(timed.parts_between()) <= FORWARD
 
 
+def test_weights_move_only_when_no_call_is_under_way(timed: Timed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another request of the model runs out of memory while a decode is interrupted. `meta` stands for main memory."""
+    model = loaded(timed.pipe, vae_tiling=False)
+    large = timed.submit(seed=1, **LARGE)
+    while large.state is not State.INTERRUPTED:
+        timed.batcher.step()
+
+    def attempt(generation: Generation) -> bool:
+        if model.state.offload == "none":
+            raise torch.OutOfMemoryError("no room")
+        return large.done
+
+    monkeypatch.setattr(offload, "enable", lambda pipe, device: pipe.vae.to("meta"))
+    given = replace(model, device="cuda"), wanted(), attempt, lambda: 0, timed.batcher.let_long_calls_end
+    short = [timed.batcher.submit(lambda: out_of_memory.with_less(*given)) for _ in range(2)]
+    timed.finish()
+    assert large.outcome
+    assert large.outcome.error is None
+    assert [task.outcome and task.outcome.value for task in short] == [True, True]
+    assert model.state.offload == "model", "moved once for both"
+
+
 def test_a_vae_in_tiles_is_interrupted_between_them_and_no_other_request_gets_tiles(timed: Timed) -> None:
     timed.pipe.vae.tile_latent_min_size = timed.pipe.vae.tile_sample_min_size // 8
     timed.pipe.vae.enable_tiling()
@@ -252,6 +279,35 @@ def test_a_vae_that_keeps_a_state_on_itself_may_be_called_in_between() -> None:
             drawn = own.decode(first).sample
         parts, calls = calls, 0
     assert torch.equal(drawn, alone)
+
+
+class Counting(torch.nn.Module):
+    """Keeps a state, as the convolutions of AutoencoderKLMagvit do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last, self.all = 0, [0]
+
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        self.last += 1
+        self.all.append(self.last)
+        return sample
+
+
+def test_what_happens_within_a_call_is_of_layers_of_its_own() -> None:
+    """A runner that is made of the module meanwhile finds no hooks; a state of layers is not another call's."""
+    vae = tiny.stable_diffusion().vae.eval()
+    vae.decoder.conv_act = counting = Counting().eval()
+    latents = noise(1, 4, 4, 4)
+    expected = vae.decode(latents).sample
+    found: list[str] = []
+    with interruption.part_by_part(vae, lambda on_host: found.append(module_state.why_hooked(vae))) as own:
+        assert torch.equal(own.decode(latents).sample, expected)
+        assert own.decoder.conv_act.last == 2
+    assert found
+    assert set(found) == {""}
+    assert (counting.last, counting.all) == (1, [0, 1])
+    assert [id(each) for each in own.parameters()] == [id(each) for each in vae.parameters()]
 
 
 def with_accelerate_hook(vae: Any) -> None:

@@ -175,6 +175,40 @@ def test_who_is_cancelled_while_it_waits_leaves_nothing(sd: Any, files: list[Pat
     assert not both.adapters.modules and not both.adapters._untouched
 
 
+def test_what_was_cancelled_before_its_turn_is_not_read(sd: Any, files: list[Path], held: Held) -> None:
+    both = Together(sd)
+    both.adapters.alone = lock = threading.Lock()
+    held.go.set()
+    with lock:  # another one is being read
+        first, plain = both.request(loras.of(files[0])), both.request()
+        both.until(plain)
+        both.batcher.cancel(first, Cancelled())
+        again, plain = both.request(loras.of(files[0])), both.request()
+        both.until(plain)
+        assert not both.adapters._readings, "no second thread for the same file"
+    both.until(again)
+    drawn(again)
+    assert held.count == 1
+
+
+def test_the_next_one_is_read_when_a_cancelled_one_is_out_of_memory(sd: Any, files: list[Path], held: Held) -> None:
+    both = Together(sd)
+    first, plain = both.request(loras.of(files[0])), both.request()
+    both.until(plain)
+    assert held.begun.acquire(timeout=LONG_S)
+    (reading,) = both.adapters._readings.values()
+    both.batcher.cancel(first, Cancelled())
+    second, plain = both.request(loras.of(files[1])), both.request()
+    both.until(plain)
+    assert both.adapters.reading, "the loop waits for its thread"
+    assert not both.adapters._readings
+    held.go.set()
+    both.until(second)
+    drawn(second)
+    assert reading.done
+    assert reading.result is None
+
+
 def ended(both: Together, task: Task) -> Task:
     both.until(task)
     return task

@@ -16,7 +16,7 @@ from starlette.testclient import TestClient
 
 from sfumato.batching import offload
 from sfumato.core import Done, Generation
-from sfumato.drawing import out_of_memory
+from sfumato.drawing import out_of_memory, two_passes
 from sfumato.drawing.draw import draw
 from sfumato.drawing.info import model_info
 from sfumato.engine.local import Local
@@ -25,6 +25,7 @@ from sfumato.models.adapters import Adapters
 from sfumato.models.load import Loaded
 from sfumato.pictures.images import decoded
 from sfumato.pipelines.tiling import can_tile
+from sfumato.sampling import Hires, Sampling
 from sfumato.settings import Settings
 from support import tiny
 from support.drawing import loaded, quiet, wanted
@@ -69,6 +70,17 @@ def test_a_real_shortage_is_met_with_tiles_and_is_in_the_recipe() -> None:
         done = drawn(model, asked())
     assert not all(tried)
     assert done.recipe.savings == ("vae_tiling",)
+    assert drawn(model, asked(64)).recipe.savings == ()
+
+
+def test_the_size_of_a_second_pass_is_what_tiles_are_remembered_for() -> None:
+    model = loaded(tiny.stable_diffusion())
+    second = Sampling(width=128, height=128, steps=2, strength=0.5)
+    generation = replace(asked(64), hires=Hires(upscaler="Lanczos", sampling=second))
+    with short_of_memory(model.pipeline.vae.decoder, small):
+        done = out_of_memory.with_less(model, generation, lambda each: two_passes.draw(model, each, quiet))
+    assert done.recipe.savings == ("vae_tiling",)
+    assert model.state.tiled_from == 128 * 128
     assert drawn(model, asked(64)).recipe.savings == ()
 
 

@@ -318,6 +318,11 @@ class Batcher:
         task.place(task.placed and placed)
         task.pause()
 
+    def let_long_calls_end(self) -> None:
+        """Inside a request whose model's weights are to be moved: returns when no long call is interrupted."""
+        while self._interrupted():
+            self.turn(placed=True)
+
     @contextmanager
     def placed(self) -> Iterator[None]:
         """For a request that has waited for others: it goes on inside when there is a place for it."""

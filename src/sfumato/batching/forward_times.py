@@ -74,21 +74,24 @@ class ForwardTimes:
             return None
         if device.type == "cpu":
             return self._clock()
-        return self._event() if device.type == "cuda" else None
+        return _event(device) if device.type == "cuda" else None
 
     def end(self, begun: Any, call: Call, rows: int) -> None:
         """It has ended, with so many rows."""
-        if begun is None:
+        device = _device(call)
+        if begun is None or device is None:
             return
         if isinstance(begun, float):
             self.note(shape(call), rows, self._clock() - begun)
             return
-        self._on_device.append((begun, self._event(), shape(call), rows))
+        self._on_device.append((begun, _event(device), shape(call), rows))
         while self._on_device and self._on_device[0][1].query():
             before, after, of, count = self._on_device.popleft()
             self.note(of, count, before.elapsed_time(after) / 1e3, on_host=False)
 
     def note(self, shape: Hashable, rows: int, seconds: float, *, on_host: bool = True) -> None:
+        if seconds <= 0:  # shorter than the clock can tell
+            return
         entry = self._shapes.setdefault(shape, _Shape(on_host=on_host))
         entry.forwards += 1
         entry.seconds.setdefault(rows, deque(maxlen=KEPT)).append(seconds)
@@ -145,16 +148,19 @@ class ForwardTimes:
             return known[below]
         return known[below] + (known[above] - known[below]) * (rows - below) / (above - below)
 
-    def _event(self) -> Any:
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
-        return event
-
 
 def shape(call: Call) -> Hashable:
     """Module, what computes it, and shapes, without rows and contents."""
     shapes = [(leaf.path, leaf.value.shape[1:]) for leaf in call.leaves if leaf.kind in ("rows", "multi", "ragged")]
     return (id(call.module), call.method, call.runner.number if call.runner else 0, tuple(shapes))
+
+
+def _event(device: torch.device) -> Any:
+    """An event of that device, which need not be the current one."""
+    with torch.cuda.device(device):
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+    return event
 
 
 def _device(call: Call) -> torch.device | None:

@@ -55,20 +55,30 @@ def interruptible(module: Any, method: str) -> bool:
 def part_by_part(module: Any, before_part: BeforePart) -> Iterator[Any]:
     """A copy of `module` with the same weights; `before_part` is called here before each of its parts computes.
 
-    A copy, because some VAEs keep a state on themselves during a call, and others may call them in between.
+    A copy of each layer, because some VAEs keep a state on themselves or their layers during a call, and others may
+    call them in between; and because a runner that is made of the module meanwhile would take the hooks for its own.
     """
     here, on_host = greenlet.getcurrent(), _on_host(module)
+    own = _copied(module, {})
 
     def hook(part: Any, args: Any) -> None:
         if greenlet.getcurrent() is here:
             before_part(on_host)
 
-    hooks = [part.register_forward_pre_hook(hook) for part in _parts(module)]
-    try:
-        yield copy.copy(module)
-    finally:
-        for each in hooks:
-            each.remove()
+    for part in _parts(own):
+        part.register_forward_pre_hook(hook)
+    yield own
+
+
+def _copied(module: torch.nn.Module, copies: dict[int, torch.nn.Module]) -> torch.nn.Module:
+    """The same layers in other objects, on the same tensors. `copies`: those that there are, by the id of the layer."""
+    if id(module) not in copies:
+        own = copies[id(module)] = copy.copy(module)
+        values = {name: copy.copy(value) for name, value in vars(own).items() if isinstance(value, dict | list | set)}
+        vars(own).update(values)
+        for name, part in module._modules.items():
+            own._modules[name] = None if part is None else _copied(part, copies)
+    return copies[id(module)]
 
 
 def _parts(module: torch.nn.Module) -> list[torch.nn.Module]:

@@ -14,18 +14,26 @@ from sfumato.sampling import UPSCALERS
 
 
 def taken(pipeline: Any, generation: Generation) -> bool:
-    """Whether the generation asks for it and the pipeline does it: its VAE's latents are pictures of its channels."""
-    vae, processor = getattr(pipeline, "vae", None), getattr(pipeline, "image_processor", None)
-    channels = getattr(getattr(vae, "config", None), "latent_channels", None)
+    """Whether the generation asks for it and the pipeline does it: its VAE's latents are pictures of its channels.
+
+    Not where the pipeline makes more of what its VAE encodes: in another precision, or by the latents' means.
+    """
+    vae: Any = getattr(pipeline, "vae", None)
+    processor = getattr(pipeline, "image_processor", None)
+    config = getattr(vae, "config", None)
+    channels = getattr(config, "latent_channels", None)
     accepted = getattr(getattr(processor, "config", None), "vae_latent_channels", None)
-    return bool(generation.latents) and channels is not None and channels == accepted
+    if not generation.latents or channels is None or channels != accepted:
+        return False
+    upcast = hasattr(pipeline, "upcast_vae") and getattr(config, "force_upcast", False) and vae.dtype == torch.float16
+    return not upcast and getattr(config, "latents_mean", None) is None
 
 
 def warnings(pipeline: Any, generation: Generation) -> list[str]:
     if not generation.latents or taken(pipeline, generation):
         return []
     name = type(pipeline).__name__
-    return [f"hr_upscaler: {generation.latents} enlarged the pixels, as Lanczos does: {name} takes no latents"]
+    return [f"hr_upscaler: {generation.latents} enlarged the pixels, as Lanczos does: {name} takes no latents here"]
 
 
 def of_source(pipeline: Any, generation: Generation, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,7 +55,8 @@ def of_source(pipeline: Any, generation: Generation, arguments: Mapping[str, Any
     picture = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
     pixels = pipeline.image_processor.preprocess(picture).to(pipeline.device, vae.dtype)
     with torch.no_grad():
-        encoded = vae.encode(pixels).latent_dist.mode()
+        answer = vae.encode(pixels)
+    encoded = answer.latents if hasattr(answer, "latents") else answer.latent_dist.mode()
     scaled = (encoded - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
     how, antialias = mode
     target = (source.height // factor, source.width // factor)

@@ -37,11 +37,16 @@ T = TypeVar("T")
 
 
 def with_less(
-    model: Loaded, generation: Generation, draw: Callable[[Generation], T], free_caches: Callable[[], int] = lambda: 0
+    model: Loaded,
+    generation: Generation,
+    draw: Callable[[Generation], T],
+    free_caches: Callable[[], int] = lambda: 0,
+    let_long_calls_end: Callable[[], None] = lambda: None,
 ) -> T:
     """Run `draw(generation)`, and again after each fallback while memory runs out. Raises OutOfMemory if none is left.
 
-    `free_caches` drops the engine's caches and returns the bytes freed.
+    `free_caches` drops the engine's caches and returns the bytes freed. `let_long_calls_end` returns when no other
+    request is inside a module.
     """
     pixels, tiled_from = _pixels(model, generation), model.state.tiled_from
     if tiled_from is not None and pixels >= tiled_from:
@@ -65,7 +70,7 @@ def with_less(
             if model.state.tiled_from is None:
                 log.warning(FROM_NOW_ON, model.config.name, TILES)
             model.state.tiled_from = pixels if tiled_from is None else min(pixels, tiled_from)
-        elif fallback := _offload(model):
+        elif fallback := _offload(model, let_long_calls_end):
             log.warning(FROM_NOW_ON, model.config.name, fallback)
         else:
             in_effect = ", ".join(sorted({*generation.savings, *model.savings}))
@@ -84,10 +89,15 @@ def _may_tile(model: Loaded) -> bool:
     return model.config.vae_tiling is None and can_tile(model.pipeline)
 
 
-def _offload(model: Loaded) -> str:
+def _offload(model: Loaded, let_long_calls_end: Callable[[], None]) -> str:
     """Keep less of the weights on the device from now on: the fallback, or an empty string if none is left."""
     if model.device.startswith("cpu") or model.config.offload == "none" or model.state.offload == "group":
         return ""
+    before = model.state.offload
+    let_long_calls_end()  # weights must not move while a module computes with them
+    state = model.state
+    if state.offload != before:  # another request ran out of memory meanwhile
+        return GROUPED if state.offload == "group" else OFFLOADED
     sharing.unshare(model.pipeline)
     model.task_pipelines.clear()
     model.state.kept = ()  # its tensors are the pipeline's, which now move
@@ -102,8 +112,9 @@ def _offload(model: Loaded) -> str:
 
 def _pixels(model: Loaded, generation: Generation) -> float:
     """Approximate pixels of the picture to draw, to tell large from small; infinite if unknown."""
-    if size := generation.sampling.size:
-        return math.prod(size)
+    second = generation.hires.sampling.size if generation.hires else None
+    if sizes := [size for size in (generation.sampling.size, second) if size]:
+        return max(math.prod(size) for size in sizes)
     if generation.images:
         return math.prod(images.size(generation.images[0])) * (generation.upscale or 1) ** 2
     width, height = own_size(model)

@@ -304,7 +304,8 @@ class Loop:
                 self._stats.started(id)
                 before = self._reported(model)
                 try:
-                    return out_of_memory.with_less(model, submit.generation, run, self._batcher.free_caches)
+                    memory = self._batcher.free_caches, self._batcher.let_long_calls_end
+                    return out_of_memory.with_less(model, submit.generation, run, *memory)
                 finally:
                     if self._reported(model) != before:
                         self._pool.describe_again(model)

@@ -69,6 +69,8 @@ class Adapters:
         """Component → its module, and a twin without LoRAs of requests, of which the threads that read make theirs."""
         self._readings: dict[str, Reading] = {}
         """Content → the thread that reads it."""
+        self._cancelled: list[Reading] = []
+        """Those that nobody wants any more; what their threads have read is in memory until they end."""
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         """By content, least recently used first."""
         self._weighted: OrderedDict[_Weighted, int] = OrderedDict()
@@ -80,7 +82,8 @@ class Adapters:
     @property
     def reading(self) -> bool:
         """Whether requests wait for a LoRA that is being read."""
-        return any(not reading.done for reading in self._readings.values())
+        waited_for = (reading for reading in self._cancelled if reading.waiting)
+        return any(not reading.done for reading in (*self._readings.values(), *waited_for))
 
     @property
     def modules(self) -> list[torch.nn.Module]:
@@ -178,7 +181,9 @@ class Adapters:
         if any(modules.get(component) is not module for component, module in known.items()) or any(offloaded):
             # Requests in flight keep theirs.
             self._modules, self._entries, self._weighted = {}, OrderedDict(), OrderedDict()
-            self._untouched, self._readings = {}, {}
+            for digest in list(self._readings):
+                self._cancel(digest)
+            self._untouched = {}
 
     # What is in memory.
 
@@ -199,12 +204,16 @@ class Adapters:
     def _obtain(self, pipeline: Any, device: str, model: str, lora: Lora) -> _Entry:
         digest = lora.sha256
         while digest not in self._entries:
-            reading = self._readings.get(digest) or self._begin(pipeline, device, model, lora)
+            reading = self._readings.get(digest)
+            if reading is None and self._wait_for_cancelled():
+                self._forget_others(pipeline)
+                continue
+            reading = reading or self._begin(pipeline, device, model, lora)
             try:
                 reading.wait(self.turn)
             except BaseException:
                 if not reading.waiting and self._readings.get(digest) is reading:
-                    del self._readings[digest]  # nobody waits for what its thread brings
+                    self._cancel(digest)  # nobody waits for what its thread brings
                 raise
             if self._readings.get(digest) is reading:  # the first of those that have waited
                 del self._readings[digest]
@@ -213,6 +222,19 @@ class Adapters:
                 raise copy.copy(reading.error)
         self._entries.move_to_end(digest)
         return self._entries[digest]
+
+    def _cancel(self, digest: str) -> None:
+        reading = self._readings.pop(digest)
+        reading.cancel()
+        self._cancelled.append(reading)
+
+    def _wait_for_cancelled(self) -> bool:
+        """Whether it waited for a thread: what it has read, or still reads, is not in what there is room for."""
+        self._cancelled = [reading for reading in self._cancelled if not reading.done]
+        if not self._cancelled:
+            return False
+        self._cancelled[0].wait(self.turn)
+        return True
 
     def _begin(self, pipeline: Any, device: str, model: str, lora: Lora) -> Reading:
         """Make room for a LoRA, and begin to read it. Raises InvalidRequest and ModelTooLarge."""

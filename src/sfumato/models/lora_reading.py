@@ -67,15 +67,19 @@ class Reading:
         self.error: BaseException | None = None
         self.waiting = 0
         """Requests that wait for it."""
+        self._cancelled = False
         self._ended = threading.Event()
 
         def run() -> None:
             try:
                 with nullcontext() if alone is None else alone, torch.no_grad():
-                    self.result = read()
+                    if not self._cancelled:
+                        self.result = read()
             except BaseException as error:  # it belongs to those who wait for it
                 release_frames(error)
                 self.error = error
+            if self._cancelled:
+                self.result = None
             self._ended.set()
             wake()
 
@@ -84,6 +88,11 @@ class Reading:
     @property
     def done(self) -> bool:
         return self._ended.is_set()
+
+    def cancel(self) -> None:
+        """Nobody wants it any more: if it has not begun it is not read, and its result is dropped."""
+        self._cancelled = True
+        self.result = None
 
     def wait(self, turn: Callable[[], None] | None) -> None:
         """Returns when it is read. `turn` lets other requests go on; None: nothing else does."""
