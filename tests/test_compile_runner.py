@@ -13,6 +13,7 @@ from sfumato.batching.calls import target
 from sfumato.core import RunnerState
 from sfumato.drawing.draw import draw
 from sfumato.runners import compiled, module_state
+from sfumato.runners.auto import Auto
 from sfumato.runners.background import Background
 from sfumato.runners.choice import Runners
 from sfumato.runners.compiled import Compiled
@@ -126,6 +127,33 @@ def test_what_would_be_compiled_again_is_left_to_the_module(interpreted: None, m
     later = runner.for_request()
     assert later
     assert later.run("__call__", (), call(2))[1] == "compile-fp32"
+
+
+@needs_compiler
+@torch.no_grad()
+def test_a_recipe_takes_no_runner_from_requests_beside_it(tmp_path: Path) -> None:
+    model, runners = loaded(tiny.stable_diffusion(), **SIZE), Runners("auto", tmp_path)
+    unet = {"unet": model.pipeline.unet}
+    again = runners.of(unet, model.state.runners, None, None, "compile-fp32")[id(unet["unet"])]
+    runners.of(unet, model.state.runners, None, None)  # another request begins, without a recipe
+    kept = dict(model.state.runners)
+    assert again
+    assert again.run("__call__", (), call(2))[1] == "eager"  # nothing is compiled yet
+    runners.of(unet, model.state.runners, None, None, "compile-fp32")
+    assert model.state.runners == kept
+    assert {type(runner) for runner in kept.values()} == {Auto, Compiled}
+
+
+@needs_compiler
+@torch.no_grad()
+def test_a_request_whose_runner_is_gone_is_computed_by_the_module() -> None:
+    unet = tiny.stable_diffusion().unet.eval()
+    now = runner_of(unet).for_request()
+    assert now
+    assert now._compiled() is None
+    output, by = now.run("__call__", (), call(2))
+    assert by == "eager"
+    assert torch.equal(output[0], unet(**call(2))[0])
 
 
 @needs_compiler

@@ -73,8 +73,9 @@ class Runners:
     ) -> dict[int, ModuleRunner | None]:
         """The runners of a request that begins now, by the id of the module. None: the module itself.
 
-        `modules`: the model's, by component. `kept`: its runners so far, which are added to. `accelerate`, `threads`:
-        of its file. `recipe`: the runner of a picture to draw again; the choice of `auto` is that one's.
+        `modules`: the model's, by component. `kept`: its runners so far, which are added to; those that only a recipe
+        asked for by component and runner. `accelerate`, `threads`: of its file.
+        `recipe`: the runner of a picture to draw again; the choice of `auto` is that one's.
         """
         chosen = self._chosen(accelerate)
         again = recorded.read(recipe) if chosen == AUTO else {}
@@ -84,8 +85,9 @@ class Runners:
         for name, module in modules.items():
             wanted = again.get(name, again.get("", chosen))
             if wanted in self._made and not self._lacks(wanted) and not _left_out(wanted, name):
-                kept[name] = self._shared_runner(wanted, module, threads or torch.get_num_threads())
-                runners[id(module)] = kept[name].for_request()
+                key = name if wanted == chosen else f"{name} {wanted}"  # what others draw with stays beside it
+                kept[key] = self._shared_runner(wanted, module, threads or torch.get_num_threads())
+                runners[id(module)] = kept[key].for_request()
         return runners
 
     def states(

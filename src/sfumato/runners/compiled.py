@@ -236,6 +236,7 @@ class _Now:
         self.kinds = kinds
         self.version = version
         self._compiled = weakref.ref(compiled)
+        self._module = compiled._module
         self._unready: set[str] = set()
         """Sizes that need another compilation, or may need one while torch is busy with another."""
 
@@ -246,8 +247,9 @@ class _Now:
 
     def run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, str]:
         compiled = self._compiled()
-        assert compiled
         with suppress(Unserved):
+            if compiled is None:
+                raise Unserved("the model has another runner by now")
             kind, read = compiled.kind(method, args, kwargs)
             size = " ".join("x".join(map(str, shape)) for shape in read.shapes)
             if size not in compiled.sizes and compiled.busy:
@@ -257,7 +259,7 @@ class _Now:
                     return computed
                 self._unready.add(size)
                 compiled.want(method, args, kwargs, again=size)
-        return target(compiled._module(), method)(*args, **kwargs), EAGER
+        return target(self._module(), method)(*args, **kwargs), EAGER
 
 
 def _built(graph: Any, inputs: Any) -> Callable[..., Any]:
