@@ -63,6 +63,8 @@ class Chosen:
 class Auto:
     """The choice for one module. Used on one thread."""
 
+    busy = False
+
     def __init__(
         self,
         module: torch.nn.Module,

@@ -20,6 +20,10 @@ class Candidate(ModuleRunner, Protocol):
     def bytes(self) -> int:
         """Memory that it takes beside the module."""
 
+    @property
+    def busy(self) -> bool:
+        """Whether the module computes what is new to it for now, because something is being prepared."""
+
     def for_request(self) -> ModuleRunner | None:
         """What computes the module in a request that begins now; None: the module itself."""
 

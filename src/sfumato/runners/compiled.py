@@ -133,8 +133,8 @@ class Compiled:
         return kind is None or kind in self._settled
 
     def run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, str]:
-        now = self.for_request()
-        return now.run(method, args, kwargs) if now else (target(self._module(), method)(*args, **kwargs), EAGER)
+        now = _Now(self, self._ready, self._version)  # not a request's, which may have left this size to the module
+        return now.run(method, args, kwargs) if self.for_request() else now.by_module(method, args, kwargs)
 
     # For requests.
 
@@ -259,6 +259,9 @@ class _Now:
                     return computed
                 self._unready.add(size)
                 compiled.want(method, args, kwargs, again=size)
+        return self.by_module(method, args, kwargs)
+
+    def by_module(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, str]:
         return target(self._module(), method)(*args, **kwargs), EAGER
 
 

@@ -54,6 +54,8 @@ def compared(module: weakref.ref[torch.nn.Module], sample: Sample, candidates: M
             return None
         while not candidate.prepare(sample.method, sample.args, sample.kwargs):
             yield False
+        while candidate.busy:
+            yield False
         _, by = candidate.run(sample.method, sample.args, sample.kwargs)  # its first call of a size takes longer
         yield True
         if by == EAGER:

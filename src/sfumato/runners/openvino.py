@@ -70,6 +70,9 @@ class _Structure:
 class OpenVino:
     """The runner of one module. Used on one thread, apart from what `Background` does for it."""
 
+    busy = False
+    """What is being converted keeps no other graph waiting."""
+
     def __init__(self, module: torch.nn.Module, folder: Path, threads: int, background: Background) -> None:
         """`folder`: where graphs are kept."""
         self.number = next(numbers)
