@@ -51,6 +51,10 @@ class Chosen:
         runner = self._of(method, args, kwargs)
         return runner is None or runner.prepare(method, args, kwargs, wait=wait)
 
+    def serves(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        runner = self._of(method, args, kwargs)
+        return runner is not None and runner.serves(method, args, kwargs)
+
     def run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, str]:
         if runner := self._of(method, args, kwargs):
             return runner.run(method, args, kwargs)
@@ -136,6 +140,10 @@ class Auto:
     def prepare(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], *, wait: bool = False) -> bool:
         chosen = self.for_request()
         return chosen is None or chosen.prepare(method, args, kwargs, wait=wait)
+
+    def serves(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        chosen = self.for_request()
+        return chosen is not None and chosen.serves(method, args, kwargs)
 
     def run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, str]:
         if chosen := self.for_request():

@@ -16,7 +16,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +132,10 @@ class Compiled:
         kind = self.want(method, args, kwargs, wait=wait)
         return kind is None or kind in self._settled
 
+    def serves(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        now = self.for_request()
+        return now is not None and now.serves(method, args, kwargs)
+
     def run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, str]:
         now = _Now(self, self._ready, self._version)  # not a request's, which may have left this size to the module
         return now.run(method, args, kwargs) if self.for_request() else now.by_module(method, args, kwargs)
@@ -245,21 +249,32 @@ class _Now:
             compiled.want(method, args, kwargs)  # whoever waits would gain nothing from it
         return True
 
+    def serves(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        return self._served(method, args, kwargs) is not None
+
     def run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, str]:
-        compiled = self._compiled()
-        with suppress(Unserved):
-            if compiled is None:
-                raise Unserved("the model has another runner by now")
-            kind, read = compiled.kind(method, args, kwargs)
-            size = " ".join("x".join(map(str, shape)) for shape in read.shapes)
-            if size not in compiled.sizes and compiled.busy:
-                self._unready.add(size)
-            if kind in self.kinds and size not in self._unready and compiled.sizes.get(size, True):
-                if computed := compiled.compute(method, args, kwargs, size):
-                    return computed
-                self._unready.add(size)
-                compiled.want(method, args, kwargs, again=size)
+        compiled, size = self._compiled(), self._served(method, args, kwargs)
+        if compiled and size is not None:
+            if computed := compiled.compute(method, args, kwargs, size):
+                return computed
+            self._unready.add(size)
+            compiled.want(method, args, kwargs, again=size)
         return self.by_module(method, args, kwargs)
+
+    def _served(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """The size of such a call, if compiled code computes it. It may be gone: the model has another runner."""
+        compiled = self._compiled()
+        if compiled is None:
+            return None
+        try:
+            kind, read = compiled.kind(method, args, kwargs)
+        except Unserved:
+            return None
+        size = " ".join("x".join(map(str, shape)) for shape in read.shapes)
+        if size not in compiled.sizes and compiled.busy:
+            self._unready.add(size)
+        served = kind in self.kinds and size not in self._unready and compiled.sizes.get(size, True)
+        return size if served else None
 
     def by_module(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, str]:
         return target(self._module(), method)(*args, **kwargs), EAGER

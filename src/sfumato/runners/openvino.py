@@ -145,17 +145,28 @@ class OpenVino:
             work() if wait else self._background.submit(work)
         return structure.settled
 
+    def serves(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        return self._served(method, args, kwargs) is not None
+
     def run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, str]:
         """The module's output, and the name of what computed it."""
+        itself = functools.partial(target(self._module(), method), *args, **kwargs)
+        served = self._served(method, args, kwargs)
+        return self._run(*served, itself) if served else (itself(), EAGER)
+
+    def _served(
+        self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[_Structure, Arguments] | None:
+        """What computes such a call; None: the module itself."""
         module = self._module()
-        assert module is not None
-        if method in METHODS and not self.why_eager:
-            with suppress(Unserved):
-                arguments = call_arguments.read(module, args, kwargs, METHODS[method])
-                structure = self._structures.get((METHODS[method], arguments.structure))
-                if structure and structure.graph and structure.sizes.get(_size(arguments), True):
-                    return self._run(structure, arguments, functools.partial(target(module, method), *args, **kwargs))
-        return target(module, method)(*args, **kwargs), EAGER
+        if module is None or method not in METHODS or self.why_eager:
+            return None
+        with suppress(Unserved):
+            arguments = call_arguments.read(module, args, kwargs, METHODS[method])
+            structure = self._structures.get((METHODS[method], arguments.structure))
+            if structure and structure.graph and structure.sizes.get(_size(arguments), True):
+                return structure, arguments
+        return None
 
     def _run(self, structure: _Structure, arguments: Arguments, itself: Callable[[], Any]) -> tuple[Any, str]:
         """`itself`: the module's own computation."""
