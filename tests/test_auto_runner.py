@@ -19,6 +19,7 @@ from sfumato.engine import loop
 from sfumato.engine.local import Local
 from sfumato.models.load import Loaded
 from sfumato.runners import graph, measured, measuring, recorded
+from sfumato.runners.auto import Auto
 from sfumato.runners.choice import Runners
 from sfumato.runners.measured import Measured, Measurements
 from sfumato.serving.catalog import Catalog
@@ -136,6 +137,89 @@ def test_nothing_is_prepared_where_it_would_not_fit(tmp_path: Path, monkeypatch:
     assert not list(tmp_path.iterdir())
     drawn(model, runners)
     assert runners.due  # there may be room later
+
+
+class Trying:
+    """A candidate that computes with the module, or fails."""
+
+    name, bytes, folders, number, busy = "trying", 0, (), 0, False
+
+    def __init__(self, module: Any, fails: Exception | None = None, out_of_memory: bool = False) -> None:
+        self.module, self.fails, self.out_of_memory = module, fails, out_of_memory
+
+    def prepare(self, method: str, args: Any, kwargs: Any, *, wait: bool = False) -> bool:
+        return True
+
+    def serves(self, method: str, args: Any, kwargs: Any) -> bool:
+        return True
+
+    def run(self, method: str, args: Any, kwargs: Any) -> Any:
+        if self.fails:
+            raise self.fails
+        return self.module(*args, **kwargs), "eager" if self.out_of_memory else self.name
+
+    def for_request(self) -> Any:
+        return self
+
+    def state(self, module: str) -> RunnerState:
+        return RunnerState(module, self.name)
+
+
+def asked(rows: int = 1, side: int = 8) -> dict[str, Any]:
+    return {"sample": torch.randn(rows, 4, side, side), "timestep": torch.tensor(5),
+            "encoder_hidden_states": torch.randn(rows, 77, 32), "return_dict": False}  # fmt: skip
+
+
+def noted(auto: Auto, **call: Any) -> Auto:
+    """A request makes such a call."""
+    chosen = auto.for_request()
+    assert chosen
+    chosen.prepare("__call__", (), call)
+    return auto
+
+
+@pytest.mark.parametrize(
+    ("failure", "again_now"),
+    [
+        ({"fails": torch.OutOfMemoryError("CUDA out of memory")}, True),
+        ({"out_of_memory": True}, True),  # while it was prepared
+        ({"fails": RuntimeError("a driver was busy")}, False),
+    ],
+)
+@torch.no_grad()
+def test_a_failure_that_may_pass_is_not_kept(failure: dict[str, Any], again_now: bool, tmp_path: Path) -> None:
+    unet = tiny.stable_diffusion().unet.eval()
+    makes: list[Trying] = []
+
+    def made() -> Trying:
+        makes.append(Trying(unet, **failure))
+        return makes[-1]
+
+    auto = noted(Auto(unet, 1, {"compile": made}, Measurements(tmp_path)), **asked())
+    while auto.due:
+        auto.measure()
+    assert noted(auto, **asked()).due is again_now
+    while auto.due:
+        auto.measure()
+    assert len(makes) == 1 + again_now  # what could not be prepared is made anew
+    assert noted(Auto(unet, 1, {"compile": made}, Measurements(tmp_path)), **asked()).due
+
+
+@torch.no_grad()
+def test_a_candidate_is_kept_while_sizes_wait_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "_seconds", lambda compute, *_: compute() or 1.0)
+    unet = tiny.stable_diffusion().unet.eval()
+    makes: list[Trying] = []
+
+    def made() -> Trying:
+        makes.append(Trying(unet))
+        return makes[-1]
+
+    auto = noted(noted(Auto(unet, 1, {"compile": made}, Measurements(tmp_path)), **asked()), **asked(side=16))
+    while auto.due:
+        auto.measure()
+    assert len(makes) == 1
+    assert auto._made == {}
 
 
 def test_without_a_runner_nothing_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

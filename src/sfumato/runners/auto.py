@@ -21,6 +21,7 @@ import torch
 from sfumato.batching import cpu_threads
 from sfumato.batching.calls import target
 from sfumato.batching.module_runner import ModuleRunner, numbers
+from sfumato.batching.outcomes import is_out_of_memory
 from sfumato.core import EAGER, RunnerState
 from sfumato.pipelines import source_digest
 from sfumato.runners import arguments, measuring, module_state
@@ -68,6 +69,7 @@ class Auto:
     """The choice for one module. Used on one thread."""
 
     busy = False
+    out_of_memory = False
 
     def __init__(
         self,
@@ -182,13 +184,18 @@ class Auto:
                 return next(self._trial)
         except StopIteration as end:
             measured = end.value
-        except Exception:  # whatever a module raises: it is not measured, and the next request sees it
+        except Exception as error:  # whatever a module raises: it is not measured, and the next request sees it
             log.exception("a runner could not be measured")
-            measured = Measured(sample.at, refused=dict.fromkeys(self._candidates, "it failed"), when=today())
+            measured = None
+            if not is_out_of_memory(error):  # that passes; the rest is not tried again in this process
+                refused = dict.fromkeys(self._candidates, "it failed")
+                self._measured[size] = Measured(sample.at, refused=refused, when=today())
         self._trial = None
         del self._waiting[size]
         if measured:
             self._conclude(size, measured)
+        if not self._waiting:
+            self._discard_unused()
         return True
 
     def _conclude(self, size: str, measured: Measured) -> None:
@@ -196,6 +203,8 @@ class Auto:
         self._measurements.put(self._key, size, measured)
         log.info("%s: %s", type(self._module()).__name__, self.state("").detail)
         self._chosen = None
+
+    def _discard_unused(self) -> None:
         for name in [name for name in self._made if not any(each.chosen == name for each in self._measured.values())]:
             _discard(self._made, name)
 

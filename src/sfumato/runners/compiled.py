@@ -25,6 +25,7 @@ import torch
 from sfumato.batching import cpu_threads, outputs
 from sfumato.batching.calls import target
 from sfumato.batching.module_runner import numbers
+from sfumato.batching.outcomes import is_out_of_memory
 from sfumato.core import EAGER, RunnerState
 from sfumato.runners import arguments as call_arguments
 from sfumato.runners import module_state
@@ -96,6 +97,7 @@ class Compiled:
         self.sizes: dict[str, bool] = {}
         """Shapes of the arguments → whether its output and the module's agree there."""
         self.compilations = 0
+        self.out_of_memory = False
 
     @property
     def busy(self) -> bool:
@@ -201,6 +203,7 @@ class Compiled:
                 self._allowed.compiles = True
                 target(self._twin, method)(*args, **kwargs)
         except Exception as error:  # whatever is raised by compiling code that others wrote
+            self.out_of_memory = is_out_of_memory(error)
             if not self._ready:
                 self.why_eager = f"it cannot be compiled: {type(error).__name__}: {str(error).splitlines()[:1]}"
             log.warning("%s cannot be compiled: %r", type(module).__name__, error)

@@ -58,6 +58,8 @@ def compared(module: weakref.ref[torch.nn.Module], sample: Sample, candidates: M
             yield False
         _, by = candidate.run(sample.method, sample.args, sample.kwargs)  # its first call of a size takes longer
         yield True
+        if by == EAGER and candidate.out_of_memory:
+            return None
         if by == EAGER:
             refused[name] = candidate.state("").detail or "it does not compute this"
         else:

@@ -24,6 +24,7 @@ import torch
 from sfumato.batching import outputs
 from sfumato.batching.calls import target
 from sfumato.batching.module_runner import numbers
+from sfumato.batching.outcomes import is_out_of_memory
 from sfumato.core import EAGER, RunnerState
 from sfumato.pipelines import source_digest
 from sfumato.runners import arguments as call_arguments
@@ -90,6 +91,7 @@ class OpenVino:
         self._state = None if self.why_eager else module_state.state_of(module)
         self.bytes = 0
         """Memory that it takes beside the module."""
+        self.out_of_memory = False
 
     @property
     def name(self) -> str:
@@ -224,6 +226,7 @@ class OpenVino:
             made = Graph(folder, self._precision, self._threads)
         except Exception as error:  # whatever is raised by tracing code that others wrote
             reason = str(error) if isinstance(error, Unserved) else f"{type(error).__name__}: {error}"
+            self.out_of_memory = is_out_of_memory(error)
             structure.refused = f"no graph of it: {(reason.splitlines() or [''])[0][:300]}"
             log.warning("%s is computed by the module itself: %s", self._kind, structure.refused)
             return
