@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,10 +20,12 @@ from sfumato.drawing.draw import draw
 from sfumato.engine import loop
 from sfumato.engine.local import Local
 from sfumato.models.load import Loaded
+from sfumato.runners import auto as auto_runner
 from sfumato.runners import graph, measured, measuring, recorded
 from sfumato.runners.auto import Auto
 from sfumato.runners.choice import Runners
 from sfumato.runners.measured import Measured, Measurements
+from sfumato.runners.measuring import Sample
 from sfumato.serving.catalog import Catalog
 from sfumato.settings import Settings
 from support import here, tiny
@@ -52,7 +56,7 @@ def ratio(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     """So many of a candidate's forward passes take as long as one of the module, whatever this machine is doing."""
     seconds = itertools.cycle((request.param, 1.0))
 
-    def taken(compute: Any) -> float:
+    def taken(compute: Any, device: Any) -> float:
         compute()
         return float(next(seconds))
 
@@ -220,6 +224,32 @@ def test_a_candidate_is_kept_while_sizes_wait_for_it(tmp_path: Path, monkeypatch
         auto.measure()
     assert len(makes) == 1
     assert auto._made == {}
+
+
+class OnGpu(torch.nn.Module):
+    """One that says so, on a machine without any."""
+
+    def parameters(self, recurse: bool = True) -> Iterator[Any]:
+        yield SimpleNamespace(device=torch.device("cuda", 1), numel=lambda: 1)
+
+
+def test_time_on_a_gpu_ends_when_it_has_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[Any] = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", happened.append)
+    module = OnGpu()
+    module.forward = lambda: happened.append("module")
+    candidate = Trying(lambda: happened.append("candidate"))
+    trial = measuring.compared(weakref.ref(module), Sample("8", "__call__", (), {}), {"compile": candidate})
+    assert all(trial)
+    device = torch.device("cuda", 1)
+    module_and_candidate = [device, "module", device, device, "candidate", device]
+    assert happened == ["candidate", "module", *measuring.ROUNDS * module_and_candidate]
+
+
+def test_another_gpu_measures_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    assert auto_runner._told(torch.device("cuda", 1)) == "cuda:1 GPU 1"
+    assert auto_runner._told(torch.device("cpu")) == "cpu"
 
 
 def test_without_a_runner_nothing_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

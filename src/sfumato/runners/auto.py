@@ -229,8 +229,14 @@ def _size(module: Any, method: str, args: tuple[Any, ...], kwargs: dict[str, Any
 
 def _key(module: torch.nn.Module, threads: int) -> str:
     """Of what the time of its forward passes depends on."""
-    tensors = [(name, str(tensor.dtype), tuple(tensor.shape), str(tensor.device))
+    tensors = [(name, str(tensor.dtype), tuple(tensor.shape), _told(tensor.device))
                for name, tensor in (*module.named_parameters(), *module.named_buffers())]  # fmt: skip
     parts = (source_digest.source_digest(module), repr(getattr(module, "config", "")), threads, tensors,
              module_state.adapters_of(module))  # fmt: skip
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def _told(device: torch.device) -> str:
+    """The device and, of a GPU, its model: `machine.key` knows the processor only."""
+    name_of = getattr(getattr(torch, device.type, None), "get_device_name", None)
+    return f"{device} {name_of(device)}" if name_of else str(device)
