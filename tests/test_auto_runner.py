@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,9 +20,12 @@ from sfumato.drawing.draw import draw
 from sfumato.engine import loop
 from sfumato.engine.local import Local
 from sfumato.models.load import Loaded
+from sfumato.runners import auto as auto_runner
 from sfumato.runners import graph, measured, measuring, recorded
+from sfumato.runners.auto import Auto
 from sfumato.runners.choice import Runners
 from sfumato.runners.measured import Measured, Measurements
+from sfumato.runners.measuring import Sample
 from sfumato.serving.catalog import Catalog
 from sfumato.settings import Settings
 from support import here, tiny
@@ -51,7 +56,7 @@ def ratio(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     """So many of a candidate's forward passes take as long as one of the module, whatever this machine is doing."""
     seconds = itertools.cycle((request.param, 1.0))
 
-    def taken(compute: Any) -> float:
+    def taken(compute: Any, device: Any) -> float:
         compute()
         return float(next(seconds))
 
@@ -136,6 +141,115 @@ def test_nothing_is_prepared_where_it_would_not_fit(tmp_path: Path, monkeypatch:
     assert not list(tmp_path.iterdir())
     drawn(model, runners)
     assert runners.due  # there may be room later
+
+
+class Trying:
+    """A candidate that computes with the module, or fails."""
+
+    name, bytes, folders, number, busy = "trying", 0, (), 0, False
+
+    def __init__(self, module: Any, fails: Exception | None = None, out_of_memory: bool = False) -> None:
+        self.module, self.fails, self.out_of_memory = module, fails, out_of_memory
+
+    def prepare(self, method: str, args: Any, kwargs: Any, *, wait: bool = False) -> bool:
+        return True
+
+    def serves(self, method: str, args: Any, kwargs: Any) -> bool:
+        return True
+
+    def run(self, method: str, args: Any, kwargs: Any) -> Any:
+        if self.fails:
+            raise self.fails
+        return self.module(*args, **kwargs), "eager" if self.out_of_memory else self.name
+
+    def for_request(self) -> Any:
+        return self
+
+    def state(self, module: str) -> RunnerState:
+        return RunnerState(module, self.name)
+
+
+def asked(rows: int = 1, side: int = 8) -> dict[str, Any]:
+    return {"sample": torch.randn(rows, 4, side, side), "timestep": torch.tensor(5),
+            "encoder_hidden_states": torch.randn(rows, 77, 32), "return_dict": False}  # fmt: skip
+
+
+def noted(auto: Auto, **call: Any) -> Auto:
+    """A request makes such a call."""
+    chosen = auto.for_request()
+    assert chosen
+    chosen.prepare("__call__", (), call)
+    return auto
+
+
+@pytest.mark.parametrize(
+    ("failure", "again_now"),
+    [
+        ({"fails": torch.OutOfMemoryError("CUDA out of memory")}, True),
+        ({"out_of_memory": True}, True),  # while it was prepared
+        ({"fails": RuntimeError("a driver was busy")}, False),
+    ],
+)
+@torch.no_grad()
+def test_a_failure_that_may_pass_is_not_kept(failure: dict[str, Any], again_now: bool, tmp_path: Path) -> None:
+    unet = tiny.stable_diffusion().unet.eval()
+    makes: list[Trying] = []
+
+    def made() -> Trying:
+        makes.append(Trying(unet, **failure))
+        return makes[-1]
+
+    auto = noted(Auto(unet, 1, {"compile": made}, Measurements(tmp_path)), **asked())
+    while auto.due:
+        auto.measure()
+    assert noted(auto, **asked()).due is again_now
+    while auto.due:
+        auto.measure()
+    assert len(makes) == 1 + again_now  # what could not be prepared is made anew
+    assert noted(Auto(unet, 1, {"compile": made}, Measurements(tmp_path)), **asked()).due
+
+
+@torch.no_grad()
+def test_a_candidate_is_kept_while_sizes_wait_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "_seconds", lambda compute, *_: compute() or 1.0)
+    unet = tiny.stable_diffusion().unet.eval()
+    makes: list[Trying] = []
+
+    def made() -> Trying:
+        makes.append(Trying(unet))
+        return makes[-1]
+
+    auto = noted(noted(Auto(unet, 1, {"compile": made}, Measurements(tmp_path)), **asked()), **asked(side=16))
+    while auto.due:
+        auto.measure()
+    assert len(makes) == 1
+    assert auto._made == {}
+
+
+class OnGpu(torch.nn.Module):
+    """One that says so, on a machine without any."""
+
+    def parameters(self, recurse: bool = True) -> Iterator[Any]:
+        yield SimpleNamespace(device=torch.device("cuda", 1), numel=lambda: 1)
+
+
+def test_time_on_a_gpu_ends_when_it_has_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[Any] = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", happened.append)
+    module = OnGpu()
+    module.forward = lambda: happened.append("module")
+    candidate = Trying(lambda: happened.append("candidate"))
+    trial = measuring.compared(weakref.ref(module), Sample("8", "__call__", (), {}), {"compile": candidate})
+    assert all(trial)
+    device = torch.device("cuda", 1)
+    module_and_candidate = [device, "module", device, device, "candidate", device]
+    assert happened == ["candidate", "module", *measuring.ROUNDS * module_and_candidate]
+
+
+def test_another_gpu_measures_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    assert auto_runner._told(torch.device("cuda", 1)) == "cuda:1 GPU 1"
+    assert auto_runner._told(torch.device("cpu")) == "cpu"
 
 
 def test_without_a_runner_nothing_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

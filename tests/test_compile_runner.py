@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from sfumato.batching.calls import target
 from sfumato.core import RunnerState
 from sfumato.drawing.draw import draw
 from sfumato.runners import compiled, module_state
+from sfumato.runners.auto import Auto
 from sfumato.runners.background import Background
 from sfumato.runners.choice import Runners
 from sfumato.runners.compiled import Compiled
+from sfumato.runners.measuring import Sample, compared
 from support import families_transformers, tiny
 from support.drawing import loaded, quiet, wanted
 
@@ -126,6 +129,84 @@ def test_what_would_be_compiled_again_is_left_to_the_module(interpreted: None, m
     later = runner.for_request()
     assert later
     assert later.run("__call__", (), call(2))[1] == "compile-fp32"
+
+
+@needs_compiler
+@torch.no_grad()
+def test_a_recipe_takes_no_runner_from_requests_beside_it(tmp_path: Path) -> None:
+    model, runners = loaded(tiny.stable_diffusion(), **SIZE), Runners("auto", tmp_path)
+    unet = {"unet": model.pipeline.unet}
+    again = runners.of(unet, model.state.runners, None, None, "compile-fp32")[id(unet["unet"])]
+    runners.of(unet, model.state.runners, None, None)  # another request begins, without a recipe
+    kept = dict(model.state.runners)
+    assert again
+    assert again.run("__call__", (), call(2))[1] == "eager"  # nothing is compiled yet
+    runners.of(unet, model.state.runners, None, None, "compile-fp32")
+    assert model.state.runners == kept
+    assert {type(runner) for runner in kept.values()} == {Auto, Compiled}
+
+
+class Queued(Background):
+    """Work that is done when a test says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.works: list[Any] = []
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.works)
+
+    def submit(self, work: Any) -> None:
+        self.works.append(work)
+
+    def do_first(self) -> None:
+        self.works[0]()
+        del self.works[0]
+
+
+@needs_compiler
+@torch.no_grad()
+def test_auto_measures_it_when_no_other_module_is_being_compiled(interpreted: None) -> None:
+    unet, queue = tiny.stable_diffusion().unet.eval(), Queued()
+    runner = Compiled(unet, torch.get_num_threads(), queue)
+    sample = Sample("8x8", "__call__", (), call(2))
+    trial = compared(weakref.ref(unet), sample, {"compile": runner})
+    assert next(trial) is False
+    queue.submit(lambda: None)  # another module's
+    queue.do_first()
+    shared = runner.for_request()
+    assert shared
+    assert shared.run("__call__", (), call(2))[1] == "eager"  # and it stays so for this request
+    assert next(trial) is False
+    queue.do_first()
+    with pytest.raises(StopIteration) as end:
+        while True:
+            assert next(trial)
+    assert end.value.value.refused == {}
+    assert set(end.value.value.ratios) == {"compile"}
+
+
+def test_auto_compiles_no_text_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "compiler", lambda: "g++")
+    runners, encoder = Runners("auto", tmp_path), tiny.stable_diffusion().text_encoder.to("meta")
+    kept: dict[str, Any] = {}
+    assert runners.of({"text_encoder": encoder}, kept, None, None) == {id(encoder): None}
+    assert kept == {}
+    (state,) = runners.states({"text_encoder": encoder}, kept, None)
+    assert "called once a prompt" in state.detail
+
+
+@needs_compiler
+@torch.no_grad()
+def test_a_request_whose_runner_is_gone_is_computed_by_the_module() -> None:
+    unet = tiny.stable_diffusion().unet.eval()
+    now = runner_of(unet).for_request()
+    assert now
+    assert now._compiled() is None
+    output, by = now.run("__call__", (), call(2))
+    assert by == "eager"
+    assert torch.equal(output[0], unet(**call(2))[0])
 
 
 @needs_compiler

@@ -113,6 +113,36 @@ def test_a_decode_delays_no_step_of_others_by_more_than_a_step(timed: Timed) -> 
     assert sum(count > 0 for count in between) > 3  # it was interrupted several times
 
 
+class Unready:
+    """A runner that leaves every call to the module, as one does that has nothing prepared."""
+
+    number = 0
+
+    def prepare(self, method: str, args: Any, kwargs: Any, *, wait: bool = False) -> bool:
+        return True
+
+    def serves(self, method: str, args: Any, kwargs: Any) -> bool:
+        return False
+
+    def run(self, method: str, args: Any, kwargs: Any) -> Any:
+        raise AssertionError("it does not serve this")
+
+
+@pytest.mark.parametrize("decodes", [1, 2])
+def test_what_a_runner_leaves_to_the_module_is_interrupted_too(timed: Timed, decodes: int) -> None:
+    """One request's decode, and one that two share."""
+    runners = {id(timed.pipe.vae): Unready()}
+
+    def submit(**call: Any) -> Task:
+        return timed.batcher.submit(lambda: timed.draw(view(timed.pipe, runners=runners), **call))
+
+    large = [submit(seed=1, **LARGE) for _ in range(decodes)]
+    others = [timed.submit(seed=seed, **SMALL) for seed in range(2, 5)]
+    timed.finish()
+    assert all(task.outcome and task.outcome.error is None for task in (*large, *others))
+    assert 0 < max(timed.parts_between()) <= FORWARD
+
+
 def test_after_a_layer_that_takes_longer_than_a_step_others_compute_as_long(timed: Timed) -> None:
     """A layer cannot be divided; but no step is delayed by two of them."""
     timed.part_s = 3 * FORWARD

@@ -17,5 +17,8 @@ class ModuleRunner(Protocol):
     def prepare(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], *, wait: bool = False) -> bool:
         """Make what it needs for such a call, in the background or, with `wait`, now. Whether that is done."""
 
+    def serves(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether it computes such a call now. If not, whoever calls may let the module do it, part by part."""
+
     def run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, str]:
         """The module's output, and the name of what computed it: `EAGER` is the module itself."""

@@ -23,6 +23,7 @@ from sfumato.batching.proof import Evidence
 from sfumato.batching.reasons import Reason
 from sfumato.batching.trial import Blame, Comparison, Trial
 from sfumato.batching.verification import Verification
+from sfumato.core import EAGER
 
 log = logging.getLogger(__name__)
 
@@ -93,12 +94,14 @@ def _forward(
 ) -> tuple[Any, str]:
     """The output of one forward pass, and what computed it. Proofs are about the module itself."""
     first = lead(calls)
-    if first.runner is not None and not proving:
-        return first.runner.run(first.method, (), arguments)
+    runner = None if proving else first.runner
+    if runner and runner.serves(first.method, (), arguments):
+        return runner.run(first.method, (), arguments)
+    by = EAGER if runner else ""
     if before_part is None or first.is_adapted or not interruptible(first.module, first.method):
-        return compute(calls, (), arguments), ""
+        return compute(calls, (), arguments), by
     with part_by_part(first.module, before_part) as module:
-        return target(module, first.method)(**arguments), ""
+        return target(module, first.method)(**arguments), by
 
 
 def _each_alone(calls: Sequence[Call], trial: Trial | None = None) -> Sequence[Compute]:

@@ -152,8 +152,8 @@ class StandIn:
     ) -> tuple[Any, str]:
         """As `_sfumato_compute`, by the runner if there is one, and its name: of the module without one it is empty."""
         runner: ModuleRunner | None = self._sfumato_runner
-        if runner is None:
-            value, by = self._sfumato_compute(method, args, kwargs, before_part), ""
+        if runner is None or not runner.serves(method, args, kwargs):
+            value, by = self._sfumato_compute(method, args, kwargs, before_part), EAGER if runner else ""
         else:
             value, by = runner.run(method, args, kwargs)
         self._sfumato_computed(by)

@@ -21,6 +21,7 @@ import torch
 from sfumato.batching import cpu_threads
 from sfumato.batching.calls import target
 from sfumato.batching.module_runner import ModuleRunner, numbers
+from sfumato.batching.outcomes import is_out_of_memory
 from sfumato.core import EAGER, RunnerState
 from sfumato.pipelines import source_digest
 from sfumato.runners import arguments, measuring, module_state
@@ -51,6 +52,10 @@ class Chosen:
         runner = self._of(method, args, kwargs)
         return runner is None or runner.prepare(method, args, kwargs, wait=wait)
 
+    def serves(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        runner = self._of(method, args, kwargs)
+        return runner is not None and runner.serves(method, args, kwargs)
+
     def run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, str]:
         if runner := self._of(method, args, kwargs):
             return runner.run(method, args, kwargs)
@@ -62,6 +67,9 @@ class Chosen:
 
 class Auto:
     """The choice for one module. Used on one thread."""
+
+    busy = False
+    out_of_memory = False
 
     def __init__(
         self,
@@ -135,6 +143,10 @@ class Auto:
         chosen = self.for_request()
         return chosen is None or chosen.prepare(method, args, kwargs, wait=wait)
 
+    def serves(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        chosen = self.for_request()
+        return chosen is not None and chosen.serves(method, args, kwargs)
+
     def run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, str]:
         if chosen := self.for_request():
             return chosen.run(method, args, kwargs)
@@ -172,13 +184,18 @@ class Auto:
                 return next(self._trial)
         except StopIteration as end:
             measured = end.value
-        except Exception:  # whatever a module raises: it is not measured, and the next request sees it
+        except Exception as error:  # whatever a module raises: it is not measured, and the next request sees it
             log.exception("a runner could not be measured")
-            measured = Measured(sample.at, refused=dict.fromkeys(self._candidates, "it failed"), when=today())
+            measured = None
+            if not is_out_of_memory(error):  # that passes; the rest is not tried again in this process
+                refused = dict.fromkeys(self._candidates, "it failed")
+                self._measured[size] = Measured(sample.at, refused=refused, when=today())
         self._trial = None
         del self._waiting[size]
         if measured:
             self._conclude(size, measured)
+        if not self._waiting:
+            self._discard_unused()
         return True
 
     def _conclude(self, size: str, measured: Measured) -> None:
@@ -186,6 +203,8 @@ class Auto:
         self._measurements.put(self._key, size, measured)
         log.info("%s: %s", type(self._module()).__name__, self.state("").detail)
         self._chosen = None
+
+    def _discard_unused(self) -> None:
         for name in [name for name in self._made if not any(each.chosen == name for each in self._measured.values())]:
             _discard(self._made, name)
 
@@ -210,8 +229,14 @@ def _size(module: Any, method: str, args: tuple[Any, ...], kwargs: dict[str, Any
 
 def _key(module: torch.nn.Module, threads: int) -> str:
     """Of what the time of its forward passes depends on."""
-    tensors = [(name, str(tensor.dtype), tuple(tensor.shape), str(tensor.device))
+    tensors = [(name, str(tensor.dtype), tuple(tensor.shape), _told(tensor.device))
                for name, tensor in (*module.named_parameters(), *module.named_buffers())]  # fmt: skip
     parts = (source_digest.source_digest(module), repr(getattr(module, "config", "")), threads, tensors,
              module_state.adapters_of(module))  # fmt: skip
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def _told(device: torch.device) -> str:
+    """The device and, of a GPU, its model: `machine.key` knows the processor only."""
+    name_of = getattr(getattr(torch, device.type, None), "get_device_name", None)
+    return f"{device} {name_of(device)}" if name_of else str(device)

@@ -20,6 +20,14 @@ class Candidate(ModuleRunner, Protocol):
     def bytes(self) -> int:
         """Memory that it takes beside the module."""
 
+    @property
+    def busy(self) -> bool:
+        """Whether the module computes what is new to it for now, because something is being prepared."""
+
+    @property
+    def out_of_memory(self) -> bool:
+        """Whether that is why it could not be prepared: another one may be, later."""
+
     def for_request(self) -> ModuleRunner | None:
         """What computes the module in a request that begins now; None: the module itself."""
 

@@ -73,8 +73,9 @@ class Runners:
     ) -> dict[int, ModuleRunner | None]:
         """The runners of a request that begins now, by the id of the module. None: the module itself.
 
-        `modules`: the model's, by component. `kept`: its runners so far, which are added to. `accelerate`, `threads`:
-        of its file. `recipe`: the runner of a picture to draw again; the choice of `auto` is that one's.
+        `modules`: the model's, by component. `kept`: its runners so far, which are added to; those that only a recipe
+        asked for by component and runner. `accelerate`, `threads`: of its file.
+        `recipe`: the runner of a picture to draw again; the choice of `auto` is that one's.
         """
         chosen = self._chosen(accelerate)
         again = recorded.read(recipe) if chosen == AUTO else {}
@@ -83,9 +84,10 @@ class Runners:
         runners: dict[int, ModuleRunner | None] = {id(module): None for module in modules.values()}
         for name, module in modules.items():
             wanted = again.get(name, again.get("", chosen))
-            if wanted in self._made and not self._lacks(wanted) and not _left_out(wanted, name):
-                kept[name] = self._shared_runner(wanted, module, threads or torch.get_num_threads())
-                runners[id(module)] = kept[name].for_request()
+            if wanted in self._made and not self._lacks(wanted) and not _left_out(wanted, name, module):
+                key = name if wanted == chosen else f"{name} {wanted}"  # what others draw with stays beside it
+                kept[key] = self._shared_runner(wanted, module, threads or torch.get_num_threads())
+                runners[id(module)] = kept[key].for_request()
         return runners
 
     def states(
@@ -97,10 +99,10 @@ class Runners:
             return tuple(RunnerState(name, EAGER, lacks) for name in modules)
         if chosen == EAGER:
             return tuple(RunnerState(name, EAGER) for name in modules)
-        return tuple(self._state(chosen, name, kept.get(name)) for name in modules)
+        return tuple(self._state(chosen, name, module, kept.get(name)) for name, module in modules.items())
 
-    def _state(self, chosen: str, name: str, runner: Candidate | None) -> RunnerState:
-        if left_out := _left_out(chosen, name):
+    def _state(self, chosen: str, name: str, module: Any, runner: Candidate | None) -> RunnerState:
+        if left_out := _left_out(chosen, name, module):
             return RunnerState(name, EAGER, left_out)
         return runner.state(name) if runner else RunnerState(name, chosen, FIRST[chosen])
 
@@ -138,8 +140,7 @@ class Runners:
         return OpenVino(module, self._folder, threads, self._background)
 
     def _auto(self, module: torch.nn.Module, threads: int) -> Auto:
-        on_cpu = all(tensor.device.type == "cpu" for tensor in module.parameters())
-        names = [name for name in (("openvino",) if on_cpu else ("compile",)) if not MISSING[name]()]
+        names = [name for name in (_tried(AUTO, module),) if not MISSING[name]()]
         runner_of = functools.partial(_of_module, self._shared_runner, weakref.ref(module), threads)
         return Auto(module, threads, {name: functools.partial(runner_of, name) for name in names}, self._measurements)
 
@@ -155,9 +156,16 @@ class Runners:
         return missing
 
 
-def _left_out(runner: str, component: str) -> str:
+def _tried(runner: str, module: torch.nn.Module) -> str:
+    """The runner itself; of `auto` the one that it compares with the module."""
+    if runner != AUTO:
+        return runner
+    return "openvino" if all(tensor.device.type == "cpu" for tensor in module.parameters()) else "compile"
+
+
+def _left_out(runner: str, component: str, module: torch.nn.Module) -> str:
     """Why a runner leaves a component to the module itself; empty if it does not."""
-    once = runner == "compile" and component.startswith("text_encoder")
+    once = component.startswith("text_encoder") and _tried(runner, module) == "compile"
     return "it is called once a prompt, which is not worth minutes of compiling" if once else ""
 
 

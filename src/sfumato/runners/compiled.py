@@ -16,7 +16,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import torch
 from sfumato.batching import cpu_threads, outputs
 from sfumato.batching.calls import target
 from sfumato.batching.module_runner import numbers
+from sfumato.batching.outcomes import is_out_of_memory
 from sfumato.core import EAGER, RunnerState
 from sfumato.runners import arguments as call_arguments
 from sfumato.runners import module_state
@@ -96,6 +97,7 @@ class Compiled:
         self.sizes: dict[str, bool] = {}
         """Shapes of the arguments → whether its output and the module's agree there."""
         self.compilations = 0
+        self.out_of_memory = False
 
     @property
     def busy(self) -> bool:
@@ -132,9 +134,13 @@ class Compiled:
         kind = self.want(method, args, kwargs, wait=wait)
         return kind is None or kind in self._settled
 
-    def run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, str]:
+    def serves(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         now = self.for_request()
-        return now.run(method, args, kwargs) if now else (target(self._module(), method)(*args, **kwargs), EAGER)
+        return now is not None and now.serves(method, args, kwargs)
+
+    def run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, str]:
+        now = _Now(self, self._ready, self._version)  # not a request's, which may have left this size to the module
+        return now.run(method, args, kwargs) if self.for_request() else now.by_module(method, args, kwargs)
 
     # For requests.
 
@@ -197,6 +203,7 @@ class Compiled:
                 self._allowed.compiles = True
                 target(self._twin, method)(*args, **kwargs)
         except Exception as error:  # whatever is raised by compiling code that others wrote
+            self.out_of_memory = is_out_of_memory(error)
             if not self._ready:
                 self.why_eager = f"it cannot be compiled: {type(error).__name__}: {str(error).splitlines()[:1]}"
             log.warning("%s cannot be compiled: %r", type(module).__name__, error)
@@ -236,6 +243,7 @@ class _Now:
         self.kinds = kinds
         self.version = version
         self._compiled = weakref.ref(compiled)
+        self._module = compiled._module
         self._unready: set[str] = set()
         """Sizes that need another compilation, or may need one while torch is busy with another."""
 
@@ -244,20 +252,35 @@ class _Now:
             compiled.want(method, args, kwargs)  # whoever waits would gain nothing from it
         return True
 
+    def serves(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        return self._served(method, args, kwargs) is not None
+
     def run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, str]:
+        compiled, size = self._compiled(), self._served(method, args, kwargs)
+        if compiled and size is not None:
+            if computed := compiled.compute(method, args, kwargs, size):
+                return computed
+            self._unready.add(size)
+            compiled.want(method, args, kwargs, again=size)
+        return self.by_module(method, args, kwargs)
+
+    def _served(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """The size of such a call, if compiled code computes it. It may be gone: the model has another runner."""
         compiled = self._compiled()
-        assert compiled
-        with suppress(Unserved):
+        if compiled is None:
+            return None
+        try:
             kind, read = compiled.kind(method, args, kwargs)
-            size = " ".join("x".join(map(str, shape)) for shape in read.shapes)
-            if size not in compiled.sizes and compiled.busy:
-                self._unready.add(size)
-            if kind in self.kinds and size not in self._unready and compiled.sizes.get(size, True):
-                if computed := compiled.compute(method, args, kwargs, size):
-                    return computed
-                self._unready.add(size)
-                compiled.want(method, args, kwargs, again=size)
-        return target(compiled._module(), method)(*args, **kwargs), EAGER
+        except Unserved:
+            return None
+        size = " ".join("x".join(map(str, shape)) for shape in read.shapes)
+        if size not in compiled.sizes and compiled.busy:
+            self._unready.add(size)
+        served = kind in self.kinds and size not in self._unready and compiled.sizes.get(size, True)
+        return size if served else None
+
+    def by_module(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, str]:
+        return target(self._module(), method)(*args, **kwargs), EAGER
 
 
 def _built(graph: Any, inputs: Any) -> Callable[..., Any]:

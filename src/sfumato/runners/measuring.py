@@ -54,8 +54,12 @@ def compared(module: weakref.ref[torch.nn.Module], sample: Sample, candidates: M
             return None
         while not candidate.prepare(sample.method, sample.args, sample.kwargs):
             yield False
+        while candidate.busy:
+            yield False
         _, by = candidate.run(sample.method, sample.args, sample.kwargs)  # its first call of a size takes longer
         yield True
+        if by == EAGER and candidate.out_of_memory:
+            return None
         if by == EAGER:
             refused[name] = candidate.state("").detail or "it does not compute this"
         else:
@@ -78,16 +82,29 @@ def _ratio(module: weakref.ref[torch.nn.Module], candidate: Candidate, sample: S
     while len(ratios) < ROUNDS and (not ratios or time.perf_counter() - began < ENOUGH_S):
         seconds = []
         for compute in (own, other):
-            seconds.append(_seconds(compute))
+            seconds.append(_seconds(compute, _device(module())))
             yield True
         ratios.append(seconds[0] / max(seconds[1], 1e-9))
     return statistics.median(ratios)
 
 
-def _seconds(compute: Callable[[], None]) -> float:
+def _seconds(compute: Callable[[], None], device: torch.device) -> float:
+    """How long it takes. An accelerator still computes when the call has returned."""
+    _finish(device)
     start = time.perf_counter()
     compute()
+    _finish(device)
     return time.perf_counter() - start
+
+
+def _finish(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def _device(module: torch.nn.Module | None) -> torch.device:
+    tensor = next(module.parameters(), None) if module else None
+    return torch.device("cpu") if tensor is None else tensor.device
 
 
 def _lacks_memory(module: torch.nn.Module | None) -> bool:

@@ -24,6 +24,7 @@ import torch
 from sfumato.batching import outputs
 from sfumato.batching.calls import target
 from sfumato.batching.module_runner import numbers
+from sfumato.batching.outcomes import is_out_of_memory
 from sfumato.core import EAGER, RunnerState
 from sfumato.pipelines import source_digest
 from sfumato.runners import arguments as call_arguments
@@ -70,6 +71,9 @@ class _Structure:
 class OpenVino:
     """The runner of one module. Used on one thread, apart from what `Background` does for it."""
 
+    busy = False
+    """What is being converted keeps no other graph waiting."""
+
     def __init__(self, module: torch.nn.Module, folder: Path, threads: int, background: Background) -> None:
         """`folder`: where graphs are kept."""
         self.number = next(numbers)
@@ -87,6 +91,7 @@ class OpenVino:
         self._state = None if self.why_eager else module_state.state_of(module)
         self.bytes = 0
         """Memory that it takes beside the module."""
+        self.out_of_memory = False
 
     @property
     def name(self) -> str:
@@ -142,17 +147,28 @@ class OpenVino:
             work() if wait else self._background.submit(work)
         return structure.settled
 
+    def serves(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        return self._served(method, args, kwargs) is not None
+
     def run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, str]:
         """The module's output, and the name of what computed it."""
+        itself = functools.partial(target(self._module(), method), *args, **kwargs)
+        served = self._served(method, args, kwargs)
+        return self._run(*served, itself) if served else (itself(), EAGER)
+
+    def _served(
+        self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[_Structure, Arguments] | None:
+        """What computes such a call; None: the module itself."""
         module = self._module()
-        assert module is not None
-        if method in METHODS and not self.why_eager:
-            with suppress(Unserved):
-                arguments = call_arguments.read(module, args, kwargs, METHODS[method])
-                structure = self._structures.get((METHODS[method], arguments.structure))
-                if structure and structure.graph and structure.sizes.get(_size(arguments), True):
-                    return self._run(structure, arguments, functools.partial(target(module, method), *args, **kwargs))
-        return target(module, method)(*args, **kwargs), EAGER
+        if module is None or method not in METHODS or self.why_eager:
+            return None
+        with suppress(Unserved):
+            arguments = call_arguments.read(module, args, kwargs, METHODS[method])
+            structure = self._structures.get((METHODS[method], arguments.structure))
+            if structure and structure.graph and structure.sizes.get(_size(arguments), True):
+                return structure, arguments
+        return None
 
     def _run(self, structure: _Structure, arguments: Arguments, itself: Callable[[], Any]) -> tuple[Any, str]:
         """`itself`: the module's own computation."""
@@ -210,6 +226,7 @@ class OpenVino:
             made = Graph(folder, self._precision, self._threads)
         except Exception as error:  # whatever is raised by tracing code that others wrote
             reason = str(error) if isinstance(error, Unserved) else f"{type(error).__name__}: {error}"
+            self.out_of_memory = is_out_of_memory(error)
             structure.refused = f"no graph of it: {(reason.splitlines() or [''])[0][:300]}"
             log.warning("%s is computed by the module itself: %s", self._kind, structure.refused)
             return
