@@ -153,15 +153,24 @@ def test_sizes(server: Server, fields: dict[str, Any], size: tuple[int, int], pa
     assert pair in image.info["parameters"]
 
 
-def test_drawn_again_from_the_recipe(server: Server, tmp_path: Path) -> None:
-    image, _ = drawn(
-        server, **FIRST, **HIRES | {"hr_resize_x": 96, "hr_resize_y": 128}, hr_prompt="a dog", hr_upscaler="Latent"
-    )
+@pytest.mark.parametrize(
+    ("fields", "size"),
+    [
+        ({"hr_resize_x": 96, "hr_resize_y": 128, "hr_prompt": "a dog"}, (96, 128)),
+        ({"height": 72, "hr_scale": 1.3, "hr_upscaler": "Lanczos"}, (83, 93)),
+        ({"hr_prompt": "a (dog:1.5)"}, (128, 128)),
+    ],
+    ids=["resized", "odd sides", "weights in hr_prompt"],
+)
+def test_drawn_again_from_the_recipe(
+    server: Server, tmp_path: Path, fields: dict[str, Any], size: tuple[int, int]
+) -> None:
+    image, _ = drawn(server, **FIRST | HIRES | {"hr_upscaler": "Latent"} | fields)
     (tmp_path / "like.png").write_bytes(base64.b64decode(base64_of_file(image)))
     settings = Settings(models=tmp_path / "models", data=tmp_path / "data")
     (again,) = command.generate({}, tmp_path / "like.png", tmp_path / "again.png", settings)
     redrawn = Image.open(again)
-    assert redrawn.size == (96, 128)
+    assert redrawn.size == size
     assert apart(image, redrawn) < 0.5
     assert recipes.read(again).hires == recipes.read(tmp_path / "like.png").hires
 

@@ -66,6 +66,9 @@ def draw(
         first.recipe,
         sampling=replace(first.recipe.sampling, width=width, height=height),
         savings=tuple(sorted({*first.recipe.savings, *done.recipe.savings})),
+        weights=first.recipe.weights or done.recipe.weights,
+        embeddings=tuple(dict.fromkeys([*first.recipe.embeddings, *done.recipe.embeddings])),
+        drawn_size=first.recipe.drawn_size or done.recipe.drawn_size,
         hires=used,
     )
     png = encoder.result(lambda: recipe.encode(images.decoded(done.png), whole))
