@@ -219,6 +219,18 @@ def test_what_is_asked_of_the_engine(tmp_path: Path) -> None:
     assert generation.hires is None
 
 
+def test_without_enable_hr_its_fields_are_not_read(tmp_path: Path) -> None:
+    """Clients send them with whatever values: AUTOMATIC1111 does not look at them either."""
+    others = {"hr_scale": 0, "hr_second_pass_steps": -1, "hr_cfg": -1, "hr_upscaler": 5, "denoising_strength": 20}
+    inside = Inside(tmp_path)
+    for switch in ({}, {"enable_hr": False}, {"enable_hr": None}, {"enable_hr": "false"}):
+        generation, _ = seen(inside, **switch, **others)
+        assert generation
+        assert generation.hires is None
+    for switch in (True, "true", 1):
+        seen(inside, 400, enable_hr=switch, **others)
+
+
 @pytest.mark.parametrize(
     ("fields", "word"),
     [
@@ -249,6 +261,18 @@ def test_another_model_for_the_second_pass_is_refused(tmp_path: Path) -> None:
             inside, enable_hr=True, hr_checkpoint_name=same, override_settings={"sd_model_checkpoint": "m"}
         )
         assert generation
+
+
+def test_steps_that_are_left_out_are_told(server: Server) -> None:
+    weak = {"enable_hr": True, "hr_scale": 1, "denoising_strength": 0.01}
+    image, info = drawn(server, **FIRST, **weak, hr_second_pass_steps=150)
+    assert any("hr_second_pass_steps: 10 of 150 are run" in warning for warning in info["warnings"])
+    assert "Hires steps: 10" in image.info["parameters"]
+    _, info = drawn(server, **FIRST, **weak, hr_second_pass_steps=10)
+    assert info["warnings"] == []
+    # The model's own steps are known when they have been run.
+    _, info = drawn(server, **FIRST | {"steps": None}, enable_hr=True, hr_scale=1, denoising_strength=0.001)
+    assert any("hr_second_pass_steps: 1 of" in warning for warning in info["warnings"])
 
 
 def test_what_is_not_here_is_told(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 from sfumato.api.a1111.samplers import choose
 from sfumato.api.fields import BLANK, MAX_SIDE, Text
 from sfumato.errors import InvalidRequest
-from sfumato.sampling import MAX_PROMPT, UPSCALERS, Hires, Sampling, whole_steps
+from sfumato.sampling import MAX_PROMPT, UPSCALERS, Hires, Sampling, fewer_steps, whole_steps
 
 DEFAULT_STRENGTH, DEFAULT_SCALE = 0.75, 2.0
 """AUTOMATIC1111's, for fields that are absent."""
@@ -96,7 +96,8 @@ def hires_of(body: HiresFields, first: Sampling, size: tuple[int, int]) -> tuple
     )
     resized = bool(body.hr_resize_x or body.hr_resize_y)
     scale = None if resized else body.hr_scale or DEFAULT_SCALE
-    return Hires(upscaler=upscaler, sampling=sampling, prompt=body.hr_prompt or None, scale=scale), warnings
+    hires = Hires(upscaler=upscaler, sampling=sampling, prompt=body.hr_prompt or None, scale=scale)
+    return hires, warnings + fewer_steps(hires, steps or 0)
 
 
 def check_checkpoint(body: HiresFields, same: bool) -> None:
