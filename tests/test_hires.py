@@ -14,6 +14,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 from PIL import Image
+from safetensors.torch import save_file
 
 import sfumato
 import sfumato.commands.generate as command
@@ -247,6 +248,30 @@ def test_refused_before_any_work(tmp_path: Path, fields: dict[str, Any], word: s
     generation, answer = seen(Inside(tmp_path), status, enable_hr=True, **fields)
     assert generation is None
     assert word in answer.json()["error"]["message"]
+
+
+def test_loras_in_the_prompts_of_the_second_pass(tmp_path: Path) -> None:
+    """Both passes have those of the first; a tag is never drawn as words."""
+    loras = tmp_path / "models" / "loras"
+    loras.mkdir(parents=True)
+    save_file({"x": torch.zeros(1)}, loras / "pen.safetensors")
+    inside = Inside(tmp_path)
+    config = "name: m\nparameters:\n  model: some/one\ndiffusers:\n  enable_parameters: negative_prompt\n"
+    (tmp_path / "models" / "m.yaml").write_text(config)
+    body = {"enable_hr": True, "steps": None, "prompt": "a cat <lora:pen:0.5>"}
+    told = {}
+    for name, negative in (("pen:0.5", "red"), ("pen:0.9", "red"), ("pen:0.5", "red <lora:ink:1>")):
+        generation, answer = seen(inside, **body, hr_prompt=f"a dog <lora:{name}>", hr_negative_prompt=negative)
+        assert generation
+        assert generation.hires
+        assert [(each.source, each.weight) for each in generation.loras] == [("pen", 0.5)]
+        assert (generation.hires.prompt, generation.hires.sampling.negative_prompt) == ("a dog", "red")
+        told[name, negative] = generation.notes
+    assert [len(notes) for notes in told.values()] == [0, 1, 1]
+    assert told["pen:0.9", "red"][0].startswith("hr_prompt: <lora:pen:0.9> left out")
+    assert told["pen:0.5", "red <lora:ink:1>"][0].startswith("hr_negative_prompt: <lora:ink:1> left out")
+    _, answer = seen(inside, 400, **body, hr_prompt="a dog <lora:pen:much>")
+    assert answer.json()["error"]["param"] == "hr_prompt"
 
 
 def test_another_model_for_the_second_pass_is_refused(tmp_path: Path) -> None:
