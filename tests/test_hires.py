@@ -247,7 +247,10 @@ def test_refused_before_any_work(tmp_path: Path, fields: dict[str, Any], word: s
     status = 404 if "hr_checkpoint_name" in fields else 400
     generation, answer = seen(Inside(tmp_path), status, enable_hr=True, **fields)
     assert generation is None
-    assert word in answer.json()["error"]["message"]
+    error = answer.json()["error"]
+    assert word in error["message"]
+    if status == 404:
+        assert error["param"] == "hr_checkpoint_name"
 
 
 def test_loras_in_the_prompts_of_the_second_pass(tmp_path: Path) -> None:
@@ -286,6 +289,16 @@ def test_another_model_for_the_second_pass_is_refused(tmp_path: Path) -> None:
             inside, enable_hr=True, hr_checkpoint_name=same, override_settings={"sd_model_checkpoint": "m"}
         )
         assert generation
+
+
+def test_the_first_pass_has_the_models_own_size_before_it_is_loaded(tmp_path: Path) -> None:
+    """A model file does not say it: its files do, and a loaded model."""
+    inside = Inside(tmp_path)
+    (tmp_path / "models" / "m.yaml").write_text(f"name: m\nparameters:\n  model: {TINY}\n")
+    generation, _ = seen(inside, enable_hr=True, hr_scale=1, width=None, height=None, steps=None)
+    assert generation
+    assert generation.hires
+    assert generation.sampling.size == generation.hires.sampling.size == (128, 128)
 
 
 def test_steps_that_are_left_out_are_told(server: Server) -> None:
