@@ -19,12 +19,13 @@ from safetensors.torch import save_file
 import sfumato.commands.generate as command
 from sfumato.checkpoints import embeddings
 from sfumato.core import Done
-from sfumato.drawing import inversions
+from sfumato.drawing import inversions, two_passes
 from sfumato.drawing.draw import draw
 from sfumato.errors import InvalidRequest
 from sfumato.models.load import Loaded
 from sfumato.pictures import recipe
 from sfumato.pictures.images import decoded
+from sfumato.sampling import Hires, Sampling
 from support import tiny
 from support.drawing import loaded, quiet, wanted
 from support.inside import Inside
@@ -223,6 +224,14 @@ def test_the_recipe_has_its_hash(folder: Path) -> None:
     again = command._as_request(done.recipe)
     second = draw(model, replace(wanted(prompt=again["prompts"][0]), sampling=again["sampling"]), quiet)
     assert second.png == done.png
+
+
+def test_the_recipe_of_two_passes_has_those_of_both(folder: Path) -> None:
+    second = Sampling(width=64, height=64, strength=0.5)
+    hires = Hires(upscaler="Lanczos", sampling=second, prompt="a CatToy, easy-negative")
+    asked = wanted(prompt="a easy-negative", width=64, height=64, hires=hires)
+    done = two_passes.draw(model_of("sd", folder), asked, quiet)
+    assert [each.split(":")[0] for each in done.recipe.embeddings] == ["easy-negative", "CatToy"]
 
 
 def test_the_random_numbers_of_others_are_left_alone(folder: Path) -> None:

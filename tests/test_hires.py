@@ -16,6 +16,7 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny, StableDiffusionImg2ImgPipeline
 from PIL import Image
+from safetensors.torch import save_file
 
 import sfumato
 import sfumato.commands.generate as command
@@ -187,15 +188,24 @@ def test_sizes(server: Server, fields: dict[str, Any], size: tuple[int, int], pa
     assert pair in image.info["parameters"]
 
 
-def test_drawn_again_from_the_recipe(server: Server, tmp_path: Path) -> None:
-    image, _ = drawn(
-        server, **FIRST, **HIRES | {"hr_resize_x": 96, "hr_resize_y": 128}, hr_prompt="a dog", hr_upscaler="Latent"
-    )
+@pytest.mark.parametrize(
+    ("fields", "size"),
+    [
+        ({"hr_resize_x": 96, "hr_resize_y": 128, "hr_prompt": "a dog"}, (96, 128)),
+        ({"height": 72, "hr_scale": 1.3, "hr_upscaler": "Lanczos"}, (83, 93)),
+        ({"hr_prompt": "a (dog:1.5)"}, (128, 128)),
+    ],
+    ids=["resized", "odd sides", "weights in hr_prompt"],
+)
+def test_drawn_again_from_the_recipe(
+    server: Server, tmp_path: Path, fields: dict[str, Any], size: tuple[int, int]
+) -> None:
+    image, _ = drawn(server, **FIRST | HIRES | {"hr_upscaler": "Latent"} | fields)
     (tmp_path / "like.png").write_bytes(base64.b64decode(base64_of_file(image)))
     settings = Settings(models=tmp_path / "models", data=tmp_path / "data")
     (again,) = command.generate({}, tmp_path / "like.png", tmp_path / "again.png", settings)
     redrawn = Image.open(again)
-    assert redrawn.size == (96, 128)
+    assert redrawn.size == size
     assert apart(image, redrawn) < 0.5
     assert recipes.read(again).hires == recipes.read(tmp_path / "like.png").hires
 
@@ -244,6 +254,18 @@ def test_what_is_asked_of_the_engine(tmp_path: Path) -> None:
     assert generation.hires is None
 
 
+def test_without_enable_hr_its_fields_are_not_read(tmp_path: Path) -> None:
+    """Clients send them with whatever values: AUTOMATIC1111 does not look at them either."""
+    others = {"hr_scale": 0, "hr_second_pass_steps": -1, "hr_cfg": -1, "hr_upscaler": 5, "denoising_strength": 20}
+    inside = Inside(tmp_path)
+    for switch in ({}, {"enable_hr": False}, {"enable_hr": None}, {"enable_hr": "false"}):
+        generation, _ = seen(inside, **switch, **others)
+        assert generation
+        assert generation.hires is None
+    for switch in (True, "true", 1):
+        seen(inside, 400, enable_hr=switch, **others)
+
+
 @pytest.mark.parametrize(
     ("fields", "word"),
     [
@@ -259,7 +281,34 @@ def test_refused_before_any_work(tmp_path: Path, fields: dict[str, Any], word: s
     status = 404 if "hr_checkpoint_name" in fields else 400
     generation, answer = seen(Inside(tmp_path), status, enable_hr=True, **fields)
     assert generation is None
-    assert word in answer.json()["error"]["message"]
+    error = answer.json()["error"]
+    assert word in error["message"]
+    if status == 404:
+        assert error["param"] == "hr_checkpoint_name"
+
+
+def test_loras_in_the_prompts_of_the_second_pass(tmp_path: Path) -> None:
+    """Both passes have those of the first; a tag is never drawn as words."""
+    loras = tmp_path / "models" / "loras"
+    loras.mkdir(parents=True)
+    save_file({"x": torch.zeros(1)}, loras / "pen.safetensors")
+    inside = Inside(tmp_path)
+    config = "name: m\nparameters:\n  model: some/one\ndiffusers:\n  enable_parameters: negative_prompt\n"
+    (tmp_path / "models" / "m.yaml").write_text(config)
+    body = {"enable_hr": True, "steps": None, "prompt": "a cat <lora:pen:0.5>"}
+    told = {}
+    for name, negative in (("pen:0.5", "red"), ("pen:0.9", "red"), ("pen:0.5", "red <lora:ink:1>")):
+        generation, answer = seen(inside, **body, hr_prompt=f"a dog <lora:{name}>", hr_negative_prompt=negative)
+        assert generation
+        assert generation.hires
+        assert [(each.source, each.weight) for each in generation.loras] == [("pen", 0.5)]
+        assert (generation.hires.prompt, generation.hires.sampling.negative_prompt) == ("a dog", "red")
+        told[name, negative] = generation.notes
+    assert [len(notes) for notes in told.values()] == [0, 1, 1]
+    assert told["pen:0.9", "red"][0].startswith("hr_prompt: <lora:pen:0.9> left out")
+    assert told["pen:0.5", "red <lora:ink:1>"][0].startswith("hr_negative_prompt: <lora:ink:1> left out")
+    _, answer = seen(inside, 400, **body, hr_prompt="a dog <lora:pen:much>")
+    assert answer.json()["error"]["param"] == "hr_prompt"
 
 
 def test_another_model_for_the_second_pass_is_refused(tmp_path: Path) -> None:
@@ -274,6 +323,28 @@ def test_another_model_for_the_second_pass_is_refused(tmp_path: Path) -> None:
             inside, enable_hr=True, hr_checkpoint_name=same, override_settings={"sd_model_checkpoint": "m"}
         )
         assert generation
+
+
+def test_the_first_pass_has_the_models_own_size_before_it_is_loaded(tmp_path: Path) -> None:
+    """A model file does not say it: its files do, and a loaded model."""
+    inside = Inside(tmp_path)
+    (tmp_path / "models" / "m.yaml").write_text(f"name: m\nparameters:\n  model: {TINY}\n")
+    generation, _ = seen(inside, enable_hr=True, hr_scale=1, width=None, height=None, steps=None)
+    assert generation
+    assert generation.hires
+    assert generation.sampling.size == generation.hires.sampling.size == (128, 128)
+
+
+def test_steps_that_are_left_out_are_told(server: Server) -> None:
+    weak = {"enable_hr": True, "hr_scale": 1, "denoising_strength": 0.01}
+    image, info = drawn(server, **FIRST, **weak, hr_second_pass_steps=150)
+    assert any("hr_second_pass_steps: 10 of 150 are run" in warning for warning in info["warnings"])
+    assert "Hires steps: 10" in image.info["parameters"]
+    _, info = drawn(server, **FIRST, **weak, hr_second_pass_steps=10)
+    assert info["warnings"] == []
+    # The model's own steps are known when they have been run.
+    _, info = drawn(server, **FIRST | {"steps": None}, enable_hr=True, hr_scale=1, denoising_strength=0.001)
+    assert any("hr_second_pass_steps: 1 of" in warning for warning in info["warnings"])
 
 
 def test_what_is_not_here_is_told(tmp_path: Path) -> None:

@@ -90,19 +90,20 @@ def not_named_by(recorded: Iterable[Lora], tags: Iterable[Lora]) -> list[Lora]:
     return [each for each in recorded if not names & {each.source.casefold(), each.name.casefold(), each.tag_name}]
 
 
-def read_tags(prompt: str) -> tuple[str, tuple[Lora, ...]]:
-    """The prompt without `<lora:name:0.8>`, and the LoRAs. Raises InvalidRequest for a tag that says no weight.
+def read_tags(prompt: str, field: str = "prompt") -> tuple[str, tuple[Lora, ...]]:
+    """The prompt without `<lora:name:0.8>`, and the LoRAs. Raises InvalidRequest naming `field` for a tag that says no
+    weight.
 
     As in AUTOMATIC1111 one number is for all, of two the first is for the text encoders and the second for the
     denoiser; `te=` and `unet=` name them.
     """
-    loras = tuple(_of_tag(match) for match in _TAG.finditer(prompt))
+    loras = tuple(_of_tag(match, field) for match in _TAG.finditer(prompt))
     if not loras:
         return prompt, ()
     return re.sub(r"(?<=[^ ]) {2,}(?=[^ ])", " ", _TAG.sub("", prompt)).strip(), loras
 
 
-def _of_tag(match: re.Match[str]) -> Lora:
+def _of_tag(match: re.Match[str], field: str) -> Lora:
     numbers: list[float] = []
     named: dict[str, float] = {}
     for part in match[2].split(":")[1:]:
@@ -110,25 +111,25 @@ def _of_tag(match: re.Match[str]) -> Lora:
         try:
             number = float(value) if value.strip() else 1.0
         except ValueError:
-            raise _bad_tag(match[0], f"{part[:40]!r} is no number") from None
+            raise _bad_tag(field, match[0], f"{part[:40]!r} is no number") from None
         if not equals:
             numbers.append(number)
         elif key.strip() in ("te", "unet"):
             named[key.strip()] = number
         elif key.strip() != "dyn":
-            raise _bad_tag(match[0], f"{key[:40]!r} is neither te nor unet")
+            raise _bad_tag(field, match[0], f"{key[:40]!r} is neither te nor unet")
     if not match[1].strip():
-        raise _bad_tag(match[0], "it names no LoRA")
+        raise _bad_tag(field, match[0], "it names no LoRA")
     text = named.get("te", numbers[0] if numbers else 1.0)
     weight = named.get("unet", numbers[1] if len(numbers) > 1 else text)
     return Lora(match[1].strip(), weight, None if text == weight else text)
 
 
-def _bad_tag(tag: str, reason: str) -> InvalidRequest:
+def _bad_tag(field: str, tag: str, reason: str) -> InvalidRequest:
     return InvalidRequest(
-        f"prompt: {tag[:80]!r}: {reason}; <lora:name>, <lora:name:0.8> and <lora:name:0.8:0.6> (text encoders, "
+        f"{field}: {tag[:80]!r}: {reason}; <lora:name>, <lora:name:0.8> and <lora:name:0.8:0.6> (text encoders, "
         "denoiser) are valid",
-        param="prompt",
+        param=field,
     )
 
 

@@ -183,6 +183,16 @@ def whole_steps(steps: int, strength: float) -> int:
     return min(int(NAMED["steps"].most or steps), math.ceil(steps / strength - 1e-9)) if strength > 0 else steps
 
 
+def fewer_steps(hires: Hires, steps: int) -> list[str]:
+    """A warning if the second pass runs fewer than these steps, as `whole_steps` has a limit."""
+    if hires.steps >= steps or not hires.sampling.strength:
+        return []
+    return [
+        f"hr_second_pass_steps: {hires.steps} of {steps} are run: the second pass is the part "
+        f"{hires.sampling.strength:g} (denoising_strength) of {hires.sampling.steps} steps, which are the most"
+    ]
+
+
 UPSCALERS: Mapping[str, tuple[str, bool] | None] = MappingProxyType(
     {
         "Latent": ("bilinear", False),

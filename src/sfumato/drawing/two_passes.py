@@ -21,7 +21,7 @@ from sfumato.models.load import Loaded
 from sfumato.pictures import images, recipe
 from sfumato.pictures.encoder import HERE, Encoder
 from sfumato.previews.steps import OnPreview
-from sfumato.sampling import UPSCALERS, Hires, merged, whole_steps
+from sfumato.sampling import UPSCALERS, Hires, fewer_steps, merged, whole_steps
 
 
 def draw(
@@ -50,7 +50,7 @@ def draw(
         on_step(step, total + planned(asked, total))
 
     first = one_pass.draw(model, replace(generation, hires=None), of_first, on_preview, runners, encoder)
-    hires = settled(asked, first)
+    hires = _settled(asked, first.recipe.sampling.steps or 1)
     second = encoder.result(lambda: _second(generation, hires, first.png))
     done = one_pass.draw(
         model,
@@ -66,23 +66,26 @@ def draw(
         first.recipe,
         sampling=replace(first.recipe.sampling, width=width, height=height),
         savings=tuple(sorted({*first.recipe.savings, *done.recipe.savings})),
+        weights=first.recipe.weights or done.recipe.weights,
+        embeddings=tuple(dict.fromkeys([*first.recipe.embeddings, *done.recipe.embeddings])),
+        drawn_size=first.recipe.drawn_size or done.recipe.drawn_size,
         hires=used,
     )
     png = encoder.result(lambda: recipe.encode(images.decoded(done.png), whole))
-    warnings = tuple(dict.fromkeys([*first.warnings, *done.warnings]))
+    fewer = () if asked.sampling.steps else fewer_steps(hires, first.recipe.sampling.steps or 1)
+    warnings = tuple(dict.fromkeys([*first.warnings, *fewer, *done.warnings]))
     return Done(png, whole, warnings, first.prompt_tokens)
 
 
 def planned(hires: Hires, steps: int) -> int:
     """Steps of the second pass, if the first has `steps`."""
-    return hires.steps if hires.sampling.steps else steps
+    return _settled(hires, steps).steps
 
 
-def settled(hires: Hires, first: Done) -> Hires:
-    """The second pass with as many steps as the first ran, if it does not say how many."""
+def _settled(hires: Hires, steps: int) -> Hires:
+    """The second pass with as many steps as the first runs, if it does not say how many."""
     if hires.sampling.steps:
         return hires
-    steps = first.recipe.sampling.steps or 1
     return replace(hires, sampling=replace(hires.sampling, steps=whole_steps(steps, hires.sampling.strength or 0.0)))
 
 

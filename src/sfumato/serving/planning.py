@@ -116,10 +116,12 @@ def plan(request: ImageRequest, config: ModelConfig, limits: Limits, max_picture
     for prompt in prompts:
         text, tagged = loras.read_tags(prompt) if request.lora_tags else (prompt, ())
         sampling, tagged_negative = _without_tags(request) if request.lora_tags else (request.sampling, ())
+        acting = loras.checked((*request.loras, *tagged, *tagged_negative))
+        hires, notes = _hires_without_tags(request.hires, acting) if request.lora_tags else (request.hires, ())
         generation = Generation(
             id="",
             prompt=text,
-            loras=loras.checked((*request.loras, *tagged, *tagged_negative)),
+            loras=acting,
             replace_loras=request.replace_loras,
             sampling=sampling,
             split_prompt=request.split_prompt,
@@ -138,7 +140,8 @@ def plan(request: ImageRequest, config: ModelConfig, limits: Limits, max_picture
             webui=request.webui,
             weights=request.weights,
             crop=request.crop,
-            hires=request.hires,
+            hires=hires,
+            notes=notes,
             keep_alive=request.keep_alive,
         )
         if not request.operator:
@@ -151,8 +154,22 @@ def _without_tags(request: ImageRequest) -> tuple[Sampling, tuple[Lora, ...]]:
     """The sampling parameters without LoRAs in the negative prompt, and these."""
     if not request.sampling.negative_prompt:
         return request.sampling, ()
-    text, tagged = loras.read_tags(request.sampling.negative_prompt)
+    text, tagged = loras.read_tags(request.sampling.negative_prompt, "negative_prompt")
     return replace(request.sampling, negative_prompt=text), tagged
+
+
+def _hires_without_tags(hires: Hires | None, acting: Sequence[Lora]) -> tuple[Hires | None, tuple[str, ...]]:
+    """The second pass without LoRAs in its prompts, and warnings of those that do not act so: both have the same."""
+    if not hires:
+        return None, ()
+    notes = []
+    texts = {"hr_prompt": hires.prompt, "hr_negative_prompt": hires.sampling.negative_prompt}
+    for name, text in texts.items():
+        texts[name], tagged = loras.read_tags(text, name) if text else (text, ())
+        if others := " ".join(lora.tag for lora in tagged if lora not in acting):
+            notes.append(f"{name}: {others[:200]} left out: both passes have the LoRAs of `prompt`; name them there")
+    sampling = replace(hires.sampling, negative_prompt=texts["hr_negative_prompt"])
+    return replace(hires, prompt=texts["hr_prompt"], sampling=sampling), tuple(notes)
 
 
 def _check_pictures(request: ImageRequest) -> None:
@@ -257,10 +274,10 @@ def _enabled(config: ModelConfig, generation: Generation, request: ImageRequest)
     sampling = generation.sampling
     used = [each for each in PARAMETERS if each.guarded and sampling[each] is not None]
     disabled = [each for each in used if not config.enables(each.argument or "")]
-    notes: tuple[str, ...] = ()
+    notes = generation.notes
     if generation.split_prompt and prompt_pair(generation.prompt) and not config.enables("negative_prompt"):
         generation = replace(generation, split_prompt=False)
-        notes = (f"prompt: not split at its bar: {config.name} does not allow requests to set negative_prompt",)
+        notes += (f"prompt: not split at its bar: {config.name} does not allow requests to set negative_prompt",)
     if disabled and not generation.webui:
         raise _disabled(config, disabled[0].argument or "")
     without = replace(sampling, **{each.name: None for each in disabled})

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model, model_validator
 from pydantic_core import from_json, to_json
 
 from sfumato.api.a1111.control_units import SCRIPT
@@ -181,8 +181,24 @@ class DrawBody(_Sampled):
         return from_json(to_json(fields, inf_nan_mode="null"))  # type: ignore[no-any-return]
 
 
+_SWITCH: TypeAdapter[bool | None] = TypeAdapter(bool | None)
+
+
 class Txt2ImgBody(HiresFields, DrawBody):
     """Of `POST /sdapi/v1/txt2img`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_one_pass(cls, values: Any) -> Any:
+        """Without the second pass's fields if there is none: clients send them whatever their values are."""
+        if not isinstance(values, dict):
+            return values
+        try:
+            if _SWITCH.validate_python(values.get("enable_hr")):
+                return values
+        except ValidationError:  # of the field
+            return values
+        return {name: value for name, value in values.items() if name not in HiresFields.model_fields}
 
 
 if TYPE_CHECKING:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 from pydantic import BaseModel, Field
 
 from sfumato.api.a1111.samplers import choose
 from sfumato.api.fields import BLANK, MAX_SIDE, Text
-from sfumato.errors import InvalidRequest
-from sfumato.sampling import MAX_PROMPT, UPSCALERS, Hires, Sampling, whole_steps
+from sfumato.errors import InvalidRequest, ModelNotFound
+from sfumato.sampling import MAX_PROMPT, UPSCALERS, Hires, Sampling, fewer_steps, whole_steps
 
 DEFAULT_STRENGTH, DEFAULT_SCALE = 0.75, 2.0
 """AUTOMATIC1111's, for fields that are absent."""
@@ -96,14 +97,24 @@ def hires_of(body: HiresFields, first: Sampling, size: tuple[int, int]) -> tuple
     )
     resized = bool(body.hr_resize_x or body.hr_resize_y)
     scale = None if resized else body.hr_scale or DEFAULT_SCALE
-    return Hires(upscaler=upscaler, sampling=sampling, prompt=body.hr_prompt or None, scale=scale), warnings
+    hires = Hires(upscaler=upscaler, sampling=sampling, prompt=body.hr_prompt or None, scale=scale)
+    return hires, warnings + fewer_steps(hires, steps or 0)
 
 
-def check_checkpoint(body: HiresFields, same: bool) -> None:
-    """Raises InvalidRequest for another model than that of the first pass. `same`: the name is that model's."""
-    if named(body.hr_checkpoint_name) and not same:
+def check_checkpoint(body: HiresFields, is_same: Callable[[str], bool]) -> None:
+    """Raises InvalidRequest for another model than that of the first pass, and ModelNotFound for none.
+
+    `is_same`: whether a title is that model's; it raises ModelNotFound."""
+    title = body.hr_checkpoint_name
+    if not title or not named(title):
+        return
+    try:
+        same = is_same(title)
+    except ModelNotFound as error:
+        raise ModelNotFound(str(error), param="hr_checkpoint_name") from None
+    if not same:
         raise InvalidRequest(
-            f"hr_checkpoint_name: {str(body.hr_checkpoint_name)[:100]!r}; both passes are drawn by one model. Leave it "
+            f"hr_checkpoint_name: {title[:100]!r}; both passes are drawn by one model. Leave it "
             "out, or draw with img2img from the first picture",
             param="hr_checkpoint_name",
         )

@@ -17,11 +17,12 @@ from sfumato.core import Done
 from sfumato.errors import Cancelled, InvalidRequest
 from sfumato.sampling import Hires, Sampling
 from sfumato.serving.job import Job
+from sfumato.serving.own_size import own_size
 from sfumato.serving.planning import ImageRequest, refuse_size
 from sfumato.serving.service import Service
 
-DEFAULT_SIZE = (512, 512)
-"""AUTOMATIC1111's, of a first pass whose size neither the request nor the model says."""
+DEFAULT_SIDE = 512
+"""AUTOMATIC1111's, in pixels, of a first pass whose size neither the request nor the model says."""
 
 PREVIEWS = 8
 """Previews per picture, for `progress`."""
@@ -58,7 +59,9 @@ class Jobs:
 TheJobs: TypeAlias = Annotated[Jobs, Depends(part("a1111_jobs"))]
 
 
-def request_of(service: Service, choices: Choices, body: DrawBody, request: Request) -> tuple[ImageRequest, list[str]]:
+async def request_of(
+    service: Service, choices: Choices, body: DrawBody, request: Request
+) -> tuple[ImageRequest, list[str]]:
     """The request without its pictures, and warnings for known differences."""
     settings, caller = service.settings, caller_of(request)
     if body.pictures > settings.max_n:
@@ -77,7 +80,7 @@ def request_of(service: Service, choices: Choices, body: DrawBody, request: Requ
     sampling, hires = body.sampling(choice.scheduler), None
     second: list[str] = []
     if isinstance(body, Txt2ImgBody) and body.enable_hr:
-        sampling, hires, second = _in_two_passes(service, choices, body, sampling, model)
+        sampling, hires, second = await _in_two_passes(service, choices, body, sampling, model)
     image_request = ImageRequest(
         prompts=[body.prompt or ""],
         split_prompt=False,
@@ -98,16 +101,14 @@ def request_of(service: Service, choices: Choices, body: DrawBody, request: Requ
     return image_request, [*body.warnings(), *choice.warnings, *second]
 
 
-def _in_two_passes(
+async def _in_two_passes(
     service: Service, choices: Choices, body: Txt2ImgBody, sampling: Sampling, model: str | None
 ) -> tuple[Sampling, Hires, list[str]]:
     """The first pass at its size, the second one, and warnings. The size of the result is checked."""
     service.catalog.refresh()
     config = service.catalog.get(model)
-    name = body.hr_checkpoint_name
-    hires_fields.check_checkpoint(body, hires_fields.named(name) and choices.model_for_title(name) == config.name)
-    info = service.engine.status(config.name).info
-    own = (info.sampling.size if info else None) or config.sampling.size or DEFAULT_SIZE
+    hires_fields.check_checkpoint(body, lambda title: choices.model_for_title(title) == config.name)
+    own, _ = await own_size(service, config, DEFAULT_SIDE)
     width, height = sampling.size or own
     refuse_size(service.limits, *hires_fields.size_of(body, (width, height)), "hr_scale", param="hr_scale")
     hires, warnings = hires_fields.hires_of(body, sampling, (width, height))

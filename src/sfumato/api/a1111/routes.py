@@ -157,7 +157,7 @@ routes.include_router(lists.routes)
 
 async def _draw(context: Context, choices: Choices, jobs: Jobs, body: DrawBody, name: str) -> JSONResponse:
     request, service = context.request, context.service
-    image_request, warnings = request_of(service, choices, body, request)
+    image_request, warnings = await request_of(service, choices, body, request)
     ignored = body.ignored()
     image_request = replace(image_request, keep=_store_callback(context, required=bool(body.save_images)))
     if isinstance(body, Img2ImgBody):

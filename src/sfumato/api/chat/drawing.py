@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass, replace
 from typing import Any
 
 from sfumato.api.chat.bodies import ChatBody
 from sfumato.api.chat.sizes import SIDE
-from sfumato.checkpoints import static_capabilities
-from sfumato.checkpoints.static_capabilities import DEFAULT_MULTIPLE
 from sfumato.config import ModelConfig
 from sfumato.core import Abilities
 from sfumato.errors import ModelNotFound
 from sfumato.sampling import Sampling
+from sfumato.serving.own_size import own_size
 from sfumato.serving.planning import refuse_size, size_of
 from sfumato.serving.service import Service
 
@@ -73,24 +71,7 @@ async def _sized(
         return sampling, False
     if asked.aspect_ratio is None and (with_source or asked.image_size is None):
         return sampling, False  # a picture keeps its size
-    own, multiple = await _own_size(service, config)
+    own, multiple = await own_size(service, config, SIDE)
     width, height = asked.size(own, multiple)
     refuse_size(service.limits, width, height, "image_config")
     return replace(sampling, width=width, height=height), True
-
-
-async def _own_size(service: Service, config: ModelConfig) -> tuple[tuple[int, int], int]:
-    """What the model draws by itself, and the multiple of its sides, in pixels."""
-    if info := service.engine.status(config.name).info:
-        return info.sampling.size or config.sampling.size or (SIDE, SIDE), info.size_multiple
-    return await asyncio.to_thread(_by_its_files, config)
-
-
-def _by_its_files(config: ModelConfig) -> tuple[tuple[int, int], int]:
-    known = static_capabilities.static_capabilities(config)
-    multiple = known.size_multiple or DEFAULT_MULTIPLE
-    folder, index = static_capabilities.folder_of(config), static_capabilities.index_of(config)
-    if config.sampling.size or not (known.pipeline and folder):
-        return config.sampling.size or (SIDE, SIDE), multiple
-    side = static_capabilities.default_side(known.pipeline, folder, index) or SIDE
-    return (side, side), multiple
