@@ -123,6 +123,9 @@ CONVERSATIONS: list[tuple[str, list[dict[str, Any]], str, list[int]]] = [
      "a\nb", []),
     ("a picture and a text", [user("make it blue", uri(16))], "make it blue", [16]),
     ("several pictures", [user("both", uri(16), uri(24))], "both", [16, 24]),
+    ("keys of other parts are null", [{"role": "user", "content": [
+        {"type": "text", "text": "x", "image_url": None, "image": None, "file_id": None},
+        {"type": "image_url", "text": None, "image_url": {"url": uri(16)}}]}], "x", [16]),
     ("a URL alone", [{"role": "user", "content": [part(uri(16)), {"type": "text", "text": "x"}]}], "x", [16]),
     ("without data:", [{"role": "user", "content": [part({"url": uri(16).split(",")[1]}),
                                                     {"type": "text", "text": "x"}]}], "x", [16]),
@@ -277,6 +280,8 @@ def test_image_config_is_a_size(inside: Door) -> None:
         ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
         ({"messages": [user("a", "")]}, "messages[0].content[1]"),
         ({"messages": [user("a"), answered(""), user("b")]}, "messages[1].images[0]"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, part(None)]}]},
+         "messages[0].content[1]"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"},
                                                     {"type": "input_image", "file_id": "file-1"}]}]},
          "messages[0].content[1]"),
