@@ -22,6 +22,7 @@ from mcp.client.streamable_http import streamable_http_client
 from mcp.shared.exceptions import MCPError
 from PIL import Image
 
+from sfumato.api.mcp import sessions
 from support.answerable import within
 from support.inside import Inside, running
 from support.pictures import encoded
@@ -257,6 +258,40 @@ def test_keys(tmp_path: Path) -> None:
         for key, status in (("first", 200), ("second", 404)):
             headers = {"authorization": f"Bearer {key}", "mcp-session-id": session}
             assert client.post("/mcp", json=listing, headers=headers).status_code == status
+
+
+def test_one_callers_sessions_do_not_shut_out_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its oldest end: those that were used last, and the others' sessions, stay."""
+    monkeypatch.setattr(sessions, "MAX_OF_CALLER", 3)
+    monkeypatch.setattr(sessions, "MAX_SESSIONS", 5)
+    listing = {"jsonrpc": "2.0", "id": 2, "method": "tools/list"}
+    inside = Inside(tmp_path, api_keys="one:first,two:second,three:third")
+    with running(inside) as port, httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=ACCEPT) as client:
+
+        def begin(key: str) -> str:
+            answer = client.post("/mcp", json=HELLO, headers={"authorization": f"Bearer {key}"})
+            assert answer.status_code == 200, answer.text
+            return str(answer.headers["mcp-session-id"])
+
+        def status(key: str, session: str) -> int:
+            headers = {"authorization": f"Bearer {key}", "mcp-session-id": session}
+            return client.post("/mcp", json=listing, headers=headers).status_code
+
+        other = begin("second")
+        first, second, third = (begin("first") for _ in range(3))
+        assert status("first", first) == 200  # used last: the second is the oldest now
+        fourth = begin("first")
+        assert [status("first", each) for each in (first, second, third, fourth)] == [200, 404, 200, 200]
+        assert status("second", other) == 200
+        ended = {"authorization": "Bearer first", "mcp-session-id": first}
+        assert client.delete("/mcp", headers=ended).status_code == 200
+        fifth = begin("first")  # in place of the one that its client has ended
+        assert [status("first", each) for each in (third, fourth, fifth)] == [200] * 3
+        begin("third")
+        assert status("second", other) == 200
+        begin("third")  # more than there may be of all
+        assert [status("first", each) for each in (third, fourth, fifth)] == [404, 200, 200]
+        assert status("second", other) == 200
 
 
 def test_limits_of_the_queue(tmp_path: Path) -> None:

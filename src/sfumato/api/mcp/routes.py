@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from typing import Annotated, Any, TypeAlias
 
 from fastapi import APIRouter, Depends
@@ -12,12 +13,15 @@ from starlette.types import Message, Receive, Scope, Send
 from sfumato.api.dependencies import part
 from sfumato.api.http import body_cost, content_type
 from sfumato.api.mcp.server import Protocol
+from sfumato.api.mcp.sessions import Sessions
 from sfumato.errors import UnsupportedMedia
 from sfumato.pictures.gallery import Gallery
 from sfumato.serving.service import Service
 
 INVALID, INTERNAL = -32600, -32603
 """JSON-RPC's codes of errors."""
+
+SESSION = b"mcp-session-id"
 
 
 def error_shape(error: dict[str, Any]) -> dict[str, Any]:
@@ -36,6 +40,7 @@ class Endpoint:
         self._protocol: Protocol | None = None
         self._running: asyncio.Task[None] | None = None
         self._end = asyncio.Event()
+        self._sessions = Sessions()
 
     async def close(self) -> None:
         if self._running:
@@ -43,15 +48,34 @@ class Endpoint:
             await self._running
         self._starting, self._end = asyncio.Lock(), asyncio.Event()
         self._protocol = self._running = None
+        self._sessions = Sessions()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises SfumatoError for a request that is refused before its message is read."""
         protocol = await self._started()
         if scope["method"] == "POST":
             receive = await self._checked(scope, receive)
-        if user := protocol.user(scope["state"]["caller"]):
+        caller = scope["state"]["caller"]
+        if user := protocol.user(caller):
             scope["user"] = user
-        await protocol.manager.handle_request(scope, receive, send)
+        session = ""
+
+        async def watched(message: Message) -> None:
+            nonlocal session
+            if message["type"] == "http.response.start" and message["status"] < 400:
+                session = _header(message["headers"], SESSION)
+                if session and scope["method"] == "DELETE":
+                    self._sessions.forget(session)
+                elif session:
+                    self._sessions.begin(session, caller)
+                    if excess := self._sessions.take_one_too_many(caller):
+                        await _delete(protocol, scope, *excess)
+            await send(message)
+
+        try:
+            await protocol.manager.handle_request(scope, receive, watched)
+        finally:
+            self._sessions.end(session)
 
     async def _started(self) -> Protocol:
         """Raises NotInstalled."""
@@ -72,7 +96,7 @@ class Endpoint:
 
     async def _checked(self, scope: Scope, receive: Receive) -> Receive:
         """What receives the body again once it is known that reading it is cheap enough."""
-        header = next((value for name, value in scope["headers"] if name == b"content-type"), b"").decode("latin-1")
+        header = _header(scope["headers"], b"content-type")
         if not header or not content_type.is_json(content_type.parse(header).type):
             raise UnsupportedMedia(f"content-type: {header[:100]!r} is not supported; use application/json")
         body = bytearray()
@@ -85,6 +109,24 @@ class Endpoint:
             more = message.get("more_body", False)
         await asyncio.to_thread(body_cost.check_json, body, self._service.settings.max_text_mb * 2**20)
         return _replayed({"type": "http.request", "body": bytes(body), "more_body": False}, receive)
+
+
+def _header(headers: Iterable[tuple[bytes, bytes]], wanted: bytes) -> str:
+    return next((value for name, value in headers if name.lower() == wanted), b"").decode("latin-1")
+
+
+async def _delete(protocol: Protocol, scope: Scope, session: str, caller: str) -> None:
+    """End a session as its own client would."""
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Message) -> None:
+        """Nobody asked."""
+
+    headers = [(SESSION, session.encode("latin-1"))]
+    scope = {**scope, "method": "DELETE", "headers": headers, "user": protocol.user(caller)}
+    await protocol.manager.handle_request(scope, receive, send)
 
 
 def _replayed(first: Message, receive: Receive) -> Receive:
