@@ -185,6 +185,22 @@ def test_a_picture_that_is_gone_is_told(inside: Door) -> None:
     assert "it has expired" in answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("host", ["testserver", "localhost:8080", "127.0.0.1:9"])
+@pytest.mark.parametrize("shape", [answered, lambda url: said(f"![a cat]({url})"), lambda url: user("a cat", url)])
+def test_a_conversation_goes_on_when_its_last_picture_has_expired(inside: Door, host: str, shape: Any) -> None:
+    url = f"http://{host}/generated-images/{'0' * 32}.png"
+    answer = post(inside, messages=[TEXT, shape(url), user("make it blue")], strength=0.5)
+    assert answer.status_code == 200, answer.text
+    assert inside.engine.seen[0].images == ()
+    assert markdown(answer) == "The earlier picture has expired: this one is drawn from the text alone."
+
+
+def test_an_earlier_picture_of_another_server_that_is_gone_is_told(inside: Door) -> None:
+    for url in (f"http://no-such-host.invalid/generated-images/{'0' * 32}.png", "http://localhost:9/a.png"):
+        answer = post(inside, messages=[TEXT, answered(url), user("make it blue")])
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "image")
+
+
 def test_the_address_of_a_picture_in_a_text() -> None:
     text = '![a](http://x/1.png) [b](http://x/2.png) ![c] (http://x/3.png) ![d](<http://x/4.png> "title")'
     assert list(in_markdown(text)) == ["http://x/1.png", "http://x/4.png"]

@@ -71,8 +71,9 @@ class _Form:
 async def answer(context: Context, body: ChatBody) -> Response:
     """Draw what the conversation asks for, and answer with the pictures or, if requested, a stream."""
     request, service, gallery = context.request, context.service, context.gallery
-    planned = await plan(service, body)
-    form = _form(context, body, planned)
+    base = urls.base_url(request, service.settings)
+    planned = await plan(service, body, base)
+    form = _form(context, body, planned, base)
     output, caller = form.output, caller_of(request)
     needed = form.urls or form.markdown
     keep = keeper(gallery, caller, output.format, output.encode, required=needed)
@@ -84,11 +85,10 @@ async def answer(context: Context, body: ChatBody) -> Response:
     return await answers.unless_gone(request, _completion(context, body, more, form, ignored))
 
 
-def _form(context: Context, body: ChatBody, planned: Plan) -> _Form:
+def _form(context: Context, body: ChatBody, planned: Plan, base: str) -> _Form:
     request = context.request
     wanted: frozenset[str] = request.app.state.content_images
     of_setting = EVERYBODY in wanted or caller_of(request) in wanted
-    base = urls.base_url(request, context.service.settings)
     return _Form(
         replace(answers.output_format(body, base), base=base),
         urls=not body.wants_b64(),
