@@ -358,6 +358,8 @@ def test_pictures_in_the_content(inside: Door) -> None:
     assert len(lines) == 2
     assert all(line.startswith("![a (red) (cat)](http://testserver/generated-images/") for line in lines)
     assert len(answer.json()["choices"][0]["message"]["images"]) == 2
+    slashed = post(inside, "key-b", messages=[user("a \\cat\\")])
+    assert markdown(slashed).startswith("![a /cat/](http://testserver/generated-images/")
     deltas = [each["choices"][0]["delta"] for each in chunks(post(inside, content_images=True, n=2, stream=True))]
     text = "".join(delta.get("content", "") for delta in deltas)
     assert [len(list(in_markdown(text))), text.count("\n\n")] == [2, 1]

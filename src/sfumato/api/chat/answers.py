@@ -23,6 +23,8 @@ from sfumato.pictures.store import MEDIA_TYPES
 from sfumato.serving.job import Job
 
 EVERYBODY = "*"
+OF_MARKDOWN = str.maketrans("[]\\", "()/")
+"""What would end the text of a picture, or keep its bracket from ending it."""
 
 
 def parse_callers(text: str, keys: Mapping[str, str]) -> frozenset[str]:
@@ -64,7 +66,7 @@ class _Form:
     def content(self, job: Job, index: int) -> str:
         """The picture as Markdown, if it is wanted."""
         assert self.output.base
-        text = " ".join(self.prompt.replace("[", "(").replace("]", ")").split())
+        text = " ".join(self.prompt.translate(OF_MARKDOWN).split())
         return f"![{text}]({answers.picture_url(self.output.base, job.parts[index])})" if self.markdown else ""
 
 
