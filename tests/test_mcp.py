@@ -254,6 +254,8 @@ def test_keys(tmp_path: Path) -> None:
             assert inside.engine.seen[-1].caller == "one"
         first = {"authorization": "Bearer first"}
         session = client.post("/mcp", json=HELLO, headers=first).headers["mcp-session-id"]
+        plain = client.post("/mcp", content=b"{}", headers=first | {"content-type": "text/plain"})
+        assert (plain.status_code, plain.json()["jsonrpc"]) == (415, "2.0")
         listing = {"jsonrpc": "2.0", "id": 2, "method": "tools/list"}
         for key, status in (("first", 200), ("second", 404)):
             headers = {"authorization": f"Bearer {key}", "mcp-session-id": session}
@@ -306,6 +308,8 @@ REFUSED: list[tuple[str, dict[str, Any], int]] = [
     ("POST", {"json": HELLO, "headers": {"origin": "http://evil.example", "host": "evil.example"}}, 403),
     ("GET", {"headers": {"sec-fetch-site": "cross-site"}}, 403),
     ("POST", {"content": b"{}", "headers": {"content-type": "text/csv"}}, 415),
+    ("POST", {"content": b"{}", "headers": {"content-type": "text/json"}}, 415),
+    ("POST", {"content": b"{}", "headers": {"content-type": "application/ld+json"}}, 415),
     ("POST", {"content": b"{}"}, 415),
     ("POST", {"json": HELLO | {"padding": "x" * 2**20}}, 413),
     ("POST", {"json": HELLO | {"padding": [1] * 30_000}}, 400),
