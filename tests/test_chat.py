@@ -16,6 +16,7 @@ from starlette.testclient import TestClient
 
 from sfumato.api.chat.conversation import MAX_MESSAGES, in_markdown
 from sfumato.api.chat.sizes import ImageConfig
+from sfumato.api.openai import answers
 from sfumato.core import Generation
 from support import quick
 from support.answerable import within
@@ -365,6 +366,26 @@ def test_pictures_in_the_content(inside: Door) -> None:
     assert [len(list(in_markdown(text))), text.count("\n\n")] == [2, 1]
     for url in in_markdown(text):
         assert inside.http.get(url).headers["content-type"] == "image/png"
+
+
+def test_sources_are_not_kept_while_it_is_drawn(inside: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the answer's functions have keeps a picture in memory once more, for minutes."""
+    asked: list[Any] = []
+    submit, wait = answers.submit, answers.all_pictures
+
+    async def submitted(service: Any, body: Any, more: Any) -> Any:
+        asked.append(more)
+        assert more["images"]
+        return await submit(service, body, more)
+
+    async def waiting(job: Any, gallery: Any) -> Any:
+        assert asked[0]["images"] == []
+        return await wait(job, gallery)
+
+    monkeypatch.setattr(answers, "submit", submitted)
+    monkeypatch.setattr(answers, "all_pictures", waiting)
+    assert [side(image) for image in drawn(inside, messages=[user("b", uri(16))]).images] == [16]
+    assert len(asked) == 1
 
 
 def test_the_setting_names_keys(tmp_path: Path) -> None:

@@ -105,6 +105,7 @@ async def _completion(
     context: Context, body: ChatBody, more: Mapping[str, Any], form: _Form, ignored: Sequence[str]
 ) -> Response:
     job = await answers.submit(context.service, body, more)
+    more["images"].clear()  # the job has its own: those here would be kept until the answer
     results = await answers.all_pictures(job, context.gallery)
     places = range(len(results))
     content = "\n\n".join(text for text in (form.notice, *(form.content(job, index) for index in places)) if text)
