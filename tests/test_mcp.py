@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import signal
 import sys
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager
@@ -294,6 +295,28 @@ def test_one_callers_sessions_do_not_shut_out_others(tmp_path: Path, monkeypatch
         begin("third")  # more than there may be of all
         assert [status("first", each) for each in (third, fourth, fifth)] == [404, 200, 200]
         assert status("second", other) == 200
+
+
+def test_a_running_call_is_finished_when_the_server_stops(tmp_path: Path) -> None:
+    """And the session's standing stream, which has no end of its own, does not hold up the stop."""
+    (tmp_path / "models").mkdir()
+    call = {"jsonrpc": "2.0", "id": 2, "method": "tools/call"}
+    call |= {"params": {"name": "generate_image", "arguments": SMALL | {"steps": 400}}}
+    with (
+        Server(tmp_path / "models", tmp_path / "data", "--grace-s", "300") as server,
+        httpx.Client(base_url=server.url, headers=ACCEPT, timeout=120) as client,
+    ):
+        client.headers["mcp-session-id"] = client.post("/mcp", json=HELLO).headers["mcp-session-id"]
+        with client.stream("GET", "/mcp") as standing, client.stream("POST", "/mcp", json=call) as running_call:
+            assert (standing.status_code, running_call.status_code) == (200, 200)
+            server.wait_for(": accepted")
+            server.signal(signal.SIGTERM)
+            text = "".join(running_call.iter_text())
+            assert "".join(standing.iter_text()) == ""
+        assert server.wait() == 0
+        assert '"pictures"' in text
+        assert "Traceback" not in server.log
+        assert "ASGI callable" not in server.log
 
 
 def test_limits_of_the_queue(tmp_path: Path) -> None:

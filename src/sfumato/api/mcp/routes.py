@@ -12,6 +12,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from sfumato.api.dependencies import part
 from sfumato.api.http import body_cost, content_type
+from sfumato.api.http.shutdown import ActiveRequests
 from sfumato.api.mcp.server import Protocol
 from sfumato.api.mcp.sessions import Sessions
 from sfumato.errors import UnsupportedMedia
@@ -34,12 +35,17 @@ def error_shape(error: dict[str, Any]) -> dict[str, Any]:
 class Endpoint:
     """What answers `/mcp`. The protocol's package is imported at the first request, and runs until `close`."""
 
-    def __init__(self, service: Service, gallery: Gallery) -> None:
+    def __init__(self, service: Service, gallery: Gallery, running: ActiveRequests | None) -> None:
+        """`running`: of a server that says when it begins to stop, and lets requests finish until then."""
         self._service, self._gallery = service, gallery
+        self._told_of_stop = running is not None
+        if running:
+            running.at_stop.append(lambda: self._stops.set())
         self._starting = asyncio.Lock()
         self._protocol: Protocol | None = None
         self._running: asyncio.Task[None] | None = None
         self._end = asyncio.Event()
+        self._stops = asyncio.Event()
         self._sessions = Sessions()
 
     async def close(self) -> None:
@@ -48,6 +54,7 @@ class Endpoint:
             await self._running
         self._starting, self._end = asyncio.Lock(), asyncio.Event()
         self._protocol = self._running = None
+        self._stops = asyncio.Event()
         self._sessions = Sessions()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -55,13 +62,15 @@ class Endpoint:
         protocol = await self._started()
         if scope["method"] == "POST":
             receive = await self._checked(scope, receive)
+        elif scope["method"] == "GET":  # a session's standing stream
+            receive = _until(self._stops, receive)
         caller = scope["state"]["caller"]
         if user := protocol.user(caller):
             scope["user"] = user
-        session = ""
+        session, complete = "", False
 
         async def watched(message: Message) -> None:
-            nonlocal session
+            nonlocal session, complete
             if message["type"] == "http.response.start" and message["status"] < 400:
                 session = _header(message["headers"], SESSION)
                 if session and scope["method"] == "DELETE":
@@ -70,10 +79,13 @@ class Endpoint:
                     self._sessions.begin(session, caller)
                     if excess := self._sessions.take_one_too_many(caller):
                         await _delete(protocol, scope, *excess)
+            complete = message["type"] == "http.response.body" and not message.get("more_body", False)
             await send(message)
 
         try:
             await protocol.manager.handle_request(scope, receive, watched)
+            if session and not complete and self._stops.is_set():
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             self._sessions.end(session)
 
@@ -82,6 +94,8 @@ class Endpoint:
         async with self._starting:
             if self._protocol is None:
                 protocol = await asyncio.to_thread(Protocol, self._service, self._gallery)
+                if self._told_of_stop:
+                    protocol.finish_calls()
                 ready = asyncio.Event()
                 self._running = asyncio.create_task(self._run(protocol, ready))
                 await ready.wait()
@@ -127,6 +141,22 @@ async def _delete(protocol: Protocol, scope: Scope, session: str, caller: str) -
     headers = [(SESSION, session.encode("latin-1"))]
     scope = {**scope, "method": "DELETE", "headers": headers, "user": protocol.user(caller)}
     await protocol.manager.handle_request(scope, receive, send)
+
+
+def _until(end: asyncio.Event, receive: Receive) -> Receive:
+    """Says that the client is gone once `end` is set."""
+
+    async def received() -> Message:
+        waits = {asyncio.ensure_future(receive()), asyncio.ensure_future(end.wait())}
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            results = [each.result() for each in waits if each.done()]
+        finally:
+            for each in waits:
+                each.cancel()
+        return next((each for each in results if isinstance(each, dict)), {"type": "http.disconnect"})
+
+    return received
 
 
 def _replayed(first: Message, receive: Receive) -> Receive:
