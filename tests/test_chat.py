@@ -16,6 +16,7 @@ from starlette.testclient import TestClient
 
 from sfumato.api.chat.conversation import MAX_MESSAGES, in_markdown
 from sfumato.api.chat.sizes import ImageConfig
+from sfumato.api.openai import answers
 from sfumato.core import Generation
 from support import quick
 from support.answerable import within
@@ -123,6 +124,9 @@ CONVERSATIONS: list[tuple[str, list[dict[str, Any]], str, list[int]]] = [
      "a\nb", []),
     ("a picture and a text", [user("make it blue", uri(16))], "make it blue", [16]),
     ("several pictures", [user("both", uri(16), uri(24))], "both", [16, 24]),
+    ("keys of other parts are null", [{"role": "user", "content": [
+        {"type": "text", "text": "x", "image_url": None, "image": None, "file_id": None},
+        {"type": "image_url", "text": None, "image_url": {"url": uri(16)}}]}], "x", [16]),
     ("a URL alone", [{"role": "user", "content": [part(uri(16)), {"type": "text", "text": "x"}]}], "x", [16]),
     ("without data:", [{"role": "user", "content": [part({"url": uri(16).split(",")[1]}),
                                                     {"type": "text", "text": "x"}]}], "x", [16]),
@@ -180,6 +184,22 @@ def test_a_picture_that_is_gone_is_told(inside: Door) -> None:
     answer = post(inside, messages=[user("b", url)])
     assert answer.status_code == 400
     assert "it has expired" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("host", ["testserver", "localhost:8080", "127.0.0.1:9"])
+@pytest.mark.parametrize("shape", [answered, lambda url: said(f"![a cat]({url})"), lambda url: user("a cat", url)])
+def test_a_conversation_goes_on_when_its_last_picture_has_expired(inside: Door, host: str, shape: Any) -> None:
+    url = f"http://{host}/generated-images/{'0' * 32}.png"
+    answer = post(inside, messages=[TEXT, shape(url), user("make it blue")], strength=0.5)
+    assert answer.status_code == 200, answer.text
+    assert inside.engine.seen[0].images == ()
+    assert markdown(answer) == "The earlier picture has expired: this one is drawn from the text alone."
+
+
+def test_an_earlier_picture_of_another_server_that_is_gone_is_told(inside: Door) -> None:
+    for url in (f"http://no-such-host.invalid/generated-images/{'0' * 32}.png", "http://localhost:9/a.png"):
+        answer = post(inside, messages=[TEXT, answered(url), user("make it blue")])
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "image")
 
 
 def test_the_address_of_a_picture_in_a_text() -> None:
@@ -277,6 +297,8 @@ def test_image_config_is_a_size(inside: Door) -> None:
         ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
         ({"messages": [user("a", "")]}, "messages[0].content[1]"),
         ({"messages": [user("a"), answered(""), user("b")]}, "messages[1].images[0]"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, part(None)]}]},
+         "messages[0].content[1]"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"},
                                                     {"type": "input_image", "file_id": "file-1"}]}]},
          "messages[0].content[1]"),
@@ -337,11 +359,33 @@ def test_pictures_in_the_content(inside: Door) -> None:
     assert len(lines) == 2
     assert all(line.startswith("![a (red) (cat)](http://testserver/generated-images/") for line in lines)
     assert len(answer.json()["choices"][0]["message"]["images"]) == 2
+    slashed = post(inside, "key-b", messages=[user("a \\cat\\")])
+    assert markdown(slashed).startswith("![a /cat/](http://testserver/generated-images/")
     deltas = [each["choices"][0]["delta"] for each in chunks(post(inside, content_images=True, n=2, stream=True))]
     text = "".join(delta.get("content", "") for delta in deltas)
     assert [len(list(in_markdown(text))), text.count("\n\n")] == [2, 1]
     for url in in_markdown(text):
         assert inside.http.get(url).headers["content-type"] == "image/png"
+
+
+def test_sources_are_not_kept_while_it_is_drawn(inside: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the answer's functions have keeps a picture in memory once more, for minutes."""
+    asked: list[Any] = []
+    submit, wait = answers.submit, answers.all_pictures
+
+    async def submitted(service: Any, body: Any, more: Any) -> Any:
+        asked.append(more)
+        assert more["images"]
+        return await submit(service, body, more)
+
+    async def waiting(job: Any, gallery: Any) -> Any:
+        assert asked[0]["images"] == []
+        return await wait(job, gallery)
+
+    monkeypatch.setattr(answers, "submit", submitted)
+    monkeypatch.setattr(answers, "all_pictures", waiting)
+    assert [side(image) for image in drawn(inside, messages=[user("b", uri(16))]).images] == [16]
+    assert len(asked) == 1
 
 
 def test_the_setting_names_keys(tmp_path: Path) -> None:

@@ -49,10 +49,13 @@ def only_the_top_is_new(picture: Image.Image) -> bool:
         {"images": [{"image_url": {"url": PHOTO}}]},
         {"images": [{"type": "input_image", "image_url": PHOTO, "file_id": None}]},
         {"image": {"image_url": PHOTO}},
+        {"image": None, "images": [{"image_url": PHOTO}]},
+        {"image": "", "images": [{"image_url": PHOTO}]},
+        {"image": [], "images": [{"image_url": PHOTO}]},
         {"images": [PHOTO]},
         {"image": BASE64},
     ],
-    ids=["image_url", "nested", "of the Responses API", "image", "text", "base64"],
+    ids=["image_url", "nested", "of the Responses API", "image", "null", "empty", "no picture", "text", "base64"],
 )
 def test_every_way_to_give_a_picture_is_the_same(server: Server, fields: dict[str, Any]) -> None:
     assert edited(server, **fields).tobytes() == edited(server, image=PHOTO).tobytes()
@@ -103,3 +106,15 @@ def test_files_are_refused_by_what_to_send(server: Server, path: str, fields: di
     error = answer.json()["error"]
     assert error["param"] == param
     assert "file_id: this server has no Files API; send image_url" in error["message"]
+
+
+@pytest.mark.parametrize("nothing", [{}, {"imageUrl": PHOTO}, {"image_url": {"uri": PHOTO}}])
+@pytest.mark.parametrize("path", ["edits", "generations"])
+def test_an_object_without_a_picture_is_refused(server: Server, path: str, nothing: dict[str, Any]) -> None:
+    """Without its mask the whole picture would be redrawn."""
+    for fields, param in (({"image": PHOTO, "mask": nothing}, "mask"), ({"image": nothing}, "image")):
+        answer = server.client.post(f"/v1/images/{path}", json=FEW | fields)
+        assert answer.status_code == 400, answer.text
+        error = answer.json()["error"]
+        assert error["param"] == param
+        assert 'send {"image_url": "data:..."}' in error["message"]

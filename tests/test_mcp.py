@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import signal
 import sys
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager
@@ -22,6 +23,7 @@ from mcp.client.streamable_http import streamable_http_client
 from mcp.shared.exceptions import MCPError
 from PIL import Image
 
+from sfumato.api.mcp import sessions
 from support.answerable import within
 from support.inside import Inside, running
 from support.pictures import encoded
@@ -253,10 +255,68 @@ def test_keys(tmp_path: Path) -> None:
             assert inside.engine.seen[-1].caller == "one"
         first = {"authorization": "Bearer first"}
         session = client.post("/mcp", json=HELLO, headers=first).headers["mcp-session-id"]
+        plain = client.post("/mcp", content=b"{}", headers=first | {"content-type": "text/plain"})
+        assert (plain.status_code, plain.json()["jsonrpc"]) == (415, "2.0")
         listing = {"jsonrpc": "2.0", "id": 2, "method": "tools/list"}
         for key, status in (("first", 200), ("second", 404)):
             headers = {"authorization": f"Bearer {key}", "mcp-session-id": session}
             assert client.post("/mcp", json=listing, headers=headers).status_code == status
+
+
+def test_one_callers_sessions_do_not_shut_out_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its oldest end: those that were used last, and the others' sessions, stay."""
+    monkeypatch.setattr(sessions, "MAX_OF_CALLER", 3)
+    monkeypatch.setattr(sessions, "MAX_SESSIONS", 5)
+    listing = {"jsonrpc": "2.0", "id": 2, "method": "tools/list"}
+    inside = Inside(tmp_path, api_keys="one:first,two:second,three:third")
+    with running(inside) as port, httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=ACCEPT) as client:
+
+        def begin(key: str) -> str:
+            answer = client.post("/mcp", json=HELLO, headers={"authorization": f"Bearer {key}"})
+            assert answer.status_code == 200, answer.text
+            return str(answer.headers["mcp-session-id"])
+
+        def status(key: str, session: str) -> int:
+            headers = {"authorization": f"Bearer {key}", "mcp-session-id": session}
+            return client.post("/mcp", json=listing, headers=headers).status_code
+
+        other = begin("second")
+        first, second, third = (begin("first") for _ in range(3))
+        assert status("first", first) == 200  # used last: the second is the oldest now
+        fourth = begin("first")
+        assert [status("first", each) for each in (first, second, third, fourth)] == [200, 404, 200, 200]
+        assert status("second", other) == 200
+        ended = {"authorization": "Bearer first", "mcp-session-id": first}
+        assert client.delete("/mcp", headers=ended).status_code == 200
+        fifth = begin("first")  # in place of the one that its client has ended
+        assert [status("first", each) for each in (third, fourth, fifth)] == [200] * 3
+        begin("third")
+        assert status("second", other) == 200
+        begin("third")  # more than there may be of all
+        assert [status("first", each) for each in (third, fourth, fifth)] == [404, 200, 200]
+        assert status("second", other) == 200
+
+
+def test_a_running_call_is_finished_when_the_server_stops(tmp_path: Path) -> None:
+    """And the session's standing stream, which has no end of its own, does not hold up the stop."""
+    (tmp_path / "models").mkdir()
+    call = {"jsonrpc": "2.0", "id": 2, "method": "tools/call"}
+    call |= {"params": {"name": "generate_image", "arguments": SMALL | {"steps": 400}}}
+    with (
+        Server(tmp_path / "models", tmp_path / "data", "--grace-s", "300") as server,
+        httpx.Client(base_url=server.url, headers=ACCEPT, timeout=120) as client,
+    ):
+        client.headers["mcp-session-id"] = client.post("/mcp", json=HELLO).headers["mcp-session-id"]
+        with client.stream("GET", "/mcp") as standing, client.stream("POST", "/mcp", json=call) as running_call:
+            assert (standing.status_code, running_call.status_code) == (200, 200)
+            server.wait_for(": accepted")
+            server.signal(signal.SIGTERM)
+            text = "".join(running_call.iter_text())
+            assert "".join(standing.iter_text()) == ""
+        assert server.wait() == 0
+        assert '"pictures"' in text
+        assert "Traceback" not in server.log
+        assert "ASGI callable" not in server.log
 
 
 def test_limits_of_the_queue(tmp_path: Path) -> None:
@@ -271,6 +331,8 @@ REFUSED: list[tuple[str, dict[str, Any], int]] = [
     ("POST", {"json": HELLO, "headers": {"origin": "http://evil.example", "host": "evil.example"}}, 403),
     ("GET", {"headers": {"sec-fetch-site": "cross-site"}}, 403),
     ("POST", {"content": b"{}", "headers": {"content-type": "text/csv"}}, 415),
+    ("POST", {"content": b"{}", "headers": {"content-type": "text/json"}}, 415),
+    ("POST", {"content": b"{}", "headers": {"content-type": "application/ld+json"}}, 415),
     ("POST", {"content": b"{}"}, 415),
     ("POST", {"json": HELLO | {"padding": "x" * 2**20}}, 413),
     ("POST", {"json": HELLO | {"padding": [1] * 30_000}}, 400),

@@ -247,3 +247,16 @@ def test_sizes(tmp_path: Path) -> None:
             answer = client.post("/api/generate", json={"model": "m", "prompt": "a", "stream": False} | fields)
             assert answer.status_code == 200, answer.text
             assert inside.engine.seen[-1].sampling.size == size, fields
+
+
+@pytest.mark.parametrize("blank", [None, "", []])
+def test_a_blank_image_does_not_hide_images(tmp_path: Path, blank: Any) -> None:
+    photo = base64.b64encode(PHOTO).decode()
+    body = {"model": "m", "prompt": "a", "stream": False, "image": blank, "images": [photo]}
+    inside = Inside(tmp_path)
+    with inside.client() as client:
+        for options in ({}, {"options": {"seed": 1}}):
+            answer = client.post("/api/generate", json=body | options)
+            assert answer.status_code == 200, answer.text
+            assert "x-sfumato-ignored" not in answer.headers
+            assert len(inside.engine.seen[-1].images) == 1

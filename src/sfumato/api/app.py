@@ -136,7 +136,7 @@ def create_app(service: Service, store: Store, running: ActiveRequests | None = 
     app.state.bodies = Bodies(settings.max_text_mb * 2**20)
     app.state.choices = lists.Choices(service)
     app.state.a1111_jobs = jobs.Jobs(service)
-    app.state.mcp = mcp.Endpoint(service, picture_gallery)
+    app.state.mcp = mcp.Endpoint(service, picture_gallery, running)
     app.state.document = pages.Document(app.openapi)
     errors.install(app)
     _add_routes(app, keyed=bool(keys))

@@ -49,7 +49,7 @@ class InferenceBody(DrawBody):
     @classmethod
     def _flattened(cls, data: Any) -> Any:
         """`inputs` is the picture if there is a prompt beside it, or if it is one by its beginning; else the prompt."""
-        if not isinstance(data, dict) or "image" in data:
+        if not isinstance(data, dict) or _has_file(data.get("image")):
             return data
         inputs, parameters = data.get("inputs"), data.get("parameters")
         if not isinstance(inputs, str):
@@ -58,7 +58,7 @@ class InferenceBody(DrawBody):
             raise InvalidRequest("parameters: must be an object", param="parameters")
         others = {name: value for name, value in data.items() if name not in ("inputs", "parameters")}
         fields = others | _with_size(parameters or {})
-        if "prompt" in fields or _is_picture(inputs):
+        if fields.get("prompt") is not None or _is_picture(inputs):
             return {**fields, "image": [inputs], "prompt": fields.get("prompt") or ""}
         return {**fields, "prompt": inputs}
 
@@ -66,6 +66,11 @@ class InferenceBody(DrawBody):
         if self.n is not None and self.n > 1:
             raise InvalidRequest(f"n: {self.n}; this API answers with one picture: the file itself", param="n")
         return super().to_request(**{"prompts": [self.prompt], "n": 1, "previews": 0, "detached": False} | more)
+
+
+def _has_file(image: Any) -> bool:
+    """The body was a file, or a form with one: JSON has no bytes."""
+    return any(isinstance(each, bytes) for each in (image if isinstance(image, list) else [image]))
 
 
 def _is_picture(text: str) -> bool:

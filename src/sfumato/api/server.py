@@ -71,6 +71,7 @@ class Server(uvicorn.Server):
             ending.cancel()
 
     async def _end(self) -> None:
+        self._running.begin_stop()
         end = asyncio.get_running_loop().time() + self._grace_s
         while not self.hurried and asyncio.get_running_loop().time() < end:  # noqa: ASYNC110
             await asyncio.sleep(0.1)  # as often as uvicorn checks; a signal handler cannot set an asyncio event

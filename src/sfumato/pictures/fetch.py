@@ -27,6 +27,7 @@ MAX_REDIRECTS = 3
 MAX_CONNECTIONS = 64
 """At the same time; further ones wait, within their time limit."""
 
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
 """All globally routed IPv6 unicast addresses."""
@@ -70,6 +71,15 @@ class PictureFetcher:
             reason = str(error) or type(error).__name__
             expired = " If it was a picture of this server, it has expired." if name and self.store else ""
             raise InvalidPicture(f"{param}: {url} could not be fetched: {reason}{expired}", param=param) from None
+
+    async def has_expired(self, picture: str | bytes, host: str) -> bool:
+        """Whether it is the URL of a picture of this server, which has that host, and is no longer there."""
+        if not self.store or not isinstance(picture, str) or not picture.startswith(("http://", "https://")):
+            return False
+        name = _name_in(picture)
+        if not name or urlsplit(picture).hostname not in (host, *LOOPBACK):
+            return False
+        return not await asyncio.to_thread(self.store.has, name)
 
     async def _get(self, url: str, param: str, take: Callable[[int], None]) -> bytes:
         request: httpx.Request | None = self._client.build_request("GET", url)

@@ -23,6 +23,8 @@ from sfumato.pictures.store import MEDIA_TYPES
 from sfumato.serving.job import Job
 
 EVERYBODY = "*"
+OF_MARKDOWN = str.maketrans("[]\\", "()/")
+"""What would end the text of a picture, or keep its bracket from ending it."""
 
 
 def parse_callers(text: str, keys: Mapping[str, str]) -> frozenset[str]:
@@ -64,15 +66,16 @@ class _Form:
     def content(self, job: Job, index: int) -> str:
         """The picture as Markdown, if it is wanted."""
         assert self.output.base
-        text = " ".join(self.prompt.replace("[", "(").replace("]", ")").split())
+        text = " ".join(self.prompt.translate(OF_MARKDOWN).split())
         return f"![{text}]({answers.picture_url(self.output.base, job.parts[index])})" if self.markdown else ""
 
 
 async def answer(context: Context, body: ChatBody) -> Response:
     """Draw what the conversation asks for, and answer with the pictures or, if requested, a stream."""
     request, service, gallery = context.request, context.service, context.gallery
-    planned = await plan(service, body)
-    form = _form(context, body, planned)
+    base = urls.base_url(request, service.settings)
+    planned = await plan(service, body, base)
+    form = _form(context, body, planned, base)
     output, caller = form.output, caller_of(request)
     needed = form.urls or form.markdown
     keep = keeper(gallery, caller, output.format, output.encode, required=needed)
@@ -84,11 +87,10 @@ async def answer(context: Context, body: ChatBody) -> Response:
     return await answers.unless_gone(request, _completion(context, body, more, form, ignored))
 
 
-def _form(context: Context, body: ChatBody, planned: Plan) -> _Form:
+def _form(context: Context, body: ChatBody, planned: Plan, base: str) -> _Form:
     request = context.request
     wanted: frozenset[str] = request.app.state.content_images
     of_setting = EVERYBODY in wanted or caller_of(request) in wanted
-    base = urls.base_url(request, context.service.settings)
     return _Form(
         replace(answers.output_format(body, base), base=base),
         urls=not body.wants_b64(),
@@ -103,6 +105,7 @@ async def _completion(
     context: Context, body: ChatBody, more: Mapping[str, Any], form: _Form, ignored: Sequence[str]
 ) -> Response:
     job = await answers.submit(context.service, body, more)
+    more["images"].clear()  # the job has its own: those here would be kept until the answer
     results = await answers.all_pictures(job, context.gallery)
     places = range(len(results))
     content = "\n\n".join(text for text in (form.notice, *(form.content(job, index) for index in places)) if text)

@@ -73,7 +73,8 @@ def _pictures(message: Message, place: int) -> list[Picture]:
     found: list[Picture] = []
     parts = message.content if isinstance(message.content, list) else []
     for index, part in enumerate(parts):
-        if any(key in part for key in ("image_url", "image", "file_id")):
+        named = part.get("type") in ("image_url", "input_image")
+        if named or any(part.get(key) is not None for key in ("image_url", "image", "file_id")):
             found.append(_checked(part, f"messages[{place}].content[{index}]"))
     for index, image in enumerate(message.images or ()):
         found.append(_checked(image, f"messages[{place}].images[{index}]"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import Any
+from urllib.parse import urlsplit
 
 from sfumato.api.chat.bodies import ChatBody
 from sfumato.api.chat.sizes import SIDE
@@ -29,8 +30,11 @@ class Plan:
     """What the answer must say; empty: nothing."""
 
 
-async def plan(service: Service, body: ChatBody) -> Plan:
-    """Raises ModelNotFound for a model that draws no pictures, as for one that is not there."""
+async def plan(service: Service, body: ChatBody, base: str) -> Plan:
+    """`base`: this server's URL.
+
+    Raises ModelNotFound for a model that draws no pictures, as for one that is not there.
+    """
     service.catalog.refresh()
     config = service.catalog.get(body.model)
     abilities = await service.abilities(config)
@@ -44,7 +48,10 @@ async def plan(service: Service, body: ChatBody) -> Plan:
         pictures = body.all_pictures
         notice = f"{config.name} does not edit pictures: this one is drawn from the text alone."
     elif not pictures and conversation.previous:
-        pictures = [conversation.previous]
+        if await service.fetcher.has_expired(conversation.previous, urlsplit(base).hostname or ""):
+            notice = "The earlier picture has expired: this one is drawn from the text alone."
+        else:
+            pictures = [conversation.previous]
     sampling = body.sampling()
     ignored = []
     if sampling.strength is not None and not pictures:  # clients set it once for all messages

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -23,6 +24,12 @@ class ActiveRequests:
     def __init__(self) -> None:
         self.ended = False
         self.tasks: set[asyncio.Task[Any]] = set()
+        self.at_stop: list[Callable[[], None]] = []
+        """End what would wait for ever: called when the server begins to stop, and waits for requests."""
+
+    def begin_stop(self) -> None:
+        for call in self.at_stop:
+            call()
 
     def end(self) -> int:
         """Answer each of them, and every later request, with 503; returns their number."""

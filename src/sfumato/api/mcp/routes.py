@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from typing import Annotated, Any, TypeAlias
 
 from fastapi import APIRouter, Depends
@@ -11,13 +12,17 @@ from starlette.types import Message, Receive, Scope, Send
 
 from sfumato.api.dependencies import part
 from sfumato.api.http import body_cost, content_type
+from sfumato.api.http.shutdown import ActiveRequests
 from sfumato.api.mcp.server import Protocol
+from sfumato.api.mcp.sessions import Sessions
 from sfumato.errors import UnsupportedMedia
 from sfumato.pictures.gallery import Gallery
 from sfumato.serving.service import Service
 
 INVALID, INTERNAL = -32600, -32603
 """JSON-RPC's codes of errors."""
+
+SESSION = b"mcp-session-id"
 
 
 def error_shape(error: dict[str, Any]) -> dict[str, Any]:
@@ -30,12 +35,18 @@ def error_shape(error: dict[str, Any]) -> dict[str, Any]:
 class Endpoint:
     """What answers `/mcp`. The protocol's package is imported at the first request, and runs until `close`."""
 
-    def __init__(self, service: Service, gallery: Gallery) -> None:
+    def __init__(self, service: Service, gallery: Gallery, running: ActiveRequests | None) -> None:
+        """`running`: of a server that says when it begins to stop, and lets requests finish until then."""
         self._service, self._gallery = service, gallery
+        self._told_of_stop = running is not None
+        if running:
+            running.at_stop.append(lambda: self._stops.set())
         self._starting = asyncio.Lock()
         self._protocol: Protocol | None = None
         self._running: asyncio.Task[None] | None = None
         self._end = asyncio.Event()
+        self._stops = asyncio.Event()
+        self._sessions = Sessions()
 
     async def close(self) -> None:
         if self._running:
@@ -43,21 +54,48 @@ class Endpoint:
             await self._running
         self._starting, self._end = asyncio.Lock(), asyncio.Event()
         self._protocol = self._running = None
+        self._stops = asyncio.Event()
+        self._sessions = Sessions()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises SfumatoError for a request that is refused before its message is read."""
         protocol = await self._started()
         if scope["method"] == "POST":
             receive = await self._checked(scope, receive)
-        if user := protocol.user(scope["state"]["caller"]):
+        elif scope["method"] == "GET":  # a session's standing stream
+            receive = _until(self._stops, receive)
+        caller = scope["state"]["caller"]
+        if user := protocol.user(caller):
             scope["user"] = user
-        await protocol.manager.handle_request(scope, receive, send)
+        session, complete = "", False
+
+        async def watched(message: Message) -> None:
+            nonlocal session, complete
+            if message["type"] == "http.response.start" and message["status"] < 400:
+                session = _header(message["headers"], SESSION)
+                if session and scope["method"] == "DELETE":
+                    self._sessions.forget(session)
+                elif session:
+                    self._sessions.begin(session, caller)
+                    if excess := self._sessions.take_one_too_many(caller):
+                        await _delete(protocol, scope, *excess)
+            complete = message["type"] == "http.response.body" and not message.get("more_body", False)
+            await send(message)
+
+        try:
+            await protocol.manager.handle_request(scope, receive, watched)
+            if session and not complete and self._stops.is_set():
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            self._sessions.end(session)
 
     async def _started(self) -> Protocol:
         """Raises NotInstalled."""
         async with self._starting:
             if self._protocol is None:
                 protocol = await asyncio.to_thread(Protocol, self._service, self._gallery)
+                if self._told_of_stop:
+                    protocol.finish_calls()
                 ready = asyncio.Event()
                 self._running = asyncio.create_task(self._run(protocol, ready))
                 await ready.wait()
@@ -72,8 +110,8 @@ class Endpoint:
 
     async def _checked(self, scope: Scope, receive: Receive) -> Receive:
         """What receives the body again once it is known that reading it is cheap enough."""
-        header = next((value for name, value in scope["headers"] if name == b"content-type"), b"").decode("latin-1")
-        if not header or not content_type.is_json(content_type.parse(header).type):
+        header = _header(scope["headers"], b"content-type")
+        if content_type.parse(header).type != "application/json":  # the package reads no other
             raise UnsupportedMedia(f"content-type: {header[:100]!r} is not supported; use application/json")
         body = bytearray()
         more = True
@@ -85,6 +123,40 @@ class Endpoint:
             more = message.get("more_body", False)
         await asyncio.to_thread(body_cost.check_json, body, self._service.settings.max_text_mb * 2**20)
         return _replayed({"type": "http.request", "body": bytes(body), "more_body": False}, receive)
+
+
+def _header(headers: Iterable[tuple[bytes, bytes]], wanted: bytes) -> str:
+    return next((value for name, value in headers if name.lower() == wanted), b"").decode("latin-1")
+
+
+async def _delete(protocol: Protocol, scope: Scope, session: str, caller: str) -> None:
+    """End a session as its own client would."""
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Message) -> None:
+        """Nobody asked."""
+
+    headers = [(SESSION, session.encode("latin-1"))]
+    scope = {**scope, "method": "DELETE", "headers": headers, "user": protocol.user(caller)}
+    await protocol.manager.handle_request(scope, receive, send)
+
+
+def _until(end: asyncio.Event, receive: Receive) -> Receive:
+    """Says that the client is gone once `end` is set."""
+
+    async def received() -> Message:
+        waits = {asyncio.ensure_future(receive()), asyncio.ensure_future(end.wait())}
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            results = [each.result() for each in waits if each.done()]
+        finally:
+            for each in waits:
+                each.cancel()
+        return next((each for each in results if isinstance(each, dict)), {"type": "http.disconnect"})
+
+    return received
 
 
 def _replayed(first: Message, receive: Receive) -> Receive:

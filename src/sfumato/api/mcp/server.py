@@ -40,6 +40,7 @@ class Protocol:
             manager = importlib.import_module("mcp.server.streamable_http_manager")
             self._auth = importlib.import_module("mcp.server.auth.middleware.bearer_auth")
             self._tokens = importlib.import_module("mcp.server.auth.provider")
+            self._streams = importlib.import_module("sse_starlette.sse")
             self._errors = importlib.import_module("mcp.shared.exceptions")
         except ImportError:
             raise NotInstalled(
@@ -60,6 +61,10 @@ class Protocol:
         self.manager = manager.StreamableHTTPSessionManager(
             server, max_request_body_size=service.settings.max_body_mb * 2**20
         )
+
+    def finish_calls(self) -> None:
+        """Streams go on while the server waits for running requests; by itself the package cuts them off."""
+        self._streams.AppStatus.disable_automatic_graceful_drain()
 
     def user(self, caller: str) -> Any:
         """For a session that only the key may use that began it; None without keys."""

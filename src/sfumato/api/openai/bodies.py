@@ -139,6 +139,8 @@ class _Common(LoraFields):
         if not isinstance(data, dict):
             return data
         names = {name for each in PARAMETERS if each.aliases for name in (each.name, *each.aliases)}
+        if "images" in data and data.get("image") in (None, "", []):
+            data = {name: value for name, value in data.items() if name != "image"}
         return {
             name: value
             for name, value in data.items()

@@ -9,19 +9,22 @@ from pydantic import BeforeValidator
 KEYS = ("image_url", "url", "image")
 """Of an object that stands for a picture; the first that is there counts."""
 
+NO_PICTURE = 'there is no picture in it; send {"image_url": "data:..."}'
 NO_FILES = "file_id: this server has no Files API; send image_url: a data: URI, base64 or an http(s) URL"
 
 
 def url_of(value: Any) -> Any:
     """The picture itself of OpenAI's `{"image_url": ...}`, also as `{"image_url": {"url": ...}}`; others as they are.
 
-    Raises ValueError for `{"file_id": ...}`.
+    Raises ValueError for `{"file_id": ...}`, and for an object that has none of the keys: a mask would be left out.
     """
     if not isinstance(value, dict):
         return value
     url = next((value[key] for key in KEYS if value.get(key) is not None), None)
     if url is None and value.get("file_id") is not None:
         raise ValueError(NO_FILES)
+    if value.keys().isdisjoint((*KEYS, "file_id")) or (isinstance(url, dict) and "url" not in url):
+        raise ValueError(NO_PICTURE)
     return url.get("url") if isinstance(url, dict) else url
 
 
