@@ -114,8 +114,10 @@ class ForwardTimes:
     def bearable(self, shape: Hashable, rows: int, most: int) -> int:
         """The rows, from `rows` to `most`, of a forward pass that a short request of `rows` rows leads.
 
-        `most` if too much time was lost for short requests lately.
+        `most` if too much time was lost for short requests lately, or if it is not known to pay.
         """
+        if not self._long(shape):
+            return most
         alone, together = self._expected(shape, rows), self._expected(shape, most)
         if alone is None or together is None:
             return rows if self.saved_s > 0 else most
@@ -125,6 +127,12 @@ class ForwardTimes:
             (more for more in range(rows, most + 1) if (self._expected(shape, more) or 0.0) <= BEARABLE * alone),
             default=rows,
         )
+
+    def _long(self, shape: Hashable) -> bool:
+        """Whether forward passes take long enough to tell them from other load."""
+        entry = self._shapes.get(shape)
+        known = [min(times) for times in entry.seconds.values() if len(times) >= ENOUGH] if entry else []
+        return entry is not None and (not entry.on_host or max(known, default=0.0) >= SHORTEST_S)
 
     def lose(self, shape: Hashable, rows: int, most: int) -> None:
         """A forward pass has `rows` rows and could have had `most`."""
