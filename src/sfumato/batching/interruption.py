@@ -31,8 +31,9 @@ MOVED_OR_COMPILED = ("_hf_hook", "_diffusers_hook", "_orig_mod")
 BeforePart: TypeAlias = Callable[[bool], None]
 """Called before a part of a module computes: whether it computes on the host, whose clock then says how long."""
 
-MINIMUM_S = 0.02
-"""Calls are not interrupted before they have computed this long."""
+MINIMUM_S = 1.0
+"""Calls are not interrupted before they have computed this long: short ones are better ended, so that their request can
+join the next forward pass."""
 
 SHARE = 0.75
 """Part of a forward pass's time that a long call may compute before the next one; its parts cannot be divided."""
