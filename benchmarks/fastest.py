@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -160,4 +160,4 @@ if __name__ == "__main__":
                 [(found.side, found.steps, found.plain, found.served, found.ratio)]))  # fmt: skip
     print(table(("four steps, no guidance", "seconds", "over eager"),
                 [(variant, found.few[variant], found.few_ratios[variant]) for variant in VARIANTS]))  # fmt: skip
-    print(write(f"fastest-{options.side}", options.device, [asdict(found)]))
+    print(write(f"fastest-{options.side}", options.device, [found]))

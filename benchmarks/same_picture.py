@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -99,4 +99,4 @@ if __name__ == "__main__":
     found = measure(options.runner, options.count)
     head = ("runner", "prompts", "dB", "below 35", "another subject")
     print(table(head, [(found.runner, found.prompts, found.psnr, found.below_35, len(found.other_subject))]))
-    print(write(f"same-picture-{options.runner}", options.device, [asdict(found)]))
+    print(write(f"same-picture-{options.runner}", options.device, [found]))
