@@ -38,9 +38,9 @@ class Recording(Batcher):
         super().__init__(max_rows=1)
         self.first: dict[tuple[str, str], dict[int, Call]] = {}
 
-    def computed(self, task: Task, call: Call, value: Any) -> None:
+    def computed(self, task: Task, call: Call, value: Any, by: str) -> None:
         self.first.setdefault((call.name, call.method), {}).setdefault(task.number, call)
-        super().computed(task, call, value)
+        super().computed(task, call, value, by)
 
 
 def recorded(pipe: Any, requests: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[Call]]:
