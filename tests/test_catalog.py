@@ -192,7 +192,7 @@ def test_the_default_and_the_settings(tmp_path: Path) -> None:
 
 
 def test_the_embedded_model(tmp_path: Path) -> None:
-    catalog = Catalog([tmp_path / "none", EMBEDDED])
+    catalog = Catalog([tmp_path, EMBEDDED])
     tiny = catalog.get("dall-e-2")
     assert (tiny.name, tiny.sampling.size, tiny.sampling.steps, tiny.sampling.guidance_scale) == (
         "sfumato-tiny",
@@ -201,6 +201,7 @@ def test_the_embedded_model(tmp_path: Path) -> None:
         3.0,
     )
     assert tiny.folder / tiny.model == EMBEDDED / "sfumato-tiny"
+    assert tiny.folder == tmp_path  # its LoRAs are where the user's models are
     assert tiny.enables("image")
     assert catalog.problems() == []
 

@@ -201,11 +201,16 @@ def test_rework_draws_with_them_too(page: Page, server: Server) -> None:
     assert recipe["image_sha256"]
 
 
-def test_the_built_in_model_has_none(page: Page) -> None:
-    button(page, "Add a control").click()
+def test_the_built_in_model_takes_them_too(page: Page, server: Server) -> None:
     field(page, "Model").select_option("sfumato-tiny")
-    expect(page.get_by_role("button", name=re.compile("^Add a "))).to_have_count(0)
-    expect(row(page, "Control 1")).to_have_count(0)
+    button(page, "Add a LoRA").click()
+    chosen(page, "LoRA 1").select_option("watercolour")
+    button(page, "Add a control").click()
+    field(page, "Choose or drop a picture").set_input_files(photo())
+    recipe, _ = draw(page, server)
+    assert recipe["model"] == "sfumato-tiny"
+    assert named(recipe) == [("watercolour", 1.0)]
+    assert [each["name"] for each in recipe["controls"]] == ["lines"]
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -74,7 +74,7 @@ class Catalog:
             if previous and previous[0] == signature and not _unread(previous[1]):
                 self._parsed[path] = previous
             else:
-                self._parsed[path] = signature, outcomes(path)
+                self._parsed[path] = signature, [self._placed(outcome) for outcome in outcomes(path)]
                 _warn(self._parsed[path][1])
         self._index()
 
@@ -114,6 +114,13 @@ class Catalog:
     def outcomes(self) -> dict[Path, list[ParsedFile]]:
         """Every file with its models, including those hidden by another file with the same name."""
         return {path: list(parsed) for path, (_, parsed) in self._parsed.items()}
+
+    def _placed(self, outcome: ParsedFile) -> ParsedFile:
+        """The built-in model finds LoRAs, ControlNets and embeddings where the user's models do."""
+        home = self._folders[0]
+        if not isinstance(outcome, ModelConfig) or outcome.folder != EMBEDDED or home == EMBEDDED:
+            return outcome
+        return replace(outcome, folder=home if home.is_dir() else home.parent, model=str(EMBEDDED / outcome.model))
 
     def _first(self) -> str:
         for config in self.all():

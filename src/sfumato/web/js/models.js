@@ -36,15 +36,12 @@ export function takes(field) {
   return status !== "ready" || !KNOWN.includes(field) || defaults.value[field] !== null;
 }
 
-// Files beside the model files are for models there.
-const beside = (list) => (model.value?.id === EMBEDDED ? [] : list);
-
 /** LoRAs for the selected model. */
-export const fitting = computed(() => beside(loras.value).filter(({ models }) => models?.includes(model.value?.id) ?? true));
+export const fitting = computed(() => loras.value.filter(({ models }) => models?.includes(model.value?.id) ?? true));
 
 /** Names of ControlNets and IP-Adapters, unless the selected model takes none. */
 export const controllable = computed(() =>
-  about.value?.control_nets?.length === 0 && !about.value.ip_adapters ? [] : beside(nets.value));
+  about.value?.control_nets?.length === 0 && !about.value.ip_adapters ? [] : nets.value);
 
 /** The first upscaling model and its factor; null if there is none. */
 export const upscaler = computed(() => {
