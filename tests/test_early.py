@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -18,6 +20,7 @@ from sfumato.api.http.early import EarlyAnswers, answer
 from sfumato.commands.serve import serve
 from sfumato.process.supervisor import Supervisor
 from sfumato.settings import Settings
+from support.inside import Inside
 
 
 @pytest.fixture
@@ -113,5 +116,8 @@ def test_it_needs_the_standard_library_only() -> None:
     assert subprocess.run([sys.executable, "-c", check], capture_output=True, text=True).stderr == ""
 
 
-def test_the_answer_is_the_applications() -> None:
-    assert answer(b"GET /healthz HTTP/1.1\r\n\r\n").startswith(b"HTTP/1.1 200 OK\r\n")
+def test_the_answer_is_the_applications(tmp_path: Path) -> None:
+    with Inside(tmp_path).client() as client:
+        theirs = client.get("/healthz").json()
+    _, _, body = answer(b"GET /healthz HTTP/1.1\r\n\r\n").partition(b"\r\n\r\n")
+    assert json.loads(body) == theirs

@@ -50,7 +50,8 @@ def test_the_package_draws(client: ollama.Client) -> None:
     assert [made[name] for name in ("seed", "steps", "negative_prompt")] == [7, 3, "blue"]
     assert answer.total_duration
     assert answer.load_duration
-    assert answer.load_duration <= answer.total_duration
+    assert answer.load_duration < answer.total_duration
+    assert (answer.completed, answer.total) == (3, 3)
 
 
 def test_the_package_streams(client: ollama.Client) -> None:

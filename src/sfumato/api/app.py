@@ -23,14 +23,13 @@ from sfumato.api.http import errors, pages
 from sfumato.api.http.arrivals import ORDERS, Arrivals
 from sfumato.api.http.auth import Auth, parse_keys
 from sfumato.api.http.cross_site import CrossSite, parse_hosts
-from sfumato.api.http.error_shapes import ErrorShapes, Shape, openai_shape
+from sfumato.api.http.error_shapes import ErrorShapes, Shape, openai_shape, text_shape
 from sfumato.api.http.forms import Bodies
 from sfumato.api.http.headers import SecurityHeaders
 from sfumato.api.http.middleware import AccessLog, BodyCap, Head, LengthCheck, RequestId, UnhandledErrors
 from sfumato.api.http.shutdown import ActiveRequests, Shutdown
 from sfumato.api.http.urls import Forwarded, check_proxies, check_public_url, parse_origins
 from sfumato.api.mcp import routes as mcp
-from sfumato.api.ollama import answers as ollama_answers
 from sfumato.api.ollama import routes as ollama
 from sfumato.api.openai import routes as openai
 from sfumato.core import MAX_SEED
@@ -52,11 +51,11 @@ EXPOSED = (
 
 ERROR_SHAPES: Mapping[str, Shape] = MappingProxyType(
     {
-        "/api/": ollama_answers.error_shape,
+        "/api/": text_shape,
         "/mcp": mcp.error_shape,
-        "POST /": hugging_face.error_shape,
+        "POST /": text_shape,
         **{f"POST {path}": openai_shape for path in ORDERS},
-        "POST /models/": hugging_face.error_shape,
+        "POST /models/": text_shape,
     }
 )
 """Paths of APIs whose errors are not OpenAI's: see `ErrorShapes`."""

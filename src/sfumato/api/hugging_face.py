@@ -28,11 +28,6 @@ SHORTEST = 64
 """Characters of a picture in base64. A shorter text is a prompt, whatever it begins with."""
 
 
-def error_shape(error: Mapping[str, Any]) -> dict[str, Any]:
-    """Its clients show a text only."""
-    return {"error": error["message"]}
-
-
 class InferenceBody(DrawBody):
     """Of `POST /models/{id}`: the fields of generations, out of `parameters`."""
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager, suppress
 
 from sfumato.core import Done, StorePicture
 from sfumato.errors import StorageError
@@ -39,8 +39,19 @@ def keeper(
     return keep
 
 
-def drop(gallery: Gallery, job: Job) -> None:
-    """Delete the stored pictures of a request whose caller does not get them. Blocks."""
+@asynccontextmanager
+async def dropped_if_left(gallery: Gallery, job: Job) -> AsyncGenerator[None, None]:
+    """An error or a cancellation inside means that the caller gets no picture: those that are stored are deleted."""
+    try:
+        yield
+    except BaseException:
+        if not job.detached:
+            await asyncio.shield(asyncio.to_thread(_drop, gallery, job))
+        raise
+
+
+def _drop(gallery: Gallery, job: Job) -> None:
+    """Blocks."""
     for part in job.parts:
         if part.name:
             with suppress(StorageError):

@@ -73,10 +73,22 @@ def draw(
     runners: Mapping[int, ModuleRunner | None] | None = None,
     encoder: Encoder = HERE,
 ) -> Done:
+    """As `picture`, encoded."""
+    return encoded(picture(model, generation, on_step, on_preview, runners, encoder), encoder)
+
+
+def picture(
+    model: Loaded,
+    generation: Generation,
+    on_step: OnStep,
+    on_preview: OnPreview | None = None,
+    runners: Mapping[int, ModuleRunner | None] | None = None,
+    encoder: Encoder = HERE,
+) -> Drawn:
     """Draw one picture; `on_preview` receives the requested previews, if the pipeline supports them.
 
-    `runners`: what computes modules in their place, by the id of the module. `encoder`: encodes the picture and its
-    previews, and calls `on_preview`.
+    `runners`: what computes modules in their place, by the id of the module. `encoder`: encodes previews, and calls
+    `on_preview`.
 
     Raises InvalidRequest for what this model cannot do, ContentFiltered if its safety checker fires,
     DrawError if the pipeline raises or its result is not finite, Disturbed if the model must be reloaded.
@@ -89,7 +101,7 @@ def draw(
         model.pipeline, model.device, model.config.name, generation.loras, replace_defaults=generation.replace_loras
     ) as adapters:
         # No variable refers to the view here: a stored error would keep it.
-        drawn = _draw_on_view(
+        return _draw_on_view(
             model,
             *_view(model, modular.for_task(_for_task(model, task), workflow), generation, adapters, runners, on_step),
             generation,
@@ -97,7 +109,10 @@ def draw(
             on_preview,
             encoder,
         )
-    # The view is closed: others may run while the picture is encoded.
+
+
+def encoded(drawn: Drawn, encoder: Encoder = HERE) -> Done:
+    """The picture's file, with its recipe inside. No view is open: others may run meanwhile."""
     png = encoder.result(lambda: recipe.encode(drawn.image, drawn.recipe))
     return Done(png, drawn.recipe, drawn.warnings, drawn.tokens)
 

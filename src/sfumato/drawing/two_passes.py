@@ -18,7 +18,6 @@ from sfumato.drawing.info import model_info
 from sfumato.drawing.steps import OnStep
 from sfumato.errors import InvalidRequest
 from sfumato.models.load import Loaded
-from sfumato.pictures import images, recipe
 from sfumato.pictures.encoder import HERE, Encoder
 from sfumato.previews.steps import OnPreview
 from sfumato.sampling import UPSCALERS, Hires, fewer_steps, merged, whole_steps
@@ -49,10 +48,10 @@ def draw(
         first_steps = total
         on_step(step, total + planned(asked, total))
 
-    first = one_pass.draw(model, replace(generation, hires=None), of_first, on_preview, runners, encoder)
+    first = one_pass.picture(model, replace(generation, hires=None), of_first, on_preview, runners, encoder)
     hires = _settled(asked, first.recipe.sampling.steps or 1)
-    second = encoder.result(lambda: _second(generation, hires, first.png))
-    done = one_pass.draw(
+    second = encoder.result(lambda: _second(generation, hires, first.image))
+    done = one_pass.picture(
         model,
         second,
         lambda step, total: on_step(first_steps + step, first_steps + total),
@@ -71,10 +70,9 @@ def draw(
         drawn_size=first.recipe.drawn_size or done.recipe.drawn_size,
         hires=used,
     )
-    png = encoder.result(lambda: recipe.encode(images.decoded(done.png), whole))
     fewer = () if asked.sampling.steps else fewer_steps(hires, first.recipe.sampling.steps or 1)
     warnings = tuple(dict.fromkeys([*first.warnings, *fewer, *done.warnings]))
-    return Done(png, whole, warnings, first.prompt_tokens)
+    return one_pass.encoded(one_pass.Drawn(done.image, whole, warnings, first.tokens), encoder)
 
 
 def planned(hires: Hires, steps: int) -> int:
@@ -89,8 +87,7 @@ def _settled(hires: Hires, steps: int) -> Hires:
     return replace(hires, sampling=replace(hires.sampling, steps=whole_steps(steps, hires.sampling.strength or 0.0)))
 
 
-def _second(generation: Generation, hires: Hires, png: bytes) -> Generation:
-    picture = images.decoded(png)
+def _second(generation: Generation, hires: Hires, picture: Image.Image) -> Generation:
     latent = UPSCALERS[hires.upscaler] is not None
     source = picture if latent else _enlarged(picture, hires)
     file = io.BytesIO()

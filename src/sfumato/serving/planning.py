@@ -216,7 +216,7 @@ def _check_passes(request: ImageRequest, limits: Limits) -> None:
             f"hr_upscaler: {hires.upscaler[:100]!r}; {', '.join(UPSCALERS)} are valid", param="hr_upscaler"
         )
     _check_length("hr_prompt", hires.prompt or "", MAX_PROMPT)
-    refuse_size(limits, *(hires.sampling.size or (0, 0)), "the size of the second pass", param="hr_scale")
+    refuse_size(limits, *(hires.sampling.size or (0, 0)), "hr_scale", param="hr_scale")
     _check(hires.sampling, limits)
 
 

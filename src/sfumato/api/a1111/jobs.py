@@ -110,6 +110,5 @@ async def _in_two_passes(
     hires_fields.check_checkpoint(body, lambda title: choices.model_for_title(title) == config.name)
     own, _ = await own_size(service, config, DEFAULT_SIDE)
     width, height = sampling.size or own
-    refuse_size(service.limits, *hires_fields.size_of(body, (width, height)), "hr_scale", param="hr_scale")
     hires, warnings = hires_fields.hires_of(body, sampling, (width, height))
     return replace(sampling, width=width, height=height), hires, warnings

@@ -172,7 +172,7 @@ async def _draw(context: Context, choices: Choices, jobs: Jobs, body: DrawBody, 
     saved = [part.name for part in job.parts if part.name] if body.save_images else []
     base = urls.base_url(request, service.settings)
     warnings += [warning for done in results for warning in done.warnings]
-    info = shapes.info(body, job, results, warnings, [f"{base}/generated-images/{each}" for each in saved])
+    info = shapes.info(body, job, results, warnings, [answers.picture_url(base, each) for each in saved])
     encoded = [_base64(done.png) for done in results] if body.send_images is not False else []
     headers = answers.warning_headers(ignored, [replace(results[0], warnings=tuple(warnings))])
     return JSONResponse({"images": encoded, "parameters": body.understood(), "info": info}, headers=headers)

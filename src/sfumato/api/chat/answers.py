@@ -57,7 +57,7 @@ class _Form:
         assert part.done
         assert self.output.base
         if self.urls:
-            url = answers.picture_url(self.output.base, part)
+            url = answers.picture_url(self.output.base, part.name)
         else:
             url = f"data:{MEDIA_TYPES[self.output.format]};base64,{await answers.b64(part.done, self.output)}"
         address = {"type": "image_url", "image_url": {"url": url}}
@@ -67,7 +67,7 @@ class _Form:
         """The picture as Markdown, if it is wanted."""
         assert self.output.base
         text = " ".join(self.prompt.translate(OF_MARKDOWN).split())
-        return f"![{text}]({answers.picture_url(self.output.base, job.parts[index])})" if self.markdown else ""
+        return f"![{text}]({answers.picture_url(self.output.base, job.parts[index].name)})" if self.markdown else ""
 
 
 async def answer(context: Context, body: ChatBody) -> Response:

@@ -73,7 +73,7 @@ class ImageConfig(BaseModel):
         pixels = own[0] * own[1]
         if self.image_size is not None:
             pixels = int((SIDE * RESOLUTIONS[self.image_size]) ** 2)
-        if width_and_height := SIZES.get(self.aspect_ratio or ("1:1" if proportion == 1 else "")):
+        if width_and_height := SIZES.get(self.aspect_ratio or ""):
             factor = math.sqrt(pixels) / SIDE
             width, height = (side * factor for side in width_and_height)
             if width % multiple == height % multiple == 0:

@@ -20,6 +20,11 @@ Shape: TypeAlias = Callable[[dict[str, Any]], dict[str, Any]]
 OURS = {"message", "type", "param", "code"}
 
 
+def text_shape(error: dict[str, Any]) -> dict[str, Any]:
+    """Ollama's and Hugging Face's: their clients show a text only."""
+    return {"error": error["message"]}
+
+
 def openai_shape(error: dict[str, Any]) -> dict[str, Any]:
     """As it is, for a path among those of another API."""
     return {"error": error}

@@ -109,6 +109,11 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
     return answer
 
 
+def reported(error: Exception) -> SfumatoError:
+    """What a client is told of an error."""
+    return error if isinstance(error, SfumatoError) else unexpected(error)
+
+
 def unexpected(error: Exception) -> SfumatoError:
     """The response to an unexpected error, which is logged."""
     log.error("%s", logs.error_location(error))

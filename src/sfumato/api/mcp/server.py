@@ -5,7 +5,6 @@ It is imported at the first request, in a thread: it takes as long as the rest o
 
 from __future__ import annotations
 
-import asyncio
 import importlib
 import logging
 from typing import Any
@@ -15,7 +14,7 @@ from starlette.requests import Request
 from sfumato import __version__
 from sfumato.api.http import errors
 from sfumato.api.mcp.tools import TOOLS, Answer, Call, Shown
-from sfumato.errors import NotInstalled, SfumatoError
+from sfumato.errors import NotInstalled
 from sfumato.pictures.gallery import Gallery
 from sfumato.serving.service import Service
 
@@ -42,10 +41,11 @@ class Protocol:
             self._tokens = importlib.import_module("mcp.server.auth.provider")
             self._streams = importlib.import_module("sse_starlette.sse")
             self._errors = importlib.import_module("mcp.shared.exceptions")
-        except ImportError:
+        except ImportError as error:
             raise NotInstalled(
-                "the Model Context Protocol needs the extra mcp: `pip install 'sfumato[mcp]'`, and restart the server"
-            ) from None
+                "the Model Context Protocol needs the extra mcp: `pip install 'sfumato[mcp]'`, and restart the server "
+                f"({error})"
+            ) from error
         logging.getLogger("mcp").setLevel(logging.WARNING)  # it logs the ids of sessions, which are secrets
         self._service, self._gallery = service, gallery
         server = lowlevel.Server(
@@ -96,11 +96,8 @@ class Protocol:
         call = Call(request, self._service, self._gallery, context.session.report_progress)
         try:
             answer = await TOOLS[params.name].run(call, params.arguments or {})
-        except asyncio.CancelledError:
-            raise
         except Exception as error:  # what is wrong with a call is told to the model, which can mend it
-            reported = error if isinstance(error, SfumatoError) else errors.unexpected(error)
-            message = errors.shape(reported)["error"]["message"]
+            message = errors.shape(errors.reported(error))["error"]["message"]
             return self._types.CallToolResult(content=[self._text(str(message))], is_error=True)
         return self._result(answer)
 

@@ -18,9 +18,9 @@ from sfumato.api import models as model_routes
 from sfumato.api import progress as progress_routes
 from sfumato.api.http import errors, urls
 from sfumato.api.http.auth import caller_of
-from sfumato.api.keeping import drop, keeper
+from sfumato.api.keeping import dropped_if_left, keeper
 from sfumato.api.mcp import schemas
-from sfumato.api.openai.answers import OutputFormat, output_format, submit
+from sfumato.api.openai.answers import OutputFormat, output_format, picture_url, submit
 from sfumato.api.openai.bodies import EditsBody, GenerationsBody, PaintBody
 from sfumato.core import Done, Step
 from sfumato.errors import InvalidRequest
@@ -116,7 +116,7 @@ async def get_progress(call: Call, arguments: dict[str, Any]) -> Answer:
     else:
         found = (await progress_routes.several(service=call.service, owner=call.owner))["data"]
     for each in found:
-        each["kept"] = [kept | {"url": f"{call.base}/generated-images/{kept['name']}"} for kept in each["kept"]]
+        each["kept"] = [kept | {"url": picture_url(call.base, kept["name"])} for kept in each["kept"]]
     return Answer({"requests": found})
 
 
@@ -158,18 +158,13 @@ def _body(kind: type[PaintBody], arguments: dict[str, Any]) -> PaintBody:
 async def _followed(job: Job, call: Call) -> list[Done]:
     """All its pictures; steps are reported meanwhile. If the call is cancelled, so is the job."""
     reported = 0
-    try:
-        async with aclosing(job.events()) as events:
-            async for _, event in events:
-                now = job.progress()
-                # After a worker's death steps are done again, and progress must not go back.
-                if isinstance(event, Step) and now.step > reported:
-                    reported = now.step
-                    await call.report(now.step, now.total, f"step {now.step} of {now.total}")
-    except BaseException:  # the caller does not get any of them
-        job.leave()
-        await asyncio.shield(asyncio.to_thread(drop, call.gallery, job))
-        raise
+    async with dropped_if_left(call.gallery, job), aclosing(job.events()) as events:
+        async for _, event in events:
+            now = job.progress()
+            # After a worker's death steps are done again, and progress must not go back.
+            if isinstance(event, Step) and now.step > reported:
+                reported = now.step
+                await call.report(now.step, now.total, f"step {now.step} of {now.total}")
     return await job.pictures()
 
 
@@ -186,7 +181,7 @@ async def _shown(call: Call, form: OutputFormat, name: str | None, done: Done) -
     return Shown(
         media_type=MEDIA_TYPES[form.format],
         data=base64.b64encode(small).decode() if side else None,
-        url=f"{call.base}/generated-images/{name}" if name else None,
+        url=picture_url(call.base, name) if name else None,
         name=name or "",
         bytes=len(whole),
     )

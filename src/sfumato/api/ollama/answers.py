@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import base64
 import json
 import time
 from collections.abc import AsyncGenerator
@@ -15,18 +13,12 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from sfumato.api.http import errors
-from sfumato.api.openai.answers import OutputFormat
-from sfumato.core import Done, Preview, Step
-from sfumato.errors import SfumatoError
-from sfumato.serving.job import Job
+from sfumato.api.http.error_shapes import text_shape
+from sfumato.api.openai.answers import OutputFormat, b64
+from sfumato.core import Done, Step
+from sfumato.serving.job import Job, Part
 
 NDJSON = "application/x-ndjson"
-
-
-class OllamaError(BaseModel):
-    """The error shape of these routes."""
-
-    error: str = Field(description="What is wrong, what is valid and what to do.")
 
 
 class Generated(BaseModel):
@@ -100,10 +92,6 @@ class Version(BaseModel):
     sfumato: str
 
 
-def error_shape(error: dict[str, Any]) -> dict[str, Any]:
-    return {"error": error["message"]}
-
-
 def timestamp(seconds: float) -> str:
     """`seconds` since 1970 in Go's format of a time."""
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
@@ -116,31 +104,26 @@ class Progress:
     model: str
     """As in the request."""
     began: float = field(default_factory=time.monotonic)
-    loaded: float | None = None
-    """When the first step was done, in seconds of the monotonic clock."""
     step: Step | None = None
-
-    def update(self, event: object) -> None:
-        if isinstance(event, Step | Preview) and self.loaded is None:
-            self.loaded = time.monotonic()
-        if isinstance(event, Step):
-            self.step = event
 
     def answer(self, **more: Any) -> dict[str, Any]:
         steps = {"completed": self.step.step, "total": self.step.total} if self.step else {}
         base = {"model": self.model, "created_at": timestamp(time.time()), "response": "", "done": False}
         return base | steps | more
 
-    async def final(self, done: Done, form: OutputFormat) -> dict[str, Any]:
-        now = time.monotonic()
-        data = await asyncio.to_thread(form.encode, done)
+    async def final(self, part: Part, form: OutputFormat) -> dict[str, Any]:
+        """`part` is done."""
+        done, now = part.done, time.monotonic()
+        assert done
         return self.answer(
             done=True,
             done_reason="stop",
-            image=base64.b64encode(data).decode(),
+            completed=part.total,
+            total=part.total,
+            image=await b64(done, form),
             seed=done.recipe.seed,
             total_duration=_nanoseconds(now - self.began),
-            load_duration=_nanoseconds((self.loaded or now) - self.began),
+            load_duration=_nanoseconds((part.first_step_at or now) - self.began),
             prompt_eval_count=done.prompt_tokens,
             **({"warnings": list(done.warnings)} if done.warnings else {}),
         )
@@ -154,14 +137,13 @@ async def lines(job: Job, form: OutputFormat, progress: Progress) -> AsyncGenera
     try:
         async with aclosing(job.events()) as events:
             async for _, event in events:
-                progress.update(event)
                 if isinstance(event, Step):
+                    progress.step = event
                     yield progress.line()
                 elif isinstance(event, Done):
-                    yield _line(await progress.final(event, form))
+                    yield _line(await progress.final(job.parts[0], form))
     except Exception as error:  # the status was already sent, so any error goes into the stream
-        reported = error if isinstance(error, SfumatoError) else errors.unexpected(error)
-        yield _line(error_shape(errors.shape(reported)["error"]))
+        yield _line(text_shape(errors.shape(errors.reported(error))["error"]))
 
 
 def _line(answer: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ from sfumato.config import ModelConfig
 from sfumato.core import Done
 from sfumato.errors import InvalidRequest, ModelNotFound
 from sfumato.sampling import PARAMETERS
+from sfumato.serving.job import Job
 from sfumato.serving.service import Service
 
 VERSION = "0.22.0"
@@ -46,8 +48,7 @@ TEXT_ROUTES: Mapping[str, str] = {
 FILE_ROUTES = {"pull": "POST", "push": "POST", "create": "POST", "copy": "POST", "delete": "DELETE"}
 
 
-def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: {"model": shapes.OllamaError, "description": documents.REASONS[status]} for status in statuses}
+_errors = functools.partial(documents.errors, model=documents.ErrorText)
 
 
 routes = APIRouter(prefix="/api", tags=["Ollama"])
@@ -76,16 +77,16 @@ async def generate(body: Annotated[GenerateBody, Depends(reader(GenerateBody))],
     keep = keeper(gallery, caller_of(request), form.format, form.encode, required=False)
     more = {"caller": caller_of(request), "id": request.state.request_id, "keep": keep}
     if body.stream is False:
-        results = await answers.unless_gone(request, _pictures(context, body, more))
-        answer = await progress.final(results[0], form)
+        job, results = await answers.unless_gone(request, _drawn(context, body, more))
+        answer = await progress.final(job.parts[0], form)
         return JSONResponse(answer, headers=answers.warning_headers(ignored, results))
     job = await answers.unless_gone(request, answers.started_job(service, body, more))
     return answers.Stream(job, shapes.lines(job, form, progress), ignored, shapes.NDJSON, progress.line)
 
 
-async def _pictures(context: Context, body: GenerateBody, more: Mapping[str, Any]) -> list[Done]:
+async def _drawn(context: Context, body: GenerateBody, more: Mapping[str, Any]) -> tuple[Job, list[Done]]:
     job = await answers.submit(context.service, body, more)
-    return await answers.all_pictures(job, context.gallery)
+    return job, await answers.all_pictures(job, context.gallery)
 
 
 async def _without_prompt(

@@ -18,10 +18,10 @@ from sfumato.api.dependencies import Context
 from sfumato.api.http import errors, urls
 from sfumato.api.http.auth import caller_of
 from sfumato.api.http.headers import header_text
-from sfumato.api.keeping import drop, keeper
+from sfumato.api.keeping import dropped_if_left, keeper
 from sfumato.api.openai.bodies import Body, PaintBody
 from sfumato.core import Done, Preview
-from sfumato.errors import Cancelled, InvalidRequest, SfumatoError
+from sfumato.errors import Cancelled, InvalidRequest
 from sfumato.pictures import recipe
 from sfumato.pictures.gallery import Gallery
 from sfumato.serving.job import Job, Part
@@ -117,12 +117,8 @@ async def _images_response(
 
 async def all_pictures(job: Job, gallery: Gallery) -> list[Done]:
     """The pictures of a job. If it fails or its client disconnects, those that it stored are deleted."""
-    try:
+    async with dropped_if_left(gallery, job):
         return await job.pictures()
-    except BaseException:
-        if not job.detached:  # the caller does not get any of them
-            await asyncio.shield(asyncio.to_thread(drop, gallery, job))
-        raise
 
 
 async def started_job(service: Service, body: Body, more: Mapping[str, Any]) -> Job:
@@ -201,8 +197,7 @@ async def _events(job: Job, form: OutputFormat, event: str) -> AsyncGenerator[st
 
 def failure(error: Exception) -> str:
     """The event for an error on the way."""
-    reported = error if isinstance(error, SfumatoError) else errors.unexpected(error)
-    return f"data: {json.dumps(errors.shape(reported))}\n\n"
+    return f"data: {json.dumps(errors.shape(errors.reported(error)))}\n\n"
 
 
 async def _with_keep_alive(lines: AsyncGenerator[str, None], alive: Callable[[], str] = _comment) -> AsyncIterator[str]:
@@ -281,12 +276,12 @@ async def _item(part: Part, form: OutputFormat) -> dict[str, Any]:
     seed = part.done.recipe.seed
     if form.base is None:
         return {"b64_json": await b64(part.done, form), "seed": seed}
-    return {"url": picture_url(form.base, part), "seed": seed}
+    return {"url": picture_url(form.base, part.name), "seed": seed}
 
 
-def picture_url(base: str, part: Part) -> str:
-    """Where the stored picture is."""
-    return f"{base}/generated-images/{part.name}"
+def picture_url(base: str, name: str | None) -> str:
+    """Where the stored picture of that name is."""
+    return f"{base}/generated-images/{name}"
 
 
 async def b64(picture: Done | Preview, form: OutputFormat) -> str:
