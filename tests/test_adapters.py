@@ -118,15 +118,7 @@ def test_a_lora_as_diffusers_saves_it(make: Callable[[], Any], part: str, dora: 
 def test_a_lokr_of_lycoris_where_diffusers_reads_it(tmp_path: Path) -> None:
     """Beside a LoRA, whose layers are wrapped around its own."""
     ours, theirs = quiet(families_transformers.flux2_klein()), quiet(families_transformers.flux2_klein())
-    state = {}
-    with tiny.seeded(4):
-        for name, layer in ours.transformer.named_modules():
-            if name.endswith(("to_q", "to_k", "to_v")):
-                rows, columns = layer.weight.shape
-                state[f"transformer.{name}.lokr_w1"] = torch.randn(2, 2) * 0.5
-                state[f"transformer.{name}.lokr_w2"] = torch.randn(rows // 2, columns // 2) * 0.5
-    assert state
-    lokr = loras.saved(state, tmp_path / "lokr.safetensors")
+    lokr = loras.saved(loras.lokr(ours), tmp_path / "lokr.safetensors")
     lora = loras.diffusers(families_transformers.flux2_klein(), tmp_path, "lora.safetensors")
     theirs.load_lora_weights(tmp_path, weight_name=lokr.name, adapter_name="a")
     call = {"text_encoder_out_layers": (1,)}

@@ -229,6 +229,7 @@ def test_a_transformer_and_a_vae(interpreted: None) -> None:
         torch.testing.assert_close(output[0], target(module, method)(**kwargs)[0], atol=1e-4, rtol=1e-3)
 
 
+@needs_compiler
 def test_what_cannot_be_compiled_is_computed_by_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
     unet = tiny.stable_diffusion().unet.eval()
     runner = runner_of(unet)
@@ -240,6 +241,28 @@ def test_what_cannot_be_compiled_is_computed_by_the_module(monkeypatch: pytest.M
     assert runner.prepare("__call__", (), call(2), wait=True)
     assert runner.for_request() is None
     assert "no such instruction" in runner.state("unet").detail
+
+
+@needs_compiler
+@torch.no_grad()
+def test_memory_that_runs_out_is_for_the_batcher_and_compiles_no_less(
+    interpreted: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unet = tiny.stable_diffusion().unet.eval()
+    runner = runner_of(unet)
+    assert runner.prepare("__call__", (), call(2), wait=True)
+    now = runner.for_request()
+    assert now
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runner, "_twin", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            now.run("__call__", (), call(2))
+    assert runner.why_eager == ""
+    assert now.run("__call__", (), call(2))[1] == "compile-fp32"
 
 
 @pytest.mark.slow

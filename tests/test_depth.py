@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from sfumato.config import ModelConfig
 from sfumato.core import Control
 from sfumato.drawing import preprocessors
+from sfumato.errors import DrawError
 from sfumato.models import estimators
 from support import estimators as tiny_ones
 from support import nets
@@ -105,7 +106,7 @@ def test_a_picture_that_is_flat_everywhere_makes_a_black_map(tmp_path: Path) -> 
         assert not np.asarray(preprocessors._depth(WIDE, Control(b""), [estimator])).any()
         estimator.module.head.conv3.bias.fill_(torch.nan)
         estimator.module.head.max_depth = torch.nan
-        with pytest.raises(Exception, match="no finite numbers"):
+        with pytest.raises(DrawError, match="no finite numbers"):
             preprocessors._depth(WIDE, Control(b""), [estimator])
 
 

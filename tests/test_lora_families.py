@@ -20,18 +20,6 @@ CALL: dict[str, Any] = {"num_inference_steps": 2, "width": 64, "height": 64, "ou
 WEIGHT = 0.7
 
 
-def lokr(pipeline: Any) -> dict[str, torch.Tensor]:
-    """As LyCORIS names a LoKr."""
-    state = {}
-    with tiny.seeded(4):
-        for name, layer in pipeline.transformer.named_modules():
-            if name.endswith(("to_q", "to_k", "to_v")):
-                rows, columns = layer.weight.shape
-                state[f"transformer.{name}.lokr_w1"] = torch.randn(2, 2) * 0.5
-                state[f"transformer.{name}.lokr_w2"] = torch.randn(rows // 2, columns // 2) * 0.5
-    return state
-
-
 @dataclass(frozen=True)
 class Kind:
     make: Callable[[], Any]
@@ -59,7 +47,9 @@ KINDS: Mapping[str, Kind] = {
     "DoRA": diffusers(tiny.stable_diffusion, "unet", dora=True),
     "LyCORIS, LoCon": kohya(tiny.stable_diffusion, {}, conv=True),
     "LyCORIS, LoKr": Kind(
-        KLEIN, lambda folder: loras.saved(lokr(KLEIN()), folder / "x.safetensors"), {"text_encoder_out_layers": (1,)}
+        KLEIN,
+        lambda folder: loras.saved(loras.lokr(KLEIN()), folder / "x.safetensors"),
+        {"text_encoder_out_layers": (1,)},
     ),
 }
 

@@ -53,6 +53,18 @@ def diffusers(
     return folder / name
 
 
+def lokr(pipeline: Any) -> dict[str, torch.Tensor]:
+    """As LyCORIS names a LoKr of a transformer."""
+    tensors: dict[str, torch.Tensor] = {}
+    with tiny.seeded(4):
+        for name, layer in pipeline.transformer.named_modules():
+            if name.endswith(("to_q", "to_k", "to_v")):
+                rows, columns = layer.weight.shape
+                tensors[f"transformer.{name}.lokr_w1"] = torch.randn(2, 2) * 0.5
+                tensors[f"transformer.{name}.lokr_w2"] = torch.randn(rows // 2, columns // 2) * 0.5
+    return tensors
+
+
 def saved(tensors: dict[str, torch.Tensor], path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)

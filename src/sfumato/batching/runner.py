@@ -75,6 +75,7 @@ class Runner:
             if is_out_of_memory(error):
                 self.counts.add(first.name, 0, 1)
                 return None
+            log.info("a batch of %s is compared without other contents beside it: %r", first.name, error)
             if proof.is_half(first):
                 why = f"raised {type(error).__name__} when the rows beside it were changed"
                 self.verification.refuse(first, signature, why, Reason.UNPROVEN)

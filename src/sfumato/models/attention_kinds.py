@@ -15,7 +15,7 @@ from diffusers.loaders.transformer_sd3 import SD3Transformer2DLoadersMixin
 from diffusers.loaders.unet import UNet2DConditionLoadersMixin
 from diffusers.models.embeddings import MultiIPAdapterImageProjection
 
-from sfumato.checkpoints.ip_adapters import ARGUMENT, CLIP, SIGLIP
+from sfumato.checkpoints.ip_adapters import ARGUMENT
 from sfumato.pipelines.capabilities import parameters_of
 
 Tensors = Mapping[str, torch.Tensor]
@@ -29,8 +29,6 @@ class Kind:
     """One kind of denoiser."""
 
     mixin: type
-    encoder: str
-    """Type of the image encoder that its adapters read."""
     shapes: Callable[[Any, Tensors], Shapes]
     """The keys that an adapter of a denoiser has for its attention, with their shapes; what a denoiser does not say is
     taken from the adapter."""
@@ -121,7 +119,7 @@ def _put_into_sd3(transformer: Any, states: Sequence[Any]) -> tuple[dict[str, An
 
 
 KINDS = (
-    Kind(UNet2DConditionLoadersMixin, CLIP, _of_unet, _put_into_unet),
-    Kind(FluxTransformer2DLoadersMixin, CLIP, _of_flux, _put_many),
-    Kind(SD3Transformer2DLoadersMixin, SIGLIP, _of_sd3, _put_into_sd3, most=1),
+    Kind(UNet2DConditionLoadersMixin, _of_unet, _put_into_unet),
+    Kind(FluxTransformer2DLoadersMixin, _of_flux, _put_many),
+    Kind(SD3Transformer2DLoadersMixin, _of_sd3, _put_into_sd3, most=1),
 )

@@ -129,7 +129,7 @@ def read(pipeline: Any, modules: Mapping[str, torch.nn.Module], lora: Lora, name
     vars(loader)["lora_state_dict"] = read_and_check
     vars(loader)["hf_device_map"] = {}  # else hooks of layers that the twins share would be taken off and put on
     path = Path(lora.file)
-    with weight_file.in_lower_case(path) as file, _as_request_error(lora, model), _of_this_thread():
+    with weight_file.in_lower_case(path) as file, _as_request_error(lora, model), _without_weights():
         changes = [untouched(modules[component], each) for component, each in twins.items()]
         lists = [change.__enter__() for change in changes]
         try:
@@ -197,8 +197,10 @@ _RANDOM = frozenset({torch.Tensor.uniform_, torch.Tensor.normal_, *(getattr(init
 
 
 @contextmanager
-def _of_this_thread() -> Iterator[None]:
-    """Let peft make layers without weights: its own way changes torch for all threads."""
+def _without_weights() -> Iterator[None]:
+    """Let peft make layers without weights. Its own way changes torch for all threads; this one, which takes its place
+    for good, does the same for the thread that calls it.
+    """
     tuners_utils.init_empty_weights = lambda: torch.device("meta")
     with _WithoutRandomNumbers():
         yield

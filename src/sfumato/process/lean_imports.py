@@ -1,6 +1,6 @@
 """A quicker start: skip or defer what diffusers and transformers import but drawing does not use.
 
-    torch._dynamo                   a worker compiles nothing
+    torch._dynamo                   a worker compiles nothing, unless `accelerate: compile` asks for it
     torch.distributed               a worker is a single process
     scipy.stats, scipy.integrate    used only by beta schedules and LMS
     scipy.optimize                  training losses of detectors
@@ -9,7 +9,7 @@
 
 All of it stays usable: on first use a module is imported with its dependencies.
 
-This is the only place that replaces something in another package: `torch.distributed.is_available`, by which diffusers,
+This replaces something in another package: `torch.distributed.is_available`, by which diffusers,
 accelerate and transformers decide what to import. There is no public switch for it, and without it a worker imports 190
 more modules, a third of its start after torch. It is replaced in workers only, never where Sfumato is a library
 (`gather`). The other modules are handled with Python's own import hook.

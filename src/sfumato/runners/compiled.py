@@ -167,7 +167,7 @@ class Compiled:
             args, kwargs = call_arguments.kept((args, kwargs))
             work = functools.partial(self._compile, key, kind, METHODS[method], args, kwargs)
             work() if wait else self._background.submit(work)
-        return kind if kind in self._asked or (*kind, "") in self._asked else None
+        return kind if (*kind, "") in self._asked else None
 
     def compute(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], size: str) -> tuple[Any, str] | None:
         """None: it would have to be compiled, or it failed. At the first call of a size the module computes as well."""
@@ -175,8 +175,10 @@ class Compiled:
         try:
             output = target(self._twin, METHODS[method])(*args, **kwargs)
         except Exception as error:  # whatever torch raises, the module can compute it
+            if is_out_of_memory(error):
+                raise  # the batcher makes room and tries again
             if not getattr(self._allowed, "refused", False):
-                self.why_eager = f"compiled code failed: {type(error).__name__}: {str(error).splitlines()[:1]}"
+                self.why_eager = f"compiled code failed: {_in_words(error)}"
                 log.warning(
                     "%s is computed by the module itself from now on: %s", type(module).__name__, self.why_eager
                 )
@@ -204,8 +206,8 @@ class Compiled:
                 target(self._twin, method)(*args, **kwargs)
         except Exception as error:  # whatever is raised by compiling code that others wrote
             self.out_of_memory = is_out_of_memory(error)
-            if not self._ready:
-                self.why_eager = f"it cannot be compiled: {type(error).__name__}: {str(error).splitlines()[:1]}"
+            if not self._ready and not self.out_of_memory:
+                self.why_eager = f"it cannot be compiled: {_in_words(error)}"
             log.warning("%s cannot be compiled: %r", type(module).__name__, error)
         else:
             self._ready = frozenset({*self._ready, kind})
@@ -304,3 +306,7 @@ def _settings() -> ExitStack:
     stack.enter_context(shapes.patch(use_duck_shape=False))
     stack.enter_context(torch._inductor.config.patch(compile_threads=1))  # no pool of processes that outlives us
     return stack
+
+
+def _in_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"

@@ -62,6 +62,8 @@ class _Structure:
     """Why the module computes these calls."""
     sizes: dict[str, bool] = field(default_factory=dict)
     """Shapes of the arguments → whether graph and module agree there."""
+    failed: set[str] = field(default_factory=set)
+    """Those of them where OpenVINO raised: they are tried again by the next process."""
 
     @property
     def settled(self) -> bool:
@@ -189,8 +191,11 @@ class OpenVino:
             return own, EAGER
         difference = float("inf") if output is None else outputs.difference(output, own)
         structure.sizes[size] = same = difference <= TOLERANCE[self._precision or "fp32"]
-        if structure.folder:
-            kept.put_sizes(structure.folder, structure.sizes)
+        if output is None:
+            structure.failed.add(size)
+        elif structure.folder:
+            compared = {each: agrees for each, agrees in structure.sizes.items() if each not in structure.failed}
+            kept.put_sizes(structure.folder, compared)
         if not same:
             why = f"it differs by {difference:.1e}" if output is not None else reason
             log.warning("%s: sizes %s are computed by the module itself: %s", self._kind, size, why)
