@@ -132,7 +132,8 @@ def at_once(pipeline: Any, loras: Sequence[Lora], device: str, name: str, repeat
     ratios: dict[str, list[float]] = {what: [] for what in clocks}
     variants = (one_lora_at_a_time, all_at_once)
     with adapters.use(pipeline, device, "m", loras):
-        all_at_once(), one_lora_at_a_time()  # the proofs
+        for variant in variants:
+            variant()  # the proofs
         batches = {"mean batch": mean_batch(all_at_once), "mean batch, one at a time": mean_batch(one_lora_at_a_time)}
         for pair in range(repeats):
             took: dict[Any, dict[str, float]] = {}

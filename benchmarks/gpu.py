@@ -155,7 +155,8 @@ def synchronizations(bench: Bench, draw: Callable[[Sequence[dict[str, Any]]], ob
     waits = sum("synchroniz" in str(each.message) for each in caught)
     where = Counter(f"{Path(each.filename).name}:{each.lineno}" for each in caught if "synchroniz" in str(each.message))
     print("    waits at", dict(where.most_common(6)), flush=True)
-    return round(waits / sum(call["num_inference_steps"] for call in calls), 2)
+    steps: int = sum(call["num_inference_steps"] for call in calls)
+    return round(waits / steps, 2)
 
 
 @contextmanager

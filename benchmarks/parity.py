@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import inspect
 import json
 import logging
@@ -130,12 +131,12 @@ class Learning(Batcher):
         super().__init__(max_rows=16, verification=verification.Verification("always", frozenset()))
         self.batches: dict[str, list[ModuleCall]] = {}
 
-    def _run(self, group: Sequence[Task]) -> Sequence[Reply]:
-        calls = [task.call for task in group if task.call is not None]
+    def _run(self, group: Sequence[Task], calls: Sequence[ModuleCall]) -> Sequence[Reply]:
         if len(calls) > 1:
             unlike = next(([calls[0], call] for call in calls[1:] if differences_between([calls[0], call])), calls[:2])
-            self.batches.setdefault(self.verification.signature(calls[0], differences_between(unlike)), unlike)
-        return super()._run(group)
+            signature = self.verification.signature(calls[0], differences_between(unlike))
+            self.batches.setdefault(signature, list(unlike))
+        return super()._run(group, calls)
 
 
 def measure(name: str) -> Measured:
@@ -231,7 +232,7 @@ def draw(pipe: Any, call: Call) -> Any:
 
 
 def together(batcher: Batcher, pipe: Any, calls: Iterable[Call]) -> list[Any]:
-    tasks = [batcher.submit(lambda call=call: draw(view(pipe), call)) for call in seeded(calls)]
+    tasks = [batcher.submit(functools.partial(_draw_beside, pipe, call)) for call in seeded(calls)]
     with torch.no_grad():
         while batcher.step():
             pass
@@ -239,6 +240,10 @@ def together(batcher: Batcher, pipe: Any, calls: Iterable[Call]) -> list[Any]:
         if task.outcome and task.outcome.error:
             raise task.outcome.error
     return [task.outcome.value for task in tasks if task.outcome]
+
+
+def _draw_beside(pipe: Any, call: Call) -> Any:
+    return draw(view(pipe), call)
 
 
 def difference(one: list[Any], other: list[Any]) -> float:

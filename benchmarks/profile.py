@@ -16,7 +16,7 @@ import io
 import os
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -48,7 +48,7 @@ class Clock:
     """CPU time of this thread, by what it is spent on; what is inside something else does not count twice."""
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds: dict[str, float] = defaultdict(float)
         self._inside: list[str] = []
         self._since = 0.0
 
@@ -113,7 +113,10 @@ def shares(name: str, folder: Path, count: int) -> dict[str, float]:
         while batcher.step():
             pass
     total = sum(clock.seconds.values())
-    return {label: round(100 * seconds / total, 2) for label, seconds in clock.seconds.most_common()}
+    return {
+        label: round(100 * seconds / total, 2)
+        for label, seconds in sorted(clock.seconds.items(), key=lambda item: -item[1])
+    }
 
 
 def longest_gaps(name: str, folder: Path, *, decode: bool, parts: bool) -> float:

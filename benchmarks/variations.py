@@ -65,8 +65,8 @@ def _try(calls: Sequence[Call], verification: Verification, shown: dict[str, flo
     try:
         with torch.no_grad():
             evidence = examine(calls, _joined)
-    except Exception as error:  # the batch fails although its members do not
-        wrong[signature] = f"together: {error}"
+    except Exception as raised:  # the batch fails although its members do not
+        wrong[signature] = f"together: {raised}"
         return
     errors = [outputs.difference(part, one) for part, one in zip(evidence.parts, alone, strict=True)]
     error, reason = max(errors), evidence.judge(errors)

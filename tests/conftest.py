@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,6 +101,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from support.tiny_checkpoint import single_file
 
     return single_file(tiny.stable_diffusion(), tmp_path_factory.mktemp("checkpoint") / "model.safetensors")
+
+
+@pytest.fixture(autouse=True)
+def own_logging() -> Iterator[None]:
+    """A test that configures the log of this process, as a server's does, would take others' messages away."""
+    before = logging.getLogger("sfumato").level, logging.getLogger().level
+    yield
+    assert (logging.getLogger("sfumato").level, logging.getLogger().level) == before, "see logs.configure"
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from sfumato import __version__
+from sfumato import __version__, logs
 from sfumato.api.http import early as early_module
 from sfumato.api.http.early import EarlyAnswers, answer
 from sfumato.commands.serve import serve
@@ -103,6 +103,7 @@ def test_serve_answers_before_it_imports_the_server(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("sfumato.api.server.run", run)
     monkeypatch.setattr(Supervisor, "launched", lambda self: contextlib.nullcontext())
+    monkeypatch.setattr(logs, "configure", lambda settings: None)
     serve(Settings(port=0, log_level="error"))
     assert seen == [200]
 

@@ -230,7 +230,7 @@ def test_the_recipe_of_two_passes_has_those_of_both(folder: Path) -> None:
     second = Sampling(width=64, height=64, strength=0.5)
     hires = Hires(upscaler="Lanczos", sampling=second, prompt="a CatToy, easy-negative")
     asked = wanted(prompt="a easy-negative", width=64, height=64, hires=hires)
-    done = two_passes.draw(model_of("sd", folder), asked, quiet)
+    done = two_passes.picture(model_of("sd", folder), asked, quiet)
     assert [each.split(":")[0] for each in done.recipe.embeddings] == ["easy-negative", "CatToy"]
 
 

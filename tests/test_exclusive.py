@@ -6,6 +6,7 @@ another state of torch, run so. Commands are posted at a step of the running req
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from sfumato.config import ModelConfig
 from sfumato.core import Done, Failed, Preview, Step
 from sfumato.engine.protocol import Answer, Cancel, Started, Stop
 from sfumato.errors import Cancelled
+from sfumato.pictures import recipe
 from support import tiny
 from support.families_moving import animate_diff_free_init
 from support.played import STEPS, Ended, Played, guided, saved
@@ -92,13 +94,32 @@ def test_others_are_heard_while_one_does_not_switch(configs: dict[str, ModelConf
     assert isinstance(play.events("late")[-1], Done)
 
 
-def test_a_picture_that_is_done_is_not_held_back_by_one_that_does_not_switch(configs: dict[str, ModelConfig]) -> None:
-    play = Played(configs, lambda play, id, event: None)
+def test_a_picture_that_is_done_is_not_held_back_by_one_that_does_not_switch(
+    configs: dict[str, ModelConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor if its file is made only then."""
+    encode, begun, encoded = recipe.encode, threading.Event(), threading.Event()
+
+    def late(*arguments: Any) -> bytes:
+        assert begun.wait(30)
+        encoded.set()
+        return encode(*arguments)
+
+    def on(play: Played, id: str, event: Any) -> None:
+        if id == "second" and event == Step(2, STEPS):
+            begun.set()
+            assert encoded.wait(30)
+            play.loop._encoder.begin(lambda: None).result(30)  # in the same thread, after it
+
+    monkeypatch.setattr(recipe, "encode", late)
+    play = Played(configs, on)
     for id in ("first", "second"):
         play.submit("pag", id)
     play.loop.post(Stop())
     play.run()
-    assert play.at("first", Done) < play.at("second", Step) + 2
+    before = play.sent[: play.at("first", Done)]
+    steps = [report.event for report in before if isinstance(report, Answer) and report.id == "second"]
+    assert steps == [Step(1, STEPS), Step(2, STEPS)]
 
 
 def test_a_request_that_does_not_switch_draws_what_it_draws_undisturbed(configs: dict[str, ModelConfig]) -> None:

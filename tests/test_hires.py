@@ -122,7 +122,7 @@ def test_a_tiny_vae_has_latents_without_a_distribution() -> None:
     ).eval()
     second = Sampling(width=128, height=128, steps=2, strength=0.5)
     generation = replace(wanted(width=64, height=64), hires=Hires(upscaler="Latent", sampling=second))
-    done = two_passes.draw(loaded(pipeline), generation, quiet)
+    done = two_passes.picture(loaded(pipeline), generation, quiet)
     assert (done.recipe.size, done.warnings) == ((128, 128), ())
 
 

@@ -373,7 +373,7 @@ def test_the_docs_page_needs_no_internet(inside: Inside) -> None:
     "wrong", [{"api_keys": "secret"}, {"cors_origins": "x"}, {"trusted_proxies": "x"}, {"public_url": "x"}]
 )
 def test_the_server_does_not_start_with_them(wrong: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logs, "configure", lambda settings: None)  # it would take pytest's own handlers away
+    monkeypatch.setattr(logs, "configure", lambda settings: None)
     with pytest.raises(SfumatoError, match=next(iter(wrong))) as caught:
         serve.serve(Settings(port=0, **wrong))
     assert "secret" not in str(caught.value)

@@ -78,7 +78,7 @@ def test_the_size_of_a_second_pass_is_what_tiles_are_remembered_for() -> None:
     second = Sampling(width=128, height=128, steps=2, strength=0.5)
     generation = replace(asked(64), hires=Hires(upscaler="Lanczos", sampling=second))
     with short_of_memory(model.pipeline.vae.decoder, small):
-        done = out_of_memory.with_less(model, generation, lambda each: two_passes.draw(model, each, quiet))
+        done = out_of_memory.with_less(model, generation, lambda each: two_passes.picture(model, each, quiet))
     assert done.recipe.savings == ("vae_tiling",)
     assert model.state.tiled_from == 128 * 128
     assert drawn(model, asked(64)).recipe.savings == ()

@@ -74,7 +74,7 @@ def draw(
     encoder: Encoder = HERE,
 ) -> Done:
     """As `picture`, encoded."""
-    return encoded(picture(model, generation, on_step, on_preview, runners, encoder), encoder)
+    return encoded(picture(model, generation, on_step, on_preview, runners, encoder))
 
 
 def picture(
@@ -111,10 +111,9 @@ def picture(
         )
 
 
-def encoded(drawn: Drawn, encoder: Encoder = HERE) -> Done:
-    """The picture's file, with its recipe inside. No view is open: others may run meanwhile."""
-    png = encoder.result(lambda: recipe.encode(drawn.image, drawn.recipe))
-    return Done(png, drawn.recipe, drawn.warnings, drawn.tokens)
+def encoded(drawn: Drawn) -> Done:
+    """The picture's file, with its recipe inside. Needs no torch: another thread may do it."""
+    return Done(recipe.encode(drawn.image, drawn.recipe), drawn.recipe, drawn.warnings, drawn.tokens)
 
 
 def _view(

@@ -1,6 +1,6 @@
 """A picture in two passes: drawn, enlarged, and drawn again from that. AUTOMATIC1111 calls it hires fix.
 
-Both passes are ordinary runs of `draw`, the second one image-to-image of the same model, with the same seed.
+Both passes are ordinary runs of `drawing.draw`, the second one image-to-image of the same model, with the same seed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import replace
 from PIL import Image, ImageOps
 
 from sfumato.batching.module_runner import ModuleRunner
-from sfumato.core import Done, Generation
+from sfumato.core import Generation
 from sfumato.drawing import draw as one_pass
 from sfumato.drawing.info import model_info
 from sfumato.drawing.steps import OnStep
@@ -23,18 +23,18 @@ from sfumato.previews.steps import OnPreview
 from sfumato.sampling import UPSCALERS, Hires, fewer_steps, merged, whole_steps
 
 
-def draw(
+def picture(
     model: Loaded,
     generation: Generation,
     on_step: OnStep,
     on_preview: OnPreview | None = None,
     runners: Mapping[int, ModuleRunner | None] | None = None,
     encoder: Encoder = HERE,
-) -> Done:
-    """As `drawing.draw.draw`, in two passes if the generation has a second one. Steps are counted over both."""
+) -> one_pass.Drawn:
+    """As `drawing.draw.picture`, in two passes if the generation has a second one. Steps are counted over both."""
     asked = generation.hires
     if asked is None:
-        return one_pass.draw(model, generation, on_step, on_preview, runners, encoder)
+        return one_pass.picture(model, generation, on_step, on_preview, runners, encoder)
     if "image-to-image" not in model_info(model).tasks:
         raise InvalidRequest(
             f"enable_hr: {model.config.name} ({type(model.pipeline).__name__}) draws no picture from another, which a "
@@ -72,7 +72,7 @@ def draw(
     )
     fewer = () if asked.sampling.steps else fewer_steps(hires, first.recipe.sampling.steps or 1)
     warnings = tuple(dict.fromkeys([*first.warnings, *fewer, *done.warnings]))
-    return one_pass.encoded(one_pass.Drawn(done.image, whole, warnings, first.tokens), encoder)
+    return one_pass.Drawn(done.image, whole, warnings, first.tokens)
 
 
 def planned(hires: Hires, steps: int) -> int:

@@ -11,6 +11,7 @@ import logging
 import queue
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
 from typing import TypeAlias
@@ -36,10 +37,9 @@ from sfumato.core import (
     Step,
     keep_alive_seconds,
 )
-from sfumato.drawing import named_nets, out_of_memory, preprocessors
-from sfumato.drawing.draw import Disturbed, RunStopped
+from sfumato.drawing import named_nets, out_of_memory, preprocessors, two_passes
+from sfumato.drawing.draw import Disturbed, Drawn, RunStopped, encoded
 from sfumato.drawing.info import model_info
-from sfumato.drawing.two_passes import draw
 from sfumato.engine.protocol import (
     Answer,
     Cancel,
@@ -124,7 +124,9 @@ class Loop:
         self._orders: list[Load] = []
         """Orders that arrived while a request ran: loading begins between turns."""
         self._tasks: dict[str, Task] = {}
-        """Tasks of unanswered generations."""
+        """Tasks of generations that are not drawn yet."""
+        self._encoding: dict[str, Future[Done]] = {}
+        """What is drawn and not yet answered. It needs no turn: one that does not switch holds no picture back."""
         self._loads: list[tuple[str, Task]] = []
         """Tasks that load a model for an order, each with the order's id; no request waits for them."""
         self._stopping = False
@@ -175,11 +177,12 @@ class Loop:
     @property
     def _has_threads(self) -> bool:
         """Whether requests may wait for a thread, which has news when it is ready."""
-        return self._pool.loading or self._pool.reading_loras or self._runners.preparing or self._encoder.busy
+        reading = self._pool.loading or self._pool.reading_loras
+        return reading or self._runners.preparing or self._encoder.busy or bool(self._encoding)
 
     @property
     def _busy(self) -> bool:
-        return bool(self._tasks or self._loads or self._submitted or self._orders)
+        return bool(self._tasks or self._encoding or self._loads or self._submitted or self._orders)
 
     @property
     def _all_tasks(self) -> list[Task]:
@@ -237,24 +240,32 @@ class Loop:
             self._tasks[id] = task
 
     def _report(self) -> None:
-        """Answer the requests that have ended."""
-        ended = {id: task for id, task in self._tasks.items() if task.done}
-        for id in ended:
+        """Answer the requests that have ended, and those whose pictures are encoded."""
+        answers: dict[str, Event] = {}
+        for id, outcome in [(id, task.outcome) for id, task in self._tasks.items() if task.outcome]:
+            if failure := _failure(f"request {id}", outcome.error):
+                answers[id] = failure
+            else:
+                self._encoding[id] = outcome.value  # first: its last previews may be on their way
             del self._tasks[id]
             self._stats.ended(id)
+        for id, future in [(id, future) for id, future in self._encoding.items() if future.done()]:
+            del self._encoding[id]
+            answers[id] = _failure(f"request {id}", future.exception()) or future.result()
+        if answers:
             self._last = self._clock()
         loads, self._loads = self._loads, [(id, task) for id, task in self._loads if not task.done]
-        loaded = {id: _event("the load of a model", task) for id, task in loads if task.done}
+        loaded = {id: _failure("the load of a model", task.outcome.error) for id, task in loads if task.outcome}
         if loaded:
             self._stats.changed()
         # Before the answers: the counters must include a request once its answer is read.
         if self._stats.due(idle=not (self._tasks or self._loads)):
             self._send(StatsReport(self._stats.stats()))
-        for id, event in loaded.items():
+        for id, failed in loaded.items():
             if id:
-                self._send(Ordered(id, error=event.error if isinstance(event, Failed) else None))
-        for id, task in ended.items():
-            self._send(Answer(id, _event(f"request {id}", task)))
+                self._send(Ordered(id, error=failed.error if failed else None))
+        for id, event in answers.items():
+            self._send(Answer(id, event))
 
     def _listen(self) -> None:
         """Called inside a request that does not yield the thread: read commands and send answers."""
@@ -269,14 +280,14 @@ class Loop:
             del self._tasks[id]
             self._stats.ended(id)
             self._batcher.cancel(task, RunStopped())
-        elif not self._submitted.pop(id, None):
+        elif not (self._encoding.pop(id, None) or self._submitted.pop(id, None)):
             return  # already answered, or about to be
         self._send(Answer(id, _CANCELLED))
 
     # Within the tasks.
 
-    def _draw(self, submit: Submit) -> Done:
-        """Runs in the request's greenlet, from its first turn to its end."""
+    def _draw(self, submit: Submit) -> Future[Done]:
+        """Runs in the request's greenlet, from its first turn to its end. Returns the picture, being encoded."""
         id = submit.generation.id
         self._send(Started(id))
         log.info("request %s starts", id)
@@ -291,7 +302,7 @@ class Loop:
                 self._batcher.placed(),  # it took no place while the model was loaded
             ):
 
-                def run(generation: Generation, model: Loaded = model) -> Done:
+                def run(generation: Generation, model: Loaded = model) -> Drawn:
                     # For each try: one with less memory draws on other modules.
                     given = generation, self._pool, keeping_its_place
                     runners = self._runners_of(model, generation)
@@ -299,13 +310,14 @@ class Loop:
                         named_nets.beside(model, *given) as named,
                         preprocessors.beside(named, *given, self._estimators) as drawn,
                     ):
-                        return draw(drawn, generation, on_step, on_preview, runners, self._encoder)
+                        return two_passes.picture(drawn, generation, on_step, on_preview, runners, self._encoder)
 
                 self._stats.started(id)
                 before = self._reported(model)
                 try:
                     memory = self._batcher.free_caches, self._batcher.let_long_calls_end
-                    return out_of_memory.with_less(model, submit.generation, run, *memory)
+                    picture = out_of_memory.with_less(model, submit.generation, run, *memory)
+                    return self._encoder.begin(functools.partial(encoded, picture))
                 finally:
                     if self._reported(model) != before:
                         self._pool.describe_again(model)
@@ -346,7 +358,7 @@ class Loop:
 
     def _send_running(self, id: str, event: Event) -> None:
         """Called in the thread that encodes, too."""
-        if id in self._tasks:
+        if id in self._tasks or id in self._encoding:
             self._send(Answer(id, event))
 
     def _report_status(self, model: str, status: ModelStatus) -> None:
@@ -358,17 +370,15 @@ class Loop:
 _CANCELLED = Failed(Cancelled("the request was cancelled"))
 
 
-def _event(label: str, task: Task) -> Event:
-    """The terminal event of `task`; logs unexpected errors, with `label`."""
-    assert task.outcome is not None
-    match task.outcome.error:
+def _failure(label: str, error: BaseException | None) -> Failed | None:
+    """The terminal event of what ended with `error`; None if it ended well. Logs unexpected errors, with `label`."""
+    match error:
         case None:
-            done: Done = task.outcome.value
-            return done
+            return None
         case RunStopped():
             return _CANCELLED
-        case SfumatoError() as error:
+        case SfumatoError():
             return Failed(error)
-        case error:
+        case _:
             log.error("%s failed: %s", label, logs.error_location(error))
             return Failed(SfumatoError(f"{type(error).__name__}: {error}"))

@@ -50,9 +50,14 @@ class EncoderThread:
     def later(self, work: Callable[[], None]) -> None:
         self._pool.submit(work)
 
-    def result(self, work: Callable[[], T]) -> T:
-        future: Future[T] = self._pool.submit(work)
+    def begin(self, work: Callable[[], T]) -> Future[T]:
+        """Do it, and say so when it is done."""
+        future = self._pool.submit(work)
         future.add_done_callback(self._done)
+        return future
+
+    def result(self, work: Callable[[], T]) -> T:
+        future = self.begin(work)
         self._waiting += 1
         try:
             while not future.done():
