@@ -172,6 +172,11 @@ class Router:
         self._there[device].discard(model)
         self._residents_changed(device)
 
+    def emptied(self, device: int) -> None:
+        """The device holds no model any more: its worker has ended."""
+        for model in list(self._there[device]):
+            self.unloaded(device, model)
+
     # The sums.
 
     def _model(self, name: str) -> _Model:
