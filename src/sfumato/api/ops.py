@@ -45,7 +45,7 @@ async def metrics(service: TheService) -> Response:
         ready=not _not_ready(service),
         queue_depth=service.queue.waiting,
         running=service.queue.running,
-        stats=service.engine.stats,
+        devices=service.engine.devices,
     )
     return Response(text, headers={"content-type": CONTENT_TYPE})
 
