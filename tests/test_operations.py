@@ -21,8 +21,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from sfumato import logs
 from sfumato.commands import serve
 from sfumato.core import EngineStats
+from sfumato.engine.protocol import DeviceState
 from sfumato.errors import SfumatoError
-from sfumato.serving.metrics import EVENT_METRICS, SNAPSHOT_METRICS, Metrics
+from sfumato.serving.metrics import DEVICE_METRICS, EVENT_METRICS, SNAPSHOT_METRICS, Metrics
 from sfumato.settings import Settings
 from support.inside import DRAW, Inside, running
 from support.serving import Server
@@ -70,7 +71,8 @@ def value(text: str, name: str, **labels: str) -> float:
 
 
 def rendered(metrics: Metrics, **moment: Any) -> str:
-    moment = {"ready": True, "queue_depth": {}, "running": {}, "stats": EngineStats()} | moment
+    devices = [DeviceState("auto", True, "", 0, moment.pop("stats", EngineStats()), {})]
+    moment = {"ready": True, "queue_depth": {}, "running": {}, "devices": devices} | moment
     return metrics.render(**moment).decode()
 
 
@@ -84,7 +86,7 @@ def test_every_metric_is_rendered_once() -> None:
     text = rendered(metrics, stats=EngineStats(batch_sizes={1: 2}))
     declared = [name for name in re.findall(r"^# TYPE (\S+)", text, re.MULTILINE) if name.startswith("sfumato_")]
     assert set(declared) - {f"{each.name.removesuffix('_total')}_created" for each in EVENT_METRICS} == {
-        each.name for each in (*EVENT_METRICS, *SNAPSHOT_METRICS)
+        each.name for each in (*EVENT_METRICS, *SNAPSHOT_METRICS, *DEVICE_METRICS)
     }
     assert len(declared) == len(set(declared))
     assert value(text, "process_resident_memory_bytes") > 1e6
@@ -134,6 +136,19 @@ def test_what_is_read() -> None:
     assert value(text, "sfumato_resident_models") == 2
     assert value(text, "sfumato_worker_memory_bytes") == 123456
     assert value(text, "sfumato_device_memory_bytes") == 789
+
+
+def test_several_devices_are_told_apart_by_a_label() -> None:
+    one = DeviceState("cuda:0", True, "", 3, EngineStats(steps=4, model_bytes={"m": 7}), {})
+    other = DeviceState("cuda:1", False, "it has gone", 0, EngineStats(steps=5, batch_sizes={2: 6}), {})
+    text = rendered(Metrics(), devices=[one, other])
+    assert value(text, "sfumato_steps_total", device="cuda:0") == 4
+    assert value(text, "sfumato_steps_total", device="cuda:1") == 5
+    assert value(text, "sfumato_device_ready", device="cuda:0") == 1
+    assert value(text, "sfumato_device_ready", device="cuda:1") == 0
+    assert value(text, "sfumato_device_pictures", device="cuda:0") == 3
+    assert value(text, "sfumato_model_memory_bytes", device="cuda:0", model="m") == 7
+    assert value(text, "sfumato_batch_size_forwards_total", device="cuda:1", size="2") == 6
 
 
 def test_metrics_over_http(inside: Inside) -> None:

@@ -29,6 +29,7 @@
     ├── NotInstalled                  501 not_installed          the route needs an extra of the package
     ├── ServerStops                   503 server_stopping        the server was stopped before the answer was ready
     └── WorkerDied                    503 worker_died
+        └── NoWorker                  503 worker_died            its device has no worker; another device may draw it
 
 A message names the field at fault, its value, what is valid and what to do. Errors cross the
 pipe between the processes, so each can be pickled with all its attributes.
@@ -226,6 +227,14 @@ class WorkerDied(SfumatoError):
     status = 503
     code = "worker_died"
     retry = True
+
+
+class NoWorker(WorkerDied):
+    """`deaths`: workers that died while the request was drawn, each perhaps of it."""
+
+    def __init__(self, message: str, *, deaths: int = 0) -> None:
+        super().__init__(message)
+        self.deaths = deaths
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

@@ -46,7 +46,7 @@ async def metrics(service: TheService) -> Response:
         ready=not _not_ready(service),
         queue_depth={name: service.queue.waiting_of(name == BATCH) for name in PRIORITIES},
         running={name: service.queue.running_of(name == BATCH) for name in PRIORITIES},
-        stats=service.engine.stats,
+        devices=service.engine.devices,
     )
     return Response(text, headers={"content-type": CONTENT_TYPE})
 

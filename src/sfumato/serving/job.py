@@ -60,6 +60,8 @@ class Part:
     step: int = 0
     total: int = 0
     """Denoising steps; 0 until the first is complete."""
+    device: str = ""
+    """The one of several devices that draws it, or has drawn it."""
     first_step_at: float | None = None
     """When its first step completed, in seconds of the monotonic clock."""
     preview: Preview | None = None
@@ -101,6 +103,8 @@ class Progress:
     """Turns until its first waiting picture is drawn; 0 if none waits."""
     seconds_left: float | None
     """Estimate; None if nothing is known yet, or the job has ended."""
+    devices: tuple[str, ...] = ()
+    """Those of several that draw its pictures, or have drawn them."""
     kept: tuple[tuple[int, str, int], ...] = ()
     """For each finished and stored picture: its index, its name in the store and its seed."""
     error: SfumatoError | None = None
@@ -201,6 +205,7 @@ class Job:
             pictures=len(self.parts),
             queue_position=min(positions, default=0),
             seconds_left=None if self.over else self._seconds_left(),
+            devices=tuple(dict.fromkeys(part.device for part in self.parts if part.device)),
             kept=tuple((index, part.name, part.generation.seed) for index, part in enumerate(self.parts) if part.name),
             error=self.error,
         )

@@ -105,6 +105,15 @@ class Queue:
         """Cached positions of all waiting tickets, until the queue changes."""
 
     @property
+    def places(self) -> int:
+        return self._places[False]
+
+    def resize(self, places: int) -> None:
+        """From now on so many pictures are drawn at a time. Those in flight stay, be they more."""
+        self._places = {False: places, True: low_places(places)}
+        self._call()
+
+    @property
     def waiting(self) -> int:
         """Pictures that wait for their turn, or for the load of their model."""
         return self._waiting.total() + self._aside.total()

@@ -39,7 +39,7 @@ from sfumato.serving.catalog import Catalog
 from sfumato.serving.job import CANCELLED, Arrival, Job, Part, Progress
 from sfumato.serving.metrics import Metrics
 from sfumato.serving.planning import ImageRequest, plan
-from sfumato.serving.queue import MAX_RETRY_AFTER_S, Queue, Ticket
+from sfumato.serving.queue import MAX_RETRY_AFTER_S, Queue
 from sfumato.serving.request_loras import RequestLoras
 from sfumato.settings import Settings
 
@@ -62,7 +62,7 @@ class Service:
         self.engine = engine
         self.settings = settings
         self.metrics = Metrics()
-        self.queue = Queue(settings.max_active, settings.max_queue)
+        self.queue = Queue(settings.max_active * max(1, len(engine.devices)), settings.max_queue)
         self.decoders = Decoders(settings, settings.decoders)
         self._text_decoders = Decoders(settings, 1)
         """Separate decoder for texts, so that reading them does not delay drawing requests."""
@@ -70,9 +70,11 @@ class Service:
         self.limits = Limits(settings.max_pixels, settings.max_side, settings.max_aspect)
         self.fetcher = PictureFetcher(settings.picture_hosts.split(","))
         self._loras = RequestLoras(settings)
-        self._tickets: dict[str, Ticket] = {}
-        """Those of the generations that the engine has."""
+        self._parts: dict[str, Part] = {}
+        """Those whose generations the engine has."""
         engine.on_place = self._place
+        engine.on_device = self._on_device
+        engine.on_places = self.queue.resize
         self._arrivals: list[Arrival] = []
         self._jobs: list[Job] = []
         self._pins: dict[str, bool] = {}
@@ -330,7 +332,7 @@ class Service:
                     for control, png in zip(generation.controls, decoded.controls, strict=True)
                 ]
                 generation = replace(generation, images=decoded.images, mask=decoded.mask, controls=tuple(controls))
-            self._tickets[generation.id] = part.ticket
+            self._parts[generation.id] = part
             async with aclosing(self.engine.submit(job.config, generation)) as events:
                 async for event in events:
                     self.queue.place(part.ticket, True)
@@ -342,7 +344,7 @@ class Service:
                             part.name = await job.keep(event)
                     job.put(index, event)
         finally:
-            self._tickets.pop(part.generation.id, None)
+            self._parts.pop(part.generation.id, None)
             self.queue.leave(part.ticket, drawn=part.done is not None)
         if not part.done:
             raise WorkerDied("the engine stopped without an answer")
@@ -350,8 +352,13 @@ class Service:
 
     def _place(self, id: str, taken: bool) -> None:
         """The engine says whether a picture takes a place."""
-        if ticket := self._tickets.get(id):
-            self.queue.place(ticket, taken)
+        if part := self._parts.get(id):
+            self.queue.place(part.ticket, taken)
+
+    def _on_device(self, id: str, device: str) -> None:
+        """The engine says which of several devices draws a picture."""
+        if part := self._parts.get(id):
+            part.device = device
 
     def _admit(self, config: ModelConfig, pictures: int, *, low: bool) -> None:
         """Raises TooManyRequests beyond the model's own limit. No interactive request is refused for others."""
