@@ -107,10 +107,8 @@ def plan(request: ImageRequest, config: ModelConfig, limits: Limits, max_picture
     _check_range("n", n, 1, max_pictures)
     if n * len(prompts) > max_pictures:
         raise InvalidRequest(
-            f"n: {len(prompts)} prompts with {n} pictures each; at most {max_pictures} per request",
-            param="n",
+            f"n: {len(prompts)} prompts with {n} pictures each; at most {max_pictures} per request", param="n"
         )
-    _check_priority(request)
     _check_passes(request, limits)
     _check_pictures(request)
     try:
@@ -216,6 +214,7 @@ def _check_priority(request: ImageRequest) -> None:
 
 
 def _check_passes(request: ImageRequest, limits: Limits) -> None:
+    _check_priority(request)
     _check(request.sampling, limits)
     if request.quality is not None and request.quality not in QUALITIES:
         raise InvalidRequest(
