@@ -25,6 +25,7 @@
     │   └── OutOfMemory               500 out_of_memory          nor will it fit the next time
     ├── StorageError                  507 storage_failed         a picture could not be written
     ├── TimedOut                      504 timeout
+    │   └── DeadlineExceeded          504 deadline_exceeded      nothing of it had begun by its own deadline
     ├── NotInstalled                  501 not_installed          the route needs an extra of the package
     ├── ServerStops                   503 server_stopping        the server was stopped before the answer was ready
     └── WorkerDied                    503 worker_died
@@ -205,6 +206,10 @@ class StorageError(SfumatoError):
 class TimedOut(SfumatoError):
     status = 504
     code = "timeout"
+
+
+class DeadlineExceeded(TimedOut):
+    code = "deadline_exceeded"
 
 
 class NotInstalled(SfumatoError):

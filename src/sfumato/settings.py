@@ -98,7 +98,12 @@ class Settings:
         "", "Folder for converted models and what was measured of them; empty: `runners` in the data folder."
     )
     max_batch: int = _setting(8, "Largest batch of a forward pass, in rows; guidance takes two per picture.", least=1)
-    max_active: int = _setting(16, "Maximum pictures drawn at the same time on each device; others wait.", least=1)
+    max_active: int = _setting(
+        16,
+        "Maximum pictures drawn at the same time on each device, besides half as many of the priority batch; "
+        "others wait.",
+        least=1,
+    )
     max_queue: int = _setting(64, "Maximum pictures in the queue; further ones get a 429.", least=1)
     hang_s: int = _setting(1800, "Seconds after which a drawing worker that sends nothing is replaced.", least=1)
     grace_s: int = _setting(

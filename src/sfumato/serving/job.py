@@ -129,6 +129,8 @@ class Job:
     detached: bool = False
     """Continues even if its client disconnects."""
     keep: StorePicture | None = None
+    deadline: float | None = None
+    """When it should be done, in seconds since 1970."""
     error: SfumatoError | None = None
     task: asyncio.Task[None] | None = None
     first_event: asyncio.Event = field(default_factory=asyncio.Event)
@@ -218,5 +220,6 @@ class Job:
         if part.first_step_at is not None and part.step > 1:
             pace = (time.monotonic() - part.first_step_at) / (part.step - 1)
             return pace * (part.total - part.step)
-        position, mean = self.queue.position(part.ticket), self.queue.mean_s
-        return None if mean is None else mean + (self.queue.wait_s(position) or 0.0)
+        position, low = self.queue.position(part.ticket), part.ticket.line.low
+        mean = self.queue.mean_s(low)
+        return None if mean is None else mean + (self.queue.wait_s(position, low=low) or 0.0)

@@ -265,7 +265,7 @@ REASONS = {
     499: "Cancelled",
     500: "The model file is invalid, the model cannot be loaded, or drawing failed",
     503: "The weights could not be downloaded, or the worker died twice",
-    504: "Not drawn within the time limit",
+    504: "Not drawn within the time limit, or not begun by the deadline in `x-deadline-ms`",
     507: "The picture could not be written, the gallery's index is not usable, or the model does not fit into memory",
 }
 
