@@ -9,6 +9,8 @@ LONGEST = (
     "test_studio.py",
     "test_wheel.py",
     "test_faults.py",
+    "test_jobs_random.py",
+    "test_jobs_killed.py",
     "test_clients_packages.py",
     "test_schemathesis.py",
     "test_a1111.py",

@@ -67,6 +67,7 @@ class Jobs:
 
     def start(self) -> None:
         """Carry out what was accepted and did not end, and whatever other servers leave behind."""
+        self._stopped = False
         self._keeper = asyncio.create_task(self._keep())
 
     async def stop(self) -> None:
@@ -80,7 +81,8 @@ class Jobs:
         if self._threads:
             with suppress(JobsUnavailable):
                 await self.blocking(self.store.leave)
-            self._threads.shutdown()
+            await asyncio.to_thread(self._threads.shutdown)
+            self._threads = None
         self.store.close()
 
     def run_of(self, id: str) -> Run | None:
