@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import httpx
 import pytest
 
 from support.answerable import within
+from support.job_rows import all_ended, execute, rows, sqlite
 from support.quick import FOR_EVER
 from support.seeded import GATED, POINTS, Server, colour, colour_of
 from support.serving import TIMEOUT_S
@@ -27,20 +27,9 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
 }
 
 
-def rows(folder: Path) -> list[dict[str, Any]]:
-    """All jobs, read from the file itself."""
-    with sqlite3.connect(folder / "data" / "jobs.db") as database:
-        database.row_factory = sqlite3.Row
-        return [dict(row) for row in database.execute("SELECT * FROM jobs ORDER BY created")]
-
-
 def send(server: Server, kind: str) -> httpx.Response:
     body, headers = KINDS[kind]
     return server.client.post(GENERATIONS, json=body, headers=headers)
-
-
-def all_ended(folder: Path) -> bool:
-    return all(row["state"] != "open" for row in rows(folder))
 
 
 @contextmanager
@@ -62,15 +51,15 @@ def test_whatever_was_accepted_is_answered_once(tmp_path: Path, point: str, kind
             assert (kind, answer.status_code) in (("asynchronous", 202), ("streamed", 200))
         except httpx.TransportError:
             pass
-    kept = rows(tmp_path)
+    kept = rows(sqlite(tmp_path))
     assert len(kept) == (point != "accepting")
     with Server(tmp_path) as server:
-        within(TIMEOUT_S, lambda: all_ended(tmp_path))  # nobody has to ask
+        within(TIMEOUT_S, lambda: all_ended(sqlite(tmp_path)))  # nobody has to ask
         again = send(server, kind)
         if kind == "asynchronous":
             assert again.status_code == 202
-            within(TIMEOUT_S, lambda: all_ended(tmp_path))
-        (job,) = rows(tmp_path)
+            within(TIMEOUT_S, lambda: all_ended(sqlite(tmp_path)))
+        (job,) = rows(sqlite(tmp_path))
         assert (job["state"], job["body"]) == ("completed", None)
         if kind != "asynchronous":
             assert again.content == job["answer"]
@@ -102,7 +91,7 @@ def test_what_waits_in_the_queue_is_drawn_in_its_order(tmp_path: Path) -> None:
     began = [prompt for prompt, _ in server.drawn()]
     server.open_gate()
     with Server(tmp_path, "--max-active", "1") as server:
-        within(TIMEOUT_S, lambda: all_ended(tmp_path))
+        within(TIMEOUT_S, lambda: all_ended(sqlite(tmp_path)))
         assert [prompt for prompt, _ in server.drawn()][len(began) :] == sent
         assert server.client.get(cancelled).json()["status"] == "cancelled"
         seeds: dict[str, set[int]] = {}
@@ -122,8 +111,8 @@ def test_more_than_the_queue_takes_is_drawn_as_well(tmp_path: Path) -> None:
     with Server(tmp_path, "--max-active", "1", "--max-queue", "1") as server:
         within(TIMEOUT_S, lambda: "the limit is 1" in str(server.client.post(GENERATIONS, json={"prompt": "x"}).text))
         server.open_gate()
-        within(TIMEOUT_S, lambda: all_ended(tmp_path))
-        assert {row["state"] for row in rows(tmp_path)} == {"completed"}
+        within(TIMEOUT_S, lambda: all_ended(sqlite(tmp_path)))
+        assert {row["state"] for row in rows(sqlite(tmp_path))} == {"completed"}
 
 
 def test_a_graceful_stop_leaves_jobs_to_the_next_start(tmp_path: Path) -> None:
@@ -133,11 +122,11 @@ def test_a_graceful_stop_leaves_jobs_to_the_next_start(tmp_path: Path) -> None:
         assert server.client.post(GENERATIONS, json=body, headers=headers).status_code == 202
         within(TIMEOUT_S, lambda: len(server.drawn()) == 1)
         assert server.stop() == 0
-    assert [row["state"] for row in rows(tmp_path)] == ["open"]
+    assert [row["state"] for row in rows(sqlite(tmp_path))] == ["open"]
     server.open_gate()
     with Server(tmp_path):
-        within(TIMEOUT_S, lambda: all_ended(tmp_path))
-    assert [row["state"] for row in rows(tmp_path)] == ["completed"]
+        within(TIMEOUT_S, lambda: all_ended(sqlite(tmp_path)))
+    assert [row["state"] for row in rows(sqlite(tmp_path))] == ["completed"]
 
 
 def test_a_cancelled_job_that_its_server_did_not_end_is_not_drawn(tmp_path: Path) -> None:
@@ -147,12 +136,11 @@ def test_a_cancelled_job_that_its_server_did_not_end_is_not_drawn(tmp_path: Path
         assert server.client.post(GENERATIONS, json=body, headers=headers).status_code == 202
         within(TIMEOUT_S, lambda: len(server.drawn()) == 1)
         server.kill()
-    with sqlite3.connect(tmp_path / "data" / "jobs.db") as database:
-        database.execute("UPDATE jobs SET cancelled = 1")  # as DELETE does first
+    execute(sqlite(tmp_path), "UPDATE jobs SET cancelled = 1")  # as DELETE does first
     with Server(tmp_path) as server:
-        within(TIMEOUT_S, lambda: all_ended(tmp_path))
+        within(TIMEOUT_S, lambda: all_ended(sqlite(tmp_path)))
         assert len(server.drawn()) == 1
-    assert [(row["state"], row["status"]) for row in rows(tmp_path)] == [("cancelled", 499)]
+    assert [(row["state"], row["status"]) for row in rows(sqlite(tmp_path))] == [("cancelled", 499)]
 
 
 def test_events_go_on_after_a_restart(tmp_path: Path) -> None:
@@ -186,7 +174,7 @@ def test_a_model_that_its_caller_had_selected_is_used_again(tmp_path: Path) -> N
         server.kill()
     server.open_gate()
     with Server(tmp_path, "--default-model", "a") as server:
-        within(TIMEOUT_S, lambda: all_ended(tmp_path))
+        within(TIMEOUT_S, lambda: all_ended(sqlite(tmp_path)))
         info = server.client.get(location).json()["response"]["body"]["info"]
         assert '"sd_model_name": "m"' in info
 
@@ -196,7 +184,6 @@ def test_a_row_is_of_use_only_while_it_is_young(tmp_path: Path) -> None:
     with Server(tmp_path, "--jobs-max-age-h", "1") as server:
         assert "idempotency-replayed" not in send(server, "keyed").headers
         assert "idempotency-replayed" in send(server, "keyed").headers
-        with sqlite3.connect(tmp_path / "data" / "jobs.db") as database:
-            database.execute("UPDATE jobs SET ended = ?", (time.time() - 3700,))
+        execute(sqlite(tmp_path), "UPDATE jobs SET ended = :ended", ended=time.time() - 3700)
         assert "idempotency-replayed" not in send(server, "keyed").headers
-        assert len(rows(tmp_path)) == 1
+        assert len(rows(sqlite(tmp_path))) == 1

@@ -132,6 +132,8 @@ class JobStore:
                 f"database: {error}; sqlite:///FILE is valid, and postgresql+psycopg://... with psycopg installed"
             ) from None
         if self.engine.dialect.name == "sqlite":
+            if self.engine.url.database in (None, "", ":memory:"):
+                raise ValueError(f"database: {url} keeps nothing; sqlite:///FILE is valid")
             sql.event.listen(self.engine, "connect", _sqlite)
 
     @classmethod
@@ -255,11 +257,11 @@ class JobStore:
             names = connection.execute(sql.select(SERVERS)).all()
             if gone := [row.name for row in names if not _lives(row.name, {row.name: row.seen})]:
                 connection.execute(sql.delete(SERVERS).where(SERVERS.c.name.in_(gone)))
-            total = connection.execute(sql.select(sql.func.sum(JOBS.c.bytes))).scalar() or 0
+            total = int(connection.execute(sql.select(sql.func.sum(JOBS.c.bytes))).scalar() or 0)
             if total > self._max_bytes:
                 columns = sql.select(JOBS.c.id, JOBS.c.caller, JOBS.c.bytes).where(JOBS.c.state != OPEN)
                 ended = [(row.id, row.caller, row.bytes) for row in connection.execute(columns.order_by(JOBS.c.ended))]
-                surplus = _surplus(ended, int(total - self._max_bytes * LOW_WATER))
+                surplus = _surplus(ended, total - int(self._max_bytes * LOW_WATER))
                 for id in surplus:
                     connection.execute(sql.delete(JOBS).where(JOBS.c.id == id))
                 deleted += len(surplus)
@@ -287,8 +289,9 @@ class JobStore:
             connection.execute(sql.insert(SERVERS), [{"name": self.server, "seen": time.time()}])
 
     def _create_tables(self) -> None:
-        if self.engine.dialect.name == "sqlite" and self.engine.url.database:
-            Path(self.engine.url.database).parent.mkdir(parents=True, exist_ok=True)
+        file = self.engine.url.database or ""
+        if self.engine.dialect.name == "sqlite" and not file.startswith("file:"):
+            Path(file).parent.mkdir(parents=True, exist_ok=True)
         try:
             TABLES.create_all(self.engine)
         except (sql.exc.IntegrityError, sql.exc.ProgrammingError):  # another server creates them just now
