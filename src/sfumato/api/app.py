@@ -147,6 +147,8 @@ def create_app(service: Service, store: Store, running: ActiveRequests | None = 
     app.state.a1111_jobs = a1111_jobs.Jobs(service)
     app.state.jobs = stored_jobs
     stored_jobs.application = app
+    if running:
+        running.at_stop.append(stored_jobs.stopping.set)
     app.state.mcp = mcp.Endpoint(service, picture_gallery, running)
     app.state.document = pages.Document(app.openapi)
     errors.install(app)
