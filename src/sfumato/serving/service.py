@@ -34,7 +34,7 @@ from sfumato.pictures.decoder_pool import Decoders
 from sfumato.pictures.fetch import PictureFetcher
 from sfumato.pictures.sources import Decoded, Sources, encoded_size, file_of
 from sfumato.pipelines import inputs
-from sfumato.serving import named_controls
+from sfumato.serving import named_controls, repeat
 from sfumato.serving.catalog import Catalog
 from sfumato.serving.job import CANCELLED, Arrival, Job, Part, Progress
 from sfumato.serving.metrics import Metrics
@@ -158,6 +158,8 @@ class Service:
             self._read_ahead.add(config.name)
             read_ahead.begin(config)
         self._jobs.append(job)
+        if stored := repeat.CURRENT.get():
+            stored.submit(job)
         job.task = asyncio.create_task(self._run(job, sources))
         job.task.add_done_callback(functools.partial(self._end, job))
         log.info("%s: accepted %s", config.name, ", ".join(part.generation.id for part in parts))
