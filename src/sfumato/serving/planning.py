@@ -14,7 +14,16 @@ from sfumato.core import MAX_SEED, QUALITIES, Control, Generation, Limits, Store
 from sfumato.errors import InvalidRequest
 from sfumato.loras import Lora
 from sfumato.pictures.fitting import Fitting
-from sfumato.sampling import MAX_PROMPT, PARAMETERS, UPSCALERS, Hires, Parameter, Sampling, prompt_pair
+from sfumato.sampling import (
+    MAX_PROMPT,
+    PARAMETERS,
+    UPSCALERS,
+    Hires,
+    Parameter,
+    Sampling,
+    prompt_pair,
+    refuse_no_guidance,
+)
 
 MAX_PICTURES = 16
 MAX_PADDING = 4096
@@ -229,6 +238,7 @@ def _check(sampling: Sampling, limits: Limits) -> None:
             _check_length(parameter.name, value, int(parameter.most))
         else:
             _check_range(parameter.name, value, parameter.least or 0, parameter.most)
+    refuse_no_guidance(sampling)
     if sampling.scheduler:
         schedulers.parse(sampling.scheduler)
     if (sampling.width, sampling.height) != (None, None):
