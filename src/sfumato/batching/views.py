@@ -64,6 +64,8 @@ class View:
         self.exclusive = exclusive
         """Why the whole pipeline runs without switching; empty if it may switch."""
         self.number = next(numbers)
+        self.steps: int | None = None
+        """Denoising steps of its run, if they are known; for feature caches."""
         self.interval: Interval | None = None
         """Which steps are drawn with guidance, if not all."""
         self.stand_ins: dict[int, StandIn] = {}
@@ -154,6 +156,12 @@ def view(
     """
     reason = exclusive(pipeline) or (foreign and patched(pipeline)) or ""
     return _view(pipeline, View(reason, tiled=tiled, adapters=adapters, runners=runners), {}, "")
+
+
+def expect(pipeline: Any, steps: int) -> None:
+    """Tell the view `pipeline` how many denoising steps it will run."""
+    for stand_in in _stand_ins(pipeline):
+        stand_in._sfumato_view.steps = steps
 
 
 def limit_guidance(pipeline: Any, interval: Interval) -> None:

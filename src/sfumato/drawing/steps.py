@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from sfumato.batching import views
 from sfumato.batching.guidance import Interval
 from sfumato.errors import DrawError
 from sfumato.pipelines import capabilities, scheduler_owners, scheduler_steps
@@ -67,6 +68,9 @@ def watch(
         argument = name.replace("scheduler", "num_inference_steps")
         steps = kwargs.get(argument, parameters[argument].default if argument in parameters else None)
         expected[name] = steps if isinstance(steps, int) else 0
+    if "scheduler" in expected:
+        # diffusers' image-to-image classes run a part of the steps.
+        views.expect(pipeline, max(1, int(expected["scheduler"] * float(kwargs.get("strength") or 1.0) + 1e-9)))
     progress, finite = scheduler_owners.StepCount(expected, on_step), Finite()
     if interval and (driver := drivers.get("scheduler")):
         interval.count = functools.partial(_remaining_of, weakref.ref(driver.scheduler))
