@@ -13,7 +13,16 @@ from sfumato.core import INTERACTIVE, MAX_SEED, PRIORITIES, QUALITIES, Control, 
 from sfumato.errors import InvalidRequest
 from sfumato.loras import Lora
 from sfumato.pictures.fitting import Fitting
-from sfumato.sampling import MAX_PROMPT, PARAMETERS, UPSCALERS, Hires, Parameter, Sampling, prompt_pair
+from sfumato.sampling import (
+    MAX_PROMPT,
+    PARAMETERS,
+    UPSCALERS,
+    Hires,
+    Parameter,
+    Sampling,
+    prompt_pair,
+    refuse_no_guidance,
+)
 from sfumato.serving import repeat
 
 MAX_PICTURES = 16
@@ -243,6 +252,7 @@ def _check(sampling: Sampling, limits: Limits) -> None:
             _check_length(parameter.name, value, int(parameter.most))
         else:
             _check_range(parameter.name, value, parameter.least or 0, parameter.most)
+    refuse_no_guidance(sampling)
     if sampling.scheduler:
         schedulers.parse(sampling.scheduler)
     if (sampling.width, sampling.height) != (None, None):
