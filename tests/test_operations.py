@@ -72,15 +72,15 @@ def value(text: str, name: str, **labels: str) -> float:
 
 def rendered(metrics: Metrics, **moment: Any) -> str:
     devices = [DeviceState("auto", True, "", 0, moment.pop("stats", EngineStats()), {})]
-    moment = {"ready": True, "queue_depth": 0, "running": 0, "devices": devices} | moment
+    moment = {"ready": True, "queue_depth": {}, "running": {}, "devices": devices} | moment
     return metrics.render(**moment).decode()
 
 
 def test_every_metric_is_rendered_once() -> None:
     metrics = Metrics()
     metrics.record_http("/v1/images/generations", "POST", 200, 1.5)
-    metrics.record_wait(0.2)
-    metrics.record_picture("m", 3.0)
+    metrics.record_wait("interactive", 0.2)
+    metrics.record_picture("m", "batch", 3.0)
     metrics.record_failure("m", "worker_died")
     metrics.record_rejection("rate_limit_exceeded")
     text = rendered(metrics, stats=EngineStats(batch_sizes={1: 2}))
@@ -95,15 +95,15 @@ def test_every_metric_is_rendered_once() -> None:
 def test_what_is_counted() -> None:
     metrics = Metrics()
     for seconds in (0.2, 4.0):
-        metrics.record_picture("m", seconds)
-    metrics.record_wait(0.3)
+        metrics.record_picture("m", "batch", seconds)
+    metrics.record_wait("interactive", 0.3)
     metrics.record_failure("m", "worker_died")
     metrics.record_rejection("rate_limit_exceeded")
     text = rendered(metrics)
-    assert value(text, "sfumato_picture_seconds_count", model="m") == 2
-    assert value(text, "sfumato_picture_seconds_sum", model="m") == 4.2
-    assert value(text, "sfumato_picture_seconds_bucket", model="m", le="1.0") == 1
-    assert value(text, "sfumato_queue_wait_seconds_sum") == 0.3
+    assert value(text, "sfumato_picture_seconds_count", model="m", priority="batch") == 2
+    assert value(text, "sfumato_picture_seconds_sum", model="m", priority="batch") == 4.2
+    assert value(text, "sfumato_picture_seconds_bucket", model="m", priority="batch", le="1.0") == 1
+    assert value(text, "sfumato_queue_wait_seconds_sum", priority="interactive") == 0.3
     assert value(text, "sfumato_failures_total", model="m", code="worker_died") == 1
     assert value(text, "sfumato_rejected_total", code="rate_limit_exceeded") == 1
     assert "worker_died" not in rendered(Metrics())
@@ -116,10 +116,10 @@ def test_what_is_read() -> None:
         unbatched={("unet", "refused"): 6, ("vae", "changed_module"): 1},
         prompt_hits=11, prompt_misses=12, prompt_cache_bytes=13,
     )  # fmt: skip
-    text = rendered(Metrics(), ready=False, queue_depth=7, running=6, stats=stats)
+    text = rendered(Metrics(), ready=False, queue_depth={"batch": 7}, running={"interactive": 6}, stats=stats)
     assert value(text, "sfumato_ready") == 0
-    assert value(text, "sfumato_queue_depth") == 7
-    assert value(text, "sfumato_running_pictures") == 6
+    assert value(text, "sfumato_queue_depth", priority="batch") == 7
+    assert value(text, "sfumato_running_pictures", priority="interactive") == 6
     assert value(text, "sfumato_forwards_total") == 9
     assert value(text, "sfumato_batch_size_forwards_total", size="1") == 2
     assert value(text, "sfumato_batch_size_forwards_total", size="4") == 3
@@ -170,8 +170,8 @@ def test_metrics_over_http(inside: Inside) -> None:
     assert value(text, name, route="none", method="GET", status="404") == 1
     assert value(text, name, route="none", method="other", status="404") == 1
     assert value(text, "sfumato_http_request_seconds_count", route="/v1/images/generations", method="POST") == 2
-    assert value(text, "sfumato_picture_seconds_count", model="m") == 2
-    assert value(text, "sfumato_queue_wait_seconds_count") == 2
+    assert value(text, "sfumato_picture_seconds_count", model="m", priority="interactive") == 2
+    assert value(text, "sfumato_queue_wait_seconds_count", priority="interactive") == 2
     assert value(text, "sfumato_ready") == 1
     assert "no-such-path" not in text
     assert "ffff" not in text

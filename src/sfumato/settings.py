@@ -98,7 +98,12 @@ class Settings:
         "", "Folder for converted models and what was measured of them; empty: `runners` in the data folder."
     )
     max_batch: int = _setting(8, "Largest batch of a forward pass, in rows; guidance takes two per picture.", least=1)
-    max_active: int = _setting(16, "Maximum pictures drawn at the same time on each device; others wait.", least=1)
+    max_active: int = _setting(
+        16,
+        "Maximum pictures drawn at the same time on each device, besides half as many of the priority batch; "
+        "others wait.",
+        least=1,
+    )
     max_queue: int = _setting(64, "Maximum pictures in the queue; further ones get a 429.", least=1)
     hang_s: int = _setting(1800, "Seconds after which a drawing worker that sends nothing is replaced.", least=1)
     grace_s: int = _setting(
@@ -191,6 +196,18 @@ class Settings:
         "",
         "Database of the gallery index, as an SQLAlchemy URL; empty: SQLite in the data folder.",
         secret=True,
+    )
+    database: str = _setting(
+        "",
+        "Database of jobs (requests with `Prefer: respond-async` or `Idempotency-Key`), as an SQLAlchemy URL; empty: "
+        "SQLite, `jobs.db` in the data folder.",
+        secret=True,
+    )
+    jobs_max_age_h: int = _setting(24, "Hours after its end that a job and its answer are stored.", least=1)
+    jobs_max_mb: int = _setting(
+        2000,
+        "Total MiB of stored jobs beyond which ended ones are deleted: the oldest, of the caller that has most.",
+        least=1,
     )
     content_images: str = _setting(
         "",

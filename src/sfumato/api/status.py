@@ -58,7 +58,9 @@ class Line(BaseModel):
 
     waiting: int
     drawing: int
-    places: int = Field(description="Maximum pictures in flight; others wait.")
+    places: int = Field(
+        description="Maximum pictures in flight, besides those of the priority `batch`: half as many more; others wait."
+    )
     limit: int = Field(description="Maximum pictures waiting; requests beyond it get a 429.")
 
 

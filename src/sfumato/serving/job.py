@@ -12,6 +12,7 @@ from sfumato.config import ModelConfig
 from sfumato.core import Done, Generation, Preview, Step, StorePicture
 from sfumato.errors import Cancelled, SfumatoError
 from sfumato.pictures.budget import Share
+from sfumato.serving import repeat
 from sfumato.serving.queue import Queue, Ticket
 
 CANCELLED = "the request was cancelled"
@@ -124,11 +125,13 @@ class Job:
     parts: Sequence[Part]
     share: Share
     """Its share of the budget for source pictures."""
-    created: float = field(default_factory=time.time)
+    created: float = field(default_factory=repeat.now)
     """Seconds since 1970."""
     detached: bool = False
     """Continues even if its client disconnects."""
     keep: StorePicture | None = None
+    deadline: float | None = None
+    """When it should be done, in seconds since 1970."""
     error: SfumatoError | None = None
     task: asyncio.Task[None] | None = None
     first_event: asyncio.Event = field(default_factory=asyncio.Event)
@@ -218,5 +221,6 @@ class Job:
         if part.first_step_at is not None and part.step > 1:
             pace = (time.monotonic() - part.first_step_at) / (part.step - 1)
             return pace * (part.total - part.step)
-        position, mean = self.queue.position(part.ticket), self.queue.mean_s
-        return None if mean is None else mean + (self.queue.wait_s(position) or 0.0)
+        position, low = self.queue.position(part.ticket), part.ticket.line.low
+        mean = self.queue.mean_s(low)
+        return None if mean is None else mean + (self.queue.wait_s(position, low=low) or 0.0)

@@ -48,8 +48,10 @@ HTTP = EventMetric("sfumato_http_requests_total", "HTTP requests answered.", ("r
 HTTP_SECONDS = EventMetric(
     "sfumato_http_request_seconds", "Time from a request to the end of its answer.", ("route", "method")
 )
-QUEUE_WAIT = EventMetric("sfumato_queue_wait_seconds", "Time a picture waited in the queue.")
-PICTURE_SECONDS = EventMetric("sfumato_picture_seconds", "Time from a picture's turn to its end.", ("model",))
+QUEUE_WAIT = EventMetric("sfumato_queue_wait_seconds", "Time a picture waited in the queue.", ("priority",))
+PICTURE_SECONDS = EventMetric(
+    "sfumato_picture_seconds", "Time from a picture's turn to its end.", ("model", "priority")
+)
 FAILED = EventMetric("sfumato_failures_total", "Requests that were accepted but failed.", ("model", "code"))
 REJECTED = EventMetric("sfumato_rejected_total", "Requests that were not accepted.", ("code",))
 
@@ -61,8 +63,9 @@ class Snapshot:
     """Values that are read on each scrape."""
 
     ready: bool
-    queue_depth: int
-    running: int
+    queue_depth: Mapping[str, int]
+    """Priority → pictures."""
+    running: Mapping[str, int]
     uptime: float
 
 
@@ -123,8 +126,18 @@ SNAPSHOT_METRICS = (
     ),
     SnapshotMetric("sfumato_uptime_seconds", "Time since this process started.", lambda now: now.uptime),
     SnapshotMetric("sfumato_ready", "1 if a worker is up and a model file is usable.", lambda now: now.ready),
-    SnapshotMetric("sfumato_queue_depth", "Pictures waiting in the queue.", lambda now: now.queue_depth),
-    SnapshotMetric("sfumato_running_pictures", "Pictures in flight.", lambda now: now.running),
+    SnapshotMetric(
+        "sfumato_queue_depth",
+        "Pictures waiting in the queue.",
+        lambda now: {(priority,): count for priority, count in now.queue_depth.items()},
+        ("priority",),
+    ),
+    SnapshotMetric(
+        "sfumato_running_pictures",
+        "Pictures in flight. Those of the priority `batch` may be waiting for others between two steps.",
+        lambda now: {(priority,): count for priority, count in now.running.items()},
+        ("priority",),
+    ),
 )
 
 DEVICE_METRICS = (
@@ -206,14 +219,14 @@ class Metrics:
         self._http.labels(route, method, str(status)).inc()
         self._http_seconds.labels(route, method).observe(seconds)
 
-    def record_wait(self, seconds: float) -> None:
+    def record_wait(self, priority: str, seconds: float) -> None:
         """Record how long one picture waited for its turn."""
-        self._queue_wait.observe(seconds)
+        self._queue_wait.labels(priority).observe(seconds)
 
-    def record_picture(self, model: str, seconds: float) -> None:
+    def record_picture(self, model: str, priority: str, seconds: float) -> None:
         """Record how long one picture took from its turn to its end."""
         self.pictures += 1
-        self._picture_seconds.labels(model).observe(seconds)
+        self._picture_seconds.labels(model, priority).observe(seconds)
 
     def record_failure(self, model: str, code: str) -> None:
         """Count a request that was accepted but failed; `code` is the error's."""
@@ -223,8 +236,15 @@ class Metrics:
         """Count a request that was not accepted: the queue is full, the key is wrong, ..."""
         self._rejections.labels(code).inc()
 
-    def render(self, *, ready: bool, queue_depth: int, running: int, devices: Sequence[DeviceState]) -> bytes:
-        """Everything, as `CONTENT_TYPE`."""
+    def render(
+        self,
+        *,
+        ready: bool,
+        queue_depth: Mapping[str, int],
+        running: Mapping[str, int],
+        devices: Sequence[DeviceState],
+    ) -> bytes:
+        """Everything, as `CONTENT_TYPE`. `queue_depth`, `running`: for each priority."""
         snapshot = Snapshot(ready, queue_depth, running, time.monotonic() - self._born)
         registry = CollectorRegistry()
         registry.register(_ReadNow(snapshot, devices))
