@@ -165,6 +165,17 @@ def test_a_picture_that_begins_again_measures_nothing() -> None:
     assert clock.router.wait_s(0) == pytest.approx(0.9)
 
 
+def test_pictures_of_low_priority_are_no_wait_for_others() -> None:
+    """They are overtaken; so an idle device that would have to load the model is no better."""
+    clock = two_with("a")
+    clock.router.begin("batch", 0, "a", 1000, clock.now, low=True)
+    assert clock.choose("a") == 0
+    assert clock.choose("a", low=True) == 1
+    clock.router.end("batch")
+    clock.router.begin("interactive", 0, "a", 1000, clock.now)
+    assert clock.choose("a") == clock.choose("a", low=True) == 1
+
+
 def test_one_odd_time_does_not_distort_the_others() -> None:
     """The first step that is measured takes no time, as when two pictures answer together."""
     clock = Clock(2)
@@ -248,7 +259,7 @@ def test_whatever_happens_the_sums_are_right_and_nothing_stays(happening: list[t
             for on, model, steps in open.values():
                 if on == device:
                     left[model] = left.get(model, 0) + steps
-            assert {kind.model: steps for kind, steps in router._left[device].items() if steps} == {
+            assert {kind.model: steps for kind, steps in router._left[device][False].items() if steps} == {
                 name: steps for name, steps in left.items() if steps
             }
             assert router.wait_s(device) >= 0

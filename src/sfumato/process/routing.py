@@ -6,6 +6,8 @@ A device is expected to be done after
     + the time to load the model, where it is not loaded
     + the same for the picture's own steps.
 
+Of what a device has left, pictures of low priority count only for those of low priority: the others overtake them.
+
 So pictures go where their model is loaded already, and a burst on one model spreads to a second device as soon as
 loading it there is quicker than waiting. Times of steps are known by model and size of the picture, and are those of a
 whole device: eight pictures that share each forward pass make eight steps in the time of one pass.
@@ -55,6 +57,7 @@ class _Picture:
     device: int
     kind: _Kind
     left: float
+    low: bool
     stepped_at: float | None = None
 
 
@@ -102,10 +105,12 @@ class Router:
         self._ratios = [_Mean() for _ in self._devices]
         """Seconds that steps took, over those that they were expected to take on a device of slowness 1."""
         self._pictures: dict[str, _Picture] = {}
-        self._left: list[defaultdict[_Kind, float]] = [defaultdict(float) for _ in self._devices]
-        """Steps left on each device."""
-        self._waits = [0.0] * devices
-        """Expected seconds until each device has done all its steps."""
+        self._left: list[dict[bool, defaultdict[_Kind, float]]] = [
+            {low: defaultdict(float) for low in (False, True)} for _ in self._devices
+        ]
+        """Steps left on each device, of pictures of low priority or not."""
+        self._waits = {low: [0.0] * devices for low in (False, True)}
+        """Expected seconds until each device has done all that a picture of low priority, or not, waits for there."""
         self._delays = [0.0] * devices
         """Seconds until each device can draw at all."""
         self._there: list[set[str]] = [set() for _ in self._devices]
@@ -113,15 +118,25 @@ class Router:
         self._stepped_at = [-math.inf] * devices
 
     def choose(
-        self, model: str, steps: float, now: float, *, pixels: int = SQUARE, refused: Collection[int] = ()
+        self,
+        model: str,
+        steps: float,
+        now: float,
+        *,
+        pixels: int = SQUARE,
+        low: bool = False,
+        refused: Collection[int] = (),
     ) -> int:
-        """The device for a picture of so many steps and pixels, except those `refused`; the first one of equals."""
+        """The device for a picture of so many steps and pixels, except those `refused`; the first one of equals.
+
+        `low`: of low priority.
+        """
         known = self._model(model)
         loads = self._loads(known, now) if known.coming else known.loads
         own = steps * self._step_s(_kind(model, pixels))
         ends = [
             wait + load + own * slowness
-            for wait, load, slowness in zip(self._waits, loads, self._slowness, strict=True)
+            for wait, load, slowness in zip(self._waits[low], loads, self._slowness, strict=True)
         ]
         for device in refused:
             ends[device] = math.inf
@@ -129,15 +144,17 @@ class Router:
 
     def wait_s(self, device: int) -> float:
         """Expected seconds until this device has done what it has now; infinite if it cannot draw."""
-        return self._waits[device]
+        return self._waits[True][device]
 
     # What happens to pictures.
 
-    def begin(self, id: str, device: int, model: str, steps: float, now: float, *, pixels: int = SQUARE) -> None:
+    def begin(
+        self, id: str, device: int, model: str, steps: float, now: float, *, pixels: int = SQUARE, low: bool = False
+    ) -> None:
         """A picture was sent to this device; its model will be loaded there if it is not."""
         kind = _kind(model, pixels)
-        self._pictures[id] = _Picture(device, kind, steps)
-        self._add(device, kind, steps)
+        self._pictures[id] = picture = _Picture(device, kind, steps, low)
+        self._add(picture, steps)
         if model not in self._there[device]:
             self.loading(device, model, now)
 
@@ -149,13 +166,13 @@ class Router:
             self._measured(device, picture.kind, now - max(self._stepped_at[device], picture.stepped_at), done)
             self._stepped_at[device] = now
         picture.stepped_at = now
-        self._add(device, picture.kind, -done)
+        self._add(picture, -done)
         picture.left = left
 
     def end(self, id: str) -> None:
         """A picture is drawn, was cancelled, has failed, or goes to another device."""
         picture = self._pictures.pop(id)
-        self._add(picture.device, picture.kind, -picture.left)
+        self._add(picture, -picture.left)
 
     # What happens to devices and models.
 
@@ -214,16 +231,19 @@ class Router:
         self._kinds[kind].add(even, steps)
         self._model(kind.model).step_s.add(even, steps * _weight(kind))
 
-    def _add(self, device: int, kind: _Kind, steps: float) -> None:
-        left = self._left[device]
-        left[kind] += steps
-        if left[kind] <= 0:
-            del left[kind]
-        self._sum(device)
+    def _add(self, picture: _Picture, steps: float) -> None:
+        """It has so many more steps left."""
+        left = self._left[picture.device][picture.low]
+        left[picture.kind] += steps
+        if left[picture.kind] <= 0:
+            del left[picture.kind]
+        self._sum(picture.device)
 
     def _sum(self, device: int) -> None:
-        work = sum(steps * self._step_s(kind) for kind, steps in self._left[device].items())
-        self._waits[device] = self._delays[device] + work * self._slowness[device]
+        wait = self._delays[device]
+        for low, left in self._left[device].items():
+            wait += self._slowness[device] * sum(steps * self._step_s(kind) for kind, steps in left.items())
+            self._waits[low][device] = wait
 
     # The times of loads.
 
