@@ -20,6 +20,9 @@ from sfumato.config import ModelConfig
 class MagCache(diffusers.MagCacheConfig):  # type: ignore[misc]
     """MagCache for runs of any number of steps: diffusers' configuration is for one."""
 
+    mag_ratios: Any
+    num_inference_steps: int
+
     def __init__(self, mag_ratios: Any, **settings: Any) -> None:
         super().__init__(mag_ratios=mag_ratios, num_inference_steps=len(mag_ratios), **settings)
         self._measured = self.mag_ratios
