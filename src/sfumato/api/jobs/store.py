@@ -169,6 +169,8 @@ class JobStore:
 
     def get(self, id: str, caller: str | None = None) -> StoredJob | None:
         """The job of that id (and caller), or None."""
+        if not id.isalnum():  # PostgreSQL takes no NUL
+            return None
         clauses = [JOBS.c.id == id] + ([] if caller is None else [JOBS.c.caller == caller])
         with self._begin() as connection:
             row = connection.execute(sql.select(*_HEAD).where(*clauses)).mappings().first()
