@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +113,26 @@ def test_the_database_dies_and_comes_back(tmp_path: Path, database: PostgreSQL) 
         within(TIMEOUT_S, lambda: all_ended(database.url))
         again = draw(server, KEY, prompt=GATED)
         assert (again.content, again.headers["idempotency-replayed"]) == (answers[0].content, "true")
+
+
+def test_many_first_requests_at_once_are_all_accepted(database: PostgreSQL) -> None:
+    """Each of them says that its server lives, which nobody has said before."""
+    for _ in range(5):
+        store = JobStore(database.url, max_age_s=3600, max_bytes=1000)
+        at_once = threading.Barrier(4)
+
+        def accept(number: int, store: JobStore = store, at_once: threading.Barrier = at_once) -> StoredJob | None:
+            job = StoredJob(
+                id=uuid.uuid4().hex, caller="c", fingerprint="f", secret="0" * 32, created=1.0, respond_async=True,
+                server=store.server, request={"request_id": str(number)},
+            )  # fmt: skip
+            at_once.wait()
+            return store.accept(job, b"")
+
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(accept, range(4))) == [None] * 4
+        store.close()
+    assert len(rows(database.url)) == 20
 
 
 def test_pages_and_expiry(database: PostgreSQL) -> None:

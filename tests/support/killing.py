@@ -84,6 +84,8 @@ class Killing:
             while left:
                 time.sleep(self._dice.random() * LONGEST_LIFE_S[self._engine])  # the moment is what is random here
                 left -= 1
+                if left % 25 == 0:
+                    print(f"{self._kills - left} kills, {len(self.wanted)} requests", flush=True)
                 if self._kill(server):
                     break
         self._over = True
