@@ -29,7 +29,10 @@ from benchmarks.simulated import Served, Simple, Totals
 from benchmarks.step_times import StepTimes
 
 TIMES = RESULTS / "simulate-check-1-cpu.json"
-MIX = Mix(sides=[(64, 0.3), (128, 0.7)], steps=[(4, 0.5), (8, 0.35), (20, 0.15)])
+MIX = Mix(
+    sides=[(64, 0.3), (128, 0.7)],
+    steps=[(4, 0.2), (6, 0.15), (8, 0.2), (10, 0.15), (12, 0.1), (16, 0.1), (20, 0.1)],
+)
 LOADS = (0.5, 0.8, 1.1, 1.4)
 
 
