@@ -109,7 +109,9 @@ Response headers:
 | `x-sfumato-ignored` | fields that were sent but have no effect |
 | `x-sfumato-warning` | where the result differs from the request, such as a truncated prompt |
 | `x-should-retry` | on errors: whether the same request may succeed when it is sent again |
-| `retry-after` | on 429: seconds, at most 120 |
+| `retry-after` | on 429: seconds, at most 120; on 503 `jobs_unavailable`: 10 |
+| `location`, `preference-applied` | on 202, of a request with `Prefer: respond-async`: [its job](../guides/jobs.md) |
+| `idempotency-replayed` | `true` if the answer is that of an earlier request with the same `Idempotency-Key` |
 
 With API keys configured, send `Authorization: Bearer KEY`, `x-api-key: KEY`, or Basic authentication (name and key).
 

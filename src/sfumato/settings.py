@@ -197,6 +197,18 @@ class Settings:
         "Database of the gallery index, as an SQLAlchemy URL; empty: SQLite in the data folder.",
         secret=True,
     )
+    database: str = _setting(
+        "",
+        "Database of jobs (requests with `Prefer: respond-async` or `Idempotency-Key`), as an SQLAlchemy URL; empty: "
+        "SQLite, `jobs.db` in the data folder.",
+        secret=True,
+    )
+    jobs_max_age_h: int = _setting(24, "Hours after its end that a job and its answer are stored.", least=1)
+    jobs_max_mb: int = _setting(
+        2000,
+        "Total MiB of stored jobs beyond which ended ones are deleted: the oldest, of the caller that has most.",
+        least=1,
+    )
     content_images: str = _setting(
         "",
         "Who gets the pictures of chat completions in `content`, too, as Markdown with their URLs, for clients that do "

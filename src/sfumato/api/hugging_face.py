@@ -125,6 +125,7 @@ async def of_default_model(
             "description": "The picture",
             "content": {media: {"schema": {"type": "string", "format": "binary"}} for media in MEDIA_TYPES.values()},
         },
+        **documents.ACCEPTED,
         **documents.errors(*documents.REASONS, model=documents.ErrorText),
     },
 )

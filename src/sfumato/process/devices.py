@@ -17,11 +17,11 @@ from dataclasses import replace
 from typing import Final
 
 from sfumato.config import ModelConfig
-from sfumato.core import EngineStats, Event, Failed, Generation, LoadState, ModelStatus, Step
+from sfumato.core import BATCH, EngineStats, Event, Failed, Generation, LoadState, ModelStatus, Step
 from sfumato.engine.protocol import DeviceState, Load, OnDevice, OnPlace, Order, Ordered, Unload
 from sfumato.engine.totals import total
 from sfumato.errors import DeviceUnavailable, ModelTooLarge, NoWorker, SfumatoError
-from sfumato.process.routing import START_S, Router
+from sfumato.process.routing import SQUARE, START_S, Router
 from sfumato.process.supervisor import WORKER, Supervisor
 from sfumato.settings import Settings
 
@@ -79,11 +79,13 @@ class Devices:
     # Pictures.
 
     async def submit(self, config: ModelConfig, generation: Generation) -> AsyncGenerator[Event, None]:
-        id, steps, deaths = generation.id, self._steps(config, generation), 0
+        id, deaths = generation.id, 0
+        steps, pixels = self._size(config, generation)
+        low = generation.priority == BATCH
         while True:
-            number = self._choose(config, steps)
+            number = self._choose(config, steps, pixels, low)
             self.on_device(id, self._labels[number])
-            self._router.begin(id, number, config.name, steps, time.monotonic())
+            self._router.begin(id, number, config.name, steps, time.monotonic(), pixels=pixels, low=low)
             moves = False
             try:
                 async with aclosing(self._workers[number].submit(config, generation, deaths)) as events:
@@ -101,14 +103,18 @@ class Devices:
             if not moves:
                 return
 
-    def _steps(self, config: ModelConfig, generation: Generation) -> int:
-        known = generation.sampling.steps or config.sampling.steps
-        info = None if known else self.status(config.name).info
-        return known or (info and info.sampling.steps) or UNKNOWN_STEPS
+    def _size(self, config: ModelConfig, generation: Generation) -> tuple[int, int]:
+        """Steps and pixels of a picture: of the request, else of the model file, else of the loaded model."""
+        info = self.status(config.name).info
+        known = [generation.sampling, config.sampling, *([info.sampling] if info else [])]
+        steps = next((each.steps for each in known if each.steps), UNKNOWN_STEPS)
+        width, height = next((each.size for each in known if each.size), (SQUARE, 1))
+        return steps, width * height
 
-    def _choose(self, config: ModelConfig, steps: float) -> int:
+    def _choose(self, config: ModelConfig, steps: int, pixels: int = SQUARE, low: bool = False) -> int:
         self._routed.add(config.name)
-        return self._router.choose(config.name, steps, time.monotonic(), self._unfit_for(config))
+        refused = self._unfit_for(config)
+        return self._router.choose(config.name, steps, time.monotonic(), pixels=pixels, low=low, refused=refused)
 
     def _moves(self, error: SfumatoError, config: ModelConfig, number: int) -> bool:
         """Whether what failed so on this device goes to another one."""

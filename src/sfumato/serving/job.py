@@ -12,6 +12,7 @@ from sfumato.config import ModelConfig
 from sfumato.core import Done, Generation, Preview, Step, StorePicture
 from sfumato.errors import Cancelled, SfumatoError
 from sfumato.pictures.budget import Share
+from sfumato.serving import repeat
 from sfumato.serving.queue import Queue, Ticket
 
 CANCELLED = "the request was cancelled"
@@ -124,7 +125,7 @@ class Job:
     parts: Sequence[Part]
     share: Share
     """Its share of the budget for source pictures."""
-    created: float = field(default_factory=time.time)
+    created: float = field(default_factory=repeat.now)
     """Seconds since 1970."""
     detached: bool = False
     """Continues even if its client disconnects."""

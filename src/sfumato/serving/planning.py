@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import secrets
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +13,17 @@ from sfumato.core import INTERACTIVE, MAX_SEED, PRIORITIES, QUALITIES, Control, 
 from sfumato.errors import InvalidRequest
 from sfumato.loras import Lora
 from sfumato.pictures.fitting import Fitting
-from sfumato.sampling import MAX_PROMPT, PARAMETERS, UPSCALERS, Hires, Parameter, Sampling, prompt_pair
+from sfumato.sampling import (
+    MAX_PROMPT,
+    PARAMETERS,
+    UPSCALERS,
+    Hires,
+    Parameter,
+    Sampling,
+    prompt_pair,
+    refuse_no_guidance,
+)
+from sfumato.serving import repeat
 
 MAX_PICTURES = 16
 MAX_PADDING = 4096
@@ -243,6 +252,7 @@ def _check(sampling: Sampling, limits: Limits) -> None:
             _check_length(parameter.name, value, int(parameter.most))
         else:
             _check_range(parameter.name, value, parameter.least or 0, parameter.most)
+    refuse_no_guidance(sampling)
     if sampling.scheduler:
         schedulers.parse(sampling.scheduler)
     if (sampling.width, sampling.height) != (None, None):
@@ -267,7 +277,7 @@ def refuse_size(limits: Limits, width: int, height: int, name: str, param: str =
 
 def _seed(seed: int | None, n: int) -> int:
     if seed is None or seed == RANDOM_SEED:
-        return secrets.randbelow(2**32)  # small enough for every client's number type
+        return repeat.seed()
     if not 0 <= seed <= MAX_SEED - (n - 1):
         raise InvalidRequest(
             f"seed: {seed}; 0 to {MAX_SEED} are valid (minus n - 1), -1 or no seed for a random one",

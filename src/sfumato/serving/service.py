@@ -15,8 +15,7 @@ from dataclasses import replace
 from typing import TypeAlias
 
 from sfumato import logs
-from sfumato.checkpoints import remote_limits
-from sfumato.checkpoints.static_capabilities import static_capabilities
+from sfumato.checkpoints import read_ahead, remote_limits
 from sfumato.config import ModelConfig
 from sfumato.core import BATCH, Abilities, Done, Failed, Limits, Step
 from sfumato.engine.protocol import Engine, Load, Pin, Unload
@@ -34,8 +33,9 @@ from sfumato.pictures.decoder_pool import Decoders
 from sfumato.pictures.fetch import PictureFetcher
 from sfumato.pictures.sources import Decoded, Sources, encoded_size, file_of
 from sfumato.pipelines import inputs
-from sfumato.serving import named_controls
+from sfumato.serving import named_controls, repeat
 from sfumato.serving.catalog import Catalog
+from sfumato.serving.foreseen import Foreseen
 from sfumato.serving.job import CANCELLED, Arrival, Job, Part, Progress
 from sfumato.serving.metrics import Metrics
 from sfumato.serving.planning import ImageRequest, plan
@@ -44,9 +44,6 @@ from sfumato.serving.request_loras import RequestLoras
 from sfumato.settings import Settings
 
 log = logging.getLogger(__name__)
-
-FORESEEN_S = 5.0
-"""How long what the files of a model say holds: many requests may wait for it while it loads."""
 
 MAX_REMEMBERED = 256
 """Number of ended requests whose progress is still available."""
@@ -78,8 +75,9 @@ class Service:
         self._arrivals: list[Arrival] = []
         self._jobs: list[Job] = []
         self._pins: dict[str, bool] = {}
-        self._foreseen: dict[str, tuple[Abilities | None, ModelConfig | None, float]] = {}
-        """Model → what its file and its folder say of it, of which version of the file, and when they were read."""
+        self._read_ahead: set[str] = set()
+        """Models whose weights are read while the worker starts."""
+        self._foreseen = Foreseen()
         self._ended: deque[Progress] = deque(maxlen=MAX_REMEMBERED)
 
     async def start(self) -> None:
@@ -152,7 +150,12 @@ class Service:
             if isinstance(error, TooManyRequests):
                 self.metrics.record_rejection(error.code)
             raise
+        if not self.engine.ready and config.name not in self._read_ahead:
+            self._read_ahead.add(config.name)
+            read_ahead.begin(config)
         self._jobs.append(job)
+        if stored := repeat.CURRENT.get():
+            stored.submit(job)
         job.task = asyncio.create_task(self._run(job, sources))
         job.task.add_done_callback(functools.partial(self._end, job))
         log.info("%s: accepted %s", config.name, ", ".join(part.generation.id for part in parts))
@@ -400,11 +403,7 @@ class Service:
         """What requests may ask of a model: as it is in memory, else as its files say. None: neither is here."""
         if info := self.engine.status(config.name).info:
             return info.abilities
-        known, config_read, read_at = self._foreseen.get(config.name, (None, None, -FORESEEN_S))
-        if config_read != config or time.monotonic() > read_at + FORESEEN_S:
-            known = (await asyncio.to_thread(static_capabilities, config)).abilities
-            self._foreseen[config.name] = known, config, time.monotonic()
-        return known
+        return await self._foreseen.abilities(config)
 
     def _sources(self, request: ImageRequest, share: Share, whole: Sequence[str]) -> Sources | None:
         """Raises RequestTooLarge or TooManyRequests if the pictures exceed the budget."""

@@ -27,6 +27,7 @@ from sfumato.errors import InvalidRequest
 from sfumato.loras import name_of
 from sfumato.sampling import UPSCALERS as UPSCALING
 from sfumato.sampling import clip_layer
+from sfumato.serving import repeat
 from sfumato.serving.service import Service
 
 MAX_CALLERS = 1024
@@ -56,7 +57,8 @@ class Choices:
 
     def of(self, caller: str) -> str | None:
         """The caller's model; None if it selected none."""
-        return self._models.get(caller)
+        stored = repeat.CURRENT.get()
+        return stored.selected if stored else self._models.get(caller)
 
     def choose(self, caller: str, name: str) -> None:
         self._models[caller] = name

@@ -33,7 +33,7 @@ from sfumato.serving.job import Job
 from sfumato.serving.planning import ImageRequest
 from sfumato.serving.service import Service
 
-ERRORS = documents.errors(*documents.REASONS)
+ERRORS = documents.ACCEPTED | documents.errors(*documents.REASONS)
 UPSCALE_ERRORS = {status: response for status, response in ERRORS.items() if status not in (404, 507)}
 
 

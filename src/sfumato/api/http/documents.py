@@ -261,10 +261,11 @@ REASONS = {
     404: "No such model, request or picture",
     413: "The body is too large",
     415: "The body's content type is not supported",
+    422: "The `Idempotency-Key` came with another request before",
     429: "The queue is full; `retry-after` says when to try again",
     499: "Cancelled",
     500: "The model file is invalid, the model cannot be loaded, or drawing failed",
-    503: "The weights could not be downloaded, or the worker died twice",
+    503: "The weights could not be downloaded, the worker died twice, or the database of jobs cannot be used",
     504: "Not drawn within the time limit, or not begun by the deadline in `x-deadline-ms`",
     507: "The picture could not be written, the gallery's index is not usable, or the model does not fit into memory",
 }
@@ -274,8 +275,14 @@ def errors(*statuses: int, model: type[BaseModel] = Error) -> dict[int | str, di
     return {status: {"model": model, "description": REASONS[status]} for status in statuses}
 
 
+ACCEPTED: dict[int | str, dict[str, Any]] = {
+    202: {"description": "With `Prefer: respond-async`: accepted as a job, which `location` names; see `/v1/jobs/{id}`"}
+}
+"""Response of every drawing route besides its own."""
+
 DRAWING: dict[int | str, dict[str, Any]] = {
     200: {"model": Images, "description": "The pictures"},
+    **ACCEPTED,
     **errors(*REASONS),
 }
 """Responses of drawing routes."""

@@ -64,6 +64,7 @@ routes = APIRouter(prefix="/api", tags=["Ollama"])
             "description": "With `stream: false` one object, otherwise one a line",
             "content": {shapes.NDJSON: {"schema": {"type": "string"}}},
         },
+        **documents.ACCEPTED,
         **_errors(*documents.REASONS),
     },
 )
