@@ -109,7 +109,9 @@ Response headers:
 | `x-sfumato-ignored` | fields that were sent but have no effect |
 | `x-sfumato-warning` | where the result differs from the request, such as a truncated prompt |
 | `x-should-retry` | on errors: whether the same request may succeed when it is sent again |
-| `retry-after` | on 429: seconds, at most 120 |
+| `retry-after` | on 429: seconds, at most 120; on 503 `jobs_unavailable`: 10 |
+| `location`, `preference-applied` | on 202, of a request with `Prefer: respond-async`: [its job](../guides/jobs.md) |
+| `idempotency-replayed` | `true` if the answer is that of an earlier request with the same `Idempotency-Key` |
 
 With API keys configured, send `Authorization: Bearer KEY`, `x-api-key: KEY`, or Basic authentication (name and key).
 
@@ -183,13 +185,15 @@ def metrics_page() -> str:
         "",
         "`GET /metrics` answers in Prometheus' text format. Times are seconds, sizes bytes. `route` is a path template",
         "(`none`: no such route), `code` an error's code. The API process adds Prometheus' own `process_*`;",
-        "`sfumato_worker_memory_bytes` is that of the worker process.",
+        "`sfumato_worker_memory_bytes` is that of the worker process. With several [devices](../guides/scale.md) what",
+        "belongs to one has its name as the label `device`; with one worker it has no such label.",
         "",
         "| metric | kind | labels | what it is |",
         "|---|---|---|---|",
     ]
-    for each in (*metrics.EVENT_METRICS, *metrics.SNAPSHOT_METRICS):
-        labels = ", ".join(f"`{label}`" for label in each.labels) or "–"
+    for each in (*metrics.EVENT_METRICS, *metrics.SNAPSHOT_METRICS, *metrics.DEVICE_METRICS):
+        of_devices = ["`device` (of several)"] if isinstance(each, metrics.DeviceMetric) else []
+        labels = ", ".join([*of_devices, *(f"`{label}`" for label in each.labels)]) or "–"
         lines.append(f"| `{each.name}` | {each.kind} | {labels} | {each.help} |")
     return "\n".join([*lines, ""])
 

@@ -25,6 +25,7 @@ from PIL import Image, PngImagePlugin
 
 import sfumato
 from support import tiny, upscalers
+from support.answerable import within
 from support.held import Held
 from support.inside import Inside
 from support.serving import Server
@@ -103,6 +104,7 @@ WRONG: dict[str, dict[str, Any]] = {
 
 ASKED_WRONGLY = {
     "GET /v1/images/gallery": "?limit=0",
+    "GET /v1/jobs": "?limit=0",
     "GET /v1/images/progress": "?preview=perhaps",
     "GET /v1/images/progress/{id}": "?preview=perhaps",
 }
@@ -116,6 +118,8 @@ PATHS = {
     "/v1/images/progress/{id}": "known",
     "/v1/images/gallery/{name}": STORED,
 }
+JOBS = "/v1/jobs"
+ASYNC = {"prefer": "respond-async"}
 """Values of path parameters for which the answer is 200."""
 
 
@@ -149,6 +153,9 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     strict_flags = ("--api-keys", "someone:the-key", "--max-body-mb", "1", "--time-limit-s", "1")
     strict = Server(models, folder / "strict", *flags, *strict_flags, env=env)
     with plain, strict:
+        job = send(plain, "POST /v1/images/generations", headers=ASYNC).json()["id"]
+        PATHS.update({f"{JOBS}/{{id}}": job, f"{JOBS}/{{id}}/events": f"{job}/events"})
+        within(300, lambda: plain.client.get(f"{JOBS}/{job}").json()["ended"] is not None)
         yield Servers(folder, plain, strict)
 
 
@@ -288,7 +295,23 @@ def broken(servers: Servers, label: str) -> httpx.Response:
     return send(servers.plain, label, **of_model(label, "broken"))
 
 
+def accepted(servers: Servers, label: str) -> httpx.Response:
+    return send(servers.plain, label, headers=ASYNC)
+
+
+def told_already(servers: Servers, label: str) -> httpx.Response:
+    return send(servers.plain, label, headers={"last-event-id": "end"})
+
+
+def with_a_used_key(servers: Servers, label: str) -> httpx.Response:
+    key = {"idempotency-key": label.encode().hex()}
+    send(servers.plain, label, headers=key)
+    return send(servers.plain, label, headers=key, seed=7)
+
+
 def offline(servers: Servers, label: str) -> httpx.Response:
+    if JOBS in label:
+        return without_its_table(servers, label, "jobs")
     if label == RELOAD:
         return reloaded(servers, "offline")
     return send(servers.plain, label, **of_model(label, "offline"))
@@ -305,7 +328,7 @@ def unwritable(servers: Servers, label: str) -> httpx.Response:
     if label in ("POST /api/generate", HUGGING_FACE):  # its pictures are in the answer
         return send(servers.plain, label, model="huge")
     if label == "GET /v1/images/gallery":
-        return without_its_table(servers, label)
+        return without_its_table(servers, label, "gallery")
     folder = servers.folder / "data" / "generated-images"
     aside = folder.rename(folder.with_name("aside"))
     folder.write_text("not a folder")
@@ -316,14 +339,15 @@ def unwritable(servers: Servers, label: str) -> httpx.Response:
         aside.rename(folder)
 
 
-def without_its_table(servers: Servers, label: str) -> httpx.Response:
-    with sqlite3.connect(servers.folder / "data" / "gallery.db") as index:
-        index.execute("ALTER TABLE pictures RENAME TO aside")
-        index.commit()
+def without_its_table(servers: Servers, label: str, name: str) -> httpx.Response:
+    table = {"gallery": "pictures"}.get(name, name)
+    with sqlite3.connect(servers.folder / "data" / f"{name}.db") as database:
+        database.execute(f"ALTER TABLE {table} RENAME TO aside")
+        database.commit()
         try:
             return send(servers.plain, label)
         finally:
-            index.execute("ALTER TABLE aside RENAME TO pictures")
+            database.execute(f"ALTER TABLE aside RENAME TO {table}")
 
 
 def options_after(servers: Servers, change: Callable[[Path], object]) -> httpx.Response:
@@ -339,6 +363,8 @@ def options_after(servers: Servers, change: Callable[[Path], object]) -> httpx.R
 
 REACHED_BY: dict[str, Callable[[Servers, str], httpx.Response]] = {
     "200": known,
+    "202": accepted,
+    "204": told_already,
     "206": a_part,
     "304": unchanged,
     "400": wrong,
@@ -348,6 +374,7 @@ REACHED_BY: dict[str, Callable[[Servers, str], httpx.Response]] = {
     "413": too_large,
     "415": of_another_kind,
     "416": no_such_part,
+    "422": with_a_used_key,
     "429": full,
     "499": cancelled,
     "500": broken,

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import socket
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,42 +9,16 @@ import pytest
 
 from sfumato.pictures.gallery import Gallery, GalleryQuery
 from sfumato.pictures.store import Store
+from support import postgresql
 from support.gallery import MADE, keep, names, png
 
 pytestmark = pytest.mark.slow
 
-PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
-
-
-def run(*command: str, folder: Path) -> None:
-    """As the user postgres where we are root: its programs refuse to run as root."""
-    prefix = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"] if os.getuid() == 0 else []
-    done = subprocess.run([*prefix, *command], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    if not PROGRAMS:
-        assert not os.environ.get("CI"), "PostgreSQL is missing; .ci/run installs it"
-        pytest.skip("PostgreSQL is missing: apt-get install postgresql")
-    folder = Path("/tmp") / f"sfumato-postgresql-{os.getpid()}"  # its user cannot enter pytest's folders
-    folder.mkdir()
-    if os.getuid() == 0:
-        shutil.chown(folder, "postgres", "postgres")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    control = str(PROGRAMS[-1] / "pg_ctl")
-    data = str(folder / "data")
-    run(str(PROGRAMS[-1] / "initdb"), "-D", data, "-U", "sfumato", "--auth=trust", "-E", "UTF8", folder=folder)
-    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c fsync=off"
-    run(control, "-D", data, "-o", options, "-l", str(folder / "log"), "-w", "start", folder=folder)
-    try:
-        yield f"postgresql+psycopg://sfumato@127.0.0.1:{port}/postgres"
-    finally:
-        run(control, "-D", data, "-m", "immediate", "-w", "stop", folder=folder)
-        shutil.rmtree(folder)
+    with postgresql.running("gallery") as database:
+        yield database.url
 
 
 def test_what_is_kept_is_listed_found_starred_and_made_again(url: str, tmp_path: Path) -> None:

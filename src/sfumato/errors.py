@@ -12,6 +12,8 @@
     ├── ModelNotFound                 404 model_not_found
     ├── RequestNotFound               404 request_not_found      no such request is queued or running
     ├── PictureNotFound               404 picture_not_found      the gallery has no picture of that name
+    ├── JobNotFound                   404 job_not_found          no such stored request
+    ├── KeyReused                     422 idempotency_key_reused the key came with another request before
     ├── TooManyRequests               429 rate_limit_exceeded    carries retry_after seconds
     ├── TooManyConnections            503 too_many_connections
     ├── Cancelled                     499 cancelled              the caller disconnected or cancelled
@@ -24,10 +26,13 @@
     ├── DrawError                     500 generation_failed      the pipeline raised, or drew NaN
     │   └── OutOfMemory               500 out_of_memory          nor will it fit the next time
     ├── StorageError                  507 storage_failed         a picture could not be written
+    ├── JobsUnavailable               503 jobs_unavailable       their database cannot be used; carries retry_after
     ├── TimedOut                      504 timeout
+    │   └── DeadlineExceeded          504 deadline_exceeded      nothing of it had begun by its own deadline
     ├── NotInstalled                  501 not_installed          the route needs an extra of the package
     ├── ServerStops                   503 server_stopping        the server was stopped before the answer was ready
     └── WorkerDied                    503 worker_died
+        └── NoWorker                  503 worker_died            its device has no worker; another device may draw it
 
 A message names the field at fault, its value, what is valid and what to do. Errors cross the
 pipe between the processes, so each can be pickled with all its attributes.
@@ -126,6 +131,18 @@ class PictureNotFound(SfumatoError):
     code = "picture_not_found"
 
 
+class JobNotFound(SfumatoError):
+    status = 404
+    type = "invalid_request_error"
+    code = "job_not_found"
+
+
+class KeyReused(SfumatoError):
+    status = 422
+    type = "invalid_request_error"
+    code = "idempotency_key_reused"
+
+
 class TooManyRequests(SfumatoError):
     status = 429
     type = "rate_limit_error"
@@ -201,9 +218,22 @@ class StorageError(SfumatoError):
     code = "storage_failed"
 
 
+class JobsUnavailable(SfumatoError):
+    """Nothing was accepted: the request may be sent again, unchanged."""
+
+    status = 503
+    code = "jobs_unavailable"
+    retry = True
+    retry_after = 10
+
+
 class TimedOut(SfumatoError):
     status = 504
     code = "timeout"
+
+
+class DeadlineExceeded(TimedOut):
+    code = "deadline_exceeded"
 
 
 class NotInstalled(SfumatoError):
@@ -221,6 +251,14 @@ class WorkerDied(SfumatoError):
     status = 503
     code = "worker_died"
     retry = True
+
+
+class NoWorker(WorkerDied):
+    """`deaths`: workers that died while the request was drawn, each perhaps of it."""
+
+    def __init__(self, message: str, *, deaths: int = 0) -> None:
+        super().__init__(message)
+        self.deaths = deaths
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

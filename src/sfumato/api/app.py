@@ -15,7 +15,8 @@ from starlette.middleware.cors import CORSMiddleware
 
 from sfumato import __version__
 from sfumato.api import gallery, hugging_face, localai, loras, models, ops, progress, status, studio
-from sfumato.api.a1111 import controlnet, jobs, lists
+from sfumato.api.a1111 import controlnet, lists
+from sfumato.api.a1111 import jobs as a1111_jobs
 from sfumato.api.a1111 import routes as a1111
 from sfumato.api.chat import routes as chat
 from sfumato.api.chat.answers import parse_callers
@@ -29,6 +30,10 @@ from sfumato.api.http.headers import SecurityHeaders
 from sfumato.api.http.middleware import AccessLog, BodyCap, Head, LengthCheck, RequestId, UnhandledErrors
 from sfumato.api.http.shutdown import ActiveRequests, Shutdown
 from sfumato.api.http.urls import Forwarded, check_proxies, check_public_url, parse_origins
+from sfumato.api.jobs import routes as jobs
+from sfumato.api.jobs.jobs import Jobs
+from sfumato.api.jobs.middleware import StoredRequests
+from sfumato.api.jobs.store import JobStore
 from sfumato.api.mcp import routes as mcp
 from sfumato.api.ollama import routes as ollama
 from sfumato.api.openai import routes as openai
@@ -45,6 +50,7 @@ EXPIRE_EVERY_S = 600
 
 EXPOSED = (
     "x-request-id", "x-sfumato-ignored", "x-sfumato-warning", "retry-after", "x-should-retry", "mcp-session-id",
+    "location", "preference-applied", "idempotency-replayed",
 )  # fmt: skip
 """Response headers that scripts of other origins may read."""
 
@@ -62,7 +68,7 @@ ERROR_SHAPES: Mapping[str, Shape] = MappingProxyType(
 
 
 class Application(FastAPI):
-    """FastAPI with 400 instead of 422 in its OpenAPI document, as `errors` answers."""
+    """FastAPI with 400 instead of its own 422 in its OpenAPI document, as `errors` answers."""
 
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema:
@@ -70,7 +76,8 @@ class Application(FastAPI):
         schema = super().openapi()
         for methods in schema["paths"].values():
             for operation in methods.values():
-                operation["responses"].pop("422", None)
+                if "HTTPValidationError" in str(operation["responses"].get("422")):
+                    del operation["responses"]["422"]
         for name in ("HTTPValidationError", "ValidationError"):
             schema.get("components", {}).get("schemas", {}).pop(name, None)
         _integer_limits(schema)
@@ -104,14 +111,17 @@ def create_app(service: Service, store: Store, running: ActiveRequests | None = 
     picture_gallery = Gallery.of(settings, store, keys)
     service.fetcher.store = store
     history = status.History(service)
+    stored_jobs = Jobs(service, JobStore.of(settings))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
         await service.start()
+        stored_jobs.start()
         keepers = [asyncio.create_task(_expire(picture_gallery)), asyncio.create_task(history.keep())]
         yield
         for keeper in keepers:
             keeper.cancel()
+        await stored_jobs.stop()
         app.state.bodies.close()
         await app.state.mcp.close()
         await service.stop()
@@ -134,7 +144,11 @@ def create_app(service: Service, store: Store, running: ActiveRequests | None = 
     app.state.content_images = content_images
     app.state.bodies = Bodies(settings.max_text_mb * 2**20)
     app.state.choices = lists.Choices(service)
-    app.state.a1111_jobs = jobs.Jobs(service)
+    app.state.a1111_jobs = a1111_jobs.Jobs(service)
+    app.state.jobs = stored_jobs
+    stored_jobs.application = app
+    if running:
+        running.at_stop.append(stored_jobs.stopping.set)
     app.state.mcp = mcp.Endpoint(service, picture_gallery, running)
     app.state.document = pages.Document(app.openapi)
     errors.install(app)
@@ -146,7 +160,7 @@ def create_app(service: Service, store: Store, running: ActiveRequests | None = 
 def _add_routes(app: FastAPI, *, keyed: bool) -> None:
     # Only documents the key in OpenAPI; `Auth` checks it.
     key = [Depends(HTTPBearer(auto_error=False, description="An API key of this server."))] if keyed else []
-    for module in (openai, chat, localai, progress, models, loras, gallery, status):
+    for module in (openai, chat, localai, jobs, progress, models, loras, gallery, status):
         app.include_router(module.routes, prefix="/v1", dependencies=key)
         # LocalAI's clients often omit the prefix.
         app.include_router(module.routes, include_in_schema=False)
@@ -167,6 +181,9 @@ def _add_middleware(app: FastAPI, keys: Mapping[str, str], origins: Sequence[str
     service: Service = app.state.service
     settings = service.settings
     app.add_middleware(Arrivals, service=service)
+    app.add_middleware(
+        StoredRequests, jobs=app.state.jobs, shapes=ERROR_SHAPES, selected=app.state.choices.of, shared=not keys
+    )
     app.add_middleware(Shutdown, running=running)
     app.add_middleware(BodyCap, limit=settings.max_body_mb * 2**20)
     app.add_middleware(CrossSite, settings=settings, origins=origins, rejected=service.metrics.record_rejection)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -11,6 +12,8 @@ from contextlib import asynccontextmanager, suppress
 from sfumato.core import Done, StorePicture
 from sfumato.errors import StorageError
 from sfumato.pictures.gallery import Gallery
+from sfumato.pictures.store import RANDOM_DIGITS
+from sfumato.serving import repeat
 from sfumato.serving.job import Job
 
 log = logging.getLogger(__name__)
@@ -29,7 +32,10 @@ def keeper(
     async def keep(done: Done) -> str | None:
         try:
             data = await asyncio.to_thread(encode, done)
-            return await asyncio.to_thread(gallery.keep, data, format, caller, done.recipe, time.time())
+            stored = repeat.CURRENT.get()
+            random = stored.picture_digits(done.recipe, RANDOM_DIGITS) if stored else ""
+            keep = functools.partial(gallery.keep, random=random)
+            return await asyncio.to_thread(keep, data, format, caller, done.recipe, time.time())
         except StorageError as error:
             if required:
                 raise

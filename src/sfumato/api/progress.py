@@ -70,17 +70,17 @@ async def progress(
     responses=documents.errors(401, 403, 404),
 )
 async def cancel(id: str, service: TheService, owner: Owner) -> dict[str, Any]:
-    return _progress_json(await service.cancel_id(id, owner))
+    return progress_json(await service.cancel_id(id, owner))
 
 
 async def _progress_answer(service: Service, owner: str | None, progress: Progress, *, preview: bool) -> dict[str, Any]:
-    answer = _progress_json(progress)
+    answer = progress_json(progress)
     if preview and (jobs := service.jobs(owner, progress.id)):
         answer["preview"] = await asyncio.to_thread(_preview, jobs[-1])
     return answer
 
 
-def _progress_json(progress: Progress) -> dict[str, Any]:
+def progress_json(progress: Progress) -> dict[str, Any]:
     left = progress.seconds_left
     return {
         "id": progress.id,
@@ -94,6 +94,7 @@ def _progress_json(progress: Progress) -> dict[str, Any]:
         "pictures_done": progress.pictures_done,
         "queue_position": progress.queue_position,
         "seconds_left": None if left is None else round(left, 1),
+        "devices": list(progress.devices),
         "kept": [{"index": index, "name": name, "seed": seed} for index, name, seed in progress.kept],
         "error": errors.shape(progress.error)["error"] if progress.error else None,
         "preview": None,

@@ -102,9 +102,14 @@ class Gallery:
         url = settings.gallery_url or f"sqlite:///{(settings.data / 'gallery.db').absolute()}"
         return cls(store, url, callers, keeps_all=settings.keep_pictures)
 
-    def keep(self, data: bytes, extension: str, caller: str, recipe: Recipe, created: float) -> str:
-        """Add a picture to the store and the index; returns its name. Raises the store's StorageError."""
-        name = self.store.put(data, extension, owner=caller if self._callers else "")
+    def keep(
+        self, data: bytes, extension: str, caller: str, recipe: Recipe, created: float, *, random: str = ""
+    ) -> str:
+        """Add a picture to the store and the index; returns its name. Raises the store's StorageError.
+
+        `random`: as in `Store.put`.
+        """
+        name = self.store.put(data, extension, owner=caller if self._callers else "", random=random)
         row = _row(name, created, caller if self._callers else "", recipes.as_json(recipe))
         try:
             with self._begin() as connection:

@@ -67,13 +67,14 @@ class Store:
             max_bytes=settings.outputs_max_mb * 2**20,
         )
 
-    def put(self, data: bytes, extension: str = "png", *, owner: str = "") -> str:
+    def put(self, data: bytes, extension: str = "png", *, owner: str = "", random: str = "") -> str:
         """Store a picture (`extension` is one of `MEDIA_TYPES`); returns its name, which `owner_of` understands.
 
-        Raises StorageError if it cannot be written. Blocks.
+        `random`: `RANDOM_DIGITS` digits for the name, so that a picture that is drawn again replaces the first; empty:
+        new ones. Raises StorageError if it cannot be written. Blocks.
         """
         assert extension in MEDIA_TYPES, extension
-        name = self.new_name(owner, extension)
+        name = self.new_name(owner, extension, random)
         temporary: str | None = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -94,9 +95,9 @@ class Store:
         return name
 
     @staticmethod
-    def new_name(owner: str, extension: str) -> str:
+    def new_name(owner: str, extension: str, random: str = "") -> str:
         """A new name."""
-        random = secrets.token_hex(RANDOM_DIGITS // 2)
+        random = random or secrets.token_hex(RANDOM_DIGITS // 2)
         return f"{random}{_mark(random, owner)}.{extension}"
 
     @staticmethod

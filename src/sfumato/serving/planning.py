@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import secrets
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from sfumato import loras, schedulers
 from sfumato.config import ModelConfig, at_fault
-from sfumato.core import MAX_SEED, QUALITIES, Control, Generation, Limits, StorePicture, labels
+from sfumato.core import INTERACTIVE, MAX_SEED, PRIORITIES, QUALITIES, Control, Generation, Limits, StorePicture, labels
 from sfumato.errors import InvalidRequest
 from sfumato.loras import Lora
 from sfumato.pictures.fitting import Fitting
@@ -24,6 +23,7 @@ from sfumato.sampling import (
     prompt_pair,
     refuse_no_guidance,
 )
+from sfumato.serving import repeat
 
 MAX_PICTURES = 16
 MAX_PADDING = 4096
@@ -81,6 +81,10 @@ class ImageRequest:
     """Who sent the request; the engine is shared fairly between callers."""
     keep_alive: float | None = None
     """Seconds that the model stays in memory once it is idle; None: as its file or the server says."""
+    priority: str = INTERACTIVE
+    """A name of `core.PRIORITIES`."""
+    deadline: float | None = None
+    """When it should be done, in seconds since 1970. A request of which nothing has begun by then is refused."""
     detached: bool = False
     """Drawn to its end even if its client disconnects."""
     keep: StorePicture | None = None
@@ -112,8 +116,7 @@ def plan(request: ImageRequest, config: ModelConfig, limits: Limits, max_picture
     _check_range("n", n, 1, max_pictures)
     if n * len(prompts) > max_pictures:
         raise InvalidRequest(
-            f"n: {len(prompts)} prompts with {n} pictures each; at most {max_pictures} per request",
-            param="n",
+            f"n: {len(prompts)} prompts with {n} pictures each; at most {max_pictures} per request", param="n"
         )
     _check_passes(request, limits)
     _check_pictures(request)
@@ -152,6 +155,8 @@ def plan(request: ImageRequest, config: ModelConfig, limits: Limits, max_picture
             hires=hires,
             notes=notes,
             keep_alive=request.keep_alive,
+            priority=request.priority,
+            deadline=request.deadline,
         )
         if not request.operator:
             generation = _enabled(config, generation, request)
@@ -209,7 +214,16 @@ def _check_pictures(request: ImageRequest) -> None:
         )
 
 
+def _check_priority(request: ImageRequest) -> None:
+    if request.priority not in PRIORITIES:
+        raise InvalidRequest(
+            f"priority: {request.priority[:100]!r}; {' and '.join(PRIORITIES)} are valid; absent: {INTERACTIVE}",
+            param="priority",
+        )
+
+
 def _check_passes(request: ImageRequest, limits: Limits) -> None:
+    _check_priority(request)
     _check(request.sampling, limits)
     if request.quality is not None and request.quality not in QUALITIES:
         raise InvalidRequest(
@@ -263,7 +277,7 @@ def refuse_size(limits: Limits, width: int, height: int, name: str, param: str =
 
 def _seed(seed: int | None, n: int) -> int:
     if seed is None or seed == RANDOM_SEED:
-        return secrets.randbelow(2**32)  # small enough for every client's number type
+        return repeat.seed()
     if not 0 <= seed <= MAX_SEED - (n - 1):
         raise InvalidRequest(
             f"seed: {seed}; 0 to {MAX_SEED} are valid (minus n - 1), -1 or no seed for a random one",

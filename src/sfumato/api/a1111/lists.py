@@ -27,6 +27,7 @@ from sfumato.errors import InvalidRequest
 from sfumato.loras import name_of
 from sfumato.sampling import UPSCALERS as UPSCALING
 from sfumato.sampling import clip_layer
+from sfumato.serving import repeat
 from sfumato.serving.service import Service
 
 MAX_CALLERS = 1024
@@ -56,7 +57,8 @@ class Choices:
 
     def of(self, caller: str) -> str | None:
         """The caller's model; None if it selected none."""
-        return self._models.get(caller)
+        stored = repeat.CURRENT.get()
+        return stored.selected if stored else self._models.get(caller)
 
     def choose(self, caller: str, name: str) -> None:
         self._models[caller] = name
@@ -277,7 +279,8 @@ gradio = APIRouter(tags=["AUTOMATIC1111"], responses=documents.errors(401, 403))
 
 @gradio.get("/queue/status", summary="Pictures that wait, as Gradio says it", response_model=shapes.QueueStatus)
 async def queue_status(service: TheService) -> dict[str, Any]:
-    wait = service.queue.wait_s(service.queue.waiting) if service.queue.waiting else 0.0
+    before = service.queue.waiting_of(low=False)
+    wait = service.queue.wait_s(before) if before else 0.0
     return {"msg": "estimation", "queue_size": service.queue.waiting, "queue_eta": wait, "rank": None, "rank_eta": None}
 
 

@@ -31,24 +31,24 @@ class Arrivals:
         self._service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST" or not _draws(scope):
+        if scope["type"] != "http" or scope["method"] != "POST" or not draws(scope):
             await self.app(scope, receive, send)
             return
         state = scope["state"]
         with self._service.register_arrival(state["request_id"], state["caller"]) as arrival:
 
             async def received() -> Message:
-                return await receive() if arrival.submitted else await _unless_cancelled(receive, arrival)
+                return await receive() if arrival.submitted else await unless_cancelled(receive, arrival)
 
             await self.app(scope, received, send)
 
 
-def _draws(scope: Scope) -> bool:
+def draws(scope: Scope) -> bool:
     path = scope["path"].removeprefix(scope.get("root_path", ""))
     return path.endswith(DRAWING) or path == "/" or (path.startswith(OF_A_MODEL) and path not in ORDERS)
 
 
-async def _unless_cancelled(receive: Receive, arrival: Arrival) -> Message:
+async def unless_cancelled(receive: Receive, arrival: Arrival) -> Message:
     """The next chunk of the body. Raises Cancelled as soon as the request is cancelled."""
     message = asyncio.ensure_future(receive())
     cancelled = asyncio.ensure_future(arrival.cancelled.wait())

@@ -13,7 +13,15 @@ from starlette.exceptions import HTTPException
 
 from sfumato import logs
 from sfumato.config.addresses import redact
-from sfumato.errors import DownloadError, InvalidRequest, SfumatoError, TooManyRequests, Unauthorized, in_words
+from sfumato.errors import (
+    DownloadError,
+    InvalidRequest,
+    JobsUnavailable,
+    SfumatoError,
+    TooManyRequests,
+    Unauthorized,
+    in_words,
+)
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +52,7 @@ def shape(error: SfumatoError) -> dict[str, dict[str, str | None]]:
 def response(error: SfumatoError) -> JSONResponse:
     # The OpenAI SDK retries every 5xx unless told not to; most of ours would fail again in the same way.
     headers = {"x-should-retry": "true" if error.retry else "false"}
-    if isinstance(error, TooManyRequests | DownloadError) and error.retry_after is not None:
+    if isinstance(error, TooManyRequests | DownloadError | JobsUnavailable) and error.retry_after is not None:
         headers["retry-after"] = str(error.retry_after)
     if isinstance(error, Unauthorized):
         headers["www-authenticate"] = "Bearer"

@@ -1,0 +1,103 @@
+"""The request headers that make a job: `Prefer: respond-async` and `Idempotency-Key`; and what one request is."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+
+from starlette.datastructures import Headers
+from starlette.types import Scope
+
+from sfumato.api.http import content_type
+from sfumato.errors import InvalidRequest, UnsupportedMedia
+
+MAX_KEY = 255
+"""Characters of an `Idempotency-Key`."""
+
+MAX_WAIT_S = 60
+"""Longest time that `Prefer: respond-async, wait=N` waits for the answer."""
+
+_PREFERENCE = re.compile(r'\s*([\w!#$%&\'*+.^`|~-]+)\s*(?:=\s*("(?:[^"\\]|\\.)*"|[^\s;,]*))?[^,"]*(?:,|$)')
+"""RFC 7240: `name=value; parameters`, comma-separated. Parameters are of no preference that we know."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What these headers ask for."""
+
+    respond_async: bool = False
+    wait_s: float = 0.0
+    """With `respond_async`: how long to wait for the answer before the 202."""
+    key: str = ""
+    """The `Idempotency-Key`; empty: none."""
+
+
+def wishes(scope: Scope) -> Wishes | None:
+    """None for a request without these headers. Raises InvalidRequest for an invalid key."""
+    names = {name for name, _ in scope["headers"]}
+    if b"idempotency-key" not in names and b"prefer" not in names:
+        return None
+    headers = Headers(scope=scope)
+    preferences = _preferences(",".join(headers.getlist("prefer")))
+    keys = headers.getlist("idempotency-key")
+    respond_async = "respond-async" in preferences
+    if not respond_async and not keys:
+        return None
+    if len(keys) > 1:
+        raise _wrong_key(f"the header occurs {len(keys)} times")
+    wait = preferences.get("wait", "")
+    wait_s = min(int(wait), MAX_WAIT_S) if wait.isascii() and wait.isdigit() and len(wait) < 10 else 0
+    return Wishes(respond_async, wait_s, _key(keys[0]) if keys else "")
+
+
+def _preferences(text: str) -> dict[str, str]:
+    """Name in lower case → value. The first of a name counts, and what is not a preference is left out."""
+    found: dict[str, str] = {}
+    position = 0
+    while match := _PREFERENCE.match(text, position):
+        position = match.end()
+        found.setdefault(match[1].lower(), (match[2] or "").strip('"'))
+        if position >= len(text):
+            break
+    return found
+
+
+def _key(text: str) -> str:
+    """The draft's is a quoted string; most clients send it without quotes."""
+    key = text.strip()
+    if len(key) > 1 and key[0] == key[-1] == '"':
+        key = key[1:-1]
+    if not 0 < len(key) <= MAX_KEY:
+        raise _wrong_key(f"{len(key)} characters" if key else "it is empty")
+    if not (key.isascii() and key.isprintable()) or '"' in key:
+        raise _wrong_key("it has other characters than printable ASCII")
+    return key
+
+
+def _wrong_key(why: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"Idempotency-Key: {why}; 1 to {MAX_KEY} printable ASCII characters, such as a UUID, are valid",
+        param="Idempotency-Key",
+    )
+
+
+def key_digest(owner: str, key: str) -> str:
+    """What stands for a key of one caller."""
+    return hashlib.sha256(f"{owner}\0{key}".encode()).hexdigest()
+
+
+def fingerprint(scope: Scope, body: bytes) -> str:
+    """The same for the same request: method, path, query, type and body. Boundaries of forms differ at each try."""
+    header = Headers(scope=scope).get("content-type", "")
+    try:
+        media = content_type.parse(header)
+        kind, boundary = media.type, media.parameters.get("boundary", "").encode()
+    except UnsupportedMedia:
+        kind, boundary = header, b""
+    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    digest = hashlib.sha256()
+    for part in (scope["method"].encode(), path.encode(), scope["query_string"], kind.encode()):
+        digest.update(part + b"\0")
+    digest.update(body.replace(boundary, b"") if boundary else body)
+    return digest.hexdigest()

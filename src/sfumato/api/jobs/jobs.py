@@ -1,0 +1,292 @@
+"""Carries out stored requests, once each, and again after a crash."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any, ParamSpec, TypeVar
+
+from starlette.types import ASGIApp
+
+from sfumato import logs
+from sfumato.api.http import errors
+from sfumato.api.jobs.run import Run, receiver, restored_scope
+from sfumato.api.jobs.store import JobStore, StoredJob
+from sfumato.errors import Cancelled, JobsUnavailable, KeyReused, SfumatoError
+from sfumato.serving import repeat
+from sfumato.serving.job import CANCELLED
+from sfumato.serving.service import Service
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+THREADS = 4
+"""Threads that wait for the database."""
+
+BEAT_S = 5.0
+"""Interval of signs of life, and of looking for jobs that nobody carries out. Well below `store.LEASE_S`."""
+
+FIRST_S = 2.0
+"""How long a request is given to fail before it is promised to be drawn: most errors then are answers, not jobs."""
+
+AGAIN_S = 5.0
+"""Seconds until a promised job that found the queue full, or an answer that could not be stored, is tried again."""
+
+MAX_LIVES = 20
+"""How often a job is begun. One that always takes its server with it must not do so for ever."""
+
+EXPIRE_S = 600.0
+"""Interval at which expired jobs are deleted, also when none ends."""
+
+
+class Jobs:
+    """The jobs of one server. `app` answers their requests; the middleware sets it, and `shaped`."""
+
+    app: ASGIApp
+    shaped: Callable[[ASGIApp], ASGIApp]
+    """Gives errors the shape of the API whose path was called."""
+    application: object
+    """For the scope of requests."""
+
+    def __init__(self, service: Service, store: JobStore) -> None:
+        self.service = service
+        self.store = store
+        self._runs: dict[str, Run] = {}
+        """Id → what this process carries out."""
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._threads: ThreadPoolExecutor | None = None
+        self.stopping = asyncio.Event()
+        """Set when the server waits for its last requests."""
+        self._stopped = False
+        self._some_ended = False
+        self._keeper: asyncio.Task[None] | None = None
+
+    async def blocking(self, call: Callable[P, T], *args: P.args, **more: P.kwargs) -> T:
+        """A call of the store, in a thread of its own."""
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(THREADS, "jobs")
+        return await asyncio.get_running_loop().run_in_executor(self._threads, functools.partial(call, *args, **more))
+
+    def start(self) -> None:
+        """Carry out what was accepted and did not end, and whatever other servers leave behind."""
+        self._stopped = False
+        self.stopping.clear()
+        self._keeper = asyncio.create_task(self._keep())
+
+    async def stop(self) -> None:
+        """Leave what has not ended to the next start."""
+        self._stopped = True
+        tasks = [*self._tasks, *([self._keeper] if self._keeper else [])]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        if self._threads:
+            with suppress(JobsUnavailable):
+                await self.blocking(self.store.leave)
+            await asyncio.to_thread(self._threads.shutdown)
+            self._threads = None
+        self.store.close()
+
+    def run_of(self, id: str) -> Run | None:
+        """What this process carries out of that job."""
+        return self._runs.get(id)
+
+    async def accept(self, job: StoredJob, body: bytes) -> StoredJob | Run:
+        """Store a request and begin to carry it out; or the job that has its key already, or its run if it is ours.
+
+        Raises KeyReused if that is another request, and JobsUnavailable if nothing can be stored.
+        """
+        run = self._runs[job.id] = Run(job)  # before it is stored: nobody may take it for one that was left behind
+        try:
+            found = await self.blocking(self.store.accept, job, body)
+        except BaseException:
+            # If the database has stored it nevertheless, `_keep` will find it.
+            del self._runs[job.id]
+            raise
+        if found is None:
+            self._begin(run, body)
+            return run
+        del self._runs[job.id]
+        if found.fingerprint != job.fingerprint:
+            raise KeyReused(
+                "Idempotency-Key: this key came with another request before. Send the same method, path, query and "
+                "body, or a new key.",
+                param="Idempotency-Key",
+            )
+        return self._runs.get(found.id, found)
+
+    async def cancel(self, job: StoredJob) -> None:
+        """End it within one denoising step; returns when it has ended, if this process carries it out."""
+        await self.blocking(self.store.cancel, job.id)
+        if run := self._runs.get(job.id):
+            await self._cancel(run)
+
+    async def _cancel(self, run: Run) -> None:
+        run.cancelled.set()
+        job, stored = run.repeatable.job, run.job
+        if job:
+            await self.service.cancel([job])
+        else:
+            await self.service.cancel([], self.service.arrivals(stored.caller, stored.request_id))
+        await run.ended.wait()
+
+    def _begin(self, run: Run, body: bytes | None = None) -> None:
+        task = asyncio.create_task(self._carry_out(run, [body] if body is not None else []))
+        self._tasks.add(task)
+        task.add_done_callback(functools.partial(self._over, run))
+
+    def _over(self, run: Run, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        del self._runs[run.job.id]
+        run.end()
+        if not task.cancelled() and (error := task.exception()):
+            log.error("job %s: %s", run.job.id, logs.error_location(error))
+
+    async def _carry_out(self, run: Run, bodies: list[bytes]) -> None:
+        """Draw it, and store the answer. `bodies` has that of the request, or nothing: then the store has it."""
+        job = run.job
+        logs.request_id.set(job.request_id)
+        repeat.CURRENT.set(run.repeatable)
+        while True:
+            body = bodies.pop() if bodies else await self.blocking(self.store.body, job.id)
+            if body is None:
+                return  # it has ended
+            scope = restored_scope(job, self.application, len(body))
+            receive = receiver(body)
+            del body
+            await self._answer(run, scope, receive)
+            if self._stopped:
+                return
+            if not _again(run):
+                break
+            run.again()
+            run.repeatable = repeat.Repeatable(job.secret, job.created, job.request.get("selected"))
+            repeat.CURRENT.set(run.repeatable)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(AGAIN_S):
+                    await run.cancelled.wait()
+        run.stored = _is_stored(run)
+        run.settled.set()
+        await self._conclude(run)
+        run.end()
+
+    async def _answer(self, run: Run, scope: Any, receive: Any) -> None:
+        run.scope = scope
+        waiter = asyncio.create_task(_settle(run))
+        try:
+            await (self._refusal(run) or self.app)(scope, receive, run.record)
+            if not run.answered:
+                failure = SfumatoError("internal server error (no answer); see the server's log")
+                await self.shaped(errors.response(failure))(scope, receive, run.record)
+        finally:
+            waiter.cancel()
+
+    def _refusal(self, run: Run) -> ASGIApp | None:
+        """The answer of a job that is not carried out (again)."""
+        if run.cancelled.is_set():
+            return self.shaped(errors.response(Cancelled(CANCELLED)))
+        if run.job.lives > MAX_LIVES:
+            error = SfumatoError(f"the server died {run.job.lives - 1} times before this request was answered")
+            return self.shaped(errors.response(error))
+        return None
+
+    async def _conclude(self, run: Run) -> None:
+        """Store the answer. Its clients get it even if the database cannot take it now; that is tried until it can."""
+        id, answer, state = run.job.id, run.answer, _state(run)
+        end = functools.partial(self.store.end, id, state, answer)
+        while not await self._try(end if run.stored else functools.partial(self.store.forget, id)):
+            run.end()
+            await asyncio.sleep(AGAIN_S)
+        self._some_ended = True
+        log.info("job %s: %s, status %d", id, state if run.stored else "refused", answer.status)
+
+    async def _try(self, call: Callable[[], object]) -> bool:
+        try:
+            await self.blocking(call)
+        except JobsUnavailable as error:
+            log.warning("%s", error.message)
+            return False
+        return True
+
+    async def _keep(self) -> None:
+        """Until it is cancelled."""
+        recovering: asyncio.Task[None] | None = None
+        since_expired = EXPIRE_S
+        try:
+            while True:
+                if self._runs:
+                    await self._beat()
+                if recovering is None or recovering.done():
+                    recovering = asyncio.create_task(self._recover())
+                if self._some_ended or since_expired >= EXPIRE_S:
+                    self._some_ended, since_expired = False, 0.0
+                    await self._try(self.store.expire)
+                await asyncio.sleep(BEAT_S)
+                since_expired += BEAT_S
+        finally:
+            if recovering:
+                recovering.cancel()
+
+    async def _beat(self) -> None:
+        try:
+            cancelled = await self.blocking(self.store.beat)
+        except JobsUnavailable as error:
+            log.warning("%s", error.message)
+            return
+        for id in cancelled & self._runs.keys():
+            run = self._runs[id]
+            if not run.cancelled.is_set():
+                task = asyncio.create_task(self._cancel(run))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+
+    async def _recover(self) -> None:
+        """Carry out what nobody does, oldest first: each enters the queue before the next one."""
+        try:
+            claimed = await self.blocking(self.store.claim, set(self._runs))
+        except JobsUnavailable as error:
+            log.warning("%s", error.message)
+            return
+        for job in claimed:
+            if job.id in self._runs:
+                continue  # it was accepted in the meantime
+            log.info("job %s was accepted and has not ended: it is carried out again", job.id)
+            run = self._runs[job.id] = Run(job, promised=True)
+            if job.cancelled:
+                run.cancelled.set()
+            self._begin(run)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(FIRST_S):
+                    await run.settled.wait()
+
+
+async def _settle(run: Run) -> None:
+    await run.repeatable.submitted.wait()
+    run.settled.set()
+
+
+def _again(run: Run) -> bool:
+    """Whether there was no room for a job that was promised."""
+    return run.answer.status == 429 and run.promised
+
+
+def _is_stored(run: Run) -> bool:
+    """A refusal that a new try may overcome is no answer, nor is one of a request that was never promised."""
+    status, respond_async = run.answer.status, run.job.respond_async
+    if status == 429 or (status == 503 and not (respond_async and run.promised)):
+        return False
+    return status < 400 or run.promised or run.repeatable.job is not None
+
+
+def _state(run: Run) -> str:
+    status, job = run.answer.status, run.repeatable.job
+    if job and job.over and job.state in ("failed", "cancelled"):
+        return job.state
+    return "completed" if status < 400 else "cancelled" if status == 499 else "failed"

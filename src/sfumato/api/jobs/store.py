@@ -1,0 +1,378 @@
+"""The database of jobs: one row for each accepted request, with its answer once it has one.
+
+A row is committed before anything is promised or drawn, and its end is one transaction with its answer. Everything here
+blocks, and raises JobsUnavailable if the database cannot be used.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sql
+from sqlalchemy.engine import RowMapping
+
+from sfumato.api.jobs import servers
+from sfumato.errors import JobsUnavailable
+from sfumato.settings import Settings
+
+log = logging.getLogger(__name__)
+
+LEASE_S = 30.0
+"""Seconds without a sign of life after which a server on another machine counts as dead. Their clocks must agree to
+within half of it."""
+
+LOCKED_S = 5
+"""Seconds to wait for SQLite's file while another process writes."""
+
+WAL_BYTES = 2**24
+"""What SQLite's log shrinks to once a larger one was written into the database."""
+
+LOW_WATER = 0.95
+"""Fraction of the limit to shrink to once it is exceeded."""
+
+OPEN = "open"
+"""State of a job that has not ended; otherwise it is completed, failed or cancelled."""
+
+TABLES = sql.MetaData()
+
+JOBS = sql.Table(
+    "jobs",
+    TABLES,
+    sql.Column("id", sql.String(32), primary_key=True),
+    sql.Column("caller", sql.String(255), nullable=False),
+    sql.Column("key", sql.String(64), unique=True),
+    sql.Column("fingerprint", sql.String(64), nullable=False),
+    sql.Column("secret", sql.String(32), nullable=False),
+    sql.Column("created", sql.Double, nullable=False),
+    sql.Column("ended", sql.Double),
+    sql.Column("state", sql.String(16), nullable=False),
+    sql.Column("respond_async", sql.Boolean, nullable=False),
+    sql.Column("cancelled", sql.Boolean, nullable=False),
+    sql.Column("server", sql.String(255), nullable=False),
+    sql.Column("lives", sql.Integer, nullable=False),
+    sql.Column("bytes", sql.BigInteger, nullable=False),
+    sql.Column("request", sql.Text, nullable=False),
+    sql.Column("status", sql.Integer),
+    sql.Column("headers", sql.Text),
+    sql.Column("body", sql.LargeBinary),
+    sql.Column("answer", sql.LargeBinary),
+    sql.Index("jobs_by_state", "state", "created"),
+    sql.Index("jobs_newest", "created", "id"),
+)
+"""`key` is a digest; `created` and `ended` are seconds since 1970; `request` and `headers` are JSON. `body` is that of
+the request, until the job has ended. Large columns stand last: SQLite reads the others without them."""
+
+SERVERS = sql.Table(
+    "servers",
+    TABLES,
+    sql.Column("name", sql.String(255), primary_key=True),
+    sql.Column("seen", sql.Double, nullable=False),
+)
+"""Servers that carry out jobs, and when each last said so. Not a column of `jobs`: SQLite writes a row as a whole."""
+
+_HEAD = [column for column in JOBS.c if column.name not in ("body", "answer")]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A response, without the headers that every response gets."""
+
+    status: int
+    headers: Sequence[tuple[str, str]]
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredJob:
+    """A row, without the bodies."""
+
+    id: str
+    caller: str
+    key: str | None = None
+    fingerprint: str
+    secret: str
+    created: float
+    ended: float | None = None
+    state: str = OPEN
+    respond_async: bool
+    cancelled: bool = False
+    """Whether its caller wants it to end."""
+    server: str
+    lives: int = 1
+    """How often it was begun: once, and again after each death of its server."""
+    request: Mapping[str, Any]
+    """Its ASGI scope, as far as it matters."""
+    status: int | None = None
+
+    @property
+    def open(self) -> bool:
+        return self.state == OPEN
+
+    @property
+    def request_id(self) -> str:
+        return str(self.request["request_id"])
+
+
+class JobStore:
+    """Blocks: call it from a thread. `url` is an SQLAlchemy URL; tables are created on first use."""
+
+    def __init__(self, url: str, *, max_age_s: float, max_bytes: int) -> None:
+        self.server = servers.new_name()
+        """Of this process; it stands in the rows that it carries out."""
+        self._max_age_s = max_age_s
+        self._max_bytes = max_bytes
+        self._lock = threading.Lock()
+        self._ready = False
+        try:
+            self.engine = sql.create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
+        except (sql.exc.ArgumentError, sql.exc.NoSuchModuleError, ModuleNotFoundError) as error:
+            raise ValueError(
+                f"database: {error}; sqlite:///FILE is valid, and postgresql+psycopg://... with psycopg installed"
+            ) from None
+        if self.engine.dialect.name == "sqlite":
+            if self.engine.url.database in (None, "", ":memory:"):
+                raise ValueError(f"database: {url} keeps nothing; sqlite:///FILE is valid")
+            sql.event.listen(self.engine, "connect", _sqlite)
+
+    @classmethod
+    def of(cls, settings: Settings) -> JobStore:
+        """From the settings. Raises ValueError for a URL that SQLAlchemy does not accept."""
+        url = settings.database or f"sqlite:///{(settings.data / 'jobs.db').absolute()}"
+        return cls(url, max_age_s=settings.jobs_max_age_h * 3600, max_bytes=settings.jobs_max_mb * 2**20)
+
+    def accept(self, job: StoredJob, body: bytes) -> StoredJob | None:
+        """Store a new job for this server. Returns the job that has its key already, if there is one, and stores none.
+
+        Once it has returned None, the job survives a power cut.
+        """
+        row = _row(job) | {"body": body, "bytes": len(body), "server": self.server}
+        try:
+            with self._begin() as connection:
+                if job.key and (found := self._by_key(connection, job.key)):
+                    return found
+                self._sign_of_life(connection)
+                connection.execute(sql.insert(JOBS), [row])
+        except _Taken:  # by another request, since it was looked up
+            with self._begin() as connection:
+                if job.key and (found := self._by_key(connection, job.key)):
+                    return found
+            raise JobsUnavailable("Idempotency-Key: it is being used by another request; try again") from None
+        return None
+
+    def get(self, id: str, caller: str | None = None) -> StoredJob | None:
+        """The job of that id (and caller), or None."""
+        clauses = [JOBS.c.id == id] + ([] if caller is None else [JOBS.c.caller == caller])
+        with self._begin() as connection:
+            row = connection.execute(sql.select(*_HEAD).where(*clauses)).mappings().first()
+        return _job(row) if row else None
+
+    def body(self, id: str) -> bytes | None:
+        """The body of the request of a job of this server; None if it has ended, or is another's."""
+        mine = (JOBS.c.id == id, JOBS.c.state == OPEN, JOBS.c.server == self.server)
+        with self._begin() as connection:
+            row = connection.execute(sql.select(JOBS.c.body).where(*mine)).first()
+        return bytes(row[0]) if row else None
+
+    def answer(self, id: str) -> Answer | None:
+        """The answer of a job that has ended; None if it has not, or has expired."""
+        columns = (JOBS.c.status, JOBS.c.headers, JOBS.c.answer)
+        with self._begin() as connection:
+            row = connection.execute(sql.select(*columns).where(JOBS.c.id == id, JOBS.c.state != OPEN)).first()
+        return Answer(row[0], [(name, value) for name, value in json.loads(row[1])], bytes(row[2])) if row else None
+
+    def page(self, caller: str | None, *, before: tuple[float, str] | None, limit: int) -> tuple[list[StoredJob], bool]:
+        """Jobs, newest first (None: everybody's), and whether there are more."""
+        clauses = [] if caller is None else [JOBS.c.caller == caller]
+        if before:
+            clauses.append(sql.tuple_(JOBS.c.created, JOBS.c.id) < before)
+        query = sql.select(*_HEAD).where(*clauses).order_by(JOBS.c.created.desc(), JOBS.c.id.desc())
+        with self._begin() as connection:
+            rows = connection.execute(query.limit(limit + 1)).mappings().all()
+        return [_job(row) for row in rows[:limit]], len(rows) > limit
+
+    def end(self, id: str, state: str, answer: Answer) -> bool:
+        """Store the answer of an open job of this server; False if it has ended already, or is another's now."""
+        values = {
+            "state": state,
+            "ended": time.time(),
+            "status": answer.status,
+            "headers": json.dumps(list(answer.headers)),
+            "answer": answer.body,
+            "body": None,
+            "bytes": len(answer.body),
+        }
+        mine = (JOBS.c.id == id, JOBS.c.state == OPEN, JOBS.c.server == self.server)
+        with self._begin() as connection:
+            return bool(connection.execute(sql.update(JOBS).where(*mine).values(values)).rowcount)
+
+    def forget(self, id: str) -> None:
+        """Delete an open job of this server: nothing was promised of it."""
+        mine = (JOBS.c.id == id, JOBS.c.state == OPEN, JOBS.c.server == self.server)
+        with self._begin() as connection:
+            connection.execute(sql.delete(JOBS).where(*mine))
+
+    def cancel(self, id: str) -> None:
+        """Let the server that carries it out know that it should end."""
+        with self._begin() as connection:
+            connection.execute(sql.update(JOBS).where(JOBS.c.id == id, JOBS.c.state == OPEN).values(cancelled=True))
+
+    def beat(self) -> set[str]:
+        """Say that this server lives; ids of its jobs that should end."""
+        mine = (JOBS.c.state == OPEN, JOBS.c.server == self.server, JOBS.c.cancelled)
+        with self._begin() as connection:
+            self._sign_of_life(connection)
+            return set(connection.execute(sql.select(JOBS.c.id).where(*mine)).scalars())
+
+    def claim(self, running: Collection[str]) -> list[StoredJob]:
+        """Open jobs that nobody carries out, oldest first: from now on they are this server's."""
+        with self._begin() as connection:
+            found = connection.execute(sql.select(*_HEAD).where(JOBS.c.state == OPEN).order_by(JOBS.c.created))
+            open_jobs = [_job(row) for row in found.mappings()]
+            if not open_jobs:
+                return []
+            seen = {row.name: row.seen for row in connection.execute(sql.select(SERVERS))}
+        claimed = []
+        for job in open_jobs:
+            left = job.id not in running if job.server == self.server else not _lives(job.server, seen)
+            if left and self._take_over(job):
+                claimed.append(replace(job, server=self.server, lives=job.lives + 1))
+        return claimed
+
+    def _take_over(self, job: StoredJob) -> bool:
+        theirs = (JOBS.c.id == job.id, JOBS.c.state == OPEN, JOBS.c.server == job.server)
+        values = {"server": self.server, "lives": job.lives + 1}
+        with self._begin() as connection:
+            self._sign_of_life(connection)
+            return bool(connection.execute(sql.update(JOBS).where(*theirs).values(values)).rowcount)
+
+    def expire(self) -> int:
+        """Delete ended jobs that are too old, then until the total fits; returns how many were deleted."""
+        now = time.time()
+        with self._begin() as connection:
+            old = (JOBS.c.state != OPEN, JOBS.c.ended < now - self._max_age_s)
+            deleted = connection.execute(sql.delete(JOBS).where(*old)).rowcount
+            names = connection.execute(sql.select(SERVERS)).all()
+            if gone := [row.name for row in names if not _lives(row.name, {row.name: row.seen})]:
+                connection.execute(sql.delete(SERVERS).where(SERVERS.c.name.in_(gone)))
+            total = int(connection.execute(sql.select(sql.func.sum(JOBS.c.bytes))).scalar() or 0)
+            if total > self._max_bytes:
+                columns = sql.select(JOBS.c.id, JOBS.c.caller, JOBS.c.bytes).where(JOBS.c.state != OPEN)
+                ended = [(row.id, row.caller, row.bytes) for row in connection.execute(columns.order_by(JOBS.c.ended))]
+                surplus = _surplus(ended, total - int(self._max_bytes * LOW_WATER))
+                for id in surplus:
+                    connection.execute(sql.delete(JOBS).where(JOBS.c.id == id))
+                deleted += len(surplus)
+        if deleted and self.engine.dialect.name == "sqlite":
+            with self._begin() as connection:
+                file: Any = connection.connection.driver_connection
+                file.executescript("PRAGMA incremental_vacuum")  # it becomes smaller; `execute` would free one page
+        return deleted
+
+    def leave(self) -> None:
+        """This server carries out nothing any more: others, and the next one here, may take its open jobs at once."""
+        with self._begin() as connection:
+            connection.execute(sql.delete(SERVERS).where(SERVERS.c.name == self.server))
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+    def _by_key(self, connection: sql.Connection, key: str) -> StoredJob | None:
+        """Deletes it if it has expired."""
+        row = connection.execute(sql.select(*_HEAD).where(JOBS.c.key == key)).mappings().first()
+        if row and row["ended"] is not None and row["ended"] < time.time() - self._max_age_s:
+            connection.execute(sql.delete(JOBS).where(JOBS.c.id == row["id"]))
+            return None
+        return _job(row) if row else None
+
+    def _sign_of_life(self, connection: sql.Connection) -> None:
+        mine = sql.update(SERVERS).where(SERVERS.c.name == self.server).values(seen=time.time())
+        if not connection.execute(mine).rowcount:
+            connection.execute(sql.insert(SERVERS), [{"name": self.server, "seen": time.time()}])
+
+    def _create_tables(self) -> None:
+        file = self.engine.url.database or ""
+        if self.engine.dialect.name == "sqlite" and not file.startswith("file:"):
+            Path(file).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            TABLES.create_all(self.engine)
+        except (sql.exc.IntegrityError, sql.exc.ProgrammingError):  # another server creates them just now
+            TABLES.create_all(self.engine)
+
+    @contextmanager
+    def _begin(self) -> Iterator[sql.Connection]:
+        """A transaction, whose errors are JobsUnavailable; `_Taken` for a key or an id that exists already."""
+        try:
+            with self._lock:
+                if not self._ready:
+                    self._create_tables()
+                    self._ready = True
+            with self.engine.begin() as connection:
+                yield connection
+        except sql.exc.IntegrityError as error:
+            raise _Taken from error
+        except (OSError, sql.exc.SQLAlchemyError) as error:
+            cause = getattr(error, "orig", None) or error
+            raise JobsUnavailable(
+                f"the database of jobs cannot be used ({cause}): nothing was accepted. Try again later, or send the "
+                "request without `Prefer: respond-async` and `Idempotency-Key`. The operator's remedies: free space on "
+                "its disk, its permissions, the setting database."
+            ) from error
+
+
+class _Taken(Exception):
+    """A row with this key exists already."""
+
+
+def _lives(server: str, seen: Mapping[str, float]) -> bool:
+    return not servers.has_died(server) and time.time() - seen.get(server, 0.0) < LEASE_S
+
+
+def _surplus(ended: Sequence[tuple[str, str, int]], size: int) -> list[str]:
+    """Ids to delete until `size` bytes are free: (id, caller, bytes), the oldest of the caller that has most first.
+
+    The newest of all stays.
+    """
+    of_caller: dict[str, list[tuple[str, int]]] = {}
+    for id, caller, count in ended[:-1]:
+        of_caller.setdefault(caller, []).append((id, count))
+    totals = {caller: sum(count for _, count in jobs) for caller, jobs in of_caller.items()}
+    chosen: list[str] = []
+    nexts = dict.fromkeys(of_caller, 0)
+    while size > 0 and totals:
+        caller = max(totals, key=lambda each: totals[each])
+        id, count = of_caller[caller][nexts[caller]]
+        nexts[caller] += 1
+        chosen.append(id)
+        size -= count
+        totals[caller] -= count
+        if nexts[caller] == len(of_caller[caller]):
+            del totals[caller]
+    return chosen
+
+
+def _sqlite(connection: Any, _: Any) -> None:
+    cursor = connection.cursor()
+    cursor.execute(f"PRAGMA busy_timeout={LOCKED_S * 1000}")
+    cursor.execute("PRAGMA auto_vacuum=INCREMENTAL")  # of a new file; see `expire`
+    cursor.execute("PRAGMA journal_mode=WAL")  # readers do not wait for a writer
+    cursor.execute(f"PRAGMA journal_size_limit={WAL_BYTES}")
+    cursor.execute("PRAGMA synchronous=FULL")  # what is committed survives a power cut
+    cursor.close()
+
+
+def _row(job: StoredJob) -> dict[str, Any]:
+    row = {column.name: getattr(job, column.name) for column in _HEAD if column.name not in ("bytes", "headers")}
+    return row | {"request": json.dumps(job.request)}
+
+
+def _job(row: RowMapping) -> StoredJob:
+    values: dict[str, Any] = {str(name): value for name, value in row.items() if name not in ("bytes", "headers")}
+    return StoredJob(**values | {"request": json.loads(row["request"])})
