@@ -185,13 +185,15 @@ def metrics_page() -> str:
         "",
         "`GET /metrics` answers in Prometheus' text format. Times are seconds, sizes bytes. `route` is a path template",
         "(`none`: no such route), `code` an error's code. The API process adds Prometheus' own `process_*`;",
-        "`sfumato_worker_memory_bytes` is that of the worker process.",
+        "`sfumato_worker_memory_bytes` is that of the worker process. With several [devices](../guides/scale.md) what",
+        "belongs to one has its name as the label `device`; with one worker it has no such label.",
         "",
         "| metric | kind | labels | what it is |",
         "|---|---|---|---|",
     ]
-    for each in (*metrics.EVENT_METRICS, *metrics.SNAPSHOT_METRICS):
-        labels = ", ".join(f"`{label}`" for label in each.labels) or "–"
+    for each in (*metrics.EVENT_METRICS, *metrics.SNAPSHOT_METRICS, *metrics.DEVICE_METRICS):
+        of_devices = ["`device` (of several)"] if isinstance(each, metrics.DeviceMetric) else []
+        labels = ", ".join([*of_devices, *(f"`{label}`" for label in each.labels)]) or "–"
         lines.append(f"| `{each.name}` | {each.kind} | {labels} | {each.help} |")
     return "\n".join([*lines, ""])
 

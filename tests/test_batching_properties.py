@@ -110,7 +110,7 @@ def test_each_ends_once_with_its_own_numbers(script: Any, cap: int, active: int,
     largest = max((plan["rows"] for plan in plans), default=0)
     assert max(module.seen, default=0) <= max(cap, largest)
     assert not batcher._active
-    assert not batcher._queue
+    assert not any(batcher._queues)
 
 
 @given(actions, st.integers(4, 6))

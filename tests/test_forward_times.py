@@ -102,6 +102,17 @@ def test_no_more_is_lost_for_short_requests_than_their_share() -> None:
     assert 0.9 * SHARE < lost / spent < 1.01 * SHARE
 
 
+def test_low_rows_ride_along_as_far_as_a_forward_pass_bears_them_however_short_it_is() -> None:
+    """Their work is no reason to make interactive requests slower: there is no account of what is lost."""
+    quick = {rows: seconds / 64 for rows, seconds in CPU.items()}
+    known = learned(quick)
+    assert [known.rides(SHAPE, 2, most) for most in (2, 4, 8)] == [2, 3, 3]
+    assert known.rides(SHAPE, 4, 8) == 5, "1.25 times as long, by what lies between 4 and 6 rows"
+    assert learned({2: 1.0, 8: 1.1}).rides(SHAPE, 2, 8) == 8
+    assert ForwardTimes().rides(SHAPE, 2, 8) == 2, "how long it takes alone is measured first"
+    assert learned({2: 1.0}).rides(SHAPE, 2, 8) == 8, "and then it is tried"
+
+
 # The whole: six requests of 50 steps are under way, and one of four steps comes.
 
 CPU = {2: 1.0, 4: 1.5, 6: 2.0, 8: 2.5}

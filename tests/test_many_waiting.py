@@ -32,7 +32,7 @@ def test_row_19_a_thousand_wait_and_everybody_can_ask(tmp_path: Path) -> None:
         ]
         for each in work:
             each.start()
-        waits = "sfumato_queue_depth"
+        waits = 'sfumato_queue_depth{priority="interactive"}'
         within(300, lambda: f"{waits} {WAITING - 1:.1f}" in server.client.get("/metrics").text)  # one place is kept
 
         with answerable(server.url, server.pid):

@@ -21,8 +21,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from sfumato import logs
 from sfumato.commands import serve
 from sfumato.core import EngineStats
+from sfumato.engine.protocol import DeviceState
 from sfumato.errors import SfumatoError
-from sfumato.serving.metrics import EVENT_METRICS, SNAPSHOT_METRICS, Metrics
+from sfumato.serving.metrics import DEVICE_METRICS, EVENT_METRICS, SNAPSHOT_METRICS, Metrics
 from sfumato.settings import Settings
 from support.inside import DRAW, Inside, running
 from support.serving import Server
@@ -70,21 +71,22 @@ def value(text: str, name: str, **labels: str) -> float:
 
 
 def rendered(metrics: Metrics, **moment: Any) -> str:
-    moment = {"ready": True, "queue_depth": 0, "running": 0, "stats": EngineStats()} | moment
+    devices = [DeviceState("auto", True, "", 0, moment.pop("stats", EngineStats()), {})]
+    moment = {"ready": True, "queue_depth": {}, "running": {}, "devices": devices} | moment
     return metrics.render(**moment).decode()
 
 
 def test_every_metric_is_rendered_once() -> None:
     metrics = Metrics()
     metrics.record_http("/v1/images/generations", "POST", 200, 1.5)
-    metrics.record_wait(0.2)
-    metrics.record_picture("m", 3.0)
+    metrics.record_wait("interactive", 0.2)
+    metrics.record_picture("m", "batch", 3.0)
     metrics.record_failure("m", "worker_died")
     metrics.record_rejection("rate_limit_exceeded")
     text = rendered(metrics, stats=EngineStats(batch_sizes={1: 2}))
     declared = [name for name in re.findall(r"^# TYPE (\S+)", text, re.MULTILINE) if name.startswith("sfumato_")]
     assert set(declared) - {f"{each.name.removesuffix('_total')}_created" for each in EVENT_METRICS} == {
-        each.name for each in (*EVENT_METRICS, *SNAPSHOT_METRICS)
+        each.name for each in (*EVENT_METRICS, *SNAPSHOT_METRICS, *DEVICE_METRICS)
     }
     assert len(declared) == len(set(declared))
     assert value(text, "process_resident_memory_bytes") > 1e6
@@ -93,15 +95,15 @@ def test_every_metric_is_rendered_once() -> None:
 def test_what_is_counted() -> None:
     metrics = Metrics()
     for seconds in (0.2, 4.0):
-        metrics.record_picture("m", seconds)
-    metrics.record_wait(0.3)
+        metrics.record_picture("m", "batch", seconds)
+    metrics.record_wait("interactive", 0.3)
     metrics.record_failure("m", "worker_died")
     metrics.record_rejection("rate_limit_exceeded")
     text = rendered(metrics)
-    assert value(text, "sfumato_picture_seconds_count", model="m") == 2
-    assert value(text, "sfumato_picture_seconds_sum", model="m") == 4.2
-    assert value(text, "sfumato_picture_seconds_bucket", model="m", le="1.0") == 1
-    assert value(text, "sfumato_queue_wait_seconds_sum") == 0.3
+    assert value(text, "sfumato_picture_seconds_count", model="m", priority="batch") == 2
+    assert value(text, "sfumato_picture_seconds_sum", model="m", priority="batch") == 4.2
+    assert value(text, "sfumato_picture_seconds_bucket", model="m", priority="batch", le="1.0") == 1
+    assert value(text, "sfumato_queue_wait_seconds_sum", priority="interactive") == 0.3
     assert value(text, "sfumato_failures_total", model="m", code="worker_died") == 1
     assert value(text, "sfumato_rejected_total", code="rate_limit_exceeded") == 1
     assert "worker_died" not in rendered(Metrics())
@@ -114,10 +116,10 @@ def test_what_is_read() -> None:
         unbatched={("unet", "refused"): 6, ("vae", "changed_module"): 1},
         prompt_hits=11, prompt_misses=12, prompt_cache_bytes=13,
     )  # fmt: skip
-    text = rendered(Metrics(), ready=False, queue_depth=7, running=6, stats=stats)
+    text = rendered(Metrics(), ready=False, queue_depth={"batch": 7}, running={"interactive": 6}, stats=stats)
     assert value(text, "sfumato_ready") == 0
-    assert value(text, "sfumato_queue_depth") == 7
-    assert value(text, "sfumato_running_pictures") == 6
+    assert value(text, "sfumato_queue_depth", priority="batch") == 7
+    assert value(text, "sfumato_running_pictures", priority="interactive") == 6
     assert value(text, "sfumato_forwards_total") == 9
     assert value(text, "sfumato_batch_size_forwards_total", size="1") == 2
     assert value(text, "sfumato_batch_size_forwards_total", size="4") == 3
@@ -134,6 +136,19 @@ def test_what_is_read() -> None:
     assert value(text, "sfumato_resident_models") == 2
     assert value(text, "sfumato_worker_memory_bytes") == 123456
     assert value(text, "sfumato_device_memory_bytes") == 789
+
+
+def test_several_devices_are_told_apart_by_a_label() -> None:
+    one = DeviceState("cuda:0", True, "", 3, EngineStats(steps=4, model_bytes={"m": 7}), {})
+    other = DeviceState("cuda:1", False, "it has gone", 0, EngineStats(steps=5, batch_sizes={2: 6}), {})
+    text = rendered(Metrics(), devices=[one, other])
+    assert value(text, "sfumato_steps_total", device="cuda:0") == 4
+    assert value(text, "sfumato_steps_total", device="cuda:1") == 5
+    assert value(text, "sfumato_device_ready", device="cuda:0") == 1
+    assert value(text, "sfumato_device_ready", device="cuda:1") == 0
+    assert value(text, "sfumato_device_pictures", device="cuda:0") == 3
+    assert value(text, "sfumato_model_memory_bytes", device="cuda:0", model="m") == 7
+    assert value(text, "sfumato_batch_size_forwards_total", device="cuda:1", size="2") == 6
 
 
 def test_metrics_over_http(inside: Inside) -> None:
@@ -155,8 +170,8 @@ def test_metrics_over_http(inside: Inside) -> None:
     assert value(text, name, route="none", method="GET", status="404") == 1
     assert value(text, name, route="none", method="other", status="404") == 1
     assert value(text, "sfumato_http_request_seconds_count", route="/v1/images/generations", method="POST") == 2
-    assert value(text, "sfumato_picture_seconds_count", model="m") == 2
-    assert value(text, "sfumato_queue_wait_seconds_count") == 2
+    assert value(text, "sfumato_picture_seconds_count", model="m", priority="interactive") == 2
+    assert value(text, "sfumato_queue_wait_seconds_count", priority="interactive") == 2
     assert value(text, "sfumato_ready") == 1
     assert "no-such-path" not in text
     assert "ffff" not in text

@@ -5,14 +5,24 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import mean
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sfumato.batching.policy import LONGEST_LOOP, PATIENCE, Waiting, choose, repeated_keys
+from sfumato.batching.policy import (
+    LONGEST_LOOP,
+    LOW_EVERY,
+    PATIENCE,
+    Waiting,
+    bound,
+    choose,
+    low_bound,
+    low_places,
+    repeated_keys,
+)  # fmt: skip
 
 
 def call(id: int, **more: object) -> Waiting:
@@ -33,7 +43,7 @@ def test_the_oldest_leads() -> None:
 
 def test_the_caller_with_least_goes_first() -> None:
     parked = [call(0, caller="greedy"), call(1, since=1, key="b", caller="modest")]
-    assert ids(choose(parked, 2, lambda _: 8, {"greedy": 9.0, "modest": 1.0}.__getitem__)) == [1]
+    assert ids(choose(parked, 2, lambda _: 8, lambda call: {"greedy": 9.0, "modest": 1.0}[call.caller])) == [1]
 
 
 def test_a_short_request_overtakes_long_ones() -> None:
@@ -51,7 +61,10 @@ def test_the_call_that_most_are_like_goes_first() -> None:
 def test_a_larger_group_on_its_way_goes_first() -> None:
     few = call(0, key="b", repeated_keys={"a", "b"}, caller="modest")
     many = [call(n, since=1, repeated_keys={"a", "b"}, caller="greedy") for n in (1, 2)]
-    had = {"greedy": 9.0, "modest": 1.0}.__getitem__
+
+    def had(call: Waiting) -> float:
+        return {"greedy": 9.0, "modest": 1.0}[call.caller]
+
     assert ids(choose([few, *many], 2, lambda _: 8, had)) == [1, 2]
     assert ids(choose([few, *many], 2, lambda _: 2, had)) == [0]  # its forward is full: it has nobody to wait for
     assert ids(choose([few, *many], PATIENCE, lambda _: 8, had)) == [0]
@@ -92,6 +105,63 @@ def test_nothing_waits_nothing_runs() -> None:
     assert choose([], 0, lambda _: 8) == []
 
 
+# Priority and deadlines.
+
+
+def test_low_calls_wait_for_interactive_ones_whatever_else_speaks_for_them() -> None:
+    low = call(0, key="b", low=True, steps_left=1, deadline=1.0, since=10)
+    late = call(1, steps_left=50, since=20)
+    assert ids(choose([low, late], 10 + PATIENCE, lambda _: 8)) == [1]
+    assert ids(choose([low], 0, lambda _: 8)) == [0]
+
+
+def test_low_calls_fill_what_an_interactive_pass_leaves_and_bears() -> None:
+    parked = [call(0, low=True), call(1, since=1), call(2, since=1, low=True), call(3, key="b", low=True), call(4)]
+    assert ids(choose(parked, 2, lambda _: 8)) == [4, 1, 0, 2]
+    assert ids(choose(parked, 2, lambda _: 4)) == [4, 1]
+    assert ids(choose(parked, 2, lambda _: 6)) == [4, 1, 0]
+    told: list[tuple[int, int, int]] = []
+
+    def rides(leader: Waiting, rows: int, most: int) -> int:
+        told.append((leader.id, rows, most))
+        return rows
+
+    assert ids(choose(parked, 2, lambda _: 8, rides=rides)) == [4, 1]
+    assert told == [(4, 4, 8)]
+    assert ids(choose([call(0, key=None), call(1, low=True)], 2, lambda _: 8)) == [0]
+
+
+def test_riders_make_no_group_go_first() -> None:
+    leader = call(0, key="b", repeated_keys={"a", "b"})
+    coming = call(1, since=1, repeated_keys={"a", "b"})
+    riders = [call(n, low=True, repeated_keys={"a", "b"}) for n in (2, 3)]
+    assert ids(choose([leader, *riders], 2, lambda _: 8)) == [0]
+    assert ids(choose([leader, coming, *riders], 2, lambda _: 8)) == [1, 2, 3], "it may, and takes them along"
+
+
+def test_one_pass_in_so_many_is_led_by_the_low_call_that_waited_longest() -> None:
+    parked = [call(0, key="b", low=True, since=3), call(1, key="b", low=True, since=1), call(2, since=30)]
+    at = 1 + LOW_EVERY
+    assert ids(choose(parked, at - 1, lambda _: 8)) == [2], "it has not waited for long enough"
+    assert ids(choose(parked, at, lambda _: 8)) == [1, 0]
+    assert ids(choose(parked, at, lambda _: 8, low_led=2)) == [2], "another one led not long ago"
+    beside = call(3, key="b", since=29)
+    assert ids(choose([*parked, beside], at, lambda _: 6)) == [1, 3, 0], "interactive ones first, in what room is left"
+
+
+def test_the_earliest_deadline_of_a_caller_goes_first_and_overtakes_no_other_caller() -> None:
+    parked = [call(0, key="a"), call(1, key="b", deadline=9.0, steps_left=50), call(2, key="c", deadline=5.0)]
+    assert ids(choose(parked, 0, lambda _: 8)) == [2]
+    pushing = [call(0, key="a", caller="modest"), call(1, key="b", deadline=1.0, caller="pushing")]
+    received = {"modest": 1.0, "pushing": 2.0}
+    assert ids(choose(pushing, 0, lambda _: 8, lambda call: received[call.caller])) == [0]
+    assert ids(choose(parked, PATIENCE, lambda _: 8)) == [0], "and nobody for ever"
+
+
+def test_places_of_low_priority_are_half_as_many() -> None:
+    assert [low_places(places) for places in (1, 2, 3, 16)] == [1, 1, 2, 8]
+
+
 arrivals = st.lists(
     st.builds(
         call,
@@ -101,30 +171,57 @@ arrivals = st.lists(
         caller=st.sampled_from(["x", "y"]),
         steps_left=st.none() | st.integers(0, 50),
         repeated_keys=st.frozensets(st.sampled_from("abc")),
+        low=st.booleans(),
+        deadline=st.none() | st.floats(0, 100),
     ),
     min_size=1,
     max_size=12,
 )
 
 
-@given(arrivals, st.integers(1, 6), st.integers(1, 20), st.randoms(use_true_random=False))
+@given(arrivals, st.integers(1, 6), st.integers(1, 25), st.sampled_from([0, 1, 9]), st.randoms(use_true_random=False))
 @settings(max_examples=200, deadline=None)
-def test_no_call_waits_longer_than_the_bound(active: list[Waiting], room: int, patience: int, random) -> None:
-    """Requests park again and again, each time as whatever hurts most; none waits over `patience + active`."""
-    parked = {n: Waiting(n, c.key, c.rows, 0, c.caller, c.steps_left, c.repeated_keys) for n, c in enumerate(active)}
-    given_: dict[str, float] = {"x": 0.0, "y": 0.0}
-    for now in range(120):
-        group = choose(list(parked.values()), now, lambda _: room, given_.__getitem__, patience)
+def test_no_call_waits_longer_than_the_bound(
+    active: list[Waiting], room: int, patience: int, riding: int, random
+) -> None:
+    """Requests park again and again, each time as whatever hurts most and with ever earlier deadlines; none waits over
+    its bound, of low priority or not."""
+    parked = {n: replace(c, id=n) for n, c in enumerate(active)}
+    low = sum(c.low for c in active)
+    bounds = {False: bound(len(active) - low, patience), True: low_bound(low, patience)}
+    given_: Counter[tuple[str, bool]] = Counter()
+    low_led = 0
+    for now in range(400):
+        group = choose(
+            list(parked.values()), now, lambda _: room, lambda call: given_[call.caller, call.low], patience,
+            rides=lambda leader, rows, most: min(most, rows + riding), low_led=low_led,
+        )  # fmt: skip
         assert group
         assert len(group) == 1 or sum(c.rows for c in group) <= room
         assert len({c.key for c in group}) == 1
+        assert len({c.id for c in group}) == len(group)
+        low_led = now if group[0].low else low_led
+        for c in parked.values():
+            assert now - c.since <= bounds[c.low]
         for c in group:
-            assert now - c.since < patience + len(parked)
-            given_[c.caller] += c.rows
+            given_[c.caller, c.low] += c.rows
+            earlier = None if c.deadline is None else -float(now)
             shape = random.choice(active)
-            parked[c.id] = Waiting(
-                c.id, shape.key, shape.rows, now + 1, shape.caller, shape.steps_left, shape.repeated_keys
-            )
+            parked[c.id] = replace(shape, id=c.id, since=now + 1, low=c.low, deadline=earlier)
+
+
+def test_interactive_requests_lose_no_more_to_others_than_their_share() -> None:
+    """One of many steps beside low ones of other modules, for ever: 19 of 20 forward passes are its own."""
+    parked = {0: call(0, key="a"), **{n: call(n, key=f"k{n}", low=True) for n in range(1, 9)}}
+    led: Counter[bool] = Counter()
+    low_led = 0
+    for now in range(2000):
+        (leader,) = choose(list(parked.values()), now, lambda _: 8, low_led=low_led)
+        low_led = now if leader.low else low_led
+        led[leader.low] += 1
+        parked[leader.id] = replace(leader, since=now + 1)
+    assert 2000 / LOW_EVERY - 2 <= led[True] <= 2000 / LOW_EVERY
+    assert all(c.since > 2000 - low_bound(8) for c in parked.values())
 
 
 def test_the_default_patience_is_a_few_steps() -> None:
@@ -165,7 +262,7 @@ def drawn(requests: Sequence[Request], room: int = 8) -> float:
         active = [request for request in requests if request.comes <= now and not request.ended]
         for request in active:
             request.since = max(request.since, request.comes)
-        group = choose([request.waiting() for request in active], now, lambda _: room, lambda name: had[name])
+        group = choose([request.waiting() for request in active], now, lambda _: room, lambda call: had[call.caller])
         now += 1
         for request in (requests[call.id] for call in group):
             request.waits.append(now - 1 - request.since)

@@ -96,7 +96,7 @@ def test_who_leaves_before_the_turn_comes_frees_its_place_in_the_line() -> None:
         (third,) = queue.join("b", 1)
         queue.leave(first, drawn=True)
         assert third.called.is_set()
-        assert queue.mean_s is not None
+        assert queue.mean_s() is not None
 
     within_a_loop(body)
 
@@ -124,11 +124,13 @@ def by_turns(queue: Queue) -> dict[Ticket, int]:
     waiting = [ticket for line in queue._lines.values() for ticket in line]
     held, served, positions = Counter(queue._in_flight), dict(queue._served), {}
     while waiting:
-        following = min(waiting, key=lambda each: (held[each.caller], served.get(each.caller, 0), each.number))
+        following = min(
+            waiting, key=lambda each: (each.line.low, held[each.line], served.get(each.line, 0), *each.order)
+        )
         waiting.remove(following)
         positions[following] = len(positions) + 1
-        held[following.caller] += 1
-        served[following.caller] = queue._turns + len(positions)
+        held[following.line] += 1
+        served[following.line] = queue._turns + len(positions)
     return positions
 
 
@@ -242,7 +244,10 @@ def test_places_and_forwards_are_both_shared_or_one_picture_waits_for_a_hundred(
                     caller = "modest" if ticket in one else "greedy"
                     share.enter(caller, [call.caller for call in parked.values()])
                     parked[ticket] = Waiting(ticket.number, "unet", 2, forwards, caller, STEPS)
-            given = share.of if fair_forwards else lambda _: 0.0
+
+            def given(call: Waiting) -> float:
+                return share.of(call.caller) if fair_forwards else 0.0
+
             chosen = {call.id for call in choose(list(parked.values()), forwards, lambda _: 8, given)}
             for ticket in [ticket for ticket in parked if ticket.number in chosen]:
                 call = parked.pop(ticket)

@@ -48,6 +48,9 @@ QUALITIES: Mapping[str, float] = MappingProxyType(
 """OpenAI's `quality` → multiple of the model's default steps, unless the model file sets its own step count."""
 
 
+PRIORITIES = (INTERACTIVE, BATCH) = ("interactive", "batch")
+"""Classes of requests. The first is the default, and none is above it; nobody waits for the pictures of the second."""
+
 _DURATION = re.compile(r"-?(?:\d+(?:\.\d*)?|\.\d+)(?:h|ms|m|s)?(?:(?:\d+(?:\.\d*)?)(?:h|ms|m|s))*")
 _PARTS = re.compile(r"(\d+\.?\d*|\.\d+)(h|ms|m|s|$)")
 _SECONDS = {"h": 3600.0, "m": 60.0, "s": 1.0, "": 1.0, "ms": 0.001}
@@ -196,6 +199,10 @@ class Generation:
     """Seconds that the model stays in memory once it is idle; None: as its file or the server says."""
     runner: str = ""
     """`Recipe.runner` of a picture to draw again: where `accelerate` is `auto`, the choice is that one's."""
+    priority: str = INTERACTIVE
+    """A name of `PRIORITIES`. No pixel depends on it."""
+    deadline: float | None = None
+    """When it should be done, in seconds since 1970; it only orders its caller's generations."""
 
 
 @dataclass(frozen=True, slots=True)

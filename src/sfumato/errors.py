@@ -28,9 +28,11 @@
     ├── StorageError                  507 storage_failed         a picture could not be written
     ├── JobsUnavailable               503 jobs_unavailable       their database cannot be used; carries retry_after
     ├── TimedOut                      504 timeout
+    │   └── DeadlineExceeded          504 deadline_exceeded      nothing of it had begun by its own deadline
     ├── NotInstalled                  501 not_installed          the route needs an extra of the package
     ├── ServerStops                   503 server_stopping        the server was stopped before the answer was ready
     └── WorkerDied                    503 worker_died
+        └── NoWorker                  503 worker_died            its device has no worker; another device may draw it
 
 A message names the field at fault, its value, what is valid and what to do. Errors cross the
 pipe between the processes, so each can be pickled with all its attributes.
@@ -230,6 +232,10 @@ class TimedOut(SfumatoError):
     code = "timeout"
 
 
+class DeadlineExceeded(TimedOut):
+    code = "deadline_exceeded"
+
+
 class NotInstalled(SfumatoError):
     status = 501
     code = "not_installed"
@@ -245,6 +251,14 @@ class WorkerDied(SfumatoError):
     status = 503
     code = "worker_died"
     retry = True
+
+
+class NoWorker(WorkerDied):
+    """`deaths`: workers that died while the request was drawn, each perhaps of it."""
+
+    def __init__(self, message: str, *, deaths: int = 0) -> None:
+        super().__init__(message)
+        self.deaths = deaths
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

@@ -7,6 +7,8 @@ Each field is read from, in this order: the command line (`--max-pixels`), the e
 from __future__ import annotations
 
 import os
+import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
@@ -16,7 +18,24 @@ from sfumato.core import keep_alive_seconds
 
 PREFIX = "SFUMATO_"
 
+_DEVICE = re.compile(r"cpu|mps|(cuda|xpu)(:[0-9]{1,3})?")
+
 _FLAGS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+
+
+def device_names(text: str) -> list[str]:
+    """The items of the setting `devices`, as torch names them; `auto` stands alone. Raises ValueError."""
+    if text.strip() == "auto":
+        return ["auto"]
+    names = [name.strip() for name in text.split(",")] if text else []
+    for name in names:
+        if not _DEVICE.fullmatch(name):
+            raise ValueError(f"{name!r} is no device: write auto, or a list of cuda:0, cuda:1, xpu:0, mps, cpu")
+    names = [f"{name}:0" if name in ("cuda", "xpu") else name for name in names]
+    for name, count in Counter(names).items():
+        if count > 1 and name != "cpu":
+            raise ValueError(f"{name} is named {count} times; only cpu may have several workers")
+    return names
 
 
 def _setting(default: Any, help: str, *, secret: bool = False, **limits: Any) -> Any:
@@ -38,6 +57,12 @@ class Settings:
     device: str = _setting(
         "auto", "Device for every model: auto (as the model file says), cpu, cuda, cuda:1, mps, xpu."
     )
+    devices: str = _setting(
+        "",
+        "Devices that draw at the same time, each with a worker process of its own: auto (every accelerator of this "
+        "machine), or a list such as cuda:0,cuda:1. It takes the place of `device`. Empty: one worker, on `device`.",
+        check=device_names,
+    )
     loaded_models: int = _setting(
         2, "Maximum models on a device, or in memory without one; the least recently used leaves.", least=1
     )
@@ -50,7 +75,7 @@ class Settings:
     main_memory_mb: int = _setting(
         0,
         "Main memory for idle models that left an accelerator for another, in MiB: they come back without being read "
-        "from disk. 0: what is free, but a tenth; -1: none.",
+        "from disk. 0: what is free, but a tenth; -1: none. With several `devices` each worker has its part of it.",
         least=-1,
     )
     vram_headroom: int = _setting(
@@ -73,7 +98,12 @@ class Settings:
         "", "Folder for converted models and what was measured of them; empty: `runners` in the data folder."
     )
     max_batch: int = _setting(8, "Largest batch of a forward pass, in rows; guidance takes two per picture.", least=1)
-    max_active: int = _setting(16, "Maximum pictures drawn at the same time; others wait.", least=1)
+    max_active: int = _setting(
+        16,
+        "Maximum pictures drawn at the same time on each device, besides half as many of the priority batch; "
+        "others wait.",
+        least=1,
+    )
     max_queue: int = _setting(64, "Maximum pictures in the queue; further ones get a 429.", least=1)
     hang_s: int = _setting(1800, "Seconds after which a drawing worker that sends nothing is replaced.", least=1)
     grace_s: int = _setting(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 from sfumato.config import ModelConfig
 from sfumato.core import Done, EngineStats, Event, Failed, Generation, ModelStatus, Recipe, Step
-from sfumato.engine.protocol import OnPlace
+from sfumato.engine.protocol import DeviceState, OnDevice, OnPlace
 from sfumato.errors import DrawError
 from sfumato.sampling import Sampling
 
@@ -18,6 +18,8 @@ class FakeEngine:
     ready = True
     stats = EngineStats()
     on_place: OnPlace
+    on_device: OnDevice
+    on_places: Callable[[int], None]
 
     def __init__(self) -> None:
         self.seen: list[Generation] = []
@@ -26,6 +28,10 @@ class FakeEngine:
         self.hold.set()
         self.fail: set[int] = set()
         self.arrived: asyncio.Queue[int] = asyncio.Queue()
+
+    @property
+    def devices(self) -> Sequence[DeviceState]:
+        return [DeviceState("auto", self.ready, "", len(self.seen) - len(self.closed), self.stats, {})]
 
     async def start(self) -> None: ...
 

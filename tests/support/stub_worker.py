@@ -22,8 +22,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from sfumato.core import Done, Generation, Recipe, Step
-from sfumato.engine.protocol import Answer, Cancel, Ready, Started, Status, Stop, Submit
+from sfumato.core import Done, Failed, Generation, ModelStatus, Recipe, Step
+from sfumato.engine.protocol import Answer, Cancel, Ready, Started, Status, Stop, Submit, Unusable
+from sfumato.errors import ModelTooLarge
 from sfumato.process import wire
 from sfumato.sampling import Sampling
 
@@ -33,7 +34,7 @@ PNG = base64.b64decode(
 )
 """What it draws, whatever it is asked for."""
 TOTAL = 4
-"""Steps of each picture."""
+"""Steps of a picture that does not say how many."""
 
 
 def stub(folder: Path, *beginnings: str) -> list[str]:
@@ -42,7 +43,8 @@ def stub(folder: Path, *beginnings: str) -> list[str]:
 
 
 def gate_of(folder: Path) -> Path:
-    """While this file exists, workers that begin with "gated" wait before their handshake."""
+    """While this file exists, workers that begin with "gated" wait before their handshake, and pictures of the prompt
+    "gated" after their first step."""
     return folder / "gate"
 
 
@@ -98,6 +100,14 @@ def hang(sock: socket.socket) -> None:
         time.sleep(60)
 
 
+def unusable(sock: socket.socket) -> None:
+    """Its device is."""
+    sock.sendall(wire.pack(Unusable("the device is not usable: it has gone")))
+    while sock.recv(1 << 16):  # until the other side has read that, and closes
+        pass
+    os._exit(0)
+
+
 def deaf(sock: socket.socket) -> None:
     """It is there, and has closed its end."""
     sock.close()
@@ -109,19 +119,28 @@ MISBEHAVIOUR: Mapping[str, Callable[[socket.socket], None]] = {
     "die": die,
     "hang": hang,
     "deaf": deaf,
+    "unusable": unusable,
 }
 BEGINNINGS = ("well", "gated", "stdout noise", *MISBEHAVIOUR)
 DRAWINGS = tuple(MISBEHAVIOUR)
 
 
-def draw(generation: Generation, sock: socket.socket) -> None:
+def wait_at_gate(counter: Path) -> None:
+    while gate_of(counter.parent).exists():
+        time.sleep(0.01)
+
+
+def draw(generation: Generation, sock: socket.socket, counter: Path) -> None:
     id = generation.id
     sock.sendall(wire.pack(Started(id)))
-    for step in range(1, TOTAL + 1):
-        sock.sendall(wire.pack(Answer(id, Step(step, TOTAL))))
+    total = generation.sampling.steps or TOTAL
+    for step in range(1, total + 1):
+        if step == 2 and generation.prompt == "gated":
+            wait_at_gate(counter)
+        sock.sendall(wire.pack(Answer(id, Step(step, total))))
     recipe = Recipe(
         model="m", source="stub", pipeline="Stub", prompt=generation.prompt, seed=generation.seed,
-        sampling=Sampling(width=8, height=8, steps=TOTAL, scheduler="stub"),
+        sampling=Sampling(width=8, height=8, steps=total, scheduler="stub"),
         image_sha256=(), mask_sha256=None, device="cpu", dtype="fp32",
     )  # fmt: skip
     sock.sendall(wire.pack(Answer(id, Done(PNG, recipe))))
@@ -132,6 +151,9 @@ def obey(submit: Submit, sock: socket.socket, counter: Path) -> None:
     once = prompt.startswith("once:")
     name = prompt.removeprefix("once:")
     seen = counter.with_name(f"seen {submit.generation.id}")
+    if prompt == f"too large for {counter.parent.name}":
+        sock.sendall(wire.pack(Answer(submit.generation.id, Failed(ModelTooLarge("it needs another device")))))
+        return
     if name == "vanish":
         die(sock)  # before it said that it started
     if name in MISBEHAVIOUR and not (once and seen.exists()):
@@ -140,7 +162,8 @@ def obey(submit: Submit, sock: socket.socket, counter: Path) -> None:
         sock.sendall(wire.pack(Answer(submit.generation.id, Step(1, TOTAL))))
         MISBEHAVIOUR[name](sock)
     else:
-        draw(submit.generation, sock)
+        sock.sendall(wire.pack(Status(submit.config.name, ModelStatus("ready"))))
+        draw(submit.generation, sock, counter)
 
 
 def main(counter: Path, beginnings: list[str], fd: int) -> None:
@@ -152,8 +175,7 @@ def main(counter: Path, beginnings: list[str], fd: int) -> None:
     if beginning == "stdout noise":
         print("noise on stdout " * 1000, flush=True)
     elif beginning == "gated":
-        while gate_of(counter.parent).exists():
-            time.sleep(0.01)
+        wait_at_gate(counter)
     elif beginning != "well":
         MISBEHAVIOUR[beginning](sock)
     wire.receive(sock)  # the settings

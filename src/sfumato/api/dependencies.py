@@ -9,7 +9,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeAlias
 
-from fastapi import Depends, Request
+from fastapi import Depends, Header, Request
+from pydantic import Field
 
 from sfumato.api.http.auth import caller_of
 from sfumato.pictures.gallery import Gallery
@@ -31,6 +32,20 @@ TheGallery: TypeAlias = Annotated[Gallery, Depends(part("gallery"))]
 TheStore: TypeAlias = Annotated[Store, Depends(part("store"))]
 
 
+MAX_DEADLINE_MS = 86_400_000
+"""A day."""
+
+DeadlineMs: TypeAlias = Annotated[
+    Annotated[int, Field(ge=1, le=MAX_DEADLINE_MS)] | None,
+    Header(
+        alias="x-deadline-ms",
+        description="Milliseconds from the arrival of the request within which its pictures are wanted. It puts the "
+        "request before others of its caller that are due later. A request of which nothing has begun by then is a "
+        "504; one that has begun is drawn to its end, with a warning.",
+    ),
+]
+
+
 @dataclass(frozen=True, slots=True)
 class Context:
     """The arguments of a drawing route besides its body."""
@@ -38,10 +53,20 @@ class Context:
     request: Request
     service: Service
     gallery: Gallery
+    deadline: float | None = None
+    """When the request should be done, in seconds since 1970."""
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What the request says besides its body, as fields of an `ImageRequest`."""
+        return {"caller": caller_of(self.request), "id": self.request.state.request_id, "deadline": self.deadline}
 
 
-async def _context(request: Request, service: TheService, gallery: TheGallery) -> Context:
-    return Context(request, service, gallery)
+async def _context(
+    request: Request, service: TheService, gallery: TheGallery, deadline_ms: DeadlineMs = None
+) -> Context:
+    deadline = None if deadline_ms is None else request.state.arrived + deadline_ms / 1000
+    return Context(request, service, gallery, deadline)
 
 
 TheContext: TypeAlias = Annotated[Context, Depends(_context)]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Annotated, Any, TypeAlias
 
 from pydantic import AliasChoices, BeforeValidator, Field, WithJsonSchema
 
-from sfumato.core import MAX_SEED, keep_alive_seconds
+from sfumato.core import BATCH, INTERACTIVE, MAX_SEED, PRIORITIES, keep_alive_seconds
 from sfumato.sampling import Parameter
 from sfumato.serving.planning import RANDOM_SEED
 
@@ -16,6 +18,12 @@ MAX_COUNT = 1000
 
 MAX_SIDE = 100_000
 """Well above any server's own limit, the setting max_side."""
+
+
+SERVICE_TIERS: Mapping[str, str] = MappingProxyType(
+    {"flex": BATCH, **dict.fromkeys(("auto", "default", "scale", "priority"), INTERACTIVE)}
+)
+"""OpenAI's `service_tier` → a name of `PRIORITIES`. No tier is above the default."""
 
 
 def _blank_is_absent(value: Any) -> Any:
@@ -35,6 +43,16 @@ def number_within(value: Any, least: float, most: float) -> float:
     return number
 
 
+def _priority(value: Any) -> Any:
+    """A name of `PRIORITIES`, or a tier of OpenAI's. Raises ValueError for others."""
+    name = value.strip().lower() if isinstance(value, str) else value
+    if name in (None, ""):
+        return INTERACTIVE
+    if not isinstance(name, str) or name not in {*PRIORITIES, *SERVICE_TIERS}:
+        raise ValueError(f"{' and '.join(PRIORITIES)} are valid; {BATCH} waits for all others")
+    return SERVICE_TIERS.get(name, name)
+
+
 BLANK = BeforeValidator(_blank_is_absent)
 Text: TypeAlias = Annotated[str | None, BLANK]
 Seed: TypeAlias = Annotated[Annotated[int, Field(ge=RANDOM_SEED, le=MAX_SEED)] | None, BLANK]
@@ -43,6 +61,16 @@ KeepAlive: TypeAlias = Annotated[
     BeforeValidator(lambda value: None if value is None else keep_alive_seconds(value)),
     BLANK,
     WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "string"}, {"type": "null"}]}),
+]
+Priority: TypeAlias = Annotated[
+    str,
+    BeforeValidator(_priority),
+    WithJsonSchema({"anyOf": [{"enum": [*PRIORITIES], "type": "string"}, {"type": "null"}]}),
+    Field(
+        validation_alias=AliasChoices("priority", "service_tier"),
+        description=f"`{BATCH}`: for pictures that nobody waits for; they are drawn when no others are, and a little "
+        f"beside them. `{INTERACTIVE}` or absent: as all others. Also OpenAI's `service_tier`: `flex` is `{BATCH}`.",
+    ),
 ]
 PictureCount: TypeAlias = Annotated[Annotated[int, Field(ge=1, le=MAX_COUNT)] | None, BLANK]
 Side: TypeAlias = Annotated[Annotated[int, Field(ge=1, le=MAX_SIDE)] | None, BLANK]

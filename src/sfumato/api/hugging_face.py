@@ -139,9 +139,8 @@ async def _answer(context: Context, body: InferenceBody, model: str | None) -> R
     request, service, gallery = context.request, context.service, context.gallery
     body.output_format = body.output_format or _accepted(request)
     output = answers.output_format(body, "")
-    caller = caller_of(request)
-    keep = keeper(gallery, caller, output.format, output.encode, required=False)
-    more = {"model": model, "caller": caller, "id": request.state.request_id, "keep": keep}
+    keep = keeper(gallery, caller_of(request), output.format, output.encode, required=False)
+    more = context.origin | {"model": model, "keep": keep}
 
     async def draw() -> Response:
         job = await answers.submit(service, body, more)

@@ -220,6 +220,11 @@ def _model(service: Service, config: ModelConfig) -> dict[str, Any]:
             "detail": status.detail or (abilities.problem if abilities else ""),
             "progress": status.progress,
             "memory_bytes": facts.memory_bytes if facts else None,
+            "devices": {
+                device.name: device.models[config.name].state
+                for device in service.engine.devices
+                if config.name in device.models
+            },
             "aliases": list(config.aliases),
             "description": config.description,
             "pipeline": pipeline,

@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from sfumato import __version__
 from sfumato.api.dependencies import TheService, TheStore
 from sfumato.api.http import documents, ranges
+from sfumato.core import BATCH, PRIORITIES
 from sfumato.pictures.store import MEDIA_TYPES
 from sfumato.serving.metrics import CONTENT_TYPE
 from sfumato.serving.service import Service
@@ -43,9 +44,9 @@ async def readyz(service: TheService) -> JSONResponse:
 async def metrics(service: TheService) -> Response:
     text = service.metrics.render(
         ready=not _not_ready(service),
-        queue_depth=service.queue.waiting,
-        running=service.queue.running,
-        stats=service.engine.stats,
+        queue_depth={name: service.queue.waiting_of(name == BATCH) for name in PRIORITIES},
+        running={name: service.queue.running_of(name == BATCH) for name in PRIORITIES},
+        devices=service.engine.devices,
     )
     return Response(text, headers={"content-type": CONTENT_TYPE})
 

@@ -94,6 +94,7 @@ def progress_json(progress: Progress) -> dict[str, Any]:
         "pictures_done": progress.pictures_done,
         "queue_position": progress.queue_position,
         "seconds_left": None if left is None else round(left, 1),
+        "devices": list(progress.devices),
         "kept": [{"index": index, "name": name, "seed": seed} for index, name, seed in progress.kept],
         "error": errors.shape(progress.error)["error"] if progress.error else None,
         "preview": None,

@@ -15,6 +15,8 @@ from pydantic import BaseModel, Field
 from sfumato import __version__
 from sfumato.api.dependencies import TheService, part
 from sfumato.api.http import documents
+from sfumato.core import EngineStats
+from sfumato.engine.protocol import DeviceState
 from sfumato.serving.service import Service
 
 EVERY_S = 5.0
@@ -34,10 +36,21 @@ class ModelState(BaseModel):
 
 
 class Memory(BaseModel):
-    """Memory of the worker process, in bytes."""
+    """Memory of worker processes, in bytes."""
 
     resident: int
     device: int = Field(description="Memory allocated on the accelerator.")
+
+
+class Device(BaseModel):
+    """A device that draws, with its worker process."""
+
+    name: str = Field(description="As in the setting `devices`; with one worker the setting `device`.")
+    ready: bool = Field(description="Whether its worker is up.")
+    problem: str = Field(description="Why its worker does not start; empty if it is up, or starting.")
+    pictures: int = Field(description="Pictures that it has been sent and has not answered yet.")
+    memory: Memory
+    models: dict[str, str] = Field(description="Status of each model that its worker has had to do with.")
 
 
 class Line(BaseModel):
@@ -45,7 +58,9 @@ class Line(BaseModel):
 
     waiting: int
     drawing: int
-    places: int = Field(description="Maximum pictures in flight; others wait.")
+    places: int = Field(
+        description="Maximum pictures in flight, besides those of the priority `batch`: half as many more; others wait."
+    )
     limit: int = Field(description="Maximum pictures waiting; requests beyond it get a 429.")
 
 
@@ -67,7 +82,8 @@ class ServerState(BaseModel):
     ready: bool
     keeps_pictures: bool = Field(description="Whether pictures returned as base64 are also stored in the gallery.")
     models: list[ModelState]
-    memory: Memory
+    memory: Memory = Field(description="Of all devices together.")
+    devices: list[Device]
     line: Line
     steps: int = Field(description="Denoising steps since the server started.")
     pictures: int
@@ -143,11 +159,12 @@ async def status(service: TheService, history: TheHistory) -> dict[str, Any]:
         "ready": service.engine.ready,
         "keeps_pictures": service.settings.keep_pictures,
         "models": [_model(service, config.name, service.pinned(config)) for config in service.catalog.all()],
-        "memory": {"resident": stats.memory_bytes, "device": stats.device_memory_bytes},
+        "memory": _memory(stats),
+        "devices": [_device(service, each) for each in service.engine.devices],
         "line": {
             "waiting": service.queue.waiting,
             "drawing": service.queue.running,
-            "places": service.settings.max_active,
+            "places": service.queue.places,
             "limit": service.settings.max_queue,
         },
         "steps": now.steps,
@@ -168,6 +185,22 @@ def _model(service: Service, name: str, pinned: bool) -> dict[str, Any]:
         "device": status.info and status.info.device,
         "dtype": status.info and status.info.dtype,
         "memory_bytes": status.info and status.info.memory_bytes,
+    }
+
+
+def _memory(stats: EngineStats) -> dict[str, int]:
+    return {"resident": stats.memory_bytes, "device": stats.device_memory_bytes}
+
+
+def _device(service: Service, device: DeviceState) -> dict[str, Any]:
+    names = {config.name for config in service.catalog.all()}
+    return {
+        "name": device.name,
+        "ready": device.ready,
+        "problem": device.problem,
+        "pictures": device.pictures,
+        "memory": _memory(device.stats),
+        "models": {name: status.state for name, status in sorted(device.models.items()) if name in names},
     }
 
 

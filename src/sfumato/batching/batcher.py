@@ -50,7 +50,8 @@ class Batcher:
     max_rows: int = 8
     """Maximum rows of a forward pass. A request with guidance usually has two; a call with more rows runs alone."""
     max_active: int = 16
-    """Maximum requests that draw. Each keeps its tensors in memory. Those that wait for others have none."""
+    """Maximum interactive requests that draw, besides `policy.low_places` of low priority. Each keeps its tensors in
+    memory, also while it yields to others. Those that wait for others have none."""
     patience: int = policy.PATIENCE
     on_listen: Callable[[], None] = lambda: None
     """Called before each call of a request that runs without switching, to handle other requests in the meantime."""
@@ -71,22 +72,25 @@ class Batcher:
     limits: RowLimits = field(init=False)
     _runner: Runner = field(init=False)
     _share: FairShare = field(default_factory=FairShare)
-    _queue: deque[Task] = field(default_factory=deque)
+    _queues: tuple[deque[Task], deque[Task]] = field(default_factory=lambda: (deque(), deque()))
+    """Requests without a place yet: interactive ones, and those of low priority."""
     _active: dict[int, Task] = field(default_factory=dict)
     _shared: list[SharedCall] = field(default_factory=list)
     """Long forward passes for several calls that have been interrupted."""
     _to_end: list[Task] = field(default_factory=list)
     """Tasks to end as soon as no request is running."""
+    _low_led: int = 0
+    """`now` when a call of low priority led a forward pass last."""
     _numbers: itertools.count[int] = field(default_factory=itertools.count)
 
     def __post_init__(self) -> None:
         self.limits = RowLimits(self.max_rows, self.times)
         self._runner = Runner(self.verification, self.concatenations, self.counts)
 
-    def submit(self, function: Callable[[], Any], *, caller: str = "") -> Task:
-        """Queue a request: `function` runs in a greenlet and may call views of pipelines."""
-        task = Task(self, next(self._numbers), function, caller)
-        self._queue.append(task)
+    def submit(self, function: Callable[[], Any], *, caller: str = "", low: bool = False) -> Task:
+        """Queue a request: `function` runs in a greenlet and may call views of pipelines. `low`: it yields."""
+        task = Task(self, next(self._numbers), function, caller, low)
+        self._queues[low].append(task)
         return task
 
     def step(self) -> bool:
@@ -106,21 +110,25 @@ class Batcher:
         if long and (not group or self.slices.may_go_on):
             self._go_on(long)
             self.slices.end()
-        return bool(self._active or self._queue)
+        return bool(self._active or any(self._queues))
 
     # The parts of a turn, in order.
 
     def _admit(self) -> bool:
-        """Give places while they are free, in order of arrival: to requests that have waited for others, then to queued
-        ones, which start. Returns whether any got one."""
-        before = free = self._free_places()
-        for task in [task for task in self._active.values() if task.returns][: max(0, free)]:
+        """Give places while they are free, to interactive requests first. Returns whether any got one."""
+        return any(self._admit_class(low) for low in (False, True))
+
+    def _admit_class(self, low: bool) -> bool:
+        """In order of arrival: to requests that have waited for others, then to queued ones, which start."""
+        before = free = self._free_places(low)
+        returning = [task for task in self._active.values() if task.returns and task.low is low]
+        for task in returning[: max(0, free)]:
             task.place(True)
             free -= 1
-        while self._queue and free > 0:
+        while self._queues[low] and free > 0:
             free -= 1
-            task = self._queue.popleft()
-            self._share.enter(task.caller, (other.caller for other in self._active.values()))
+            task = self._queues[low].popleft()
+            self._share.enter(task.payer, (other.payer for other in self._active.values() if other.low is low))
             self._active[task.number] = task
             task.admit()
         return free < before
@@ -146,11 +154,15 @@ class Batcher:
             for task in self._in_state(State.PARKED)
             if not (beside_long and task.call and task.call.method in interruption.METHODS)
         ]
-        chosen = policy.choose(waiting, self.now, self._room, self._share.of, self.patience, self._bearable)
+        chosen = policy.choose(
+            waiting, self.now, self._room, self._received, self.patience, self._bearable, self._rides, self._low_led
+        )
+        if chosen and chosen[0].low:
+            self._low_led = self.now
         leaders: dict[Hashable, Task] = {}
         for waiting_call in chosen:
             task = self._active[waiting_call.id]
-            self._share.add(task.caller, waiting_call.rows)
+            self._share.add(task.payer, waiting_call.rows)
             # Equal texts are computed once; the prompt cache answers the others before the next forward pass is chosen.
             leaders.setdefault(task.prompt_key if task.prompt_key is not None else task.number, task)
         return adapter_rows.together(list(leaders.values()), _adapters)
@@ -229,8 +241,9 @@ class Batcher:
 
     # Used by the parts of a turn.
 
-    def _free_places(self) -> int:
-        return self.max_active - sum(task.placed for task in self._active.values())
+    def _free_places(self, low: bool) -> int:
+        most = policy.low_places(self.max_active) if low else self.max_active
+        return most - sum(task.placed for task in self._active.values() if task.low is low)
 
     def _in_state(self, *states: State) -> list[Task]:
         return [task for task in self._active.values() if task.state in states]
@@ -282,6 +295,8 @@ class Batcher:
                 steps_left=task.steps_left,
                 steps=task.steps,
                 repeated_keys=policy.repeated_keys(list(task.past_keys)),
+                low=task.low,
+                deadline=task.deadline,
             )
         return task.waiting
 
@@ -289,6 +304,14 @@ class Batcher:
         call = self._active[waiting.id].call
         assert call is not None
         return self.limits.of(call)
+
+    def _received(self, waiting: policy.Waiting) -> float:
+        return self._share.of(self._active[waiting.id].payer)
+
+    def _rides(self, leader: policy.Waiting, rows: int, most: int) -> int:
+        call = self._active[leader.id].call
+        assert call is not None
+        return self.times.rides(shape(call), rows, most)
 
     def _bearable(self, leader: policy.Waiting, most: int) -> int:
         call = self._active[leader.id].call
@@ -328,7 +351,7 @@ class Batcher:
         """For a request that has waited for others: it goes on inside when there is a place for it."""
         task = greenlet.getcurrent()
         assert isinstance(task, Task)
-        task.place(task.placed or self._free_places() > 0)
+        task.place(task.placed or self._free_places(task.low) > 0)
         task.returns = not task.placed
         while task.returns:
             task.pause()
@@ -376,13 +399,13 @@ class Batcher:
                 self._to_end.append(task)
             return
         if task.state is State.QUEUED:
-            self._queue.remove(task)
+            self._queues[task.low].remove(task)
         task.cancel(error)
         self._active.pop(task.number, None)
 
     def close(self, error: BaseException) -> None:
         """End every task with `error`."""
-        for task in [*self._queue, *self._active.values()]:
+        for task in [*itertools.chain(*self._queues), *self._active.values()]:
             self.cancel(task, error)
         for shared in self._shared:
             shared.end()

@@ -123,6 +123,20 @@ class ForwardTimes:
             return rows if self.saved_s > 0 else most
         if self.saved_s < alone - together * rows / most:
             return most
+        return self._bearable(shape, alone, rows, most)
+
+    def rides(self, shape: Hashable, rows: int, most: int) -> int:
+        """The rows, from `rows` to `most`, of a forward pass for interactive requests that those of low priority fill.
+
+        What takes longer than is bearable is not theirs to take, however much it would compute. A number of rows that
+        is larger than all that were measured is tried, and measured by that.
+        """
+        alone, together = self._expected(shape, rows), self._expected(shape, most)
+        if alone is None:
+            return rows
+        return most if together is None else self._bearable(shape, alone, rows, most)
+
+    def _bearable(self, shape: Hashable, alone: float, rows: int, most: int) -> int:
         return max(
             (more for more in range(rows, most + 1) if (self._expected(shape, more) or 0.0) <= BEARABLE * alone),
             default=rows,

@@ -2,11 +2,12 @@
 
 Every active request has at most one call parked. The next forward pass goes to
 
-1. a call that has waited `patience` forward passes, the longest-waiting first;
+1. an interactive call that has waited `patience` forward passes, the longest-waiting first;
 2. the caller that has received least so far;
-3. the request with the fewest steps left, if known: short ones overtake long ones;
-4. modules called once (text encoders, decoders), and among those the call compatible with most others;
-5. the call that has waited longest.
+3. the request with the earliest deadline, if it has one;
+4. the request with the fewest steps left, if known: short ones overtake long ones;
+5. modules called once (text encoders, decoders), and among those the call compatible with most others;
+6. the call that has waited longest.
 
 Calls with an equal key join its batch in the same order, as long as there is room. A short request, which would wait
 for the rows of long ones at each of its few steps, takes along only as many of theirs as it can bear.
@@ -17,9 +18,15 @@ group go first if that group will reach the leader's call (`Waiting.repeated_key
 equally large and moved last: that group keeps moving until it reaches the leader, and from then on they run
 together. This usually costs the leader at most one step's forward passes, and never more than its patience.
 
-No call starves: with A active requests it runs at the latest `patience + A` forward passes after it parked.
-Once it has waited `patience` forward passes it lets no group go first, and only calls that parked earlier lead. There
-are at most A - 1 of them, every forward pass removes the first of them, and none is added.
+Calls of low priority run when no interactive call waits, in the same order among themselves. They also ride along in an
+interactive forward pass, in what room it leaves, as far as it bears them; and one in `LOW_EVERY` forward passes is led
+by the low call that has waited longest.
+
+No call starves. With A interactive requests active, one of their calls runs at the latest `bound` forward passes after
+it parked. Once it has waited `patience` forward passes it lets no group go first, and only calls that parked earlier
+lead, besides the low ones' share. There are at most A - 1 of them, every forward pass removes the first of them, and
+none is added. With B low ones, each runs at the latest `low_bound` forward passes after it parked: from `LOW_EVERY` on
+only low calls that parked earlier lead those of the share, and there are at most B - 1.
 """
 
 from __future__ import annotations
@@ -34,6 +41,8 @@ PATIENCE = 16
 LONGEST_LOOP = 64
 """Maximum calls per step to consider: ten ControlNets and a denoiser for each of five conditions are 55."""
 
+LOW_EVERY = 20
+"""One forward pass in so many is led by a call of low priority that has waited as many: 5 % of them."""
 
 SHORT = 4
 """A request is short beside those that still have this many times as many steps as all of its own."""
@@ -57,43 +66,95 @@ class Waiting:
     """Keys that its request is known to call in every step, so it will reach them again."""
     steps: int | None = None
     """All denoising steps of its request."""
+    low: bool = False
+    """Whether its request yields to interactive ones."""
+    deadline: float | None = None
+    """When its request should be done; only the order among its caller's requests counts."""
+
+
+def low_places(places: int) -> int:
+    """Maximum requests of low priority that draw beside so many interactive ones, which never wait for their places."""
+    return (places + 1) // 2
+
+
+def bound(active: int, patience: int = PATIENCE) -> int:
+    """Maximum forward passes that an interactive call waits for, with so many interactive requests active."""
+    own = patience + active
+    return own + own // (LOW_EVERY - 1) + 1
+
+
+def low_bound(low: int, patience: int = PATIENCE) -> int:
+    """The same for a call of low priority, with so many requests of low priority active."""
+    return max(LOW_EVERY, patience) + LOW_EVERY * low
 
 
 def choose(
     waiting: Sequence[Waiting],
     now: int,
     room: Callable[[Waiting], int],
-    rows_received: Callable[[str], float] = lambda caller: 0.0,
+    rows_received: Callable[[Waiting], float] = lambda call: 0.0,
     patience: int = PATIENCE,
     bearable: Callable[[Waiting, int], int] = lambda leader, rows: rows,
+    rides: Callable[[Waiting, int, int], int] = lambda leader, rows, most: most,
+    low_led: int = 0,
 ) -> list[Waiting]:
     """The calls of the next forward pass; the first one is the leader.
 
     `now`: forward passes so far. `room`: maximum rows of a forward pass of this kind; a call with more runs alone.
-    `rows_received`: rows computed for each caller so far. `bearable`: the rows, up to so many, of a forward pass that a
-    short request leads and long ones join.
+    `rows_received`: rows computed so far for the caller of a call, in its class. `bearable`: the rows, up to so many,
+    of a forward pass that a short request leads and long ones join. `rides`: the rows, up to so many, of an interactive
+    forward pass of so many that low ones fill. `low_led`: `now` when a low call led last.
     """
-    by_key: dict[Hashable, list[Waiting]] = {}
-    for call in waiting:
-        by_key.setdefault(call.key, []).append(call)
+    interactive = [call for call in waiting if not call.low]
+    low = [call for call in waiting if call.low]
+    rank = _ranks(interactive or low, now, room, rows_received, patience)
+    ranked = sorted(interactive or low, key=rank)
+    if not low or not interactive:
+        return _group(ranked, now, room, patience, bearable)
+    if owed := _owed(low, now, low_led, patience):
+        return _with_followers(owed, [*ranked, *sorted(low, key=_since)], room)
+    group = _group(ranked, now, room, patience, bearable)
+    return _with_riders(group, sorted(low, key=_ranks(low, now, room, rows_received, patience)), room, rides)
 
-    sizes = {key: 1 if key is None else _fitting(calls, room(calls[0])) for key, calls in by_key.items()}
+
+def _ranks(
+    calls: Sequence[Waiting],
+    now: int,
+    room: Callable[[Waiting], int],
+    rows_received: Callable[[Waiting], float],
+    patience: int,
+) -> Callable[[Waiting], tuple[float, ...]]:
+    """Sort key of these calls, which are of one class."""
+    by_key: dict[Hashable, list[Waiting]] = {}
+    for call in calls:
+        by_key.setdefault(call.key, []).append(call)
+    sizes = {key: 1 if key is None else _fitting(alike, room(alike[0])) for key, alike in by_key.items()}
 
     def rank(call: Waiting) -> tuple[float, ...]:
         if now - call.since >= patience:
-            return (0, call.since, call.id)
+            return (0, *_since(call))
         return (
             1,
-            rows_received(call.caller),
+            rows_received(call),
+            _INFINITE if call.deadline is None else call.deadline,
             _steps_left(call),
             0 if call.repeated_keys else -sizes[call.key],
-            call.since,
-            call.id,
+            *_since(call),
         )
 
-    if not waiting:
+    return rank
+
+
+def _group(
+    ranked: Sequence[Waiting],
+    now: int,
+    room: Callable[[Waiting], int],
+    patience: int,
+    bearable: Callable[[Waiting, int], int],
+) -> list[Waiting]:
+    """The calls of the next forward pass among those of one class."""
+    if not ranked:
         return []
-    ranked = sorted(waiting, key=rank)
     leader = ranked[0]
     group = _with_bearable(leader, _with_followers(leader, ranked, room), bearable)
     if now - leader.since >= patience or leader.key is None:
@@ -110,6 +171,27 @@ def choose(
     return max([group, *(_with_followers(call, ranked, room) for call in coming)], key=_group_rank)
 
 
+def _owed(low: Sequence[Waiting], now: int, low_led: int, patience: int) -> Waiting | None:
+    """The low call that leads although interactive ones wait; None: none has waited for long enough."""
+    first = min(low, key=_since)
+    waited = now - first.since >= max(LOW_EVERY, patience)
+    return first if waited and now - low_led >= LOW_EVERY else None
+
+
+def _with_riders(
+    group: list[Waiting],
+    low: Sequence[Waiting],
+    room: Callable[[Waiting], int],
+    rides: Callable[[Waiting, int, int], int],
+) -> list[Waiting]:
+    """An interactive group with the low calls beside it that it bears."""
+    leader, rows = group[0], sum(call.rows for call in group)
+    whole = _filled(group, rows, low, room(leader)) if leader.key is not None else group
+    if len(whole) == len(group):
+        return group
+    return _filled(group, rows, low, rides(leader, rows, sum(call.rows for call in whole)))
+
+
 def repeated_keys(past: Sequence[Hashable]) -> Set[Hashable]:
     """The keys a request calls repeatedly: all since the second last occurrence of its current one, `past`'s end.
 
@@ -120,8 +202,15 @@ def repeated_keys(past: Sequence[Hashable]) -> Set[Hashable]:
     return frozenset(past[earlier[-2:][0] :]) if earlier else frozenset()
 
 
+_INFINITE = float("inf")
+
+
+def _since(call: Waiting) -> tuple[int, int]:
+    return call.since, call.id
+
+
 def _steps_left(call: Waiting) -> float:
-    return float("inf") if call.steps_left is None else call.steps_left
+    return _INFINITE if call.steps_left is None else call.steps_left
 
 
 def _fitting(calls: Iterable[Waiting], room: int) -> int:
@@ -130,15 +219,17 @@ def _fitting(calls: Iterable[Waiting], room: int) -> int:
 
 
 def _with_followers(leader: Waiting, ranked: Iterable[Waiting], room: Callable[[Waiting], int]) -> list[Waiting]:
-    group, rows = [leader], leader.rows
-    if leader.key is None:
-        return group
-    limit = room(leader)
+    return [leader] if leader.key is None else _filled([leader], leader.rows, ranked, room(leader))
+
+
+def _filled(group: Sequence[Waiting], rows: int, ranked: Iterable[Waiting], limit: int) -> list[Waiting]:
+    """`group` of so many rows, and those of `ranked` that fit in beside it."""
+    leader, filled = group[0], [*group]
     for call in ranked:
         if call.key == leader.key and call is not leader and rows + call.rows <= limit:
-            group.append(call)
+            filled.append(call)
             rows += call.rows
-    return group
+    return filled
 
 
 def _with_bearable(leader: Waiting, group: list[Waiting], bearable: Callable[[Waiting, int], int]) -> list[Waiting]:

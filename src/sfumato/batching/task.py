@@ -81,11 +81,15 @@ class Host(Protocol):
 class Task(CallHandler):
     """One request. `outcome` is set once, when it ends."""
 
-    def __init__(self, batcher: Host, number: int, function: Callable[[], Any], caller: str) -> None:
+    def __init__(self, batcher: Host, number: int, function: Callable[[], Any], caller: str, low: bool = False) -> None:
         super().__init__()
         self.batcher = batcher
         self.number = number
         self.caller = caller
+        self.low = low
+        """Whether it yields to interactive requests."""
+        self.deadline: float | None = None
+        """When it should be done, if the submitter sets it; it only orders its caller's requests."""
         self.state = State.QUEUED
         self.steps_left: int | None = None
         """Remaining denoising steps, if the submitter sets them; short requests overtake long ones."""
@@ -123,6 +127,11 @@ class Task(CallHandler):
     @property
     def done(self) -> bool:
         return self.outcome is not None
+
+    @property
+    def payer(self) -> Hashable:
+        """Whose share of the forward passes it takes: a caller's interactive requests do not pay for its others."""
+        return self.caller, self.low
 
     # Called by the batcher.
 

@@ -6,14 +6,26 @@ import asyncio
 import functools
 import logging
 import threading
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 from sfumato.config import ModelConfig
 from sfumato.core import EngineStats, Event, Generation, ModelStatus
 from sfumato.engine import environment
-from sfumato.engine.protocol import Cancel, Load, OnPlace, Order, Ordered, Report, Stop, Submit, Unload
+from sfumato.engine.protocol import (
+    Cancel,
+    DeviceState,
+    Load,
+    OnDevice,
+    OnPlace,
+    Order,
+    Ordered,
+    Report,
+    Stop,
+    Submit,
+    Unload,
+)
 from sfumato.engine.streams import Streams
 from sfumato.errors import WorkerDied
 from sfumato.settings import Settings
@@ -30,6 +42,8 @@ class Local:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self.on_place: OnPlace = lambda id, taken: None
+        self.on_device: OnDevice = lambda id, device: None
+        self.on_places: Callable[[int], None] = lambda places: None
         self._streams = Streams(lambda id, taken: self.on_place(id, taken))
         self._loop: Loop | None = None
         self._thread: threading.Thread | None = None
@@ -41,6 +55,11 @@ class Local:
     @property
     def stats(self) -> EngineStats:
         return self._streams.stats
+
+    @property
+    def devices(self) -> Sequence[DeviceState]:
+        streams = self._streams
+        return [DeviceState(self._settings.device, self.ready, "", streams.open_count, self.stats, streams.statuses)]
 
     def order(self, command: Order) -> None:
         if self._loop:

@@ -27,6 +27,7 @@ from sfumato.batching.verification import Verification
 from sfumato.checkpoints.remote_limits import Limits
 from sfumato.config import ModelConfig
 from sfumato.core import (
+    BATCH,
     Done,
     Event,
     Failed,
@@ -233,8 +234,11 @@ class Loop:
             self._loads.append((order.id, self._batcher.submit(functools.partial(self._load, order.config))))
         submitted, self._submitted = self._submitted, {}
         for id, submit in submitted.items():
-            task = self._batcher.submit(functools.partial(self._draw, submit), caller=submit.generation.caller)
-            task.steps = task.steps_left = submit.generation.sampling.steps or submit.config.sampling.steps
+            asked = submit.generation
+            draw = functools.partial(self._draw, submit)
+            task = self._batcher.submit(draw, caller=asked.caller, low=asked.priority == BATCH)
+            task.deadline = asked.deadline
+            task.steps = task.steps_left = asked.sampling.steps or submit.config.sampling.steps
             task.threads = submit.config.threads
             task.on_place = functools.partial(self._on_place, id)
             self._tasks[id] = task
@@ -294,10 +298,10 @@ class Loop:
         on_step = functools.partial(self._on_step, submit.generation)
         on_preview = functools.partial(self._send_running, id)
         keeping_its_place = functools.partial(self._batcher.turn, placed=True)
-        keep_alive = submit.generation.keep_alive
+        keep_alive, low = submit.generation.keep_alive, submit.generation.priority == BATCH
         while True:
             with (
-                self._pool.use(submit.config, self._batcher.turn, keep_alive) as model,
+                self._pool.use(submit.config, self._batcher.turn, keep_alive, low=low) as model,
                 suppress(Disturbed),
                 self._batcher.placed(),  # it took no place while the model was loaded
             ):

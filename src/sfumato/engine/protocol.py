@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -13,11 +13,36 @@ from sfumato.errors import SfumatoError
 OnPlace: TypeAlias = Callable[[str, bool], None]
 """Called with the id of a generation, and whether it takes a place (see `Placed`)."""
 
+OnDevice: TypeAlias = Callable[[str, str], None]
+"""Called with the id of a generation, and the name of the device that draws it from now on."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceState:
+    """A device and its worker."""
+
+    name: str
+    """As in the setting `devices`; `cpu:0`, `cpu:1` ... if several workers have the CPU. Of one worker: `device`."""
+    ready: bool
+    """Whether its worker is up."""
+    problem: str
+    """Why its worker does not start; empty if it is up, or starting."""
+    pictures: int
+    """Pictures that it has been sent and has not answered yet."""
+    stats: EngineStats
+    models: Mapping[str, ModelStatus]
+    """Every model that its worker has reported."""
+
 
 class Engine(Protocol):
-    """Draws pictures. Implementations: `supervisor` (a child process), `local` (a thread of this one)."""
+    """Draws pictures. Implementations: `supervisor` (a child process), `devices` (one for each device), `local` (a
+    thread of this one)."""
 
     on_place: OnPlace
+    on_device: OnDevice
+    """Of an engine with several devices."""
+    on_places: Callable[[int], None]
+    """Called with how many pictures can be drawn at a time, when devices begin or cease to be able to draw."""
 
     async def start(self) -> None:
         """Accept requests from now on; returns at once, requests wait until the worker is up."""
@@ -38,15 +63,19 @@ class Engine(Protocol):
         """As `order`, and returns when it is done: the model is loaded or has failed to load, memory is free again."""
 
     def status(self, model: str) -> ModelStatus:
-        """State of the model of that name."""
+        """State of the model of that name; with several devices, where it is closest to being ready."""
+
+    @property
+    def devices(self) -> Sequence[DeviceState]:
+        """Each device, in the order of the setting."""
 
     @property
     def ready(self) -> bool:
-        """Whether a worker is up and ready to draw."""
+        """Whether any worker is up and ready to draw."""
 
     @property
     def stats(self) -> EngineStats:
-        """The counters so far, at most about a second old."""
+        """The counters so far, of all devices together, at most about a second old."""
 
 
 # To the worker.
@@ -106,6 +135,13 @@ class Ready:
 
 
 @dataclass(frozen=True, slots=True)
+class Unusable:
+    """Instead of the handshake: the worker cannot use its device, and exits."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Started:
     """This generation has left the queue; if the worker dies from now on, it may be the cause."""
 
@@ -152,4 +188,4 @@ class StatsReport:
 
 Order: TypeAlias = Load | Unload | Pin
 Command: TypeAlias = Submit | Cancel | Order | Stop
-Report: TypeAlias = Ready | Started | Placed | Answer | Status | Ordered | StatsReport
+Report: TypeAlias = Ready | Unusable | Started | Placed | Answer | Status | Ordered | StatsReport

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import reprlib
 import uuid
-from collections import Counter
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from sfumato.core import Done, EngineStats, Event, Failed, ModelStatus, Preview, Step
 from sfumato.engine.protocol import (
@@ -24,10 +24,17 @@ from sfumato.engine.protocol import (
     Status,
     Unload,
 )
+from sfumato.engine.totals import total
 from sfumato.errors import SfumatoError, WorkerDied
 
-SUMS = ("forwards", "steps", "step_seconds", "loads", "evictions", "prompt_hits", "prompt_misses")
-"""Fields of `EngineStats` that never decrease, even across workers."""
+OF_ONE_WORKER: Mapping[str, Any] = {
+    "prompt_cache_bytes": 0,
+    "resident_models": 0,
+    "model_bytes": {},
+    "memory_bytes": 0,
+    "device_memory_bytes": 0,
+}
+"""Fields of `EngineStats` that end with the worker: what it holds. All others count on."""
 
 
 class Streams:
@@ -36,10 +43,16 @@ class Streams:
     def __init__(self, on_place: OnPlace = lambda id, taken: None) -> None:
         self._on_place = on_place
         self._queues: dict[str, asyncio.Queue[Event]] = {}
-        self._statuses: dict[str, ModelStatus] = {}
+        self.statuses: dict[str, ModelStatus] = {}
+        """Of every model that the worker has reported."""
         self._orders: dict[str, asyncio.Future[Ordered]] = {}
         self._stats = EngineStats()
         self._before = EngineStats()
+
+    @property
+    def open_count(self) -> int:
+        """Requests that have not ended."""
+        return len(self._queues)
 
     def open(self, id: str) -> asyncio.Queue[Event]:
         """Queue the events of this request, from now on, until they are read."""
@@ -77,7 +90,7 @@ class Streams:
                 if queue := self._queues.get(id):
                     queue.put_nowait(event)
             case Status(str(model), ModelStatus() as status):
-                self._statuses[model] = status
+                self.statuses[model] = status
             case Ordered(str(id)):
                 if (done := self._orders.get(id)) and not done.done():
                     done.set_result(report)
@@ -108,17 +121,13 @@ class Streams:
     def forget(self) -> None:
         """The worker is gone, and with it every loaded model."""
         self._end_orders(WorkerDied("the worker ended before the order was carried out; send it again"))
-        self._statuses.clear()
-        self._before, self._stats = self.stats, EngineStats()
+        self.statuses.clear()
+        self._before, self._stats = replace(self.stats, **OF_ONE_WORKER), EngineStats()
 
     @property
     def stats(self) -> EngineStats:
         """Sum over all workers; memory and models are those of the current one."""
-        before, now = self._before, self._stats
-        sizes = Counter(before.batch_sizes) + Counter(now.batch_sizes)
-        unbatched = Counter(before.unbatched) + Counter(now.unbatched)
-        sums = {name: getattr(before, name) + getattr(now, name) for name in SUMS}
-        return replace(now, batch_sizes=dict(sizes), unbatched=dict(unbatched), **sums)
+        return total([self._before, self._stats])
 
     def status(self, model: str) -> ModelStatus:
-        return self._statuses.get(model, ModelStatus())
+        return self.statuses.get(model, ModelStatus())

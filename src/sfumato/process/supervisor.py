@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 from collections import deque
-from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -27,7 +27,9 @@ from sfumato.engine.protocol import (
     Answer,
     Cancel,
     Command,
+    DeviceState,
     Load,
+    OnDevice,
     OnPlace,
     Order,
     Ordered,
@@ -35,12 +37,14 @@ from sfumato.engine.protocol import (
     Ready,
     Report,
     Started,
+    Status,
     Stop,
     Submit,
     Unload,
+    Unusable,
 )
 from sfumato.engine.streams import Streams
-from sfumato.errors import Cancelled, RequestTooLarge, WorkerDied
+from sfumato.errors import Cancelled, DeviceUnavailable, NoWorker, RequestTooLarge, SfumatoError, WorkerDied
 from sfumato.process import wire
 from sfumato.settings import Settings
 
@@ -54,6 +58,8 @@ STOP_TIMEOUT_S = 30.0
 IDLE_STOP_TIMEOUT_S = 5.0
 """For a worker without requests: it may be loading a model, which cannot be interrupted."""
 MAX_BACKOFF_S = 30.0
+UNUSABLE_S = 60.0
+"""Seconds between two starts on a device that cannot be used. An operator may have freed it meanwhile."""
 STARTS = 3
 """Failed starts in a row after which waiting requests are failed."""
 SETTLED_S = 30.0
@@ -87,11 +93,22 @@ class Launched(NamedTuple):
 class Supervisor:
     """Engine whose worker is a separate process: this process survives whatever happens to it."""
 
-    def __init__(self, settings: Settings, worker: Sequence[str] = WORKER) -> None:
-        """`worker` is the command to run; the file descriptor of its socket end is appended."""
+    def __init__(self, settings: Settings, worker: Sequence[str] = WORKER, name: str = "") -> None:
+        """`worker` is the command to run; the file descriptor of its socket end is appended. `name`: of the device."""
         self._settings = settings
         self._command = tuple(worker)
+        self._name = name
         self.on_place: OnPlace = lambda id, taken: None
+        self.on_device: OnDevice = lambda id, device: None
+        self.on_places: Callable[[int], None] = lambda places: None
+        self.on_status: Callable[[str, ModelStatus], None] = lambda model, status: None
+        self.on_change: Callable[[], None] = lambda: None
+        """Called when `ready` or `problem` has changed."""
+        self.elsewhere: Callable[[], bool] = lambda: False
+        """Whether other workers can draw what this one was sent. What waits for its next worker is then failed with a
+        `NoWorker`, unless it may be the cause of its death."""
+        self.problem = ""
+        """Why the worker does not start; empty if it is up, or starting."""
         self._streams = Streams(lambda id, taken: self.on_place(id, taken))
         self._flights: dict[str, Flight] = {}
         self._pins: dict[str, Pin] = {}
@@ -113,6 +130,11 @@ class Supervisor:
     @property
     def ready(self) -> bool:
         return self._up.is_set()
+
+    @property
+    def devices(self) -> Sequence[DeviceState]:
+        name = self._name or self._settings.device
+        return [DeviceState(name, self.ready, self.problem, len(self._flights), self.stats, self._streams.statuses)]
 
     @property
     def pid(self) -> int | None:
@@ -181,11 +203,12 @@ class Supervisor:
         if self._supervision:
             self._supervision.cancel()
             await asyncio.wait([self._supervision])
-        self._fail_all("the server is stopping")
+        self._fail_all(WorkerDied("the server is stopping"))
 
-    async def submit(self, config: ModelConfig, generation: Generation) -> AsyncGenerator[Event, None]:
+    async def submit(self, config: ModelConfig, generation: Generation, deaths: int = 0) -> AsyncGenerator[Event, None]:
+        """`deaths`: of other workers, that it may have caused."""
         id = generation.id
-        self._flights[id] = Flight(Submit(config, generation))
+        self._flights[id] = Flight(Submit(config, generation), deaths=deaths)
         self._streams.open(id)
         self._send()
         try:
@@ -228,20 +251,42 @@ class Supervisor:
         failures = 0
         while not self._stopping:
             self._succeeded = False
-            try:
-                reason = await self._run_worker()
-            except Exception as error:  # any error: without a next worker nothing would be drawn again
-                log.error("%s", logs.error_location(error))
-                reason = f"it failed to start ({type(error).__name__}: {error})"
+            reason, pause = await self._one_worker()
             if self._stopping:
                 break
             failures = 0 if self._succeeded else failures + 1
-            if failures >= STARTS:
-                self._fail_all(f"the worker does not start: {reason}; see the server's log")
-            delay = min(MAX_BACKOFF_S, 0.25 * 2**failures)
-            log.error("the worker ended: %s; starting another in %.2f s", reason, delay)
+            self._after_end(reason, failures)
+            delay = max(pause, min(MAX_BACKOFF_S, 0.25 * 2**failures))
+            log.error("the worker%s ended: %s; starting another in %.2f s", self._of_device, reason, delay)
             self._restarts += 1
             await asyncio.sleep(delay)
+
+    async def _one_worker(self) -> tuple[str, float]:
+        """Why a worker ended, and for how many seconds the next is not to be started."""
+        try:
+            return await self._run_worker(), 0.0
+        except DeviceUnavailable as error:
+            return error.message, UNUSABLE_S
+        except Exception as error:  # any error: without a next worker nothing would be drawn again
+            log.error("%s", logs.error_location(error))
+            return f"it failed to start ({type(error).__name__}: {error})", 0.0
+
+    @property
+    def _of_device(self) -> str:
+        return f" of {self._name}" if self._name else ""
+
+    def _after_end(self, reason: str, failures: int) -> None:
+        """What waits for the next worker is drawn elsewhere, or fails once `failures` starts in a row were in vain."""
+        self.problem = reason if failures else ""
+        self.on_change()
+        elsewhere = self.elsewhere()
+        if failures >= STARTS or (failures and elsewhere):
+            leaving = list(self._flights)
+        else:
+            leaving = [id for id, flight in self._flights.items() if elsewhere and not flight.deaths]
+        message = f"the worker{self._of_device} does not start: {reason}; see the server's log"
+        for id in leaving:
+            self._fail(id, NoWorker(message, deaths=self._flights[id].deaths))
 
     async def _run_worker(self) -> str:
         """One worker from its start to its end; returns why it ended. Raises if it failed to start."""
@@ -255,15 +300,19 @@ class Supervisor:
                     hello = await wire.receive_async(reader)
             except TimeoutError:
                 raise TimeoutError(f"no handshake within {START_TIMEOUT_S:.0f} s") from None
+            if isinstance(hello, Unusable):
+                raise DeviceUnavailable(hello.reason)
             if not isinstance(hello, Ready):
                 raise wire.BadFrame(f"{reprlib.repr(hello)} is not a handshake")
-            log.info("worker %d is up: %s, %s", process.pid, hello.device, dict(hello.versions))
+            log.info("worker %d is up: %s, %s", process.pid, self._name or hello.device, dict(hello.versions))
             self._writer = writer
             for order in [*self._pins.values(), *self._orders]:
                 self._post(order)
             self._orders.clear()
             self._send()
             self._up.set()
+            self.problem = ""
+            self.on_change()
             return await self._first_of(self._listen(reader), self._watch(), self._settle())
         finally:
             self._up.clear()
@@ -316,6 +365,8 @@ class Supervisor:
     def _handle(self, report: Report) -> None:
         self._streams.deliver(report)
         match report:
+            case Status(model, status):
+                self.on_status(model, status)
             case Started(id) if id in self._flights:
                 self._flights[id].started = self._succeeded = True
             case Answer(id, Done() | Failed()):
@@ -337,10 +388,13 @@ class Supervisor:
             if busy and asyncio.get_running_loop().time() - self._last_message_at > limit:
                 return f"it sent nothing for {limit} s and was killed"
 
-    def _fail_all(self, reason: str) -> None:
-        for id in self._flights:
-            self._streams.fail(id, WorkerDied(reason))
-        self._flights.clear()
+    def _fail_all(self, error: SfumatoError) -> None:
+        for id in list(self._flights):
+            self._fail(id, error)
+
+    def _fail(self, id: str, error: SfumatoError) -> None:
+        del self._flights[id]
+        self._streams.fail(id, error)
 
     def _count_deaths(self) -> None:
         # The worker's last messages are lost if we wrote to it after its death. If none is known to have started,
@@ -350,13 +404,8 @@ class Supervisor:
             flight.deaths += flight.started if known else flight.sent
             flight.sent = flight.started = False
             if flight.deaths >= DEATHS:
-                del self._flights[id]
-                self._streams.fail(
-                    id,
-                    WorkerDied(
-                        f"the worker process died {flight.deaths} times while drawing this; it is not tried again"
-                    ),
-                )
+                told = f"the worker process died {flight.deaths} times while drawing this; it is not tried again"
+                self._fail(id, WorkerDied(told))
 
 
 def _undoes(unload: Unload, order: Order) -> bool:

@@ -16,7 +16,7 @@ import threading
 from sfumato import logs
 from sfumato.core import Failed
 from sfumato.engine import environment
-from sfumato.engine.protocol import Answer, Ready, Report
+from sfumato.engine.protocol import Answer, Ready, Report, Unusable
 from sfumato.errors import DrawError
 from sfumato.process import lean_imports, wire
 
@@ -39,6 +39,9 @@ def main(fd: int) -> None:
     from sfumato.engine.loop import Loop
 
     logs.route_libraries()
+    if settings.devices and (problem := _use(settings.device)):
+        sock.sendall(wire.pack(Unusable(problem)))
+        return
     lock = threading.Lock()
 
     def send(report: Report) -> None:
@@ -59,13 +62,30 @@ def main(fd: int) -> None:
             os._exit(1)  # it could never receive a command again
 
     best = torch.accelerator.current_accelerator(check_available=True)
-    send(Ready(str(best or "cpu"), {"diffusers": diffusers.__version__, "torch": torch.__version__}))
+    device = str(best or "cpu") if settings.device == "auto" else settings.device
+    send(Ready(device, {"diffusers": diffusers.__version__, "torch": torch.__version__}))
     threading.Thread(target=read, daemon=True).start()
     try:
         loop.run()
     except Exception:
         log.exception("the loop failed")
         os._exit(1)  # returning would wait for threads that libraries started
+
+
+def _use(device: str) -> str:
+    """Make this the device that libraries mean when they name no number, so that they take no memory on another one.
+
+    Returns why it cannot be used; empty if it can.
+    """
+    import torch
+
+    try:
+        torch.ones(1, device=device)
+        if (index := torch.device(device).index) is not None:
+            torch.accelerator.set_device_index(index)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        return f"the device {device} is not usable: {str(error).splitlines()[0]}"
+    return ""
 
 
 def _pack(report: Report) -> bytes:

@@ -16,6 +16,10 @@ class IdleTimes:
         self._stays: dict[str, float] = {}
         self._since: dict[str, float] = {}
 
+    def now(self) -> float:
+        """Seconds of its clock."""
+        return self._clock()
+
     def stay(self, name: str, *wishes: float | None) -> None:
         """From now on it stays as long as the first of `wishes` (of the request, of the file) that is set says."""
         self._stays[name] = next((wish for wish in wishes if wish is not None), self._default)

@@ -38,14 +38,19 @@ class Loading:
         load: Load,
         on_status: Callable[[ModelStatus], None],
         waiting_model: Loaded | None = None,
+        began: float = 0.0,
     ) -> None:
         self.config = config
+        self.began = began
+        """When it was first wanted, in seconds of the pool's clock."""
         self.waiting_model = waiting_model
         """The model, if it waits in main memory and only has to come back."""
         self.requests = 0
         """Requests that wait for it."""
         self.orders = 0
         """Orders that wait for it."""
+        self.low = 0
+        """Those of the requests that are of low priority."""
         self.threads = torch.get_num_threads()
         """CPU threads: those of the request that began it."""
         self.begun = False
@@ -61,15 +66,17 @@ class Loading:
         self._answered = threading.Event()
         self._refusal: SfumatoError | None = None
 
-    def join(self, order: bool) -> None:
+    def join(self, order: bool, low: bool = False) -> None:
         """One more waits for it."""
         self.orders += order
         self.requests += not order
+        self.low += low
 
-    def leave(self, order: bool) -> None:
+    def leave(self, order: bool, low: bool = False) -> None:
         """One of them does not wait any more."""
         self.orders -= order
         self.requests -= not order
+        self.low -= low
 
     @property
     def waiting(self) -> int:

@@ -39,6 +39,8 @@ READERS: Mapping[str, Callable[..., load.Loaded]] = MappingProxyType({
 
 NO_ROOM = "{} does not fit beside the models in use; try again when fewer requests are drawn"
 RETRY_S = 10
+LOW_PATIENCE_S = 120.0
+"""How long a load for which only requests of low priority wait lets others go first."""
 LONGEST_S = 30 * 86400
 """Whoever waits longer is woken by a request before; clocks cannot count to all that may be written."""
 
@@ -149,15 +151,18 @@ class ModelPool:
         turn: Callable[[], None],
         keep_alive: float | None = None,
         beside: Sequence[str] = (),
+        *,
+        low: bool = False,
     ) -> Iterator[load.Loaded]:
         """The model for this `config`, loaded if necessary, and not unloaded while in use.
 
         `turn` lets other requests continue while this one waits. Requests for loaded models do not overtake a model
-        that waits for room. `keep_alive`: of the request. `beside`: what the request uses already. Raises
-        TooManyRequests for a part that has no room now, and ModelTooLarge if it never has, beside those.
+        that waits for room. `keep_alive`: of the request. `beside`: what the request uses already.
+        `low`: requests of others for loaded models overtake it for a while. Raises TooManyRequests for a part that has
+        no room now, and ModelTooLarge if it never has, beside those.
         """
         try:
-            model = self._obtain(config, turn)
+            model = self._obtain(config, turn, low=low)
         except NoRoom as error:
             staying = [self._residents.blocks[name] for name in beside if name in self._residents.blocks]
             if refusal := self._budget.refusal_beside(config.name, error.needs, staying):
@@ -224,7 +229,12 @@ class ModelPool:
         """Loads that wait for room: parts, as requests that are in the way of a model wait for them; then one model."""
         waiting = [each for each in self._loadings.values() if each.needs]
         parts = [each for each in waiting if each.config.part]
-        return [*parts, *[each for each in waiting if not each.config.part][:1]]
+        models = sorted((each for each in waiting if not each.config.part), key=self._yields)
+        return [*parts, *models[:1]]
+
+    def _yields(self, loading: Loading) -> bool:
+        """Whether it lets others go first: only requests of low priority wait for it, and not for long."""
+        return loading.low == loading.waiting and self._idle_times.now() - loading.began < LOW_PATIENCE_S
 
     def _settle(self) -> None:
         if not self.loading:  # a load that goes on settles it, in its thread
@@ -242,7 +252,9 @@ class ModelPool:
 
     # A model for a request.
 
-    def _obtain(self, config: ModelConfig, turn: Callable[[], None], *, order: bool = False) -> load.Loaded:
+    def _obtain(
+        self, config: ModelConfig, turn: Callable[[], None], *, order: bool = False, low: bool = False
+    ) -> load.Loaded:
         """The model, counted as used from now on. A failed load leaves nothing behind: the next request tries again."""
         name, residents = config.name, self._residents
         while True:
@@ -256,7 +268,7 @@ class ModelPool:
                     self._users[name] += 1
                     return residents.take(config)
             elif loading is None or reload.loading_config(loading.config) == reload.loading_config(config):
-                return self._join(loading or self._begin(config), config, turn, order=order)
+                return self._join(loading or self._begin(config), config, turn, order=order, low=low)
             turn()
 
     def _begin(self, config: ModelConfig) -> Loading:
@@ -268,12 +280,16 @@ class ModelPool:
             waiting = None
         self._on_status(config.name, ModelStatus("loading"))
         read = self._from_main_memory(waiting) if waiting else self._from_disk
-        return Loading(config, read, lambda status: self._on_status(config.name, status), waiting)
+        return Loading(
+            config, read, lambda status: self._on_status(config.name, status), waiting, self._idle_times.now()
+        )
 
-    def _join(self, loading: Loading, config: ModelConfig, turn: Callable[[], None], *, order: bool) -> load.Loaded:
+    def _join(
+        self, loading: Loading, config: ModelConfig, turn: Callable[[], None], *, order: bool, low: bool
+    ) -> load.Loaded:
         """Wait for the load. Raises its error. When the last one that waits leaves, the load is cancelled."""
         name = config.name
-        loading.join(order)
+        loading.join(order, low)
         try:
             if not loading.begun:
                 self._launch(loading)
@@ -282,7 +298,7 @@ class ModelPool:
                 if self._loadings.get(name) is loading:
                     turn()
         except BaseException:
-            loading.leave(order)
+            loading.leave(order, low)
             if self._loadings.get(name) is not loading and not loading.error:
                 self._residents.release(name)  # it was loaded, and counted as used
             elif not loading.waiting and self._loadings.get(name) is loading:
@@ -321,7 +337,7 @@ class ModelPool:
         name, part, residents = loading.config.name, loading.config.part, self._residents
         if loading.waiting_model:
             needs = residents.main_memory.needs(loading.waiting_model)
-        self._short_of_room = self._short_of_room or not part
+        self._short_of_room = self._short_of_room or not (part or self._yields(loading))
         if name in self._loaded:
             if self._users[name]:
                 return  # it must be reloaded; requests that use the old one finish first

@@ -61,6 +61,8 @@ class Part:
     step: int = 0
     total: int = 0
     """Denoising steps; 0 until the first is complete."""
+    device: str = ""
+    """The one of several devices that draws it, or has drawn it."""
     first_step_at: float | None = None
     """When its first step completed, in seconds of the monotonic clock."""
     preview: Preview | None = None
@@ -102,6 +104,8 @@ class Progress:
     """Turns until its first waiting picture is drawn; 0 if none waits."""
     seconds_left: float | None
     """Estimate; None if nothing is known yet, or the job has ended."""
+    devices: tuple[str, ...] = ()
+    """Those of several that draw its pictures, or have drawn them."""
     kept: tuple[tuple[int, str, int], ...] = ()
     """For each finished and stored picture: its index, its name in the store and its seed."""
     error: SfumatoError | None = None
@@ -126,6 +130,8 @@ class Job:
     detached: bool = False
     """Continues even if its client disconnects."""
     keep: StorePicture | None = None
+    deadline: float | None = None
+    """When it should be done, in seconds since 1970."""
     error: SfumatoError | None = None
     task: asyncio.Task[None] | None = None
     first_event: asyncio.Event = field(default_factory=asyncio.Event)
@@ -200,6 +206,7 @@ class Job:
             pictures=len(self.parts),
             queue_position=min(positions, default=0),
             seconds_left=None if self.over else self._seconds_left(),
+            devices=tuple(dict.fromkeys(part.device for part in self.parts if part.device)),
             kept=tuple((index, part.name, part.generation.seed) for index, part in enumerate(self.parts) if part.name),
             error=self.error,
         )
@@ -214,5 +221,6 @@ class Job:
         if part.first_step_at is not None and part.step > 1:
             pace = (time.monotonic() - part.first_step_at) / (part.step - 1)
             return pace * (part.total - part.step)
-        position, mean = self.queue.position(part.ticket), self.queue.mean_s
-        return None if mean is None else mean + (self.queue.wait_s(position) or 0.0)
+        position, low = self.queue.position(part.ticket), part.ticket.line.low
+        mean = self.queue.mean_s(low)
+        return None if mean is None else mean + (self.queue.wait_s(position, low=low) or 0.0)

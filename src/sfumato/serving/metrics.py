@@ -7,9 +7,9 @@ read on each scrape.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
@@ -17,7 +17,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from sfumato import __version__
-from sfumato.core import EngineStats
+from sfumato.engine.protocol import DeviceState
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 
@@ -48,8 +48,10 @@ HTTP = EventMetric("sfumato_http_requests_total", "HTTP requests answered.", ("r
 HTTP_SECONDS = EventMetric(
     "sfumato_http_request_seconds", "Time from a request to the end of its answer.", ("route", "method")
 )
-QUEUE_WAIT = EventMetric("sfumato_queue_wait_seconds", "Time a picture waited in the queue.")
-PICTURE_SECONDS = EventMetric("sfumato_picture_seconds", "Time from a picture's turn to its end.", ("model",))
+QUEUE_WAIT = EventMetric("sfumato_queue_wait_seconds", "Time a picture waited in the queue.", ("priority",))
+PICTURE_SECONDS = EventMetric(
+    "sfumato_picture_seconds", "Time from a picture's turn to its end.", ("model", "priority")
+)
 FAILED = EventMetric("sfumato_failures_total", "Requests that were accepted but failed.", ("model", "code"))
 REJECTED = EventMetric("sfumato_rejected_total", "Requests that were not accepted.", ("code",))
 
@@ -61,34 +63,61 @@ class Snapshot:
     """Values that are read on each scrape."""
 
     ready: bool
-    queue_depth: int
-    running: int
+    queue_depth: Mapping[str, int]
+    """Priority → pictures."""
+    running: Mapping[str, int]
     uptime: float
-    stats: EngineStats
+
+
+Values: TypeAlias = float | Mapping[tuple[str, ...], float]
+"""A number, or one for each combination of label values."""
 
 
 @dataclass(frozen=True, slots=True)
-class SnapshotMetric:
-    """One metric read from a `Snapshot`."""
+class _Read:
+    """A metric that is read on each scrape."""
 
     name: str
     """A counter's name ends in `_total`."""
     help: str
-    value: Callable[[Snapshot], float | Mapping[tuple[str, ...], float]]
-    """A number, or one for each combination of label values."""
-    labels: tuple[str, ...] = ()
 
     @property
     def kind(self) -> Literal["counter", "gauge"]:
         return "counter" if self.name.endswith("_total") else "gauge"
 
+
+@dataclass(frozen=True, slots=True)
+class SnapshotMetric(_Read):
+    """One metric read from a `Snapshot`."""
+
+    value: Callable[[Snapshot], Values]
+    labels: tuple[str, ...] = ()
+
     def family(self, snapshot: Snapshot) -> Metric:
-        cls = CounterMetricFamily if self.kind == "counter" else GaugeMetricFamily
-        family = cls(self.name, self.help, labels=self.labels)
-        value = self.value(snapshot)
-        for labels, number in value.items() if isinstance(value, Mapping) else [((), value)]:
-            family.add_metric(labels, number)
-        return family
+        return _family(self, self.labels, {(): self.value(snapshot)})
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMetric(_Read):
+    """One metric read of each device. If there are several, their names are the label `device`."""
+
+    value: Callable[[DeviceState], Values]
+    labels: tuple[str, ...] = ()
+
+    def family(self, devices: Sequence[DeviceState]) -> Metric:
+        if len(devices) == 1:
+            return _family(self, self.labels, {(): self.value(devices[0])})
+        return _family(self, ("device", *self.labels), {(device.name,): self.value(device) for device in devices})
+
+
+def _family(metric: _Read, labels: Sequence[str], values: Mapping[tuple[str, ...], Values]) -> Metric:
+    """`values`: by the values of the first labels."""
+    cls = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
+    family = cls(metric.name, metric.help, labels=labels)
+    for first, value in values.items():
+        for others, number in value.items() if isinstance(value, Mapping) else [((), value)]:
+            family.add_metric((*first, *others), number)
+    return family
 
 
 SNAPSHOT_METRICS = (
@@ -97,54 +126,73 @@ SNAPSHOT_METRICS = (
     ),
     SnapshotMetric("sfumato_uptime_seconds", "Time since this process started.", lambda now: now.uptime),
     SnapshotMetric("sfumato_ready", "1 if a worker is up and a model file is usable.", lambda now: now.ready),
-    SnapshotMetric("sfumato_queue_depth", "Pictures waiting in the queue.", lambda now: now.queue_depth),
-    SnapshotMetric("sfumato_running_pictures", "Pictures in flight.", lambda now: now.running),
-    SnapshotMetric("sfumato_forwards_total", "Forward passes of heavy modules.", lambda now: now.stats.forwards),
     SnapshotMetric(
+        "sfumato_queue_depth",
+        "Pictures waiting in the queue.",
+        lambda now: {(priority,): count for priority, count in now.queue_depth.items()},
+        ("priority",),
+    ),
+    SnapshotMetric(
+        "sfumato_running_pictures",
+        "Pictures in flight. Those of the priority `batch` may be waiting for others between two steps.",
+        lambda now: {(priority,): count for priority, count in now.running.items()},
+        ("priority",),
+    ),
+)
+
+DEVICE_METRICS = (
+    DeviceMetric("sfumato_device_ready", "1 if the worker of the device is up.", lambda now: now.ready),
+    DeviceMetric(
+        "sfumato_device_pictures",
+        "Pictures that the device has been sent and has not answered yet.",
+        lambda now: now.pictures,
+    ),
+    DeviceMetric("sfumato_forwards_total", "Forward passes of heavy modules.", lambda now: now.stats.forwards),
+    DeviceMetric(
         "sfumato_batch_size_forwards_total",
         "Forward passes of the denoiser, by how many requests shared them.",
         lambda now: {(str(size),): count for size, count in sorted(now.stats.batch_sizes.items())},
         ("size",),
     ),
-    SnapshotMetric(
+    DeviceMetric(
         "sfumato_unbatched_forwards_total",
         "Forward passes that could not have been batched with any other picture.",
         lambda now: dict(sorted(now.stats.unbatched.items())),
         ("module", "reason"),
     ),
-    SnapshotMetric(
+    DeviceMetric(
         "sfumato_prompt_cache_total",
         "Calls of text encoders: answered from the prompt-embedding cache (hit), or computed (miss).",
         lambda now: {("hit",): now.stats.prompt_hits, ("miss",): now.stats.prompt_misses},
         ("result",),
     ),
-    SnapshotMetric(
+    DeviceMetric(
         "sfumato_prompt_cache_bytes", "Memory of the prompt-embedding cache.", lambda now: now.stats.prompt_cache_bytes
     ),
-    SnapshotMetric("sfumato_steps_total", "Total denoising steps of all pictures.", lambda now: now.stats.steps),
-    SnapshotMetric(
+    DeviceMetric("sfumato_steps_total", "Total denoising steps of all pictures.", lambda now: now.stats.steps),
+    DeviceMetric(
         "sfumato_step_seconds_total",
         "Total time of these steps, summed over pictures.",
         lambda now: now.stats.step_seconds,
     ),
-    SnapshotMetric("sfumato_model_loads_total", "Models loaded into memory.", lambda now: now.stats.loads),
-    SnapshotMetric(
+    DeviceMetric("sfumato_model_loads_total", "Models loaded into memory.", lambda now: now.stats.loads),
+    DeviceMetric(
         "sfumato_model_evictions_total",
         "Models that left their device to make room for another.",
         lambda now: now.stats.evictions,
     ),
-    SnapshotMetric(
+    DeviceMetric(
         "sfumato_worker_restarts_total", "Workers started to replace a dead one.", lambda now: now.stats.restarts
     ),
-    SnapshotMetric("sfumato_resident_models", "Models in memory.", lambda now: now.stats.resident_models),
-    SnapshotMetric(
+    DeviceMetric("sfumato_resident_models", "Models in memory.", lambda now: now.stats.resident_models),
+    DeviceMetric(
         "sfumato_model_memory_bytes",
         "What the weights of each model in memory take; what two models share counts for both.",
         lambda now: {(name,): size for name, size in sorted(now.stats.model_bytes.items())},
         ("model",),
     ),
-    SnapshotMetric("sfumato_worker_memory_bytes", "Resident memory of the worker.", lambda now: now.stats.memory_bytes),
-    SnapshotMetric(
+    DeviceMetric("sfumato_worker_memory_bytes", "Resident memory of the worker.", lambda now: now.stats.memory_bytes),
+    DeviceMetric(
         "sfumato_device_memory_bytes", "Memory allocated on the accelerator.", lambda now: now.stats.device_memory_bytes
     ),
 )
@@ -171,14 +219,14 @@ class Metrics:
         self._http.labels(route, method, str(status)).inc()
         self._http_seconds.labels(route, method).observe(seconds)
 
-    def record_wait(self, seconds: float) -> None:
+    def record_wait(self, priority: str, seconds: float) -> None:
         """Record how long one picture waited for its turn."""
-        self._queue_wait.observe(seconds)
+        self._queue_wait.labels(priority).observe(seconds)
 
-    def record_picture(self, model: str, seconds: float) -> None:
+    def record_picture(self, model: str, priority: str, seconds: float) -> None:
         """Record how long one picture took from its turn to its end."""
         self.pictures += 1
-        self._picture_seconds.labels(model).observe(seconds)
+        self._picture_seconds.labels(model, priority).observe(seconds)
 
     def record_failure(self, model: str, code: str) -> None:
         """Count a request that was accepted but failed; `code` is the error's."""
@@ -188,17 +236,26 @@ class Metrics:
         """Count a request that was not accepted: the queue is full, the key is wrong, ..."""
         self._rejections.labels(code).inc()
 
-    def render(self, *, ready: bool, queue_depth: int, running: int, stats: EngineStats) -> bytes:
-        """Everything, as `CONTENT_TYPE`."""
-        snapshot = Snapshot(ready, queue_depth, running, time.monotonic() - self._born, stats)
+    def render(
+        self,
+        *,
+        ready: bool,
+        queue_depth: Mapping[str, int],
+        running: Mapping[str, int],
+        devices: Sequence[DeviceState],
+    ) -> bytes:
+        """Everything, as `CONTENT_TYPE`. `queue_depth`, `running`: for each priority."""
+        snapshot = Snapshot(ready, queue_depth, running, time.monotonic() - self._born)
         registry = CollectorRegistry()
-        registry.register(_SnapshotCollector(snapshot))
+        registry.register(_ReadNow(snapshot, devices))
         return generate_latest(self._registry) + generate_latest(registry)
 
 
-class _SnapshotCollector(Collector):
-    def __init__(self, snapshot: Snapshot) -> None:
+class _ReadNow(Collector):
+    def __init__(self, snapshot: Snapshot, devices: Sequence[DeviceState]) -> None:
         self._snapshot = snapshot
+        self._devices = devices
 
     def collect(self) -> Iterator[Metric]:
-        return (metric.family(self._snapshot) for metric in SNAPSHOT_METRICS)
+        yield from (metric.family(self._snapshot) for metric in SNAPSHOT_METRICS)
+        yield from (metric.family(self._devices) for metric in DEVICE_METRICS)

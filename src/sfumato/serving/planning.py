@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from sfumato import loras, schedulers
 from sfumato.config import ModelConfig, at_fault
-from sfumato.core import MAX_SEED, QUALITIES, Control, Generation, Limits, StorePicture, labels
+from sfumato.core import INTERACTIVE, MAX_SEED, PRIORITIES, QUALITIES, Control, Generation, Limits, StorePicture, labels
 from sfumato.errors import InvalidRequest
 from sfumato.loras import Lora
 from sfumato.pictures.fitting import Fitting
@@ -72,6 +72,10 @@ class ImageRequest:
     """Who sent the request; the engine is shared fairly between callers."""
     keep_alive: float | None = None
     """Seconds that the model stays in memory once it is idle; None: as its file or the server says."""
+    priority: str = INTERACTIVE
+    """A name of `core.PRIORITIES`."""
+    deadline: float | None = None
+    """When it should be done, in seconds since 1970. A request of which nothing has begun by then is refused."""
     detached: bool = False
     """Drawn to its end even if its client disconnects."""
     keep: StorePicture | None = None
@@ -106,6 +110,7 @@ def plan(request: ImageRequest, config: ModelConfig, limits: Limits, max_picture
             f"n: {len(prompts)} prompts with {n} pictures each; at most {max_pictures} per request",
             param="n",
         )
+    _check_priority(request)
     _check_passes(request, limits)
     _check_pictures(request)
     try:
@@ -143,6 +148,8 @@ def plan(request: ImageRequest, config: ModelConfig, limits: Limits, max_picture
             hires=hires,
             notes=notes,
             keep_alive=request.keep_alive,
+            priority=request.priority,
+            deadline=request.deadline,
         )
         if not request.operator:
             generation = _enabled(config, generation, request)
@@ -197,6 +204,14 @@ def _check_pictures(request: ImageRequest) -> None:
     if request.sampling.strength is not None and not request.images:
         raise InvalidRequest(
             "strength: applies only to a source picture; send `image`, or leave it out", param="strength"
+        )
+
+
+def _check_priority(request: ImageRequest) -> None:
+    if request.priority not in PRIORITIES:
+        raise InvalidRequest(
+            f"priority: {request.priority[:100]!r}; {' and '.join(PRIORITIES)} are valid; absent: {INTERACTIVE}",
+            param="priority",
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import math
 import time
 import uuid
 from collections import deque
@@ -17,10 +18,11 @@ from sfumato import logs
 from sfumato.checkpoints import remote_limits
 from sfumato.checkpoints.static_capabilities import static_capabilities
 from sfumato.config import ModelConfig
-from sfumato.core import Abilities, Done, Failed, Limits, Step
+from sfumato.core import BATCH, Abilities, Done, Failed, Limits, Step
 from sfumato.engine.protocol import Engine, Load, Pin, Unload
 from sfumato.errors import (
     Cancelled,
+    DeadlineExceeded,
     RequestNotFound,
     SfumatoError,
     TimedOut,
@@ -37,7 +39,7 @@ from sfumato.serving.catalog import Catalog
 from sfumato.serving.job import CANCELLED, Arrival, Job, Part, Progress
 from sfumato.serving.metrics import Metrics
 from sfumato.serving.planning import ImageRequest, plan
-from sfumato.serving.queue import MAX_RETRY_AFTER_S, Queue, Ticket
+from sfumato.serving.queue import MAX_RETRY_AFTER_S, Queue
 from sfumato.serving.request_loras import RequestLoras
 from sfumato.settings import Settings
 
@@ -60,7 +62,7 @@ class Service:
         self.engine = engine
         self.settings = settings
         self.metrics = Metrics()
-        self.queue = Queue(settings.max_active, settings.max_queue)
+        self.queue = Queue(settings.max_active * max(1, len(engine.devices)), settings.max_queue)
         self.decoders = Decoders(settings, settings.decoders)
         self._text_decoders = Decoders(settings, 1)
         """Separate decoder for texts, so that reading them does not delay drawing requests."""
@@ -68,9 +70,11 @@ class Service:
         self.limits = Limits(settings.max_pixels, settings.max_side, settings.max_aspect)
         self.fetcher = PictureFetcher(settings.picture_hosts.split(","))
         self._loras = RequestLoras(settings)
-        self._tickets: dict[str, Ticket] = {}
-        """Those of the generations that the engine has."""
+        self._parts: dict[str, Part] = {}
+        """Those whose generations the engine has."""
         engine.on_place = self._place
+        engine.on_device = self._on_device
+        engine.on_places = self.queue.resize
         self._arrivals: list[Arrival] = []
         self._jobs: list[Job] = []
         self._pins: dict[str, bool] = {}
@@ -114,11 +118,18 @@ class Service:
         # Nothing is awaited from here on, so that its progress is always known and cancelling it always works.
         if arrival := self._arrival(request.id, request.caller):
             arrival.submit()
-        share = self.budget.share()
+        low = request.priority == BATCH
+        share = self.budget.share(low=low)
         try:
-            self._admit(config, len(generations))
-            ready = not (request.images or request.controls)
-            tickets = self.queue.join(request.caller, len(generations), model=config.name, ready=ready)
+            self._admit(config, len(generations), low=low)
+            tickets = self.queue.join(
+                request.caller,
+                len(generations),
+                model=config.name,
+                ready=not (request.images or request.controls),
+                low=low,
+                due_in_s=math.inf if request.deadline is None else request.deadline - time.time(),
+            )
         except TooManyRequests as error:
             self.metrics.record_rejection(error.code)
             raise
@@ -132,6 +143,7 @@ class Service:
             share=share,
             detached=request.detached,
             keep=request.keep,
+            deadline=request.deadline,
         )
         try:
             sources = self._sources(request, share, prompts)
@@ -267,6 +279,8 @@ class Service:
                 turn = asyncio.Event()
                 pictures = group.create_task(self._take_pictures(job, sources, turn)) if sources else None
                 del sources  # the encoded pictures are released as soon as they are decoded
+                if job.deadline is not None:
+                    group.create_task(_refuse_late(turn, job.deadline - time.time()))
                 for index, part in enumerate(job.parts):
                     group.create_task(self._draw_picture(job, index, part, pictures, turn))
         except TimeoutError:
@@ -310,7 +324,7 @@ class Service:
         await part.ticket.called.wait()
         turn.set()
         turn_at = time.monotonic()
-        self.metrics.record_wait(turn_at - queued_at)
+        self.metrics.record_wait(part.generation.priority, turn_at - queued_at)
         try:
             generation = part.generation
             if pictures:
@@ -320,35 +334,41 @@ class Service:
                     for control, png in zip(generation.controls, decoded.controls, strict=True)
                 ]
                 generation = replace(generation, images=decoded.images, mask=decoded.mask, controls=tuple(controls))
-            self._tickets[generation.id] = part.ticket
+            self._parts[generation.id] = part
             async with aclosing(self.engine.submit(job.config, generation)) as events:
                 async for event in events:
                     self.queue.place(part.ticket, True)
-                    match event:
-                        case Failed(error):
-                            raise error
-                        case Done() if job.keep:
+                    if isinstance(event, Failed):
+                        raise event.error
+                    if isinstance(event, Done):
+                        event = _saying_if_late(event, job.deadline)
+                        if job.keep:
                             part.name = await job.keep(event)
-                            job.put(index, event)
-                        case _:
-                            job.put(index, event)
+                    job.put(index, event)
         finally:
-            self._tickets.pop(part.generation.id, None)
+            self._parts.pop(part.generation.id, None)
             self.queue.leave(part.ticket, drawn=part.done is not None)
         if not part.done:
             raise WorkerDied("the engine stopped without an answer")
-        self.metrics.record_picture(job.config.name, time.monotonic() - turn_at)
+        self.metrics.record_picture(job.config.name, part.generation.priority, time.monotonic() - turn_at)
 
     def _place(self, id: str, taken: bool) -> None:
         """The engine says whether a picture takes a place."""
-        if ticket := self._tickets.get(id):
-            self.queue.place(ticket, taken)
+        if part := self._parts.get(id):
+            self.queue.place(part.ticket, taken)
 
-    def _admit(self, config: ModelConfig, pictures: int) -> None:
+    def _on_device(self, id: str, device: str) -> None:
+        """The engine says which of several devices draws a picture."""
+        if part := self._parts.get(id):
+            part.device = device
+
+    def _admit(self, config: ModelConfig, pictures: int, *, low: bool) -> None:
+        """Raises TooManyRequests beyond the model's own limit. No interactive request is refused for others."""
         limit = config.max_concurrent
         if limit is None:
             return
-        running = sum(not part.done for job in self._jobs if job.config.name == config.name for part in job.parts)
+        parts = [part for job in self._jobs if job.config.name == config.name for part in job.parts]
+        running = sum(not part.done and (low or not part.ticket.line.low) for part in parts)
         if running and running + pictures > limit:
             raise TooManyRequests(
                 f"{config.name} is drawing {running} pictures; its file allows {limit} at a time "
@@ -406,3 +426,22 @@ class Service:
 
     def _arrival(self, id: str, caller: str) -> Arrival | None:
         return next((each for each in reversed(self._arrivals) if (each.id, each.caller) == (id, caller)), None)
+
+
+async def _refuse_late(turn: asyncio.Event, left_s: float) -> None:
+    """Returns at the first picture's turn. Raises DeadlineExceeded if that does not come in time."""
+    try:
+        async with asyncio.timeout(left_s):
+            await turn.wait()
+    except TimeoutError:
+        raise DeadlineExceeded(
+            "the deadline of this request has passed while it waited in the queue, and nothing of it is drawn: set it "
+            "later, or leave it out",
+        ) from None
+
+
+def _saying_if_late(done: Done, deadline: float | None) -> Done:
+    late_s = time.time() - (math.inf if deadline is None else deadline)
+    if late_s <= 0:
+        return done
+    return replace(done, warnings=(*done.warnings, f"deadline: the picture was ready {late_s:.1f} s after it"))

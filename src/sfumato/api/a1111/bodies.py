@@ -16,9 +16,9 @@ from pydantic_core import from_json, to_json
 
 from sfumato.api.a1111.control_units import SCRIPT
 from sfumato.api.a1111.hires import HiresFields
-from sfumato.api.fields import BLANK, PictureCount, Seed, Side, Text, a1111_field
+from sfumato.api.fields import BLANK, PictureCount, Priority, Seed, Side, Text, a1111_field
 from sfumato.api.lora_fields import LoraFields
-from sfumato.core import MAX_SEED
+from sfumato.core import INTERACTIVE, MAX_SEED
 from sfumato.pictures.fitting import Fitting
 from sfumato.pictures.sources import bytes_or_url
 from sfumato.sampling import PARAMETERS, Parameter, Sampling
@@ -110,6 +110,7 @@ class _Common(LoraFields):
         "header lists them.",
     )
     send_images: bool | None = Field(True, description="false: the answer has no pictures.")
+    priority: Priority = INTERACTIVE
     save_images: bool | None = Field(False, description="Also store the pictures on the server; info has their URLs.")
 
 
@@ -286,6 +287,7 @@ class UpscaleBody(BaseModel):
     upscaler_1: Text = Field(None, description="A name from /sdapi/v1/upscalers.")
     upscaling_resize: Annotated[float | None, BLANK] = Field(2, description="2 or 4, whichever the upscaler supports.")
     resize_mode: Annotated[Literal[0] | None, BLANK] = Field(None, description="Only 0: scale by upscaling_resize.")
+    priority: Priority = INTERACTIVE
 
     def ignored(self) -> list[str]:
         """Fields that are set but have no effect; those of resize_mode 1 do not count."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, TypeAlias
 
-from fastapi import Depends, Request
+from fastapi import Depends
 
 from sfumato.api.a1111 import hires as hires_fields
 from sfumato.api.a1111.bodies import MODEL, DrawBody, Txt2ImgBody
 from sfumato.api.a1111.lists import Choices
 from sfumato.api.a1111.samplers import choose
-from sfumato.api.dependencies import part
+from sfumato.api.dependencies import Context, part
 from sfumato.api.http.auth import caller_of
 from sfumato.core import Done
 from sfumato.errors import Cancelled, InvalidRequest
@@ -59,11 +59,10 @@ class Jobs:
 TheJobs: TypeAlias = Annotated[Jobs, Depends(part("a1111_jobs"))]
 
 
-async def request_of(
-    service: Service, choices: Choices, body: DrawBody, request: Request
-) -> tuple[ImageRequest, list[str]]:
+async def request_of(context: Context, choices: Choices, body: DrawBody) -> tuple[ImageRequest, list[str]]:
     """The request without its pictures, and warnings for known differences."""
-    settings, caller = service.settings, caller_of(request)
+    service, caller = context.service, caller_of(context.request)
+    settings = service.settings
     if body.pictures > settings.max_n:
         raise InvalidRequest(
             f"batch_size x n_iter: {body.pictures} pictures; at most {settings.max_n} per request",
@@ -90,8 +89,8 @@ async def request_of(
         sampling=sampling,
         hires=hires,
         previews=PREVIEWS,
-        id=request.state.request_id,
-        caller=caller,
+        priority=body.priority,
+        **context.origin,
         webui=True,
         crop=True,
         weights=True,

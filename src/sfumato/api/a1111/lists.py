@@ -279,7 +279,8 @@ gradio = APIRouter(tags=["AUTOMATIC1111"], responses=documents.errors(401, 403))
 
 @gradio.get("/queue/status", summary="Pictures that wait, as Gradio says it", response_model=shapes.QueueStatus)
 async def queue_status(service: TheService) -> dict[str, Any]:
-    wait = service.queue.wait_s(service.queue.waiting) if service.queue.waiting else 0.0
+    before = service.queue.waiting_of(low=False)
+    wait = service.queue.wait_s(before) if before else 0.0
     return {"msg": "estimation", "queue_size": service.queue.waiting, "queue_eta": wait, "rank": None, "rank_eta": None}
 
 

@@ -88,8 +88,8 @@ async def upscale(
         images=[picture],
         upscale=_scale(body.upscaling_resize),
         crop=True,
-        id=request.state.request_id,
-        caller=caller_of(request),
+        priority=body.priority,
+        **context.origin,
         keep=_store_callback(context, required=False),
     )
     _, results = await answers.unless_gone(request, jobs.draw(image_request, "extras", []))
@@ -157,7 +157,7 @@ routes.include_router(lists.routes)
 
 async def _draw(context: Context, choices: Choices, jobs: Jobs, body: DrawBody, name: str) -> JSONResponse:
     request, service = context.request, context.service
-    image_request, warnings = await request_of(service, choices, body, request)
+    image_request, warnings = await request_of(context, choices, body)
     ignored = body.ignored()
     image_request = replace(image_request, keep=_store_callback(context, required=bool(body.save_images)))
     if isinstance(body, Img2ImgBody):

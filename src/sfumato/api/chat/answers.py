@@ -76,10 +76,10 @@ async def answer(context: Context, body: ChatBody) -> Response:
     base = urls.base_url(request, service.settings)
     planned = await plan(service, body, base)
     form = _form(context, body, planned, base)
-    output, caller = form.output, caller_of(request)
+    output = form.output
     needed = form.urls or form.markdown
-    keep = keeper(gallery, caller, output.format, output.encode, required=needed)
-    more = planned.fields | {"caller": caller, "id": request.state.request_id, "keep": keep, "previews": 0}
+    keep = keeper(gallery, caller_of(request), output.format, output.encode, required=needed)
+    more = planned.fields | context.origin | {"keep": keep, "previews": 0}
     ignored = [*body.ignored(), *planned.ignored]
     if body.stream:
         job = await answers.unless_gone(request, answers.started_job(service, body, more))

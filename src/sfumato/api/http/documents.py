@@ -123,6 +123,9 @@ class ModelExtension(BaseModel):
     memory_bytes: int | None = Field(
         description="What its weights take in memory, also those it shares; null if it is not loaded."
     )
+    devices: dict[str, str] = Field(
+        description="`status` on each device that knows of it; names are those of `devices` in `/v1/status`."
+    )
     aliases: list[str]
     description: str | None
     pipeline: str | None = Field(description="diffusers class; null until known.")
@@ -238,6 +241,9 @@ class ProgressState(BaseModel):
     pictures_done: int
     queue_position: int = Field(description="Turns until its next picture is drawn; 0: none is waiting.")
     seconds_left: float | None = Field(description="Estimate; null if unknown.")
+    devices: list[str] = Field(
+        description="Those that draw its pictures, or have drawn them; empty if the server has one worker."
+    )
     kept: list[KeptPicture]
     error: ErrorDetail | None = Field(description="Why it ended without pictures.")
     preview: PreviewPicture | None = Field(description="If requested and available.")
@@ -260,7 +266,7 @@ REASONS = {
     499: "Cancelled",
     500: "The model file is invalid, the model cannot be loaded, or drawing failed",
     503: "The weights could not be downloaded, the worker died twice, or the database of jobs cannot be used",
-    504: "Not drawn within the time limit",
+    504: "Not drawn within the time limit, or not begun by the deadline in `x-deadline-ms`",
     507: "The picture could not be written, the gallery's index is not usable, or the model does not fit into memory",
 }
 

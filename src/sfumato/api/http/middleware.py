@@ -28,7 +28,10 @@ GONE = 499
 
 
 class RequestId:
-    """Every response has `x-request-id`: the client's own if it is valid, else a new one."""
+    """Every response has `x-request-id`: the client's own if it is valid, else a new one.
+
+    It also notes when the request arrived, in seconds since 1970.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -39,7 +42,7 @@ class RequestId:
             return
         value = Headers(scope=scope).get("x-request-id", "")
         id = value if 0 < len(value) <= 128 and value.isascii() and value.isprintable() else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = id
+        scope.setdefault("state", {}).update(request_id=id, arrived=time.time())
         logs.request_id.set(id)  # uvicorn runs each request in its own task, and so in its own context
 
         async def send_with_id(message: Message) -> None:

@@ -76,7 +76,7 @@ async def generate(body: Annotated[GenerateBody, Depends(reader(GenerateBody))],
     body.model = config.name
     form, ignored = answers.output_format(body, ""), body.ignored()
     keep = keeper(gallery, caller_of(request), form.format, form.encode, required=False)
-    more = {"caller": caller_of(request), "id": request.state.request_id, "keep": keep}
+    more = context.origin | {"keep": keep}
     if body.stream is False:
         job, results = await answers.unless_gone(request, _drawn(context, body, more))
         answer = await progress.final(job.parts[0], form)

@@ -88,9 +88,8 @@ async def answer(context: Context, body: Body, event: str = "", **more: Any) -> 
     """
     request, service, gallery = context.request, context.service, context.gallery
     form = output_format(body, urls.base_url(request, service.settings))
-    caller = caller_of(request)
-    keep = keeper(gallery, caller, form.format, form.encode, required=form.base is not None)
-    more |= {"caller": caller, "id": request.state.request_id, "keep": keep}
+    keep = keeper(gallery, caller_of(request), form.format, form.encode, required=form.base is not None)
+    more |= context.origin | {"keep": keep}
     if isinstance(body, PaintBody) and body.stream:
         job = await unless_gone(request, started_job(service, body, more))
         return Stream(job, _events(job, form, event), body.ignored())

@@ -21,10 +21,10 @@ from pydantic import (
     model_validator,
 )
 
-from sfumato.api.fields import BLANK, KeepAlive, PictureCount, Seed, Text, openai_field
+from sfumato.api.fields import BLANK, KeepAlive, PictureCount, Priority, Seed, Text, openai_field
 from sfumato.api.lora_fields import LoraFields
 from sfumato.api.openai.pictures import Mask, Picture, Pictures
-from sfumato.core import MAX_SEED, PREPROCESSORS, QUALITIES, Control
+from sfumato.core import INTERACTIVE, MAX_SEED, PREPROCESSORS, QUALITIES, Control
 from sfumato.sampling import MAX_PROMPT, PARAMETERS, Sampling
 from sfumato.serving.planning import (
     DEFAULT_PADDING,
@@ -165,6 +165,7 @@ class _Common(LoraFields):
         "`5m`, 0 for not at all, -1 for no limit. Absent: as its model file or the server says.",
         examples=["5m"],
     )
+    priority: Priority = INTERACTIVE
 
 
 if TYPE_CHECKING:
@@ -211,6 +212,7 @@ class Body(_Sampled):
             "seed": self.seed,
             "sampling": self.sampling(),
             "keep_alive": self.keep_alive,
+            "priority": self.priority,
             "loras": self.all_loras,
             "replace_loras": bool(self.replace_loras),
         }
