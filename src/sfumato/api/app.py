@@ -18,6 +18,11 @@ from sfumato.api import gallery, hugging_face, localai, loras, models, ops, prog
 from sfumato.api.a1111 import controlnet, lists
 from sfumato.api.a1111 import jobs as a1111_jobs
 from sfumato.api.a1111 import routes as a1111
+from sfumato.api.batches import file_routes as files
+from sfumato.api.batches import routes as batches
+from sfumato.api.batches.batches import Batches
+from sfumato.api.batches.files import FileStore
+from sfumato.api.batches.store import BatchStore
 from sfumato.api.chat import routes as chat
 from sfumato.api.chat.answers import parse_callers
 from sfumato.api.http import errors, pages
@@ -112,15 +117,18 @@ def create_app(service: Service, store: Store, running: ActiveRequests | None = 
     service.fetcher.store = store
     history = status.History(service)
     stored_jobs = Jobs(service, JobStore.of(settings))
+    stored_batches = _batches(stored_jobs)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
         await service.start()
         stored_jobs.start()
+        stored_batches.start()
         keepers = [asyncio.create_task(_expire(picture_gallery)), asyncio.create_task(history.keep())]
         yield
         for keeper in keepers:
             keeper.cancel()
+        await stored_batches.stop()
         await stored_jobs.stop()
         app.state.bodies.close()
         await app.state.mcp.close()
@@ -146,6 +154,7 @@ def create_app(service: Service, store: Store, running: ActiveRequests | None = 
     app.state.choices = lists.Choices(service)
     app.state.a1111_jobs = a1111_jobs.Jobs(service)
     app.state.jobs = stored_jobs
+    app.state.batches = stored_batches
     stored_jobs.application = app
     app.state.mcp = mcp.Endpoint(service, picture_gallery, running)
     app.state.document = pages.Document(app.openapi)
@@ -155,10 +164,18 @@ def create_app(service: Service, store: Store, running: ActiveRequests | None = 
     return app
 
 
+def _batches(stored_jobs: Jobs) -> Batches:
+    settings, store = stored_jobs.service.settings, stored_jobs.store
+    files = FileStore(store, max_bytes=settings.files_max_mb * 2**20)
+    kept = BatchStore(store, files, max_age_s=settings.files_max_age_h * 3600)
+    # As many as have places, and as many that wait: the places never stand empty.
+    return Batches(stored_jobs, kept, places=min(settings.max_active, settings.max_queue))
+
+
 def _add_routes(app: FastAPI, *, keyed: bool) -> None:
     # Only documents the key in OpenAPI; `Auth` checks it.
     key = [Depends(HTTPBearer(auto_error=False, description="An API key of this server."))] if keyed else []
-    for module in (openai, chat, localai, jobs, progress, models, loras, gallery, status):
+    for module in (openai, chat, localai, jobs, files, batches, progress, models, loras, gallery, status):
         app.include_router(module.routes, prefix="/v1", dependencies=key)
         # LocalAI's clients often omit the prefix.
         app.include_router(module.routes, include_in_schema=False)

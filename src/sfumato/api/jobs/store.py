@@ -149,13 +149,13 @@ class JobStore:
         """
         row = _row(job) | {"body": body, "bytes": len(body), "server": self.server}
         try:
-            with self._begin() as connection:
+            with self.begin() as connection:
                 if job.key and (found := self._by_key(connection, job.key)):
                     return found
-                self._sign_of_life(connection)
+                self.sign_of_life(connection)
                 connection.execute(sql.insert(JOBS), [row])
         except _Taken:  # by another request, since it was looked up
-            with self._begin() as connection:
+            with self.begin() as connection:
                 if job.key and (found := self._by_key(connection, job.key)):
                     return found
             raise JobsUnavailable("Idempotency-Key: it is being used by another request; try again") from None
@@ -164,21 +164,21 @@ class JobStore:
     def get(self, id: str, caller: str | None = None) -> StoredJob | None:
         """The job of that id (and caller), or None."""
         clauses = [JOBS.c.id == id] + ([] if caller is None else [JOBS.c.caller == caller])
-        with self._begin() as connection:
+        with self.begin() as connection:
             row = connection.execute(sql.select(*_HEAD).where(*clauses)).mappings().first()
         return _job(row) if row else None
 
     def body(self, id: str) -> bytes | None:
         """The body of the request of a job of this server; None if it has ended, or is another's."""
         mine = (JOBS.c.id == id, JOBS.c.state == OPEN, JOBS.c.server == self.server)
-        with self._begin() as connection:
+        with self.begin() as connection:
             row = connection.execute(sql.select(JOBS.c.body).where(*mine)).first()
         return bytes(row[0]) if row else None
 
     def answer(self, id: str) -> Answer | None:
         """The answer of a job that has ended; None if it has not, or has expired."""
         columns = (JOBS.c.status, JOBS.c.headers, JOBS.c.answer)
-        with self._begin() as connection:
+        with self.begin() as connection:
             row = connection.execute(sql.select(*columns).where(JOBS.c.id == id, JOBS.c.state != OPEN)).first()
         return Answer(row[0], [(name, value) for name, value in json.loads(row[1])], bytes(row[2])) if row else None
 
@@ -188,7 +188,7 @@ class JobStore:
         if before:
             clauses.append(sql.tuple_(JOBS.c.created, JOBS.c.id) < before)
         query = sql.select(*_HEAD).where(*clauses).order_by(JOBS.c.created.desc(), JOBS.c.id.desc())
-        with self._begin() as connection:
+        with self.begin() as connection:
             rows = connection.execute(query.limit(limit + 1)).mappings().all()
         return [_job(row) for row in rows[:limit]], len(rows) > limit
 
@@ -204,30 +204,30 @@ class JobStore:
             "bytes": len(answer.body),
         }
         mine = (JOBS.c.id == id, JOBS.c.state == OPEN, JOBS.c.server == self.server)
-        with self._begin() as connection:
+        with self.begin() as connection:
             return bool(connection.execute(sql.update(JOBS).where(*mine).values(values)).rowcount)
 
     def forget(self, id: str) -> None:
         """Delete an open job of this server: nothing was promised of it."""
         mine = (JOBS.c.id == id, JOBS.c.state == OPEN, JOBS.c.server == self.server)
-        with self._begin() as connection:
+        with self.begin() as connection:
             connection.execute(sql.delete(JOBS).where(*mine))
 
     def cancel(self, id: str) -> None:
         """Let the server that carries it out know that it should end."""
-        with self._begin() as connection:
+        with self.begin() as connection:
             connection.execute(sql.update(JOBS).where(JOBS.c.id == id, JOBS.c.state == OPEN).values(cancelled=True))
 
     def beat(self) -> set[str]:
         """Say that this server lives; ids of its jobs that should end."""
         mine = (JOBS.c.state == OPEN, JOBS.c.server == self.server, JOBS.c.cancelled)
-        with self._begin() as connection:
-            self._sign_of_life(connection)
+        with self.begin() as connection:
+            self.sign_of_life(connection)
             return set(connection.execute(sql.select(JOBS.c.id).where(*mine)).scalars())
 
     def claim(self, running: Collection[str]) -> list[StoredJob]:
         """Open jobs that nobody carries out, oldest first: from now on they are this server's."""
-        with self._begin() as connection:
+        with self.begin() as connection:
             found = connection.execute(sql.select(*_HEAD).where(JOBS.c.state == OPEN).order_by(JOBS.c.created))
             open_jobs = [_job(row) for row in found.mappings()]
             if not open_jobs:
@@ -238,24 +238,24 @@ class JobStore:
             if job.server == self.server:
                 if job.id not in running:
                     claimed.append(job)
-            elif not _lives(job.server, seen) and self._take_over(job):
+            elif not lives(job.server, seen) and self._take_over(job):
                 claimed.append(job)
         return claimed
 
     def _take_over(self, job: StoredJob) -> bool:
         theirs = (JOBS.c.id == job.id, JOBS.c.state == OPEN, JOBS.c.server == job.server)
-        with self._begin() as connection:
-            self._sign_of_life(connection)
+        with self.begin() as connection:
+            self.sign_of_life(connection)
             return bool(connection.execute(sql.update(JOBS).where(*theirs).values(server=self.server)).rowcount)
 
     def expire(self) -> int:
         """Delete ended jobs that are too old, then until the total fits; returns how many were deleted."""
         now = time.time()
-        with self._begin() as connection:
+        with self.begin() as connection:
             old = (JOBS.c.state != OPEN, JOBS.c.ended < now - self._max_age_s)
             deleted = connection.execute(sql.delete(JOBS).where(*old)).rowcount
             names = connection.execute(sql.select(SERVERS)).all()
-            if gone := [row.name for row in names if not _lives(row.name, {row.name: row.seen})]:
+            if gone := [row.name for row in names if not lives(row.name, {row.name: row.seen})]:
                 connection.execute(sql.delete(SERVERS).where(SERVERS.c.name.in_(gone)))
             total = int(connection.execute(sql.select(sql.func.sum(JOBS.c.bytes))).scalar() or 0)
             if total > self._max_bytes:
@@ -269,7 +269,7 @@ class JobStore:
 
     def leave(self) -> None:
         """This server carries out nothing any more: others, and the next one here, may take its open jobs at once."""
-        with self._begin() as connection:
+        with self.begin() as connection:
             connection.execute(sql.delete(SERVERS).where(SERVERS.c.name == self.server))
 
     def close(self) -> None:
@@ -283,7 +283,7 @@ class JobStore:
             return None
         return _job(row) if row else None
 
-    def _sign_of_life(self, connection: sql.Connection) -> None:
+    def sign_of_life(self, connection: sql.Connection) -> None:
         mine = sql.update(SERVERS).where(SERVERS.c.name == self.server).values(seen=time.time())
         if not connection.execute(mine).rowcount:
             connection.execute(sql.insert(SERVERS), [{"name": self.server, "seen": time.time()}])
@@ -298,7 +298,7 @@ class JobStore:
             TABLES.create_all(self.engine)
 
     @contextmanager
-    def _begin(self) -> Iterator[sql.Connection]:
+    def begin(self) -> Iterator[sql.Connection]:
         """A transaction, whose errors are JobsUnavailable; `_Taken` for a key or an id that exists already."""
         try:
             with self._lock:
@@ -322,7 +322,7 @@ class _Taken(Exception):
     """A row with this key exists already."""
 
 
-def _lives(server: str, seen: Mapping[str, float]) -> bool:
+def lives(server: str, seen: Mapping[str, float]) -> bool:
     return not servers.has_died(server) and time.time() - seen.get(server, 0.0) < LEASE_S
 
 
