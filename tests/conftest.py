@@ -11,7 +11,7 @@ from typing import Any
 import hypothesis
 import pytest
 
-from support.distributing import ByFile, ordered
+from support.distributing import ByFile, Recorder, leave_out_slow, ordered
 from support.hub import Hub
 from support.serving import Server
 
@@ -38,7 +38,13 @@ REPOSITORIES = {
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--screenshots", help="folder for the studio's pictures of every tab")
-    parser.addoption("--slow", action="store_true", help="run the tests marked slow as well")
+    parser.addoption("--slow", action="store_true", help="run the slow tests as well")
+    parser.addoption("--record", action="store_true", help="write how long each test takes; with --slow")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--record") and not hasattr(config, "workerinput"):  # the process that hands out the tests
+        config.pluginmanager.register(Recorder())
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -50,9 +56,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     items[:] = ordered(items)
     if not config.getoption("--slow"):
-        for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="slow; run with --slow"))
+        leave_out_slow(items)
 
 
 @pytest.fixture(scope="session")

@@ -201,7 +201,7 @@ GOOD = jsonl([CAT])
         (jsonl([CAT], method="GET"), 1, "invalid_method", "method"),
         (jsonl([CAT], custom_id=""), 1, "invalid_custom_id", "custom_id"),
         (jsonl([CAT], headers={}), 1, "unknown_parameter", "headers"),
-        (b'{"custom_id": "a", "method": "POST", "url": "/v1/images/generations"}', 1, "missing_required_parameter", "body"),
+        (GOOD.replace(b"body", b"text"), 1, "missing_required_parameter", "body"),
         (jsonl([CAT], body="a cat"), 1, "invalid_request", "body"),
         (jsonl([CAT | {"stream": True}]), 1, "invalid_request", "body.stream"),
         (jsonl([CAT | {"model": ["m"]}]), 1, "invalid_request", "body.model"),

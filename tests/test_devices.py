@@ -204,7 +204,7 @@ def test_a_picture_that_kills_two_workers_is_failed_wherever_they_were(tmp_path:
         assert "2 times" in failed.error.message
         assert isinstance(drawn, Done)
         assert two.drew["die"] == ["cpu:0", "cpu:1"]
-        await two.until(lambda: lives(two.folders[1]) == 2)
+        await two.until(lambda: two.engine.devices[1].stats.restarts == 1)
 
     run(Two(tmp_path, "well,unusable", "well"), work)
 

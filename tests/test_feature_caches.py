@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,8 +12,10 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS
 
 import sfumato
+from sfumato.batching.batcher import Batcher
 from sfumato.checkpoints import feature_caches as reading
 from sfumato.commands.check import check
 from sfumato.config import ModelConfig, readers
@@ -32,7 +36,9 @@ from support.model_files import read
 CACHES: dict[str, dict[str, Any]] = {
     "first_block": {"threshold": 2.0},
     "taylorseer": {"cache_interval": 3, "disable_cache_before_step": 2},
+    "magcache": {"threshold": 1.0, "max_skip_steps": 2, "mag_ratios": [1.0, 1.2, 1.1, 1.05, 1.0, 0.95, 0.9]},
 }
+OF_DIFFUSERS: dict[str, Any] = {**feature_caches.CONFIGURATIONS, "magcache": diffusers.MagCacheConfig}
 STEPS = 8
 SIZE = {"width": 64, "height": 64}
 FAMILIES: dict[str, tuple[Callable[[], Any], dict[str, Any], dict[str, Any]]] = {
@@ -63,8 +69,8 @@ def plain(folder: Path, kind: str | None) -> Any:
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     if kind:
-        dtype = {"taylor_factors_dtype": torch.float32} if kind == "taylorseer" else {}
-        pipe.transformer.enable_cache(feature_caches.CONFIGURATIONS[kind](**CACHES[kind], **dtype))
+        more = {"taylorseer": {"taylor_factors_dtype": torch.float32}, "magcache": {"num_inference_steps": STEPS}}
+        pipe.transformer.enable_cache(OF_DIFFUSERS[kind](**CACHES[kind], **more.get(kind, {})))
     return pipe
 
 
@@ -147,6 +153,7 @@ def test_check_tells(folders: dict[str, Path], tmp_path: Path) -> None:
     [
         ("cache: first_block", "first_block"),
         ("cache: {type: first_block, threshold: 0.08}", "first_block:threshold=0.08"),
+        ("cache: {type: magcache, mag_ratios: [1, 1.25]}", "magcache:mag_ratios=1/1.25"),
         ("cache: {type: TaylorSeer, max_order: 2, use_lite_mode: true}", "taylorseer:max_order=2:use_lite_mode=True"),
     ],
 )
@@ -162,7 +169,7 @@ def test_none(text: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        ("deep", "is not one of first_block, taylorseer"),
+        ("deep", "is not one of first_block, taylorseer, magcache"),
         ("true", "is not one of"),
         ("{threshold: 0.1}", "is not one of"),
         ("{type: first_block, treshold: 0.1}", "first_block has no setting .treshold.; it has threshold"),
@@ -170,6 +177,13 @@ def test_none(text: str, tmp_path: Path) -> None:
         ("{type: taylorseer, cache_interval: 0}", "needs a whole number from 1"),
         ("{type: taylorseer, 3: 0}", "has no setting"),
         ("[first_block]", "is not one of"),
+        ("{type: magcache, mag_ratios: [1]}", "mag_ratios|needs a list of 2 to 1000 numbers"),
+        ("{type: magcache, mag_ratios: [1, -1]}", "needs a number from 0 to 100"),
+        ("{type: magcache, num_inference_steps: 20}", "magcache has no setting"),
+        ("faster_cache", "diffusers' faster_cache is not offered: it has one state for all requests"),
+        ("{type: Pyramid_Attention_Broadcast}", "is not offered: .* Use first_block, taylorseer, magcache"),
+        ("sea_cache", "it is for films"),
+        ("text_kv_cache", "Nucleus-MoE alone"),
     ],
 )
 def test_values_that_are_refused(value: str, words: str, tmp_path: Path) -> None:
@@ -181,3 +195,41 @@ def test_settings_are_those_of_diffusers() -> None:
     assert readers.CACHES.keys() == feature_caches.CONFIGURATIONS.keys()
     for kind, settings in readers.CACHES.items():
         assert settings.keys() <= feature_caches.CONFIGURATIONS[kind].__dataclass_fields__.keys()
+    hooks = {path.stem for path in (Path(diffusers.__file__).parent / "hooks").glob("*_cache.py")}
+    known = {"taylorseer_cache": "taylorseer", "mag_cache": "magcache", "first_block_cache": "first_block"}
+    assert {known.get(name, name) for name in hooks} | {"pyramid_attention_broadcast"} == (
+        readers.CACHES.keys() | readers.NO_CACHES.keys()
+    )
+
+
+def test_magcache_follows_the_number_of_steps(folders: dict[str, Path]) -> None:
+    """diffusers' configuration is for one number of steps; here two requests of other numbers are drawn in turns."""
+    expected = {}
+    for steps in (STEPS, 2 * STEPS):
+        pipe = diffusers.DiffusionPipeline.from_pretrained(folders["flux"])
+        pipe.set_progress_bar_config(disable=True)
+        pipe.transformer.enable_cache(diffusers.MagCacheConfig(**CACHES["magcache"], num_inference_steps=steps))
+        expected[steps] = pipe(**call("flux", 5, steps)).images[0]
+    model = load.load(config_of(folders["flux"], "magcache"), "cpu", quiet)
+    batcher = Batcher()
+    tasks = {
+        steps: batcher.submit(
+            functools.partial(draw, model, wanted(prompt="a cat", seed=5, steps=steps, **SIZE), quiet)
+        )
+        for steps in expected
+    }
+    with torch.no_grad():
+        while batcher.step():
+            pass
+    for steps, task in tasks.items():
+        assert task.outcome is not None
+        drawn = np.asarray(decoded(task.outcome.value.png)).astype(int)
+        assert np.abs(drawn - np.round(expected[steps] * 255)).max() <= 1
+
+
+def test_magcache_needs_ratios_of_the_model(folders: dict[str, Path]) -> None:
+    """diffusers has those of Flux.1."""
+    model = load.load(replace(config_of(folders["flux"], "magcache"), cache=readers.cache("magcache")), "cpu", quiet)
+    assert len(model.pipeline.transformer._cache_config.mag_ratios) == len(FLUX_MAG_RATIOS)
+    with pytest.raises(ModelFileError, match=r"cache: magcache: QwenImageTransformer2DModel needs `mag_ratios`"):
+        load.load(replace(config_of(folders["qwen"], "magcache"), cache=readers.cache("magcache")), "cpu", quiet)

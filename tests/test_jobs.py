@@ -266,6 +266,21 @@ def test_a_detached_job_is_cancelled_too(server: Server) -> None:
     assert server.client.get("/v1/images/progress").json()["data"] == []
 
 
+def test_a_request_with_a_key_is_watched_and_cancelled_by_its_own_id(server: Server) -> None:
+    ids = {"x-request-id": uuid.uuid4().hex, "idempotency-key": uuid.uuid4().hex}
+    body = {"prompt": "a cat", "steps": FOR_EVER}
+    progress = f"/v1/images/progress/{ids['x-request-id']}"
+    with ThreadPoolExecutor(1) as pool, httpx.Client(base_url=server.url, timeout=TIMEOUT_S) as client:
+        answer = pool.submit(client.post, GENERATIONS, json=body, headers=ids)
+        within(TIMEOUT_S, lambda: server.client.get(progress).json().get("step") == 1)
+        assert server.client.delete(progress).json()["status"] == "cancelled"
+        assert answer.result().status_code == 499
+        again = client.post(GENERATIONS, json=body, headers=ids)
+    assert (again.status_code, again.headers["idempotency-replayed"]) == (499, "true")
+    metrics = server.client.get("/metrics").text
+    assert f'sfumato_http_requests_total{{method="POST",route="{GENERATIONS}",status="499"}}' in metrics
+
+
 def test_errors_that_are_known_at_once_are_answers_and_no_jobs(server: Server) -> None:
     before = server.client.get("/v1/jobs").json()["data"]
     for headers in (ASYNC, {"idempotency-key": "wrong"}):
@@ -356,6 +371,22 @@ def test_answers_expire_by_age_and_by_size(tmp_path: Path) -> None:
     assert store.expire() == 1
     assert store.get("one") is None
     store.close()
+
+
+def test_the_file_becomes_smaller_again(tmp_path: Path) -> None:
+    from sfumato.api.jobs.store import Answer, JobStore, StoredJob
+
+    store = JobStore(f"sqlite:///{tmp_path / 'jobs.db'}", max_age_s=3600, max_bytes=2**20)
+    for number in range(20):
+        job = StoredJob(
+            id=str(number), caller="c", fingerprint="f", secret="0" * 32, created=1.0, respond_async=True,
+            server=store.server, request={"request_id": "x"},
+        )  # fmt: skip
+        assert store.accept(job, b"x" * 2**20) is None
+        assert store.end(job.id, "completed", Answer(200, [], b"x" * 2**21))
+    assert store.expire() == 19
+    store.close()
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 3 * 2**20
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,7 +72,9 @@ def test_whatever_was_accepted_is_answered_once(tmp_path: Path, point: str, kind
         count = BODY["n"] if kind != "streamed" else 1
         assert {seed for _, seed in server.drawn()} == {first + index for index in range(count)}
         if kind != "streamed":
-            pictures = server.client.get(f"/v1/jobs/{job['id']}").json()["response"]["body"]["data"]
+            body = server.client.get(f"/v1/jobs/{job['id']}").json()["response"]["body"]
+            assert body["created"] == int(job["created"])
+            pictures = body["data"]
             assert [each["seed"] for each in pictures] == [first, first + 1]
             assert [colour_of(each["b64_json"]) for each in pictures] == [colour(first), colour(first + 1)]
         listed = server.client.get("/v1/images/gallery").json()
@@ -141,6 +144,31 @@ def test_a_cancelled_job_that_its_server_did_not_end_is_not_drawn(tmp_path: Path
         within(TIMEOUT_S, lambda: all_ended(sqlite(tmp_path)))
         assert len(server.drawn()) == 1
     assert [(row["state"], row["status"]) for row in rows(sqlite(tmp_path))] == [("cancelled", 499)]
+
+
+def test_a_job_that_kills_its_server_each_time_is_given_up(tmp_path: Path) -> None:
+    headers = {"prefer": "respond-async"}
+    with Server(tmp_path) as server:
+        assert server.client.post("/api/generate", json={"prompt": GATED}, headers=headers).status_code == 202
+        server.kill()
+    execute(sqlite(tmp_path), "UPDATE jobs SET lives = 20")
+    with Server(tmp_path) as server:
+        within(TIMEOUT_S, lambda: all_ended(sqlite(tmp_path)))
+        (job,) = server.client.get("/v1/jobs").json()["data"]
+        answer = server.client.get(f"/v1/jobs/{job['id']}").json()["response"]
+    assert (job["status"], answer["status_code"]) == ("failed", 500)
+    assert answer["body"] == {"error": "the server died 20 times before this request was answered"}
+
+
+def test_events_end_when_the_server_stops(tmp_path: Path) -> None:
+    headers = {"prefer": "respond-async"}
+    with Server(tmp_path, "--grace-s", "3600") as server:
+        location = server.client.post(GENERATIONS, json={"prompt": GATED}, headers=headers).headers["location"]
+        with server.client.stream("GET", f"{location}/events") as events:
+            for line in events.iter_lines():
+                if line == "id: drawing-1-0":
+                    server.signal(signal.SIGTERM)
+        assert server.wait() == 0  # and does not wait for the picture
 
 
 def test_events_go_on_after_a_restart(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sfumato.process.routing import FIRST_STEP_S, START_S, Router
+from sfumato.process.routing import FIRST_STEP_S, START_S, Router, steps_of
 
 STEPS = 20
 
@@ -132,6 +132,28 @@ def test_the_time_of_a_step_is_that_of_the_device() -> None:
         for number in range(4):
             clock.router.step(f"shared-{number}", left, clock.now)
     assert clock.router.wait_s(0) == pytest.approx(4 * 1 * 0.25, rel=0.05)
+
+
+def test_a_step_of_a_larger_picture_counts_as_more() -> None:
+    """What was measured of small pictures holds for large ones."""
+    clock = Clock(1)
+    clock.router.begin("small", 0, "a", steps_of(10, 256 * 256), clock.now)
+    for left in range(9, -1, -1):
+        clock.now += 0.1
+        clock.router.step("small", steps_of(left, 256 * 256), clock.now)
+    clock.router.end("small")
+    clock.router.begin("large", 0, "a", steps_of(10, 1024 * 1024), clock.now)
+    assert clock.router.wait_s(0) == pytest.approx(16 * 10 * 0.1)
+    assert steps_of(10, 8 * 8) == steps_of(10, 256 * 256)
+
+
+def test_a_picture_that_begins_again_measures_nothing() -> None:
+    clock = two_with("a", step_s=0.1)
+    clock.router.begin("again", 0, "a", 10, clock.now)
+    for left in (9, 8, 9):
+        clock.now += 0.1 if left < 9 else 1000
+        clock.router.step("again", left, clock.now)
+    assert clock.router.wait_s(0) == pytest.approx(0.9)
 
 
 def test_a_load_and_an_idle_time_are_not_measured_as_steps() -> None:

@@ -52,6 +52,8 @@ def value_of(parameter: Parameter) -> Any:
         return parameter.example or "dark"
     if parameter.side:
         return 64 if parameter.name == "width" else 128
+    if parameter.name == "guidance_end":
+        return 0.75  # behind the start
     least = parameter.least or 0
     return parameter.kind(least + 2) if parameter.kind is int else (parameter.most or 1.0) / 4
 
@@ -266,7 +268,7 @@ def test_a_recipe_has_only_what_was_set_of_newer_parameters() -> None:
 def test_an_infotext_comes_back() -> None:
     fields = files.read({recipe.INFOTEXT_CHUNK: recipe.infotext(made())}).fields
     assert fields == flat(WHOLE) | {"model": "m", "prompt": "a cat", "seed": 1}
-    assert ", Eta: 0.25, CFG Rescale: 0.25, Version" in recipe.infotext(made())
+    assert ", Eta: 0.25, CFG Rescale: 0.25, CFG start: 0.25, CFG end: 0.75, Version" in recipe.infotext(made())
 
 
 EARLIER = {

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, get_args, get_type_hints
 
+from sfumato.errors import InvalidRequest
+
 MAX_PROMPT = 32_000
 """Characters of a prompt, positive or negative."""
 
@@ -131,8 +133,24 @@ class Sampling:
         keys=("guidance_rescale", "diffusers.guidance_rescale"),
     )  # fmt: skip
 
+    guidance_start: float | None = _parameter(
+        "0..1: guidance acts from this part of the steps on; the steps before it are drawn without, which takes half "
+        "the time", least=0, most=1, example=0.1, a1111="guidance_start", infotext="CFG start",
+        keys=("guidance_start", "diffusers.guidance_start"), absent="0",
+    )  # fmt: skip
+    guidance_end: float | None = _parameter(
+        "0..1: guidance acts up to this part of the steps; the steps after it are drawn without, which takes half the "
+        "time", least=0, most=1, example=0.7, a1111="guidance_end", infotext="CFG end",
+        keys=("guidance_end", "diffusers.guidance_end"), absent="1",
+    )  # fmt: skip
+
     def __getitem__(self, parameter: Parameter) -> Any:
         return getattr(self, parameter.name)
+
+    @property
+    def guided(self) -> tuple[float, float]:
+        """The part of the steps that is drawn with guidance: from where to where, 0..1."""
+        return (self.guidance_start or 0.0, 1.0 if self.guidance_end is None else self.guidance_end)
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -248,6 +266,17 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
     others = {name: value for name, value in values.items() if name not in NAMED}
     sampling = {name: value for name, value in values.items() if name in NAMED}
     return others | {"sampling": Sampling(**sampling)}
+
+
+def refuse_no_guidance(sampling: Sampling) -> None:
+    """Raises InvalidRequest if no step at all would be drawn with guidance."""
+    start, end = sampling.guided
+    if start >= end:
+        raise InvalidRequest(
+            f"guidance_start {start:g} is not before guidance_end {end:g}: the part of the steps, 0 to 1, that is "
+            "drawn with guidance; absent, they are 0 and 1. For none send guidance_scale 1",
+            param="guidance_end" if sampling.guidance_start is None else "guidance_start",
+        )
 
 
 def flat(sampling: Sampling) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from sfumato.sampling import Sampling
 class FakeEngine:
     """Answers each generation with its own id; `hold` keeps them open, `fail` fails the seeds in it."""
 
-    ready = True
+    ready: bool = True
     stats = EngineStats()
     on_place: OnPlace
     on_device: OnDevice

@@ -18,6 +18,7 @@ from PIL import Image
 from sfumato.commands import serve
 from sfumato.config import ModelConfig
 from sfumato.core import Done, EngineStats, Event, Generation, ModelStatus, Recipe, Step
+from sfumato.engine.protocol import DeviceState
 from sfumato.process import supervisor
 from sfumato.sampling import Sampling
 from sfumato.settings import Settings
@@ -50,6 +51,7 @@ class Square:
 
     ready = True
     stats = EngineStats()
+    devices = (DeviceState("cpu", True, "", 0, stats, {}),)
 
     def __init__(self, settings: Settings) -> None: ...
 

@@ -156,6 +156,8 @@ def create_app(service: Service, store: Store, running: ActiveRequests | None = 
     app.state.jobs = stored_jobs
     app.state.batches = stored_batches
     stored_jobs.application = app
+    if running:
+        running.at_stop.append(stored_jobs.stopping.set)
     app.state.mcp = mcp.Endpoint(service, picture_gallery, running)
     app.state.document = pages.Document(app.openapi)
     errors.install(app)

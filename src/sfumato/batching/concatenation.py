@@ -89,7 +89,7 @@ def join(calls: Sequence[Call], cache: ConcatenationCache) -> dict[str, Any]:
     concatenated: list[Any] = []
     for at, leaf in enumerate(calls[0].leaves):
         concatenated.append(_JOIN[leaf.kind]([call.leaves[at] for call in calls], calls, cache))
-    arguments: dict[str, Any] = _unflatten(calls[0].shape, iter(concatenated))
+    arguments: dict[str, Any] = unflatten(calls[0].shape, iter(concatenated))
     for text, mask in calls[0].pairs.items():
         arguments[mask] = _mask(text, mask, calls)
     return arguments
@@ -153,9 +153,10 @@ def _at(call: Call, path: str) -> Any:
     return next(leaf.value for leaf in call.leaves if leaf.path == path)
 
 
-def _unflatten(shape: Any, leaves: Iterator[Any]) -> Any:
+def unflatten(shape: Any, leaves: Iterator[Any]) -> Any:
+    """The arguments of a call from `Call.shape` and a value for each leaf, in order."""
     if shape == "leaf":
         return next(leaves)
     kind, keys, inner = shape
-    values = [_unflatten(item, leaves) for item in inner]
+    values = [unflatten(item, leaves) for item in inner]
     return dict(zip(keys, values, strict=True)) if kind == "dict" else (list if kind == "list" else tuple)(values)

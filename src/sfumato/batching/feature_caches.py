@@ -36,6 +36,13 @@ def state_managers(module: Any) -> tuple[Any, ...] | None:
     return tuple({id(manager): manager for manager in managers}.values())
 
 
+def prepare(module: Any, steps: int | None) -> None:
+    """Tell a cache that must know it how many steps the run has whose call the module computes next; None: unknown."""
+    for_steps = getattr(getattr(module, "_cache_config", None), "for_steps", None)
+    if steps and for_steps:
+        for_steps(steps)
+
+
 def forget(module: Any) -> None:
     """Search `module` again next time: other code may have added a cache to it."""
     _without_cache.pop(module, None)

@@ -53,6 +53,11 @@ def copied(output: Any) -> Any:
     return _mapped(output, torch.Tensor.clone)
 
 
+def repeated(output: Any, times: int) -> Any:
+    """`output` with the rows of every tensor so many times."""
+    return _mapped(output, lambda tensor: torch.cat([tensor] * times))
+
+
 def tensors(output: Any) -> list[torch.Tensor]:
     """Every tensor in `output`, in order."""
     collected: list[torch.Tensor] = []

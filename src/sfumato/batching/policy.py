@@ -105,6 +105,8 @@ def choose(
     of a forward pass that a short request leads and long ones join. `rides`: the rows, up to so many, of an interactive
     forward pass of so many that low ones fill. `low_led`: `now` when a low call led last.
     """
+    if len(waiting) == 1:  # the usual case, at no cost
+        return [*waiting]
     interactive = [call for call in waiting if not call.low]
     low = [call for call in waiting if call.low]
     rank = _ranks(interactive or low, now, room, rows_received, patience)

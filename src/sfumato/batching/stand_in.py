@@ -19,7 +19,8 @@ import torch
 
 from sfumato.batching import feature_caches, interruption
 from sfumato.batching.adapted import Selection
-from sfumato.batching.calls import target
+from sfumato.batching.calls import describe, target
+from sfumato.batching.guidance import Interval
 from sfumato.batching.interruption import BeforePart
 from sfumato.batching.module_runner import ModuleRunner
 from sfumato.core import EAGER
@@ -137,6 +138,8 @@ class StandIn:
         self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], before_part: BeforePart | None = None
     ) -> Any:
         """Call the module itself, within the cache context that the pipeline requested. `before_part`: if it is long"""
+        if self._sfumato_stateful:
+            feature_caches.prepare(self._sfumato_module, self._sfumato_view.steps)
         with self._sfumato_within():
             selection: Selection | None = self._sfumato_selection
             if selection and not selection.plain:
@@ -206,6 +209,14 @@ def current() -> CallHandler | None:
 
 
 def _handle_call(stand_in: StandIn, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    handle = functools.partial(_pass_on, stand_in, method)
+    interval: Interval | None = stand_in._sfumato_view.interval
+    if interval is None or not interval.may_leave_out(stand_in._sfumato_name):
+        return handle(args, kwargs)
+    return interval.computed(describe(stand_in._sfumato_module, method, args, kwargs, interval.fingerprints), handle)
+
+
+def _pass_on(stand_in: StandIn, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     handler = current()
     if handler is None:
         if stand_in._sfumato_runner is not None:

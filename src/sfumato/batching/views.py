@@ -29,6 +29,7 @@ from sfumato.batching import feature_caches, offload
 from sfumato.batching.adapted import Selection
 from sfumato.batching.adapter_state import Adapters
 from sfumato.batching.exclusive import exclusive, patched
+from sfumato.batching.guidance import Interval
 from sfumato.batching.module_runner import ModuleRunner
 from sfumato.batching.reasons import Reason
 from sfumato.batching.stand_in import StandIn, current
@@ -63,6 +64,10 @@ class View:
         self.exclusive = exclusive
         """Why the whole pipeline runs without switching; empty if it may switch."""
         self.number = next(numbers)
+        self.steps: int | None = None
+        """Denoising steps of its run, if they are known; for feature caches."""
+        self.interval: Interval | None = None
+        """Which steps are drawn with guidance, if not all."""
         self.stand_ins: dict[int, StandIn] = {}
         self.changed: dict[int, str] = {}
         """Id of each module that this request changed → how."""
@@ -151,6 +156,18 @@ def view(
     """
     reason = exclusive(pipeline) or (foreign and patched(pipeline)) or ""
     return _view(pipeline, View(reason, tiled=tiled, adapters=adapters, runners=runners), {}, "")
+
+
+def expect(pipeline: Any, steps: int) -> None:
+    """Tell the view `pipeline` how many denoising steps it will run."""
+    for stand_in in _stand_ins(pipeline):
+        stand_in._sfumato_view.steps = steps
+
+
+def limit_guidance(pipeline: Any, interval: Interval) -> None:
+    """Let the view `pipeline` draw with guidance only in these steps; its class must be `guidance.CONCATENATING`."""
+    for stand_in in _stand_ins(pipeline):
+        stand_in._sfumato_view.interval = interval
 
 
 def computed_by(pipeline: Any) -> dict[str, set[str]]:

@@ -15,9 +15,9 @@ from sfumato import schedulers
 from sfumato.checkpoints import class_reading, controlnets, diffusers_source, modular, static_capabilities
 from sfumato.config import ModelConfig
 from sfumato.core import MAX_SEED
-from sfumato.errors import LoadError, ModelFileError, did_you_mean
-from sfumato.pipelines import source_table
-from sfumato.sampling import PARAMETERS, clip_layer
+from sfumato.errors import InvalidRequest, LoadError, ModelFileError, did_you_mean
+from sfumato.pipelines import guidance, source_table
+from sfumato.sampling import NAMED, PARAMETERS, clip_layer, refuse_no_guidance
 
 INTERNAL = re.compile(r"generator|latents|output_type|return_dict|callback.*|.*_(kwargs|embeds|latents|mask)|args|self")
 """Parameters of calls that no text can be the value of."""
@@ -57,6 +57,7 @@ def problems(config: ModelConfig, name: str, index: Mapping[str, Any], folder: P
         except ModelFileError as error:
             yield error.message
         yield from _too_large(config, name)
+        yield from _guided_throughout(config, name, parameters)
     if folder is None:
         return
     multiple = static_capabilities.static_capabilities(config).size_multiple
@@ -75,6 +76,18 @@ def _too_large(config: ModelConfig, name: str) -> Iterator[str]:
         value = config.options.get(each.argument or "", config.sampling[each])
         if each.argument in limits and isinstance(value, int | float) and value > limits[each.argument]:
             yield f"{each.keys[0]}: {value:g}: {name} takes at most {limits[each.argument]:g}"
+
+
+def _guided_throughout(config: ModelConfig, name: str, parameters: Collection[str]) -> Iterator[str]:
+    """An interval of guidance that contains no step, or that the class does not have."""
+    try:
+        refuse_no_guidance(config.sampling)
+    except InvalidRequest as error:
+        yield f"{error.param}: {error.message}"
+    for field in guidance.FIELDS:
+        value = config.sampling[NAMED[field]]
+        if value not in (None, 0, 1) and not guidance.limitable(name, parameters):
+            yield f"{field}: {value:g}: {guidance.why_not(name)}"
 
 
 def _limits(name: str) -> Iterator[tuple[str, int]]:

@@ -120,10 +120,11 @@ def _has_weights(snapshot: Path) -> bool:
     index = diffusers_source.json_of(snapshot / sources.INDEX)
     parts = [name for name, value in index.items() if isinstance(value, list) and (snapshot / name).is_dir()]
     described = [snapshot / name for name in parts if (snapshot / name / "config.json").is_file()]
-    return bool(described) and all(any(map(_is_weight, part.iterdir())) for part in described)
+    return bool(described) and all(any(map(is_weight, part.iterdir())) for part in described)
 
 
-def _is_weight(path: Path) -> bool:
+def is_weight(path: Path) -> bool:
+    """Whether it is a file with the extension of one that holds weights."""
     return WEIGHTS.fullmatch(path.name) is not None and path.exists()
 
 

@@ -11,6 +11,7 @@ from sfumato.checkpoints import file_values, ip_adapters, pipeline_class, source
 from sfumato.config import Broken, ModelConfig, ParsedFile, Redirect, Skipped, addresses
 from sfumato.errors import DownloadError, InvalidRequest, SfumatoError, in_words
 from sfumato.models import inspection, low_memory, quantizers
+from sfumato.pipelines import guidance
 from sfumato.sampling import PARAMETERS
 from sfumato.serving.catalog import Catalog
 
@@ -204,7 +205,7 @@ def _defaults(config: ModelConfig) -> Iterator[tuple[str, object]]:
     sampling = config.sampling
     yield "size", "{}x{}".format(*sampling.size) if sampling.size else None
     for parameter in PARAMETERS:
-        if parameter.argument and not parameter.side:
+        if (parameter.argument or parameter.name in guidance.FIELDS) and not parameter.side:
             label, value = parameter.flag.removeprefix("--").replace("-", "_"), sampling[parameter]
             yield label, f"{value:g}" if isinstance(value, float) else value
     yield "seed", config.seed

@@ -26,7 +26,13 @@ KEYS: Mapping[str, str] = MappingProxyType(
 )
 """Name in requests -> key of the model file."""
 
-DECIDED_WITH: Mapping[str, frozenset[str]] = MappingProxyType({"steps": frozenset({"scheduler"})})
+DECIDED_WITH: Mapping[str, frozenset[str]] = MappingProxyType(
+    {
+        "steps": frozenset({"scheduler"}),
+        "guidance_start": frozenset({"guidance_end"}),
+        "guidance_end": frozenset({"guidance_start"}),
+    }
+)
 """Parameter -> those that decide with it whether its value can be used."""
 
 

@@ -73,10 +73,14 @@ class FeatureCache:
 
     kind: str
     """A key of `readers.CACHES`."""
-    settings: tuple[tuple[str, int | float | bool], ...] = ()
+    settings: tuple[tuple[str, int | float | bool | tuple[float, ...]], ...] = ()
 
     def __str__(self) -> str:
-        return ":".join((self.kind, *(f"{name}={value}" for name, value in self.settings)))
+        return ":".join((self.kind, *(f"{name}={_words(value)}" for name, value in self.settings)))
+
+
+def _words(setting: Any) -> str:
+    return "/".join(f"{each:g}" for each in setting) if isinstance(setting, tuple) else str(setting)
 
 
 @dataclass(frozen=True, kw_only=True)

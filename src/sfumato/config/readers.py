@@ -139,6 +139,14 @@ def _range(minimum: float, maximum: float | None) -> str:
     return f"from {minimum:g} up" if maximum is None or maximum == math.inf else f"from {minimum:g} to {maximum:g}"
 
 
+def ratios(value: Any) -> tuple[float, ...]:
+    """A list of numbers, one for each step of the run that they were measured in."""
+    if not isinstance(value, list) or not 2 <= len(value) <= 1000:
+        raise ValueError("needs a list of 2 to 1000 numbers, one for each step of the run that they were measured in")
+    read = number(0, 100)
+    return tuple(read(item) for item in value)
+
+
 CACHES: Mapping[str, Mapping[str, Reader]] = {
     "first_block": {"threshold": number(0, 10)},
     "taylorseer": {
@@ -148,8 +156,23 @@ CACHES: Mapping[str, Mapping[str, Reader]] = {
         "max_order": integer(0, 4),
         "use_lite_mode": flag,
     },
+    "magcache": {
+        "threshold": number(0, 10),
+        "max_skip_steps": integer(1, 1000),
+        "retention_ratio": number(0, 1),
+        "mag_ratios": ratios,
+    },
 }
-"""Feature caches → their settings, by diffusers' names (`FirstBlockCacheConfig`, `TaylorSeerCacheConfig`)."""
+"""Feature caches → their settings, by diffusers' names (`FirstBlockCacheConfig`, `TaylorSeerCacheConfig`,
+`MagCacheConfig`)."""
+
+NO_CACHES: Mapping[str, str] = {
+    "pyramid_attention_broadcast": "it has one state for all requests, also for the calls with and without the prompt",
+    "faster_cache": "it has one state for all requests, and leaves out rows of pipelines that compute both in one call",
+    "sea_cache": "it is for films: diffusers has an adapter for Cosmos 3 alone",
+    "text_kv_cache": "it is for Nucleus-MoE alone, and knows a text by its address, which another request may get",
+}
+"""Those of diffusers that are not offered → why."""
 
 seed = integer(0, MAX_SEED, absent=-1)
 """-1 is LocalAI's value for a random seed."""
@@ -217,7 +240,10 @@ def cache(value: Any) -> FeatureCache | None:
     if value in (False, "none"):
         return None
     settings = dict(value) if isinstance(value, dict) else {"type": value}
-    kind: str = one_of({name: name for name in CACHES})(settings.pop("type", None))
+    named = settings.pop("type", None)
+    if isinstance(named, str) and (why := NO_CACHES.get(named.lower())):
+        raise ValueError(f"diffusers' {named.lower()} is not offered: {why}. Use {', '.join(CACHES)}")
+    kind: str = one_of({name: name for name in CACHES})(named)
     readers = CACHES[kind]
     for name in settings.keys() - readers.keys():
         raise ValueError(f"{kind} has no setting {shorten(name)}; it has {', '.join(readers)}")

@@ -24,6 +24,7 @@ from sfumato.core import VAE_TILING, Done, Generation, Recipe
 from sfumato.drawing import (
     arguments,
     crop,
+    guided,
     inputs,
     latent_sources,
     named_nets,
@@ -178,7 +179,7 @@ def _draw(
     usable.refuse_defaults(model, pipeline, filled)
     canvas = arguments.canvas(model, pipeline, filled)
     kwargs = arguments.arguments(model, pipeline, generation, filled, canvas)
-    kwargs |= picture_prompts.arguments(model, pipeline, requested)
+    kwargs |= picture_prompts.arguments(model, pipeline, requested) | guided.arguments(pipeline, filled.sampling)
     kwargs |= latent_sources.of_source(pipeline, generation, kwargs)
     # 3. its own scheduler
     driver = scheduler_owners.drawing_pipeline(pipeline)
@@ -186,7 +187,7 @@ def _draw(
     if (scheduler := request_scheduler.make(driver, choice, filled.seed)) is not None:
         scheduler_owners.replace_scheduler(pipeline, scheduler)
     previews = _previews(model, driver, generation, canvas, on_preview, encoder)
-    finite = watch(pipeline, kwargs, on_step, previews)
+    finite = watch(pipeline, kwargs, on_step, previews, interval := guided.limit(pipeline, filled.sampling))
     # 4. run
     reading = prompts.read(model, pipeline, generation, kwargs)
     image, more = _run(pipeline, reading.arguments, filled.seed, finite)
@@ -216,6 +217,7 @@ def _draw(
         *_locked(model, pipeline, generation, filled.sampling),
         *_not_taken(model, pipeline, filled.sampling, kwargs),
         *_without_effect(pipeline, driver, kwargs),
+        *guided.warnings(interval, filled.sampling),
         *latent_sources.warnings(pipeline, generation),
     )
     return Drawn(image, image_recipe, warnings, token_count)
@@ -359,7 +361,9 @@ def _recipe(
 ) -> Recipe:
     def used(parameter: Parameter) -> Any:
         """The value the pipeline actually used, including its own default."""
-        argument = parameter.argument or ""
+        if parameter.argument is None:
+            return filled.sampling[parameter]
+        argument = parameter.argument
         default = arguments.signature_default(pipeline, argument) if parameter.reported else None
         return kwargs.get(argument, default)
 

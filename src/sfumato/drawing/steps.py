@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import torch
 
+from sfumato.batching import views
+from sfumato.batching.guidance import Interval
 from sfumato.errors import DrawError
 from sfumato.pipelines import capabilities, scheduler_owners, scheduler_steps
 from sfumato.previews.steps import RunPreviews
@@ -46,10 +49,17 @@ class Finite:
             )
 
 
-def watch(pipeline: Any, kwargs: Mapping[str, Any], on_step: OnStep, previews: RunPreviews | None) -> Finite:
+def watch(
+    pipeline: Any,
+    kwargs: Mapping[str, Any],
+    on_step: OnStep,
+    previews: RunPreviews | None,
+    interval: Interval | None = None,
+) -> Finite:
     """Report the steps of every scheduler used in `pipeline`, with previews for the one that draws the picture.
 
-    `kwargs`: the arguments that the pipeline will be called with. Check what it returns after the run.
+    `kwargs`: the arguments that the pipeline will be called with. `interval`: is told of that one's steps, too. Check
+    what it returns after the run.
     """
     drivers = scheduler_owners.drivers(pipeline)
     parameters = capabilities.parameters_of(pipeline)
@@ -58,13 +68,26 @@ def watch(pipeline: Any, kwargs: Mapping[str, Any], on_step: OnStep, previews: R
         argument = name.replace("scheduler", "num_inference_steps")
         steps = kwargs.get(argument, parameters[argument].default if argument in parameters else None)
         expected[name] = steps if isinstance(steps, int) else 0
+    if "scheduler" in expected:
+        # diffusers' image-to-image classes run a part of the steps.
+        views.expect(pipeline, max(1, int(expected["scheduler"] * float(kwargs.get("strength") or 1.0) + 1e-9)))
     progress, finite = scheduler_owners.StepCount(expected, on_step), Finite()
+    if interval and (driver := drivers.get("scheduler")):
+        interval.count = functools.partial(_remaining_of, weakref.ref(driver.scheduler))
     for name, driver in drivers.items():
-        _observe(driver.scheduler, progress.of(name), finite, previews if name == "scheduler" else None)
+        _observe(
+            driver.scheduler,
+            progress.of(name),
+            finite,
+            previews if name == "scheduler" else None,
+            interval if name == "scheduler" else None,
+        )
     return finite
 
 
-def _observe(scheduler: Any, on_step: OnStep, finite: Finite, previews: RunPreviews | None) -> None:
+def _observe(
+    scheduler: Any, on_step: OnStep, finite: Finite, previews: RunPreviews | None, interval: Interval | None
+) -> None:
     """Report each `scheduler.step`: every denoising loop of diffusers calls it, with or without a callback."""
     done = total = 0
     first: Any = None
@@ -78,6 +101,8 @@ def _observe(scheduler: Any, on_step: OnStep, finite: Finite, previews: RunPrevi
             total = _remaining(scheduler, timestep)
         result = step(model_output, timestep, *args, **kwargs)
         done += 1
+        if interval:
+            interval.stepped(done, max(done, total))
         on_step(done, max(done, total))
         if done >= total:
             finite.note(result)
@@ -86,6 +111,11 @@ def _observe(scheduler: Any, on_step: OnStep, finite: Finite, previews: RunPrevi
         return result
 
     scheduler_steps.wrap_step(scheduler, observed)
+
+
+def _remaining_of(reference: weakref.ref[Any], first: Any) -> int:
+    scheduler = reference()
+    return 0 if scheduler is None else _remaining(scheduler, first)
 
 
 def _remaining(scheduler: Any, first: Any) -> int:

@@ -14,9 +14,9 @@ from sfumato.core import Generation
 from sfumato.drawing import arguments
 from sfumato.errors import InvalidRequest, in_words
 from sfumato.models.load import Loaded
-from sfumato.pipelines import request_fields, request_scheduler, scheduler_owners
+from sfumato.pipelines import guidance, request_fields, request_scheduler, scheduler_owners
 from sfumato.pipelines.capabilities import most_clip_skip, parameters_of, upscaler
-from sfumato.sampling import PARAMETERS, Parameter, Sampling, clip_layer, clip_skip_for
+from sfumato.sampling import PARAMETERS, Parameter, Sampling, clip_layer, clip_skip_for, refuse_no_guidance
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +115,12 @@ def _refusals(model: Loaded, pipeline: Any, generation: Generation) -> Iterator[
     parameters, name = parameters_of(pipeline), f"{model.config.name} ({type(pipeline).__name__})"
     for each in PARAMETERS:
         value = generation.sampling[each]
-        if value is None or each.argument is None:
+        if value is None or (each.argument is None and each.name not in _UNUSABLE):
             continue
         if each.side and (generation.images or generation.controls):  # a source picture already has the requested size
             if generation.webui and (larger := upscaler(pipeline)):
                 yield Refusal(each, f"{name} enlarges {larger.factor} times", "Leave it out.")
-        elif each.argument not in parameters:
+        elif each.argument is not None and each.argument not in parameters:
             told = "" if isinstance(value, str) else f"{in_request(each, generation, pipeline)}; "
             fields = ", ".join(request_fields.of(pipeline))
             yield Refusal(each, f"{told}{name} does not take it", f"Leave it out. It takes: {fields}")
@@ -142,9 +142,11 @@ def refuse_defaults(model: Loaded, pipeline: Any, filled: Generation) -> None:
     """Raises InvalidRequest for a value that the pipeline takes and would fail with."""
     for each in PARAMETERS:
         value, reject = filled.sampling[each], _UNUSABLE.get(each.name, _always_used)
-        if value is not None and each.argument in parameters_of(pipeline) and (why := reject(model, pipeline, value)):
+        taken = each.argument is None or each.argument in parameters_of(pipeline)
+        if value is not None and taken and (why := reject(model, pipeline, value)):
             reason, remedy = why
             raise Refusal(each, f"{in_words(value)}; {reason}", remedy).error()
+    refuse_no_guidance(filled.sampling)
 
 
 def takes_negative(model: Loaded, pipeline: Any) -> bool:
@@ -173,6 +175,13 @@ def _too_deep(model: Loaded, pipeline: Any, clip_skip: int) -> tuple[str, str] |
     return f"the text encoder of {model.config.name} has too few layers", f"0 to {most} are valid"
 
 
+def _guided_throughout(model: Loaded, pipeline: Any, part: float) -> tuple[str, str] | None:
+    # 0 and 1 are what acts without them; that there is an interval is for `refuse_no_guidance`.
+    if part in (0, 1) or guidance.limitable(type(pipeline).__name__, parameters_of(pipeline)):
+        return None
+    return guidance.why_not(type(pipeline).__name__), "Leave it out."
+
+
 def _always_used(model: Loaded, pipeline: Any, value: Any) -> tuple[str, str] | None:
     return None
 
@@ -182,5 +191,8 @@ _UNUSED: Mapping[str, Callable[[Loaded, Any, Any], tuple[str, str] | None]] = {
 }
 """Parameter → reason and remedy if the class takes it but this model does not use this value."""
 
-_UNUSABLE: Mapping[str, Callable[[Loaded, Any, Any], tuple[str, str] | None]] = {"clip_skip": _too_deep}
+_UNUSABLE: Mapping[str, Callable[[Loaded, Any, Any], tuple[str, str] | None]] = {
+    "clip_skip": _too_deep,
+    **dict.fromkeys(guidance.FIELDS, _guided_throughout),
+}
 """The same for a value that the class takes and fails with."""

@@ -11,14 +11,45 @@ from types import MappingProxyType
 from typing import Any
 
 import diffusers
+from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS, nearest_interp
 
 from sfumato.checkpoints import feature_caches
 from sfumato.config import ModelConfig
 
+
+class MagCache(diffusers.MagCacheConfig):  # type: ignore[misc]
+    """MagCache for runs of any number of steps: diffusers' configuration is for one."""
+
+    num_inference_steps: int
+    mag_ratios: Any
+
+    def __init__(self, mag_ratios: Any, **settings: Any) -> None:
+        super().__init__(mag_ratios=mag_ratios, num_inference_steps=len(mag_ratios), **settings)
+        self._measured = self.mag_ratios
+
+    def for_steps(self, steps: int) -> None:
+        """The next forward pass is one of a run of so many steps."""
+        if steps != self.num_inference_steps:
+            self.num_inference_steps = steps
+            self.mag_ratios = nearest_interp(self._measured, steps)
+
+
+RATIOS: Mapping[str, Any] = MappingProxyType({"FluxTransformer2DModel": FLUX_MAG_RATIOS})
+"""Transformer class → the ratios for MagCache that diffusers has."""
+
 CONFIGURATIONS: Mapping[str, type[Any]] = MappingProxyType(
-    {"first_block": diffusers.FirstBlockCacheConfig, "taylorseer": diffusers.TaylorSeerCacheConfig}
+    {
+        "first_block": diffusers.FirstBlockCacheConfig,
+        "taylorseer": diffusers.TaylorSeerCacheConfig,
+        "magcache": MagCache,
+    }
 )
 """Keys of `readers.CACHES` → diffusers' classes."""
+
+HOW_TO_MEASURE = (
+    "one number for each step: run diffusers once with MagCacheConfig(calibrate=True, num_inference_steps=...), which "
+    "prints them"
+)
 
 
 def engage(config: ModelConfig, pipeline: Any, dtype: Any) -> None:
@@ -31,6 +62,10 @@ def engage(config: ModelConfig, pipeline: Any, dtype: Any) -> None:
     settings: dict[str, Any] = dict(config.cache.settings)
     if config.cache.kind == "taylorseer":
         settings["taylor_factors_dtype"] = dtype  # bfloat16 by default, in which fp32 loses digits
+    if config.cache.kind == "magcache" and "mag_ratios" not in settings:
+        if (known := RATIOS.get(type(module).__name__)) is None:
+            raise feature_caches.refusal(config, f"{type(module).__name__} needs `mag_ratios`, {HOW_TO_MEASURE}")
+        settings["mag_ratios"] = known
     try:
         module.enable_cache(CONFIGURATIONS[config.cache.kind](**settings))
     except (ValueError, IndexError) as error:

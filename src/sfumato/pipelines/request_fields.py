@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sfumato.pipelines import guidance
 from sfumato.pipelines.capabilities import parameters_of
 from sfumato.pipelines.inputs import CONTROL, LABEL, MASK, SOURCES, role_of
 from sfumato.sampling import PARAMETERS
@@ -18,5 +19,6 @@ def of(pipeline: Any) -> list[str]:
     fields = ["prompt"] if "prompt" in taken else []
     fields += [FIELDS[role] for name in taken if (role := role_of(name, taken))]
     fields += ["size" if each.side else each.name for each in PARAMETERS if each.argument in taken]
+    fields += guidance.FIELDS if guidance.limitable(type(pipeline).__name__, taken) else ()
     scheduler = ["scheduler"] if getattr(pipeline, "scheduler", None) is not None else []
     return list(dict.fromkeys([*fields, *scheduler, "seed"]))

@@ -21,7 +21,7 @@ from sfumato.core import EngineStats, Event, Failed, Generation, LoadState, Mode
 from sfumato.engine.protocol import DeviceState, Load, OnDevice, OnPlace, Order, Ordered, Unload
 from sfumato.engine.totals import total
 from sfumato.errors import DeviceUnavailable, ModelTooLarge, NoWorker, SfumatoError
-from sfumato.process.routing import START_S, Router
+from sfumato.process.routing import SQUARE, START_S, Router, steps_of
 from sfumato.process.supervisor import WORKER, Supervisor
 from sfumato.settings import Settings
 
@@ -79,18 +79,19 @@ class Devices:
     # Pictures.
 
     async def submit(self, config: ModelConfig, generation: Generation) -> AsyncGenerator[Event, None]:
-        id, steps, deaths = generation.id, self._steps(config, generation), 0
+        id, deaths = generation.id, 0
+        steps, pixels = self._size(config, generation)
         while True:
-            number = self._choose(config, steps)
+            number = self._choose(config, steps_of(steps, pixels))
             self.on_device(id, self._labels[number])
-            self._router.begin(id, number, config.name, steps, time.monotonic())
+            self._router.begin(id, number, config.name, steps_of(steps, pixels), time.monotonic())
             moves = False
             try:
                 async with aclosing(self._workers[number].submit(config, generation, deaths)) as events:
                     async for event in events:
                         match event:
                             case Step(step, total_steps):
-                                self._router.step(id, total_steps - step, time.monotonic())
+                                self._router.step(id, steps_of(total_steps - step, pixels), time.monotonic())
                             case Failed(error) if moves := self._moves(error, config, number):
                                 deaths = error.deaths if isinstance(error, NoWorker) else deaths
                                 break
@@ -101,10 +102,13 @@ class Devices:
             if not moves:
                 return
 
-    def _steps(self, config: ModelConfig, generation: Generation) -> int:
-        known = generation.sampling.steps or config.sampling.steps
-        info = None if known else self.status(config.name).info
-        return known or (info and info.sampling.steps) or UNKNOWN_STEPS
+    def _size(self, config: ModelConfig, generation: Generation) -> tuple[int, int]:
+        """Steps and pixels of a picture: of the request, else of the model file, else of the loaded model."""
+        info = self.status(config.name).info
+        known = [generation.sampling, config.sampling, *([info.sampling] if info else [])]
+        steps = next((each.steps for each in known if each.steps), UNKNOWN_STEPS)
+        width, height = next((each.size for each in known if each.size), (SQUARE, 1))
+        return steps, width * height
 
     def _choose(self, config: ModelConfig, steps: float) -> int:
         self._routed.add(config.name)

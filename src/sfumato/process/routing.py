@@ -8,7 +8,8 @@ A device is expected to be done after
 
 So pictures go where their model is loaded already, and a burst on one model spreads to a second device as soon as
 loading it there is quicker than waiting. The time per step is that of the whole device: eight pictures that share each
-forward pass make eight steps in the time of one pass.
+forward pass make eight steps in the time of one pass. Steps need not be whole: whoever calls counts one of a larger
+picture as more (`steps_of`).
 
 Plain numbers only: no engine, no clock. `benchmarks.simulate` calls the same code. `choose` looks at each device: about
 1 µs for two, 0.1 ms for a thousand.
@@ -21,6 +22,10 @@ from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass
 
+SQUARE = 512 * 512
+"""Pixels of a picture of which a step counts as one."""
+LEAST = 0.25
+"""What a step of a small picture counts as at least: below 256x256 its time hardly falls."""
 FIRST_STEP_S = 0.1
 """Assumed time per step of a model before one was measured."""
 FIRST_LOAD_S = 10.0
@@ -31,6 +36,11 @@ DECAY = 0.98
 """Weight of each step relative to the next, in the mean time per step: about the last fifty count."""
 LOAD_WEIGHT = 0.5
 """Weight of the latest load in the running mean of a model's."""
+
+
+def steps_of(steps: float, pixels: int) -> float:
+    """What so many steps of a picture of so many pixels count as."""
+    return steps * max(LEAST, pixels / SQUARE)
 
 
 @dataclass(slots=True)
@@ -48,9 +58,9 @@ class _Mean:
     seconds: float = 0.0
     steps: float = 0.0
 
-    def add(self, seconds: float) -> float:
+    def add(self, seconds: float, steps: float) -> float:
         self.seconds = DECAY * self.seconds + seconds
-        self.steps = DECAY * self.steps + 1
+        self.steps = DECAY * self.steps + steps
         return self.seconds / self.steps
 
 
@@ -68,13 +78,13 @@ class _Model:
         """Device that loads it → since when."""
         self.load_measured = False
 
-    def measured(self, device: int, seconds: float) -> None:
+    def measured(self, device: int, seconds: float, steps: float) -> None:
         mean = self.means[device]
         if mean is None:
             if not any(self.means):
-                self.step_s = [seconds] * len(self.step_s)  # what others are taken for until they are measured
+                self.step_s = [seconds / steps] * len(self.step_s)  # what others are taken for until they are measured
             mean = self.means[device] = _Mean()
-        self.step_s[device] = mean.add(seconds)
+        self.step_s[device] = mean.add(seconds, steps)
 
 
 class Router:
@@ -121,14 +131,15 @@ class Router:
             self.loading(device, model, now)
 
     def step(self, id: str, left: float, now: float) -> None:
-        """A picture has made a step and has so many left."""
+        """A picture has made progress and has so many steps left."""
         picture = self._pictures[id]
         device, model = picture.device, picture.model
-        if picture.stepped_at is not None:  # before its first step it was prepared, and its model loaded
-            self._model(model).measured(device, now - max(self._stepped_at[device], picture.stepped_at))
+        done = picture.left - left
+        if picture.stepped_at is not None and done > 0:  # else it was prepared, its model loaded, or it begins again
+            self._model(model).measured(device, now - max(self._stepped_at[device], picture.stepped_at), done)
             self._stepped_at[device] = now
         picture.stepped_at = now
-        self._add(device, model, left - picture.left)
+        self._add(device, model, -done)
         picture.left = left
 
     def end(self, id: str) -> None:

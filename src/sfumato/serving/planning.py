@@ -13,7 +13,16 @@ from sfumato.core import INTERACTIVE, MAX_SEED, PRIORITIES, QUALITIES, Control, 
 from sfumato.errors import InvalidRequest
 from sfumato.loras import Lora
 from sfumato.pictures.fitting import Fitting
-from sfumato.sampling import MAX_PROMPT, PARAMETERS, UPSCALERS, Hires, Parameter, Sampling, prompt_pair
+from sfumato.sampling import (
+    MAX_PROMPT,
+    PARAMETERS,
+    UPSCALERS,
+    Hires,
+    Parameter,
+    Sampling,
+    prompt_pair,
+    refuse_no_guidance,
+)
 from sfumato.serving import repeat
 
 MAX_PICTURES = 16
@@ -107,10 +116,8 @@ def plan(request: ImageRequest, config: ModelConfig, limits: Limits, max_picture
     _check_range("n", n, 1, max_pictures)
     if n * len(prompts) > max_pictures:
         raise InvalidRequest(
-            f"n: {len(prompts)} prompts with {n} pictures each; at most {max_pictures} per request",
-            param="n",
+            f"n: {len(prompts)} prompts with {n} pictures each; at most {max_pictures} per request", param="n"
         )
-    _check_priority(request)
     _check_passes(request, limits)
     _check_pictures(request)
     try:
@@ -216,6 +223,7 @@ def _check_priority(request: ImageRequest) -> None:
 
 
 def _check_passes(request: ImageRequest, limits: Limits) -> None:
+    _check_priority(request)
     _check(request.sampling, limits)
     if request.quality is not None and request.quality not in QUALITIES:
         raise InvalidRequest(
@@ -244,6 +252,7 @@ def _check(sampling: Sampling, limits: Limits) -> None:
             _check_length(parameter.name, value, int(parameter.most))
         else:
             _check_range(parameter.name, value, parameter.least or 0, parameter.most)
+    refuse_no_guidance(sampling)
     if sampling.scheduler:
         schedulers.parse(sampling.scheduler)
     if (sampling.width, sampling.height) != (None, None):

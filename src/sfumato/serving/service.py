@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import TypeAlias
 
 from sfumato import logs
-from sfumato.checkpoints import remote_limits
+from sfumato.checkpoints import read_ahead, remote_limits
 from sfumato.checkpoints.static_capabilities import static_capabilities
 from sfumato.config import ModelConfig
 from sfumato.core import BATCH, Abilities, Done, Failed, Limits, Step
@@ -78,6 +78,8 @@ class Service:
         self._arrivals: list[Arrival] = []
         self._jobs: list[Job] = []
         self._pins: dict[str, bool] = {}
+        self._read_ahead: set[str] = set()
+        """Models whose weights are read while the worker starts."""
         self._foreseen: dict[str, tuple[Abilities | None, ModelConfig | None, float]] = {}
         """Model → what its file and its folder say of it, of which version of the file, and when they were read."""
         self._ended: deque[Progress] = deque(maxlen=MAX_REMEMBERED)
@@ -152,6 +154,9 @@ class Service:
             if isinstance(error, TooManyRequests):
                 self.metrics.record_rejection(error.code)
             raise
+        if not self.engine.ready and config.name not in self._read_ahead:
+            self._read_ahead.add(config.name)
+            read_ahead.begin(config)
         self._jobs.append(job)
         if stored := repeat.CURRENT.get():
             stored.submit(job)

@@ -38,15 +38,21 @@ FIRST_S = 2.0
 AGAIN_S = 5.0
 """Seconds until a promised job that found the queue full, or an answer that could not be stored, is tried again."""
 
+MAX_LIVES = 20
+"""How often a job is begun. One that always takes its server with it must not do so for ever."""
+
 EXPIRE_S = 600.0
 """Interval at which expired jobs are deleted, also when none ends."""
 
 
 class Jobs:
-    """The jobs of one server. `app` answers their requests; the middleware sets it."""
+    """The jobs of one server. `app` answers their requests; the middleware sets it, and `shaped`."""
 
     app: ASGIApp
+    shaped: Callable[[ASGIApp], ASGIApp]
+    """Gives errors the shape of the API whose path was called."""
     application: object
+    """For the scope of requests."""
 
     def __init__(self, service: Service, store: JobStore) -> None:
         self.service = service
@@ -55,6 +61,8 @@ class Jobs:
         """Id → what this process carries out."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._threads: ThreadPoolExecutor | None = None
+        self.stopping = asyncio.Event()
+        """Set when the server waits for its last requests."""
         self._stopped = False
         self._some_ended = False
         self._keeper: asyncio.Task[None] | None = None
@@ -68,6 +76,7 @@ class Jobs:
     def start(self) -> None:
         """Carry out what was accepted and did not end, and whatever other servers leave behind."""
         self._stopped = False
+        self.stopping.clear()
         self._keeper = asyncio.create_task(self._keep())
 
     async def stop(self) -> None:
@@ -186,15 +195,21 @@ class Jobs:
         run.scope = scope
         waiter = asyncio.create_task(_settle(run))
         try:
-            if run.cancelled.is_set():
-                await errors.response(Cancelled(CANCELLED))(scope, receive, run.record)
-            else:
-                await self.app(scope, receive, run.record)
+            await (self._refusal(run) or self.app)(scope, receive, run.record)
             if not run.answered:
                 failure = SfumatoError("internal server error (no answer); see the server's log")
-                await errors.response(failure)(scope, receive, run.record)
+                await self.shaped(errors.response(failure))(scope, receive, run.record)
         finally:
             waiter.cancel()
+
+    def _refusal(self, run: Run) -> ASGIApp | None:
+        """The answer of a job that is not carried out (again)."""
+        if run.cancelled.is_set():
+            return self.shaped(errors.response(Cancelled(CANCELLED)))
+        if run.job.lives > MAX_LIVES:
+            error = SfumatoError(f"the server died {run.job.lives - 1} times before this request was answered")
+            return self.shaped(errors.response(error))
+        return None
 
     async def _conclude(self, run: Run) -> None:
         """Store the answer. Its clients get it even if the database cannot take it now; that is tried until it can."""

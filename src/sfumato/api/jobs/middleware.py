@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import secrets
 import time
 import uuid
@@ -48,7 +49,8 @@ class StoredRequests:
         self._selected = selected
         self._shared = shared
         # The stored answer has the shape of its own API.
-        jobs.app = ErrorShapes(UnhandledErrors(app), shapes)
+        jobs.shaped = functools.partial(ErrorShapes, shapes=shapes)
+        jobs.app = jobs.shaped(UnhandledErrors(app))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST" or not arrivals.draws(scope):
@@ -95,23 +97,19 @@ class StoredRequests:
         while True:
             found = await self._jobs.accept(job, body)
             known = found.job if isinstance(found, Run) else found
-            headers = () if known.id == job.id else (REPLAYED,)
-            if wished.respond_async and await _is_promised(found, wished):
-                await self._accepted(known, headers, request, send)
-                return
-            if known.id == job.id:
-                body = b""  # it is carried out here, whatever happens to this client
-            if isinstance(found, Run):
-                done = await found.follow(send, *headers)
-                # For log and metrics.
-                request.scope.update(
-                    {each: found.scope[each] for each in ("route", "path_params") if each in found.scope}
-                )
-            else:
-                done = await self._send_stored(found, send)
-            if done:
-                return
-            if known.id == job.id:
+            ours = known.id == job.id
+            headers = () if ours else (REPLAYED,)
+            if ours:
+                body = b""  # it is carried out, whatever happens to this client
+            try:
+                if wished.respond_async and await _is_promised(found, wished):
+                    await self._accepted(known, headers, request, send)
+                    return
+                if await (found.follow(send, *headers) if isinstance(found, Run) else self._send_stored(found, send)):
+                    return
+            finally:
+                _copy_route(found, request.scope)
+            if ours:
                 raise JobsUnavailable("the request is stored, but cannot be carried out now; ask for its job again")
 
     async def _accepted(
@@ -162,6 +160,12 @@ async def _is_promised(found: Run | StoredJob, wished: Wishes) -> bool:
     found.promised = True
     await _within(wished.wait_s, found.ended)
     return not (wished.wait_s and found.ended.is_set())
+
+
+def _copy_route(found: Run | StoredJob, scope: Scope) -> None:
+    """For log and metrics."""
+    if isinstance(found, Run):
+        scope.update({name: found.scope[name] for name in ("route", "path_params") if name in found.scope})
 
 
 async def _within(seconds: float, event: asyncio.Event) -> None:

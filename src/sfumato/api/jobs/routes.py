@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from typing import Annotated, Any, TypeAlias
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Response
@@ -115,7 +116,10 @@ async def _events(jobs: Jobs, job: StoredJob, last: str) -> AsyncGenerator[str, 
             quiet_s = 0.0
             yield ": keep-alive\n\n"
         wait_s = LOOK_S if run else 8 * LOOK_S
-        await asyncio.sleep(wait_s)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(wait_s):
+                await jobs.stopping.wait()
+                return  # its client asks the next server
         quiet_s += wait_s
         if jobs.run_of(job.id) is None:
             found = await jobs.blocking(jobs.store.get, job.id)

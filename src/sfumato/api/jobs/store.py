@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,9 @@ within half of it."""
 
 LOCKED_S = 5
 """Seconds to wait for SQLite's file while another process writes."""
+
+WAL_BYTES = 2**24
+"""What SQLite's log shrinks to once a larger one was written into the database."""
 
 LOW_WATER = 0.95
 """Fraction of the limit to shrink to once it is exceeded."""
@@ -54,6 +57,7 @@ JOBS = sql.Table(
     sql.Column("respond_async", sql.Boolean, nullable=False),
     sql.Column("cancelled", sql.Boolean, nullable=False),
     sql.Column("server", sql.String(255), nullable=False),
+    sql.Column("lives", sql.Integer, nullable=False),
     sql.Column("bytes", sql.BigInteger, nullable=False),
     sql.Column("request", sql.Text, nullable=False),
     sql.Column("status", sql.Integer),
@@ -102,6 +106,8 @@ class StoredJob:
     cancelled: bool = False
     """Whether its caller wants it to end."""
     server: str
+    lives: int = 1
+    """How often it was begun: once, and again after each death of its server."""
     request: Mapping[str, Any]
     """Its ASGI scope, as far as it matters."""
     status: int | None = None
@@ -235,18 +241,17 @@ class JobStore:
             seen = {row.name: row.seen for row in connection.execute(sql.select(SERVERS))}
         claimed = []
         for job in open_jobs:
-            if job.server == self.server:
-                if job.id not in running:
-                    claimed.append(job)
-            elif not lives(job.server, seen) and self._take_over(job):
-                claimed.append(job)
+            left = job.id not in running if job.server == self.server else not lives(job.server, seen)
+            if left and self._take_over(job):
+                claimed.append(replace(job, server=self.server, lives=job.lives + 1))
         return claimed
 
     def _take_over(self, job: StoredJob) -> bool:
         theirs = (JOBS.c.id == job.id, JOBS.c.state == OPEN, JOBS.c.server == job.server)
+        values = {"server": self.server, "lives": job.lives + 1}
         with self.begin() as connection:
             self.sign_of_life(connection)
-            return bool(connection.execute(sql.update(JOBS).where(*theirs).values(server=self.server)).rowcount)
+            return bool(connection.execute(sql.update(JOBS).where(*theirs).values(values)).rowcount)
 
     def expire(self) -> int:
         """Delete ended jobs that are too old, then until the total fits; returns how many were deleted."""
@@ -265,6 +270,10 @@ class JobStore:
                 for id in surplus:
                     connection.execute(sql.delete(JOBS).where(JOBS.c.id == id))
                 deleted += len(surplus)
+        if deleted and self.engine.dialect.name == "sqlite":
+            with self.begin() as connection:
+                file: Any = connection.connection.driver_connection
+                file.executescript("PRAGMA incremental_vacuum")  # it becomes smaller; `execute` would free one page
         return deleted
 
     def leave(self) -> None:
@@ -352,7 +361,9 @@ def _surplus(ended: Sequence[tuple[str, str, int]], size: int) -> list[str]:
 def _sqlite(connection: Any, _: Any) -> None:
     cursor = connection.cursor()
     cursor.execute(f"PRAGMA busy_timeout={LOCKED_S * 1000}")
+    cursor.execute("PRAGMA auto_vacuum=INCREMENTAL")  # of a new file; see `expire`
     cursor.execute("PRAGMA journal_mode=WAL")  # readers do not wait for a writer
+    cursor.execute(f"PRAGMA journal_size_limit={WAL_BYTES}")
     cursor.execute("PRAGMA synchronous=FULL")  # what is committed survives a power cut
     cursor.close()
 

@@ -1,0 +1,195 @@
+"""Does the simulation agree with this machine? A trace, drawn by real workers and simulated.
+
+    python -m benchmarks.simulate_check [--devices 2] [--requests 120] [--load 0.6] [--seed 1]
+
+The pictures of the built-in model are requested when the trace says, through the service and its queue, of one worker
+or several (`cpu,cpu`). The same trace is then simulated with the times of the forward passes that these workers have
+noted in the same run (`recorded_worker`). `results/simulate-check-N-cpu.json` has both, and the times.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from benchmarks.arrivals import Mix, Wanted, trace
+from benchmarks.figures import arguments, percentile, table, write
+from benchmarks.simulated import Served
+from benchmarks.step_times import StepTimes
+from sfumato.core import BATCH, INTERACTIVE
+from sfumato.engine import environment
+from sfumato.engine.protocol import Engine
+from sfumato.process.devices import Devices
+from sfumato.process.supervisor import Supervisor
+from sfumato.sampling import Sampling
+from sfumato.serving.catalog import EMBEDDED, Catalog
+from sfumato.serving.planning import ImageRequest
+from sfumato.serving.service import Service
+from sfumato.settings import Settings
+
+SIDES = (64, 128)
+MIX = Mix(sides=[(64, 0.5), (128, 0.5)], steps=[(4, 0.4), (8, 0.4), (16, 0.2)], long_steps=40, callers=4)
+ALONE = 5
+"""Pictures that are drawn one after another, to know what is not a forward pass."""
+SLACK = 4.0
+QUANTILES = 20
+
+Passes = list[list[Any]]
+"""As `recorded_worker` writes them."""
+
+
+async def drawn(service: Service, wanted: Wanted, began: float, number: int) -> float:
+    """Seconds from when it should arrive to its picture."""
+    await asyncio.sleep(max(0.0, began + wanted.at - time.monotonic()))
+    request = ImageRequest(
+        prompts=[f"a red ball {number}"],
+        n=1,
+        seed=number,
+        caller=wanted.caller,
+        priority=BATCH if wanted.low else INTERACTIVE,
+        sampling=Sampling(width=wanted.side, height=wanted.side, steps=wanted.steps, scheduler="euler"),
+    )
+    await service.draw(request)
+    return time.monotonic() - began - wanted.at
+
+
+def engine_of(settings: Settings, devices: int, folder: Path) -> Engine:
+    worker = (sys.executable, "-m", "benchmarks.recorded_worker", str(folder))
+    return Devices(settings, ["cpu"] * devices, worker) if devices > 1 else Supervisor(settings, worker)
+
+
+async def measured(
+    wanted: Sequence[Wanted], devices: int, folder: Path
+) -> tuple[list[float], list[tuple[float, float]], tuple[float, float]]:
+    """Latencies of the trace; begin and end of each picture drawn alone before; begin and end of the trace."""
+    settings = Settings(data=folder, device="cpu", log_level="error", max_queue=100_000)
+    service = Service(Catalog([EMBEDDED]), engine_of(settings, devices, folder), settings)
+    await service.start()
+    try:
+        now = time.monotonic()
+        warm = [Wanted(0.0, f"{n}", "", side, 4, False) for side in SIDES for n in range(8 * devices)]
+        await asyncio.gather(*(drawn(service, each, now, n) for n, each in enumerate(warm)))
+        alone = []
+        for n in range(ALONE):
+            now = time.monotonic()
+            await drawn(service, Wanted(0.0, "", "", SIDES[-1], 8, False), now, 1000 + n)
+            alone.append((now, time.monotonic()))
+        began = time.monotonic()
+        latencies = await asyncio.gather(*(drawn(service, each, began, 2000 + n) for n, each in enumerate(wanted)))
+        return latencies, alone, (began, time.monotonic())
+    finally:
+        await service.stop()
+
+
+def kind_of(kind: str, width: int, widths: Sequence[int]) -> str:
+    return kind if kind == "encode" else f"{kind} {SIDES[widths.index(width)]}"
+
+
+def times_of(workers: Sequence[Passes], alone: Sequence[tuple[float, float]], run: tuple[float, float]) -> StepTimes:
+    """What the workers have noted during the trace, and what is not a forward pass of pictures drawn alone."""
+    widths = sorted({each[3] for passes in workers for each in passes if each[3]})
+    passes: defaultdict[str, defaultdict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    gaps: defaultdict[str, list[float]] = defaultdict(list)
+    single: defaultdict[tuple[str, int], list[float]] = defaultdict(list)
+    for noted in workers:
+        begun = set[int]()
+        for (start, end, name, width, rows, members), following in itertools.pairwise(noted):
+            kind = kind_of(name, width, widths)
+            begun.update(members)
+            if not run[0] <= start <= run[1]:
+                continue
+            (passes[kind][rows] if len(members) > 1 else single[kind, rows]).append(end - start)
+            if len(members) > 1 and begun.issuperset(following[5]):
+                gaps[kind].append((following[0] - end) / len(members))
+    everything = [gap for each in gaps.values() for gap in each] or [0.0]
+    between = {kind: mean(gaps[kind] or everything) for kind in {*passes, *(kind for kind, _ in single)}}
+    for (kind, rows), seconds in single.items():  # they end when the pipeline has gone on
+        passes[kind][rows] += [max(0.0, each - between[kind]) for each in seconds]
+    begins, ends = [], []
+    for start, end in alone:
+        own = [each for noted in workers for each in noted if start <= each[0] <= end]
+        begins.append(own[0][0] - start)
+        ends.append(end - own[-1][1])
+    spread = {
+        kind: _ratios([each / mean(same) for same in by_rows.values() for each in same if len(same) > 1])
+        for kind, by_rows in passes.items()
+    }
+    known = {kind: {rows: mean(each) for rows, each in by_rows.items()} for kind, by_rows in passes.items()}
+    return StepTimes(known, between, mean(begins), mean(ends), spread=spread)
+
+
+def _ratios(values: Sequence[float]) -> list[float]:
+    """`QUANTILES` of them, equally likely."""
+    return [percentile(values, (at + 0.5) / QUANTILES) for at in range(QUANTILES)] if values else []
+
+
+def figures_of(latencies: Sequence[tuple[Wanted, float]]) -> dict[str, float]:
+    hurried = [took for wanted, took in latencies if not wanted.low]
+    until = max(wanted.at + took for wanted, took in latencies)
+    return {
+        "mean s": mean(took for _, took in latencies),
+        "p50 s, interactive": percentile(hurried, 0.5),
+        "p95 s, interactive": percentile(hurried, 0.95),
+        "mean s, interactive": mean(hurried),
+        "mean s, batch": mean([took for wanted, took in latencies if wanted.low] or [0.0]),
+        "pictures a second": len(latencies) / until,
+    }
+
+
+def simulated(wanted: Sequence[Wanted], times: StepTimes, devices: int) -> dict[str, float]:
+    took: dict[Wanted, float] = {}
+    served = Served(times, devices, slack=SLACK, on_answer=lambda each, seconds: took.update({each: seconds}))
+    served.run(wanted, ["model 0"])
+    return figures_of([(each, took[each]) for each in wanted])
+
+
+def run(devices: int, requests: int, load: float, seed: int, folder: Path) -> Mapping[str, Any]:
+    probe = list(trace(MIX, 400, 1.0, seed))
+    rate = load * devices / (asyncio.run(_alone_s(folder)) * mean(each.steps * each.side**2 for each in probe))
+    wanted = list(trace(MIX, requests, rate, seed))
+    with asyncio.Runner() as runner:
+        latencies, alone, span = runner.run(measured(wanted, devices, folder))
+    workers = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json")) if path.stem.isdecimal()]
+    times = times_of(workers, alone, span)
+    real = figures_of(list(zip(wanted, latencies, strict=True)))
+    foreseen = simulated(wanted, times, devices)
+    print(f"\n{requests} pictures on {devices} of this machine's CPUs, {load} of what they draw one by one")
+    rows = [(name, f"{real[name]:.2f}", f"{foreseen[name]:.2f}", f"{foreseen[name] / real[name]:.2f}") for name in real]
+    print(table(("", "measured", "simulated", "ratio"), rows))
+    return {"measured": real, "simulated": foreseen, "times": times.as_json()}
+
+
+async def _alone_s(folder: Path) -> float:
+    """Seconds for each step and pixel of a picture that is drawn alone."""
+    settings = Settings(data=folder, device="cpu", log_level="error")
+    service = Service(Catalog([EMBEDDED]), Supervisor(settings), settings)
+    await service.start()
+    try:
+        took = []
+        for n in range(3):
+            took.append(await drawn(service, Wanted(0.0, "", "", 128, 8, False), time.monotonic(), n))
+        return min(took) / (8 * 128**2)
+    finally:
+        await service.stop()
+
+
+if __name__ == "__main__":
+    environment.prepare()
+    parser = arguments(__doc__)
+    parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--requests", type=int, default=120)
+    parser.add_argument("--load", type=float, default=0.6)
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        found = run(options.devices, options.requests, options.load, options.seed, Path(name))
+    print(write(f"simulate-check-{options.devices}", "cpu", found))
