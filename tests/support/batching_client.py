@@ -46,6 +46,11 @@ def ended(client: openai.OpenAI, id: str) -> Batch:
     return client.batches.retrieve(id)
 
 
+def counts(batch: Batch) -> dict[str, int]:
+    """total, completed and failed."""
+    return dict(batch.request_counts.to_dict()) if batch.request_counts else {}  # type: ignore[arg-type]
+
+
 def lines_of(client: openai.OpenAI, file: str | None) -> list[dict[str, Any]]:
     """Of an output or error file."""
     assert file

@@ -42,6 +42,7 @@ from sfumato.api.jobs.store import JobStore
 from sfumato.api.mcp import routes as mcp
 from sfumato.api.ollama import routes as ollama
 from sfumato.api.openai import routes as openai
+from sfumato.api.webhooks.sender import Webhooks
 from sfumato.core import MAX_SEED
 from sfumato.errors import SfumatoError
 from sfumato.pictures.gallery import Gallery
@@ -118,16 +119,19 @@ def create_app(service: Service, store: Store, running: ActiveRequests | None = 
     history = status.History(service)
     stored_jobs = Jobs(service, JobStore.of(settings))
     stored_batches = _batches(stored_jobs)
+    webhooks = Webhooks(stored_jobs, settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
         await service.start()
         stored_jobs.start()
         stored_batches.start()
+        webhooks.start()
         keepers = [asyncio.create_task(_expire(picture_gallery)), asyncio.create_task(history.keep())]
         yield
         for keeper in keepers:
             keeper.cancel()
+        await webhooks.stop()
         await stored_batches.stop()
         await stored_jobs.stop()
         app.state.bodies.close()
@@ -155,6 +159,7 @@ def create_app(service: Service, store: Store, running: ActiveRequests | None = 
     app.state.a1111_jobs = a1111_jobs.Jobs(service)
     app.state.jobs = stored_jobs
     app.state.batches = stored_batches
+    app.state.webhooks = webhooks
     stored_jobs.application = app
     if running:
         running.at_stop.append(stored_jobs.stopping.set)
@@ -199,7 +204,12 @@ def _add_middleware(app: FastAPI, keys: Mapping[str, str], origins: Sequence[str
     settings = service.settings
     app.add_middleware(Arrivals, service=service)
     app.add_middleware(
-        StoredRequests, jobs=app.state.jobs, shapes=ERROR_SHAPES, selected=app.state.choices.of, shared=not keys
+        StoredRequests,
+        jobs=app.state.jobs,
+        shapes=ERROR_SHAPES,
+        selected=app.state.choices.of,
+        webhook=app.state.webhooks.checked,
+        shared=not keys,
     )
     app.add_middleware(Shutdown, running=running)
     app.add_middleware(BodyCap, limit=settings.max_body_mb * 2**20)

@@ -7,7 +7,7 @@ import secrets
 import uuid
 from typing import Annotated, Any, Literal, TypeAlias
 
-from fastapi import APIRouter, Depends, Path, Query, Request
+from fastapi import APIRouter, Depends, Header, Path, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from sfumato.api.batches import lines
@@ -15,10 +15,11 @@ from sfumato.api.batches.batches import Batches
 from sfumato.api.batches.documents import WINDOW_S, BatchPage, BatchState, batch_json, page_json
 from sfumato.api.batches.file_routes import PURPOSE, ExpiresAfter, TheBatches
 from sfumato.api.batches.tables import IN_PROGRESS, StoredBatch
-from sfumato.api.dependencies import Caller, Owner, TheService
+from sfumato.api.dependencies import Caller, Owner, TheService, part
 from sfumato.api.http import documents
 from sfumato.api.http.forms import openapi_json, reader
 from sfumato.api.jobs.run import saved_scope
+from sfumato.api.webhooks.sender import MAX_URL, Webhooks
 from sfumato.errors import BatchNotFound, InvalidRequest, in_words
 
 MAX_PAGE = 100
@@ -60,10 +61,12 @@ async def create(
     request: Request,
     batches: TheBatches,
     service: TheService,
+    webhooks: Annotated[Webhooks, Depends(part("webhooks"))],
     owner: Owner,
     caller: Caller,
+    x_webhook_url: Annotated[str | None, Header(max_length=MAX_URL, description="Told when it has ended.")] = None,
 ) -> dict[str, Any]:
-    settings = service.settings
+    settings, webhook = service.settings, webhooks.checked(x_webhook_url)
     content = await _input(batches, body.input_file_id, owner)
     found, model, errors = await asyncio.to_thread(lines.read, content, body.endpoint, settings.max_text_mb * 2**20)
     now, expires_after = batches.clock(), body.output_expires_after
@@ -82,7 +85,7 @@ async def create(
         model=model,
         details=body.metadata or {},
         errors=errors,
-        request=_scope(request, body.endpoint),
+        request=_scope(request, body.endpoint) | {"webhook": webhook},
         total=0 if errors else len(found),
     )
     await batches.blocking(batches.store.create, batch, [] if errors else found)

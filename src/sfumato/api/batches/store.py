@@ -13,6 +13,7 @@ from sqlalchemy.engine import RowMapping
 from sfumato.api.batches.files import FileStore, stored_bytes, unknown_place
 from sfumato.api.batches.tables import BATCHES, CANCELLING, FILES, IN_PROGRESS, LINES, OPEN, Line, StoredBatch
 from sfumato.api.jobs.store import SERVERS, JobStore, lives
+from sfumato.api.webhooks import outbox
 from sfumato.errors import TooManyRequests
 
 MAX_OPEN = 20
@@ -69,6 +70,8 @@ class BatchStore:
                     for line in lines[start : start + CHUNK]
                 ]
                 connection.execute(sql.insert(LINES), rows)
+            if batch.state not in OPEN:
+                _tell(connection, batch, batch.state)
 
     def get(self, id: str, caller: str | None = None) -> StoredBatch | None:
         """The batch of that id (and caller), or None."""
@@ -179,6 +182,7 @@ class BatchStore:
                     }  # fmt: skip
                     connection.execute(sql.insert(FILES), [row])
             connection.execute(sql.update(BATCHES).where(BATCHES.c.id == batch.id).values(values))
+            _tell(connection, batch, state)
         return True
 
     def expire(self, now: float) -> int:
@@ -207,6 +211,11 @@ class BatchStore:
             counts = {bool(each[0]): each[1] for each in connection.execute(query)}
             completed, failed = counts.get(False, 0), counts.get(True, 0)
         return _of_row(row, completed, failed)
+
+
+def _tell(connection: sql.Connection, batch: StoredBatch, state: str) -> None:
+    if url := batch.request.get("webhook"):
+        outbox.add(connection, url, f"batch.{state}", batch.id)
 
 
 def _end_undone(connection: sql.Connection, batch: StoredBatch, reason: tuple[str, str]) -> None:

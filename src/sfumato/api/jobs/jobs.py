@@ -16,6 +16,7 @@ from sfumato import logs
 from sfumato.api.http import errors
 from sfumato.api.jobs.run import Run, receiver, restored_scope
 from sfumato.api.jobs.store import JobStore, StoredJob
+from sfumato.api.webhooks import outbox
 from sfumato.errors import Cancelled, JobsUnavailable, KeyReused, SfumatoError
 from sfumato.serving import repeat
 from sfumato.serving.job import CANCELLED
@@ -214,7 +215,9 @@ class Jobs:
     async def _conclude(self, run: Run) -> None:
         """Store the answer. Its clients get it even if the database cannot take it now; that is tried until it can."""
         id, answer, state = run.job.id, run.answer, _state(run)
-        end = functools.partial(self.store.end, id, state, answer)
+        url = run.job.request.get("webhook")
+        then = [functools.partial(outbox.add, url=url, event=f"job.{state}", subject=id)] if url else []
+        end = functools.partial(self.store.end, id, state, answer, *then)
         while not await self._try(end if run.stored else functools.partial(self.store.forget, id)):
             run.end()
             await asyncio.sleep(AGAIN_S)

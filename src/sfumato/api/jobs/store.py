@@ -10,7 +10,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -198,8 +198,13 @@ class JobStore:
             rows = connection.execute(query.limit(limit + 1)).mappings().all()
         return [_job(row) for row in rows[:limit]], len(rows) > limit
 
-    def end(self, id: str, state: str, answer: Answer) -> bool:
-        """Store the answer of an open job of this server; False if it has ended already, or is another's now."""
+    def end(
+        self, id: str, state: str, answer: Answer, then: Callable[[sql.Connection], None] = lambda connection: None
+    ) -> bool:
+        """Store the answer of an open job of this server; False if it has ended already, or is another's now.
+
+        `then` is part of the transaction, if it does.
+        """
         values = {
             "state": state,
             "ended": time.time(),
@@ -211,7 +216,10 @@ class JobStore:
         }
         mine = (JOBS.c.id == id, JOBS.c.state == OPEN, JOBS.c.server == self.server)
         with self.begin() as connection:
-            return bool(connection.execute(sql.update(JOBS).where(*mine).values(values)).rowcount)
+            if not connection.execute(sql.update(JOBS).where(*mine).values(values)).rowcount:
+                return False
+            then(connection)
+        return True
 
     def forget(self, id: str) -> None:
         """Delete an open job of this server: nothing was promised of it."""
