@@ -99,7 +99,7 @@ def test_it_is_cancelled(client: openai.OpenAI, server: Server) -> None:
     assert {(line["response"], line["error"]["code"]) for line in failed} == {(None, "batch_cancelled")}
     assert len(server.drawn()) - before < 8  # no more than had places
     assert server.client.get("/v1/images/progress").json()["data"] == []
-    with pytest.raises(openai.BadRequestError, match="has ended"):
+    with pytest.raises(openai.BadRequestError, match="the batch is cancelled"):
         client.batches.cancel(batch.id)
 
 
@@ -191,19 +191,22 @@ GOOD = jsonl([CAT])
         (b"\n  \n", None, "empty_file", None),
         (GOOD + b"no json\n", 2, "invalid_json_line", None),
         (GOOD + b"\n\n[1]\n", 4, "invalid_json_line", None),
-        (b"[" * 100_000, 1, "invalid_json_line", None),
+        (b"[" * 1000, 1, "invalid_json_line", None),
         (b"\xff\xfe", 1, "invalid_json_line", None),
         (GOOD + GOOD, 2, "duplicate_custom_id", "custom_id"),
         (jsonl([CAT], EDITS), 1, "invalid_url", "url"),
         (jsonl([CAT], method="GET"), 1, "invalid_method", "method"),
         (jsonl([CAT], custom_id=""), 1, "invalid_custom_id", "custom_id"),
+        (jsonl([CAT], custom_id="a\0"), 1, "invalid_custom_id", "custom_id"),
+        (jsonl([CAT | {"model": "\0"}]), 1, "invalid_request", "body.model"),
         (jsonl([CAT], headers={}), 1, "unknown_parameter", "headers"),
         (GOOD.replace(b"body", b"text"), 1, "missing_required_parameter", "body"),
         (jsonl([CAT], body="a cat"), 1, "invalid_request", "body"),
         (jsonl([CAT | {"stream": True}]), 1, "invalid_request", "body.stream"),
         (jsonl([CAT | {"model": ["m"]}]), 1, "invalid_request", "body.model"),
         (jsonl([CAT, CAT | {"model": "m"}]), 2, "mismatched_model", "body.model"),
-        (jsonl([CAT | {"prompt": "x" * 5 * 2**20}]), 1, "request_too_large", None),
+        (jsonl([CAT | {"prompt": "x " * 5 * 2**20}]), 1, "request_too_large", None),
+        (jsonl([CAT | {"loras": [1] * 30_000}]), 1, "invalid_value", None),
     ],
 )  # fmt: skip
 def test_a_wrong_input_fails_before_anything_is_drawn(

@@ -21,6 +21,9 @@ MAX_CUSTOM_ID = 512
 MAX_ERRORS = 100
 """Lines at fault that are named."""
 
+NUL = "\0"
+"""PostgreSQL stores no text with it."""
+
 KEYS = ("custom_id", "method", "url", "body")
 
 
@@ -101,8 +104,10 @@ def _line(text: bytes, endpoint: str, max_text: int) -> tuple[str, dict[str, Any
     if unknown := sorted(values.keys() - set(KEYS)):
         raise _Fault("unknown_parameter", f"{unknown[0][:100]}: a line has {', '.join(KEYS)}", unknown[0][:100])
     custom_id, method, url, body = (values[key] for key in KEYS)
-    if not isinstance(custom_id, str) or not 0 < len(custom_id) <= MAX_CUSTOM_ID:
-        said = f"custom_id: {in_words(custom_id)}; a text of 1 to {MAX_CUSTOM_ID} characters is valid"
+    if not isinstance(custom_id, str) or not 0 < len(custom_id) <= MAX_CUSTOM_ID or NUL in custom_id:
+        said = (
+            f"custom_id: {in_words(custom_id)}; 1 to {MAX_CUSTOM_ID} characters without NUL are valid"
+        )
         raise _Fault("invalid_custom_id", said, "custom_id")
     if method != "POST":
         raise _Fault("invalid_method", f"method: {in_words(method)}; POST is valid", "method")
@@ -110,7 +115,7 @@ def _line(text: bytes, endpoint: str, max_text: int) -> tuple[str, dict[str, Any
         raise _Fault("invalid_url", f"url: {in_words(url)}; the batch's endpoint is {endpoint}", "url")
     if not isinstance(body, dict):
         raise _Fault("invalid_request", f"body: {in_words(body)}; the fields of a request are valid", "body")
-    if not isinstance(body.get("model"), str | None):
+    if not isinstance(body.get("model"), str | None) or NUL in (body.get("model") or ""):
         raise _Fault("invalid_request", f"body.model: {in_words(body['model'])}; a name is valid", "body.model")
     if body.get("stream"):
         raise _Fault("invalid_request", "body.stream: an answer in a file is no stream; leave it out", "body.stream")
