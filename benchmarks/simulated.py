@@ -228,8 +228,9 @@ class Served:
 
     def _begin(self, picture: _Picture) -> None:
         now, wanted = self._events.now, picture.wanted
-        at = picture.device = self._router.choose(wanted.model, wanted.steps, now)
-        self._router.begin(picture.id, at, wanted.model, wanted.steps, now)
+        pixels, low = wanted.side**2, wanted.low
+        at = picture.device = self._router.choose(wanted.model, wanted.steps, now, pixels=pixels, low=low)
+        self._router.begin(picture.id, at, wanted.model, wanted.steps, now, pixels=pixels, low=low)
         self._pictures[picture.number] = picture
         device = self._devices[at]
         device.using[wanted.model] += 1

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from sfumato.batching.batcher import Batcher
 from sfumato.batching.calls import target
 from sfumato.core import RunnerState
 from sfumato.drawing.draw import draw
+from sfumato.pictures.images import decoded
 from sfumato.runners import compiled, module_state
 from sfumato.runners.auto import Auto
 from sfumato.runners.background import Background
@@ -33,6 +37,10 @@ def call(rows: int, height: int = 8, width: int = 8) -> dict[str, Any]:
         "sample": torch.randn(rows, 4, height, width), "timestep": torch.tensor(5),
         "encoder_hidden_states": torch.randn(rows, 77, 32), "return_dict": False,
     }  # fmt: skip
+
+
+def pixels(done: Any) -> Any:
+    return np.asarray(decoded(done.png)).astype(int)
 
 
 def runner_of(module: Any) -> Compiled:
@@ -278,3 +286,47 @@ def test_compiled_code_gives_the_modules_numbers() -> None:
         output, by = now.run("__call__", (), call(rows, height, width))
         assert by == "compile-fp32"
         torch.testing.assert_close(output[0], unet(**call(rows, height, width))[0], atol=1e-5, rtol=1e-4)
+
+
+def _drawn_together_and_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three requests of other prompts, steps and guidance: by the runner each, alone and in shared forward passes."""
+    model, runners = loaded(tiny.stable_diffusion(), **SIZE), Runners("compile", folder)
+    works: list[Any] = []
+    monkeypatch.setattr(runners._compiling, "submit", works.append)
+    requests = [
+        wanted(prompt=prompt, seed=seed, steps=steps, guidance_scale=scale, scheduler="ddim", **SIZE)
+        for seed, (prompt, steps, scale) in enumerate([("a cat", 3, 4.0), ("a dog", 4, 8.0), ("two", 5, 3.0)])
+    ]
+
+    def drawn(request: Any) -> Any:
+        return draw(model, request, quiet, None, runners.of(model.computing(), model.state.runners, None, None))
+
+    by_module = [drawn(request) for request in requests]  # asks for what is compiled
+    for work in works:
+        work()
+    alone = [drawn(request) for request in requests]
+    batcher = Batcher()
+    tasks = [batcher.submit(functools.partial(drawn, request)) for request in requests]
+    with torch.no_grad():
+        while batcher.step():
+            pass
+    for task, done, plain in zip(tasks, alone, by_module, strict=True):
+        assert task.outcome is not None
+        together = task.outcome.value
+        assert together.recipe.runner == done.recipe.runner == "text_encoder eager, unet compile-fp32, vae compile-fp32"
+        assert np.abs(pixels(together) - pixels(done)).max() <= 1
+        assert np.abs(pixels(done) - pixels(plain)).max() <= 1
+    assert batcher.counts["unet"].forwards < batcher.counts["unet"].calls
+
+
+@needs_compiler
+def test_requests_together_get_what_they_get_alone(
+    interpreted: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _drawn_together_and_alone(tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_compiled_requests_together_get_what_they_get_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _drawn_together_and_alone(tmp_path, monkeypatch)

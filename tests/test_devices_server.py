@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,12 @@ def devices(server: Server) -> list[dict[str, Any]]:
 def loaded(server: Server) -> list[bool]:
     """Whether each device has the model."""
     return [each["models"].get(MODEL) == "ready" for each in devices(server)]
+
+
+def unload(server: Server) -> None:
+    """A request that was cancelled may still be in its last step."""
+    server.client.post("/v1/models/unload")
+    within(TIMEOUT_S, lambda: loaded(server) == [False, False])
 
 
 def restarts(server: Server) -> list[float]:
@@ -81,28 +88,32 @@ def test_each_device_draws_the_pictures_of_one_worker(two: Server, server: Serve
 def test_a_killed_worker_takes_nothing_with_it_from_the_other(two: Server) -> None:
     body = {"prompt": "a red fox", "seed": 5, "size": "64x64", "step": 100, "response_format": "b64_json"}
     undisturbed = pixels(image_of(two.client.post("/v1/images/generations", json=body)))
-    before = restarts(two)
-    with Held(two) as other:
-        (device,) = other.drawing()["devices"]
-        with Held(two, body) as own:
-            (lost,) = own.drawing()["devices"]
-            assert {device, lost} == {"cpu:0", "cpu:1"}
-            pid, step = pid_of(two, lost), other.progress()["step"]
-            os.kill(pid, signal.SIGSTOP)
-            assert not own.answered
-            os.kill(pid, signal.SIGKILL)
-            assert np.array_equal(pixels(image_of(own.answer())), undisturbed)
-        assert other.progress()["step"] >= step
-        assert other.progress()["devices"] == [device]
-    more = 1 if lost == "cpu:0" else 0, 1 if lost == "cpu:1" else 0
-    assert restarts(two) == [was + now for was, now in zip(before, more, strict=True)]
-    begun = re.findall(r"request (\S+) starts", two.log)
-    assert len(begun) - len(set(begun)) == 1  # the one that was drawn again
+
+    def killed() -> bool:
+        """Whether the kill came while the picture was drawn: where others compute too, it may be done before."""
+        since, before = len(two.lines), restarts(two)
+        with Held(two) as other:
+            (device,) = other.drawing()["devices"]
+            with Held(two, body) as own:
+                (lost,) = own.drawing()["devices"]
+                assert {device, lost} == {"cpu:0", "cpu:1"}
+                step = other.progress()["step"]
+                os.kill(pid_of(two, lost), signal.SIGKILL)
+                assert np.array_equal(pixels(image_of(own.answer())), undisturbed)
+            assert other.progress()["step"] >= step
+            assert other.progress()["devices"] == [device]
+        two.wait_for(rf"worker \d+ is up: {lost},", since)
+        more = [int(lost == "cpu:0"), int(lost == "cpu:1")]
+        assert restarts(two) == [was + now for was, now in zip(before, more, strict=True)]
+        begun = Counter(re.findall(r"request (\S+) starts", "".join(two.lines[since:])))
+        assert sum(begun.values()) - len(begun) <= 1  # nothing but that picture was drawn again
+        return sum(begun.values()) > len(begun)
+
+    assert any(killed() for _ in range(5))
 
 
 def test_a_burst_on_one_model_loads_it_on_both_and_unload_frees_both(two: Server) -> None:
-    two.client.post("/v1/models/unload")
-    assert loaded(two) == [False, False]
+    unload(two)
     with Held(two, {**LONG, "n": 4}) as burst:
         assert burst.until(lambda seen: len(seen["devices"]) == 2)
         within(TIMEOUT_S, lambda: loaded(two) == [True, True])
@@ -114,7 +125,7 @@ def test_a_burst_on_one_model_loads_it_on_both_and_unload_frees_both(two: Server
 
 
 def test_an_order_to_load_brings_a_model_to_one_device(two: Server) -> None:
-    two.client.post("/v1/models/unload")
+    unload(two)
     for _ in range(2):
         assert two.client.post("/v1/models/load", json={"model": MODEL}).status_code == 200
     within(TIMEOUT_S, lambda: any(loaded(two)))

@@ -17,6 +17,7 @@ import pytest
 import sqlalchemy as sql
 
 from sfumato.api.jobs.headers import wishes
+from sfumato.api.jobs.run import KEPT
 from sfumato.errors import InvalidRequest
 from support.answerable import within
 from support.inside import DRAW, Inside
@@ -279,6 +280,23 @@ def test_a_request_with_a_key_is_watched_and_cancelled_by_its_own_id(server: Ser
     assert (again.status_code, again.headers["idempotency-replayed"]) == (499, "true")
     metrics = server.client.get("/metrics").text
     assert f'sfumato_http_requests_total{{method="POST",route="{GENERATIONS}",status="499"}}' in metrics
+
+
+def test_the_deadline_of_a_request_is_kept(server: Server) -> None:
+    server.close_gate()
+    later(server, prompt=GATED)  # the other place is for another caller
+    job = ended(server, later(server, headers={"x-deadline-ms": "1"}))
+    assert (job["status"], job["response"]["status_code"]) == ("failed", 504)
+
+
+def test_every_header_that_drawing_routes_read_is_stored(tmp_path: Path) -> None:
+    paths = Inside(tmp_path).app.openapi()["paths"].values()
+    drawing = [path["post"] for path in paths if "202" in path.get("post", {}).get("responses", {})]
+    assert len(drawing) > 8
+    headers = {
+        each["name"] for operation in drawing for each in operation.get("parameters", ()) if each["in"] == "header"
+    }
+    assert headers <= set(KEPT)
 
 
 def test_errors_that_are_known_at_once_are_answers_and_no_jobs(server: Server) -> None:

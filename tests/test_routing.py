@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sfumato.process.routing import FIRST_STEP_S, START_S, Router, steps_of
+from sfumato.process.routing import FIRST_STEP_S, START_S, Router
 
 STEPS = 20
 
@@ -37,9 +37,9 @@ class Clock:
         self.numbers += 1
         return device
 
-    def draw(self, device: int, model: str, seconds: float, steps: int = STEPS) -> None:
+    def draw(self, device: int, model: str, seconds: float, steps: int = STEPS, **more: Any) -> None:
         """A picture, alone on this device, with so many seconds for each step."""
-        self.router.begin("drawn", device, model, steps, self.now)
+        self.router.begin("drawn", device, model, steps, self.now, **more)
         for left in range(steps - 1, -1, -1):
             self.now += seconds
             self.router.step("drawn", left, self.now)
@@ -131,20 +131,29 @@ def test_the_time_of_a_step_is_that_of_the_device() -> None:
         clock.now += 1.0
         for number in range(4):
             clock.router.step(f"shared-{number}", left, clock.now)
-    assert clock.router.wait_s(0) == pytest.approx(4 * 1 * 0.25, rel=0.05)
+    assert clock.router.wait_s(0) == pytest.approx(4 * 1 * 0.25, rel=0.1)
 
 
 def test_a_step_of_a_larger_picture_counts_as_more() -> None:
-    """What was measured of small pictures holds for large ones."""
+    """Before it was measured: what was measured of small pictures says something of large ones."""
     clock = Clock(1)
-    clock.router.begin("small", 0, "a", steps_of(10, 256 * 256), clock.now)
-    for left in range(9, -1, -1):
-        clock.now += 0.1
-        clock.router.step("small", steps_of(left, 256 * 256), clock.now)
-    clock.router.end("small")
-    clock.router.begin("large", 0, "a", steps_of(10, 1024 * 1024), clock.now)
+    clock.draw(0, "a", 0.1, pixels=256 * 256)
+    clock.router.begin("large", 0, "a", 10, clock.now, pixels=1024 * 1024)
     assert clock.router.wait_s(0) == pytest.approx(16 * 10 * 0.1)
-    assert steps_of(10, 8 * 8) == steps_of(10, 256 * 256)
+    clock.router.end("large")
+    clock.draw(0, "a", 0.3, pixels=1024 * 1024)  # far less than that
+    clock.router.begin("large", 0, "a", 10, clock.now, pixels=1024 * 1024)
+    clock.router.begin("small", 0, "a", 10, clock.now, pixels=256 * 256)
+    assert clock.router.wait_s(0) == pytest.approx(10 * (0.1 + 0.3))
+
+
+def test_sizes_that_devices_drew_do_not_make_them_slow() -> None:
+    """One drew icons, the other posters, of which a pixel takes less time than of icons or more."""
+    for poster_s in (1.0, 5.0):
+        clock = two_with("a", "a", step_s=0.1)
+        clock.draw(0, "a", 0.1, pixels=64 * 64)
+        clock.draw(1, "a", poster_s, pixels=2048 * 2048)
+        assert [clock.send("a") for _ in range(4)] == [0, 1, 0, 1]
 
 
 def test_a_picture_that_begins_again_measures_nothing() -> None:
@@ -154,6 +163,26 @@ def test_a_picture_that_begins_again_measures_nothing() -> None:
         clock.now += 0.1 if left < 9 else 1000
         clock.router.step("again", left, clock.now)
     assert clock.router.wait_s(0) == pytest.approx(0.9)
+
+
+def test_pictures_of_low_priority_are_no_wait_for_others() -> None:
+    """They are overtaken; so an idle device that would have to load the model is no better."""
+    clock = two_with("a")
+    clock.router.begin("batch", 0, "a", 1000, clock.now, low=True)
+    assert clock.choose("a") == 0
+    assert clock.choose("a", low=True) == 1
+    clock.router.end("batch")
+    clock.router.begin("interactive", 0, "a", 1000, clock.now)
+    assert clock.choose("a") == clock.choose("a", low=True) == 1
+
+
+def test_one_odd_time_does_not_distort_the_others() -> None:
+    """The first step that is measured takes no time, as when two pictures answer together."""
+    clock = Clock(2)
+    clock.draw(0, "a", 1e-6, steps=2)
+    clock.draw(0, "a", 0.1)
+    clock.router.begin("there", 1, "a", 10, clock.now)
+    assert clock.router.wait_s(1) == pytest.approx(1.0, rel=0.1)
 
 
 def test_a_load_and_an_idle_time_are_not_measured_as_steps() -> None:
@@ -230,7 +259,7 @@ def test_whatever_happens_the_sums_are_right_and_nothing_stays(happening: list[t
             for on, model, steps in open.values():
                 if on == device:
                     left[model] = left.get(model, 0) + steps
-            assert {name: steps for name, steps in router._left[device].items() if steps} == {
+            assert {kind.model: steps for kind, steps in router._left[device][False].items() if steps} == {
                 name: steps for name, steps in left.items() if steps
             }
             assert router.wait_s(device) >= 0

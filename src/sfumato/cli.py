@@ -252,10 +252,14 @@ def bench(
     size: Annotated[list[str] | None, typer.Option(help="WIDTHxHEIGHT; again for more. Absent: its own.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of the pictures under load; absent: its own.")] = None,
     against: Annotated[str | None, typer.Option(help="`plain`: also plain diffusers, in turns.")] = None,
+    runners: Annotated[
+        str | None, typer.Option(help="Compare them, in turns: eager,openvino,compile, or all that can run.")
+    ] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="Its .json, .png, .svg are written.")] = Path("bench"),
     models: Models = None,
 ) -> None:
     """Measure a model on this machine: start, steps, clients at once, memory. Other settings from the environment."""
+    from sfumato.commands.bench import runners as beside
     from sfumato.commands.bench.run import bench as run
 
     if against not in (None, "plain"):
@@ -268,9 +272,15 @@ def bench(
         raise typer.BadParameter(
             f"{clients!r}: needs whole numbers from 1 to {MOST_CLIENTS}, with commas: 1,4,16", param_hint="--clients"
         )
+    try:
+        names = beside.chosen(runners) if runners else []
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--runners") from None
+    if runners == beside.EVERY:
+        names = beside.able(names, typer.echo)
     run(
         model, _reading(_settings(models=models)), typer.echo, clients=numbers, pictures=pictures, repeats=repeats,
-        sizes=size or [], steps=steps, against_plain=against is not None, output=output,
+        sizes=size or [], steps=steps, against_plain=against is not None, runners=names, output=output,
     )  # fmt: skip
 
 

@@ -102,6 +102,27 @@ def _integer_limits(schema: Any) -> None:
             _integer_limits(item)
 
 
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
+    """Start the parts of the application, and stop them in the opposite order."""
+    parts = app.state
+    await parts.service.start()
+    parts.jobs.start()
+    parts.batches.start()
+    parts.webhooks.start()
+    keepers = [asyncio.create_task(_expire(parts.gallery)), asyncio.create_task(parts.history.keep())]
+    yield
+    for keeper in keepers:
+        keeper.cancel()
+    await parts.webhooks.stop()
+    await parts.batches.stop()
+    await parts.jobs.stop()
+    parts.bodies.close()
+    await parts.mcp.close()
+    await parts.service.stop()
+    parts.gallery.close()
+
+
 def create_app(service: Service, store: Store, running: ActiveRequests | None = None) -> FastAPI:
     """The application for a service, which it starts and stops; `running` tracks its requests.
 
@@ -116,34 +137,12 @@ def create_app(service: Service, store: Store, running: ActiveRequests | None = 
     content_images = parse_callers(settings.content_images, keys)
     picture_gallery = Gallery.of(settings, store, keys)
     service.fetcher.store = store
-    history = status.History(service)
     stored_jobs = Jobs(service, JobStore.of(settings))
-    stored_batches = _batches(stored_jobs)
-    webhooks = Webhooks(stored_jobs, settings)
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
-        await service.start()
-        stored_jobs.start()
-        stored_batches.start()
-        webhooks.start()
-        keepers = [asyncio.create_task(_expire(picture_gallery)), asyncio.create_task(history.keep())]
-        yield
-        for keeper in keepers:
-            keeper.cancel()
-        await webhooks.stop()
-        await stored_batches.stop()
-        await stored_jobs.stop()
-        app.state.bodies.close()
-        await app.state.mcp.close()
-        await service.stop()
-        picture_gallery.close()
-
     app = Application(
         title="Sfumato",
         version=__version__,
         description="Text-to-image, image-to-image and inpainting with any diffusers pipeline.",
-        lifespan=lifespan,
+        lifespan=_lifespan,
         openapi_url=None,  # served by `pages`
         docs_url=None,
         redoc_url=None,
@@ -152,14 +151,14 @@ def create_app(service: Service, store: Store, running: ActiveRequests | None = 
     app.state.service = service
     app.state.store = store
     app.state.gallery = picture_gallery
-    app.state.history = history
+    app.state.history = status.History(service)
     app.state.content_images = content_images
     app.state.bodies = Bodies(settings.max_text_mb * 2**20)
     app.state.choices = lists.Choices(service)
     app.state.a1111_jobs = a1111_jobs.Jobs(service)
     app.state.jobs = stored_jobs
-    app.state.batches = stored_batches
-    app.state.webhooks = webhooks
+    app.state.batches = _batches(stored_jobs)
+    app.state.webhooks = Webhooks(stored_jobs, settings)
     stored_jobs.application = app
     if running:
         running.at_stop.append(stored_jobs.stopping.set)

@@ -20,8 +20,8 @@ from sfumato.config import ModelConfig
 class MagCache(diffusers.MagCacheConfig):  # type: ignore[misc]
     """MagCache for runs of any number of steps: diffusers' configuration is for one."""
 
-    num_inference_steps: int
     mag_ratios: Any
+    num_inference_steps: int
 
     def __init__(self, mag_ratios: Any, **settings: Any) -> None:
         super().__init__(mag_ratios=mag_ratios, num_inference_steps=len(mag_ratios), **settings)

@@ -17,11 +17,11 @@ from dataclasses import replace
 from typing import Final
 
 from sfumato.config import ModelConfig
-from sfumato.core import EngineStats, Event, Failed, Generation, LoadState, ModelStatus, Step
+from sfumato.core import BATCH, EngineStats, Event, Failed, Generation, LoadState, ModelStatus, Step
 from sfumato.engine.protocol import DeviceState, Load, OnDevice, OnPlace, Order, Ordered, Unload
 from sfumato.engine.totals import total
 from sfumato.errors import DeviceUnavailable, ModelTooLarge, NoWorker, SfumatoError
-from sfumato.process.routing import SQUARE, START_S, Router, steps_of
+from sfumato.process.routing import SQUARE, START_S, Router
 from sfumato.process.supervisor import WORKER, Supervisor
 from sfumato.settings import Settings
 
@@ -81,17 +81,18 @@ class Devices:
     async def submit(self, config: ModelConfig, generation: Generation) -> AsyncGenerator[Event, None]:
         id, deaths = generation.id, 0
         steps, pixels = self._size(config, generation)
+        low = generation.priority == BATCH
         while True:
-            number = self._choose(config, steps_of(steps, pixels))
+            number = self._choose(config, steps, pixels, low)
             self.on_device(id, self._labels[number])
-            self._router.begin(id, number, config.name, steps_of(steps, pixels), time.monotonic())
+            self._router.begin(id, number, config.name, steps, time.monotonic(), pixels=pixels, low=low)
             moves = False
             try:
                 async with aclosing(self._workers[number].submit(config, generation, deaths)) as events:
                     async for event in events:
                         match event:
                             case Step(step, total_steps):
-                                self._router.step(id, steps_of(total_steps - step, pixels), time.monotonic())
+                                self._router.step(id, total_steps - step, time.monotonic())
                             case Failed(error) if moves := self._moves(error, config, number):
                                 deaths = error.deaths if isinstance(error, NoWorker) else deaths
                                 break
@@ -110,9 +111,10 @@ class Devices:
         width, height = next((each.size for each in known if each.size), (SQUARE, 1))
         return steps, width * height
 
-    def _choose(self, config: ModelConfig, steps: float) -> int:
+    def _choose(self, config: ModelConfig, steps: int, pixels: int = SQUARE, low: bool = False) -> int:
         self._routed.add(config.name)
-        return self._router.choose(config.name, steps, time.monotonic(), self._unfit_for(config))
+        refused = self._unfit_for(config)
+        return self._router.choose(config.name, steps, time.monotonic(), pixels=pixels, low=low, refused=refused)
 
     def _moves(self, error: SfumatoError, config: ModelConfig, number: int) -> bool:
         """Whether what failed so on this device goes to another one."""

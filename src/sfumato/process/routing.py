@@ -2,17 +2,18 @@
 
 A device is expected to be done after
 
-    the steps it has left, of all its pictures, × its measured time per step of their models
+    the steps it has left, of all its pictures, × the measured time of such a step × how slow it is among the devices
     + the time to load the model, where it is not loaded
-    + the picture's own steps × the time per step of its model there.
+    + the same for the picture's own steps.
+
+Of what a device has left, pictures of low priority count only for those of low priority: the others overtake them.
 
 So pictures go where their model is loaded already, and a burst on one model spreads to a second device as soon as
-loading it there is quicker than waiting. The time per step is that of the whole device: eight pictures that share each
-forward pass make eight steps in the time of one pass. Steps need not be whole: whoever calls counts one of a larger
-picture as more (`steps_of`).
+loading it there is quicker than waiting. Times of steps are known by model and size of the picture, and are those of a
+whole device: eight pictures that share each forward pass make eight steps in the time of one pass.
 
-Plain numbers only: no engine, no clock. `benchmarks.simulate` calls the same code. `choose` looks at each device: about
-1 µs for two, 0.1 ms for a thousand.
+Plain numbers only: no engine, no clock. `benchmarks.simulate` calls the same code. `choose` looks at each device:
+microseconds for two, 0.2 ms for a thousand.
 """
 
 from __future__ import annotations
@@ -21,70 +22,73 @@ import math
 from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import NamedTuple
 
 SQUARE = 512 * 512
-"""Pixels of a picture of which a step counts as one."""
+"""Pixels of a picture whose request does not say them."""
 LEAST = 0.25
-"""What a step of a small picture counts as at least: below 256x256 its time hardly falls."""
+"""What a step of a small picture takes at least, of one of `SQUARE`: below 256x256 the time hardly falls."""
 FIRST_STEP_S = 0.1
-"""Assumed time per step of a model before one was measured."""
+"""Assumed time of a step of `SQUARE` pixels before one of that model was measured."""
 FIRST_LOAD_S = 10.0
 """Assumed time to load a model before that was measured."""
 START_S = 10.0
 """Assumed time until a device that is starting can draw."""
 DECAY = 0.98
-"""Weight of each step relative to the next, in the mean time per step: about the last fifty count."""
+"""Weight of each step relative to the next in means: about the last fifty count."""
+COMPARED = 10.0
+"""Steps that a time must be the mean of before a device's own are compared with it."""
+SLOWEST = 1000.0
+"""A GPU and a CPU are less apart."""
 LOAD_WEIGHT = 0.5
 """Weight of the latest load in the running mean of a model's."""
 
 
-def steps_of(steps: float, pixels: int) -> float:
-    """What so many steps of a picture of so many pixels count as."""
-    return steps * max(LEAST, pixels / SQUARE)
+class _Kind(NamedTuple):
+    """Steps that take the same time."""
+
+    model: str
+    size: int
+    """Pixels, in powers of the square root of 2 relative to `SQUARE`: a finite number of them."""
 
 
 @dataclass(slots=True)
 class _Picture:
     device: int
-    model: str
+    kind: _Kind
     left: float
+    low: bool
     stepped_at: float | None = None
 
 
 @dataclass(slots=True)
 class _Mean:
-    """Mean time of recent steps of one model on one device, in seconds."""
+    """Recent sum of one quantity over that of another."""
 
-    seconds: float = 0.0
-    steps: float = 0.0
+    sum: float = 0.0
+    over: float = 0.0
 
-    def add(self, seconds: float, steps: float) -> float:
-        self.seconds = DECAY * self.seconds + seconds
-        self.steps = DECAY * self.steps + steps
-        return self.seconds / self.steps
+    def add(self, sum: float, over: float) -> None:
+        self.sum = DECAY * self.sum + sum
+        self.over = DECAY * self.over + over
+
+    def value(self, unknown: float) -> float:
+        return self.sum / self.over if self.over else unknown
 
 
 class _Model:
-    """What is known of one model on each device. Times in seconds."""
+    """Where one model is. Times in seconds."""
 
     def __init__(self, devices: int) -> None:
-        self.step_s = [FIRST_STEP_S] * devices
-        self.means: list[_Mean | None] = [None] * devices
         self.load_s = FIRST_LOAD_S
+        self.load_measured = False
         self.loads: list[float] = [0.0] * devices
         """What it costs to have it on each device; 0 where it is loaded."""
         self.loaded: set[int] = set()
         self.coming: dict[int, float] = {}
         """Device that loads it → since when."""
-        self.load_measured = False
-
-    def measured(self, device: int, seconds: float, steps: float) -> None:
-        mean = self.means[device]
-        if mean is None:
-            if not any(self.means):
-                self.step_s = [seconds / steps] * len(self.step_s)  # what others are taken for until they are measured
-            mean = self.means[device] = _Mean()
-        self.step_s[device] = mean.add(seconds, steps)
+        self.step_s = _Mean()
+        """Seconds per step, one of `SQUARE` pixels."""
 
 
 class Router:
@@ -95,23 +99,44 @@ class Router:
         self._devices = range(devices)
         self._limit = loaded_models
         self._models: dict[str, _Model] = {}
+        self._kinds: defaultdict[_Kind, _Mean] = defaultdict(_Mean)
+        """Seconds per step, on a device of slowness 1."""
+        self._slowness = [1.0] * devices
+        self._ratios = [_Mean() for _ in self._devices]
+        """Seconds that steps took, over those that they were expected to take on a device of slowness 1."""
         self._pictures: dict[str, _Picture] = {}
-        self._left: list[defaultdict[str, float]] = [defaultdict(float) for _ in self._devices]
-        """Steps left on each device, by model."""
-        self._waits = [0.0] * devices
-        """Expected seconds until each device has done all its steps."""
+        self._left: list[dict[bool, defaultdict[_Kind, float]]] = [
+            {low: defaultdict(float) for low in (False, True)} for _ in self._devices
+        ]
+        """Steps left on each device, of pictures of low priority or not."""
+        self._waits = {low: [0.0] * devices for low in (False, True)}
+        """Expected seconds until each device has done all that a picture of low priority, or not, waits for there."""
         self._delays = [0.0] * devices
         """Seconds until each device can draw at all."""
         self._there: list[set[str]] = [set() for _ in self._devices]
         """Models that are loaded on each device, or are being loaded."""
         self._stepped_at = [-math.inf] * devices
 
-    def choose(self, model: str, steps: float, now: float, refused: Collection[int] = ()) -> int:
-        """The device for a picture of so many steps, except those `refused`; the first one of equals."""
+    def choose(
+        self,
+        model: str,
+        steps: float,
+        now: float,
+        *,
+        pixels: int = SQUARE,
+        low: bool = False,
+        refused: Collection[int] = (),
+    ) -> int:
+        """The device for a picture of so many steps and pixels, except those `refused`; the first one of equals.
+
+        `low`: of low priority.
+        """
         known = self._model(model)
         loads = self._loads(known, now) if known.coming else known.loads
+        own = steps * self._step_s(_kind(model, pixels))
         ends = [
-            wait + load + steps * step_s for wait, load, step_s in zip(self._waits, loads, known.step_s, strict=True)
+            wait + load + own * slowness
+            for wait, load, slowness in zip(self._waits[low], loads, self._slowness, strict=True)
         ]
         for device in refused:
             ends[device] = math.inf
@@ -119,40 +144,42 @@ class Router:
 
     def wait_s(self, device: int) -> float:
         """Expected seconds until this device has done what it has now; infinite if it cannot draw."""
-        return self._waits[device]
+        return self._waits[True][device]
 
     # What happens to pictures.
 
-    def begin(self, id: str, device: int, model: str, steps: float, now: float) -> None:
+    def begin(
+        self, id: str, device: int, model: str, steps: float, now: float, *, pixels: int = SQUARE, low: bool = False
+    ) -> None:
         """A picture was sent to this device; its model will be loaded there if it is not."""
-        self._pictures[id] = _Picture(device, model, steps)
-        self._add(device, model, steps)
+        kind = _kind(model, pixels)
+        self._pictures[id] = picture = _Picture(device, kind, steps, low)
+        self._add(picture, steps)
         if model not in self._there[device]:
             self.loading(device, model, now)
 
     def step(self, id: str, left: float, now: float) -> None:
         """A picture has made progress and has so many steps left."""
         picture = self._pictures[id]
-        device, model = picture.device, picture.model
-        done = picture.left - left
+        device, done = picture.device, picture.left - left
         if picture.stepped_at is not None and done > 0:  # else it was prepared, its model loaded, or it begins again
-            self._model(model).measured(device, now - max(self._stepped_at[device], picture.stepped_at), done)
+            self._measured(device, picture.kind, now - max(self._stepped_at[device], picture.stepped_at), done)
             self._stepped_at[device] = now
         picture.stepped_at = now
-        self._add(device, model, -done)
+        self._add(picture, -done)
         picture.left = left
 
     def end(self, id: str) -> None:
         """A picture is drawn, was cancelled, has failed, or goes to another device."""
         picture = self._pictures.pop(id)
-        self._add(picture.device, picture.model, -picture.left)
+        self._add(picture, -picture.left)
 
     # What happens to devices and models.
 
     def delay(self, device: int, seconds: float) -> None:
         """The device can draw after so many seconds: 0 when it is up, `START_S` while it starts, else infinite."""
         self._delays[device] = seconds
-        self._add(device, "", 0)
+        self._sum(device)
 
     def loading(self, device: int, model: str, now: float) -> None:
         """The device begins to load this model, or has got as far as to read it: what it waited for is no load."""
@@ -188,7 +215,37 @@ class Router:
         for model in list(self._there[device]):
             self.unloaded(device, model)
 
-    # The sums.
+    # The times of steps.
+
+    def _step_s(self, kind: _Kind) -> float:
+        """Expected time of a step, on a device of slowness 1."""
+        mean = self._kinds.get(kind)
+        return mean.value(0.0) if mean else self._model(kind.model).step_s.value(FIRST_STEP_S) * _weight(kind)
+
+    def _measured(self, device: int, kind: _Kind, seconds: float, steps: float) -> None:
+        """Steps have taken so long."""
+        if kind in self._kinds and self._kinds[kind].over >= COMPARED:
+            self._ratios[device].add(seconds, steps * self._step_s(kind))
+            self._slowness[device] = max(1 / SLOWEST, min(SLOWEST, self._ratios[device].value(1.0)))
+        even = seconds / self._slowness[device]
+        self._kinds[kind].add(even, steps)
+        self._model(kind.model).step_s.add(even, steps * _weight(kind))
+
+    def _add(self, picture: _Picture, steps: float) -> None:
+        """It has so many more steps left."""
+        left = self._left[picture.device][picture.low]
+        left[picture.kind] += steps
+        if left[picture.kind] <= 0:
+            del left[picture.kind]
+        self._sum(picture.device)
+
+    def _sum(self, device: int) -> None:
+        wait = self._delays[device]
+        for low, left in self._left[device].items():
+            wait += self._slowness[device] * sum(steps * self._step_s(kind) for kind, steps in left.items())
+            self._waits[low][device] = wait
+
+    # The times of loads.
 
     def _model(self, name: str) -> _Model:
         known = self._models.get(name)
@@ -196,15 +253,6 @@ class Router:
             known = self._models[name] = _Model(len(self._devices))
             self._price(name)
         return known
-
-    def _add(self, device: int, model: str, steps: float) -> None:
-        left = self._left[device]
-        left[model] += steps
-        if left[model] <= 0:
-            del left[model]
-        self._waits[device] = self._delays[device] + sum(
-            steps * self._model(name).step_s[device] for name, steps in left.items()
-        )
 
     def _residents_changed(self, device: int) -> None:
         for name, known in self._models.items():
@@ -229,3 +277,12 @@ class Router:
             rest[device] if device in rest else load + behind if load else 0.0
             for device, load in enumerate(known.loads)
         ]
+
+
+def _kind(model: str, pixels: int) -> _Kind:
+    return _Kind(model, round(2 * math.log2(max(1, pixels) / SQUARE)))
+
+
+def _weight(kind: _Kind) -> float:
+    """How long a step takes, of one of `SQUARE` pixels."""
+    return max(LEAST, float(2 ** (kind.size / 2)))

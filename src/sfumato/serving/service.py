@@ -16,7 +16,6 @@ from typing import TypeAlias
 
 from sfumato import logs
 from sfumato.checkpoints import read_ahead, remote_limits
-from sfumato.checkpoints.static_capabilities import static_capabilities
 from sfumato.config import ModelConfig
 from sfumato.core import BATCH, Abilities, Done, Failed, Limits, Step
 from sfumato.engine.protocol import Engine, Load, Pin, Unload
@@ -36,6 +35,7 @@ from sfumato.pictures.sources import Decoded, Sources, encoded_size, file_of
 from sfumato.pipelines import inputs
 from sfumato.serving import named_controls, repeat
 from sfumato.serving.catalog import Catalog
+from sfumato.serving.foreseen import Foreseen
 from sfumato.serving.job import CANCELLED, Arrival, Job, Part, Progress
 from sfumato.serving.metrics import Metrics
 from sfumato.serving.planning import ImageRequest, plan
@@ -44,9 +44,6 @@ from sfumato.serving.request_loras import RequestLoras
 from sfumato.settings import Settings
 
 log = logging.getLogger(__name__)
-
-FORESEEN_S = 5.0
-"""How long what the files of a model say holds: many requests may wait for it while it loads."""
 
 MAX_REMEMBERED = 256
 """Number of ended requests whose progress is still available."""
@@ -80,8 +77,7 @@ class Service:
         self._pins: dict[str, bool] = {}
         self._read_ahead: set[str] = set()
         """Models whose weights are read while the worker starts."""
-        self._foreseen: dict[str, tuple[Abilities | None, ModelConfig | None, float]] = {}
-        """Model → what its file and its folder say of it, of which version of the file, and when they were read."""
+        self._foreseen = Foreseen()
         self._ended: deque[Progress] = deque(maxlen=MAX_REMEMBERED)
 
     async def start(self) -> None:
@@ -407,11 +403,7 @@ class Service:
         """What requests may ask of a model: as it is in memory, else as its files say. None: neither is here."""
         if info := self.engine.status(config.name).info:
             return info.abilities
-        known, config_read, read_at = self._foreseen.get(config.name, (None, None, -FORESEEN_S))
-        if config_read != config or time.monotonic() > read_at + FORESEEN_S:
-            known = (await asyncio.to_thread(static_capabilities, config)).abilities
-            self._foreseen[config.name] = known, config, time.monotonic()
-        return known
+        return await self._foreseen.abilities(config)
 
     def _sources(self, request: ImageRequest, share: Share, whole: Sequence[str]) -> Sources | None:
         """Raises RequestTooLarge or TooManyRequests if the pictures exceed the budget."""

@@ -105,9 +105,7 @@ def _line(text: bytes, endpoint: str, max_text: int) -> tuple[str, dict[str, Any
         raise _Fault("unknown_parameter", f"{unknown[0][:100]}: a line has {', '.join(KEYS)}", unknown[0][:100])
     custom_id, method, url, body = (values[key] for key in KEYS)
     if not isinstance(custom_id, str) or not 0 < len(custom_id) <= MAX_CUSTOM_ID or NUL in custom_id:
-        said = (
-            f"custom_id: {in_words(custom_id)}; 1 to {MAX_CUSTOM_ID} characters without NUL are valid"
-        )
+        said = f"custom_id: {in_words(custom_id)}; 1 to {MAX_CUSTOM_ID} characters without NUL are valid"
         raise _Fault("invalid_custom_id", said, "custom_id")
     if method != "POST":
         raise _Fault("invalid_method", f"method: {in_words(method)}; POST is valid", "method")

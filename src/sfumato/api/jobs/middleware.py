@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import secrets
-import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -89,7 +88,7 @@ class StoredRequests:
             key=key_digest("" if self._shared else caller, wished.key) if wished.key else None,
             fingerprint=fingerprint(scope, body),
             secret=secrets.token_hex(16),
-            created=time.time(),
+            created=scope["state"]["arrived"],
             respond_async=wished.respond_async,
             server=self._jobs.store.server,
             request=saved_scope(scope, request_id, self._selected(caller)) | {"webhook": wished.webhook},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from typing import Any
 
 from starlette.types import Message, Receive, Scope, Send
@@ -93,17 +92,20 @@ class Run:
         await self._news.wait()
 
 
+KEPT = ("accept", "content-type", "host", "user-agent", "x-deadline-ms")
+"""Request headers that are stored: those that drawing routes read. No credentials."""
+
+
 def saved_scope(scope: Scope, request_id: str, selected: str | None) -> dict[str, Any]:
     """What of a request's scope it takes to carry it out again, as JSON. No credentials."""
-    kept = (b"accept", b"content-type", b"host", b"user-agent")
-    headers: Sequence[tuple[bytes, bytes]] = [(name, value) for name, value in scope["headers"] if name in kept]
+    headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
     return {
         "method": scope["method"],
         "scheme": scope["scheme"],
         "path": scope["path"],
         "root_path": scope.get("root_path", ""),
         "query": scope["query_string"].decode("latin-1"),
-        "headers": [[name.decode("latin-1"), value.decode("latin-1")] for name, value in headers],
+        "headers": [[name, value] for name, value in headers if name in KEPT],
         "client": scope.get("client"),
         "server": scope.get("server"),
         "request_id": request_id,
@@ -128,7 +130,7 @@ def restored_scope(job: StoredJob, app: object, length: int) -> Scope:
         "headers": [*headers, (b"content-length", str(length).encode())],
         "client": tuple(saved["client"]) if saved["client"] else None,
         "server": tuple(saved["server"]) if saved["server"] else None,
-        "state": {"request_id": job.request_id, "caller": job.caller},
+        "state": {"request_id": job.request_id, "caller": job.caller, "arrived": job.created},
         "app": app,
     }
 

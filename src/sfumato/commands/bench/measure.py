@@ -17,6 +17,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 
 from sfumato import __version__
+from sfumato.commands.bench.runners import Compared
 from sfumato.commands.bench.server import Server
 from sfumato.errors import SfumatoError
 
@@ -64,6 +65,8 @@ class Report:
     """Resident memory of the process that draws, after all of it."""
     runners: dict[str, str] = field(default_factory=dict)
     """Component → what computed it at the end, as recipes name it."""
+    compared: list[Compared] = field(default_factory=list)
+    """Its runners beside each other, each by itself in this process; empty: not measured."""
     over_plain: dict[str, float] | None = None
     """Seconds for a picture by itself: of the server, of plain diffusers in the same turns, and the ratio."""
 

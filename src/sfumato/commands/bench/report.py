@@ -8,9 +8,11 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from sfumato.checkpoints.stored import readable
 from sfumato.commands.bench.measure import Report
+from sfumato.commands.bench.runners import Compared
 
 
 def tables(report: Report) -> Iterator[str]:
@@ -28,9 +30,20 @@ def tables(report: Report) -> Iterator[str]:
     yield ""
     load = [(each.clients, each.pictures, each.per_second, each.p50, each.p95) for each in report.load]
     yield from _table(("clients", "pictures", "pictures/s", "p50 s", "p95 s"), load)
+    if report.compared:
+        yield ""
+        rows = [
+            (each.runner, each.step_s, each.over_eager, _decibels(each), each.prepared_s, each.computed_by)
+            for each in report.compared
+        ]
+        yield from _table(("runner", "s a step", "over eager", "dB", "prepared in s", "computed by"), rows)
     if report.over_plain:
         yield ""
         yield against(report.over_plain)
+
+
+def _decibels(each: Compared) -> str:
+    return "same" if each.decibels is None else f"{each.decibels:.1f}"
 
 
 def against(seconds: Mapping[str, float]) -> str:
@@ -58,7 +71,10 @@ def _plotted(report: Report, stem: Path) -> list[Path]:
         return []
     importlib.import_module("matplotlib").use("agg")  # not an import statement: the package is an extra
     pyplot = importlib.import_module("matplotlib.pyplot")
-    figure, (rate, wait) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    plots = 3 if report.compared else 2
+    figure, (rate, wait, *of_runners) = pyplot.subplots(1, plots, figsize=(4.5 * plots, 3.6), layout="constrained")
+    for axes in of_runners:
+        _runners(axes, report.compared)
     clients = [each.clients for each in report.load]
     rate.plot(clients, [each.per_second for each in report.load], marker="o")
     rate.set_ylabel("pictures per second")
@@ -77,3 +93,10 @@ def _plotted(report: Report, stem: Path) -> list[Path]:
         figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return paths
+
+
+def _runners(axes: Any, compared: Sequence[Compared]) -> None:
+    bars = axes.bar([each.runner for each in compared], [each.step_s for each in compared])
+    told = [f"{each.over_eager:.2f} x\n{_decibels(each)}{'' if each.decibels is None else ' dB'}" for each in compared]
+    axes.bar_label(bars, told, label_type="center", color="white")
+    axes.set_ylabel("seconds a step, alone")

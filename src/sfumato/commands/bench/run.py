@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sfumato.commands.bench import measure, plain, report
+from sfumato.commands.bench import runners as beside
 from sfumato.commands.bench.server import running
 from sfumato.serving.catalog import Catalog
 from sfumato.settings import Settings
@@ -24,11 +25,13 @@ def bench(
     sizes: Sequence[str],
     steps: int | None,
     against_plain: bool,
+    runners: Sequence[str] = (),
     output: Path,
 ) -> measure.Report:
     """Measure a model; `tell` gets lines of text. Raises SfumatoError if the server, or a request, fails.
 
     `sizes`: WIDTHxHEIGHT in pixels, the first for the pictures under load; empty: the model's own.
+    `runners`: names of `bench.runners.NAMES` to compare; empty: none.
     """
     config = Catalog.of(settings).get(name)
     with running(settings.models) as server:
@@ -38,6 +41,10 @@ def bench(
         if against_plain:
             made.against(plain.drawer(config, settings.device, measure.PROMPT, made.report.picture), repeats)
         made.memory()
+    if runners:
+        made.report.compared = beside.compared(
+            config, settings.device, runners, measure.PROMPT, made.report.picture, repeats, tell
+        )
     for line in report.tables(made.report):
         tell(line)
     for path in report.write(made.report, output):
