@@ -376,7 +376,8 @@ def _surplus(ended: Sequence[tuple[str, str, int]], size: int) -> list[str]:
 def _sqlite(connection: Any, _: Any) -> None:
     cursor = connection.cursor()
     cursor.execute(f"PRAGMA busy_timeout={LOCKED_S * 1000}")
-    cursor.execute("PRAGMA auto_vacuum=INCREMENTAL")  # of a new file; see `expire`
+    if cursor.execute("PRAGMA page_count").fetchone() == (0,):  # a new file
+        cursor.execute("PRAGMA auto_vacuum=INCREMENTAL")  # see `expire`
     cursor.execute("PRAGMA journal_mode=WAL")  # readers do not wait for a writer
     cursor.execute(f"PRAGMA journal_size_limit={WAL_BYTES}")
     cursor.execute("PRAGMA synchronous=FULL")  # what is committed survives a power cut
