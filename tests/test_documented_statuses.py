@@ -24,6 +24,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 import sfumato
+from sfumato.api.batches.store import MAX_OPEN
 from support import tiny, upscalers
 from support.answerable import within
 from support.held import Held
@@ -45,6 +46,8 @@ FILES = {
 }
 RELOAD = "POST /sdapi/v1/reload-checkpoint"
 HUGGING_FACE = "POST /models/{id}"
+UPLOAD, BATCHES = "POST /v1/files", "POST /v1/batches"
+CANCEL = "POST /v1/batches/{id}/cancel"
 KEY = {"authorization": "Bearer the-key"}
 STORED = f"{uuid.UUID(int=7).hex}.png"
 
@@ -83,6 +86,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "POST /api/generate": {"model": "painter", "prompt": "a cat", "width": 64, "steps": 2, "stream": False},
     "POST /api/show": {"model": "painter"},
     HUGGING_FACE: {"inputs": "a cat", "parameters": {"size": "64x64"}},
+    BATCHES: {"endpoint": "/v1/images/generations", "completion_window": "24h"},
 }
 """A request of each operation that takes a body, for which the answer is 200."""
 
@@ -99,12 +103,15 @@ WRONG: dict[str, dict[str, Any]] = {
     "POST /v1/images/recipe": {"image": "no picture"},
     "POST /api/generate": {"steps": "many"},
     "POST /api/show": {"model": 5},
+    UPLOAD: {"purpose": "vision"},
 }
 """What makes it a 400; of others `n: 0` does."""
 
 ASKED_WRONGLY = {
     "GET /v1/images/gallery": "?limit=0",
     "GET /v1/jobs": "?limit=0",
+    "GET /v1/files": "?limit=0",
+    "GET /v1/batches": "?limit=0",
     "GET /v1/images/progress": "?preview=perhaps",
     "GET /v1/images/progress/{id}": "?preview=perhaps",
 }
@@ -156,6 +163,12 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
         job = send(plain, "POST /v1/images/generations", headers=ASYNC).json()["id"]
         PATHS.update({f"{JOBS}/{{id}}": job, f"{JOBS}/{{id}}/events": f"{job}/events"})
         within(300, lambda: plain.client.get(f"{JOBS}/{job}").json()["ended"] is not None)
+        file = send(plain, UPLOAD).json()["id"]
+        BODIES[BATCHES]["input_file_id"] = file
+        batch = send(plain, BATCHES).json()["id"]
+        PATHS.update({"/v1/files/{id}": file, "/v1/files/{id}/content": f"{file}/content"})
+        PATHS.update({"/v1/batches/{id}": batch, "/v1/batches/{id}/cancel": f"{batch}/cancel"})
+        within(300, lambda: plain.client.get(f"/v1/batches/{batch}").json()["status"] == "completed")
         yield Servers(folder, plain, strict)
 
 
@@ -163,9 +176,13 @@ def send(server: Server, label: str, *, headers: dict[str, str] | None = None, *
     path = path_of(label)
     if label == HUGGING_FACE and "model" in changes:
         path = f"/models/{changes.pop('model')}"
+    if label == UPLOAD:
+        line = {"custom_id": "a", "method": "POST", "url": "/v1/images/generations", "body": OPENAI}
+        files = {"file": ("a.jsonl", json.dumps(line).encode())}
+        return server.client.post(path, files=files, data={"purpose": "batch"} | changes, headers=headers)
     body = BODIES.get(label)
-    json = None if body is None else body | changes
-    return server.client.request(label.split()[0], path, json=json, headers=headers)
+    sent = None if body is None else body | changes
+    return server.client.request(label.split()[0], path, json=sent, headers=headers)
 
 
 def path_of(label: str) -> str:
@@ -205,7 +222,16 @@ def known(servers: Servers, label: str) -> httpx.Response:
     if label == "DELETE /v1/images/gallery/{name}":
         url = send(servers.plain, "POST /v1/images/generations").json()["data"][0]["url"]
         return servers.plain.client.delete(f"/v1/images/gallery/{url.rsplit('/', 1)[1]}")
+    if label == "DELETE /v1/files/{id}":
+        return servers.plain.client.delete(f"/v1/files/{send(servers.plain, UPLOAD).json()['id']}")
+    if label == CANCEL:
+        with held(servers.plain, 1):
+            return cancelled_batch(servers, send(servers.plain, BATCHES))
     return send(servers.plain, label)
+
+
+def cancelled_batch(servers: Servers, begun: httpx.Response) -> httpx.Response:
+    return servers.plain.client.post(f"/v1/batches/{begun.json()['id']}/cancel")
 
 
 def reloaded(servers: Servers, name: str) -> httpx.Response:
@@ -269,6 +295,12 @@ def unchanged(servers: Servers, label: str) -> httpx.Response:
 
 
 def full(servers: Servers, label: str) -> httpx.Response:
+    if label == BATCHES:
+        with held(servers.plain, 1):
+            begun = [send(servers.plain, label) for _ in range(MAX_OPEN + 1)]
+            for each in begun[:-1]:
+                cancelled_batch(servers, each)
+            return begun[-1]
     if label in (
         "POST /sdapi/v1/png-info",
         "POST /v1/images/recipe",
@@ -310,8 +342,9 @@ def with_a_used_key(servers: Servers, label: str) -> httpx.Response:
 
 
 def offline(servers: Servers, label: str) -> httpx.Response:
-    if JOBS in label:
-        return without_its_table(servers, label, "jobs")
+    for name in ("jobs", "files", "batches"):
+        if f"/v1/{name}" in label:
+            return without_its_table(servers, label, name)
     if label == RELOAD:
         return reloaded(servers, "offline")
     return send(servers.plain, label, **of_model(label, "offline"))
@@ -341,7 +374,8 @@ def unwritable(servers: Servers, label: str) -> httpx.Response:
 
 def without_its_table(servers: Servers, label: str, name: str) -> httpx.Response:
     table = {"gallery": "pictures"}.get(name, name)
-    with sqlite3.connect(servers.folder / "data" / f"{name}.db") as database:
+    file = name if name == "gallery" else "jobs"
+    with sqlite3.connect(servers.folder / "data" / f"{file}.db") as database:
         database.execute(f"ALTER TABLE {table} RENAME TO aside")
         database.commit()
         try:

@@ -433,6 +433,7 @@ def test_a_key_that_is_sent_twice_is_refused() -> None:
 
 def test_a_plain_request_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No call of the database, no thread, no body in memory twice; a request with a key shows what is counted."""
+    from sfumato.api.batches.batches import Batches
     from sfumato.api.jobs import middleware
     from sfumato.api.jobs.jobs import Jobs
 
@@ -448,6 +449,7 @@ def test_a_plain_request_costs_nothing(tmp_path: Path, monkeypatch: pytest.Monke
 
     read = middleware._body
     monkeypatch.setattr(Jobs, "start", lambda jobs: None)  # it looks for jobs of other servers
+    monkeypatch.setattr(Batches, "start", lambda batches: None)  # as well
     monkeypatch.setattr(Jobs, "blocking", blocking)
     monkeypatch.setattr(middleware, "_body", body)
     inside = Inside(tmp_path)

@@ -13,6 +13,8 @@
     ├── RequestNotFound               404 request_not_found      no such request is queued or running
     ├── PictureNotFound               404 picture_not_found      the gallery has no picture of that name
     ├── JobNotFound                   404 job_not_found          no such stored request
+    ├── FileNotStored                 404 file_not_found         no such file of /v1/files
+    ├── BatchNotFound                 404 batch_not_found
     ├── KeyReused                     422 idempotency_key_reused the key came with another request before
     ├── TooManyRequests               429 rate_limit_exceeded    carries retry_after seconds
     ├── TooManyConnections            503 too_many_connections
@@ -135,6 +137,18 @@ class JobNotFound(SfumatoError):
     status = 404
     type = "invalid_request_error"
     code = "job_not_found"
+
+
+class FileNotStored(SfumatoError):
+    status = 404
+    type = "invalid_request_error"
+    code = "file_not_found"
+
+
+class BatchNotFound(SfumatoError):
+    status = 404
+    type = "invalid_request_error"
+    code = "batch_not_found"
 
 
 class KeyReused(SfumatoError):

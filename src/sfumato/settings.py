@@ -209,6 +209,20 @@ class Settings:
         "Total MiB of stored jobs beyond which ended ones are deleted: the oldest, of the caller that has most.",
         least=1,
     )
+    files_max_mb: int = _setting(
+        10_000, "Maximum MiB of a caller's files and batches: what it uploads, and the answers of batches.", least=1
+    )
+    files_max_age_h: int = _setting(
+        720, "Hours after which files are deleted, and batches after their end, unless the request says.", least=1
+    )
+    webhook_hosts: str = _setting(
+        "",
+        "Hosts (comma-separated) that webhooks of jobs and batches may be sent to, also if their address is not "
+        "public; * for all with a public address. Empty: no webhooks.",
+    )
+    webhook_secret: str = _setting(
+        "", "What signs webhooks: whsec_ and 24 to 64 random bytes in base64 (Standard Webhooks).", secret=True
+    )
     content_images: str = _setting(
         "",
         "Who gets the pictures of chat completions in `content`, too, as Markdown with their URLs, for clients that do "

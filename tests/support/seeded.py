@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import sqlalchemy as sql
 from PIL import Image
 
+from sfumato.api.batches.store import BatchStore
 from sfumato.api.jobs.store import JobStore
 from sfumato.commands import serve
 from sfumato.config import ModelConfig
@@ -100,7 +101,7 @@ def die(*_: object) -> NoReturn:
 
 
 def dying(call: Callable[..., Any], point: str, before: str, at_commit: str, after: str) -> Callable[..., Any]:
-    def called(store: JobStore, *args: Any) -> Any:
+    def called(store: Any, *args: Any) -> Any:
         if point and point == before:
             die()
         if point == at_commit:
@@ -118,6 +119,9 @@ def main(given: dict[str, Any]) -> None:
     point = os.environ["SEEDED_DIE_AT"]
     JobStore.accept = dying(JobStore.accept, point, "", "accepting", "accepted")  # type: ignore[method-assign]
     JobStore.end = dying(JobStore.end, point, "drawn", "ending", "ended")  # type: ignore[method-assign]
+    BatchStore.create = dying(BatchStore.create, point, "", "never", "batch accepted")  # type: ignore[method-assign]
+    BatchStore.end_line = dying(BatchStore.end_line, point, "", "never", "batch answered")  # type: ignore[method-assign]
+    BatchStore.finish = dying(BatchStore.finish, point, "", "never", "batch ended")  # type: ignore[method-assign]
     serve.serve(Settings.load(given))
 
 

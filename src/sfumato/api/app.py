@@ -18,6 +18,11 @@ from sfumato.api import gallery, hugging_face, localai, loras, models, ops, prog
 from sfumato.api.a1111 import controlnet, lists
 from sfumato.api.a1111 import jobs as a1111_jobs
 from sfumato.api.a1111 import routes as a1111
+from sfumato.api.batches import file_routes as files
+from sfumato.api.batches import routes as batches
+from sfumato.api.batches.batches import Batches
+from sfumato.api.batches.files import FileStore
+from sfumato.api.batches.store import BatchStore
 from sfumato.api.chat import routes as chat
 from sfumato.api.chat.answers import parse_callers
 from sfumato.api.http import errors, pages
@@ -37,6 +42,7 @@ from sfumato.api.jobs.store import JobStore
 from sfumato.api.mcp import routes as mcp
 from sfumato.api.ollama import routes as ollama
 from sfumato.api.openai import routes as openai
+from sfumato.api.webhooks.sender import Webhooks
 from sfumato.core import MAX_SEED
 from sfumato.errors import SfumatoError
 from sfumato.pictures.gallery import Gallery
@@ -96,6 +102,27 @@ def _integer_limits(schema: Any) -> None:
             _integer_limits(item)
 
 
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
+    """Start the parts of the application, and stop them in the opposite order."""
+    parts = app.state
+    await parts.service.start()
+    parts.jobs.start()
+    parts.batches.start()
+    parts.webhooks.start()
+    keepers = [asyncio.create_task(_expire(parts.gallery)), asyncio.create_task(parts.history.keep())]
+    yield
+    for keeper in keepers:
+        keeper.cancel()
+    await parts.webhooks.stop()
+    await parts.batches.stop()
+    await parts.jobs.stop()
+    parts.bodies.close()
+    await parts.mcp.close()
+    await parts.service.stop()
+    parts.gallery.close()
+
+
 def create_app(service: Service, store: Store, running: ActiveRequests | None = None) -> FastAPI:
     """The application for a service, which it starts and stops; `running` tracks its requests.
 
@@ -110,28 +137,12 @@ def create_app(service: Service, store: Store, running: ActiveRequests | None = 
     content_images = parse_callers(settings.content_images, keys)
     picture_gallery = Gallery.of(settings, store, keys)
     service.fetcher.store = store
-    history = status.History(service)
     stored_jobs = Jobs(service, JobStore.of(settings))
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
-        await service.start()
-        stored_jobs.start()
-        keepers = [asyncio.create_task(_expire(picture_gallery)), asyncio.create_task(history.keep())]
-        yield
-        for keeper in keepers:
-            keeper.cancel()
-        await stored_jobs.stop()
-        app.state.bodies.close()
-        await app.state.mcp.close()
-        await service.stop()
-        picture_gallery.close()
-
     app = Application(
         title="Sfumato",
         version=__version__,
         description="Text-to-image, image-to-image and inpainting with any diffusers pipeline.",
-        lifespan=lifespan,
+        lifespan=_lifespan,
         openapi_url=None,  # served by `pages`
         docs_url=None,
         redoc_url=None,
@@ -140,12 +151,14 @@ def create_app(service: Service, store: Store, running: ActiveRequests | None = 
     app.state.service = service
     app.state.store = store
     app.state.gallery = picture_gallery
-    app.state.history = history
+    app.state.history = status.History(service)
     app.state.content_images = content_images
     app.state.bodies = Bodies(settings.max_text_mb * 2**20)
     app.state.choices = lists.Choices(service)
     app.state.a1111_jobs = a1111_jobs.Jobs(service)
     app.state.jobs = stored_jobs
+    app.state.batches = _batches(stored_jobs)
+    app.state.webhooks = Webhooks(stored_jobs, settings)
     stored_jobs.application = app
     if running:
         running.at_stop.append(stored_jobs.stopping.set)
@@ -157,10 +170,18 @@ def create_app(service: Service, store: Store, running: ActiveRequests | None = 
     return app
 
 
+def _batches(stored_jobs: Jobs) -> Batches:
+    settings, store = stored_jobs.service.settings, stored_jobs.store
+    files = FileStore(store, max_bytes=settings.files_max_mb * 2**20)
+    kept = BatchStore(store, files, max_age_s=settings.files_max_age_h * 3600)
+    # As many as have places, and as many that wait: the places never stand empty.
+    return Batches(stored_jobs, kept, places=min(settings.max_active, settings.max_queue))
+
+
 def _add_routes(app: FastAPI, *, keyed: bool) -> None:
     # Only documents the key in OpenAPI; `Auth` checks it.
     key = [Depends(HTTPBearer(auto_error=False, description="An API key of this server."))] if keyed else []
-    for module in (openai, chat, localai, jobs, progress, models, loras, gallery, status):
+    for module in (openai, chat, localai, jobs, files, batches, progress, models, loras, gallery, status):
         app.include_router(module.routes, prefix="/v1", dependencies=key)
         # LocalAI's clients often omit the prefix.
         app.include_router(module.routes, include_in_schema=False)
@@ -182,7 +203,12 @@ def _add_middleware(app: FastAPI, keys: Mapping[str, str], origins: Sequence[str
     settings = service.settings
     app.add_middleware(Arrivals, service=service)
     app.add_middleware(
-        StoredRequests, jobs=app.state.jobs, shapes=ERROR_SHAPES, selected=app.state.choices.of, shared=not keys
+        StoredRequests,
+        jobs=app.state.jobs,
+        shapes=ERROR_SHAPES,
+        selected=app.state.choices.of,
+        webhook=app.state.webhooks.checked,
+        shared=not keys,
     )
     app.add_middleware(Shutdown, running=running)
     app.add_middleware(BodyCap, limit=settings.max_body_mb * 2**20)

@@ -42,7 +42,7 @@ class PictureFetcher:
     def __init__(self, hosts: Iterable[str] = (), resolver: Resolver | None = None) -> None:
         allowed = frozenset(host.strip().lower() for host in hosts if host.strip())
         self._client = httpx.AsyncClient(
-            transport=_PublicTransport(allowed, resolver or Resolver()),
+            transport=PublicTransport(allowed, resolver or Resolver(), "picture"),
             timeout=TIMEOUT_S,
             # Redirects are followed here: httpx would read and decompress the body of each, however large.
             follow_redirects=False,
@@ -151,11 +151,15 @@ PORTS = {"http": 80, "https": 443}
 MAX_PORT = 65535
 
 
-class _PublicTransport(httpx.AsyncBaseTransport):
-    """Connects only to public addresses, and exactly to the address that was checked."""
+class PublicTransport(httpx.AsyncBaseTransport):
+    """Connects only to public addresses, and exactly to the address that was checked.
 
-    def __init__(self, hosts: frozenset[str], resolver: Resolver) -> None:
+    `hosts`: those with other addresses, as the setting `KIND_hosts` says.
+    """
+
+    def __init__(self, hosts: frozenset[str], resolver: Resolver, kind: str) -> None:
         self._hosts = hosts
+        self._kind = kind
         self._resolver = resolver
         # No connection is kept: nobody comes back soon, whoever answers must not hold descriptors, and one that was
         # made for a name must not serve another at the same address.
@@ -166,7 +170,7 @@ class _PublicTransport(httpx.AsyncBaseTransport):
         url = request.url
         port = PORTS.get(url.scheme) if url.port is None else url.port
         if url.scheme not in PORTS or not url.host:
-            raise httpx.UnsupportedProtocol("picture URLs must be http or https, with a host", request=request)
+            raise httpx.UnsupportedProtocol(f"{self._kind} URLs must be http or https, with a host", request=request)
         if not port or port > MAX_PORT:
             raise httpx.ConnectError(f"port {port} does not exist; 1 to {MAX_PORT} do", request=request)
         host = url.raw_host.decode("ascii")
@@ -189,7 +193,7 @@ class _PublicTransport(httpx.AsyncBaseTransport):
         if host.lower() not in self._hosts and not is_public(address):
             raise httpx.ConnectError(
                 f"{host!r} resolves to {address}, which is not a public address. "
-                "The operator can allow the host with the setting picture_hosts.",
+                f"The operator can allow the host with the setting {self._kind}_hosts.",
                 request=request,
             )
         return address

@@ -30,17 +30,29 @@ _PADDING = re.compile(rb"[ \t]{16}")
 _BOUNDARY = re.compile(r"[ -~]*[!-~]")
 
 
+class File(bytes):
+    """The value of a part that has a file name."""
+
+    filename: str = ""
+
+    def __reduce__(self) -> tuple[type[bytes], tuple[bytes]]:
+        return bytes, (bytes(self),)  # other processes need no name
+
+
 class _Part:
     def __init__(self) -> None:
         self.headers: dict[str, str] = {}
         self.data = bytearray()
         self.name = ""
         self.is_file = False
+        self.filename = ""
         self.codec = "utf-8"
 
     def value(self) -> str | bytes:
         if self.is_file:
-            return bytes(self.data)
+            file = File(self.data)
+            file.filename = self.filename
+            return file
         try:
             return self.data.decode(self.codec)
         except UnicodeDecodeError:
@@ -127,6 +139,7 @@ class _Reader:
             raise InvalidRequest('the form cannot be read: a part has no `Content-Disposition: form-data; name="..."`')
         part.name = names["name"]
         part.is_file = not names.keys().isdisjoint(("filename", "filename*"))
+        part.filename = names.get("filename", "")
         encoding = part.headers.get("content-transfer-encoding", "").lower()
         if encoding not in IDENTITY_ENCODINGS:
             raise UnsupportedMedia(

@@ -18,6 +18,9 @@ MAX_KEY = 255
 MAX_WAIT_S = 60
 """Longest time that `Prefer: respond-async, wait=N` waits for the answer."""
 
+WEBHOOK = "x-webhook-url"
+"""Header with the URL that is told of the end of a job or a batch."""
+
 _PREFERENCE = re.compile(r'\s*([\w!#$%&\'*+.^`|~-]+)\s*(?:=\s*("(?:[^"\\]|\\.)*"|[^\s;,]*))?[^,"]*(?:,|$)')
 """RFC 7240: `name=value; parameters`, comma-separated. Parameters are of no preference that we know."""
 
@@ -31,24 +34,29 @@ class Wishes:
     """With `respond_async`: how long to wait for the answer before the 202."""
     key: str = ""
     """The `Idempotency-Key`; empty: none."""
+    webhook: str | None = None
+    """The URL that is told of its end."""
 
 
 def wishes(scope: Scope) -> Wishes | None:
-    """None for a request without these headers. Raises InvalidRequest for an invalid key."""
+    """None for a request without these headers. Raises InvalidRequest for an invalid key, or a webhook of no job."""
     names = {name for name, _ in scope["headers"]}
-    if b"idempotency-key" not in names and b"prefer" not in names:
+    if names.isdisjoint((b"idempotency-key", b"prefer", WEBHOOK.encode())):
         return None
     headers = Headers(scope=scope)
+    webhook = headers.get(WEBHOOK)
     preferences = _preferences(",".join(headers.getlist("prefer")))
     keys = headers.getlist("idempotency-key")
     respond_async = "respond-async" in preferences
+    if webhook is not None and not respond_async:
+        raise InvalidRequest(f"{WEBHOOK}: send `Prefer: respond-async`, too; others get their answer", param=WEBHOOK)
     if not respond_async and not keys:
         return None
     if len(keys) > 1:
         raise _wrong_key(f"the header occurs {len(keys)} times")
     wait = preferences.get("wait", "")
     wait_s = min(int(wait), MAX_WAIT_S) if wait.isascii() and wait.isdigit() and len(wait) < 10 else 0
-    return Wishes(respond_async, wait_s, _key(keys[0]) if keys else "")
+    return Wishes(respond_async, wait_s, _key(keys[0]) if keys else "", webhook)
 
 
 def _preferences(text: str) -> dict[str, str]:
@@ -88,7 +96,7 @@ def key_digest(owner: str, key: str) -> str:
 
 
 def fingerprint(scope: Scope, body: bytes) -> str:
-    """The same for the same request: method, path, query, type and body. Boundaries of forms differ at each try."""
+    """The same for the same request: method, path, query, type, webhook, body. Boundaries of forms differ each time."""
     header = Headers(scope=scope).get("content-type", "")
     try:
         media = content_type.parse(header)
@@ -97,7 +105,8 @@ def fingerprint(scope: Scope, body: bytes) -> str:
         kind, boundary = header, b""
     path = scope["path"].removeprefix(scope.get("root_path", ""))
     digest = hashlib.sha256()
-    for part in (scope["method"].encode(), path.encode(), scope["query_string"], kind.encode()):
+    webhook = Headers(scope=scope).get(WEBHOOK, "").encode()
+    for part in (scope["method"].encode(), path.encode(), scope["query_string"], kind.encode(), webhook):
         digest.update(part + b"\0")
     digest.update(body.replace(boundary, b"") if boundary else body)
     return digest.hexdigest()

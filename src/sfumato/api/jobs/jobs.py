@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, ParamSpec, TypeVar
@@ -16,6 +16,7 @@ from sfumato import logs
 from sfumato.api.http import errors
 from sfumato.api.jobs.run import Run, receiver, restored_scope
 from sfumato.api.jobs.store import JobStore, StoredJob
+from sfumato.api.webhooks import outbox
 from sfumato.errors import Cancelled, JobsUnavailable, KeyReused, SfumatoError
 from sfumato.serving import repeat
 from sfumato.serving.job import CANCELLED
@@ -78,6 +79,7 @@ class Jobs:
         self._stopped = False
         self.stopping.clear()
         self._keeper = asyncio.create_task(self._keep())
+        self._keeper.add_done_callback(_report)
 
     async def stop(self) -> None:
         """Leave what has not ended to the next start."""
@@ -126,9 +128,10 @@ class Jobs:
         """End it within one denoising step; returns when it has ended, if this process carries it out."""
         await self.blocking(self.store.cancel, job.id)
         if run := self._runs.get(job.id):
-            await self._cancel(run)
+            await self.cancel_run(run)
 
-    async def _cancel(self, run: Run) -> None:
+    async def cancel_run(self, run: Run) -> None:
+        """End what this process carries out of a job within one denoising step; returns when it has ended."""
         run.cancelled.set()
         job, stored = run.repeatable.job, run.job
         if job:
@@ -146,36 +149,48 @@ class Jobs:
         self._tasks.discard(task)
         del self._runs[run.job.id]
         run.end()
-        if not task.cancelled() and (error := task.exception()):
-            log.error("job %s: %s", run.job.id, logs.error_location(error))
+        _report(task)
 
     async def _carry_out(self, run: Run, bodies: list[bytes]) -> None:
         """Draw it, and store the answer. `bodies` has that of the request, or nothing: then the store has it."""
+
+        async def body() -> bytes | None:
+            return bodies.pop() if bodies else await self.blocking(self.store.body, run.job.id)
+
+        if not await self.draw(run, body):
+            return
+        run.stored = _is_stored(run)
+        run.settled.set()
+        await self._conclude(run)
+        run.end()
+
+    async def draw(self, run: Run, body: Callable[[], Awaitable[bytes | None]]) -> bool:
+        """Let the application answer a stored request, again while it was promised and the queue is full.
+
+        `body` reads that of the request, each time. False: it has none, as it has ended; or the server stops, and what
+        was answered is not the answer.
+        """
         job = run.job
         logs.request_id.set(job.request_id)
         repeat.CURRENT.set(run.repeatable)
         while True:
-            body = bodies.pop() if bodies else await self.blocking(self.store.body, job.id)
-            if body is None:
-                return  # it has ended
-            scope = restored_scope(job, self.application, len(body))
-            receive = receiver(body)
-            del body
+            sent = await body()
+            if sent is None:
+                return False
+            scope = restored_scope(job, self.application, len(sent))
+            receive = receiver(sent)
+            del sent
             await self._answer(run, scope, receive)
             if self._stopped:
-                return
+                return False
             if not _again(run):
-                break
+                return True
             run.again()
             run.repeatable = repeat.Repeatable(job.secret, job.created, job.request.get("selected"))
             repeat.CURRENT.set(run.repeatable)
             with suppress(TimeoutError):
                 async with asyncio.timeout(AGAIN_S):
                     await run.cancelled.wait()
-        run.stored = _is_stored(run)
-        run.settled.set()
-        await self._conclude(run)
-        run.end()
 
     async def _answer(self, run: Run, scope: Any, receive: Any) -> None:
         run.scope = scope
@@ -200,7 +215,9 @@ class Jobs:
     async def _conclude(self, run: Run) -> None:
         """Store the answer. Its clients get it even if the database cannot take it now; that is tried until it can."""
         id, answer, state = run.job.id, run.answer, _state(run)
-        end = functools.partial(self.store.end, id, state, answer)
+        url = run.job.request.get("webhook")
+        then = [functools.partial(outbox.add, url=url, event=f"job.{state}", subject=id)] if url else []
+        end = functools.partial(self.store.end, id, state, answer, *then)
         while not await self._try(end if run.stored else functools.partial(self.store.forget, id)):
             run.end()
             await asyncio.sleep(AGAIN_S)
@@ -243,7 +260,7 @@ class Jobs:
         for id in cancelled & self._runs.keys():
             run = self._runs[id]
             if not run.cancelled.is_set():
-                task = asyncio.create_task(self._cancel(run))
+                task = asyncio.create_task(self.cancel_run(run))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
 
@@ -265,6 +282,12 @@ class Jobs:
             with suppress(TimeoutError):
                 async with asyncio.timeout(FIRST_S):
                     await run.settled.wait()
+
+
+def _report(task: asyncio.Task[None]) -> None:
+    """Log the unexpected error that ended a task."""
+    if not task.cancelled() and (error := task.exception()):
+        log.error("jobs: %s", logs.error_location(error))
 
 
 async def _settle(run: Run) -> None:

@@ -31,7 +31,8 @@ POLL_S = 0.5
 class StoredRequests:
     """ASGI middleware, outside `Arrivals`: the caller is known here, and everything inside is carried out again.
 
-    `selected`: the model that a caller has selected, if any. `shared`: without API keys, all callers share their keys.
+    `selected`: the model that a caller has selected, if any. `webhook` checks a URL that is to be told.
+    `shared`: without API keys, all callers share their keys.
     """
 
     def __init__(
@@ -40,12 +41,14 @@ class StoredRequests:
         jobs: Jobs,
         shapes: Mapping[str, Shape],
         selected: Callable[[str], str | None],
+        webhook: Callable[[str | None], str | None],
         *,
         shared: bool,
     ) -> None:
         self.app = app
         self._jobs = jobs
         self._selected = selected
+        self._webhook = webhook
         self._shared = shared
         # The stored answer has the shape of its own API.
         jobs.shaped = functools.partial(ErrorShapes, shapes=shapes)
@@ -60,6 +63,7 @@ class StoredRequests:
             if wished is None:
                 await self.app(scope, receive, send)
                 return
+            self._webhook(wished.webhook)
             await self._as_job(wished, scope, receive, send)
         except SfumatoError as error:
             await errors.response(error)(scope, receive, send)
@@ -87,7 +91,7 @@ class StoredRequests:
             created=scope["state"]["arrived"],
             respond_async=wished.respond_async,
             server=self._jobs.store.server,
-            request=saved_scope(scope, request_id, self._selected(caller)),
+            request=saved_scope(scope, request_id, self._selected(caller)) | {"webhook": wished.webhook},
         )
 
     async def _answer(self, wished: Wishes, request: Request, body: bytes, send: Send) -> None:

@@ -10,13 +10,14 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sql
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import RowMapping
 
 from sfumato.api.jobs import servers
@@ -78,6 +79,9 @@ SERVERS = sql.Table(
 )
 """Servers that carry out jobs, and when each last said so. Not a column of `jobs`: SQLite writes a row as a whole."""
 
+INSERTS: Mapping[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
+"""Of each kind of database: an insert that can update the row that is there already."""
+
 _HEAD = [column for column in JOBS.c if column.name not in ("body", "answer")]
 
 
@@ -137,6 +141,8 @@ class JobStore:
             raise ValueError(
                 f"database: {error}; sqlite:///FILE is valid, and postgresql+psycopg://... with psycopg installed"
             ) from None
+        if self.engine.dialect.name not in INSERTS:
+            raise ValueError(f"database: {self.engine.dialect.name}; {' and '.join(INSERTS)} are supported")
         if self.engine.dialect.name == "sqlite":
             if self.engine.url.database in (None, "", ":memory:"):
                 raise ValueError(f"database: {url} keeps nothing; sqlite:///FILE is valid")
@@ -155,13 +161,13 @@ class JobStore:
         """
         row = _row(job) | {"body": body, "bytes": len(body), "server": self.server}
         try:
-            with self._begin() as connection:
+            with self.begin() as connection:
                 if job.key and (found := self._by_key(connection, job.key)):
                     return found
-                self._sign_of_life(connection)
+                self.sign_of_life(connection)
                 connection.execute(sql.insert(JOBS), [row])
         except _Taken:  # by another request, since it was looked up
-            with self._begin() as connection:
+            with self.begin() as connection:
                 if job.key and (found := self._by_key(connection, job.key)):
                     return found
             raise JobsUnavailable("Idempotency-Key: it is being used by another request; try again") from None
@@ -169,22 +175,24 @@ class JobStore:
 
     def get(self, id: str, caller: str | None = None) -> StoredJob | None:
         """The job of that id (and caller), or None."""
+        if not id.isalnum():  # PostgreSQL takes no NUL
+            return None
         clauses = [JOBS.c.id == id] + ([] if caller is None else [JOBS.c.caller == caller])
-        with self._begin() as connection:
+        with self.begin() as connection:
             row = connection.execute(sql.select(*_HEAD).where(*clauses)).mappings().first()
         return _job(row) if row else None
 
     def body(self, id: str) -> bytes | None:
         """The body of the request of a job of this server; None if it has ended, or is another's."""
         mine = (JOBS.c.id == id, JOBS.c.state == OPEN, JOBS.c.server == self.server)
-        with self._begin() as connection:
+        with self.begin() as connection:
             row = connection.execute(sql.select(JOBS.c.body).where(*mine)).first()
         return bytes(row[0]) if row else None
 
     def answer(self, id: str) -> Answer | None:
         """The answer of a job that has ended; None if it has not, or has expired."""
         columns = (JOBS.c.status, JOBS.c.headers, JOBS.c.answer)
-        with self._begin() as connection:
+        with self.begin() as connection:
             row = connection.execute(sql.select(*columns).where(JOBS.c.id == id, JOBS.c.state != OPEN)).first()
         return Answer(row[0], [(name, value) for name, value in json.loads(row[1])], bytes(row[2])) if row else None
 
@@ -194,12 +202,17 @@ class JobStore:
         if before:
             clauses.append(sql.tuple_(JOBS.c.created, JOBS.c.id) < before)
         query = sql.select(*_HEAD).where(*clauses).order_by(JOBS.c.created.desc(), JOBS.c.id.desc())
-        with self._begin() as connection:
+        with self.begin() as connection:
             rows = connection.execute(query.limit(limit + 1)).mappings().all()
         return [_job(row) for row in rows[:limit]], len(rows) > limit
 
-    def end(self, id: str, state: str, answer: Answer) -> bool:
-        """Store the answer of an open job of this server; False if it has ended already, or is another's now."""
+    def end(
+        self, id: str, state: str, answer: Answer, then: Callable[[sql.Connection], None] = lambda connection: None
+    ) -> bool:
+        """Store the answer of an open job of this server; False if it has ended already, or is another's now.
+
+        `then` is part of the transaction, if it does.
+        """
         values = {
             "state": state,
             "ended": time.time(),
@@ -210,30 +223,33 @@ class JobStore:
             "bytes": len(answer.body),
         }
         mine = (JOBS.c.id == id, JOBS.c.state == OPEN, JOBS.c.server == self.server)
-        with self._begin() as connection:
-            return bool(connection.execute(sql.update(JOBS).where(*mine).values(values)).rowcount)
+        with self.begin() as connection:
+            if not connection.execute(sql.update(JOBS).where(*mine).values(values)).rowcount:
+                return False
+            then(connection)
+        return True
 
     def forget(self, id: str) -> None:
         """Delete an open job of this server: nothing was promised of it."""
         mine = (JOBS.c.id == id, JOBS.c.state == OPEN, JOBS.c.server == self.server)
-        with self._begin() as connection:
+        with self.begin() as connection:
             connection.execute(sql.delete(JOBS).where(*mine))
 
     def cancel(self, id: str) -> None:
         """Let the server that carries it out know that it should end."""
-        with self._begin() as connection:
+        with self.begin() as connection:
             connection.execute(sql.update(JOBS).where(JOBS.c.id == id, JOBS.c.state == OPEN).values(cancelled=True))
 
     def beat(self) -> set[str]:
         """Say that this server lives; ids of its jobs that should end."""
         mine = (JOBS.c.state == OPEN, JOBS.c.server == self.server, JOBS.c.cancelled)
-        with self._begin() as connection:
-            self._sign_of_life(connection)
+        with self.begin() as connection:
+            self.sign_of_life(connection)
             return set(connection.execute(sql.select(JOBS.c.id).where(*mine)).scalars())
 
     def claim(self, running: Collection[str]) -> list[StoredJob]:
         """Open jobs that nobody carries out, oldest first: from now on they are this server's."""
-        with self._begin() as connection:
+        with self.begin() as connection:
             found = connection.execute(sql.select(*_HEAD).where(JOBS.c.state == OPEN).order_by(JOBS.c.created))
             open_jobs = [_job(row) for row in found.mappings()]
             if not open_jobs:
@@ -241,7 +257,7 @@ class JobStore:
             seen = {row.name: row.seen for row in connection.execute(sql.select(SERVERS))}
         claimed = []
         for job in open_jobs:
-            left = job.id not in running if job.server == self.server else not _lives(job.server, seen)
+            left = job.id not in running if job.server == self.server else not lives(job.server, seen)
             if left and self._take_over(job):
                 claimed.append(replace(job, server=self.server, lives=job.lives + 1))
         return claimed
@@ -249,18 +265,18 @@ class JobStore:
     def _take_over(self, job: StoredJob) -> bool:
         theirs = (JOBS.c.id == job.id, JOBS.c.state == OPEN, JOBS.c.server == job.server)
         values = {"server": self.server, "lives": job.lives + 1}
-        with self._begin() as connection:
-            self._sign_of_life(connection)
+        with self.begin() as connection:
+            self.sign_of_life(connection)
             return bool(connection.execute(sql.update(JOBS).where(*theirs).values(values)).rowcount)
 
     def expire(self) -> int:
         """Delete ended jobs that are too old, then until the total fits; returns how many were deleted."""
         now = time.time()
-        with self._begin() as connection:
+        with self.begin() as connection:
             old = (JOBS.c.state != OPEN, JOBS.c.ended < now - self._max_age_s)
             deleted = connection.execute(sql.delete(JOBS).where(*old)).rowcount
             names = connection.execute(sql.select(SERVERS)).all()
-            if gone := [row.name for row in names if not _lives(row.name, {row.name: row.seen})]:
+            if gone := [row.name for row in names if not lives(row.name, {row.name: row.seen})]:
                 connection.execute(sql.delete(SERVERS).where(SERVERS.c.name.in_(gone)))
             total = int(connection.execute(sql.select(sql.func.sum(JOBS.c.bytes))).scalar() or 0)
             if total > self._max_bytes:
@@ -271,14 +287,14 @@ class JobStore:
                     connection.execute(sql.delete(JOBS).where(JOBS.c.id == id))
                 deleted += len(surplus)
         if deleted and self.engine.dialect.name == "sqlite":
-            with self._begin() as connection:
+            with self.begin() as connection:
                 file: Any = connection.connection.driver_connection
                 file.executescript("PRAGMA incremental_vacuum")  # it becomes smaller; `execute` would free one page
         return deleted
 
     def leave(self) -> None:
         """This server carries out nothing any more: others, and the next one here, may take its open jobs at once."""
-        with self._begin() as connection:
+        with self.begin() as connection:
             connection.execute(sql.delete(SERVERS).where(SERVERS.c.name == self.server))
 
     def close(self) -> None:
@@ -292,10 +308,9 @@ class JobStore:
             return None
         return _job(row) if row else None
 
-    def _sign_of_life(self, connection: sql.Connection) -> None:
-        mine = sql.update(SERVERS).where(SERVERS.c.name == self.server).values(seen=time.time())
-        if not connection.execute(mine).rowcount:
-            connection.execute(sql.insert(SERVERS), [{"name": self.server, "seen": time.time()}])
+    def sign_of_life(self, connection: sql.Connection) -> None:
+        seen = INSERTS[self.engine.dialect.name](SERVERS).values(name=self.server, seen=time.time())
+        connection.execute(seen.on_conflict_do_update(index_elements=["name"], set_={"seen": seen.excluded.seen}))
 
     def _create_tables(self) -> None:
         file = self.engine.url.database or ""
@@ -307,7 +322,7 @@ class JobStore:
             TABLES.create_all(self.engine)
 
     @contextmanager
-    def _begin(self) -> Iterator[sql.Connection]:
+    def begin(self) -> Iterator[sql.Connection]:
         """A transaction, whose errors are JobsUnavailable; `_Taken` for a key or an id that exists already."""
         try:
             with self._lock:
@@ -331,7 +346,7 @@ class _Taken(Exception):
     """A row with this key exists already."""
 
 
-def _lives(server: str, seen: Mapping[str, float]) -> bool:
+def lives(server: str, seen: Mapping[str, float]) -> bool:
     return not servers.has_died(server) and time.time() - seen.get(server, 0.0) < LEASE_S
 
 
