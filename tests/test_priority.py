@@ -169,7 +169,7 @@ def test_no_interactive_request_waits_for_the_place_of_another() -> None:
 
 
 def test_the_loop_tells_the_batcher(repositories: dict[str, Path], tmp_path: Path) -> None:
-    """Two pictures of one model begin together; the interactive one is done first, though it has more steps."""
+    """Pictures of one model begin together: the one that is due is done first, the one that yields last."""
     config = here.config(tmp_path, repositories["nitrosocke/Ghibli-Diffusion"])
     ended: list[str] = []
 
@@ -179,11 +179,15 @@ def test_the_loop_tells_the_batcher(repositories: dict[str, Path], tmp_path: Pat
 
     # One row a forward pass: nobody rides along.
     loop = Loop(Settings(device="cpu", data=tmp_path / "data", log_level="error", max_batch=1), send)
-    for id, steps, priority in (("low", 2, BATCH), ("high", 6, INTERACTIVE)):
-        loop.post(Submit(config, here.asked(id=id, steps=steps, priority=priority)))
+    for id, steps, priority, deadline in (
+        ("low", 2, BATCH, None),
+        ("late", 2, INTERACTIVE, None),
+        ("due", 6, INTERACTIVE, 5.0),
+    ):
+        loop.post(Submit(config, here.asked(id=id, steps=steps, priority=priority, deadline=deadline)))
     loop.post(Stop())
     loop.run()
-    assert ended == ["high", "low"]
+    assert ended == ["due", "late", "low"]
 
 
 # The queue.
