@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -24,7 +25,7 @@ from typing import Any
 from benchmarks.arrivals import Mix, Wanted, trace
 from benchmarks.figures import arguments, percentile, table, write
 from benchmarks.simulated import Served
-from benchmarks.step_times import StepTimes
+from benchmarks.step_times import PACE_S, StepTimes
 from sfumato.core import BATCH, INTERACTIVE
 from sfumato.engine import environment
 from sfumato.engine.protocol import Engine
@@ -42,6 +43,21 @@ ALONE = 5
 """Pictures that are drawn one after another, to know what is not a forward pass."""
 SLACK = 4.0
 QUANTILES = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """A forward pass during the trace, in seconds."""
+
+    at: float
+    """From the beginning of the trace."""
+    took: float
+    alone: bool
+    """Whether it was one request's, which ends when its pipeline has gone on."""
+
+    def without(self, between: float) -> float:
+        return max(1e-6, self.took - between * self.alone)
+
 
 Passes = list[list[Any]]
 """As `recorded_worker` writes them."""
@@ -97,39 +113,56 @@ def kind_of(kind: str, width: int, widths: Sequence[int]) -> str:
 def times_of(workers: Sequence[Passes], alone: Sequence[tuple[float, float]], run: tuple[float, float]) -> StepTimes:
     """What the workers have noted during the trace, and what is not a forward pass of pictures drawn alone."""
     widths = sorted({each[3] for passes in workers for each in passes if each[3]})
-    passes: defaultdict[str, defaultdict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    passes: defaultdict[str, defaultdict[int, list[Pass]]] = defaultdict(lambda: defaultdict(list))
     gaps: defaultdict[str, list[float]] = defaultdict(list)
-    single: defaultdict[tuple[str, int], list[float]] = defaultdict(list)
     for noted in workers:
         begun = set[int]()
         for (start, end, name, width, rows, members), following in itertools.pairwise(noted):
             kind = kind_of(name, width, widths)
             begun.update(members)
-            if not run[0] <= start <= run[1]:
-                continue
-            (passes[kind][rows] if len(members) > 1 else single[kind, rows]).append(end - start)
-            if len(members) > 1 and begun.issuperset(following[5]):
-                gaps[kind].append((following[0] - end) / len(members))
+            if run[0] <= start <= run[1]:
+                passes[kind][rows].append(Pass(start - run[0], end - start, len(members) == 1))
+                if len(members) > 1 and begun.issuperset(following[5]):
+                    gaps[kind].append((following[0] - end) / len(members))
     everything = [gap for each in gaps.values() for gap in each] or [0.0]
-    between = {kind: mean(gaps[kind] or everything) for kind in {*passes, *(kind for kind, _ in single)}}
-    for (kind, rows), seconds in single.items():  # they end when the pipeline has gone on
-        passes[kind][rows] += [max(0.0, each - between[kind]) for each in seconds]
+    between = {kind: mean(gaps[kind] or everything) for kind in passes}
+    known = {
+        kind: {rows: mean(each.without(between[kind]) for each in same) for rows, same in by_rows.items()}
+        for kind, by_rows in passes.items()
+    }
+    ratios = {
+        kind: [
+            (each.at, each.without(between[kind]) / by_rows[rows]) for rows in by_rows for each in passes[kind][rows]
+        ]
+        for kind, by_rows in known.items()
+    }
+    pace = _pace([each for of_kind in ratios.values() for each in of_kind])
+    spread = {
+        kind: _quantiles([ratio / pace[int(at / PACE_S)] for at, ratio in of_kind]) for kind, of_kind in ratios.items()
+    }
     begins, ends = [], []
     for start, end in alone:
         own = [each for noted in workers for each in noted if start <= each[0] <= end]
         begins.append(own[0][0] - start)
         ends.append(end - own[-1][1])
-    spread = {
-        kind: _ratios([each / mean(same) for same in by_rows.values() for each in same if len(same) > 1])
-        for kind, by_rows in passes.items()
-    }
-    known = {kind: {rows: mean(each) for rows, each in by_rows.items()} for kind, by_rows in passes.items()}
-    return StepTimes(known, between, mean(begins), mean(ends), spread=spread)
+    return StepTimes(known, between, mean(begins), mean(ends), spread=spread, pace=pace)
 
 
-def _ratios(values: Sequence[float]) -> list[float]:
-    """`QUANTILES` of them, equally likely."""
-    return [percentile(values, (at + 0.5) / QUANTILES) for at in range(QUANTILES)] if values else []
+def _pace(ratios: Sequence[tuple[float, float]]) -> list[float]:
+    """By `PACE_S` of the run: the mean of the ratios then; where there are none, as before."""
+    by_window: defaultdict[int, list[float]] = defaultdict(list)
+    for at, ratio in ratios:
+        by_window[int(at / PACE_S)].append(ratio)
+    pace = [1.0]
+    for window in range(max(by_window) + 1):
+        pace.append(mean(by_window[window]) if by_window[window] else pace[-1])
+    return pace[1:]
+
+
+def _quantiles(values: Sequence[float]) -> list[float]:
+    """`QUANTILES` of them, equally likely, with a mean of 1."""
+    chosen = [percentile(values, (at + 0.5) / QUANTILES) for at in range(QUANTILES)]
+    return [each / mean(chosen) for each in chosen]
 
 
 def figures_of(latencies: Sequence[tuple[Wanted, float]]) -> dict[str, float]:
@@ -165,7 +198,7 @@ def run(devices: int, requests: int, load: float, seed: int, folder: Path) -> Ma
     print(f"\n{requests} pictures on {devices} of this machine's CPUs, {load} of what they draw one by one")
     rows = [(name, f"{real[name]:.2f}", f"{foreseen[name]:.2f}", f"{foreseen[name] / real[name]:.2f}") for name in real]
     print(table(("", "measured", "simulated", "ratio"), rows))
-    return {"measured": real, "simulated": foreseen, "times": times.as_json()}
+    return {"rate": rate, "measured": real, "simulated": foreseen, "times": times.as_json()}
 
 
 async def _alone_s(folder: Path) -> float:

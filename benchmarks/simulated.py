@@ -127,6 +127,8 @@ class _Device:
         """Those in memory, and since when they are used."""
         self.using: defaultdict[str, int] = defaultdict(int)
         self._share = FairShare()
+        self._active: dict[int, tuple[str, bool]] = {}
+        """Number of a picture → its caller and class."""
         self._known = ForwardTimes()
         self._turn = self._low_led = 0
 
@@ -146,12 +148,19 @@ class _Device:
             wanted.low,
         )
 
-    def enter(self, wanted: Wanted) -> None:
-        beside = ((call.caller, call.low) for call in self.parked.values() if call.low is wanted.low)
+    def enter(self, picture: _Picture) -> None:
+        wanted = picture.wanted
+        beside = (payer for payer in self._active.values() if payer[1] is wanted.low)
         self._share.enter((wanted.caller, wanted.low), beside)
+        self._active[picture.number] = wanted.caller, wanted.low
 
-    def next_pass(self) -> tuple[str, list[Waiting], float]:
-        """Kind, calls and seconds of the next forward pass."""
+    def leave(self, picture: _Picture) -> None:
+        del self._active[picture.number]
+        if not self._active:
+            self._share.clear()
+
+    def next_pass(self, now: float) -> tuple[str, list[Waiting], float]:
+        """Kind, calls and seconds of the next forward pass, which begins at this time."""
         calls = self.parked
         group = choose(
             list(calls.values()), self._turn, self._room, self._received, bearable=self._bearable,
@@ -166,7 +175,7 @@ class _Device:
             self._low_led = self._turn
         self._turn += 1
         kind = group[0].key[1]  # type: ignore[index]
-        seconds = self._times.one(kind, rows, self._dice)
+        seconds = self._times.one(kind, rows, self._dice, now)
         if not kind.startswith("decode"):  # as in the batcher: those of a VAE are not compared
             self._known.note(group[0].key, rows, seconds, on_host=self._times.on_host)
         return kind, group, seconds
@@ -258,7 +267,7 @@ class Served:
     def _start(self, picture: _Picture) -> None:
         device = self._devices[picture.device]
         device.models[picture.wanted.model] = self._events.now
-        device.enter(picture.wanted)
+        device.enter(picture)
         device.park(picture, next(picture.kinds))
         device.beginning += 1
         if not device.busy:
@@ -267,7 +276,7 @@ class Served:
     def _compute(self, device: _Device) -> None:
         begin = device.beginning * self._times.begin
         device.beginning, device.busy = 0, True
-        kind, group, seconds = device.next_pass()
+        kind, group, seconds = device.next_pass(self._events.now)
         totals = self.totals
         if kind.startswith("denoise"):
             totals.passes += 1
@@ -301,6 +310,7 @@ class Served:
 
     def _end(self, device: _Device, picture: _Picture) -> None:
         del self._pictures[picture.number]
+        device.leave(picture)
         device.using[picture.wanted.model] -= 1
         self._router.end(picture.id)
         answered = self._events.now + self._times.end

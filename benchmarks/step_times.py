@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+PACE_S = 5.0
+
 
 @dataclass(frozen=True, slots=True)
 class StepTimes:
@@ -27,6 +29,8 @@ class StepTimes:
     """Rows of a request's denoiser call: two with guidance."""
     spread: Mapping[str, Sequence[float]] = field(default_factory=dict)
     """Kind → how many times as long as their mean such passes took, all equally likely; none: always that."""
+    pace: Sequence[float] = ()
+    """How many times as long as on average passes took in each `PACE_S` of the run, as others used the machine too."""
     on_host: bool = True
     """Whether the passes are those of a CPU."""
     _known: dict[tuple[str, int], float] = field(default_factory=dict, compare=False, repr=False)
@@ -37,10 +41,11 @@ class StepTimes:
             self._known[kind, rows] = self._on_a_line(self.passes[kind], rows)
         return self._known[kind, rows]
 
-    def one(self, kind: str, rows: int, dice: random.Random) -> float:
-        """A forward pass that takes longer or shorter by chance, as the measured ones did."""
+    def one(self, kind: str, rows: int, dice: random.Random, now: float) -> float:
+        """A forward pass that takes longer or shorter by chance, and at this time of the run, as the measured ones."""
         spread = self.spread.get(kind)
-        return self.of(kind, rows) * (spread[int(dice.random() * len(spread))] if spread else 1.0)
+        seconds = self.of(kind, rows) * (spread[int(dice.random() * len(spread))] if spread else 1.0)
+        return seconds * self.pace[min(len(self.pace) - 1, int(now / PACE_S))] if self.pace else seconds
 
     @staticmethod
     def _on_a_line(measured: Mapping[int, float], rows: int) -> float:
@@ -67,14 +72,14 @@ class StepTimes:
 
     @classmethod
     def read(cls, path: Path) -> StepTimes:
-        """From the JSON that `benchmarks.simulate_check` writes."""
+        """From the JSON that `benchmarks.simulate_check` writes; its pace is of that run alone."""
         values = json.loads(path.read_text())
         values = values.get("figures", values)
         values = values.get("times", values)
         passes = {
             kind: {int(rows): seconds for rows, seconds in each.items()} for kind, each in values["passes"].items()
         }
-        return cls(**{**values, "passes": passes})
+        return cls(**{**values, "passes": passes, "pace": ()})
 
     def as_json(self) -> dict[str, object]:
         return {name: value for name, value in asdict(self).items() if not name.startswith("_")}

@@ -258,6 +258,24 @@ def test_a_model_too_large_for_one_device_is_drawn_on_another(tmp_path: Path) ->
     run(Two(tmp_path, "well", "well"), work)
 
 
+def test_what_only_one_device_can_have_waits_for_its_next_worker(tmp_path: Path) -> None:
+    """The other device is up, and too small."""
+
+    async def work(two: Two) -> None:
+        await two.both_up()
+        assert isinstance(await two.answer("too large for 0"), Done)
+        two.gates[1].touch()
+        suspect = await two.begun("suspect")
+        waiting = asyncio.create_task(two.answer("a cat"))
+        await two.until(lambda: "a cat" in two.drew)
+        two.kill(1)
+        two.gates[1].unlink()
+        assert [type(await each) for each in (suspect, waiting)] == [Done, Done]
+        assert set(two.drew["suspect"] + two.drew["a cat"]) == {"cpu:1"}
+
+    run(Two(tmp_path, "well", "well,die,well"), work)
+
+
 def test_a_picture_that_is_left_is_forgotten(tmp_path: Path) -> None:
     async def work(two: Two) -> None:
         await two.both_up()

@@ -101,7 +101,7 @@ def test_a_damaged_database_keeps_nothing_but_jobs_from_working(tmp_path: Path) 
         assert server.client.get("/v1/jobs").status_code == 503
 
 
-@pytest.mark.parametrize("url", ["nonsense", "nosuch://x", "postgresql+nosuch://x", "sqlite://"])
+@pytest.mark.parametrize("url", ["nonsense", "nosuch://x", "postgresql+nosuch://x", "mysql+pymysql://x", "sqlite://"])
 def test_a_wrong_url_names_the_setting(url: str) -> None:
     with pytest.raises(ValueError, match="database: "):
         JobStore(url, max_age_s=1, max_bytes=1)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -113,11 +115,31 @@ def test_the_database_dies_and_comes_back(tmp_path: Path, database: PostgreSQL) 
         assert (again.content, again.headers["idempotency-replayed"]) == (answers[0].content, "true")
 
 
+def test_many_first_requests_at_once_are_all_accepted(database: PostgreSQL) -> None:
+    """Each of them says that its server lives, which nobody has said before."""
+    for _ in range(5):
+        store = JobStore(database.url, max_age_s=3600, max_bytes=1000)
+        at_once = threading.Barrier(4)
+
+        def accept(number: int, store: JobStore = store, at_once: threading.Barrier = at_once) -> StoredJob | None:
+            job = StoredJob(
+                id=uuid.uuid4().hex, caller="c", fingerprint="f", secret="0" * 32, created=1.0, respond_async=True,
+                server=store.server, request={"request_id": str(number)},
+            )  # fmt: skip
+            at_once.wait()
+            return store.accept(job, b"")
+
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(accept, range(4))) == [None] * 4
+        store.close()
+    assert len(rows(database.url)) == 20
+
+
 def test_pages_and_expiry(database: PostgreSQL) -> None:
     store = JobStore(database.url, max_age_s=3600, max_bytes=1000)
     for number in range(4):
         job = StoredJob(
-            id=f"job {number}", caller="c", key=f"key {number}", fingerprint="f", secret="0" * 32,
+            id=f"job{number}", caller="c", key=f"key {number}", fingerprint="f", secret="0" * 32,
             created=1.0 + number // 2, respond_async=True, server=store.server, request={"request_id": str(number)},
         )  # fmt: skip
         assert store.accept(job, b"\0\xff") is None
@@ -125,14 +147,15 @@ def test_pages_and_expiry(database: PostgreSQL) -> None:
         found = store.accept(job, b"")
         assert found is not None
         assert found.id == job.id
+    assert store.get("a\0b") is None
     first, more = store.page("c", before=None, limit=3)
-    assert ([job.id for job in first], more) == (["job 3", "job 2", "job 1"], True)
+    assert ([job.id for job in first], more) == (["job3", "job2", "job1"], True)
     rest, more = store.page("c", before=(first[-1].created, first[-1].id), limit=3)
-    assert ([job.id for job in rest], more) == (["job 0"], False)
+    assert ([job.id for job in rest], more) == (["job0"], False)
     for number in range(4):
-        assert store.end(f"job {number}", "completed", Answer(200, [], b"x" * 300))
+        assert store.end(f"job{number}", "completed", Answer(200, [], b"x" * 300))
     assert store.expire() == 1
-    execute(database.url, "UPDATE jobs SET ended = ended - 4000 WHERE id = 'job 2'")
+    execute(database.url, "UPDATE jobs SET ended = ended - 4000 WHERE id = 'job2'")
     assert store.expire() == 1
-    assert [job.id for job in store.page(None, before=None, limit=9)[0]] == ["job 3", "job 1"]
+    assert [job.id for job in store.page(None, before=None, limit=9)[0]] == ["job3", "job1"]
     store.close()

@@ -65,7 +65,7 @@ def test_samplers_have_the_names_of_web_uis(scheduler: str, words: str) -> None:
 
 
 def tidy(text: str) -> str:
-    """As web UIs read a text: without blanks at the ends of its lines and before it."""
+    """As web UIs read a text: without blanks at the ends of its lines."""
     return "\n".join(line.strip() for line in text.split("\n"))
 
 
@@ -73,7 +73,7 @@ def tidy(text: str) -> str:
 def test_an_infotext_is_read_back(prompt: str, negative: str | None, model: str) -> None:
     assume(recipe.NEGATIVE not in prompt)
     values = recipe.parse(recipe.infotext(replace(made(prompt, negative), model=f"m{model}".strip())))
-    assert values["Prompt"] == tidy(prompt).lstrip()
+    assert values["Prompt"] == tidy(prompt).strip()
     assert values["Negative prompt"] == tidy(negative or "").strip()
     assert values["Model"] == f"m{model}".strip()
     assert (values["Seed"], values["Size-1"], values["Size-2"]) == (str(2**63 - 1), "64", "48")

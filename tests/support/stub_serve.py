@@ -10,5 +10,6 @@ from sfumato.process.supervisor import Supervisor
 from support.stub_worker import stub
 
 if __name__ == "__main__":
-    Supervisor.__init__.__defaults__ = (tuple(stub(Path(sys.argv.pop(1)))),)
+    _, *others = Supervisor.__init__.__defaults__ or ()
+    Supervisor.__init__.__defaults__ = (tuple(stub(Path(sys.argv.pop(1)))), *others)
     cli.main()

@@ -221,9 +221,9 @@ def _model(service: Service, config: ModelConfig) -> dict[str, Any]:
             "progress": status.progress,
             "memory_bytes": facts.memory_bytes if facts else None,
             "devices": {
-                device.name: device.models[config.name].state
+                device.name: known.state
                 for device in service.engine.devices
-                if config.name in device.models
+                if (known := device.models.get(config.name))
             },
             "aliases": list(config.aliases),
             "description": config.description,

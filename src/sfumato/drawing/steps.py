@@ -86,7 +86,11 @@ def watch(
 
 
 def _observe(
-    scheduler: Any, on_step: OnStep, finite: Finite, previews: RunPreviews | None, interval: Interval | None
+    scheduler: Any,
+    on_step: OnStep,
+    finite: Finite,
+    previews: RunPreviews | None,
+    interval: Interval | None = None,
 ) -> None:
     """Report each `scheduler.step`: every denoising loop of diffusers calls it, with or without a callback."""
     done = total = 0

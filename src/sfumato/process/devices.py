@@ -56,7 +56,7 @@ class Devices:
             each.on_place = lambda id, taken: self.on_place(id, taken)
             each.on_status = functools.partial(self._on_status, number)
             each.on_change = functools.partial(self._on_change, number)
-            each.elsewhere = functools.partial(self._has_another, {number}, ready=True)
+            each.elsewhere = functools.partial(self._elsewhere, number)
             self._router.delay(number, START_S)
 
     # The life of the workers.
@@ -114,7 +114,9 @@ class Devices:
     def _choose(self, config: ModelConfig, steps: int, pixels: int = SQUARE, low: bool = False) -> int:
         self._routed.add(config.name)
         refused = self._unfit_for(config)
-        return self._router.choose(config.name, steps, time.monotonic(), pixels=pixels, low=low, refused=refused)
+        number = self._router.choose(config.name, steps, time.monotonic(), pixels=pixels, low=low, refused=refused)
+        fit = [each for each in range(len(self._workers)) if each not in refused]
+        return number if number in fit or not fit else fit[0]  # none of these can draw: it waits there
 
     def _moves(self, error: SfumatoError, config: ModelConfig, number: int) -> bool:
         """Whether what failed so on this device goes to another one."""
@@ -122,17 +124,18 @@ class Devices:
             self._unfit[config.name] = config, self._unfit_for(config) | {number}
         elif not isinstance(error, NoWorker):
             return False
-        return self._has_another({number} | self._unfit_for(config))
+        fit = [worker for at, worker in enumerate(self._workers) if at not in self._unfit_for(config)]
+        return any(not worker.problem for worker in fit)
+
+    def _elsewhere(self, number: int, config: ModelConfig) -> bool:
+        """Whether a device other than this one can draw pictures of the model now."""
+        others = {*range(len(self._workers))} - {number} - self._unfit_for(config)
+        return any(self._workers[other].ready for other in others)
 
     def _unfit_for(self, config: ModelConfig) -> set[int]:
         """Devices that cannot have this model. A file that was changed is tried anew."""
         known, numbers = self._unfit.get(config.name, (config, set[int]()))
         return numbers if known == config else set()
-
-    def _has_another(self, refused: set[int], *, ready: bool = False) -> bool:
-        """Whether any device but these can draw, or will when it has started unless it has to be `ready`."""
-        others = [worker for number, worker in enumerate(self._workers) if number not in refused]
-        return any(worker.ready if ready else not worker.problem for worker in others)
 
     # Models.
 
@@ -188,7 +191,7 @@ class Devices:
         worker = self._workers[number]
         if not worker.ready:
             self._router.emptied(number)
-            self._unfit.clear()
+            self._unfit = {name: (config, unfit - {number}) for name, (config, unfit) in self._unfit.items()}
         self._router.delay(number, 0 if worker.ready else float("inf") if worker.problem else START_S)
         self.on_places(self._places_each * max(1, sum(not each.problem for each in self._workers)))
 

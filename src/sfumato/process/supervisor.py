@@ -104,9 +104,9 @@ class Supervisor:
         self.on_status: Callable[[str, ModelStatus], None] = lambda model, status: None
         self.on_change: Callable[[], None] = lambda: None
         """Called when `ready` or `problem` has changed."""
-        self.elsewhere: Callable[[], bool] = lambda: False
-        """Whether other workers can draw what this one was sent. What waits for its next worker is then failed with a
-        `NoWorker`, unless it may be the cause of its death."""
+        self.elsewhere: Callable[[ModelConfig], bool] = lambda config: False
+        """Whether other workers can draw pictures of this model. Those that wait here for the next worker are then
+        failed with a `NoWorker`, unless they may be the cause of the last one's death."""
         self.problem = ""
         """Why the worker does not start; empty if it is up, or starting."""
         self._streams = Streams(lambda id, taken: self.on_place(id, taken))
@@ -279,14 +279,11 @@ class Supervisor:
         """What waits for the next worker is drawn elsewhere, or fails once `failures` starts in a row were in vain."""
         self.problem = reason if failures else ""
         self.on_change()
-        elsewhere = self.elsewhere()
-        if failures >= STARTS or (failures and elsewhere):
-            leaving = list(self._flights)
-        else:
-            leaving = [id for id, flight in self._flights.items() if elsewhere and not flight.deaths]
         message = f"the worker{self._of_device} does not start: {reason}; see the server's log"
-        for id in leaving:
-            self._fail(id, NoWorker(message, deaths=self._flights[id].deaths))
+        for id, flight in list(self._flights.items()):
+            moves = (failures or not flight.deaths) and self.elsewhere(flight.submit.config)
+            if failures >= STARTS or moves:
+                self._fail(id, NoWorker(message, deaths=flight.deaths))
 
     async def _run_worker(self) -> str:
         """One worker from its start to its end; returns why it ended. Raises if it failed to start."""

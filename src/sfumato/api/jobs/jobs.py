@@ -79,6 +79,7 @@ class Jobs:
         self._stopped = False
         self.stopping.clear()
         self._keeper = asyncio.create_task(self._keep())
+        self._keeper.add_done_callback(_report)
 
     async def stop(self) -> None:
         """Leave what has not ended to the next start."""
@@ -148,8 +149,7 @@ class Jobs:
         self._tasks.discard(task)
         del self._runs[run.job.id]
         run.end()
-        if not task.cancelled() and (error := task.exception()):
-            log.error("job %s: %s", run.job.id, logs.error_location(error))
+        _report(task)
 
     async def _carry_out(self, run: Run, bodies: list[bytes]) -> None:
         """Draw it, and store the answer. `bodies` has that of the request, or nothing: then the store has it."""
@@ -282,6 +282,12 @@ class Jobs:
             with suppress(TimeoutError):
                 async with asyncio.timeout(FIRST_S):
                     await run.settled.wait()
+
+
+def _report(task: asyncio.Task[None]) -> None:
+    """Log the unexpected error that ended a task."""
+    if not task.cancelled() and (error := task.exception()):
+        log.error("jobs: %s", logs.error_location(error))
 
 
 async def _settle(run: Run) -> None:

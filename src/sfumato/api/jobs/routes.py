@@ -29,7 +29,7 @@ END = "end"
 """Id of the last event."""
 
 TheJobs: TypeAlias = Annotated[Jobs, Depends(part("jobs"))]
-Id: TypeAlias = Annotated[str, Path(max_length=100, description="The last part of `location` in the 202.")]
+Id: TypeAlias = Annotated[str, Path(description="The last part of `location` in the 202.")]
 
 routes = APIRouter(tags=["Jobs"])
 
@@ -88,9 +88,7 @@ async def cancel(id: Id, jobs: TheJobs, owner: Owner) -> Response:
         **documents.errors(401, 403, 404, 503),
     },
 )
-async def events(
-    id: Id, jobs: TheJobs, owner: Owner, last_event_id: Annotated[str, Header(max_length=200)] = ""
-) -> Response:
+async def events(id: Id, jobs: TheJobs, owner: Owner, last_event_id: Annotated[str, Header()] = "") -> Response:
     job = await _require(jobs, id, owner)
     if last_event_id == END:
         return Response(status_code=204)
@@ -144,7 +142,7 @@ async def _require(jobs: Jobs, id: str, owner: str | None) -> StoredJob:
     if job := await jobs.blocking(jobs.store.get, id, owner):
         return job
     raise JobNotFound(
-        f"you have no job {id!r}; it may have expired. GET /v1/jobs lists them. A job is a drawing request with "
+        f"you have no job {id[:100]!r}; it may have expired. GET /v1/jobs lists them. A job is a drawing request with "
         "`Prefer: respond-async` or `Idempotency-Key`.",
         param="id",
     )

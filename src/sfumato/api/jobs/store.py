@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sql
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import RowMapping
 
 from sfumato.api.jobs import servers
@@ -78,6 +79,9 @@ SERVERS = sql.Table(
 )
 """Servers that carry out jobs, and when each last said so. Not a column of `jobs`: SQLite writes a row as a whole."""
 
+INSERTS: Mapping[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
+"""Of each kind of database: an insert that can update the row that is there already."""
+
 _HEAD = [column for column in JOBS.c if column.name not in ("body", "answer")]
 
 
@@ -137,6 +141,8 @@ class JobStore:
             raise ValueError(
                 f"database: {error}; sqlite:///FILE is valid, and postgresql+psycopg://... with psycopg installed"
             ) from None
+        if self.engine.dialect.name not in INSERTS:
+            raise ValueError(f"database: {self.engine.dialect.name}; {' and '.join(INSERTS)} are supported")
         if self.engine.dialect.name == "sqlite":
             if self.engine.url.database in (None, "", ":memory:"):
                 raise ValueError(f"database: {url} keeps nothing; sqlite:///FILE is valid")
@@ -169,6 +175,8 @@ class JobStore:
 
     def get(self, id: str, caller: str | None = None) -> StoredJob | None:
         """The job of that id (and caller), or None."""
+        if not id.isalnum():  # PostgreSQL takes no NUL
+            return None
         clauses = [JOBS.c.id == id] + ([] if caller is None else [JOBS.c.caller == caller])
         with self.begin() as connection:
             row = connection.execute(sql.select(*_HEAD).where(*clauses)).mappings().first()
@@ -301,9 +309,8 @@ class JobStore:
         return _job(row) if row else None
 
     def sign_of_life(self, connection: sql.Connection) -> None:
-        mine = sql.update(SERVERS).where(SERVERS.c.name == self.server).values(seen=time.time())
-        if not connection.execute(mine).rowcount:
-            connection.execute(sql.insert(SERVERS), [{"name": self.server, "seen": time.time()}])
+        seen = INSERTS[self.engine.dialect.name](SERVERS).values(name=self.server, seen=time.time())
+        connection.execute(seen.on_conflict_do_update(index_elements=["name"], set_={"seen": seen.excluded.seen}))
 
     def _create_tables(self) -> None:
         file = self.engine.url.database or ""
