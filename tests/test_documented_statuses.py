@@ -298,8 +298,9 @@ def full(servers: Servers, label: str) -> httpx.Response:
     if label == BATCHES:
         with held(servers.plain, 1):
             begun = [send(servers.plain, label) for _ in range(MAX_OPEN + 1)]
-            for each in begun[:-1]:
-                cancelled_batch(servers, each)
+            for each in begun:
+                if each.status_code == 200:
+                    cancelled_batch(servers, each)
             return begun[-1]
     if label in (
         "POST /sdapi/v1/png-info",
