@@ -105,7 +105,7 @@ def test_files_are_refused_by_what_to_send(server: Server, path: str, fields: di
     assert answer.status_code == 400, answer.text
     error = answer.json()["error"]
     assert error["param"] == param
-    assert "file_id: this server has no Files API; send image_url" in error["message"]
+    assert "file_id: uploaded files are no source pictures; send image_url" in error["message"]
 
 
 @pytest.mark.parametrize("nothing", [{}, {"imageUrl": PHOTO}, {"image_url": {"uri": PHOTO}}])

@@ -346,6 +346,7 @@ def test_every_answer_can_be_read_by_it(tmp_path: Path, monkeypatch: pytest.Monk
         exposed = answer.headers["access-control-expose-headers"].split(", ")
         assert {*exposed} == {
             "x-request-id", "x-sfumato-ignored", "x-sfumato-warning", "retry-after", "x-should-retry", "mcp-session-id",
+            "location", "preference-applied", "idempotency-replayed",
         }  # fmt: skip
         assert answer.headers["x-request-id"]
         if answer.status_code != 200:

@@ -10,7 +10,7 @@ KEYS = ("image_url", "url", "image")
 """Of an object that stands for a picture; the first that is there counts."""
 
 NO_PICTURE = 'there is no picture in it; send {"image_url": "data:..."}'
-NO_FILES = "file_id: this server has no Files API; send image_url: a data: URI, base64 or an http(s) URL"
+NO_FILES = "file_id: uploaded files are no source pictures; send image_url: a data: URI, base64 or an http(s) URL"
 
 
 def url_of(value: Any) -> Any:
