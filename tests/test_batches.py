@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import base64
 import json
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+import sqlalchemy as sql
 
 from sfumato.api.batches import lines
+from sfumato.api.batches.files import FileStore
+from sfumato.api.batches.store import BatchStore
+from sfumato.api.batches.tables import StoredFile
+from sfumato.api.jobs.store import JobStore
 from support.answerable import within
 from support.batching_client import EDITS, GENERATIONS, begun, counts, ended, jsonl, lines_of, sdk, uploaded
 from support.quick import FOR_EVER
@@ -290,3 +296,42 @@ def test_limits_of_a_caller(tmp_path: Path) -> None:
         client.batches.cancel(waiting[0].id)
         ended(client, waiting[0].id)
         begun(client, jsonl([CAT]))
+
+
+def test_a_key_has_no_effect_on_a_batch_and_is_refused(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="Idempotency-Key: it has no effect here"):
+        begun(client, jsonl([CAT]), extra_headers={"idempotency-key": "x"})
+
+
+def test_limits_are_kept_when_two_write_at_once_and_deleted_files_give_room_back(tmp_path: Path) -> None:
+    """From the first look at the limit on, no other process may write."""
+    jobs = JobStore(f"sqlite:///{tmp_path / 'jobs.db'}", max_age_s=3600, max_bytes=2**20)
+    files = FileStore(jobs, max_bytes=2**26)
+    batches = BatchStore(jobs, files, max_age_s=3600)
+    assert files.get("a\0", None) is None
+    assert batches.get("a\0") is None
+    refused: list[str] = []
+
+    def look(_: Any, __: Any, statement: str, *more: Any) -> None:
+        if "count" in statement and not refused:
+            other = sqlite3.connect(tmp_path / "jobs.db", timeout=0)
+            with pytest.raises(sqlite3.OperationalError) as error:
+                other.execute("BEGIN IMMEDIATE")
+            other.close()
+            refused.append(str(error.value))
+
+    sql.event.listen(jobs.engine, "before_cursor_execute", look)
+    content = bytes(range(256)) * (5 * 2**20 // 256)
+    file = StoredFile(
+        id="file-1", caller="c", purpose="batch", filename="a", created=1.0, expires=2.0, bytes=len(content)
+    )
+    files.add(file, content)
+    assert refused == ["database is locked"]
+    assert [len(piece) for piece in files.pieces(file)] == [2**22, 2**20]
+    assert b"".join(files.pieces(file)) == content
+    assert batches.expire(3.0) == 1
+    assert list(files.pieces(file)) == []
+    with jobs.begin() as connection:
+        assert connection.exec_driver_sql("PRAGMA freelist_count").scalar() == 0
+        assert connection.exec_driver_sql("PRAGMA secure_delete").scalar() == 0
+    jobs.close()

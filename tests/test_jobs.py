@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import threading
@@ -17,10 +18,13 @@ import pytest
 import sqlalchemy as sql
 
 from sfumato.api.jobs.headers import wishes
-from sfumato.api.jobs.run import KEPT
+from sfumato.api.jobs.jobs import _is_stored
+from sfumato.api.jobs.run import KEPT, Run
+from sfumato.api.jobs.store import StoredJob
 from sfumato.errors import InvalidRequest
 from support.answerable import within
 from support.inside import DRAW, Inside
+from support.job_rows import rows
 from support.quick import FOR_EVER
 from support.seeded import GATED, Server, colour, colour_of
 from support.serving import TIMEOUT_S
@@ -245,6 +249,28 @@ def test_a_key_serves_requests_with_and_without_prefer(server: Server) -> None:
     assert answer.json() == ended(server, location)["response"]["body"]
 
 
+def test_a_promise_to_one_who_joins_holds_after_a_crash_and_for_a_503(server: Server) -> None:
+    server.close_gate()
+    key, before = {"idempotency-key": uuid.uuid4().hex}, len(server.drawn())
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(keyed, server, key["idempotency-key"], prompt=GATED)
+        within(TIMEOUT_S, lambda: len(server.drawn()) == before + 1)
+        location = later(server, headers=key, prompt=GATED)
+        (row,) = [row for row in rows(f"sqlite:///{server.data / 'jobs.db'}") if row["id"] == location[9:]]
+        assert row["respond_async"]
+        server.open_gate()
+        assert first.result().status_code == 200
+    job = StoredJob(
+        id="j", caller="c", fingerprint="f", secret="0" * 32, created=1.0, respond_async=False, server="s",
+        request={"request_id": "j"},
+    )  # fmt: skip
+    run = Run(job)
+    asyncio.run(run.record({"type": "http.response.start", "status": 503, "headers": []}))
+    assert not _is_stored(run)
+    run.promise()
+    assert _is_stored(run)
+
+
 def test_prefer_wait_answers_at_once_if_it_is_quick(server: Server) -> None:
     body = {"prompt": "a cat"}
     answer = server.client.post(GENERATIONS, json=body, headers={"prefer": "respond-async, wait=60"})
@@ -424,6 +450,11 @@ def test_the_file_becomes_smaller_again(tmp_path: Path) -> None:
 def test_preferences(values: list[str], expected: tuple[bool, int] | None) -> None:
     found = wishes({"type": "http", "headers": [(b"prefer", value.encode()) for value in values]})
     assert (found and (found.respond_async, found.wait_s)) == expected
+
+
+def test_a_long_preference_takes_no_longer_than_a_valid_one() -> None:
+    """Minutes, if it backtracked."""
+    assert wishes({"type": "http", "headers": [(b"prefer", b"a" * 60_000 + b'"')]}) is None
 
 
 def test_a_key_that_is_sent_twice_is_refused() -> None:

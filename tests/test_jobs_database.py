@@ -34,7 +34,9 @@ def refuses(server: Server) -> None:
         refused = draw(server, headers)
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "jobs_unavailable"), refused.text
         assert (refused.headers["retry-after"], refused.headers["x-should-retry"]) == ("10", "true")
-        assert "setting database" in refused.json()["error"]["message"]
+        message = refused.json()["error"]["message"]
+        assert "setting database" in message
+        assert "cannot be used: nothing was accepted" in message  # the cause is for the operator
     assert draw(server).status_code == 200
 
 
@@ -75,6 +77,7 @@ def test_a_read_only_database_refuses_new_jobs_and_tells_of_the_old(tmp_path: Pa
     file = tmp_path / "data" / "jobs.db"
     with Server(tmp_path, "--database", f"sqlite:///file:{file}?mode=ro&uri=true") as server:
         refuses(server)
+        assert "cannot be used: attempt to write a readonly database" in server.log
         assert server.client.get(location).json()["status"] == "queued"
         assert server.client.delete(location).status_code == 503
     with Server(tmp_path) as server:

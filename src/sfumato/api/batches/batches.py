@@ -49,6 +49,8 @@ class Batches:
     def __init__(self, jobs: Jobs, store: BatchStore, *, places: int, clock: Callable[[], float] = time.time) -> None:
         self.store = store
         self.clock = clock
+        self.reading = asyncio.Lock()
+        """Held while an input is read: one at a time is in memory."""
         self._jobs = jobs
         self._places = asyncio.Semaphore(places)
         self._active: dict[str, _Active] = {}

@@ -13,8 +13,8 @@ from sfumato.errors import InvalidRequest, RequestTooLarge
 MAX_FILES = 1000
 """Of a caller."""
 
-PIECE = 2**20
-"""Bytes of an uploaded file that are sent at once; of a batch's answers at least one line."""
+PIECE = 2**22
+"""Bytes of an uploaded file that are read and sent at once; of a batch's answers at least one line."""
 
 _HEAD = [column for column in FILES.c if column.name != "content"]
 
@@ -31,7 +31,7 @@ class FileStore:
 
         Raises RequestTooLarge if its caller's files take too much room, InvalidRequest if there are too many.
         """
-        with self._jobs.begin() as connection:
+        with self._jobs.begin(alone=True) as connection:
             mine = FILES.c.caller == file.caller
             count = connection.execute(sql.select(sql.func.count()).select_from(FILES).where(mine)).scalar_one()
             if count >= MAX_FILES:
@@ -48,6 +48,8 @@ class FileStore:
 
     def get(self, id: str, caller: str | None) -> StoredFile | None:
         """`caller`: None finds everybody's."""
+        if "\0" in id:  # PostgreSQL takes no NUL
+            return None
         clauses = [FILES.c.id == id] + ([] if caller is None else [FILES.c.caller == caller])
         with self._jobs.begin() as connection:
             row = connection.execute(sql.select(*_HEAD).where(*clauses)).mappings().first()
@@ -57,6 +59,10 @@ class FileStore:
         self, caller: str | None, *, purpose: str | None, after: str | None, limit: int, newest_first: bool
     ) -> tuple[list[StoredFile], bool]:
         """Files of a caller (None: everybody's), and whether there are more. `after`: the id of the last one seen."""
+        if after and "\0" in after:  # PostgreSQL takes no NUL
+            raise unknown_place(after)
+        if purpose and "\0" in purpose:
+            return [], False
         clauses = [] if caller is None else [FILES.c.caller == caller]
         if purpose:
             clauses.append(FILES.c.purpose == purpose)
@@ -81,9 +87,13 @@ class FileStore:
     def pieces(self, file: StoredFile) -> Iterator[bytes]:
         """Its content, a piece at a time; it breaks off if the file is deleted meanwhile."""
         if file.batch is None:
-            content = self.content(file.id) or b""
-            for start in range(0, len(content), PIECE):
-                yield content[start : start + PIECE]
+            for start in range(1, file.bytes + 1, PIECE):  # SQL counts from 1
+                piece = sql.select(sql.func.substr(FILES.c.content, start, PIECE)).where(FILES.c.id == file.id)
+                with self._jobs.begin() as connection:
+                    row = connection.execute(piece).first()
+                if row is None:
+                    return
+                yield bytes(row[0])
             return
         lines = (LINES.c.batch == file.batch, LINES.c.failed == file.failed)
         position = -1

@@ -67,28 +67,36 @@ async def create(
     x_webhook_url: Annotated[str | None, Header(max_length=MAX_URL, description="Told when it has ended.")] = None,
 ) -> dict[str, Any]:
     settings, webhook = service.settings, webhooks.checked(x_webhook_url)
-    content = await _input(batches, body.input_file_id, owner)
-    found, model, errors = await asyncio.to_thread(lines.read, content, body.endpoint, settings.max_text_mb * 2**20)
-    now, expires_after = batches.clock(), body.output_expires_after
-    batch = StoredBatch(
-        id=f"batch_{uuid.uuid4().hex}",
-        caller=caller,
-        secret=secrets.token_hex(16),
-        server=batches.store.server,
-        state="failed" if errors else IN_PROGRESS,
-        created=now,
-        expires=now + WINDOW_S,
-        ended=now if errors else None,
-        endpoint=body.endpoint,
-        input_file=body.input_file_id,
-        keep_s=expires_after.seconds if expires_after else settings.files_max_age_h * 3600,
-        model=model,
-        details=body.metadata or {},
-        errors=errors,
-        request=_scope(request, body.endpoint) | {"webhook": webhook},
-        total=0 if errors else len(found),
-    )
-    await batches.blocking(batches.store.create, batch, [] if errors else found)
+    if "idempotency-key" in request.headers:
+        raise InvalidRequest(
+            "Idempotency-Key: it has no effect here; leave it out, and give each line a custom_id of its own",
+            param="Idempotency-Key",
+        )
+    async with batches.reading:
+        await batches.blocking(batches.store.require_room, caller)
+        content = await _input(batches, body.input_file_id, owner)
+        found, model, errors = await asyncio.to_thread(lines.read, content, body.endpoint, settings.max_text_mb * 2**20)
+        del content
+        now, expires_after = batches.clock(), body.output_expires_after
+        batch = StoredBatch(
+            id=f"batch_{uuid.uuid4().hex}",
+            caller=caller,
+            secret=secrets.token_hex(16),
+            server=batches.store.server,
+            state="failed" if errors else IN_PROGRESS,
+            created=now,
+            expires=now + WINDOW_S,
+            ended=now if errors else None,
+            endpoint=body.endpoint,
+            input_file=body.input_file_id,
+            keep_s=expires_after.seconds if expires_after else settings.files_max_age_h * 3600,
+            model=model,
+            details=body.metadata or {},
+            errors=errors,
+            request=_scope(request, body.endpoint) | {"webhook": webhook},
+            total=0 if errors else len(found),
+        )
+        await batches.blocking(batches.store.create, batch, [] if errors else found)
     batches.look_now()
     return batch_json(batch)
 

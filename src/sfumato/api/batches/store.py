@@ -48,14 +48,9 @@ class BatchStore:
 
     def create(self, batch: StoredBatch, lines: Sequence[Line]) -> None:
         """Once it has returned, the batch survives a power cut. Raises TooManyRequests for one too many."""
-        mine = (BATCHES.c.caller == batch.caller, BATCHES.c.state.in_(OPEN))
-        with self._jobs.begin() as connection:
-            count = connection.execute(sql.select(sql.func.count()).select_from(BATCHES).where(*mine)).scalar_one()
-            if count >= MAX_OPEN and batch.state in OPEN:
-                raise TooManyRequests(
-                    f"{count} of your batches have not ended, which is the most. Try again later, or cancel one.",
-                    retry_after=120,
-                )
+        with self._jobs.begin(alone=True) as connection:
+            if batch.state in OPEN:
+                _require_room(connection, batch.caller)
             self._jobs.sign_of_life(connection)
             connection.execute(sql.insert(BATCHES), [_row(batch)])
             for start in range(0, len(lines), CHUNK):
@@ -73,8 +68,15 @@ class BatchStore:
             if batch.state not in OPEN:
                 _tell(connection, batch, batch.state)
 
+    def require_room(self, caller: str) -> None:
+        """Raises TooManyRequests if a batch more of that caller would be one too many."""
+        with self._jobs.begin() as connection:
+            _require_room(connection, caller)
+
     def get(self, id: str, caller: str | None = None) -> StoredBatch | None:
         """The batch of that id (and caller), or None."""
+        if "\0" in id:  # PostgreSQL takes no NUL
+            return None
         clauses = [BATCHES.c.id == id] + ([] if caller is None else [BATCHES.c.caller == caller])
         with self._jobs.begin() as connection:
             row = connection.execute(sql.select(BATCHES).where(*clauses)).mappings().first()
@@ -82,6 +84,8 @@ class BatchStore:
 
     def page(self, caller: str | None, *, after: str | None, limit: int) -> tuple[list[StoredBatch], bool]:
         """Batches, newest first (None: everybody's), and whether there are more. `after`: the id of the last seen."""
+        if after and "\0" in after:  # PostgreSQL takes no NUL
+            raise unknown_place(after)
         clauses = [] if caller is None else [BATCHES.c.caller == caller]
         with self._jobs.begin() as connection:
             if after:
@@ -200,6 +204,7 @@ class BatchStore:
                 if not connection.execute(sql.select(FILES.c.id).where(*named).limit(1)).first():
                     connection.execute(sql.delete(LINES).where(LINES.c.batch == id))
                     connection.execute(sql.delete(BATCHES).where(BATCHES.c.id == id))
+        self._jobs.shrink()
         return len(old)
 
     def _batch(self, connection: sql.Connection, row: RowMapping) -> StoredBatch:
@@ -211,6 +216,16 @@ class BatchStore:
             counts = {bool(each[0]): each[1] for each in connection.execute(query)}
             completed, failed = counts.get(False, 0), counts.get(True, 0)
         return _of_row(row, completed, failed)
+
+
+def _require_room(connection: sql.Connection, caller: str) -> None:
+    mine = (BATCHES.c.caller == caller, BATCHES.c.state.in_(OPEN))
+    count = connection.execute(sql.select(sql.func.count()).select_from(BATCHES).where(*mine)).scalar_one()
+    if count >= MAX_OPEN:
+        raise TooManyRequests(
+            f"{count} of your batches have not ended, which is the most. Try again later, or cancel one.",
+            retry_after=120,
+        )
 
 
 def _tell(connection: sql.Connection, batch: StoredBatch, state: str) -> None:

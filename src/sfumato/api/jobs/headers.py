@@ -21,8 +21,9 @@ MAX_WAIT_S = 60
 WEBHOOK = "x-webhook-url"
 """Header with the URL that is told of the end of a job or a batch."""
 
-_PREFERENCE = re.compile(r'\s*([\w!#$%&\'*+.^`|~-]+)\s*(?:=\s*("(?:[^"\\]|\\.)*"|[^\s;,]*))?[^,"]*(?:,|$)')
-"""RFC 7240: `name=value; parameters`, comma-separated. Parameters are of no preference that we know."""
+_PREFERENCE = re.compile(r'\s*+([\w!#$%&\'*+.^`|~-]++)\s*+(?:=\s*+("(?:[^"\\]|\\.)*+"|[^\s;,]*+))?+[^,"]*+(?:,|$)')
+"""RFC 7240: `name=value; parameters`, comma-separated. Parameters are of no preference that we know.
+Nothing backtracks: a header that does not match takes no longer than one that does."""
 
 
 @dataclass(frozen=True, slots=True)

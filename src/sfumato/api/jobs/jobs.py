@@ -118,8 +118,8 @@ class Jobs:
         del self._runs[job.id]
         if found.fingerprint != job.fingerprint:
             raise KeyReused(
-                "Idempotency-Key: this key came with another request before. Send the same method, path, query and "
-                "body, or a new key.",
+                "Idempotency-Key: this key came with another request before. Send the same method, path, query, "
+                "content type, x-webhook-url and body, or a new key.",
                 param="Idempotency-Key",
             )
         return self._runs.get(found.id, found)

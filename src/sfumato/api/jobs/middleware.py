@@ -106,6 +106,8 @@ class StoredRequests:
                 body = b""  # it is carried out, whatever happens to this client
             try:
                 if wished.respond_async and await _is_promised(found, wished):
+                    if known.open and not known.respond_async:
+                        await self._jobs.blocking(self._jobs.store.promise, known.id)
                     await self._accepted(known, headers, request, send)
                     return
                 if await (found.follow(send, *headers) if isinstance(found, Run) else self._send_stored(found, send)):
@@ -160,7 +162,7 @@ async def _is_promised(found: Run | StoredJob, wished: Wishes) -> bool:
     await _within(FIRST_S, found.settled)
     if not found.stored:
         return False
-    found.promised = True
+    found.promise()
     await _within(wished.wait_s, found.ended)
     return not (wished.wait_s and found.ended.is_set())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 from starlette.types import Message, Receive, Scope, Send
@@ -45,6 +46,11 @@ class Run:
         assert self._start is not None
         headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in self._start["headers"]]
         return Answer(self._start["status"], headers, b"".join(self._chunks))
+
+    def promise(self) -> None:
+        """A client is told 202: also a refusal that a new try may overcome is its answer from now on."""
+        self.promised = True
+        self.job = replace(self.job, respond_async=True)
 
     def again(self) -> None:
         """What was answered so far is not the answer; nobody has seen it."""

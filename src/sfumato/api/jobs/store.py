@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -35,6 +36,9 @@ LOCKED_S = 5
 
 WAL_BYTES = 2**24
 """What SQLite's log shrinks to once a larger one was written into the database."""
+
+VACUUM_PAGES = 1000
+"""Pages of SQLite's file, of 4 KiB, that are given back to the disk in one transaction."""
 
 LOW_WATER = 0.95
 """Fraction of the limit to shrink to once it is exceeded."""
@@ -229,6 +233,11 @@ class JobStore:
             then(connection)
         return True
 
+    def promise(self, id: str) -> None:
+        """Note that a client of a job is told 202."""
+        with self.begin() as connection:
+            connection.execute(sql.update(JOBS).where(JOBS.c.id == id, JOBS.c.state == OPEN).values(respond_async=True))
+
     def forget(self, id: str) -> None:
         """Delete an open job of this server: nothing was promised of it."""
         mine = (JOBS.c.id == id, JOBS.c.state == OPEN, JOBS.c.server == self.server)
@@ -286,11 +295,19 @@ class JobStore:
                 for id in surplus:
                     connection.execute(sql.delete(JOBS).where(JOBS.c.id == id))
                 deleted += len(surplus)
-        if deleted and self.engine.dialect.name == "sqlite":
-            with self.begin() as connection:
-                file: Any = connection.connection.driver_connection
-                file.executescript("PRAGMA incremental_vacuum")  # it becomes smaller; `execute` would free one page
+        if deleted:
+            self.shrink()
         return deleted
+
+    def shrink(self) -> None:
+        """Give free pages of SQLite's file back to the disk, in portions: others may write in between."""
+        if self.engine.dialect.name != "sqlite":
+            return
+        with self.begin() as connection:
+            file: Any = connection.connection.driver_connection
+            (free,) = file.execute("PRAGMA freelist_count").fetchone()
+            for _ in range(0, free, VACUUM_PAGES):
+                file.executescript(f"PRAGMA incremental_vacuum({VACUUM_PAGES})")  # `execute` would free one page
 
     def leave(self) -> None:
         """This server carries out nothing any more: others, and the next one here, may take its open jobs at once."""
@@ -322,23 +339,29 @@ class JobStore:
             TABLES.create_all(self.engine)
 
     @contextmanager
-    def begin(self) -> Iterator[sql.Connection]:
-        """A transaction, whose errors are JobsUnavailable; `_Taken` for a key or an id that exists already."""
+    def begin(self, *, alone: bool = False) -> Iterator[sql.Connection]:
+        """A transaction, whose errors are JobsUnavailable; `_Taken` for a key or an id that exists already.
+
+        `alone`: in SQLite, nobody else writes between what it reads and what it writes.
+        """
         try:
             with self._lock:
                 if not self._ready:
                     self._create_tables()
                     self._ready = True
             with self.engine.begin() as connection:
+                if alone and self.engine.dialect.name == "sqlite":
+                    connection.exec_driver_sql("BEGIN IMMEDIATE")
                 yield connection
         except sql.exc.IntegrityError as error:
             raise _Taken from error
-        except (OSError, sql.exc.SQLAlchemyError) as error:
-            cause = getattr(error, "orig", None) or error
+        except (OSError, sqlite3.Error, sql.exc.SQLAlchemyError) as error:
+            # The cause may name the database's host: for the operator alone.
+            log.warning("the database of jobs cannot be used: %s", getattr(error, "orig", None) or error)
             raise JobsUnavailable(
-                f"the database of jobs cannot be used ({cause}): nothing was accepted. Try again later, or send the "
-                "request without `Prefer: respond-async` and `Idempotency-Key`. The operator's remedies: free space on "
-                "its disk, its permissions, the setting database."
+                "the database of jobs cannot be used: nothing was accepted. Try again later, or send the request "
+                "without `Prefer: respond-async` and `Idempotency-Key`. The operator's remedies: free space on its "
+                "disk, its permissions, the setting database; the server's log has the cause."
             ) from error
 
 
@@ -380,6 +403,7 @@ def _sqlite(connection: Any, _: Any) -> None:
         cursor.execute("PRAGMA auto_vacuum=INCREMENTAL")  # see `expire`
     cursor.execute("PRAGMA journal_mode=WAL")  # readers do not wait for a writer
     cursor.execute(f"PRAGMA journal_size_limit={WAL_BYTES}")
+    cursor.execute("PRAGMA secure_delete=OFF")  # Debian's default: to delete would write, which a full disk refuses
     cursor.execute("PRAGMA synchronous=FULL")  # what is committed survives a power cut
     cursor.close()
 
