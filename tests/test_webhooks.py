@@ -11,6 +11,7 @@ import openai
 import pytest
 
 from sfumato.api.webhooks import sender, signature
+from sfumato.errors import InvalidRequest
 from support.answerable import within
 from support.batching_client import GENERATIONS, begun, ended, jsonl, sdk
 from support.inside import Inside
@@ -108,6 +109,8 @@ def test_it_is_sent_again_until_it_is_received_also_by_another_process(tmp_path:
         events = [receiver.event(index) for index in range(3)]
         assert events[0] == events[1] == events[2]
         assert "http://127.0.0.1:1/" not in server.log  # the redirect was not followed
+        assert f"{receiver.url.rpartition('/')[0]}: status" in server.log
+        assert receiver.url not in server.log  # its path may be a secret
 
 
 def test_tries_have_growing_pauses_and_an_end(tmp_path: Path) -> None:
@@ -144,6 +147,25 @@ def test_tries_have_growing_pauses_and_an_end(tmp_path: Path) -> None:
         execute(sqlite(tmp_path), "UPDATE webhooks SET due = 0")
         receiver.statuses = [410]
         assert [client.portal.call(look) for _ in range(2)] == [1, 0]
+        before = len(receiver.messages)
+        with begin() as connection:  # accepted when its host was still listed
+            outbox.add(connection, receiver.url.replace("localhost", "127.0.0.1"), "job.completed", "an id")
+        execute(sqlite(tmp_path), "UPDATE webhooks SET due = 0")
+        assert [client.portal.call(look) for _ in range(2)] == [1, 0]
+        assert len(receiver.messages) == before
+        receiver.statuses = []
+        with begin() as connection:
+            for number in range(20):
+                outbox.add(connection, receiver.url, "job.completed", str(number))
+            outbox.add(connection, "http://other.example/", "job.completed", "an id")
+        execute(sqlite(tmp_path), "UPDATE webhooks SET due = 0")
+        taken = webhooks._outbox.take(seconds, seconds, 8, {})
+        assert sorted(message.url for message in taken) == [receiver.url, receiver.url, "http://other.example/"]
+        assert webhooks._outbox.take(seconds - 1, seconds, 8, {"localhost": 2}) == []
+        execute(sqlite(tmp_path), "DELETE FROM webhooks WHERE url LIKE '%example%'")
+        execute(sqlite(tmp_path), "UPDATE webhooks SET due = 0")
+        assert [client.portal.call(look) for _ in range(2)] == [20, 0]  # two at a time, one after the other
+        assert len(receiver.messages) == before + 20
 
 
 @pytest.mark.parametrize(
@@ -183,6 +205,8 @@ def test_any_host_means_any_with_a_public_address(tmp_path: Path) -> None:
     webhooks = inside.app.state.webhooks
     webhooks.start = lambda: None
     assert webhooks.checked("http://localhost:9/x")
+    with pytest.raises(InvalidRequest):  # it would stand in the log
+        webhooks.checked("http://localhost/\x1b[2J")
 
     async def status() -> tuple[int, str]:
         async with webhooks._client() as sending:
@@ -203,3 +227,27 @@ def test_one_key_with_another_webhook_is_another_request(server: Server) -> None
     assert (first.status_code, again.json()["id"]) == (202, first.json()["id"])
     other = server.client.post(GENERATIONS, json=CAT, headers=keyed | {"x-webhook-url": "http://localhost:9/y"})
     assert other.status_code == 422
+
+
+def test_a_round_that_fails_is_not_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the loops that look for messages, batches and jobs."""
+    from sfumato.api.batches import batches
+    from sfumato.api.jobs import jobs
+
+    for module, name in ((sender, "LOOK_S"), (batches, "BEAT_S"), (jobs, "BEAT_S"), (jobs, "EXPIRE_S")):
+        monkeypatch.setattr(module, name, 0.01)
+    rounds: list[str] = []
+
+    def failing(name: str) -> Any:
+        async def fails(*_: Any) -> None:
+            rounds.append(name)
+            raise RuntimeError
+
+        return fails
+
+    inside = Inside(tmp_path, webhook_hosts="localhost", webhook_secret=SECRET)
+    monkeypatch.setattr(inside.app.state.webhooks, "look", failing("webhooks"))
+    monkeypatch.setattr(inside.app.state.batches, "look", failing("batches"))
+    monkeypatch.setattr(inside.app.state.jobs, "_try", failing("jobs"))
+    with inside.client():
+        within(TIMEOUT_S, lambda: all(rounds.count(name) > 1 for name in ("webhooks", "batches", "jobs")))

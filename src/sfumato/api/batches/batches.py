@@ -117,6 +117,8 @@ class Batches:
                     await self.blocking(self.store.expire, self.clock())
             except JobsUnavailable as error:
                 log.warning("%s", error.message)
+            except Exception as error:  # any error: without a next round no batch would begin or end
+                log.error("batches: %s", logs.error_location(error))
             with suppress(TimeoutError):
                 async with asyncio.timeout(BEAT_S):
                     await self._news.wait()

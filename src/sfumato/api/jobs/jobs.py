@@ -42,6 +42,9 @@ AGAIN_S = 5.0
 MAX_LIVES = 20
 """How often a job is begun. One that always takes its server with it must not do so for ever."""
 
+STOP_S = 10.0
+"""How long a server that stops waits for a database that does not answer."""
+
 EXPIRE_S = 600.0
 """Interval at which expired jobs are deleted, also when none ends."""
 
@@ -90,9 +93,11 @@ class Jobs:
         if tasks:
             await asyncio.wait(tasks)
         if self._threads:
-            with suppress(JobsUnavailable):
-                await self.blocking(self.store.leave)
-            await asyncio.to_thread(self._threads.shutdown)
+            with suppress(JobsUnavailable, TimeoutError):
+                async with asyncio.timeout(STOP_S):
+                    await self.blocking(self.store.leave)
+                    await asyncio.to_thread(self._threads.shutdown)
+            self._threads.shutdown(wait=False, cancel_futures=True)
             self._threads = None
         self.store.close()
 
@@ -238,13 +243,17 @@ class Jobs:
         since_expired = EXPIRE_S
         try:
             while True:
-                if self._runs:
-                    await self._beat()
-                if recovering is None or recovering.done():
-                    recovering = asyncio.create_task(self._recover())
-                if self._some_ended or since_expired >= EXPIRE_S:
-                    self._some_ended, since_expired = False, 0.0
-                    await self._try(self.store.expire)
+                try:
+                    if self._runs:
+                        await self._beat()
+                    if recovering is None or recovering.done():
+                        recovering = asyncio.create_task(self._recover())
+                        recovering.add_done_callback(_report)
+                    if self._some_ended or since_expired >= EXPIRE_S:
+                        self._some_ended, since_expired = False, 0.0
+                        await self._try(self.store.expire)
+                except Exception as error:  # any error: without a next round this server would be taken for dead
+                    log.error("jobs: %s", logs.error_location(error))
                 await asyncio.sleep(BEAT_S)
                 since_expired += BEAT_S
         finally:

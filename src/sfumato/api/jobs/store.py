@@ -34,6 +34,9 @@ within half of it."""
 LOCKED_S = 5
 """Seconds to wait for SQLite's file while another process writes."""
 
+CONNECT_S = 5
+"""Seconds to wait for a connection to PostgreSQL."""
+
 WAL_BYTES = 2**24
 """What SQLite's log shrinks to once a larger one was written into the database."""
 
@@ -140,7 +143,9 @@ class JobStore:
         self._lock = threading.Lock()
         self._ready = False
         try:
-            self.engine = sql.create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
+            psycopg = url.startswith(("postgresql://", "postgresql+psycopg"))
+            limits = {"connect_timeout": CONNECT_S} if psycopg and "connect_timeout=" not in url else {}
+            self.engine = sql.create_engine(url, connect_args=limits, pool_pre_ping=not url.startswith("sqlite"))
         except (sql.exc.ArgumentError, sql.exc.NoSuchModuleError, ModuleNotFoundError) as error:
             raise ValueError(
                 f"database: {error}; sqlite:///FILE is valid, and postgresql+psycopg://... with psycopg installed"

@@ -5,12 +5,21 @@ from __future__ import annotations
 import json
 import time
 import uuid
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from urllib.parse import urlsplit
 
 import sqlalchemy as sql
 
 from sfumato.api.jobs.store import TABLES, JobStore
+
+OF_A_HOST = 2
+"""Messages that are sent to one host at the same time: one that does not answer must not hold up the others."""
+
+WINDOW = 1000
+"""Due messages among which those for hosts that are free are looked for."""
 
 WEBHOOKS = sql.Table(
     "webhooks",
@@ -51,19 +60,31 @@ def add(connection: sql.Connection, url: str, event: str, subject: str) -> None:
     connection.execute(sql.insert(WEBHOOKS), [row])
 
 
+def host_of(url: str) -> str:
+    """In lower case."""
+    return urlsplit(url).hostname or ""
+
+
 class Outbox:
     """Blocks, and raises JobsUnavailable if the database cannot be used."""
 
     def __init__(self, jobs: JobStore) -> None:
         self._jobs = jobs
 
-    def take(self, now: float, until: float, limit: int) -> list[Message]:
-        """Messages that are due, which no other server sends before `until`."""
-        query = sql.select(WEBHOOKS).where(WEBHOOKS.c.due <= now).order_by(WEBHOOKS.c.due).limit(limit)
+    def take(self, now: float, until: float, limit: int, busy: Mapping[str, int]) -> list[Message]:
+        """Messages that are due, which no other server sends before `until`. `busy`: host → messages being sent."""
+        query = sql.select(WEBHOOKS).where(WEBHOOKS.c.due <= now).order_by(WEBHOOKS.c.due).limit(WINDOW)
         with self._jobs.begin() as connection:
             rows = connection.execute(query).all()
-        taken = []
+        taken: list[Message] = []
+        hosts = Counter(busy)
         for row in rows:
+            host = host_of(row.url)
+            if len(taken) == limit:
+                break
+            if hosts[host] >= OF_A_HOST:
+                continue
+            hosts[host] += 1
             mine = (WEBHOOKS.c.id == row.id, WEBHOOKS.c.due == row.due)
             with self._jobs.begin() as connection:
                 if connection.execute(sql.update(WEBHOOKS).where(*mine).values(due=until)).rowcount:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
@@ -14,7 +15,7 @@ from sfumato import __version__, logs
 from sfumato.api.jobs.headers import WEBHOOK
 from sfumato.api.jobs.jobs import Jobs
 from sfumato.api.webhooks import signature
-from sfumato.api.webhooks.outbox import Message, Outbox
+from sfumato.api.webhooks.outbox import Message, Outbox, host_of
 from sfumato.config.addresses import redact
 from sfumato.errors import InvalidRequest, JobsUnavailable
 from sfumato.pictures.fetch import PublicTransport
@@ -70,7 +71,13 @@ class Webhooks:
             host, valid = parts.hostname or "", parts.scheme in ("http", "https") and parts.port != 0
         except ValueError:
             host, valid = "", False
-        if not host or not valid or parts.username is not None or len(url) > MAX_URL or not url.isascii():
+        if (
+            not host
+            or not valid
+            or parts.username is not None
+            or len(url) > MAX_URL
+            or not (url.isascii() and url.isprintable())
+        ):
             raise InvalidRequest(
                 f"{WEBHOOK}: {redact(url)[:100]!r}; an http or https URL with a host and without a name and password, "
                 f"of at most {MAX_URL} characters, is valid",
@@ -100,10 +107,11 @@ class Webhooks:
         async with self._client() as client:
             while True:
                 try:
-                    while await self.look(client):
-                        pass
+                    await self.look(client)
                 except JobsUnavailable as error:
                     log.warning("%s", error.message)
+                except Exception as error:  # any error: without a next round nothing would be sent again
+                    log.error("webhooks: %s", logs.error_location(error))
                 await asyncio.sleep(LOOK_S)
 
     def _client(self) -> httpx.AsyncClient:
@@ -116,15 +124,34 @@ class Webhooks:
         )
 
     async def look(self, client: httpx.AsyncClient) -> int:
-        """Send what is due, once; returns how many messages that were."""
-        now = self.clock()
-        messages = await self._jobs.blocking(self._outbox.take, now, now + 2 * TIMEOUT_S, AT_ONCE)
-        await asyncio.gather(*(self._send(client, message) for message in messages))
-        return len(messages)
+        """Send what is due, until nothing is due and nothing is being sent; returns how many messages that were."""
+        sending: dict[asyncio.Task[None], str] = {}
+        count = 0
+        try:
+            while True:
+                now, free, busy = self.clock(), AT_ONCE - len(sending), Counter(sending.values())
+                for message in await self._jobs.blocking(self._outbox.take, now, now + 2 * TIMEOUT_S, free, busy):
+                    count += 1
+                    sending[asyncio.create_task(self._send(client, message))] = host_of(message.url)
+                if not sending:
+                    return count
+                done, _ = await asyncio.wait(sending, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    del sending[task]
+                    _report(task)
+        finally:
+            for task in sending:
+                task.cancel()
+            if sending:
+                await asyncio.wait(sending)
 
     async def _send(self, client: httpx.AsyncClient, message: Message) -> None:
-        status, reason = await self._status(client, message)
-        said = f"webhook {message.id}: {redact(message.url)}: {reason}"
+        try:
+            self.checked(message.url)
+            status, reason = await self._status(client, message)
+        except InvalidRequest:
+            status, reason = GONE, "the host is not among webhook_hosts any more"
+        said = f"webhook {message.id}: {_address(message.url)}: {reason}"
         if 200 <= status < 300:
             log.info("%s", said)
             await self._jobs.blocking(self._outbox.delete, message)
@@ -147,3 +174,15 @@ class Webhooks:
             return 0, f"no answer within {TIMEOUT_S:.0f} s"
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:  # ValueError: also from IDNA
             return 0, str(error) or logs.error_location(error)
+
+
+def _address(url: str) -> str:
+    """Without the path, which is a secret at some receivers."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc}"
+
+
+def _report(task: asyncio.Task[None]) -> None:
+    """Log the error that ended the sending of a message: it is sent again."""
+    if not task.cancelled() and (error := task.exception()):
+        log.error("webhooks: %s", error.message if isinstance(error, JobsUnavailable) else logs.error_location(error))
