@@ -258,6 +258,59 @@ def test_a_model_too_large_for_one_device_is_drawn_on_another(tmp_path: Path) ->
     run(Two(tmp_path, "well", "well"), work)
 
 
+def test_what_a_request_adds_bars_no_model_from_a_device(tmp_path: Path) -> None:
+    async def work(two: Two) -> None:
+        await two.both_up()
+        refused = await two.answer("addition too large")
+        assert isinstance(refused, Failed)
+        assert "its LoRA" in refused.error.message
+        assert two.drew["addition too large"] == ["cpu:0", "cpu:1"]
+        for gate in two.gates:
+            gate.touch()
+        pictures = [await two.begun(id, LONG) for id in ("first", "second")]
+        assert {*two.drew["first"], *two.drew["second"]} == {"cpu:0", "cpu:1"}
+        for gate in two.gates:
+            gate.unlink()
+        assert [type(await each) for each in pictures] == [Done, Done]
+
+    run(Two(tmp_path, "well", "well"), work)
+
+
+def test_once_all_have_refused_a_model_it_is_tried_again(tmp_path: Path) -> None:
+    """There may be room by then."""
+
+    async def work(two: Two) -> None:
+        await two.both_up()
+        for prompt in ("too large for 0", "too large for 1"):
+            await two.answer(prompt)
+        await two.answer("too large for 0", "again")
+        assert two.drew["again"] == ["cpu:1"]  # there it is loaded by now
+        assert two.engine._unfit_for(CONFIG) == set()
+
+    run(Two(tmp_path, "well", "well"), work)
+
+
+def test_a_suspect_from_another_device_waits_until_it_is_alone(tmp_path: Path) -> None:
+    async def work(two: Two) -> None:
+        await two.both_up()
+        for gate in two.gates:
+            gate.touch()
+        suspect, innocent = [await two.begun(id, LONG) for id in ("suspect", "innocent")]
+        assert (two.drew["suspect"], two.drew["innocent"]) == (["cpu:0"], ["cpu:1"])
+        two.kill(0)
+        await two.until(lambda: two.drew["suspect"] == ["cpu:0", "cpu:1"])
+        assert not two.engine._workers[1]._flights["suspect"].sent
+        two.gates[1].unlink()
+        assert [type(await each) for each in (innocent, suspect)] == [Done, Done]
+
+    run(Two(tmp_path, "well,unusable", "well"), work)
+
+
+def test_models_that_are_loaded_before_the_workers_are_up_are_spread() -> None:
+    engine = Devices(SETTINGS, ["cpu", "cpu"])
+    assert [engine._for_load(config_for(name)) for name in ("a/one", "a/two", "a/one")] == [0, 1, 0]
+
+
 def test_what_only_one_device_can_have_waits_for_its_next_worker(tmp_path: Path) -> None:
     """The other device is up, and too small."""
 

@@ -276,8 +276,10 @@ def bench(
         names = beside.chosen(runners) if runners else []
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--runners") from None
-    if runners == beside.EVERY:
-        names = beside.able(names, typer.echo)
+    able = beside.able(names, typer.echo) if names else []
+    if runners and runners.strip().lower() != beside.EVERY and able != names:
+        raise typer.BadParameter(f"{runners!r}: not all of these can run here, see above", param_hint="--runners")
+    names = able
     run(
         model, _reading(_settings(models=models)), typer.echo, clients=numbers, pictures=pictures, repeats=repeats,
         sizes=size or [], steps=steps, against_plain=against is not None, runners=names, output=output,

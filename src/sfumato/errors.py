@@ -23,6 +23,7 @@
     ├── LoadError                     500 model_load_failed
     │   ├── DownloadError             503 model_download_failed  the next request tries again
     │   ├── ModelTooLarge             507 model_too_large        more than the memory budget of its device
+    │   │   └── AdditionTooLarge      507 model_too_large        so is what a request adds to a model
     │   ├── DeviceUnavailable         500 device_unavailable
     │   └── UnfitPipeline             400 pipeline_unfit         also a ModelFileError; told before the download
     ├── DrawError                     500 generation_failed      the pipeline raised, or drew NaN
@@ -203,6 +204,10 @@ class DownloadError(LoadError):
 class ModelTooLarge(LoadError):
     status = 507
     code = "model_too_large"
+
+
+class AdditionTooLarge(ModelTooLarge):
+    """What a request adds to a model, a LoRA or a ControlNet, has no room beside it."""
 
 
 class DeviceUnavailable(LoadError):

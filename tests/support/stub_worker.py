@@ -24,7 +24,7 @@ from typing import Any
 
 from sfumato.core import Done, Failed, Generation, ModelStatus, Recipe, Step
 from sfumato.engine.protocol import Answer, Cancel, Ready, Started, Status, Stop, Submit, Unusable
-from sfumato.errors import ModelTooLarge
+from sfumato.errors import AdditionTooLarge, ModelTooLarge
 from sfumato.process import wire
 from sfumato.sampling import Sampling
 
@@ -153,6 +153,9 @@ def obey(submit: Submit, sock: socket.socket, counter: Path) -> None:
     seen = counter.with_name(f"seen {submit.generation.id}")
     if prompt == f"too large for {counter.parent.name}":
         sock.sendall(wire.pack(Answer(submit.generation.id, Failed(ModelTooLarge("it needs another device")))))
+        return
+    if prompt == "addition too large":
+        sock.sendall(wire.pack(Answer(submit.generation.id, Failed(AdditionTooLarge("its LoRA has no room")))))
         return
     if name == "vanish":
         die(sock)  # before it said that it started

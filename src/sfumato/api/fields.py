@@ -49,7 +49,8 @@ def _priority(value: Any) -> Any:
     if name in (None, ""):
         return INTERACTIVE
     if not isinstance(name, str) or name not in {*PRIORITIES, *SERVICE_TIERS}:
-        raise ValueError(f"{' and '.join(PRIORITIES)} are valid; {BATCH} waits for all others")
+        tiers = ", ".join(SERVICE_TIERS)
+        raise ValueError(f"{' and '.join(PRIORITIES)}, and OpenAI's {tiers}, are valid; {BATCH} waits for all others")
     return SERVICE_TIERS.get(name, name)
 
 

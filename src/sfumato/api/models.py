@@ -21,6 +21,7 @@ from sfumato.checkpoints import ip_adapters, net_classes
 from sfumato.checkpoints.static_capabilities import static_capabilities
 from sfumato.config import ModelConfig
 from sfumato.core import QUALITIES, Abilities, Input, ModelInfo
+from sfumato.engine.protocol import DeviceState
 from sfumato.sampling import NAMED, PARAMETERS
 from sfumato.serving.planning import MAX_PICTURES
 from sfumato.serving.service import Service
@@ -175,7 +176,7 @@ async def flags(service: TheService) -> dict[str, Any]:
 )
 async def model(id: str, service: TheService) -> dict[str, Any]:
     service.catalog.refresh()
-    return await asyncio.to_thread(_model, service, service.catalog.get(id)) | {"id": id}
+    return (await asyncio.to_thread(_models, service, [service.catalog.get(id)]))[0] | {"id": id}
 
 
 @routes.get(
@@ -199,10 +200,11 @@ def still_in_use(names: Sequence[str]) -> dict[str, str]:
 
 
 def _models(service: Service, configs: Sequence[ModelConfig]) -> list[dict[str, Any]]:
-    return [_model(service, config) for config in configs]
+    devices = service.engine.devices  # counted once
+    return [_model(service, config, devices) for config in configs]
 
 
-def _model(service: Service, config: ModelConfig) -> dict[str, Any]:
+def _model(service: Service, config: ModelConfig, devices: Sequence[DeviceState]) -> dict[str, Any]:
     status = service.engine.status(config.name)
     facts = status.info
     settings = service.settings
@@ -220,11 +222,7 @@ def _model(service: Service, config: ModelConfig) -> dict[str, Any]:
             "detail": status.detail or (abilities.problem if abilities else ""),
             "progress": status.progress,
             "memory_bytes": facts.memory_bytes if facts else None,
-            "devices": {
-                device.name: known.state
-                for device in service.engine.devices
-                if (known := device.models.get(config.name))
-            },
+            "devices": {device.name: known.state for device in devices if (known := device.models.get(config.name))},
             "aliases": list(config.aliases),
             "description": config.description,
             "pipeline": pipeline,

@@ -49,6 +49,16 @@ class Interval:
         total = self._total or 0
         return int(self._start * total) == 0 and int(self._end * total) >= total
 
+    @property
+    def covers_none(self) -> bool:
+        """Whether no step of the run lies inside."""
+        return int(self._start * self.total) >= int(self._end * self.total)
+
+    @property
+    def total(self) -> int:
+        """Steps of the run; 0 before a module was called."""
+        return self._total or 0
+
     def stepped(self, done: int, total: int) -> None:
         self._done, self._total = done, total
 

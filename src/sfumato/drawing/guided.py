@@ -30,9 +30,11 @@ def limit(pipeline: Any, sampling: Sampling) -> Interval | None:
 
 
 def warnings(interval: Interval | None, sampling: Sampling) -> list[str]:
-    """A warning if a run had no step whose guidance was left out."""
-    if interval is None or interval.left_out:
+    """A warning if a run had no step whose guidance was left out, or none with guidance."""
+    if interval is None or (interval.left_out and not interval.covers_none):
         return []
     start, end = sampling.guided
+    if interval.left_out:
+        return [f"guidance_start {start:g}, guidance_end {end:g}: no step of {interval.total} lies between them"]
     why = "it covers every step" if interval.covers_all else "the picture is drawn without guidance"
     return [f"guidance_start {start:g}, guidance_end {end:g}: no effect, {why}"]

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import torch
 
 from sfumato.batching.adapted import AdaptedModule, Selection, twin
-from sfumato.errors import InvalidRequest, ModelTooLarge
+from sfumato.errors import AdditionTooLarge, InvalidRequest
 from sfumato.loras import Lora, of_defaults
 from sfumato.models import lora_reading
 from sfumato.models.by_layer import has_feature_cache, is_cast_by_layer, waits_by_layer
@@ -94,7 +94,7 @@ class Adapters:
         self, pipeline: Any, device: str, model: str, loras: Sequence[Lora], *, replace_defaults: bool = False
     ) -> Iterator[Mapping[int, Selection]]:
         """The LoRAs of a request, loaded if necessary, as selections by the id of their modules; they stay until the
-        end. `replace_defaults`: without the model file's own. Raises InvalidRequest and ModelTooLarge.
+        end. `replace_defaults`: without the model file's own. Raises InvalidRequest and AdditionTooLarge.
         """
         entries: list[tuple[Lora, _Entry]] = []
         if not self._modules and not loras and not replace_defaults:
@@ -237,7 +237,7 @@ class Adapters:
         return True
 
     def _begin(self, pipeline: Any, device: str, model: str, lora: Lora) -> Reading:
-        """Make room for a LoRA, and begin to read it. Raises InvalidRequest and ModelTooLarge."""
+        """Make room for a LoRA, and begin to read it. Raises InvalidRequest and AdditionTooLarge."""
         try:
             needed = Path(lora.file).stat().st_size
         except OSError as error:
@@ -257,7 +257,7 @@ class Adapters:
         others = sum(reading.bytes for reading in self._readings.values())
         while not self.make_room(others + needed):
             if not self._drop_oldest():
-                raise ModelTooLarge(
+                raise AdditionTooLarge(
                     f"loras: {lora.name} takes {needed >> 20} MiB, and there is no room for it beside {model}. "
                     "Raise the setting memory_mb, or use fewer"
                 )

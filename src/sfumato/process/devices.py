@@ -11,7 +11,7 @@ import asyncio
 import functools
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence, Set
 from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import replace
 from typing import Final
@@ -20,7 +20,7 @@ from sfumato.config import ModelConfig
 from sfumato.core import BATCH, EngineStats, Event, Failed, Generation, LoadState, ModelStatus, Step
 from sfumato.engine.protocol import DeviceState, Load, OnDevice, OnPlace, Order, Ordered, Unload
 from sfumato.engine.totals import total
-from sfumato.errors import DeviceUnavailable, ModelTooLarge, NoWorker, SfumatoError
+from sfumato.errors import AdditionTooLarge, DeviceUnavailable, ModelTooLarge, NoWorker, SfumatoError
 from sfumato.process.routing import SQUARE, START_S, Router
 from sfumato.process.supervisor import WORKER, Supervisor
 from sfumato.settings import Settings
@@ -80,10 +80,11 @@ class Devices:
 
     async def submit(self, config: ModelConfig, generation: Generation) -> AsyncGenerator[Event, None]:
         id, deaths = generation.id, 0
+        refused: set[int] = set()
         steps, pixels = self._size(config, generation)
         low = generation.priority == BATCH
         while True:
-            number = self._choose(config, steps, pixels, low)
+            number = self._choose(config, steps, pixels, low, refused)
             self.on_device(id, self._labels[number])
             self._router.begin(id, number, config.name, steps, time.monotonic(), pixels=pixels, low=low)
             moves = False
@@ -93,7 +94,7 @@ class Devices:
                         match event:
                             case Step(step, total_steps):
                                 self._router.step(id, total_steps - step, time.monotonic())
-                            case Failed(error) if moves := self._moves(error, config, number):
+                            case Failed(error) if moves := self._moves(error, config, number, refused):
                                 deaths = error.deaths if isinstance(error, NoWorker) else deaths
                                 break
                         yield event
@@ -111,21 +112,34 @@ class Devices:
         width, height = next((each.size for each in known if each.size), (SQUARE, 1))
         return steps, width * height
 
-    def _choose(self, config: ModelConfig, steps: int, pixels: int = SQUARE, low: bool = False) -> int:
+    def _choose(
+        self,
+        config: ModelConfig,
+        steps: int,
+        pixels: int = SQUARE,
+        low: bool = False,
+        refused: Set[int] = frozenset(),
+    ) -> int:
+        """`refused`: devices that have refused this request."""
         self._routed.add(config.name)
-        refused = self._unfit_for(config)
+        refused = refused | self._unfit_for(config)
         number = self._router.choose(config.name, steps, time.monotonic(), pixels=pixels, low=low, refused=refused)
         fit = [each for each in range(len(self._workers)) if each not in refused]
         return number if number in fit or not fit else fit[0]  # none of these can draw: it waits there
 
-    def _moves(self, error: SfumatoError, config: ModelConfig, number: int) -> bool:
-        """Whether what failed so on this device goes to another one."""
+    def _moves(self, error: SfumatoError, config: ModelConfig, number: int, refused: set[int]) -> bool:
+        """Whether what failed so on this device goes to another one. `refused`: gets this one, if it has refused it."""
         if isinstance(error, ModelTooLarge | DeviceUnavailable):
-            self._unfit[config.name] = config, self._unfit_for(config) | {number}
+            refused.add(number)
+            if not isinstance(error, AdditionTooLarge):
+                self._unfit[config.name] = config, self._unfit_for(config) | {number}
         elif not isinstance(error, NoWorker):
             return False
-        fit = [worker for at, worker in enumerate(self._workers) if at not in self._unfit_for(config)]
-        return any(not worker.problem for worker in fit)
+        unfit = refused | self._unfit_for(config)
+        if len(unfit) == len(self._workers):
+            self._unfit.pop(config.name, None)  # the next request tries again: there may be room by then
+            return False
+        return any(not worker.problem for at, worker in enumerate(self._workers) if at not in unfit)
 
     def _elsewhere(self, number: int, config: ModelConfig) -> bool:
         """Whether a device other than this one can draw pictures of the model now."""
@@ -153,17 +167,22 @@ class Devices:
             done = await asyncio.gather(*(worker.carry_out(command) for worker in self._workers))
             in_use = tuple(dict.fromkeys(name for each in done for name in each.in_use))
             return Ordered("", in_use, next((each.error for each in done if each.error), None))
+        refused: set[int] = set()
         while True:
-            number = self._for_load(command.config)
+            number = self._for_load(command.config, refused)
             ordered = await self._workers[number].carry_out(command)
-            if not (ordered.error and self._moves(ordered.error, command.config, number)):
+            if not (ordered.error and self._moves(ordered.error, command.config, number, refused)):
                 return ordered
 
-    def _for_load(self, config: ModelConfig) -> int:
+    def _for_load(self, config: ModelConfig, refused: Set[int] = frozenset()) -> int:
         """The device that has the model, or is about to; else the one that a picture would be sent to."""
         states = [worker.status(config.name).state for worker in self._workers]
-        there = [number for number, state in enumerate(states) if state in THERE]
-        return min(there, key=lambda number: NEAREST.index(states[number])) if there else self._choose(config, 0)
+        there = [number for number, state in enumerate(states) if state in THERE and number not in refused]
+        if there:
+            return min(there, key=lambda number: NEAREST.index(states[number]))
+        number = self._choose(config, 0, refused=refused)
+        self._router.loading(number, config.name, time.monotonic())  # the next model goes to another device
+        return number
 
     def status(self, model: str) -> ModelStatus:
         return min((worker.status(model) for worker in self._workers), key=lambda status: NEAREST.index(status.state))

@@ -219,13 +219,16 @@ class Supervisor:
             self._remove(id)
 
     def _send(self) -> None:
-        """Send the worker what it may have now: one suspect alone, or everything if there are no suspects."""
+        """Send the worker what it may have now: everything, or while there are suspects one of them, alone."""
         if self._writer is None:
             return
         flights = list(self._flights.values())
         if not any(flight.sent for flight in flights):
             self._last_message_at = asyncio.get_running_loop().time()  # an idle worker sends nothing
-        for flight in [flight for flight in flights if flight.deaths][:1] or flights:
+        suspects = [flight for flight in flights if flight.deaths]
+        if suspects and any(flight.sent for flight in flights if flight is not suspects[0]):
+            return  # one that comes from another device waits until those are drawn that are here
+        for flight in suspects[:1] or flights:
             if not flight.sent:
                 flight.sent = True
                 self._submit(flight.submit)

@@ -84,7 +84,7 @@ def _use(device: str) -> str:
         if (index := torch.device(device).index) is not None:
             torch.accelerator.set_device_index(index)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        return f"the device {device} is not usable: {str(error).splitlines()[0]}"
+        return f"the device {device} is not usable: {next(iter(str(error).splitlines()), type(error).__name__)}"
     return ""
 
 

@@ -14,7 +14,7 @@ from sfumato.batching.batcher import is_out_of_memory
 from sfumato.checkpoints.remote_limits import ANY, Limits
 from sfumato.config import ModelConfig
 from sfumato.core import ModelInfo, ModelStatus
-from sfumato.errors import Cancelled, LoadError, ModelTooLarge, TooManyRequests
+from sfumato.errors import AdditionTooLarge, Cancelled, LoadError, ModelTooLarge, TooManyRequests
 from sfumato.models import controlnets, estimators, ip_adapters, load
 from sfumato.models.fetch import OnStatus
 from sfumato.models.footprint import Needs
@@ -159,14 +159,14 @@ class ModelPool:
         `turn` lets other requests continue while this one waits. Requests for loaded models do not overtake a model
         that waits for room. `keep_alive`: of the request. `beside`: what the request uses already.
         `low`: requests of others for loaded models overtake it for a while. Raises TooManyRequests for a part that has
-        no room now, and ModelTooLarge if it never has, beside those.
+        no room now, and AdditionTooLarge if it never has, beside those.
         """
         try:
             model = self._obtain(config, turn, low=low)
         except NoRoom as error:
             staying = [self._residents.blocks[name] for name in beside if name in self._residents.blocks]
             if refusal := self._budget.refusal_beside(config.name, error.needs, staying):
-                raise ModelTooLarge(refusal) from None
+                raise AdditionTooLarge(refusal) from None
             raise TooManyRequests(error.message, retry_after=RETRY_S) from None
         self._idle_times.stay(config.name, keep_alive, config.keep_alive)
         try:
@@ -347,7 +347,7 @@ class ModelPool:
         shared = needs.shared_there
         staying = [residents.blocks[other] for other, model in self._loaded.items() if residents.pinned(model)]
         if refusal := self._budget.refusal(name, needs, [*staying, shared]):
-            loading.refuse(ModelTooLarge(refusal))
+            loading.refuse((AdditionTooLarge if part else ModelTooLarge)(refusal))
         else:
             while (full := not part and len(residents.models()) >= self._limit) or not self._budget.fits(
                 needs, [*residents.blocks.values(), shared]

@@ -432,8 +432,9 @@ async def _refuse_late(turn: asyncio.Event, left_s: float) -> None:
             await turn.wait()
     except TimeoutError:
         raise DeadlineExceeded(
-            "the deadline of this request has passed while it waited in the queue, and nothing of it is drawn: set it "
-            "later, or leave it out",
+            "x-deadline-ms: it has passed while the request waited in the queue, and nothing of it is drawn; send a "
+            "later one, or none",
+            param="x-deadline-ms",
         ) from None
 
 
