@@ -297,6 +297,9 @@ def test_an_interval_without_effect_is_told(sd: Any) -> None:
     )
     covered = drawn_of(model, scheduler="euler", guidance_start=0.2)
     assert covered.warnings == ("guidance_start 0.2, guidance_end 1: no effect, it covers every step",)
+    narrow = drawn_of(model, scheduler="euler", guidance_end=0.2)
+    steps = narrow.recipe.sampling.steps
+    assert narrow.warnings == (f"guidance_start 0, guidance_end 0.2: no step of {steps} lies between them",)
 
 
 def test_both_passes_of_hires_are_limited(sd: Any) -> None:

@@ -50,7 +50,8 @@ def _priority(value: Any) -> Any:
         return INTERACTIVE
     if not isinstance(name, str) or name not in {*PRIORITIES, *SERVICE_TIERS}:
         tiers = ", ".join(SERVICE_TIERS)
-        raise ValueError(f"{' and '.join(PRIORITIES)}, and OpenAI's {tiers}, are valid; {BATCH} waits for all others")
+        valid = " and ".join(PRIORITIES)
+        raise ValueError(f"{valid} are valid, and OpenAI's tiers {tiers}; {BATCH} waits for all others")
     return SERVICE_TIERS.get(name, name)
 
 
