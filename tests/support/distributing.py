@@ -15,7 +15,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 RECORD = Path(__file__).with_name("durations.json")
 
-SLOW_S = 3.0
+SLOW_S = 2.0
 """A test function that takes longer is slow, as if it were marked so."""
 
 APART = ("test_families.py", "test_proof.py", "test_schedulers.py", "test_foreseen.py")
