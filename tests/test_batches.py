@@ -109,6 +109,22 @@ def test_it_is_cancelled(client: openai.OpenAI, server: Server) -> None:
         client.batches.cancel(batch.id)
 
 
+def test_lines_that_find_no_room_leave_their_places_to_other_batches(tmp_path: Path) -> None:
+    with Server(tmp_path, "--max-active", "8", "--max-queue", "8") as server, sdk(server) as client:
+        (tmp_path / "models" / "few.yaml").write_text(
+            "name: few\nparameters:\n  model: some/one\nlimits:\n  max_concurrent: 1\n"
+        )
+        server.close_gate()
+        slow = begun(client, jsonl([{"prompt": f"{GATED} {number}", "model": "few"} | B64 for number in range(12)]))
+        within(TIMEOUT_S, lambda: len(server.drawn()) == 1)
+        other = ended(client, begun(client, jsonl([CAT | {"model": "m"}])).id)
+        assert counts(other) == {"total": 1, "completed": 1, "failed": 0}
+        assert counts(client.batches.retrieve(slow.id))["completed"] == 0
+        client.batches.cancel(slow.id)
+        server.open_gate()
+        assert ended(client, slow.id).status == "cancelled"
+
+
 def test_a_large_batch_fills_neither_queue_nor_memory(client: openai.OpenAI, server: Server) -> None:
     """At most as many lines stand in the queue as pictures are drawn, of all batches together; others draw first."""
     server.close_gate()

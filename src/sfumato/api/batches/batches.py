@@ -14,7 +14,7 @@ from typing import Any, ParamSpec, TypeVar
 from sfumato import logs
 from sfumato.api.batches.store import BatchStore, output_line
 from sfumato.api.batches.tables import CANCELLING, Line, StoredBatch
-from sfumato.api.jobs.jobs import AGAIN_S, BEAT_S, EXPIRE_S, Jobs
+from sfumato.api.jobs.jobs import AGAIN_S, BEAT_S, EXPIRE_S, Jobs, pause
 from sfumato.api.jobs.run import Run
 from sfumato.errors import JobsUnavailable
 
@@ -41,6 +41,13 @@ class _Active:
     """The state that it is to end in before its lines have ended: expired, cancelled, or completed without room."""
     lines: set[asyncio.Task[None]] = field(default_factory=set)
     runs: set[Run] = field(default_factory=set)
+    refused: set[Run] = field(default_factory=set)
+    """Those that found the queue full. They hold no place while they wait for the next try, and no more lines begin."""
+    admitted: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set while there are none of them."""
+
+    def __post_init__(self) -> None:
+        self.admitted.set()
 
 
 class Batches:
@@ -173,23 +180,25 @@ class Batches:
         after = -1
         while positions := await self._stored(self.store.pending, active.batch.id, after, PAGE):
             for position in positions:
+                await active.admitted.wait()
                 await self._places.acquire()
-                task = asyncio.create_task(self._draw(active, position))
+                run = Run(active.batch.job(position), promised=True)
+                task = asyncio.create_task(self._draw(active, run, position))
                 active.lines.add(task)
-                task.add_done_callback(functools.partial(self._line_over, active))
+                task.add_done_callback(functools.partial(self._line_over, active, run))
             after = positions[-1]
 
-    def _line_over(self, active: _Active, task: asyncio.Task[None]) -> None:
-        self._places.release()
+    def _line_over(self, active: _Active, run: Run, task: asyncio.Task[None]) -> None:
+        if run not in active.refused:
+            self._places.release()
+        self._admitted(active, run)
         active.lines.discard(task)
         if not task.cancelled() and (error := task.exception()):
             log.error("%s: %s", active.batch.id, logs.error_location(error))
 
-    async def _draw(self, active: _Active, position: int) -> None:
+    async def _draw(self, active: _Active, run: Run, position: int) -> None:
         """Carry out a line, and store its answer."""
         batch, custom_id = active.batch, ""
-        job = batch.job(position)
-        run = Run(job, promised=True)
 
         async def body() -> bytes | None:
             nonlocal custom_id
@@ -199,7 +208,7 @@ class Batches:
 
         active.runs.add(run)
         try:
-            if active.ending or not await self._jobs.draw(run, body):
+            if active.ending or not await self._jobs.draw(run, body, functools.partial(self._pause, active)):
                 return
         finally:
             active.runs.discard(run)
@@ -207,12 +216,27 @@ class Batches:
         status = run.answer.status
         if active.ending and status == CANCELLED:
             return
-        answer = output_line(job.id, custom_id, status=status, body=run.answer.body)
+        answer = output_line(run.job.id, custom_id, status=status, body=run.answer.body)
         await self._stored(self.store.end_line, batch.id, position, answer, status >= 300)
         log.info("%s: line %d, status %d", batch.id, position + 1, status)
         self._room[batch.caller] = self._room.get(batch.caller, len(answer)) - len(answer)
         if self._room[batch.caller] < 0:
             self._end(active, "completed")
+
+    async def _pause(self, active: _Active, run: Run) -> None:
+        """Of a line that found the queue full: others have its place meanwhile."""
+        active.refused.add(run)
+        active.admitted.clear()
+        self._places.release()
+        await pause(run)
+        if not run.cancelled.is_set():
+            await self._places.acquire()
+            self._admitted(active, run)
+
+    def _admitted(self, active: _Active, run: Run) -> None:
+        active.refused.discard(run)
+        if not active.refused:
+            active.admitted.set()
 
     async def _stored(self, call: Callable[P, T], *args: P.args, **more: P.kwargs) -> T:
         """A call of the store, until the database takes it."""

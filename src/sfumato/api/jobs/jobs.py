@@ -49,6 +49,13 @@ EXPIRE_S = 600.0
 """Interval at which expired jobs are deleted, also when none ends."""
 
 
+async def pause(run: Run) -> None:
+    """Until it may be tried again, or is cancelled."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(AGAIN_S):
+            await run.cancelled.wait()
+
+
 class Jobs:
     """The jobs of one server. `app` answers their requests; the middleware sets it, and `shaped`."""
 
@@ -169,11 +176,16 @@ class Jobs:
         await self._conclude(run)
         run.end()
 
-    async def draw(self, run: Run, body: Callable[[], Awaitable[bytes | None]]) -> bool:
+    async def draw(
+        self,
+        run: Run,
+        body: Callable[[], Awaitable[bytes | None]],
+        pause: Callable[[Run], Awaitable[None]] = pause,
+    ) -> bool:
         """Let the application answer a stored request, again while it was promised and the queue is full.
 
-        `body` reads that of the request, each time. False: it has none, as it has ended; or the server stops, and what
-        was answered is not the answer.
+        `body` reads that of the request, each time. `pause`: waits before the next try. False: it has no body, as it
+        has ended; or the server stops, and what was answered is not the answer.
         """
         job = run.job
         logs.request_id.set(job.request_id)
@@ -193,9 +205,7 @@ class Jobs:
             run.again()
             run.repeatable = repeat.Repeatable(job.secret, job.created, job.request.get("selected"))
             repeat.CURRENT.set(run.repeatable)
-            with suppress(TimeoutError):
-                async with asyncio.timeout(AGAIN_S):
-                    await run.cancelled.wait()
+            await pause(run)
 
     async def _answer(self, run: Run, scope: Any, receive: Any) -> None:
         run.scope = scope
