@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from sfumato.batching.fair_share import FairShare
 from sfumato.batching.policy import Waiting, choose
-from sfumato.errors import TooManyRequests
+from sfumato.errors import InvalidRequest, TooManyRequests
 from sfumato.serving.queue import MAX_RETRY_AFTER_S, Queue, Ticket
 
 
@@ -329,3 +329,10 @@ def test_a_burst_for_a_model_that_is_loaded_keeps_its_share_and_no_more() -> Non
         assert (queue.running, queue.waiting) == (0, 0)
 
     within_a_loop(body)
+
+
+def test_more_than_ever_has_room_is_no_reason_to_try_again() -> None:
+    queue = Queue(2, 3)
+    assert len(queue.join("a", 4)) == 4
+    with pytest.raises(InvalidRequest, match="n: 5 pictures in one request never have room; at most 4 do"):
+        Queue(2, 3).join("a", 5)

@@ -25,7 +25,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 from sfumato.batching.policy import low_places
-from sfumato.errors import TooManyRequests
+from sfumato.errors import InvalidRequest, TooManyRequests
 
 _K = TypeVar("_K", bound=Hashable)
 
@@ -144,12 +144,20 @@ class Queue:
         low: bool = False,
         due_in_s: float = math.inf,
     ) -> list[Ticket]:
-        """Returns `count` new tickets. Raises TooManyRequests if the queue has no room for them.
+        """Returns `count` new tickets. Raises TooManyRequests if the queue has no room for them, and InvalidRequest if
+        it never has.
 
         Tickets that are not `ready` are skipped until `release`. `low`: of low priority. `due_in_s`: seconds until its
         deadline.
         """
         line = Line(low, caller)
+        places = self._places[low]
+        if count > (most := self._limit + max(1, places - 1)):
+            raise InvalidRequest(
+                f"n: {count} pictures in one request never have room; at most {most} do (the settings max_queue and "
+                "max_active). Send fewer at a time.",
+                param="n",
+            )
         waiting = self.waiting if low else self.waiting_of(False)  # no interactive one is refused for others
         room = self._limit + self._free(line)
         if line not in self._lines and line not in self._unready and count <= max(1, self._limit // SHARE):
