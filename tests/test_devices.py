@@ -19,6 +19,7 @@ import pytest
 from sfumato.commands import serve
 from sfumato.config.parse import config_for
 from sfumato.core import Done, Event, Failed, Generation, Step
+from sfumato.engine.protocol import Load
 from sfumato.errors import ModelTooLarge, SfumatoError, WorkerDied
 from sfumato.process import accelerators, supervisor
 from sfumato.process.devices import Devices, labels
@@ -304,6 +305,16 @@ def test_a_suspect_from_another_device_waits_until_it_is_alone(tmp_path: Path) -
         assert [type(await each) for each in (innocent, suspect)] == [Done, Done]
 
     run(Two(tmp_path, "well,unusable", "well"), work)
+
+
+def test_a_model_is_loaded_elsewhere_if_a_worker_does_not_start(tmp_path: Path) -> None:
+    async def work(two: Two) -> None:
+        assert (await two.engine.carry_out(Load(CONFIG))).error is None
+        assert two.engine.devices[1].models[CONFIG.name].state == "ready"
+        two.engine.order(Load(config_for("another/model")))
+        await two.until(lambda: "another/model" in two.engine.devices[1].models)
+
+    run(Two(tmp_path, "unusable,unusable", "well"), work)
 
 
 def test_models_that_are_loaded_before_the_workers_are_up_are_spread() -> None:

@@ -390,7 +390,7 @@ def test_an_order_to_unload_needs_no_worker(tmp_path: Path) -> None:
 def test_an_order_is_answered_though_its_worker_dies(tmp_path: Path) -> None:
     async def work(supervisor: Supervisor) -> None:
         assert isinstance(await answer(supervisor, "a cat"), Done)
-        done = await supervisor.carry_out(Load(CONFIG))  # the stub does not know it, and ends
+        done = await supervisor.carry_out(Unload("m"))  # the stub does not know it, and ends
         assert isinstance(done.error, WorkerDied)
 
     run(work, stub(tmp_path))

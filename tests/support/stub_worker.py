@@ -23,7 +23,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from sfumato.core import Done, Failed, Generation, ModelStatus, Recipe, Step
-from sfumato.engine.protocol import Answer, Cancel, Ready, Started, Status, Stop, Submit, Unusable
+from sfumato.engine.protocol import Answer, Cancel, Load, Ordered, Ready, Started, Status, Stop, Submit, Unusable
 from sfumato.errors import AdditionTooLarge, ModelTooLarge
 from sfumato.process import wire
 from sfumato.sampling import Sampling
@@ -187,6 +187,9 @@ def main(counter: Path, beginnings: list[str], fd: int) -> None:
         while not isinstance(command := wire.receive(sock), Stop):
             if isinstance(command, Submit):
                 obey(command, sock, counter)
+            elif isinstance(command, Load):
+                sock.sendall(wire.pack(Status(command.config.name, ModelStatus("ready"))))
+                sock.sendall(wire.pack(Ordered(command.id)))
             else:
                 assert isinstance(command, Cancel)
     except EOFError:

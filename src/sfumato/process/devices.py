@@ -20,7 +20,7 @@ from sfumato.config import ModelConfig
 from sfumato.core import BATCH, EngineStats, Event, Failed, Generation, LoadState, ModelStatus, Step
 from sfumato.engine.protocol import DeviceState, Load, OnDevice, OnPlace, Order, Ordered, Unload
 from sfumato.engine.totals import total
-from sfumato.errors import AdditionTooLarge, DeviceUnavailable, ModelTooLarge, NoWorker, SfumatoError
+from sfumato.errors import AdditionTooLarge, DeviceUnavailable, ModelTooLarge, NoWorker, SfumatoError, WorkerDied
 from sfumato.process.routing import SQUARE, START_S, Router
 from sfumato.process.supervisor import WORKER, Supervisor
 from sfumato.settings import Settings
@@ -50,6 +50,8 @@ class Devices:
         ]
         self._unfit: dict[str, tuple[ModelConfig, set[int]]] = {}
         """Model → its file, and the devices that it cannot be loaded on."""
+        self._loads: set[asyncio.Task[Ordered]] = set()
+        """Loads that nobody waits for."""
         self._routed: set[str] = set()
         """Models that the router knows."""
         for number, each in enumerate(self._workers):
@@ -74,6 +76,8 @@ class Devices:
             await worker.start()
 
     async def stop(self) -> None:
+        for task in self._loads:
+            task.cancel()
         await asyncio.gather(*(worker.stop() for worker in self._workers))
 
     # Pictures.
@@ -155,7 +159,9 @@ class Devices:
 
     def order(self, command: Order) -> None:
         if isinstance(command, Load):
-            self._workers[self._for_load(command.config)].order(command)
+            task = asyncio.create_task(self.carry_out(command))  # nobody waits for it; it may need another device
+            self._loads.add(task)
+            task.add_done_callback(self._loads.discard)
         else:
             self._unfit.clear()  # what is pinned may have been in the way
             for worker in self._workers:
@@ -171,8 +177,18 @@ class Devices:
         while True:
             number = self._for_load(command.config, refused)
             ordered = await self._workers[number].carry_out(command)
-            if not (ordered.error and self._moves(ordered.error, command.config, number, refused)):
+            if not ordered.error or not (
+                self._moves(ordered.error, command.config, number, refused)
+                or self._starts_elsewhere(ordered.error, number, refused)
+            ):
                 return ordered
+
+    def _starts_elsewhere(self, error: SfumatoError, number: int, refused: set[int]) -> bool:
+        """Whether a model goes to another device because the worker of this one does not start."""
+        if not isinstance(error, WorkerDied) or not self._workers[number].problem:
+            return False
+        refused.add(number)
+        return any(not worker.problem for at, worker in enumerate(self._workers) if at not in refused)
 
     def _for_load(self, config: ModelConfig, refused: Set[int] = frozenset()) -> int:
         """The device that has the model, or is about to; else the one that a picture would be sent to."""
