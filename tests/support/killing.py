@@ -79,15 +79,15 @@ class Killing:
             server.__enter__()
             self._url = server.url
             self._up.set()
-            if not left:
-                break
-            while left:
+            died = False
+            while left and not died:
                 time.sleep(self._dice.random() * LONGEST_LIFE_S[self._engine])  # the moment is what is random here
                 left -= 1
                 if left % 25 == 0:
                     print(f"{self._kills - left} kills, {len(self.wanted)} requests", flush=True)
-                if self._kill(server):
-                    break
+                died = self._kill(server)
+            if not died:
+                break
         self._over = True
         for client in clients:
             client.join()
