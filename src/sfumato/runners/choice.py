@@ -12,7 +12,7 @@ from typing import Any, Final
 import torch
 
 from sfumato.batching.module_runner import ModuleRunner
-from sfumato.core import EAGER, RunnerState
+from sfumato.core import EAGER
 from sfumato.runners import compiled, graph, recorded
 from sfumato.runners.auto import Auto
 from sfumato.runners.background import Background
@@ -20,6 +20,7 @@ from sfumato.runners.candidate import Candidate
 from sfumato.runners.compiled import Compiled
 from sfumato.runners.measured import Measurements
 from sfumato.runners.openvino import OpenVino
+from sfumato.status import RunnerState
 
 log = logging.getLogger(__name__)
 
