@@ -1,4 +1,4 @@
-"""Tiny real pipelines of sound; see `families.py`. What `families_moving` and `families_newer` have is taken from there."""
+"""Tiny real pipelines of sound; see `families.py`. Two are those of `families_moving` and `families_newer`."""
 
 from __future__ import annotations
 
@@ -108,15 +108,17 @@ def audio_ldm2() -> Any:
             out_channels=4, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=(8, 16),
         )  # fmt: skip
-        words = t.GPT2Config(n_embd=16, n_head=1, n_layer=1, vocab_size=1002, n_positions=99, bos_token_id=0, eos_token_id=1)
+        words = t.GPT2Config(
+            n_embd=16, n_head=1, n_layer=1, vocab_size=1002, n_positions=99, bos_token_id=0, eos_token_id=1
+        )
         projection = AudioLDM2ProjectionModel(text_encoder_dim=16, text_encoder_1_dim=WIDTH, langauge_model_dim=16)
+        ears = t.ClapFeatureExtractor(feature_size=8)
         language_model = t.GPT2LMHeadModel(words).eval()
         language_model.config.max_new_tokens = 8
         return d.AudioLDM2Pipeline(
             unet=unet.eval(), vae=_spectrogram_vae(), text_encoder=_clap(), text_encoder_2=tiny._t5(),
             projection_model=projection.eval(), language_model=language_model, tokenizer=_roberta_tokenizer(),
-            tokenizer_2=t5_tokenizer(), vocoder=lively(_vocoder()),
-            feature_extractor=t.ClapFeatureExtractor(feature_size=8, hop_length=8, nb_max_samples=8, fft_window_size=8),
+            tokenizer_2=t5_tokenizer(), vocoder=lively(_vocoder()), feature_extractor=ears,
             scheduler=d.DDIMScheduler(**STABLE_DIFFUSION_NOISE, clip_sample=False, set_alpha_to_one=False),
         )  # fmt: skip
 
@@ -124,9 +126,10 @@ def audio_ldm2() -> Any:
 def dance_diffusion() -> Any:
     with seeded(0):
         unet = d.UNet1DModel(
-            block_out_channels=(32, 32, 64), extra_in_channels=16, time_embedding_dim=16, sample_size=512, sample_rate=16_000, in_channels=2,
-            out_channels=2, flip_sin_to_cos=True, use_timestep_embedding=False, time_embedding_type="fourier",
-            mid_block_type="UNetMidBlock1D", down_block_types=("DownBlock1DNoSkip", "DownBlock1D", "AttnDownBlock1D"),
+            block_out_channels=(32, 32, 64), extra_in_channels=16, time_embedding_dim=16, sample_size=512,
+            in_channels=2, sample_rate=16_000, out_channels=2, use_timestep_embedding=False,
+            time_embedding_type="fourier", mid_block_type="UNetMidBlock1D",
+            down_block_types=("DownBlock1DNoSkip", "DownBlock1D", "AttnDownBlock1D"),
             up_block_types=("AttnUpBlock1D", "UpBlock1D", "UpBlock1DNoSkip"),
         )  # fmt: skip
         return DanceDiffusionPipeline(unet=unet.eval(), scheduler=d.IPNDMScheduler())
@@ -139,6 +142,8 @@ FAMILIES: dict[str, Family] = {
     "AudioLDM2": Family(audio_ldm2, [{**c, "audio_length_in_s": 0.01} for c in negative(three())], "unet"),
     "LongCatAudioDiT": Family(longcat_audio, [{**c, "audio_duration_s": 0.01} for c in three()]),
     "DanceDiffusion": Family(
-        dance_diffusion, [{**c, "audio_length_in_s": 0.02} for c in without(three(), "prompt", "guidance_scale")], "unet"
+        dance_diffusion,
+        [{**c, "audio_length_in_s": 0.02} for c in without(three(), "prompt", "guidance_scale")],
+        "unet",
     ),
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from sfumato.checkpoints import diffusers_source
@@ -49,7 +49,7 @@ def of_pipeline(pipeline: Any) -> SoundRule | None:
 
 def _setting(module: Any, key: str) -> Any:
     config = getattr(module, "config", None)
-    return config.get(key) if hasattr(config, "get") else getattr(config, key, None)
+    return config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)
 
 
 def _longest(name: str, setting: Setting, rate: int) -> float | None:

@@ -26,8 +26,8 @@ from sfumato.checkpoints import (
     modular,
     pipeline_class,
     single_file,
-    sources,
     sound_rules,
+    sources,
     split,
     weight_file,
 )

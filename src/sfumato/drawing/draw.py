@@ -1,4 +1,4 @@
-"""Make one picture, clip or sound: choose the pipeline, build its arguments by signature, run it, and record the recipe."""
+"""Make one picture, clip or sound: choose the pipeline, build its arguments by signature, run it, record the recipe."""
 
 from __future__ import annotations
 
@@ -393,8 +393,8 @@ def _recipe(
         seed=filled.seed,
         sampling=replace(
             sampling,
-            width=result.size[0],
-            height=result.size[1],
+            width=result.size[0] or None,
+            height=result.size[1] or None,
             seconds=sampling.seconds or (result.seconds if isinstance(result, Sound) else None),
             num_frames=len(result) if isinstance(result, Clip) else sampling.num_frames,
             scheduler=choice.name if choice else type(model_scheduler).__name__,

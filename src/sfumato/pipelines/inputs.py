@@ -271,7 +271,15 @@ def _inputs(kin: Kin, text: bool) -> tuple[Input, ...]:
 
 
 def check(
-    model: str, can: Abilities, *, kind: str, frames: int | None = None, seconds: float | None = None, pictures: int, mask: bool, controls: int
+    model: str,
+    can: Abilities,
+    *,
+    kind: str,
+    frames: int | None = None,
+    seconds: float | None = None,
+    pictures: int,
+    mask: bool,
+    controls: int,
 ) -> None:
     """Raises InvalidRequest naming the input that is missing, or that the model does not take.
 
