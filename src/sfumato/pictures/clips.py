@@ -12,7 +12,6 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -21,9 +20,6 @@ from PIL import Image
 from sfumato.core import Recipe
 from sfumato.pictures import recipe as recipes
 from sfumato.pictures.results import Clip, Sound
-
-COMMENT = "comment"
-"""The tag of MP4 and WebM, and of GIF, that holds the recipe as JSON."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +48,7 @@ def _in_container(clip: Clip, recipe: Recipe, *, format: str) -> bytes:
 
     codecs, file = CODECS[format], io.BytesIO()
     with av.open(file, "w", format=format) as container:
-        container.metadata[COMMENT] = _text(recipe)
+        container.metadata[recipes.COMMENT] = _text(recipe)
         picture: Any = container.add_stream(codecs.video, _rate(clip.fps), dict(codecs.options))
         picture.width, picture.height = clip.size
         picture.pix_fmt = "yuv444p" if any(side % 2 for side in clip.size) else "yuv420p"
@@ -147,12 +143,3 @@ ENCODERS: Mapping[str, Callable[[Clip, Recipe], bytes]] = MappingProxyType(
     }
 )
 """A format of clips -> what makes a clip that file."""
-
-
-def comment(path: Path) -> str | None:
-    """The tag that holds the recipe of an MP4 or WebM file; None if there is none. Raises OSError for other files."""
-    import av
-
-    with av.open(str(path)) as container:
-        tags = {name.lower(): value for name, value in container.metadata.items()}
-        return tags.get(COMMENT)

@@ -1,7 +1,8 @@
 """The recipe embedded in a picture: AUTOMATIC1111's infotext for other tools, our JSON to reproduce it.
 
 The PNG text chunk `parameters` holds the infotext (the layout that Stable Diffusion web UIs read),
-the chunk `sfumato` the whole `Recipe` as JSON; in WebP and JPEG files both are in the EXIF block.
+the chunk `sfumato` the whole `Recipe` as JSON; in WebP and JPEG files both are in the EXIF block. A GIF has the JSON in
+its comment, MP4 and WebM have it in the tag of that name.
 """
 
 from __future__ import annotations
@@ -26,6 +27,12 @@ from sfumato.sampling import PARAMETERS, Hires, Sampling, clip_layer, flat, nest
 
 INFOTEXT_CHUNK = "parameters"
 RECIPE_CHUNK = "sfumato"
+
+COMMENT = "comment"
+"""The tag of GIF, MP4 and WebM that holds the recipe as JSON."""
+
+CONTAINERS = (".mp4", ".webm")
+"""Suffixes of the files that PyAV reads."""
 
 NEGATIVE = "Negative prompt:"
 
@@ -300,12 +307,13 @@ def _unquoted(text: str) -> str:
 
 
 def read(path: Path) -> Recipe:
-    """The recipe inside a picture of ours. Raises InvalidPicture if there is none or it cannot be read."""
+    """The recipe inside a picture or a clip of ours. Raises InvalidPicture if there is none or it cannot be read."""
     try:
-        with Image.open(path, formats=images.FORMATS) as image:
-            text = image.info.get(RECIPE_CHUNK) or image.getexif().get(ExifTags.Base.ImageDescription)
-    except (OSError, struct.error) as error:
-        raise InvalidPicture(f"{path}: not a picture, or damaged ({error})") from None
+        text = _tag(path) if path.suffix.lower() in CONTAINERS else _in_picture(path)
+    except (OSError, ValueError, struct.error) as error:
+        raise InvalidPicture(f"{path}: not a picture, not a clip, or damaged ({error})") from None
+    except ImportError as error:
+        raise InvalidPicture(f"{path}: to read it, pip install 'sfumato[video]' ({error})") from None
     if text is None:
         raise InvalidPicture(
             f"{path}: contains no recipe. Only files made by Sfumato have one; editors and chats often strip it."
@@ -314,6 +322,19 @@ def read(path: Path) -> Recipe:
         return from_json(json.loads(text))
     except (ValueError, TypeError, AttributeError) as error:
         raise InvalidPicture(f"{path}: its recipe cannot be read ({error})") from None
+
+
+def _in_picture(path: Path) -> Any:
+    with Image.open(path, formats=images.FORMATS) as image:
+        comment = image.info.get(COMMENT) if image.format == "GIF" else None
+        return image.info.get(RECIPE_CHUNK) or image.getexif().get(ExifTags.Base.ImageDescription) or comment
+
+
+def _tag(path: Path) -> str | None:
+    import av  # the extra `video`
+
+    with av.open(str(path)) as container:
+        return next((text for name, text in container.metadata.items() if name.lower() == COMMENT), None)
 
 
 def from_json(values: Mapping[str, Any]) -> Recipe:
