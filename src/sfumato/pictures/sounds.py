@@ -8,25 +8,16 @@ from __future__ import annotations
 
 import functools
 import io
-import json
-import struct
 import wave
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from sfumato.core import Recipe
 from sfumato.pictures import recipe as recipes
-from sfumato.pictures.clips import COMMENT
+from sfumato.pictures import riff
 from sfumato.pictures.results import Sound
-
-INFO_COMMENT = b"ICMT"
-"""The chunk of a WAV file's INFO list that holds the recipe as JSON."""
-
-MAX_COMMENT = 2**20
-"""Bytes of a list that are read: a recipe has some thousands."""
 
 LOUDEST = 2**15 - 1
 """The largest sample of 16 bits."""
@@ -65,19 +56,12 @@ def _wav(sound: Sound, recipe: Recipe) -> bytes:
         writer.setsampwidth(2)
         writer.setframerate(sound.rate)
         writer.writeframes(_pcm(sound).tobytes())
-    comment = _text(recipe).encode() + b"\0"
-    made = file.getvalue() + _chunk(b"LIST", b"INFO" + _chunk(INFO_COMMENT, comment))
-    return made[:4] + struct.pack("<I", len(made) - 8) + made[8:]
+    return riff.with_comment(file.getvalue(), recipes.json_of(recipe))
 
 
 def _pcm(sound: Sound) -> Any:
     """(samples, channels), 16 bits, little-endian."""
     return (sound.samples.T.clip(-1, 1) * LOUDEST).round().astype("<i2")
-
-
-def _chunk(name: bytes, content: bytes) -> bytes:
-    """RIFF pads to even lengths."""
-    return name + struct.pack("<I", len(content)) + content + b"\0" * (len(content) % 2)
 
 
 def _compressed(sound: Sound, recipe: Recipe, *, format: str) -> bytes:
@@ -92,7 +76,7 @@ def _compressed(sound: Sound, recipe: Recipe, *, format: str) -> bytes:
         if codec.bit_rate:
             stream.bit_rate = codec.bit_rate
         for tagged in (container, stream):  # Ogg has tags of streams, the others of the file
-            tagged.metadata[COMMENT] = _text(recipe)
+            tagged.metadata[recipes.COMMENT] = recipes.json_of(recipe)
         frame = av.AudioFrame.from_ndarray(_pcm(sound).reshape(1, -1), format="s16", layout=layout)
         frame.sample_rate = sound.rate
         container.mux(stream.encode(frame))  # PyAV converts it, and cuts it into the codec's frames
@@ -100,27 +84,7 @@ def _compressed(sound: Sound, recipe: Recipe, *, format: str) -> bytes:
     return file.getvalue()
 
 
-def _text(recipe: Recipe) -> str:
-    return json.dumps(recipes.as_json(recipe), ensure_ascii=False)
-
-
 ENCODERS: Mapping[str, Callable[[Sound, Recipe], bytes]] = MappingProxyType(
     {"wav": _wav, **{format: functools.partial(_compressed, format=format) for format in CODECS}}
 )
 """A format of sounds -> what makes a sound that file."""
-
-
-def wav_comment(path: Path) -> str | None:
-    """The comment that holds the recipe of a WAV file; None if there is none. Raises OSError."""
-    with path.open("rb") as file:
-        if file.read(4) != b"RIFF" or not file.read(4) or file.read(4) != b"WAVE":
-            return None
-        while len(header := file.read(8)) == 8:
-            name, length = struct.unpack("<4sI", header)
-            if name != b"LIST":
-                file.seek(length + length % 2, io.SEEK_CUR)
-                continue
-            content = file.read(min(length, MAX_COMMENT))
-            if content[:8] == b"INFO" + INFO_COMMENT:
-                return content[12 : 12 + struct.unpack_from("<I", content, 8)[0]].rstrip(b"\0").decode(errors="replace")
-    return None
