@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import re
 import wave
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,13 +24,14 @@ RAIN = {"input": "rain on a roof", "audio_length": 1.5, "seed": 1, "num_inferenc
 FAMILIES = {
     "StableAudio": families_sound.FAMILIES["StableAudio"],
     "StableAudio3": families_sound.FAMILIES["StableAudio3"],
+    "AceStep": families_sound.FAMILIES["AceStep"],
     "StableDiffusion": families.FAMILIES["StableDiffusion"],
 }
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with served(tmp_path_factory.mktemp("sounds"), FAMILIES, max_batch=4, loaded_models=3, max_seconds=5) as server:
+    with served(tmp_path_factory.mktemp("sounds"), FAMILIES, max_batch=4, loaded_models=4, max_seconds=5) as server:
         for family in FAMILIES:
             server.model(family)
         yield server
@@ -67,9 +70,7 @@ def test_localais_form_gives_the_same_sound(server: Served) -> None:
 
 
 def test_without_a_model_the_first_that_makes_sound_does(server: Served) -> None:
-    answer = make(server, model=None)
-    assert answer.status_code == 200
-    assert of_wav(answer.content)[0] == 4
+    assert make(server, model=None).content == make(server, model="AceStep").content
 
 
 @pytest.mark.parametrize(
@@ -106,6 +107,22 @@ def test_what_cannot_be_made_loads_no_model(tmp_path: Path) -> None:
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, "model")
         assert "makes sound (text-to-audio), and the request is for pictures" in answer.json()["error"]["message"]
         assert server.told(model)["status"] == "unloaded"
+
+
+GUIDE = Path(__file__).parent.parent / "docs" / "guides" / "sound.md"
+EXAMPLES = re.findall(r"```json\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_the_examples_of_the_guide_make_sounds(server: Served, example: str) -> None:
+    body = json.loads(example)
+    route = GENERATE if "input" in body else LOCALAI
+    model = "AceStep" if "lyrics" in body else "StableAudio3"  # at 800 samples a second
+    body |= {"model" if "model" in body else "model_id": model, "num_inference_steps": 2}
+    answer = server.client.post(route, json=body)
+    assert answer.status_code == 200, answer.text
+    assert of_wav(answer.content)[1].shape == (4000, 2)
+    assert "x-sfumato-warning" not in answer.headers
 
 
 def test_the_model_list_says_what_makes_sound(server: Served) -> None:

@@ -82,14 +82,17 @@ class _SoundBody(_Sampled):
     def release_pictures(self) -> None:
         """It has none."""
 
-    def to_request(self, **more: Any) -> ImageRequest:
+    def sampling(self) -> Sampling:
         values = {each.name: getattr(self, each.name) for each in FIELD_PARAMETERS}
+        return Sampling(**values, seconds=self.seconds)
+
+    def to_request(self, **more: Any) -> ImageRequest:
         return ImageRequest(
             **{
                 "model": self.model,
                 "n": 1,
                 "seed": self.seed,
-                "sampling": Sampling(**values, seconds=self.seconds),
+                "sampling": self.sampling(),
                 "format": self.format(),
                 "keep_alive": self.keep_alive,
                 "priority": self.priority,
@@ -133,7 +136,7 @@ class SoundGenerationBody(_SoundBody):
     def to_request(self, **more: Any) -> ImageRequest:
         if not (prompt := self.caption or self.text):
             raise InvalidRequest("text: what to hear is missing; send it as `text` or `caption`", param="text")
-        if self.instrumental and self.lyrics:
+        if self.instrumental and self.sampling().lyrics:
             raise InvalidRequest("instrumental: there are lyrics too; leave one of them out", param="instrumental")
         return super().to_request(prompts=[prompt], **more)
 
