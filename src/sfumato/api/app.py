@@ -14,7 +14,7 @@ from fastapi.security import HTTPBearer
 from starlette.middleware.cors import CORSMiddleware
 
 from sfumato import __version__
-from sfumato.api import gallery, hugging_face, localai, loras, models, ops, progress, status, studio
+from sfumato.api import gallery, hugging_face, localai, loras, models, ops, progress, sounds, status, studio
 from sfumato.api.a1111 import controlnet, lists
 from sfumato.api.a1111 import jobs as a1111_jobs
 from sfumato.api.a1111 import routes as a1111
@@ -183,7 +183,7 @@ def _batches(stored_jobs: Jobs) -> Batches:
 def _add_routes(app: FastAPI, *, keyed: bool) -> None:
     # Only documents the key in OpenAPI; `Auth` checks it.
     key = [Depends(HTTPBearer(auto_error=False, description="An API key of this server."))] if keyed else []
-    for module in (openai, chat, localai, jobs, files, batches, progress, models, loras, gallery, status):
+    for module in (openai, chat, localai, sounds, jobs, files, batches, progress, models, loras, gallery, status):
         app.include_router(module.routes, prefix="/v1", dependencies=key)
         # LocalAI's clients often omit the prefix.
         app.include_router(module.routes, include_in_schema=False)

@@ -397,6 +397,7 @@ class Service:
                 abilities,
                 kind=kind_of(request.format),
                 frames=request.sampling.num_frames,
+                seconds=request.sampling.seconds,
                 pictures=len(request.images),
                 mask=request.mask is not None,
                 controls=len(request.controls),
