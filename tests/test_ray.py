@@ -1,0 +1,122 @@
+"""The server on Ray Serve: a cluster of two nodes on this machine, the built-in model, real HTTP."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from cluster import environment
+from support.answerable import within
+from support.answers import image_of, pixels
+from support.held import LONG, Held, left
+from support.ray_server import RayServer
+from support.serving import TIMEOUT_S, Server
+
+pytestmark = pytest.mark.slow
+
+MODEL = "sfumato-tiny"
+SMALL = {"prompt": "a red circle", "size": "64x64", "step": 8}
+
+
+@pytest.fixture(scope="module")
+def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayServer]:
+    """One node has room for the ingress and a replica, the other for a replica."""
+    environment.make()
+    scaling = {"max_replicas": 2, "upscale_delay_s": 0.5, "downscale_delay_s": 2, "downscale_to_zero_delay_s": 8}
+    with RayServer(tmp_path_factory.mktemp("ray"), {**scaling, "look_back_period_s": 2}) as server:
+        yield server
+
+
+def replicas(server: Server) -> list[dict[str, Any]]:
+    """Those whose worker is up."""
+    return [each for each in server.client.get("/v1/status").json()["devices"] if each["ready"]]
+
+
+def test_the_picture_is_that_of_a_single_process(ray: RayServer, server: Server) -> None:
+    answers = [each.draw(**SMALL, seed=7) for each in (ray, server)]
+    assert [answer.status_code for answer in answers] == [200, 200], answers[0].text
+    assert np.array_equal(*(pixels(image_of(each)) for each in answers))
+    ids = answers[0].headers.get_list("x-request-id")
+    assert len(ids) == 1
+
+
+def events(server: Server, body: Mapping[str, Any]) -> list[dict[str, Any]]:
+    with server.client.stream("POST", "/v1/images/generations", json={**body, "stream": True}) as answer:
+        return [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: {")]
+
+
+def test_previews_are_streamed_and_are_those_of_a_single_process(ray: RayServer, server: Server) -> None:
+    body = {**SMALL, "seed": 3, "partial_images": 3}
+    here, there = events(ray, body), events(server, body)
+    assert [each["type"] for each in here] == ["image_generation.partial_image"] * 3 + ["image_generation.completed"]
+    for ours, theirs in zip(here, there, strict=True):
+        assert np.array_equal(pixels_of(ours), pixels_of(theirs))
+
+
+def pixels_of(event: Mapping[str, Any]) -> Any:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(event["b64_json"]))).convert("RGB"))
+
+
+def pictures(server: Server) -> int:
+    """That its replicas draw."""
+    return sum(each["pictures"] for each in replicas(server))
+
+
+def test_cancelling_ends_the_drawing_in_the_replica(ray: RayServer) -> None:
+    with Held(ray) as held:
+        held.drawing()
+        within(TIMEOUT_S, lambda: pictures(ray) == 1)
+        assert held.cancel().status_code == 499
+    within(TIMEOUT_S, lambda: pictures(ray) == 0)
+
+
+def test_so_does_a_client_that_hangs_up(ray: RayServer) -> None:
+    left(ray)
+    within(TIMEOUT_S, lambda: pictures(ray) == 0)
+
+
+def test_replicas_come_and_go_with_the_steps_to_do(ray: RayServer) -> None:
+    with Held(ray, {**LONG, "steps": 150}) as one:
+        one.drawing()
+        within(TIMEOUT_S, lambda: len(replicas(ray)) == 1)
+        with Held(ray, {**LONG, "n": 2}):
+            within(TIMEOUT_S, lambda: len(replicas(ray)) == 2)
+        within(TIMEOUT_S, lambda: len(replicas(ray)) == 1)
+    within(TIMEOUT_S, lambda: not ray.replicas(MODEL))
+    assert ray.client.get("/readyz").status_code == 200
+    assert ray.draw(**SMALL).status_code == 200  # it comes again
+
+
+def test_no_request_is_lost_with_a_replica_or_a_node(ray: RayServer, server: Server) -> None:
+    bodies = [{**SMALL, "prompt": f"a circle, {seed}", "seed": seed, "step": 30} for seed in range(50)]
+    with ThreadPoolExecutor(50) as threads:
+        with Held(ray, {**LONG, "n": 2}):
+            within(TIMEOUT_S, lambda: len(replicas(ray)) == 2)
+            answers = [threads.submit(ray.draw, **body) for body in bodies]
+            within(TIMEOUT_S, lambda: pictures(ray) > 4)
+        within(TIMEOUT_S, lambda: len([each for each in replicas(ray) if each["pictures"]]) == 2)
+        on_head, on_second = (of_node(ray, number) for number in (0, 1))
+        assert not any(answer.done() for answer in answers[-10:])
+        on_head.kill()
+        ray.kill_node(1)
+        within(TIMEOUT_S, lambda: not on_second.is_running())
+        results = [answer.result() for answer in answers]
+    assert [result.status_code for result in results] == [200] * 50, {result.text[:200] for result in results}
+    alone = [server.draw(**body) for body in bodies[::10]]
+    for ours, theirs in zip(results[::10], alone, strict=True):
+        assert np.array_equal(pixels(image_of(ours)), pixels(image_of(theirs)))
+
+
+def of_node(server: RayServer, number: int) -> psutil.Process:
+    """The process of the replica on a node."""
+    (found,) = (each for each in server.replicas(MODEL) if each.ppid() == server.nodes[number])
+    return found
