@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import sqlalchemy as sql
 from PIL import Image
 
 from cluster import environment
+from support import postgresql, s3
 from support.answerable import within
 from support.answers import image_of, pixels
 from support.held import LONG, Held, left
@@ -28,11 +30,27 @@ SMALL = {"prompt": "a red circle", "size": "64x64", "step": 8}
 
 
 @pytest.fixture(scope="module")
-def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayServer]:
-    """One node has room for the ingress and a replica, the other for a replica."""
+def bucket() -> Iterator[s3.S3]:
     environment.make()
+    with s3.running() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def database() -> Iterator[postgresql.PostgreSQL]:
+    with postgresql.running("ray") as database:
+        yield database
+
+
+@pytest.fixture(scope="module")
+def ray(
+    tmp_path_factory: pytest.TempPathFactory, bucket: s3.S3, database: postgresql.PostgreSQL
+) -> Iterator[RayServer]:
+    """One node has room for the ingress and a replica, the other for a replica."""
+    places = {"outputs_url": f"s3://{s3.BUCKET}", "gallery_url": database.url, "database": database.url}
     scaling = {"max_replicas": 2, "upscale_delay_s": 0.5, "downscale_delay_s": 2, "downscale_to_zero_delay_s": 8}
-    with RayServer(tmp_path_factory.mktemp("ray"), {**scaling, "look_back_period_s": 2}) as server:
+    scaling |= {"look_back_period_s": 2}
+    with RayServer(tmp_path_factory.mktemp("ray"), {**places, **scaling}, bucket.env) as server:
         yield server
 
 
@@ -47,6 +65,29 @@ def test_the_picture_is_that_of_a_single_process(ray: RayServer, server: Server)
     assert np.array_equal(*(pixels(image_of(each)) for each in answers))
     ids = answers[0].headers.get_list("x-request-id")
     assert len(ids) == 1
+
+
+def test_pictures_lie_in_s3_and_rows_in_postgresql(
+    ray: RayServer, bucket: s3.S3, database: postgresql.PostgreSQL
+) -> None:
+    prompt = "a house in a bucket"
+    body, headers = {**SMALL, "prompt": prompt}, {"prefer": "respond-async"}
+    accepted = ray.client.post("/v1/images/generations", json=body, headers=headers)
+    assert accepted.status_code == 202, accepted.text
+    job = ray.client.base_url.join(accepted.headers["location"])
+    within(TIMEOUT_S, lambda: ray.client.get(job).json()["ended"])
+    (kept,) = ray.client.get("/v1/images/gallery", params={"q": prompt}).json()["data"]
+    name = kept["name"]
+    assert name in bucket.names()
+    assert Image.open(io.BytesIO(bucket.get(name))).size == (64, 64)
+    assert ray.client.get(f"/generated-images/{name}").content == bucket.get(name)
+    engine = sql.create_engine(database.url)
+    with engine.connect() as connection:
+        rows = connection.execute(sql.text("select words from pictures where name = :name"), {"name": name}).all()
+        assert prompt in rows[0][0]
+        assert connection.execute(sql.text("select count(*) from jobs where ended is not null")).scalar_one() == 1
+    engine.dispose()
+    assert not (ray.folder / "data" / "generated-images").exists()
 
 
 def events(server: Server, body: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -111,9 +152,9 @@ def test_no_request_is_lost_with_a_replica_or_a_node(ray: RayServer, server: Ser
         within(TIMEOUT_S, lambda: not on_second.is_running())
         results = [answer.result() for answer in answers]
     assert [result.status_code for result in results] == [200] * 50, {result.text[:200] for result in results}
-    alone = [server.draw(**body) for body in bodies[::10]]
-    for ours, theirs in zip(results[::10], alone, strict=True):
-        assert np.array_equal(pixels(image_of(ours)), pixels(image_of(theirs)))
+    for body, result in zip(bodies[::5], results[::5], strict=True):
+        one, other = (pixels(image_of(each)).astype(int) for each in (result, server.draw(**body)))
+        assert np.abs(one - other).max() <= 1  # how many share a forward pass changes the last digit
 
 
 def of_node(server: RayServer, number: int) -> psutil.Process:

@@ -34,14 +34,20 @@ REPLICA = "ray::ServeReplica:sfumato:"
 class RayServer(Server):
     """The YAML of the guide with other arguments, deployed with `serve deploy`; `with RayServer(...) as server:`."""
 
-    def __init__(self, folder: Path, arguments: Mapping[str, Any]) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, arguments: Mapping[str, Any], env: Mapping[str, str] | None = None) -> None:
+        self.folder = folder
         self._mark = uuid.uuid4().hex
         self._port, dashboard = _free_port(), _free_port()
         self._dashboard = f"http://127.0.0.1:{dashboard}/api/serve/applications/"
         self._command = [environment.PYTHON, str(START), str(folder), str(dashboard)]
         path = os.pathsep.join([str(environment.FOLDER.parent / "src"), os.environ.get("PYTHONPATH", "")])
-        self._env = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": path, MARK: self._mark}
+        self._env = {
+            **os.environ,
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0",
+            "PYTHONPATH": path,
+            MARK: self._mark,
+        }
         self.url = f"http://127.0.0.1:{self._port}"
         document = yaml.safe_load(FILE.read_text())
         document["http_options"] |= {"host": "127.0.0.1", "port": self._port}

@@ -289,8 +289,8 @@ def _unquoted(text: str) -> str:
         return text
 
 
-def read(path: Path) -> Recipe:
-    """The recipe inside a picture of ours. Raises InvalidPicture if there is none or it cannot be read."""
+def read(path: Path | io.BytesIO) -> Recipe:
+    """The recipe inside a picture of ours, a file or in memory. Raises InvalidPicture if it has none, or is damaged."""
     try:
         with Image.open(path, formats=images.FORMATS) as image:
             text = image.info.get(RECIPE_CHUNK) or image.getexif().get(ExifTags.Base.ImageDescription)
