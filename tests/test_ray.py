@@ -5,14 +5,18 @@ from __future__ import annotations
 import base64
 import io
 import json
+import signal
+import subprocess
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 import sqlalchemy as sql
+import yaml
 from PIL import Image
 
 from cluster import environment
@@ -20,12 +24,11 @@ from support import postgresql, s3
 from support.answerable import within
 from support.answers import image_of, pixels
 from support.held import LONG, Held, left
-from support.ray_server import RayServer
+from support.ray_server import FILE, MODEL, RayServer
 from support.serving import TIMEOUT_S, Server
 
 pytestmark = pytest.mark.slow
 
-MODEL = "sfumato-tiny"
 SMALL = {"prompt": "a red circle", "size": "64x64", "step": 8}
 
 
@@ -79,8 +82,7 @@ def test_pictures_lie_in_s3_and_rows_in_postgresql(
     (kept,) = ray.client.get("/v1/images/gallery", params={"q": prompt}).json()["data"]
     name = kept["name"]
     assert name in bucket.names()
-    assert Image.open(io.BytesIO(bucket.get(name))).size == (64, 64)
-    assert ray.client.get(f"/generated-images/{name}").content == bucket.get(name)
+    assert Image.open(io.BytesIO(ray.client.get(f"/generated-images/{name}").content)).size == (64, 64)
     engine = sql.create_engine(database.url)
     with engine.connect() as connection:
         rows = connection.execute(sql.text("select words from pictures where name = :name"), {"name": name}).all()
@@ -135,6 +137,62 @@ def test_replicas_come_and_go_with_the_steps_to_do(ray: RayServer) -> None:
     within(TIMEOUT_S, lambda: not ray.replicas(MODEL))
     assert ray.client.get("/readyz").status_code == 200
     assert ray.draw(**SMALL).status_code == 200  # it comes again
+
+
+def test_a_replica_that_is_stuck_is_replaced_and_its_picture_drawn(ray: RayServer, server: Server) -> None:
+    with Held(ray, {**LONG, "steps": 4, "size": "256x256", "seed": 5}) as held:
+        held.until(lambda seen: seen.get("devices"))
+        (stuck,) = ray.replicas(MODEL)
+        stuck.send_signal(signal.SIGSTOP)
+        answer = held.answer()
+    assert not stuck.is_running()
+    want = server.draw(**{**LONG, "steps": 4, "size": "256x256", "seed": 5})
+    assert np.array_equal(pixels(image_of(answer)), pixels(image_of(want)))
+
+
+def test_nothing_of_the_cluster_is_connected_to_another_machine(ray: RayServer) -> None:
+    own = {each.address for of in psutil.net_if_addrs().values() for each in of}
+    for process in ray.processes():
+        with suppress(psutil.Error):
+            assert {each.raddr.ip.removeprefix("::ffff:") for each in process.net_connections() if each.raddr} <= own, (
+                process
+            )
+
+
+SCHEMA = """
+import sys, yaml
+from ray.serve.schema import ServeDeploySchema
+ServeDeploySchema.model_validate(yaml.safe_load(sys.stdin.read()))
+"""
+
+
+def test_the_application_on_kubernetes_is_that_of_the_other_file() -> None:
+    service = yaml.safe_load((FILE.parent / "rayservice.yaml").read_text())
+    text = service["spec"]["serveConfigV2"]
+    environment.make()
+    subprocess.run([environment.PYTHON, "-c", SCHEMA], input=text, text=True, check=True)
+    (there,), (here,) = (yaml.safe_load(each)["applications"] for each in (text, FILE.read_text()))
+    assert {name: there[name] for name in ("import_path", "args", "deployments")} == {
+        name: here[name] for name in ("import_path", "args", "deployments")
+    }
+    (group,) = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    assert group["maxReplicas"] >= here["args"]["max_replicas"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"max_replica": 2}, "max_replica=2: no argument has that name. Did you mean 'max_replicas'?"),
+        ({"num_gpus": "two"}, "num_gpus='two': must be a number"),
+        ({"steps": 0}, "steps=0: must be at least 1"),
+        ({"max_active": 0}, "max_active=0: must be at least 1"),
+    ],
+)
+def test_a_wrong_argument_is_named(ray: RayServer, arguments: dict[str, Any], words: str) -> None:
+    code = f"from sfumato.ray_serve import app; app({arguments!r})"
+    done = subprocess.run([environment.PYTHON, "-c", code], env=ray.env, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert words in done.stderr.splitlines()[-1]
 
 
 def test_no_request_is_lost_with_a_replica_or_a_node(ray: RayServer, server: Server) -> None:

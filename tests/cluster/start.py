@@ -13,12 +13,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from ray._common.usage.usage_lib import usage_stats_enabled
 from ray.cluster_utils import Cluster
 
 NODE = {"object_store_memory": 80 * 2**20}
 
 
 def main(folder: str, dashboard: str) -> None:
+    assert not usage_stats_enabled()
     head = {"num_cpus": 2, "include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": int(dashboard)}
     cluster = Cluster(initialize_head=True, head_node_args={**NODE, **head})
     try:

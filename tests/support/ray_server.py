@@ -27,6 +27,9 @@ START = environment.LIST.parent / "start.py"
 FILE = environment.FOLDER.parent / "docs/guides/ray/serve.yaml"
 MARK = "SFUMATO_TEST_CLUSTER"
 """Environment variable of all its processes."""
+MODEL = "sfumato-tiny"
+HEALTH = {"health_check_period_s": 1, "health_check_timeout_s": 5}
+"""Ray replaces a replica that has not answered three times in a row."""
 REPLICA = "ray::ServeReplica:sfumato:"
 """How the title of a replica's process begins; its deployment follows."""
 
@@ -41,25 +44,23 @@ class RayServer(Server):
         self._dashboard = f"http://127.0.0.1:{dashboard}/api/serve/applications/"
         self._command = [environment.PYTHON, str(START), str(folder), str(dashboard)]
         path = os.pathsep.join([str(environment.FOLDER.parent / "src"), os.environ.get("PYTHONPATH", "")])
-        self._env = {
-            **os.environ,
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_worker_niceness": "0",
-            "PYTHONPATH": path,
-            MARK: self._mark,
-        }
+        # Nothing is told to anybody, and Ray's processes get as much of this machine as others.
+        of_ray = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+        of_ray["RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS"] = "1"
+        self.env = {**os.environ, **of_ray, **(env or {}), "PYTHONPATH": path, MARK: self._mark}
         self.url = f"http://127.0.0.1:{self._port}"
         document = yaml.safe_load(FILE.read_text())
         document["http_options"] |= {"host": "127.0.0.1", "port": self._port}
         args = document["applications"][0]["args"]
         del args["num_gpus"]  # there is none
         args |= {"device": "cpu", "models": str(folder / "models"), "data": str(folder / "data"), **arguments}
+        document["applications"][0]["deployments"].append({"name": MODEL, **HEALTH})
         (folder / "models").mkdir()
         (folder / "serve.yaml").write_text(yaml.safe_dump(document))
 
     def __enter__(self) -> RayServer:
         self._process = subprocess.Popen(
-            self._command, env=self._env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            self._command, env=self.env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self.client = httpx.Client(base_url=self.url, timeout=TIMEOUT_S)
         try:

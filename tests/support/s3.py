@@ -28,9 +28,6 @@ class S3:
         text = httpx.get(f"{self.url}/{BUCKET}").text
         return {part.partition("</Key>")[0] for part in text.split("<Key>")[1:]}
 
-    def get(self, name: str) -> bytes:
-        return httpx.get(f"{self.url}/{BUCKET}/{name}").content
-
     def answers(self) -> bool:
         try:
             return httpx.put(f"{self.url}/{BUCKET}").status_code == 200

@@ -21,7 +21,7 @@ from sfumato.core import Done, EngineStats, Event, Failed, Generation, ModelStat
 from sfumato.engine.protocol import DeviceState, Load, OnDevice, OnPlace, Order, Ordered, Pin, Placed, Unload
 from sfumato.engine.streams import ended
 from sfumato.engine.totals import total
-from sfumato.errors import NoWorker, SfumatoError, WorkerDied
+from sfumato.errors import ModelNotFound, NoWorker, SfumatoError, WorkerDied
 from sfumato.process.devices import NEAREST
 from sfumato.ray_serve.messages import Begun, ReplicaState
 from sfumato.ray_serve.replica import adapters_key
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 EVERY_S = 1.0
 """Seconds between two looks at the replicas."""
 ANSWER_S = 10.0
-"""Seconds after which a replica that does not say its state is left out until the next look."""
+"""Seconds to wait for their states; one that is stuck by then is replaced by Ray."""
 LOSSES = 5
 """A picture whose replica was lost so often is failed. Deaths of a replica's worker are counted by its supervisor."""
 
@@ -81,7 +81,7 @@ class RayServe:
                 stream = self._handle(config).options(
                     method_name="draw", stream=True, multiplexed_model_id=adapters_key(generation)
                 )
-                with closing(stream.remote(config, generation, deaths)) as items:
+                with cancelling(stream.remote(config, generation, deaths)) as items:
                     async for item in items:
                         match item:
                             case Begun(device):
@@ -110,9 +110,10 @@ class RayServe:
     def _handle(self, config: ModelConfig) -> DeploymentHandle:
         if handle := self._models.get(config.name):
             return handle
-        raise NoWorker(
-            f"{config.name} has no deployment: its model file is newer than the application. Deploy the application "
-            f"again; it has {', '.join(self._models)}"
+        raise ModelNotFound(
+            f"The model {config.name!r} has no deployment: its model file is newer than the application. Deploy that "
+            f"again. It has: {', '.join(self._models)}.",
+            param="model",
         )
 
     # Models.
@@ -145,13 +146,16 @@ class RayServe:
 
     # Replicas.
 
-    async def _of_all(self, model: str, method: str, *arguments: object) -> list[Any]:
-        """What each running replica answers; those that do not are left out."""
+    async def _of_all(self, model: str, method: str, *arguments: object, timeout_s: float | None = None) -> list[Any]:
+        """What each running replica answers, less those that died meanwhile. Raises TimeoutError."""
         try:
             response = self._models[model].broadcast(method, *arguments)
-            answers = await response.results_async(timeout_s=ANSWER_S, return_exceptions=True)
-        except (DeploymentUnavailableError, TimeoutError):
-            return []
+            answers = await response.results_async(timeout_s=timeout_s, return_exceptions=True)
+        except DeploymentUnavailableError:
+            return []  # it has no replicas
+        for answer in answers:
+            if isinstance(answer, BaseException) and not isinstance(answer, LOST):
+                log.error("%s: a replica did not carry out %s: %s", model, method, logs.error_location(answer))
         return [answer for answer in answers if not isinstance(answer, BaseException)]
 
     async def _watch(self) -> None:
@@ -162,7 +166,11 @@ class RayServe:
 
     async def _look(self, model: str) -> None:
         before = self._replicas[model]
-        states: list[ReplicaState] = await self._of_all(model, "state")
+        try:
+            states: list[ReplicaState] = await self._of_all(model, "state", timeout_s=ANSWER_S)
+        except (TimeoutError, lost.RayError, RayServeException) as error:
+            log.warning("%s: its replicas do not say their state (%s)", model, type(error).__name__)
+            return
         now = {state.id: state.device for state in states}
         for id in before.keys() - now.keys():
             self._ended = total([self._ended, ended(before[id].stats)])
@@ -199,12 +207,13 @@ class RayServe:
 
 
 @contextmanager
-def closing(items: DeploymentResponseGenerator[Any]) -> Iterator[DeploymentResponseGenerator[Any]]:
-    """Cancels the replica's task when the block is left, which ends its drawing if it has not ended."""
+def cancelling(items: DeploymentResponseGenerator[Any]) -> Iterator[DeploymentResponseGenerator[Any]]:
+    """Cancels the replica's task, which ends its drawing, if the block is left before the stream has ended."""
     try:
         yield items
-    finally:
+    except BaseException:
         items.cancel()
+        raise
 
 
 def _error(config: ModelConfig | None, error: Exception) -> SfumatoError:
