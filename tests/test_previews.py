@@ -103,7 +103,7 @@ def shown(events: list[Event]) -> list[Preview]:
 
 def final(events: list[Event]) -> np.ndarray[Any, Any]:
     assert isinstance(events[-1], Done), events[-1]
-    return pixels(events[-1].png)
+    return pixels(events[-1].file)
 
 
 def source(width: int, height: int) -> bytes:
@@ -325,7 +325,7 @@ def test_previews_of_the_embedded_model_look_like_its_pictures() -> None:
         asked = wanted("1", prompt=prompt, seed=seed, steps=12, width=None, height=None, previews=3)
         torch.set_rng_state(before)
         drawn.append((got, draw(model, asked, lambda *_: None, got.append)))
-    finals = [small(Image.open(io.BytesIO(done.png))) for _, done in drawn]
+    finals = [small(Image.open(io.BytesIO(done.file))) for _, done in drawn]
     for number, (previews, _) in enumerate(drawn):
         likeness = [
             [float(np.corrcoef(small(Image.open(io.BytesIO(each.png))), final)[0, 1]) for final in finals]

@@ -96,7 +96,9 @@ def serve(**options: Any) -> None:
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="What to draw.")] = None,
     model: Annotated[str | None, typer.Option("-m", "--model", help="A model file's name, or a hub id.")] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="File to write (PNG).")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="File to write: PNG, or a clip: .mp4, .webm, .gif, .webp.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed; absent: a random one.")] = None,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT.")] = None,
     image: Annotated[
@@ -115,7 +117,7 @@ def generate(
     models: Models = None,
     **sampling: Any,
 ) -> None:
-    """Draw pictures in this process, without a server; prints the path of each."""
+    """Draw pictures or clips in this process, without a server; prints the path of each."""
     from sfumato.commands import kept_sources
     from sfumato.commands.generate import generate as run
 
@@ -301,11 +303,11 @@ def rebuild(
     """Rebuild the index from the recipes in the picture files; stars are kept."""
     from sfumato.api.http.auth import parse_keys
     from sfumato.pictures.gallery import Gallery
-    from sfumato.pictures.store import Store
+    from sfumato.pictures.stores import store_of
 
     settings = _settings(data=data, gallery_url=gallery_url, api_keys=api_keys)
     try:
-        gallery = Gallery.of(settings, Store.of(settings), parse_keys(settings.api_keys))
+        gallery = Gallery.of(settings, store_of(settings), parse_keys(settings.api_keys))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     count = gallery.rebuild()

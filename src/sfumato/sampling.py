@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import Any, get_args, get_type_hints
 
 from sfumato.errors import InvalidRequest
+from sfumato.formats import AUDIO, IMAGE, KINDS, VIDEO
 
 MAX_PROMPT = 32_000
 """Characters of a prompt, positive or negative."""
@@ -35,6 +36,8 @@ class Parameter:
     most: float | None = None
     """Limits of a number; for a string, `most` is its maximum length in characters."""
     example: Any = None
+    of: tuple[str, ...] = KINDS
+    """The kinds of results that it is for; requests for others do not have it."""
 
     argument: str | None = None
     """Name of the pipeline call's argument; None: it is not an argument."""
@@ -81,7 +84,7 @@ def _parameter(help: str, **metadata: Any) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """Sampling parameters of a picture, in the order of an infotext. None: the model's default."""
+    """Sampling parameters of a picture, a clip or a sound, in the order of an infotext. None: the model's default."""
 
     steps: int | None = _parameter(
         "Denoising steps", argument="num_inference_steps", least=1, most=1000, example=20, guarded=True, reported=True,
@@ -144,6 +147,20 @@ class Sampling:
         keys=("guidance_end", "diffusers.guidance_end"), absent="1",
     )  # fmt: skip
 
+    num_frames: int | None = _parameter(
+        "Frames of a clip", of=(VIDEO,), least=1, most=10_000, example=49, flag="--frames",
+        keys=("num_frames",), absent="the pipeline's own",
+    )  # fmt: skip
+    fps: float | None = _parameter(
+        "Frames a second of a clip", of=(VIDEO,), least=1, most=120, example=16, keys=("fps",),
+        absent="what the class was trained with",
+    )  # fmt: skip
+    seconds: float | None = _parameter(
+        "Length of a clip or a sound in seconds; of a clip it is rounded up to frames that the class draws",
+        of=(VIDEO, AUDIO), least=0.1, most=3600, example=4, keys=("seconds",),
+        absent="the pipeline's own",
+    )  # fmt: skip
+
     def __getitem__(self, parameter: Parameter) -> Any:
         return getattr(self, parameter.name)
 
@@ -171,6 +188,9 @@ def _parameters() -> tuple[Parameter, ...]:
 
 PARAMETERS = _parameters()
 """One `Parameter` for each field of `Sampling`, in order."""
+
+OF_PICTURES = tuple(each for each in PARAMETERS if IMAGE in each.of)
+"""Those that requests for pictures have."""
 
 NAMED: Mapping[str, Parameter] = MappingProxyType({each.name: each for each in PARAMETERS})
 

@@ -1,7 +1,7 @@
 """A model's capabilities before it is loaded: read from its files, and from diffusers' source as text.
 
 Neither diffusers nor torch is imported, which would take seconds and gigabytes in the API process.
-What the files do not say is None; once the model is loaded, `core.ModelInfo` has everything.
+What the files do not say is None; once the model is loaded, `status.ModelInfo` has everything.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 from sfumato.checkpoints import (
     class_reading,
+    clip_rules,
     dduf,
     descriptions,
     diffusers_source,
@@ -30,10 +31,10 @@ from sfumato.checkpoints import (
     weight_file,
 )
 from sfumato.config import ModelConfig
-from sfumato.core import Abilities
 from sfumato.errors import SfumatoError
 from sfumato.pipelines import capabilities, tokens, with_prior, workflows
-from sfumato.pipelines.inputs import Kin, Reading
+from sfumato.pipelines.inputs import MOVING, Kin, Reading
+from sfumato.status import Abilities, FrameRule
 
 DEFAULT_MULTIPLE = 8
 """Default of diffusers' image processors."""
@@ -41,7 +42,7 @@ DEFAULT_MULTIPLE = 8
 
 @dataclass(frozen=True, slots=True)
 class StaticCapabilities:
-    """The part of `core.ModelInfo` that files reveal."""
+    """The part of `status.ModelInfo` that files reveal."""
 
     pipeline: str | None = None
     abilities: Abilities | None = None
@@ -106,7 +107,7 @@ def _kin(reading: Reading, parts: _Parts, nets: int) -> Kin:
     more = any(parts.kind(part).startswith("Multi") for part in ("controlnet", "adapter"))
     return class_reading.kin_of(
         reading, unet_channels=channels, hidden_type=hidden_type, nets=nets, kinds=kinds or 0, more=more,
-        lacks=parts.lacks,
+        lacks=parts.lacks, frames=_frames(reading.name, parts),
     )  # fmt: skip
 
 
@@ -184,6 +185,21 @@ def _tokens(name: str, parameters: Mapping[str, inspect.Parameter], parts: _Part
     return max(capacities, default=None)
 
 
+def _frames(name: str, parts: _Parts) -> FrameRule | None:
+    """Equals `clip_rules.of_pipeline` of the loaded pipeline; None if that cannot be evaluated."""
+    attributes: dict[str, Any] = {}
+    for function in diffusers_source.methods(name, "__init__"):
+        for target, value in _assignments(function):
+            attributes.setdefault(target, _value(value, attributes, parts))
+    named = [attributes[each] for each in clip_rules.STEPS if each in attributes]
+    longest = None
+    with suppress(_Unknown):
+        longest = parts.setting("motion_adapter", clip_rules.LONGEST)
+    if named and named[0] is None:
+        return None
+    return clip_rules.frame_rule(next(iter(named), None), longest, parts.kind("vae"))
+
+
 def _multiple(name: str, parts: _Parts) -> int | None:
     """Equals `arguments.size_multiple`, from the arithmetic in the class's `__init__`."""
     if larger := capabilities.UPSCALERS.get(name):
@@ -199,6 +215,9 @@ def _multiple(name: str, parts: _Parts) -> int | None:
                 processor = _value(factors[0], attributes, parts) if factors else DEFAULT_MULTIPLE
             else:
                 attributes[target] = _value(value, attributes, parts)
+    reading = class_reading.of_name(name)
+    if reading and reading.output == MOVING:
+        return clip_rules.side_multiple(name, lambda value: _value(value, attributes, parts))
     factor = processor if processor is not None else attributes.get("vae_scale_factor", DEFAULT_MULTIPLE)
     return int(factor) if isinstance(factor, int | float) and factor else None
 

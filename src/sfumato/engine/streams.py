@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from sfumato.core import Done, EngineStats, Event, Failed, ModelStatus, Preview, Step
+from sfumato.core import Done, Event, Failed, Preview, Step
 from sfumato.engine.protocol import (
     Answer,
     Load,
@@ -26,6 +26,7 @@ from sfumato.engine.protocol import (
 )
 from sfumato.engine.totals import total
 from sfumato.errors import SfumatoError, WorkerDied
+from sfumato.status import EngineStats, ModelStatus
 
 OF_ONE_WORKER: Mapping[str, Any] = {
     "prompt_cache_bytes": 0,

@@ -63,11 +63,21 @@ MAX_EXIF = 65_000
 def encode(image: Image.Image, recipe: Recipe) -> bytes:
     """The picture as PNG bytes with both chunks."""
     chunks = PngImagePlugin.PngInfo()
-    chunks.add_text(INFOTEXT_CHUNK, infotext(recipe))
-    chunks.add_text(RECIPE_CHUNK, json.dumps(as_json(recipe), ensure_ascii=False))
+    for name, text in chunks_of(recipe).items():
+        chunks.add_text(name, text)
     file = io.BytesIO()
     image.save(file, "PNG", pnginfo=chunks)
     return file.getvalue()
+
+
+def chunks_of(recipe: Recipe) -> dict[str, str]:
+    """The texts that a file has of a recipe, by the names of PNG's chunks."""
+    return {INFOTEXT_CHUNK: infotext(recipe), RECIPE_CHUNK: json.dumps(as_json(recipe), ensure_ascii=False)}
+
+
+def exif(recipe: Recipe) -> bytes:
+    """The EXIF block of a WebP or JPEG file with this recipe; empty if it does not fit."""
+    return _exif(chunks_of(recipe))
 
 
 def convert(

@@ -17,13 +17,14 @@ from dataclasses import replace
 from typing import Final
 
 from sfumato.config import ModelConfig
-from sfumato.core import BATCH, EngineStats, Event, Failed, Generation, LoadState, ModelInfo, ModelStatus, Step
+from sfumato.core import BATCH, Event, Failed, Generation, Step
 from sfumato.engine.protocol import DeviceState, Load, OnDevice, OnPlace, Order, Ordered, Unload
 from sfumato.engine.totals import total
 from sfumato.errors import AdditionTooLarge, DeviceUnavailable, ModelTooLarge, NoWorker, SfumatoError, WorkerDied
 from sfumato.process.routing import SQUARE, START_S, Router
 from sfumato.process.supervisor import WORKER, Supervisor
 from sfumato.settings import Settings
+from sfumato.status import EngineStats, LoadState, ModelInfo, ModelStatus
 
 UNKNOWN_STEPS = 30
 """Assumed for a picture whose request, model file and loaded model do not say."""

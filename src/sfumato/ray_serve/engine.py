@@ -17,7 +17,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from sfumato import logs
 from sfumato.config import ModelConfig
-from sfumato.core import Done, EngineStats, Event, Failed, Generation, ModelStatus
+from sfumato.core import Done, Event, Failed, Generation
 from sfumato.engine.protocol import DeviceState, Load, OnDevice, OnPlace, Order, Ordered, Pin, Placed, Unload
 from sfumato.engine.streams import ended
 from sfumato.engine.totals import total
@@ -26,6 +26,7 @@ from sfumato.process.devices import NEAREST
 from sfumato.ray_serve.messages import Begun, ReplicaState
 from sfumato.ray_serve.replica import adapters_key
 from sfumato.settings import Settings
+from sfumato.status import EngineStats, ModelStatus
 
 log = logging.getLogger(__name__)
 
