@@ -15,12 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sfumato.errors import StorageError
+from sfumato.formats import FORMATS
 from sfumato.settings import Settings
 
 log = logging.getLogger(__name__)
 
 MEDIA_TYPES = {"png": "image/png", "webp": "image/webp", "jpeg": "image/jpeg"}
-"""Media types of stored files, by extension."""
+"""Media types of stored pictures, by extension."""
+
+STORED = {**{each.name: each.media_type for each in FORMATS.values()}, **MEDIA_TYPES}
+"""The same of all stored files: pictures, clips and sounds."""
 
 LOW_WATER = 0.95
 """Fraction of the limit to shrink to once it is exceeded, so that not every new picture rescans the folder."""
@@ -31,7 +35,7 @@ ABANDONED_S = 3600
 RANDOM_DIGITS = 26
 """Random hexadecimal digits of a name; the six after them identify the owner, to those who know the owners."""
 
-_NAME = re.compile(rf"[0-9a-f]{{32}}\.({'|'.join(MEDIA_TYPES)})")
+_NAME = re.compile(rf"[0-9a-f]{{32}}\.({'|'.join(STORED)})")
 _PART = re.compile(r"sfumato-\w+\.part")
 
 
@@ -68,12 +72,12 @@ class Store:
         )
 
     def put(self, data: bytes, extension: str = "png", *, owner: str = "", random: str = "") -> str:
-        """Store a picture (`extension` is one of `MEDIA_TYPES`); returns its name, which `owner_of` understands.
+        """Store a picture (`extension` is one of `STORED`); returns its name, which `owner_of` understands.
 
         `random`: `RANDOM_DIGITS` digits for the name, so that a picture that is drawn again replaces the first; empty:
         new ones. Raises StorageError if it cannot be written. Blocks.
         """
-        assert extension in MEDIA_TYPES, extension
+        assert extension in STORED, extension
         name = self.new_name(owner, extension, random)
         temporary: str | None = None
         try:
@@ -114,7 +118,7 @@ class Store:
             data = (self.folder / name).read_bytes()
         except OSError:
             return None  # it has just expired, or was deleted by hand
-        return StoredPicture(data, MEDIA_TYPES[match[1]]) if data else None
+        return StoredPicture(data, STORED[match[1]]) if data else None
 
     def has(self, name: str) -> bool:
         """Whether a picture of that name exists. Blocks."""
