@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +11,11 @@ from PIL import Image
 
 from sfumato.core import Recipe
 from sfumato.errors import InvalidPicture
-from sfumato.formats import FORMATS, of_kind
+from sfumato.formats import of_kind
 from sfumato.pictures import files, recipe
 from sfumato.pictures.results import Clip, Sound
 from sfumato.sampling import Sampling
+from support.probed import needs, probed
 
 MADE = Recipe(
     model="m", source="o/r", pipeline="WanPipeline", prompt="ein Kätzchen, \"schnell\"\n雪", seed=7,
@@ -36,25 +33,6 @@ def frames(size: tuple[int, int] = (32, 16)) -> Any:
 def tone(rate: int, channels: int = 2) -> Sound:
     times = np.arange(int(rate * 9 / 12.5)) / rate
     return Sound(np.stack([np.sin(2 * np.pi * 440 * times)] * channels).astype(np.float32) / 2, rate)
-
-
-def needs(name: str) -> None:
-    if FORMATS[name].package and not os.environ.get("CI"):
-        pytest.importorskip(FORMATS[name].package, reason="PyAV is missing: pip install 'sfumato[video]'")
-
-
-def probed(path: Path) -> list[dict[str, Any]]:
-    """The streams of a file, as ffprobe reads them."""
-    if shutil.which("ffprobe") is None:
-        told = "there is no ffprobe: `apt-get install ffmpeg`"
-        if os.environ.get("CI"):
-            pytest.fail(told)
-        pytest.skip(told)
-    command = ["ffprobe", "-v", "error", "-count_frames", "-show_streams", "-of", "json", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert not done.stderr, done.stderr
-    streams: list[dict[str, Any]] = json.loads(done.stdout)["streams"]
-    return streams
 
 
 def written(folder: Path, name: str, clip: Clip, made: Recipe = MADE) -> Path:

@@ -27,10 +27,12 @@ import sfumato
 from sfumato.api.batches.store import MAX_OPEN
 from support import tiny, upscalers
 from support.answerable import within
-from support.families_moving import FAMILIES
+from support.families_moving import FAMILIES, stable_audio
 from support.held import Held
 from support.inside import Inside
 from support.serving import Server
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 
 TINY = Path(sfumato.__file__).parent / "models" / "sfumato-tiny"
 ENABLE = "  enable_parameters: image,num_inference_steps\n"
@@ -47,11 +49,14 @@ FILES = {
     "film-broken": "parameters:\n  modle: none\n",
     "film-huge": "parameters:\n  model: film-huge\n",
     "film-offline": "parameters:\n  model: someone/not-on-this-machine\ndiffusers:\n  pipeline_type: WanPipeline\n",
+    "noises": f"parameters:\n  model: noises\ndiffusers:\n{ENABLE}",
+    "noises-huge": "parameters:\n  model: noises-huge\n",
     "enlarge-offline": f"parameters:\n  model: someone/not-on-this-machine\n{UPSCALER}",
 }
 VIDEOS, SYNC, VIDEO = "POST /v1/videos", "POST /v1/videos/sync", "POST /video"
 RELOAD = "POST /sdapi/v1/reload-checkpoint"
 HUGGING_FACE = "POST /models/{id}"
+SOUNDS = ("POST /v1/audio/generate", "POST /v1/sound-generation")
 UPLOAD, BATCHES = "POST /v1/files", "POST /v1/batches"
 CANCEL = "POST /v1/batches/{id}/cancel"
 KEY = {"authorization": "Bearer the-key"}
@@ -80,6 +85,8 @@ BODIES: dict[str, dict[str, Any]] = {
     "POST /v1/images/variations": {"image": PHOTO, "steps": 2},
     "POST /v1/images/inpainting": {"prompt": "a cat", "image": PHOTO, "mask": PHOTO, "steps": 2},
     "POST /v1/images/upscale": {"image": SMALL, "scale": 4, "model": "enlarge"},
+    "POST /v1/audio/generate": {"input": "rain", "model": "noises", "seconds": 1, "steps": 2},
+    "POST /v1/sound-generation": {"text": "rain", "model_id": "noises", "duration_seconds": 1, "steps": 2},
     "POST /sdapi/v1/txt2img": A1111,
     "POST /sdapi/v1/img2img": A1111 | {"init_images": [PHOTO]},
     "POST /sdapi/v1/extra-single-image": {"image": SMALL, "upscaling_resize": 4, "upscaler_1": "enlarge"},
@@ -103,6 +110,7 @@ BODIES: dict[str, dict[str, Any]] = {
 WRONG: dict[str, dict[str, Any]] = {
     **{label: {"num_frames": 2} for label in (VIDEOS, SYNC, VIDEO)},
     "POST /v1/images/upscale": {"scale": 3},
+    **{key: {"response_format": "midi"} for key in SOUNDS},
     "POST /sdapi/v1/txt2img": {"steps": 0},
     "POST /sdapi/v1/img2img": {"steps": 0},
     "POST /sdapi/v1/extra-single-image": {"upscaling_resize": 3},
@@ -114,7 +122,7 @@ WRONG: dict[str, dict[str, Any]] = {
     "POST /v1/images/recipe": {"image": "no picture"},
     "POST /api/generate": {"steps": "many"},
     "POST /api/show": {"model": 5},
-    UPLOAD: {"purpose": "vision"},
+    UPLOAD: {"purpose": "assistants"},
 }
 """What makes it a 400; of others `n: 0` does."""
 
@@ -159,9 +167,12 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     (pictures / STORED).write_bytes(base64.b64decode(PHOTO))
     tiny.save(upscalers.four_times(), models / "enlarge")
     FAMILIES["Wan"].build().save_pretrained(models / "film")
-    for name, origin, part in (("huge", TINY, "unet"), ("film-huge", models / "film", "transformer")):
+    stable_audio().save_pretrained(models / "noises")
+    header = json.dumps({"w": {"dtype": "F32", "shape": [2**38], "data_offsets": [0, 2**40]}}).encode()
+    copies = (("huge", TINY, "unet"), ("film-huge", models / "film", "transformer"),
+              ("noises-huge", models / "noises", "transformer"))  # fmt: skip
+    for name, origin, part in copies:
         shutil.copytree(origin, models / name)
-        header = json.dumps({"w": {"dtype": "F32", "shape": [2**38], "data_offsets": [0, 2**40]}}).encode()
         weights = next((models / name / part).glob("*.safetensors"))
         weights.write_bytes(len(header).to_bytes(8, "little") + header)
         os.truncate(weights, 8 + len(header) + 2**40)  # a hole, which takes no room on the disk
@@ -387,6 +398,8 @@ def unwritable(servers: Servers, label: str) -> httpx.Response:
         return send(servers.plain, label, model="film-huge")
     if label in ("POST /api/generate", HUGGING_FACE):  # its pictures are in the answer
         return send(servers.plain, label, model="huge")
+    if label in SOUNDS:
+        return send(servers.plain, label, model="noises-huge")
     if label == "GET /v1/images/gallery":
         return without_its_table(servers, label, "gallery")
     folder = servers.folder / "data" / "generated-images"

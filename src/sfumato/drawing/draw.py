@@ -1,4 +1,4 @@
-"""Draw one picture or clip: choose the pipeline, build its arguments by signature, run it, and record the recipe."""
+"""Make one picture, clip or sound: choose the pipeline, build its arguments by signature, run it, record the recipe."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ from sfumato.drawing import (
     outputs,
     picture_prompts,
     prompts,
+    sounds,
     usable,
 )
 from sfumato.drawing.steps import Finite, OnStep, watch
@@ -42,7 +43,7 @@ from sfumato.models.load import Loaded
 from sfumato.models.release import release_frames
 from sfumato.pictures import files, images
 from sfumato.pictures.encoder import HERE, Encoder
-from sfumato.pictures.results import Clip, Result
+from sfumato.pictures.results import Clip, Result, Sound
 from sfumato.pipelines import capabilities, modular, request_scheduler, scheduler_owners, tokens
 from sfumato.pipelines.tiling import can_tile
 from sfumato.previews.steps import OnPreview, RunPreviews
@@ -181,12 +182,13 @@ def _draw(
     generation, how_read = prompts.split(model, pipeline, generation)
     generation, left_out = usable.usable(model, pipeline, generation)
     filled = clips.settled(model, pipeline, generation.sampling, arguments.fill(model, pipeline, generation))
+    filled = sounds.settled(model, pipeline, filled)
     usable.refuse_defaults(model, pipeline, filled)
     canvas = arguments.canvas(model, pipeline, filled)
     clips.check_size(model, filled, canvas)
     kwargs = arguments.arguments(model, pipeline, generation, filled, canvas)
     kwargs |= clips.arguments(pipeline, filled) | picture_prompts.arguments(model, pipeline, requested)
-    kwargs |= guided.arguments(pipeline, filled.sampling)
+    kwargs |= sounds.arguments(pipeline, filled) | guided.arguments(pipeline, filled.sampling)
     kwargs |= latent_sources.of_source(pipeline, generation, kwargs)
     # 3. its own scheduler
     driver = scheduler_owners.drawing_pipeline(pipeline)
@@ -200,6 +202,7 @@ def _draw(
     result, more = _run(pipeline, reading.arguments, filled, finite)
     # 5. the requested part of it; outside the mask every pixel stays unchanged
     result = _placed(pipeline, result, canvas) if isinstance(result, Image.Image) else result
+    result, shorter = sounds.cut(pipeline, filled, result)
     # 6. the result with its recipe, and warnings for what differs from the request
     result_recipe = replace(
         _recipe(model, pipeline, requested, filled, result, kwargs, choice, canvas),
@@ -220,6 +223,7 @@ def _draw(
         *_not_taken(model, pipeline, filled, kwargs),
         *_without_effect(pipeline, driver, kwargs),
         *clips.warnings(filled, result),
+        *shorter,
         *guided.warnings(interval, filled.sampling),
         *latent_sources.warnings(pipeline, generation),
     )
@@ -389,8 +393,9 @@ def _recipe(
         seed=filled.seed,
         sampling=replace(
             sampling,
-            width=result.size[0],
-            height=result.size[1],
+            width=result.size[0] or None,
+            height=result.size[1] or None,
+            seconds=sampling.seconds or (result.seconds if isinstance(result, Sound) else None),
             num_frames=len(result) if isinstance(result, Clip) else sampling.num_frames,
             scheduler=choice.name if choice else type(model_scheduler).__name__,
             strength=sampling.strength if filled.sampling.strength is None else filled.sampling.strength,

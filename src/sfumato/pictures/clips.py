@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import io
 import itertools
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -48,7 +47,7 @@ def _in_container(clip: Clip, recipe: Recipe, *, format: str) -> bytes:
 
     codecs, file = CODECS[format], io.BytesIO()
     with av.open(file, "w", format=format) as container:
-        container.metadata[recipes.COMMENT] = _text(recipe)
+        container.metadata[recipes.COMMENT] = recipes.json_of(recipe)
         picture: Any = container.add_stream(codecs.video, _rate(clip.fps), dict(codecs.options))
         picture.width, picture.height = clip.size
         picture.pix_fmt = "yuv444p" if any(side % 2 for side in clip.size) else "yuv420p"
@@ -98,7 +97,7 @@ STEPS_MS: Mapping[str, int] = MappingProxyType({"webp": 1, "gif": 10})
 TAGS: Mapping[str, Callable[[Recipe], Mapping[str, Any]]] = MappingProxyType(
     {
         "webp": lambda recipe: {"quality": 90, "method": 4, "exif": recipes.exif(recipe)},
-        "gif": lambda recipe: {"comment": _text(recipe).encode()},
+        "gif": lambda recipe: {"comment": recipes.json_of(recipe).encode()},
     }
 )
 
@@ -130,10 +129,6 @@ class _Frames(Image.Image):
 
     def tell(self) -> int:
         return self._at
-
-
-def _text(recipe: Recipe) -> str:
-    return json.dumps(recipes.as_json(recipe), ensure_ascii=False)
 
 
 ENCODERS: Mapping[str, Callable[[Clip, Recipe], bytes]] = MappingProxyType(

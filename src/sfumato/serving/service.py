@@ -394,14 +394,10 @@ class Service:
             return prompts
         if abilities := await self._foreseen.abilities(config):
             inputs.check(
-                config.name,
-                abilities,
-                kind=kind_of(request.format),
-                frames=request.sampling.num_frames,
-                pictures=len(request.images),
-                mask=request.mask is not None,
+                config.name, abilities, kind=kind_of(request.format), frames=request.sampling.num_frames,
+                seconds=request.sampling.seconds, pictures=len(request.images), mask=request.mask is not None,
                 controls=len(request.controls),
-            )
+            )  # fmt: skip
         return prompts
 
     async def abilities(self, config: ModelConfig) -> Abilities | None:
@@ -424,6 +420,8 @@ class Service:
             limits=self.limits,
             fitting=request.fitting,
             scale=(request.upscale or 1) if derived else None,
+            caller=request.caller,
+            names=request.image_names,
         )
 
     def _arrival(self, id: str, caller: str) -> Arrival | None:
