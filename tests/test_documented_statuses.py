@@ -27,9 +27,12 @@ import sfumato
 from sfumato.api.batches.store import MAX_OPEN
 from support import tiny, upscalers
 from support.answerable import within
+from support.families_moving import stable_audio
 from support.held import Held
 from support.inside import Inside
 from support.serving import Server
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 
 TINY = Path(sfumato.__file__).parent / "models" / "sfumato-tiny"
 ENABLE = "  enable_parameters: image,num_inference_steps\n"
@@ -42,10 +45,13 @@ FILES = {
     "enlarge-long": f"parameters:\n  model: enlarge\nstep: 1000\n{UPSCALER}",
     "enlarge-broken": f"parameters:\n  model: nowhere\n{UPSCALER}",
     "huge": "parameters:\n  model: huge\n",
+    "noises": f"parameters:\n  model: noises\ndiffusers:\n{ENABLE}",
+    "noises-huge": "parameters:\n  model: noises-huge\n",
     "enlarge-offline": f"parameters:\n  model: someone/not-on-this-machine\n{UPSCALER}",
 }
 RELOAD = "POST /sdapi/v1/reload-checkpoint"
 HUGGING_FACE = "POST /models/{id}"
+SOUNDS = ("POST /v1/audio/generate", "POST /v1/sound-generation")
 UPLOAD, BATCHES = "POST /v1/files", "POST /v1/batches"
 CANCEL = "POST /v1/batches/{id}/cancel"
 KEY = {"authorization": "Bearer the-key"}
@@ -73,6 +79,8 @@ BODIES: dict[str, dict[str, Any]] = {
     "POST /v1/images/variations": {"image": PHOTO, "steps": 2},
     "POST /v1/images/inpainting": {"prompt": "a cat", "image": PHOTO, "mask": PHOTO, "steps": 2},
     "POST /v1/images/upscale": {"image": SMALL, "scale": 4, "model": "enlarge"},
+    "POST /v1/audio/generate": {"input": "rain", "model": "noises", "seconds": 1, "steps": 2},
+    "POST /v1/sound-generation": {"text": "rain", "model_id": "noises", "duration_seconds": 1, "steps": 2},
     "POST /sdapi/v1/txt2img": A1111,
     "POST /sdapi/v1/img2img": A1111 | {"init_images": [PHOTO]},
     "POST /sdapi/v1/extra-single-image": {"image": SMALL, "upscaling_resize": 4, "upscaler_1": "enlarge"},
@@ -92,6 +100,7 @@ BODIES: dict[str, dict[str, Any]] = {
 
 WRONG: dict[str, dict[str, Any]] = {
     "POST /v1/images/upscale": {"scale": 3},
+    **{key: {"response_format": "midi"} for key in SOUNDS},
     "POST /sdapi/v1/txt2img": {"steps": 0},
     "POST /sdapi/v1/img2img": {"steps": 0},
     "POST /sdapi/v1/extra-single-image": {"upscaling_resize": 3},
@@ -103,7 +112,7 @@ WRONG: dict[str, dict[str, Any]] = {
     "POST /v1/images/recipe": {"image": "no picture"},
     "POST /api/generate": {"steps": "many"},
     "POST /api/show": {"model": 5},
-    UPLOAD: {"purpose": "vision"},
+    UPLOAD: {"purpose": "assistants"},
 }
 """What makes it a 400; of others `n: 0` does."""
 
@@ -147,9 +156,12 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     tiny.save(upscalers.four_times(), models / "enlarge")
     shutil.copytree(TINY, models / "huge")
     header = json.dumps({"w": {"dtype": "F32", "shape": [2**38], "data_offsets": [0, 2**40]}}).encode()
-    weights = next((models / "huge" / "unet").glob("*.safetensors"))
-    weights.write_bytes(len(header).to_bytes(8, "little") + header)
-    os.truncate(weights, 8 + len(header) + 2**40)  # a hole, which takes no room on the disk
+    stable_audio().save_pretrained(models / "noises")
+    shutil.copytree(models / "noises", models / "noises-huge")
+    for denoiser in (models / "huge" / "unet", models / "noises-huge" / "transformer"):
+        weights = next(denoiser.glob("*.safetensors"))
+        weights.write_bytes(len(header).to_bytes(8, "little") + header)
+        os.truncate(weights, 8 + len(header) + 2**40)  # a hole, which takes no room on the disk
     for name, text in FILES.items():
         (models / f"{name}.yaml").write_text(f"name: {name}\n{text}")
     env = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(folder / "hf")}  # nobody listens there
@@ -361,6 +373,8 @@ def unwritable(servers: Servers, label: str) -> httpx.Response:
         return reloaded(servers, "huge")
     if label in ("POST /api/generate", HUGGING_FACE):  # its pictures are in the answer
         return send(servers.plain, label, model="huge")
+    if label in SOUNDS:
+        return send(servers.plain, label, model="noises-huge")
     if label == "GET /v1/images/gallery":
         return without_its_table(servers, label, "gallery")
     folder = servers.folder / "data" / "generated-images"

@@ -266,7 +266,7 @@ def test_quantised_blocks_draw_what_diffusers_draws(family: str, parts: set[str]
     expected = plain(**call, generator=torch.Generator().manual_seed(1)).images[0]
     model = load.load(made, "cpu", quiet)
     done = draw(model, wanted(prompt="a cat", width=64, height=64), quiet)
-    assert np.array_equal(np.asarray(decoded(done.png)), np.asarray(expected))
+    assert np.array_equal(np.asarray(decoded(done.file)), np.asarray(expected))
     assert done.recipe.savings == ("quantization:int8",)
     resident = low_memory.sizes({**modular.BUILD, **modular_newer.BUILD}[family]())
     assert all(low_memory.sizes(model.pipeline)[part] < 0.85 * resident[part] for part in parts)

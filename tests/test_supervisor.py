@@ -21,7 +21,7 @@ from starlette.testclient import TestClient
 
 from sfumato.api.app import create_app
 from sfumato.config.parse import config_for
-from sfumato.core import Done, Event, Failed, Generation, ModelStatus, Step
+from sfumato.core import Done, Event, Failed, Generation, Step
 from sfumato.engine.protocol import Load, Ordered, Unload
 from sfumato.errors import Cancelled, RequestTooLarge, WorkerDied
 from sfumato.pictures.store import Store
@@ -31,6 +31,7 @@ from sfumato.process.supervisor import Supervisor
 from sfumato.serving.catalog import Catalog
 from sfumato.serving.service import Service
 from sfumato.settings import Settings
+from sfumato.status import ModelStatus
 from support.answerable import within
 from support.hanging import replaced
 from support.stub_worker import FRAMES, TOTAL, gate_of, lives, stub

@@ -14,7 +14,7 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from sfumato.core import keep_alive_seconds
+from sfumato.core import MAX_CLIP_MEGAPIXELS, MAX_FRAMES, MAX_SECONDS, Limits, keep_alive_seconds
 
 PREFIX = "SFUMATO_"
 
@@ -150,6 +150,13 @@ class Settings:
     max_aspect: int = _setting(
         8, "Maximum aspect ratio (longer to shorter side) of requested and source pictures.", least=1
     )
+    max_frames: int = _setting(MAX_FRAMES, "Maximum frames of a clip.", least=1)
+    max_seconds: int = _setting(MAX_SECONDS, "Maximum length of a clip or a sound, in seconds.", least=1)
+    max_clip_megapixels: int = _setting(
+        MAX_CLIP_MEGAPIXELS,
+        "Maximum megapixels of all frames of a clip together; while it is encoded, each takes 12 MB of main memory.",
+        least=1,
+    )
     max_body_mb: int = _setting(64, "Largest request body, in MiB.", least=1)
     max_text_mb: int = _setting(4, "Maximum size of a request without its pictures (prompts, fields), in MiB.", least=1)
     max_source_pixels: int = _setting(64_000_000, "Largest source picture that is decoded, in pixels.", least=64)
@@ -192,6 +199,12 @@ class Settings:
     outputs_max_age_h: int = _setting(168, "Hours after which generated pictures are deleted; 0 keeps them.", least=0)
     outputs_max_mb: int = _setting(
         10_000, "Total MiB of generated pictures beyond which the oldest are deleted; 0 keeps them.", least=0
+    )
+    outputs_url: str = _setting(
+        "",
+        "Where generated pictures are stored, as a URL of fsspec: s3://bucket/folder (with s3fs, which the extra ray "
+        "has; its key and endpoint come from AWS's environment variables). Empty: `generated-images` in the data "
+        "folder.",
     )
     keep_pictures: bool = _setting(
         True, "Whether pictures returned as base64 are also stored, for the gallery; those with a URL always are."
@@ -246,6 +259,18 @@ class Settings:
         "The least severe lines to log: debug, info, warning or error.",
         choices=("debug", "info", "warning", "error"),
     )
+
+    @property
+    def limits(self) -> Limits:
+        """For the size of a result."""
+        return Limits(
+            self.max_pixels,
+            self.max_side,
+            self.max_aspect,
+            frames=self.max_frames,
+            seconds=self.max_seconds,
+            clip_pixels=self.max_clip_megapixels * 10**6,
+        )
 
     @property
     def runners_folder(self) -> Path:

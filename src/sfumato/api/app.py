@@ -14,7 +14,7 @@ from fastapi.security import HTTPBearer
 from starlette.middleware.cors import CORSMiddleware
 
 from sfumato import __version__
-from sfumato.api import gallery, hugging_face, localai, loras, models, ops, progress, status, studio
+from sfumato.api import gallery, hugging_face, localai, loras, models, ops, progress, sounds, status, studio
 from sfumato.api.a1111 import controlnet, lists
 from sfumato.api.a1111 import jobs as a1111_jobs
 from sfumato.api.a1111 import routes as a1111
@@ -22,6 +22,7 @@ from sfumato.api.batches import file_routes as files
 from sfumato.api.batches import routes as batches
 from sfumato.api.batches.batches import Batches
 from sfumato.api.batches.files import FileStore
+from sfumato.api.batches.pictures import UploadedPictures
 from sfumato.api.batches.store import BatchStore
 from sfumato.api.chat import routes as chat
 from sfumato.api.chat.answers import parse_callers
@@ -158,6 +159,7 @@ def create_app(service: Service, store: Store, running: ActiveRequests | None = 
     app.state.a1111_jobs = a1111_jobs.Jobs(service)
     app.state.jobs = stored_jobs
     app.state.batches = _batches(stored_jobs)
+    service.fetcher.uploads = UploadedPictures(app.state.batches.store.files, keyed=bool(keys))
     app.state.webhooks = Webhooks(stored_jobs, settings)
     stored_jobs.application = app
     if running:
@@ -181,7 +183,7 @@ def _batches(stored_jobs: Jobs) -> Batches:
 def _add_routes(app: FastAPI, *, keyed: bool) -> None:
     # Only documents the key in OpenAPI; `Auth` checks it.
     key = [Depends(HTTPBearer(auto_error=False, description="An API key of this server."))] if keyed else []
-    for module in (openai, chat, localai, jobs, files, batches, progress, models, loras, gallery, status):
+    for module in (openai, chat, localai, sounds, jobs, files, batches, progress, models, loras, gallery, status):
         app.include_router(module.routes, prefix="/v1", dependencies=key)
         # LocalAI's clients often omit the prefix.
         app.include_router(module.routes, include_in_schema=False)

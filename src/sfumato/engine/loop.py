@@ -26,18 +26,7 @@ from sfumato.batching.proof_store import Proofs
 from sfumato.batching.verification import Verification
 from sfumato.checkpoints.remote_limits import Limits
 from sfumato.config import ModelConfig
-from sfumato.core import (
-    BATCH,
-    Done,
-    Event,
-    Failed,
-    Generation,
-    ModelInfo,
-    ModelStatus,
-    RunnerState,
-    Step,
-    keep_alive_seconds,
-)
+from sfumato.core import BATCH, Done, Event, Failed, Generation, Step, keep_alive_seconds
 from sfumato.drawing import named_nets, out_of_memory, preprocessors, two_passes
 from sfumato.drawing.draw import Disturbed, Drawn, RunStopped, encoded
 from sfumato.drawing.info import model_info
@@ -71,6 +60,7 @@ from sfumato.residency.pool import ModelPool
 from sfumato.residency.turns import Turns
 from sfumato.runners.choice import Runners
 from sfumato.settings import Settings, members
+from sfumato.status import ModelInfo, ModelStatus, RunnerState
 
 log = logging.getLogger(__name__)
 

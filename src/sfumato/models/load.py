@@ -30,7 +30,6 @@ from sfumato.checkpoints import (
     weight_file,
 )
 from sfumato.config import ModelConfig, addresses
-from sfumato.core import ModelStatus
 from sfumato.errors import DownloadError, InvalidRequest, LoadError, ModelFileError, SfumatoError
 from sfumato.loras import Lora
 from sfumato.models import (
@@ -55,6 +54,7 @@ from sfumato.pipelines import request_scheduler, tokens, with_prior
 from sfumato.pipelines.capabilities import most_clip_skip
 from sfumato.previews.decode import CheapDecoder, cheap_decoder
 from sfumato.runners.candidate import KeptRunner
+from sfumato.status import ModelStatus
 
 log = logging.getLogger(__name__)
 

@@ -204,7 +204,7 @@ class Gallery:
 
     def _read_row(self, name: str, modified: float) -> dict[str, Any]:
         try:
-            recipe = recipes.as_json(recipes.read(self.store.folder / name))
+            recipe = recipes.as_json(recipes.read(self.store.file(name)))
         except InvalidPicture:
             recipe = None
         return _row(name, modified, owner_of(name, self._callers) or "", recipe)

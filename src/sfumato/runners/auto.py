@@ -21,13 +21,14 @@ from sfumato.batching import cpu_threads
 from sfumato.batching.calls import target
 from sfumato.batching.module_runner import ModuleRunner, numbers
 from sfumato.batching.outcomes import is_out_of_memory
-from sfumato.core import EAGER, RunnerState
+from sfumato.core import EAGER
 from sfumato.pipelines import source_digest
 from sfumato.runners import arguments, measuring, module_state
 from sfumato.runners.arguments import Unserved
 from sfumato.runners.candidate import Candidate
 from sfumato.runners.measured import Measured, Measurements, today
 from sfumato.runners.measuring import Sample
+from sfumato.status import RunnerState
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from sfumato.batching.module_runner import ModuleRunner
-from sfumato.core import RunnerState
+from sfumato.status import RunnerState
 
 
 class KeptRunner(Protocol):

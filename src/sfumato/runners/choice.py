@@ -12,7 +12,7 @@ from typing import Any, Final
 import torch
 
 from sfumato.batching.module_runner import ModuleRunner
-from sfumato.core import EAGER, RunnerState
+from sfumato.core import EAGER
 from sfumato.runners import compiled, graph, recorded
 from sfumato.runners.auto import Auto
 from sfumato.runners.background import Background
@@ -23,6 +23,7 @@ from sfumato.runners.measured import Measurements
 from sfumato.runners.openvino import OpenVino
 from sfumato.runners.parallel import NAME as PARALLEL
 from sfumato.runners.parallel import Parallel, can_be_divided
+from sfumato.status import RunnerState
 
 log = logging.getLogger(__name__)
 
