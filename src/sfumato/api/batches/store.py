@@ -48,7 +48,7 @@ class BatchStore:
 
     def create(self, batch: StoredBatch, lines: Sequence[Line]) -> None:
         """Once it has returned, the batch survives a power cut. Raises TooManyRequests for one too many."""
-        with self._jobs.begin(alone=True) as connection:
+        with self._jobs.begin(alone=batch.caller) as connection:
             if batch.state in OPEN:
                 _require_room(connection, batch.caller)
             self._jobs.sign_of_life(connection)

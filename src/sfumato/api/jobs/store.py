@@ -6,6 +6,7 @@ blocks, and raises JobsUnavailable if the database cannot be used.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import sqlite3
@@ -89,6 +90,23 @@ SERVERS = sql.Table(
 
 INSERTS: Mapping[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
 """Of each kind of database: an insert that can update the row that is there already."""
+
+
+def _begin_immediate(connection: sql.Connection, _: str) -> None:
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def _advisory_lock(connection: sql.Connection, name: str) -> None:
+    """Until the end of the transaction. A collision of two names only makes one wait."""
+    number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], signed=True)
+    connection.execute(sql.select(sql.func.pg_advisory_xact_lock(number)))
+
+
+ALONE: Mapping[str, Callable[[sql.Connection, str], None]] = {
+    "sqlite": _begin_immediate,
+    "postgresql": _advisory_lock,
+}
+"""Of each kind of database: how others are kept out of a transaction."""
 
 _HEAD = [column for column in JOBS.c if column.name not in ("body", "answer")]
 
@@ -366,10 +384,11 @@ class JobStore:
             TABLES.create_all(self.engine)
 
     @contextmanager
-    def begin(self, *, alone: bool = False) -> Iterator[sql.Connection]:
+    def begin(self, *, alone: str = "") -> Iterator[sql.Connection]:
         """A transaction, whose errors are JobsUnavailable; `_Taken` for a key or an id that exists already.
 
-        `alone`: in SQLite, nobody else writes between what it reads and what it writes.
+        `alone`: a name; no other transaction with that name reads between what this one reads and what it writes. In
+        SQLite nobody else writes at all.
         """
         try:
             with self._lock:
@@ -377,8 +396,8 @@ class JobStore:
                     self._create_tables()
                     self._ready = True
             with self.engine.begin() as connection:
-                if alone and self.engine.dialect.name == "sqlite":
-                    connection.exec_driver_sql("BEGIN IMMEDIATE")
+                if alone:
+                    ALONE[self.engine.dialect.name](connection, alone)
                 yield connection
         except sql.exc.IntegrityError as error:
             raise _Taken from error
