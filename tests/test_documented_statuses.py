@@ -100,7 +100,7 @@ BODIES: dict[str, dict[str, Any]] = {
 
 WRONG: dict[str, dict[str, Any]] = {
     "POST /v1/images/upscale": {"scale": 3},
-    **dict.fromkeys(SOUNDS, {"response_format": "midi"}),
+    **{route: {"response_format": "midi"} for route in SOUNDS},
     "POST /sdapi/v1/txt2img": {"steps": 0},
     "POST /sdapi/v1/img2img": {"steps": 0},
     "POST /sdapi/v1/extra-single-image": {"upscaling_resize": 3},
