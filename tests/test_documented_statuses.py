@@ -112,7 +112,7 @@ WRONG: dict[str, dict[str, Any]] = {
     "POST /v1/images/recipe": {"image": "no picture"},
     "POST /api/generate": {"steps": "many"},
     "POST /api/show": {"model": 5},
-    UPLOAD: {"purpose": "vision"},
+    UPLOAD: {"purpose": "assistants"},
 }
 """What makes it a 400; of others `n: 0` does."""
 

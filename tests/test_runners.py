@@ -29,7 +29,7 @@ from sfumato.pictures.images import decoded
 from sfumato.runners import arguments, graph, kept, module_state, openvino
 from sfumato.runners.arguments import Unserved
 from sfumato.runners.background import Background
-from sfumato.runners.candidate import Candidate
+from sfumato.runners.candidate import KeptRunner
 from sfumato.runners.choice import NOT_INSTALLED, Runners
 from sfumato.sampling import Sampling
 from sfumato.settings import Settings
@@ -93,7 +93,7 @@ def test_without_the_package_modules_compute_and_say_why(
     model: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(graph, "installed", lambda: False)
-    runners, kept_runners = Runners("eager", tmp_path), dict[str, Candidate]()
+    runners, kept_runners = Runners("eager", tmp_path), dict[str, KeptRunner]()
     assert runners.of(model.computing(), kept_runners, "openvino", None) == {}
     states = runners.states(model.computing(), kept_runners, "openvino")
     assert states == tuple(RunnerState(name, "eager", NOT_INSTALLED) for name in MODULES)

@@ -28,14 +28,23 @@ def device_names(text: str) -> list[str]:
     if text.strip() == "auto":
         return ["auto"]
     names = [name.strip() for name in text.split(",")] if text else []
-    for name in names:
+    groups = [members(name) for name in names]
+    for name in (name for group in groups for name in group):
         if not _DEVICE.fullmatch(name):
             raise ValueError(f"{name!r} is no device: write auto, or a list of cuda:0, cuda:1, xpu:0, mps, cpu")
-    names = [f"{name}:0" if name in ("cuda", "xpu") else name for name in names]
-    for name, count in Counter(names).items():
+    groups = [[f"{name}:0" if name in ("cuda", "xpu") else name for name in group] for group in groups]
+    for group in groups:
+        if len({name.partition(":")[0] for name in group}) > 1 or (len(group) > 1 and "mps" in group):
+            raise ValueError(f"{'+'.join(group)}: devices that compute one picture together are of one kind, not mps")
+    for name, count in Counter(name for group in groups for name in group).items():
         if count > 1 and name != "cpu":
             raise ValueError(f"{name} is named {count} times; only cpu may have several workers")
-    return names
+    return ["+".join(group) for group in groups]
+
+
+def members(device: str) -> list[str]:
+    """The devices of one worker, its own first: it has more than one of `cuda:0+cuda:1`."""
+    return [name.strip() for name in device.split("+")]
 
 
 def _setting(default: Any, help: str, *, secret: bool = False, **limits: Any) -> Any:
@@ -60,7 +69,8 @@ class Settings:
     devices: str = _setting(
         "",
         "Devices that draw at the same time, each with a worker process of its own: auto (every accelerator of this "
-        "machine), or a list such as cuda:0,cuda:1. It takes the place of `device`. Empty: one worker, on `device`.",
+        "machine), or a list such as cuda:0,cuda:1. A worker of cuda:0+cuda:1 draws each picture on both, if the model "
+        "file says context_parallel. It takes the place of `device`. Empty: one worker, on `device`.",
         check=device_names,
     )
     loaded_models: int = _setting(

@@ -104,7 +104,8 @@ class RunnerState:
     """Its name in the pipeline: `unet`, `transformer`."""
     runner: str
     """`eager`: the module itself. `openvino-fp32`, `openvino-bf16`: a graph made of it, in this precision; `openvino`
-    before the precision is known. `compile-bf16`: torch.compile. `auto`: it is chosen for the first picture."""
+    before the precision is known. `compile-bf16`: torch.compile. `parallel-2`: two devices. `auto`: chosen for the
+    first picture."""
     detail: str = ""
     """Why it is eager, what was measured, or what is not ready yet or not served by the graph."""
 

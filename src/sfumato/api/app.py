@@ -22,6 +22,7 @@ from sfumato.api.batches import file_routes as files
 from sfumato.api.batches import routes as batches
 from sfumato.api.batches.batches import Batches
 from sfumato.api.batches.files import FileStore
+from sfumato.api.batches.pictures import UploadedPictures
 from sfumato.api.batches.store import BatchStore
 from sfumato.api.chat import routes as chat
 from sfumato.api.chat.answers import parse_callers
@@ -158,6 +159,7 @@ def create_app(service: Service, store: Store, running: ActiveRequests | None = 
     app.state.a1111_jobs = a1111_jobs.Jobs(service)
     app.state.jobs = stored_jobs
     app.state.batches = _batches(stored_jobs)
+    service.fetcher.uploads = UploadedPictures(app.state.batches.store.files, keyed=bool(keys))
     app.state.webhooks = Webhooks(stored_jobs, settings)
     stored_jobs.application = app
     if running:

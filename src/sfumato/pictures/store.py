@@ -14,6 +14,7 @@ from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from sfumato import disk
 from sfumato.errors import StorageError
 from sfumato.settings import Settings
 
@@ -55,6 +56,8 @@ class Store:
         self._max_age_s = max_age_s
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
+        self._synced = False
+        """Whether the folder itself survives a power cut."""
         self._bytes: int | None = None
         """Total of all pictures, as far as this process knows; None before the first scan."""
 
@@ -70,8 +73,9 @@ class Store:
     def put(self, data: bytes, extension: str = "png", *, owner: str = "", random: str = "") -> str:
         """Store a picture (`extension` is one of `MEDIA_TYPES`); returns its name, which `owner_of` understands.
 
-        `random`: `RANDOM_DIGITS` digits for the name, so that a picture that is drawn again replaces the first; empty:
-        new ones. Raises StorageError if it cannot be written. Blocks.
+        `random`: `RANDOM_DIGITS` digits for the name of a stored request's picture. Drawn again it replaces the first,
+        and it survives a power cut, as its answer does. Empty: new digits, of any other picture. Raises StorageError if
+        it cannot be written. Blocks.
         """
         assert extension in MEDIA_TYPES, extension
         name = self.new_name(owner, extension, random)
@@ -81,8 +85,13 @@ class Store:
             handle, temporary = tempfile.mkstemp(dir=self.folder, prefix="sfumato-", suffix=".part")
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
+                if random:
+                    file.flush()
+                    os.fsync(file.fileno())
             Path(temporary).chmod(0o644)
             Path(temporary).replace(self.folder / name)
+            if random:
+                self._sync_names()
         except OSError as error:
             if temporary:
                 Path(temporary).unlink(missing_ok=True)
@@ -93,6 +102,10 @@ class Store:
         if self._max_bytes and self._total_after(len(data)) > self._max_bytes:
             self.expire()
         return name
+
+    def _sync_names(self) -> None:
+        (disk.sync_names if self._synced else disk.sync_folder)(self.folder)
+        self._synced = True
 
     @staticmethod
     def new_name(owner: str, extension: str, random: str = "") -> str:

@@ -53,7 +53,9 @@ class ImageRequest:
     seed: int | None = None
     """0 .. MAX_SEED; -1 or None: a random one."""
     images: Sequence[str | bytes] = ()
-    """Source pictures: file bytes, base64, `data:` URI or http(s) URL."""
+    """Source pictures: file bytes, base64, `data:` URI, http(s) URL or an uploaded file (`sources.uploaded`)."""
+    image_names: Sequence[str] = ()
+    """Of each of them in errors; empty: as their API has them."""
     mask: str | bytes | None = None
     """White is redrawn; if the mask has transparency, transparent areas are redrawn."""
     mask_from_alpha: bool = False

@@ -424,6 +424,8 @@ class Service:
             limits=self.limits,
             fitting=request.fitting,
             scale=(request.upscale or 1) if derived else None,
+            caller=request.caller,
+            names=request.image_names,
         )
 
     def _arrival(self, id: str, caller: str) -> Arrival | None:

@@ -21,6 +21,7 @@ import sqlalchemy as sql
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import RowMapping
 
+from sfumato import disk
 from sfumato.api.jobs import servers
 from sfumato.errors import JobsUnavailable
 from sfumato.settings import Settings
@@ -338,6 +339,7 @@ class JobStore:
         file = self.engine.url.database or ""
         if self.engine.dialect.name == "sqlite" and not file.startswith("file:"):
             Path(file).parent.mkdir(parents=True, exist_ok=True)
+            disk.sync_folder(Path(file).parent)  # SQLite syncs what is in it
         try:
             TABLES.create_all(self.engine)
         except (sql.exc.IntegrityError, sql.exc.ProgrammingError):  # another server creates them just now
