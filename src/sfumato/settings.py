@@ -200,6 +200,12 @@ class Settings:
     outputs_max_mb: int = _setting(
         10_000, "Total MiB of generated pictures beyond which the oldest are deleted; 0 keeps them.", least=0
     )
+    outputs_url: str = _setting(
+        "",
+        "Where generated pictures are stored, as a URL of fsspec: s3://bucket/folder (with s3fs, which the extra ray "
+        "has; its key and endpoint come from AWS's environment variables). Empty: `generated-images` in the data "
+        "folder.",
+    )
     keep_pictures: bool = _setting(
         True, "Whether pictures returned as base64 are also stored, for the gallery; those with a URL always are."
     )

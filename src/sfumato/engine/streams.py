@@ -123,7 +123,7 @@ class Streams:
         """The worker is gone, and with it every loaded model."""
         self._end_orders(WorkerDied("the worker ended before the order was carried out; send it again"))
         self.statuses.clear()
-        self._before, self._stats = replace(self.stats, **OF_ONE_WORKER), EngineStats()
+        self._before, self._stats = ended(self.stats), EngineStats()
 
     @property
     def stats(self) -> EngineStats:
@@ -132,3 +132,8 @@ class Streams:
 
     def status(self, model: str) -> ModelStatus:
         return self.statuses.get(model, ModelStatus())
+
+
+def ended(stats: EngineStats) -> EngineStats:
+    """What counts on of a worker that is gone."""
+    return replace(stats, **OF_ONE_WORKER)

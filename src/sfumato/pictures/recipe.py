@@ -311,11 +311,10 @@ def _unquoted(text: str) -> str:
         return text
 
 
-def read(path: Path) -> Recipe:
-    """The recipe inside a file of ours. Raises InvalidPicture if there is none or it cannot be read."""
-    suffix = path.suffix.lower()
+def read(path: Path | io.BytesIO) -> Recipe:
+    """The recipe inside a file of ours, or a picture in memory. Raises InvalidPicture if it has none, or is damaged."""
     try:
-        text = riff.comment(path) if suffix == ".wav" else _tag(path) if suffix in CONTAINERS else _in_picture(path)
+        text = _in_picture(path) if isinstance(path, io.BytesIO) else _in_file(path)
     except (OSError, ValueError, struct.error) as error:
         raise InvalidPicture(f"{path}: not a picture, a clip or a sound, or damaged ({error})") from None
     except ImportError as error:
@@ -330,7 +329,12 @@ def read(path: Path) -> Recipe:
         raise InvalidPicture(f"{path}: its recipe cannot be read ({error})") from None
 
 
-def _in_picture(path: Path) -> Any:
+def _in_file(path: Path) -> Any:
+    suffix = path.suffix.lower()
+    return riff.comment(path) if suffix == ".wav" else _tag(path) if suffix in CONTAINERS else _in_picture(path)
+
+
+def _in_picture(path: Path | io.BytesIO) -> Any:
     with Image.open(path, formats=images.FORMATS) as image:
         comment = image.info.get(COMMENT) if image.format == "GIF" else None
         return image.info.get(RECIPE_CHUNK) or image.getexif().get(ExifTags.Base.ImageDescription) or comment

@@ -206,12 +206,27 @@ class JobStore:
             row = connection.execute(sql.select(*columns).where(JOBS.c.id == id, JOBS.c.state != OPEN)).first()
         return Answer(row[0], [(name, value) for name, value in json.loads(row[1])], bytes(row[2])) if row else None
 
-    def page(self, caller: str | None, *, before: tuple[float, str] | None, limit: int) -> tuple[list[StoredJob], bool]:
-        """Jobs, newest first (None: everybody's), and whether there are more."""
-        clauses = [] if caller is None else [JOBS.c.caller == caller]
+    def page(
+        self,
+        caller: str | None,
+        *,
+        before: tuple[float, str] | None,
+        limit: int,
+        path: str = "",
+        ascending: bool = False,
+    ) -> tuple[list[StoredJob], bool]:
+        """Jobs (None: everybody's), newest first, and whether there are more.
+
+        `path`: only requests whose path ends so. `ascending`: oldest first, and `before` is what comes before them.
+        """
+        clauses: list[Any] = [] if caller is None else [JOBS.c.caller == caller]
+        place = sql.tuple_(JOBS.c.created, JOBS.c.id)
         if before:
-            clauses.append(sql.tuple_(JOBS.c.created, JOBS.c.id) < before)
-        query = sql.select(*_HEAD).where(*clauses).order_by(JOBS.c.created.desc(), JOBS.c.id.desc())
+            clauses.append(place > before if ascending else place < before)
+        if path:
+            clauses.append(JOBS.c.request.contains(f'{path}", "root_path"', autoescape=True))
+        order = [column if ascending else column.desc() for column in (JOBS.c.created, JOBS.c.id)]
+        query = sql.select(*_HEAD).where(*clauses).order_by(*order)
         with self.begin() as connection:
             rows = connection.execute(query.limit(limit + 1)).mappings().all()
         return [_job(row) for row in rows[:limit]], len(rows) > limit
@@ -249,6 +264,11 @@ class JobStore:
         mine = (JOBS.c.id == id, JOBS.c.state == OPEN, JOBS.c.server == self.server)
         with self.begin() as connection:
             connection.execute(sql.delete(JOBS).where(*mine))
+
+    def delete(self, id: str) -> None:
+        """Delete a job, whatever its state."""
+        with self.begin() as connection:
+            connection.execute(sql.delete(JOBS).where(JOBS.c.id == id))
 
     def cancel(self, id: str) -> None:
         """Let the server that carries it out know that it should end."""
