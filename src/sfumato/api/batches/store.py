@@ -12,7 +12,8 @@ from sqlalchemy.engine import RowMapping
 
 from sfumato.api.batches.files import FileStore, stored_bytes, unknown_place
 from sfumato.api.batches.tables import BATCHES, CANCELLING, FILES, IN_PROGRESS, LINES, OPEN, Line, StoredBatch
-from sfumato.api.jobs.store import SERVERS, JobStore, lives
+from sfumato.api.jobs.store import JobStore, lives
+from sfumato.api.jobs.tables import SERVERS
 from sfumato.api.webhooks import outbox
 from sfumato.errors import TooManyRequests
 
