@@ -1,12 +1,10 @@
-"""Where the time goes, besides the denoiser; and what a large decode costs those who draw beside it.
+"""Where the time goes, besides the denoiser, and what the server adds to a request.
 
     python -m benchmarks.profile [--model embedded] [--model middle]
 
 1. One request, and eight at once, through the engine's loop: CPU time of its thread (one torch thread), by module and
    by what is around them: the pipelines' own code, the batcher, PNGs.
-2. Ten requests draw, and one decodes a picture of 1024x1024: the longest time between two steps of the ten, with and
-   without the decode, and with a decode that is not interrupted.
-3. One request through HTTP, over `pipe()`: CPU time of the server's two processes, over that of this thread.
+2. One request through HTTP, over `pipe()`: CPU time of the server's two processes, over that of this thread.
 """
 
 from __future__ import annotations
@@ -27,10 +25,8 @@ import torch
 
 from benchmarks import models
 from benchmarks.figures import figure, table, write
-from sfumato.batching import interruption
 from sfumato.batching.batcher import Batcher
 from sfumato.batching.interruption import Slices
-from sfumato.batching.views import view
 from sfumato.commands.bench.server import running
 from sfumato.core import Done, Generation
 from sfumato.drawing.draw import draw
@@ -40,8 +36,6 @@ from sfumato.pictures import encoder
 from sfumato.serving.catalog import EMBEDDED
 
 AT_ONCE = (1, 8)
-BESIDE = 10
-LARGE = 1024
 
 
 class Clock:
@@ -119,47 +113,6 @@ def shares(name: str, folder: Path, count: int) -> dict[str, float]:
     }
 
 
-def longest_gaps(name: str, folder: Path, *, decode: bool, parts: bool) -> float:
-    """The longest seconds between two steps of one of `BESIDE` requests, after the first steps."""
-    plain = models.Plain(models.config(name, folder, "cpu"), "cpu")
-    # The thread's CPU time: the machine's other load does not matter.
-    pipe, batcher = plain.pipeline, Batcher(slices=Slices(time.thread_time))
-    gaps: list[float] = []
-    vae, channels = pipe.vae, pipe.vae.config.latent_channels
-    side = LARGE // 2 ** (len(vae.config.block_out_channels) - 1)
-    latents = torch.randn(1, channels, side, side)
-
-    def drawing(wanted: Generation) -> None:
-        last = 0.0
-
-        def at_step(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-            nonlocal last
-            now = time.thread_time()
-            if step > 1:
-                gaps.append(now - last)
-            last = now
-            return {}
-
-        view(pipe)(**models.arguments(wanted), callback_on_step_end=at_step, callback_on_step_end_tensor_inputs=[])
-
-    wanted = models.mixed(name, 1, seed=6)[0]
-    for seed in range(BESIDE):
-        sampling = replace(wanted.sampling, steps=12, scheduler=None, guidance_scale=3.0)
-        batcher.submit(lambda seed=seed, sampling=sampling: drawing(replace(wanted, seed=seed, sampling=sampling)))  # type: ignore[misc]
-    interruptible = interruption.interruptible
-    if not parts:
-        interruption.interruptible = lambda module, method: False
-    try:
-        turns = 0
-        while batcher.step():
-            turns += 1
-            if decode and turns == 12:
-                batcher.submit(lambda: view(pipe).vae.decode(latents))
-    finally:
-        interruption.interruptible = interruptible
-    return max(gaps)
-
-
 def cpu_seconds(pid: int) -> float:
     """CPU time of a process and its descendants so far."""
     numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -207,15 +160,7 @@ def run(names: list[str], repeats: int) -> None:
             print(f"\n{name}: percent of the CPU time")
             rows = [(each, by_count[1][each], by_count[8].get(each, 0)) for each in labels]
             print(table(("", "one request", "eight at once"), rows))
-            rounds = []
-            for _ in range(repeats):
-                without = longest_gaps(name, Path(folder), decode=False, parts=True)
-                beside = longest_gaps(name, Path(folder), decode=True, parts=True)
-                at_once = longest_gaps(name, Path(folder), decode=True, parts=False)
-                rounds.append((beside / without, at_once / without))
-            in_parts, whole = (figure([each[at] for each in rounds]) for at in range(2))
-            print(f"longest step of ten beside a decode of {LARGE}, over without: {in_parts}; in one go: {whole}")
-            figures[name] = {"shares": by_count, "decode in parts": in_parts, "decode in one go": whole}
+            figures[name] = {"shares": by_count}
         os.environ["OMP_NUM_THREADS"] = "1"
         figures["HTTP over pipe()"] = figure(over_plain(Path(folder), 3 * repeats))
         print(f"one request through HTTP, over pipe(), in CPU time: {figures['HTTP over pipe()']}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS
 
 import sfumato
+from sfumato.batching import views
 from sfumato.batching.batcher import Batcher
 from sfumato.checkpoints import feature_caches as reading
 from sfumato.commands.check import check
@@ -22,6 +24,7 @@ from sfumato.config import ModelConfig, readers
 from sfumato.core import Control
 from sfumato.drawing.draw import draw
 from sfumato.drawing.info import model_info
+from sfumato.drawing.steps import watch
 from sfumato.errors import InvalidRequest, ModelFileError
 from sfumato.loras import Lora
 from sfumato.models import feature_caches, load
@@ -30,7 +33,9 @@ from sfumato.pictures.images import decoded
 from sfumato.sampling import nested
 from sfumato.serving.catalog import Catalog
 from support import families_transformers, tiny
+from support.batches import noise
 from support.drawing import loaded, quiet, source, wanted
+from support.families import half_mask, picture
 from support.model_files import read
 
 CACHES: dict[str, dict[str, Any]] = {
@@ -89,7 +94,7 @@ def test_pictures_are_those_of_diffusers_with_the_same_cache(family: str, kind: 
     for _ in range(2):  # of the first nothing is left
         request = wanted(prompt="a cat", seed=5, steps=STEPS, **SIZE, **FAMILIES[family][2])
         done = draw(model, request, quiet)
-        assert np.abs(np.asarray(decoded(done.png)).astype(int) - np.round(expected * 255)).max() <= 1
+        assert np.abs(np.asarray(decoded(done.file)).astype(int) - np.round(expected * 255)).max() <= 1
         assert done.recipe.savings == (f"cache:{model.config.cache}",)
     assert model_info(model).savings == (f"cache:{model.config.cache}",)
 
@@ -223,8 +228,99 @@ def test_magcache_follows_the_number_of_steps(folders: dict[str, Path]) -> None:
             pass
     for steps, task in tasks.items():
         assert task.outcome is not None
-        drawn = np.asarray(decoded(task.outcome.value.png)).astype(int)
+        drawn = np.asarray(decoded(task.outcome.value.file)).astype(int)
         assert np.abs(drawn - np.round(expected[steps] * 255)).max() <= 1
+
+
+def klein_inpaint() -> Any:
+    return diffusers.Flux2KleinInpaintPipeline(**families_transformers.flux2_klein().components)
+
+
+def qwen(cls: type[Any]) -> Any:
+    parts = families_transformers.qwen_image().components
+    return cls(**parts, **({"processor": None} if "processor" in inspect.signature(cls).parameters else {}))
+
+
+IN_PART: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "QwenImageImg2ImgPipeline": (lambda: qwen(diffusers.QwenImageImg2ImgPipeline), {}),
+    "QwenImageInpaintPipeline": (lambda: qwen(diffusers.QwenImageInpaintPipeline), {"mask_image": half_mask()}),
+    "QwenImageEditInpaintPipeline": (
+        lambda: qwen(diffusers.QwenImageEditInpaintPipeline),
+        {"mask_image": half_mask(), "prompt": None, "prompt_embeds": noise(1, 7, tiny.WIDTH, seed=1),
+         "prompt_embeds_mask": torch.ones(1, 7, dtype=torch.int64)},
+    ),
+    "Flux2KleinInpaintPipeline": (
+        klein_inpaint,
+        {"mask_image": half_mask(), "guidance_scale": 1.0, "text_encoder_out_layers": (1,)},
+    ),
+}  # fmt: skip
+"""Classes whose transformer can have a cache and whose `strength` leaves steps out, with more arguments for a call."""
+
+
+def test_these_are_all_that_leave_out_steps() -> None:
+    classes = {name: getattr(diffusers, name) for name in dir(diffusers) if name.endswith("Pipeline")}
+    taking = {
+        name
+        for name, cls in classes.items()
+        if "strength" in inspect.signature(cls.__call__).parameters and reading.says_its_calls(name)
+    }
+    films = {"CogVideoXVideoToVideoPipeline", "LTXConditionPipeline"}
+    assert taking - films == IN_PART.keys()
+
+
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+@pytest.mark.parametrize("name", IN_PART)
+def test_a_cache_is_told_the_steps_that_the_class_runs(name: str, strength: float) -> None:
+    """Of 7 steps at 0.6 these classes run 5, others 4."""
+    make, more = IN_PART[name]
+    pipe = make()
+    pipe.set_progress_bar_config(disable=True)
+    given = {"prompt": "a cat", "image": picture(1), "strength": strength, "num_inference_steps": 7, **SIZE, **more}
+    told: list[int] = []
+    with torch.no_grad():
+        own = views.view(pipe)
+        pipe.transformer.register_forward_hook(lambda *_: told.append(own.transformer._sfumato_view.steps()))
+        watch(own, given, quiet, None)
+        own(**given, output_type="latent", generator=torch.Generator().manual_seed(1))
+    assert len(told) > 1
+    assert set(told) == {len(told)}
+
+
+def test_attention_broadcast_gives_the_second_call_of_a_step_that_of_the_first() -> None:
+    """Why it is not offered. Qwen-Image computes the rows with and without the prompt in two calls, here of 4 steps."""
+    pipe = families_transformers.qwen_image()
+    pipe.set_progress_bar_config(disable=True)
+    pipe.transformer.enable_cache(
+        diffusers.PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=2,
+            spatial_attention_timestep_skip_range=(-1, 1001),
+            current_timestep_callback=lambda: pipe.current_timestep,
+        )
+    )
+    outputs: list[Any] = []
+    attention = pipe.transformer.transformer_blocks[0].attn
+    attention.register_forward_hook(lambda module, arguments, output: outputs.append(output))
+    pipe(**call("qwen", 5, steps=4))
+    assert len(outputs) == 8
+    assert all(second is first for first, second in zip(outputs[::2], outputs[1::2], strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_faster_cache_fails_where_a_call_has_one_row(family: str) -> None:
+    """Why it is not offered: it leaves out the second row of a call, and these have none."""
+    pipe = FAMILIES[family][0]()
+    pipe.set_progress_bar_config(disable=True)
+    pipe.transformer.enable_cache(
+        diffusers.FasterCacheConfig(
+            spatial_attention_timestep_skip_range=(-1, 1001),
+            unconditional_batch_timestep_skip_range=(-1, 1001),
+            current_timestep_callback=lambda: pipe.current_timestep,
+            attention_weight_callback=lambda module: 0.3,
+            tensor_format="BCHW",
+        )
+    )
+    with pytest.raises(IndexError):
+        pipe(**call(family, 5))
 
 
 def test_magcache_needs_ratios_of_the_model(folders: dict[str, Path]) -> None:

@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
-from sfumato.batching import interruption, offload
+from sfumato.batching import interruption, offload, torch_state
 from sfumato.batching.batcher import Batcher
+from sfumato.batching.divided_attention import DividedAttention
 from sfumato.batching.interruption import Slices
 from sfumato.batching.task import State, Task
 from sfumato.batching.verification import Verification
@@ -113,6 +116,26 @@ def test_a_decode_delays_no_step_of_others_by_more_than_a_step(timed: Timed) -> 
     assert sum(count > 0 for count in between) > 3  # it was interrupted several times
 
 
+def test_a_short_call_ends_first_and_a_long_one_that_nobody_waits_for_is_only_heard(timed: Timed) -> None:
+    """On the clock of this file: a forward pass of others of 1 s, layers of 1/64 s."""
+    slices = Slices(lambda: timed.now)
+
+    def parts(seconds: float, *, others: bool) -> int:
+        slices.begin(others)
+        for computed in itertools.count(1):
+            timed.now += seconds
+            if slices.over(on_host=True):
+                return computed
+        raise AssertionError
+
+    timed.now += 1.0
+    slices.forward(timed.now - 1.0)
+    assert parts(1 / 64, others=True) == 48  # three quarters of it: another layer would not fit
+    assert parts(1 / 64, others=False) == 64
+    slices.forward(timed.now)  # the others' forward passes take no time
+    assert parts(1 / 64, others=True) == 6  # a tenth of a second
+
+
 class Unready:
     """A runner that leaves every call to the module, as one does that has nothing prepared."""
 
@@ -152,6 +175,64 @@ def test_after_a_layer_that_takes_longer_than_a_step_others_compute_as_long(time
     *between, _ = "".join("d" if what == DENOISER else "p" for what in timed.computed).strip("p").split("p")
     assert len(between) > 3
     assert {len(forwards) for forwards in between[1:]} == {3}
+
+
+def test_an_attention_that_takes_longer_than_a_step_is_computed_in_parts(timed: Timed) -> None:
+    """The one over the 64 x 64 latents of the VAE, on this file's clock: each query takes 10 ms."""
+    latents = noise(1, 4, 64, 64)
+    alone = timed.pipe.vae.decode(latents).sample
+    original, queries = functional.scaled_dot_product_attention, []
+
+    class OnTheClock(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is original and args[0].shape[-2] >= 768:
+                queries.append(args[0].shape[-2])
+                timed._compute(PART, 0.01 * args[0].shape[-2])
+            return func(*args, **(kwargs or {}))
+
+    timed.computed.clear()
+    with OnTheClock():
+        large = timed.batcher.submit(lambda: view(timed.pipe).vae.decode(latents).sample)
+        others = [timed.submit(seed=seed, **SMALL) for seed in range(2, 5)]
+        timed.finish()
+    assert torch.equal(large.outcome.value, alone)  # type: ignore[union-attr]
+    assert all(task.outcome and task.outcome.error is None for task in others)
+    assert queries == [1024] * 4
+    assert 0 < max(timed.parts_between()) <= FORWARD
+
+
+def test_within_an_attention_others_compute_as_if_it_were_not(timed: Timed) -> None:
+    """What divides it is away, and back when the call goes on, also after one that is cancelled there."""
+    depths: list[int] = []
+
+    def between() -> None:
+        depths.append(torch_state.ambient()[3])
+        assert torch.equal(functional.scaled_dot_product_attention(*few), expected_few)
+        if len(depths) == 3:
+            raise Stopped
+
+    few, many = ([noise(1, 1, count, 8, seed=seed) for seed in range(3)] for count in (64, 4096))
+    expected_few, expected = (functional.scaled_dot_product_attention(*each) for each in (few, many))
+    outside = torch_state.ambient()
+    divided = DividedAttention(lambda: depths.append(torch_state.ambient()[3]))
+    with divided:
+        assert torch.equal(functional.scaled_dot_product_attention(*many), expected)
+        with divided.away():
+            assert torch_state.ambient() == outside
+    assert depths == [outside[3]] * 3
+    depths.clear()
+    with pytest.raises(Stopped), DividedAttention(between):
+        functional.scaled_dot_product_attention(*many)
+    assert torch_state.ambient() == outside
+
+
+@pytest.mark.parametrize("given", [{"is_causal": True}, {"dropout_p": 0.5}, {"attn_mask": torch.zeros(4096, 4096)}])
+def test_an_attention_whose_queries_are_not_alike_is_not_divided(given: dict[str, Any]) -> None:
+    query, key, value = (noise(1, 1, 4096, 8, seed=seed) for seed in range(3))
+    calls: list[None] = []
+    with DividedAttention(lambda: calls.append(None)):
+        functional.scaled_dot_product_attention(query, key, value, **given)
+    assert not calls
 
 
 def test_alone_it_is_interrupted_too_so_that_commands_are_read(timed: Timed) -> None:

@@ -21,10 +21,11 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig
+from torch.nn import functional
 
 import sfumato
 from sfumato import schedulers
-from sfumato.batching import exclusive, feature_caches, offload, outputs, torch_state
+from sfumato.batching import divided_attention, exclusive, feature_caches, offload, outputs, torch_state
 from sfumato.batching.adapter_state import Adapters
 from sfumato.batching.calls import original_module
 from sfumato.checkpoints import class_reading, diffusers_source, pipeline_class, single_file
@@ -247,6 +248,25 @@ def test_torch_says_its_state() -> None:
     before = tensor._version
     tensor.add_(1)
     assert tensor._version == before + 1, mend("batching/fingerprints.py")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_attention_on_a_cpu_computes_blocks_of_queries_by_themselves(dtype: torch.dtype, threads: int) -> None:
+    """`batching/divided_attention.py`: the picture would not be the same bit for bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    parts: list[None] = []
+    try:
+        for features, heads in ((8, 1), (64, 2)):
+            chance = torch.Generator().manual_seed(features)
+            arguments = [torch.randn(1, heads, 5001, features, generator=chance).to(dtype) for _ in range(3)]
+            whole = functional.scaled_dot_product_attention(*arguments)
+            with divided_attention.DividedAttention(lambda: parts.append(None)):
+                assert torch.equal(functional.scaled_dot_product_attention(*arguments), whole)
+    finally:
+        torch.set_num_threads(before)
+    assert len(parts) == 2 * (5001 // 1024 // threads - 1)
 
 
 def test_a_compiled_module_has_the_one_that_was_written() -> None:

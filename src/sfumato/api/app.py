@@ -14,7 +14,7 @@ from fastapi.security import HTTPBearer
 from starlette.middleware.cors import CORSMiddleware
 
 from sfumato import __version__
-from sfumato.api import gallery, hugging_face, localai, loras, models, ops, progress, status, studio
+from sfumato.api import gallery, hugging_face, localai, loras, models, ops, progress, sounds, status, studio
 from sfumato.api.a1111 import controlnet, lists
 from sfumato.api.a1111 import jobs as a1111_jobs
 from sfumato.api.a1111 import routes as a1111
@@ -43,6 +43,8 @@ from sfumato.api.jobs.store import JobStore
 from sfumato.api.mcp import routes as mcp
 from sfumato.api.ollama import routes as ollama
 from sfumato.api.openai import routes as openai
+from sfumato.api.videos import routes as videos
+from sfumato.api.videos.documents import video_json
 from sfumato.api.webhooks.sender import Webhooks
 from sfumato.core import MAX_SEED
 from sfumato.errors import SfumatoError
@@ -184,10 +186,25 @@ def _batches(stored_jobs: Jobs) -> Batches:
 def _add_routes(app: FastAPI, *, keyed: bool) -> None:
     # Only documents the key in OpenAPI; `Auth` checks it.
     key = [Depends(HTTPBearer(auto_error=False, description="An API key of this server."))] if keyed else []
-    for module in (openai, chat, localai, jobs, files, batches, progress, models, loras, gallery, status):
+    for module in (
+        openai,
+        chat,
+        localai,
+        sounds,
+        jobs,
+        files,
+        batches,
+        videos,
+        progress,
+        models,
+        loras,
+        gallery,
+        status,
+    ):
         app.include_router(module.routes, prefix="/v1", dependencies=key)
         # LocalAI's clients often omit the prefix.
         app.include_router(module.routes, include_in_schema=False)
+    app.include_router(videos.of_localai, dependencies=key)
     app.include_router(a1111.routes, dependencies=key)
     app.include_router(controlnet.routes, dependencies=key)
     app.include_router(lists.gradio, dependencies=key)
@@ -212,6 +229,7 @@ def _add_middleware(app: FastAPI, keys: Mapping[str, str], origins: Sequence[str
         selected=app.state.choices.of,
         webhook=app.state.webhooks.checked,
         shared=not keys,
+        presented={videos.PATH: video_json},
     )
     app.add_middleware(Shutdown, running=running)
     app.add_middleware(BodyCap, limit=settings.max_body_mb * 2**20)

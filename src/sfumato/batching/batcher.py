@@ -214,7 +214,7 @@ class Batcher:
         if all(task.done for task in long.group):
             long.end()
         else:
-            self.slices.begin()
+            self.slices.begin(others=len(self._active) > len(long.group))
             with cpu_threads.using(long.group[0].threads or self.threads):
                 long.switch()
         if not long.dead:
@@ -256,7 +256,7 @@ class Batcher:
         self._end_marked()
         if task.done:  # cancelled by another one in this turn
             return
-        self.slices.begin()
+        self.slices.begin(others=len(self._active) > 1)
         task.resume()
         if task.outcome is not None:
             self._active.pop(task.number, None)

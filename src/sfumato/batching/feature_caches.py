@@ -36,8 +36,8 @@ def state_managers(module: Any) -> tuple[Any, ...] | None:
     return tuple({id(manager): manager for manager in managers}.values())
 
 
-def prepare(module: Any, steps: int | None) -> None:
-    """Tell a cache that must know it how many steps the run has whose call the module computes next; None: unknown."""
+def prepare(module: Any, steps: int) -> None:
+    """Tell a cache that must know it how many steps the run has whose call the module computes next; 0: unknown."""
     for_steps = getattr(getattr(module, "_cache_config", None), "for_steps", None)
     if steps and for_steps:
         for_steps(steps)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import greenlet  # type: ignore[import-untyped]
 import torch
 
+from sfumato.batching.divided_attention import DividedAttention
 from sfumato.batching.outcomes import Reply
 
 if TYPE_CHECKING:
@@ -31,9 +32,12 @@ MOVED_OR_COMPILED = ("_hf_hook", "_diffusers_hook", "_orig_mod")
 BeforePart: TypeAlias = Callable[[bool], None]
 """Called before a part of a module computes: whether it computes on the host, whose clock then says how long."""
 
-MINIMUM_S = 1.0
-"""Calls are not interrupted before they have computed this long: short ones are better ended, so that their request can
-join the next forward pass."""
+SHORTEST_S = 0.1
+"""Calls are not interrupted for others before they have computed this long: short ones are better ended, so that their
+request can join the next forward pass."""
+
+LISTEN_S = 1.0
+"""If nobody waits, a call is interrupted so often, for new requests and cancellations."""
 
 SHARE = 0.75
 """Part of a forward pass's time that a long call may compute before the next one; its parts cannot be divided."""
@@ -61,14 +65,17 @@ def part_by_part(module: Any, before_part: BeforePart) -> Iterator[Any]:
     """
     here, on_host = greenlet.getcurrent(), _on_host(module)
     own = _copied(module, {})
+    divided = DividedAttention(lambda: before_part(on_host))
 
     def hook(part: Any, args: Any) -> None:
         if greenlet.getcurrent() is here:
-            before_part(on_host)
+            with divided.away():
+                before_part(on_host)
 
     for part in _parts(own):
         part.register_forward_pre_hook(hook)
-    yield own
+    with divided:
+        yield own
 
 
 def _copied(module: torch.nn.Module, copies: dict[int, torch.nn.Module]) -> torch.nn.Module:
@@ -112,10 +119,12 @@ class Slices:
         self._forward_s = 0.0
         self._began = self._previous = 0.0
         self._owed_s = 0.0
+        self._others = False
 
-    def begin(self) -> None:
-        """A request, or a forward pass of several, begins to compute or goes on."""
+    def begin(self, others: bool) -> None:
+        """A request, or a forward pass of several, begins to compute or goes on. `others`: there are other requests."""
         self._began = self._previous = self._clock()
+        self._others = others
 
     def forward(self, began: float) -> None:
         """The latest forward pass of others began at that time and ends now."""
@@ -140,7 +149,8 @@ class Slices:
             return True
         now = self._clock()
         part, self._previous = now - self._previous, now
-        return now - self._began + part > max(MINIMUM_S, SHARE * self._forward_s)
+        allowed = max(SHORTEST_S, SHARE * self._forward_s) if self._others else LISTEN_S
+        return now - self._began + part > allowed
 
 
 class SharedCall(greenlet.greenlet):  # type: ignore[misc]

@@ -139,7 +139,7 @@ class StandIn:
     ) -> Any:
         """Call the module itself, within the cache context that the pipeline requested. `before_part`: if it is long"""
         if self._sfumato_stateful:
-            feature_caches.prepare(self._sfumato_module, self._sfumato_view.steps)
+            feature_caches.prepare(self._sfumato_module, self._sfumato_view.steps())
         with self._sfumato_within():
             selection: Selection | None = self._sfumato_selection
             if selection and not selection.plain:

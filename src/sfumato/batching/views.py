@@ -64,8 +64,8 @@ class View:
         self.exclusive = exclusive
         """Why the whole pipeline runs without switching; empty if it may switch."""
         self.number = next(numbers)
-        self.steps: int | None = None
-        """Denoising steps of its run, if they are known; for feature caches."""
+        self.steps: Callable[[], int] = lambda: 0
+        """Denoising steps of its run, at its calls of the denoiser, 0 if they are not known; for feature caches."""
         self.interval: Interval | None = None
         """Which steps are drawn with guidance, if not all."""
         self.stand_ins: dict[int, StandIn] = {}
@@ -158,8 +158,8 @@ def view(
     return _view(pipeline, View(reason, tiled=tiled, adapters=adapters, runners=runners), {}, "")
 
 
-def expect(pipeline: Any, steps: int) -> None:
-    """Tell the view `pipeline` how many denoising steps it will run."""
+def expect(pipeline: Any, steps: Callable[[], int]) -> None:
+    """Tell the view `pipeline` how many denoising steps its run has; asked when it calls the denoiser."""
     for stand_in in _stand_ins(pipeline):
         stand_in._sfumato_view.steps = steps
 

@@ -68,12 +68,11 @@ def watch(
         argument = name.replace("scheduler", "num_inference_steps")
         steps = kwargs.get(argument, parameters[argument].default if argument in parameters else None)
         expected[name] = steps if isinstance(steps, int) else 0
-    if "scheduler" in expected:
-        # diffusers' image-to-image classes run a part of the steps.
-        views.expect(pipeline, max(1, int(expected["scheduler"] * float(kwargs.get("strength") or 1.0) + 1e-9)))
     progress, finite = scheduler_owners.StepCount(expected, on_step), Finite()
-    if interval and (driver := drivers.get("scheduler")):
-        interval.count = functools.partial(_remaining_of, weakref.ref(driver.scheduler))
+    if driver := drivers.get("scheduler"):
+        views.expect(pipeline, functools.partial(_scheduled_of, weakref.ref(driver.scheduler)))
+        if interval:
+            interval.count = functools.partial(_remaining_of, weakref.ref(driver.scheduler))
     for name, driver in drivers.items():
         _observe(
             driver.scheduler,
@@ -115,6 +114,12 @@ def _observe(
         return result
 
     scheduler_steps.wrap_step(scheduler, observed)
+
+
+def _scheduled_of(reference: weakref.ref[Any]) -> int:
+    """Steps of the run that has begun. Image-to-image classes begin later, and round the strength in different ways."""
+    scheduler = reference()
+    return 0 if scheduler is None else len(scheduler.timesteps) - (getattr(scheduler, "begin_index", None) or 0)
 
 
 def _remaining_of(reference: weakref.ref[Any], first: Any) -> int:

@@ -24,7 +24,8 @@ from sfumato.api.batches.tables import (
     Line,
     StoredBatch,
 )
-from sfumato.api.jobs.store import SERVERS, JobStore, lives
+from sfumato.api.jobs.store import JobStore, lives
+from sfumato.api.jobs.tables import SERVERS
 from sfumato.api.webhooks import outbox
 from sfumato.errors import JobsUnavailable, TooManyRequests
 

@@ -10,12 +10,12 @@ from sfumato.api.chat.bodies import ChatBody
 from sfumato.api.chat.conversation import Named
 from sfumato.api.chat.sizes import SIDE
 from sfumato.config import ModelConfig
-from sfumato.core import Abilities
 from sfumato.errors import ModelNotFound
 from sfumato.sampling import Sampling
 from sfumato.serving.own_size import own_size
 from sfumato.serving.planning import refuse_size, size_of
 from sfumato.serving.service import Service
+from sfumato.status import Abilities
 
 EDITS = "image-to-image"
 

@@ -15,7 +15,8 @@ from starlette.types import ASGIApp
 from sfumato import logs
 from sfumato.api.http import errors
 from sfumato.api.jobs.run import Run, receiver, restored_scope
-from sfumato.api.jobs.store import JobStore, StoredJob
+from sfumato.api.jobs.store import JobStore
+from sfumato.api.jobs.tables import StoredJob
 from sfumato.api.webhooks import outbox
 from sfumato.errors import Cancelled, JobsUnavailable, KeyReused, NoWorker, SfumatoError, TooManyRequests
 from sfumato.serving import repeat

@@ -8,7 +8,7 @@ from typing import Any
 
 from starlette.types import Message, Receive, Scope, Send
 
-from sfumato.api.jobs.store import Answer, StoredJob
+from sfumato.api.jobs.tables import Answer, StoredJob
 from sfumato.serving.repeat import Repeatable
 
 REPLAYED = (b"idempotency-replayed", b"true")

@@ -25,7 +25,7 @@ from sfumato.api.fields import BLANK, NUMBER, PLAIN, KeepAlive, PictureCount, Pr
 from sfumato.api.lora_fields import LoraFields
 from sfumato.api.openai.pictures import Mask, Picture, Pictures
 from sfumato.core import INTERACTIVE, MAX_SEED, PREPROCESSORS, QUALITIES, Control
-from sfumato.sampling import MAX_PROMPT, PARAMETERS, Sampling
+from sfumato.sampling import MAX_PROMPT, OF_PICTURES, Sampling
 from sfumato.serving.planning import (
     DEFAULT_PADDING,
     MAX_PADDING,
@@ -125,7 +125,7 @@ _PROMPT = "What to draw; `positive|negative` (one bar, no braces) also works if 
 _PICTURE = "Base64, data: URI, http(s) URL or `{file_id}` of an uploaded one; in a form, a file."
 
 
-FIELD_PARAMETERS = tuple(each for each in PARAMETERS if not each.side)
+FIELD_PARAMETERS = tuple(each for each in OF_PICTURES if not each.side)
 """Each is a field of its own; width and height are `size`."""
 
 
@@ -138,7 +138,7 @@ class _Common(LoraFields):
         """A field that came empty under one of its names does not hide the value under another."""
         if not isinstance(data, dict):
             return data
-        names = {name for each in PARAMETERS if each.aliases for name in (each.name, *each.aliases)}
+        names = {name for each in OF_PICTURES if each.aliases for name in (each.name, *each.aliases)}
         if "images" in data and data.get("image") in (None, "", []):
             data = {name: value for name, value in data.items() if name != "image"}
         return {
