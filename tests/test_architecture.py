@@ -15,7 +15,7 @@ ROOT = Path(sfumato.__file__).parent
 ROOMS = [
     "cli", "commands", "ray_serve", "api", "serving", "process", "engine", "drawing", "residency", "models",
     "checkpoints", "previews", "runners", "batching", "pipelines", "pictures", "config", "logs", "schedulers",
-    "settings", "allocator", "core", "status", "sampling", "loras", "formats", "errors",
+    "settings", "allocator", "core", "status", "sampling", "loras", "formats", "disk", "errors",
 ]  # fmt: skip
 """Top to bottom: a folder or a file of `src/sfumato`. A module imports from lower rooms, or from its own."""
 

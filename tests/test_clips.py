@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from sfumato.checkpoints import class_reading, clip_rules
 from sfumato.checkpoints.static_capabilities import static_capabilities
 from sfumato.config import ModelConfig
 from sfumato.core import Generation, Limits
+from sfumato.drawing import arguments
 from sfumato.drawing import draw as drawing
 from sfumato.drawing.info import model_info
 from sfumato.errors import InvalidRequest
@@ -24,7 +27,7 @@ from sfumato.pictures.results import Clip
 from sfumato.sampling import Sampling
 from sfumato.serving.planning import ImageRequest, plan
 from sfumato.status import FrameRule
-from support import tiny
+from support import clip_classes, tiny
 from support.drawing import loaded, quiet, source, wanted
 from support.families_moving import FAMILIES
 
@@ -73,6 +76,78 @@ def test_a_clip_is_that_of_a_plain_call(family: str) -> None:
     assert np.abs(clip.frames - plain).max() < 1e-4
     recipe = drawn.recipe.sampling
     assert (recipe.num_frames, recipe.fps, recipe.seconds, recipe.size) == (frames, 12, None, (side, side))
+
+
+PICTURE = source(32, 16)
+SOURCE = Image.open(io.BytesIO(PICTURE))
+
+
+def test_a_clip_from_a_picture_is_that_of_a_plain_call() -> None:
+    made = loaded(clip_classes.wan_image())
+    clip, drawn = clip_of(made, asked("Wan", images=(PICTURE,), width=None, height=None, num_frames=5))
+    assert (len(clip), clip.size, drawn.warnings) == (5, (32, 16), ())  # the size of the picture
+    plain = made.pipeline(
+        image=SOURCE, prompt="a cat", width=32, height=16, num_frames=5, num_inference_steps=2, output_type="np",
+        generator=torch.Generator().manual_seed(1),
+    ).frames[0]  # fmt: skip
+    assert np.abs(clip.frames - plain).max() < 1e-4
+    assert len(drawn.recipe.image_sha256) == 1
+    with pytest.raises(InvalidRequest, match="m needs a source picture"):
+        clip_of(made, asked("Wan"))
+
+
+@SLOW
+def test_a_clip_of_stable_video_diffusion_is_that_of_a_plain_call() -> None:
+    made = model("StableVideoDiffusion")
+    sizes: dict[str, Any] = {"width": 32, "height": 16}
+    clip, drawn = clip_of(made, wanted(images=(PICTURE,), **sizes, num_frames=3, fps=9, format="webp"))
+    assert (len(clip), clip.size, clip.fps, drawn.warnings) == (3, (32, 16), 9, ())
+    plain = made.pipeline(
+        SOURCE, **sizes, num_frames=3, fps=9, num_inference_steps=2, output_type="np",
+        generator=torch.Generator().manual_seed(1),
+    ).frames[0]  # fmt: skip
+    assert np.abs(clip.frames - plain).max() < 1e-4
+
+
+def test_a_large_picture_becomes_a_clip_of_the_area_of_the_model() -> None:
+    """By its signature Wan draws 832x480; a photograph would be as large times the frames."""
+    made = loaded(clip_classes.wan_image())
+    generation = asked("Wan", images=(source(2000, 1000),), width=None, height=None)
+    width, height = arguments.canvas(made, made.pipeline, generation).sources[0].size
+    assert (width % 16, height % 16) == (0, 0)
+    assert 0.9 < width * height / (832 * 480) < 1.1
+    assert width / height == pytest.approx(2, rel=0.05)
+
+
+@pytest.mark.filterwarnings("ignore")  # diffusers' and transformers' own, about toy sizes
+def test_the_sound_of_a_clip_comes_with_it() -> None:
+    made = loaded(clip_classes.ltx2())
+    clip, drawn = clip_of(made, asked("LTX", num_frames=5, fps=25, max_sequence_length=16))
+    plain = made.pipeline(
+        prompt="a cat", width=32, height=32, num_frames=5, frame_rate=25.0, num_inference_steps=2, output_type="np",
+        max_sequence_length=16, generator=torch.Generator().manual_seed(1),
+    )  # fmt: skip
+    assert np.abs(clip.frames - plain.frames[0]).max() < 1e-4
+    assert clip.sound and clip.sound.rate == clip_classes.RATE
+    assert np.abs(clip.sound.samples - plain.audio[0].numpy()).max() < 1e-4
+    assert clip.sound.seconds == pytest.approx(5 / 25, abs=0.05)
+    assert (len(clip), drawn.warnings) == (5, ())
+
+
+@pytest.mark.parametrize("family", [*TEXTS[:1], *(pytest.param(n, marks=SLOW) for n in ("CogVideoX", "AnimateDiff"))])
+def test_a_preview_is_the_first_frame(family: str) -> None:
+    made = model(family)
+    shown: list[Any] = []
+    generation = asked(family, steps=6, previews=1)
+    with torch.no_grad():
+        drawn = drawing.picture(made, generation, quiet, shown.append)
+    assert isinstance(drawn.result, Clip)
+    (preview,) = shown
+    assert (preview.width, preview.height) == drawn.result.size
+    image = Image.open(io.BytesIO(preview.png)).convert("RGB").resize(drawn.result.size)
+    assert np.abs(np.asarray(image, float) - np.asarray(drawn.result.picture(0), float)).mean() < 64
+    plain, _ = clip_of(made, replace(generation, previews=0))
+    assert np.array_equal(plain.frames, drawn.result.frames)  # it changes nothing
 
 
 def test_the_same_seed_is_the_same_clip() -> None:

@@ -212,7 +212,7 @@ def test_cancelled_at_a_preview(studio: Studio) -> None:
 def test_what_is_no_picture_has_no_preview() -> None:
     pipe = tiny.stable_diffusion()
     assert preview(pipe, torch.zeros(1, 4, 8, 8), None, None) is not None
-    assert preview(pipe, torch.zeros(1, 4, 3, 8, 8), None, None) is None  # frames
+    assert preview(pipe, torch.zeros(1, 3, 5, 8, 8), None, None) is None  # frames, but not its latents
     assert preview(pipe, torch.zeros(1, 64, 16), 64, 64) is None  # packed, and nothing unpacks it
     assert preview(pipe, torch.zeros(1, 64), None, None) is None  # an embedding
     assert preview(pipe, torch.zeros(1, 8, 8, dtype=torch.long), None, None) is None  # tokens

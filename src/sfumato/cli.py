@@ -97,7 +97,12 @@ def generate(
     prompt: Annotated[str | None, typer.Argument(help="What to draw.")] = None,
     model: Annotated[str | None, typer.Option("-m", "--model", help="A model file's name, or a hub id.")] = None,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="File to write: PNG, or a clip: .mp4, .webm, .gif, .webp.")
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            help="File to write: PNG, a clip (.mp4, .webm, .gif, .webp) or a sound (.wav, .flac, .mp3, .opus).",
+        ),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed; absent: a random one.")] = None,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT.")] = None,
@@ -117,7 +122,7 @@ def generate(
     models: Models = None,
     **sampling: Any,
 ) -> None:
-    """Draw pictures or clips in this process, without a server; prints the path of each."""
+    """Make pictures, clips or sounds in this process, without a server; prints the path of each."""
     from sfumato.commands import kept_sources
     from sfumato.commands.generate import generate as run
 

@@ -52,7 +52,7 @@ QUALITIES: Mapping[str, float] = MappingProxyType(
 PRIORITIES = (INTERACTIVE, BATCH) = ("interactive", "batch")
 """Classes of requests. The first is the default, and none is above it; nobody waits for the pictures of the second."""
 
-_DURATION = re.compile(r"-?(?:\d+(?:\.\d*)?|\.\d+)(?:h|ms|m|s)?(?:(?:\d+(?:\.\d*)?)(?:h|ms|m|s))*")
+_DURATION = re.compile(r"-?(?:\d+(?:\.\d*)?|\.\d+)(?:h|ms|m|s)?(?:(?:\d+(?:\.\d*)?)(?:h|ms|m|s))*", re.ASCII)
 _PARTS = re.compile(r"(\d+\.?\d*|\.\d+)(h|ms|m|s|$)")
 _SECONDS = {"h": 3600.0, "m": 60.0, "s": 1.0, "": 1.0, "ms": 0.001}
 

@@ -61,6 +61,10 @@ CLIP = "mp4"
 """The format of clips that nobody named."""
 
 
+SOUND = "wav"
+"""The format of sounds that nobody named."""
+
+
 def of_kind(kind: str) -> list[str]:
     """The formats of pictures, clips or sounds."""
     return [each.name for each in FORMATS.values() if each.kind == kind]

@@ -54,12 +54,34 @@ class FrameRule:
 
 
 @dataclass(frozen=True, slots=True)
+class SoundRule:
+    """What sounds a model makes. Lengths are in seconds."""
+
+    rate: int
+    """Samples a second."""
+    least: float = 0.0
+    most: float | None = None
+    """None: as long as the server allows."""
+    piece: float = 0.0
+    """The class rounds a length down to a multiple of this; 0: it does not."""
+
+    def samples(self, seconds: float) -> int:
+        return math.floor(seconds * self.rate + 1e-6)
+
+    def violation(self, seconds: float) -> str:
+        """Why a sound is not this long, in words; empty if it may."""
+        if self.most is not None and seconds > self.most:
+            return f"at most {self.most:.6g} are made at a time"
+        return f"at least {self.least:.3g} are made" if seconds < self.least else ""
+
+
+@dataclass(frozen=True, slots=True)
 class Abilities:
     """What requests may ask of a model."""
 
     tasks: tuple[str, ...] = ()
     """What it does, of text-to-image, label-to-image, image-to-image, inpainting and upscaling, or of text-to-video
-    and image-to-video."""
+    and image-to-video, or text-to-audio."""
     inputs: tuple[Input, ...] = ()
     problem: str = ""
     """Why no request can have anything of it, in words."""
@@ -67,6 +89,8 @@ class Abilities:
     """What it makes: a name of `formats.KINDS`."""
     frames: FrameRule | None = None
     """Of clips; None: it makes none, or the files do not say."""
+    sound: SoundRule | None = None
+    """Of sounds; None: it makes none, or the files do not say."""
 
     def input(self, name: str) -> Input | None:
         return next((each for each in self.inputs if each.name == name), None)

@@ -77,6 +77,7 @@ CAPABILITIES: Mapping[str, str] = MappingProxyType(
         "upscaling": "upscale",
         "text-to-video": "video",
         "image-to-video": "video",
+        "text-to-audio": "sound_generation",
     }
 )
 """Task → LocalAI's name of what it is for."""

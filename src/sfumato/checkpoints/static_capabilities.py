@@ -26,6 +26,7 @@ from sfumato.checkpoints import (
     modular,
     pipeline_class,
     single_file,
+    sound_rules,
     sources,
     split,
     weight_file,
@@ -33,7 +34,7 @@ from sfumato.checkpoints import (
 from sfumato.config import ModelConfig
 from sfumato.errors import SfumatoError
 from sfumato.pipelines import capabilities, tokens, with_prior, workflows
-from sfumato.pipelines.inputs import MOVING, Kin, Reading
+from sfumato.pipelines.inputs import MOVING, SOUND, Kin, Reading
 from sfumato.status import Abilities, FrameRule
 
 DEFAULT_MULTIPLE = 8
@@ -108,6 +109,7 @@ def _kin(reading: Reading, parts: _Parts, nets: int) -> Kin:
     return class_reading.kin_of(
         reading, unet_channels=channels, hidden_type=hidden_type, nets=nets, kinds=kinds or 0, more=more,
         lacks=parts.lacks, frames=_frames(reading.name, parts),
+        sound=sound_rules.sound_rule(reading.name, parts.known) if reading.output == SOUND else None,
     )  # fmt: skip
 
 
@@ -151,6 +153,12 @@ class _Parts:
             if key in (defaults := diffusers_source.defaults(function)):
                 return defaults[key]
         raise _Unknown
+
+    def known(self, part: str, key: str) -> Any:
+        """As `setting`; None if it is not known."""
+        with suppress(_Unknown):
+            return self.setting(part, key)
+        return None
 
     def kind(self, part: str) -> str:
         """A component's class; empty if there is none, or the model file replaces it."""

@@ -57,7 +57,7 @@ def generate(fields: dict[str, Any], like: Path | None, output: Path | None, set
             texts = [*fields["prompts"], sampling.negative_prompt or ""]
             tags = [tag for text in texts for tag in read_tags(text)[1]]
             from_recipe["loras"] = not_named_by(from_recipe["loras"], tags)
-    format = _format(output, sampling)
+    format = _format(output or like, sampling)
     request = ImageRequest(**{**from_recipe, **fields, "sampling": sampling, "format": format}, operator=True)
     if recipe and like:
         places = [like.parent, store_of(settings).folder]
@@ -75,7 +75,8 @@ def generate(fields: dict[str, Any], like: Path | None, output: Path | None, set
 
 
 def _format(output: Path | None, sampling: Sampling) -> str:
-    """What to make: what the file's suffix says; of WebP, and without a file, a clip if it has a length."""
+    """What to make: what the file's suffix says, without a file to write that of the recipe; of WebP, and without
+    both, a clip if it has a length."""
     name = output.suffix.removeprefix(".").lower() if output else ""
     if any(sampling[each] is not None for each in PARAMETERS if IMAGE not in each.of):
         return name if name in FORMATS and kind_of(name) != IMAGE else CLIP

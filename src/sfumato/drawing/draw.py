@@ -1,4 +1,4 @@
-"""Draw one picture or clip: choose the pipeline, build its arguments by signature, run it, and record the recipe."""
+"""Make one picture, clip or sound: choose the pipeline, build its arguments by signature, run it, record the recipe."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ from sfumato.drawing import (
     outputs,
     picture_prompts,
     prompts,
+    sounds,
     usable,
 )
 from sfumato.drawing.steps import Finite, OnStep, watch
@@ -42,7 +43,7 @@ from sfumato.models.load import Loaded
 from sfumato.models.release import release_frames
 from sfumato.pictures import files, images
 from sfumato.pictures.encoder import HERE, Encoder
-from sfumato.pictures.results import Clip, Result
+from sfumato.pictures.results import Clip, Result, Sound
 from sfumato.pipelines import capabilities, modular, request_scheduler, scheduler_owners, tokens
 from sfumato.pipelines.tiling import can_tile
 from sfumato.previews.steps import OnPreview, RunPreviews
@@ -180,13 +181,14 @@ def _draw(
     usable.refuse_class(model, pipeline, requested)
     generation, how_read = prompts.split(model, pipeline, generation)
     generation, left_out = usable.usable(model, pipeline, generation)
-    filled = clips.settled(model, pipeline, generation.sampling, arguments.fill(model, pipeline, generation))
+    filled = sounds.settled(model, pipeline, arguments.fill(model, pipeline, generation))
+    filled = clips.settled(model, pipeline, generation.sampling, filled)
     usable.refuse_defaults(model, pipeline, filled)
     canvas = arguments.canvas(model, pipeline, filled)
     clips.check_size(model, filled, canvas)
     kwargs = arguments.arguments(model, pipeline, generation, filled, canvas)
-    kwargs |= clips.arguments(pipeline, filled) | picture_prompts.arguments(model, pipeline, requested)
-    kwargs |= guided.arguments(pipeline, filled.sampling)
+    kwargs |= clips.arguments(pipeline, filled) | sounds.arguments(pipeline, filled)
+    kwargs |= picture_prompts.arguments(model, pipeline, requested) | guided.arguments(pipeline, filled.sampling)
     kwargs |= latent_sources.of_source(pipeline, generation, kwargs)
     # 3. its own scheduler
     driver = scheduler_owners.drawing_pipeline(pipeline)
@@ -389,8 +391,9 @@ def _recipe(
         seed=filled.seed,
         sampling=replace(
             sampling,
-            width=result.size[0],
-            height=result.size[1],
+            width=result.size[0] or None,
+            height=result.size[1] or None,
+            seconds=sampling.seconds or (result.seconds if isinstance(result, Sound) else None),
             num_frames=len(result) if isinstance(result, Clip) else sampling.num_frames,
             scheduler=choice.name if choice else type(model_scheduler).__name__,
             strength=sampling.strength if filled.sampling.strength is None else filled.sampling.strength,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from sfumato.checkpoints import class_reading
-from sfumato.drawing import arguments, clips
-from sfumato.formats import VIDEO
+from sfumato.drawing import arguments, clips, sounds
+from sfumato.formats import AUDIO, VIDEO
 from sfumato.models.load import Loaded
 from sfumato.pipelines import capabilities, tokens
 from sfumato.sampling import merged
@@ -23,6 +23,8 @@ def model_info(model: Loaded) -> ModelInfo:
     sampling = replace(arguments.defaults(model, pipeline), width=width, height=height)
     if abilities.kind == VIDEO:
         sampling = merged(sampling, clips.defaults(model))
+    if abilities.kind == AUDIO:
+        sampling = merged(sampling, sounds.defaults(model))
     limit = {tokens.LIMIT: sampling.max_sequence_length} if sampling.max_sequence_length else {}
     return ModelInfo(
         pipeline=type(pipeline).__name__,

@@ -31,6 +31,7 @@ def complete(model: Loaded, generation: Generation) -> tuple[str, Generation]:
     inputs.check(
         model.config.name, can,
         kind=kind_of(generation.format), frames=generation.sampling.num_frames,
+        seconds=generation.sampling.seconds,
         pictures=len(generation.images), mask=bool(generation.mask), controls=len(generation.controls),
     )  # fmt: skip
     mask, mask_from_alpha = generation.mask, False

@@ -10,12 +10,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sfumato.checkpoints import class_reading
+from sfumato.checkpoints import class_reading, sound_rules
 from sfumato.checkpoints.clip_rules import USUAL_RATE
 from sfumato.core import Generation
+from sfumato.drawing import sounds
 from sfumato.errors import DrawError
-from sfumato.formats import VIDEO, kind_of
+from sfumato.formats import AUDIO, VIDEO, kind_of
 from sfumato.pictures.results import Clip, Result, Sound
+from sfumato.pipelines.capabilities import parameters_of
 
 FIELDS = ("images", "image", "rgb", "prediction", "frames", "video")
 """Fields of outputs that hold pictures."""
@@ -36,7 +38,7 @@ VISUALISED = re.compile(r"\w*?([A-Z][a-z]+)Output")
 def form(pipeline: Any, kind: str) -> dict[str, str]:
     """Arguments for the form of the output. Of two pictures in one, diffusers cannot always make PIL's; the frames of
     a clip stay numbers until they are encoded."""
-    if kind == VIDEO:
+    if kind == VIDEO or (kind == AUDIO and "output_type" in parameters_of(pipeline)):
         return {"output_type": "np"}
     two = class_reading.output_fields(type(pipeline).__name__) & {*BESIDES}
     return {"output_type": "np"} if two else {}
@@ -46,7 +48,20 @@ def result_of(pipeline: Any, output: Any, generation: Generation) -> tuple[Resul
     """What the generation is for, and warnings for what else there was. Raises DrawError if there is none."""
     if kind_of(generation.format) == VIDEO:
         return clip_of(pipeline, output, generation.sampling.fps or USUAL_RATE), []
+    if kind_of(generation.format) == AUDIO:
+        return sounds.cut(pipeline, generation, sound_of(pipeline, output))
     return picture_of(pipeline, output)
+
+
+def sound_of(pipeline: Any, output: Any) -> Sound:
+    """The first sound of a batch. Raises DrawError if there is none, or if it is not finite."""
+    value, rule = getattr(output, "audios", None), sound_rules.of_pipeline(pipeline)
+    if value is None or rule is None:
+        raise DrawError(f"{type(pipeline).__name__} returned no sound but {type(output).__name__}")
+    samples = np.atleast_2d(torch.as_tensor(value[0]).float().cpu().numpy())
+    if not np.isfinite(samples).all():
+        raise DrawError("the model made NaN: set `dtype: bf16` or `dtype: fp32` in the model file")
+    return Sound(samples, rule.rate)
 
 
 def clip_of(pipeline: Any, output: Any, fps: float) -> Clip:

@@ -8,11 +8,9 @@ from __future__ import annotations
 import functools
 import io
 import itertools
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -21,9 +19,6 @@ from PIL import Image
 from sfumato.core import Recipe
 from sfumato.pictures import recipe as recipes
 from sfumato.pictures.results import Clip, Sound
-
-COMMENT = "comment"
-"""The tag of MP4 and WebM, and of GIF, that holds the recipe as JSON."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +47,7 @@ def _in_container(clip: Clip, recipe: Recipe, *, format: str) -> bytes:
 
     codecs, file = CODECS[format], io.BytesIO()
     with av.open(file, "w", format=format) as container:
-        container.metadata[COMMENT] = _text(recipe)
+        container.metadata[recipes.COMMENT] = recipes.json_of(recipe)
         picture: Any = container.add_stream(codecs.video, _rate(clip.fps), dict(codecs.options))
         picture.width, picture.height = clip.size
         picture.pix_fmt = "yuv444p" if any(side % 2 for side in clip.size) else "yuv420p"
@@ -102,7 +97,7 @@ STEPS_MS: Mapping[str, int] = MappingProxyType({"webp": 1, "gif": 10})
 TAGS: Mapping[str, Callable[[Recipe], Mapping[str, Any]]] = MappingProxyType(
     {
         "webp": lambda recipe: {"quality": 90, "method": 4, "exif": recipes.exif(recipe)},
-        "gif": lambda recipe: {"comment": _text(recipe).encode()},
+        "gif": lambda recipe: {"comment": recipes.json_of(recipe).encode()},
     }
 )
 
@@ -136,10 +131,6 @@ class _Frames(Image.Image):
         return self._at
 
 
-def _text(recipe: Recipe) -> str:
-    return json.dumps(recipes.as_json(recipe), ensure_ascii=False)
-
-
 ENCODERS: Mapping[str, Callable[[Clip, Recipe], bytes]] = MappingProxyType(
     {
         **{format: functools.partial(_in_container, format=format) for format in CODECS},
@@ -147,12 +138,3 @@ ENCODERS: Mapping[str, Callable[[Clip, Recipe], bytes]] = MappingProxyType(
     }
 )
 """A format of clips -> what makes a clip that file."""
-
-
-def comment(path: Path) -> str | None:
-    """The tag that holds the recipe of an MP4 or WebM file; None if there is none. Raises OSError for other files."""
-    import av
-
-    with av.open(str(path)) as container:
-        tags = {name.lower(): value for name, value in container.metadata.items()}
-        return tags.get(COMMENT)

@@ -7,12 +7,12 @@ from types import MappingProxyType
 from typing import Any
 
 from sfumato.core import Recipe
-from sfumato.pictures import clips, recipe
+from sfumato.pictures import clips, recipe, sounds
 from sfumato.pictures.results import Result
 
 Encode = Callable[[Any, Recipe], bytes]
 
-ENCODERS: Mapping[str, Encode] = MappingProxyType({"png": recipe.encode, **clips.ENCODERS})
+ENCODERS: Mapping[str, Encode] = MappingProxyType({"png": recipe.encode, **clips.ENCODERS, **sounds.ENCODERS})
 """A name of `formats.FORMATS` -> what makes a result of its kind that file."""
 
 

@@ -37,7 +37,7 @@ class ObjectStore(Store):
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
 
-    def _write(self, name: str, data: bytes) -> None:
+    def _write(self, name: str, data: bytes, *, lasting: bool) -> None:
         with self._errors(f"the picture was drawn but could not be written to {self._url}"):
             self._files.pipe_file(self._path(name), data)
 

@@ -15,12 +15,17 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
+from sfumato import disk
 from sfumato.errors import StorageError
+from sfumato.formats import FORMATS
 
 log = logging.getLogger(__name__)
 
 MEDIA_TYPES = {"png": "image/png", "webp": "image/webp", "jpeg": "image/jpeg"}
-"""Media types of stored files, by extension."""
+"""Media types of stored pictures, by extension."""
+
+STORED = {**{each.name: each.media_type for each in FORMATS.values()}, **MEDIA_TYPES}
+"""The same of all stored files: pictures, clips and sounds."""
 
 LOW_WATER = 0.95
 """Fraction of the limit to shrink to once it is exceeded, so that not every new picture rescans the folder."""
@@ -31,7 +36,7 @@ ABANDONED_S = 3600
 RANDOM_DIGITS = 26
 """Random hexadecimal digits of a name; the six after them identify the owner, to those who know the owners."""
 
-_NAME = re.compile(rf"[0-9a-f]{{32}}\.({'|'.join(MEDIA_TYPES)})")
+_NAME = re.compile(rf"[0-9a-f]{{32}}\.({'|'.join(STORED)})")
 _PART = re.compile(r"sfumato-\w+\.part")
 
 
@@ -55,21 +60,28 @@ class Store:
         self._max_age_s = max_age_s
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
+        self._synced = False
+        """Whether the folder itself survives a power cut."""
         self._bytes: int | None = None
         """Total of all pictures, as far as this process knows; None before the first scan."""
 
     def put(self, data: bytes, extension: str = "png", *, owner: str = "", random: str = "") -> str:
-        """Store a picture (`extension` is one of `MEDIA_TYPES`); returns its name, which `owner_of` understands.
+        """Store a picture (`extension` is one of `STORED`); returns its name, which `owner_of` understands.
 
-        `random`: `RANDOM_DIGITS` digits for the name, so that a picture that is drawn again replaces the first; empty:
-        new ones. Raises StorageError if it cannot be written. Blocks.
+        `random`: `RANDOM_DIGITS` digits for the name of a stored request's picture. Drawn again it replaces the first,
+        and it survives a power cut, as its answer does. Empty: new digits, of any other picture. Raises StorageError if
+        it cannot be written. Blocks.
         """
-        assert extension in MEDIA_TYPES, extension
+        assert extension in STORED, extension
         name = self.new_name(owner, extension, random)
-        self._write(name, data)
+        self._write(name, data, lasting=bool(random))
         if self._max_bytes and self._total_after(len(data)) > self._max_bytes:
             self.expire()
         return name
+
+    def _sync_names(self) -> None:
+        (disk.sync_names if self._synced else disk.sync_folder)(self.folder)
+        self._synced = True
 
     @staticmethod
     def new_name(owner: str, extension: str, random: str = "") -> str:
@@ -86,7 +98,7 @@ class Store:
         """The picture of that name, or None if there is none or the name is invalid. Blocks."""
         match = _NAME.fullmatch(name)
         data = self._read(name) if match else None
-        return StoredPicture(data, MEDIA_TYPES[match[1]]) if match and data else None
+        return StoredPicture(data, STORED[match[1]]) if match and data else None
 
     def has(self, name: str) -> bool:
         """Whether a picture of that name exists. Blocks."""
@@ -149,16 +161,21 @@ class Store:
 
     # The files themselves; `object_store` has them elsewhere. All of them block.
 
-    def _write(self, name: str, data: bytes) -> None:
-        """Whole or not at all. Raises StorageError."""
+    def _write(self, name: str, data: bytes, *, lasting: bool) -> None:
+        """Whole or not at all. `lasting`: it survives a power cut. Raises StorageError."""
         temporary: str | None = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             handle, temporary = tempfile.mkstemp(dir=self.folder, prefix="sfumato-", suffix=".part")
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
+                if lasting:
+                    file.flush()
+                    os.fsync(file.fileno())
             Path(temporary).chmod(0o644)
             Path(temporary).replace(self.folder / name)
+            if lasting:
+                self._sync_names()
         except OSError as error:
             if temporary:
                 Path(temporary).unlink(missing_ok=True)

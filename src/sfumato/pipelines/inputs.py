@@ -14,9 +14,9 @@ from types import MappingProxyType
 from typing import Any
 
 from sfumato.errors import InvalidRequest
-from sfumato.formats import IMAGE, VIDEO
+from sfumato.formats import AUDIO, IMAGE, VIDEO
 from sfumato.formats import WORDS as RESULTS
-from sfumato.status import Abilities, FrameRule, Input
+from sfumato.status import Abilities, FrameRule, Input, SoundRule
 
 PICTURE, ORIGINAL, EXAMPLE, REFERENCE = "picture", "original", "example", "reference"
 MASK, CONTROL, LABEL = "mask", "control", "label"
@@ -67,6 +67,9 @@ FRAME_COUNTS = ("num_frames", "video_length", "frames")
 SOURCE_CLIPS = ("video", "pose_video", "face_video", "conditioning_video", "conditioning_frames", "control_video")
 """Parameters for moving pictures, which a request cannot give."""
 
+SOURCE_SOUNDS = ("audio",)
+"""Parameters for sound, which a request cannot give."""
+
 MOVING, SOUND = "moving pictures", "sound"
 
 OUTPUTS: Mapping[str, str] = MappingProxyType(
@@ -87,7 +90,7 @@ OUTPUTS: Mapping[str, str] = MappingProxyType(
 )
 """Field of a pipeline's output -> what it is, in words; empty: a picture. Of several fields the first here counts."""
 
-SERVED: Mapping[str, str] = MappingProxyType({"": IMAGE, MOVING: VIDEO})
+SERVED: Mapping[str, str] = MappingProxyType({"": IMAGE, MOVING: VIDEO, SOUND: AUDIO})
 """What a class makes, in those words -> the kind of results that it can be asked for."""
 
 
@@ -146,7 +149,7 @@ class Reading:
     def problem(self, options: Mapping[str, Any]) -> str:
         """Why no request can have anything of it, in words; empty if it can. `options`: those of the model file."""
         if self.kind(options) is None:
-            served = " and ".join(RESULTS[kind] for kind in SERVED.values())
+            served = ", ".join(RESULTS[kind] for kind in SERVED.values())
             return f"{self.name} makes {self.output}, and Sfumato serves {served}"
         if self.lacks:
             return f"{self.name} needs {self.lacks}, which this model does not have"
@@ -205,6 +208,8 @@ class Kin:
     """Whether there may be more nets, which is not known before the model is loaded."""
     frames: FrameRule | None = None
     """Of the clips that it draws, if it is known."""
+    sound: SoundRule | None = None
+    """Of the sounds that it makes, if it is known."""
 
     def without_mask(self) -> Reading | None:
         """The class for a source picture alone."""
@@ -232,6 +237,8 @@ def abilities(kin: Kin, options: Mapping[str, Any]) -> Abilities:
         moving = {"text-to-video": text, "image-to-video": bool(own.sources)}
         tasks = tuple(task for task, drawn in moving.items() if drawn)
         return Abilities(tasks, _inputs(kin, text), kind=VIDEO, frames=kin.frames)
+    if own.kind(options) == AUDIO:
+        return Abilities(("text-to-audio",) if text else (), _inputs(kin, text), kind=AUDIO, sound=kin.sound)
     label = own.of(LABEL)
     still = {
         "text-to-image": text,
@@ -264,7 +271,15 @@ def _inputs(kin: Kin, text: bool) -> tuple[Input, ...]:
 
 
 def check(
-    model: str, can: Abilities, *, kind: str, frames: int | None = None, pictures: int, mask: bool, controls: int
+    model: str,
+    can: Abilities,
+    *,
+    kind: str,
+    frames: int | None = None,
+    seconds: float | None = None,
+    pictures: int,
+    mask: bool,
+    controls: int,
 ) -> None:
     """Raises InvalidRequest naming the input that is missing, or that the model does not take.
 
@@ -280,6 +295,8 @@ def check(
         )
     if frames and can.frames and (why := can.frames.violation(frames)):
         raise InvalidRequest(f"num_frames: {frames}; {model} does not draw that many: {why}", param="num_frames")
+    if seconds and can.sound and (why := can.sound.violation(seconds)):
+        raise InvalidRequest(f"seconds: {seconds:g}; {model} does not make that long a sound: {why}", param="seconds")
     image, control = can.input("image"), can.input("controls")
     if mask and "inpainting" not in can.tasks:
         raise InvalidRequest(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from sfumato import loras, schedulers
 from sfumato.config import ModelConfig, at_fault
 from sfumato.core import INTERACTIVE, MAX_SEED, PRIORITIES, QUALITIES, Control, Generation, Limits, StorePicture, labels
-from sfumato.errors import InvalidRequest
+from sfumato.errors import InvalidRequest, in_words
 from sfumato.formats import IMAGE, PICTURE, VIDEO, check_installed, kind_of
 from sfumato.formats import WORDS as RESULTS
 from sfumato.loras import Lora
@@ -53,7 +53,9 @@ class ImageRequest:
     seed: int | None = None
     """0 .. MAX_SEED; -1 or None: a random one."""
     images: Sequence[str | bytes] = ()
-    """Source pictures: file bytes, base64, `data:` URI or http(s) URL."""
+    """Source pictures: file bytes, base64, `data:` URI, http(s) URL or an uploaded file (`sources.uploaded`)."""
+    image_names: Sequence[str] = ()
+    """Of each of them in errors; empty: as their API has them."""
     mask: str | bytes | None = None
     """White is redrawn; if the mask has transparency, transparent areas are redrawn."""
     mask_from_alpha: bool = False
@@ -273,7 +275,7 @@ def _check_result(request: ImageRequest, limits: Limits) -> None:
         if sampling[parameter] is not None and kind not in parameter.of:
             results = " and ".join(RESULTS[each] for each in parameter.of)
             raise InvalidRequest(
-                f"{parameter.name}: {sampling[parameter]:g}; it is for {results}, and the request is for "
+                f"{parameter.name}: {in_words(sampling[parameter])[:100]}; it is for {results}, and the request is for "
                 f"{RESULTS[kind]}; leave it out",
                 param=parameter.name,
             )
