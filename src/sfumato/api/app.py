@@ -43,6 +43,8 @@ from sfumato.api.jobs.store import JobStore
 from sfumato.api.mcp import routes as mcp
 from sfumato.api.ollama import routes as ollama
 from sfumato.api.openai import routes as openai
+from sfumato.api.videos import routes as videos
+from sfumato.api.videos.documents import video_json
 from sfumato.api.webhooks.sender import Webhooks
 from sfumato.core import MAX_SEED
 from sfumato.errors import SfumatoError
@@ -177,16 +179,32 @@ def _batches(stored_jobs: Jobs) -> Batches:
     files = FileStore(store, max_bytes=settings.files_max_mb * 2**20)
     kept = BatchStore(store, files, max_age_s=settings.files_max_age_h * 3600)
     # As many as have places, and as many that wait: the places never stand empty.
-    return Batches(stored_jobs, kept, places=min(stored_jobs.service.queue.places, settings.max_queue))
+    queue = stored_jobs.service.queue
+    return Batches(stored_jobs, kept, places=lambda: min(queue.places, settings.max_queue))
 
 
 def _add_routes(app: FastAPI, *, keyed: bool) -> None:
     # Only documents the key in OpenAPI; `Auth` checks it.
     key = [Depends(HTTPBearer(auto_error=False, description="An API key of this server."))] if keyed else []
-    for module in (openai, chat, localai, sounds, jobs, files, batches, progress, models, loras, gallery, status):
+    for module in (
+        openai,
+        chat,
+        localai,
+        sounds,
+        jobs,
+        files,
+        batches,
+        videos,
+        progress,
+        models,
+        loras,
+        gallery,
+        status,
+    ):
         app.include_router(module.routes, prefix="/v1", dependencies=key)
         # LocalAI's clients often omit the prefix.
         app.include_router(module.routes, include_in_schema=False)
+    app.include_router(videos.of_localai, dependencies=key)
     app.include_router(a1111.routes, dependencies=key)
     app.include_router(controlnet.routes, dependencies=key)
     app.include_router(lists.gradio, dependencies=key)
@@ -211,6 +229,7 @@ def _add_middleware(app: FastAPI, keys: Mapping[str, str], origins: Sequence[str
         selected=app.state.choices.of,
         webhook=app.state.webhooks.checked,
         shared=not keys,
+        presented={videos.PATH: video_json},
     )
     app.add_middleware(Shutdown, running=running)
     app.add_middleware(BodyCap, limit=settings.max_body_mb * 2**20)

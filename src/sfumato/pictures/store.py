@@ -17,12 +17,15 @@ from pathlib import Path
 
 from sfumato import disk
 from sfumato.errors import StorageError
-from sfumato.settings import Settings
+from sfumato.formats import FORMATS
 
 log = logging.getLogger(__name__)
 
 MEDIA_TYPES = {"png": "image/png", "webp": "image/webp", "jpeg": "image/jpeg"}
-"""Media types of stored files, by extension."""
+"""Media types of stored pictures, by extension."""
+
+STORED = {**{each.name: each.media_type for each in FORMATS.values()}, **MEDIA_TYPES}
+"""The same of all stored files: pictures, clips and sounds."""
 
 LOW_WATER = 0.95
 """Fraction of the limit to shrink to once it is exceeded, so that not every new picture rescans the folder."""
@@ -33,7 +36,7 @@ ABANDONED_S = 3600
 RANDOM_DIGITS = 26
 """Random hexadecimal digits of a name; the six after them identify the owner, to those who know the owners."""
 
-_NAME = re.compile(rf"[0-9a-f]{{32}}\.({'|'.join(MEDIA_TYPES)})")
+_NAME = re.compile(rf"[0-9a-f]{{32}}\.({'|'.join(STORED)})")
 _PART = re.compile(r"sfumato-\w+\.part")
 
 
@@ -62,24 +65,14 @@ class Store:
         self._bytes: int | None = None
         """Total of all pictures, as far as this process knows; None before the first scan."""
 
-    @staticmethod
-    def of(settings: Settings) -> Store:
-        """A store with the place and limits from the settings. Raises ValueError naming the setting at fault."""
-        limits = {"max_age_s": settings.outputs_max_age_h * 3600, "max_bytes": settings.outputs_max_mb * 2**20}
-        if not settings.outputs_url:
-            return Store(settings.data / "generated-images", **limits)
-        from sfumato.pictures.object_store import ObjectStore
-
-        return ObjectStore(settings.outputs_url, **limits)
-
     def put(self, data: bytes, extension: str = "png", *, owner: str = "", random: str = "") -> str:
-        """Store a picture (`extension` is one of `MEDIA_TYPES`); returns its name, which `owner_of` understands.
+        """Store a picture (`extension` is one of `STORED`); returns its name, which `owner_of` understands.
 
         `random`: `RANDOM_DIGITS` digits for the name of a stored request's picture. Drawn again it replaces the first,
         and it survives a power cut, as its answer does. Empty: new digits, of any other picture. Raises StorageError if
         it cannot be written. Blocks.
         """
-        assert extension in MEDIA_TYPES, extension
+        assert extension in STORED, extension
         name = self.new_name(owner, extension, random)
         self._write(name, data, lasting=bool(random))
         if self._max_bytes and self._total_after(len(data)) > self._max_bytes:
@@ -105,7 +98,7 @@ class Store:
         """The picture of that name, or None if there is none or the name is invalid. Blocks."""
         match = _NAME.fullmatch(name)
         data = self._read(name) if match else None
-        return StoredPicture(data, MEDIA_TYPES[match[1]]) if match and data else None
+        return StoredPicture(data, STORED[match[1]]) if match and data else None
 
     def has(self, name: str) -> bool:
         """Whether a picture of that name exists. Blocks."""

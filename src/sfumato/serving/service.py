@@ -28,7 +28,7 @@ from sfumato.errors import (
     TooManyRequests,
     WorkerDied,
 )
-from sfumato.formats import kind_of
+from sfumato.formats import IMAGE, kind_of
 from sfumato.pictures.budget import Budget, Share
 from sfumato.pictures.decoder_pool import Decoders
 from sfumato.pictures.fetch import PictureFetcher
@@ -383,25 +383,21 @@ class Service:
         """Raises InvalidRequest for what a model that is not loaded cannot draw, so that it is not loaded for nothing.
 
         What controls name must be there. Returns the fields with pictures for IP-Adapters. The engine checks all this
-        for every model; what is known of one in memory may be of an earlier version of its file.
+        for every model; what is known of one in memory may be of an earlier file. A clip's errors come before its job.
         """
         hub = remote_limits.HUB in self._loras.hosts
         prompts = await named_controls.prompts(request.controls, config.folder, hub=hub)
         named = any(control.name for control in request.controls)
         # With a ControlNet of the request, another class draws.
-        if named or config.ip_adapters or self.engine.status(config.name).info:
+        loaded = kind_of(request.format) == IMAGE and self.engine.status(config.name).info
+        if named or config.ip_adapters or loaded:
             return prompts
-        if abilities := await self.abilities(config):
+        if abilities := await self._foreseen.abilities(config):
             inputs.check(
-                config.name,
-                abilities,
-                kind=kind_of(request.format),
-                frames=request.sampling.num_frames,
-                seconds=request.sampling.seconds,
-                pictures=len(request.images),
-                mask=request.mask is not None,
+                config.name, abilities, kind=kind_of(request.format), frames=request.sampling.num_frames,
+                seconds=request.sampling.seconds, pictures=len(request.images), mask=request.mask is not None,
                 controls=len(request.controls),
-            )
+            )  # fmt: skip
         return prompts
 
     async def abilities(self, config: ModelConfig) -> Abilities | None:
