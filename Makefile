@@ -48,7 +48,7 @@ docs: $(READY)
 	$(BIN)/python docs/generate.py
 
 clean:
-	rm -rf .venv .venv-upstream
+	rm -rf .venv .venv-upstream .venv-clients .venv-ray
 
 # PyTorch first, so that nothing below installs another build of it.
 $(READY): requirements.txt pyproject.toml

@@ -42,7 +42,7 @@ from benchmarks.gpu_models import SHAPES, Shape
 from sfumato import gather
 
 ROOT = Path(__file__).parent.parent
-TESTS = ("tests/test_gpu.py", "tests/test_low_memory.py", "tests/test_residency.py")
+TESTS = ("tests/test_gpu.py", "tests/test_low_memory.py", "tests/test_residency.py", "tests/test_context_parallel.py")
 CONCURRENT = (1, 2, 4, 8, 16)
 MATRIX = 8192
 """Side of the matrices whose product measures what the device can do."""

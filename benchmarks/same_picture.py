@@ -68,7 +68,7 @@ def drawers(runner: str, folder: Path) -> tuple[Callable[[str, int], Any], Calla
         chosen = runners.of(model.computing(), model.state.runners, None, None)
         done = draw(model, Generation("", text, seed, sampling), lambda *_: None, None, chosen)
         named.add(done.recipe.runner)
-        return decoded(done.png)
+        return decoded(done.file)
 
     return by_diffusers, by_runner, named
 

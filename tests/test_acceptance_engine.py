@@ -63,7 +63,7 @@ async def drawn(engine: Engine, catalog: Catalog, model: str, **fields: Any) -> 
     async with aclosing(engine.submit(catalog.get(model), wanted(model, **fields))) as events:
         last = [event async for event in events][-1]
     assert isinstance(last, Done), last
-    return hashlib.sha256(decoded(last.png).tobytes()).hexdigest()
+    return hashlib.sha256(decoded(last.file).tobytes()).hexdigest()
 
 
 def with_engine(make: Callable[[Settings], Engine], work: Callable[[Engine], Coroutine[Any, Any, None]]) -> None:

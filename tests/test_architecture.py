@@ -13,9 +13,9 @@ import sfumato
 ROOT = Path(sfumato.__file__).parent
 
 ROOMS = [
-    "cli", "commands", "api", "serving", "process", "engine", "drawing", "residency", "models", "checkpoints",
-    "previews", "runners", "batching", "pipelines", "pictures", "config", "logs", "schedulers", "settings", "allocator",
-    "core", "sampling", "loras", "errors",
+    "cli", "commands", "ray_serve", "api", "serving", "process", "engine", "drawing", "residency", "models",
+    "checkpoints", "previews", "runners", "batching", "pipelines", "pictures", "config", "logs", "schedulers",
+    "settings", "allocator", "core", "status", "sampling", "loras", "formats", "disk", "errors",
 ]  # fmt: skip
 """Top to bottom: a folder or a file of `src/sfumato`. A module imports from lower rooms, or from its own."""
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from sfumato.commands.models import table
-from sfumato.core import Done, RunnerState
+from sfumato.core import Done
 from sfumato.drawing.draw import draw
 from sfumato.engine import loop
 from sfumato.engine.local import Local
@@ -28,6 +28,7 @@ from sfumato.runners.measured import Measured, Measurements
 from sfumato.runners.measuring import Sample
 from sfumato.serving.catalog import Catalog
 from sfumato.settings import Settings
+from sfumato.status import RunnerState
 from support import here, tiny
 from support.drawing import loaded, quiet, wanted
 
@@ -94,7 +95,7 @@ def test_the_faster_runner_computes_what_begins_after_it_was_measured(ratio: flo
         assert state.detail.endswith(f"measured {measured.today()}")
     # The next process measures nothing, and draws the same.
     again, later = loaded(tiny.stable_diffusion(), **SIZE), Runners("eager", folder)
-    assert drawn(again, later).png == fast.png
+    assert drawn(again, later).file == fast.file
     assert not later.due
     # What a recipe says, it draws with.
     assert drawn(again, later, recipe="eager").recipe.runner == "eager"

@@ -179,9 +179,9 @@ def test_a_deleted_output_leaves_its_batch(client: openai.OpenAI) -> None:
     assert len(lines_of(client, done.error_file_id)) == 1
 
 
-@pytest.mark.parametrize("purpose", ["fine-tune", "vision", "user_data"])
+@pytest.mark.parametrize("purpose", ["fine-tune", "assistants", "user_data"])
 def test_other_purposes_are_refused_by_name(client: openai.OpenAI, purpose: Any) -> None:
-    with pytest.raises(openai.BadRequestError, match=f"purpose: '{purpose}'.*batch is valid"):
+    with pytest.raises(openai.BadRequestError, match=f"purpose: '{purpose}'.*batch and vision are valid"):
         client.files.create(file=("a.jsonl", b"{}"), purpose=purpose)
 
 

@@ -45,7 +45,7 @@ def picture(model: load.Loaded, **fields: Any) -> Done:
 
 
 def pixels(done: Done) -> Any:
-    return np.asarray(decoded(done.png)).astype(int)
+    return np.asarray(decoded(done.file)).astype(int)
 
 
 # Row 32: how many tokens of a prompt T5 reads.

@@ -175,7 +175,7 @@ def test_row_3_and_21_no_secret_in_a_picture(
     told: list[Any] = []
     made = draw(load.load(config(tmp_path, url), "cpu", told.append), asked(), quiet)
     assert SECRET not in repr(made.recipe)
-    assert SECRET.encode() not in made.png
+    assert SECRET.encode() not in made.file
     assert SECRET not in repr(told) + caplog.text
     assert made.recipe.source == f"{shop.url}/api/download/models/128713"
     assert [path for path in tmp_path.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()] == []

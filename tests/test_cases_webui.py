@@ -242,7 +242,7 @@ def test_row_18_it_can_be_made_again() -> None:
     again = command._as_request(first.recipe)
     assert again["crop"] and again["sampling"].size == (77, 91)
     second = draw(model, replace(wanted(crop=True, images=(gradient,)), sampling=again["sampling"]), quiet)
-    assert second.png == first.png
+    assert second.file == first.file
 
 
 # Row 12: the bar.
@@ -313,8 +313,8 @@ def test_row_12_what_was_split_is_made_again_as_two_prompts() -> None:
     assert not again["split_prompt"]
     second = draw(model, replace(wanted(prompt=again["prompts"][0]), sampling=again["sampling"]), quiet)
     assert (
-        opened(base64.b64encode(second.png).decode()).tobytes()
-        == opened(base64.b64encode(first.png).decode()).tobytes()
+        opened(base64.b64encode(second.file).decode()).tobytes()
+        == opened(base64.b64encode(first.file).decode()).tobytes()
     )
 
 
@@ -325,7 +325,7 @@ def embeddings(kind: str, clip_skip: int | None) -> bytes:
     """The picture with diffusers' own argument; `test_compat` compares that with plain diffusers."""
     fields = {"prompt": "a cat", "clip_skip": clip_skip, "width": 64, "height": 64, "guidance_scale": 5.0}
     done = draw(loaded(PIPELINES[kind]), wanted(**fields), quiet)
-    return opened(base64.b64encode(done.png).decode()).tobytes()
+    return opened(base64.b64encode(done.file).decode()).tobytes()
 
 
 LAYERS = [

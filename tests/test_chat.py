@@ -199,7 +199,7 @@ def test_a_conversation_goes_on_when_its_last_picture_has_expired(inside: Door, 
 def test_an_earlier_picture_of_another_server_that_is_gone_is_told(inside: Door) -> None:
     for url in (f"http://no-such-host.invalid/generated-images/{'0' * 32}.png", "http://localhost:9/a.png"):
         answer = post(inside, messages=[TEXT, answered(url), user("make it blue")])
-        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "image")
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "messages[1].images[0]")
 
 
 def test_the_address_of_a_picture_in_a_text() -> None:
@@ -302,7 +302,10 @@ def test_image_config_is_a_size(inside: Door) -> None:
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"},
                                                     {"type": "input_image", "file_id": "file-1"}]}]},
          "messages[0].content[1]"),
-        ({"messages": [user("a", "data:image/png;base64,AAAA")]}, "image"),
+        ({"messages": [user("a", "data:image/png;base64,AAAA")]}, "messages[0].content[1]"),
+        ({"messages": [user("a", uri(16), "data:image/png;base64,AAAA")]}, "messages[0].content[2]"),
+        ({"messages": [user("a"), answered("data:image/png;base64,AAAA"), user("b")]}, "messages[1].images[0]"),
+        ({"image": "data:image/png;base64,AAAA"}, "image"),
         ({"messages": [user("a", *[uri(16)] * 17)]}, "image"),
         ({"n": 0}, "n"),
         ({"size": "huge"}, "size"),

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from sfumato.cli import app
 from sfumato.pictures import recipe
+from support.families_moving import stable_audio
 from support.hub import Hub
 
 
@@ -32,6 +33,23 @@ def sfumato(*arguments: str | Path, cwd: Path, code: int = 0, env: dict[str, str
 
 def pixels(path: Path) -> list[int]:
     return np.asarray(Image.open(path)).ravel().tolist()  # type: ignore[no-any-return]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_make_a_sound_and_make_it_again(tmp_path: Path) -> None:
+    stable_audio().save_pretrained(tmp_path / "weights")
+    (tmp_path / "noises.yaml").write_text("name: noises\nparameters:\n  model: weights\ndiffusers:\n  cuda: false\n")
+    options = ["-m", "noises", "--models", "noises.yaml", "--seconds", "1.5", "--guidance", "2.5", "--seed", "3"]
+    out = sfumato("generate", "rain on a roof", *options, "-o", "rain.wav", cwd=tmp_path)
+    assert out.strip() == "rain.wav"
+    said = recipe.read(tmp_path / "rain.wav").sampling
+    assert (said.seconds, said.guidance_scale, said.size) == (1.5, 2.5, None)
+    out = sfumato("generate", "--like", "rain.wav", "--models", "noises.yaml", cwd=tmp_path)
+    assert (tmp_path / out.strip()).suffix == ".wav"
+    assert (tmp_path / out.strip()).read_bytes() == (tmp_path / "rain.wav").read_bytes()
+    wrong = sfumato("generate", "rain", *options, "-o", "rain.png", cwd=tmp_path, code=1)
+    assert "noises makes sound (text-to-audio), and the request is for clips" in wrong
 
 
 def test_generate_and_make_it_again(tmp_path: Path) -> None:

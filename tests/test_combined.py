@@ -117,7 +117,7 @@ def test_steps_and_previews_of_all_that_draws(build: Callable[[], Any], size: di
     total = before + 4
     assert steps == [(at, total) for at in range(1, total + 1)]
     assert [preview.index for preview in shown] == [0, 1]
-    last = np.asarray(Image.open(io.BytesIO(done.png)).convert("RGB"), np.float32)
+    last = np.asarray(Image.open(io.BytesIO(done.file)).convert("RGB"), np.float32)
     for preview in shown:
         picture = Image.open(io.BytesIO(preview.png))
         assert (picture.mode, picture.size) == ("RGB", (size["width"], size["height"]))
@@ -149,4 +149,4 @@ def test_a_scheduler_of_the_request_draws_the_picture() -> None:
     plain = draw(model, wanted(prompt="a cat", steps=3, **KANDINSKY), lambda *at: None)
     other = draw(model, wanted(prompt="a cat", steps=3, scheduler="ddim", **KANDINSKY), lambda *at: None)
     assert other.recipe.sampling.scheduler == "ddim"
-    assert plain.png != other.png
+    assert plain.file != other.file

@@ -14,7 +14,6 @@ from torch._dynamo.utils import counters
 
 from sfumato.batching.batcher import Batcher
 from sfumato.batching.calls import target
-from sfumato.core import RunnerState
 from sfumato.drawing.draw import draw
 from sfumato.pictures.images import decoded
 from sfumato.runners import compiled, module_state
@@ -23,6 +22,7 @@ from sfumato.runners.background import Background
 from sfumato.runners.choice import Runners
 from sfumato.runners.compiled import Compiled
 from sfumato.runners.measuring import Sample, compared
+from sfumato.status import RunnerState
 from support import families_transformers, tiny
 from support.drawing import loaded, quiet, wanted
 
@@ -40,7 +40,7 @@ def call(rows: int, height: int = 8, width: int = 8) -> dict[str, Any]:
 
 
 def pixels(done: Any) -> Any:
-    return np.asarray(decoded(done.png)).astype(int)
+    return np.asarray(decoded(done.file)).astype(int)
 
 
 def runner_of(module: Any) -> Compiled:

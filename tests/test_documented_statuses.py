@@ -27,9 +27,12 @@ import sfumato
 from sfumato.api.batches.store import MAX_OPEN
 from support import tiny, upscalers
 from support.answerable import within
+from support.families_moving import FAMILIES, stable_audio
 from support.held import Held
 from support.inside import Inside
 from support.serving import Server
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 
 TINY = Path(sfumato.__file__).parent / "models" / "sfumato-tiny"
 ENABLE = "  enable_parameters: image,num_inference_steps\n"
@@ -42,10 +45,18 @@ FILES = {
     "enlarge-long": f"parameters:\n  model: enlarge\nstep: 1000\n{UPSCALER}",
     "enlarge-broken": f"parameters:\n  model: nowhere\n{UPSCALER}",
     "huge": "parameters:\n  model: huge\n",
+    "film": f"parameters:\n  model: film\ndiffusers:\n{ENABLE}",
+    "film-broken": "parameters:\n  modle: none\n",
+    "film-huge": "parameters:\n  model: film-huge\n",
+    "film-offline": "parameters:\n  model: someone/not-on-this-machine\ndiffusers:\n  pipeline_type: WanPipeline\n",
+    "noises": f"parameters:\n  model: noises\ndiffusers:\n{ENABLE}",
+    "noises-huge": "parameters:\n  model: noises-huge\n",
     "enlarge-offline": f"parameters:\n  model: someone/not-on-this-machine\n{UPSCALER}",
 }
+VIDEOS, SYNC, VIDEO = "POST /v1/videos", "POST /v1/videos/sync", "POST /video"
 RELOAD = "POST /sdapi/v1/reload-checkpoint"
 HUGGING_FACE = "POST /models/{id}"
+SOUNDS = ("POST /v1/audio/generate", "POST /v1/sound-generation")
 UPLOAD, BATCHES = "POST /v1/files", "POST /v1/batches"
 CANCEL = "POST /v1/batches/{id}/cancel"
 KEY = {"authorization": "Bearer the-key"}
@@ -66,6 +77,7 @@ CHUNKS.add_text("parameters", "a cat\nSteps: 20, Sampler: Euler a, CFG scale: 7,
 MADE = picture(64, pnginfo=CHUNKS)
 OPENAI = {"prompt": "a cat", "size": "64x64", "steps": 2, "response_format": "url"}
 A1111 = {"prompt": "a cat", "width": 64, "height": 64, "steps": 2, "save_images": True}
+CLIP = {"prompt": "a cat", "model": "film", "size": "16x16", "num_frames": 1, "steps": 2, "output_format": "gif"}
 BODIES: dict[str, dict[str, Any]] = {
     "POST /v1/images/generations": OPENAI,
     "POST /v1/images/edits": OPENAI | {"image": PHOTO},
@@ -73,6 +85,8 @@ BODIES: dict[str, dict[str, Any]] = {
     "POST /v1/images/variations": {"image": PHOTO, "steps": 2},
     "POST /v1/images/inpainting": {"prompt": "a cat", "image": PHOTO, "mask": PHOTO, "steps": 2},
     "POST /v1/images/upscale": {"image": SMALL, "scale": 4, "model": "enlarge"},
+    "POST /v1/audio/generate": {"input": "rain", "model": "noises", "seconds": 1, "steps": 2},
+    "POST /v1/sound-generation": {"text": "rain", "model_id": "noises", "duration_seconds": 1, "steps": 2},
     "POST /sdapi/v1/txt2img": A1111,
     "POST /sdapi/v1/img2img": A1111 | {"init_images": [PHOTO]},
     "POST /sdapi/v1/extra-single-image": {"image": SMALL, "upscaling_resize": 4, "upscaler_1": "enlarge"},
@@ -86,12 +100,17 @@ BODIES: dict[str, dict[str, Any]] = {
     "POST /api/generate": {"model": "painter", "prompt": "a cat", "width": 64, "steps": 2, "stream": False},
     "POST /api/show": {"model": "painter"},
     HUGGING_FACE: {"inputs": "a cat", "parameters": {"size": "64x64"}},
+    VIDEOS: CLIP,
+    SYNC: CLIP,
+    VIDEO: CLIP,
     BATCHES: {"endpoint": "/v1/images/generations", "completion_window": "24h"},
 }
 """A request of each operation that takes a body, for which the answer is 200."""
 
 WRONG: dict[str, dict[str, Any]] = {
+    **{label: {"num_frames": 2} for label in (VIDEOS, SYNC, VIDEO)},
     "POST /v1/images/upscale": {"scale": 3},
+    **{route: {"response_format": "midi"} for route in SOUNDS},
     "POST /sdapi/v1/txt2img": {"steps": 0},
     "POST /sdapi/v1/img2img": {"steps": 0},
     "POST /sdapi/v1/extra-single-image": {"upscaling_resize": 3},
@@ -103,7 +122,7 @@ WRONG: dict[str, dict[str, Any]] = {
     "POST /v1/images/recipe": {"image": "no picture"},
     "POST /api/generate": {"steps": "many"},
     "POST /api/show": {"model": 5},
-    UPLOAD: {"purpose": "vision"},
+    UPLOAD: {"purpose": "assistants"},
 }
 """What makes it a 400; of others `n: 0` does."""
 
@@ -112,6 +131,8 @@ ASKED_WRONGLY = {
     "GET /v1/jobs": "?limit=0",
     "GET /v1/files": "?limit=0",
     "GET /v1/batches": "?limit=0",
+    "GET /v1/videos": "?limit=0",
+    "GET /v1/videos/{id}/content": "?variant=thumbnail",
     "GET /v1/images/progress": "?preview=perhaps",
     "GET /v1/images/progress/{id}": "?preview=perhaps",
 }
@@ -145,11 +166,16 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     pictures.mkdir(parents=True)
     (pictures / STORED).write_bytes(base64.b64decode(PHOTO))
     tiny.save(upscalers.four_times(), models / "enlarge")
-    shutil.copytree(TINY, models / "huge")
+    FAMILIES["Wan"].build().save_pretrained(models / "film")
+    stable_audio().save_pretrained(models / "noises")
     header = json.dumps({"w": {"dtype": "F32", "shape": [2**38], "data_offsets": [0, 2**40]}}).encode()
-    weights = next((models / "huge" / "unet").glob("*.safetensors"))
-    weights.write_bytes(len(header).to_bytes(8, "little") + header)
-    os.truncate(weights, 8 + len(header) + 2**40)  # a hole, which takes no room on the disk
+    copies = (("huge", TINY, "unet"), ("film-huge", models / "film", "transformer"),
+              ("noises-huge", models / "noises", "transformer"))  # fmt: skip
+    for name, origin, part in copies:
+        shutil.copytree(origin, models / name)
+        weights = next((models / name / part).glob("*.safetensors"))
+        weights.write_bytes(len(header).to_bytes(8, "little") + header)
+        os.truncate(weights, 8 + len(header) + 2**40)  # a hole, which takes no room on the disk
     for name, text in FILES.items():
         (models / f"{name}.yaml").write_text(f"name: {name}\n{text}")
     env = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(folder / "hf")}  # nobody listens there
@@ -163,6 +189,9 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
         job = send(plain, "POST /v1/images/generations", headers=ASYNC).json()["id"]
         PATHS.update({f"{JOBS}/{{id}}": job, f"{JOBS}/{{id}}/events": f"{job}/events"})
         within(300, lambda: plain.client.get(f"{JOBS}/{job}").json()["ended"] is not None)
+        clip = send(plain, VIDEOS).json()["id"]
+        within(300, lambda: plain.client.get(f"/v1/videos/{clip}").json()["status"] == "completed")
+        PATHS.update({"/v1/videos/{id}": clip, "/v1/videos/{id}/content": f"{clip}/content"})
         file = send(plain, UPLOAD).json()["id"]
         BODIES[BATCHES]["input_file_id"] = file
         batch = send(plain, BATCHES).json()["id"]
@@ -194,6 +223,8 @@ def of_model(label: str, name: str) -> dict[str, Any]:
     """How a body of that operation says its model."""
     if label == "POST /v1/images/upscale":
         return {"model": name if name == "no-such" else f"enlarge-{name}"}
+    if label in (VIDEOS, SYNC, VIDEO):
+        return {"model": name if name == "no-such" else f"film-{name}"}
     if label == "POST /sdapi/v1/extra-single-image":
         return {"upscaler_1": f"enlarge-{name}"}
     if label == "POST /sdapi/v1/options":
@@ -222,6 +253,8 @@ def known(servers: Servers, label: str) -> httpx.Response:
     if label == "DELETE /v1/images/gallery/{name}":
         url = send(servers.plain, "POST /v1/images/generations").json()["data"][0]["url"]
         return servers.plain.client.delete(f"/v1/images/gallery/{url.rsplit('/', 1)[1]}")
+    if label == "DELETE /v1/videos/{id}":
+        return servers.plain.client.delete(f"/v1/videos/{send(servers.plain, VIDEOS).json()['id']}")
     if label == "DELETE /v1/files/{id}":
         return servers.plain.client.delete(f"/v1/files/{send(servers.plain, UPLOAD).json()['id']}")
     if label == CANCEL:
@@ -255,6 +288,8 @@ def wrong(servers: Servers, label: str) -> httpx.Response:
     if label == "GET /sdapi/v1/progress":
         return servers.plain.client.get("/sdapi/v1/progress?skip_current_image=perhaps")
     if label in ASKED_WRONGLY:
+        if "/content" in label:
+            return servers.plain.client.get(path_of(label) + ASKED_WRONGLY[label])
         return servers.plain.client.get(label.split()[1].format(id="known") + ASKED_WRONGLY[label])
     return send(servers.plain, label, **WRONG.get(label, {"n": 0}))
 
@@ -343,9 +378,9 @@ def with_a_used_key(servers: Servers, label: str) -> httpx.Response:
 
 
 def offline(servers: Servers, label: str) -> httpx.Response:
-    for name in ("jobs", "files", "batches"):
-        if f"/v1/{name}" in label:
-            return without_its_table(servers, label, name)
+    for name, table in (("jobs", "jobs"), ("files", "files"), ("batches", "batches"), ("videos", "jobs")):
+        if f"/v1/{name}" in label and label != SYNC:
+            return without_its_table(servers, label, table)
     if label == RELOAD:
         return reloaded(servers, "offline")
     return send(servers.plain, label, **of_model(label, "offline"))
@@ -359,8 +394,12 @@ def too_slow(servers: Servers, label: str) -> httpx.Response:
 def unwritable(servers: Servers, label: str) -> httpx.Response:
     if label == RELOAD:  # there it is the memory that is too small
         return reloaded(servers, "huge")
+    if label == SYNC:
+        return send(servers.plain, label, model="film-huge")
     if label in ("POST /api/generate", HUGGING_FACE):  # its pictures are in the answer
         return send(servers.plain, label, model="huge")
+    if label in SOUNDS:
+        return send(servers.plain, label, model="noises-huge")
     if label == "GET /v1/images/gallery":
         return without_its_table(servers, label, "gallery")
     folder = servers.folder / "data" / "generated-images"

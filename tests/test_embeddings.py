@@ -66,7 +66,7 @@ def drawn(model: Loaded, prompt: str, **more: Any) -> Done:
 
 
 def pixels(done: Done) -> Any:
-    return np.asarray(decoded(done.png)).astype(int)
+    return np.asarray(decoded(done.file)).astype(int)
 
 
 def plain(kind: str, load: dict[str, torch.Tensor], prompt: str, **more: Any) -> Any:
@@ -144,9 +144,9 @@ def test_no_other_request_is_affected(kind: str, name: str, folder: Path) -> Non
     before = drawn(model, "a cat")
     used = drawn(model, f"a cat {name}")
     assert (pixels(used) != pixels(before)).any()
-    assert drawn(model, "a cat").png == before.png
+    assert drawn(model, "a cat").file == before.file
     assert drawn(model, "a cat cattoyx both-ways").warnings == ()  # parts of words are words
-    assert drawn(model, f"a cat {name}").png == used.png
+    assert drawn(model, f"a cat {name}").file == used.file
     assert drawn(model, "<embedding>").warnings == ()
 
 
@@ -216,14 +216,14 @@ def test_the_recipe_has_its_hash(folder: Path) -> None:
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     assert done.recipe.embeddings == (f"easy-negative:{digest}",)
     assert done.recipe.prompt == "a embedding:easy-negative"
-    image = Image.open(io.BytesIO(done.png))
+    image = Image.open(io.BytesIO(done.file))
     assert f'TI hashes: "easy-negative: {digest[:10]}"' in image.info["parameters"]
     stored = json.loads(image.info["sfumato"])
     assert recipe.from_json(stored) == done.recipe
     assert "embeddings" not in json.loads(json.dumps(recipe.as_json(drawn(model, "a cat").recipe)))
     again = command._as_request(done.recipe)
     second = draw(model, replace(wanted(prompt=again["prompts"][0]), sampling=again["sampling"]), quiet)
-    assert second.png == done.png
+    assert second.file == done.file
 
 
 def test_the_recipe_of_two_passes_has_those_of_both(folder: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from sfumato.core import Done, Failed, Generation, Preview, Step
 from sfumato.engine.protocol import Answer, Cancel
-from sfumato.pictures import recipe
+from sfumato.pictures import files
 from sfumato.previews import steps
 from sfumato.sampling import Sampling
 from support import tiny
@@ -36,8 +36,8 @@ class Held:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.begun, self.released = threading.Event(), threading.Event()
         self.threads: set[int] = set()
-        self._encode = recipe.encode
-        monkeypatch.setattr(recipe, "encode", self.encode)
+        self._encode = files.encode
+        monkeypatch.setattr(files, "encode", self.encode)
 
     def encode(self, *arguments: Any) -> bytes:
         self.threads.add(threading.get_ident())
@@ -89,14 +89,14 @@ def test_a_request_is_cancelled_while_its_picture_is_encoded(folder: Path, monke
 
 
 def test_what_encoding_raises_fails_its_request_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, encode = Engine(folder), recipe.encode
+    engine, encode = Engine(folder), files.encode
 
-    def refuse(image: Any, image_recipe: Any) -> bytes:
+    def refuse(image: Any, image_recipe: Any, format: str) -> bytes:
         if image_recipe.sampling.steps == 1:
             raise OSError("no room")
-        return encode(image, image_recipe)
+        return encode(image, image_recipe, format)
 
-    monkeypatch.setattr(recipe, "encode", refuse)
+    monkeypatch.setattr(files, "encode", refuse)
     answers = engine.draw(wanted("short", 1), wanted("long", 2))
     assert isinstance(answers["short"], Failed)
     assert "no room" in answers["short"].error.message

@@ -138,7 +138,7 @@ def test_a_request_that_does_not_switch_draws_what_it_draws_undisturbed(configs:
         play.loop.post(Stop())
         play.run()
         (done,) = (event for event in play.events("it") if isinstance(event, Done))
-        pictures.append(done.png)
+        pictures.append(done.file)
     assert pictures[0] == pictures[1]
 
 

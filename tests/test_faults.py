@@ -108,7 +108,7 @@ async def answers_of(
 
 def pixels(event: Event) -> np.ndarray[Any, Any]:
     assert isinstance(event, Done), event
-    return np.asarray(Image.open(io.BytesIO(event.png))).astype(int)
+    return np.asarray(Image.open(io.BytesIO(event.file))).astype(int)
 
 
 def same(one: Event, other: Event) -> bool:

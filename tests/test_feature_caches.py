@@ -94,7 +94,7 @@ def test_pictures_are_those_of_diffusers_with_the_same_cache(family: str, kind: 
     for _ in range(2):  # of the first nothing is left
         request = wanted(prompt="a cat", seed=5, steps=STEPS, **SIZE, **FAMILIES[family][2])
         done = draw(model, request, quiet)
-        assert np.abs(np.asarray(decoded(done.png)).astype(int) - np.round(expected * 255)).max() <= 1
+        assert np.abs(np.asarray(decoded(done.file)).astype(int) - np.round(expected * 255)).max() <= 1
         assert done.recipe.savings == (f"cache:{model.config.cache}",)
     assert model_info(model).savings == (f"cache:{model.config.cache}",)
 
@@ -228,7 +228,7 @@ def test_magcache_follows_the_number_of_steps(folders: dict[str, Path]) -> None:
             pass
     for steps, task in tasks.items():
         assert task.outcome is not None
-        drawn = np.asarray(decoded(task.outcome.value.png)).astype(int)
+        drawn = np.asarray(decoded(task.outcome.value.file)).astype(int)
         assert np.abs(drawn - np.round(expected[steps] * 255)).max() <= 1
 
 

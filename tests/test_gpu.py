@@ -97,7 +97,7 @@ def config_of(folder: Path, **fields: Any) -> ModelConfig:
 
 
 def pixels(done: Done) -> np.ndarray[Any, Any]:
-    return np.asarray(Image.open(io.BytesIO(done.png)).convert("RGB")).astype(int)
+    return np.asarray(Image.open(io.BytesIO(done.file)).convert("RGB")).astype(int)
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])

@@ -257,7 +257,7 @@ def test_neighbours_with_other_intervals_share_forward_passes() -> None:
 
 
 def pixels(done: Any) -> np.ndarray[Any, Any]:
-    return np.asarray(decoded(done.png)).astype(int)
+    return np.asarray(decoded(done.file)).astype(int)
 
 
 def drawn_of(model: Any, **fields: Any) -> Any:

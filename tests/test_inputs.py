@@ -199,7 +199,10 @@ ABILITIES = {
     "UniDiffuserPipeline": ("text-to-image", "prompt 1"),
     "DDPMPipeline": ("text-to-image", ""),
     "StableDiffusionUpscalePipeline": ("upscaling", "prompt 0, image 1"),
-    "WanPipeline": ("", ""),
+    "WanPipeline": ("text-to-video", "prompt 1"),
+    "WanImageToVideoPipeline": ("image-to-video", "prompt 1, image 1"),
+    "StableVideoDiffusionPipeline": ("image-to-video", "image 1"),
+    "LLaDA2Pipeline": ("", ""),
 }
 
 
@@ -216,15 +219,15 @@ def test_what_a_class_can_be_asked_for(name: str, said: tuple[str, str]) -> None
 # Rows 11 and 36: no picture.
 
 
-def test_row_11_a_model_of_moving_pictures_says_so_before_anything_is_fetched(tmp_path: Path) -> None:
-    (tmp_path / "m.yaml").write_text("parameters: {model: o/r}\ndiffusers: {pipeline_type: WanPipeline}")
+def test_row_11_a_model_of_texts_says_so_before_anything_is_fetched(tmp_path: Path) -> None:
+    (tmp_path / "m.yaml").write_text("parameters: {model: o/r}\ndiffusers: {pipeline_type: LLaDA2Pipeline}")
     catalog = Catalog([tmp_path])
     (report,) = check(catalog)
     assert not report.ok
-    assert "moving pictures" in str(report)
+    assert "makes text" in str(report)
     told = static_capabilities.static_capabilities(catalog.get("m"))
     assert told.tasks == ()
-    with pytest.raises(InvalidRequest, match="moving pictures"):
+    with pytest.raises(InvalidRequest, match="makes text"):
         LOAD(catalog.get("m"), "cpu", quiet)
     (tmp_path / "m.yaml").write_text(
         "parameters: {model: o/r}\ndiffusers: {pipeline_type: WanPipeline}\noptions: ['num_frames:1']"
@@ -239,7 +242,7 @@ def test_row_36_a_single_frame_is_a_picture() -> None:
     model = loaded(FAMILIES["Wan"].build(), option_lines=(("num_frames", "1"),))
     call = FAMILIES["Wan"].calls[0]
     done = draw(model, wanted(prompt="a cat", width=call["width"], height=call["height"]), quiet)
-    assert decoded(done.png).size == (call["width"], call["height"])
+    assert decoded(done.file).size == (call["width"], call["height"])
 
 
 @pytest.mark.parametrize(
@@ -264,9 +267,9 @@ def test_row_36_the_picture_of_any_output(field: str, value: Any) -> None:
 
 def test_row_11_a_file_that_was_mended_is_read_again(server: Served) -> None:
     file = server.folder / "mended.yaml"
-    file.write_text("name: mended\nparameters: {model: o/r}\ndiffusers: {pipeline_type: WanPipeline}\n")
-    assert "moving pictures" in server.generate("mended").json()["error"]["message"]
-    assert "moving pictures" in server.told("mended")["detail"]
+    file.write_text("name: mended\nparameters: {model: o/r}\ndiffusers: {pipeline_type: LLaDA2Pipeline}\n")
+    assert "makes text" in server.generate("mended").json()["error"]["message"]
+    assert "makes text" in server.told("mended")["detail"]
     server.built["mended"] = FAMILIES["StableDiffusion"].build()
     file.write_text("name: mended\nparameters: {model: o/r}\nstep: 2\n")
     assert server.generate("mended").status_code == 200

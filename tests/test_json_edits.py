@@ -5,12 +5,15 @@ from __future__ import annotations
 import base64
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from support.batching_client import EDITS, begun, ended, jsonl, lines_of, sdk, uploaded
+from support.inside import Inside
 from support.pictures import encoded
 from support.serving import Server
 
@@ -90,22 +93,82 @@ def test_reference_pictures(server: Server, path: str, reference: Any) -> None:
 @pytest.mark.parametrize(
     ("path", "fields", "param"),
     [
-        ("edits", {"images": [{"file_id": "file-1"}]}, "images"),
+        ("edits", {"images": [{"file_id": "file-1"}]}, "image"),
         ("edits", {"image": {"file_id": "file-1"}}, "image"),
         ("edits", {"images": [{"image_url": PHOTO}], "mask": {"file_id": "file-1"}}, "mask"),
         ("generations", {"image": {"file_id": "file-1"}}, "image"),
         ("generations", {"image": PHOTO, "mask": {"file_id": "file-1"}}, "mask"),
-        ("generations", {"ref_images": [{"file_id": "file-1"}]}, "ref_images"),
+        ("generations", {"ref_images": [{"file_id": "file-1"}]}, "image"),
         ("variations", {"image": {"file_id": "file-1"}}, "image"),
-        ("generations", {"controls": [{"image": {"file_id": "file-1"}}]}, "controls[0].image"),
     ],
 )
-def test_files_are_refused_by_what_to_send(server: Server, path: str, fields: dict[str, Any], param: str) -> None:
+def test_a_file_that_is_not_there_is_refused_by_what_to_send(
+    server: Server, path: str, fields: dict[str, Any], param: str
+) -> None:
     answer = server.client.post(f"/v1/images/{path}", json=FEW | fields)
     assert answer.status_code == 400, answer.text
     error = answer.json()["error"]
     assert error["param"] == param
-    assert "file_id: uploaded files are no source pictures; send image_url" in error["message"]
+    assert "file_id: 'file-1' is no file of yours; it may have expired. Upload the picture" in error["message"]
+
+
+@pytest.mark.parametrize("id", [5, "", "x" * 101, ["file-1"]])
+def test_what_is_no_id_is_refused(server: Server, id: Any) -> None:
+    answer = server.client.post("/v1/images/edits", json=FEW | {"images": [{"file_id": id}]})
+    assert answer.status_code == 400, answer.text
+    assert "file_id: " in answer.json()["error"]["message"]
+
+
+def test_an_uploaded_picture_is_the_same(server: Server) -> None:
+    """As a source, as a mask, and as the picture of a batch's line."""
+    upload, lines = server.client.post, []
+    files = {}
+    for name, uri in {"photo": PHOTO, "mask": MASK}.items():
+        content = base64.b64decode(uri.partition(",")[2])
+        answer = upload("/v1/files", files={"file": (f"{name}.png", content)}, data={"purpose": "vision"})
+        assert (answer.status_code, answer.json()["purpose"]) == (200, "vision")
+        files[name] = {"file_id": answer.json()["id"]}
+        downloaded = server.client.get(f"/v1/files/{files[name]['file_id']}/content")
+        assert (downloaded.content, downloaded.headers["content-type"]) == (content, "application/octet-stream")
+    expected = edited(server, image=PHOTO, mask=MASK)
+    assert edited(server, images=[files["photo"]], mask=files["mask"]).tobytes() == expected.tobytes()
+    assert edited(server, images=[files["photo"] | {"image_url": None}], mask=MASK).tobytes() == expected.tobytes()
+    lines = [FEW | {"images": [files["photo"]], "mask": files["mask"]}]
+    with sdk(server) as client:
+        done = ended(client, begun(client, jsonl(lines, EDITS), EDITS).id)
+        (line,) = lines_of(client, done.output_file_id)
+    (item,) = line["response"]["body"]["data"]
+    picture = Image.open(io.BytesIO(base64.b64decode(item["b64_json"])))
+    assert picture.tobytes() == expected.tobytes()
+
+
+def test_a_file_of_another_purpose_is_no_picture(server: Server) -> None:
+    with sdk(server) as client:
+        id = uploaded(client, jsonl([FEW]))
+    answer = server.client.post("/v1/images/edits", json=FEW | {"images": [{"file_id": id}]})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "image")
+    assert f"'{id}' is a file of the purpose batch" in answer.json()["error"]["message"]
+
+
+def test_a_picture_is_of_its_caller(tmp_path: Path) -> None:
+    """And in a conversation, too."""
+    inside = Inside(tmp_path, api_keys="anna:key-a,ben:key-b")
+    anna, ben = ({"authorization": f"Bearer {key}"} for key in ("key-a", "key-b"))
+    with inside.client() as client:
+        files = {"file": ("a.png", encoded(SOURCE))}
+        made = client.post("/v1/files", files=files, data={"purpose": "vision"}, headers=anna)
+        picture = {"file_id": made.json()["id"]}
+        said = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "input_image"} | picture]}]
+        drawn = {"prompt": "a cat", "image": [picture]}
+        requests = {"images/generations": drawn, "chat/completions": {"messages": said}}
+        for path, body in requests.items():
+            assert client.post(f"/v1/{path}", json=body, headers=anna).status_code == 200
+            refused = client.post(f"/v1/{path}", json=body, headers=ben)
+            assert refused.status_code == 400
+            assert "is no file of yours" in refused.json()["error"]["message"]
+        client.delete(f"/v1/files/{made.json()['id']}", headers=anna)
+        gone = client.post("/v1/images/generations", json=drawn, headers=anna)
+        assert gone.status_code == 400
 
 
 @pytest.mark.parametrize("nothing", [{}, {"imageUrl": PHOTO}, {"image_url": {"uri": PHOTO}}])

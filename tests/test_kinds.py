@@ -17,7 +17,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from sfumato.config import ModelConfig
-from sfumato.core import Generation, Limits, ModelInfo, ModelStatus
+from sfumato.core import Generation, Limits
 from sfumato.drawing import arguments
 from sfumato.drawing.draw import draw
 from sfumato.drawing.info import model_info
@@ -27,6 +27,7 @@ from sfumato.pictures.images import decoded
 from sfumato.pipelines import capabilities
 from sfumato.sampling import NAMED, Sampling, flat
 from sfumato.serving.catalog import EMBEDDED, Catalog
+from sfumato.status import ModelInfo, ModelStatus
 from support import loads, tiny
 from support.drawing import loaded, quiet, source, wanted
 from support.upscalers import UPSCALERS, four_times, twice
@@ -40,10 +41,10 @@ def test_an_upscaler_enlarges_by_its_factor(name: str) -> None:
     model = loaded(build())
     picture = wanted(images=(source(width, height),))
     done = draw(model, replace(picture, upscale=factor), quiet)
-    assert decoded(done.png).size == (width * factor, height * factor)
+    assert decoded(done.file).size == (width * factor, height * factor)
     assert done.recipe.size == (width * factor, height * factor)
     # An ordinary request with a picture is the same to it.
-    assert draw(model, picture, quiet).png == done.png
+    assert draw(model, picture, quiet).file == done.file
     known = model_info(model)
     assert (known.tasks, known.upscale, known.sampling.width) == (("upscaling",), factor, None)
 
@@ -105,7 +106,7 @@ def test_an_alpha_channel_survives_to_the_png() -> None:
     model = loaded(with_alpha())
     for transparent in (True, False):  # a model that draws one always does
         asked = wanted(prompt="a cat", width=64, height=64, transparent=transparent)
-        image = Image.open(io.BytesIO(draw(model, asked, quiet).png))
+        image = Image.open(io.BytesIO(draw(model, asked, quiet).file))
         assert image.mode == "RGBA"
         assert len(set(image.getchannel("A").tobytes())) > 1
     assert model_info(model).transparent
@@ -223,7 +224,7 @@ def test_quality_of_a_class_without_steps_changes_nothing() -> None:
     model = loaded(pipe, enable_parameters=frozenset({"num_inference_steps"}))
     plain = draw(model, wanted(prompt="a cat", steps=None), quiet)
     high = draw(model, wanted(prompt="a cat", steps=None, quality="high"), quiet)
-    assert np.array_equal(np.asarray(decoded(plain.png)), np.asarray(decoded(high.png)))
+    assert np.array_equal(np.asarray(decoded(plain.file)), np.asarray(decoded(high.file)))
     assert model_info(model).sampling.steps is None
 
 
@@ -240,5 +241,5 @@ def test_a_model_that_cannot_be_described_draws_all_the_same(tmp_path: Path, mon
     told: list[ModelStatus] = []
     pool = loads.pool(1, lambda model, status: told.append(status), describe=fail)
     with pool.use(ModelConfig(name="m", model=str(folder), dtype="fp32"), loads.turn) as model:
-        assert draw(model, wanted(prompt="a cat", width=64, height=64), quiet).png
+        assert draw(model, wanted(prompt="a cat", width=64, height=64), quiet).file
     assert told[-1] == ModelStatus("ready")

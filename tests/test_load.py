@@ -47,7 +47,7 @@ def drawn(made: ModelConfig, **fields: Any) -> Any:
     asked = Generation(
         **nested({"id": "1", "prompt": "a cat", "seed": 1, "steps": 2, "width": 64, "height": 64, **fields})
     )
-    return np.asarray(decoded(draw(model, asked, quiet).png)).astype(int)
+    return np.asarray(decoded(draw(model, asked, quiet).file)).astype(int)
 
 
 @pytest.fixture

@@ -74,7 +74,7 @@ def batched(stats: dict[str, dict[str, Any]]) -> bool:
 
 def drawn(config: ModelConfig, **fields: Any) -> tuple[Any, Done]:
     done = draw(load.load(config, "cpu", quiet), wanted(prompt="a cat", **{"width": 64, "height": 64, **fields}), quiet)
-    return np.asarray(decoded(done.png)).astype(int), done
+    return np.asarray(decoded(done.file)).astype(int), done
 
 
 def config_of(folder: Path, **fields: Any) -> ModelConfig:
@@ -296,7 +296,7 @@ def plain(folder: Path, change: Callable[[Any], object] = lambda pipe: None, **f
     change(pipe)
     model = load.Loaded(config_of(folder), pipe, "m", "cpu", "fp32")
     pipe.set_progress_bar_config(disable=True)
-    return np.asarray(decoded(draw(model, wanted(prompt="a cat", width=64, height=64), quiet).png)).astype(int)
+    return np.asarray(decoded(draw(model, wanted(prompt="a cat", width=64, height=64), quiet).file)).astype(int)
 
 
 @FAMILY
@@ -326,7 +326,7 @@ def test_a_tiled_vae_draws_the_same_where_one_tile_is_enough(family: str, folder
     model = load.Loaded(config_of(folders[family]), pipe, "m", "cpu", "fp32")
     pipe.set_progress_bar_config(disable=True)
     by_diffusers = draw(model, wanted(prompt="a cat", width=128, height=128), quiet)
-    assert np.array_equal(large, np.asarray(decoded(by_diffusers.png)).astype(int))
+    assert np.array_equal(large, np.asarray(decoded(by_diffusers.file)).astype(int))
 
 
 @pytest.mark.parametrize(("family", "stored"), [*((family, "fp8") for family in FAMILIES), ("sd", "fp8_e5m2")])
@@ -450,7 +450,7 @@ def test_other_tasks_on_the_same_weights_wait_too(mode: str, away: Away) -> None
     enable(pipe, mode)
     for generation in (asked, wanted(prompt="a cat", width=64, height=64), asked):
         done = draw(loaded(pipe), generation, quiet)
-    assert np.array_equal(np.asarray(decoded(done.png)), np.asarray(decoded(expected.png)))
+    assert np.array_equal(np.asarray(decoded(done.file)), np.asarray(decoded(expected.file)))
 
 
 def test_what_a_model_needs_is_what_it_keeps(folders: dict[str, Path]) -> None:
@@ -473,7 +473,7 @@ def test_a_modular_model_is_stored_in_less(fields: dict[str, Any], tmp_path: Pat
     assert low_memory.sizes(model.pipeline)["transformer"] < 0.85 * low_memory.sizes(whole.pipeline)["transformer"]
     small, plain = (draw(each, wanted(prompt="a cat", width=64, height=64), quiet) for each in (model, whole))
     assert small.recipe.savings == tuple(f"{key}:{value}" for key, value in fields.items())
-    difference = np.abs(np.asarray(decoded(small.png)).astype(int) - np.asarray(decoded(plain.png)).astype(int))
+    difference = np.abs(np.asarray(decoded(small.file)).astype(int) - np.asarray(decoded(plain.file)).astype(int))
     assert 0 < difference.mean() < 10
 
 
@@ -486,7 +486,7 @@ def test_modules_and_layers_of_a_modular_model_wait(mode: str, away: Away, tmp_p
         enable(model.pipeline, each)
     assert away.kept
     done = draw(model, wanted(prompt="a cat", width=64, height=64), quiet)
-    assert np.array_equal(np.asarray(decoded(done.png)), expected)
+    assert np.array_equal(np.asarray(decoded(done.file)), expected)
 
 
 # On a GPU, where there is one.

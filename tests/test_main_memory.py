@@ -20,7 +20,7 @@ from peft.utils import get_peft_model_state_dict
 
 from sfumato.config import ModelConfig
 from sfumato.config.model import Adapter
-from sfumato.core import Done, ModelStatus
+from sfumato.core import Done
 from sfumato.drawing.draw import draw as drawn
 from sfumato.engine import loop
 from sfumato.engine.local import Local
@@ -33,6 +33,7 @@ from sfumato.residency.idle_times import IdleTimes
 from sfumato.residency.main_memory import MainMemory, available, is_beside
 from sfumato.residency.pool import ModelPool
 from sfumato.settings import Settings
+from sfumato.status import ModelStatus
 from support import here, loads, tiny
 from support.drawing import quiet
 from support.loads import turn
@@ -98,7 +99,7 @@ def use(pool: ModelPool, config: ModelConfig) -> Loaded:
 
 def picture(pool: ModelPool, config: ModelConfig) -> bytes:
     with pool.use(config, turn) as model:
-        return drawn(model, here.asked(), quiet).png
+        return drawn(model, here.asked(), quiet).file
 
 
 def addresses(module: Any) -> set[Any]:
@@ -358,7 +359,7 @@ def test_the_engine_says_where_a_model_is(
             await draw(engine, three)
             assert (engine.status("one").state, engine.status("three").state) == ("in_main_memory", "ready")
             again = await draw(engine, one)
-            assert again.png == first.png
+            assert again.file == first.file
             assert (engine.stats.loads, engine.stats.resident_models) == (2, 2)
             assert set(engine.stats.model_bytes) == {"one", "three"}
         finally:

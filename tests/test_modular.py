@@ -46,7 +46,7 @@ TOGETHER = [
 
 
 def pixels(done: Any) -> Any:
-    return np.asarray(decoded(done.png)).astype(int)
+    return np.asarray(decoded(done.file)).astype(int)
 
 
 def by_step(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:

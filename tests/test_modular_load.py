@@ -27,7 +27,7 @@ from sfumato.engine.local import Local
 from sfumato.errors import LoadError, ModelFileError, SfumatoError
 from sfumato.models import load, low_memory, quantizers
 from sfumato.pictures.images import decoded
-from sfumato.pictures.store import Store
+from sfumato.pictures.stores import store_of
 from sfumato.pipelines import capabilities
 from sfumato.serving.catalog import Catalog
 from sfumato.serving.service import Service
@@ -208,7 +208,7 @@ def test_over_http_pictures_of_one_request_share_forward_passes(root: Path, tmp_
     engine = Local(settings)
     service = Service(Catalog([tmp_path / "models"]), engine, settings)
     body = {"model": "m", "prompt": "a cat", "size": "64x64", "step": 4, "seed": 1, "response_format": "b64_json"}
-    with TestClient(create_app(service, Store.of(settings)), client=("203.0.113.7", 50000)) as client:
+    with TestClient(create_app(service, store_of(settings)), client=("203.0.113.7", 50000)) as client:
         (before,) = client.get("/v1/models").json()["data"]
         answer = client.post("/v1/images/generations", json={**body, "n": 3, "guidance_scale": 2.0})
         assert answer.status_code == 200, answer.text
@@ -266,7 +266,7 @@ def test_quantised_blocks_draw_what_diffusers_draws(family: str, parts: set[str]
     expected = plain(**call, generator=torch.Generator().manual_seed(1)).images[0]
     model = load.load(made, "cpu", quiet)
     done = draw(model, wanted(prompt="a cat", width=64, height=64), quiet)
-    assert np.array_equal(np.asarray(decoded(done.png)), np.asarray(expected))
+    assert np.array_equal(np.asarray(decoded(done.file)), np.asarray(expected))
     assert done.recipe.savings == ("quantization:int8",)
     resident = low_memory.sizes({**modular.BUILD, **modular_newer.BUILD}[family]())
     assert all(low_memory.sizes(model.pipeline)[part] < 0.85 * resident[part] for part in parts)

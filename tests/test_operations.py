@@ -20,11 +20,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from sfumato import logs
 from sfumato.commands import serve
-from sfumato.core import EngineStats
 from sfumato.engine.protocol import DeviceState
 from sfumato.errors import SfumatoError
 from sfumato.serving.metrics import DEVICE_METRICS, EVENT_METRICS, SNAPSHOT_METRICS, Metrics
 from sfumato.settings import Settings
+from sfumato.status import EngineStats
 from support.inside import DRAW, Inside, running
 from support.serving import Server
 

@@ -151,7 +151,7 @@ def test_the_ladder_of_a_gpu(gpu: list[str]) -> None:
         left[0] = failures
         done = out_of_memory.with_less(model, asked(64), attempt)
         assert done.recipe.savings == savings
-        assert np.array_equal(np.asarray(decoded(done.png)), np.asarray(decoded(expected.png)))
+        assert np.array_equal(np.asarray(decoded(done.file)), np.asarray(decoded(expected.file)))
         assert model_info(model).savings == tuple(name for name in savings if name != "vae_tiling")
     assert gpu == ["modules on cuda", "layers on cuda"]
     left[0] = 1

@@ -103,7 +103,7 @@ def shown(events: list[Event]) -> list[Preview]:
 
 def final(events: list[Event]) -> np.ndarray[Any, Any]:
     assert isinstance(events[-1], Done), events[-1]
-    return pixels(events[-1].png)
+    return pixels(events[-1].file)
 
 
 def source(width: int, height: int) -> bytes:
@@ -212,7 +212,7 @@ def test_cancelled_at_a_preview(studio: Studio) -> None:
 def test_what_is_no_picture_has_no_preview() -> None:
     pipe = tiny.stable_diffusion()
     assert preview(pipe, torch.zeros(1, 4, 8, 8), None, None) is not None
-    assert preview(pipe, torch.zeros(1, 4, 3, 8, 8), None, None) is None  # frames
+    assert preview(pipe, torch.zeros(1, 3, 5, 8, 8), None, None) is None  # frames, but not its latents
     assert preview(pipe, torch.zeros(1, 64, 16), 64, 64) is None  # packed, and nothing unpacks it
     assert preview(pipe, torch.zeros(1, 64), None, None) is None  # an embedding
     assert preview(pipe, torch.zeros(1, 8, 8, dtype=torch.long), None, None) is None  # tokens
@@ -325,7 +325,7 @@ def test_previews_of_the_embedded_model_look_like_its_pictures() -> None:
         asked = wanted("1", prompt=prompt, seed=seed, steps=12, width=None, height=None, previews=3)
         torch.set_rng_state(before)
         drawn.append((got, draw(model, asked, lambda *_: None, got.append)))
-    finals = [small(Image.open(io.BytesIO(done.png))) for _, done in drawn]
+    finals = [small(Image.open(io.BytesIO(done.file))) for _, done in drawn]
     for number, (previews, _) in enumerate(drawn):
         likeness = [
             [float(np.corrcoef(small(Image.open(io.BytesIO(each.png))), final)[0, 1]) for final in finals]

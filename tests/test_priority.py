@@ -390,10 +390,12 @@ def test_each_drawing_route_takes_a_priority_and_a_deadline(inside: Inside, rout
         wrong = client.post(route, json=sent("urgent"))
         assert wrong.status_code == 400
         assert all(word in wrong.text for word in ("priority", "urgent", "interactive and batch are valid"))
-        for value in ("soon", "0", "-5", "1.5", "86400001", ""):
+        for value in ("soon", "0", "-5", "1.5", "5_000", "1e3", "inf", "86400001", ""):
             late = client.post(route, json=ROUTES[route], headers={"X-Deadline-Ms": value})
             assert late.status_code == 400, value
             assert "x-deadline-ms" in late.text
+        twice = client.post(route, json=ROUTES[route], headers=[("X-Deadline-Ms", "600000")] * 2)
+        assert (twice.status_code, "x-deadline-ms: the header occurs 2 times" in twice.text) == (400, True)
     first, second = inside.engine.seen
     assert (first.priority, second.priority) == (BATCH, INTERACTIVE)
     assert first.deadline is not None

@@ -121,7 +121,7 @@ def test_a_damaged_exif_block_says_nothing() -> None:
 @pytest.mark.parametrize("content", [b"", b"hello"])
 def test_a_file_that_is_no_picture(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.png").write_bytes(content)
-    with pytest.raises(InvalidPicture, match="not a picture, or damaged"):
+    with pytest.raises(InvalidPicture, match="not a picture, a clip or a sound, or damaged"):
         recipe.read(tmp_path / "x.png")
 
 

@@ -124,7 +124,7 @@ def test_a_class_made_of_blocks_takes_as_many_as_it_draws_from(
         return
     both = draw(model, wanted(**fields), quiet)
     assert len(both.recipe.image_sha256) == 2
-    assert both.png != draw(model, wanted(**{**fields, "images": fields["images"][:1]}), quiet).png
+    assert both.file != draw(model, wanted(**{**fields, "images": fields["images"][:1]}), quiet).file
 
 
 def test_a_picture_is_made_again_from_the_same_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +132,7 @@ def test_a_picture_is_made_again_from_the_same_two(tmp_path: Path, monkeypatch: 
     fields: dict[str, Any] = {"prompt": "a cat", "width": 64, "height": 64}
     first = draw(model, wanted(**fields, images=(png(PICTURE), png(OTHER))), quiet)
     assert first.recipe.image_sha256 == tuple(images.fingerprint(png(each)) for each in (PICTURE, OTHER))
-    (tmp_path / "like.png").write_bytes(first.png)
+    (tmp_path / "like.png").write_bytes(first.file)
     told = recipe.read(tmp_path / "like.png")
     sent: list[Any] = []
 
@@ -146,7 +146,7 @@ def test_a_picture_is_made_again_from_the_same_two(tmp_path: Path, monkeypatch: 
     like, output = tmp_path / "like.png", tmp_path / "again.png"
     pictures = [png(PICTURE), png(OTHER)]
     (path,) = command.generate({"images": pictures}, like, output, settings)
-    assert np.array_equal(np.asarray(images.decoded(path.read_bytes())), np.asarray(images.decoded(first.png)))
+    assert np.array_equal(np.asarray(images.decoded(path.read_bytes())), np.asarray(images.decoded(first.file)))
     assert recipe.read(path).image_sha256 == told.image_sha256
     with pytest.raises(InvalidRequest, match="--image: not the picture"):
         command.generate({"images": pictures[::-1]}, like, None, settings)

@@ -349,7 +349,7 @@ def test_a_model_draws_while_another_is_loaded(hub: Hub, tmp_path: Path, configs
         again = (await events(engine, configs["a"], wanted("again")))[-1]
         assert isinstance(again, Done)
         assert isinstance(before[-1], Done)
-        assert again.png == before[-1].png
+        assert again.file == before[-1].file
         assert not any(task.done() for task in waiting)
         hub.release("acme/slow")
         for answer in await asyncio.gather(*waiting):
@@ -601,7 +601,7 @@ def test_on_a_gpu_idle_models_go_to_main_memory_and_come_back(configs: dict[str,
     def draw(config: ModelConfig) -> bytes:
         with pool.use(config, turn) as model:
             assert {parameter.device.type for parameter in model.pipeline.unet.parameters()} == {"cuda"}
-            return drawn(model, wanted("1"), quiet).png
+            return drawn(model, wanted("1"), quiet).file
 
     with pool.use(configs["a"], turn) as model:
         pipeline = model.pipeline

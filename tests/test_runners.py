@@ -21,7 +21,7 @@ import torch
 
 from sfumato.commands.generate import _warn_of_differences
 from sfumato.config import ModelConfig
-from sfumato.core import Done, Generation, Recipe, RunnerState
+from sfumato.core import Done, Generation, Recipe
 from sfumato.drawing.draw import draw
 from sfumato.engine.local import Local
 from sfumato.models.load import Loaded
@@ -29,10 +29,11 @@ from sfumato.pictures.images import decoded
 from sfumato.runners import arguments, graph, kept, module_state, openvino
 from sfumato.runners.arguments import Unserved
 from sfumato.runners.background import Background
-from sfumato.runners.candidate import Candidate
+from sfumato.runners.candidate import KeptRunner
 from sfumato.runners.choice import NOT_INSTALLED, Runners
 from sfumato.sampling import Sampling
 from sfumato.settings import Settings
+from sfumato.status import RunnerState
 from support import families_transformers, here, tiny
 from support.drawing import loaded, quiet, wanted
 from support.together import posted_together
@@ -60,7 +61,7 @@ def model() -> Loaded:
 
 
 def pixels(done: Done) -> Any:
-    return np.asarray(decoded(done.png)).astype(float)
+    return np.asarray(decoded(done.file)).astype(float)
 
 
 def psnr(one: Any, other: Any) -> float:
@@ -92,7 +93,7 @@ def test_without_the_package_modules_compute_and_say_why(
     model: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(graph, "installed", lambda: False)
-    runners, kept_runners = Runners("eager", tmp_path), dict[str, Candidate]()
+    runners, kept_runners = Runners("eager", tmp_path), dict[str, KeptRunner]()
     assert runners.of(model.computing(), kept_runners, "openvino", None) == {}
     states = runners.states(model.computing(), kept_runners, "openvino")
     assert states == tuple(RunnerState(name, "eager", NOT_INSTALLED) for name in MODULES)
@@ -277,7 +278,7 @@ def test_pictures_are_the_same_and_the_recipe_says_what_drew(model: Loaded, fold
         plain, fast = draw(model, asked, quiet), drawn(model, runners, asked)
         assert (plain.recipe.runner, fast.recipe.runner) == ("eager", "openvino-fp32")
         assert psnr(pixels(plain), pixels(fast)) > 45
-        assert fast.png == drawn(model, runners, asked).png  # to the pixel
+        assert fast.file == drawn(model, runners, asked).file  # to the pixel
     states = runners.states(model.computing(), model.state.runners, "openvino")
     assert states == tuple(RunnerState(name, "openvino-fp32") for name in MODULES)
 

@@ -31,18 +31,21 @@ from sfumato.drawing import arguments
 from sfumato.drawing.draw import draw
 from sfumato.drawing.info import model_info
 from sfumato.errors import InvalidRequest
+from sfumato.formats import IMAGE, PICTURE, VIDEO
 from sfumato.models.load import Loaded
 from sfumato.pictures import recipe
 from sfumato.pictures.images import decoded
 from sfumato.process import wire
-from sfumato.sampling import NAMED, PARAMETERS, Parameter, Sampling, flat, merged, nested
+from sfumato.sampling import NAMED, OF_PICTURES, PARAMETERS, Parameter, Sampling, flat, merged, nested
 from sfumato.serving.planning import ImageRequest, plan
 from support import tiny
 from support.inside import Inside, Painter
 
 DOCS = Path(__file__).parent.parent / "docs"
 LIMITS = Limits(2048 * 2048, 4096, 8)
-EVERY = [pytest.param(each, id=each.name) for each in PARAMETERS]
+EVERY = [pytest.param(each, id=each.name) for each in OF_PICTURES]
+ALL = [pytest.param(each, id=each.name) for each in PARAMETERS]
+"""Also those of clips and sounds alone."""
 ENABLED = ",".join(["image", *(str(each.argument) for each in PARAMETERS if each.guarded)])
 
 
@@ -50,6 +53,8 @@ def value_of(parameter: Parameter) -> Any:
     """One that is no default and no neutral value."""
     if parameter.kind is str:
         return parameter.example or "dark"
+    if IMAGE not in parameter.of:
+        return parameter.kind(parameter.example)
     if parameter.side:
         return 64 if parameter.name == "width" else 128
     if parameter.name == "guidance_end":
@@ -58,7 +63,12 @@ def value_of(parameter: Parameter) -> Any:
     return parameter.kind(least + 2) if parameter.kind is int else (parameter.most or 1.0) / 4
 
 
-WHOLE = Sampling(**{each.name: value_of(each) for each in PARAMETERS})
+def format_of(parameter: Parameter) -> str:
+    """Of a request that may have it."""
+    return PICTURE if IMAGE in parameter.of else "gif" if VIDEO in parameter.of else "wav"
+
+
+WHOLE = Sampling(**{each.name: value_of(each) for each in OF_PICTURES})
 
 
 def picture(side: int = 64) -> bytes:
@@ -153,7 +163,7 @@ def test_a_blank_name_does_not_hide_another() -> None:
 
 def test_openai_forms(inside: Inside) -> None:
     """All at once: every scalar of a form is a string."""
-    form = {each.name: str(value_of(each)) for each in PARAMETERS if not each.side} | {"size": "64x128", "prompt": "a"}
+    form = {each.name: str(value_of(each)) for each in OF_PICTURES if not each.side} | {"size": "64x128", "prompt": "a"}
     assert seen(inside, "/v1/images/edits", data=form, files={"image": ("a.png", picture())}) == WHOLE
 
 
@@ -192,7 +202,7 @@ def test_a1111_values_that_ask_for_nothing(inside: Inside) -> None:
             assert seen(inside, "/sdapi/v1/txt2img", json={"prompt": "a", str(each.a1111): neutral}) == Sampling()
 
 
-@pytest.mark.parametrize("parameter", EVERY)
+@pytest.mark.parametrize("parameter", ALL)
 def test_command_line(parameter: Parameter, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     painter = Painter()
     monkeypatch.setattr(command, "Local", lambda settings: painter)
@@ -200,6 +210,10 @@ def test_command_line(parameter: Parameter, monkeypatch: pytest.MonkeyPatch, tmp
     (tmp_path / "source.png").write_bytes(picture())
     flags = ["--size", "64x128"] if parameter.side else [parameter.flag, str(value_of(parameter))]
     flags += ["--image", "source.png"] if parameter.source else []
+    kind = "WanPipeline" if format_of(parameter) == "gif" else "AceStepPipeline"
+    (tmp_path / "m.yaml").write_text(f"parameters: {{model: o/r}}\ndiffusers: {{pipeline_type: {kind}}}")
+    named = ["-o", f"a.{format_of(parameter)}", "--models", str(tmp_path), "-m", "m"]
+    flags += [] if IMAGE in parameter.of else named
     ran = CliRunner().invoke(app, ["generate", "a cat", *flags])
     assert ran.exit_code == 0, ran.output
     assert painter.seen[0].sampling[parameter] == value_of(parameter)
@@ -215,7 +229,7 @@ def of_file(parameter: Parameter, key: str) -> str:
     return text if section else f"{text}{line}\n"
 
 
-@pytest.mark.parametrize("parameter", EVERY)
+@pytest.mark.parametrize("parameter", ALL)
 def test_model_file(parameter: Parameter, tmp_path: Path) -> None:
     """Each key; and the default is in a generation that says nothing, for which a request can say another."""
     for key in parameter.keys or ("size",):
@@ -223,21 +237,24 @@ def test_model_file(parameter: Parameter, tmp_path: Path) -> None:
         (tmp_path / "m.yaml").write_text(text)
         (config,) = load(tmp_path / "m.yaml")
         assert config.sampling[parameter] == value_of(parameter), key
-        filled = arguments.fill(loaded(config), PIPELINE, asked(images=(picture(),) if parameter.source else ()))
+        made = {"format": format_of(parameter), "images": (picture(),) if parameter.source else ()}
+        filled = arguments.fill(loaded(config), PIPELINE, asked(**made))
         assert filled.sampling[parameter] == value_of(parameter), key
         other = value_of(parameter) * 2
-        own = asked(images=(picture(),) if parameter.source else (), sampling=Sampling(**{parameter.name: other}))
+        own = asked(**made, sampling=Sampling(**{parameter.name: other}))
         assert arguments.fill(loaded(config), PIPELINE, own).sampling[parameter] == other
 
 
-@pytest.mark.parametrize("parameter", EVERY)
+@pytest.mark.parametrize("parameter", ALL)
 def test_limits(parameter: Parameter) -> None:
     if parameter.most is None or parameter.kind is str:
         assert parameter.side or parameter.kind is str  # `refuse_size` and `schedulers.parse` say what is valid
         return
     config = ModelConfig(name="m", model="m", enable_parameters=frozenset(ENABLED.split(",")))
     for wrong in ((parameter.least or 0) - 1, parameter.most + 1, float("nan")):
-        request = ImageRequest(prompts=["a"], sampling=Sampling(**{parameter.name: wrong}), images=[picture()])
+        request = ImageRequest(
+            prompts=["a"], sampling=Sampling(**{parameter.name: wrong}), images=[picture()], format=format_of(parameter)
+        )
         with pytest.raises(InvalidRequest, match=f"^{parameter.name}: .*; .* to .* are valid$") as caught:
             plan(request, config, LIMITS, 1)
         assert caught.value.param == parameter.name
@@ -324,6 +341,21 @@ def test_the_pages_have_each(parameter: Parameter) -> None:
         assert parameter.flag in CliRunner().invoke(app, ["generate", "--help"], env={"COLUMNS": "200"}).output
 
 
+@pytest.mark.parametrize("parameter", [each for each in ALL if IMAGE not in each.values[0].of])
+def test_those_of_clips_are_in_files_on_the_command_line_and_in_no_request_for_a_picture(
+    inside: Inside, parameter: Parameter
+) -> None:
+    assert all(f"| `{key}` |" in reference.markdown() for key in parameter.keys)
+    assert parameter.flag in CliRunner().invoke(app, ["generate", "--help"], env={"COLUMNS": "200"}).output
+    with inside.client() as client:
+        answer = client.post("/v1/images/generations", json={"prompt": "a", parameter.name: value_of(parameter)})
+    assert answer.headers["x-sfumato-ignored"] == parameter.name
+    request = ImageRequest(prompts=["a"], sampling=Sampling(**{parameter.name: value_of(parameter)}))
+    with pytest.raises(InvalidRequest, match=f"{parameter.name}: .* the request is for pictures") as caught:
+        plan(request, ModelConfig(name="m", model="m"), LIMITS, 1)
+    assert caught.value.param == parameter.name
+
+
 def test_it_crosses_the_wire() -> None:
     sent = asked(sampling=WHOLE)
     assert wire._unpack(wire.pack(sent)[8:]) == sent
@@ -356,7 +388,7 @@ def drawn(model: Loaded, **sampling: Any) -> Done:
 
 
 def pixels(done: Done) -> Any:
-    return np.asarray(decoded(done.png)).astype(int)
+    return np.asarray(decoded(done.file)).astype(int)
 
 
 @pytest.mark.parametrize("name", ["eta", "guidance_rescale"])
@@ -367,7 +399,7 @@ def test_it_changes_the_picture_and_can_be_had_again(name: str) -> None:
     assert np.array_equal(pixels(once), pixels(twice))
     assert once.warnings == plain.warnings == ()
     assert (getattr(once.recipe.sampling, name), getattr(plain.recipe.sampling, name)) == (0.75, None)
-    assert json.loads(Image.open(io.BytesIO(once.png)).info["sfumato"])[name] == 0.75
+    assert json.loads(Image.open(io.BytesIO(once.file)).info["sfumato"])[name] == 0.75
     like = command._as_request(once.recipe)["sampling"]
     again = draw(model, asked(sampling=like), lambda *_: None)
     assert np.array_equal(pixels(again), pixels(once))

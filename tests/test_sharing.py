@@ -76,7 +76,7 @@ def size(module: Any) -> int:
 
 
 def picture(model: load.Loaded) -> bytes:
-    return drawn(model, here.asked(), quiet).png
+    return drawn(model, here.asked(), quiet).file
 
 
 def alone(config: ModelConfig) -> bytes:

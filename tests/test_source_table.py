@@ -174,4 +174,4 @@ def test_a_vae_that_cannot_be_read_is_taken_to_draw_random_numbers() -> None:
 def pixels(done: Any) -> Any:
     from sfumato.pictures.images import decoded
 
-    return np.asarray(decoded(done.png)).astype(int)
+    return np.asarray(decoded(done.file)).astype(int)

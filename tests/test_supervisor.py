@@ -21,16 +21,17 @@ from starlette.testclient import TestClient
 
 from sfumato.api.app import create_app
 from sfumato.config.parse import config_for
-from sfumato.core import Done, Event, Failed, Generation, ModelStatus, Step
+from sfumato.core import Done, Event, Failed, Generation, Step
 from sfumato.engine.protocol import Load, Ordered, Unload
 from sfumato.errors import Cancelled, RequestTooLarge, WorkerDied
-from sfumato.pictures.store import Store
+from sfumato.pictures.stores import store_of
 from sfumato.process import supervisor as module
 from sfumato.process import wire
 from sfumato.process.supervisor import Supervisor
 from sfumato.serving.catalog import Catalog
 from sfumato.serving.service import Service
 from sfumato.settings import Settings
+from sfumato.status import ModelStatus
 from support.answerable import within
 from support.hanging import replaced
 from support.stub_worker import FRAMES, TOTAL, gate_of, lives, stub
@@ -336,7 +337,7 @@ def test_readyz_says_whether_it_can_draw(tmp_path: Path) -> None:
     (tmp_path / "m.yaml").write_text("name: m\nparameters:\n  model: some/one\n")
     settings = replace(SETTINGS, models=tmp_path, data=tmp_path / "data")
     supervisor = Supervisor(settings, stub(tmp_path, "gated"))
-    app = create_app(Service(Catalog([tmp_path]), supervisor, settings), Store.of(settings))
+    app = create_app(Service(Catalog([tmp_path]), supervisor, settings), store_of(settings))
     gate = gate_of(tmp_path)
     gate.touch()
 

@@ -73,10 +73,10 @@ def test_it_decodes_as_diffusers_does(
     model = load.load(made, "cpu", quiet)
     assert isinstance(model.pipeline.vae, diffusers.AutoencoderTiny)
     assert model.config == made
-    picture = np.asarray(decoded(draw(model, asked(steps=4), quiet).png)).astype(int)
+    picture = np.asarray(decoded(draw(model, asked(steps=4), quiet).file)).astype(int)
     assert np.abs(picture - np.round(expected * 255)).max() <= 1
     # A source picture is encoded by it, too.
-    changed = np.asarray(decoded(draw(model, asked(steps=4, images=(source(64, 64),)), quiet).png))
+    changed = np.asarray(decoded(draw(model, asked(steps=4, images=(source(64, 64),)), quiet).file))
     assert changed.shape == (64, 64, 3)
 
 

@@ -103,7 +103,7 @@ def test_row_23_a_long_negative_prompt_beside_a_short_prompt_is_drawn_with_a_war
     heard = Generation("2", letters(8), 1, Sampling(negative_prompt=letters(75), **SMALL))
     same = draw(model, heard, quiet)
     assert same.warnings == ()
-    assert pixels(same.png) == pixels(done.png)
+    assert pixels(same.file) == pixels(done.file)
 
 
 def test_the_embedded_model_tells() -> None:

@@ -230,7 +230,7 @@ def test_a_model_that_could_not_be_put_back_is_loaded_anew(folder: Path, monkeyp
         restore(self)
 
     with pool.use(made, loads.turn) as model:
-        expected = generation.draw(model, wanted(), quiet).png
+        expected = generation.draw(model, wanted(), quiet).file
     with pool.use(made, loads.turn) as model, pool.use(made, loads.turn) as neighbour:
         steps: list[int] = []
 
@@ -238,14 +238,14 @@ def test_a_model_that_could_not_be_put_back_is_loaded_anew(folder: Path, monkeyp
             steps.append(step)
             if step == 1:  # in the middle of the neighbour's picture
                 monkeypatch.setattr(views.StandIn, "_sfumato_restore", restored)
-                assert generation.draw(model, wanted(), quiet).png == expected
+                assert generation.draw(model, wanted(), quiet).file == expected
 
         with pytest.raises(generation.Disturbed):
             generation.draw(neighbour, wanted(), on_step)
         assert "it fails once" in neighbour.state.broken
     with pool.use(made, loads.turn) as model:
         assert model.pipeline is not neighbour.pipeline
-        assert generation.draw(model, wanted(), quiet).png == expected
+        assert generation.draw(model, wanted(), quiet).file == expected
     assert pool.loads == 2
 
 
@@ -371,7 +371,7 @@ def test_a_module_that_is_called_puts_out_every_other(monkeypatch: pytest.Monkey
     expected = in_a_hub(lambda: generation.draw(model, wanted(), quiet)).outcome.value
     offload.enable(pipe, "cpu")
     assert offload.enabled(pipe)
-    assert in_a_hub(lambda: generation.draw(model, wanted(), quiet)).outcome.value.png == expected.png
+    assert in_a_hub(lambda: generation.draw(model, wanted(), quiet)).outcome.value.file == expected.file
     out: list[str] = []
     names = {id(module): name for name, module in pipe.components.items()}
     for hook in pipe._all_hooks:

@@ -79,7 +79,7 @@ def drawn(kind: str, prompt: str, **more: Any) -> Done:
 
 
 def pixels(done: Done) -> Any:
-    return np.asarray(decoded(done.png)).astype(int)
+    return np.asarray(decoded(done.file)).astype(int)
 
 
 def same(one: Done, other: Done) -> bool:
@@ -134,7 +134,7 @@ def test_what_is_not_weighted_is_a_text_as_on_other_routes(kind: str) -> None:
     for negative in (None, "dog"):
         plain = drawn(kind, "a cat", negative_prompt=negative, weights=False)
         asked = drawn(kind, "a cat", negative_prompt=negative)
-        assert asked.png == plain.png and not asked.recipe.weights
+        assert asked.file == plain.file and not asked.recipe.weights
     escaped = drawn(kind, r"a \(cat\)")
     assert same(escaped, drawn(kind, "a (cat)", weights=False))
     assert (escaped.recipe.prompt, escaped.recipe.weights) == (r"a \(cat\)", True)
@@ -209,7 +209,7 @@ def test_it_is_made_again_from_its_recipe() -> None:
         replace(wanted(prompt=again["prompts"][0], weights=again["weights"]), sampling=again["sampling"]),
         quiet,
     )
-    assert second.png == first.png
+    assert second.file == first.file
 
 
 def test_on_other_routes_the_markup_is_text_with_a_warning_unless_the_key_is_sent() -> None:
@@ -226,4 +226,4 @@ def test_on_other_routes_the_markup_is_text_with_a_warning_unless_the_key_is_sen
     assert told[1].startswith("negative_prompt: 'BREAK' is read as text")
     assert len(told) == 2
     assert pictures["read"].warnings == ()
-    assert not np.array_equal(*(np.asarray(decoded(done.png)) for done in pictures.values()))
+    assert not np.array_equal(*(np.asarray(decoded(done.file)) for done in pictures.values()))

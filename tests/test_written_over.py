@@ -38,7 +38,7 @@ class Engine:
 
 def pixels(event: Any) -> Any:
     assert isinstance(event, Done), event
-    return np.asarray(decoded(event.png)).astype(int)
+    return np.asarray(decoded(event.file)).astype(int)
 
 
 def test_a_folder_that_is_written_over_is_read_again(tmp_path: Path) -> None:

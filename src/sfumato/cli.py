@@ -96,7 +96,14 @@ def serve(**options: Any) -> None:
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="What to draw.")] = None,
     model: Annotated[str | None, typer.Option("-m", "--model", help="A model file's name, or a hub id.")] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="File to write (PNG).")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            help="File to write: PNG, a clip (.mp4, .webm, .gif, .webp) or a sound (.wav, .flac, .mp3, .opus).",
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed; absent: a random one.")] = None,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT.")] = None,
     image: Annotated[
@@ -115,7 +122,7 @@ def generate(
     models: Models = None,
     **sampling: Any,
 ) -> None:
-    """Draw pictures in this process, without a server; prints the path of each."""
+    """Make pictures, clips or sounds in this process, without a server; prints the path of each."""
     from sfumato.commands import kept_sources
     from sfumato.commands.generate import generate as run
 
@@ -301,11 +308,11 @@ def rebuild(
     """Rebuild the index from the recipes in the picture files; stars are kept."""
     from sfumato.api.http.auth import parse_keys
     from sfumato.pictures.gallery import Gallery
-    from sfumato.pictures.store import Store
+    from sfumato.pictures.stores import store_of
 
     settings = _settings(data=data, gallery_url=gallery_url, api_keys=api_keys)
     try:
-        gallery = Gallery.of(settings, Store.of(settings), parse_keys(settings.api_keys))
+        gallery = Gallery.of(settings, store_of(settings), parse_keys(settings.api_keys))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     count = gallery.rebuild()

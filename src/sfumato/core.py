@@ -12,9 +12,10 @@ import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
-from sfumato.errors import SfumatoError
+from sfumato import formats
+from sfumato.errors import InvalidRequest, SfumatoError
 from sfumato.loras import Lora
 from sfumato.sampling import Hires, Sampling
 
@@ -51,7 +52,7 @@ QUALITIES: Mapping[str, float] = MappingProxyType(
 PRIORITIES = (INTERACTIVE, BATCH) = ("interactive", "batch")
 """Classes of requests. The first is the default, and none is above it; nobody waits for the pictures of the second."""
 
-_DURATION = re.compile(r"-?(?:\d+(?:\.\d*)?|\.\d+)(?:h|ms|m|s)?(?:(?:\d+(?:\.\d*)?)(?:h|ms|m|s))*")
+_DURATION = re.compile(r"-?(?:\d+(?:\.\d*)?|\.\d+)(?:h|ms|m|s)?(?:(?:\d+(?:\.\d*)?)(?:h|ms|m|s))*", re.ASCII)
 _PARTS = re.compile(r"(\d+\.?\d*|\.\d+)(h|ms|m|s|$)")
 _SECONDS = {"h": 3600.0, "m": 60.0, "s": 1.0, "": 1.0, "ms": 0.001}
 
@@ -68,15 +69,31 @@ def keep_alive_seconds(value: object) -> float:
     return math.inf if text.startswith("-") else seconds
 
 
+MAX_FRAMES = 257
+"""Default of the setting `max_frames`."""
+
+MAX_SECONDS = 60
+"""Default of the setting `max_seconds`."""
+
+MAX_CLIP_MEGAPIXELS = 256
+"""Default of the setting `max_clip_megapixels`."""
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Size limits for a picture. One forward pass of a huge or very elongated one would hold up all the others."""
+    """Limits for the size of a result. One forward pass of a huge picture would hold up all the others."""
 
     pixels: int
     side: int
     """Maximum length of the longer side, in pixels."""
     aspect: int
     """Maximum ratio of the longer side to the shorter one."""
+    frames: int = MAX_FRAMES
+    """Of a clip."""
+    seconds: float = MAX_SECONDS
+    """Of a clip or a sound."""
+    clip_pixels: int = MAX_CLIP_MEGAPIXELS * 10**6
+    """Of all frames of a clip together."""
 
     def violation(self, width: int, height: int) -> str:
         """Why this size is refused, in words; empty if it is allowed."""
@@ -90,6 +107,16 @@ class Limits:
         if max(width, height) > self.aspect * min(width, height):
             return f"no side may be longer than {self.aspect} times the other (the setting max_aspect)"
         return ""
+
+    def check_clip(self, width: int, height: int, frames: int) -> None:
+        """Raises InvalidRequest unless a clip of so many frames of this size is allowed."""
+        most = min(self.frames, self.clip_pixels // (width * height))
+        if frames > most:
+            raise InvalidRequest(
+                f"num_frames: {frames} of {width}x{height}; at most {most} of this size are allowed (the settings "
+                "max_frames and max_clip_megapixels). Send fewer frames or a smaller size",
+                param="num_frames",
+            )
 
 
 CANNY = "canny"
@@ -143,7 +170,7 @@ def labels(controls: Sequence[Control]) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """One picture to draw. `n` pictures are `n` of these, with seeds `seed`, `seed + 1`, ..."""
+    """One picture, clip or sound to make. `n` of them are `n` of these, with seeds `seed`, `seed + 1`, ..."""
 
     id: str
     prompt: str
@@ -151,6 +178,8 @@ class Generation:
     """0 .. MAX_SEED."""
     sampling: Sampling = field(default_factory=Sampling)
     """Both of width and height are set, or neither."""
+    format: str = formats.PICTURE
+    """A name of `formats.FORMATS`: what it ends in, and how the file is written."""
     images: tuple[bytes, ...] = ()
     """Source pictures, each an encoded PNG, upright, RGB or RGBA."""
     caller: str = ""
@@ -227,7 +256,7 @@ class RecordedControl:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Everything that made one picture; `sfumato generate --like` reproduces it from this alone."""
+    """Everything that made one result; `sfumato generate --like` reproduces it from this alone."""
 
     model: str
     source: str
@@ -274,7 +303,7 @@ class Recipe:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height of the picture, in pixels."""
+        """Width and height of the picture or of each frame, in pixels; zeros for a sound."""
         return self.sampling.size or (0, 0)
 
 
@@ -306,14 +335,16 @@ class Preview:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """Terminal: the picture as PNG bytes, with its recipe embedded."""
+    """Terminal: the file, with its recipe embedded where its format can hold one."""
 
-    png: bytes
+    file: bytes
     recipe: Recipe
     warnings: tuple[str, ...] = ()
     """Where the result differs from the request, one sentence each, beginning with the request's field."""
     prompt_tokens: int = 0
     """Tokens of prompt and negative prompt, as the text encoder counts them; 0 without a text encoder."""
+    format: str = formats.PICTURE
+    """Of `file`: a name of `formats.FORMATS`, `Generation.format`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,123 +358,4 @@ Event: TypeAlias = Step | Preview | Done | Failed
 """A stream of events is any number of `Step` and `Preview`, then exactly one `Done` or `Failed`."""
 
 StorePicture: TypeAlias = Callable[[Done], Awaitable[str | None]]
-"""Stores a picture and returns its name there, or None if it was not kept."""
-
-LoadState: TypeAlias = Literal["unloaded", "downloading", "loading", "ready", "in_main_memory", "failed"]
-
-
-@dataclass(frozen=True, slots=True)
-class Input:
-    """A field of requests that a model takes."""
-
-    name: str
-    """`prompt`, `image`, `mask` or `controls`."""
-    least: int
-    """How many every request needs; 0: optional."""
-    most: int | None
-    """None: as many as the server allows, or not known before the model is loaded."""
-    roles: tuple[str, ...]
-    """What they are for, in the order in which they are sent."""
-
-
-@dataclass(frozen=True, slots=True)
-class Abilities:
-    """What requests may ask of a model."""
-
-    tasks: tuple[str, ...] = ()
-    """The subset of text-to-image, label-to-image, image-to-image, inpainting and upscaling that it supports."""
-    inputs: tuple[Input, ...] = ()
-    problem: str = ""
-    """Why no request can have a picture of it, in words."""
-
-    def input(self, name: str) -> Input | None:
-        return next((each for each in self.inputs if each.name == name), None)
-
-
-@dataclass(frozen=True, slots=True)
-class RunnerState:
-    """What computes a module of a model."""
-
-    module: str
-    """Its name in the pipeline: `unet`, `transformer`."""
-    runner: str
-    """`eager`: the module itself. `openvino-fp32`, `openvino-bf16`: a graph made of it, in this precision; `openvino`
-    before the precision is known. `compile-bf16`: torch.compile. `auto`: it is chosen for the first picture."""
-    detail: str = ""
-    """Why it is eager, what was measured, or what is not ready yet or not served by the graph."""
-
-
-@dataclass(frozen=True, slots=True)
-class ModelInfo:
-    """What is known about a loaded model. None: the pipeline does not say."""
-
-    pipeline: str
-    """diffusers class."""
-    abilities: Abilities
-    sampling: Sampling
-    """Defaults for requests, including the model file's."""
-    size_multiple: int
-    """Both sides are multiples of this, in pixels."""
-    prompt_tokens: int | None
-    """Maximum prompt length of the text encoder in tokens, including its start and end tokens."""
-    transparent: bool
-    """Whether the model draws pictures with an alpha channel."""
-    upscale: int | None
-    """Upscaling factor, for an upscaler."""
-    device: str
-    dtype: str
-    memory_bytes: int = 0
-    """What its weights take in memory; what it shares with another model counts for both."""
-    savings: tuple[str, ...] = ()
-    """Memory savings in effect for every picture, as recipes have them."""
-    runners: tuple[RunnerState, ...] = ()
-    """What computes its denoisers, VAE and text encoders."""
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        return self.abilities.tasks
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """Counters since the engine started; they continue when a worker dies and the next one starts."""
-
-    forwards: int = 0
-    """Forward passes of heavy modules."""
-    batch_sizes: Mapping[int, int] = field(default_factory=dict)
-    """Number of requests that shared a denoiser forward pass → number of such forward passes."""
-    unbatched: Mapping[tuple[str, str], int] = field(default_factory=dict)
-    """Module name (`unet`, `vae` ...) and reason → forward passes that could not have been batched with any request."""
-    prompt_hits: int = 0
-    """Calls of text encoders answered from the prompt-embedding cache."""
-    prompt_misses: int = 0
-    """Calls of text encoders that were computed, though the cache could have had them."""
-    prompt_cache_bytes: int = 0
-    steps: int = 0
-    """Total denoising steps of all requests."""
-    step_seconds: float = 0.0
-    """Time between steps, summed over requests; divided by `steps` it is the mean time per step."""
-    loads: int = 0
-    evictions: int = 0
-    restarts: int = 0
-    """Workers started to replace one that had died."""
-    resident_models: int = 0
-    model_bytes: Mapping[str, int] = field(default_factory=dict)
-    """Model in memory → bytes of its weights; what two models share counts for both."""
-    memory_bytes: int = 0
-    """Resident memory of the worker."""
-    device_memory_bytes: int = 0
-    """Memory allocated on the accelerator."""
-
-
-@dataclass(frozen=True, slots=True)
-class ModelStatus:
-    """State of a model in the engine."""
-
-    state: LoadState = "unloaded"
-    detail: str = ""
-    """What is being fetched, or why the load failed."""
-    progress: float | None = None
-    """0 .. 1 while downloading."""
-    info: ModelInfo | None = None
-    """Set once the model is ready."""
+"""Stores a result and returns its name there, or None if it was not kept."""

@@ -17,9 +17,17 @@ from types import MappingProxyType
 from typing import Any, get_args, get_type_hints
 
 from sfumato.errors import InvalidRequest
+from sfumato.formats import AUDIO, IMAGE, KINDS, VIDEO
 
 MAX_PROMPT = 32_000
 """Characters of a prompt, positive or negative."""
+
+
+SEEN = (IMAGE, VIDEO)
+"""The kinds of results that have a size."""
+
+MAX_LYRICS = 16_000
+"""Characters of the words of a song."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +43,8 @@ class Parameter:
     most: float | None = None
     """Limits of a number; for a string, `most` is its maximum length in characters."""
     example: Any = None
+    of: tuple[str, ...] = KINDS
+    """The kinds of results that it is for; requests for others do not have it."""
 
     argument: str | None = None
     """Name of the pipeline call's argument; None: it is not an argument."""
@@ -81,7 +91,7 @@ def _parameter(help: str, **metadata: Any) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """Sampling parameters of a picture, in the order of an infotext. None: the model's default."""
+    """Sampling parameters of a picture, a clip or a sound, in the order of an infotext. None: the model's default."""
 
     steps: int | None = _parameter(
         "Denoising steps", argument="num_inference_steps", least=1, most=1000, example=20, guarded=True, reported=True,
@@ -99,12 +109,12 @@ class Sampling:
         flag="--guidance", keys=("cfg_scale", "diffusers.cfg_scale"), most_in_file=1000,
         absent="0 or 1 for models distilled to few steps, 8 for Stable Diffusion",
     )  # fmt: skip
-    width: int | None = _parameter("Pixels", argument="width", side=True, reported=True, invoke="width")
-    height: int | None = _parameter("Pixels", argument="height", side=True, reported=True, invoke="height")
+    width: int | None = _parameter("Pixels", argument="width", of=SEEN, side=True, reported=True, invoke="width")
+    height: int | None = _parameter("Pixels", argument="height", of=SEEN, side=True, reported=True, invoke="height")
     strength: float | None = _parameter(
         "0..1: how far the result may move from the source picture", argument="strength", least=0, most=1,
-        example=0.75, source=True, reported=True, a1111="denoising_strength", infotext="Denoising strength",
-        invoke="strength", keys=("strength",),
+        example=0.75, source=True, of=SEEN, reported=True, a1111="denoising_strength",
+        infotext="Denoising strength", invoke="strength", keys=("strength",),
     )  # fmt: skip
     clip_skip: int | None = _parameter(
         "Text encoder layers to skip, from the one that the pipeline class reads by itself: the last one; for XL and "
@@ -144,6 +154,40 @@ class Sampling:
         keys=("guidance_end", "diffusers.guidance_end"), absent="1",
     )  # fmt: skip
 
+    num_frames: int | None = _parameter(
+        "Frames of a clip", of=(VIDEO,), least=1, most=10_000, example=49, flag="--frames",
+        keys=("num_frames",), absent="the pipeline's own",
+    )  # fmt: skip
+    fps: float | None = _parameter(
+        "Frames a second of a clip", of=(VIDEO,), least=1, most=120, example=16, keys=("fps",),
+        absent="what the class was trained with",
+    )  # fmt: skip
+    seconds: float | None = _parameter(
+        "Length of a clip or a sound in seconds; of a clip it is rounded up to frames that the class draws",
+        of=(VIDEO, AUDIO), least=0.1, most=3600, example=4, keys=("seconds",),
+        absent="the pipeline's own",
+    )  # fmt: skip
+    lyrics: str | None = _parameter(
+        "Words that are sung, with marks such as `[verse]`; for ACE-Step", of=(AUDIO,), argument="lyrics",
+        most=MAX_LYRICS, example="[verse] la la", keys=("lyrics",), absent="none",
+    )  # fmt: skip
+    vocal_language: str | None = _parameter(
+        "Language of `lyrics`", of=(AUDIO,), argument="vocal_language", most=20, example="en",
+        keys=("vocal_language",), absent="the pipeline's own",
+    )  # fmt: skip
+    bpm: int | None = _parameter(
+        "Beats a minute of music", of=(AUDIO,), argument="bpm", least=20, most=400, example=80, keys=("bpm",),
+        absent="the model chooses",
+    )  # fmt: skip
+    keyscale: str | None = _parameter(
+        "Key of music", of=(AUDIO,), argument="keyscale", most=40, example="C major", keys=("keyscale",),
+        absent="the model chooses",
+    )  # fmt: skip
+    timesignature: str | None = _parameter(
+        "Beats of a bar of music", of=(AUDIO,), argument="timesignature", most=20, example="4",
+        keys=("timesignature",), absent="the model chooses",
+    )  # fmt: skip
+
     def __getitem__(self, parameter: Parameter) -> Any:
         return getattr(self, parameter.name)
 
@@ -171,6 +215,9 @@ def _parameters() -> tuple[Parameter, ...]:
 
 PARAMETERS = _parameters()
 """One `Parameter` for each field of `Sampling`, in order."""
+
+OF_PICTURES = tuple(each for each in PARAMETERS if IMAGE in each.of)
+"""Those that requests for pictures have."""
 
 NAMED: Mapping[str, Parameter] = MappingProxyType({each.name: each for each in PARAMETERS})
 

@@ -14,7 +14,7 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from sfumato.core import keep_alive_seconds
+from sfumato.core import MAX_CLIP_MEGAPIXELS, MAX_FRAMES, MAX_SECONDS, Limits, keep_alive_seconds
 
 PREFIX = "SFUMATO_"
 
@@ -28,14 +28,23 @@ def device_names(text: str) -> list[str]:
     if text.strip() == "auto":
         return ["auto"]
     names = [name.strip() for name in text.split(",")] if text else []
-    for name in names:
+    groups = [members(name) for name in names]
+    for name in (name for group in groups for name in group):
         if not _DEVICE.fullmatch(name):
             raise ValueError(f"{name!r} is no device: write auto, or a list of cuda:0, cuda:1, xpu:0, mps, cpu")
-    names = [f"{name}:0" if name in ("cuda", "xpu") else name for name in names]
-    for name, count in Counter(names).items():
+    groups = [[f"{name}:0" if name in ("cuda", "xpu") else name for name in group] for group in groups]
+    for group in groups:
+        if len({name.partition(":")[0] for name in group}) > 1 or (len(group) > 1 and "mps" in group):
+            raise ValueError(f"{'+'.join(group)}: devices that compute one picture together are of one kind, not mps")
+    for name, count in Counter(name for group in groups for name in group).items():
         if count > 1 and name != "cpu":
             raise ValueError(f"{name} is named {count} times; only cpu may have several workers")
-    return names
+    return ["+".join(group) for group in groups]
+
+
+def members(device: str) -> list[str]:
+    """The devices of one worker, its own first: it has more than one of `cuda:0+cuda:1`."""
+    return [name.strip() for name in device.split("+")]
 
 
 def _setting(default: Any, help: str, *, secret: bool = False, **limits: Any) -> Any:
@@ -60,7 +69,8 @@ class Settings:
     devices: str = _setting(
         "",
         "Devices that draw at the same time, each with a worker process of its own: auto (every accelerator of this "
-        "machine), or a list such as cuda:0,cuda:1. It takes the place of `device`. Empty: one worker, on `device`.",
+        "machine), or a list such as cuda:0,cuda:1. A worker of cuda:0+cuda:1 draws each picture on both, if the model "
+        "file says context_parallel. It takes the place of `device`. Empty: one worker, on `device`.",
         check=device_names,
     )
     loaded_models: int = _setting(
@@ -140,6 +150,13 @@ class Settings:
     max_aspect: int = _setting(
         8, "Maximum aspect ratio (longer to shorter side) of requested and source pictures.", least=1
     )
+    max_frames: int = _setting(MAX_FRAMES, "Maximum frames of a clip.", least=1)
+    max_seconds: int = _setting(MAX_SECONDS, "Maximum length of a clip or a sound, in seconds.", least=1)
+    max_clip_megapixels: int = _setting(
+        MAX_CLIP_MEGAPIXELS,
+        "Maximum megapixels of all frames of a clip together; while it is encoded, each takes 12 MB of main memory.",
+        least=1,
+    )
     max_body_mb: int = _setting(64, "Largest request body, in MiB.", least=1)
     max_text_mb: int = _setting(4, "Maximum size of a request without its pictures (prompts, fields), in MiB.", least=1)
     max_source_pixels: int = _setting(64_000_000, "Largest source picture that is decoded, in pixels.", least=64)
@@ -182,6 +199,12 @@ class Settings:
     outputs_max_age_h: int = _setting(168, "Hours after which generated pictures are deleted; 0 keeps them.", least=0)
     outputs_max_mb: int = _setting(
         10_000, "Total MiB of generated pictures beyond which the oldest are deleted; 0 keeps them.", least=0
+    )
+    outputs_url: str = _setting(
+        "",
+        "Where generated pictures are stored, as a URL of fsspec: s3://bucket/folder (with s3fs, which the extra ray "
+        "has; its key and endpoint come from AWS's environment variables). Empty: `generated-images` in the data "
+        "folder.",
     )
     keep_pictures: bool = _setting(
         True, "Whether pictures returned as base64 are also stored, for the gallery; those with a URL always are."
@@ -236,6 +259,18 @@ class Settings:
         "The least severe lines to log: debug, info, warning or error.",
         choices=("debug", "info", "warning", "error"),
     )
+
+    @property
+    def limits(self) -> Limits:
+        """For the size of a result."""
+        return Limits(
+            self.max_pixels,
+            self.max_side,
+            self.max_aspect,
+            frames=self.max_frames,
+            seconds=self.max_seconds,
+            clip_pixels=self.max_clip_megapixels * 10**6,
+        )
 
     @property
     def runners_folder(self) -> Path:

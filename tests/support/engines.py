@@ -57,7 +57,7 @@ class Engine:
 
 def pixels(event: Any) -> Any:
     assert isinstance(event, Done), event
-    return np.asarray(decoded(event.png)).astype(int)
+    return np.asarray(decoded(event.file)).astype(int)
 
 
 def generation(id: str, **fields: Any) -> Generation:

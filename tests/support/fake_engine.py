@@ -6,10 +6,11 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 
 from sfumato.config import ModelConfig
-from sfumato.core import Done, EngineStats, Event, Failed, Generation, ModelStatus, Recipe, Step
+from sfumato.core import Done, Event, Failed, Generation, Recipe, Step
 from sfumato.engine.protocol import DeviceState, OnDevice, OnPlace
 from sfumato.errors import DrawError
 from sfumato.sampling import Sampling
+from sfumato.status import EngineStats, ModelStatus
 
 
 class FakeEngine:

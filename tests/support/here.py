@@ -35,7 +35,7 @@ def asked(**fields: Any) -> Generation:
 
 def drawn(made: ModelConfig, **fields: Any) -> Any:
     """The picture of a model as numbers, height x width x 3."""
-    return np.asarray(decoded(draw(load.load(made, "cpu", quiet), asked(**fields), quiet).png)).astype(int)
+    return np.asarray(decoded(draw(load.load(made, "cpu", quiet), asked(**fields), quiet).file)).astype(int)
 
 
 def use(hub: Hub, cache: Path, patch: pytest.MonkeyPatch) -> None:

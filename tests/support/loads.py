@@ -6,8 +6,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from sfumato.core import ModelStatus
 from sfumato.residency.pool import ModelPool
+from sfumato.status import ModelStatus
 
 _news = threading.Event()
 

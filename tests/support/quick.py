@@ -17,11 +17,12 @@ from PIL import Image
 
 from sfumato.commands import serve
 from sfumato.config import ModelConfig
-from sfumato.core import Done, EngineStats, Event, Generation, ModelStatus, Recipe, Step
+from sfumato.core import Done, Event, Generation, Recipe, Step
 from sfumato.engine.protocol import DeviceState
 from sfumato.process import supervisor
 from sfumato.sampling import Sampling
 from sfumato.settings import Settings
+from sfumato.status import EngineStats, ModelStatus
 from support import serving
 
 FOR_EVER = 1000

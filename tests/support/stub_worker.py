@@ -22,11 +22,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from sfumato.core import Done, Failed, Generation, ModelStatus, Recipe, Step
+from sfumato.core import Done, Failed, Generation, Recipe, Step
 from sfumato.engine.protocol import Answer, Cancel, Load, Ordered, Ready, Started, Status, Stop, Submit, Unusable
 from sfumato.errors import AdditionTooLarge, ModelTooLarge
 from sfumato.process import wire
 from sfumato.sampling import Sampling
+from sfumato.status import ModelStatus
 
 HELLO = Ready("cpu", {"stub": "1"})
 PNG = base64.b64decode(

@@ -14,7 +14,7 @@ from fastapi.security import HTTPBearer
 from starlette.middleware.cors import CORSMiddleware
 
 from sfumato import __version__
-from sfumato.api import gallery, hugging_face, localai, loras, models, ops, progress, status, studio
+from sfumato.api import gallery, hugging_face, localai, loras, models, ops, progress, sounds, status, studio
 from sfumato.api.a1111 import controlnet, lists
 from sfumato.api.a1111 import jobs as a1111_jobs
 from sfumato.api.a1111 import routes as a1111
@@ -22,6 +22,7 @@ from sfumato.api.batches import file_routes as files
 from sfumato.api.batches import routes as batches
 from sfumato.api.batches.batches import Batches
 from sfumato.api.batches.files import FileStore
+from sfumato.api.batches.pictures import UploadedPictures
 from sfumato.api.batches.store import BatchStore
 from sfumato.api.chat import routes as chat
 from sfumato.api.chat.answers import parse_callers
@@ -42,6 +43,8 @@ from sfumato.api.jobs.store import JobStore
 from sfumato.api.mcp import routes as mcp
 from sfumato.api.ollama import routes as ollama
 from sfumato.api.openai import routes as openai
+from sfumato.api.videos import routes as videos
+from sfumato.api.videos.documents import video_json
 from sfumato.api.webhooks.sender import Webhooks
 from sfumato.core import MAX_SEED
 from sfumato.errors import SfumatoError
@@ -158,6 +161,7 @@ def create_app(service: Service, store: Store, running: ActiveRequests | None = 
     app.state.a1111_jobs = a1111_jobs.Jobs(service)
     app.state.jobs = stored_jobs
     app.state.batches = _batches(stored_jobs)
+    service.fetcher.uploads = UploadedPictures(app.state.batches.store.files, keyed=bool(keys))
     app.state.webhooks = Webhooks(stored_jobs, settings)
     stored_jobs.application = app
     if running:
@@ -175,16 +179,32 @@ def _batches(stored_jobs: Jobs) -> Batches:
     files = FileStore(store, max_bytes=settings.files_max_mb * 2**20)
     kept = BatchStore(store, files, max_age_s=settings.files_max_age_h * 3600)
     # As many as have places, and as many that wait: the places never stand empty.
-    return Batches(stored_jobs, kept, places=min(stored_jobs.service.queue.places, settings.max_queue))
+    queue = stored_jobs.service.queue
+    return Batches(stored_jobs, kept, places=lambda: min(queue.places, settings.max_queue))
 
 
 def _add_routes(app: FastAPI, *, keyed: bool) -> None:
     # Only documents the key in OpenAPI; `Auth` checks it.
     key = [Depends(HTTPBearer(auto_error=False, description="An API key of this server."))] if keyed else []
-    for module in (openai, chat, localai, jobs, files, batches, progress, models, loras, gallery, status):
+    for module in (
+        openai,
+        chat,
+        localai,
+        sounds,
+        jobs,
+        files,
+        batches,
+        videos,
+        progress,
+        models,
+        loras,
+        gallery,
+        status,
+    ):
         app.include_router(module.routes, prefix="/v1", dependencies=key)
         # LocalAI's clients often omit the prefix.
         app.include_router(module.routes, include_in_schema=False)
+    app.include_router(videos.of_localai, dependencies=key)
     app.include_router(a1111.routes, dependencies=key)
     app.include_router(controlnet.routes, dependencies=key)
     app.include_router(lists.gradio, dependencies=key)
@@ -209,6 +229,7 @@ def _add_middleware(app: FastAPI, keys: Mapping[str, str], origins: Sequence[str
         selected=app.state.choices.of,
         webhook=app.state.webhooks.checked,
         shared=not keys,
+        presented={videos.PATH: video_json},
     )
     app.add_middleware(Shutdown, running=running)
     app.add_middleware(BodyCap, limit=settings.max_body_mb * 2**20)

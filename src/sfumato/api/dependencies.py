@@ -12,7 +12,9 @@ from typing import Annotated, Any, TypeAlias
 from fastapi import Depends, Header, Request
 from pydantic import Field
 
+from sfumato.api.fields import PLAIN
 from sfumato.api.http.auth import caller_of
+from sfumato.errors import InvalidRequest
 from sfumato.pictures.gallery import Gallery
 from sfumato.pictures.store import Store
 from sfumato.serving.service import Service
@@ -32,13 +34,14 @@ TheGallery: TypeAlias = Annotated[Gallery, Depends(part("gallery"))]
 TheStore: TypeAlias = Annotated[Store, Depends(part("store"))]
 
 
+DEADLINE = "x-deadline-ms"
 MAX_DEADLINE_MS = 86_400_000
 """A day."""
 
 DeadlineMs: TypeAlias = Annotated[
-    Annotated[int, Field(ge=1, le=MAX_DEADLINE_MS)] | None,
+    Annotated[int, Field(ge=1, le=MAX_DEADLINE_MS), PLAIN] | None,
     Header(
-        alias="x-deadline-ms",
+        alias=DEADLINE,
         description="Milliseconds from the arrival of the request within which its pictures are wanted. It puts the "
         "request before others of its caller that are due later. A request of which nothing has begun by then is a "
         "504; one that has begun is drawn to its end, with a warning.",
@@ -65,6 +68,8 @@ class Context:
 async def _context(
     request: Request, service: TheService, gallery: TheGallery, deadline_ms: DeadlineMs = None
 ) -> Context:
+    if (count := len(request.headers.getlist(DEADLINE))) > 1:
+        raise InvalidRequest(f"{DEADLINE}: the header occurs {count} times; send it once", param=DEADLINE)
     deadline = None if deadline_ms is None else request.state.arrived + deadline_ms / 1000
     return Context(request, service, gallery, deadline)
 

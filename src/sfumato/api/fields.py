@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Annotated, Any, TypeAlias
@@ -26,15 +27,28 @@ SERVICE_TIERS: Mapping[str, str] = MappingProxyType(
 """OpenAI's `service_tier` → a name of `PRIORITIES`. No tier is above the default."""
 
 
+_PLAIN = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
+
+
 def _blank_is_absent(value: Any) -> Any:
     """Forms send an empty string for an empty field."""
     return None if isinstance(value, str) and not value.strip() else value
 
 
+def plain_number(value: Any) -> Any:
+    """A text must be a number as JSON has them; others as they are. Python also reads 1_000, and digits of all scripts.
+
+    Raises ValueError.
+    """
+    if isinstance(value, str) and not _PLAIN.fullmatch(value.strip()):
+        raise ValueError("a number in plain digits is valid, such as 20 or 0.5")
+    return value
+
+
 def number_within(value: Any, least: float, most: float) -> float:
     """A number, or a text that is one. Raises ValueError that says the value and the bounds."""
     try:
-        number = float(str(value))
+        number = float(plain_number(str(value)))
     except (ValueError, OverflowError):
         number = math.nan
     if not least <= number <= most:
@@ -56,8 +70,12 @@ def _priority(value: Any) -> Any:
 
 
 BLANK = BeforeValidator(_blank_is_absent)
+PLAIN = BeforeValidator(plain_number)
+"""Of a number in a form, a query or a header."""
+NUMBER = BeforeValidator(lambda value: plain_number(_blank_is_absent(value)))
+"""The same where it may be empty."""
 Text: TypeAlias = Annotated[str | None, BLANK]
-Seed: TypeAlias = Annotated[Annotated[int, Field(ge=RANDOM_SEED, le=MAX_SEED)] | None, BLANK]
+Seed: TypeAlias = Annotated[Annotated[int, Field(ge=RANDOM_SEED, le=MAX_SEED)] | None, NUMBER]
 KeepAlive: TypeAlias = Annotated[
     float | None,
     BeforeValidator(lambda value: None if value is None else keep_alive_seconds(value)),
@@ -74,8 +92,8 @@ Priority: TypeAlias = Annotated[
         f"beside them. `{INTERACTIVE}` or absent: as all others. Also OpenAI's `service_tier`: `flex` is `{BATCH}`.",
     ),
 ]
-PictureCount: TypeAlias = Annotated[Annotated[int, Field(ge=1, le=MAX_COUNT)] | None, BLANK]
-Side: TypeAlias = Annotated[Annotated[int, Field(ge=1, le=MAX_SIDE)] | None, BLANK]
+PictureCount: TypeAlias = Annotated[Annotated[int, Field(ge=1, le=MAX_COUNT)] | None, NUMBER]
+Side: TypeAlias = Annotated[Annotated[int, Field(ge=1, le=MAX_SIDE)] | None, NUMBER]
 
 
 def openai_field(parameter: Parameter) -> tuple[Any, Any]:
@@ -100,4 +118,4 @@ def _kind(parameter: Parameter) -> Any:
     if parameter.kind is str:
         return Text
     maximum = parameter.most if parameter.most is None or not parameter.one_based else parameter.most + 1
-    return Annotated[Annotated[parameter.kind, Field(ge=parameter.least, le=maximum)] | None, BLANK]
+    return Annotated[Annotated[parameter.kind, Field(ge=parameter.least, le=maximum)] | None, NUMBER]

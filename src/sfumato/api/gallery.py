@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sfumato.api import file_parameters
 from sfumato.api.dependencies import Owner, TheGallery, TheService
+from sfumato.api.fields import PLAIN
 from sfumato.api.http import documents
 from sfumato.api.http.forms import openapi_body, reader
 from sfumato.api.openai.pictures import Picture
@@ -91,7 +92,7 @@ async def page(
     model: Annotated[str | None, Query(max_length=MAX_WORDS, description="Made by this model.")] = None,
     starred: Annotated[bool, Query(description="Only pictures with a star.")] = False,
     before: Annotated[str | None, Query(max_length=100, description="`next` of the previous page.")] = None,
-    limit: Annotated[int, Query(ge=1, le=MAX_PAGE, description="Pictures per page.")] = 60,
+    limit: Annotated[int, Query(ge=1, le=MAX_PAGE, description="Pictures per page."), PLAIN] = 60,
 ) -> dict[str, Any]:
     query = GalleryQuery(owner, q, model, starred)
     place = _place(before)

@@ -20,11 +20,12 @@ from sfumato.api.http.headers import header_text
 from sfumato.checkpoints import ip_adapters, net_classes
 from sfumato.checkpoints.static_capabilities import static_capabilities
 from sfumato.config import ModelConfig
-from sfumato.core import QUALITIES, Abilities, Input, ModelInfo
+from sfumato.core import QUALITIES
 from sfumato.engine.protocol import DeviceState
 from sfumato.sampling import NAMED, PARAMETERS
 from sfumato.serving.planning import MAX_PICTURES
 from sfumato.serving.service import Service
+from sfumato.status import Abilities, Input, ModelInfo
 
 MAX_NAME = 1000
 """Maximum characters of a model's name."""
@@ -74,6 +75,9 @@ CAPABILITIES: Mapping[str, str] = MappingProxyType(
         "image-to-image": "image",
         "inpainting": "image",
         "upscaling": "upscale",
+        "text-to-video": "video",
+        "image-to-video": "video",
+        "text-to-audio": "sound_generation",
     }
 )
 """Task → LocalAI's name of what it is for."""
@@ -256,7 +260,7 @@ def _architecture(config: ModelConfig, abilities: Abilities | None) -> dict[str,
     inputs = {"text": {"prompt"}, "image": {"image", "mask", "controls"}}
     return {
         "input_modalities": [modality for modality, of in inputs.items() if names & of],
-        "output_modalities": ["image"] if abilities.tasks else [],
+        "output_modalities": [abilities.kind] if abilities.tasks else [],
     }
 
 

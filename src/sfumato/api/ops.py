@@ -12,7 +12,7 @@ from sfumato import __version__
 from sfumato.api.dependencies import TheService, TheStore
 from sfumato.api.http import documents, ranges
 from sfumato.core import BATCH, PRIORITIES
-from sfumato.pictures.store import MEDIA_TYPES
+from sfumato.pictures.store import STORED
 from sfumato.serving.metrics import CONTENT_TYPE
 from sfumato.serving.service import Service
 
@@ -56,7 +56,7 @@ async def metrics(service: TheService) -> Response:
     summary="A generated picture",
     response_class=Response,
     responses={
-        200: {"content": {media_type: {} for media_type in MEDIA_TYPES.values()}},
+        200: {"content": {media_type: {} for media_type in STORED.values()}},
         206: {"description": "The requested `Range`"},
         304: {"description": "Not modified: `If-None-Match` matches"},
         404: {"model": documents.Error, "description": "No such picture; it may have expired"},

@@ -15,9 +15,9 @@ from pydantic import BaseModel, Field
 from sfumato import __version__
 from sfumato.api.dependencies import TheService, part
 from sfumato.api.http import documents
-from sfumato.core import EngineStats
 from sfumato.engine.protocol import DeviceState
 from sfumato.serving.service import Service
+from sfumato.status import EngineStats
 
 EVERY_S = 5.0
 SAMPLES = 120

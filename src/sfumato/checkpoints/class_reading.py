@@ -14,10 +14,9 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from sfumato.checkpoints import class_needs, diffusers_source, feature_caches
+from sfumato.checkpoints import class_needs, clip_rules, diffusers_source, feature_caches, sound_rules
 from sfumato.checkpoints.class_needs import Lacks
 from sfumato.config import ModelConfig
-from sfumato.core import Abilities
 from sfumato.pipelines import capabilities
 from sfumato.pipelines.inputs import (
     CONTROL,
@@ -26,6 +25,9 @@ from sfumato.pipelines.inputs import (
     MASK,
     OUTPUTS,
     PICTURE,
+    SOUND,
+    SOURCE_CLIPS,
+    SOURCE_SOUNDS,
     SOURCES,
     Kin,
     Parameter,
@@ -34,6 +36,7 @@ from sfumato.pipelines.inputs import (
     of_signature,
     role_of,
 )
+from sfumato.status import Abilities, FrameRule, SoundRule
 
 FOR_A_PICTURE = re.compile(r"Img2Img|Inpaint|Depth2Img|Upscale|SuperResolution|Pix2Pix|Edit|Refiner|Variation")
 """Names of classes that need a source picture, though their calls look at whether there is one."""
@@ -70,7 +73,9 @@ def of_name(name: str) -> Reading | None:
     plain = of_signature(name, signature)
     output = _output(call, fields, signature.keys())
     masked = any(each.role == MASK for each in inputs) and _concatenates_mask(name, call)
-    return Reading(name, plain.parameters, inputs, output, plain.unmet, masked)
+    clips = (each for each in signature if each in (*SOURCE_CLIPS, *SOURCE_SOUNDS) and each not in plain.unmet)
+    unmet = plain.unmet + tuple(each for each in clips if not _does_without(name, call, each))
+    return Reading(name, plain.parameters, inputs, output, unmet, masked)
 
 
 @functools.cache
@@ -137,6 +142,8 @@ def kin_of(
     kinds: int = 0,
     more: bool = False,
     lacks: Lacks = lambda part: False,
+    frames: FrameRule | None = None,
+    sound: SoundRule | None = None,
 ) -> Kin:
     """A class with its siblings. `unet_channels`: those that the UNet takes, if there is one; `hidden_type`: its
     `encoder_hid_dim_type`."""
@@ -146,7 +153,7 @@ def kin_of(
     siblings = {task: class_needs.on_parts(sibling, lacks) for task, sibling in found.items() if sibling}
     image, mask = (each if each and not each.lacks else None for each in map(siblings.get, ("image", "mask")))
     masks_only = unet_channels == MASKED_CHANNELS
-    return Kin(class_needs.on_parts(own, lacks), image, mask, masks_only, nets, kinds, more)
+    return Kin(class_needs.on_parts(own, lacks), image, mask, masks_only, nets, kinds, more, frames, sound)
 
 
 def kin_of_pipeline(pipeline: Any) -> Kin:
@@ -160,6 +167,8 @@ def kin_of_pipeline(pipeline: Any) -> Kin:
         nets=nets_of(pipeline),
         kinds=kinds_of(pipeline),
         lacks=lambda part: getattr(pipeline, part, None) is None,
+        frames=clip_rules.of_pipeline(pipeline),
+        sound=sound_rules.of_pipeline(pipeline) if own.output == SOUND else None,
     )
 
 

@@ -90,6 +90,18 @@ def inherited(name: str, attribute: str) -> Any:
     return next((value for base in bases if (value := inherited(base, attribute)) is not None), None)
 
 
+def assigned(name: str, attribute: str) -> ast.expr | None:
+    """What a class attribute is set to, by a class or the first of its base classes that does; None: none does."""
+    for each in (name, *ancestors(name)):
+        definition = _class(each)
+        for node in definition.body if definition else ():
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            value = getattr(node, "value", None)
+            if isinstance(targets[0], ast.Name) and targets[0].id == attribute and isinstance(value, ast.expr):
+                return value
+    return None
+
+
 @functools.cache
 def attributes(name: str) -> frozenset[str]:
     """The names of all attributes that the methods of a diffusers class and of its base classes use."""

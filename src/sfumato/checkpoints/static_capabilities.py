@@ -1,7 +1,7 @@
 """A model's capabilities before it is loaded: read from its files, and from diffusers' source as text.
 
 Neither diffusers nor torch is imported, which would take seconds and gigabytes in the API process.
-What the files do not say is None; once the model is loaded, `core.ModelInfo` has everything.
+What the files do not say is None; once the model is loaded, `status.ModelInfo` has everything.
 """
 
 from __future__ import annotations
@@ -19,21 +19,23 @@ from typing import Any
 
 from sfumato.checkpoints import (
     class_reading,
+    clip_rules,
     dduf,
     descriptions,
     diffusers_source,
     modular,
     pipeline_class,
     single_file,
+    sound_rules,
     sources,
     split,
     weight_file,
 )
 from sfumato.config import ModelConfig
-from sfumato.core import Abilities
 from sfumato.errors import SfumatoError
 from sfumato.pipelines import capabilities, tokens, with_prior, workflows
-from sfumato.pipelines.inputs import Kin, Reading
+from sfumato.pipelines.inputs import MOVING, SOUND, Kin, Reading
+from sfumato.status import Abilities, FrameRule
 
 DEFAULT_MULTIPLE = 8
 """Default of diffusers' image processors."""
@@ -41,7 +43,7 @@ DEFAULT_MULTIPLE = 8
 
 @dataclass(frozen=True, slots=True)
 class StaticCapabilities:
-    """The part of `core.ModelInfo` that files reveal."""
+    """The part of `status.ModelInfo` that files reveal."""
 
     pipeline: str | None = None
     abilities: Abilities | None = None
@@ -106,7 +108,8 @@ def _kin(reading: Reading, parts: _Parts, nets: int) -> Kin:
     more = any(parts.kind(part).startswith("Multi") for part in ("controlnet", "adapter"))
     return class_reading.kin_of(
         reading, unet_channels=channels, hidden_type=hidden_type, nets=nets, kinds=kinds or 0, more=more,
-        lacks=parts.lacks,
+        lacks=parts.lacks, frames=_frames(reading.name, parts),
+        sound=sound_rules.sound_rule(reading.name, parts.known) if reading.output == SOUND else None,
     )  # fmt: skip
 
 
@@ -151,6 +154,12 @@ class _Parts:
                 return defaults[key]
         raise _Unknown
 
+    def known(self, part: str, key: str) -> Any:
+        """As `setting`; None if it is not known."""
+        with suppress(_Unknown):
+            return self.setting(part, key)
+        return None
+
     def kind(self, part: str) -> str:
         """A component's class; empty if there is none, or the model file replaces it."""
         return self._classes.get(part, "")
@@ -184,6 +193,21 @@ def _tokens(name: str, parameters: Mapping[str, inspect.Parameter], parts: _Part
     return max(capacities, default=None)
 
 
+def _frames(name: str, parts: _Parts) -> FrameRule | None:
+    """Equals `clip_rules.of_pipeline` of the loaded pipeline; None if that cannot be evaluated."""
+    attributes: dict[str, Any] = {}
+    for function in diffusers_source.methods(name, "__init__"):
+        for target, value in _assignments(function):
+            attributes.setdefault(target, _value(value, attributes, parts))
+    named = [attributes[each] for each in clip_rules.STEPS if each in attributes]
+    longest = None
+    with suppress(_Unknown):
+        longest = parts.setting("motion_adapter", clip_rules.LONGEST)
+    if named and named[0] is None:
+        return None
+    return clip_rules.frame_rule(next(iter(named), None), longest, parts.kind("vae"))
+
+
 def _multiple(name: str, parts: _Parts) -> int | None:
     """Equals `arguments.size_multiple`, from the arithmetic in the class's `__init__`."""
     if larger := capabilities.UPSCALERS.get(name):
@@ -199,6 +223,9 @@ def _multiple(name: str, parts: _Parts) -> int | None:
                 processor = _value(factors[0], attributes, parts) if factors else DEFAULT_MULTIPLE
             else:
                 attributes[target] = _value(value, attributes, parts)
+    reading = class_reading.of_name(name)
+    if reading and reading.output == MOVING:
+        return clip_rules.side_multiple(name, lambda value: _value(value, attributes, parts))
     factor = processor if processor is not None else attributes.get("vae_scale_factor", DEFAULT_MULTIPLE)
     return int(factor) if isinstance(factor, int | float) and factor else None
 

@@ -178,6 +178,8 @@ def _settings(config: ModelConfig) -> Iterator[tuple[str, str]]:
     yield "memory", "; ".join(_memory(config))
     yield "scheduler", config.sampling.scheduler or "the model's own"
     yield "runner", config.accelerate or ""
+    divided = config.context_parallel
+    yield "devices", f"{divided} for each picture, of a worker with so many (--devices)" if divided else ""
     yield "VAE", "the tiny one for its latents" if config.vae == tiny_vaes.TINY else addresses.redact(config.vae or "")
     yield "IP-Adapters", ", ".join(config.ip_adapters)
     yield "depth", config.depth_model or ""

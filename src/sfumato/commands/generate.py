@@ -19,11 +19,12 @@ from sfumato.config import ModelConfig
 from sfumato.core import EAGER, VAE_TILING, Done, Recipe, Step
 from sfumato.engine.local import Local
 from sfumato.errors import InvalidRequest, StorageError, in_words
+from sfumato.formats import CLIP, FORMATS, IMAGE, PICTURE, kind_of
 from sfumato.loras import Lora, not_named_by, read_tags
 from sfumato.pictures import images
 from sfumato.pictures import recipe as recipes
-from sfumato.pictures.store import Store
-from sfumato.sampling import Hires, Sampling, merged
+from sfumato.pictures.stores import store_of
+from sfumato.sampling import PARAMETERS, Hires, Sampling, merged
 from sfumato.serving.catalog import Catalog
 from sfumato.serving.planning import ImageRequest, size_of
 from sfumato.serving.service import Service
@@ -56,9 +57,10 @@ def generate(fields: dict[str, Any], like: Path | None, output: Path | None, set
             texts = [*fields["prompts"], sampling.negative_prompt or ""]
             tags = [tag for text in texts for tag in read_tags(text)[1]]
             from_recipe["loras"] = not_named_by(from_recipe["loras"], tags)
-    request = ImageRequest(**{**from_recipe, **fields, "sampling": sampling}, operator=True)
+    format = _format(output or like, sampling)
+    request = ImageRequest(**{**from_recipe, **fields, "sampling": sampling, "format": format}, operator=True)
     if recipe and like:
-        places = [like.parent, Store.of(settings).folder]
+        places = [like.parent, store_of(settings).folder]
         bounds = images.Bounds.of(settings)
         request = replace(request, controls=kept_sources.controls(request.controls, recipe, places, bounds))
     if recipe:
@@ -70,6 +72,15 @@ def generate(fields: dict[str, Any], like: Path | None, output: Path | None, set
     if recipe:
         _warn_of_differences(recipe, results[0].recipe)
     return [_write(result, index, len(results), output) for index, result in enumerate(results)]
+
+
+def _format(output: Path | None, sampling: Sampling) -> str:
+    """What to make: what the file's suffix says, without a file to write that of the recipe; of WebP, and without
+    both, a clip if it has a length."""
+    name = output.suffix.removeprefix(".").lower() if output else ""
+    if any(sampling[each] is not None for each in PARAMETERS if IMAGE not in each.of):
+        return name if name in FORMATS and kind_of(name) != IMAGE else CLIP
+    return name if name in FORMATS and name != "webp" else PICTURE
 
 
 def _as_request(recipe: Recipe) -> dict[str, Any]:
@@ -170,11 +181,11 @@ def _warn_of_differences(recipe: Recipe, redrawn: Recipe) -> None:
 
 
 def _write(result: Done, index: int, count: int, output: Path | None) -> Path:
-    path = output or Path(f"sfumato-{result.recipe.seed}.png")
+    path = output or Path(f"sfumato-{result.recipe.seed}.{result.format}")
     if output and count > 1:
         path = output.with_stem(f"{output.stem}-{index + 1}")
     try:
-        path.write_bytes(result.png)
+        path.write_bytes(result.file)
     except OSError as error:
         raise StorageError(f"{path} could not be written: {error.strerror}") from error
     return path

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 
 from sfumato.checkpoints import static_capabilities, stored
 from sfumato.config import ModelConfig
-from sfumato.core import RunnerState
 from sfumato.runners.measured import Measurements
 from sfumato.serving.catalog import Catalog
 from sfumato.settings import Settings
+from sfumato.status import RunnerState
 
 COLUMNS = ("name", "class", "source", "runner", "on disk", "downloaded")
 

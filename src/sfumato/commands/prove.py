@@ -6,11 +6,11 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from sfumato.core import ModelStatus
 from sfumato.engine import environment
 from sfumato.serving.catalog import Catalog
 from sfumato.serving.planning import size_of
 from sfumato.settings import Settings
+from sfumato.status import ModelStatus
 
 if TYPE_CHECKING:
     from sfumato.engine.proving import Result

@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from sfumato.checkpoints.weight_file import OnProgress
-from sfumato.core import ModelStatus
 from sfumato.engine import environment
 from sfumato.serving.catalog import Catalog
 from sfumato.settings import Settings
+from sfumato.status import ModelStatus
 
 
 def pull(name: str, settings: Settings) -> str:

@@ -12,7 +12,7 @@ from sfumato import logs
 from sfumato.api.http.early import EarlyAnswers
 from sfumato.errors import SfumatoError
 from sfumato.process import accelerators
-from sfumato.settings import Settings, device_names
+from sfumato.settings import Settings, device_names, members
 
 if TYPE_CHECKING:
     from sfumato.process.devices import Devices
@@ -53,7 +53,7 @@ def _devices(settings: Settings) -> Sequence[str]:
         raise SfumatoError(
             f"devices={settings.devices!r} and device={settings.device!r}: only one of these settings can be set"
         )
-    if not set(names) - {"cpu"}:
+    if not {each for name in names for each in members(name)} - {"cpu"}:
         return names
     try:
         there = accelerators.names()
@@ -63,9 +63,9 @@ def _devices(settings: Settings) -> Sequence[str]:
         ) from None
     if names == ["auto"]:
         return there or ["cpu"]
-    missing = [name for name in names if name not in (*there, "cpu")]
+    missing = [each for name in names for each in members(name) if each not in (*there, "cpu")]
     told = f"this machine has no {', '.join(missing)}; its accelerators are: {', '.join(there) or 'none'}"
-    if missing and len(missing) == len(names):
+    if missing and all(set(members(name)) & set(missing) for name in names):
         raise SfumatoError(f"devices={settings.devices!r}: {told}. Leave the setting out to draw on the best device")
     if missing:
         log.error("devices=%r: %s. The others are used", settings.devices, told)

@@ -221,6 +221,11 @@ KEYS: tuple[Key, ...] = (
             "`openvino`, graphs made of them, on a CPU (extra `openvino`); `compile`, torch.compile; `auto`, what was "
             "measured to be faster. Absent: the setting `accelerate`.",
         ),
+        (
+            "diffusers.context_parallel", "context_parallel", read.integer(2, 64, absent=1),
+            "Devices that compute each forward pass of the denoiser together, on a server with such a worker "
+            "(`--devices cuda:0+cuda:1`); for transformers that diffusers can divide. Absent or 1: one.",
+        ),
         ("threads", "threads", read.integer(1, 4096, absent=0), "CPU threads."),
     ),
     *_group(

@@ -182,6 +182,8 @@ class ModelConfig:
     cache: FeatureCache | None = None
     accelerate: str | None = None
     """A value of `readers.RUNNERS`; None: as the server says."""
+    context_parallel: int | None = None
+    """Devices that compute one picture together; None: one."""
     threads: int | None = None
 
     max_concurrent: int | None = None

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from PIL import Image, ImageOps
 
-from sfumato.checkpoints import few_steps, file_values
+from sfumato.checkpoints import class_reading, clip_rules, few_steps, file_values
 from sfumato.config.model import REQUEST_DEFAULTS
 from sfumato.core import QUALITIES, Generation
 from sfumato.drawing import crop, picture_arguments, preprocessors
 from sfumato.errors import InvalidRequest
+from sfumato.formats import VIDEO, kind_of
 from sfumato.models.load import Loaded, token_limit
 from sfumato.pictures import images
 from sfumato.pipelines import request_fields
 from sfumato.pipelines.capabilities import MULTIPLES, parameters_of, upscaler
+from sfumato.pipelines.inputs import MOVING
 from sfumato.sampling import PARAMETERS, Parameter, Sampling, merged
 
 SAMPLED = frozenset(parameter.argument for parameter in PARAMETERS if parameter.argument)
@@ -57,6 +61,8 @@ def fill(model: Loaded, pipeline: Any, generation: Generation) -> Generation:
     """Fill in what the request leaves open, from the model file and the seed page; class defaults stay None."""
     of_quality = Sampling(steps=_steps_of_quality(model, pipeline, generation.quality))
     of_file = _of_file(model, pipeline, pictures=bool(generation.images or generation.controls))
+    kind = kind_of(generation.format)
+    of_file = replace(of_file, **{each.name: None for each in PARAMETERS if kind not in each.of})
     # A locked parameter without a value in the file is the pipeline class's own.
     locked = {each.name: of_file[each] for each in PARAMETERS if model.config.locks(each.argument or "")}
     return replace(generation, sampling=replace(merged(generation.sampling, of_quality, of_file), **locked))
@@ -193,7 +199,7 @@ def _canvas(model: Loaded, pipeline: Any, filled: Generation) -> Canvas:
         whole = (control.resize(mask.size, Image.Resampling.LANCZOS) for control in controls)
         return replace(area, controls=tuple(control.crop(area.box) for control in whole))
     if not (width and height):
-        width, height = sources[0].size if filled.crop else (_near(side, multiple) for side in sources[0].size)
+        width, height = sources[0].size if filled.crop else _of_source(model, filled, sources[0], multiple)
     if mask is not None and not filled.crop and not filled.sampling.size and (width, height) != sources[0].size:
         # Stretched slightly for the model, then pasted into the original: outside the mask nothing changes.
         size, first = (width, height), sources[0]
@@ -205,6 +211,17 @@ def _canvas(model: Loaded, pipeline: Any, filled: Generation) -> Canvas:
     mask = mask and ImageOps.fit(mask, (width, height), Image.Resampling.NEAREST)
     drawn = _cropped((width, height), multiple, sources, mask) if filled.crop else Canvas(width, height, sources, mask)
     return replace(drawn, controls=controls)
+
+
+def _of_source(model: Loaded, filled: Generation, source: Image.Image, multiple: int) -> tuple[int, int]:
+    """The size of a result that says none: its source's; of a clip, which costs that many times over, at most the
+    area of the model's own."""
+    width, height = source.size
+    own = own_size(model)
+    if kind_of(filled.format) == VIDEO and own[0] and own[1]:
+        scale = min(1.0, math.sqrt(own[0] * own[1] / (width * height)))
+        width, height = round(width * scale), round(height * scale)
+    return _near(width, multiple), _near(height, multiple)
 
 
 def _controls(canvas: Canvas) -> Iterator[Image.Image]:
@@ -383,9 +400,28 @@ def size_multiple(pipeline: Any) -> int:
     """Both sides of a picture must be multiples of this, in pixels."""
     if multiple := MULTIPLES.get(type(pipeline).__name__):
         return multiple
+    if class_reading.of_pipeline(pipeline).output == MOVING:
+        return clip_rules.side_multiple(type(pipeline).__name__, _over(pipeline)) or 8
     processor = getattr(pipeline, "image_processor", None)
     factor = getattr(getattr(processor, "config", None), "vae_scale_factor", None)
     return int(factor or getattr(pipeline, "vae_scale_factor", None) or 8)
+
+
+def _over(pipeline: Any) -> Callable[[ast.expr], Any]:
+    """The value of `self.NAME`, or of its product with a number; None for other expressions."""
+
+    def value(node: ast.expr) -> Any:
+        match node:
+            case ast.Constant(value=number):
+                return number
+            case ast.Attribute(value=ast.Name(id="self"), attr=name):
+                return getattr(pipeline, name, None)
+            case ast.BinOp(left=left, op=ast.Mult(), right=right):
+                sides = value(left), value(right)
+                return sides[0] * sides[1] if all(isinstance(side, int) for side in sides) else None
+        return None
+
+    return value
 
 
 def _fit(image: Image.Image, width: int, height: int) -> Image.Image:

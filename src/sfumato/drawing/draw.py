@@ -1,4 +1,4 @@
-"""Draw one picture: choose the pipeline, build its arguments by signature, run it, and record the recipe."""
+"""Make one picture, clip or sound: choose the pipeline, build its arguments by signature, run it, record the recipe."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from sfumato.config import at_fault
 from sfumato.core import VAE_TILING, Done, Generation, Recipe
 from sfumato.drawing import (
     arguments,
+    clips,
     crop,
     guided,
     inputs,
@@ -31,15 +32,18 @@ from sfumato.drawing import (
     outputs,
     picture_prompts,
     prompts,
+    sounds,
     usable,
 )
 from sfumato.drawing.steps import Finite, OnStep, watch
 from sfumato.errors import ContentFiltered, DrawError, InvalidRequest, SfumatoError, in_words
+from sfumato.formats import WORDS, kind_of
 from sfumato.models import ip_adapters
 from sfumato.models.load import Loaded
 from sfumato.models.release import release_frames
-from sfumato.pictures import images, recipe
+from sfumato.pictures import files, images
 from sfumato.pictures.encoder import HERE, Encoder
+from sfumato.pictures.results import Clip, Result, Sound
 from sfumato.pipelines import capabilities, modular, request_scheduler, scheduler_owners, tokens
 from sfumato.pipelines.tiling import can_tile
 from sfumato.previews.steps import OnPreview, RunPreviews
@@ -54,12 +58,13 @@ class RunStopped(BaseException):
 
 
 class Drawn(NamedTuple):
-    """What is in `Done`, with the picture not yet encoded."""
+    """What is in `Done`, with the file not yet written."""
 
-    image: Image.Image
+    result: Result
     recipe: Recipe
     warnings: tuple[str, ...]
     tokens: int
+    format: str
 
 
 class Disturbed(Exception):
@@ -86,7 +91,7 @@ def picture(
     runners: Mapping[int, ModuleRunner | None] | None = None,
     encoder: Encoder = HERE,
 ) -> Drawn:
-    """Draw one picture; `on_preview` receives the requested previews, if the pipeline supports them.
+    """Draw one picture or clip; `on_preview` receives the requested previews, if the pipeline supports them.
 
     `runners`: what computes modules in their place, by the id of the module. `encoder`: encodes previews, and calls
     `on_preview`.
@@ -113,8 +118,9 @@ def picture(
 
 
 def encoded(drawn: Drawn) -> Done:
-    """The picture's file, with its recipe inside. Needs no torch: another thread may do it."""
-    return Done(recipe.encode(drawn.image, drawn.recipe), drawn.recipe, drawn.warnings, drawn.tokens)
+    """The file, with its recipe inside. Needs no torch: another thread may do it."""
+    file = files.encode(drawn.result, drawn.recipe, drawn.format)
+    return Done(file, drawn.recipe, drawn.warnings, drawn.tokens, drawn.format)
 
 
 def _view(
@@ -175,10 +181,13 @@ def _draw(
     usable.refuse_class(model, pipeline, requested)
     generation, how_read = prompts.split(model, pipeline, generation)
     generation, left_out = usable.usable(model, pipeline, generation)
-    filled = arguments.fill(model, pipeline, generation)
+    filled = sounds.settled(model, pipeline, arguments.fill(model, pipeline, generation))
+    filled = clips.settled(model, pipeline, generation.sampling, filled)
     usable.refuse_defaults(model, pipeline, filled)
     canvas = arguments.canvas(model, pipeline, filled)
+    clips.check_size(model, filled, canvas)
     kwargs = arguments.arguments(model, pipeline, generation, filled, canvas)
+    kwargs |= clips.arguments(pipeline, filled) | sounds.arguments(pipeline, filled)
     kwargs |= picture_prompts.arguments(model, pipeline, requested) | guided.arguments(pipeline, filled.sampling)
     kwargs |= latent_sources.of_source(pipeline, generation, kwargs)
     # 3. its own scheduler
@@ -190,17 +199,12 @@ def _draw(
     finite = watch(pipeline, kwargs, on_step, previews, interval := guided.limit(pipeline, filled.sampling))
     # 4. run
     reading = prompts.read(model, pipeline, generation, kwargs)
-    image, more = _run(pipeline, reading.arguments, filled.seed, finite)
+    result, more = _run(pipeline, reading.arguments, filled, finite)
     # 5. the requested part of it; outside the mask every pixel stays unchanged
-    if capabilities.upscaler(pipeline) and image.size != (canvas.width, canvas.height):
-        raise DrawError(
-            f"{type(pipeline).__name__} drew {image.width}x{image.height}, not {canvas.width}x{canvas.height}: "
-            "its weights do not belong to an upscaler of this class"
-        )
-    image = _placed(image, canvas)
-    # 6. the picture with its recipe, and warnings for what differs from the request
-    image_recipe = replace(
-        _recipe(model, pipeline, requested, filled, image, kwargs, choice, canvas),
+    result = _placed(pipeline, result, canvas) if isinstance(result, Image.Image) else result
+    # 6. the result with its recipe, and warnings for what differs from the request
+    result_recipe = replace(
+        _recipe(model, pipeline, requested, filled, result, kwargs, choice, canvas),
         weights=reading.weights,
         embeddings=reading.embeddings,
     )
@@ -215,12 +219,13 @@ def _draw(
         *arguments.unused_prompt(model, pipeline, filled, kwargs),
         *_kept_scheduler(driver, filled.sampling),
         *_locked(model, pipeline, generation, filled.sampling),
-        *_not_taken(model, pipeline, filled.sampling, kwargs),
+        *_not_taken(model, pipeline, filled, kwargs),
         *_without_effect(pipeline, driver, kwargs),
+        *clips.warnings(filled, result),
         *guided.warnings(interval, filled.sampling),
         *latent_sources.warnings(pipeline, generation),
     )
-    return Drawn(image, image_recipe, warnings, token_count)
+    return Drawn(result, result_recipe, warnings, token_count, generation.format)
 
 
 def _previews(
@@ -237,8 +242,13 @@ def _previews(
     return RunPreviews(driver, generation.previews, *size, on_preview, model.preview_decoder, canvas.kept, encoder)
 
 
-def _placed(image: Image.Image, canvas: arguments.Canvas) -> Image.Image:
+def _placed(pipeline: Any, image: Image.Image, canvas: arguments.Canvas) -> Image.Image:
     """The drawn picture in its place: within the original outside the mask, without what was added to its size."""
+    if capabilities.upscaler(pipeline) and image.size != (canvas.width, canvas.height):
+        raise DrawError(
+            f"{type(pipeline).__name__} drew {image.width}x{image.height}, not {canvas.width}x{canvas.height}: "
+            "its weights do not belong to an upscaler of this class"
+        )
     if canvas.whole and canvas.box:
         return crop.pasted(canvas.whole[0], image, canvas.whole[1], canvas.box)
     if canvas.whole:
@@ -286,15 +296,16 @@ def _kept_scheduler(pipeline: Any, sampling: Sampling) -> tuple[str, ...]:
     return (f"scheduler: {sampling.scheduler} was not used but the model's own ({name}): {why}",) if why else ()
 
 
-def _run(pipeline: Any, kwargs: Mapping[str, Any], seed: int, finite: Finite) -> tuple[Image.Image, list[str]]:
-    """The picture, and warnings for what came with it."""
+def _run(pipeline: Any, kwargs: Mapping[str, Any], filled: Generation, finite: Finite) -> tuple[Result, list[str]]:
+    """The result, and warnings for what came with it."""
+    seed = filled.seed
     # Noise is always drawn on the CPU: the same seed gives the same noise on every device.
     noise = {"generator": torch.Generator("cpu").manual_seed(seed)}
     if "generator" not in capabilities.parameters_of(pipeline):
         noise = {}
     torch.manual_seed(seed)  # for the few pipelines that draw noise without their generator
     try:
-        output = pipeline(**{**outputs.form(pipeline), **kwargs}, **noise)
+        output = pipeline(**{**outputs.form(pipeline, kind_of(filled.format)), **kwargs}, **noise)
     except SfumatoError:
         raise
     except Exception as error:  # whatever a pipeline raises, the caller gets a readable message
@@ -308,7 +319,7 @@ def _run(pipeline: Any, kwargs: Mapping[str, Any], seed: int, finite: Finite) ->
     finite.check()
     if any(getattr(output, "nsfw_content_detected", None) or ()):
         raise ContentFiltered("the model's safety checker blocked this picture; change the prompt or the seed")
-    return outputs.picture_of(pipeline, output)
+    return outputs.result_of(pipeline, output, filled)
 
 
 def _locked(model: Loaded, pipeline: Any, requested: Generation, filled: Sampling) -> list[str]:
@@ -322,10 +333,13 @@ def _locked(model: Loaded, pipeline: Any, requested: Generation, filled: Samplin
     ]
 
 
-def _not_taken(model: Loaded, pipeline: Any, sampling: Sampling, kwargs: Mapping[str, Any]) -> list[str]:
+def _not_taken(model: Loaded, pipeline: Any, filled: Generation, kwargs: Mapping[str, Any]) -> list[str]:
     """Warnings for defaults of the model file that this class does not take; a request's parameters were refused."""
-    file, name = model.config.sampling, type(pipeline).__name__
-    return [
+    file, name, sampling = model.config.sampling, type(pipeline).__name__, filled.sampling
+    kind = kind_of(filled.format)
+    others = [each for each in PARAMETERS if kind not in each.of and file[each] is not None]
+    told = f"of the model file has no effect on {WORDS[kind]}"
+    return [f"{each.name}: {in_words(file[each])} {told}" for each in others] + [
         f"{each.name}: {in_words(file[each])} of the model file has no effect, {name} does not take it"
         for each in PARAMETERS
         if each.argument and not each.side and each.argument not in kwargs
@@ -354,7 +368,7 @@ def _recipe(
     pipeline: Any,
     requested: Generation,
     filled: Generation,
-    image: Image.Image,
+    result: Result,
     kwargs: Mapping[str, Any],
     choice: schedulers.SchedulerChoice | None,
     canvas: arguments.Canvas,
@@ -377,8 +391,10 @@ def _recipe(
         seed=filled.seed,
         sampling=replace(
             sampling,
-            width=image.width,
-            height=image.height,
+            width=result.size[0] or None,
+            height=result.size[1] or None,
+            seconds=sampling.seconds or (result.seconds if isinstance(result, Sound) else None),
+            num_frames=len(result) if isinstance(result, Clip) else sampling.num_frames,
             scheduler=choice.name if choice else type(model_scheduler).__name__,
             strength=sampling.strength if filled.sampling.strength is None else filled.sampling.strength,
         ),

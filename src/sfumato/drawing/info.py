@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from sfumato.checkpoints import class_reading
-from sfumato.core import ModelInfo
-from sfumato.drawing import arguments
+from sfumato.drawing import arguments, clips, sounds
+from sfumato.formats import AUDIO, VIDEO
 from sfumato.models.load import Loaded
 from sfumato.pipelines import capabilities, tokens
+from sfumato.sampling import merged
+from sfumato.status import ModelInfo
 
 
 def model_info(model: Loaded) -> ModelInfo:
@@ -16,8 +18,13 @@ def model_info(model: Loaded) -> ModelInfo:
     upscaler = capabilities.upscaler(pipeline)
     abilities = class_reading.abilities_of(model.config, class_reading.kin_of_pipeline(pipeline))
     tasks = abilities.tasks
-    width, height = arguments.own_size(model) if "text-to-image" in tasks else (None, None)
+    sized = {"text-to-image", "text-to-video"} & {*tasks}
+    width, height = arguments.own_size(model) if sized else (None, None)
     sampling = replace(arguments.defaults(model, pipeline), width=width, height=height)
+    if abilities.kind == VIDEO:
+        sampling = merged(sampling, clips.defaults(model))
+    if abilities.kind == AUDIO:
+        sampling = merged(sampling, sounds.defaults(model))
     limit = {tokens.LIMIT: sampling.max_sequence_length} if sampling.max_sequence_length else {}
     return ModelInfo(
         pipeline=type(pipeline).__name__,

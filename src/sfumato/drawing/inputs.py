@@ -9,6 +9,7 @@ from PIL import Image
 from sfumato.checkpoints import class_reading
 from sfumato.core import Control, Generation
 from sfumato.errors import InvalidRequest
+from sfumato.formats import kind_of
 from sfumato.loras import of_defaults
 from sfumato.models.load import Loaded
 from sfumato.pictures import images
@@ -29,6 +30,8 @@ def complete(model: Loaded, generation: Generation) -> tuple[str, Generation]:
     can = class_reading.abilities_of(model.config, kin)
     inputs.check(
         model.config.name, can,
+        kind=kind_of(generation.format), frames=generation.sampling.num_frames,
+        seconds=generation.sampling.seconds,
         pictures=len(generation.images), mask=bool(generation.mask), controls=len(generation.controls),
     )  # fmt: skip
     mask, mask_from_alpha = generation.mask, False

@@ -1,4 +1,4 @@
-"""The picture in what a pipeline returns, whatever its output class calls it."""
+"""The picture or the clip in what a pipeline returns, whatever its output class calls it."""
 
 from __future__ import annotations
 
@@ -10,23 +10,90 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sfumato.checkpoints import class_reading
+from sfumato.checkpoints import class_reading, sound_rules
+from sfumato.checkpoints.clip_rules import USUAL_RATE
+from sfumato.core import Generation
+from sfumato.drawing import sounds
 from sfumato.errors import DrawError
+from sfumato.formats import AUDIO, VIDEO, kind_of
+from sfumato.pictures.results import Clip, Result, Sound
+from sfumato.pipelines.capabilities import parameters_of
 
 FIELDS = ("images", "image", "rgb", "prediction", "frames", "video")
 """Fields of outputs that hold pictures."""
 
+MOVING_FIELDS = ("frames", "video", "images")
+"""Fields of outputs that hold the frames of a clip."""
+
 BESIDES = ("depth",)
 """Fields of outputs that hold another picture, which is not returned."""
+
+SOUND_RATES = ("output_sampling_rate", "sampling_rate")
+"""Settings of a vocoder: samples a second."""
 
 VISUALISED = re.compile(r"\w*?([A-Z][a-z]+)Output")
 """The last word of an output class's name: its image processor has a `visualize_` for the word."""
 
 
-def form(pipeline: Any) -> dict[str, str]:
-    """Arguments for the form of the output. Of two pictures in one, diffusers cannot always make PIL's."""
+def form(pipeline: Any, kind: str) -> dict[str, str]:
+    """Arguments for the form of the output. Of two pictures in one, diffusers cannot always make PIL's; the frames of
+    a clip stay numbers until they are encoded."""
+    if kind == VIDEO or (kind == AUDIO and "output_type" in parameters_of(pipeline)):
+        return {"output_type": "np"}
     two = class_reading.output_fields(type(pipeline).__name__) & {*BESIDES}
     return {"output_type": "np"} if two else {}
+
+
+def result_of(pipeline: Any, output: Any, generation: Generation) -> tuple[Result, list[str]]:
+    """What the generation is for, and warnings for what else there was. Raises DrawError if there is none."""
+    if kind_of(generation.format) == VIDEO:
+        return clip_of(pipeline, output, generation.sampling.fps or USUAL_RATE), []
+    if kind_of(generation.format) == AUDIO:
+        return sounds.cut(pipeline, generation, sound_of(pipeline, output))
+    return picture_of(pipeline, output)
+
+
+def sound_of(pipeline: Any, output: Any) -> Sound:
+    """The first sound of a batch. Raises DrawError if there is none, or if it is not finite."""
+    value, rule = getattr(output, "audios", None), sound_rules.of_pipeline(pipeline)
+    if value is None or rule is None:
+        raise DrawError(f"{type(pipeline).__name__} returned no sound but {type(output).__name__}")
+    samples = np.atleast_2d(torch.as_tensor(value[0]).float().cpu().numpy())
+    if not np.isfinite(samples).all():
+        raise DrawError("the model made NaN: set `dtype: bf16` or `dtype: fp32` in the model file")
+    return Sound(samples, rule.rate)
+
+
+def clip_of(pipeline: Any, output: Any, fps: float) -> Clip:
+    """The first clip of a batch, with its sound if the class makes one. Raises DrawError if there is none."""
+    value = next((each for name in MOVING_FIELDS if (each := getattr(output, name, None)) is not None), None)
+    if value is None:
+        raise DrawError(f"{type(pipeline).__name__} returned no frames but {type(output).__name__}")
+    return Clip(_frames(value), fps, _sound_of(pipeline, getattr(output, "audio", None)))
+
+
+def _frames(value: Any) -> np.ndarray[Any, Any]:
+    """(frames, height, width, channels), 0 .. 1, of an array or a tensor of a batch, or of pictures in a list."""
+    while isinstance(value, list) and len(value) and isinstance(value[0], list):
+        value = value[0]
+    if isinstance(value, list) and isinstance(value[0], Image.Image):
+        return np.stack([np.asarray(each.convert("RGB"), np.float32) / 255 for each in value])
+    if isinstance(value, list):
+        value = value[0] if getattr(value[0], "ndim", 0) == 4 else np.stack(value)
+    if isinstance(value, torch.Tensor):
+        value = value.float().cpu().movedim(-3, -1).numpy()
+    return np.asarray(value[0] if value.ndim == 5 else value)
+
+
+def _sound_of(pipeline: Any, audio: Any) -> Sound | None:
+    """The sound beside the frames, (batch, channels, samples) or without channels; its rate is the vocoder's."""
+    config = getattr(getattr(pipeline, "vocoder", None), "config", {})
+    rate = next((config[name] for name in SOUND_RATES if config.get(name)), None)
+    if audio is None or rate is None:
+        return None
+    samples = torch.as_tensor(audio).float().cpu().numpy()
+    samples = samples[0] if samples.ndim == 3 else samples
+    return Sound(samples if samples.ndim == 2 else samples[None], int(rate))
 
 
 def picture_of(pipeline: Any, output: Any) -> tuple[Image.Image, list[str]]:

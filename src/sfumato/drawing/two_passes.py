@@ -50,7 +50,9 @@ def picture(
 
     first = one_pass.picture(model, replace(generation, hires=None), of_first, on_preview, runners, encoder)
     hires = _settled(asked, first.recipe.sampling.steps or 1)
-    second = encoder.result(lambda: _second(generation, hires, first.image))
+    small = first.result
+    assert isinstance(small, Image.Image)  # `planning` refuses second passes of others
+    second = encoder.result(lambda: _second(generation, hires, small))
     done = one_pass.picture(
         model,
         second,
@@ -72,7 +74,7 @@ def picture(
     )
     fewer = () if asked.sampling.steps else fewer_steps(hires, first.recipe.sampling.steps or 1)
     warnings = tuple(dict.fromkeys([*first.warnings, *fewer, *done.warnings]))
-    return one_pass.Drawn(done.image, whole, warnings, first.tokens)
+    return one_pass.Drawn(done.result, whole, warnings, first.tokens, first.format)
 
 
 def planned(hires: Hires, steps: int) -> int:

@@ -11,7 +11,7 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 from sfumato.config import ModelConfig
-from sfumato.core import EngineStats, Event, Generation, ModelStatus
+from sfumato.core import Event, Generation
 from sfumato.engine import environment
 from sfumato.engine.protocol import (
     Cancel,
@@ -29,6 +29,7 @@ from sfumato.engine.protocol import (
 from sfumato.engine.streams import Streams
 from sfumato.errors import WorkerDied
 from sfumato.settings import Settings
+from sfumato.status import EngineStats, ModelStatus
 
 if TYPE_CHECKING:
     from sfumato.engine.loop import Loop

@@ -26,18 +26,7 @@ from sfumato.batching.proof_store import Proofs
 from sfumato.batching.verification import Verification
 from sfumato.checkpoints.remote_limits import Limits
 from sfumato.config import ModelConfig
-from sfumato.core import (
-    BATCH,
-    Done,
-    Event,
-    Failed,
-    Generation,
-    ModelInfo,
-    ModelStatus,
-    RunnerState,
-    Step,
-    keep_alive_seconds,
-)
+from sfumato.core import BATCH, Done, Event, Failed, Generation, Step, keep_alive_seconds
 from sfumato.drawing import named_nets, out_of_memory, preprocessors, two_passes
 from sfumato.drawing.draw import Disturbed, Drawn, RunStopped, encoded
 from sfumato.drawing.info import model_info
@@ -70,7 +59,8 @@ from sfumato.residency.main_memory import MainMemory
 from sfumato.residency.pool import ModelPool
 from sfumato.residency.turns import Turns
 from sfumato.runners.choice import Runners
-from sfumato.settings import Settings
+from sfumato.settings import Settings, members
+from sfumato.status import ModelInfo, ModelStatus, RunnerState
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +89,12 @@ class Loop:
             on_listen=self._listen,
         )
         self._turns = Turns()
-        self._runners = Runners(settings.accelerate, settings.runners_folder, lambda: self._inbox.put(None))
+        self._runners = Runners(
+            settings.accelerate,
+            settings.runners_folder,
+            lambda: self._inbox.put(None),
+            devices=members(settings.device),
+        )
         self._pool = ModelPool(
             settings.loaded_models,
             settings.device,
@@ -152,6 +147,7 @@ class Loop:
                 idle = waits or not (self._busy or self._measure())
         self._pool.close()
         self._encoder.close()
+        self._runners.close()
 
     def _step(self) -> bool:
         """One turn; whether any request went on, apart from those that wait for the load of a model."""
@@ -330,13 +326,17 @@ class Loop:
     def _runners_of(self, model: Loaded, generation: Generation) -> Mapping[int, ModuleRunner | None]:
         """Chosen once for a request: no picture depends on when another runner became ready."""
         config, kept = model.config, model.state.runners
-        return self._runners.of(model.computing(), kept, config.accelerate, config.threads, generation.runner)
+        divide = bool(config.context_parallel)
+        return self._runners.of(
+            model.computing(), kept, config.accelerate, config.threads, generation.runner, divide=divide
+        )
 
     def _describe(self, model: Loaded) -> ModelInfo:
         return replace(model_info(model), runners=self._states(model))
 
     def _states(self, model: Loaded) -> tuple[RunnerState, ...]:
-        return self._runners.states(model.computing(), model.state.runners, model.config.accelerate)
+        config, kept = model.config, model.state.runners
+        return self._runners.states(model.computing(), kept, config.accelerate, divide=bool(config.context_parallel))
 
     def _reported(self, model: Loaded) -> object:
         """What a request may change of what is reported about a model."""

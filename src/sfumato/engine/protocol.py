@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 from sfumato.config import ModelConfig
-from sfumato.core import EngineStats, Event, Generation, ModelStatus
+from sfumato.core import Event, Generation
 from sfumato.errors import SfumatoError
+from sfumato.status import EngineStats, ModelStatus
 
 OnPlace: TypeAlias = Callable[[str, bool], None]
 """Called with the id of a generation, and whether it takes a place (see `Placed`)."""

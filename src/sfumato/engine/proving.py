@@ -18,7 +18,7 @@ from PIL import Image
 from sfumato.batching.batcher import Batcher, Task
 from sfumato.batching.verification import Verification
 from sfumato.checkpoints import class_reading
-from sfumato.core import Abilities, Control, Generation
+from sfumato.core import Control, Generation
 from sfumato.drawing import arguments
 from sfumato.drawing.draw import draw
 from sfumato.errors import SfumatoError
@@ -26,6 +26,7 @@ from sfumato.models.load import Loaded
 from sfumato.pipelines import capabilities, request_scheduler, scheduler_owners
 from sfumato.pipelines.inputs import CONTROL
 from sfumato.sampling import Sampling
+from sfumato.status import Abilities
 
 ROUNDS = (
     ("a cat", "a dog", "a red house beside a lake in the evening"),

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from sfumato.batching.batcher import Batcher
-from sfumato.core import EngineStats
 from sfumato.residency.pool import ModelPool
+from sfumato.status import EngineStats
 
 EVERY_S = 1.0
 """Minimum interval between reports while no request ends."""

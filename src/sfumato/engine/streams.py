@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from sfumato.core import Done, EngineStats, Event, Failed, ModelStatus, Preview, Step
+from sfumato.core import Done, Event, Failed, Preview, Step
 from sfumato.engine.protocol import (
     Answer,
     Load,
@@ -26,6 +26,7 @@ from sfumato.engine.protocol import (
 )
 from sfumato.engine.totals import total
 from sfumato.errors import SfumatoError, WorkerDied
+from sfumato.status import EngineStats, ModelStatus
 
 OF_ONE_WORKER: Mapping[str, Any] = {
     "prompt_cache_bytes": 0,
@@ -122,7 +123,7 @@ class Streams:
         """The worker is gone, and with it every loaded model."""
         self._end_orders(WorkerDied("the worker ended before the order was carried out; send it again"))
         self.statuses.clear()
-        self._before, self._stats = replace(self.stats, **OF_ONE_WORKER), EngineStats()
+        self._before, self._stats = ended(self.stats), EngineStats()
 
     @property
     def stats(self) -> EngineStats:
@@ -131,3 +132,8 @@ class Streams:
 
     def status(self, model: str) -> ModelStatus:
         return self.statuses.get(model, ModelStatus())
+
+
+def ended(stats: EngineStats) -> EngineStats:
+    """What counts on of a worker that is gone."""
+    return replace(stats, **OF_ONE_WORKER)

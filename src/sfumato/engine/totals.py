@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
-from sfumato.core import EngineStats
+from sfumato.status import EngineStats
 
 
 def total(of: Iterable[EngineStats]) -> EngineStats:

@@ -24,7 +24,6 @@ from sfumato.checkpoints.controlnets import HubNet
 from sfumato.checkpoints.net_classes import NetClass
 from sfumato.checkpoints.remote_limits import ANY, Limits
 from sfumato.config import ModelConfig
-from sfumato.core import ModelStatus
 from sfumato.errors import InvalidRequest, LoadError
 from sfumato.models import footprint, net_files, request_parts
 from sfumato.models.content_hashes import ContentHashes
@@ -32,6 +31,7 @@ from sfumato.models.device import DTYPES
 from sfumato.models.fetch import OnStatus
 from sfumato.models.load import Loaded, MakeRoom
 from sfumato.models.sharing import Sharing
+from sfumato.status import ModelStatus
 
 log = logging.getLogger(__name__)
 

@@ -11,6 +11,7 @@ import torch
 from sfumato.config import ModelConfig
 from sfumato.errors import DeviceUnavailable
 from sfumato.models import precision
+from sfumato.settings import members
 
 log = logging.getLogger(__name__)
 
@@ -18,7 +19,18 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def choose_device(config: ModelConfig, setting: str) -> str:
-    """`setting` wins unless "auto"; then the file's `cuda`: true, false, or absent for the best available device."""
+    """`setting` wins unless "auto"; then the file's `cuda`: true, false, or absent for the best available device.
+
+    Of a worker's several devices it is the first. Raises DeviceUnavailable, also if they are not as many as the file's
+    `context_parallel` says.
+    """
+    setting, *further = members(setting)
+    if config.context_parallel and config.context_parallel != 1 + len(further):
+        raise DeviceUnavailable(
+            f"{config.name}: diffusers.context_parallel: {config.context_parallel}: a worker of so many devices is "
+            f"needed, and this one has {'+'.join((setting, *further))}. Start the server with, for example, --devices "
+            f"{'+'.join(f'cuda:{number}' for number in range(config.context_parallel))}, or leave the key out."
+        )
     if setting != "auto":
         if config.cuda and not setting.startswith("cuda"):
             log.warning("%s: the file says cuda: true; the server's device setting is %s", config.name, setting)

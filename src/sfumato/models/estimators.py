@@ -23,7 +23,7 @@ from sfumato.batching.views import View
 from sfumato.checkpoints import request_files, sources
 from sfumato.checkpoints.remote_limits import ANY, Limits
 from sfumato.config import ModelConfig
-from sfumato.core import DEPTH, POSE, ModelStatus
+from sfumato.core import DEPTH, POSE
 from sfumato.errors import DrawError, LoadError
 from sfumato.models import footprint, request_parts
 from sfumato.models.content_hashes import ContentHashes
@@ -31,6 +31,7 @@ from sfumato.models.device import DTYPES
 from sfumato.models.fetch import OnStatus
 from sfumato.models.load import Loaded, MakeRoom
 from sfumato.models.sharing import Sharing
+from sfumato.status import ModelStatus
 
 DTYPE = "fp32"
 

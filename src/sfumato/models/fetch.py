@@ -24,8 +24,8 @@ from sfumato.checkpoints import (
     weight_file,
 )
 from sfumato.config import ModelConfig, addresses
-from sfumato.core import ModelStatus
 from sfumato.models import inspection, modular_load, weight_stamps
+from sfumato.status import ModelStatus
 
 OnStatus: TypeAlias = Callable[[ModelStatus], None]
 

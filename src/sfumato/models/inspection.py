@@ -34,7 +34,7 @@ from sfumato.checkpoints.sources import Source
 from sfumato.checkpoints.weight_header import Header
 from sfumato.config import ModelConfig, addresses
 from sfumato.errors import DownloadError, LoadError, ModelFileError, SfumatoError
-from sfumato.models import low_memory
+from sfumato.models import context_parallel, low_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +105,7 @@ def choose(config: ModelConfig, index: Mapping[str, Any], device: str | None = N
     known. `ask`: the hub is asked about the prior."""
     name = pipeline_class.choose(config, index)
     priors.check(config, name, ask=ask)
+    context_parallel.check(config, index)
     low_memory.check(config, name, index, device or ("cpu" if config.cuda is False else None))
     if name not in (pipeline_class.ANY, *pipeline_class.AUTO):
         feature_caches.check(config, name, index)

@@ -26,7 +26,6 @@ from sfumato.checkpoints import controlnets, diffusers_source, hub_files, ip_ada
 from sfumato.checkpoints.ip_adapters import ARGUMENT, IMAGE, PROJECTION, SIGLIP, HubFile
 from sfumato.checkpoints.remote_limits import ANY, Limits
 from sfumato.config import ModelConfig
-from sfumato.core import ModelStatus
 from sfumato.errors import InvalidRequest, LoadError
 from sfumato.models import attention_kinds, footprint, request_parts
 from sfumato.models.attention_kinds import Kind
@@ -38,6 +37,7 @@ from sfumato.models.load import Loaded, MakeRoom
 from sfumato.models.picture_prompt import Adapter, ImageEncoder, PicturePrompt, Weights
 from sfumato.models.sharing import Sharing
 from sfumato.pipelines.capabilities import parameters_of
+from sfumato.status import ModelStatus
 
 PROCESSOR = "preprocessor_config.json"
 """Beside an image encoder: how it wants its pictures."""

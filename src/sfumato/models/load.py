@@ -30,10 +30,10 @@ from sfumato.checkpoints import (
     weight_file,
 )
 from sfumato.config import ModelConfig, addresses
-from sfumato.core import ModelStatus
 from sfumato.errors import DownloadError, InvalidRequest, LoadError, ModelFileError, SfumatoError
 from sfumato.loras import Lora
 from sfumato.models import (
+    context_parallel,
     feature_caches,
     footprint,
     inspection,
@@ -53,7 +53,8 @@ from sfumato.models.picture_prompt import PicturePrompt
 from sfumato.pipelines import request_scheduler, tokens, with_prior
 from sfumato.pipelines.capabilities import most_clip_skip
 from sfumato.previews.decode import CheapDecoder, cheap_decoder
-from sfumato.runners.candidate import Candidate
+from sfumato.runners.candidate import KeptRunner
+from sfumato.status import ModelStatus
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ class ModelState:
     """Of the weight files that it was loaded of."""
     own_loras: tuple[Lora, ...] = ()
     """The LoRAs of the model file."""
-    runners: dict[str, Candidate] = field(default_factory=dict)
+    runners: dict[str, KeptRunner] = field(default_factory=dict)
     """What has computed its modules in their place, by component."""
     embeddings: dict[str, str] = field(default_factory=dict)
     """Hash of each textual inversion that its tokenizers and text encoders have → its tokens."""
@@ -159,6 +160,7 @@ def load(
         source = fetched.label
         prediction.apply(config, pipeline, fetched.path if fetched.description else None)
         _check(config, pipeline)
+        context_parallel.check_loaded(config, pipeline)
         vae = getattr(pipeline, "vae", None)
         named = tiny_vaes.resolve(config, {"_class_name": type(vae).__name__, **getattr(vae, "config", {})})
         parts.replace_vae(named, pipeline, DTYPES[dtype], report)

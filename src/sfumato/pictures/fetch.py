@@ -11,6 +11,7 @@ import asyncio
 import ipaddress
 from collections.abc import Callable, Iterable
 from http.cookiejar import CookieJar, DefaultCookiePolicy
+from typing import Protocol
 from urllib.parse import urlsplit
 
 import httpx
@@ -33,8 +34,21 @@ GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
 """All globally routed IPv6 unicast addresses."""
 
 
+class Uploads(Protocol):
+    """Pictures that callers uploaded before."""
+
+    async def get(self, id: str, caller: str, param: str, take: Callable[[int], None]) -> bytes:
+        """The file of that id, if that caller may use it. `take` as in `PictureFetcher.get`.
+
+        Raises InvalidPicture naming the id and the reason.
+        """
+        ...
+
+
 class PictureFetcher:
     """Fetches picture URLs. `hosts` are names that may resolve to private addresses."""
+
+    uploads: Uploads | None = None
 
     store: Store | None = None
     """Of this server's own pictures, whose URLs are read from there, whatever host they name."""

@@ -20,7 +20,7 @@ from sqlalchemy.engine import RowMapping
 from sfumato.core import Recipe
 from sfumato.errors import InvalidPicture, SfumatoError, StorageError
 from sfumato.pictures import recipe as recipes
-from sfumato.pictures.store import Store, owner_of
+from sfumato.pictures.store import MEDIA_TYPES, Store, owner_of
 from sfumato.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -167,7 +167,9 @@ class Gallery:
 
     def reconcile(self) -> tuple[int, int]:
         """Add unlisted files of the folder, drop rows without a file; returns how many of each."""
-        files = self.store.names()
+        files = {
+            name: written for name, written in self.store.names().items() if name.rpartition(".")[2] in MEDIA_TYPES
+        }
         with self._begin() as connection:
             listed = set(connection.execute(sql.select(PICTURES.c.name)).scalars())
             _forget(connection, sorted(listed - files.keys()))
@@ -204,7 +206,7 @@ class Gallery:
 
     def _read_row(self, name: str, modified: float) -> dict[str, Any]:
         try:
-            recipe = recipes.as_json(recipes.read(self.store.folder / name))
+            recipe = recipes.as_json(recipes.read(self.store.file(name)))
         except InvalidPicture:
             recipe = None
         return _row(name, modified, owner_of(name, self._callers) or "", recipe)

@@ -1,7 +1,8 @@
 """The recipe embedded in a picture: AUTOMATIC1111's infotext for other tools, our JSON to reproduce it.
 
 The PNG text chunk `parameters` holds the infotext (the layout that Stable Diffusion web UIs read),
-the chunk `sfumato` the whole `Recipe` as JSON; in WebP and JPEG files both are in the EXIF block.
+the chunk `sfumato` the whole `Recipe` as JSON; in WebP and JPEG files both are in the EXIF block. A GIF has the JSON in
+its comment, and so has a WAV file; MP4, WebM, FLAC, MP3 and Opus have it in the tag of that name.
 """
 
 from __future__ import annotations
@@ -21,11 +22,17 @@ from sfumato import __version__, schedulers
 from sfumato.core import Recipe, RecordedControl
 from sfumato.errors import InvalidPicture, InvalidRequest
 from sfumato.loras import Lora
-from sfumato.pictures import images
+from sfumato.pictures import images, riff
 from sfumato.sampling import PARAMETERS, Hires, Sampling, clip_layer, flat, nested
 
 INFOTEXT_CHUNK = "parameters"
 RECIPE_CHUNK = "sfumato"
+
+COMMENT = "comment"
+"""The tag of GIF and of containers that holds the recipe as JSON."""
+
+CONTAINERS = (".mp4", ".webm", ".flac", ".mp3", ".opus")
+"""Suffixes of the files that PyAV reads."""
 
 NEGATIVE = "Negative prompt:"
 
@@ -63,11 +70,21 @@ MAX_EXIF = 65_000
 def encode(image: Image.Image, recipe: Recipe) -> bytes:
     """The picture as PNG bytes with both chunks."""
     chunks = PngImagePlugin.PngInfo()
-    chunks.add_text(INFOTEXT_CHUNK, infotext(recipe))
-    chunks.add_text(RECIPE_CHUNK, json.dumps(as_json(recipe), ensure_ascii=False))
+    for name, text in chunks_of(recipe).items():
+        chunks.add_text(name, text)
     file = io.BytesIO()
     image.save(file, "PNG", pnginfo=chunks)
     return file.getvalue()
+
+
+def chunks_of(recipe: Recipe) -> dict[str, str]:
+    """The texts that a file has of a recipe, by the names of PNG's chunks."""
+    return {INFOTEXT_CHUNK: infotext(recipe), RECIPE_CHUNK: json_of(recipe)}
+
+
+def exif(recipe: Recipe) -> bytes:
+    """The EXIF block of a WebP or JPEG file with this recipe; empty if it does not fit."""
+    return _exif(chunks_of(recipe))
 
 
 def convert(
@@ -142,6 +159,11 @@ def as_json(recipe: Recipe) -> dict[str, Any]:
     """A recipe as an object of JSON, all of its fields side by side."""
     values = {key: value for key, value in asdict(recipe).items() if key != "sampling"}
     return {key: value for key, value in values.items() if value or key not in RARE} | flat(recipe.sampling)
+
+
+def json_of(recipe: Recipe) -> str:
+    """As text."""
+    return json.dumps(as_json(recipe), ensure_ascii=False)
 
 
 def infotext(recipe: Recipe) -> str:
@@ -289,13 +311,14 @@ def _unquoted(text: str) -> str:
         return text
 
 
-def read(path: Path) -> Recipe:
-    """The recipe inside a picture of ours. Raises InvalidPicture if there is none or it cannot be read."""
+def read(path: Path | io.BytesIO) -> Recipe:
+    """The recipe inside a file of ours, or a picture in memory. Raises InvalidPicture if it has none, or is damaged."""
     try:
-        with Image.open(path, formats=images.FORMATS) as image:
-            text = image.info.get(RECIPE_CHUNK) or image.getexif().get(ExifTags.Base.ImageDescription)
-    except (OSError, struct.error) as error:
-        raise InvalidPicture(f"{path}: not a picture, or damaged ({error})") from None
+        text = _in_picture(path) if isinstance(path, io.BytesIO) else _in_file(path)
+    except (OSError, ValueError, struct.error) as error:
+        raise InvalidPicture(f"{path}: not a picture, a clip or a sound, or damaged ({error})") from None
+    except ImportError as error:
+        raise InvalidPicture(f"{path}: to read it, pip install 'sfumato[video]' ({error})") from None
     if text is None:
         raise InvalidPicture(
             f"{path}: contains no recipe. Only files made by Sfumato have one; editors and chats often strip it."
@@ -304,6 +327,25 @@ def read(path: Path) -> Recipe:
         return from_json(json.loads(text))
     except (ValueError, TypeError, AttributeError) as error:
         raise InvalidPicture(f"{path}: its recipe cannot be read ({error})") from None
+
+
+def _in_file(path: Path) -> Any:
+    suffix = path.suffix.lower()
+    return riff.comment(path) if suffix == ".wav" else _tag(path) if suffix in CONTAINERS else _in_picture(path)
+
+
+def _in_picture(path: Path | io.BytesIO) -> Any:
+    with Image.open(path, formats=images.FORMATS) as image:
+        comment = image.info.get(COMMENT) if image.format == "GIF" else None
+        return image.info.get(RECIPE_CHUNK) or image.getexif().get(ExifTags.Base.ImageDescription) or comment
+
+
+def _tag(path: Path) -> str | None:
+    import av  # the extra `video`
+
+    with av.open(str(path)) as container:
+        tags = [container.metadata, *(stream.metadata for stream in container.streams)]  # Ogg has those of streams
+        return next((text for each in tags for name, text in each.items() if name.lower() == COMMENT), None)
 
 
 def from_json(values: Mapping[str, Any]) -> Recipe:

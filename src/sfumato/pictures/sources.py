@@ -14,6 +14,17 @@ from sfumato.pictures.decoder_pool import Decoders
 from sfumato.pictures.fetch import PictureFetcher
 from sfumato.pictures.fitting import Fitting
 
+_UPLOADED = "file_id:"
+
+
+def uploaded(id: str) -> str:
+    """What stands for the picture in an uploaded file."""
+    return _UPLOADED + id
+
+
+def is_uploaded(picture: str | bytes) -> bool:
+    return isinstance(picture, str) and picture.startswith(_UPLOADED)
+
 
 def is_url(picture: str | bytes) -> bool:
     return isinstance(picture, str) and picture[:16].strip().lower().startswith(("http:", "https:"))
@@ -25,19 +36,22 @@ def bytes_or_url(text: str, param: str) -> str | bytes:
 
 
 def encoded_size(picture: str | bytes) -> int:
-    """Bytes of an encoded picture, as far as known; 0 for a URL."""
-    if is_url(picture):
+    """Bytes of an encoded picture, as far as known; 0 for a URL or an uploaded file."""
+    if is_url(picture) or is_uploaded(picture):
         return 0
     return len(picture) if isinstance(picture, bytes) else len(picture) * 3 // 4
 
 
-async def file_of(picture: str | bytes, param: str, fetcher: PictureFetcher, share: Share) -> bytes:
-    """The file of a picture: bytes, base64, `data:` URI or URL; one from a URL is taken from the share.
+async def file_of(picture: str | bytes, param: str, fetcher: PictureFetcher, share: Share, caller: str = "") -> bytes:
+    """The file of a picture: bytes, base64, `data:` URI, URL or an uploaded file of the caller; what is fetched is
+    taken from the share.
 
     Raises InvalidPicture, or TooManyRequests if the share's budget is used up.
     """
     if isinstance(picture, bytes):
         return picture
+    if is_uploaded(picture) and fetcher.uploads:
+        return await fetcher.uploads.get(picture.removeprefix(_UPLOADED), caller, param, share.take)
     if is_url(picture):
         return await fetcher.get(picture.strip(), param, share.take)
     return await asyncio.to_thread(pictures.from_text, picture, param)
@@ -53,7 +67,7 @@ class Decoded:
 
 
 class Sources:
-    """Source pictures, control pictures and mask: file bytes, base64, `data:` URI or URL.
+    """Source pictures, control pictures and mask: file bytes, base64, `data:` URI, URL or uploaded file.
 
     `fetch` turns all of them into bytes and checks their headers, `decode` turns them into what the engine
     takes. Both raise InvalidRequest naming the picture, and stop when cancelled.
@@ -70,11 +84,14 @@ class Sources:
         limits: Limits,
         fitting: Fitting | None,
         scale: int | None,
+        caller: str = "",
+        names: Sequence[str] = (),
     ) -> None:
-        """`whole`: fields whose pictures keep their shape, whatever `fitting` says. `scale`: size of the result,
-        relative to the first picture; None: the size is known."""
-        names = ["image" if fitting is None else f"init_images[{index}]" for index in range(len(images))]
-        self._pictures: list[tuple[str, str | bytes]] = list(zip(names, images, strict=True))
+        """`caller`: whose uploaded files they may be. `names`: of the images in errors; empty: as their API has them.
+        `whole`: fields whose pictures keep their shape, whatever `fitting` says. `scale`: size of the result, relative
+        to the first picture; None: the size is known."""
+        default = ("image" if fitting is None else f"init_images[{index}]" for index in range(len(images)))
+        self._pictures: list[tuple[str, str | bytes]] = list(zip(names or default, images, strict=True))
         labelled = zip(labels(controls), controls, strict=True)
         self._pictures += [(f"{label}.image", control.image) for label, control in labelled]
         self._images = len(images)
@@ -86,12 +103,13 @@ class Sources:
         self._limits = limits
         self._fitting = fitting
         self._scale = scale
+        self._caller = caller
         share.take(sum(encoded_size(picture) for _, picture in self._pictures))
 
     async def fetch(self, fetcher: PictureFetcher, decoders: Decoders) -> None:
         """Turn all of them into bytes, one after another."""
         for index, (param, picture) in enumerate(self._pictures):
-            data = await file_of(picture, param, fetcher, self._share)
+            data = await file_of(picture, param, fetcher, self._share, self._caller)
             self._pictures[index] = (param, data)
             answer, _ = await decoders.run("read_size", data, param)
             if index == 0 and self._scale:

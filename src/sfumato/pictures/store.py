@@ -12,15 +12,20 @@ import threading
 import time
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
+from sfumato import disk
 from sfumato.errors import StorageError
-from sfumato.settings import Settings
+from sfumato.formats import FORMATS
 
 log = logging.getLogger(__name__)
 
 MEDIA_TYPES = {"png": "image/png", "webp": "image/webp", "jpeg": "image/jpeg"}
-"""Media types of stored files, by extension."""
+"""Media types of stored pictures, by extension."""
+
+STORED = {**{each.name: each.media_type for each in FORMATS.values()}, **MEDIA_TYPES}
+"""The same of all stored files: pictures, clips and sounds."""
 
 LOW_WATER = 0.95
 """Fraction of the limit to shrink to once it is exceeded, so that not every new picture rescans the folder."""
@@ -31,7 +36,7 @@ ABANDONED_S = 3600
 RANDOM_DIGITS = 26
 """Random hexadecimal digits of a name; the six after them identify the owner, to those who know the owners."""
 
-_NAME = re.compile(rf"[0-9a-f]{{32}}\.({'|'.join(MEDIA_TYPES)})")
+_NAME = re.compile(rf"[0-9a-f]{{32}}\.({'|'.join(STORED)})")
 _PART = re.compile(r"sfumato-\w+\.part")
 
 
@@ -55,44 +60,28 @@ class Store:
         self._max_age_s = max_age_s
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
+        self._synced = False
+        """Whether the folder itself survives a power cut."""
         self._bytes: int | None = None
         """Total of all pictures, as far as this process knows; None before the first scan."""
 
-    @classmethod
-    def of(cls, settings: Settings) -> Store:
-        """A store with the folder and limits from the settings."""
-        return cls(
-            settings.data / "generated-images",
-            max_age_s=settings.outputs_max_age_h * 3600,
-            max_bytes=settings.outputs_max_mb * 2**20,
-        )
-
     def put(self, data: bytes, extension: str = "png", *, owner: str = "", random: str = "") -> str:
-        """Store a picture (`extension` is one of `MEDIA_TYPES`); returns its name, which `owner_of` understands.
+        """Store a picture (`extension` is one of `STORED`); returns its name, which `owner_of` understands.
 
-        `random`: `RANDOM_DIGITS` digits for the name, so that a picture that is drawn again replaces the first; empty:
-        new ones. Raises StorageError if it cannot be written. Blocks.
+        `random`: `RANDOM_DIGITS` digits for the name of a stored request's picture. Drawn again it replaces the first,
+        and it survives a power cut, as its answer does. Empty: new digits, of any other picture. Raises StorageError if
+        it cannot be written. Blocks.
         """
-        assert extension in MEDIA_TYPES, extension
+        assert extension in STORED, extension
         name = self.new_name(owner, extension, random)
-        temporary: str | None = None
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=self.folder, prefix="sfumato-", suffix=".part")
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            Path(temporary).chmod(0o644)
-            Path(temporary).replace(self.folder / name)
-        except OSError as error:
-            if temporary:
-                Path(temporary).unlink(missing_ok=True)
-            raise StorageError(
-                f"the picture was drawn but could not be written to {self.folder}: {error.strerror}. "
-                "Free space there, fix its permissions, or request response_format b64_json."
-            ) from error
+        self._write(name, data, lasting=bool(random))
         if self._max_bytes and self._total_after(len(data)) > self._max_bytes:
             self.expire()
         return name
+
+    def _sync_names(self) -> None:
+        (disk.sync_names if self._synced else disk.sync_folder)(self.folder)
+        self._synced = True
 
     @staticmethod
     def new_name(owner: str, extension: str, random: str = "") -> str:
@@ -108,30 +97,26 @@ class Store:
     def get(self, name: str) -> StoredPicture | None:
         """The picture of that name, or None if there is none or the name is invalid. Blocks."""
         match = _NAME.fullmatch(name)
-        if not match:
-            return None
-        try:
-            data = (self.folder / name).read_bytes()
-        except OSError:
-            return None  # it has just expired, or was deleted by hand
-        return StoredPicture(data, MEDIA_TYPES[match[1]]) if data else None
+        data = self._read(name) if match else None
+        return StoredPicture(data, STORED[match[1]]) if match and data else None
 
     def has(self, name: str) -> bool:
         """Whether a picture of that name exists. Blocks."""
-        return bool(_NAME.fullmatch(name)) and (self.folder / name).is_file()
+        return bool(_NAME.fullmatch(name)) and self._exists(name)
+
+    def file(self, name: str) -> Path | BytesIO:
+        """To read a picture's header from, if it is there. Blocks."""
+        return self.folder / name
 
     def names(self) -> dict[str, float]:
         """Every picture and when it was written, in seconds since 1970. Blocks."""
-        return {path.name: modified for modified, path, _ in self._pictures(time.time())}
+        return {name: modified for modified, name, _ in self._pictures(time.time())}
 
     def delete(self, name: str) -> None:
         """Delete the picture of that name, if there is one. Raises StorageError if that fails. Blocks."""
         if not _NAME.fullmatch(name):
             return
-        try:
-            (self.folder / name).unlink(missing_ok=True)
-        except OSError as error:
-            raise StorageError(f"{name} cannot be deleted from {self.folder}: {error.strerror}") from error
+        self._remove(name)
         with self._lock:
             self._bytes = None  # rescanned when needed
 
@@ -146,10 +131,10 @@ class Store:
             total = sum(size for _, _, size in pictures)
             room = self._max_bytes * LOW_WATER if self._max_bytes and total > self._max_bytes else total
             deleted = 0
-            for index, (modified, path, size) in enumerate(pictures):
-                old = self._max_age_s and now - modified > self._max_age_s and path.name not in spare
+            for index, (modified, name, size) in enumerate(pictures):
+                old = self._max_age_s and now - modified > self._max_age_s and name not in spare
                 over = total > room and index < len(pictures) - 1
-                if (old or over) and _delete(path):
+                if (old or over) and self._expire(name):
                     total -= size
                     deleted += 1
             self._bytes = total
@@ -165,8 +150,58 @@ class Store:
             self._bytes += size
             return self._bytes
 
-    def _pictures(self, now: float) -> list[tuple[float, Path, int]]:
-        """Time, path and size of each picture, oldest first. Deletes abandoned unfinished files."""
+    def _expire(self, name: str) -> bool:
+        """Whether it could be deleted."""
+        try:
+            self._remove(name)
+        except StorageError as error:
+            log.warning("%s", error.message)
+            return False
+        return True
+
+    # The files themselves; `object_store` has them elsewhere. All of them block.
+
+    def _write(self, name: str, data: bytes, *, lasting: bool) -> None:
+        """Whole or not at all. `lasting`: it survives a power cut. Raises StorageError."""
+        temporary: str | None = None
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=self.folder, prefix="sfumato-", suffix=".part")
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                if lasting:
+                    file.flush()
+                    os.fsync(file.fileno())
+            Path(temporary).chmod(0o644)
+            Path(temporary).replace(self.folder / name)
+            if lasting:
+                self._sync_names()
+        except OSError as error:
+            if temporary:
+                Path(temporary).unlink(missing_ok=True)
+            raise StorageError(
+                f"the picture was drawn but could not be written to {self.folder}: {error.strerror}. "
+                "Free space there, fix its permissions, or request response_format b64_json."
+            ) from error
+
+    def _read(self, name: str) -> bytes | None:
+        try:
+            return (self.folder / name).read_bytes()
+        except OSError:
+            return None  # it has just expired, or was deleted by hand
+
+    def _exists(self, name: str) -> bool:
+        return (self.folder / name).is_file()
+
+    def _remove(self, name: str) -> None:
+        """Raises StorageError."""
+        try:
+            (self.folder / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(f"{name} cannot be deleted from {self.folder}: {error.strerror}") from error
+
+    def _pictures(self, now: float) -> list[tuple[float, str, int]]:
+        """Time, name and size of each picture, oldest first. Deletes abandoned unfinished files."""
         pictures = []
         for entry in _scan(self.folder):
             try:
@@ -174,9 +209,9 @@ class Store:
             except OSError:
                 continue
             if _NAME.fullmatch(entry.name):
-                pictures.append((status.st_mtime, Path(entry.path), status.st_size))
+                pictures.append((status.st_mtime, entry.name, status.st_size))
             elif _PART.fullmatch(entry.name) and now - status.st_mtime > ABANDONED_S:
-                _delete(Path(entry.path))
+                self._expire(entry.name)
         return sorted(pictures)
 
 
@@ -196,12 +231,3 @@ def _scan(folder: Path) -> list[os.DirEntry[str]]:
             return [entry for entry in entries if entry.is_file(follow_symlinks=False)]
     except OSError:
         return []  # the folder does not exist yet; `put` reports any problem with it
-
-
-def _delete(path: Path) -> bool:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        log.warning("%s cannot be deleted: %s", path, error.strerror)
-        return False
-    return True

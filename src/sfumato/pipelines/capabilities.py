@@ -12,9 +12,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from sfumato.core import Abilities, Generation, Input
+from sfumato.core import Generation
 from sfumato.errors import InvalidRequest
 from sfumato.sampling import clip_layer
+from sfumato.status import Abilities, Input
 
 AUTO_PIPELINES = {"image": "AutoPipelineForImage2Image", "mask": "AutoPipelineForInpainting"}
 """By name: importing them imports every pipeline class, which takes seconds."""

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from sfumato.core import Abilities, Input
 from sfumato.errors import InvalidRequest
+from sfumato.formats import AUDIO, IMAGE, VIDEO
+from sfumato.formats import WORDS as RESULTS
+from sfumato.status import Abilities, FrameRule, Input, SoundRule
 
 PICTURE, ORIGINAL, EXAMPLE, REFERENCE = "picture", "original", "example", "reference"
 MASK, CONTROL, LABEL = "mask", "control", "label"
@@ -62,11 +64,19 @@ MODES = ("control_mode",)
 FRAME_COUNTS = ("num_frames", "video_length", "frames")
 """Parameters for the number of pictures in a row."""
 
+SOURCE_CLIPS = ("video", "pose_video", "face_video", "conditioning_video", "conditioning_frames", "control_video")
+"""Parameters for moving pictures, which a request cannot give."""
+
+SOURCE_SOUNDS = ("audio",)
+"""Parameters for sound, which a request cannot give."""
+
+MOVING, SOUND = "moving pictures", "sound"
+
 OUTPUTS: Mapping[str, str] = MappingProxyType(
     {
-        "audios": "sound",
-        "frames": "moving pictures",
-        "video": "moving pictures",
+        "audios": SOUND,
+        "frames": MOVING,
+        "video": MOVING,
         "images": "",
         "image": "",
         "prediction": "",
@@ -79,6 +89,9 @@ OUTPUTS: Mapping[str, str] = MappingProxyType(
     }
 )
 """Field of a pipeline's output -> what it is, in words; empty: a picture. Of several fields the first here counts."""
+
+SERVED: Mapping[str, str] = MappingProxyType({"": IMAGE, MOVING: VIDEO, SOUND: AUDIO})
+"""What a class makes, in those words -> the kind of results that it can be asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,14 +141,16 @@ class Reading:
     def takes_prompt(self) -> bool:
         return "prompt" in self.parameters
 
-    def problem(self, options: Mapping[str, Any]) -> str:
-        """Why no request can have a picture of it, in words; empty if it can. `options`: those of the model file."""
+    def kind(self, options: Mapping[str, Any]) -> str | None:
+        """What requests have of it: a name of `formats.KINDS`; None: nothing. A clip of one frame is a picture."""
         one_frame = any(options.get(count) == 1 for count in FRAME_COUNTS if count in self.parameters)
-        if self.output and not (one_frame and self.output == OUTPUTS["frames"]):
-            only = ""
-            if counts := [count for count in FRAME_COUNTS if count in self.parameters]:
-                only = f", unless the model file has `{counts[0]}:1` in its `options`"
-            return f"{self.name} makes {self.output}, and Sfumato serves single pictures{only}"
+        return IMAGE if self.output == MOVING and one_frame else SERVED.get(self.output)
+
+    def problem(self, options: Mapping[str, Any]) -> str:
+        """Why no request can have anything of it, in words; empty if it can. `options`: those of the model file."""
+        if self.kind(options) is None:
+            served = ", ".join(RESULTS[kind] for kind in SERVED.values())
+            return f"{self.name} makes {self.output}, and Sfumato serves {served}"
         if self.lacks:
             return f"{self.name} needs {self.lacks}, which this model does not have"
         if unmet := [name for name in self.unmet if name not in options]:
@@ -191,6 +206,10 @@ class Kin:
     """Kinds of controls that a single net tells apart, if it does: it takes up to so many pictures."""
     more: bool = False
     """Whether there may be more nets, which is not known before the model is loaded."""
+    frames: FrameRule | None = None
+    """Of the clips that it draws, if it is known."""
+    sound: SoundRule | None = None
+    """Of the sounds that it makes, if it is known."""
 
     def without_mask(self) -> Reading | None:
         """The class for a source picture alone."""
@@ -214,14 +233,20 @@ def abilities(kin: Kin, options: Mapping[str, Any]) -> Abilities:
     if problem := own.problem(options):
         return Abilities(problem=problem)
     text = not kin.masks_only and not any(each.required for each in own.inputs)
+    if own.kind(options) == VIDEO:
+        moving = {"text-to-video": text, "image-to-video": bool(own.sources)}
+        tasks = tuple(task for task, drawn in moving.items() if drawn)
+        return Abilities(tasks, _inputs(kin, text), kind=VIDEO, frames=kin.frames)
+    if own.kind(options) == AUDIO:
+        return Abilities(("text-to-audio",) if text else (), _inputs(kin, text), kind=AUDIO, sound=kin.sound)
     label = own.of(LABEL)
-    tasks = {
+    still = {
         "text-to-image": text,
         "label-to-image": bool(label and label.required),
         "image-to-image": bool(kin.without_mask() or kin.with_mask() or kin.as_control()),
         "inpainting": kin.with_mask() is not None,
     }
-    return Abilities(tuple(task for task, drawn in tasks.items() if drawn), _inputs(kin, text))
+    return Abilities(tuple(task for task, drawn in still.items() if drawn), _inputs(kin, text))
 
 
 def _inputs(kin: Kin, text: bool) -> tuple[Input, ...]:
@@ -245,13 +270,33 @@ def _inputs(kin: Kin, text: bool) -> tuple[Input, ...]:
     return tuple(inputs)
 
 
-def check(model: str, can: Abilities, *, pictures: int, mask: bool, controls: int) -> None:
+def check(
+    model: str,
+    can: Abilities,
+    *,
+    kind: str,
+    frames: int | None = None,
+    seconds: float | None = None,
+    pictures: int,
+    mask: bool,
+    controls: int,
+) -> None:
     """Raises InvalidRequest naming the input that is missing, or that the model does not take.
 
-    The numbers are those of a request.
+    `kind` and the numbers are those of a request.
     """
     if can.problem:
         raise InvalidRequest(f"{model} draws no picture: {can.problem}", param="model")
+    if can.kind != kind:
+        raise InvalidRequest(
+            f"{model} makes {RESULTS[can.kind]} ({', '.join(can.tasks)}), and the request is for {RESULTS[kind]}; "
+            "`tasks` in the list of models says which model makes them",
+            param="model",
+        )
+    if frames and can.frames and (why := can.frames.violation(frames)):
+        raise InvalidRequest(f"num_frames: {frames}; {model} does not draw that many: {why}", param="num_frames")
+    if seconds and can.sound and (why := can.sound.violation(seconds)):
+        raise InvalidRequest(f"seconds: {seconds:g}; {model} does not make that long a sound: {why}", param="seconds")
     image, control = can.input("image"), can.input("controls")
     if mask and "inpainting" not in can.tasks:
         raise InvalidRequest(

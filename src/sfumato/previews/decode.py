@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder, AutoencoderTiny
 from PIL import Image, ImageOps
 
 from sfumato.previews.latent_rgb import LatentRGB, fit
@@ -58,8 +58,8 @@ def preview(
 ) -> PreviewImage | None:
     """Preview of the first picture in `latents`, of `width` x `height` pixels or that shape; None if not a picture.
 
-    Takes [B, C, H, W], [B, C, 1, H, W] with one frame, and packed [B, tokens, C]; pixels if the pipeline
-    has no decoder.
+    Takes [B, C, H, W], [B, C, T, H, W] and [B, T, C, H, W], of which the first frame is shown, and packed
+    [B, tokens, C]; pixels if the pipeline has no decoder.
     """
     make = decoded(pipeline, latents, width, height, cheap)
     return make and make()
@@ -88,7 +88,9 @@ def decoded(
     decoder = cheap if isinstance(cheap, AutoencoderTiny) else vae
     raw = name == "movq" or type(pipeline).__name__ in UNSCALED
     spatial = latents if raw else _spatial(pipeline, vae, decoder, latents, width, height)
-    if spatial is None or (spatial.ndim == 5 and spatial.shape[2] != 1) or spatial.ndim not in (4, 5):
+    if spatial is not None and spatial.ndim == 5:
+        spatial = _first_frame(vae, spatial)
+    if spatial is None or spatial.ndim not in (4, 5):
         return None
     if cheap is not None and spatial.ndim == 5:
         spatial = spatial[:, :, 0]
@@ -100,12 +102,31 @@ def decoded(
     if cheap is not None:
         pixels = cheap.decode(spatial.to(cheap.device, cheap.dtype), return_dict=False)[0]
     else:
-        pixels = _decoded(pipeline, vae, spatial, {"force_not_quantize": True} if name == "movq" else {})
+        pixels = _decoded(pipeline, vae, spatial, _options(name, vae))
     if pixels.ndim == 5:
         pixels = pixels[:, :, 0]
     if width and height and binned:
         pixels = processor.resize_and_crop_tensor(pixels, width, height)
     return functools.partial(_picture, processor, pixels)
+
+
+def _options(name: str, vae: Any) -> dict[str, Any]:
+    """Arguments of the decoder besides the latents."""
+    if name == "movq":
+        return {"force_not_quantize": True}
+    return {"num_frames": 1} if isinstance(vae, AutoencoderKLTemporalDecoder) else {}
+
+
+def _first_frame(vae: Any, latents: torch.Tensor) -> torch.Tensor | None:
+    """Of the latents of a clip as its VAE takes them: with one frame, or without that axis where it knows none."""
+    channels = vae.config.get("latent_channels") or vae.config.get("z_dim")
+    if latents.shape[1] == channels:
+        first = latents[:, :, :1]
+    elif latents.shape[2] == channels:
+        first = latents[:, :1].transpose(1, 2)
+    else:
+        return None
+    return first[:, :, 0] if isinstance(vae, AutoencoderKL | AutoencoderKLTemporalDecoder) else first
 
 
 def _decoder(pipeline: Any) -> str | None:

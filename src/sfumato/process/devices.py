@@ -17,13 +17,14 @@ from dataclasses import replace
 from typing import Final
 
 from sfumato.config import ModelConfig
-from sfumato.core import BATCH, EngineStats, Event, Failed, Generation, LoadState, ModelStatus, Step
+from sfumato.core import BATCH, Event, Failed, Generation, Step
 from sfumato.engine.protocol import DeviceState, Load, OnDevice, OnPlace, Order, Ordered, Unload
 from sfumato.engine.totals import total
 from sfumato.errors import AdditionTooLarge, DeviceUnavailable, ModelTooLarge, NoWorker, SfumatoError, WorkerDied
 from sfumato.process.routing import SQUARE, START_S, Router
 from sfumato.process.supervisor import WORKER, Supervisor
 from sfumato.settings import Settings
+from sfumato.status import EngineStats, LoadState, ModelInfo, ModelStatus
 
 UNKNOWN_STEPS = 30
 """Assumed for a picture whose request, model file and loaded model do not say."""
@@ -85,7 +86,7 @@ class Devices:
     async def submit(self, config: ModelConfig, generation: Generation) -> AsyncGenerator[Event, None]:
         id, deaths = generation.id, 0
         refused: set[int] = set()
-        steps, pixels = self._size(config, generation)
+        steps, pixels = work_of(config, generation, self.status(config.name).info)
         low = generation.priority == BATCH
         while True:
             number = self._choose(config, steps, pixels, low, refused)
@@ -107,14 +108,6 @@ class Devices:
                 self._has_ended(number, config.name)
             if not moves:
                 return
-
-    def _size(self, config: ModelConfig, generation: Generation) -> tuple[int, int]:
-        """Steps and pixels of a picture: of the request, else of the model file, else of the loaded model."""
-        info = self.status(config.name).info
-        known = [generation.sampling, config.sampling, *([info.sampling] if info else [])]
-        steps = next((each.steps for each in known if each.steps), UNKNOWN_STEPS)
-        width, height = next((each.size for each in known if each.size), (SQUARE, 1))
-        return steps, width * height
 
     def _choose(
         self,
@@ -251,6 +244,14 @@ def labels(names: Sequence[str]) -> list[str]:
         found.append(f"{name}:{numbers[name]}" if counts[name] > 1 else name)
         numbers[name] += 1
     return found
+
+
+def work_of(config: ModelConfig, generation: Generation, info: ModelInfo | None) -> tuple[int, int]:
+    """Steps and pixels of a picture: of the request, else of the model file, else of the loaded model."""
+    known = [generation.sampling, config.sampling, *([info.sampling] if info else [])]
+    steps = next((each.steps for each in known if each.steps), UNKNOWN_STEPS)
+    width, height = next((each.size for each in known if each.size), (SQUARE, 1))
+    return steps, width * height
 
 
 def _for_one(settings: Settings, name: str, devices: int) -> Settings:

@@ -1,7 +1,7 @@
 """A quicker start: skip or defer what diffusers and transformers import but drawing does not use.
 
     torch._dynamo                   a worker compiles nothing, unless `accelerate: compile` asks for it
-    torch.distributed               a worker is a single process
+    torch.distributed               a worker is a single process, unless it has several devices
     scipy.stats, scipy.integrate    used only by beta schedules and LMS
     scipy.optimize                  training losses of detectors
     torchao                         used by quantised models only
@@ -71,13 +71,17 @@ INDEPENDENT = frozenset({"torch._dynamo._trace_wrapped_higher_order_op"})
 """Submodules that work without their parent. transformers imports this one for its masks."""
 
 
-def install() -> None:
-    """Call it once, before diffusers and transformers are imported. Only for processes that draw."""
+def install(*, alone: bool = True) -> None:
+    """Call it once, before diffusers and transformers are imported. Only for processes that draw.
+
+    `alone`: False for a worker of several devices.
+    """
     if "diffusers" in sys.modules:
         return
     import torch
 
-    torch.distributed.is_available = lambda: False
+    if alone:
+        torch.distributed.is_available = lambda: False
     sys.meta_path.insert(0, _Finder())
 
 

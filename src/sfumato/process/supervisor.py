@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from sfumato import logs
 from sfumato.config import ModelConfig
-from sfumato.core import Done, EngineStats, Event, Failed, Generation, ModelStatus
+from sfumato.core import Done, Event, Failed, Generation
 from sfumato.engine.protocol import (
     Answer,
     Cancel,
@@ -47,6 +47,7 @@ from sfumato.engine.streams import Streams
 from sfumato.errors import Cancelled, DeviceUnavailable, NoWorker, RequestTooLarge, SfumatoError, WorkerDied
 from sfumato.process import wire
 from sfumato.settings import Settings
+from sfumato.status import EngineStats, ModelStatus
 
 log = logging.getLogger(__name__)
 

@@ -19,6 +19,7 @@ from sfumato.engine import environment
 from sfumato.engine.protocol import Answer, Ready, Report, Unusable
 from sfumato.errors import DrawError
 from sfumato.process import lean_imports, wire
+from sfumato.settings import members
 
 log = logging.getLogger(__name__)
 
@@ -32,14 +33,15 @@ def main(fd: int) -> None:
     logs.configure(settings)
 
     environment.prepare()
-    lean_imports.install()
+    own, *further = members(settings.device)
+    lean_imports.install(alone=not further)
     import diffusers
     import torch
 
     from sfumato.engine.loop import Loop
 
     logs.route_libraries()
-    if settings.devices and (problem := _use(settings.device)):
+    if settings.devices and (problem := _use(own)):
         sock.sendall(wire.pack(Unusable(problem)))
         return
     lock = threading.Lock()

@@ -12,11 +12,11 @@ import torch
 from sfumato import allocator
 from sfumato.batching import cpu_threads
 from sfumato.config import ModelConfig
-from sfumato.core import ModelStatus
 from sfumato.errors import Cancelled, SfumatoError
 from sfumato.models.footprint import Needs
 from sfumato.models.load import Loaded
 from sfumato.residency.turns import Turns
+from sfumato.status import ModelStatus
 
 Load: TypeAlias = Callable[[ModelConfig, Callable[[ModelStatus], None], Callable[[Needs], None]], Loaded]
 

@@ -70,6 +70,8 @@ class MainMemory:
         """
         if self._size < 0 or not self._is_beside(model.device) or model.state.broken or model.state.offload != "none":
             return False
+        if model.config.context_parallel:  # further devices would keep their copies of it
+            return False
         return size <= (self._size or self._available() + self._used())
 
     def add(self, name: str, model: Loaded, size: int) -> None:

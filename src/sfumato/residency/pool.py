@@ -13,7 +13,6 @@ from sfumato.batching import cpu_threads, offload
 from sfumato.batching.batcher import is_out_of_memory
 from sfumato.checkpoints.remote_limits import ANY, Limits
 from sfumato.config import ModelConfig
-from sfumato.core import ModelInfo, ModelStatus
 from sfumato.errors import AdditionTooLarge, Cancelled, LoadError, ModelTooLarge, TooManyRequests
 from sfumato.models import controlnets, estimators, ip_adapters, load
 from sfumato.models.fetch import OnStatus
@@ -27,6 +26,7 @@ from sfumato.residency.loading import CANCELLED, Load, Loading
 from sfumato.residency.main_memory import MainMemory
 from sfumato.residency.residents import FILE_CHANGED, UNLOAD_REQUESTED, Residents
 from sfumato.residency.turns import Turns
+from sfumato.status import ModelInfo, ModelStatus
 
 READERS: Mapping[str, Callable[..., load.Loaded]] = MappingProxyType({
     "": lambda *given: load.load(*given),

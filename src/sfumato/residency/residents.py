@@ -11,12 +11,12 @@ from dataclasses import replace
 from sfumato import allocator
 from sfumato.batching import offload
 from sfumato.config import ModelConfig
-from sfumato.core import ModelInfo, ModelStatus
 from sfumato.models.footprint import Block, Blocks, Needs
 from sfumato.models.load import Loaded
 from sfumato.models.sharing import Sharing
 from sfumato.residency.idle_times import IdleTimes
 from sfumato.residency.main_memory import MainMemory
+from sfumato.status import ModelInfo, ModelStatus
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,6 @@ import math
 import shutil
 import weakref
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,13 +21,14 @@ from sfumato.batching import cpu_threads
 from sfumato.batching.calls import target
 from sfumato.batching.module_runner import ModuleRunner, numbers
 from sfumato.batching.outcomes import is_out_of_memory
-from sfumato.core import EAGER, RunnerState
+from sfumato.core import EAGER
 from sfumato.pipelines import source_digest
 from sfumato.runners import arguments, measuring, module_state
 from sfumato.runners.arguments import Unserved
 from sfumato.runners.candidate import Candidate
 from sfumato.runners.measured import Measured, Measurements, today
 from sfumato.runners.measuring import Sample
+from sfumato.status import RunnerState
 
 log = logging.getLogger(__name__)
 
@@ -68,9 +68,6 @@ class Chosen:
 class Auto:
     """The choice for one module. Used on one thread."""
 
-    busy = False
-    out_of_memory = False
-
     def __init__(
         self,
         module: torch.nn.Module,
@@ -79,7 +76,6 @@ class Auto:
         measurements: Measurements,
     ) -> None:
         """`candidates`: by their names in `accelerate`, those that this machine can try."""
-        self.number = next(numbers)
         self._module = weakref.ref(module)
         self._threads = threads
         self._candidates = candidates
@@ -101,10 +97,6 @@ class Auto:
     @property
     def bytes(self) -> int:
         return sum(candidate.bytes for candidate in self._made.values())
-
-    @property
-    def folders(self) -> tuple[Path, ...]:
-        return tuple(folder for candidate in self._made.values() for folder in candidate.folders)
 
     @property
     def outdated(self) -> bool:
@@ -136,21 +128,6 @@ class Auto:
         if name not in self._made:
             self._made[name] = self._candidates[name]()
         return self._made[name]
-
-    # As a request is: it prepares and computes what the choice is now.
-
-    def prepare(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], *, wait: bool = False) -> bool:
-        chosen = self.for_request()
-        return chosen is None or chosen.prepare(method, args, kwargs, wait=wait)
-
-    def serves(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        chosen = self.for_request()
-        return chosen is not None and chosen.serves(method, args, kwargs)
-
-    def run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, str]:
-        if chosen := self.for_request():
-            return chosen.run(method, args, kwargs)
-        return target(self._module(), method)(*args, **kwargs), EAGER
 
     # Measuring.
 

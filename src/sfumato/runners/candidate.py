@@ -1,4 +1,4 @@
-"""What every runner is: it computes the calls of one module, or says why it does not."""
+"""What a model keeps of what computes its modules, and what `auto` compares with a module."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Protocol
 
 from sfumato.batching.module_runner import ModuleRunner
-from sfumato.core import RunnerState
+from sfumato.status import RunnerState
 
 
-class Candidate(ModuleRunner, Protocol):
-    """The runner of one module. Used on one thread, apart from what `Background` does for it."""
+class KeptRunner(Protocol):
+    """Says for each request what computes one module. Used on one thread, apart from what `Background` does for it."""
 
     @property
     def name(self) -> str:
@@ -20,6 +20,16 @@ class Candidate(ModuleRunner, Protocol):
     def bytes(self) -> int:
         """Memory that it takes beside the module."""
 
+    def for_request(self) -> ModuleRunner | None:
+        """What computes the module in a request that begins now; None: the module itself."""
+
+    def state(self, module: str) -> RunnerState:
+        """For people; `module`: its component."""
+
+
+class Candidate(KeptRunner, ModuleRunner, Protocol):
+    """One that computes calls itself, or says why it does not, and so can be measured."""
+
     @property
     def busy(self) -> bool:
         """Whether the module computes what is new to it for now, because something is being prepared."""
@@ -27,12 +37,6 @@ class Candidate(ModuleRunner, Protocol):
     @property
     def out_of_memory(self) -> bool:
         """Whether that is why it could not be prepared: another one may be, later."""
-
-    def for_request(self) -> ModuleRunner | None:
-        """What computes the module in a request that begins now; None: the module itself."""
-
-    def state(self, module: str) -> RunnerState:
-        """For people; `module`: its component."""
 
     @property
     def folders(self) -> tuple[Path, ...]:

@@ -26,11 +26,12 @@ from sfumato.batching import cpu_threads, outputs
 from sfumato.batching.calls import target
 from sfumato.batching.module_runner import numbers
 from sfumato.batching.outcomes import is_out_of_memory
-from sfumato.core import EAGER, RunnerState
+from sfumato.core import EAGER
 from sfumato.runners import arguments as call_arguments
 from sfumato.runners import module_state
 from sfumato.runners.arguments import Arguments, Unserved
 from sfumato.runners.background import Background
+from sfumato.status import RunnerState
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sfumato.core import RunnerState
 from sfumato.runners import machine
+from sfumato.status import RunnerState
 
 FILE = "measured.json"
 MODELS = "models"

@@ -25,13 +25,14 @@ from sfumato.batching import outputs
 from sfumato.batching.calls import target
 from sfumato.batching.module_runner import numbers
 from sfumato.batching.outcomes import is_out_of_memory
-from sfumato.core import EAGER, RunnerState
+from sfumato.core import EAGER
 from sfumato.pipelines import source_digest
 from sfumato.runners import arguments as call_arguments
 from sfumato.runners import graph, kept, module_state
 from sfumato.runners.arguments import Arguments, Unserved
 from sfumato.runners.background import Background
 from sfumato.runners.graph import Form, Graph, Precision
+from sfumato.status import RunnerState
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import time
 
 from sfumato.checkpoints.static_capabilities import static_capabilities
 from sfumato.config import ModelConfig
-from sfumato.core import Abilities
+from sfumato.status import Abilities
 
 HOLDS_S = 5.0
 """How long what they say holds: many requests may wait for a model while it loads."""

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field, replace
 from sfumato import loras, schedulers
 from sfumato.config import ModelConfig, at_fault
 from sfumato.core import INTERACTIVE, MAX_SEED, PRIORITIES, QUALITIES, Control, Generation, Limits, StorePicture, labels
-from sfumato.errors import InvalidRequest
+from sfumato.errors import InvalidRequest, in_words
+from sfumato.formats import IMAGE, PICTURE, VIDEO, check_installed, kind_of
+from sfumato.formats import WORDS as RESULTS
 from sfumato.loras import Lora
 from sfumato.pictures.fitting import Fitting
 from sfumato.sampling import (
@@ -44,12 +46,16 @@ class ImageRequest:
     """Whether `positive|negative` in a prompt is LocalAI's way to send both in one field. It is split if the model uses
     a negative prompt and its file lets requests set it."""
     model: str | None = None
+    format: str = PICTURE
+    """A name of `formats.FORMATS`: what is requested, and how its file is written."""
     n: int | None = None
     sampling: Sampling = field(default_factory=Sampling)
     seed: int | None = None
     """0 .. MAX_SEED; -1 or None: a random one."""
     images: Sequence[str | bytes] = ()
-    """Source pictures: file bytes, base64, `data:` URI or http(s) URL."""
+    """Source pictures: file bytes, base64, `data:` URI, http(s) URL or an uploaded file (`sources.uploaded`)."""
+    image_names: Sequence[str] = ()
+    """Of each of them in errors; empty: as their API has them."""
     mask: str | bytes | None = None
     """White is redrawn; if the mask has transparency, transparent areas are redrawn."""
     mask_from_alpha: bool = False
@@ -110,8 +116,6 @@ def plan(request: ImageRequest, config: ModelConfig, limits: Limits, max_picture
     prompts = request.prompts
     if not prompts:
         raise InvalidRequest("prompt: must be a text or a list of texts", param="prompt")
-    for prompt in prompts:
-        _check_length("prompt", prompt, MAX_PROMPT)
     n = request.n if request.n is not None else min(config.n or 1, max_pictures)
     _check_range("n", n, 1, max_pictures)
     if n * len(prompts) > max_pictures:
@@ -136,6 +140,7 @@ def plan(request: ImageRequest, config: ModelConfig, limits: Limits, max_picture
             loras=acting,
             replace_loras=request.replace_loras,
             sampling=sampling,
+            format=request.format,
             split_prompt=request.split_prompt,
             seed=seed,
             mask_padding=request.mask_padding,
@@ -224,7 +229,10 @@ def _check_priority(request: ImageRequest) -> None:
 
 def _check_passes(request: ImageRequest, limits: Limits) -> None:
     _check_priority(request)
+    for prompt in request.prompts:
+        _check_length("prompt", prompt, MAX_PROMPT)
     _check(request.sampling, limits)
+    _check_result(request, limits)
     if request.quality is not None and request.quality not in QUALITIES:
         raise InvalidRequest(
             f"quality: {request.quality[:100]!r}; {', '.join(QUALITIES)} or a number of steps are valid",
@@ -257,6 +265,32 @@ def _check(sampling: Sampling, limits: Limits) -> None:
         schedulers.parse(sampling.scheduler)
     if (sampling.width, sampling.height) != (None, None):
         refuse_size(limits, sampling.width or 0, sampling.height or 0, "size")
+
+
+def _check_result(request: ImageRequest, limits: Limits) -> None:
+    """The fields of a clip or a sound, and what only a picture has."""
+    sampling, kind = request.sampling, kind_of(request.format)
+    check_installed(request.format, "output_format")
+    for parameter in PARAMETERS:
+        if sampling[parameter] is not None and kind not in parameter.of:
+            results = " and ".join(RESULTS[each] for each in parameter.of)
+            raise InvalidRequest(
+                f"{parameter.name}: {in_words(sampling[parameter])[:100]}; it is for {results}, and the request is for "
+                f"{RESULTS[kind]}; leave it out",
+                param=parameter.name,
+            )
+    if kind == IMAGE:
+        return
+    if request.hires or request.mask is not None or request.mask_from_alpha:
+        raise InvalidRequest("mask: only pictures have masks and second passes; leave them out", param="mask")
+    if sampling.num_frames and sampling.seconds:
+        raise InvalidRequest(
+            "seconds: num_frames is there too, and both say how long the clip is; send one of them", param="seconds"
+        )
+    _check_range("seconds", sampling.seconds, 0, limits.seconds)
+    _check_range("num_frames", sampling.num_frames, 1, limits.frames)
+    if kind == VIDEO and sampling.num_frames:
+        limits.check_clip(*(sampling.size or (1, 1)), sampling.num_frames)
 
 
 def size_of(text: str | None) -> tuple[int, int] | tuple[None, None]:

@@ -17,7 +17,7 @@ from typing import TypeAlias
 from sfumato import logs
 from sfumato.checkpoints import read_ahead, remote_limits
 from sfumato.config import ModelConfig
-from sfumato.core import BATCH, Abilities, Done, Failed, Limits, Step
+from sfumato.core import BATCH, Done, Failed, Step
 from sfumato.engine.protocol import Engine, Load, Pin, Unload
 from sfumato.errors import (
     Cancelled,
@@ -28,6 +28,7 @@ from sfumato.errors import (
     TooManyRequests,
     WorkerDied,
 )
+from sfumato.formats import IMAGE, kind_of
 from sfumato.pictures.budget import Budget, Share
 from sfumato.pictures.decoder_pool import Decoders
 from sfumato.pictures.fetch import PictureFetcher
@@ -42,6 +43,7 @@ from sfumato.serving.planning import ImageRequest, plan
 from sfumato.serving.queue import MAX_RETRY_AFTER_S, Queue
 from sfumato.serving.request_loras import RequestLoras
 from sfumato.settings import Settings
+from sfumato.status import Abilities
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +66,7 @@ class Service:
         self._text_decoders = Decoders(settings, 1)
         """Separate decoder for texts, so that reading them does not delay drawing requests."""
         self.budget = Budget(settings.max_waiting_mb * 2**20, self.queue.retry_after)
-        self.limits = Limits(settings.max_pixels, settings.max_side, settings.max_aspect)
+        self.limits = settings.limits
         self.fetcher = PictureFetcher(settings.picture_hosts.split(","))
         self._loras = RequestLoras(settings)
         self._parts: dict[str, Part] = {}
@@ -381,22 +383,21 @@ class Service:
         """Raises InvalidRequest for what a model that is not loaded cannot draw, so that it is not loaded for nothing.
 
         What controls name must be there. Returns the fields with pictures for IP-Adapters. The engine checks all this
-        for every model; what is known of one in memory may be of an earlier version of its file.
+        for every model; what is known of one in memory may be of an earlier file. A clip's errors come before its job.
         """
         hub = remote_limits.HUB in self._loras.hosts
         prompts = await named_controls.prompts(request.controls, config.folder, hub=hub)
         named = any(control.name for control in request.controls)
         # With a ControlNet of the request, another class draws.
-        if named or config.ip_adapters or self.engine.status(config.name).info:
+        loaded = kind_of(request.format) == IMAGE and self.engine.status(config.name).info
+        if named or config.ip_adapters or loaded:
             return prompts
-        if abilities := await self.abilities(config):
+        if abilities := await self._foreseen.abilities(config):
             inputs.check(
-                config.name,
-                abilities,
-                pictures=len(request.images),
-                mask=request.mask is not None,
+                config.name, abilities, kind=kind_of(request.format), frames=request.sampling.num_frames,
+                seconds=request.sampling.seconds, pictures=len(request.images), mask=request.mask is not None,
                 controls=len(request.controls),
-            )
+            )  # fmt: skip
         return prompts
 
     async def abilities(self, config: ModelConfig) -> Abilities | None:
@@ -419,6 +420,8 @@ class Service:
             limits=self.limits,
             fitting=request.fitting,
             scale=(request.upscale or 1) if derived else None,
+            caller=request.caller,
+            names=request.image_names,
         )
 
     def _arrival(self, id: str, caller: str) -> Arrival | None:

@@ -16,7 +16,7 @@ from pydantic_core import from_json, to_json
 
 from sfumato.api.a1111.control_units import SCRIPT
 from sfumato.api.a1111.hires import HiresFields
-from sfumato.api.fields import BLANK, PictureCount, Priority, Seed, Side, Text, a1111_field
+from sfumato.api.fields import BLANK, NUMBER, PictureCount, Priority, Seed, Side, Text, a1111_field
 from sfumato.api.lora_fields import LoraFields
 from sfumato.core import INTERACTIVE, MAX_SEED
 from sfumato.pictures.fitting import Fitting
@@ -220,13 +220,13 @@ class Img2ImgBody(_SampledFromPicture):
         None, description="How to fit to width x height: 0 and 3 stretch the picture, 1 and 2 crop it."
     )
     mask: Text = Field(None, description="Base64, a data: URI or an http(s) URL; white areas are redrawn.")
-    mask_blur: Annotated[Annotated[float, Field(ge=0, le=256)] | None, BLANK] = Field(
+    mask_blur: Annotated[Annotated[float, Field(ge=0, le=256)] | None, NUMBER] = Field(
         None, description="Gaussian blur of the mask's edge, in pixels; absent: 4, as in AUTOMATIC1111."
     )
     inpaint_full_res: Annotated[bool | None, BLANK] = Field(
         None, description="Draw only the area around the mask, at width x height, and paste it back into the picture."
     )
-    inpaint_full_res_padding: Annotated[Annotated[int, Field(ge=0, le=MAX_PADDING)] | None, BLANK] = Field(
+    inpaint_full_res_padding: Annotated[Annotated[int, Field(ge=0, le=MAX_PADDING)] | None, NUMBER] = Field(
         None, description="With inpaint_full_res: context pixels around the mask; absent: 0, as in AUTOMATIC1111."
     )
     inpainting_mask_invert: Annotated[Literal[0, 1] | None, BLANK] = Field(
@@ -285,7 +285,7 @@ class UpscaleBody(BaseModel):
 
     image: str = Field(description="Base64, a data: URI or an http(s) URL.")
     upscaler_1: Text = Field(None, description="A name from /sdapi/v1/upscalers.")
-    upscaling_resize: Annotated[float | None, BLANK] = Field(2, description="2 or 4, whichever the upscaler supports.")
+    upscaling_resize: Annotated[float | None, NUMBER] = Field(2, description="2 or 4, whichever the upscaler supports.")
     resize_mode: Annotated[Literal[0] | None, BLANK] = Field(None, description="Only 0: scale by upscaling_resize.")
     priority: Priority = INTERACTIVE
 

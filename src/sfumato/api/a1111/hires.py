@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import BaseModel, Field
 
 from sfumato.api.a1111.samplers import choose
-from sfumato.api.fields import BLANK, MAX_SIDE, Text
+from sfumato.api.fields import MAX_SIDE, NUMBER, Text
 from sfumato.errors import InvalidRequest, ModelNotFound
 from sfumato.sampling import MAX_PROMPT, UPSCALERS, Hires, Sampling, fewer_steps, whole_steps
 
@@ -20,22 +20,22 @@ SAME = ("use same sampler", "use same scheduler", "use same checkpoint", "automa
 
 DEFAULT_UPSCALER, PLAIN = "Latent", "Lanczos"
 
-Side = Annotated[Annotated[int, Field(ge=0, le=MAX_SIDE)] | None, BLANK]
+Side = Annotated[Annotated[int, Field(ge=0, le=MAX_SIDE)] | None, NUMBER]
 
 
 class HiresFields(BaseModel):
     """Of txt2img."""
 
-    denoising_strength: Annotated[Annotated[float, Field(ge=0, le=1)] | None, BLANK] = Field(
+    denoising_strength: Annotated[Annotated[float, Field(ge=0, le=1)] | None, NUMBER] = Field(
         None,
         description=f"With enable_hr: how far the second pass may move; absent: {DEFAULT_STRENGTH}.",
     )
-    hr_scale: Annotated[Annotated[float, Field(ge=1, le=16)] | None, BLANK] = Field(
+    hr_scale: Annotated[Annotated[float, Field(ge=1, le=16)] | None, NUMBER] = Field(
         None, description=f"With enable_hr: how many times as long the sides become; absent: {DEFAULT_SCALE:g}."
     )
     hr_resize_x: Side = Field(None, description="With enable_hr: the width instead; with 0 it follows from the height.")
     hr_resize_y: Side = Field(None, description="With enable_hr: the height; with 0 it follows from the width.")
-    hr_second_pass_steps: Annotated[Annotated[int, Field(ge=0, le=1000)] | None, BLANK] = Field(
+    hr_second_pass_steps: Annotated[Annotated[int, Field(ge=0, le=1000)] | None, NUMBER] = Field(
         None, description="With enable_hr: steps of the second pass; 0: as many as in the first."
     )
     hr_upscaler: Text = Field(
@@ -53,7 +53,7 @@ class HiresFields(BaseModel):
     hr_negative_prompt: Annotated[str | None, Field(max_length=MAX_PROMPT)] = Field(
         None, description="With enable_hr: absent or empty: the negative prompt."
     )
-    hr_cfg: Annotated[Annotated[float, Field(ge=0, le=100)] | None, BLANK] = Field(
+    hr_cfg: Annotated[Annotated[float, Field(ge=0, le=100)] | None, NUMBER] = Field(
         None, description="With enable_hr: CFG scale of the second pass; absent: as in the first."
     )
 

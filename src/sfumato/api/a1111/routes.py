@@ -93,7 +93,7 @@ async def upscale(
         keep=_store_callback(context, required=False),
     )
     _, results = await answers.unless_gone(request, jobs.draw(image_request, "extras", []))
-    answer = {"image": _base64(results[0].png), "html_info": ""}
+    answer = {"image": _base64(results[0].file), "html_info": ""}
     return JSONResponse(answer, headers=answers.warning_headers(body.ignored(), results))
 
 
@@ -173,13 +173,13 @@ async def _draw(context: Context, choices: Choices, jobs: Jobs, body: DrawBody, 
     base = urls.base_url(request, service.settings)
     warnings += [warning for done in results for warning in done.warnings]
     info = shapes.info(body, job, results, warnings, [answers.picture_url(base, each) for each in saved])
-    encoded = [_base64(done.png) for done in results] if body.send_images is not False else []
+    encoded = [_base64(done.file) for done in results] if body.send_images is not False else []
     headers = answers.warning_headers(ignored, [replace(results[0], warnings=tuple(warnings))])
     return JSONResponse({"images": encoded, "parameters": body.understood(), "info": info}, headers=headers)
 
 
 def _store_callback(context: Context, *, required: bool) -> StorePicture | None:
-    return keeper(context.gallery, caller_of(context.request), "png", lambda done: done.png, required=required)
+    return keeper(context.gallery, caller_of(context.request), "png", lambda done: done.file, required=required)
 
 
 def _current_image(jobs: list[Job]) -> str | None:

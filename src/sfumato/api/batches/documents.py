@@ -22,7 +22,7 @@ class FileState(BaseModel):
     created_at: int = Field(description="Seconds since 1970.")
     expires_at: int = Field(description="When it will be deleted.")
     filename: str
-    purpose: str = Field(description="batch, or batch_output.")
+    purpose: str = Field(description="batch, batch_output or vision.")
     status: str
 
 

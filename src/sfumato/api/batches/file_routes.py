@@ -13,14 +13,16 @@ from starlette.responses import StreamingResponse
 
 from sfumato.api.batches.batches import Batches
 from sfumato.api.batches.documents import FileDeleted, FilePage, FileState, file_json, page_json
-from sfumato.api.batches.tables import StoredFile
+from sfumato.api.batches.tables import BATCH_PURPOSE, VISION, StoredFile
 from sfumato.api.dependencies import Caller, Owner, TheService, part
+from sfumato.api.fields import PLAIN
 from sfumato.api.http import documents
+from sfumato.api.http.content_type import BYTES
 from sfumato.api.http.forms import openapi_body, reader
 from sfumato.api.http.multipart import File
 from sfumato.errors import FileNotStored, in_words
 
-PURPOSE = "batch"
+JSONL = "application/jsonl"
 MAX_PAGE = 10_000
 MAX_NAME = 255
 """Characters of a file's name."""
@@ -39,7 +41,7 @@ class ExpiresAfter(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     anchor: Literal["created_at"]
-    seconds: Annotated[int, Field(ge=LEAST_S, le=MOST_S)]
+    seconds: Annotated[int, Field(ge=LEAST_S, le=MOST_S), PLAIN]
 
 
 class UploadBody(BaseModel):
@@ -50,7 +52,7 @@ class UploadBody(BaseModel):
     file: Annotated[InstanceOf[File], WithJsonSchema({"type": "string", "format": "binary"})] = Field(
         description="The file, with its name."
     )
-    purpose: str = Field(description="batch")
+    purpose: str = Field(description=f"{BATCH_PURPOSE}: the input of a batch; {VISION}: a picture, for `file_id`.")
     expires_after: ExpiresAfter | None = Field(
         None, description="`anchor` created_at, and `seconds`. Absent: the setting files_max_age_h."
     )
@@ -58,8 +60,10 @@ class UploadBody(BaseModel):
     @field_validator("purpose")
     @classmethod
     def _known_purpose(cls, purpose: str) -> str:
-        if purpose != PURPOSE:
-            raise ValueError(f"{PURPOSE} is valid; this server does nothing with files of other purposes")
+        if purpose not in (BATCH_PURPOSE, VISION):
+            raise ValueError(
+                f"{BATCH_PURPOSE} and {VISION} are valid; this server does nothing with files of other purposes"
+            )
         return purpose
 
     @field_validator("file", mode="before")
@@ -76,7 +80,7 @@ del _FORM["requestBody"]["content"]["application/json"]
 
 @routes.post(
     "/files",
-    summary="Upload the input of a batch",
+    summary="Upload the input of a batch, or a picture",
     openapi_extra=_FORM,
     response_model=FileState,
     responses=documents.errors(400, 401, 403, 413, 415, 503),
@@ -112,7 +116,7 @@ async def page(
     batches: TheBatches,
     owner: Owner,
     after: Annotated[str | None, Query(max_length=100, description="`last_id` of the previous page.")] = None,
-    limit: Annotated[int, Query(ge=1, le=MAX_PAGE, description="Files per page.")] = MAX_PAGE,
+    limit: Annotated[int, Query(ge=1, le=MAX_PAGE, description="Files per page."), PLAIN] = MAX_PAGE,
     order: Annotated[Literal["asc", "desc"], Query(description="desc: newest first.")] = "desc",
     purpose: Annotated[str | None, Query(max_length=32, description="Only these.")] = None,
 ) -> dict[str, Any]:
@@ -137,7 +141,7 @@ async def one(id: Id, batches: TheBatches, owner: Owner) -> dict[str, Any]:
     summary="A file's content",
     response_class=Response,
     responses={
-        200: {"content": {"application/jsonl": {"schema": {"type": "string", "format": "binary"}}}},
+        200: {"content": {each: {"schema": {"type": "string", "format": "binary"}} for each in (JSONL, BYTES)}},
         **documents.errors(401, 403, 404, 503),
     },
 )
@@ -145,7 +149,8 @@ async def content(id: Id, batches: TheBatches, owner: Owner) -> Response:
     file = await _require(batches, id, owner)
     # The length lets a client notice that the file was deleted in the middle.
     headers = {"content-length": str(file.bytes)}
-    return StreamingResponse(_pieces(batches, file), media_type="application/jsonl", headers=headers)
+    media_type = BYTES if file.purpose == VISION else JSONL
+    return StreamingResponse(_pieces(batches, file), media_type=media_type, headers=headers)
 
 
 @routes.delete(

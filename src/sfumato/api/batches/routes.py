@@ -13,9 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from sfumato.api.batches import lines
 from sfumato.api.batches.batches import Batches
 from sfumato.api.batches.documents import WINDOW_S, BatchPage, BatchState, batch_json, page_json
-from sfumato.api.batches.file_routes import PURPOSE, ExpiresAfter, TheBatches
-from sfumato.api.batches.tables import IN_PROGRESS, StoredBatch
+from sfumato.api.batches.file_routes import ExpiresAfter, TheBatches
+from sfumato.api.batches.tables import BATCH_PURPOSE, IN_PROGRESS, StoredBatch
 from sfumato.api.dependencies import Caller, Owner, TheService, part
+from sfumato.api.fields import PLAIN
 from sfumato.api.http import documents
 from sfumato.api.http.forms import openapi_json, reader
 from sfumato.api.jobs.run import saved_scope
@@ -111,7 +112,7 @@ async def page(
     batches: TheBatches,
     owner: Owner,
     after: Annotated[str | None, Query(max_length=100, description="`last_id` of the previous page.")] = None,
-    limit: Annotated[int, Query(ge=1, le=MAX_PAGE, description="Batches per page.")] = 20,
+    limit: Annotated[int, Query(ge=1, le=MAX_PAGE, description="Batches per page."), PLAIN] = 20,
 ) -> dict[str, Any]:
     found, more = await batches.blocking(batches.store.page, owner, after=after, limit=limit)
     return page_json([batch_json(batch) for batch in found], more)
@@ -145,11 +146,13 @@ async def cancel(id: Id, batches: TheBatches, owner: Owner) -> dict[str, Any]:
 async def _input(batches: Batches, id: str, owner: str | None) -> bytes:
     """The content of an uploaded file. Raises InvalidRequest if there is none."""
     file = await batches.blocking(batches.store.files.get, id, owner)
-    content = await batches.blocking(batches.store.files.content, id) if file and file.purpose == PURPOSE else None
+    content = (
+        await batches.blocking(batches.store.files.content, id) if file and file.purpose == BATCH_PURPOSE else None
+    )
     if content is None:
         what = f"is a file of the purpose {file.purpose}" if file else "is no file of yours; it may have expired"
         raise InvalidRequest(
-            f"input_file_id: {in_words(id)} {what}. Upload one with POST /v1/files and the purpose {PURPOSE}",
+            f"input_file_id: {in_words(id)} {what}. Upload one with POST /v1/files and the purpose {BATCH_PURPOSE}",
             param="input_file_id",
         )
     return content

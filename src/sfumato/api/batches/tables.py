@@ -14,9 +14,11 @@ from typing import Any
 
 import sqlalchemy as sql
 
-from sfumato.api.jobs.store import TABLES, StoredJob
+from sfumato.api.jobs.tables import TABLES, StoredJob
 
 IN_PROGRESS, CANCELLING = "in_progress", "cancelling"
+BATCH_PURPOSE, VISION = "batch", "vision"
+"""Of uploaded files: the input of a batch, and a source picture."""
 OPEN = (IN_PROGRESS, CANCELLING)
 """States of a batch that has not ended; others are failed, completed, expired and cancelled."""
 

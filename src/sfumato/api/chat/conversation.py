@@ -33,13 +33,21 @@ class Message(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
+class Named:
+    """A picture, and the field of the request that has it."""
+
+    name: str
+    picture: Picture
+
+
+@dataclass(frozen=True, slots=True)
 class Conversation:
     """The last text of the user, and pictures."""
 
     prompt: str
-    pictures: tuple[Picture, ...] = ()
+    pictures: tuple[Named, ...] = ()
     """Of the user's last message."""
-    previous: Picture | None = None
+    previous: Named | None = None
     """The last picture before that message, mostly of the last answer."""
 
 
@@ -66,11 +74,11 @@ def _text(message: Message) -> str:
     return "\n".join(texts).strip()
 
 
-def _pictures(message: Message, place: int) -> list[Picture]:
+def _pictures(message: Message, place: int) -> list[Named]:
     """Of a message of the user or the assistant, in order."""
     if message.role not in ("user", "assistant"):
         return []
-    found: list[Picture] = []
+    found: list[Named] = []
     parts = message.content if isinstance(message.content, list) else []
     for index, part in enumerate(parts):
         named = part.get("type") in ("image_url", "input_image")
@@ -79,11 +87,11 @@ def _pictures(message: Message, place: int) -> list[Picture]:
     for index, image in enumerate(message.images or ()):
         found.append(_checked(image, f"messages[{place}].images[{index}]"))
     if not found and message.role == "assistant":
-        found += in_markdown(_text(message))
+        found += [Named(f"messages[{place}].content", address) for address in in_markdown(_text(message))]
     return found
 
 
-def _checked(value: Any, name: str) -> Picture:
+def _checked(value: Any, name: str) -> Named:
     try:
         url = url_of(value)
     except ValueError as error:
@@ -93,7 +101,7 @@ def _checked(value: Any, name: str) -> Picture:
             f'{name}: there is no picture in it; send {{"type": "image_url", "image_url": {{"url": "data:..."}}}}',
             param=name,
         )
-    return url
+    return Named(name, url)
 
 
 def in_markdown(text: str) -> Iterator[str]:

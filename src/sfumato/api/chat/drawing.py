@@ -7,14 +7,15 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from sfumato.api.chat.bodies import ChatBody
+from sfumato.api.chat.conversation import Named
 from sfumato.api.chat.sizes import SIDE
 from sfumato.config import ModelConfig
-from sfumato.core import Abilities
 from sfumato.errors import ModelNotFound
 from sfumato.sampling import Sampling
 from sfumato.serving.own_size import own_size
 from sfumato.serving.planning import refuse_size, size_of
 from sfumato.serving.service import Service
+from sfumato.status import Abilities
 
 EDITS = "image-to-image"
 
@@ -41,14 +42,15 @@ async def plan(service: Service, body: ChatBody, base: str) -> Plan:
     if abilities and abilities.problem:
         raise ModelNotFound(f"There is no picture model {config.name!r}: {abilities.problem}.", param="model")
     conversation = body.conversation
-    pictures = [*body.all_pictures, *conversation.pictures]
+    own = [Named("image", picture) for picture in body.all_pictures]
+    pictures = [*own, *conversation.pictures]
     edits = _takes_pictures(config, abilities)
     notice = ""
     if not edits and (conversation.pictures or conversation.previous):
-        pictures = body.all_pictures
+        pictures = own
         notice = f"{config.name} does not edit pictures: this one is drawn from the text alone."
     elif not pictures and conversation.previous:
-        if await service.fetcher.has_expired(conversation.previous, urlsplit(base).hostname or ""):
+        if await service.fetcher.has_expired(conversation.previous.picture, urlsplit(base).hostname or ""):
             notice = "The earlier picture has expired: this one is drawn from the text alone."
         else:
             pictures = [conversation.previous]
@@ -60,7 +62,12 @@ async def plan(service: Service, body: ChatBody, base: str) -> Plan:
     sampling, used = await _sized(service, config, body, sampling, with_source=bool(pictures))
     if body.image_config and (body.image_config.aspect_ratio or body.image_config.image_size) and not used:
         ignored.append("image_config")
-    fields = {"prompts": [conversation.prompt], "images": pictures, "sampling": sampling}
+    fields = {
+        "prompts": [conversation.prompt],
+        "images": [each.picture for each in pictures],
+        "image_names": [each.name for each in pictures],
+        "sampling": sampling,
+    }
     return Plan(fields, tuple(ignored), notice)
 
 

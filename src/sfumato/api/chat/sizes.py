@@ -26,7 +26,7 @@ RESOLUTIONS: Mapping[str, float] = MappingProxyType({"512": 0.5, "0.5K": 0.5, "1
 SIDE = 1024
 """Of a square at 1K."""
 
-_RATIO = re.compile(r"(\d{1,4}(?:\.\d{1,4})?):(\d{1,4}(?:\.\d{1,4})?)")
+_RATIO = re.compile(r"(\d{1,4}(?:\.\d{1,4})?):(\d{1,4}(?:\.\d{1,4})?)", re.ASCII)
 
 
 class ImageConfig(BaseModel):

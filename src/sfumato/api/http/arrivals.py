@@ -12,7 +12,7 @@ from sfumato.serving.service import Service
 
 DRAWING = (
     "/images/generations", "/images/edits", "/images/variations", "/images/inpainting", "/images/upscale",
-    "/chat/completions",
+    "/chat/completions", "/videos", "/videos/sync", "/video", "/audio/generate", "/sound-generation",
     "/sdapi/v1/txt2img", "/sdapi/v1/img2img", "/sdapi/v1/extra-single-image",
     "/api/generate",
 )  # fmt: skip

@@ -100,7 +100,9 @@ class ModelInput(BaseModel):
 
 class ModelRunner(BaseModel):
     module: str = Field(description="Component of the pipeline, e.g. `unet`, `vae`.")
-    runner: str = Field(description="`eager`, `auto` (not chosen yet), `openvino-bf16`, `compile-fp32` ...")
+    runner: str = Field(
+        description="`eager`, `auto` (not chosen yet), `openvino-bf16`, `compile-fp32`, `parallel-2` ..."
+    )
     detail: str = Field(
         description="What was measured, why it is eager, or what it does not serve; empty if there is nothing to say."
     )

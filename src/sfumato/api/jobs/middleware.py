@@ -8,6 +8,8 @@ import secrets
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import replace
+from typing import Any, TypeAlias
 
 from fastapi import Request
 from starlette.responses import JSONResponse
@@ -20,7 +22,7 @@ from sfumato.api.jobs.documents import job_json
 from sfumato.api.jobs.headers import Wishes, fingerprint, key_digest, wishes
 from sfumato.api.jobs.jobs import FIRST_S, Jobs
 from sfumato.api.jobs.run import REPLAYED, Run, saved_scope
-from sfumato.api.jobs.store import StoredJob
+from sfumato.api.jobs.tables import StoredJob
 from sfumato.api.openai.answers import unless_gone
 from sfumato.errors import Cancelled, JobsUnavailable, SfumatoError
 
@@ -28,11 +30,16 @@ POLL_S = 0.5
 """Interval of looking for the answer of a job that another server carries out."""
 
 
+Present: TypeAlias = Callable[[StoredJob, Run | None], dict[str, Any]]
+"""A job as its own API shows it."""
+
+
 class StoredRequests:
     """ASGI middleware, outside `Arrivals`: the caller is known here, and everything inside is carried out again.
 
     `selected`: the model that a caller has selected, if any. `webhook` checks a URL that is to be told.
-    `shared`: without API keys, all callers share their keys.
+    `shared`: without API keys, all callers share their keys. `presented`: paths whose requests are always jobs → what
+    their clients are answered at once, instead of a 202.
     """
 
     def __init__(
@@ -44,8 +51,10 @@ class StoredRequests:
         webhook: Callable[[str | None], str | None],
         *,
         shared: bool,
+        presented: Mapping[str, Present],
     ) -> None:
         self.app = app
+        self._presented = presented
         self._jobs = jobs
         self._selected = selected
         self._webhook = webhook
@@ -60,6 +69,8 @@ class StoredRequests:
             return
         try:
             wished = wishes(scope)
+            if self._present(scope):
+                wished = replace(wished or Wishes(), respond_async=True)
             if wished is None:
                 await self.app(scope, receive, send)
                 return
@@ -117,12 +128,17 @@ class StoredRequests:
             if ours:
                 raise JobsUnavailable("the request is stored, but cannot be carried out now; ask for its job again")
 
+    def _present(self, scope: Scope) -> Present | None:
+        return self._presented.get(scope["path"].removeprefix(scope.get("root_path", "")).removeprefix("/v1"))
+
     async def _accepted(
         self, job: StoredJob, headers: Iterable[tuple[bytes, bytes]], request: Request, send: Send
     ) -> None:
-        answer = JSONResponse(job_json(job, self._jobs.run_of(job.id)), 202)
+        present, run = self._present(request.scope), self._jobs.run_of(job.id)
+        answer = JSONResponse(present(job, run)) if present else JSONResponse(job_json(job, run), 202)
         answer.headers["location"] = f"{request.scope.get('root_path', '')}/v1/jobs/{job.id}"
-        answer.headers["preference-applied"] = "respond-async"
+        if not present:
+            answer.headers["preference-applied"] = "respond-async"
         answer.raw_headers.extend(headers)
         await answer(request.scope, request.receive, send)
 

@@ -12,10 +12,11 @@ from fastapi import APIRouter, Depends, Header, Path, Query, Response
 from starlette.responses import StreamingResponse
 
 from sfumato.api.dependencies import Owner, part
+from sfumato.api.fields import PLAIN
 from sfumato.api.http import documents
 from sfumato.api.jobs.documents import JobPage, JobState, job_json
 from sfumato.api.jobs.jobs import Jobs
-from sfumato.api.jobs.store import StoredJob
+from sfumato.api.jobs.tables import StoredJob
 from sfumato.api.openai.answers import KEEP_ALIVE_S
 from sfumato.errors import InvalidRequest, JobNotFound
 
@@ -44,7 +45,7 @@ async def page(
     jobs: TheJobs,
     owner: Owner,
     before: Annotated[str | None, Query(max_length=100, description="`next` of the previous page.")] = None,
-    limit: Annotated[int, Query(ge=1, le=MAX_PAGE, description="Jobs per page.")] = 20,
+    limit: Annotated[int, Query(ge=1, le=MAX_PAGE, description="Jobs per page."), PLAIN] = 20,
 ) -> dict[str, Any]:
     found, more = await jobs.blocking(jobs.store.page, owner, before=_place(before), limit=limit)
     following = f"{found[-1].created!r}_{found[-1].id}" if more else None

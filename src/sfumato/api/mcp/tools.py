@@ -176,7 +176,7 @@ async def _shown(call: Call, form: OutputFormat, name: str | None, done: Done) -
     small = whole
     if side and scale < 1:
         small = await asyncio.to_thread(
-            recipe.convert, done.png, form.format, form.compression, opaque=form.opaque, size=size
+            recipe.convert, done.file, form.format, form.compression, opaque=form.opaque, size=size
         )
     return Shown(
         media_type=MEDIA_TYPES[form.format],

@@ -59,7 +59,8 @@ class OutputFormat:
     def encode(self, picture: Done | Preview) -> bytes:
         """The encoded picture, or preview at the picture's size."""
         size = (picture.width, picture.height) if isinstance(picture, Preview) else None
-        return recipe.convert(picture.png, self.format, self.compression, opaque=self.opaque, size=size)
+        file = picture.png if isinstance(picture, Preview) else picture.file
+        return recipe.convert(file, self.format, self.compression, opaque=self.opaque, size=size)
 
 
 def output_format(body: Body, base: str) -> OutputFormat:

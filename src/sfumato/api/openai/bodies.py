@@ -21,11 +21,11 @@ from pydantic import (
     model_validator,
 )
 
-from sfumato.api.fields import BLANK, KeepAlive, PictureCount, Priority, Seed, Text, openai_field
+from sfumato.api.fields import BLANK, NUMBER, PLAIN, KeepAlive, PictureCount, Priority, Seed, Text, openai_field
 from sfumato.api.lora_fields import LoraFields
 from sfumato.api.openai.pictures import Mask, Picture, Pictures
 from sfumato.core import INTERACTIVE, MAX_SEED, PREPROCESSORS, QUALITIES, Control
-from sfumato.sampling import MAX_PROMPT, PARAMETERS, Sampling
+from sfumato.sampling import MAX_PROMPT, OF_PICTURES, Sampling
 from sfumato.serving.planning import (
     DEFAULT_PADDING,
     MAX_PADDING,
@@ -74,16 +74,16 @@ class ControlBody(BaseModel):
         None,
         description=f"What is made of the picture before it is followed: {', '.join(PREPROCESSORS)}; absent: nothing.",
     )
-    weight: Annotated[float, Field(ge=0, le=10)] | None = Field(
+    weight: Annotated[float, Field(ge=0, le=10), PLAIN] | None = Field(
         None, description="How strongly; absent: the pipeline's own, mostly 1."
     )
-    start: Annotated[float, Field(ge=0, le=1)] | None = Field(
+    start: Annotated[float, Field(ge=0, le=1), PLAIN] | None = Field(
         None, description="0..1: the part of the steps after which it begins; absent: 0."
     )
-    end: Annotated[float, Field(ge=0, le=1)] | None = Field(
+    end: Annotated[float, Field(ge=0, le=1), PLAIN] | None = Field(
         None, description="0..1: the part of the steps after which it ends; absent: 1."
     )
-    mode: Annotated[int, Field(ge=0, le=100)] | None = Field(
+    mode: Annotated[int, Field(ge=0, le=100), PLAIN] | None = Field(
         None, description="Number of the kind of control, for nets that know several."
     )
 
@@ -118,14 +118,14 @@ class ControlBody(BaseModel):
 Controls: TypeAlias = Annotated[
     list[ControlBody], BeforeValidator(_of_text, json_schema_input_type=list[ControlBody] | ControlBody | str)
 ]
-Percent: TypeAlias = Annotated[Annotated[int, Field(ge=0, le=100)] | None, BLANK]
-PartialImages: TypeAlias = Annotated[Annotated[int, Field(ge=0, le=MAX_PARTIAL_IMAGES)] | None, BLANK]
+Percent: TypeAlias = Annotated[Annotated[int, Field(ge=0, le=100)] | None, NUMBER]
+PartialImages: TypeAlias = Annotated[Annotated[int, Field(ge=0, le=MAX_PARTIAL_IMAGES)] | None, NUMBER]
 
 _PROMPT = "What to draw; `positive|negative` (one bar, no braces) also works if the model uses a negative prompt."
-_PICTURE = "Base64, data: URI or http(s) URL; in a form, a file."
+_PICTURE = "Base64, data: URI, http(s) URL or `{file_id}` of an uploaded one; in a form, a file."
 
 
-FIELD_PARAMETERS = tuple(each for each in PARAMETERS if not each.side)
+FIELD_PARAMETERS = tuple(each for each in OF_PICTURES if not each.side)
 """Each is a field of its own; width and height are `size`."""
 
 
@@ -138,7 +138,7 @@ class _Common(LoraFields):
         """A field that came empty under one of its names does not hide the value under another."""
         if not isinstance(data, dict):
             return data
-        names = {name for each in PARAMETERS if each.aliases for name in (each.name, *each.aliases)}
+        names = {name for each in OF_PICTURES if each.aliases for name in (each.name, *each.aliases)}
         if "images" in data and data.get("image") in (None, "", []):
             data = {name: value for name, value in data.items() if name != "image"}
         return {
@@ -270,7 +270,7 @@ class PaintBody(Body):
     @property
     def _steps_as_quality(self) -> int | None:
         text = str(self.quality)
-        return int(text) if text.isdecimal() and len(text) < 10 else None
+        return int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else None
 
     def sampling(self) -> Sampling:
         sampling = super().sampling()
@@ -349,7 +349,7 @@ class EditsBody(PaintBody):
         None,
         description="Draw only the area around the mask, at `size` or the model's own, and paste it back.",
     )
-    mask_padding: Annotated[Annotated[int, Field(ge=0, le=MAX_PADDING)] | None, BLANK] = Field(
+    mask_padding: Annotated[Annotated[int, Field(ge=0, le=MAX_PADDING)] | None, NUMBER] = Field(
         None,
         description=f"With masked_area_only: context pixels around the mask; absent: {DEFAULT_PADDING}.",
     )

@@ -6,23 +6,31 @@ from typing import Annotated, Any, TypeAlias
 
 from pydantic import BeforeValidator
 
+from sfumato.errors import in_words
+from sfumato.pictures.sources import uploaded
+
 KEYS = ("image_url", "url", "image")
 """Of an object that stands for a picture; the first that is there counts."""
 
+MAX_ID = 100
+"""Characters of a file's id."""
+
 NO_PICTURE = 'there is no picture in it; send {"image_url": "data:..."}'
-NO_FILES = "file_id: uploaded files are no source pictures; send image_url: a data: URI, base64 or an http(s) URL"
 
 
 def url_of(value: Any) -> Any:
-    """The picture itself of OpenAI's `{"image_url": ...}`, also as `{"image_url": {"url": ...}}`; others as they are.
+    """The picture itself of OpenAI's `{"image_url": ...}`, also as `{"image_url": {"url": ...}}`, and the name of
+    `{"file_id": ...}` (`sources.uploaded`); others as they are.
 
-    Raises ValueError for `{"file_id": ...}`, and for an object that has none of the keys: a mask would be left out.
+    Raises ValueError for an object that has none of the keys: a mask would be left out.
     """
     if not isinstance(value, dict):
         return value
     url = next((value[key] for key in KEYS if value.get(key) is not None), None)
-    if url is None and value.get("file_id") is not None:
-        raise ValueError(NO_FILES)
+    if url is None and (id := value.get("file_id")) is not None:
+        if not isinstance(id, str) or not 0 < len(id) <= MAX_ID:
+            raise ValueError(f"file_id: {in_words(id)}; the id of an uploaded file is valid")
+        return uploaded(id)
     if value.keys().isdisjoint((*KEYS, "file_id")) or (isinstance(url, dict) and "url" not in url):
         raise ValueError(NO_PICTURE)
     return url.get("url") if isinstance(url, dict) else url
@@ -35,7 +43,7 @@ def _listed(value: Any) -> Any:
 
 
 Picture: TypeAlias = str | bytes
-"""Base64, `data:` URI or http(s) URL; in a form, a file."""
+"""Base64, `data:` URI, http(s) URL or the name of an uploaded file; in a form, a file."""
 OnePicture: TypeAlias = Picture | dict[str, Any]
 Pictures: TypeAlias = Annotated[
     list[Picture], BeforeValidator(_listed, json_schema_input_type=OnePicture | list[OnePicture])

@@ -142,7 +142,8 @@ class _Turn:
             self._model, self._generation, lambda done, total: times.append(time.perf_counter()), None, by
         )
         self.steps.append((times[-1] - times[0]) / (len(times) - 1))
-        self._image, self._computed_by = drawn.image, drawn.recipe.runner
+        assert isinstance(drawn.result, Image.Image)
+        self._image, self._computed_by = drawn.result, drawn.recipe.runner
 
     def result(self, eager: _Turn) -> Compared:
         ratios = [slow / own for slow, own in zip(eager.steps, self.steps, strict=True)]

@@ -1,0 +1,95 @@
+"""The application that Ray Serve runs: the HTTP server as its ingress, and a deployment for each model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import AutoscalingConfig
+from ray.serve.handle import DeploymentHandle
+
+from sfumato import logs
+from sfumato.api.app import create_app
+from sfumato.batching.policy import low_places
+from sfumato.config import ModelConfig
+from sfumato.pictures.stores import store_of
+from sfumato.ray_serve.arguments import Arguments
+from sfumato.ray_serve.autoscaling import StepsToDo
+from sfumato.ray_serve.engine import RayServe
+from sfumato.ray_serve.replica import Replica
+from sfumato.ray_serve.request_id import OneRequestId
+from sfumato.serving.catalog import Catalog
+from sfumato.serving.service import Service
+from sfumato.settings import Settings
+
+NAME = "sfumato"
+"""Of the ingress deployment."""
+
+DRAIN_S = 300
+"""Seconds that a replica that is to go, or to be replaced, gets to draw its pictures. Then others draw them."""
+
+
+def app(args: dict[str, Any]) -> Application:
+    """The application, from arguments and from environment variables as other servers.
+
+    Each model is a deployment that has the model's name: what the arguments say of all can be said of one in the
+    YAML for `serve deploy`. Raises ValueError naming the argument at fault.
+    """
+    arguments = Arguments.of(args)
+    settings = arguments.settings
+    places = settings.max_active
+    policy = {"policy_function": StepsToDo, "policy_kwargs": {"steps": arguments.steps, "places": places}}
+    model = serve.deployment(Replica).options(
+        ray_actor_options={"num_cpus": arguments.num_cpus, "num_gpus": arguments.num_gpus},
+        max_ongoing_requests=places + low_places(places),
+        graceful_shutdown_timeout_s=DRAIN_S,
+    )
+    handles: dict[str, Application] = {}
+    for config in Catalog.of(settings).all():
+        scaling = _scaling(config, arguments.scaling, policy)
+        deployment = model.options(name=deployment_name(config), autoscaling_config=scaling)
+        handles[config.name] = deployment.bind(settings, config.name)
+    ingress = serve.deployment(Ingress).options(
+        name=NAME, max_ongoing_requests=settings.max_connections, graceful_shutdown_timeout_s=settings.grace_s
+    )
+    application: Application = ingress.bind(settings, handles)
+    return application
+
+
+def deployment_name(config: ModelConfig) -> str:
+    """The model's; Ray makes names of files and actors of it."""
+    return re.sub(r"[^\w.-]", "-", config.name)
+
+
+def _scaling(config: ModelConfig, scaling: Mapping[str, Any], policy: Mapping[str, Any]) -> AutoscalingConfig:
+    """To nothing when idle, unless the model file says that it stays."""
+    return AutoscalingConfig(
+        **{
+            "min_replicas": 1 if config.pinned else 0,
+            "aggregation_function": "max",
+            "metrics_interval_s": 1.0,
+            "policy": policy,
+            **scaling,
+        }
+    )
+
+
+@serve.ingress()
+class Ingress:
+    """Builds the application in the process that serves it."""
+
+    def __init__(self, settings: Settings, models: Mapping[str, DeploymentHandle]) -> None:
+        self._settings, self._models = settings, models
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Called by Ray."""
+        settings = self._settings
+        logs.configure(settings)
+        service = Service(Catalog.of(settings), RayServe(settings, self._models), settings)
+        application = create_app(service, store_of(settings))
+        application.add_middleware(OneRequestId)
+        return application

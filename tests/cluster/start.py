@@ -1,0 +1,44 @@
+"""A Ray cluster of two nodes on this machine, and the application on it: run with the interpreter of `environment`.
+
+    python start.py FOLDER DASHBOARD_PORT
+
+FOLDER has `serve.yaml`. Writes a line of JSON once the application is deployed, with the process ids of both raylets.
+Ends everything when its standard input ends, be it that whoever started it has died.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from ray._common.usage.usage_lib import usage_stats_enabled
+from ray.cluster_utils import Cluster
+
+NODE = {"object_store_memory": 80 * 2**20}
+
+
+def main(folder: str, dashboard: str) -> None:
+    assert not usage_stats_enabled()
+    head = {"num_cpus": 2, "include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": int(dashboard)}
+    cluster = Cluster(initialize_head=True, head_node_args={**NODE, **head})
+    try:
+        second = cluster.add_node(num_cpus=1, **NODE)
+        serve = str(Path(sys.executable).parent / "serve")
+        address = f"http://127.0.0.1:{dashboard}"
+        subprocess.run([serve, "deploy", "--address", address, f"{folder}/serve.yaml"], check=True, stdout=sys.stderr)
+        print(json.dumps([pid_of(node) for node in (cluster.head_node, second)]), flush=True)
+        sys.stdin.read()
+    finally:
+        for node in cluster.list_all_nodes():
+            cluster.remove_node(node, allow_graceful=False)
+
+
+def pid_of(node: object) -> int:
+    """Of its raylet, the parent of all its replicas."""
+    return int(node.all_processes["raylet"][0].process.pid)  # type: ignore[attr-defined]
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,138 @@
+"""The server on a Ray cluster of two nodes, all on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import httpx
+import psutil
+import yaml
+
+from cluster import environment
+from support.answerable import within
+from support.serving import TIMEOUT_S, Server
+
+START = environment.LIST.parent / "start.py"
+FILE = environment.FOLDER.parent / "docs/guides/ray/serve.yaml"
+MARK = "SFUMATO_TEST_CLUSTER"
+"""Environment variable of all its processes."""
+MODEL = "sfumato-tiny"
+HEALTH = {"health_check_period_s": 1, "health_check_timeout_s": 5}
+"""Ray replaces a replica that has not answered three times in a row."""
+REPLICA = "ray::ServeReplica:sfumato:"
+"""How the title of a replica's process begins; its deployment follows."""
+
+
+class RayServer(Server):
+    """The YAML of the guide with other arguments, deployed with `serve deploy`; `with RayServer(...) as server:`."""
+
+    def __init__(self, folder: Path, arguments: Mapping[str, Any], env: Mapping[str, str] | None = None) -> None:
+        self.folder = folder
+        self._mark = uuid.uuid4().hex
+        self._port, dashboard = _free_port(), _free_port()
+        self._dashboard = f"http://127.0.0.1:{dashboard}/api/serve/applications/"
+        self._command = [environment.PYTHON, str(START), str(folder), str(dashboard)]
+        path = os.pathsep.join([str(environment.FOLDER.parent / "src"), os.environ.get("PYTHONPATH", "")])
+        # Nothing is told to anybody, and Ray's processes get as much of this machine as others.
+        of_ray = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+        of_ray["RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS"] = "1"
+        self.env = {**os.environ, **of_ray, **(env or {}), "PYTHONPATH": path, MARK: self._mark}
+        self.url = f"http://127.0.0.1:{self._port}"
+        document = yaml.safe_load(FILE.read_text())
+        document["http_options"] |= {"host": "127.0.0.1", "port": self._port}
+        args = document["applications"][0]["args"]
+        del args["num_gpus"]  # there is none
+        args |= {"device": "cpu", "models": str(folder / "models"), "data": str(folder / "data"), **arguments}
+        document["applications"][0]["deployments"].append({"name": MODEL, **HEALTH})
+        (folder / "models").mkdir()
+        (folder / "serve.yaml").write_text(yaml.safe_dump(document))
+
+    def __enter__(self) -> RayServer:
+        self._process = subprocess.Popen(
+            self._command, env=self.env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.client = httpx.Client(base_url=self.url, timeout=TIMEOUT_S)
+        try:
+            assert self._process.stdout is not None
+            assert select.select([self._process.stdout], [], [], TIMEOUT_S)[0], "the cluster has not started"
+            self.nodes: list[int] = json.loads(self._process.stdout.readline())
+            within(TIMEOUT_S, self._answers)
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end()
+
+    def _answers(self) -> bool:
+        application = httpx.get(self._dashboard, timeout=TIMEOUT_S).json()["applications"].get("sfumato", {})
+        assert application.get("status") not in ("DEPLOY_FAILED", "UNHEALTHY"), application["message"]
+        return application.get("status") == "RUNNING" and self.client.get("/healthz").status_code == 200
+
+    def _end(self) -> None:
+        """Ends the cluster, and what is left of it, whatever has happened."""
+        self.client.close()
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(TIMEOUT_S)
+        finally:
+            self._process.stdout.close()
+            for process in self.processes():
+                _kill(process)
+            within(60, lambda: not list(self.processes()))
+
+    def processes(self) -> Iterator[psutil.Process]:
+        """All of the cluster that are alive."""
+        for process in psutil.process_iter():
+            try:
+                if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == self._mark:
+                    yield process
+            except psutil.Error:
+                continue
+
+    def replicas(self, deployment: str) -> list[psutil.Process]:
+        """The processes of its replicas, on whichever node."""
+        return [
+            process
+            for process in self.processes()
+            if _title(process).startswith(REPLICA + deployment + ".") or _title(process) == REPLICA + deployment
+        ]
+
+    def kill_node(self, number: int) -> None:
+        """All processes of a node at once, as a power cut."""
+        raylet = psutil.Process(self.nodes[number])
+        for process in [raylet, *raylet.children(recursive=True)]:
+            _kill(process)
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return (process.cmdline() or [""])[0]
+    except psutil.Error:
+        return ""
+
+
+def _kill(process: psutil.Process) -> None:
+    with suppress(psutil.NoSuchProcess):
+        process.send_signal(signal.SIGKILL)
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])

@@ -1,0 +1,136 @@
+"""Clips in the engine's loop and in a worker: together, beside pictures, cancelled, and after the worker's death."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+import signal
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sfumato.config import ModelConfig
+from sfumato.core import Done, Event, Failed, Generation, Preview, Step
+from sfumato.engine.protocol import Stop, Submit
+from sfumato.pictures import files
+from sfumato.process.supervisor import Supervisor
+from sfumato.sampling import nested
+from sfumato.settings import Settings
+from support import tiny
+from support.engines import Engine
+from support.families_moving import FAMILIES
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("clips")
+    FAMILIES["Wan"].build().save_pretrained(folder / "base")
+    tiny.stable_diffusion().save_pretrained(folder / "pictures")
+    return folder
+
+
+def clip(id: str, **fields: Any) -> Generation:
+    made = {"id": id, "prompt": f"a cat {id}", "seed": 1, "steps": 4, "width": 16, "height": 16, "num_frames": 5}
+    return Generation(**nested({**made, "format": "gif", **fields}))
+
+
+def picture(id: str, **fields: Any) -> Generation:
+    made = {"id": id, "prompt": "a cup", "seed": 1, "steps": 4, "width": 32, "height": 32, "scheduler": "ddim"}
+    return Generation(**nested({**made, **fields}))
+
+
+def frames(event: Any) -> Any:
+    assert isinstance(event, Done), event
+    assert event.format == "gif"
+    with Image.open(io.BytesIO(event.file)) as image:
+        pixels = []
+        for index in range(image.n_frames):
+            image.seek(index)
+            pixels.append(np.asarray(image.convert("RGB")).astype(int))
+    return np.stack(pixels)
+
+
+def test_clips_share_forward_passes_and_are_what_they_are_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compared before they are encoded."""
+    drawn: dict[str, Any] = {}
+    encode = files.encode
+
+    def noted(result: Any, recipe: Any, format: str) -> bytes:
+        drawn[recipe.prompt] = result.frames
+        return encode(result, recipe, format)
+
+    monkeypatch.setattr(files, "encode", noted)
+    asked = [clip("one", seed=1), clip("two", seed=2, steps=6, negative_prompt="bad"), clip("three", seed=3)]
+    engine = Engine(folder)
+    engine.draw(*asked)
+    assert engine.shared("transformer") >= 2
+    together = dict(drawn)
+    for each in asked:
+        Engine(folder, max_batch=1).draw(each)
+        assert np.abs(drawn[each.prompt] - together[each.prompt]).max() < 1e-4
+    assert np.abs(together["a cat one"] - together["a cat three"]).max() > 1e-3
+
+
+def test_a_clip_beside_pictures_of_another_model(folder: Path) -> None:
+    engine = Engine(folder)
+    pictures = ModelConfig(name="p", model=str(folder / "pictures"), folder=folder, dtype="fp32", cuda=False)
+    for each in (picture("first"), picture("second", seed=2)):
+        engine.loop.post(Submit(pictures, each))
+    answers = engine.draw(clip("moving"))
+    assert [answers[id].format for id in ("first", "second")] == ["png", "png"]
+    expected = Engine(folder).draw(clip("moving"))["moving"]
+    assert np.array_equal(frames(answers["moving"]), frames(expected))
+    alone = Engine(folder)
+    alone.loop.post(Submit(pictures, picture("first")))
+    alone.loop.post(Stop())
+    alone.loop.run()
+    assert next(each.event for each in alone.sent if getattr(each, "id", "") == "first" and isinstance(
+        getattr(each, "event", None), Done)).file == answers["first"].file  # fmt: skip
+
+
+def test_a_clip_is_cancelled_within_a_step_and_the_others_go_on(folder: Path) -> None:
+    engine = Engine(folder)
+    engine.cancel_at_its_first_step("long")
+    answers = engine.draw(clip("long", steps=900), clip("short"))
+    assert isinstance(answers["long"], Failed) and isinstance(answers["short"], Done)
+    steps = [each.event for each in engine.sent if getattr(each, "id", "") == "long" and hasattr(each, "event")]
+    assert [event for event in steps if isinstance(event, Step)] == [Step(1, 900)]
+
+
+def test_events_of_a_clip_are_those_of_a_picture(folder: Path) -> None:
+    engine = Engine(folder)
+    engine.draw(clip("shown", previews=1))
+    events = [each.event for each in engine.sent if getattr(each, "id", "") == "shown" and hasattr(each, "event")]
+    assert [type(event) for event in events] == [Step, Step, Preview, Step, Step, Done]
+    assert (events[2].width, events[2].height) == (16, 16)
+
+
+def test_a_killed_worker_is_replaced_and_the_clip_is_the_same(folder: Path) -> None:
+    config = Engine(folder).config
+
+    async def events_of(supervisor: Supervisor, generation: Generation, *, kill: bool) -> list[Event]:
+        seen: list[Event] = []
+        async with aclosing(supervisor.submit(config, generation)) as events:
+            async for event in events:
+                seen.append(event)
+                if kill and len(seen) == 2:
+                    assert supervisor.pid
+                    os.kill(supervisor.pid, signal.SIGKILL)
+        return seen
+
+    async def run() -> None:
+        supervisor = Supervisor(Settings(device="cpu", log_level="error"))
+        await supervisor.start()
+        *_, undisturbed = await events_of(supervisor, clip("before", steps=30), kill=False)
+        *steps, done = await events_of(supervisor, clip("before", steps=30), kill=True)
+        await supervisor.stop()
+        assert isinstance(done, Done) and isinstance(undisturbed, Done)
+        assert done.file == undisturbed.file
+        assert steps.count(Step(1, 30)) == 2  # it began again
+
+    asyncio.run(run())

@@ -1,0 +1,252 @@
+"""Clips over HTTP: the official OpenAI SDK's `videos`, LocalAI's `/video`, and a server that is killed meanwhile."""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import io
+import signal
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from openai.types import Video
+from PIL import Image
+
+from sfumato.formats import of_kind
+from support.answerable import within
+from support.clip_classes import wan_image
+from support.drawing import source
+from support.families_moving import FAMILIES
+from support.held import Held
+from support.serving import TIMEOUT_S, Server
+
+ENABLE = "diffusers: {enable_parameters: 'negative_prompt,num_inference_steps,image'}\n"
+SMALL: dict[str, Any] = {"width": 16, "height": 16, "num_frames": 5, "fps": 8, "steps": 2, "output_format": "webp"}
+LONG = SMALL | {"steps": 1000, "num_frames": 5}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    models = tmp_path_factory.mktemp("videos")
+    for name, build in (("film", FAMILIES["Wan"].build), ("from-picture", wan_image)):
+        build().save_pretrained(models / "weights" / name)
+        (models / f"{name}.yaml").write_text(f"name: {name}\nparameters: {{model: weights/{name}}}\n{ENABLE}")
+    return models
+
+
+@pytest.fixture(scope="module")
+def server(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with Server(models, tmp_path_factory.mktemp("data"), "--default-model", "film") as server:
+        yield server
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with warnings.catch_warnings(), openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as client:
+        warnings.simplefilter("ignore", DeprecationWarning)  # the SDK says that OpenAI closes its own API
+        yield client
+
+
+def frames(data: bytes) -> list[bytes]:
+    with Image.open(io.BytesIO(data)) as image:
+        pixels = []
+        for index in range(image.n_frames):
+            image.seek(index)
+            pixels.append(image.convert("RGB").tobytes())
+    return pixels
+
+
+def create(client: openai.OpenAI, **fields: Any) -> Video:
+    return client.videos.create(prompt="a cat", extra_body=SMALL | fields)
+
+
+def ended(server: Server, id: str) -> dict[str, Any]:
+    def state() -> dict[str, Any]:
+        found: dict[str, Any] = server.client.get(f"/v1/videos/{id}").json()
+        return found
+
+    within(TIMEOUT_S, lambda: state()["status"] in ("completed", "failed"))
+    return state()
+
+
+def test_a_clip_from_its_creation_to_its_file(server: Server, client: openai.OpenAI) -> None:
+    made = create(client, seed=3)
+    assert (made.object, made.status in ("queued", "in_progress")) == ("video", True)
+    ended(server, made.id)
+    video = client.videos.retrieve(made.id)
+    Video.model_validate(video.to_dict() | {"size": "720x1280"})  # of which the SDK's type knows four
+    assert (video.status, video.progress, video.model, video.prompt) == ("completed", 100, "film", "a cat")
+    assert (video.seconds, video.size, video.error) == ("0.625", "16x16", None)
+    told = video.to_dict()
+    assert (told["num_frames"], told["fps"], told["seed"], told["warnings"]) == (5, 8, 3, [])
+    assert video.completed_at and video.completed_at >= video.created_at
+    content = client.videos.download_content(made.id)
+    assert content.response.headers["content-type"] == "image/webp"
+    assert len(frames(content.read())) == 5
+    part = server.client.get(f"/v1/videos/{made.id}/content", headers={"range": "bytes=0-3"})
+    assert (part.status_code, part.content) == (206, b"RIFF")
+    job = server.client.get(f"/v1/jobs/{made.id}").json()
+    assert (job["status"], job["path"]) == ("completed", "/v1/videos")
+
+
+def test_a_list_in_pages_and_deletion(server: Server, client: openai.OpenAI) -> None:
+    ids = [create(client, seed=seed).id for seed in (1, 2, 3)]
+    for id in ids:
+        ended(server, id)
+    listed = [video.id for video in client.videos.list(limit=2)]  # follows pages
+    assert [id for id in listed if id in ids] == ids[::-1]
+    oldest = [video.id for video in client.videos.list(limit=2, order="asc")]
+    assert [id for id in oldest if id in ids] == ids
+    name = client.videos.retrieve(ids[0]).to_dict()["file"]
+    assert server.client.get(f"/generated-images/{name}").status_code == 200
+    assert client.videos.delete(ids[0]).deleted
+    with pytest.raises(openai.NotFoundError):
+        client.videos.retrieve(ids[0])
+    assert server.client.get(f"/generated-images/{name}").status_code == 404
+    assert ids[0] not in [video.id for video in client.videos.list(limit=100)]
+
+
+def test_a_clip_that_is_drawn_is_cancelled_by_deleting_it(server: Server, client: openai.OpenAI) -> None:
+    made = create(client, **LONG)
+
+    def state() -> Any:
+        return server.client.get(f"/v1/videos/{made.id}").json()
+
+    within(TIMEOUT_S, lambda: state()["status"] == "in_progress")
+    assert 0 <= state()["progress"] < 100 and state()["size"] == "16x16"
+    answer = server.client.get(f"/v1/videos/{made.id}/content")
+    assert (answer.status_code, "it is in_progress" in answer.text) == (404, True)
+    assert client.videos.delete(made.id).deleted
+    assert server.client.get(f"/v1/videos/{made.id}").status_code == 404
+
+
+def test_a_picture_of_an_image_job_is_no_clip(server: Server) -> None:
+    refused = server.client.post("/v1/images/generations", json={"prompt": "a cat", "model": "film"})
+    assert refused.status_code == 400
+    assert "film makes clips (text-to-video), and the request is for pictures" in refused.json()["error"]["message"]
+    assert server.client.get("/v1/videos/no-such").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"num_frames": 6}, "num_frames"),
+        ({"num_frames": 100_000}, "num_frames"),
+        ({"num_frames": 9, "seconds": 1}, "seconds"),
+        ({"num_frames": None, "seconds": 500}, "seconds"),
+        ({"output_format": "png"}, "output_format"),
+        ({"width": None}, "width"),
+        ({"model": "from-picture"}, "image"),
+        ({"input_reference": base64.b64encode(source(16, 16)).decode()}, "image"),
+        ({"model": "sfumato-tiny"}, "model"),
+        ({"prompt": None}, "prompt"),
+    ],
+)
+def test_what_is_refused_at_once(server: Server, fields: dict[str, Any], param: str) -> None:
+    for path in ("/v1/videos", "/v1/videos/sync", "/video"):
+        answer = server.client.post(path, json={"prompt": "a cat"} | SMALL | fields)
+        assert answer.status_code == 400, (path, answer.text)
+        assert answer.json()["error"]["param"] == param, answer.text
+
+
+def test_what_the_worker_refuses_is_the_error_of_the_clip(server: Server, client: openai.OpenAI) -> None:
+    body = {"prompt": "a cat"} | SMALL | {"width": 24}
+    refused = server.client.post("/v1/videos/sync", json=body)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "size")
+    answer = server.client.post("/v1/videos", json=body)
+    ended(server, answer.json()["id"])
+    video = client.videos.retrieve(answer.json()["id"])
+    assert video.status == "failed" and video.error
+    assert (video.error.code, video.error.message) == ("invalid_value", refused.json()["error"]["message"])
+
+
+def test_the_file_at_once(server: Server) -> None:
+    answer = server.client.post("/v1/videos/sync", json={"prompt": "a cat", "seed": 3} | SMALL)
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "image/webp")
+    assert answer.headers["x-sfumato-seed"] == "3"
+    again = server.client.post("/v1/videos/sync", data={"prompt": "a cat", "seed": "3"} | SMALL)  # a form
+    assert again.content == answer.content
+
+
+def test_a_clip_from_a_picture_in_every_form(server: Server, client: openai.OpenAI) -> None:
+    picture = source(32, 16)
+    uri = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+    sized = {name: value for name, value in SMALL.items() if name not in ("width", "height")}
+    fields = sized | {"prompt": "a cat", "seed": 3, "model": "from-picture"}
+    asked: list[httpx.Response] = [
+        server.client.post("/v1/videos/sync", json=fields | {"input_reference": uri}),
+        server.client.post("/v1/videos/sync", json=fields | {"input_reference": {"image_url": uri}}),
+        server.client.post("/v1/videos/sync", data=fields, files={"input_reference": ("a.png", picture)}),
+    ]
+    assert [answer.status_code for answer in asked] == [200] * 3, asked[0].text
+    assert len({answer.content for answer in asked}) == 1
+    with Image.open(io.BytesIO(asked[0].content)) as image:
+        assert (image.size, image.n_frames) == ((32, 16), 5)
+    made = client.videos.create(
+        prompt="a cat", model="from-picture", input_reference=("a.png", picture), extra_body=sized | {"seed": 3}
+    )
+    ended(server, made.id)
+    assert client.videos.download_content(made.id).read() == asked[0].content
+
+
+def test_localais_route(server: Server) -> None:
+    body = {"model": "film", "prompt": "a cat", "seed": 3, "cfg_scale": 5, "step": 2} | SMALL
+    body.pop("steps")
+    url = server.client.post("/video", json=body).json()["data"][0]["url"]
+    b64 = server.client.post("/video", json=body | {"response_format": "b64_json"}).json()["data"][0]["b64_json"]
+    assert server.client.get(url).content == base64.b64decode(b64)
+    assert len(frames(base64.b64decode(b64))) == 5
+    picture = base64.b64encode(source(32, 16)).decode()
+    started = {**body, "model": "from-picture", "start_image": picture}
+    assert server.client.post("/video", json=started).status_code == 200
+
+
+def test_no_clip_is_in_the_gallery_of_pictures(server: Server) -> None:
+    server.client.post("/video", json={"prompt": "a cat"} | SMALL | {"output_format": "gif"})
+    listed = server.client.get("/v1/images/gallery?limit=100").json()["data"]
+    assert not [each for each in listed if each["name"].endswith(".gif")]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("av") is None, reason="PyAV is missing: pip install 'sfumato[video]'")
+def test_mp4_is_the_default(server: Server, client: openai.OpenAI) -> None:
+    made = create(client, output_format="")
+    ended(server, made.id)
+    content = client.videos.download_content(made.id)
+    assert content.response.headers["content-type"] == "video/mp4"
+    assert content.read()[4:8] == b"ftyp"
+
+
+def test_the_model_list_says_what_it_makes(server: Server) -> None:
+    told = {each["id"]: each for each in server.client.get("/v1/models").json()["data"]}
+    assert told["film"]["sfumato"]["tasks"] == ["text-to-video"]
+    assert told["from-picture"]["sfumato"]["tasks"] == ["image-to-video"]
+    assert told["film"]["architecture"]["output_modalities"] == ["video"]
+    assert set(of_kind("video")) == {"mp4", "webm", "webp", "gif"}
+
+
+@pytest.mark.slow
+def test_a_clip_is_drawn_again_after_the_server_was_killed(models: Path, tmp_path: Path) -> None:
+    """The same id, the same seed, the same file."""
+    body = {"prompt": "a cat"} | SMALL | {"steps": 40}
+    with Server(models, tmp_path, "--default-model", "film") as server:
+        id = server.client.post("/v1/videos", json=body).json()["id"]
+        within(TIMEOUT_S, lambda: server.client.get(f"/v1/videos/{id}").json()["progress"] > 10)
+        server.signal(signal.SIGKILL)
+        server.wait()
+    with Server(models, tmp_path, "--default-model", "film") as server:
+        video = ended(server, id)
+        assert video["status"] == "completed", video
+        content = server.client.get(f"/v1/videos/{id}/content").content
+        same = server.client.post("/v1/videos/sync", json=body | {"seed": video["seed"]}).content
+        assert content == same
+
+
+def test_a_picture_is_drawn_while_a_clip_is(server: Server) -> None:
+    with Held(server, {"prompt": "a cat"} | LONG, "/v1/videos/sync"):
+        body = {"prompt": "a cup", "model": "sfumato-tiny", "steps": 2, "size": "64x64"}
+        assert server.client.post("/v1/images/generations", json=body).status_code == 200
