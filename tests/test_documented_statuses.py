@@ -110,7 +110,7 @@ BODIES: dict[str, dict[str, Any]] = {
 WRONG: dict[str, dict[str, Any]] = {
     **{label: {"num_frames": 2} for label in (VIDEOS, SYNC, VIDEO)},
     "POST /v1/images/upscale": {"scale": 3},
-    **{key: {"response_format": "midi"} for key in SOUNDS},
+    **{route: {"response_format": "midi"} for route in SOUNDS},
     "POST /sdapi/v1/txt2img": {"steps": 0},
     "POST /sdapi/v1/img2img": {"steps": 0},
     "POST /sdapi/v1/extra-single-image": {"upscaling_resize": 3},

@@ -41,13 +41,13 @@ def listed(client: TestClient, path: str) -> dict[str, dict[str, Any]]:
 
 def test_modalities(client: TestClient) -> None:
     found = {name: each["architecture"] for name, each in listed(client, "/v1/models").items()}
-    both, text, nothing = ["text", "image"], ["text"], list[str]()
+    both, text = ["text", "image"], ["text"]
     assert found == {
         "m": {"input_modalities": text, "output_modalities": ["image"]},  # not on this disk
         "drawer": {"input_modalities": both, "output_modalities": ["image"]},
         "closed": {"input_modalities": text, "output_modalities": ["image"]},
         "labels": {"input_modalities": text, "output_modalities": ["image"]},
-        "music": {"input_modalities": found["music"]["input_modalities"], "output_modalities": nothing},
+        "music": {"input_modalities": text, "output_modalities": ["audio"]},
         "upscaler": {"input_modalities": both, "output_modalities": ["image"]},
     }
     assert client.get("/v1/models/drawer").json()["architecture"] == found["drawer"]
@@ -60,6 +60,7 @@ def test_the_filter(client: TestClient, path: str) -> None:
         ("?output_modalities=image", pictures),
         ("?output_modalities=Image,", pictures),
         ("?output_modalities=text", set()),
+        ("?output_modalities=audio", {"music"}),
         ("?output_modalities=text,image", set()),
         ("?output_modalities=all", pictures | {"music"}),
         ("?output_modalities=", pictures | {"music"}),
@@ -72,7 +73,7 @@ def test_the_filter(client: TestClient, path: str) -> None:
 def test_localais_capabilities(client: TestClient, path: str) -> None:
     found = listed(client, path)
     assert {name: each["capabilities"] for name, each in found.items()} == {
-        "m": ["image"], "drawer": ["image"], "closed": ["image"], "labels": ["image"], "music": [],
+        "m": ["image"], "drawer": ["image"], "closed": ["image"], "labels": ["image"], "music": ["sound_generation"],
         "upscaler": ["upscale"],
     }  # fmt: skip
     assert found["drawer"] == {

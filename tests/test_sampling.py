@@ -31,7 +31,7 @@ from sfumato.drawing import arguments
 from sfumato.drawing.draw import draw
 from sfumato.drawing.info import model_info
 from sfumato.errors import InvalidRequest
-from sfumato.formats import IMAGE, PICTURE
+from sfumato.formats import IMAGE, PICTURE, VIDEO
 from sfumato.models.load import Loaded
 from sfumato.pictures import recipe
 from sfumato.pictures.images import decoded
@@ -65,7 +65,7 @@ def value_of(parameter: Parameter) -> Any:
 
 def format_of(parameter: Parameter) -> str:
     """Of a request that may have it."""
-    return PICTURE if IMAGE in parameter.of else "gif"
+    return PICTURE if IMAGE in parameter.of else "gif" if VIDEO in parameter.of else "wav"
 
 
 WHOLE = Sampling(**{each.name: value_of(each) for each in OF_PICTURES})
@@ -210,8 +210,10 @@ def test_command_line(parameter: Parameter, monkeypatch: pytest.MonkeyPatch, tmp
     (tmp_path / "source.png").write_bytes(picture())
     flags = ["--size", "64x128"] if parameter.side else [parameter.flag, str(value_of(parameter))]
     flags += ["--image", "source.png"] if parameter.source else []
-    (tmp_path / "m.yaml").write_text("parameters: {model: o/r}\ndiffusers: {pipeline_type: WanPipeline}")
-    flags += [] if IMAGE in parameter.of else ["-o", "a.gif", "--models", str(tmp_path), "-m", "m"]
+    kind = "WanPipeline" if format_of(parameter) == "gif" else "AceStepPipeline"
+    (tmp_path / "m.yaml").write_text(f"parameters: {{model: o/r}}\ndiffusers: {{pipeline_type: {kind}}}")
+    named = ["-o", f"a.{format_of(parameter)}", "--models", str(tmp_path), "-m", "m"]
+    flags += [] if IMAGE in parameter.of else named
     ran = CliRunner().invoke(app, ["generate", "a cat", *flags])
     assert ran.exit_code == 0, ran.output
     assert painter.seen[0].sampling[parameter] == value_of(parameter)

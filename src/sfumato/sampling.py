@@ -169,16 +169,24 @@ class Sampling:
     )  # fmt: skip
     lyrics: str | None = _parameter(
         "Words that are sung, with marks such as `[verse]`; for ACE-Step", of=(AUDIO,), argument="lyrics",
-        most=MAX_LYRICS,
+        most=MAX_LYRICS, example="[verse] la la", keys=("lyrics",), absent="none",
     )  # fmt: skip
     vocal_language: str | None = _parameter(
-        "Language of `lyrics`: `en`, `zh`", of=(AUDIO,), argument="vocal_language", most=20,
+        "Language of `lyrics`", of=(AUDIO,), argument="vocal_language", most=20, example="en",
+        keys=("vocal_language",), absent="the pipeline's own",
     )  # fmt: skip
-    bpm: int | None = _parameter("Beats a minute of music", of=(AUDIO,), argument="bpm", least=20, most=400)
-    keyscale: str | None = _parameter("Key of music: `C major`", of=(AUDIO,), argument="keyscale", most=40)
+    bpm: int | None = _parameter(
+        "Beats a minute of music", of=(AUDIO,), argument="bpm", least=20, most=400, example=80, keys=("bpm",),
+        absent="the model chooses",
+    )  # fmt: skip
+    keyscale: str | None = _parameter(
+        "Key of music", of=(AUDIO,), argument="keyscale", most=40, example="C major", keys=("keyscale",),
+        absent="the model chooses",
+    )  # fmt: skip
     timesignature: str | None = _parameter(
-        "Beats of a bar of music: `4`, `3`", of=(AUDIO,), argument="timesignature", most=20
-    )
+        "Beats of a bar of music", of=(AUDIO,), argument="timesignature", most=20, example="4",
+        keys=("timesignature",), absent="the model chooses",
+    )  # fmt: skip
 
     def __getitem__(self, parameter: Parameter) -> Any:
         return getattr(self, parameter.name)

@@ -181,14 +181,14 @@ def _draw(
     usable.refuse_class(model, pipeline, requested)
     generation, how_read = prompts.split(model, pipeline, generation)
     generation, left_out = usable.usable(model, pipeline, generation)
-    filled = clips.settled(model, pipeline, generation.sampling, arguments.fill(model, pipeline, generation))
-    filled = sounds.settled(model, pipeline, filled)
+    filled = sounds.settled(model, pipeline, arguments.fill(model, pipeline, generation))
+    filled = clips.settled(model, pipeline, generation.sampling, filled)
     usable.refuse_defaults(model, pipeline, filled)
     canvas = arguments.canvas(model, pipeline, filled)
     clips.check_size(model, filled, canvas)
     kwargs = arguments.arguments(model, pipeline, generation, filled, canvas)
-    kwargs |= clips.arguments(pipeline, filled) | picture_prompts.arguments(model, pipeline, requested)
-    kwargs |= sounds.arguments(pipeline, filled) | guided.arguments(pipeline, filled.sampling)
+    kwargs |= clips.arguments(pipeline, filled) | sounds.arguments(pipeline, filled)
+    kwargs |= picture_prompts.arguments(model, pipeline, requested) | guided.arguments(pipeline, filled.sampling)
     kwargs |= latent_sources.of_source(pipeline, generation, kwargs)
     # 3. its own scheduler
     driver = scheduler_owners.drawing_pipeline(pipeline)
@@ -202,7 +202,6 @@ def _draw(
     result, more = _run(pipeline, reading.arguments, filled, finite)
     # 5. the requested part of it; outside the mask every pixel stays unchanged
     result = _placed(pipeline, result, canvas) if isinstance(result, Image.Image) else result
-    result, shorter = sounds.cut(pipeline, filled, result)
     # 6. the result with its recipe, and warnings for what differs from the request
     result_recipe = replace(
         _recipe(model, pipeline, requested, filled, result, kwargs, choice, canvas),
@@ -223,7 +222,6 @@ def _draw(
         *_not_taken(model, pipeline, filled, kwargs),
         *_without_effect(pipeline, driver, kwargs),
         *clips.warnings(filled, result),
-        *shorter,
         *guided.warnings(interval, filled.sampling),
         *latent_sources.warnings(pipeline, generation),
     )

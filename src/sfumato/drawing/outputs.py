@@ -13,6 +13,7 @@ from PIL import Image
 from sfumato.checkpoints import class_reading, sound_rules
 from sfumato.checkpoints.clip_rules import USUAL_RATE
 from sfumato.core import Generation
+from sfumato.drawing import sounds
 from sfumato.errors import DrawError
 from sfumato.formats import AUDIO, VIDEO, kind_of
 from sfumato.pictures.results import Clip, Result, Sound
@@ -48,7 +49,7 @@ def result_of(pipeline: Any, output: Any, generation: Generation) -> tuple[Resul
     if kind_of(generation.format) == VIDEO:
         return clip_of(pipeline, output, generation.sampling.fps or USUAL_RATE), []
     if kind_of(generation.format) == AUDIO:
-        return sound_of(pipeline, output), []
+        return sounds.cut(pipeline, generation, sound_of(pipeline, output))
     return picture_of(pipeline, output)
 
 

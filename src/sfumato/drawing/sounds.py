@@ -12,7 +12,7 @@ from sfumato.drawing.arguments import signature_default
 from sfumato.errors import InvalidRequest
 from sfumato.formats import AUDIO, kind_of
 from sfumato.models.load import Loaded
-from sfumato.pictures.results import Result, Sound
+from sfumato.pictures.results import Sound
 from sfumato.pipelines.capabilities import parameters_of
 from sfumato.sampling import Sampling
 from sfumato.status import SoundRule
@@ -50,13 +50,13 @@ def arguments(pipeline: Any, filled: Generation) -> dict[str, Any]:
     return {name: _at_least(rule, seconds)}
 
 
-def cut(pipeline: Any, filled: Generation, result: Result) -> tuple[Result, list[str]]:
-    """A sound of the requested length, and a warning if the class made less."""
+def cut(pipeline: Any, filled: Generation, sound: Sound) -> tuple[Sound, list[str]]:
+    """The sound at the requested length, and a warning if the class made less."""
     rule, seconds = sound_rules.of_pipeline(pipeline), filled.sampling.seconds
-    if not isinstance(result, Sound) or rule is None or seconds is None:
-        return result, []
+    if rule is None or seconds is None:
+        return sound, []
     wanted = rule.samples(seconds)
-    made = replace(result, samples=result.samples[:, :wanted])
+    made = replace(sound, samples=sound.samples[:, :wanted])
     short = made.samples.shape[1] < wanted
     return made, [f"seconds: {made.seconds:.6g} were made, and {seconds:g} requested"] if short else []
 
