@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import threading
+import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import sqlalchemy as sql
 
+from sfumato.api.batches.files import FileStore
+from sfumato.api.batches.tables import StoredFile
+from sfumato.api.jobs.store import JobStore
+from sfumato.errors import RequestTooLarge
 from support import postgresql
 from support.answerable import within
 from support.batching_client import begun, counts, ended, jsonl, lines_of, sdk, uploaded
@@ -45,6 +56,41 @@ def test_a_batch_goes_on_after_a_kill(tmp_path: Path, database: PostgreSQL) -> N
             assert server.client.get("/v1/images/gallery").json()["total"] == 8
             within(TIMEOUT_S, lambda: len(receiver.messages) == 1)
             assert receiver.event()["type"] == "batch.completed"
+
+
+def test_limits_are_kept_when_many_write_at_once(database: PostgreSQL) -> None:
+    """Of one caller; another one does not wait. Each first looks, and all have looked before the first one writes."""
+    with ThreadPoolExecutor() as pool:
+        stores = [FileStore(JobStore(database.url, max_age_s=3600, max_bytes=2**20), max_bytes=1000) for _ in range(8)]
+        stores[0].page("nobody", purpose=None, after=None, limit=1, newest_first=True)  # makes the tables
+
+        def add(store: FileStore, caller: str) -> bool:
+            file = StoredFile(
+                id=f"file-{uuid.uuid4().hex}", caller=caller, purpose="batch", filename="a", created=1.0, expires=9e9,
+                bytes=300,
+            )  # fmt: skip
+            try:
+                store.add(file, bytes(300))
+            except RequestTooLarge:
+                return False
+            return True
+
+        looking = threading.Barrier(8)
+        for store in stores:
+            sql.event.listen(store._jobs.engine, "after_cursor_execute", partial(_all_at_once, looking))
+        added = list(pool.map(add, stores, ["one"] * 8))
+        assert sum(added) == 3
+        with stores[0]._jobs.begin(alone="one"):
+            assert pool.submit(add, stores[1], "two").result(TIMEOUT_S)
+    for store in stores:
+        store._jobs.close()
+
+
+def _all_at_once(looking: threading.Barrier, _: Any, __: Any, statement: str, *more: Any) -> None:
+    """What nobody else keeps out looks at the room together with all others."""
+    if "sum(lines.bytes)" in statement:
+        with suppress(threading.BrokenBarrierError):
+            looking.wait(0.5)
 
 
 def test_files_and_cancellation(tmp_path: Path, database: PostgreSQL) -> None:

@@ -286,6 +286,43 @@ def test_a_cache_is_told_the_steps_that_the_class_runs(name: str, strength: floa
     assert set(told) == {len(told)}
 
 
+def test_attention_broadcast_gives_the_second_call_of_a_step_that_of_the_first() -> None:
+    """Why it is not offered. Qwen-Image computes the rows with and without the prompt in two calls, here of 4 steps."""
+    pipe = families_transformers.qwen_image()
+    pipe.set_progress_bar_config(disable=True)
+    pipe.transformer.enable_cache(
+        diffusers.PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=2,
+            spatial_attention_timestep_skip_range=(-1, 1001),
+            current_timestep_callback=lambda: pipe.current_timestep,
+        )
+    )
+    outputs: list[Any] = []
+    attention = pipe.transformer.transformer_blocks[0].attn
+    attention.register_forward_hook(lambda module, arguments, output: outputs.append(output))
+    pipe(**call("qwen", 5, steps=4))
+    assert len(outputs) == 8
+    assert all(second is first for first, second in zip(outputs[::2], outputs[1::2], strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_faster_cache_fails_where_a_call_has_one_row(family: str) -> None:
+    """Why it is not offered: it leaves out the second row of a call, and these have none."""
+    pipe = FAMILIES[family][0]()
+    pipe.set_progress_bar_config(disable=True)
+    pipe.transformer.enable_cache(
+        diffusers.FasterCacheConfig(
+            spatial_attention_timestep_skip_range=(-1, 1001),
+            unconditional_batch_timestep_skip_range=(-1, 1001),
+            current_timestep_callback=lambda: pipe.current_timestep,
+            attention_weight_callback=lambda module: 0.3,
+            tensor_format="BCHW",
+        )
+    )
+    with pytest.raises(IndexError):
+        pipe(**call(family, 5))
+
+
 def test_magcache_needs_ratios_of_the_model(folders: dict[str, Path]) -> None:
     """diffusers has those of Flux.1."""
     model = load.load(replace(config_of(folders["flux"], "magcache"), cache=readers.cache("magcache")), "cpu", quiet)

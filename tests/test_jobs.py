@@ -20,7 +20,7 @@ import sqlalchemy as sql
 from sfumato.api.jobs.headers import wishes
 from sfumato.api.jobs.jobs import _is_stored
 from sfumato.api.jobs.run import KEPT, Run
-from sfumato.api.jobs.store import StoredJob
+from sfumato.api.jobs.tables import StoredJob
 from sfumato.errors import InvalidRequest
 from support.answerable import within
 from support.inside import DRAW, Inside
@@ -390,7 +390,8 @@ def test_everybody_sees_their_own(tmp_path: Path) -> None:
 
 def test_answers_expire_by_age_and_by_size(tmp_path: Path) -> None:
     """The oldest of the caller that has most; the newest stays."""
-    from sfumato.api.jobs.store import Answer, JobStore, StoredJob
+    from sfumato.api.jobs.store import JobStore
+    from sfumato.api.jobs.tables import Answer, StoredJob
 
     store = JobStore(f"sqlite:///{tmp_path / 'jobs.db'}", max_age_s=3600, max_bytes=1000)
 
@@ -418,7 +419,8 @@ def test_answers_expire_by_age_and_by_size(tmp_path: Path) -> None:
 
 
 def test_the_file_becomes_smaller_again(tmp_path: Path) -> None:
-    from sfumato.api.jobs.store import Answer, JobStore, StoredJob
+    from sfumato.api.jobs.store import JobStore
+    from sfumato.api.jobs.tables import Answer, StoredJob
 
     store = JobStore(f"sqlite:///{tmp_path / 'jobs.db'}", max_age_s=3600, max_bytes=2**20)
     for number in range(20):

@@ -152,7 +152,7 @@ def test_several_servers_share_a_database(tmp_path: Path) -> None:
 
 def test_a_server_that_was_taken_for_dead_stores_nothing(tmp_path: Path) -> None:
     """It has been stopped for a while; meanwhile another one took its job. Only one of them can store the answer."""
-    from sfumato.api.jobs.store import Answer, StoredJob
+    from sfumato.api.jobs.tables import Answer, StoredJob
 
     url = f"sqlite:///{tmp_path / 'jobs.db'}"
     one, two = (JobStore(url, max_age_s=3600, max_bytes=2**20) for _ in range(2))

@@ -12,7 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
-from sfumato.api.jobs.store import Answer, JobStore, StoredJob
+from sfumato.api.jobs.store import JobStore
+from sfumato.api.jobs.tables import Answer, StoredJob
 from support import postgresql
 from support.answerable import within
 from support.job_rows import all_ended, execute, rows

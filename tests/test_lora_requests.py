@@ -28,7 +28,7 @@ from sfumato.engine.local import Local
 from sfumato.errors import InvalidRequest
 from sfumato.loras import MAX_LORAS, Lora, checked, name_of, read_tags
 from sfumato.pictures import recipe
-from sfumato.pictures.store import Store
+from sfumato.pictures.stores import store_of
 from sfumato.serving.catalog import Catalog
 from sfumato.serving.planning import ImageRequest
 from sfumato.serving.service import Service
@@ -88,7 +88,7 @@ def client(settings: Settings, hub: Hub, tmp_path_factory: pytest.TempPathFactor
     with pytest.MonkeyPatch.context() as patch:
         use(hub, tmp_path_factory.mktemp("cache"), patch)
         service = Service(Catalog.of(settings), Local(settings), settings)
-        with TestClient(create_app(service, Store.of(settings))) as client:
+        with TestClient(create_app(service, store_of(settings))) as client:
             yield client
 
 

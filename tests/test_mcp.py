@@ -319,6 +319,26 @@ def test_a_running_call_is_finished_when_the_server_stops(tmp_path: Path) -> Non
         assert "ASGI callable" not in server.log
 
 
+def test_a_call_that_is_cut_off_ends_with_an_error_of_its_own(tmp_path: Path) -> None:
+    """Its stream has begun, so what is left is an event: JSON-RPC's, with the call's id."""
+    (tmp_path / "models").mkdir()
+    call = {"jsonrpc": "2.0", "id": "seven", "method": "tools/call"}
+    call |= {"params": {"name": "generate_image", "arguments": {"prompt": "hang"}}}
+    program = (sys.executable, "-m", "support.stub_serve", str(tmp_path))
+    with (
+        Server(tmp_path / "models", tmp_path / "data", "--grace-s", "1", program=program) as server,
+        httpx.Client(base_url=server.url, headers=ACCEPT, timeout=120) as client,
+    ):
+        client.headers["mcp-session-id"] = client.post("/mcp", json=HELLO).headers["mcp-session-id"]
+        with client.stream("POST", "/mcp", json=call) as running_call:
+            server.wait_for(": accepted")
+            server.signal(signal.SIGTERM)
+            lines = "".join(running_call.iter_text()).splitlines()
+    (last,) = [json.loads(line.removeprefix("data: ")) for line in lines if "server_stopping" in line]
+    assert (last["jsonrpc"], last["id"], last["error"]["code"]) == ("2.0", "seven", -32603)
+    assert last["error"]["data"]["code"] == "server_stopping"
+
+
 def test_limits_of_the_queue(tmp_path: Path) -> None:
     with running(Inside(tmp_path, max_n=2)) as port:
         result = called(f"http://127.0.0.1:{port}", "generate_image", {"prompt": "a", "n": 3})

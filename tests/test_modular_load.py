@@ -27,7 +27,7 @@ from sfumato.engine.local import Local
 from sfumato.errors import LoadError, ModelFileError, SfumatoError
 from sfumato.models import load, low_memory, quantizers
 from sfumato.pictures.images import decoded
-from sfumato.pictures.store import Store
+from sfumato.pictures.stores import store_of
 from sfumato.pipelines import capabilities
 from sfumato.serving.catalog import Catalog
 from sfumato.serving.service import Service
@@ -208,7 +208,7 @@ def test_over_http_pictures_of_one_request_share_forward_passes(root: Path, tmp_
     engine = Local(settings)
     service = Service(Catalog([tmp_path / "models"]), engine, settings)
     body = {"model": "m", "prompt": "a cat", "size": "64x64", "step": 4, "seed": 1, "response_format": "b64_json"}
-    with TestClient(create_app(service, Store.of(settings)), client=("203.0.113.7", 50000)) as client:
+    with TestClient(create_app(service, store_of(settings)), client=("203.0.113.7", 50000)) as client:
         (before,) = client.get("/v1/models").json()["data"]
         answer = client.post("/v1/images/generations", json={**body, "n": 3, "guidance_scale": 2.0})
         assert answer.status_code == 200, answer.text

@@ -12,7 +12,7 @@ import pytest
 from sfumato.errors import StorageError
 from sfumato.pictures.gallery import Gallery, GalleryQuery
 from sfumato.pictures.object_store import ObjectStore
-from sfumato.pictures.store import Store
+from sfumato.pictures.stores import store_of
 from sfumato.settings import Settings
 from support.gallery import MADE, png
 
@@ -65,10 +65,10 @@ def test_the_gallery_is_rebuilt_from_it(url: str, tmp_path: Path) -> None:
 
 
 def test_the_setting_chooses_it_and_a_bad_one_is_named(tmp_path: Path, url: str) -> None:
-    assert isinstance(Store.of(Settings(data=tmp_path, outputs_url=url)), ObjectStore)
-    assert not isinstance(Store.of(Settings(data=tmp_path)), ObjectStore)
+    assert isinstance(store_of(Settings(data=tmp_path, outputs_url=url)), ObjectStore)
+    assert not isinstance(store_of(Settings(data=tmp_path)), ObjectStore)
     with pytest.raises(ValueError, match=r"outputs_url='nowhere://x'.*nowhere"):
-        Store.of(Settings(data=tmp_path, outputs_url="nowhere://x"))
+        store_of(Settings(data=tmp_path, outputs_url="nowhere://x"))
 
 
 def test_what_the_file_system_raises_is_told(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

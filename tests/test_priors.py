@@ -22,7 +22,7 @@ from sfumato.drawing.info import model_info
 from sfumato.engine.local import Local
 from sfumato.errors import LoadError, ModelFileError, SfumatoError
 from sfumato.models import inspection, load
-from sfumato.pictures.store import Store
+from sfumato.pictures.stores import store_of
 from sfumato.serving.catalog import Catalog
 from sfumato.serving.service import Service
 from sfumato.settings import Settings
@@ -48,7 +48,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def client(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     settings = Settings(models=models, data=tmp_path_factory.mktemp("data"), device="cpu")
     service = Service(Catalog([models]), Local(settings), settings)
-    with TestClient(create_app(service, Store.of(settings))) as client:
+    with TestClient(create_app(service, store_of(settings))) as client:
         yield client
 
 

@@ -24,7 +24,7 @@ from sfumato.config.parse import config_for
 from sfumato.core import Done, Event, Failed, Generation, Step
 from sfumato.engine.protocol import Load, Ordered, Unload
 from sfumato.errors import Cancelled, RequestTooLarge, WorkerDied
-from sfumato.pictures.store import Store
+from sfumato.pictures.stores import store_of
 from sfumato.process import supervisor as module
 from sfumato.process import wire
 from sfumato.process.supervisor import Supervisor
@@ -337,7 +337,7 @@ def test_readyz_says_whether_it_can_draw(tmp_path: Path) -> None:
     (tmp_path / "m.yaml").write_text("name: m\nparameters:\n  model: some/one\n")
     settings = replace(SETTINGS, models=tmp_path, data=tmp_path / "data")
     supervisor = Supervisor(settings, stub(tmp_path, "gated"))
-    app = create_app(Service(Catalog([tmp_path]), supervisor, settings), Store.of(settings))
+    app = create_app(Service(Catalog([tmp_path]), supervisor, settings), store_of(settings))
     gate = gate_of(tmp_path)
     gate.touch()
 

@@ -308,11 +308,11 @@ def rebuild(
     """Rebuild the index from the recipes in the picture files; stars are kept."""
     from sfumato.api.http.auth import parse_keys
     from sfumato.pictures.gallery import Gallery
-    from sfumato.pictures.store import Store
+    from sfumato.pictures.stores import store_of
 
     settings = _settings(data=data, gallery_url=gallery_url, api_keys=api_keys)
     try:
-        gallery = Gallery.of(settings, Store.of(settings), parse_keys(settings.api_keys))
+        gallery = Gallery.of(settings, store_of(settings), parse_keys(settings.api_keys))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     count = gallery.rebuild()

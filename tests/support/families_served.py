@@ -19,7 +19,7 @@ from sfumato.api.app import create_app
 from sfumato.config import ModelConfig
 from sfumato.engine.local import Local
 from sfumato.models import load
-from sfumato.pictures.store import Store
+from sfumato.pictures.stores import store_of
 from sfumato.residency import pool
 from sfumato.serving.catalog import Catalog
 from sfumato.serving.service import Service
@@ -111,7 +111,7 @@ def served(folder: Path, families: Mapping[str, Family], **more: Any) -> Iterato
         | more
     )
     service = Service(Catalog([folder / "models"]), Local(settings), settings)
-    app = create_app(service, Store.of(settings))
+    app = create_app(service, store_of(settings))
     with pytest.MonkeyPatch.context() as patch, TestClient(app, raise_server_exceptions=False) as client:
         server = Served(client, folder / "models", families)
         patch.setattr(pool.load, "load", server.load_built)

@@ -17,7 +17,7 @@ from starlette.testclient import TestClient
 from sfumato.api.app import create_app
 from sfumato.config import ModelConfig
 from sfumato.core import Done, Event, Generation
-from sfumato.pictures.store import Store
+from sfumato.pictures.stores import store_of
 from sfumato.serving.catalog import Catalog
 from sfumato.serving.service import Service
 from sfumato.settings import Settings
@@ -45,7 +45,7 @@ class Inside:
         )
         self.engine = Painter()
         self.settings = Settings(data=folder / "data", **settings)
-        self.store = Store.of(self.settings)
+        self.store = store_of(self.settings)
         self.service = Service(Catalog([folder / "models"]), self.engine, self.settings)
         self.app: FastAPI = create_app(self.service, self.store)
 

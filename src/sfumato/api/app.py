@@ -179,7 +179,8 @@ def _batches(stored_jobs: Jobs) -> Batches:
     files = FileStore(store, max_bytes=settings.files_max_mb * 2**20)
     kept = BatchStore(store, files, max_age_s=settings.files_max_age_h * 3600)
     # As many as have places, and as many that wait: the places never stand empty.
-    return Batches(stored_jobs, kept, places=min(stored_jobs.service.queue.places, settings.max_queue))
+    queue = stored_jobs.service.queue
+    return Batches(stored_jobs, kept, places=lambda: min(queue.places, settings.max_queue))
 
 
 def _add_routes(app: FastAPI, *, keyed: bool) -> None:

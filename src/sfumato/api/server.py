@@ -25,7 +25,7 @@ from sfumato.api.http.early import EarlyAnswers
 from sfumato.api.http.shutdown import ActiveRequests
 from sfumato.engine.protocol import Engine
 from sfumato.errors import SfumatoError
-from sfumato.pictures.store import Store
+from sfumato.pictures.stores import store_of
 from sfumato.serving.catalog import Catalog
 from sfumato.serving.service import Service
 from sfumato.settings import Settings
@@ -95,7 +95,7 @@ def run(settings: Settings, engine: Engine, early: EarlyAnswers) -> None:
         log.warning("%s", problem)
     running = ActiveRequests()
     try:
-        application = create_app(Service(catalog, engine, settings), Store.of(settings), running)
+        application = create_app(Service(catalog, engine, settings), store_of(settings), running)
     except ValueError as error:
         raise SfumatoError(str(error)) from None
     connections = Connections(settings.max_connections, settings.patience_s)

@@ -48,6 +48,10 @@ class _Shape:
     forwards: int = 0
     seconds: dict[int, deque[float]] = field(default_factory=dict)
     """Number of rows → the latest times."""
+    fastest: dict[int, float] = field(default_factory=dict)
+    """Number of rows → the shortest of these."""
+    limits: dict[int, int] = field(default_factory=dict)
+    """Most rows → the limit below them, since the latest forward pass."""
     on_host: bool = True
 
 
@@ -94,7 +98,10 @@ class ForwardTimes:
             return
         entry = self._shapes.setdefault(shape, _Shape(on_host=on_host))
         entry.forwards += 1
-        entry.seconds.setdefault(rows, deque(maxlen=KEPT)).append(seconds)
+        times = entry.seconds.setdefault(rows, deque(maxlen=KEPT))
+        times.append(seconds)
+        entry.fastest[rows] = min(times)
+        entry.limits.clear()
         self.saved_s = min(MOST_S, self.saved_s + SHARE * seconds)
 
     def limit(self, shape: Hashable, most: int) -> int:
@@ -102,10 +109,18 @@ class ForwardTimes:
         entry = self._shapes.get(shape)
         if entry is None or entry.forwards % ANEW == 0:
             return most
+        if most not in entry.limits:
+            entry.limits[most] = self._limit(entry, most)
+        return entry.limits[most]
+
+    @staticmethod
+    def _limit(entry: _Shape, most: int) -> int:
         rates = {
-            rows: rows / min(times) for rows, times in entry.seconds.items() if rows <= most and len(times) >= ENOUGH
+            rows: rows / entry.fastest[rows]
+            for rows, times in entry.seconds.items()
+            if rows <= most and len(times) >= ENOUGH
         }
-        if len(rates) < 2 or (entry.on_host and min(entry.seconds[min(rates)]) < SHORTEST_S):
+        if len(rates) < 2 or (entry.on_host and entry.fastest[min(rates)] < SHORTEST_S):
             return most
         best = max(rates.values())
         limit = min(rows for rows, rate in rates.items() if rate * WORTH >= best)
@@ -145,8 +160,10 @@ class ForwardTimes:
     def _long(self, shape: Hashable) -> bool:
         """Whether forward passes take long enough to tell them from other load."""
         entry = self._shapes.get(shape)
-        known = [min(times) for times in entry.seconds.values() if len(times) >= ENOUGH] if entry else []
-        return entry is not None and (not entry.on_host or max(known, default=0.0) >= SHORTEST_S)
+        if entry is None or not entry.on_host:
+            return entry is not None
+        known = (entry.fastest[rows] for rows, times in entry.seconds.items() if len(times) >= ENOUGH)
+        return max(known, default=0.0) >= SHORTEST_S
 
     def lose(self, shape: Hashable, rows: int, most: int) -> None:
         """A forward pass has `rows` rows and could have had `most`."""
@@ -161,13 +178,13 @@ class ForwardTimes:
     def _expected(self, shape: Hashable, rows: int) -> float | None:
         """Seconds of a forward pass of so many rows, in between those that were measured; None if it lies outside."""
         entry = self._shapes.get(shape)
-        known = {count: min(times) for count, times in entry.seconds.items()} if entry else {}
+        known = entry.fastest if entry else {}
+        if rows in known:
+            return known[rows]
         below = max((count for count in known if count <= rows), default=None)
         above = min((count for count in known if count >= rows), default=None)
         if below is None or above is None:
             return None
-        if below == above:
-            return known[below]
         return known[below] + (known[above] - known[below]) * (rows - below) / (above - below)
 
 

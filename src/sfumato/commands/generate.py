@@ -23,7 +23,7 @@ from sfumato.formats import CLIP, FORMATS, IMAGE, PICTURE, kind_of
 from sfumato.loras import Lora, not_named_by, read_tags
 from sfumato.pictures import images
 from sfumato.pictures import recipe as recipes
-from sfumato.pictures.store import Store
+from sfumato.pictures.stores import store_of
 from sfumato.sampling import PARAMETERS, Hires, Sampling, merged
 from sfumato.serving.catalog import Catalog
 from sfumato.serving.planning import ImageRequest, size_of
@@ -60,7 +60,7 @@ def generate(fields: dict[str, Any], like: Path | None, output: Path | None, set
     format = _format(output or like, sampling)
     request = ImageRequest(**{**from_recipe, **fields, "sampling": sampling, "format": format}, operator=True)
     if recipe and like:
-        places = [like.parent, Store.of(settings).folder]
+        places = [like.parent, store_of(settings).folder]
         bounds = images.Bounds.of(settings)
         request = replace(request, controls=kept_sources.controls(request.controls, recipe, places, bounds))
     if recipe:

@@ -167,8 +167,9 @@ CACHES: Mapping[str, Mapping[str, Reader]] = {
 `MagCacheConfig`)."""
 
 NO_CACHES: Mapping[str, str] = {
-    "pyramid_attention_broadcast": "it has one state for all requests, also for the calls with and without the prompt",
-    "faster_cache": "it has one state for all requests, and leaves out rows of pipelines that compute both in one call",
+    "pyramid_attention_broadcast": "it has one state for all requests, and the call without the prompt gets the "
+    "attention of the call with it",
+    "faster_cache": "it has one state for all requests, and fails where a step has one row in each call",
     "sea_cache": "it is for films: diffusers has an adapter for Cosmos 3 alone",
     "text_kv_cache": "it is for Nucleus-MoE alone, and knows a text by its address, which another request may get",
 }

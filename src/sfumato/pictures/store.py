@@ -18,7 +18,6 @@ from pathlib import Path
 from sfumato import disk
 from sfumato.errors import StorageError
 from sfumato.formats import FORMATS
-from sfumato.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -65,16 +64,6 @@ class Store:
         """Whether the folder itself survives a power cut."""
         self._bytes: int | None = None
         """Total of all pictures, as far as this process knows; None before the first scan."""
-
-    @staticmethod
-    def of(settings: Settings) -> Store:
-        """A store with the place and limits from the settings. Raises ValueError naming the setting at fault."""
-        limits = {"max_age_s": settings.outputs_max_age_h * 3600, "max_bytes": settings.outputs_max_mb * 2**20}
-        if not settings.outputs_url:
-            return Store(settings.data / "generated-images", **limits)
-        from sfumato.pictures.object_store import ObjectStore
-
-        return ObjectStore(settings.outputs_url, **limits)
 
     def put(self, data: bytes, extension: str = "png", *, owner: str = "", random: str = "") -> str:
         """Store a picture (`extension` is one of `STORED`); returns its name, which `owner_of` understands.

@@ -16,7 +16,7 @@ from sfumato import logs
 from sfumato.api.app import create_app
 from sfumato.batching.policy import low_places
 from sfumato.config import ModelConfig
-from sfumato.pictures.store import Store
+from sfumato.pictures.stores import store_of
 from sfumato.ray_serve.arguments import Arguments
 from sfumato.ray_serve.autoscaling import StepsToDo
 from sfumato.ray_serve.engine import RayServe
@@ -90,6 +90,6 @@ class Ingress:
         settings = self._settings
         logs.configure(settings)
         service = Service(Catalog.of(settings), RayServe(settings, self._models), settings)
-        application = create_app(service, Store.of(settings))
+        application = create_app(service, store_of(settings))
         application.add_middleware(OneRequestId)
         return application

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, ParamSpec, TypeVar
 
 from sfumato import logs
+from sfumato.api.batches.places import Places
 from sfumato.api.batches.store import BatchStore, output_line
 from sfumato.api.batches.tables import CANCELLING, Line, StoredBatch
 from sfumato.api.jobs.jobs import AGAIN_S, BEAT_S, EXPIRE_S, Jobs, pause
@@ -51,15 +52,18 @@ class _Active:
 
 
 class Batches:
-    """The batches of one server. `places`: lines that are drawn or wait in the queue at a time."""
+    """The batches of one server. `places`: how many lines are drawn or wait in the queue at a time; it may change."""
 
-    def __init__(self, jobs: Jobs, store: BatchStore, *, places: int, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, jobs: Jobs, store: BatchStore, *, places: Callable[[], int], clock: Callable[[], float] = time.time
+    ) -> None:
         self.store = store
         self.clock = clock
         self.reading = asyncio.Lock()
         """Held while an input is read: one at a time is in memory."""
         self._jobs = jobs
-        self._places = asyncio.Semaphore(places)
+        self._count = places
+        self._places = Places(places())
         self._active: dict[str, _Active] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._room: dict[str, int] = {}
@@ -90,6 +94,7 @@ class Batches:
 
     async def look(self) -> None:
         """Begin batches that nobody carries out, and end those that are cancelled or expire."""
+        self._places.resize(self._count())
         mine, self._room = await self.blocking(self.store.claim)
         for batch in mine:
             active = self._active.get(batch.id)
@@ -176,12 +181,12 @@ class Batches:
             log.info("%s: %s", batch.id, state)
 
     async def _feed(self, active: _Active) -> None:
-        """Begin its lines, in order, as there are places. Batches take turns: the semaphore is first in, first out."""
+        """Begin its lines, in order, as there are places. Batches take turns."""
         after = -1
         while positions := await self._stored(self.store.pending, active.batch.id, after, PAGE):
             for position in positions:
                 await active.admitted.wait()
-                await self._places.acquire()
+                await self._places.take()
                 run = Run(active.batch.job(position), promised=True)
                 task = asyncio.create_task(self._draw(active, run, position))
                 active.lines.add(task)
@@ -190,7 +195,7 @@ class Batches:
 
     def _line_over(self, active: _Active, run: Run, task: asyncio.Task[None]) -> None:
         if run not in active.refused:
-            self._places.release()
+            self._places.give()
         self._admitted(active, run)
         active.lines.discard(task)
         if not task.cancelled() and (error := task.exception()):
@@ -227,10 +232,10 @@ class Batches:
         """Of a line that found the queue full: others have its place meanwhile."""
         active.refused.add(run)
         active.admitted.clear()
-        self._places.release()
+        self._places.give()
         await pause(run)
         if not run.cancelled.is_set():
-            await self._places.acquire()
+            await self._places.take()
             self._admitted(active, run)
 
     def _admitted(self, active: _Active, run: Run) -> None:

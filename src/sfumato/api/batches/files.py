@@ -31,7 +31,7 @@ class FileStore:
 
         Raises RequestTooLarge if its caller's files take too much room, InvalidRequest if there are too many.
         """
-        with self._jobs.begin(alone=True) as connection:
+        with self._jobs.begin(alone=file.caller) as connection:
             mine = FILES.c.caller == file.caller
             count = connection.execute(sql.select(sql.func.count()).select_from(FILES).where(mine)).scalar_one()
             if count >= MAX_FILES:

@@ -12,7 +12,8 @@ from sqlalchemy.engine import RowMapping
 
 from sfumato.api.batches.files import FileStore, stored_bytes, unknown_place
 from sfumato.api.batches.tables import BATCHES, CANCELLING, FILES, IN_PROGRESS, LINES, OPEN, Line, StoredBatch
-from sfumato.api.jobs.store import SERVERS, JobStore, lives
+from sfumato.api.jobs.store import JobStore, lives
+from sfumato.api.jobs.tables import SERVERS
 from sfumato.api.webhooks import outbox
 from sfumato.errors import TooManyRequests
 
@@ -48,7 +49,7 @@ class BatchStore:
 
     def create(self, batch: StoredBatch, lines: Sequence[Line]) -> None:
         """Once it has returned, the batch survives a power cut. Raises TooManyRequests for one too many."""
-        with self._jobs.begin(alone=True) as connection:
+        with self._jobs.begin(alone=batch.caller) as connection:
             if batch.state in OPEN:
                 _require_room(connection, batch.caller)
             self._jobs.sign_of_life(connection)

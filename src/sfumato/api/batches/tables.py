@@ -14,7 +14,7 @@ from typing import Any
 
 import sqlalchemy as sql
 
-from sfumato.api.jobs.store import TABLES, StoredJob
+from sfumato.api.jobs.tables import TABLES, StoredJob
 
 IN_PROGRESS, CANCELLING = "in_progress", "cancelling"
 BATCH_PURPOSE, VISION = "batch", "vision"

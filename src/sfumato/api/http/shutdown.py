@@ -14,6 +14,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from sfumato.api.http import errors
 from sfumato.errors import ServerStops
 
+LAST_EVENT = "last_event"
+"""Key of a request's state: `(error) -> JSON`, the last event of a stream of another API than OpenAI's."""
+
 FINAL_RESPONSE_S = 5.0
 """Maximum seconds to wait for a client that does not read its response."""
 
@@ -86,7 +89,8 @@ async def _send_final_response(kind: str | None, scope: Scope, receive: Receive,
             if kind is None:
                 await errors.response(_error())(scope, receive, send)
             elif kind.startswith("text/event-stream"):
-                event = f"data: {json.dumps(errors.shape(_error()))}\n\n"
+                shape = scope["state"].get(LAST_EVENT, errors.shape)
+                event = f"data: {json.dumps(shape(_error()))}\n\n"
                 await send({"type": "http.response.body", "body": event.encode(), "more_body": False})
             elif kind.startswith("application/x-ndjson"):
                 line = json.dumps({"error": _error().message}) + "\n"

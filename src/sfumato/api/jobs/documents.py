@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 
 from sfumato.api.http.documents import ProgressState
 from sfumato.api.jobs.run import Run
-from sfumato.api.jobs.store import Answer, StoredJob
+from sfumato.api.jobs.tables import Answer, StoredJob
 from sfumato.api.progress import progress_json
 
 TEXTS = ("text/event-stream", "application/x-ndjson")

@@ -15,9 +15,10 @@ from starlette.types import ASGIApp
 from sfumato import logs
 from sfumato.api.http import errors
 from sfumato.api.jobs.run import Run, receiver, restored_scope
-from sfumato.api.jobs.store import JobStore, StoredJob
+from sfumato.api.jobs.store import JobStore
+from sfumato.api.jobs.tables import StoredJob
 from sfumato.api.webhooks import outbox
-from sfumato.errors import Cancelled, JobsUnavailable, KeyReused, SfumatoError
+from sfumato.errors import Cancelled, JobsUnavailable, KeyReused, NoWorker, SfumatoError, TooManyRequests
 from sfumato.serving import repeat
 from sfumato.serving.job import CANCELLED
 from sfumato.serving.service import Service
@@ -37,7 +38,8 @@ FIRST_S = 2.0
 """How long a request is given to fail before it is promised to be drawn: most errors then are answers, not jobs."""
 
 AGAIN_S = 5.0
-"""Seconds until a promised job that found the queue full, or an answer that could not be stored, is tried again."""
+"""Seconds until a promised job that found the queue full or no worker, or an answer that could not be stored, is tried
+again."""
 
 MAX_LIVES = 20
 """How often a job is begun. One that always takes its server with it must not do so for ever."""
@@ -74,6 +76,8 @@ class Jobs:
         self._threads: ThreadPoolExecutor | None = None
         self.stopping = asyncio.Event()
         """Set when the server waits for its last requests."""
+        self._waiting = 0
+        """Promised jobs that wait for their next try."""
         self._stopped = False
         self._some_ended = False
         self._keeper: asyncio.Task[None] | None = None
@@ -115,8 +119,14 @@ class Jobs:
     async def accept(self, job: StoredJob, body: bytes) -> StoredJob | Run:
         """Store a request and begin to carry it out; or the job that has its key already, or its run if it is ours.
 
-        Raises KeyReused if that is another request, and JobsUnavailable if nothing can be stored.
+        Raises KeyReused if that is another request, JobsUnavailable if nothing can be stored, and TooManyRequests if as
+        many jobs as the queue has room for wait for their next try.
         """
+        if self._waiting >= self.service.settings.max_queue:
+            raise TooManyRequests(
+                f"{self._waiting} accepted requests wait for a worker, or for room in the queue. Try again later.",
+                retry_after=int(AGAIN_S),
+            )
         run = self._runs[job.id] = Run(job)  # before it is stored: nobody may take it for one that was left behind
         try:
             found = await self.blocking(self.store.accept, job, body)
@@ -169,20 +179,24 @@ class Jobs:
         async def body() -> bytes | None:
             return bodies.pop() if bodies else await self.blocking(self.store.body, run.job.id)
 
-        if not await self.draw(run, body):
+        if not await self.draw(run, body, self._pause):
             return
         run.stored = _is_stored(run)
         run.settled.set()
         await self._conclude(run)
         run.end()
 
+    async def _pause(self, run: Run) -> None:
+        self._waiting += 1
+        try:
+            await pause(run)
+        finally:
+            self._waiting -= 1
+
     async def draw(
-        self,
-        run: Run,
-        body: Callable[[], Awaitable[bytes | None]],
-        pause: Callable[[Run], Awaitable[None]] = pause,
+        self, run: Run, body: Callable[[], Awaitable[bytes | None]], pause: Callable[[Run], Awaitable[None]]
     ) -> bool:
-        """Let the application answer a stored request, again while it was promised and the queue is full.
+        """Let the application answer a stored request, again while it was promised and there is no room or no worker.
 
         `body` reads that of the request, each time. `pause`: waits before the next try. False: it has no body, as it
         has ended; or the server stops, and what was answered is not the answer.
@@ -315,8 +329,10 @@ async def _settle(run: Run) -> None:
 
 
 def _again(run: Run) -> bool:
-    """Whether there was no room for a job that was promised."""
-    return run.answer.status == 429 and run.promised
+    """Whether there was no room for a job that was promised, or no worker; and nobody has seen that."""
+    job = run.repeatable.job
+    no_worker = job is not None and isinstance(job.error, NoWorker)
+    return run.promised and not run.seen and (run.answer.status == 429 or no_worker)
 
 
 def _is_stored(run: Run) -> bool:

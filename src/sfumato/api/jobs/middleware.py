@@ -22,7 +22,7 @@ from sfumato.api.jobs.documents import job_json
 from sfumato.api.jobs.headers import Wishes, fingerprint, key_digest, wishes
 from sfumato.api.jobs.jobs import FIRST_S, Jobs
 from sfumato.api.jobs.run import REPLAYED, Run, saved_scope
-from sfumato.api.jobs.store import StoredJob
+from sfumato.api.jobs.tables import StoredJob
 from sfumato.api.openai.answers import unless_gone
 from sfumato.errors import Cancelled, JobsUnavailable, SfumatoError
 

@@ -16,7 +16,7 @@ from sfumato.api.fields import PLAIN
 from sfumato.api.http import documents
 from sfumato.api.jobs.documents import JobPage, JobState, job_json
 from sfumato.api.jobs.jobs import Jobs
-from sfumato.api.jobs.store import StoredJob
+from sfumato.api.jobs.tables import StoredJob
 from sfumato.api.openai.answers import KEEP_ALIVE_S
 from sfumato.errors import InvalidRequest, JobNotFound
 

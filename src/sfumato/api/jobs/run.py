@@ -8,7 +8,7 @@ from typing import Any
 
 from starlette.types import Message, Receive, Scope, Send
 
-from sfumato.api.jobs.store import Answer, StoredJob
+from sfumato.api.jobs.tables import Answer, StoredJob
 from sfumato.serving.repeat import Repeatable
 
 REPLAYED = (b"idempotency-replayed", b"true")
@@ -29,6 +29,8 @@ class Run:
         self.ended = asyncio.Event()
         self.stored = True
         """Whether its answer is, or will be."""
+        self.seen = False
+        """Whether a client has been sent the beginning of its answer."""
         self.scope: Scope = {}
         self._start: Message | None = None
         self._chunks: list[bytes] = []
@@ -80,6 +82,7 @@ class Run:
             await self._wait()
         if self._start is None:
             return False
+        self.seen = True
         await send({**self._start, "headers": [*self._start["headers"], *headers]})
         while True:
             while sent < len(self._chunks):

@@ -6,6 +6,7 @@ blocks, and raises JobsUnavailable if the database cannot be used.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import sqlite3
@@ -13,16 +14,16 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sql
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.engine import RowMapping
 
 from sfumato import disk
 from sfumato.api.jobs import servers
+from sfumato.api.jobs.tables import HEAD, JOBS, OPEN, SERVERS, TABLES, Answer, StoredJob, job_of, row_of
 from sfumato.errors import JobsUnavailable
 from sfumato.settings import Settings
 
@@ -47,90 +48,25 @@ VACUUM_PAGES = 1000
 LOW_WATER = 0.95
 """Fraction of the limit to shrink to once it is exceeded."""
 
-OPEN = "open"
-"""State of a job that has not ended; otherwise it is completed, failed or cancelled."""
-
-TABLES = sql.MetaData()
-
-JOBS = sql.Table(
-    "jobs",
-    TABLES,
-    sql.Column("id", sql.String(32), primary_key=True),
-    sql.Column("caller", sql.String(255), nullable=False),
-    sql.Column("key", sql.String(64), unique=True),
-    sql.Column("fingerprint", sql.String(64), nullable=False),
-    sql.Column("secret", sql.String(32), nullable=False),
-    sql.Column("created", sql.Double, nullable=False),
-    sql.Column("ended", sql.Double),
-    sql.Column("state", sql.String(16), nullable=False),
-    sql.Column("respond_async", sql.Boolean, nullable=False),
-    sql.Column("cancelled", sql.Boolean, nullable=False),
-    sql.Column("server", sql.String(255), nullable=False),
-    sql.Column("lives", sql.Integer, nullable=False),
-    sql.Column("bytes", sql.BigInteger, nullable=False),
-    sql.Column("request", sql.Text, nullable=False),
-    sql.Column("status", sql.Integer),
-    sql.Column("headers", sql.Text),
-    sql.Column("body", sql.LargeBinary),
-    sql.Column("answer", sql.LargeBinary),
-    sql.Index("jobs_by_state", "state", "created"),
-    sql.Index("jobs_newest", "created", "id"),
-)
-"""`key` is a digest; `created` and `ended` are seconds since 1970; `request` and `headers` are JSON. `body` is that of
-the request, until the job has ended. Large columns stand last: SQLite reads the others without them."""
-
-SERVERS = sql.Table(
-    "servers",
-    TABLES,
-    sql.Column("name", sql.String(255), primary_key=True),
-    sql.Column("seen", sql.Double, nullable=False),
-)
-"""Servers that carry out jobs, and when each last said so. Not a column of `jobs`: SQLite writes a row as a whole."""
-
 INSERTS: Mapping[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
 """Of each kind of database: an insert that can update the row that is there already."""
 
-_HEAD = [column for column in JOBS.c if column.name not in ("body", "answer")]
+
+def _begin_immediate(connection: sql.Connection, _: str) -> None:
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """A response, without the headers that every response gets."""
-
-    status: int
-    headers: Sequence[tuple[str, str]]
-    body: bytes
+def _advisory_lock(connection: sql.Connection, name: str) -> None:
+    """Until the end of the transaction. A collision of two names only makes one wait."""
+    number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], signed=True)
+    connection.execute(sql.select(sql.func.pg_advisory_xact_lock(number)))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredJob:
-    """A row, without the bodies."""
-
-    id: str
-    caller: str
-    key: str | None = None
-    fingerprint: str
-    secret: str
-    created: float
-    ended: float | None = None
-    state: str = OPEN
-    respond_async: bool
-    cancelled: bool = False
-    """Whether its caller wants it to end."""
-    server: str
-    lives: int = 1
-    """How often it was begun: once, and again after each death of its server."""
-    request: Mapping[str, Any]
-    """Its ASGI scope, as far as it matters."""
-    status: int | None = None
-
-    @property
-    def open(self) -> bool:
-        return self.state == OPEN
-
-    @property
-    def request_id(self) -> str:
-        return str(self.request["request_id"])
+ALONE: Mapping[str, Callable[[sql.Connection, str], None]] = {
+    "sqlite": _begin_immediate,
+    "postgresql": _advisory_lock,
+}
+"""Of each kind of database: how others are kept out of a transaction."""
 
 
 class JobStore:
@@ -169,7 +105,7 @@ class JobStore:
 
         Once it has returned None, the job survives a power cut.
         """
-        row = _row(job) | {"body": body, "bytes": len(body), "server": self.server}
+        row = row_of(job) | {"body": body, "bytes": len(body), "server": self.server}
         try:
             with self.begin() as connection:
                 if job.key and (found := self._by_key(connection, job.key)):
@@ -189,8 +125,8 @@ class JobStore:
             return None
         clauses = [JOBS.c.id == id] + ([] if caller is None else [JOBS.c.caller == caller])
         with self.begin() as connection:
-            row = connection.execute(sql.select(*_HEAD).where(*clauses)).mappings().first()
-        return _job(row) if row else None
+            row = connection.execute(sql.select(*HEAD).where(*clauses)).mappings().first()
+        return job_of(row) if row else None
 
     def body(self, id: str) -> bytes | None:
         """The body of the request of a job of this server; None if it has ended, or is another's."""
@@ -226,10 +162,10 @@ class JobStore:
         if path:
             clauses.append(JOBS.c.request.contains(f'{path}", "root_path"', autoescape=True))
         order = [column if ascending else column.desc() for column in (JOBS.c.created, JOBS.c.id)]
-        query = sql.select(*_HEAD).where(*clauses).order_by(*order)
+        query = sql.select(*HEAD).where(*clauses).order_by(*order)
         with self.begin() as connection:
             rows = connection.execute(query.limit(limit + 1)).mappings().all()
-        return [_job(row) for row in rows[:limit]], len(rows) > limit
+        return [job_of(row) for row in rows[:limit]], len(rows) > limit
 
     def end(
         self, id: str, state: str, answer: Answer, then: Callable[[sql.Connection], None] = lambda connection: None
@@ -285,8 +221,8 @@ class JobStore:
     def claim(self, running: Collection[str]) -> list[StoredJob]:
         """Open jobs that nobody carries out, oldest first: from now on they are this server's."""
         with self.begin() as connection:
-            found = connection.execute(sql.select(*_HEAD).where(JOBS.c.state == OPEN).order_by(JOBS.c.created))
-            open_jobs = [_job(row) for row in found.mappings()]
+            found = connection.execute(sql.select(*HEAD).where(JOBS.c.state == OPEN).order_by(JOBS.c.created))
+            open_jobs = [job_of(row) for row in found.mappings()]
             if not open_jobs:
                 return []
             seen = {row.name: row.seen for row in connection.execute(sql.select(SERVERS))}
@@ -345,11 +281,11 @@ class JobStore:
 
     def _by_key(self, connection: sql.Connection, key: str) -> StoredJob | None:
         """Deletes it if it has expired."""
-        row = connection.execute(sql.select(*_HEAD).where(JOBS.c.key == key)).mappings().first()
+        row = connection.execute(sql.select(*HEAD).where(JOBS.c.key == key)).mappings().first()
         if row and row["ended"] is not None and row["ended"] < time.time() - self._max_age_s:
             connection.execute(sql.delete(JOBS).where(JOBS.c.id == row["id"]))
             return None
-        return _job(row) if row else None
+        return job_of(row) if row else None
 
     def sign_of_life(self, connection: sql.Connection) -> None:
         seen = INSERTS[self.engine.dialect.name](SERVERS).values(name=self.server, seen=time.time())
@@ -366,10 +302,11 @@ class JobStore:
             TABLES.create_all(self.engine)
 
     @contextmanager
-    def begin(self, *, alone: bool = False) -> Iterator[sql.Connection]:
+    def begin(self, *, alone: str = "") -> Iterator[sql.Connection]:
         """A transaction, whose errors are JobsUnavailable; `_Taken` for a key or an id that exists already.
 
-        `alone`: in SQLite, nobody else writes between what it reads and what it writes.
+        `alone`: a name; no other transaction with that name reads between what this one reads and what it writes. In
+        SQLite nobody else writes at all.
         """
         try:
             with self._lock:
@@ -377,8 +314,8 @@ class JobStore:
                     self._create_tables()
                     self._ready = True
             with self.engine.begin() as connection:
-                if alone and self.engine.dialect.name == "sqlite":
-                    connection.exec_driver_sql("BEGIN IMMEDIATE")
+                if alone:
+                    ALONE[self.engine.dialect.name](connection, alone)
                 yield connection
         except sql.exc.IntegrityError as error:
             raise _Taken from error
@@ -433,13 +370,3 @@ def _sqlite(connection: Any, _: Any) -> None:
     cursor.execute("PRAGMA secure_delete=OFF")  # Debian's default: to delete would write, which a full disk refuses
     cursor.execute("PRAGMA synchronous=FULL")  # what is committed survives a power cut
     cursor.close()
-
-
-def _row(job: StoredJob) -> dict[str, Any]:
-    row = {column.name: getattr(job, column.name) for column in _HEAD if column.name not in ("bytes", "headers")}
-    return row | {"request": json.dumps(job.request)}
-
-
-def _job(row: RowMapping) -> StoredJob:
-    values: dict[str, Any] = {str(name): value for name, value in row.items() if name not in ("bytes", "headers")}
-    return StoredJob(**values | {"request": json.loads(row["request"])})

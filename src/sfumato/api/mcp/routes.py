@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Iterable
 from typing import Annotated, Any, TypeAlias
 
 from fastapi import APIRouter, Depends
+from pydantic_core import from_json
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from sfumato.api.dependencies import part
-from sfumato.api.http import body_cost, content_type
-from sfumato.api.http.shutdown import ActiveRequests
+from sfumato.api.http import body_cost, content_type, errors
+from sfumato.api.http.shutdown import LAST_EVENT, ActiveRequests
 from sfumato.api.mcp.server import Protocol
 from sfumato.api.mcp.sessions import Sessions
-from sfumato.errors import UnsupportedMedia
+from sfumato.errors import SfumatoError, UnsupportedMedia
 from sfumato.pictures.gallery import Gallery
 from sfumato.serving.service import Service
 
@@ -122,7 +124,22 @@ class Endpoint:
             body += message.get("body", b"")
             more = message.get("more_body", False)
         await asyncio.to_thread(body_cost.check_json, body, self._service.settings.max_text_mb * 2**20)
+        scope["state"][LAST_EVENT] = functools.partial(_last_event, _id_of(body))
         return _replayed({"type": "http.request", "body": bytes(body), "more_body": False}, receive)
+
+
+def _id_of(body: bytes | bytearray) -> str | int | None:
+    """Of a request, which its answer repeats; None of anything else."""
+    try:
+        message = from_json(body)
+    except ValueError:
+        return None
+    id = message.get("id") if isinstance(message, dict) else None
+    return id if isinstance(id, str | int) else None
+
+
+def _last_event(id: str | int | None, error: SfumatoError) -> dict[str, Any]:
+    return error_shape(errors.shape(error)["error"]) | {"id": id}
 
 
 def _header(headers: Iterable[tuple[bytes, bytes]], wanted: bytes) -> str:

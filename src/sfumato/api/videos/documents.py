@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from sfumato.api.jobs.run import Run
-from sfumato.api.jobs.store import Answer, StoredJob
+from sfumato.api.jobs.tables import Answer, StoredJob
 from sfumato.core import Generation, Recipe
 
 

@@ -15,7 +15,7 @@ from sfumato.api.http import documents, ranges, urls
 from sfumato.api.http.auth import caller_of
 from sfumato.api.http.forms import openapi_body, reader
 from sfumato.api.jobs.routes import TheJobs
-from sfumato.api.jobs.store import StoredJob
+from sfumato.api.jobs.tables import StoredJob
 from sfumato.api.openai.answers import all_pictures, picture_url, submit, warning_headers
 from sfumato.api.videos.bodies import ClipBody, LocalVideoBody, VideosBody
 from sfumato.api.videos.documents import ClipFiles, Video, VideoDeleted, Videos, of_recipe, video_json

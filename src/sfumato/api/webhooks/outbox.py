@@ -13,7 +13,8 @@ from urllib.parse import urlsplit
 
 import sqlalchemy as sql
 
-from sfumato.api.jobs.store import TABLES, JobStore
+from sfumato.api.jobs.store import JobStore
+from sfumato.api.jobs.tables import TABLES
 
 OF_A_HOST = 2
 """Messages that are sent to one host at the same time: one that does not answer must not hold up the others."""

@@ -1,0 +1,105 @@
+"""What was promised waits for a worker that does not start."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from sfumato.api.jobs import jobs
+from sfumato.core import Event, Failed
+from sfumato.errors import NoWorker, WorkerDied
+from support.answerable import within
+from support.batching_client import GENERATIONS, jsonl
+from support.inside import Inside
+from support.serving import TIMEOUT_S
+
+ASYNC = {"prefer": "respond-async"}
+CAT = {"prompt": "a cat", "response_format": "b64_json"}
+
+
+class Broken:
+    """`errors`: how often what is drawn fails, and with which one. `seeds`: of all tries."""
+
+    def __init__(self, inside: Inside, errors: list[Exception]) -> None:
+        self.errors = errors
+        self.seeds: list[int] = []
+        draw = inside.engine.submit
+
+        async def submit(config: Any, generation: Any) -> AsyncGenerator[Event, None]:
+            self.seeds.append(generation.seed)
+            if self.errors:
+                yield Failed(self.errors.pop())  # type: ignore[arg-type]
+                return
+            async for event in draw(config, generation):
+                yield event
+
+        inside.engine.submit = submit  # type: ignore[method-assign]
+
+
+@pytest.fixture
+def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Inside]:
+    monkeypatch.setattr(jobs, "AGAIN_S", 0.01)
+    yield Inside(tmp_path, max_queue=2, max_active=2)
+
+
+def ended(client: TestClient, location: str) -> dict[str, Any]:
+    within(TIMEOUT_S, lambda: client.get(location).json()["ended"] is not None)
+    return dict(client.get(location).json())
+
+
+@pytest.mark.parametrize("more", [{}, {"stream": True}])
+def test_a_promised_job_is_tried_again(inside: Inside, more: dict[str, Any]) -> None:
+    broken = Broken(inside, [NoWorker("the worker does not start") for _ in range(3)])
+    with inside.client() as client:
+        location = client.post(GENERATIONS, json=CAT | more, headers=ASYNC).headers["location"]
+        job = ended(client, location)
+        assert (job["status"], job["response"]["status_code"]) == ("completed", 200)
+        assert len(broken.seeds) == 4
+        assert len(set(broken.seeds)) == 1
+        assert "worker" not in str(job["response"]["body"])
+
+
+def test_one_that_takes_workers_with_it_fails(inside: Inside) -> None:
+    broken = Broken(inside, [WorkerDied("the worker process died 2 times while drawing this")])
+    with inside.client() as client:
+        job = ended(client, client.post(GENERATIONS, json=CAT, headers=ASYNC).headers["location"])
+        assert (job["status"], job["response"]["status_code"], len(broken.seeds)) == ("failed", 503, 1)
+
+
+def test_others_are_told_at_once(inside: Inside) -> None:
+    for headers in ({}, {"idempotency-key": "k"}):
+        broken = Broken(inside, [NoWorker("the worker does not start")])
+        with inside.client() as client:
+            answer = client.post(GENERATIONS, json=CAT, headers=headers)
+            assert (answer.status_code, len(broken.seeds)) == (503, 1)
+
+
+def test_lines_of_a_batch_are_tried_again(inside: Inside) -> None:
+    Broken(inside, [NoWorker("the worker does not start") for _ in range(5)])
+    with inside.client() as client:
+        files = {"file": ("a.jsonl", jsonl([CAT] * 4))}
+        file = client.post("/v1/files", files=files, data={"purpose": "batch"}).json()["id"]
+        body = {"input_file_id": file, "endpoint": GENERATIONS, "completion_window": "24h"}
+        path = f"/v1/batches/{client.post('/v1/batches', json=body).json()['id']}"
+        within(TIMEOUT_S, lambda: client.get(path).json()["status"] == "completed")
+        assert client.get(path).json()["request_counts"] == {"total": 4, "completed": 4, "failed": 0}
+
+
+def test_no_more_wait_than_the_queue_holds(inside: Inside, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "AGAIN_S", TIMEOUT_S)
+    Broken(inside, [NoWorker("the worker does not start") for _ in range(2)])
+    with inside.client() as client:
+        waiting = []
+        for count in (1, 2):
+            waiting.append(client.post(GENERATIONS, json=CAT, headers=ASYNC).headers["location"])
+            within(TIMEOUT_S, lambda count=count: inside.app.state.jobs._waiting == count)
+        refused = client.post(GENERATIONS, json=CAT, headers=ASYNC)
+        assert refused.status_code == 429
+        assert "2 accepted requests wait for a worker" in refused.json()["error"]["message"]
+        assert client.post(GENERATIONS, json=CAT).status_code == 200
+        assert client.delete(waiting[0]).json()["status"] == "cancelled"
+        assert client.post(GENERATIONS, json=CAT, headers=ASYNC).status_code == 202
