@@ -1,10 +1,12 @@
 """Does the simulation agree with this machine? A trace, drawn by real workers and simulated.
 
     python -m benchmarks.simulate_check [--devices 2] [--requests 120] [--load 0.6] [--seed 1]
+    python -m benchmarks.simulate_check --again FILE    simulate what FILE has once more, and measure nothing
 
 The pictures of the built-in model are requested when the trace says, through the service and its queue, of one worker
 or several (`cpu,cpu`). The same trace is then simulated with the times of the forward passes that these workers have
-noted in the same run (`recorded_worker`). `results/simulate-check-N-cpu.json` has both, and the times.
+noted in the same run (`recorded_worker`), `RUNS` times with other dice: a figure of few pictures is chance to a large
+part, in the measured run as in these. `results/simulate-check-N-cpu.json` has both, and the times.
 """
 
 from __future__ import annotations
@@ -43,6 +45,8 @@ ALONE = 5
 """Pictures that are drawn one after another, to know what is not a forward pass."""
 SLACK = 4.0
 QUANTILES = 20
+RUNS = 40
+"""Simulations of the trace, each with other times by chance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +118,8 @@ def times_of(workers: Sequence[Passes], alone: Sequence[tuple[float, float]], ru
     """What the workers have noted during the trace, and what is not a forward pass of pictures drawn alone."""
     widths = sorted({each[3] for passes in workers for each in passes if each[3]})
     passes: defaultdict[str, defaultdict[int, list[Pass]]] = defaultdict(lambda: defaultdict(list))
-    gaps: defaultdict[str, list[float]] = defaultdict(list)
+    gaps: defaultdict[str, list[tuple[float, int]]] = defaultdict(list)
+    turns = []
     for noted in workers:
         begun = set[int]()
         for (start, end, name, width, rows, members), following in itertools.pairwise(noted):
@@ -122,10 +127,16 @@ def times_of(workers: Sequence[Passes], alone: Sequence[tuple[float, float]], ru
             begun.update(members)
             if run[0] <= start <= run[1]:
                 passes[kind][rows].append(Pass(start - run[0], end - start, len(members) == 1))
-                if len(members) > 1 and begun.issuperset(following[5]):
-                    gaps[kind].append((following[0] - end) / len(members))
-    everything = [gap for each in gaps.values() for gap in each] or [0.0]
-    between = {kind: mean(gaps[kind] or everything) for kind in passes}
+                if not begun.issuperset(following[5]):
+                    continue  # there may have been nothing to do
+                if len(members) > 1:
+                    gaps[kind].append((following[0] - end, len(members)))
+                else:
+                    turns.append(following[0] - end)
+    turn = mean(turns or [0.0])
+    hosts = {kind: [max(0.0, gap - turn) / count for gap, count in each] for kind, each in gaps.items()}
+    everything = [host for each in hosts.values() for host in each] or [0.0]
+    between = {kind: mean(hosts.get(kind) or everything) for kind in passes}
     known = {
         kind: {rows: mean(each.without(between[kind]) for each in same) for rows, same in by_rows.items()}
         for kind, by_rows in passes.items()
@@ -145,7 +156,7 @@ def times_of(workers: Sequence[Passes], alone: Sequence[tuple[float, float]], ru
         own = [each for noted in workers for each in noted if start <= each[0] <= end]
         begins.append(own[0][0] - start)
         ends.append(end - own[-1][1])
-    return StepTimes(known, between, mean(begins), mean(ends), spread=spread, pace=pace)
+    return StepTimes(known, between, mean(begins), mean(ends), turn=turn, spread=spread, pace=pace)
 
 
 def _pace(ratios: Sequence[tuple[float, float]]) -> list[float]:
@@ -178,11 +189,36 @@ def figures_of(latencies: Sequence[tuple[Wanted, float]]) -> dict[str, float]:
     }
 
 
-def simulated(wanted: Sequence[Wanted], times: StepTimes, devices: int) -> dict[str, float]:
-    took: dict[Wanted, float] = {}
-    served = Served(times, devices, slack=SLACK, on_answer=lambda each, seconds: took.update({each: seconds}))
-    served.run(wanted, ["model 0"])
-    return figures_of([(each, took[each]) for each in wanted])
+def simulated(wanted: Sequence[Wanted], times: StepTimes, devices: int) -> dict[str, list[float]]:
+    """Each figure's values in `RUNS` simulations, in order."""
+    runs = []
+    for seed in range(RUNS):
+        took: dict[Wanted, float] = {}
+        on_answer = took.__setitem__
+        Served(times, devices, slack=SLACK, seed=seed, on_answer=on_answer).run(wanted, ["model 0"])
+        runs.append(figures_of([(each, took[each]) for each in wanted]))
+    return {name: sorted(run[name] for run in runs) for name in runs[0]}
+
+
+def compared(real: Mapping[str, float], foreseen: Mapping[str, Sequence[float]]) -> str:
+    """Measured, simulated (median, least and most), and the ratio of the median."""
+    rows = [
+        (name, f"{real[name]:.2f}", f"{percentile(runs, 0.5):.2f} ({runs[0]:.2f} to {runs[-1]:.2f})",
+         f"{percentile(runs, 0.5) / real[name]:.2f}")
+        for name, runs in foreseen.items()
+    ]  # fmt: skip
+    return table(("", "measured", "simulated", "ratio"), rows)
+
+
+def again(file: Path) -> Mapping[str, Any]:
+    """The simulation of a run that was measured before."""
+    figures = json.loads(file.read_text())["figures"]
+    options, times = figures["options"], figures["times"]
+    passes = {kind: {int(rows): seconds for rows, seconds in each.items()} for kind, each in times["passes"].items()}
+    wanted = list(trace(MIX, options["requests"], figures["rate"], options["seed"]))
+    foreseen = simulated(wanted, StepTimes(**{**times, "passes": passes}), options["devices"])
+    print(compared(figures["measured"], foreseen))
+    return {**figures, "simulated": foreseen}
 
 
 def run(devices: int, requests: int, load: float, seed: int, folder: Path) -> Mapping[str, Any]:
@@ -196,9 +232,9 @@ def run(devices: int, requests: int, load: float, seed: int, folder: Path) -> Ma
     real = figures_of(list(zip(wanted, latencies, strict=True)))
     foreseen = simulated(wanted, times, devices)
     print(f"\n{requests} pictures on {devices} of this machine's CPUs, {load} of what they draw one by one")
-    rows = [(name, f"{real[name]:.2f}", f"{foreseen[name]:.2f}", f"{foreseen[name] / real[name]:.2f}") for name in real]
-    print(table(("", "measured", "simulated", "ratio"), rows))
-    return {"rate": rate, "measured": real, "simulated": foreseen, "times": times.as_json()}
+    print(compared(real, foreseen))
+    options = {"devices": devices, "requests": requests, "load": load, "seed": seed}
+    return {"options": options, "rate": rate, "measured": real, "simulated": foreseen, "times": times.as_json()}
 
 
 async def _alone_s(folder: Path) -> float:
@@ -222,7 +258,11 @@ if __name__ == "__main__":
     parser.add_argument("--requests", type=int, default=120)
     parser.add_argument("--load", type=float, default=0.6)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--again", type=Path, metavar="FILE")
     options = parser.parse_args()
+    if options.again:
+        again(options.again)
+        sys.exit()
     with tempfile.TemporaryDirectory() as name:
         found = run(options.devices, options.requests, options.load, options.seed, Path(name))
     print(write(f"simulate-check-{options.devices}", "cpu", found))

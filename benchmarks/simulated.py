@@ -203,12 +203,16 @@ class Served:
         slack: float,
         max_rows: int = 8,
         max_active: int = 16,
+        seed: int = 0,
         on_answer: Callable[[Wanted, float], None] = lambda wanted, took: None,
     ) -> None:
-        """`slack`: times as long as a picture takes alone are its deadline. `on_answer`: told how long each took."""
+        """`slack`: times as long as a picture takes alone are its deadline. `seed`: of chance in the times of passes.
+
+        `on_answer`: told how long each took.
+        """
         self._on_answer = on_answer
         self._times, self._slack = times, slack
-        self._devices = [_Device(times, max_rows, random.Random(at)) for at in range(devices)]
+        self._devices = [_Device(times, max_rows, random.Random(seed * devices + at)) for at in range(devices)]
         self._router = Router(devices, LOADED_MODELS)
         self._queue = Queue(max_active * devices, 10**9, clock=lambda: self._events.now)
         self._events = Events(())
@@ -297,7 +301,7 @@ class Served:
                 ended.append(picture)
             else:
                 device.park(picture, following)
-        between = len(group) * self._times.between[kind]
+        between = len(group) * self._times.between[kind] + self._times.turn
         self.totals.busy += between
         self._events.after(between, lambda: self._go_on(device))
         for picture in ended:

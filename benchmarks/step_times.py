@@ -25,6 +25,8 @@ class StepTimes:
     """From a request's last pass to its answer, beside the passes of others."""
     load: float = 10.0
     """A model."""
+    turn: float = 0.0
+    """Between any two passes: what the loop and the policy do, whatever the requests."""
     rows: int = 2
     """Rows of a request's denoiser call: two with guidance."""
     spread: Mapping[str, Sequence[float]] = field(default_factory=dict)
@@ -62,7 +64,8 @@ class StepTimes:
         """So many pictures from start to end in the same forward passes, without others."""
         calls = (("encode", 1, 1), (f"denoise {side}", self.rows, steps))
         before = sum(
-            repeats * (self.of(kind, rows * count) + count * self.between[kind]) for kind, rows, repeats in calls
+            repeats * (self.of(kind, rows * count) + count * self.between[kind] + self.turn)
+            for kind, rows, repeats in calls
         )
         return count * self.begin + before + self.of(f"decode {side}", count)
 

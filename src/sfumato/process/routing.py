@@ -13,18 +13,20 @@ loading it there is quicker than waiting. Times of steps are known by model and 
 whole device: eight pictures that share each forward pass make eight steps in the time of one pass.
 
 Plain numbers only: no engine, no clock. `benchmarks.simulate` calls the same code. `choose` looks at each device:
-microseconds for two, a tenth of a millisecond for a thousand.
+a few microseconds, for a thousand as for two.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-import operator
 from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 SQUARE = 512 * 512
 """Pixels of a picture whose request does not say them."""
@@ -44,6 +46,10 @@ SLOWEST = 1000.0
 """A GPU and a CPU are less apart."""
 LOAD_WEIGHT = 0.5
 """Weight of the latest load in the running mean of a model's."""
+
+
+Seconds: TypeAlias = NDArray[np.float64]
+"""One number for each device; `_slowness` has no unit."""
 
 
 class _Kind(NamedTuple):
@@ -84,7 +90,7 @@ class _Model:
     def __init__(self, devices: int) -> None:
         self.load_s = FIRST_LOAD_S
         self.load_measured = False
-        self.loads: list[float] = [0.0] * devices
+        self.loads: Seconds = np.zeros(devices)
         """What it costs to have it on each device; 0 where it is loaded."""
         self.loaded: set[int] = set()
         self.coming: dict[int, float] = {}
@@ -103,7 +109,7 @@ class Router:
         self._models: dict[str, _Model] = {}
         self._kinds: defaultdict[_Kind, _Mean] = defaultdict(_Mean)
         """Seconds per step, on a device of slowness 1."""
-        self._slowness = [1.0] * devices
+        self._slowness: Seconds = np.ones(devices)
         self._ratios = [_Mean() for _ in self._devices]
         """Seconds that steps took, over those that they were expected to take on a device of slowness 1."""
         self._pictures: dict[str, _Picture] = {}
@@ -111,7 +117,7 @@ class Router:
             {low: defaultdict(float) for low in (False, True)} for _ in self._devices
         ]
         """Steps left on each device, of pictures of low priority or not."""
-        self._waits = {low: [0.0] * devices for low in (False, True)}
+        self._waits: dict[bool, Seconds] = {low: np.zeros(devices) for low in (False, True)}
         """Expected seconds until each device has done all that a picture of low priority, or not, waits for there."""
         self._delays = [0.0] * devices
         """Seconds until each device can draw at all."""
@@ -135,17 +141,14 @@ class Router:
         """
         known = self._model(model)
         loads = self._loads(known, now) if known.coming else known.loads
-        own = float(steps * self._step_s(_kind(model, pixels)))
-        # Of a thousand devices this is most of what a picture costs here: three passes in C.
-        costs = map(operator.add, self._waits[low], loads)
-        ends = list(map(operator.add, costs, map(own.__mul__, self._slowness)))
-        for device in refused:
-            ends[device] = math.inf
-        return ends.index(min(ends))
+        own = steps * self._step_s(_kind(model, pixels))
+        ends = self._waits[low] + loads + own * self._slowness
+        ends[[*refused]] = math.inf
+        return int(ends.argmin())
 
     def wait_s(self, device: int) -> float:
         """Expected seconds until this device has done what it has now; infinite if it cannot draw."""
-        return self._waits[True][device]
+        return self._waits[True].item(device)
 
     # What happens to pictures.
 
@@ -228,7 +231,7 @@ class Router:
         if kind in self._kinds and self._kinds[kind].over >= COMPARED:
             self._ratios[device].add(seconds, steps * self._step_s(kind))
             self._slowness[device] = max(1 / SLOWEST, min(SLOWEST, self._ratios[device].value(1.0)))
-        even = seconds / self._slowness[device]
+        even = seconds / self._slowness.item(device)
         self._kinds[kind].add(even, steps)
         self._model(kind.model).step_s.add(even, steps * _weight(kind))
 
@@ -241,12 +244,12 @@ class Router:
         self._sum(picture.device)
 
     def _sum(self, device: int) -> None:
-        wait = self._delays[device]
+        wait, slowness = self._delays[device], self._slowness.item(device)
         for low, left in self._left[device].items():
             total = 0.0
             for kind, steps in left.items():
                 total += steps * self._step_s(kind)
-            wait += self._slowness[device] * total
+            wait += slowness * total
             self._waits[low][device] = wait
 
     # The times of loads.
@@ -264,7 +267,7 @@ class Router:
 
     def _price(self, model: str) -> None:
         known = self._models[model]
-        known.loads = [self._load_cost(model, known, device) for device in self._devices]
+        known.loads[:] = [self._load_cost(model, known, device) for device in self._devices]
 
     def _load_cost(self, model: str, known: _Model, device: int) -> float:
         """The fuller the device is, the more: on a full one another model leaves, which may have to come back."""
@@ -273,14 +276,13 @@ class Router:
         others = len(self._there[device] - {model})
         return known.load_s * (1 + min(1.0, others / self._limit))
 
-    def _loads(self, known: _Model, now: float) -> list[float]:
+    def _loads(self, known: _Model, now: float) -> Seconds:
         """While devices load the model: the rest of that time there; others would read the same files after them."""
         rest = {device: max(0.0, known.load_s - (now - since)) for device, since in known.coming.items()}
         behind = max(rest.values())
-        return [
-            rest[device] if device in rest else load + behind if load else 0.0
-            for device, load in enumerate(known.loads)
-        ]
+        loads = np.where(known.loads, known.loads + behind, 0.0)
+        loads[[*rest]] = [*rest.values()]
+        return loads
 
 
 @functools.lru_cache(maxsize=1024)
