@@ -1,39 +1,33 @@
-"""Where the time goes, besides the denoiser, and what the server adds to a request.
+"""Where the time goes, besides the denoiser.
 
     python -m benchmarks.profile [--model embedded] [--model middle]
 
-1. One request, and eight at once, through the engine's loop: CPU time of its thread (one torch thread), by module and
-   by what is around them: the pipelines' own code, the batcher, PNGs.
-2. One request through HTTP, over `pipe()`: CPU time of the server's two processes, over that of this thread.
+One request, and eight at once, through the engine's loop: CPU time of its thread (one torch thread), by module and
+by what is around them: the pipelines' own code, the batcher, PNGs.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
-import os
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import models
-from benchmarks.figures import figure, table, write
+from benchmarks.figures import table, write
 from sfumato.batching.batcher import Batcher
 from sfumato.batching.interruption import Slices
-from sfumato.commands.bench.server import running
 from sfumato.core import Done, Generation
 from sfumato.drawing.draw import draw
 from sfumato.engine import environment
 from sfumato.models import load
 from sfumato.pictures import encoder
-from sfumato.serving.catalog import EMBEDDED
 
 AT_ONCE = (1, 8)
 
@@ -113,43 +107,6 @@ def shares(name: str, folder: Path, count: int) -> dict[str, float]:
     }
 
 
-def cpu_seconds(pid: int) -> float:
-    """CPU time of a process and its descendants so far."""
-    numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    own = (int(numbers[11]) + int(numbers[12])) / os.sysconf("SC_CLK_TCK")
-    return own + sum(cpu_seconds(int(child)) for child in children)
-
-
-def over_plain(folder: Path, repeats: int) -> list[float]:
-    """CPU time of a request of the built-in model through HTTP, over `pipe()` and a PNG, alternating."""
-    plain = models.Plain(models.config("embedded", folder, "cpu"), "cpu")
-    wanted = replace(models.mixed("embedded", 1, seed=8)[0], prompt="a red ball")
-    sampling = replace(wanted.sampling, steps=28, guidance_scale=3.0, scheduler="ddim", negative_prompt=None)
-    ratios = []
-    with running(EMBEDDED) as server:
-        (pid,) = Path("/proc/self/task", str(os.getpid()), "children").read_text().split()
-
-        def through_http(seed: int) -> float:
-            body = {"prompt": wanted.prompt, "size": "128x128", "seed": seed, "response_format": "b64_json"}
-            body |= {"steps": sampling.steps, "guidance_scale": sampling.guidance_scale, "scheduler": "ddim"}
-            began = cpu_seconds(int(pid))
-            server.client.post("/v1/images/generations", json=body).raise_for_status()
-            return cpu_seconds(int(pid)) - began
-
-        def directly(seed: int) -> float:
-            began = time.thread_time()
-            plain.draw(replace(wanted, seed=seed, sampling=sampling)).save(io.BytesIO(), "PNG")
-            return time.thread_time() - began
-
-        through_http(0), directly(0)
-        for seed in range(1, repeats + 1):
-            first, second = (through_http, directly) if seed % 2 else (directly, through_http)
-            took = {first: first(seed), second: second(seed)}
-            ratios.append(took[through_http] / took[directly])
-    return ratios
-
-
 def run(names: list[str], repeats: int) -> None:
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
@@ -161,9 +118,6 @@ def run(names: list[str], repeats: int) -> None:
             rows = [(each, by_count[1][each], by_count[8].get(each, 0)) for each in labels]
             print(table(("", "one request", "eight at once"), rows))
             figures[name] = {"shares": by_count}
-        os.environ["OMP_NUM_THREADS"] = "1"
-        figures["HTTP over pipe()"] = figure(over_plain(Path(folder), 3 * repeats))
-        print(f"one request through HTTP, over pipe(), in CPU time: {figures['HTTP over pipe()']}")
     print(write("profile", "cpu", figures))
 
 

@@ -24,7 +24,7 @@ from cluster import environment
 from support.ray_server import RayServer
 from support.serving import Server
 
-REPEATS = 30
+REPEATS = 20
 KINDS: Mapping[str, Mapping[str, Any]] = {
     "1 step": {"step": 1},
     "20 steps": {"step": 20},

@@ -16,8 +16,9 @@ import sqlalchemy as sql
 from sfumato.api.batches import lines
 from sfumato.api.batches.files import FileStore
 from sfumato.api.batches.store import BatchStore
-from sfumato.api.batches.tables import StoredFile
+from sfumato.api.batches.tables import CHUNK, Line, StoredBatch, StoredFile
 from sfumato.api.jobs.store import JobStore
+from sfumato.errors import JobsUnavailable
 from support.answerable import within
 from support.batching_client import EDITS, GENERATIONS, begun, counts, ended, jsonl, lines_of, sdk, uploaded
 from support.quick import FOR_EVER
@@ -351,3 +352,62 @@ def test_limits_are_kept_when_two_write_at_once_and_deleted_files_give_room_back
         assert connection.exec_driver_sql("PRAGMA freelist_count").scalar() == 0
         assert connection.exec_driver_sql("PRAGMA secure_delete").scalar() == 0
     jobs.close()
+
+
+def test_a_large_batch_is_written_in_portions(tmp_path: Path) -> None:
+    """So that a job which is accepted meanwhile waits for one of them, and not for all lines."""
+    jobs = JobStore(f"sqlite:///{tmp_path / 'jobs.db'}", max_age_s=3600, max_bytes=2**20)
+    files = FileStore(jobs, max_bytes=2**26)
+    batches = BatchStore(jobs, files, max_age_s=3600)
+    portions: dict[int, int] = {}
+    most = [0]
+
+    def begun_by(connection: Any) -> None:
+        portions[id(connection)] = connection.connection.driver_connection.total_changes
+
+    def committed(connection: Any) -> None:
+        changes = connection.connection.driver_connection.total_changes - portions[id(connection)]
+        most[0] = max(most[0], changes)
+
+    sql.event.listen(jobs.engine, "begin", begun_by)
+    sql.event.listen(jobs.engine, "commit", committed)
+    count = 3 * CHUNK + 5
+    batch = stored_batch(jobs.server, count)
+    batches.create(batch, [Line(position=index, custom_id=str(index), body=b"{}") for index in range(count)])
+    assert [each.id for each in batches.claim()[0]] == [batch.id]
+    assert batches.finish(batch, "cancelled", 2.0)
+    done = batches.get(batch.id)
+    assert done
+    assert (done.state, done.failed) == ("cancelled", count)
+    assert files.delete(files.get(str(done.error_file), None))  # type: ignore[arg-type]
+    assert batches.expire(1e9) == 0
+    assert batches.get(batch.id) is None
+    with jobs.begin() as connection:
+        assert connection.exec_driver_sql("SELECT count(*) FROM lines").scalar() == 0
+    assert CHUNK <= most[0] <= CHUNK + 2
+    jobs.close()
+
+
+def test_a_batch_whose_lines_are_not_all_there_is_none(tmp_path: Path) -> None:
+    """Its server died, or its disk was full, while they were inserted: nobody was told of it."""
+    jobs = JobStore(f"sqlite:///{tmp_path / 'jobs.db'}", max_age_s=3600, max_bytes=2**20)
+    batches = BatchStore(jobs, FileStore(jobs, max_bytes=2**26), max_age_s=3600)
+    batch = stored_batch(jobs.server, 2)
+    with pytest.raises(JobsUnavailable):
+        batches.create(batch, [Line(position=index, custom_id="a", body=(5,)) for index in range(2)])  # type: ignore[arg-type]
+    assert batches.get(batch.id) is None
+    assert batches.page(None, after=None, limit=10) == ([], False)
+    with jobs.begin() as connection:
+        assert connection.exec_driver_sql("SELECT state FROM batches").scalar() == "validating"
+    assert batches.claim()[0] == []
+    with jobs.begin() as connection:
+        assert connection.exec_driver_sql("SELECT count(*) FROM batches").scalar() == 0
+    jobs.close()
+
+
+def stored_batch(server: str, total: int) -> StoredBatch:
+    return StoredBatch(
+        id="batch_1", caller="c", secret="s", server=server, state="in_progress", created=1.0, expires=9e9,
+        endpoint=GENERATIONS, input_file="file-1", keep_s=3600, model=None, details={}, errors=[], request={},
+        total=total,
+    )  # fmt: skip

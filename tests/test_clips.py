@@ -16,7 +16,7 @@ from PIL import Image
 
 from sfumato.checkpoints import class_reading, clip_rules
 from sfumato.checkpoints.static_capabilities import static_capabilities
-from sfumato.config import ModelConfig
+from sfumato.config import ModelConfig, load
 from sfumato.core import Generation, Limits
 from sfumato.drawing import arguments
 from sfumato.drawing import draw as drawing
@@ -243,6 +243,19 @@ def test_the_files_say_what_the_loaded_model_says(family: str, tmp_path: Path) -
     frames = None if family == "LTX" else known.abilities.frames  # its VAE computes how it compresses time
     assert (told.abilities.kind, told.abilities.frames) == ("video", frames)
     assert told.size_multiple == known.size_multiple
+
+
+def test_localais_words_for_clips(tmp_path: Path) -> None:
+    """The class is the repository's; requests may send a picture."""
+    FAMILIES["Wan"].build().save_pretrained(tmp_path / "weights")
+    (tmp_path / "m.yaml").write_text(
+        "name: m\nparameters: {model: weights}\n"
+        "diffusers: {pipeline_type: VideoDiffusionPipeline, img2vid: true, enable_parameters: num_inference_steps}\n"
+    )
+    (config,) = load(tmp_path / "m.yaml")
+    assert config.enables("image")
+    told = static_capabilities(config)
+    assert (told.pipeline, told.tasks) == ("WanPipeline", ("text-to-video",))
 
 
 RULES = {

@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from sfumato.cli import app
 from sfumato.config import ModelConfig
 from sfumato.core import Done, Event, Failed, Generation, Preview, Step
 from sfumato.engine.protocol import Stop, Submit
-from sfumato.pictures import files
+from sfumato.pictures import files, recipe
 from sfumato.process.supervisor import Supervisor
 from sfumato.sampling import nested
 from sfumato.settings import Settings
@@ -108,6 +110,24 @@ def test_events_of_a_clip_are_those_of_a_picture(folder: Path) -> None:
     events = [each.event for each in engine.sent if getattr(each, "id", "") == "shown" and hasattr(each, "event")]
     assert [type(event) for event in events] == [Step, Step, Preview, Step, Step, Done]
     assert (events[2].width, events[2].height) == (16, 16)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp"])
+def test_the_command_line_writes_a_clip_and_draws_it_again_from_its_file(
+    folder: Path, tmp_path: Path, suffix: str
+) -> None:
+    (tmp_path / "film.yaml").write_text(f"name: film\nparameters: {{model: {folder / 'base'}}}\n")
+    first, again = tmp_path / f"first.{suffix}", tmp_path / f"again.{suffix}"
+    flags = ["--models", str(tmp_path), "-m", "film", "--frames", "5", "--fps", "8", "--steps", "2", "--size", "16x16"]
+    ran = CliRunner().invoke(app, ["generate", "a cat", *flags, "-o", str(first)])
+    assert ran.exit_code == 0, (ran.output, ran.exception)
+    with Image.open(first) as image:
+        assert (image.format, image.n_frames, image.size) == (suffix.upper(), 5, (16, 16))
+    made = recipe.read(first)
+    assert (made.sampling.num_frames, made.sampling.fps, made.pipeline) == (5, 8, "WanPipeline")
+    ran = CliRunner().invoke(app, ["generate", "--like", str(first), "--models", str(tmp_path), "-o", str(again)])
+    assert ran.exit_code == 0, (ran.output, ran.exception)
+    assert again.read_bytes() == first.read_bytes()
 
 
 def test_a_killed_worker_is_replaced_and_the_clip_is_the_same(folder: Path) -> None:

@@ -294,7 +294,7 @@ def test_models_say_what_they_can(server: Server) -> None:
         assert extension["defaults"]["steps"] == 4
         assert extension["limits"] | {"max_concurrent": None} == {
             "n": 4, "steps": 1000, "pixels": 2048 * 2048, "size_multiple": 8, "prompt_tokens": 77,
-            "max_concurrent": None,
+            "max_concurrent": None, "frames": None, "frame_step": None, "seconds": None, "sample_rate": None,
         }  # fmt: skip
         assert extension["qualities"]["low"] == 2
     assert server.client.get("/v1/models/gpt-image-1").json()["id"] == "gpt-image-1"

@@ -7,9 +7,10 @@ import io
 import json
 import signal
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,12 @@ import psutil
 import pytest
 import sqlalchemy as sql
 import yaml
+from diffusers import DiffusionPipeline
 from PIL import Image
 
+import sfumato
 from cluster import environment
-from support import postgresql, s3
+from support import loras, postgresql, s3
 from support.answerable import within
 from support.answers import image_of, pixels
 from support.held import LONG, Held, left
@@ -29,7 +32,9 @@ from support.serving import TIMEOUT_S, Server
 
 pytestmark = pytest.mark.slow
 
-SMALL = {"prompt": "a red circle", "size": "64x64", "step": 8}
+BUILT_IN = Path(sfumato.__file__).parent / "models" / MODEL
+ODD: Mapping[str, Any] = {"loras": [{"name": "odd", "weight": 0.8}]}
+SMALL: Mapping[str, Any] = {"prompt": "a red circle", "size": "64x64", "step": 8}
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +95,16 @@ def test_pictures_lie_in_s3_and_rows_in_postgresql(
         assert connection.execute(sql.text("select count(*) from jobs where ended is not null")).scalar_one() == 1
     engine.dispose()
     assert not (ray.folder / "data" / "generated-images").exists()
+
+
+def test_a_lora_acts_in_a_replica(ray: RayServer) -> None:
+    pipeline = DiffusionPipeline.from_pretrained(BUILT_IN, local_files_only=True)
+    loras.saved(loras.kohya(pipeline), ray.folder / "models" / "loras" / "odd.safetensors")
+    body = {**SMALL, "seed": 7}
+    without, with_it, again = (ray.draw(**body, **more) for more in ({}, ODD, ODD))
+    assert "x-sfumato-warning" not in with_it.headers
+    assert not np.array_equal(pixels(image_of(without)), pixels(image_of(with_it)))
+    assert np.array_equal(pixels(image_of(with_it)), pixels(image_of(again)))
 
 
 def events(server: Server, body: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -179,20 +194,30 @@ def test_the_application_on_kubernetes_is_that_of_the_other_file() -> None:
     assert group["maxReplicas"] >= here["args"]["max_replicas"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ({"max_replica": 2}, "max_replica=2: no argument has that name. Did you mean 'max_replicas'?"),
-        ({"num_gpus": "two"}, "num_gpus='two': must be a number"),
-        ({"steps": 0}, "steps=0: must be at least 1"),
-        ({"max_active": 0}, "max_active=0: must be at least 1"),
-    ],
+WRONG: Sequence[tuple[dict[str, Any], str]] = (
+    ({"max_replica": 2}, "max_replica=2: no argument has that name. Did you mean 'max_replicas'?"),
+    ({"num_gpus": "two"}, "num_gpus='two': must be a number"),
+    ({"steps": 0}, "steps=0: must be at least 1"),
+    ({"max_active": 0}, "max_active=0: must be at least 1"),
 )
-def test_a_wrong_argument_is_named(ray: RayServer, arguments: dict[str, Any], words: str) -> None:
-    code = f"from sfumato.ray_serve import app; app({arguments!r})"
-    done = subprocess.run([environment.PYTHON, "-c", code], env=ray.env, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert words in done.stderr.splitlines()[-1]
+TRY = """
+import json, sys
+from sfumato.ray_serve import app
+for arguments in json.load(sys.stdin):
+    try:
+        app(arguments)
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_a_wrong_argument_is_named(ray: RayServer) -> None:
+    arguments = json.dumps([each for each, _ in WRONG])
+    done = subprocess.run(
+        [environment.PYTHON, "-c", TRY], env=ray.env, input=arguments, stdout=subprocess.PIPE, text=True, check=True
+    )
+    for line, (_, words) in zip(done.stdout.splitlines(), WRONG, strict=True):
+        assert line.startswith(words)
 
 
 def test_no_request_is_lost_with_a_replica_or_a_node(ray: RayServer, server: Server) -> None:

@@ -128,6 +128,10 @@ def test_the_examples_of_the_guide_make_sounds(server: Served, example: str) -> 
 def test_the_model_list_says_what_makes_sound(server: Served) -> None:
     told = server.client.get("/v1/models/StableAudio").json()
     assert told["sfumato"]["tasks"] == ["text-to-audio"]
+    limits = told["sfumato"]["limits"]
+    assert [limits[name] for name in ("seconds", "sample_rate", "frames", "frame_step")] == [4, 4, None, None]
+    limits = server.client.get("/v1/models/StableDiffusion").json()["sfumato"]["limits"]
+    assert [limits[name] for name in ("seconds", "sample_rate", "frames", "frame_step")] == [None] * 4
     assert told["architecture"] == {"input_modalities": ["text"], "output_modalities": ["audio"]}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import diffusers as d
+import torch
 import transformers as t
 from diffusers.pipelines.ace_step.modeling_ace_step import AceStepConditionEncoder
 from diffusers.pipelines.audioldm2.modeling_audioldm2 import AudioLDM2ProjectionModel, AudioLDM2UNet2DConditionModel
@@ -80,7 +81,12 @@ def _vocoder() -> Any:
         upsample_kernel_sizes=[4, 4], resblock_kernel_sizes=[3, 7], resblock_dilation_sizes=[[1, 3, 5], [1, 3, 5]],
         normalize_before=False,
     )  # fmt: skip
-    return t.SpeechT5HifiGan(config).eval()
+    vocoder = lively(t.SpeechT5HifiGan(config).eval())
+    with torch.no_grad():
+        for name, parameter in vocoder.named_parameters():
+            if "weight" in name:
+                parameter.mul_(6)  # else it answers every spectrogram with the same silence
+    return vocoder
 
 
 def _roberta_tokenizer() -> Any:
@@ -118,7 +124,7 @@ def audio_ldm2() -> Any:
         return d.AudioLDM2Pipeline(
             unet=unet.eval(), vae=_spectrogram_vae(), text_encoder=_clap(), text_encoder_2=tiny._t5(),
             projection_model=projection.eval(), language_model=language_model, tokenizer=_roberta_tokenizer(),
-            tokenizer_2=t5_tokenizer(), vocoder=lively(_vocoder()), feature_extractor=ears,
+            tokenizer_2=t5_tokenizer(), vocoder=_vocoder(), feature_extractor=ears,
             scheduler=d.DDIMScheduler(**STABLE_DIFFUSION_NOISE, clip_sample=False, set_alpha_to_one=False),
         )  # fmt: skip
 

@@ -22,9 +22,11 @@ from sfumato.checkpoints.static_capabilities import static_capabilities
 from sfumato.config import ModelConfig
 from sfumato.core import QUALITIES
 from sfumato.engine.protocol import DeviceState
+from sfumato.formats import IMAGE, VIDEO
 from sfumato.sampling import NAMED, PARAMETERS
 from sfumato.serving.planning import MAX_PICTURES
 from sfumato.serving.service import Service
+from sfumato.settings import Settings
 from sfumato.status import Abilities, Input, ModelInfo
 
 MAX_NAME = 1000
@@ -243,11 +245,26 @@ def _model(service: Service, config: ModelConfig, devices: Sequence[DeviceState]
                 "size_multiple": capabilities.size_multiple,
                 "prompt_tokens": capabilities.prompt_tokens,
                 "max_concurrent": config.max_concurrent,
+                **_lengths(abilities, settings),
             },
             "savings": list(facts.savings) if facts else None,
             "runners": [asdict(each) for each in facts.runners] if facts else None,
             "qualities": _qualities(config, facts),
         },
+    }
+
+
+def _lengths(abilities: Abilities | None, settings: Settings) -> dict[str, float | None]:
+    """How long a clip or a sound may be: by the settings, and by the rules of the class."""
+    kind = abilities.kind if abilities and abilities.tasks else IMAGE
+    frames, sound = (abilities.frames, abilities.sound) if abilities else (None, None)
+    most = [settings.max_seconds, *([sound.most] if sound and sound.most else [])]
+    frames_most = [settings.max_frames, *([frames.most] if frames and frames.most else [])]
+    return {
+        "frames": min(frames_most) if kind == VIDEO else None,
+        "frame_step": frames.step if kind == VIDEO and frames else None,
+        "seconds": min(most) if kind != IMAGE else None,
+        "sample_rate": sound.rate if sound else None,
     }
 
 

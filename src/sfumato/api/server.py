@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import signal
@@ -34,6 +35,8 @@ log = logging.getLogger("sfumato")
 
 ENDING_S = 15
 """Seconds after the grace time for answering the remaining requests."""
+TICK_S = 1.0
+"""Seconds for which uvicorn's header `date` may stand."""
 INTERRUPTED = 130
 """Exit code after a second Ctrl-C, as usual for programs ended by Ctrl-C."""
 
@@ -49,14 +52,26 @@ class Server(uvicorn.Server):
         self._connections = connections
         self._running = running
         self._grace_s = grace_s
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stopping, self._hurry = asyncio.Event(), asyncio.Event()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit and sig == signal.SIGINT and not self.hurried:
             self.hurried = True  # uvicorn handles a third one by dropping everything
         else:
             super().handle_exit(sig, frame)
+        if self._loop:  # as asyncio's own handler of SIGINT wakes it
+            self._loop.call_soon_threadsafe((self._hurry if self.hurried else self._stopping).set)
+
+    async def main_loop(self) -> None:
+        """Until a signal. uvicorn looks for it ten times a second, also while nothing happens."""
+        while not await self.on_tick(0):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(TICK_S):
+                    await self._stopping.wait()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
         await super().startup(sockets=sockets)
         # asyncio uses one number for connections accepted at once and for the backlog.
         for sock in sockets or ():
@@ -72,9 +87,9 @@ class Server(uvicorn.Server):
 
     async def _end(self) -> None:
         self._running.begin_stop()
-        end = asyncio.get_running_loop().time() + self._grace_s
-        while not self.hurried and asyncio.get_running_loop().time() < end:  # noqa: ASYNC110
-            await asyncio.sleep(0.1)  # as often as uvicorn checks; a signal handler cannot set an asyncio event
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._grace_s):
+                await self._hurry.wait()
         if count := self._running.end():
             log.warning("the server is stopping; %d running requests are answered with 503", count)
 

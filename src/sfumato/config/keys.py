@@ -97,6 +97,7 @@ KEYS: tuple[Key, ...] = (
         "Pipeline",
         ("diffusers.pipeline_type", "pipeline_type", read.string, "diffusers class. Absent: as the repository says."),
         ("diffusers.img2img", "img2img", read.flag, "Use the image-to-image class and accept source pictures."),
+        ("diffusers.img2vid", "img2img", read.flag, "Accept source pictures, of a class that makes clips of them."),
         (
             "diffusers.control_net", "control_net", read.one_or_more,
             "ControlNet: folder, `.safetensors` file, name in `controlnets/`, hub id or file of a repository; or a "
@@ -321,3 +322,6 @@ IMG2IMG: Mapping[str, str] = MappingProxyType(
     }
 )  # fmt: skip
 """Text-to-image class -> the corresponding image-to-image class, for `img2img: true`."""
+
+RENAMED: Mapping[str, str] = MappingProxyType({"VideoDiffusionPipeline": "DiffusionPipeline"})
+"""LocalAI's name of a class -> diffusers': that which the repository names."""

@@ -12,7 +12,17 @@ from urllib.parse import urlsplit
 from sfumato import schedulers
 from sfumato.config import addresses, readers
 from sfumato.config.document import Document, documents, read
-from sfumato.config.keys import CUSTOM_PREFIX, IGNORED, IMAGE_KEYS, IMG2IMG, KEYS, LANGUAGE_KEYS, REDIRECTS, SECTIONS
+from sfumato.config.keys import (
+    CUSTOM_PREFIX,
+    IGNORED,
+    IMAGE_KEYS,
+    IMG2IMG,
+    KEYS,
+    LANGUAGE_KEYS,
+    REDIRECTS,
+    RENAMED,
+    SECTIONS,
+)
 from sfumato.config.model import Adapter, ModelConfig
 from sfumato.errors import InvalidRequest, ModelFileError, did_you_mean
 from sfumato.sampling import nested
@@ -246,6 +256,8 @@ def _options(source: _Source, fields: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _pictures(fields: dict[str, Any]) -> None:
+    if (name := str(fields.get("pipeline_type"))) in RENAMED:
+        fields["pipeline_type"] = RENAMED[name]
     if fields.get("img2img"):
         fields["pipeline_type"] = IMG2IMG.get(fields.get("pipeline_type", ""), fields.get("pipeline_type"))
     if fields.get("img2img") or fields.get("prior"):

@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Final
 
 from ray import exceptions as lost
@@ -58,8 +59,6 @@ class RayServe:
         self._ended = EngineStats()
         """Counters of replicas that are gone."""
         self._pins: dict[str, Pin] = {}
-        self._waiting: set[str] = set()
-        """Ids of generations that no replica has yet."""
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def start(self) -> None:
@@ -76,21 +75,20 @@ class RayServe:
 
     async def submit(self, config: ModelConfig, generation: Generation) -> AsyncGenerator[Event, None]:
         deaths = 0
-        for losses in range(1, LOSSES + 1):
+        for losses in range(LOSSES):
+            # Under another id each time: a replica that is only out of reach may still draw it.
+            again = replace(generation, id=f"{generation.id}-{losses}") if losses else generation
             self.on_place(generation.id, False)  # no replica may be there yet, as a model that has to be loaded
             try:
-                stream = self._handle(config).options(
-                    method_name="draw", stream=True, multiplexed_model_id=adapters_key(generation)
-                )
-                with cancelling(stream.remote(config, generation, deaths)) as items:
+                with cancelling(self._drawing(config, again, deaths)) as items:
                     async for item in items:
                         match item:
                             case Begun(device):
                                 self.on_place(generation.id, True)
                                 self.on_device(generation.id, device)
-                            case Placed(id, taken):
-                                self.on_place(id, taken)
-                            case Failed(NoWorker() as error) if losses < LOSSES:
+                            case Placed(_, taken):
+                                self.on_place(generation.id, taken)
+                            case Failed(NoWorker() as error):
                                 deaths = error.deaths
                                 raise lost.RayActorError(error_msg=error.message)
                             case _:
@@ -107,6 +105,13 @@ class RayServe:
                 yield Failed(error)
                 return
         yield Failed(WorkerDied(f"{LOSSES} replicas were lost while they drew this; it is not tried again"))
+
+    def _drawing(self, config: ModelConfig, generation: Generation, deaths: int) -> DeploymentResponseGenerator[Any]:
+        """Raises ModelNotFound."""
+        key = adapters_key(generation)
+        handle = self._handle(config).options(method_name="draw", stream=True, multiplexed_model_id=key)
+        items: DeploymentResponseGenerator[Any] = handle.remote(config, generation, deaths)
+        return items
 
     def _handle(self, config: ModelConfig) -> DeploymentHandle:
         if handle := self._models.get(config.name):

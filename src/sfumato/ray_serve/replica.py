@@ -14,9 +14,8 @@ from ray import serve
 
 from sfumato import logs
 from sfumato.config import ModelConfig
-from sfumato.core import Done, Failed, Generation, Step
+from sfumato.core import Generation, Step
 from sfumato.engine.protocol import Load, Ordered, Pin, Placed, Unload
-from sfumato.errors import SfumatoError
 from sfumato.process.devices import work_of
 from sfumato.process.supervisor import Supervisor
 from sfumato.ray_serve.messages import Begun, Item, ReplicaState
@@ -32,40 +31,39 @@ class Replica:
         self._id = context.replica_id.unique_id
         self._supervisor = Supervisor(settings, name=f"{model}:{context.rank.rank}")
         self._supervisor.on_place = self._place
-        self._items: dict[str, asyncio.Queue[Item]] = {}
-        """Id of a generation → what is sent next."""
+        self._items: dict[str, asyncio.Queue[Item | None]] = {}
+        """Id of a generation → what is sent next, and at its end None."""
         self._steps_left: dict[str, int] = {}
         await self._supervisor.start()
 
     async def draw(self, config: ModelConfig, generation: Generation, deaths: int) -> AsyncGenerator[Item, None]:
         """The stream of a picture. `deaths`: of workers elsewhere, that it may have caused. Closing it cancels."""
         id = generation.id
-        queue = self._items[id] = asyncio.Queue[Item]()
+        queue = self._items[id] = asyncio.Queue[Item | None]()
         self._steps_left[id], _ = work_of(config, generation, self._supervisor.status(config.name).info)
         drawing = asyncio.create_task(self._draw(config, generation, deaths, queue))
         try:
             if generation.loras:  # where these are in memory the next one with them is sent
                 await self.adapters(adapters_key(generation))
             yield Begun(self._supervisor.devices[0].name)
-            ended = False
-            while not ended:
-                item = await queue.get()
-                ended = isinstance(item, Done | Failed)
+            while (item := await queue.get()) is not None:
                 yield item
         finally:
             del self._items[id], self._steps_left[id]
             drawing.cancel()
             await asyncio.wait([drawing])
 
-    async def _draw(self, config: ModelConfig, generation: Generation, deaths: int, queue: asyncio.Queue[Item]) -> None:
+    async def _draw(
+        self, config: ModelConfig, generation: Generation, deaths: int, queue: asyncio.Queue[Item | None]
+    ) -> None:
         try:
             async with aclosing(self._supervisor.submit(config, generation, deaths)) as events:
                 async for event in events:
                     if isinstance(event, Step):
                         self._steps_left[generation.id] = event.total - event.step
                     queue.put_nowait(event)
-        except SfumatoError as error:
-            queue.put_nowait(Failed(error))
+        finally:
+            queue.put_nowait(None)
 
     def _place(self, id: str, taken: bool) -> None:
         if queue := self._items.get(id):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import sqlalchemy as sql
 
-from sfumato.api.batches.tables import BATCHES, FILES, LINES, OPEN, StoredFile
+from sfumato.api.batches.tables import BATCHES, CHUNK, FILES, LINES, OPEN, VALIDATING, StoredFile
 from sfumato.api.jobs.store import JobStore
 from sfumato.errors import InvalidRequest, RequestTooLarge
 
@@ -117,16 +118,27 @@ class FileStore:
     def delete(self, file: StoredFile) -> bool:
         """With the answers that it is made of. False if it was there no more."""
         with self._jobs.begin() as connection:
-            if file.batch is not None:
-                lines = (LINES.c.batch == file.batch, LINES.c.failed == file.failed)
-                connection.execute(sql.delete(LINES).where(*lines))
-            return bool(connection.execute(sql.delete(FILES).where(FILES.c.id == file.id)).rowcount)
+            deleted = bool(connection.execute(sql.delete(FILES).where(FILES.c.id == file.id)).rowcount)
+        if file.batch is not None:
+            delete_lines(self._jobs, file.batch, LINES.c.failed == file.failed)
+        return deleted
+
+
+def delete_lines(jobs: JobStore, batch: str, *which: Any) -> None:
+    """Those of a batch for which all of `which` holds, in portions. What is left after a crash goes with the batch."""
+    mine = (LINES.c.batch == batch, *which)
+    some = sql.select(LINES.c.position).where(*mine).order_by(LINES.c.position).limit(CHUNK)
+    deleted = CHUNK
+    while deleted == CHUNK:
+        with jobs.begin() as connection:
+            these = (LINES.c.batch == batch, LINES.c.position.in_(some))
+            deleted = connection.execute(sql.delete(LINES).where(*these)).rowcount
 
 
 def stored_bytes(connection: sql.Connection, caller: str) -> int:
     """What a caller's files take, and the lines of its batches that have not ended."""
     files = sql.select(sql.func.sum(FILES.c.bytes)).where(FILES.c.caller == caller)
-    batches = sql.select(BATCHES.c.id).where(BATCHES.c.caller == caller, BATCHES.c.state.in_(OPEN))
+    batches = sql.select(BATCHES.c.id).where(BATCHES.c.caller == caller, BATCHES.c.state.in_((*OPEN, VALIDATING)))
     lines = sql.select(sql.func.sum(LINES.c.bytes)).where(LINES.c.batch.in_(batches))
     return sum(int(connection.execute(each).scalar() or 0) for each in (files, lines))
 

@@ -5,23 +5,32 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import sqlalchemy as sql
 from sqlalchemy.engine import RowMapping
 
-from sfumato.api.batches.files import FileStore, stored_bytes, unknown_place
-from sfumato.api.batches.tables import BATCHES, CANCELLING, FILES, IN_PROGRESS, LINES, OPEN, Line, StoredBatch
+from sfumato.api.batches.files import FileStore, delete_lines, stored_bytes, unknown_place
+from sfumato.api.batches.tables import (
+    BATCHES,
+    CANCELLING,
+    CHUNK,
+    FILES,
+    IN_PROGRESS,
+    LINES,
+    OPEN,
+    VALIDATING,
+    Line,
+    StoredBatch,
+)
 from sfumato.api.jobs.store import JobStore, lives
 from sfumato.api.jobs.tables import SERVERS
 from sfumato.api.webhooks import outbox
-from sfumato.errors import TooManyRequests
+from sfumato.errors import JobsUnavailable, TooManyRequests
 
 MAX_OPEN = 20
 """Batches of a caller that have not ended."""
-
-CHUNK = 1000
-"""Rows that are inserted at once."""
 
 UNDONE: Mapping[str, tuple[str, str]] = {
     "expired": ("batch_expired", "This request was not executed before the completion window expired."),
@@ -41,6 +50,8 @@ class BatchStore:
         self.files = files
         self._jobs = jobs
         self._max_age_s = max_age_s
+        self._creating: set[str] = set()
+        """Ids of batches whose lines are being inserted here."""
 
     @property
     def server(self) -> str:
@@ -49,25 +60,32 @@ class BatchStore:
 
     def create(self, batch: StoredBatch, lines: Sequence[Line]) -> None:
         """Once it has returned, the batch survives a power cut. Raises TooManyRequests for one too many."""
-        with self._jobs.begin(alone=batch.caller) as connection:
-            if batch.state in OPEN:
-                _require_room(connection, batch.caller)
-            self._jobs.sign_of_life(connection)
-            connection.execute(sql.insert(BATCHES), [_row(batch)])
+        self._creating.add(batch.id)
+        try:
+            first = replace(batch, state=VALIDATING) if lines else batch
+            with self._jobs.begin(alone=batch.caller) as connection:
+                if batch.state in OPEN:
+                    _require_room(connection, batch.caller)
+                self._jobs.sign_of_life(connection)
+                connection.execute(sql.insert(BATCHES), [_row(first)])
+                if batch.state not in OPEN:
+                    _tell(connection, batch, batch.state)
             for start in range(0, len(lines), CHUNK):
-                rows = [
-                    {
-                        "batch": batch.id,
-                        "position": line.position,
-                        "custom_id": line.custom_id,
-                        "bytes": len(line.body),
-                        "body": line.body,
-                    }
-                    for line in lines[start : start + CHUNK]
-                ]
-                connection.execute(sql.insert(LINES), rows)
-            if batch.state not in OPEN:
-                _tell(connection, batch, batch.state)
+                rows = [_line_row(batch.id, line) for line in lines[start : start + CHUNK]]
+                with self._jobs.begin() as connection:
+                    connection.execute(sql.insert(LINES), rows)
+            if lines:
+                self._complete(batch)
+        finally:
+            self._creating.discard(batch.id)
+
+    def _complete(self, batch: StoredBatch) -> None:
+        """All its lines are there. Raises JobsUnavailable if another server took this one for dead meanwhile."""
+        mine = (BATCHES.c.id == batch.id, BATCHES.c.state == VALIDATING)
+        with self._jobs.begin() as connection:
+            self._jobs.sign_of_life(connection)
+            if not connection.execute(sql.update(BATCHES).where(*mine).values(state=batch.state)).rowcount:
+                raise JobsUnavailable("the batch was not stored, as that took too long. Try again later.")
 
     def require_room(self, caller: str) -> None:
         """Raises TooManyRequests if a batch more of that caller would be one too many."""
@@ -78,7 +96,9 @@ class BatchStore:
         """The batch of that id (and caller), or None."""
         if "\0" in id:  # PostgreSQL takes no NUL
             return None
-        clauses = [BATCHES.c.id == id] + ([] if caller is None else [BATCHES.c.caller == caller])
+        clauses = [BATCHES.c.id == id, BATCHES.c.state != VALIDATING] + (
+            [] if caller is None else [BATCHES.c.caller == caller]
+        )
         with self._jobs.begin() as connection:
             row = connection.execute(sql.select(BATCHES).where(*clauses)).mappings().first()
             return self._batch(connection, row) if row else None
@@ -87,7 +107,7 @@ class BatchStore:
         """Batches, newest first (None: everybody's), and whether there are more. `after`: the id of the last seen."""
         if after and "\0" in after:  # PostgreSQL takes no NUL
             raise unknown_place(after)
-        clauses = [] if caller is None else [BATCHES.c.caller == caller]
+        clauses = [BATCHES.c.state != VALIDATING] + ([] if caller is None else [BATCHES.c.caller == caller])
         with self._jobs.begin() as connection:
             if after:
                 place = sql.select(BATCHES.c.created, BATCHES.c.id).where(BATCHES.c.id == after)
@@ -110,7 +130,7 @@ class BatchStore:
 
         Also, for each caller of theirs, the bytes that it may still store.
         """
-        query = sql.select(BATCHES).where(BATCHES.c.state.in_(OPEN)).order_by(BATCHES.c.created)
+        query = sql.select(BATCHES).where(BATCHES.c.state.in_((*OPEN, VALIDATING))).order_by(BATCHES.c.created)
         with self._jobs.begin() as connection:
             rows = connection.execute(query).mappings().all()
             if not rows:
@@ -118,7 +138,9 @@ class BatchStore:
             seen = {row.name: row.seen for row in connection.execute(sql.select(SERVERS))}
         mine = []
         for row in rows:
-            if row["server"] == self._jobs.server or (not lives(row["server"], seen) and self._take_over(row)):
+            if row["state"] == VALIDATING:
+                self._drop_incomplete(row, seen)
+            elif row["server"] == self._jobs.server or (not lives(row["server"], seen) and self._take_over(row)):
                 mine.append(_of_row(row, row["completed"], row["failed"]))
         with self._jobs.begin() as connection:
             if mine:
@@ -126,6 +148,15 @@ class BatchStore:
             callers = {batch.caller for batch in mine}
             room = {caller: self.files.max_bytes - stored_bytes(connection, caller) for caller in callers}
         return mine, room
+
+    def _drop_incomplete(self, row: RowMapping, seen: Mapping[str, float]) -> None:
+        """Delete a batch that nobody was told of, and whose lines nobody inserts any more."""
+        id, server = row["id"], row["server"]
+        if id in self._creating or (server != self._jobs.server and lives(server, seen)):
+            return
+        delete_lines(self._jobs, id)
+        with self._jobs.begin() as connection:
+            connection.execute(sql.delete(BATCHES).where(BATCHES.c.id == id, BATCHES.c.state == VALIDATING))
 
     def _take_over(self, row: RowMapping) -> bool:
         theirs = (BATCHES.c.id == row["id"], BATCHES.c.state.in_(OPEN), BATCHES.c.server == row["server"])
@@ -162,15 +193,16 @@ class BatchStore:
         return sql.exists().where(*mine)
 
     def finish(self, batch: StoredBatch, state: str, now: float) -> bool:
-        """End a batch of this server in one transaction: its counts, its files, and its lines that were not drawn.
+        """End a batch of this server: its lines that were not drawn, in portions; then its state, counts and files.
 
         False if it has ended already, or is another's now.
         """
+        while self._end_some(batch, UNDONE[state]):
+            pass
         mine = (BATCHES.c.id == batch.id, BATCHES.c.state.in_(OPEN), BATCHES.c.server == self._jobs.server)
         with self._jobs.begin() as connection:
             if not connection.execute(sql.update(BATCHES).where(*mine).values(state=state, ended=now)).rowcount:
                 return False
-            _end_undone(connection, batch, UNDONE[state])
             values: dict[str, Any] = {}
             for failed, (counted, named) in {False: ("completed", "output"), True: ("failed", "error")}.items():
                 lines = (LINES.c.batch == batch.id, LINES.c.failed == failed)
@@ -190,6 +222,26 @@ class BatchStore:
             _tell(connection, batch, state)
         return True
 
+    def _end_some(self, batch: StoredBatch, reason: tuple[str, str]) -> int:
+        """Let the next lines that have not ended say why; returns how many."""
+        undone = (LINES.c.batch == batch.id, LINES.c.failed.is_(None), self._is_mine(batch.id))
+        some = sql.select(LINES.c.position, LINES.c.custom_id).where(*undone).order_by(LINES.c.position).limit(CHUNK)
+        place = (LINES.c.batch == batch.id, LINES.c.position == sql.bindparam("at"))
+        values: dict[str, Any] = {"answer": sql.bindparam("said"), "bytes": sql.bindparam("size")}
+        update = sql.update(LINES).where(*place).values(values | {"failed": True, "body": None})
+        with self._jobs.begin() as connection:
+            rows = connection.execute(some).all()
+            answers = [output_line(batch.job(row.position).id, row.custom_id, error=reason) for row in rows]
+            if rows:
+                connection.execute(
+                    update,
+                    [
+                        {"at": row.position, "said": answer, "size": len(answer)}
+                        for row, answer in zip(rows, answers, strict=True)
+                    ],
+                )
+        return len(rows)
+
     def expire(self, now: float) -> int:
         """Delete files that are too old, with what they are made of, and ended batches; returns how many files."""
         with self._jobs.begin() as connection:
@@ -200,11 +252,15 @@ class BatchStore:
         with self._jobs.begin() as connection:
             gone = BATCHES.c.ended < now - self._max_age_s
             ids = connection.execute(sql.select(BATCHES.c.id).where(gone)).scalars().all()
+            without_files = set(ids)
             for id in ids:
                 named = (FILES.c.batch == id,)
-                if not connection.execute(sql.select(FILES.c.id).where(*named).limit(1)).first():
-                    connection.execute(sql.delete(LINES).where(LINES.c.batch == id))
-                    connection.execute(sql.delete(BATCHES).where(BATCHES.c.id == id))
+                if connection.execute(sql.select(FILES.c.id).where(*named).limit(1)).first():
+                    without_files.discard(id)
+        for id in without_files:
+            delete_lines(self._jobs, id)
+            with self._jobs.begin() as connection:
+                connection.execute(sql.delete(BATCHES).where(BATCHES.c.id == id))
         self._jobs.shrink()
         return len(old)
 
@@ -220,7 +276,7 @@ class BatchStore:
 
 
 def _require_room(connection: sql.Connection, caller: str) -> None:
-    mine = (BATCHES.c.caller == caller, BATCHES.c.state.in_(OPEN))
+    mine = (BATCHES.c.caller == caller, BATCHES.c.state.in_((*OPEN, VALIDATING)))
     count = connection.execute(sql.select(sql.func.count()).select_from(BATCHES).where(*mine)).scalar_one()
     if count >= MAX_OPEN:
         raise TooManyRequests(
@@ -234,33 +290,9 @@ def _tell(connection: sql.Connection, batch: StoredBatch, state: str) -> None:
         outbox.add(connection, url, f"batch.{state}", batch.id)
 
 
-def _end_undone(connection: sql.Connection, batch: StoredBatch, reason: tuple[str, str]) -> None:
-    """Let lines that have not ended say why."""
-    code, message = reason
-    undone = (LINES.c.batch == batch.id, LINES.c.failed.is_(None))
-    after = -1
-    while rows := connection.execute(
-        sql.select(LINES.c.position, LINES.c.custom_id)
-        .where(*undone, LINES.c.position > after)
-        .order_by(LINES.c.position)
-        .limit(CHUNK)
-    ).all():
-        after = rows[-1].position
-        answers = [output_line(batch.job(row.position).id, row.custom_id, error=(code, message)) for row in rows]
-        place = (LINES.c.batch == batch.id, LINES.c.position == sql.bindparam("at"))
-        values: dict[str, Any] = {
-            "failed": True,
-            "body": None,
-            "answer": sql.bindparam("said"),
-            "bytes": sql.bindparam("size"),
-        }
-        connection.execute(
-            sql.update(LINES).where(*place).values(values),
-            [
-                {"at": row.position, "said": answer, "size": len(answer)}
-                for row, answer in zip(rows, answers, strict=True)
-            ],
-        )
+def _line_row(batch: str, line: Line) -> dict[str, Any]:
+    size = len(line.body)
+    return {"batch": batch, "position": line.position, "custom_id": line.custom_id, "bytes": size, "body": line.body}
 
 
 def output_line(

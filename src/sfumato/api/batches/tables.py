@@ -1,6 +1,6 @@
 """The tables of files and batches, in the database of jobs.
 
-A batch and its lines are inserted in one transaction. A line is to a batch what a row of `jobs` is to a request: its
+A batch is there once all its lines are. A line is to a batch what a row of `jobs` is to a request: its
 body until it has ended, then its answer. Both files that a batch returns are its lines' answers, in order, so nothing
 is copied when it ends.
 """
@@ -21,6 +21,12 @@ BATCH_PURPOSE, VISION = "batch", "vision"
 """Of uploaded files: the input of a batch, and a source picture."""
 OPEN = (IN_PROGRESS, CANCELLING)
 """States of a batch that has not ended; others are failed, completed, expired and cancelled."""
+
+VALIDATING = "validating"
+"""State of a batch whose lines are still being inserted: nobody sees it, and it goes with its server."""
+
+CHUNK = 1000
+"""Lines that are written in one transaction: SQLite has one writer at a time, and jobs must not wait for 50,000."""
 
 FILES = sql.Table(
     "files",

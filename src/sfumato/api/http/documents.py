@@ -86,6 +86,10 @@ class ModelLimits(BaseModel):
     size_multiple: int | None
     prompt_tokens: int | None
     max_concurrent: int | None
+    frames: int | None = Field(description="Most frames of a clip; null if it makes none.")
+    frame_step: int | None = Field(description="Frames of a clip are one more than a multiple of this.")
+    seconds: float | None = Field(description="Longest clip or sound; null if it makes none.")
+    sample_rate: int | None = Field(description="Samples a second of a sound.")
 
 
 class ModelInput(BaseModel):

@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,11 +34,15 @@ class Server:
     """From its start to the first answer of /healthz."""
 
 
+PROGRAM = ("-m", "sfumato.cli")
+"""What Python runs."""
+
+
 @contextmanager
-def running(models: Path) -> Iterator[Server]:
+def running(models: Path, program: Sequence[str] = PROGRAM) -> Iterator[Server]:
     """Serve a folder of model files, with the other settings of the environment. Raises SfumatoError with its log."""
     with tempfile.TemporaryDirectory(prefix="sfumato-bench-") as data:
-        command = [sys.executable, "-m", "sfumato.cli", "serve", "--host", "127.0.0.1", "--port", "0"]
+        command = [sys.executable, *program, "serve", "--host", "127.0.0.1", "--port", "0"]
         environment = {name: value for name, value in os.environ.items() if name not in UNFIT}
         began = time.perf_counter()
         command += ["--models", str(models), "--data", data]
