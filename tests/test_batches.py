@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import sqlite3
@@ -16,9 +17,12 @@ import pytest
 import sqlalchemy as sql
 
 from sfumato.api.batches import lines
+from sfumato.api.batches.batches import Batches, _Active
 from sfumato.api.batches.files import FileStore
 from sfumato.api.batches.store import BatchStore
 from sfumato.api.batches.tables import CHUNK, Line, StoredBatch, StoredFile
+from sfumato.api.jobs import jobs as jobs_module
+from sfumato.api.jobs.run import Run
 from sfumato.api.jobs.store import JobStore
 from sfumato.errors import JobsUnavailable
 from support.answerable import within
@@ -460,6 +464,30 @@ def test_a_batch_that_another_server_drops_is_not_accepted_and_leaves_nothing(tm
             assert connection.exec_driver_sql(f"SELECT count(*) FROM {table}").scalar() == 0
     for each in (own, other):
         each._jobs.close()
+
+
+def test_a_cancelled_line_that_waits_for_a_place_waits_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It found the queue full, and lines of other batches have all places since."""
+    monkeypatch.setattr(jobs_module, "AGAIN_S", 0.0)
+    nothing: Any = None
+    batches, batch = Batches(nothing, nothing, places=lambda: 1), stored_batch("s", 1)
+
+    async def cancelled() -> None:
+        active, run, places = _Active(batch), Run(batch.job(0), promised=True), batches._places
+        await places.take()
+        other = asyncio.create_task(places.take())
+        pausing = asyncio.create_task(batches._pause(active, run))
+        await other
+        for _ in range(100):  # its pause is over
+            await asyncio.sleep(0)
+        assert places._waiting
+        run.cancelled.set()
+        await asyncio.wait_for(pausing, TIMEOUT_S)
+        assert run in active.refused  # it has none to give back
+        places.give()
+        await asyncio.wait_for(places.take(), TIMEOUT_S)
+
+    asyncio.run(cancelled())
 
 
 def batches_of(folder: Path) -> BatchStore:
