@@ -429,7 +429,11 @@ def compiled(vae: Any) -> None:
     vae.decoder.conv_in.compile(backend="eager")
 
 
-@pytest.mark.parametrize("change", [with_accelerate_hook, compiled])
+def parametrized(vae: Any) -> None:
+    torch.nn.utils.parametrizations.weight_norm(vae.decoder.conv_in)  # `copy.copy` raises for such a layer
+
+
+@pytest.mark.parametrize("change", [with_accelerate_hook, compiled, parametrized])
 def test_a_module_whose_weights_move_or_that_is_compiled_is_not_interrupted(change: Callable[[Any], None]) -> None:
     vae = tiny.stable_diffusion().vae
     assert interruption.interruptible(vae, "decode")

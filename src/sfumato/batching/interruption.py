@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import greenlet  # type: ignore[import-untyped]
 import torch
+from torch.nn.utils import parametrize
 
 from sfumato.batching.divided_attention import DividedAttention
 from sfumato.batching.outcomes import Reply
@@ -46,12 +47,15 @@ SHARE = 0.75
 def interruptible(module: Any, method: str) -> bool:
     """Whether a call of `method` of `module` can be computed part by part.
 
-    Not where something else than the module's own code moves weights between its parts, or has compiled them.
+    Not where something else than the module's own code moves weights between its parts, or has compiled them; nor
+    where weights are parametrized, as by `weight_norm`: torch does not copy such a layer.
     """
     if method not in METHODS or not isinstance(module, torch.nn.Module):
         return False
     return not any(
-        any(hasattr(part, name) for name in MOVED_OR_COMPILED) or part._compiled_call_impl is not None
+        any(hasattr(part, name) for name in MOVED_OR_COMPILED)
+        or part._compiled_call_impl is not None
+        or parametrize.is_parametrized(part)
         for part in module.modules()
     )
 

@@ -70,7 +70,7 @@ def watch(
         expected[name] = steps if isinstance(steps, int) else 0
     progress, finite = scheduler_owners.StepCount(expected, on_step), Finite()
     if driver := drivers.get("scheduler"):
-        views.expect(pipeline, functools.partial(_scheduled_of, weakref.ref(driver.scheduler)))
+        views.expect(pipeline, functools.partial(_scheduled_of, weakref.ref(driver.scheduler), weakref.ref(pipeline)))
         if interval:
             interval.count = functools.partial(_remaining_of, weakref.ref(driver.scheduler))
     for name, driver in drivers.items():
@@ -116,10 +116,14 @@ def _observe(
     scheduler_steps.wrap_step(scheduler, observed)
 
 
-def _scheduled_of(reference: weakref.ref[Any]) -> int:
+def _scheduled_of(reference: weakref.ref[Any], pipeline: weakref.ref[Any]) -> int:
     """Steps of the run that has begun. Image-to-image classes begin later, and round the strength in different ways."""
     scheduler = reference()
-    return 0 if scheduler is None else len(scheduler.timesteps) - (getattr(scheduler, "begin_index", None) or 0)
+    if scheduler is None:
+        return 0
+    left = len(scheduler.timesteps) - (getattr(scheduler, "begin_index", None) or 0)
+    # Solvers like DDIM have no such index: the class takes its part of the time steps, and says how many those are.
+    return min(left, getattr(pipeline(), "_num_timesteps", None) or left)
 
 
 def _remaining_of(reference: weakref.ref[Any], first: Any) -> int:
