@@ -123,7 +123,7 @@ class Jobs:
         new job if as many as the queue has room for wait for their next try.
         """
         full = self._waiting >= self.service.settings.max_queue
-        if full and not (job.key and await self.blocking(self.store.has_key, job.key)):
+        if full and not (job.key is not None and await self.blocking(self.store.has_key, job.key)):
             raise TooManyRequests(
                 f"{self._waiting} accepted requests wait for a worker, or for room in the queue. Try again later.",
                 retry_after=int(AGAIN_S),
