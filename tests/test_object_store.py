@@ -69,6 +69,17 @@ def test_the_gallery_is_rebuilt_from_it(url: str, tmp_path: Path) -> None:
     assert [entry.name for entry in other.page(GalleryQuery(words="cat"))[0]] == [name]
 
 
+def test_a_page_of_the_gallery_asks_for_no_picture(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gallery = Gallery(ObjectStore(url), f"sqlite:///{tmp_path}/one.db")
+    name = gallery.keep(png(), "png", "", MADE, 0.0)
+    gallery.store.delete(name)
+    with monkeypatch.context() as unreachable:
+        unreachable.setattr(MemoryFileSystem, "exists", None)
+        assert [entry.name for entry in gallery.page(GalleryQuery())[0]] == [name]
+    assert gallery.reconcile() == (0, 1)
+    assert gallery.page(GalleryQuery())[0] == []
+
+
 def test_the_setting_chooses_it_and_a_bad_one_is_named(tmp_path: Path, url: str) -> None:
     assert isinstance(store_of(Settings(data=tmp_path, outputs_url=url)), ObjectStore)
     assert not isinstance(store_of(Settings(data=tmp_path)), ObjectStore)

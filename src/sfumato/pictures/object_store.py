@@ -25,6 +25,8 @@ TIMES = ("LastModified", "mtime", "updated", "last_modified", "modified", "creat
 class ObjectStore(Store):
     """As a folder's store. An object is there as a whole or not at all, as file systems of objects have it."""
 
+    near = False
+
     def __init__(self, url: str, *, max_age_s: float = 0, max_bytes: int = 0) -> None:
         """Raises ValueError for a URL without a file system, or one that cannot be reached at once.
 

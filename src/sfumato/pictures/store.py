@@ -59,6 +59,9 @@ class Store:
     limit. Other files in the folder are left alone.
     """
 
+    near = True
+    """Whether `has` is quick enough to be asked of each picture of a page."""
+
     def __init__(self, folder: Path, *, max_age_s: float = 0, max_bytes: int = 0) -> None:
         self.folder = folder
         self._max_age_s = max_age_s
