@@ -119,6 +119,11 @@ class JobStore:
             raise JobsUnavailable("Idempotency-Key: it is being used by another request; try again") from None
         return None
 
+    def has_key(self, key: str) -> bool:
+        """Whether a job has that key."""
+        with self.begin() as connection:
+            return self._by_key(connection, key) is not None
+
     def get(self, id: str, caller: str | None = None) -> StoredJob | None:
         """The job of that id (and caller), or None."""
         if not id.isalnum():  # PostgreSQL takes no NUL
