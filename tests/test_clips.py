@@ -222,6 +222,18 @@ def test_what_is_refused_before_any_model_is_looked_at(fields: dict[str, Any], p
     assert caught.value.param == param
 
 
+@pytest.mark.parametrize(("enabled", "fits"), [(None, True), ({"num_inference_steps"}, True), (set(), False)])
+def test_a_picture_to_start_from_is_only_kept_out_by_none(enabled: set[str] | None, fits: bool) -> None:
+    more = {} if enabled is None else {"enable_parameters": frozenset(enabled)}
+    config, request = ModelConfig(name="m", model="m", **more), ImageRequest(prompts=["x"], images=[b""], format="gif")
+    if fits:
+        assert plan(request, config, LIMITS, 1)
+        return
+    with pytest.raises(InvalidRequest, match="m does not allow requests to set it") as caught:
+        plan(request, config, LIMITS, 1)
+    assert caught.value.param == "image"
+
+
 def test_a_format_without_its_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     request = ImageRequest(prompts=["a cat"], format="mp4")

@@ -325,8 +325,10 @@ def _enabled(config: ModelConfig, generation: Generation, request: ImageRequest)
 
     One of AUTOMATIC1111's clients loses what they may not set, except pictures.
     """
-    # Controls are what a request adds to a model, as LoRAs are: only `none` keeps them out.
-    pictures = request.images or (request.controls and not config.enable_parameters)
+    # Controls are what a request adds to a model, as LoRAs are, and most classes of clips need a picture, which LocalAI
+    # sends them whatever the file says: only `none` keeps these out.
+    free = request.controls or (request.images and kind_of(request.format) == VIDEO)
+    pictures = not config.enable_parameters if free else request.images
     if pictures and not generation.upscale and not config.enables("image"):  # an upscaler always takes a picture
         raise _disabled(config, "image")
     sampling = generation.sampling
