@@ -22,18 +22,20 @@ from support.answerable import within
 from support.clip_classes import wan_image
 from support.drawing import source
 from support.families_moving import FAMILIES
+from support.families_newer import wan_between
 from support.held import Held
 from support.serving import TIMEOUT_S, Server
 
 ENABLE = "diffusers: {enable_parameters: 'negative_prompt,num_inference_steps,image'}\n"
 SMALL: dict[str, Any] = {"width": 16, "height": 16, "num_frames": 5, "fps": 8, "steps": 2, "output_format": "webp"}
+PICTURE = base64.b64encode(source(16, 16)).decode()
 LONG = SMALL | {"steps": 1000, "num_frames": 5}
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     models = tmp_path_factory.mktemp("videos")
-    for name, build in (("film", FAMILIES["Wan"].build), ("from-picture", wan_image)):
+    for name, build in (("film", FAMILIES["Wan"].build), ("from-picture", wan_image), ("between", wan_between)):
         build().save_pretrained(models / "weights" / name)
         (models / f"{name}.yaml").write_text(f"name: {name}\nparameters: {{model: weights/{name}}}\n{ENABLE}")
     return models
@@ -141,8 +143,11 @@ def test_a_picture_of_an_image_job_is_no_clip(server: Server) -> None:
         ({"num_frames": None, "seconds": 500}, "seconds"),
         ({"output_format": "png"}, "output_format"),
         ({"width": None}, "width"),
-        ({"model": "from-picture"}, "image"),
-        ({"input_reference": base64.b64encode(source(16, 16)).decode()}, "image"),
+        ({"input_reference": PICTURE}, "input_reference"),
+        ({"input_reference": PICTURE, "end_image": PICTURE, "model": "from-picture"}, "end_image"),
+        ({"input_reference": PICTURE, "end_image": [PICTURE, PICTURE], "model": "between"}, "end_image"),
+        ({"input_reference": PICTURE, "end_image": PICTURE, "model": "between", "num_frames": 1}, "num_frames"),
+        ({"input_reference": PICTURE, "model": "between"}, "end_image"),
         ({"model": "sfumato-tiny"}, "model"),
         ({"prompt": None}, "prompt"),
     ],
@@ -152,6 +157,41 @@ def test_what_is_refused_at_once(server: Server, fields: dict[str, Any], param: 
         answer = server.client.post(path, json={"prompt": "a cat"} | SMALL | fields)
         assert answer.status_code == 400, (path, answer.text)
         assert answer.json()["error"]["param"] == param, answer.text
+
+
+def test_a_missing_picture_is_asked_for_by_the_name_of_its_route(server: Server) -> None:
+    for path, field in (
+        ("/v1/videos", "input_reference"),
+        ("/v1/videos/sync", "input_reference"),
+        ("/video", "start_image"),
+    ):
+        for fields in ({"model": "from-picture"}, {"model": "between", "end_image": PICTURE}):
+            answer = server.client.post(path, json={"prompt": "a cat"} | SMALL | fields)
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, field), answer.text
+            assert field in answer.json()["error"]["message"]
+    for field in ("input_reference", "end_image"):
+        pictures = {"input_reference": PICTURE, "end_image": PICTURE} | {field: "no picture"}
+        answer = server.client.post("/v1/videos/sync", json={"prompt": "a cat", "model": "between"} | SMALL | pictures)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, field), answer.text
+    both = {"prompt": "a cat", "model": "from-picture", "start_image": PICTURE, "input_reference": PICTURE} | SMALL
+    answer = server.client.post("/video", json=both)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "input_reference")
+
+
+def test_a_clip_between_two_pictures(server: Server) -> None:
+    end = base64.b64encode(source(20, 40)).decode()
+    body = {"prompt": "a cat", "seed": 3, "model": "between", "end_image": end} | SMALL
+    answer = server.client.post("/v1/videos/sync", json=body | {"input_reference": PICTURE})
+    assert answer.status_code == 200, answer.text
+    listed = server.client.post("/v1/videos/sync", json=body | {"input_reference": [PICTURE, end], "end_image": None})
+    local = server.client.post("/video", json=body | {"start_image": PICTURE, "response_format": "b64_json"})
+    assert base64.b64decode(local.json()["data"][0]["b64_json"]) == answer.content == listed.content
+    forms = {"input_reference": ("a.png", base64.b64decode(PICTURE)), "end_image": ("b.png", base64.b64decode(end))}
+    fields = {name: value for name, value in body.items() if name != "end_image"}
+    assert server.client.post("/v1/videos/sync", data=fields, files=forms).content == answer.content
+    told = {each["id"]: each["sfumato"] for each in server.client.get("/v1/models").json()["data"]}
+    (image,) = [each for each in told["between"]["inputs"] if each["name"] == "image"]
+    assert (image["roles"], image["least"], image["most"]) == (["picture", "last"], 2, 2)
 
 
 def test_what_the_worker_refuses_is_the_error_of_the_clip(server: Server, client: openai.OpenAI) -> None:

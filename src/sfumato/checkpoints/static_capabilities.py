@@ -99,6 +99,8 @@ def _kin(reading: Reading, parts: _Parts, nets: int) -> Kin:
     """Equals `class_reading.kin_of_pipeline` of the loaded pipeline."""
 
     def setting(part: str, key: str) -> Any:
+        if not part:
+            return parts.own(key)
         with suppress(_Unknown):
             return parts.setting(part, key) if part in parts else None
         return None
@@ -108,7 +110,7 @@ def _kin(reading: Reading, parts: _Parts, nets: int) -> Kin:
     more = any(parts.kind(part).startswith("Multi") for part in ("controlnet", "adapter"))
     return class_reading.kin_of(
         reading, unet_channels=channels, hidden_type=hidden_type, nets=nets, kinds=kinds or 0, more=more,
-        lacks=parts.lacks, frames=_frames(reading.name, parts),
+        lacks=parts.lacks, setting=setting, frames=_frames(reading.name, parts),
         sound=sound_rules.sound_rule(reading.name, parts.known) if reading.output == SOUND else None,
     )  # fmt: skip
 
@@ -131,7 +133,7 @@ class _Parts:
     """The components of a folder in diffusers' layout, read from their configurations."""
 
     def __init__(self, folder: Path, index: Mapping[str, Any]) -> None:
-        self._folder = folder
+        self._folder, self._index = folder, index
         self._without = {part for part, value in index.items() if isinstance(value, list) and value[1:] == [None]}
         self._classes = {
             part: str(value[1]) for part, value in index.items() if isinstance(value, list) and value[1:] != [None]
@@ -139,6 +141,10 @@ class _Parts:
 
     def __contains__(self, part: object) -> bool:
         return part in self._classes
+
+    def own(self, key: str) -> Any:
+        """A setting of the pipeline itself; None: it has none."""
+        return self._index.get(key)
 
     def lacks(self, part: str) -> bool:
         """Whether the model has been made without this component, as the index says."""

@@ -22,7 +22,7 @@ from sfumato.models.load import Loaded, token_limit
 from sfumato.pictures import images
 from sfumato.pipelines import request_fields
 from sfumato.pipelines.capabilities import MULTIPLES, parameters_of, upscaler
-from sfumato.pipelines.inputs import MOVING
+from sfumato.pipelines.inputs import LAST, MOVING
 from sfumato.sampling import PARAMETERS, Parameter, Sampling, merged
 
 SAMPLED = frozenset(parameter.argument for parameter in PARAMETERS if parameter.argument)
@@ -208,6 +208,8 @@ def _canvas(model: Loaded, pipeline: Any, filled: Generation) -> Canvas:
         return Canvas(width, height, stretched, masked, (first, mask), controls=controls)
     if len(sources) == 1 or mask is not None:
         sources = [_fit(sources[0], width, height), *sources[1:]]
+    elif class_reading.of_pipeline(pipeline).of(LAST):
+        sources = [_fit(source, width, height) for source in sources]  # frames of one clip
     mask = mask and ImageOps.fit(mask, (width, height), Image.Resampling.NEAREST)
     drawn = _cropped((width, height), multiple, sources, mask) if filled.crop else Canvas(width, height, sources, mask)
     return replace(drawn, controls=controls)

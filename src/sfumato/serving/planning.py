@@ -56,6 +56,8 @@ class ImageRequest:
     """Source pictures: file bytes, base64, `data:` URI, http(s) URL or an uploaded file (`sources.uploaded`)."""
     image_names: Sequence[str] = ()
     """Of each of them in errors; empty: as their API has them."""
+    image_fields: Sequence[str] = ("image",)
+    """Where their API has them, in the order of what they are for."""
     mask: str | bytes | None = None
     """White is redrawn; if the mask has transparency, transparent areas are redrawn."""
     mask_from_alpha: bool = False

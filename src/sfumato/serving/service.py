@@ -396,7 +396,7 @@ class Service:
             inputs.check(
                 config.name, abilities, kind=kind_of(request.format), frames=request.sampling.num_frames,
                 seconds=request.sampling.seconds, pictures=len(request.images), mask=request.mask is not None,
-                controls=len(request.controls),
+                controls=len(request.controls), fields=request.image_fields, names=request.image_names,
             )  # fmt: skip
         return prompts
 
