@@ -112,7 +112,7 @@ def test_a_clip_between_two_pictures_is_that_of_a_plain_call() -> None:
     assert len(drawn.recipe.image_sha256) == 2
     other, _ = clip_of(made, replace(asked_for, images=(PICTURE, PICTURE)))
     assert np.abs(clip.frames - other.frames).max() > 1e-3
-    with pytest.raises(InvalidRequest, match="a clip from a source picture to the last frame has at least two"):
+    with pytest.raises(InvalidRequest, match="from a first to the last frame there are two or more"):
         clip_of(made, replace(asked_for, sampling=replace(asked_for.sampling, num_frames=1)))
 
 

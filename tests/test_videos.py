@@ -29,6 +29,8 @@ from support.serving import TIMEOUT_S, Server
 ENABLE = "diffusers: {enable_parameters: 'negative_prompt,num_inference_steps,image'}\n"
 SMALL: dict[str, Any] = {"width": 16, "height": 16, "num_frames": 5, "fps": 8, "steps": 2, "output_format": "webp"}
 PICTURE = base64.b64encode(source(16, 16)).decode()
+WIDE = 24
+DAY_S = 24 * 3600
 LONG = SMALL | {"steps": 1000, "num_frames": 5}
 
 
@@ -195,7 +197,7 @@ def test_a_clip_between_two_pictures(server: Server) -> None:
 
 
 def test_what_the_worker_refuses_is_the_error_of_the_clip(server: Server, client: openai.OpenAI) -> None:
-    body = {"prompt": "a cat"} | SMALL | {"width": 24}
+    body = {"prompt": "a cat"} | SMALL | {"width": WIDE}
     refused = server.client.post("/v1/videos/sync", json=body)
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "size")
     answer = server.client.post("/v1/videos", json=body)
@@ -203,6 +205,22 @@ def test_what_the_worker_refuses_is_the_error_of_the_clip(server: Server, client
     video = client.videos.retrieve(answer.json()["id"])
     assert video.status == "failed" and video.error
     assert (video.error.code, video.error.message) == ("invalid_value", refused.json()["error"]["message"])
+    assert (video.model, video.prompt, video.size, video.seconds) == ("film", "a cat", f"{WIDE}x16", "0.625")
+    assert video.to_dict()["expires_at"] > answer.json()["created_at"] + DAY_S - 1
+    listed = {each["id"]: each for each in server.client.get("/v1/videos?limit=100").json()["data"]}
+    assert listed[video.id] == video.to_dict()
+
+
+def test_a_cancelled_clip_says_what_it_was(server: Server, client: openai.OpenAI) -> None:
+    made = create(client, seed=5, **LONG)
+    within(TIMEOUT_S, lambda: server.client.get(f"/v1/videos/{made.id}").json()["status"] == "in_progress")
+    assert server.client.get(f"/v1/videos/{made.id}").json()["expires_at"] is None
+    assert server.client.delete(f"/v1/jobs/{made.id}").status_code == 200
+    video = ended(server, made.id)
+    assert (video["status"], video["error"]["code"]) == ("failed", "cancelled")
+    told = (video["model"], video["size"], video["seconds"], video["num_frames"], video["fps"], video["seed"])
+    assert told == ("film", "16x16", "0.625", 5, 8, 5)
+    assert video["expires_at"] > made.created_at + DAY_S - 1
 
 
 def test_the_file_at_once(server: Server) -> None:

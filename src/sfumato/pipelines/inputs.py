@@ -302,11 +302,24 @@ def check(
         raise InvalidRequest(f"num_frames: {frames}; {model} does not draw that many: {why}", param="num_frames")
     if seconds and can.sound and (why := can.sound.violation(seconds)):
         raise InvalidRequest(f"seconds: {seconds:g}; {model} does not make that long a sound: {why}", param="seconds")
-    image, control = can.input("image"), can.input("controls")
+    image = can.input("image")
     if mask and "inpainting" not in can.tasks:
         raise InvalidRequest(
             f"{model} does not take mask_image; leave the mask out. It does: {', '.join(can.tasks)}", param="mask"
         )
+    pictures = _check_controls(model, can, pictures, mask=mask, controls=controls)
+    if image:
+        _check_pictures(model, image, pictures, fields, names)
+    elif pictures:
+        name = (*names, *fields)[0]
+        raise InvalidRequest(f"{name}: {model} takes no picture; leave it out", param=name)
+    if frames == 1 and image and image.roles[-1] == LAST and pictures == len(image.roles):
+        raise InvalidRequest(f"num_frames: 1; from a first to {WORDS[LAST]} there are two or more", param="num_frames")
+
+
+def _check_controls(model: str, can: Abilities, pictures: int, *, mask: bool, controls: int) -> int:
+    """The pictures that are no controls."""
+    image, control = can.input("image"), can.input("controls")
     if controls and control is None:
         raise InvalidRequest(
             f"{model} takes no control pictures by itself; leave controls out, or send the `name` of a ControlNet",
@@ -330,15 +343,7 @@ def check(
     if control and controls and not control.least <= controls <= (control.most or controls):
         several = f"{control.least} to {control.most}" if control.least != control.most else f"{control.least}"
         raise InvalidRequest(f"controls: {model} takes {several} control pictures, got {controls}", param="controls")
-    if image is None and pictures:
-        name = (*names, *fields)[0]
-        raise InvalidRequest(f"{name}: {model} takes no picture; leave it out", param=name)
-    if image:
-        _check_pictures(model, image, pictures, fields, names)
-    if image and frames == 1 and image.roles[-1] == LAST and pictures == len(image.roles):
-        raise InvalidRequest(
-            f"num_frames: 1; a clip from {WORDS[PICTURE]} to {WORDS[LAST]} has at least two", param="num_frames"
-        )
+    return pictures
 
 
 def _check_pictures(model: str, image: Input, pictures: int, fields: Sequence[str], names: Sequence[str]) -> None:
