@@ -330,9 +330,8 @@ def test_the_files_say_what_the_loaded_model_says(family: str, tmp_path: Path) -
     told = static_capabilities(ModelConfig(name="m", model=str(tmp_path / "weights")))
     known = model_info(loaded(pipeline))
     assert told.abilities and told.tasks == known.tasks == ("text-to-video",)
-    frames = None if family == "LTX" else known.abilities.frames  # its VAE computes how it compresses time
-    assert (told.abilities.kind, told.abilities.frames) == ("video", frames)
-    assert told.size_multiple == known.size_multiple
+    assert (told.abilities.kind, told.abilities.frames) == ("video", known.abilities.frames)
+    assert (told.size_multiple, told.fps) == (known.size_multiple, known.sampling.fps)
 
 
 def test_localais_words_for_clips(tmp_path: Path) -> None:

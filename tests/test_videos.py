@@ -29,7 +29,6 @@ from support.serving import TIMEOUT_S, Server
 ENABLE = "diffusers: {enable_parameters: 'negative_prompt,num_inference_steps,image'}\n"
 SMALL: dict[str, Any] = {"width": 16, "height": 16, "num_frames": 5, "fps": 8, "steps": 2, "output_format": "webp"}
 PICTURE = base64.b64encode(source(16, 16)).decode()
-WIDE = 24
 DAY_S = 24 * 3600
 LONG = SMALL | {"steps": 1000, "num_frames": 5}
 
@@ -46,6 +45,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with Server(models, tmp_path_factory.mktemp("data"), "--default-model", "film") as server:
+        for name in ("film", "from-picture", "between"):  # reads diffusers' source, longer than an answer at once takes
+            body = {"prompt": "a cat", "model": name, "size": "24x24", "output_format": "webp"}
+            assert server.client.post("/v1/videos/sync", json=body).status_code == 400
         yield server
 
 
@@ -143,6 +145,10 @@ def test_a_picture_of_an_image_job_is_no_clip(server: Server) -> None:
         ({"num_frames": 100_000}, "num_frames"),
         ({"num_frames": 9, "seconds": 1}, "seconds"),
         ({"num_frames": None, "seconds": 500}, "seconds"),
+        ({"num_frames": None, "seconds": 60, "fps": 120}, "seconds"),
+        ({"num_frames": None, "seconds": 60, "fps": None}, "seconds"),
+        ({"num_frames": None, "seconds": 15, "width": 1536, "height": 1536}, "seconds"),
+        ({"width": 24}, "size"),
         ({"output_format": "png"}, "output_format"),
         ({"width": None}, "width"),
         ({"input_reference": PICTURE}, "input_reference"),
@@ -196,16 +202,17 @@ def test_a_clip_between_two_pictures(server: Server) -> None:
     assert (image["roles"], image["least"], image["most"]) == (["picture", "last"], 2, 2)
 
 
-def test_what_the_worker_refuses_is_the_error_of_the_clip(server: Server, client: openai.OpenAI) -> None:
-    body = {"prompt": "a cat"} | SMALL | {"width": WIDE}
+def test_what_is_refused_at_its_turn_is_the_error_of_the_clip(server: Server, client: openai.OpenAI) -> None:
+    broken = base64.b64encode(b"no picture").decode()
+    body = {"prompt": "a cat", "model": "from-picture", "input_reference": broken} | SMALL
     refused = server.client.post("/v1/videos/sync", json=body)
-    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "size")
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "input_reference")
     answer = server.client.post("/v1/videos", json=body)
     ended(server, answer.json()["id"])
     video = client.videos.retrieve(answer.json()["id"])
     assert video.status == "failed" and video.error
-    assert (video.error.code, video.error.message) == ("invalid_value", refused.json()["error"]["message"])
-    assert (video.model, video.prompt, video.size, video.seconds) == ("film", "a cat", f"{WIDE}x16", "0.625")
+    assert (video.error.code, video.error.message) == ("invalid_image", refused.json()["error"]["message"])
+    assert (video.model, video.prompt, video.size, video.seconds) == ("from-picture", "a cat", "16x16", "0.625")
     assert video.to_dict()["expires_at"] > answer.json()["created_at"] + DAY_S - 1
     listed = {each["id"]: each for each in server.client.get("/v1/videos?limit=100").json()["data"]}
     assert listed[video.id] == video.to_dict()

@@ -104,5 +104,7 @@ def _count(pipeline: Any) -> str | None:
 
 def rate(model: Loaded, pipeline: Any) -> float:
     """Frames a second of a clip whose request and model file do not say it."""
-    named = [model.config.options.get(name) or signature_default(pipeline, name) for name in clip_rules.RATES]
-    return next((float(each) for each in named if each), clip_rules.rate(type(pipeline).__name__))
+    options = model.config.options
+    return clip_rules.own_rate(
+        type(pipeline).__name__, lambda name: options.get(name) or signature_default(pipeline, name)
+    )

@@ -317,6 +317,21 @@ def check(
         raise InvalidRequest(f"num_frames: 1; from a first to {WORDS[LAST]} there are two or more", param="num_frames")
 
 
+def check_sides(model: str, width: int, height: int, multiple: int) -> None:
+    """Raises InvalidRequest unless both sides, in pixels, are multiples of what a class draws."""
+    if width % multiple or height % multiple:
+        raise InvalidRequest(
+            f"size {width}x{height}: {model} needs sides that are multiples of {multiple}; "
+            f"the nearest is {near(width, multiple)}x{near(height, multiple)}",
+            param="size",
+        )
+
+
+def near(side: int, multiple: int) -> int:
+    """The multiple next to a side, at least one."""
+    return max(multiple, round(side / multiple) * multiple)
+
+
 def _check_controls(model: str, can: Abilities, pictures: int, *, mask: bool, controls: int) -> int:
     """The pictures that are no controls."""
     image, control = can.input("image"), can.input("controls")
