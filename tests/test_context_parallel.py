@@ -49,7 +49,7 @@ def runners(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runners]:
 
 
 def as_floats(done: Done) -> Any:
-    return np.asarray(decoded(done.png)).astype(float)
+    return np.asarray(decoded(done.file)).astype(float)
 
 
 def by_both(model: Loaded, runners: Runners, generation: Generation) -> Done:

@@ -78,6 +78,17 @@ def test_others_are_told_at_once(inside: Inside) -> None:
             assert (answer.status_code, len(broken.seeds)) == (503, 1)
 
 
+def test_a_stream_that_says_so_is_not_stored(inside: Inside) -> None:
+    broken = Broken(inside, [NoWorker("the worker does not start")])
+    with inside.client() as client:
+        answers = [
+            client.post(GENERATIONS, json=CAT | {"stream": True}, headers={"idempotency-key": "s"}) for _ in range(2)
+        ]
+        assert "worker_died" in answers[0].text
+        assert "image_generation.completed" in answers[1].text
+        assert len(broken.seeds) == 2
+
+
 def test_lines_of_a_batch_are_tried_again(inside: Inside) -> None:
     Broken(inside, [NoWorker("the worker does not start") for _ in range(5)])
     with inside.client() as client:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import importlib.util
 import io
+import json
+import re
 import signal
 import warnings
 from collections.abc import Iterator
@@ -98,6 +100,18 @@ def test_a_clip_from_its_creation_to_its_file(server: Server, client: openai.Ope
     assert (part.status_code, part.content) == (206, b"RIFF")
     job = server.client.get(f"/v1/jobs/{made.id}").json()
     assert (job["status"], job["path"]) == ("completed", "/v1/videos")
+
+
+GUIDE = Path(__file__).parent.parent / "docs" / "guides" / "video.md"
+EXAMPLES = re.findall(r"```json\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_the_examples_of_the_guide_make_clips(server: Server, example: str) -> None:
+    small = {"model": "film", "size": "16x16", "fps": 8, "steps": 2, "output_format": "webp"}
+    made = server.client.post("/v1/videos", json=json.loads(example) | small)
+    assert made.status_code == 200, made.text
+    assert ended(server, made.json()["id"])["num_frames"] == 33  # four seconds, as frames that the class draws
 
 
 def test_a_list_in_pages_and_deletion(server: Server, client: openai.OpenAI) -> None:
