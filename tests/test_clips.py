@@ -16,16 +16,17 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from sfumato.checkpoints import class_reading, clip_rules
+from sfumato.checkpoints import class_reading, clip_rules, diffusers_source
 from sfumato.checkpoints.static_capabilities import static_capabilities
 from sfumato.config import ModelConfig, load
 from sfumato.core import Generation, Limits
-from sfumato.drawing import arguments
+from sfumato.drawing import arguments, clips
 from sfumato.drawing import draw as drawing
 from sfumato.drawing.info import model_info
 from sfumato.errors import InvalidRequest
 from sfumato.models.load import Loaded
 from sfumato.pictures.results import Clip
+from sfumato.pipelines.inputs import FRAME_COUNTS, MOVING
 from sfumato.sampling import Sampling
 from sfumato.serving.planning import ImageRequest, plan
 from sfumato.status import FrameRule
@@ -363,6 +364,48 @@ def test_frames_of_a_rule() -> None:
     assert [rule.at_least(frames) for frames in (0, 1, 1.2, 5, 5.5, 80)] == [1, 1, 5, 5, 9, 81]
     assert [bool(rule.violation(frames)) for frames in (1, 2, 5, 81, 85)] == [False, True, False, False, True]
     assert FrameRule().violation(7) == ""
+    pieces = FrameRule(16, first=24)
+    assert [pieces.at_least(frames) for frames in (1, 24, 25, 88)] == [24, 24, 40, 88]
+    assert pieces.violation(88) == ""
+    assert pieces.violation(9) == "frames of the form 16k+24 are valid; the fewest are 24"
+    assert pieces.violation(30) == "frames of the form 16k+24 are valid; the nearest are 24 and 40"
+
+
+_STEP = re.compile(r"(?:%s)\b[^=]*=[^=]*?(?:else )?(\d+)\s*\)?\n" % "|".join(clip_rules.STEPS))
+
+
+def frames_by_itself(name: str) -> int | None:
+    """By the signature of a class; None if that does not say."""
+    taken = class_reading.parameters(name) or {}
+    count = next((taken[each].default for each in FRAME_COUNTS if each in taken), None)
+    return count if isinstance(count, int) else None
+
+
+MOVING_CLASSES = [
+    name
+    for name in sorted(diffusers_source.files())
+    if name.endswith("Pipeline") and (found := class_reading.of_name(name)) and found.output == MOVING
+    and "VideoToVideo" not in name
+]  # fmt: skip
+"""Without those that no request can ask for."""
+
+
+def test_every_class_draws_the_frames_that_it_draws_by_itself() -> None:
+    checked = {"AllegroPipeline": 88}  # its signature leaves it to the denoiser, and that has 22 frames of latents
+    for name in MOVING_CLASSES:
+        step = _STEP.search(diffusers_source.files()[name].read_text(encoding="utf-8"))
+        frames = checked.setdefault(name, frames_by_itself(name) or 1)
+        rule = clip_rules.OWN.get(name) or clip_rules.frame_rule(int(step[1]) if step else None, None, "")
+        if frames > 1:
+            assert rule.violation(frames) == "", name
+    assert checked["HeliosPipeline"] == 132
+    assert sum(frames > 1 for frames in checked.values()) > 30
+
+
+def test_allegros_frames_of_latents_are_no_frames() -> None:
+    made = loaded(families_newer.allegro())  # its denoiser has 8
+    assert clips.default_frames(made) == 32
+    assert clip_rules.of_pipeline(made.pipeline) == FrameRule(16, first=24)
 
 
 @pytest.mark.parametrize(

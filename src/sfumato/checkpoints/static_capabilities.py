@@ -228,6 +228,8 @@ def _tokens(name: str, parameters: Mapping[str, inspect.Parameter], parts: _Part
 
 def _frames(name: str, parts: _Parts) -> FrameRule | None:
     """Equals `clip_rules.of_pipeline` of the loaded pipeline; None if that cannot be evaluated."""
+    if own := clip_rules.OWN.get(name):
+        return own
     attributes: dict[str, Any] = {}
     for function in diffusers_source.methods(name, "__init__"):
         for target, value in _assignments(function):

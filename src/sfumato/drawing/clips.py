@@ -85,7 +85,8 @@ def default_frames(model: Loaded) -> int | None:
     count = _count(pipeline)
     own = config.options.get(count or "") or (signature_default(pipeline, count) if count else None)
     denoiser = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
-    trained = [getattr(denoiser, "config", {}).get(name) for name in TRAINED]
+    each = clip_rules.LATENT_FRAMES.get(type(denoiser).__name__, 1)
+    trained = [(getattr(denoiser, "config", {}).get(name) or 0) * each for name in TRAINED]
     known = [config.sampling.num_frames, own, *trained]
     return next((frames for frames in known if isinstance(frames, int) and frames), None)
 
