@@ -371,7 +371,7 @@ def test_frames_of_a_rule() -> None:
     assert pieces.violation(30) == "frames of the form 16k+24 are valid; the nearest are 24 and 40"
 
 
-_STEP = re.compile(r"(?:%s)\b[^=]*=[^=]*?(?:else )?(\d+)\s*\)?\n" % "|".join(clip_rules.STEPS))
+_STEP = re.compile(rf"(?:{'|'.join(clip_rules.STEPS)})\b[^=]*=[^=]*?(?:else )?(\d+)\s*\)?\n")
 
 
 def frames_by_itself(name: str) -> int | None:
