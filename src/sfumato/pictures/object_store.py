@@ -31,7 +31,7 @@ class ObjectStore(Store):
         except (ImportError, ValueError) as error:
             raise ValueError(f"outputs_url={url!r}: {error}") from None
 
-    def file(self, name: str) -> BytesIO:
+    def open(self, name: str) -> BytesIO:
         return BytesIO(self._read(name) or b"")
 
     def _path(self, name: str) -> str:
