@@ -458,7 +458,7 @@ def test_ten_thousand_pictures_scroll_and_are_searched(browser: Browser, tmp_pat
         assert sorted(took)[2] < 0.1, took
         with visit(browser, server.url) as (page, _):
             go(page, "Gallery")
-            expect(page.get_by_text("10000 pictures")).to_be_visible()
+            expect(page.get_by_text("10000 files")).to_be_visible()
             expect(tiles(page)).to_have_count(60)
             tiles(page).first.get_by_role("button").first.focus()
             for _ in range(3):
