@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sfumato.core import Done, Failed, Generation, Preview, Step
-from sfumato.engine.protocol import Answer, Cancel
+from sfumato.engine.protocol import Answer, Cancel, Submit
 from sfumato.pictures import files
+from sfumato.pictures.encoder import EncoderThread
 from sfumato.previews import steps
 from sfumato.sampling import Sampling
 from support import tiny
 from support.engines import Engine
+from support.families_moving import wan
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +72,45 @@ def test_others_draw_while_a_picture_is_encoded(folder: Path, monkeypatch: pytes
     assert all(isinstance(answer, Done) for answer in answers.values())
     assert held.threads
     assert threading.get_ident() not in held.threads
+
+
+def test_no_picture_waits_for_the_file_of_a_clip(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wan().save_pretrained(tmp_path / "base")
+    engine, encode, released = Engine(folder), files.encode, threading.Event()
+    film = replace(engine.config, name="film", model=str(tmp_path / "base"), folder=tmp_path)
+
+    def held(result: Any, made: Any, format: str) -> bytes:
+        assert format == "png" or released.wait(30)
+        return encode(result, made, format)
+
+    def react(id: str, event: Any) -> None:
+        if id == "clip" and isinstance(event, Step):
+            engine.loop.post(Submit(engine.config, wanted("picture", 8)))
+        elif id == "picture" and isinstance(event, Done):
+            released.set()
+
+    monkeypatch.setattr(files, "encode", held)
+    on_report(engine, react)
+    sampling = Sampling(width=16, height=16, num_frames=5, fps=8, steps=1)
+    engine.loop.post(Submit(film, Generation(id="clip", prompt="a cat", seed=1, sampling=sampling, format="webp")))
+    answers = engine.draw()
+    assert [type(answers[id]) for id in ("picture", "clip")] == [Done, Done]
+
+
+def test_previews_of_a_clip_come_before_it() -> None:
+    encoder, told = EncoderThread(lambda: None, lambda: None), list[str]()
+    begun = threading.Event()
+
+    def preview() -> None:
+        begun.wait(30)
+        told.append("preview")
+
+    encoder.later(preview)
+    clip = encoder.begin(lambda: told.append("clip"), long=True)
+    begun.set()
+    clip.result(30)
+    encoder.close()
+    assert told == ["preview", "clip"]
 
 
 def test_a_request_is_cancelled_while_its_picture_is_encoded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,7 @@ from sfumato.engine.protocol import (
 )
 from sfumato.engine.stats import EVERY_S, Stats
 from sfumato.errors import Cancelled, SfumatoError
+from sfumato.formats import IMAGE, kind_of
 from sfumato.models import estimators
 from sfumato.models.content_hashes import ContentHashes
 from sfumato.models.load import Loaded
@@ -317,7 +318,8 @@ class Loop:
                 try:
                     memory = self._batcher.free_caches, self._batcher.let_long_calls_end
                     picture = out_of_memory.with_less(model, submit.generation, run, *memory)
-                    return self._encoder.begin(functools.partial(encoded, picture))
+                    long = kind_of(submit.generation.format) != IMAGE
+                    return self._encoder.begin(functools.partial(encoded, picture), long=long)
                 finally:
                     if self._reported(model) != before:
                         self._pool.describe_again(model)

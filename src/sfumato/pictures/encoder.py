@@ -1,4 +1,4 @@
-"""Pictures are encoded in a thread of their own: a large PNG takes as long as several steps of a small picture."""
+"""Files are encoded beside the loop: a large PNG takes as long as several steps of a small picture, a clip minutes."""
 
 from __future__ import annotations
 
@@ -33,11 +33,14 @@ HERE = _Here()
 
 
 class EncoderThread:
-    """In a thread of its own. What waits for a result lets others run meanwhile."""
+    """In a thread of its own, and a second one for clips and sounds: no picture waits for their files.
+
+    What waits for a result lets others run meanwhile.
+    """
 
     def __init__(self, wait: Callable[[], None], wake: Callable[[], None]) -> None:
         """`wait`: returns after a while, and others have run. `wake`: called in the thread after each piece of work."""
-        self._pool = _pool()
+        self._pool, self._long = _pool(), _pool()
         self._wait = wait
         self._wake = wake
         self._waiting = 0
@@ -50,9 +53,13 @@ class EncoderThread:
     def later(self, work: Callable[[], None]) -> None:
         self._pool.submit(work)
 
-    def begin(self, work: Callable[[], T]) -> Future[T]:
-        """Do it, and say so when it is done."""
-        future = self._pool.submit(work)
+    def begin(self, work: Callable[[], T], *, long: bool = False) -> Future[T]:
+        """Do it, and say so when it is done. `long`: beside what is given later, but after what was given before."""
+        if long:
+            earlier = self._pool.submit(_nothing)
+            future = self._long.submit(lambda: (earlier.result(), work())[1])
+        else:
+            future = self._pool.submit(work)
         future.add_done_callback(self._done)
         return future
 
@@ -67,12 +74,17 @@ class EncoderThread:
             self._waiting -= 1
 
     def close(self) -> None:
-        """End the thread, after the work that it was given. More work begins another."""
+        """End the threads, after the work that they were given. More work begins others."""
         self._pool.shutdown()
-        self._pool = _pool()
+        self._long.shutdown()
+        self._pool, self._long = _pool(), _pool()
 
     def _done(self, future: Future[Any]) -> None:
         self._wake()
+
+
+def _nothing() -> None:
+    pass
 
 
 def _pool() -> ThreadPoolExecutor:
