@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import replace
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sfumato.core import Done, Failed, Generation, Preview, Step
-from sfumato.engine.protocol import Answer, Cancel, Submit
+from sfumato.engine.protocol import Answer, Cancel
 from sfumato.pictures import files
 from sfumato.pictures.encoder import EncoderThread
 from sfumato.previews import steps
 from sfumato.sampling import Sampling
 from support import tiny
 from support.engines import Engine
-from support.families_moving import wan
 
 
 @pytest.fixture(scope="module")
@@ -74,45 +73,6 @@ def test_others_draw_while_a_picture_is_encoded(folder: Path, monkeypatch: pytes
     assert threading.get_ident() not in held.threads
 
 
-def test_no_picture_waits_for_the_file_of_a_clip(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wan().save_pretrained(tmp_path / "base")
-    engine, encode, released = Engine(folder), files.encode, threading.Event()
-    film = replace(engine.config, name="film", model=str(tmp_path / "base"), folder=tmp_path)
-
-    def held(result: Any, made: Any, format: str) -> bytes:
-        assert format == "png" or released.wait(30)
-        return encode(result, made, format)
-
-    def react(id: str, event: Any) -> None:
-        if id == "clip" and isinstance(event, Step):
-            engine.loop.post(Submit(engine.config, wanted("picture", 8)))
-        elif id == "picture" and isinstance(event, Done):
-            released.set()
-
-    monkeypatch.setattr(files, "encode", held)
-    on_report(engine, react)
-    sampling = Sampling(width=16, height=16, num_frames=5, fps=8, steps=1)
-    engine.loop.post(Submit(film, Generation(id="clip", prompt="a cat", seed=1, sampling=sampling, format="webp")))
-    answers = engine.draw()
-    assert [type(answers[id]) for id in ("picture", "clip")] == [Done, Done]
-
-
-def test_previews_of_a_clip_come_before_it() -> None:
-    encoder, told = EncoderThread(lambda: None, lambda: None), list[str]()
-    begun = threading.Event()
-
-    def preview() -> None:
-        begun.wait(30)
-        told.append("preview")
-
-    encoder.later(preview)
-    clip = encoder.begin(lambda: told.append("clip"), long=True)
-    begun.set()
-    clip.result(30)
-    encoder.close()
-    assert told == ["preview", "clip"]
-
-
 def test_a_request_is_cancelled_while_its_picture_is_encoded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, held = Engine(folder), Held(monkeypatch)
 
@@ -162,3 +122,44 @@ def test_previews_are_made_in_that_thread_too_and_come_before_the_picture(
     assert isinstance(events[-1], Done)
     assert threads
     assert threading.get_ident() not in threads
+
+
+class Frames:
+    """Stands for what work holds."""
+
+
+def nothing() -> None:
+    pass
+
+
+def test_long_work_comes_after_what_was_given_before_and_holds_nothing_back() -> None:
+    encoder = EncoderThread(nothing, nothing)
+    begin, end, order = threading.Event(), threading.Event(), list[str]()
+
+    def last_preview() -> None:
+        assert begin.wait(30)
+        order.append("preview")
+
+    def clip() -> None:
+        order.append("clip")
+        assert end.wait(30)
+
+    encoder.later(last_preview)
+    future = encoder.begin(clip, long=True)
+    begin.set()
+    encoder.begin(end.set).result(30)  # a picture
+    future.result(30)
+    encoder.close()
+    assert order == ["preview", "clip"]
+
+
+def test_cancelled_work_is_forgotten_at_once() -> None:
+    encoder, released, frames = EncoderThread(nothing, nothing), threading.Event(), Frames()
+    encoder.begin(lambda: released.wait(30), long=True)
+    kept = weakref.ref(frames)
+    future = encoder.begin(lambda held=frames: held, long=True)  # type: ignore[misc]
+    del frames
+    assert future.cancel()
+    assert kept() is None
+    released.set()
+    encoder.close()

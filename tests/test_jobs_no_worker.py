@@ -78,6 +78,17 @@ def test_others_are_told_at_once(inside: Inside) -> None:
             assert (answer.status_code, len(broken.seeds)) == (503, 1)
 
 
+def test_a_stream_that_says_so_is_not_stored(inside: Inside) -> None:
+    broken = Broken(inside, [NoWorker("the worker does not start")])
+    with inside.client() as client:
+        answers = [
+            client.post(GENERATIONS, json=CAT | {"stream": True}, headers={"idempotency-key": "s"}) for _ in range(2)
+        ]
+        assert "worker_died" in answers[0].text
+        assert "image_generation.completed" in answers[1].text
+        assert len(broken.seeds) == 2
+
+
 def test_lines_of_a_batch_are_tried_again(inside: Inside) -> None:
     Broken(inside, [NoWorker("the worker does not start") for _ in range(5)])
     with inside.client() as client:
@@ -94,12 +105,16 @@ def test_no_more_wait_than_the_queue_holds(inside: Inside, monkeypatch: pytest.M
     Broken(inside, [NoWorker("the worker does not start") for _ in range(2)])
     with inside.client() as client:
         waiting = []
-        for count in (1, 2):
-            waiting.append(client.post(GENERATIONS, json=CAT, headers=ASYNC).headers["location"])
+        keyed = {"idempotency-key": "k"} | ASYNC
+        for count, headers in ((1, keyed), (2, ASYNC)):
+            waiting.append(client.post(GENERATIONS, json=CAT, headers=headers).headers["location"])
             within(TIMEOUT_S, lambda count=count: inside.app.state.jobs._waiting == count)
         refused = client.post(GENERATIONS, json=CAT, headers=ASYNC)
         assert refused.status_code == 429
         assert "2 accepted requests wait for a worker" in refused.json()["error"]["message"]
+        assert client.post(GENERATIONS, json=CAT, headers=ASYNC | {"idempotency-key": "new"}).status_code == 429
+        known = client.post(GENERATIONS, json=CAT, headers=keyed)
+        assert (known.status_code, known.headers["location"]) == (202, waiting[0])
         assert client.post(GENERATIONS, json=CAT).status_code == 200
         assert client.delete(waiting[0]).json()["status"] == "cancelled"
         assert client.post(GENERATIONS, json=CAT, headers=ASYNC).status_code == 202

@@ -75,7 +75,8 @@ def test_what_was_promised_is_there_after_a_power_cut_at_any_moment(tmp_path: Pa
     for moment, record, disk in recording.disks():
         if moment < first or not record.name.startswith("data/jobs.db"):
             continue
-        for dice in (None, *(random.Random(moment + each) for each in range(TRIES))):
+        lost = [random.Random(moment + each) for each in range(TRIES)]
+        for dice in [None] if record.op == "S" else lost:  # nothing becomes certain in between
             disk.after_power_cut(cut, dice)
             assert stored(cut / "data" / "jobs.db") >= {id for id, at in promised.items() if at <= moment}
             shutil.rmtree(cut)

@@ -102,6 +102,10 @@ NAMES: dict[str, tuple[str, ...]] = {
     ),
     "checkpoints/pipeline_class.py": ("diffusers:DiffusionPipeline._optional_components",),
     "batching/adapted.py": ("torch.nn:Module._buffers", "peft.tuners.tuners_utils:BaseTunerLayer._active_adapter"),
+    "models/context_parallel.py": (
+        "diffusers:FluxTransformer2DModel._cp_plan", "diffusers:ModelMixin.enable_parallelism",
+        "diffusers.hooks.context_parallel:apply_context_parallel", "diffusers:ContextParallelConfig.setup",
+    ),
     "models/by_layer.py": ("diffusers.hooks.group_offloading:_is_group_offload_enabled",),
     "models/attention_kinds.py": tuple(
         f"diffusers.loaders.{mixin}._convert_ip_adapter_{part}_to_diffusers"
@@ -137,6 +141,7 @@ OWN = {
     ("_unpatchify", "pipelines/modular.py"),
     # The standard library's, documented in spite of the underscore.
     ("_getframe", "batching/stand_in.py"), ("_exit", "process/worker.py"), ("_replace", "checkpoints/url_version.py"),
+    ("_exit", "runners/follower.py"), ("_exit", "runners/group.py"),
 }  # fmt: skip
 """What looks like a private name of another package and is none."""
 

@@ -169,6 +169,8 @@ def _ask(client: httpx.Client, wanted: Wanted) -> None:
         answer = client.post(GENERATIONS, json=wanted.body(prompt), headers=headers)
         if _refused(answer):
             return
+        if "worker_died" in answer.text:  # the last event of a stream, which is not stored
+            return
         if answer.status_code == 200:
             wanted.answers.append({prompt: picture_of(answer)})
             return

@@ -281,7 +281,9 @@ class Loop:
             del self._tasks[id]
             self._stats.ended(id)
             self._batcher.cancel(task, RunStopped())
-        elif not (self._encoding.pop(id, None) or self._submitted.pop(id, None)):
+        elif encoding := self._encoding.pop(id, None):
+            encoding.cancel()  # what has begun asks `_runs`
+        elif not self._submitted.pop(id, None):
             return  # already answered, or about to be
         self._send(Answer(id, _CANCELLED))
 
@@ -289,7 +291,7 @@ class Loop:
 
     def _draw(self, submit: Submit) -> Future[Done]:
         """Runs in the request's greenlet, from its first turn to its end. Returns the picture, being encoded."""
-        id = submit.generation.id
+        id, long = submit.generation.id, kind_of(submit.generation.format) != IMAGE
         self._send(Started(id))
         log.info("request %s starts", id)
         on_step = functools.partial(self._on_step, submit.generation)
@@ -318,8 +320,8 @@ class Loop:
                 try:
                     memory = self._batcher.free_caches, self._batcher.let_long_calls_end
                     picture = out_of_memory.with_less(model, submit.generation, run, *memory)
-                    long = kind_of(submit.generation.format) != IMAGE
-                    return self._encoder.begin(functools.partial(encoded, picture), long=long)
+                    wanted = functools.partial(self._runs, id)
+                    return self._encoder.begin(functools.partial(encoded, picture, wanted), long=long)
                 finally:
                     if self._reported(model) != before:
                         self._pool.describe_again(model)
@@ -363,9 +365,13 @@ class Loop:
             self._send(Placed(id, taken))
 
     def _send_running(self, id: str, event: Event) -> None:
-        """Called in the thread that encodes, too."""
-        if id in self._tasks or id in self._encoding:
+        """Called in the threads that encode, too."""
+        if self._runs(id):
             self._send(Answer(id, event))
+
+    def _runs(self, id: str) -> bool:
+        """Whether it is neither answered nor cancelled. Called in the threads that encode, too."""
+        return id in self._tasks or id in self._encoding
 
     def _report_status(self, model: str, status: ModelStatus) -> None:
         """May be called in the thread that loads."""

@@ -1,4 +1,7 @@
-"""Files are encoded beside the loop: a large PNG takes as long as several steps of a small picture, a clip minutes."""
+"""Pictures are encoded in a thread of their own: a large PNG takes as long as several steps of a small picture.
+
+Clips and sounds, which may take minutes, have another thread, so that no picture waits for them.
+"""
 
 from __future__ import annotations
 
@@ -33,14 +36,11 @@ HERE = _Here()
 
 
 class EncoderThread:
-    """In a thread of its own, and a second one for clips and sounds: no picture waits for their files.
-
-    What waits for a result lets others run meanwhile.
-    """
+    """In a thread of its own, and long work in a second one. What waits for a result lets others run meanwhile."""
 
     def __init__(self, wait: Callable[[], None], wake: Callable[[], None]) -> None:
         """`wait`: returns after a while, and others have run. `wake`: called in the thread after each piece of work."""
-        self._pool, self._long = _pool(), _pool()
+        self._pool, self._long = _pools()
         self._wait = wait
         self._wake = wake
         self._waiting = 0
@@ -54,12 +54,20 @@ class EncoderThread:
         self._pool.submit(work)
 
     def begin(self, work: Callable[[], T], *, long: bool = False) -> Future[T]:
-        """Do it, and say so when it is done. `long`: beside what is given later, but after what was given before."""
-        if long:
-            earlier = self._pool.submit(_nothing)
-            future = self._long.submit(lambda: (earlier.result(), work())[1])
-        else:
-            future = self._pool.submit(work)
+        """Do it, and say so when it is done. Cancelled before it begins, it is forgotten with all that it holds.
+
+        `long`: beside the work that is given later, and after that which was given before.
+        """
+        held = [work]  # the thread reads cancelled work only in its turn
+        earlier = self._pool.submit(_nothing) if long else None
+
+        def do() -> T:
+            if earlier:
+                earlier.result()
+            return held.pop()()
+
+        future = (self._long if long else self._pool).submit(do)
+        future.add_done_callback(lambda _: held.clear())
         future.add_done_callback(self._done)
         return future
 
@@ -75,17 +83,17 @@ class EncoderThread:
 
     def close(self) -> None:
         """End the threads, after the work that they were given. More work begins others."""
-        self._pool.shutdown()
-        self._long.shutdown()
-        self._pool, self._long = _pool(), _pool()
+        for pool in (self._pool, self._long):
+            pool.shutdown()
+        self._pool, self._long = _pools()
 
     def _done(self, future: Future[Any]) -> None:
         self._wake()
 
 
+def _pools() -> tuple[ThreadPoolExecutor, ThreadPoolExecutor]:
+    return ThreadPoolExecutor(1, "sfumato-encode"), ThreadPoolExecutor(1, "sfumato-encode-long")
+
+
 def _nothing() -> None:
-    pass
-
-
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(1, "sfumato-encode")
+    """The work before it is done when this is."""

@@ -11,6 +11,7 @@ from sfumato.api.chat.conversation import Named
 from sfumato.api.chat.sizes import SIDE
 from sfumato.config import ModelConfig
 from sfumato.errors import ModelNotFound
+from sfumato.formats import IMAGE, WORDS
 from sfumato.sampling import Sampling
 from sfumato.serving.own_size import own_size
 from sfumato.serving.planning import refuse_size, size_of
@@ -39,8 +40,9 @@ async def plan(service: Service, body: ChatBody, base: str) -> Plan:
     service.catalog.refresh()
     config = service.catalog.get(body.model)
     abilities = await service.abilities(config)
-    if abilities and abilities.problem:
-        raise ModelNotFound(f"There is no picture model {config.name!r}: {abilities.problem}.", param="model")
+    if abilities and (abilities.problem or abilities.kind != IMAGE):
+        why = abilities.problem or f"it makes {WORDS[abilities.kind]}"
+        raise ModelNotFound(f"There is no picture model {config.name!r}: {why}.", param="model")
     conversation = body.conversation
     own = [Named("image", picture) for picture in body.all_pictures]
     pictures = [*own, *conversation.pictures]

@@ -119,10 +119,11 @@ class Jobs:
     async def accept(self, job: StoredJob, body: bytes) -> StoredJob | Run:
         """Store a request and begin to carry it out; or the job that has its key already, or its run if it is ours.
 
-        Raises KeyReused if that is another request, JobsUnavailable if nothing can be stored, and TooManyRequests if as
-        many jobs as the queue has room for wait for their next try.
+        Raises KeyReused if that is another request, JobsUnavailable if nothing can be stored, and TooManyRequests for a
+        new job if as many as the queue has room for wait for their next try.
         """
-        if self._waiting >= self.service.settings.max_queue:
+        full = self._waiting >= self.service.settings.max_queue
+        if full and not (job.key and await self.blocking(self.store.has_key, job.key)):
             raise TooManyRequests(
                 f"{self._waiting} accepted requests wait for a worker, or for room in the queue. Try again later.",
                 retry_after=int(AGAIN_S),
@@ -330,14 +331,20 @@ async def _settle(run: Run) -> None:
 
 def _again(run: Run) -> bool:
     """Whether there was no room for a job that was promised, or no worker; and nobody has seen that."""
+    return run.promised and not run.seen and (run.answer.status == 429 or _no_worker(run))
+
+
+def _no_worker(run: Run) -> bool:
+    """Whether no worker started: also where a stream says so, whose status is 200."""
     job = run.repeatable.job
-    no_worker = job is not None and isinstance(job.error, NoWorker)
-    return run.promised and not run.seen and (run.answer.status == 429 or no_worker)
+    return job is not None and isinstance(job.error, NoWorker)
 
 
 def _is_stored(run: Run) -> bool:
     """A refusal that a new try may overcome is no answer, nor is one of a request that was never promised."""
     status, respond_async = run.answer.status, run.job.respond_async
+    if not run.promised and _no_worker(run):
+        return False
     if status == 429 or (status == 503 and not (respond_async and run.promised)):
         return False
     return status < 400 or run.promised or run.repeatable.job is not None
