@@ -330,6 +330,19 @@ def test_only_one_is_under_way_at_a_time(timed: Timed) -> None:
     assert max(timed.parts_between()) <= FORWARD
 
 
+def test_a_much_smaller_decode_goes_on_beside_it_in_turns(timed: Timed) -> None:
+    """A picture does not wait for the decode of a clip; pixels are as alone."""
+    calls = [LARGE, SMALL | {"num_inference_steps": 2}]
+    alone = [timed.alone(seed=1, **call) for call in calls]
+    tasks = [timed.submit(seed=1, **call) for call in calls]
+    both = 0
+    while timed.batcher.step():
+        both += all(task.state is State.INTERRUPTED for task in tasks)
+    assert both
+    for task, picture_alone in zip(tasks, alone, strict=True):
+        assert torch.equal(task.outcome.value, picture_alone)  # type: ignore[union-attr]
+
+
 def test_weights_move_only_when_no_call_is_under_way(timed: Timed, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another request of the model runs out of memory while a decode is interrupted. `meta` stands for main memory."""
     model = loaded(timed.pipe, vae_tiling=False)

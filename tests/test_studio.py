@@ -362,7 +362,7 @@ def test_search_star_select_and_delete_by_keys(browser: Browser, tmp_path: Path)
             page.keyboard.press("ArrowRight")
             page.keyboard.press(" ")
             page.keyboard.press("Shift+ArrowRight")
-            expect(page.get_by_role("group", name="Selection")).to_contain_text("2 pictures selected")
+            expect(page.get_by_role("group", name="Selection")).to_contain_text("2 files selected")
             page.keyboard.press("Delete")
             page.get_by_role("dialog").get_by_role("button", name="Delete", exact=True).click()
             expect(tiles(page)).to_have_count(2)
@@ -386,9 +386,9 @@ def test_a_new_picture_waits_until_it_is_asked_for(page: Page, server: Server) -
     button(page, "Draw").click()
     go(page, "Gallery")
     first = str(tiles(page).first.get_by_role("img").get_attribute("src"))
-    expect(page.get_by_role("button", name=re.compile(r"new picture.*: show"))).to_be_visible()
+    expect(page.get_by_role("button", name=re.compile(r"new file.*: show"))).to_be_visible()
     expect(tiles(page).first.get_by_role("img")).to_have_attribute("src", first)
-    page.get_by_role("button", name=re.compile(r"new picture.*: show")).click()
+    page.get_by_role("button", name=re.compile(r"new file.*: show")).click()
     expect(tiles(page).first.get_by_role("img")).not_to_have_attribute("src", first)
 
 
@@ -458,7 +458,7 @@ def test_ten_thousand_pictures_scroll_and_are_searched(browser: Browser, tmp_pat
         assert sorted(took)[2] < 0.1, took
         with visit(browser, server.url) as (page, _):
             go(page, "Gallery")
-            expect(page.get_by_text("10000 pictures")).to_be_visible()
+            expect(page.get_by_text("10000 files")).to_be_visible()
             expect(tiles(page)).to_have_count(60)
             tiles(page).first.get_by_role("button").first.focus()
             for _ in range(3):

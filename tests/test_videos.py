@@ -19,7 +19,7 @@ import pytest
 from openai.types import Video
 from PIL import Image
 
-from sfumato.formats import of_kind
+from sfumato.formats import of_kind, written_here
 from support.answerable import within
 from support.clip_classes import wan_image
 from support.drawing import source
@@ -285,10 +285,34 @@ def test_localais_route(server: Server) -> None:
     assert server.client.post("/video", json=started).status_code == 200
 
 
-def test_no_clip_is_in_the_gallery_of_pictures(server: Server) -> None:
-    server.client.post("/video", json={"prompt": "a cat"} | SMALL | {"output_format": "gif"})
-    listed = server.client.get("/v1/images/gallery?limit=100").json()["data"]
-    assert not [each for each in listed if each["name"].endswith(".gif")]
+def test_clips_are_in_the_gallery(server: Server) -> None:
+    """Whichever route drew them; and what is deleted there is no clip's content any more."""
+    body = {"prompt": "a cat"} | SMALL | {"output_format": "gif"}
+    url = server.client.post("/video", json=body).json()["data"][0]["url"]
+    sync = server.client.post("/v1/videos/sync", json=body).headers["x-sfumato-file"]
+    id = server.client.post("/v1/videos", json=body).json()["id"]
+    name = ended(server, id)["file"]
+    listed = {each["name"]: each for each in server.client.get("/v1/images/gallery?limit=100").json()["data"]}
+    assert listed.keys() >= {url.rpartition("/")[2], sync, name}
+    recipe = listed[name]["recipe"]
+    assert (recipe["prompt"], recipe["num_frames"], recipe["fps"]) == ("a cat", 5, 8)
+    with Image.open(io.BytesIO(server.client.get(f"/generated-images/{name}/thumbnail").content)) as image:
+        assert (image.format, image.size) == ("WEBP", (16, 16))
+    assert server.client.delete(f"/v1/images/gallery/{name}").status_code == 200
+    assert "expired" in server.client.get(f"/v1/videos/{id}/content").text
+
+
+def test_previews_of_the_first_frame_are_in_the_progress(server: Server) -> None:
+    id = server.client.post("/v1/videos", json={"prompt": "a cat"} | LONG | {"partial_images": 3}).json()["id"]
+
+    def preview() -> Any:
+        (state,) = server.client.get(f"/v1/images/progress?preview=true&id={id}").json()["data"]
+        return state["preview"]
+
+    within(TIMEOUT_S, lambda: preview() is not None)
+    with Image.open(io.BytesIO(base64.b64decode(preview()["b64_json"]))) as image:
+        assert image.size == (16, 16)
+    server.client.delete(f"/v1/videos/{id}")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("av") is None, reason="PyAV is missing: pip install 'sfumato[video]'")
@@ -305,6 +329,8 @@ def test_the_model_list_says_what_it_makes(server: Server) -> None:
     assert told["film"]["sfumato"]["tasks"] == ["text-to-video"]
     assert told["from-picture"]["sfumato"]["tasks"] == ["image-to-video"]
     assert told["film"]["architecture"]["output_modalities"] == ["video"]
+    assert told["film"]["sfumato"]["formats"] == written_here("video")
+    assert told["sfumato-tiny"]["sfumato"]["formats"] == ["png"]
     assert set(of_kind("video")) == {"mp4", "webm", "webp", "gif"}
 
 

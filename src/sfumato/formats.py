@@ -70,6 +70,11 @@ def of_kind(kind: str) -> list[str]:
     return [each.name for each in FORMATS.values() if each.kind == kind]
 
 
+def written_here(kind: str) -> list[str]:
+    """Those of them whose packages are installed."""
+    return [name for name in of_kind(kind) if _is_installed(FORMATS[name])]
+
+
 def kind_of(name: str) -> str:
     return FORMATS[name].kind
 
@@ -86,10 +91,14 @@ def check(name: str, kind: str, param: str) -> None:
 def check_installed(name: str, param: str) -> None:
     """Raises InvalidRequest if the package that writes this format is not installed here."""
     chosen = FORMATS[name]
-    if chosen.package and importlib.util.find_spec(chosen.package) is None:
+    if not _is_installed(chosen):
         others = [each for each in of_kind(chosen.kind) if not FORMATS[each].package]
         raise InvalidRequest(
             f"{param}: {name} needs {chosen.package}, which is not installed on the server "
             f"(pip install 'sfumato[{chosen.extra}]'); {' and '.join(others)} work without it",
             param=param,
         )
+
+
+def _is_installed(format: Format) -> bool:
+    return not format.package or importlib.util.find_spec(format.package) is not None

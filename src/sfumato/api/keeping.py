@@ -1,4 +1,4 @@
-"""Store the pictures of a request in the gallery, each as soon as it is finished."""
+"""Store the pictures, clips and sounds of a request in the gallery, each as soon as it is finished."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ from sfumato.serving import repeat
 from sfumato.serving.job import Job
 
 log = logging.getLogger(__name__)
+
+FILE_HEADER = "x-sfumato-file"
+"""Of an answer that is, or tells of, one clip or sound: its name below /generated-images/."""
 
 
 def keeper(
@@ -43,6 +46,17 @@ def keeper(
             return None
 
     return keep
+
+
+def file_keeper(gallery: Gallery, caller: str, format: str, *, required: bool) -> StorePicture | None:
+    """The same for a clip or a sound, whose file is stored as it was made."""
+    return keeper(gallery, caller, format, lambda done: done.file, required=required)
+
+
+def file_headers(job: Job) -> dict[str, str]:
+    """The header with the name in the gallery of the one result of a job, if it is kept."""
+    name = job.parts[0].name
+    return {FILE_HEADER: name} if name else {}
 
 
 @asynccontextmanager

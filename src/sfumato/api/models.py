@@ -22,7 +22,7 @@ from sfumato.checkpoints.static_capabilities import static_capabilities
 from sfumato.config import ModelConfig
 from sfumato.core import QUALITIES
 from sfumato.engine.protocol import DeviceState
-from sfumato.formats import IMAGE, VIDEO
+from sfumato.formats import IMAGE, VIDEO, written_here
 from sfumato.sampling import NAMED, PARAMETERS
 from sfumato.serving.planning import MAX_PICTURES
 from sfumato.serving.service import Service
@@ -250,6 +250,7 @@ def _model(service: Service, config: ModelConfig, devices: Sequence[DeviceState]
             "savings": list(facts.savings) if facts else None,
             "runners": [asdict(each) for each in facts.runners] if facts else None,
             "qualities": _qualities(config, facts),
+            "formats": written_here(abilities.kind) if abilities and abilities.tasks else None,
         },
     }
 

@@ -14,7 +14,9 @@ from pydantic import AliasChoices, ConfigDict, Field, create_model
 from sfumato.api.dependencies import Context, TheContext
 from sfumato.api.fields import BLANK, KeepAlive, Priority, Seed, Text, openai_field
 from sfumato.api.http import documents
+from sfumato.api.http.auth import caller_of
 from sfumato.api.http.forms import openapi_body, reader
+from sfumato.api.keeping import file_headers, file_keeper
 from sfumato.api.lora_fields import LoraFields
 from sfumato.api.openai import answers
 from sfumato.core import INTERACTIVE, MAX_SEED
@@ -181,12 +183,13 @@ async def sound_generation(
 
 async def _answer(context: Context, body: GenerateBody | SoundGenerationBody) -> Response:
     service = context.service
-    more = context.origin | {"model": body.model or await _first_of_sound(service)}
+    keep = file_keeper(context.gallery, caller_of(context.request), body.format(), required=False)
+    more = context.origin | {"model": body.model or await _first_of_sound(service), "keep": keep}
 
     async def make() -> Response:
         job = await service.submit(body.to_request(**more))
         (done,) = await answers.all_pictures(job, context.gallery)
-        headers = answers.warning_headers(body.ignored(), [done])
+        headers = answers.warning_headers(body.ignored(), [done]) | file_headers(job)
         return Response(done.file, media_type=FORMATS[done.format].media_type, headers=headers)
 
     return await answers.unless_gone(context.request, make())

@@ -16,10 +16,10 @@ import sfumato
 WEB = Path(sfumato.__file__).parent / "web"
 
 POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; media-src 'self' data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-"""No inline code, nothing from other hosts; `blob:` and `data:` are pictures that the page itself creates."""
+"""No inline code, nothing from other hosts; the page itself creates `blob:` and `data:`: pictures, and sounds."""
 
 HEADERS = {
     "content-security-policy": POLICY,

@@ -102,13 +102,13 @@ class Batcher:
         while self._admit():  # some have begun to wait for others, and given up their places
             self._advance()
         long = self._interrupted()
-        group = self._schedule(beside_long=long is not None)
+        group = self._schedule(long)
         if group or long:
             self.now += 1
         if group:
             self._compute(group)
         if long and (not group or self.slices.may_go_on):
-            self._go_on(long)
+            self._go_on(long[0])
             self.slices.end()
         return bool(self._active or any(self._queues))
 
@@ -144,15 +144,15 @@ class Batcher:
             self._answer_from_cache()
             ready = self._in_state(State.READY)
 
-    def _schedule(self, *, beside_long: bool) -> list[Task]:
+    def _schedule(self, long: Sequence[Task | SharedCall]) -> list[Task]:
         """The tasks whose calls share the next forward pass, the leader first; empty if no task is parked.
 
-        `beside_long`: a long call has been interrupted, and others begin when it has ended.
+        `long`: calls that have been interrupted; others that may be long begin beside them if they are much smaller.
         """
         waiting = [
             self._waiting(task)
             for task in self._in_state(State.PARKED)
-            if not (beside_long and task.call and task.call.method in interruption.METHODS)
+            if task.call and interruption.may_begin(task.call, long)
         ]
         chosen = policy.choose(
             waiting, self.now, self._room, self._received, self.patience, self._bearable, self._rides, self._low_led
@@ -208,6 +208,7 @@ class Batcher:
 
     def _go_on(self, long: Task | SharedCall) -> None:
         """Compute the next part of a long call."""
+        long.went_on = self.now
         if isinstance(long, Task):
             self._resume(long)
             return
@@ -248,9 +249,9 @@ class Batcher:
     def _in_state(self, *states: State) -> list[Task]:
         return [task for task in self._active.values() if task.state in states]
 
-    def _interrupted(self) -> Task | SharedCall | None:
-        """The long call that goes on next, if any has been interrupted."""
-        return self._shared[0] if self._shared else next(iter(self._in_state(State.INTERRUPTED)), None)
+    def _interrupted(self) -> list[Task | SharedCall]:
+        """Long calls that have been interrupted, in the order in which they go on: in turns."""
+        return sorted([*self._shared, *self._in_state(State.INTERRUPTED)], key=lambda long: long.went_on)
 
     def _resume(self, task: Task) -> None:
         self._end_marked()

@@ -22,6 +22,7 @@ from sfumato.batching.divided_attention import DividedAttention
 from sfumato.batching.outcomes import Reply
 
 if TYPE_CHECKING:
+    from sfumato.batching.calls import Call
     from sfumato.batching.task import Task
 
 METHODS = frozenset({"encode", "decode"})
@@ -42,6 +43,26 @@ LISTEN_S = 1.0
 
 SHARE = 0.75
 """Part of a forward pass's time that a long call may compute before the next one; its parts cannot be divided."""
+
+
+BESIDE = 4
+"""A decode begins beside interrupted ones if each has so many times its latents. So of one VAE, all that are under way
+hold at most a third more than the largest: 1/4 + 1/16 + ..."""
+
+
+def latents_of(call: Call) -> int:
+    """Elements that a decode decodes; 0 for other calls, whose sizes do not compare."""
+    if call.method != "decode":
+        return 0
+    tensors = (value for value in (*call.args, *call.kwargs.values()) if isinstance(value, torch.Tensor))
+    return max((each.numel() for each in tensors), default=0)
+
+
+def may_begin(call: Call, long: Sequence[Task | SharedCall]) -> bool:
+    """Whether a call may begin while those of `long` are interrupted."""
+    if call.method not in METHODS:
+        return True
+    return all(0 < BESIDE * latents_of(call) <= each.latents for each in long)
 
 
 def interruptible(module: Any, method: str) -> bool:
@@ -165,6 +186,8 @@ class SharedCall(greenlet.greenlet):  # type: ignore[misc]
         super().__init__()
         self.group = group
         self.replies: Sequence[Reply] | None = None
+        self.latents = sum(latents_of(task.call) for task in group if task.call)
+        self.went_on = 0
         self._compute: Callable[[], Sequence[Reply] | None] | None = compute
         self.gr_context = contextvars.copy_context()
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import greenlet  # type: ignore[import-untyped]
 
-from sfumato.batching import cpu_threads, policy, torch_state
+from sfumato.batching import cpu_threads, interruption, policy, torch_state
 from sfumato.batching.calls import Call, Fingerprints, describe
 from sfumato.batching.counts import Counts
 from sfumato.batching.forward_times import ForwardTimes
@@ -102,6 +102,10 @@ class Task(CallHandler):
         """The call at which it is parked, until it runs again."""
         self.since = 0
         """Number of forward passes that had run when it parked."""
+        self.latents = 0
+        """Of the latest call that it computed itself; see `interruption.latents_of`."""
+        self.went_on = 0
+        """`now` of the batcher when that last went on after an interruption."""
         self.past_keys: deque[Hashable] = deque(maxlen=policy.LONGEST_LOOP)
         """Keys of its latest calls, for the policy; for calls without a key, module and method."""
         self.waiting: policy.Waiting | None = None
@@ -252,6 +256,7 @@ class Task(CallHandler):
     def _compute(self, stand_in: StandIn, call: Call, reply: Compute) -> Any:
         """Compute its own call, as without batching."""
         batcher, trial = self.batcher, reply.trial
+        self.latents, self.went_on = interruption.latents_of(call), 0
         batcher.counts.add(call.name, 1, 1)
         if trial is None and (unbatched := batcher.why_alone(call)):
             batcher.counts.add_unbatched(call.name, unbatched, call.alone_because)

@@ -1,6 +1,6 @@
-"""The gallery: a searchable index of the pictures in the store.
+"""The gallery: a searchable index of the pictures, clips and sounds in the store.
 
-Except for the star, a row's contents come from the picture's own recipe and name; so the index can be rebuilt
+Except for the star, a row's contents come from the file's own recipe and name; so the index can be rebuilt
 from the folder (`rebuild`), and a file that was deleted by hand is dropped from it without an error.
 """
 
@@ -20,7 +20,8 @@ from sqlalchemy.engine import RowMapping
 from sfumato.core import Recipe
 from sfumato.errors import InvalidPicture, SfumatoError, StorageError
 from sfumato.pictures import recipe as recipes
-from sfumato.pictures.store import MEDIA_TYPES, Store, owner_of
+from sfumato.pictures.store import Store, owner_of
+from sfumato.pictures.thumbnails import thumbnail
 from sfumato.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -172,9 +173,7 @@ class Gallery:
         """Add unlisted files of the folder, drop rows without a file; returns how many of each."""
         with self._begin() as connection:  # before the files: a picture that is kept meanwhile has one
             listed = set(connection.execute(sql.select(PICTURES.c.name)).scalars())
-        files = {
-            name: written for name, written in self.store.names().items() if name.rpartition(".")[2] in MEDIA_TYPES
-        }
+        files = self.store.names()
         with self._begin() as connection:
             _forget(connection, sorted(listed - files.keys()))
         added = 0
@@ -201,17 +200,18 @@ class Gallery:
         return added
 
     def thumbnail(self, name: str, side: int) -> bytes | None:
-        """A stored picture as WebP, at most `side` pixels per side; None if it is missing or unreadable."""
-        picture = self.store.get(name)
-        return recipes.thumbnail(picture.data, side) if picture else None
+        """A stored file as WebP, at most `side` pixels per side; None if it is missing, unreadable or a sound."""
+        stored = self.store.get(name)
+        return thumbnail(stored.data, name, side) if stored else None
 
     def close(self) -> None:
         self._engine.dispose()
 
     def _read_row(self, name: str, modified: float) -> dict[str, Any]:
         try:
-            recipe = recipes.as_json(recipes.read(self.store.file(name)))
-        except InvalidPicture:
+            with self.store.open(name) as file:
+                recipe = recipes.as_json(recipes.read_open(file, name))
+        except (InvalidPicture, OSError):
             recipe = None
         return _row(name, modified, owner_of(name, self._callers) or "", recipe)
 

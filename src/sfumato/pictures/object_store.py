@@ -44,7 +44,7 @@ class ObjectStore(Store):
                 "outputs_url: is on this machine's disk; leave it empty, and name a folder there by the setting data"
             )
 
-    def file(self, name: str) -> BytesIO:
+    def open(self, name: str) -> BytesIO:
         return BytesIO(self._read(name) or b"")
 
     def _path(self, name: str) -> str:

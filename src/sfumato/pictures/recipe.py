@@ -14,7 +14,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import ExifTags, Image, PngImagePlugin
 
@@ -22,7 +22,7 @@ from sfumato import __version__, schedulers
 from sfumato.core import Recipe, RecordedControl
 from sfumato.errors import InvalidPicture, InvalidRequest
 from sfumato.loras import Lora
-from sfumato.pictures import images, riff
+from sfumato.pictures import containers, images, riff
 from sfumato.sampling import PARAMETERS, Hires, Sampling, clip_layer, flat, nested
 
 INFOTEXT_CHUNK = "parameters"
@@ -30,9 +30,6 @@ RECIPE_CHUNK = "sfumato"
 
 COMMENT = "comment"
 """The tag of GIF and of containers that holds the recipe as JSON."""
-
-CONTAINERS = (".mp4", ".webm", ".flac", ".mp3", ".opus")
-"""Suffixes of the files that PyAV reads."""
 
 NEGATIVE = "Negative prompt:"
 
@@ -127,20 +124,6 @@ def convert(
         )
     image.save(file, format.upper(), **options)
     return file.getvalue()
-
-
-def thumbnail(file: bytes, side: int) -> bytes | None:
-    """A picture of ours as WebP, at most `side` pixels per side, without its recipe; None if it cannot be read."""
-    try:
-        with Image.open(io.BytesIO(file), formats=("PNG", "WEBP", "JPEG")) as image:
-            image.draft("RGB", (side, side))  # decode a JPEG at reduced size
-            image.thumbnail((side, side), Image.Resampling.LANCZOS)
-            small = image.convert("RGBA" if "A" in image.getbands() else "RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return None
-    answer = io.BytesIO()
-    small.save(answer, "WEBP", quality=85)
-    return answer.getvalue()
 
 
 def _exif(texts: Mapping[str, str]) -> bytes:
@@ -311,10 +294,26 @@ def _unquoted(text: str) -> str:
         return text
 
 
-def read(path: Path | io.BytesIO) -> Recipe:
-    """The recipe inside a file of ours, or a picture in memory. Raises InvalidPicture if it has none, or is damaged."""
+def read(path: Path) -> Recipe:
+    """The recipe inside a file of ours. Raises InvalidPicture if it has none, or is damaged."""
     try:
-        text = _in_picture(path) if isinstance(path, io.BytesIO) else _in_file(path)
+        with path.open("rb") as file:
+            return read_open(file, str(path))
+    except OSError as error:
+        raise InvalidPicture(f"{path}: cannot be read ({error})") from None
+
+
+def read_open(file: BinaryIO, path: str) -> Recipe:
+    """The same of an open file, whose format the suffix of `path` says."""
+    suffix = Path(path).suffix.lower()
+    try:
+        text = (
+            riff.comment(file)
+            if suffix == ".wav"
+            else _tag(file)
+            if suffix in containers.SUFFIXES
+            else _in_picture(file)
+        )
     except (OSError, ValueError, struct.error) as error:
         raise InvalidPicture(f"{path}: not a picture, a clip or a sound, or damaged ({error})") from None
     except ImportError as error:
@@ -329,21 +328,14 @@ def read(path: Path | io.BytesIO) -> Recipe:
         raise InvalidPicture(f"{path}: its recipe cannot be read ({error})") from None
 
 
-def _in_file(path: Path) -> Any:
-    suffix = path.suffix.lower()
-    return riff.comment(path) if suffix == ".wav" else _tag(path) if suffix in CONTAINERS else _in_picture(path)
-
-
-def _in_picture(path: Path | io.BytesIO) -> Any:
-    with Image.open(path, formats=images.FORMATS) as image:
+def _in_picture(file: BinaryIO) -> Any:
+    with Image.open(file, formats=images.FORMATS) as image:
         comment = image.info.get(COMMENT) if image.format == "GIF" else None
         return image.info.get(RECIPE_CHUNK) or image.getexif().get(ExifTags.Base.ImageDescription) or comment
 
 
-def _tag(path: Path) -> str | None:
-    import av  # the extra `video`
-
-    with av.open(str(path)) as container:
+def _tag(file: BinaryIO) -> str | None:
+    with containers.opened(file) as container:
         tags = [container.metadata, *(stream.metadata for stream in container.streams)]  # Ogg has those of streams
         return next((text for each in tags for name, text in each.items() if name.lower() == COMMENT), None)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
-from pathlib import Path
+from typing import BinaryIO
 
 MAX_LIST = 2**20
 """Bytes of a list that are read: a recipe has some thousands."""
@@ -23,18 +23,17 @@ def _chunk(name: bytes, content: bytes) -> bytes:
     return name + struct.pack("<I", len(content)) + content + b"\0" * (len(content) % 2)
 
 
-def comment(path: Path) -> str | None:
+def comment(file: BinaryIO) -> str | None:
     """The comment that `with_comment` wrote; None if there is none. Raises OSError."""
-    with path.open("rb") as file:
-        head = file.read(12)
-        if head[:4] != b"RIFF" or head[8:] != b"WAVE":
-            return None
-        while len(header := file.read(8)) == 8:
-            name, length = struct.unpack("<4sI", header)
-            if name != b"LIST":
-                file.seek(length + length % 2, io.SEEK_CUR)
-                continue
-            content = file.read(length) if length <= MAX_LIST else b""
-            if content.startswith(_BEGINS):
-                return content[len(_BEGINS) + 4 :].partition(b"\0")[0].decode(errors="replace")
+    head = file.read(12)
+    if head[:4] != b"RIFF" or head[8:] != b"WAVE":
+        return None
+    while len(header := file.read(8)) == 8:
+        name, length = struct.unpack("<4sI", header)
+        if name != b"LIST":
+            file.seek(length + length % 2, io.SEEK_CUR)
+            continue
+        content = file.read(length) if length <= MAX_LIST else b""
+        if content.startswith(_BEGINS):
+            return content[len(_BEGINS) + 4 :].partition(b"\0")[0].decode(errors="replace")
     return None

@@ -13,8 +13,8 @@ import threading
 import time
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO
 
 from sfumato import disk
 from sfumato.errors import StorageError
@@ -115,9 +115,9 @@ class Store:
         """Whether a picture of that name exists. Blocks."""
         return bool(_NAME.fullmatch(name)) and self._exists(name)
 
-    def file(self, name: str) -> Path | BytesIO:
-        """To read a picture's header from, if it is there. Blocks."""
-        return self.folder / name
+    def open(self, name: str) -> BinaryIO:
+        """To read a file's header from. Raises OSError if it is not there. Blocks."""
+        return (self.folder / name).open("rb")
 
     def names(self) -> dict[str, float]:
         """Every picture and when it was written, in seconds since 1970; now, if that is unknown. Blocks."""

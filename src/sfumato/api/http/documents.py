@@ -158,6 +158,10 @@ class ModelExtension(BaseModel):
         description="What computes its denoisers, and why; null until it is loaded. See `accelerate` in model files."
     )
     qualities: dict[str, int] = Field(description="`quality` → steps, as far as known.")
+    formats: list[str] | None = Field(
+        description="Formats of the files it ends in that can be written here, the default first; pictures are also "
+        "converted to others. null where `tasks` is, or where it draws nothing."
+    )
 
 
 class Architecture(BaseModel):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, create_model
 
 from sfumato.api.fields import BLANK, Side, openai_field
-from sfumato.api.openai.bodies import Body
+from sfumato.api.openai.bodies import Body, PartialImages
 from sfumato.api.openai.pictures import Pictures
 from sfumato.errors import InvalidRequest
 from sfumato.formats import CLIP, VIDEO, of_kind
@@ -34,6 +34,9 @@ class ClipBody(_Sampled):
     n: Annotated[Literal[1] | None, BLANK] = Field(None, description="One clip is drawn.")
     width: Side = Field(None, description="Pixels; with `height`, instead of `size`.")
     height: Side = Field(None, description="Pixels.")
+    partial_images: PartialImages = Field(
+        None, description="Number of previews of the first frame, which `/v1/images/progress/{id}` has."
+    )
     output_format: Annotated[str | None, BLANK] = Field(
         None, description=f"{', '.join(of_kind(VIDEO))}; absent: {CLIP}.", examples=["webp"]
     )
@@ -77,7 +80,13 @@ class ClipBody(_Sampled):
     def to_request(self, **more: Any) -> ImageRequest:
         field, first = self.first
         names = [field] * len(first) + ["end_image"] * len(self.end_image)
-        fields = {"prompts": [self.prompt], "n": 1, "format": self.format, "images": self.pictures}
+        fields = {
+            "prompts": [self.prompt],
+            "n": 1,
+            "format": self.format,
+            "images": self.pictures,
+            "previews": self.partial_images or 0,
+        }
         return super().to_request(**fields | {"image_fields": (field, "end_image"), "image_names": names} | more)
 
     def release_pictures(self) -> None:

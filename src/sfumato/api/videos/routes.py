@@ -10,20 +10,19 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from starlette.responses import JSONResponse
 
-from sfumato.api.dependencies import Context, Owner, TheContext, TheStore
+from sfumato.api.dependencies import Context, Owner, TheContext, TheGallery, TheStore
 from sfumato.api.http import documents, errors, ranges, urls
 from sfumato.api.http.auth import caller_of
 from sfumato.api.http.forms import openapi_body, reader
 from sfumato.api.jobs.routes import TheJobs
 from sfumato.api.jobs.tables import StoredJob
+from sfumato.api.keeping import file_headers, file_keeper
 from sfumato.api.openai.answers import all_pictures, picture_url, submit, warning_headers
 from sfumato.api.videos.bodies import ClipBody, LocalVideoBody, VideosBody
 from sfumato.api.videos.documents import ClipFiles, Video, VideoDeleted, Videos, of_generation, of_recipe, video_json
 from sfumato.core import Done, StorePicture
 from sfumato.errors import InvalidRequest, JobNotFound, SfumatoError, StorageError
 from sfumato.formats import FORMATS, VIDEO, of_kind
-from sfumato.pictures.store import RANDOM_DIGITS, Store
-from sfumato.serving import repeat
 from sfumato.serving.job import Job
 
 PATH = "/videos"
@@ -46,18 +45,16 @@ routes = APIRouter(tags=["Videos"])
     openapi_extra=openapi_body(VideosBody),
     responses=documents.errors(400, 401, 403, 404, 413, 415, 422, 429, 500, 503),
 )
-async def create(
-    body: Annotated[VideosBody, Depends(reader(VideosBody))], context: TheContext, store: TheStore
-) -> Response:
+async def create(body: Annotated[VideosBody, Depends(reader(VideosBody))], context: TheContext) -> Response:
     """What carries out the stored request; its client has got a `Video` meanwhile."""
-    job = await submit(context.service, body, context.origin | {"keep": _keeper(store, context)})
+    job = await submit(context.service, body, context.origin | {"keep": _keeper(context, body, required=True)})
     try:
         (done,) = await all_pictures(job, context.gallery)
     except SfumatoError as error:  # the clip still says what it was to be
         known = of_generation(job.config.name, job.parts[0].generation)
         return errors.logged(context.request, error, known)
     answer = of_recipe(done.recipe) | {"file": job.parts[0].name, "warnings": list(done.warnings)}
-    return JSONResponse(answer, headers=warning_headers(body.ignored(), [done]))
+    return JSONResponse(answer, headers=warning_headers(body.ignored(), [done]) | file_headers(job))
 
 
 @routes.post(
@@ -68,8 +65,8 @@ async def create(
     responses={200: {"content": FILES}, **documents.ACCEPTED, **documents.errors(*documents.REASONS)},
 )
 async def sync(body: Annotated[VideosBody, Depends(reader(VideosBody))], context: TheContext) -> Response:
-    _, done = await _drawn(context, body)
-    headers = warning_headers(body.ignored(), [done]) | {"x-sfumato-seed": str(done.recipe.seed)}
+    job, done = await _drawn(context, body, required=False)
+    headers = warning_headers(body.ignored(), [done]) | {"x-sfumato-seed": str(done.recipe.seed)} | file_headers(job)
     return Response(done.file, media_type=FORMATS[done.format].media_type, headers=headers)
 
 
@@ -143,14 +140,14 @@ async def content(
     response_model=VideoDeleted,
     responses=documents.errors(401, 403, 404, 503),
 )
-async def delete(id: Id, jobs: TheJobs, owner: Owner, store: TheStore) -> dict[str, Any]:
+async def delete(id: Id, jobs: TheJobs, owner: Owner, gallery: TheGallery) -> dict[str, Any]:
     job = await _require(jobs, id, owner)
     if job.open:
         await jobs.cancel(job)
     video = await _video(jobs, await _require(jobs, id, owner))
     if video["file"]:
         with suppress(StorageError):  # it expires
-            await asyncio.to_thread(store.delete, video["file"])
+            await asyncio.to_thread(gallery.delete, video["file"])
     await jobs.blocking(jobs.store.delete, id)
     return {"id": id, "object": "video.deleted", "deleted": True}
 
@@ -165,11 +162,9 @@ of_localai = APIRouter(tags=["LocalAI"])
     openapi_extra=openapi_body(LocalVideoBody),
     responses={**documents.ACCEPTED, **documents.errors(*documents.REASONS)},
 )
-async def video(
-    body: Annotated[LocalVideoBody, Depends(reader(LocalVideoBody))], context: TheContext, store: TheStore
-) -> Response:
+async def video(body: Annotated[LocalVideoBody, Depends(reader(LocalVideoBody))], context: TheContext) -> Response:
     b64 = body.wants_b64()
-    job, done = await _drawn(context, body, None if b64 else store)
+    job, done = await _drawn(context, body, required=not b64)
     base = urls.base_url(context.request, context.service.settings)
     file = await asyncio.to_thread(base64.b64encode, done.file) if b64 else b""
     item = {"b64_json": file.decode()} if b64 else {"url": picture_url(base, job.parts[0].name)}
@@ -177,24 +172,15 @@ async def video(
     return JSONResponse(answer, headers=warning_headers(body.ignored(), [done]))
 
 
-async def _drawn(context: Context, body: ClipBody, store: Store | None = None) -> tuple[Job, Done]:
-    """The clip of a request, and what it was; `store` keeps its file."""
-    keep = {"keep": _keeper(store, context)} if store else {}
-    job = await submit(context.service, body, context.origin | keep)
+async def _drawn(context: Context, body: ClipBody, *, required: bool) -> tuple[Job, Done]:
+    """The clip of a request, and what it was; `required` as in `keeper`."""
+    job = await submit(context.service, body, context.origin | {"keep": _keeper(context, body, required=required)})
     (done,) = await all_pictures(job, context.gallery)
     return job, done
 
 
-def _keeper(store: Store, context: Context) -> StorePicture:
-    """Stores the file beside those of pictures; the gallery does not list it."""
-    owner = caller_of(context.request) if context.service.settings.api_keys else ""
-
-    async def keep(done: Done) -> str:
-        stored = repeat.CURRENT.get()
-        random = stored.picture_digits(done.recipe, RANDOM_DIGITS) if stored else ""
-        return await asyncio.to_thread(store.put, done.file, done.format, owner=owner, random=random)
-
-    return keep
+def _keeper(context: Context, body: ClipBody, *, required: bool) -> StorePicture | None:
+    return file_keeper(context.gallery, caller_of(context.request), body.format, required=required)
 
 
 async def _video(jobs: TheJobs, job: StoredJob) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-// LoRAs and controls: rows of a name and a weight. Nothing is shown where the server has none.
+// LoRAs and controls: rows of a name and a weight, if the server has some.
 import { html, nothing } from "./lib.js";
 import { choice, number, tool } from "./controls.js";
 import { form, problem, set } from "./form.js";
@@ -9,7 +9,7 @@ const same = (name) => [name, name];
 const PREPROCESS = ["none", "canny", "depth", "pose", "invert"].map(same);
 const wrong = (param) => (problem.value?.param?.startsWith(param) ? problem.value.message : "");
 
-/** The rows of a field, and a button for another one: `fresh`, with a name. */
+/** The rows of a field, and a button for another one, `fresh`. */
 function rows(field, word, known, fresh) {
   const all = () => form[field].value;
   const controls = "image" in fresh;
@@ -28,7 +28,7 @@ function rows(field, word, known, fresh) {
     </div>`;
   };
   return html`${all().map(row)}${known.length
-    ? html`<button type="button" @click=${() => set(field, [...all(), { name: known[0][0], ...fresh }])}>Add a ${word}</button>`
+    ? html`<button @click=${() => set(field, [...all(), { name: known[0][0], ...fresh }])}>Add a ${word}</button>`
     : nothing}`;
 }
 

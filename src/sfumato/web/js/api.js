@@ -1,4 +1,4 @@
-// The server's public API: JSON in and out, readable errors, the key if there is one.
+// The server's public API.
 import { askForKey, key } from "./key.js";
 import { lost, reached } from "./connection.js";
 
@@ -29,10 +29,10 @@ const exact = (_, value, context) =>
 
 export const parse = (text) => JSON.parse(text, exact);
 
-/** Send a request and return the response. Raises Failure. Asks for a key if one is required, and retries with it. */
-export async function send(method, path, { json, form, id, signal } = {}) {
+/** The response. Raises Failure. Asks for a key if one is required. */
+export async function send(method, path, { json, form, id, signal, more } = {}) {
   for (;;) {
-    const headers = {};
+    const headers = { ...more };
     if (json !== undefined) headers["content-type"] = "application/json";
     if (id) headers["x-request-id"] = id;
     if (key.value) headers.authorization = `Bearer ${key.value}`;

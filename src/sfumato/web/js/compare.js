@@ -1,4 +1,4 @@
-// Compare: one prompt over a grid of two parameters. The cells of a column are sent and drawn together.
+// Compare: one prompt over a grid of two parameters.
 import { batch, html, nothing, signal } from "./lib.js";
 import { choice, failure, text } from "./controls.js";
 import { cancel, draw } from "./drawings.js";
@@ -17,7 +17,7 @@ const down = { axis: kept("down", "guidance_scale"), text: kept("down-values", "
 const grid = signal(null); // { columns, rows, cells: { label, drawing }[][], x, y, prompt }
 const trouble = signal("");
 
-/** The rows and columns requested; raises Error with a readable message. */
+/** The rows and columns; raises Error with a readable message. */
 function planned() {
   const prompt = form.prompt.value.trim();
   if (!prompt) throw new Error("Say what to draw.");
@@ -52,7 +52,7 @@ function start() {
   fill(grid.value);
 }
 
-/** Column by column, so that each column is drawn together. */
+/** Column by column: each is drawn together. */
 async function fill(now) {
   const order = now.columns.flatMap((_, column) => now.rows.map((__, row) => now.cells[row][column]));
   const under = new Set();
@@ -116,8 +116,8 @@ export const compareView = () => html`
       ${promptFields(start)}
       <div class="fields">${side("across", "Across", across)}${side("down", "Down", down)}</div>
       <div class="actions main">
-        <button class="primary" type="button" @click=${start}>Draw</button>
-        ${grid.value && drawingsOf(grid.value).some((each) => each.live) ? html`<button type="button" @click=${stop}>Cancel</button>` : nothing}
+        <button class="primary" @click=${start}>Draw</button>
+        ${grid.value && drawingsOf(grid.value).some((each) => each.live) ? html`<button @click=${stop}>Cancel</button>` : nothing}
         <kbd class="hint">Ctrl + Enter</kbd>
       </div>
       ${trouble.value ? failure(trouble.value) : nothing}

@@ -1,4 +1,4 @@
-// Whether the server responds. If not, a banner says so, and the page retries until it does.
+// Whether the server responds. If not, a banner says so, and the page retries.
 import { html, nothing, signal } from "./lib.js";
 
 const AGAIN_MS = 1000;
@@ -15,7 +15,7 @@ export function lost() {
   back();
 }
 
-/** Resolves once the server responds again. */
+/** Resolves once it responds again. */
 export function back() {
   if (online.value) return Promise.resolve();
   waiting ??= ask().finally(() => {
@@ -28,7 +28,7 @@ async function ask() {
   while (!online.value) {
     await new Promise((resolve) => setTimeout(resolve, AGAIN_MS));
     try {
-      // The page, not healthz: that is answered before the server can do anything else.
+      // The page: healthz is answered before the server can do anything else.
       const answer = await fetch(document.baseURI, { cache: "no-store" });
       if (answer.ok) reached();
     } catch {

@@ -1,4 +1,4 @@
-// Labelled controls. A label is the control's accessible name; a hint or a problem describes it.
+// Labelled controls; a hint or a problem describes them.
 import { html, live, nothing, ref } from "./lib.js";
 import { icon } from "./icons.js";
 
@@ -9,56 +9,46 @@ const about = (id, hint, problem) =>
     ? html`<p id="${id}-about" class=${problem ? "problem" : "hint"} role=${problem ? "alert" : nothing}>${problem || hint}</p>`
     : nothing;
 
-export const textarea = ({ id, label, value, input, rows = 3, placeholder = "", hint, problem, keydown }) => html`
-  <div class="field wide">
-    <label for=${id}>${label}</label>
-    <textarea id=${id} rows=${rows} placeholder=${placeholder} .value=${live(value)} spellcheck="true"
-      aria-describedby=${described(id, hint, problem)} aria-invalid=${problem ? "true" : nothing}
-      @input=${(event) => input(event.target.value)} @keydown=${keydown ?? nothing}></textarea>
-    ${about(id, hint, problem)}
-  </div>`;
-
-export const text = ({ id, label, value, input, placeholder = "", hint, problem, after = nothing, mode = "text", type = "text", wide }) => html`
+const field = ({ id, label, wide, hint, problem }, control) => html`
   <div class="field ${wide ? "wide" : ""}">
     <label for=${id}>${label}</label>
+    ${control}
+    ${about(id, hint, problem)}
+  </div>`;
+
+const invalid = (problem) => (problem ? "true" : nothing);
+
+export const textarea = ({ id, value, input, rows = 3, placeholder = "", hint, problem, keydown, ...more }) =>
+  field({ id, hint, problem, wide: true, ...more }, html`
+    <textarea id=${id} rows=${rows} placeholder=${placeholder} .value=${live(value)} spellcheck="true"
+      aria-describedby=${described(id, hint, problem)} aria-invalid=${invalid(problem)}
+      @input=${(event) => input(event.target.value)} @keydown=${keydown ?? nothing}></textarea>`);
+
+export const text = ({ id, value, input, placeholder = "", hint, problem, after = nothing, mode = nothing, type = "text", min, max, step, ...more }) =>
+  field({ id, hint, problem, ...more }, html`
     <div class="joined">
       <input id=${id} type=${type} inputmode=${mode} autocomplete="off" placeholder=${placeholder} .value=${live(String(value))}
-        aria-describedby=${described(id, hint, problem)} aria-invalid=${problem ? "true" : nothing}
+        min=${min ?? nothing} max=${max ?? nothing} step=${step ?? nothing}
+        aria-describedby=${described(id, hint, problem)} aria-invalid=${invalid(problem)}
         @input=${(event) => input(event.target.value)}>${after}
-    </div>
-    ${about(id, hint, problem)}
-  </div>`;
+    </div>`);
 
-export const number = ({ id, label, value, input, placeholder = "", min, max, step = "any", hint, problem, after = nothing }) => html`
-  <div class="field">
-    <label for=${id}>${label}</label>
-    <div class="joined">
-      <input id=${id} type="number" placeholder=${placeholder} min=${min ?? nothing} max=${max ?? nothing} step=${step}
-        .value=${live(String(value))} aria-describedby=${described(id, hint, problem)}
-        aria-invalid=${problem ? "true" : nothing} @input=${(event) => input(event.target.value)}>${after}
-    </div>
-    ${about(id, hint, problem)}
-  </div>`;
+export const number = (given) => text({ step: "any", ...given, type: "number" });
 
-export const range = ({ id, label, value, input, min, max, step, shown = value }) => html`
-  <div class="field wide">
-    <label for=${id}>${label}</label>
+export const range = ({ id, value, input, min, max, step, shown = value, ...more }) =>
+  field({ id, wide: true, ...more }, html`
     <div class="joined">
       <input id=${id} type="range" min=${min} max=${max} step=${step} .value=${live(String(value))}
         @input=${(event) => input(Number(event.target.value))}>
       <output for=${id}>${shown}</output>
-    </div>
-  </div>`;
+    </div>`);
 
 /** `options` are [value, words]. */
-export const choice = ({ id, label, value, input, options, hint, problem, wide }) => html`
-  <div class="field ${wide ? "wide" : ""}">
-    <label for=${id}>${label}</label>
+export const choice = ({ id, value, input, options, hint, problem, ...more }) =>
+  field({ id, hint, problem, ...more }, html`
     <select id=${id} aria-describedby=${described(id, hint, problem)} @change=${(event) => input(event.target.value)}>
       ${options.map(([each, words]) => html`<option value=${each} .selected=${live(each === value)}>${words}</option>`)}
-    </select>
-    ${about(id, hint, problem)}
-  </div>`;
+    </select>`);
 
 export const check = ({ id, label, value, input }) => html`
   <div class="check">
@@ -67,13 +57,13 @@ export const check = ({ id, label, value, input }) => html`
   </div>`;
 
 export const tool = (name, label, click, { pressed, disabled = false } = {}) => html`
-  <button type="button" class="icon" title=${label} aria-label=${label} aria-pressed=${pressed === undefined ? nothing : String(pressed)}
+  <button class="icon" title=${label} aria-label=${label} aria-pressed=${pressed === undefined ? nothing : String(pressed)}
     ?disabled=${disabled} @click=${click}>${icon(name)}</button>`;
 
 export const failure = (message, again) => html`
   <div class="failure" role="alert">
     <p>${message}</p>
-    ${again ? html`<button type="button" @click=${again}>Try again</button>` : nothing}
+    ${again ? html`<button @click=${again}>Try again</button>` : nothing}
   </div>`;
 
 const show = (dialog) => dialog && queueMicrotask(() => dialog.isConnected && !dialog.open && dialog.showModal());

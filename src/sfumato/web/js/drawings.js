@@ -1,9 +1,9 @@
-// Requests of this tab: each is sent, watched and, after the server was unreachable, found or sent again.
+// Requests of this tab: sent, watched and, after the server was away, found or sent again.
 import { batch, computed, signal, untracked } from "./lib.js";
-import { Failure, get, picture, remove, send } from "./api.js";
+import { Failure, failureOf, get, picture, remove, send } from "./api.js";
 import { back } from "./connection.js";
 import { events } from "./events.js";
-import { problem } from "./form.js";
+import { ROUTES, problem } from "./form.js";
 import { session } from "./kept.js";
 
 const WATCH_MS = 500;
@@ -12,8 +12,8 @@ const PREVIEWS = 3;
 
 /** One request. `state`: waiting, drawing, done, failed or cancelled. */
 class Drawing {
-  constructor({ id = crypto.randomUUID(), path, request, state = "waiting", pictures, message = "", hidden = false }) {
-    Object.assign(this, { id, path, request, hidden, stop: new AbortController(), again: true, sources: null });
+  constructor({ id = crypto.randomUUID(), path, request, state = "waiting", job, pictures, message = "", hidden = false }) {
+    Object.assign(this, { id, path, request, job, hidden, stop: new AbortController(), again: true, sources: null });
     this.state = signal(state);
     this.progress = signal(null);
     this.message = signal(message);
@@ -21,6 +21,9 @@ class Drawing {
   }
   get live() {
     return this.state.value === "waiting" || this.state.value === "drawing";
+  }
+  get isJob() { // a clip or a sound; `job` is the server's id
+    return !this.path.startsWith("v1/images");
   }
   show(index, change) {
     this.pictures.value = this.pictures.value.map((each) => (each.index === index ? { ...each, ...change } : each));
@@ -45,13 +48,13 @@ export const lastSeed = () => {
 };
 
 function remember() {
-  session.write("drawings", untracked(() => drawings.value.filter((each) => !(each.sources || each.request.controls) || each.state.value === "done").map((each) => ({
-    id: each.id, path: each.path, request: { ...each.request, controls: undefined }, hidden: each.hidden, state: each.state.value, message: each.message.value,
+  session.write("drawings", untracked(() => drawings.value.filter((each) => each.job || !(each.sources || each.request.controls) || each.state.value === "done").map((each) => ({
+    id: each.id, job: each.job, path: each.path, request: { ...each.request, controls: undefined }, hidden: each.hidden, state: each.state.value, message: each.message.value,
     pictures: each.pictures.value.map(({ src, ...rest }) => (src?.startsWith("data:") ? rest : { ...rest, src })),
   }))));
 }
 
-/** Draw. `sources` are its files by field name; `hidden` ones are not listed in the strip. */
+/** `sources`: files by field name; `hidden`: not in the strip. */
 export function draw(path, request, { sources = null, hidden = false } = {}) {
   const drawing = new Drawing({ path, request, hidden });
   drawing.sources = sources;
@@ -64,7 +67,7 @@ export function draw(path, request, { sources = null, hidden = false } = {}) {
 async function run(drawing) {
   watch();
   try {
-    await stream(drawing);
+    await (drawing.isJob ? job(drawing) : stream(drawing));
   } catch (error) {
     await fail(drawing, error);
   }
@@ -72,22 +75,46 @@ async function run(drawing) {
 
 async function stream(drawing) {
   const body = { ...drawing.request, stream: true, partial_images: PREVIEWS, detached: true };
-  const options = { id: drawing.id, signal: drawing.stop.signal };
-  if (drawing.sources) options.form = formOf(body, drawing.sources);
-  else options.json = body;
-  const answer = await send("POST", drawing.path, options);
+  const answer = await send("POST", drawing.path, { id: drawing.id, signal: drawing.stop.signal, ...payload(drawing, body) });
   if (!answer.headers.get("content-type").startsWith("text/event-stream")) return whole(drawing, await answer.json());
   for await (const event of events(answer)) {
     const index = event.index ?? 0;
     if (event.type.endsWith(".partial_image")) {
       drawing.state.value = "drawing";
-      drawing.show(index, { src: `data:image/png;base64,${event.b64_json}`, step: event.partial_image_index + 1 });
+      drawing.show(index, { src: `data:image/png;base64,${event.b64_json}` });
     } else {
       finish(drawing, index, event);
     }
   }
   if (drawing.pictures.value.every((each) => each.done)) drawing.end("done");
   else throw new Failure("The connection to the server broke.", { code: "offline" });
+}
+
+/** Sent again with its key, it is the same job. */
+async function job(drawing) {
+  drawing.followed = true;
+  const { prompt, ...given } = drawing.request;
+  const body = drawing.path === ROUTES.audio ? { ...given, input: prompt } : { ...given, prompt, partial_images: PREVIEWS };
+  const more = { prefer: "respond-async", "idempotency-key": drawing.id };
+  const answer = await send("POST", drawing.path, { more, ...payload(drawing, body) });
+  drawing.job = (await answer.json()).id;
+  if (!drawing.live) return stopped(drawing);
+  remember();
+  return follow(drawing);
+}
+
+/** The answer of a job, once it is there. */
+async function answered(drawing) {
+  const { status, response } = await get(`v1/jobs/${drawing.job}`);
+  if (!response || !drawing.live) return;
+  const { headers, body } = response;
+  if (status === "cancelled") return drawing.end("cancelled");
+  if (status === "failed") return fail(drawing, failureOf(body.error));
+  const { seed, response_format } = drawing.request;
+  const name = headers["x-sfumato-file"];
+  drawing.show(0, { done: true, seed, name: name ?? `sound.${response_format}`, warnings: [headers["x-sfumato-warning"]].filter(Boolean),
+    src: name ? picture(name) : `data:${headers["content-type"]};base64,${body}` });
+  drawing.end("done");
 }
 
 function finish(drawing, index, { name, b64_json, seed, warnings = [] }) {
@@ -100,11 +127,12 @@ function whole(drawing, { data }) {
   drawing.end("done");
 }
 
-function formOf(body, sources) {
+function payload({ sources }, json) {
+  if (!sources) return { json };
   const form = new FormData();
-  for (const [name, value] of Object.entries(body)) form.append(name, typeof value === "object" ? JSON.stringify(value) : value);
+  for (const [name, value] of Object.entries(json)) form.append(name, typeof value === "object" ? JSON.stringify(value) : value);
   for (const [name, file] of Object.entries(sources)) form.append(name, file, `${name}.png`);
-  return form;
+  return { form };
 }
 
 async function fail(drawing, error) {
@@ -120,7 +148,7 @@ async function fail(drawing, error) {
       drawing.progress.value = null;
     });
     await back();
-    return follow(drawing);
+    return resume(drawing);
   }
   batch(() => {
     drawing.end("failed", error.message);
@@ -128,14 +156,17 @@ async function fail(drawing, error) {
   });
 }
 
-/** Follow a drawing whose connection was lost to its end; if the server no longer knows it, draw it again, once. */
+const resume = (drawing) => (drawing.isJob && !drawing.job ? run(drawing) : follow(drawing));
+
+/** Follow a job, or a drawing whose connection was lost; if the server does not know it, draw it again, once. */
 async function follow(drawing) {
   drawing.followed = true;
   while (drawing.live) {
     try {
-      const [seen] = (await get(`v1/images/progress?preview=true&id=${encodeURIComponent(drawing.id)}`)).data;
-      if (!seen) return redraw(drawing);
-      apply(drawing, seen);
+      const [seen] = (await get(`v1/images/progress?preview=true&id=${encodeURIComponent(drawing.job ?? drawing.id)}`)).data;
+      if (drawing.job && !["queued", "drawing"].includes(seen?.status)) await answered(drawing);
+      else if (!seen) return redraw(drawing);
+      else apply(drawing, seen);
     } catch (error) {
       if (error.offline) await back();
       else return drawing.end("failed", error.message);
@@ -171,7 +202,7 @@ function redraw(drawing) {
 
 let watching = false;
 
-/** Progress of streaming drawings, which their streams do not report. */
+/** Streams do not report progress. */
 async function watch() {
   if (watching) return;
   watching = true;
@@ -192,21 +223,23 @@ function note(drawing, seen) {
   if (seen.status === "drawing") drawing.state.value = "drawing";
 }
 
-/** Disconnect and cancel: the request is detached, so disconnecting alone would not end it. */
+/** The request is detached: disconnecting alone would not end it. */
 export async function cancel(drawing) {
   if (!drawing.live) return;
   drawing.stop.abort();
   drawing.end("cancelled");
-  await remove(`v1/images/progress/${drawing.id}`).catch(() => {});
+  await stopped(drawing);
 }
+
+const stopped = ({ id, job }) => remove(job ? `v1/jobs/${job}` : `v1/images/progress/${id}`).catch(() => {});
 
 export const cancelAll = () => Promise.all(running.value.map(cancel));
 
 export const again = (drawing) => draw(drawing.path, drawing.request, { sources: drawing.sources, hidden: drawing.hidden });
 
-/** After a reload: this tab's earlier and running drawings. */
+/** After a reload. */
 export function restore() {
   const found = (session.read("drawings") ?? []).map((each) => new Drawing(each));
   drawings.value = found;
-  for (const drawing of found.filter((each) => each.live)) drawing.over = follow(drawing);
+  for (const drawing of found.filter((each) => each.live)) drawing.over = resume(drawing);
 }

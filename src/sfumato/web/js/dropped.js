@@ -1,4 +1,4 @@
-// A picture dropped or chosen to read its recipe: from Sfumato, AUTOMATIC1111, InvokeAI or ComfyUI.
+// A picture dropped or chosen to read its recipe.
 import { html, nothing, signal } from "./lib.js";
 import { Failure, parse, send } from "./api.js";
 import { failure } from "./controls.js";

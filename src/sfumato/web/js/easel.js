@@ -1,4 +1,4 @@
-// The source with its mask on top: painted with mouse, pen or fingers, zoomed and moved.
+// The source with its mask on top: painted, zoomed and moved.
 import { html, ref, signal } from "./lib.js";
 import { range, tool } from "./controls.js";
 import { begin, brush, clear, deeds, invert, on, resize, undo } from "./mask.js";
@@ -49,8 +49,8 @@ function place() {
 
 function zoom(factor, x, y) {
   const box = easel.getBoundingClientRect();
-  const [fromX, fromY] = [x ?? box.left + box.width / 2, y ?? box.top + box.height / 2].map((at, axis) =>
-    at - (axis ? box.top + box.height / 2 : box.left + box.width / 2));
+  const [midX, midY] = [box.left + box.width / 2, box.top + box.height / 2];
+  const [fromX, fromY] = [(x ?? midX) - midX, (y ?? midY) - midY];
   const next = Math.min(32, Math.max(0.5, view.zoom * factor));
   const real = next / view.zoom;
   Object.assign(view, { zoom: next, x: fromX - (fromX - view.x) * real, y: fromY - (fromY - view.y) * real });

@@ -1,8 +1,8 @@
-// Server-sent events from a fetch: the browser's own EventSource can send neither a body nor a key.
+// Server-sent events from a fetch: EventSource can send neither a body nor a key.
 import { Failure, failureOf, parse } from "./api.js";
 import { lost } from "./connection.js";
 
-/** The `data:` of each event as an object, until the stream ends. Raises Failure for an event that is an error. */
+/** The `data:` of each event as an object. Raises Failure for an error. */
 export async function* events(answer) {
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";

@@ -1,9 +1,9 @@
-// The fields below the prompt that the selected model supports; its defaults are the placeholders.
+// The fields that the selected model supports; its defaults are the placeholders.
 import { html, nothing } from "./lib.js";
 import { adapters } from "./adapters.js";
 import { choice, number, text, textarea, tool } from "./controls.js";
-import { RARE, form, problemOf, randomSeed, seedIsValid, set } from "./form.js";
-import { about, defaults, limits, model, models, schedulers, takes, wanted } from "./models.js";
+import { LENGTHS, form, format, problemOf, randomSeed, seedIsValid, set } from "./form.js";
+import { RARE, about, defaults, kind, limits, model, models, schedulers, takes, wanted } from "./models.js";
 import { forward, older, past, typed } from "./history.js";
 import { sizeFields } from "./size.js";
 import { lastSeed } from "./drawings.js";
@@ -12,8 +12,8 @@ const shown = (value) => (value === null || value === undefined ? "" : String(va
 
 export const promptFields = (draw) => html`
   <div class="prompt">
-    ${textarea({ id: "prompt", label: "Prompt", value: form.prompt.value, rows: 4, placeholder: "What to draw",
-      input: typed, keydown: (event) => enter(event, draw), problem: problemOf("prompt") })}
+    ${textarea({ id: "prompt", label: "Prompt", value: form.prompt.value, rows: 4, placeholder: kind.value === "audio" ? "What to hear" : "What to draw",
+      input: typed, keydown: (event) => enter(event, draw), problem: problemOf("prompt", "input") })}
     <div class="history">
       ${tool("back", "Earlier prompt", () => older(), { disabled: !past.value.back })}
       ${tool("forward", "Later prompt", () => forward(), { disabled: !past.value.forward })}
@@ -37,49 +37,60 @@ export const modelField = () =>
     input: (value) => (wanted.value = value), options: models.value.map(({ id }) => [id, id]),
     hint: about.value?.description ?? "" });
 
-/** `sized`: show width and height; `several`: show a count. */
+// A number of the form, and its name in requests.
+const amount = (id, more, name = id) =>
+  number({ id, value: form[id].value, input: (value) => set(id, value), placeholder: shown(defaults.value[name]), min: 0,
+    problem: problemOf(name), ...more });
+
 export const settingFields = ({ sized = true, several = true, before = nothing } = {}) => html`
   <div class="fields">
     ${modelField()}
     ${before}
-    ${sized ? sizeFields() : nothing}
-    ${takes("steps")
-      ? number({ id: "steps", label: "Steps", value: form.steps.value, input: (value) => set("steps", value),
-          placeholder: shown(defaults.value.steps), min: 1, max: limits.value.steps, step: 1, problem: problemOf("steps") })
-      : nothing}
-    ${takes("guidance_scale")
-      ? number({ id: "guidance", label: "Guidance", value: form.guidance.value, input: (value) => set("guidance", value),
-          placeholder: shown(defaults.value.guidance_scale), min: 0, max: 100, problem: problemOf("guidance_scale") })
-      : nothing}
+    ${sized && kind.value !== "audio" ? sizeFields() : nothing}
+    ${lengthFields()}
+    ${takes("steps") ? amount("steps", { label: "Steps", min: 1, max: limits.value.steps, step: 1 }) : nothing}
+    ${takes("guidance_scale") ? amount("guidance", { label: "Guidance", max: 100 }, "guidance_scale") : nothing}
     ${choice({ id: "scheduler", label: "Scheduler", value: form.scheduler.value, wide: true, problem: problemOf("scheduler"),
       input: (value) => set("scheduler", value),
       options: schedulerOptions() })}
     ${seedField()}
-    ${several
-      ? number({ id: "count", label: "Count", value: form.count.value, input: (value) => set("count", value), min: 1,
-          max: limits.value.n, step: 1, problem: problemOf("n") })
+    ${several && kind.value === "image"
+      ? amount("count", { label: "Count", min: 1, max: limits.value.n, step: 1, placeholder: "" }, "n")
       : nothing}
   </div>
   ${rareFields()}${adapters()}`;
 
+function lengthFields() {
+  const { frames, frame_step: step, seconds } = limits.value;
+  const bounds = {
+    num_frames: { label: "Frames", min: 1, max: frames, step: step ?? 1, hint: step > 1 ? `1 more than a multiple of ${step}` : "" },
+    seconds: { label: "Seconds", max: seconds },
+    fps: { label: "Frames a second", min: 1, max: 120 },
+  };
+  if (kind.value === "image") return nothing;
+  return html`${LENGTHS[kind.value].map((id) => amount(id, bounds[id]))}
+    ${choice({ id: "format", label: "Format", value: format(), input: (value) => set("format", value),
+      problem: problemOf("output_format", "response_format"),
+      options: (about.value.formats ?? []).map((each) => [each, each.toUpperCase()]) })}`;
+}
+
 const BOUNDS = { clip_skip: { label: "Clip skip", max: 64, step: 1 }, eta: { label: "Eta", max: 1 },
   guidance_rescale: { label: "Guidance rescale", max: 1 } };
 
-/** Folded away, unless one of them has a value or was refused. */
+/** Folded, unless one has a value or was refused. */
 function rareFields() {
   const names = RARE.filter(takes);
   if (!names.length) return nothing;
   return html`<details class="rare" ?open=${names.some((name) => form[name].value || problemOf(name))}>
     <summary>More</summary>
-    <div class="fields">${names.map((id) => number({ id, value: form[id].value, input: (value) => set(id, value),
-      placeholder: shown(defaults.value[id] ?? 0), min: 0, problem: problemOf(id), ...BOUNDS[id] }))}</div>
+    <div class="fields">${names.map((id) => amount(id, BOUNDS[id]))}</div>
   </details>`;
 }
 
 function schedulerOptions() {
   const own = defaults.value.scheduler;
   const options = schedulers.value.map(({ id, description }) => [id, `${id} · ${description}`]);
-  const { value } = form.scheduler; // from a recipe it may have a schedule at its end, which the list does not have
+  const { value } = form.scheduler; // from a recipe it may have a schedule at its end
   if (value && !options.some(([id]) => id === value)) options.push([value, value]);
   return [["", own ? `As the model: ${own}` : "As the model"], ...options];
 }

@@ -1,4 +1,4 @@
-// This server's pictures: pages, newest first, and actions on one or several of them.
+// What this server made, in pages, newest first; and actions on it.
 import { batch, effect, signal } from "./lib.js";
 import { get, patch, picture, remove } from "./api.js";
 import { ended } from "./drawings.js";
@@ -8,62 +8,46 @@ const LOOK_MS = 15000;
 
 export const filter = { words: signal(""), model: signal(""), starred: signal(false) };
 export const items = signal([]);
-export const total = signal(null); // number of matching pictures
-export const fresh = signal(0); // pictures made since the list was loaded
+export const total = signal(null); // number of matches
+export const fresh = signal(0); // made since the list was loaded
 export const busy = signal(false);
 export const trouble = signal("");
 export const selected = signal(new Set()); // names
 export const more = signal(null); // where the next page begins, or null
 
-let asked = 0; // numbers the requests: late responses to older ones are dropped
+let asked = 0; // late responses to older requests are dropped
 
 const query = (extra) => {
   const given = { q: filter.words.value, model: filter.model.value, starred: filter.starred.value || "", ...extra };
   return new URLSearchParams(Object.entries(given).filter(([, value]) => value !== "" && value !== null));
 };
 
-/** Reload the list. */
-export async function load() {
+async function ask(extra, take) {
   const mine = (asked += 1);
   busy.value = true;
   try {
-    const page = await get(`v1/images/gallery?${query({ limit: PAGE })}`);
-    if (mine !== asked) return;
-    batch(() => {
-      items.value = page.data;
-      more.value = page.next;
-      total.value = page.total;
-      fresh.value = 0;
-      trouble.value = "";
-      selected.value = new Set();
-    });
+    const page = await get(`v1/images/gallery?${query({ limit: PAGE, ...extra })}`);
+    if (mine === asked) batch(() => ((more.value = page.next), take(page)));
   } catch (error) {
     if (mine === asked && !error.offline) trouble.value = error.message;
   } finally {
     if (mine === asked) busy.value = false;
   }
 }
+
+/** Reload the list. */
+export const load = () =>
+  ask({}, ({ data, total: count }) => {
+    [items.value, total.value, fresh.value, trouble.value] = [data, count, 0, ""];
+    selected.value = new Set();
+  });
 
 /** Load the next page, if there is one. */
 export async function loadMore() {
-  if (busy.value || !more.value) return;
-  const mine = (asked += 1);
-  busy.value = true;
-  try {
-    const page = await get(`v1/images/gallery?${query({ limit: PAGE, before: more.value })}`);
-    if (mine !== asked) return;
-    batch(() => {
-      items.value = [...items.value, ...page.data];
-      more.value = page.next;
-    });
-  } catch (error) {
-    if (mine === asked && !error.offline) trouble.value = error.message;
-  } finally {
-    if (mine === asked) busy.value = false;
-  }
+  if (!busy.value && more.value) await ask({ before: more.value }, ({ data }) => (items.value = [...items.value, ...data]));
 }
 
-/** Count new pictures; the list does not change until the user asks. */
+/** Count new ones; the list changes when the user asks. */
 async function look() {
   if (location.hash !== "#gallery" || document.hidden || busy.value || total.value === null) return;
   const page = await get(`v1/images/gallery?${query({ limit: 1 })}`).catch(() => null);
@@ -96,7 +80,7 @@ export async function erase(names) {
   try {
     for (const name of names) {
       await remove(`v1/images/gallery/${name}`).catch((error) => {
-        if (error.code !== "picture_not_found") throw error; // else it was deleted already
+        if (error.code !== "picture_not_found") throw error; // else it is gone
       });
       gone.add(name);
     }

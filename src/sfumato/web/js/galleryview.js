@@ -1,15 +1,16 @@
-// The gallery's view: a search, an endless grid, and keyboard control.
+// The gallery: a search, an endless grid, keys.
 import { html, live, nothing, ref, repeat } from "./lib.js";
 import { picture, thumbnail } from "./api.js";
 import { check, choice, failure } from "./controls.js";
 import { readRecipe } from "./dropped.js";
 import { busy, download, filter, fresh, items, load, loadMore, more, search, select, selectAll, selected, selectNone, star, total, trouble } from "./gallery.js";
 import { icon } from "./icons.js";
+import { small } from "./media.js";
 import { models } from "./models.js";
 import { many, short } from "./words.js";
 import { open, sure } from "./viewer.js";
 
-const SMALL = 320 * 320; // pixels; smaller pictures are shown unscaled
+const SMALL = 320 * 320; // pixels; these are shown unscaled
 
 let current = 0; // the tile that Tab leads to
 
@@ -21,7 +22,7 @@ const tile = (one, index) => html`
   <li class=${selected.value.has(one.name) ? "selected" : ""}>
     <button class="tile" data-index=${index} tabindex=${index === current ? 0 : -1} title=${short(words(one), 300)}
       @click=${(event) => click(event, one, index)} @focus=${() => (current = index)}>
-      <img src=${shownAt(one)} alt=${short(words(one), 120)} loading="lazy" decoding="async">
+      ${small(short(words(one), 120), { src: shownAt(one), name: one.name })}
     </button>
     <button class="icon star" aria-pressed=${String(one.starred)} aria-label="Star" title="Star (S)" tabindex="-1"
       @click=${() => star([one.name], !one.starred)}>${icon("star")}</button>
@@ -88,7 +89,7 @@ const sentinel = (element) => {
 const selection = () => {
   const names = [...selected.value];
   return html`<div class="actions chosen" role="group" aria-label="Selection">
-    <span>${many(names.length, "picture")} selected</span>
+    <span>${many(names.length, "file")} selected</span>
     <button @click=${() => star(names, true)}>Star</button>
     <button @click=${() => download(names)}>Download</button>
     <button class="bad" @click=${() => sure(names)}>Delete</button>
@@ -100,7 +101,7 @@ const filtered = () => filter.words.value || filter.model.value || filter.starre
 
 const nothingThere = () => html`<div class="welcome">
   <h2>${filtered() ? "Nothing like that" : "Nothing here yet"}</h2>
-  <p>${filtered() ? "No picture matches. Try fewer words, or another filter." : "Every picture made here is kept, with its recipe."}</p>
+  <p>${filtered() ? "Try fewer words, or another filter." : "Everything made here is kept, with its recipe."}</p>
   ${filtered() ? nothing : html`<a class="button" href="#make">Go and draw one</a>`}
 </div>`;
 
@@ -115,11 +116,11 @@ export const galleryView = () => html`
       ${check({ id: "starred", label: "Starred", value: filter.starred.value, input: (value) => ((filter.starred.value = value), load()) })}
       <label class="button file">Read a picture’s recipe
         <input type="file" accept="image/png,image/jpeg,image/webp" @change=${(event) => readRecipe(event.target.files[0])}></label>
-      <p class="hint" role="status">${total.value === null ? "" : many(total.value, "picture")}</p>
+      <p class="hint" role="status">${total.value === null ? "" : many(total.value, "file")}</p>
     </div>
     ${trouble.value ? failure(trouble.value, load) : nothing}
     ${selected.value.size ? selection() : nothing}
-    ${fresh.value ? html`<button class="fresh" @click=${load}>${many(fresh.value, "new picture")}: show</button>` : nothing}
+    ${fresh.value ? html`<button class="fresh" @click=${load}>${many(fresh.value, "new file")}: show</button>` : nothing}
     <ul class="grid" role="list" aria-label="Gallery" @keydown=${keys}>
       ${repeat(items.value, (one) => one.name, tile)}
     </ul>

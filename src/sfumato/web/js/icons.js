@@ -1,4 +1,4 @@
-// Icons for buttons; each button also has a text label.
+// Icons; each button also has a label.
 import { html, svg } from "./lib.js";
 
 const PATHS = {
@@ -18,6 +18,7 @@ const PATHS = {
   close: svg`<path d="m6 6 12 12M18 6 6 18"/>`,
   undo: svg`<path d="M9 14 4 9l5-5M4 9h10a6 6 0 0 1 0 12h-3"/>`,
   minus: svg`<path d="M5 12h14"/>`,
+  sound: svg`<path d="M4 10v4m4-7v10m4-13v16m4-12v8m4-5v2"/>`,
   plus: svg`<path d="M5 12h14M12 5v14"/>`,
 };
 

@@ -1,4 +1,4 @@
-// State that survives a reload: in localStorage permanently, in sessionStorage for this tab.
+// State that survives a reload.
 import { effect, signal } from "./lib.js";
 
 const read = (storage, name) => {
@@ -17,7 +17,7 @@ const write = (storage, name, value) => {
   }
 };
 
-/** A signal that starts with the value stored under `name` and is stored whenever it changes. */
+/** A signal whose value is stored under `name`. */
 export function kept(name, initial, storage = localStorage) {
   const found = read(storage, name);
   const one = signal(typeof found === typeof initial && found !== null ? found : initial);

@@ -1,4 +1,4 @@
-// The API key: asked for when the server requires one, stored in this browser.
+// The API key, stored in this browser.
 import { html, nothing, signal } from "./lib.js";
 import { modal } from "./controls.js";
 import { kept } from "./kept.js";

@@ -1,4 +1,4 @@
-// The page's libraries: lit-html renders it, signals trigger the rendering. Both are vendored unchanged from npm.
+// lit-html renders the page, signals trigger it. Both are unchanged from npm.
 export { html, svg, nothing, render } from "../vendor/lit-html/lit-html.js";
 export { live } from "../vendor/lit-html/directives/live.js";
 export { repeat } from "../vendor/lit-html/directives/repeat.js";

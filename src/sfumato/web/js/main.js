@@ -1,4 +1,4 @@
-// The page: one tab per task, rendered again whenever a signal changes.
+// The page, rendered whenever a signal changes.
 import { effect, html, nothing, render, signal, untracked } from "./lib.js";
 import { compareView } from "./compare.js";
 import { banner, online } from "./connection.js";
@@ -60,7 +60,7 @@ async function start() {
   }
 }
 
-// A dropped or pasted picture becomes the source on Rework; elsewhere its recipe is read.
+// On Rework it becomes the source; elsewhere its recipe is read.
 function arrived(event, transfer) {
   const file = fileOf(transfer);
   if (!file) return;
@@ -82,4 +82,4 @@ restore();
 const root = document.getElementById("studio");
 root.replaceChildren();
 effect(() => render(page(), root));
-effect(() => void (online.value && untracked(start))); // at the start, and whenever the server is back
+effect(() => void (online.value && untracked(start))); // also when the server is back

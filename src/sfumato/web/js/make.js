@@ -2,9 +2,9 @@
 import { html, nothing } from "./lib.js";
 import { cancel, cancelAll, draw, drawings, running } from "./drawings.js";
 import { promptFields, settingFields } from "./fields.js";
-import { form, problem, request, seedIsValid } from "./form.js";
+import { ROUTES, form, problem, request, seedIsValid } from "./form.js";
 import { remember } from "./history.js";
-import { EMBEDDED, model } from "./models.js";
+import { EMBEDDED, kind, model } from "./models.js";
 import { resultActions } from "./rework.js";
 import { chosen, looked, stage } from "./stage.js";
 
@@ -20,18 +20,18 @@ export function drawNow() {
   problem.value = null;
   remember(form.prompt.value.trim());
   chosen.value = null;
-  draw("v1/images/generations", request());
+  draw(ROUTES[kind.value], request());
 }
 
-/** Draw, Cancel and, with several running, Cancel all; below the fields of Make and Rework. */
+/** Of Make and Rework. */
 export function drawButtons(start) {
   const now = looked()?.drawing;
   const target = now?.live ? now : running.value.at(-1);
   return html`
     <div class="actions main">
-      <button class="primary" type="button" ?disabled=${!model.value} @click=${start}>Draw</button>
-      ${target ? html`<button type="button" @click=${() => cancel(target)}>Cancel</button>` : nothing}
-      ${running.value.length > 1 ? html`<button type="button" @click=${cancelAll}>Cancel all</button>` : nothing}
+      <button class="primary" ?disabled=${!model.value} @click=${start}>Draw</button>
+      ${target ? html`<button @click=${() => cancel(target)}>Cancel</button>` : nothing}
+      ${running.value.length > 1 ? html`<button @click=${cancelAll}>Cancel all</button>` : nothing}
       <kbd class="hint">Ctrl + Enter</kbd>
     </div>`;
 }
@@ -46,7 +46,7 @@ const welcome = () => html`
     <h2>What shall it be?</h2>
     ${model.value?.id === EMBEDDED
       ? html`<p>The built-in model draws small things on plain backgrounds. Try one of these, or write your own.</p>
-          <ul class="examples">${EXAMPLES.map((each) => html`<li><button type="button" @click=${() => example(each)}>${each}</button></li>`)}</ul>`
+          <ul class="examples">${EXAMPLES.map((each) => html`<li><button @click=${() => example(each)}>${each}</button></li>`)}</ul>`
       : html`<p>Describe it in the prompt, and press Ctrl + Enter.</p>`}
   </div>`;
 

@@ -1,4 +1,4 @@
-// The mask as a list of edits: undo repeats all but the last one.
+// The mask as a list of edits: undo repeats all but one.
 import { signal } from "./lib.js";
 
 export const brush = { size: signal(24), erase: signal(false) };
@@ -7,10 +7,10 @@ export const deeds = signal([]); // strokes and inversions, oldest first
 const PAINT = "#c2410c";
 let canvas = null;
 
-// It is read back when it is sent, so it can stay in main memory.
+// It is read back when it is sent.
 const penOf = () => canvas.getContext("2d", { willReadFrequently: true });
 
-/** Draw on this canvas from now on; it has the picture's size. */
+/** Draw on this canvas, which has the picture's size. */
 export function on(element) {
   if (canvas === element) return;
   canvas = element;
@@ -62,7 +62,7 @@ const add = (deed) => {
   perform(deed);
 };
 
-/** Begin a stroke at a point in pixels of the picture; `erase` as the brush says, or as a pen's other end does. */
+/** Begin a stroke at a point in pixels of the picture. */
 export function begin(point, erase = brush.erase.value) {
   const stroke = { erase, size: brush.size.value, points: [point] };
   add(stroke);
@@ -85,7 +85,7 @@ export const resize = (factor) => {
   brush.size.value = Math.round(Math.min(512, Math.max(1, factor > 1 ? Math.max(size, brush.size.value + 1) : size)));
 };
 
-/** White where it is painted, else black, as a PNG; null when nothing is painted. */
+/** White where it is painted, else black; null if nothing is. */
 export async function png() {
   if (!canvas || !deeds.value.length) return null;
   const { width, height } = canvas;

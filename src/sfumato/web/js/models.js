@@ -1,4 +1,4 @@
-// The models, and what the selected one supports: other fields are hidden.
+// The models, and what the selected one supports.
 import { computed, signal } from "./lib.js";
 import { get } from "./api.js";
 import { kept } from "./kept.js";
@@ -18,13 +18,19 @@ export const about = computed(() => model.value?.sfumato ?? null);
 export const defaults = computed(() => about.value?.defaults ?? {});
 export const limits = computed(() => about.value?.limits ?? {});
 
-/** Whether the selected model supports text-to-image, image-to-image or inpainting; unknown until it was loaded once. */
+/** What the selected model makes: image, video or audio. */
+export const kind = computed(() => model.value?.architecture.output_modalities[0] ?? "image");
+
+/** Whether the selected model has this task; unknown until it was loaded once. */
 export const does = (task) => about.value?.tasks?.includes(task) ?? true;
 
 // Our field → its name in `enable_parameters` of model files.
 const ENABLED = { negative: "negative_prompt", steps: "num_inference_steps", clip_skip: "clip_skip" };
 
-// Fields whose default a loaded model has if its pipeline takes them.
+/** Fields that few people need. */
+export const RARE = ["clip_skip", "eta", "guidance_rescale"];
+
+// A loaded model has a default of these if it takes them.
 const KNOWN = ["steps", "guidance_scale", "eta", "guidance_rescale"];
 
 /** Whether a request to the selected model may have this field. */
@@ -32,14 +38,15 @@ export function takes(field) {
   const { enable_parameters: enabled, status } = about.value ?? {};
   const named = ENABLED[field];
   if (named && enabled && !enabled.includes(named)) return false;
-  // A model in memory is fully known: no default means that its pipeline has no such parameter.
+  if (kind.value === "audio" && RARE.includes(field)) return false;
+  // In memory it is fully known: no default means no such parameter.
   return status !== "ready" || !KNOWN.includes(field) || defaults.value[field] !== null;
 }
 
 /** LoRAs for the selected model. */
 export const fitting = computed(() => loras.value.filter(({ models }) => models?.includes(model.value?.id) ?? true));
 
-/** Names of ControlNets and IP-Adapters, unless the selected model takes none. */
+/** Names of ControlNets and IP-Adapters, if it takes some. */
 export const controllable = computed(() =>
   about.value?.control_nets?.length === 0 && !about.value.ip_adapters ? [] : nets.value);
 

@@ -1,4 +1,4 @@
-// A small plot of one number over the last minutes, with its latest and highest value as text.
+// A plot of one number over the last minutes.
 import { html, svg } from "./lib.js";
 
 const [WIDTH, HEIGHT] = [300, 48];

@@ -4,12 +4,13 @@ import { check, choice, failure, number, range } from "./controls.js";
 import { draw } from "./drawings.js";
 import { easelKeys, easelView, fit, tools } from "./easel.js";
 import { promptFields, settingFields } from "./fields.js";
-import { problem, request } from "./form.js";
+import { ROUTES, problem, request } from "./form.js";
 import { remember } from "./history.js";
 import { kept } from "./kept.js";
 import { drawButtons } from "./make.js";
 import { deeds, png, reset } from "./mask.js";
-import { defaults, does, limits, model, upscaler } from "./models.js";
+import { does, kind, limits, model, upscaler } from "./models.js";
+import { near, own } from "./size.js";
 import { drop, fetched, rework, source, strength, take, trouble } from "./source.js";
 import { chosen, download, looked, stage } from "./stage.js";
 
@@ -20,19 +21,18 @@ const drawnAt = signal(null); // WIDTHxHEIGHT; null: the best size for the sourc
 const SUBTLE = 0.35;
 const STRONG = 0.7;
 
-/** The source's aspect ratio at about the model's default number of pixels. */
+/** The source's shape with about the model's number of pixels. */
 function modelSize() {
-  const [wide, high] = (defaults.value.size ?? "x").split("x").map(Number);
+  const [wide, high] = own();
   if (!wide || !high) return "";
-  const multiple = limits.value.size_multiple ?? 8;
-  const scale = Math.sqrt((wide * high) / (source.value.width * source.value.height));
-  const near = (side) => Math.max(multiple, Math.round((side * scale) / multiple) * multiple);
-  return `${near(source.value.width)}x${near(source.value.height)}`;
+  const { width, height } = source.value;
+  const scale = Math.sqrt((wide * high) / (width * height));
+  return `${near(width * scale)}x${near(height * scale)}`;
 }
 
-/** A photo of many megapixels is drawn at the model's size, unless the user changes it. */
+/** A large photo is drawn at the model's size. */
 function bestSize() {
-  const [wide, high] = (defaults.value.size ?? "x").split("x").map(Number);
+  const [wide, high] = own();
   const pixels = source.value.width * source.value.height;
   return pixels > Math.min(limits.value.pixels ?? Infinity, 4 * wide * high || Infinity) ? modelSize() : "";
 }
@@ -45,15 +45,18 @@ export async function reworkNow() {
     return;
   }
   const { size: _, ...given } = request();
-  const mask = await png();
+  const clip = kind.value === "video"; // whose first frame it is
+  const mask = clip ? null : await png();
   problem.value = null;
   if (given.prompt) remember(given.prompt);
   given.prompt ??= "";
-  given.strength = strength.value;
+  if (!clip) given.strength = strength.value;
   if (mask && masked.value) Object.assign(given, { masked_area_only: true, mask_padding: Number(padding.value) || 0 });
   else if (size()) given.size = size();
   chosen.value = null;
-  draw("v1/images/edits", given, { sources: mask ? { image: source.value.blob, mask } : { image: source.value.blob } });
+  const image = source.value.blob;
+  if (clip) draw(ROUTES.video, given, { sources: { input_reference: image } });
+  else draw("v1/images/edits", given, { sources: mask ? { image, mask } : { image } });
 }
 
 async function vary(picture, drawing, how) {
@@ -69,15 +72,18 @@ async function enlarge(picture, drawing) {
   draw("v1/images/upscale", { ...upscaler.value, prompt: drawing.request.prompt ?? "" }, { sources: { image } });
 }
 
-/** Actions on a finished picture; below the stage of Make and of Rework. */
+/** Below the stage of Make and of Rework. */
 export const resultActions = (picture, drawing) => html`
   ${download(picture)}
-  <button type="button" title="Use it as the source (R)" @click=${() => rework(picture, drawing)}>Rework it</button>
+  ${drawing.isJob ? nothing : pictureActions(picture, drawing)}`;
+
+const pictureActions = (picture, drawing) => html`
+  <button title="Use it as the source (R)" @click=${() => rework(picture, drawing)}>Rework it</button>
   ${does("image-to-image")
-    ? html`<button type="button" @click=${() => vary(picture, drawing, SUBTLE)}>Vary a little</button>
-        <button type="button" @click=${() => vary(picture, drawing, STRONG)}>Vary a lot</button>`
+    ? html`<button @click=${() => vary(picture, drawing, SUBTLE)}>Vary a little</button>
+        <button @click=${() => vary(picture, drawing, STRONG)}>Vary a lot</button>`
     : nothing}
-  ${upscaler.value ? html`<button type="button" @click=${() => enlarge(picture, drawing)}>Enlarge ${upscaler.value.scale} times</button>` : nothing}`;
+  ${upscaler.value ? html`<button @click=${() => enlarge(picture, drawing)}>Enlarge ${upscaler.value.scale} times</button>` : nothing}`;
 
 function another() {
   drop();
@@ -118,7 +124,7 @@ const sourceFields = () => html`
 export function reworkKeys(event) {
   const now = looked();
   if (easelKeys(event)) return true;
-  if (event.key === "r" && !event.ctrlKey && !event.metaKey && now?.picture?.done) rework(now.picture, now.drawing);
+  if (event.key === "r" && !event.ctrlKey && !event.metaKey && now?.picture?.done && !now.drawing.isJob) rework(now.picture, now.drawing);
   else return false;
   return true;
 }

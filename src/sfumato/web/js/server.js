@@ -9,7 +9,7 @@ import { bytes, duration, many, short } from "./words.js";
 const EVERY_MS = 2000;
 
 const state = signal(null);
-const line = signal([]); // the caller's own requests; without keys all requests
+const line = signal([]); // the caller's own; without keys all
 const trouble = signal("");
 const busy = signal(""); // the model with an operation in progress
 
@@ -40,17 +40,15 @@ async function act(path, model, more = {}) {
 const STATES = { unloaded: "not in memory", downloading: "downloading", loading: "loading", ready: "in memory", in_main_memory: "in main memory", failed: "failed" };
 
 const modelRow = (model) => {
-  const there = model.status === "ready" || model.status === "in_main_memory";
+  const verb = ["ready", "in_main_memory"].includes(model.status) ? "Unload" : "Load";
   const where = model.status === "ready" && model.device ? ` · ${model.device}, ${model.dtype}` : "";
-  const still = model.status === "loading" || model.status === "downloading" || busy.value === model.id;
+  const still = ["loading", "downloading"].includes(model.status) || busy.value === model.id;
   return html`<li>
     <div><h3>${model.id}</h3>
       <p class=${model.status === "failed" ? "problem" : "quiet"}><span class="lamp ${model.status}"></span>${STATES[model.status]}${where}${model.detail ? html` · ${short(model.detail, 300)}` : nothing}</p>
       ${model.progress != null ? html`<progress aria-label="Download of ${model.id}" max="1" value=${model.progress}></progress>` : nothing}</div>
     <div class="actions">
-      ${there
-        ? html`<button ?disabled=${still} aria-label="Unload ${model.id}" @click=${() => act("unload", model.id)}>Unload</button>`
-        : html`<button ?disabled=${still} aria-label="Load ${model.id}" @click=${() => act("load", model.id)}>Load</button>`}
+      <button ?disabled=${still} aria-label="${verb} ${model.id}" @click=${() => act(verb.toLowerCase(), model.id)}>${verb}</button>
       <button aria-pressed=${String(model.pinned)} aria-label="Pin ${model.id}" title="A pinned model stays in memory when others need room"
         @click=${() => act("pin", model.id, { pinned: !model.pinned })}>${model.pinned ? "Pinned" : "Pin"}</button>
     </div>

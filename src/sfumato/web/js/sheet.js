@@ -1,16 +1,13 @@
 // A grid as one labelled picture to download.
 const GAP = 12;
-const MOST = 8192; // pixels per side; browsers refuse much larger ones
+const MOST = 8192; // pixels per side
 
-const loaded = (src) =>
-  new Promise((resolve) => {
-    const image = new Image();
-    image.onload = () => resolve(image);
-    image.onerror = () => resolve(null);
-    image.src = src;
-  });
+const loaded = (src) => {
+  const image = Object.assign(new Image(), { src });
+  return image.decode().then(() => image, () => null);
+};
 
-/** Lines of at most `width` pixels; a word that is longer is broken. */
+/** Lines of at most `width` pixels; longer words are broken. */
 function wrapped(pen, text, width) {
   const lines = [];
   let line = "";

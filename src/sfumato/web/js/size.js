@@ -1,4 +1,4 @@
-// Width and height: shapes with about as many pixels as the model's own size, or any multiple it supports.
+// Width and height: shapes of about the model's own size, or any multiple it supports.
 import { batch, html } from "./lib.js";
 import { choice, number, tool } from "./controls.js";
 import { form, problemOf, set } from "./form.js";
@@ -6,13 +6,15 @@ import { defaults, limits } from "./models.js";
 
 const SHAPES = [["Square", 1, 1], ["Portrait", 2, 3], ["Landscape", 3, 2], ["Tall", 9, 16], ["Wide", 16, 9]];
 
-const own = () => (defaults.value.size ?? "").split("x").map(Number);
+/** The model's own width and height, if they are known. */
+export const own = () => (defaults.value.size ?? "").split("x").map(Number);
+
+const multiple = () => limits.value.size_multiple ?? 8;
+export const near = (side) => Math.max(multiple(), Math.round(side / multiple()) * multiple());
 
 const presets = () => {
   const [width, height] = own();
   if (!width || !height) return [];
-  const multiple = limits.value.size_multiple ?? 8;
-  const near = (side) => Math.max(multiple, Math.round(side / multiple) * multiple);
   return SHAPES.map(([name, wide, high]) => {
     const unit = Math.sqrt((width * height) / (wide * high));
     return [name, near(unit * wide), near(unit * high)];
@@ -34,7 +36,6 @@ function swap() {
 
 export function sizeFields() {
   const [width, height] = own();
-  const multiple = limits.value.size_multiple ?? 8;
   const chosen = form.width.value || form.height.value ? `${form.width.value}x${form.height.value}` : "";
   const options = [
     ["", width ? `As the model: ${width} × ${height}` : "As the model"],
@@ -43,7 +44,7 @@ export function sizeFields() {
   if (!options.some(([value]) => value === chosen)) options.push([chosen, "Another"]);
   const side = (id, label, placeholder, after) =>
     number({ id, label, value: form[id].value, input: (value) => set(id, value), placeholder: String(placeholder || ""),
-      min: multiple, step: multiple, after });
+      min: multiple(), step: multiple(), after });
   return html`
     ${choice({ id: "size", label: "Size", value: chosen, input: choose, options, problem: problemOf("size", "width", "height"), wide: true })}
     <div class="pair wide">

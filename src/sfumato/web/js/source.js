@@ -1,4 +1,4 @@
-// The source picture of Rework: dropped, pasted, uploaded or taken from a result. Always upright.
+// The source picture of Rework. Always upright.
 import { batch, signal } from "./lib.js";
 import { Failure } from "./api.js";
 import { use } from "./form.js";
@@ -13,7 +13,7 @@ export const trouble = signal("");
 export async function take(file) {
   trouble.value = "";
   try {
-    const bitmap = await createImageBitmap(file); // upright: "from-image" is the default orientation
+    const bitmap = await createImageBitmap(file); // upright
     const canvas = new OffscreenCanvas(bitmap.width, bitmap.height);
     canvas.getContext("2d").drawImage(bitmap, 0, 0);
     const blob = await canvas.convertToBlob({ type: "image/png" });
@@ -31,7 +31,7 @@ export function drop() {
 
 const files = (list) => [...(list ?? [])].find((each) => each.kind === undefined || each.kind === "file");
 
-/** The first file of a drop or a paste, or null. */
+/** The first file, or null. */
 export function fileOf(transfer) {
   const item = files(transfer?.items);
   return item?.getAsFile() ?? transfer?.files?.[0] ?? null;
@@ -43,7 +43,7 @@ export async function fetched(src) {
   return answer.blob();
 }
 
-/** Send a result back as the source, with the words that made it. */
+/** Make a result the source, with the words that made it. */
 export async function rework(picture, drawing) {
   reset();
   try {

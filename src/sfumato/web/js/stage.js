@@ -1,12 +1,13 @@
-// The current picture, large; below it the pictures of this tab. Used by Make and Rework.
+// The current picture, and below it those of this tab.
 import { html, nothing, repeat, signal } from "./lib.js";
 import { online } from "./connection.js";
 import { failure } from "./controls.js";
 import { again, cancel, drawings } from "./drawings.js";
 import { icon } from "./icons.js";
+import { media, small } from "./media.js";
 import { duration, many, short } from "./words.js";
 
-/** What somebody chose to look at, as `{ drawing, index }`; null: the newest drawing as it comes. */
+/** What somebody looks at, `{ drawing, index }`; null: the newest. */
 export const chosen = signal(null);
 
 export const listed = () => drawings.value.filter((each) => !each.hidden);
@@ -32,7 +33,7 @@ function said({ state, progress, pictures, message }) {
       return step + waits + left;
     }
     case "done":
-      return many(pictures.value.length, "picture") + (pictures.value.length === 1 ? ", done" : ", all done");
+      return pictures.value.length === 1 ? "Done" : `${pictures.value.length} pictures, all done`;
     case "cancelled":
       return "Stopped";
     default:
@@ -46,7 +47,7 @@ const bar = ({ progress, live }) =>
         value=${progress.value?.total ? progress.value.step : nothing}></progress>`
     : nothing;
 
-/** `empty` is shown while there is nothing to see; `actions(picture, drawing)` stands below a finished picture. */
+/** `empty`: while there is nothing to see; `actions`: below a finished picture. */
 export function stage({ empty = nothing, actions = () => nothing } = {}) {
   const now = looked();
   const { drawing, picture } = now ?? {};
@@ -54,7 +55,7 @@ export function stage({ empty = nothing, actions = () => nothing } = {}) {
     <section class="stage" aria-label="Pictures">
       <div class="canvas ${picture?.src ? "" : "bare"}">
         ${picture?.src
-          ? html`<img alt="Result" src=${picture.src} aria-busy=${String(!picture.done)} class=${picture.done ? "" : "growing"}>`
+          ? media("Result", picture)
           : drawing?.live ? html`<p class="quiet">${said(drawing)}</p>` : drawing?.message.value ? nothing : empty}
         ${drawing && !drawing.live && drawing.message.value ? failure(drawing.message.value, () => again(drawing)) : nothing}
       </div>
@@ -81,7 +82,7 @@ function strip(shownDrawing, shownPicture) {
         const words = short(drawing.request.prompt || "Without words", 60);
         return html`<li class=${drawing.state.value}>
           <button class="tile" aria-label="Show: ${words}" aria-current=${now ? "true" : nothing} @click=${() => look(drawing, picture)}>
-            ${picture.src ? html`<img alt="" src=${picture.src} loading="lazy">` : html`<span class="dots"></span>`}
+            ${picture.src ? small("", picture) : html`<span class="dots"></span>`}
           </button>
           ${drawing.live ? html`<button class="icon corner" aria-label="Stop: ${words}" title="Stop" @click=${() => cancel(drawing)}>${icon("close")}</button>` : nothing}
         </li>`;

@@ -1,4 +1,4 @@
-// Light or dark: the system's setting, unless the user changes it.
+// Light or dark.
 import { effect, html } from "./lib.js";
 import { kept } from "./kept.js";
 import { icon } from "./icons.js";

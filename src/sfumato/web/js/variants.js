@@ -1,4 +1,4 @@
-// The axes of a comparison: a parameter, and its values parsed from one line of text.
+// The axes of a comparison.
 const MOST = 100; // maximum values per axis
 
 const numbers = (text) =>
@@ -13,7 +13,7 @@ const numbers = (text) =>
 
 const words = (text) => text.split(",").map((part) => part.trim()).filter(Boolean);
 
-/** `{a|b}` in a prompt, all ways; a prompt without is itself. */
+/** `{a|b}` in a prompt, all ways. */
 export function expanded(prompt) {
   const found = prompt.match(/\{([^{}]*\|[^{}]*)\}/);
   if (!found) return [prompt];
@@ -21,10 +21,10 @@ export function expanded(prompt) {
   return found[1].split("|").flatMap((each) => expanded(before + each.trim() + after)).slice(0, MOST);
 }
 
-/** The first way to say it, for where variants are not what is compared. */
+/** The first of these ways. */
 export const plain = (prompt) => expanded(prompt)[0];
 
-// Field of a request → its label, how its values are parsed, and an example.
+// Field of a request → label, parser, example.
 export const AXES = {
   "": { label: "Nothing" },
   steps: { label: "Steps", read: numbers, example: "5, 10, 20" },

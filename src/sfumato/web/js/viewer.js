@@ -1,24 +1,28 @@
-// One picture, large, with its recipe; and the confirmation before deleting.
+// One result, large, with its recipe; and the question before deleting.
 import { html, nothing, signal } from "./lib.js";
 import { picture } from "./api.js";
 import { modal, tool } from "./controls.js";
 import { use } from "./form.js";
+import { isSound, media } from "./media.js";
 import { download, erase, items, star } from "./gallery.js";
 import { rework, strengthOf } from "./source.js";
 import { many, moment, short } from "./words.js";
 
-/** `{ name }` of the gallery's, or `{ src, recipe, source, warnings }` of a file; null while none is open. */
+/** `{ name }` of the gallery's, or `{ src, recipe, source, warnings }` of a file. */
 export const opened = signal(null);
 const doomed = signal(null); // names waiting for confirmation
 
 export const open = (one) => (opened.value = one);
 export const sure = (names) => (doomed.value = names);
 
-// Words, and a field of the recipe or what is made of several.
+// Words, and a field of the recipe or what is made of it.
 const ROWS = [
   ["Negative prompt", "negative_prompt"],
   ["Model", "model"],
-  ["Size", (recipe) => recipe.width && `${recipe.width} × ${recipe.height}`],
+  ["Size", (recipe) => recipe.width ? `${recipe.width} × ${recipe.height}` : ""],
+  ["Frames", "num_frames"],
+  ["Frames a second", "fps"],
+  ["Seconds", "seconds"],
   ["Steps", "steps"],
   ["Guidance", "guidance_scale"],
   ["Scheduler", "scheduler"],
@@ -42,7 +46,7 @@ const recipeList = (recipe, more = []) => html`<dl class="recipe">
     .map(([words, value]) => html`<dt>${words}</dt><dd>${value}</dd>`)}
 </dl>`;
 
-/** Take over all of it, the prompt or the seed, and go where that is used. */
+/** Use it, and go where it is used. */
 function apply(recipe, what) {
   use(recipe, what);
   const edited = recipe.image_sha256?.length || (recipe.strength && !recipe.pipeline);
@@ -80,7 +84,7 @@ export function viewer() {
   const recipe = one.recipe;
   const src = one.src ?? picture(one.name);
   return html`<dialog class="viewer" aria-label="Picture" ${modal()} @close=${close} @keydown=${keys}>
-    <div class="looked"><img src=${src} alt=${short(recipe?.prompt || "Without words", 120)}></div>
+    <div class="looked">${media(short(recipe?.prompt || "Without words", 120), { src, name: one.name })}</div>
     <div class="told">
       <div class="actions">
         ${one.name ? html`
@@ -96,7 +100,8 @@ export function viewer() {
           <button class="primary" @click=${() => apply(recipe, "all")}>Use all</button>
           <button @click=${() => apply(recipe, "prompt")}>Use prompt</button>
           <button ?disabled=${!said(recipe.seed)} @click=${() => apply(recipe, "seed")}>Use seed</button>
-          <button @click=${() => (close(), rework({ src }, { request: recipe }))}>Rework it</button>
+          ${recipe.fps || isSound(one.name) ? nothing
+            : html`<button @click=${() => (close(), rework({ src }, { request: recipe }))}>Rework it</button>`}
         </div>
         ${one.warnings?.length ? html`<ul class="warnings">${one.warnings.map((each) => html`<li>${each}</li>`)}</ul>` : nothing}
         ${recipeList(recipe, [["Made", one.created && moment(one.created)], ["File", one.name]])}`
@@ -116,8 +121,8 @@ async function destroy() {
 
 const question = () => html`<dialog class="dialog" aria-labelledby="sure" ${modal()} @close=${() => (doomed.value = null)}>
   <div class="stack">
-    <h2 id="sure">Delete ${many(doomed.value.length, "picture")}?</h2>
-    <p>The files are deleted too. This cannot be undone.</p>
+    <h2 id="sure">Delete ${many(doomed.value.length, "file")}?</h2>
+    <p>This cannot be undone.</p>
     <div class="actions"><button class="bad" @click=${destroy}>Delete</button><button autofocus @click=${() => (doomed.value = null)}>Keep</button></div>
   </div>
 </dialog>`;
