@@ -5,14 +5,16 @@ from __future__ import annotations
 import functools
 import io
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import diffusers as d
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from sfumato.checkpoints import class_reading, clip_rules, diffusers_source
 from sfumato.checkpoints.static_capabilities import static_capabilities
@@ -95,6 +97,82 @@ def test_a_clip_from_a_picture_is_that_of_a_plain_call() -> None:
     assert len(drawn.recipe.image_sha256) == 1
     with pytest.raises(InvalidRequest, match="m needs a source picture"):
         clip_of(made, asked("Wan"))
+
+
+def test_a_clip_between_two_pictures_is_that_of_a_plain_call() -> None:
+    made = loaded(families_newer.wan_between())
+    end = source(20, 40)
+    asked_for = asked("Wan", images=(PICTURE, end), width=32, height=16, num_frames=5)
+    clip, drawn = clip_of(made, asked_for)
+    fitted = ImageOps.fit(Image.open(io.BytesIO(end)), (32, 16), Image.Resampling.LANCZOS)
+    plain = made.pipeline(
+        image=SOURCE, last_image=fitted, prompt="a cat", width=32, height=16, num_frames=5, num_inference_steps=2,
+        output_type="np", generator=torch.Generator().manual_seed(1),
+    ).frames[0]  # fmt: skip
+    assert np.abs(clip.frames - plain).max() < 1e-4
+    assert len(drawn.recipe.image_sha256) == 2
+    other, _ = clip_of(made, replace(asked_for, images=(PICTURE, PICTURE)))
+    assert np.abs(clip.frames - other.frames).max() > 1e-3
+    with pytest.raises(InvalidRequest, match="from a first to the last frame there are two or more"):
+        clip_of(made, replace(asked_for, sampling=replace(asked_for.sampling, num_frames=1)))
+
+
+def wan_2_2_image() -> Any:
+    """Its denoiser looks at no embeddings of pictures."""
+    parts = clip_classes.wan_image().components
+    seen = {**parts["transformer"].config, "image_dim": None}
+    denoiser = d.WanTransformer3DModel.from_config(seen).eval()
+    return d.WanImageToVideoPipeline(
+        **parts | {"transformer": denoiser, "image_encoder": None, "image_processor": None}
+    )
+
+
+def wan_2_2_small_image() -> Any:
+    """A time step for every token."""
+    parts = FAMILIES["Wan"].build().components
+    return d.WanImageToVideoPipeline(**parts, image_encoder=None, image_processor=None, expand_timesteps=True)
+
+
+WEIGHTS: dict[str, tuple[Callable[[], Any], int, int]] = {
+    "places for two pictures": (families_newer.wan_between, 2, 2),
+    "places for one picture": (clip_classes.wan_image, 1, 1),
+    "a time per token": (wan_2_2_small_image, 1, 1),
+    "no embeddings of pictures": (wan_2_2_image, 1, 2),
+}
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_how_many_pictures_are_taken_is_known_of_the_weights(weights: str, tmp_path: Path) -> None:
+    build, least, most = WEIGHTS[weights]
+    pipeline = build()
+    tiny.save(pipeline, tmp_path / "weights")
+    told = static_capabilities(ModelConfig(name="m", model=str(tmp_path / "weights"))).abilities
+    known = model_info(loaded(pipeline)).abilities
+    for abilities in (told, known):
+        image = abilities and abilities.input("image")
+        assert image and (image.roles, image.least, image.most) == (("picture", "last")[:most], least, most)
+    for number in (1, 2):
+        generation = asked("Wan", images=(PICTURE,) * number, width=32, height=16, num_frames=5)
+        if least <= number <= most:
+            assert len(clip_of(loaded(pipeline), generation)[0]) == 5
+        else:
+            with pytest.raises(InvalidRequest, match="picture"):
+                clip_of(loaded(pipeline), generation)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "WanImageToVideoPipeline",
+        "SkyReelsV2ImageToVideoPipeline",
+        "SkyReelsV2DiffusionForcingImageToVideoPipeline",
+        "HunyuanVideoFramepackPipeline",
+    ],
+)
+def test_classes_with_a_last_frame(name: str) -> None:
+    reading = class_reading.of_name(name)
+    assert reading
+    assert [each.role for each in reading.sources] == ["picture", "last"]
 
 
 @SLOW
@@ -228,6 +306,18 @@ def test_what_is_refused_before_any_model_is_looked_at(fields: dict[str, Any], p
     assert caught.value.param == param
 
 
+@pytest.mark.parametrize(("enabled", "fits"), [(None, True), ({"num_inference_steps"}, True), (set(), False)])
+def test_a_picture_to_start_from_is_only_kept_out_by_none(enabled: set[str] | None, fits: bool) -> None:
+    more = {} if enabled is None else {"enable_parameters": frozenset(enabled)}
+    config, request = ModelConfig(name="m", model="m", **more), ImageRequest(prompts=["x"], images=[b""], format="gif")
+    if fits:
+        assert plan(request, config, LIMITS, 1)
+        return
+    with pytest.raises(InvalidRequest, match="m does not allow requests to set it") as caught:
+        plan(request, config, LIMITS, 1)
+    assert caught.value.param == "image"
+
+
 def test_a_format_without_its_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     request = ImageRequest(prompts=["a cat"], format="mp4")
@@ -246,9 +336,8 @@ def test_the_files_say_what_the_loaded_model_says(family: str, tmp_path: Path) -
     told = static_capabilities(ModelConfig(name="m", model=str(tmp_path / "weights")))
     known = model_info(loaded(pipeline))
     assert told.abilities and told.tasks == known.tasks == ("text-to-video",)
-    frames = None if family == "LTX" else known.abilities.frames  # its VAE computes how it compresses time
-    assert (told.abilities.kind, told.abilities.frames) == ("video", frames)
-    assert told.size_multiple == known.size_multiple
+    assert (told.abilities.kind, told.abilities.frames) == ("video", known.abilities.frames)
+    assert (told.size_multiple, told.fps) == (known.size_multiple, known.sampling.fps)
 
 
 def test_localais_words_for_clips(tmp_path: Path) -> None:

@@ -64,6 +64,12 @@ def of_pipeline(pipeline: Any) -> FrameRule:
     return frame_rule(step, longest, type(getattr(pipeline, "vae", None)).__name__)
 
 
+def own_rate(name: str, value: Callable[[str], Any]) -> float:
+    """Frames a second of a clip whose request does not say it; `value`: of a parameter, of the file or the class."""
+    named = (value(parameter) for parameter in RATES)
+    return next((float(each) for each in named if each), rate(name))
+
+
 @functools.cache
 def rate(name: str) -> float:
     """Frames a second of a clip of a diffusers class that nobody set."""
