@@ -268,6 +268,9 @@ def test_a_picture_of_a_model_with_a_length_is_told_of() -> None:
         ("Wan", {"images": (source(16, 16),)}, "image", "m takes no picture"),
         ("Wan", {"num_frames": 9, "limits": Limits(1 << 20, 64, 8, frames=5)}, "num_frames", "at most 5 .*max_frames"),
         ("Wan", {"num_frames": None, "limits": Limits(1 << 20, 64, 8, frames=80)}, "num_frames", "81 of 16x16"),
+        ("Wan", {"num_frames": 81, "fps": 1, "limits": Limits(1 << 20, 64, 8)}, "num_frames", "81 seconds; at most 60"),
+        ("Wan", {"num_frames": None, "fps": 1, "limits": Limits(1 << 20, 64, 8)}, "num_frames", "81 seconds"),
+        ("Wan", {"fps": 60, "format": "gif"}, "fps", "at most 50 frames a second"),
         ("Wan", {"limits": Limits(1 << 20, 64, 8, clip_pixels=2000)}, "num_frames", "at most 7 .*max_clip_mega"),
     ],
 )  # fmt: skip
@@ -289,6 +292,8 @@ def test_a_picture_model_makes_no_clip() -> None:
         ({"sampling": Sampling(seconds=90)}, "seconds"),
         ({"sampling": Sampling(seconds=2, num_frames=9)}, "seconds"),
         ({"sampling": Sampling(num_frames=257, width=2048, height=2048)}, "num_frames"),
+        ({"sampling": Sampling(num_frames=81, fps=1)}, "num_frames"),
+        ({"sampling": Sampling(num_frames=9, fps=60)}, "fps"),  # a GIF
         ({"sampling": Sampling(num_frames=9), "format": "png"}, "num_frames"),
         ({"sampling": Sampling(num_frames=9), "format": "wav"}, "num_frames"),
         ({"images": [b""], "mask": b""}, "mask"),

@@ -118,6 +118,15 @@ class Limits:
                 param="num_frames",
             )
 
+    def check_length(self, frames: int, fps: float) -> None:
+        """Raises InvalidRequest unless a clip of so many frames at this rate is allowed."""
+        if frames > self.seconds * fps:
+            raise InvalidRequest(
+                f"num_frames: {frames} at {fps:g} frames a second are {frames / fps:.4g} seconds; at most "
+                f"{self.seconds:g} are allowed (the setting max_seconds). Send fewer frames or a higher fps",
+                param="num_frames",
+            )
+
 
 CANNY = "canny"
 """A name of `PREPROCESSORS`: the edges of a picture, white on black."""

@@ -9,6 +9,7 @@ import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 from sfumato.errors import InvalidRequest
 
@@ -32,9 +33,11 @@ class Format:
     """The module that writes it, besides those that are always installed."""
     extra: str = ""
     """The extra of this package that installs it."""
+    most_fps: float | None = None
+    """Frames a second of its clips; None: any."""
 
 
-_PYAV = {"package": "av", "extra": "video"}
+_PYAV: Mapping[str, Any] = {"package": "av", "extra": "video"}
 
 FORMATS: Mapping[str, Format] = MappingProxyType(
     {
@@ -44,7 +47,7 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
             Format("mp4", VIDEO, "video/mp4", **_PYAV),
             Format("webm", VIDEO, "video/webm", **_PYAV),
             Format("webp", VIDEO, "image/webp"),
-            Format("gif", VIDEO, "image/gif"),
+            Format("gif", VIDEO, "image/gif", most_fps=50),  # browsers show frames below 20 ms for 100 ms
             Format("wav", AUDIO, "audio/wav"),
             Format("flac", AUDIO, "audio/flac", **_PYAV),
             Format("mp3", AUDIO, "audio/mpeg", **_PYAV),
@@ -86,6 +89,17 @@ def check(name: str, kind: str, param: str) -> None:
             f"{param}: {name[:100]!r}; {', '.join(of_kind(kind))} are valid for {WORDS[kind]}", param=param
         )
     check_installed(name, param)
+
+
+def check_rate(name: str, fps: float) -> None:
+    """Raises InvalidRequest for frames a second that a file of this format does not keep."""
+    most = FORMATS[name].most_fps
+    if most and fps > most:
+        raise InvalidRequest(
+            f"fps: {fps:g}; a {name} file has at most {most:g} frames a second. Send a lower fps, or another "
+            "output_format",
+            param="fps",
+        )
 
 
 def check_installed(name: str, param: str) -> None:

@@ -10,7 +10,7 @@ from sfumato.checkpoints import clip_rules
 from sfumato.core import Generation
 from sfumato.drawing.arguments import Canvas, own_size, signature_default
 from sfumato.errors import InvalidRequest
-from sfumato.formats import VIDEO, kind_of
+from sfumato.formats import VIDEO, check_rate, kind_of
 from sfumato.models.load import Loaded
 from sfumato.pictures.results import Clip, Result
 from sfumato.pipelines.capabilities import parameters_of
@@ -32,6 +32,9 @@ def settled(model: Loaded, pipeline: Any, requested: Sampling, filled: Generatio
     fps, frames = sampling.fps or rate(model, pipeline), sampling.num_frames
     if sampling.seconds and (requested.seconds or frames is None):  # a request's, before the file's frames
         frames = rule.at_least(sampling.seconds * fps)
+    elif filled.limits:
+        filled.limits.check_length(frames or default_frames(model) or 1, fps)
+    check_rate(filled.format, fps)
     why = rule.violation(frames or 1) if _count(pipeline) else f"{type(pipeline).__name__} has its own number"
     if frames and why:
         raise InvalidRequest(

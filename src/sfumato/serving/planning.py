@@ -11,7 +11,7 @@ from sfumato import loras, schedulers
 from sfumato.config import ModelConfig, at_fault
 from sfumato.core import INTERACTIVE, MAX_SEED, PRIORITIES, QUALITIES, Control, Generation, Limits, StorePicture, labels
 from sfumato.errors import InvalidRequest, in_words
-from sfumato.formats import IMAGE, PICTURE, VIDEO, check_installed, kind_of
+from sfumato.formats import IMAGE, PICTURE, VIDEO, check_installed, check_rate, kind_of
 from sfumato.formats import WORDS as RESULTS
 from sfumato.loras import Lora
 from sfumato.pictures.fitting import Fitting
@@ -293,6 +293,9 @@ def _check_result(request: ImageRequest, limits: Limits) -> None:
     _check_range("num_frames", sampling.num_frames, 1, limits.frames)
     if kind == VIDEO and sampling.num_frames:
         limits.check_clip(*(sampling.size or (1, 1)), sampling.num_frames)
+    if sampling.fps:
+        check_rate(request.format, sampling.fps)
+        limits.check_length(sampling.num_frames or 1, sampling.fps)
 
 
 def size_of(text: str | None) -> tuple[int, int] | tuple[None, None]:
