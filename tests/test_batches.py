@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import sqlite3
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,12 @@ import pytest
 import sqlalchemy as sql
 
 from sfumato.api.batches import lines
+from sfumato.api.batches.batches import Batches, _Active
 from sfumato.api.batches.files import FileStore
 from sfumato.api.batches.store import BatchStore
 from sfumato.api.batches.tables import CHUNK, Line, StoredBatch, StoredFile
+from sfumato.api.jobs import jobs as jobs_module
+from sfumato.api.jobs.run import Run
 from sfumato.api.jobs.store import JobStore
 from sfumato.errors import JobsUnavailable
 from support.answerable import within
@@ -403,6 +409,95 @@ def test_a_batch_whose_lines_are_not_all_there_is_none(tmp_path: Path) -> None:
     with jobs.begin() as connection:
         assert connection.exec_driver_sql("SELECT count(*) FROM batches").scalar() == 0
     jobs.close()
+
+
+@pytest.mark.parametrize("by_itself", [True, False])
+def test_a_batch_that_is_complete_since_a_look_began_keeps_its_lines(tmp_path: Path, by_itself: bool) -> None:
+    """The look of its own server, or of one to which that one seems dead."""
+    own, other = (batches_of(tmp_path) for _ in range(2))
+    looking = own if by_itself else other
+    batch = stored_batch(own.server, 2)
+    inserted, begun, seen = threading.Event(), threading.Event(), threading.Event()
+
+    def before_completion(_: Any, __: Any, statement: str, *more: Any) -> None:
+        if statement.startswith("INSERT INTO lines"):
+            inserted.set()
+        elif statement.startswith("INSERT INTO servers") and inserted.is_set() and not begun.is_set():
+            begun.set()
+            assert seen.wait(TIMEOUT_S)
+
+    def between(_: Any, __: Any, statement: str, *more: Any) -> None:
+        if "FROM servers" in statement and not seen.is_set():
+            seen.set()
+            creation.result(TIMEOUT_S)
+
+    sql.event.listen(own._jobs.engine, "before_cursor_execute", before_completion)
+    sql.event.listen(looking._jobs.engine, "after_cursor_execute", between)
+    with ThreadPoolExecutor() as pool:
+        creation = pool.submit(own.create, batch, lines_for(2))
+        assert begun.wait(TIMEOUT_S)
+        if not by_itself:
+            own._jobs.leave()
+        assert looking.claim()[0] == []
+    assert own.pending(batch.id, -1, 10) == [0, 1]
+    assert [each.id for each in own.claim()[0]] == [batch.id]
+    for each in (own, other):
+        each._jobs.close()
+
+
+def test_a_batch_that_another_server_drops_is_not_accepted_and_leaves_nothing(tmp_path: Path) -> None:
+    own, other = (batches_of(tmp_path) for _ in range(2))
+
+    class Slow(list[Line]):
+        """By the second portion this server was silent for too long."""
+
+        def __getitem__(self, at: Any) -> Any:
+            if at.start:
+                own._jobs.leave()
+                assert other.claim()[0] == []
+            return super().__getitem__(at)
+
+    with pytest.raises(JobsUnavailable, match="took too long"):
+        own.create(stored_batch(own.server, CHUNK + 1), Slow(lines_for(CHUNK + 1)))
+    with other._jobs.begin() as connection:
+        for table in ("batches", "lines"):
+            assert connection.exec_driver_sql(f"SELECT count(*) FROM {table}").scalar() == 0
+    for each in (own, other):
+        each._jobs.close()
+
+
+def test_a_cancelled_line_that_waits_for_a_place_waits_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It found the queue full, and lines of other batches have all places since."""
+    monkeypatch.setattr(jobs_module, "AGAIN_S", 0.0)
+    nothing: Any = None
+    batches, batch = Batches(nothing, nothing, places=lambda: 1), stored_batch("s", 1)
+
+    async def cancelled() -> None:
+        active, run, places = _Active(batch), Run(batch.job(0), promised=True), batches._places
+        await places.take()
+        other = asyncio.create_task(places.take())
+        pausing = asyncio.create_task(batches._pause(active, run))
+        await other
+        for _ in range(100):  # its pause is over
+            await asyncio.sleep(0)
+        assert places._waiting
+        run.cancelled.set()
+        await asyncio.wait_for(pausing, TIMEOUT_S)
+        assert run in active.refused  # it has none to give back
+        places.give()
+        await asyncio.wait_for(places.take(), TIMEOUT_S)
+
+    asyncio.run(cancelled())
+
+
+def batches_of(folder: Path) -> BatchStore:
+    """Of one server; several share the database."""
+    jobs = JobStore(f"sqlite:///{folder / 'jobs.db'}", max_age_s=3600, max_bytes=2**20)
+    return BatchStore(jobs, FileStore(jobs, max_bytes=2**26), max_age_s=3600)
+
+
+def lines_for(count: int) -> list[Line]:
+    return [Line(position=index, custom_id=str(index), body=b"{}") for index in range(count)]
 
 
 def stored_batch(server: str, total: int) -> StoredBatch:

@@ -14,7 +14,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from sfumato.cli import app
+from sfumato.commands import generate as command
 from sfumato.pictures import recipe
+from sfumato.sampling import Sampling
+from sfumato.settings import Settings
 from support.families_moving import stable_audio
 from support.hub import Hub
 
@@ -49,7 +52,7 @@ def test_make_a_sound_and_make_it_again(tmp_path: Path) -> None:
     assert (tmp_path / out.strip()).suffix == ".wav"
     assert (tmp_path / out.strip()).read_bytes() == (tmp_path / "rain.wav").read_bytes()
     wrong = sfumato("generate", "rain", *options, "-o", "rain.png", cwd=tmp_path, code=1)
-    assert "noises makes sound (text-to-audio), and the request is for clips" in wrong
+    assert "seconds: 1.5; it is for clips and sound, and the request is for pictures" in wrong
 
 
 def test_generate_and_make_it_again(tmp_path: Path) -> None:
@@ -104,6 +107,8 @@ def test_several_pictures_get_several_names(tmp_path: Path) -> None:
         (["generate", "a cat", "--scheduler", "eulr"], "Did you mean"),
         (["generate", "a cat", "-m", "no-such-model"], "no-such-model"),
         (["generate", "a cat", "--steps", "2", "-o", "no/such/folder/x.png"], "could not be written"),
+        (["generate", "a cat", "-o", "x.m4a"], "written as .m4a; pictures in .png; clips in .mp4, .webm, .webp, .gif;"),
+        (["generate", "a cat", "--frames", "5", "-o", "x.png"], "is for clips, and the request is for pictures"),
         (["generate", "--like", "no-such.png"], "no-such.png"),
         (["serve", "--port", "-1"], "at least 0"),
         (["pull", "not a name"], "not a name"),
@@ -112,6 +117,18 @@ def test_several_pictures_get_several_names(tmp_path: Path) -> None:
 def test_what_cannot_be_done_is_said(tmp_path: Path, arguments: list[str], words: str) -> None:
     code = 2 if arguments in (["generate"], ["generate", "--like", "no-such.png"], ["serve", "--port", "-1"]) else 1
     assert words in sfumato(*arguments, cwd=tmp_path, code=code).replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "format"),
+    [("StableAudioPipeline", "wav"), ("WanPipeline", "mp4"), ("StableDiffusionPipeline", "png")],
+)
+def test_without_a_file_to_write_the_format_is_that_of_the_model(tmp_path: Path, pipeline: str, format: str) -> None:
+    (tmp_path / "m.yaml").write_text(f"parameters: {{model: o/r}}\ndiffusers: {{pipeline_type: {pipeline}}}")
+    settings = Settings(models=tmp_path)
+    assert command._format(None, Sampling(seconds=1), "m", settings) == format
+    assert command._format(Path("a.gif"), Sampling(), "m", settings) == "gif"
+    assert [command._named(Path(name)) for name in ("a.ogg", "a.WEBM", "a")] == ["opus", "webm", None]
 
 
 def test_pull_then_draw_without_the_hub(tmp_path: Path, hub: Hub) -> None:

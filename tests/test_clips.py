@@ -5,29 +5,32 @@ from __future__ import annotations
 import functools
 import io
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import diffusers as d
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
-from sfumato.checkpoints import class_reading, clip_rules
+from sfumato.checkpoints import class_reading, clip_rules, diffusers_source
 from sfumato.checkpoints.static_capabilities import static_capabilities
 from sfumato.config import ModelConfig, load
 from sfumato.core import Generation, Limits
-from sfumato.drawing import arguments
+from sfumato.drawing import arguments, clips
 from sfumato.drawing import draw as drawing
 from sfumato.drawing.info import model_info
 from sfumato.errors import InvalidRequest
 from sfumato.models.load import Loaded
 from sfumato.pictures.results import Clip
+from sfumato.pipelines.inputs import FRAME_COUNTS, MOVING
 from sfumato.sampling import Sampling
 from sfumato.serving.planning import ImageRequest, plan
 from sfumato.status import FrameRule
-from support import clip_classes, tiny
+from support import clip_classes, families_newer, tiny
 from support.drawing import loaded, quiet, source, wanted
 from support.families_moving import FAMILIES
 
@@ -94,6 +97,82 @@ def test_a_clip_from_a_picture_is_that_of_a_plain_call() -> None:
     assert len(drawn.recipe.image_sha256) == 1
     with pytest.raises(InvalidRequest, match="m needs a source picture"):
         clip_of(made, asked("Wan"))
+
+
+def test_a_clip_between_two_pictures_is_that_of_a_plain_call() -> None:
+    made = loaded(families_newer.wan_between())
+    end = source(20, 40)
+    asked_for = asked("Wan", images=(PICTURE, end), width=32, height=16, num_frames=5)
+    clip, drawn = clip_of(made, asked_for)
+    fitted = ImageOps.fit(Image.open(io.BytesIO(end)), (32, 16), Image.Resampling.LANCZOS)
+    plain = made.pipeline(
+        image=SOURCE, last_image=fitted, prompt="a cat", width=32, height=16, num_frames=5, num_inference_steps=2,
+        output_type="np", generator=torch.Generator().manual_seed(1),
+    ).frames[0]  # fmt: skip
+    assert np.abs(clip.frames - plain).max() < 1e-4
+    assert len(drawn.recipe.image_sha256) == 2
+    other, _ = clip_of(made, replace(asked_for, images=(PICTURE, PICTURE)))
+    assert np.abs(clip.frames - other.frames).max() > 1e-3
+    with pytest.raises(InvalidRequest, match="from a first to the last frame there are two or more"):
+        clip_of(made, replace(asked_for, sampling=replace(asked_for.sampling, num_frames=1)))
+
+
+def wan_2_2_image() -> Any:
+    """Its denoiser looks at no embeddings of pictures."""
+    parts = clip_classes.wan_image().components
+    seen = {**parts["transformer"].config, "image_dim": None}
+    denoiser = d.WanTransformer3DModel.from_config(seen).eval()
+    return d.WanImageToVideoPipeline(
+        **parts | {"transformer": denoiser, "image_encoder": None, "image_processor": None}
+    )
+
+
+def wan_2_2_small_image() -> Any:
+    """A time step for every token."""
+    parts = FAMILIES["Wan"].build().components
+    return d.WanImageToVideoPipeline(**parts, image_encoder=None, image_processor=None, expand_timesteps=True)
+
+
+WEIGHTS: dict[str, tuple[Callable[[], Any], int, int]] = {
+    "places for two pictures": (families_newer.wan_between, 2, 2),
+    "places for one picture": (clip_classes.wan_image, 1, 1),
+    "a time per token": (wan_2_2_small_image, 1, 1),
+    "no embeddings of pictures": (wan_2_2_image, 1, 2),
+}
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_how_many_pictures_are_taken_is_known_of_the_weights(weights: str, tmp_path: Path) -> None:
+    build, least, most = WEIGHTS[weights]
+    pipeline = build()
+    tiny.save(pipeline, tmp_path / "weights")
+    told = static_capabilities(ModelConfig(name="m", model=str(tmp_path / "weights"))).abilities
+    known = model_info(loaded(pipeline)).abilities
+    for abilities in (told, known):
+        image = abilities and abilities.input("image")
+        assert image and (image.roles, image.least, image.most) == (("picture", "last")[:most], least, most)
+    for number in (1, 2):
+        generation = asked("Wan", images=(PICTURE,) * number, width=32, height=16, num_frames=5)
+        if least <= number <= most:
+            assert len(clip_of(loaded(pipeline), generation)[0]) == 5
+        else:
+            with pytest.raises(InvalidRequest, match="picture"):
+                clip_of(loaded(pipeline), generation)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "WanImageToVideoPipeline",
+        "SkyReelsV2ImageToVideoPipeline",
+        "SkyReelsV2DiffusionForcingImageToVideoPipeline",
+        "HunyuanVideoFramepackPipeline",
+    ],
+)
+def test_classes_with_a_last_frame(name: str) -> None:
+    reading = class_reading.of_name(name)
+    assert reading
+    assert [each.role for each in reading.sources] == ["picture", "last"]
 
 
 @SLOW
@@ -222,6 +301,18 @@ def test_what_is_refused_before_any_model_is_looked_at(fields: dict[str, Any], p
     assert caught.value.param == param
 
 
+@pytest.mark.parametrize(("enabled", "fits"), [(None, True), ({"num_inference_steps"}, True), (set(), False)])
+def test_a_picture_to_start_from_is_only_kept_out_by_none(enabled: set[str] | None, fits: bool) -> None:
+    more = {} if enabled is None else {"enable_parameters": frozenset(enabled)}
+    config, request = ModelConfig(name="m", model="m", **more), ImageRequest(prompts=["x"], images=[b""], format="gif")
+    if fits:
+        assert plan(request, config, LIMITS, 1)
+        return
+    with pytest.raises(InvalidRequest, match="m does not allow requests to set it") as caught:
+        plan(request, config, LIMITS, 1)
+    assert caught.value.param == "image"
+
+
 def test_a_format_without_its_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     request = ImageRequest(prompts=["a cat"], format="mp4")
@@ -240,9 +331,8 @@ def test_the_files_say_what_the_loaded_model_says(family: str, tmp_path: Path) -
     told = static_capabilities(ModelConfig(name="m", model=str(tmp_path / "weights")))
     known = model_info(loaded(pipeline))
     assert told.abilities and told.tasks == known.tasks == ("text-to-video",)
-    frames = None if family == "LTX" else known.abilities.frames  # its VAE computes how it compresses time
-    assert (told.abilities.kind, told.abilities.frames) == ("video", frames)
-    assert told.size_multiple == known.size_multiple
+    assert (told.abilities.kind, told.abilities.frames) == ("video", known.abilities.frames)
+    assert (told.size_multiple, told.fps) == (known.size_multiple, known.sampling.fps)
 
 
 def test_localais_words_for_clips(tmp_path: Path) -> None:
@@ -274,6 +364,48 @@ def test_frames_of_a_rule() -> None:
     assert [rule.at_least(frames) for frames in (0, 1, 1.2, 5, 5.5, 80)] == [1, 1, 5, 5, 9, 81]
     assert [bool(rule.violation(frames)) for frames in (1, 2, 5, 81, 85)] == [False, True, False, False, True]
     assert FrameRule().violation(7) == ""
+    pieces = FrameRule(16, first=24)
+    assert [pieces.at_least(frames) for frames in (1, 24, 25, 88)] == [24, 24, 40, 88]
+    assert pieces.violation(88) == ""
+    assert pieces.violation(9) == "frames of the form 16k+24 are valid; the fewest are 24"
+    assert pieces.violation(30) == "frames of the form 16k+24 are valid; the nearest are 24 and 40"
+
+
+_STEP = re.compile(rf"(?:{'|'.join(clip_rules.STEPS)})\b[^=]*=[^=]*?(?:else )?(\d+)\s*\)?\n")
+
+
+def frames_by_itself(name: str) -> int | None:
+    """By the signature of a class; None if that does not say."""
+    taken = class_reading.parameters(name) or {}
+    count = next((taken[each].default for each in FRAME_COUNTS if each in taken), None)
+    return count if isinstance(count, int) else None
+
+
+MOVING_CLASSES = [
+    name
+    for name in sorted(diffusers_source.files())
+    if name.endswith("Pipeline") and (found := class_reading.of_name(name)) and found.output == MOVING
+    and "VideoToVideo" not in name
+]  # fmt: skip
+"""Without those that no request can ask for."""
+
+
+def test_every_class_draws_the_frames_that_it_draws_by_itself() -> None:
+    checked = {"AllegroPipeline": 88}  # its signature leaves it to the denoiser, and that has 22 frames of latents
+    for name in MOVING_CLASSES:
+        step = _STEP.search(diffusers_source.files()[name].read_text(encoding="utf-8"))
+        frames = checked.setdefault(name, frames_by_itself(name) or 1)
+        rule = clip_rules.OWN.get(name) or clip_rules.frame_rule(int(step[1]) if step else None, None, "")
+        if frames > 1:
+            assert rule.violation(frames) == "", name
+    assert checked["HeliosPipeline"] == 132
+    assert sum(frames > 1 for frames in checked.values()) > 30
+
+
+def test_allegros_frames_of_latents_are_no_frames() -> None:
+    made = loaded(families_newer.allegro())  # its denoiser has 8
+    assert clips.default_frames(made) == 32
+    assert clip_rules.of_pipeline(made.pipeline) == FrameRule(16, first=24)
 
 
 @pytest.mark.parametrize(

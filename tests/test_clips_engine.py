@@ -6,6 +6,7 @@ import asyncio
 import io
 import os
 import signal
+import threading
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from typer.testing import CliRunner
 from sfumato.cli import app
 from sfumato.config import ModelConfig
 from sfumato.core import Done, Event, Failed, Generation, Preview, Step
-from sfumato.engine.protocol import Stop, Submit
+from sfumato.engine.protocol import Answer, Cancel, Stop, Submit
+from sfumato.errors import Cancelled
 from sfumato.pictures import files, recipe
 from sfumato.process.supervisor import Supervisor
 from sfumato.sampling import nested
@@ -26,6 +28,7 @@ from sfumato.settings import Settings
 from support import tiny
 from support.engines import Engine
 from support.families_moving import FAMILIES
+from support.probed import needs
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +105,55 @@ def test_a_clip_is_cancelled_within_a_step_and_the_others_go_on(folder: Path) ->
     assert isinstance(answers["long"], Failed) and isinstance(answers["short"], Done)
     steps = [each.event for each in engine.sent if getattr(each, "id", "") == "long" and hasattr(each, "event")]
     assert [event for event in steps if isinstance(event, Step)] == [Step(1, 900)]
+
+
+def test_a_picture_does_not_wait_for_the_file_of_a_clip(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, encode, answered = Engine(folder), files.encode, threading.Event()
+
+    def held(result: Any, recipe: Any, format: str) -> bytes:
+        assert format == "png" or answered.wait(120)
+        return encode(result, recipe, format)
+
+    def send(report: Any) -> None:
+        engine.sent.append(report)
+        if isinstance(report, Answer) and report.id == "late" and isinstance(report.event, Done):
+            answered.set()
+
+    monkeypatch.setattr(files, "encode", held)
+    engine.loop._send = send
+    pictures = ModelConfig(name="p", model=str(folder / "pictures"), folder=folder, dtype="fp32", cuda=False)
+    engine.loop.post(Submit(pictures, picture("late", steps=9)))
+    answers = engine.draw(clip("moving", steps=1))
+    assert isinstance(answers["late"], Done) and isinstance(answers["moving"], Done), answers
+
+
+@pytest.mark.parametrize("format", ["gif", "webp", "mp4"])
+def test_the_file_of_a_cancelled_clip_is_not_finished(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, format: str
+) -> None:
+    needs(format)
+    engine, encode, released = Engine(folder), files.encode, threading.Event()
+    ended: list[BaseException] = []
+
+    def held(*arguments: Any) -> bytes:
+        engine.loop.post(Cancel("regretted"))
+        assert released.wait(30)
+        try:
+            return encode(*arguments)
+        except BaseException as error:
+            ended.append(error)
+            raise
+
+    def send(report: Any) -> None:
+        engine.sent.append(report)
+        if isinstance(report, Answer) and isinstance(report.event, Failed):
+            released.set()
+
+    monkeypatch.setattr(files, "encode", held)
+    engine.loop._send = send
+    answers = engine.draw(clip("regretted", steps=1, format=format))
+    assert isinstance(answers["regretted"], Failed)
+    assert [type(error) for error in ended] == [Cancelled]
 
 
 def test_events_of_a_clip_are_those_of_a_picture(folder: Path) -> None:

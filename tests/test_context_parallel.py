@@ -6,7 +6,10 @@ import asyncio
 import os
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -133,6 +136,28 @@ def call_of(module: Any, rows: int) -> dict[str, Any]:
 
 def row_of(call: dict[str, Any], row: int) -> dict[str, Any]:
     return {name: value if name in ("img_ids", "txt_ids") else value[row : row + 1] for name, value in call.items()}
+
+
+def test_tensors_in_main_memory_go_with_the_message(runners: Runners, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here all of them, as if the first device were an accelerator: a GPU's pipelines leave some on the host."""
+    model = loaded(tiny.flux(), **SIZE)
+    module = model.pipeline.transformer
+    runner = runners.of(model.computing(), model.state.runners, None, None, divide=True)[id(module)]
+    assert isinstance(runner, Parallel)
+    call = {**call_of(module, 1), "return_dict": False}
+    assert runner.prepare("__call__", (), call, wait=True)
+    monkeypatch.setattr(runner._group, "devices", ("meta", "cpu"))
+    pool = ThreadPoolExecutor(1)  # its thread waits for ever if the other process cannot read the message
+    output = pool.submit(runner._group.forward, runner.number, runner._divided, (), call).result(TIMEOUT_S)
+    own = module(**call)[0]
+    assert torch.max(torch.abs(output[0] - own)) <= 1e-4 * torch.max(torch.abs(own))
+
+
+def test_a_group_that_ends_leaves_no_folder(tmp_path: Path) -> None:
+    """In a process of its own: one has one group at a time."""
+    code = "from sfumato.runners.group import Group; g = Group(('cpu', 'cpu'))\nwith g._lock: g._start()\ng.close()"
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "TMPDIR": str(tmp_path)})
+    assert not list(tmp_path.glob("sfumato-group-*"))
 
 
 def test_a_sequence_that_cannot_be_divided_is_one_devices_own(runners: Runners) -> None:

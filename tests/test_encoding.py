@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from sfumato.core import Done, Failed, Generation, Preview, Step
 from sfumato.engine.protocol import Answer, Cancel
 from sfumato.pictures import files
+from sfumato.pictures.encoder import EncoderThread
 from sfumato.previews import steps
 from sfumato.sampling import Sampling
 from support import tiny
@@ -120,3 +122,44 @@ def test_previews_are_made_in_that_thread_too_and_come_before_the_picture(
     assert isinstance(events[-1], Done)
     assert threads
     assert threading.get_ident() not in threads
+
+
+class Frames:
+    """Stands for what work holds."""
+
+
+def nothing() -> None:
+    pass
+
+
+def test_long_work_comes_after_what_was_given_before_and_holds_nothing_back() -> None:
+    encoder = EncoderThread(nothing, nothing)
+    begin, end, order = threading.Event(), threading.Event(), list[str]()
+
+    def last_preview() -> None:
+        assert begin.wait(30)
+        order.append("preview")
+
+    def clip() -> None:
+        order.append("clip")
+        assert end.wait(30)
+
+    encoder.later(last_preview)
+    future = encoder.begin(clip, long=True)
+    begin.set()
+    encoder.begin(end.set).result(30)  # a picture
+    future.result(30)
+    encoder.close()
+    assert order == ["preview", "clip"]
+
+
+def test_cancelled_work_is_forgotten_at_once() -> None:
+    encoder, released, frames = EncoderThread(nothing, nothing), threading.Event(), Frames()
+    encoder.begin(lambda: released.wait(30), long=True)
+    kept = weakref.ref(frames)
+    future = encoder.begin(lambda held=frames: held, long=True)  # type: ignore[misc]
+    del frames
+    assert future.cancel()
+    assert kept() is None
+    released.set()
+    encoder.close()

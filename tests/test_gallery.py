@@ -161,6 +161,23 @@ def test_a_picture_that_was_found_before_it_was_listed_is_listed_once(
     assert not caplog.records
 
 
+def test_a_picture_that_is_kept_while_the_files_are_listed_keeps_its_star(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf = gallery(tmp_path)
+    list_files, kept = shelf.store.names, list[str]()
+
+    def listed_and_kept() -> dict[str, float]:
+        files = list_files()
+        kept.append(keep(shelf))
+        shelf.star(kept[0], True)
+        return files
+
+    monkeypatch.setattr(shelf.store, "names", listed_and_kept)
+    assert shelf.reconcile() == (0, 0)
+    assert names(shelf, starred=True) == kept
+
+
 def test_a_damaged_index_is_laid_aside(tmp_path: Path) -> None:
     shelf = gallery(tmp_path)
     one = keep(shelf)

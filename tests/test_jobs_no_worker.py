@@ -105,12 +105,16 @@ def test_no_more_wait_than_the_queue_holds(inside: Inside, monkeypatch: pytest.M
     Broken(inside, [NoWorker("the worker does not start") for _ in range(2)])
     with inside.client() as client:
         waiting = []
-        for count in (1, 2):
-            waiting.append(client.post(GENERATIONS, json=CAT, headers=ASYNC).headers["location"])
+        keyed = {"idempotency-key": "k"} | ASYNC
+        for count, headers in ((1, keyed), (2, ASYNC)):
+            waiting.append(client.post(GENERATIONS, json=CAT, headers=headers).headers["location"])
             within(TIMEOUT_S, lambda count=count: inside.app.state.jobs._waiting == count)
         refused = client.post(GENERATIONS, json=CAT, headers=ASYNC)
         assert refused.status_code == 429
         assert "2 accepted requests wait for a worker" in refused.json()["error"]["message"]
+        assert client.post(GENERATIONS, json=CAT, headers=ASYNC | {"idempotency-key": "new"}).status_code == 429
+        known = client.post(GENERATIONS, json=CAT, headers=keyed)
+        assert (known.status_code, known.headers["location"]) == (202, waiting[0])
         assert client.post(GENERATIONS, json=CAT).status_code == 200
         assert client.delete(waiting[0]).json()["status"] == "cancelled"
         assert client.post(GENERATIONS, json=CAT, headers=ASYNC).status_code == 202

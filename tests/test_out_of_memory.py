@@ -24,11 +24,12 @@ from sfumato.errors import OutOfMemory
 from sfumato.models.adapters import Adapters
 from sfumato.models.load import Loaded
 from sfumato.pictures.images import decoded
-from sfumato.pipelines.tiling import can_tile
+from sfumato.pipelines.tiling import can_tile, tiled
 from sfumato.sampling import Hires, Sampling
 from sfumato.settings import Settings
-from support import tiny
+from support import clip_classes, tiny
 from support.drawing import loaded, quiet, wanted
+from support.families_moving import FAMILIES
 from support.inside import Inside
 
 MORE_THAN_THERE_IS = 1 << 50
@@ -82,6 +83,56 @@ def test_the_size_of_a_second_pass_is_what_tiles_are_remembered_for() -> None:
     assert done.recipe.savings == ("vae_tiling",)
     assert model.state.tiled_from == 128 * 128
     assert drawn(model, asked(64)).recipe.savings == ()
+
+
+# Clips
+
+
+def film(frames: int) -> Generation:
+    return wanted(prompt="a cat", width=32, height=32, num_frames=frames, format="webp", max_sequence_length=16)
+
+
+def few_frames(latents: torch.Tensor) -> bool:
+    return latents.shape[2] <= 9
+
+
+CLIPS: dict[str, tuple[Callable[[], Any], int, int]] = {
+    "LTX": (FAMILIES["LTX"].build, 49, 9),
+    "LTX-2": (clip_classes.ltx2, 33, 9),
+    "Mochi": (FAMILIES["Mochi"].build, 73, 7),
+}
+"""Classes whose VAE decodes all frames at once: how many do not fit, and how many do."""
+
+
+@pytest.mark.filterwarnings("ignore")  # diffusers' and transformers' own, about toy sizes
+@pytest.mark.parametrize(
+    "family", ["LTX", *(pytest.param(name, marks=pytest.mark.slow) for name in ("LTX-2", "Mochi"))]
+)
+def test_a_long_clip_is_decoded_a_few_frames_at_a_time(family: str) -> None:
+    build, long, short = CLIPS[family]
+    model = loaded(build())
+    with short_of_memory(model.pipeline.vae.decoder, few_frames) as tried:
+        done = drawn(model, film(long))
+        assert not tried[0] and all(tried[1:])
+        assert done.recipe.savings == ("vae_tiling",)
+        assert done.recipe.sampling.num_frames == long and done.warnings == ()
+        tried.clear()
+        assert drawn(model, film(short)).recipe.savings == ()  # as it was
+        assert drawn(model, film(long)).file == done.file  # in tiles from the start
+        assert all(tried)
+    with short_of_memory(model.pipeline.vae.decoder), pytest.raises(OutOfMemory, match="smaller size or fewer frames"):
+        drawn(model, film(short))
+
+
+@pytest.mark.parametrize("family", CLIPS)
+def test_tiles_in_time_have_all_frames(family: str) -> None:
+    vae = CLIPS[family][0]().vae.eval()
+    for frames in range(1, 16):
+        latents = torch.zeros(1, vae.config.latent_channels, frames, 4, 4)
+        with torch.no_grad():
+            whole, parts = (each.decode(latents, return_dict=False)[0] for each in (vae, tiled(vae)))
+        assert whole.shape == parts.shape
+    assert not vae.use_framewise_decoding
 
 
 @pytest.mark.parametrize("family", [tiny.stable_diffusion, tiny.flux])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import signal
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
@@ -218,6 +219,17 @@ def test_a_wrong_argument_is_named(ray: RayServer) -> None:
     )
     for line, (_, words) in zip(done.stdout.splitlines(), WRONG, strict=True):
         assert line.startswith(words)
+
+
+def test_what_replicas_answer_is_told_counted_and_has_room(tmp_path: Path) -> None:
+    environment.make()
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.yaml").write_text(f"name: {name}\nparameters:\n  model: builtin/{name}\n")
+    script = environment.LIST.parent / "engine.py"
+    path = os.pathsep.join(str(environment.FOLDER.parent / folder) for folder in ("src", "tests"))
+    command = [environment.PYTHON, str(script), str(tmp_path)]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
 
 
 def test_no_request_is_lost_with_a_replica_or_a_node(ray: RayServer, server: Server) -> None:

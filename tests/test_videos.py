@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import importlib.util
 import io
+import json
+import re
 import signal
 import warnings
 from collections.abc import Iterator
@@ -22,18 +24,21 @@ from support.answerable import within
 from support.clip_classes import wan_image
 from support.drawing import source
 from support.families_moving import FAMILIES
+from support.families_newer import wan_between
 from support.held import Held, left
 from support.serving import TIMEOUT_S, Server
 
 ENABLE = "diffusers: {enable_parameters: 'negative_prompt,num_inference_steps,image'}\n"
 SMALL: dict[str, Any] = {"width": 16, "height": 16, "num_frames": 5, "fps": 8, "steps": 2, "output_format": "webp"}
+PICTURE = base64.b64encode(source(16, 16)).decode()
+DAY_S = 24 * 3600
 LONG = SMALL | {"steps": 1000, "num_frames": 5}
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     models = tmp_path_factory.mktemp("videos")
-    for name, build in (("film", FAMILIES["Wan"].build), ("from-picture", wan_image)):
+    for name, build in (("film", FAMILIES["Wan"].build), ("from-picture", wan_image), ("between", wan_between)):
         build().save_pretrained(models / "weights" / name)
         (models / f"{name}.yaml").write_text(f"name: {name}\nparameters: {{model: weights/{name}}}\n{ENABLE}")
     return models
@@ -42,6 +47,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with Server(models, tmp_path_factory.mktemp("data"), "--default-model", "film") as server:
+        for name in ("film", "from-picture", "between"):  # reads diffusers' source, longer than an answer at once takes
+            body = {"prompt": "a cat", "model": name, "size": "24x24", "output_format": "webp"}
+            assert server.client.post("/v1/videos/sync", json=body).status_code == 400
         yield server
 
 
@@ -94,6 +102,18 @@ def test_a_clip_from_its_creation_to_its_file(server: Server, client: openai.Ope
     assert (job["status"], job["path"]) == ("completed", "/v1/videos")
 
 
+GUIDE = Path(__file__).parent.parent / "docs" / "guides" / "video.md"
+EXAMPLES = re.findall(r"```json\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_the_examples_of_the_guide_make_clips(server: Server, example: str) -> None:
+    small = {"model": "film", "size": "16x16", "fps": 8, "steps": 2, "output_format": "webp"}
+    made = server.client.post("/v1/videos", json=json.loads(example) | small)
+    assert made.status_code == 200, made.text
+    assert ended(server, made.json()["id"])["num_frames"] == 33  # four seconds, as frames that the class draws
+
+
 def test_a_list_in_pages_and_deletion(server: Server, client: openai.OpenAI) -> None:
     ids = [create(client, seed=seed).id for seed in (1, 2, 3)]
     for id in ids:
@@ -137,13 +157,14 @@ def test_a_clip_ends_with_the_client_that_waits_for_it(server: Server, path: str
 
 
 def test_a_key_again_is_answered_with_the_clip_as_it_is_then(server: Server) -> None:
-    for key, fields in (("good", {}), ("bad", {"width": 24})):
+    bad = {"model": "from-picture", "input_reference": base64.b64encode(b"no picture").decode()}
+    for key, fields in (("good", {}), ("bad", bad)):
         body, headers = {"prompt": "a cat"} | SMALL | fields, {"idempotency-key": f"of the {key} clip"}
         id = server.client.post("/v1/videos", json=body, headers=headers).json()["id"]
         video = ended(server, id)
         again = server.client.post("/v1/videos", json=body, headers=headers)
         assert (again.status_code, again.headers["idempotency-replayed"], again.json()) == (200, "true", video)
-    assert video["error"]["code"] == "invalid_value"
+    assert video["error"]["code"] == "invalid_image"
 
 
 def test_a_client_that_waits_gets_the_clip_once_it_is_drawn(server: Server) -> None:
@@ -176,10 +197,17 @@ def test_a_picture_of_an_image_job_is_no_clip(server: Server) -> None:
         ({"num_frames": 100_000}, "num_frames"),
         ({"num_frames": 9, "seconds": 1}, "seconds"),
         ({"num_frames": None, "seconds": 500}, "seconds"),
+        ({"num_frames": None, "seconds": 60, "fps": 120}, "seconds"),
+        ({"num_frames": None, "seconds": 60, "fps": None}, "seconds"),
+        ({"num_frames": None, "seconds": 15, "width": 1536, "height": 1536}, "seconds"),
+        ({"width": 24}, "size"),
         ({"output_format": "png"}, "output_format"),
         ({"width": None}, "width"),
-        ({"model": "from-picture"}, "image"),
-        ({"input_reference": base64.b64encode(source(16, 16)).decode()}, "image"),
+        ({"input_reference": PICTURE}, "input_reference"),
+        ({"input_reference": PICTURE, "end_image": PICTURE, "model": "from-picture"}, "end_image"),
+        ({"input_reference": PICTURE, "end_image": [PICTURE, PICTURE], "model": "between"}, "end_image"),
+        ({"input_reference": PICTURE, "end_image": PICTURE, "model": "between", "num_frames": 1}, "num_frames"),
+        ({"input_reference": PICTURE, "model": "between"}, "end_image"),
         ({"model": "sfumato-tiny"}, "model"),
         ({"prompt": None}, "prompt"),
         ({"n": 2}, "n"),
@@ -192,15 +220,67 @@ def test_what_is_refused_at_once(server: Server, fields: dict[str, Any], param: 
         assert answer.json()["error"]["param"] == param, answer.text
 
 
-def test_what_the_worker_refuses_is_the_error_of_the_clip(server: Server, client: openai.OpenAI) -> None:
-    body = {"prompt": "a cat"} | SMALL | {"width": 24}
+def test_a_missing_picture_is_asked_for_by_the_name_of_its_route(server: Server) -> None:
+    for path, field in (
+        ("/v1/videos", "input_reference"),
+        ("/v1/videos/sync", "input_reference"),
+        ("/video", "start_image"),
+    ):
+        for fields in ({"model": "from-picture"}, {"model": "between", "end_image": PICTURE}):
+            answer = server.client.post(path, json={"prompt": "a cat"} | SMALL | fields)
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, field), answer.text
+            assert field in answer.json()["error"]["message"]
+    for field in ("input_reference", "end_image"):
+        pictures = {"input_reference": PICTURE, "end_image": PICTURE} | {field: "no picture"}
+        answer = server.client.post("/v1/videos/sync", json={"prompt": "a cat", "model": "between"} | SMALL | pictures)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, field), answer.text
+    both = {"prompt": "a cat", "model": "from-picture", "start_image": PICTURE, "input_reference": PICTURE} | SMALL
+    answer = server.client.post("/video", json=both)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "input_reference")
+
+
+def test_a_clip_between_two_pictures(server: Server) -> None:
+    end = base64.b64encode(source(20, 40)).decode()
+    body = {"prompt": "a cat", "seed": 3, "model": "between", "end_image": end} | SMALL
+    answer = server.client.post("/v1/videos/sync", json=body | {"input_reference": PICTURE})
+    assert answer.status_code == 200, answer.text
+    listed = server.client.post("/v1/videos/sync", json=body | {"input_reference": [PICTURE, end], "end_image": None})
+    local = server.client.post("/video", json=body | {"start_image": PICTURE, "response_format": "b64_json"})
+    assert base64.b64decode(local.json()["data"][0]["b64_json"]) == answer.content == listed.content
+    forms = {"input_reference": ("a.png", base64.b64decode(PICTURE)), "end_image": ("b.png", base64.b64decode(end))}
+    fields = {name: value for name, value in body.items() if name != "end_image"}
+    assert server.client.post("/v1/videos/sync", data=fields, files=forms).content == answer.content
+    told = {each["id"]: each["sfumato"] for each in server.client.get("/v1/models").json()["data"]}
+    (image,) = [each for each in told["between"]["inputs"] if each["name"] == "image"]
+    assert (image["roles"], image["least"], image["most"]) == (["picture", "last"], 2, 2)
+
+
+def test_what_is_refused_at_its_turn_is_the_error_of_the_clip(server: Server, client: openai.OpenAI) -> None:
+    broken = base64.b64encode(b"no picture").decode()
+    body = {"prompt": "a cat", "model": "from-picture", "input_reference": broken} | SMALL
     refused = server.client.post("/v1/videos/sync", json=body)
-    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "size")
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "input_reference")
     answer = server.client.post("/v1/videos", json=body)
     ended(server, answer.json()["id"])
     video = client.videos.retrieve(answer.json()["id"])
     assert video.status == "failed" and video.error
-    assert (video.error.code, video.error.message) == ("invalid_value", refused.json()["error"]["message"])
+    assert (video.error.code, video.error.message) == ("invalid_image", refused.json()["error"]["message"])
+    assert (video.model, video.prompt, video.size, video.seconds) == ("from-picture", "a cat", "16x16", "0.625")
+    assert video.to_dict()["expires_at"] > answer.json()["created_at"] + DAY_S - 1
+    listed = {each["id"]: each for each in server.client.get("/v1/videos?limit=100").json()["data"]}
+    assert listed[video.id] == video.to_dict()
+
+
+def test_a_cancelled_clip_says_what_it_was(server: Server, client: openai.OpenAI) -> None:
+    made = create(client, seed=5, **LONG)
+    within(TIMEOUT_S, lambda: server.client.get(f"/v1/videos/{made.id}").json()["status"] == "in_progress")
+    assert server.client.get(f"/v1/videos/{made.id}").json()["expires_at"] is None
+    assert server.client.delete(f"/v1/jobs/{made.id}").status_code == 200
+    video = ended(server, made.id)
+    assert (video["status"], video["error"]["code"]) == ("failed", "cancelled")
+    told = (video["model"], video["size"], video["seconds"], video["num_frames"], video["fps"], video["seed"])
+    assert told == ("film", "16x16", "0.625", 5, 8, 5)
+    assert video["expires_at"] > made.created_at + DAY_S - 1
 
 
 def test_the_file_at_once(server: Server) -> None:

@@ -205,6 +205,7 @@ class Settings:
         "Where generated pictures are stored, as a URL of fsspec: s3://bucket/folder (with s3fs, which the extra ray "
         "has; its key and endpoint come from AWS's environment variables). Empty: `generated-images` in the data "
         "folder.",
+        secret=True,
     )
     keep_pictures: bool = _setting(
         True, "Whether pictures returned as base64 are also stored, for the gallery; those with a URL always are."

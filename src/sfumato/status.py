@@ -35,22 +35,24 @@ class FrameRule:
     """How many frames a clip of a model has."""
 
     step: int = 1
-    """One more than a multiple of this, the frames that its VAE makes of one frame of latents."""
+    """`first` and a multiple of this, the frames that its VAE makes of one frame of latents."""
     most: int | None = None
     """None: as many as the server allows."""
+    first: int = 1
+    """The fewest."""
 
     def at_least(self, frames: float) -> int:
         """The smallest number of frames that the model draws and that is not below this."""
-        return math.ceil((max(1.0, frames) - 1) / self.step - 1e-9) * self.step + 1
+        return math.ceil((max(self.first, frames) - self.first) / self.step - 1e-9) * self.step + self.first
 
     def violation(self, frames: int) -> str:
         """Why a clip has not this many, in words; empty if it may."""
         if self.most is not None and frames > self.most:
             return f"at most {self.most} are drawn at a time"
-        if above := (frames - 1) % self.step:
-            low = frames - above
-            return f"frames of the form {self.step}k+1 are valid; the nearest are {low} and {low + self.step}"
-        return ""
+        if (high := self.at_least(frames)) == frames:
+            return ""
+        nearest = f"the nearest are {high - self.step} and {high}" if high > self.first else f"the fewest are {high}"
+        return f"frames of the form {self.step}k+{self.first} are valid; {nearest}"
 
 
 @dataclass(frozen=True, slots=True)

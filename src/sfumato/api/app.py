@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -229,7 +230,7 @@ def _add_middleware(app: FastAPI, keys: Mapping[str, str], origins: Sequence[str
         selected=app.state.choices.of,
         webhook=app.state.webhooks.checked,
         shared=not keys,
-        presented={videos.PATH: video_json},
+        presented={videos.PATH: functools.partial(video_json, keep_s=app.state.jobs.store.max_age_s)},
     )
     app.add_middleware(Shutdown, running=running)
     app.add_middleware(BodyCap, limit=settings.max_body_mb * 2**20)

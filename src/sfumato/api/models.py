@@ -269,7 +269,7 @@ def _lengths(abilities: Abilities | None, settings: Settings) -> dict[str, float
     frames_most = [settings.max_frames, *([frames.most] if frames and frames.most else [])]
     return {
         "frames": min(frames_most) if kind == VIDEO else None,
-        "frame_step": frames.step if kind == VIDEO and frames else None,
+        "frame_step": frames.step if kind == VIDEO and frames and frames.first == 1 else None,
         "seconds": min(most) if kind != IMAGE else None,
         "sample_rate": sound.rate if sound else None,
     }

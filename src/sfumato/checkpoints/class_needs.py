@@ -6,10 +6,10 @@ import ast
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from sfumato.checkpoints import diffusers_source
-from sfumato.pipelines.inputs import Reading
+from sfumato.pipelines.inputs import LAST, Reading
 
 Lacks: TypeAlias = Callable[[str], bool]
 """Whether a model has no component of this name; False if that is not known."""
@@ -33,6 +33,24 @@ def on_parts(reading: Reading, lacks: Lacks) -> Reading:
     required = [missing[each.name] for each in reading.inputs if each.required and each.name in missing]
     kept = tuple(each for each in reading.inputs if each.name not in missing)
     return replace(reading, inputs=kept, lacks=" and ".join(required))
+
+
+Settings: TypeAlias = Callable[[str, str], Any]
+"""The value of a component's setting, of the pipeline's own with an empty name; None if there is none."""
+
+
+def on_weights(reading: Reading, setting: Settings) -> Reading:
+    """The reading with the last frame as the weights have it: Wan 2.2 with a time per token passes over it, and a
+    denoiser that looks at pictures has places for the first one alone, or for both and no fewer.
+    """
+    sees, places = setting("transformer", "image_dim"), setting("transformer", "pos_embed_seq_len")
+    taken = not setting("", "expand_timesteps") and (sees is None or places is not None)
+    inputs = (
+        replace(each, required=each.required or places is not None) if each.role == LAST else each
+        for each in reading.inputs
+        if taken or each.role != LAST
+    )
+    return replace(reading, inputs=tuple(inputs))
 
 
 @functools.cache

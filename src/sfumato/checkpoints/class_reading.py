@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from sfumato.checkpoints import class_needs, clip_rules, diffusers_source, feature_caches, sound_rules
-from sfumato.checkpoints.class_needs import Lacks
+from sfumato.checkpoints.class_needs import Lacks, Settings
 from sfumato.config import ModelConfig
 from sfumato.pipelines import capabilities
 from sfumato.pipelines.inputs import (
@@ -142,11 +142,13 @@ def kin_of(
     kinds: int = 0,
     more: bool = False,
     lacks: Lacks = lambda part: False,
+    setting: Settings = lambda part, key: None,
     frames: FrameRule | None = None,
     sound: SoundRule | None = None,
 ) -> Kin:
     """A class with its siblings. `unet_channels`: those that the UNet takes, if there is one; `hidden_type`: its
     `encoder_hid_dim_type`."""
+    own = class_needs.on_weights(own, setting)
     if hidden_type == WITH_PICTURE:
         own = replace(own, unmet=(*own.unmet, "ip_adapter_image"))
     found = {task: _sibling(own, task) for task in ("image", "mask")}
@@ -167,6 +169,7 @@ def kin_of_pipeline(pipeline: Any) -> Kin:
         nets=nets_of(pipeline),
         kinds=kinds_of(pipeline),
         lacks=lambda part: getattr(pipeline, part, None) is None,
+        setting=lambda part, key: getattr(getattr(pipeline, part, None) if part else pipeline, "config", {}).get(key),
         frames=clip_rules.of_pipeline(pipeline),
         sound=sound_rules.of_pipeline(pipeline) if own.output == SOUND else None,
     )

@@ -35,6 +35,20 @@ IN_PAIRS: Mapping[str, int] = MappingProxyType({"AutoencoderKLCogVideoX": 2})
 """VAE that decodes so many frames of latents at a time, and makes a first frame for an odd number of them alone."""
 
 
+OWN: Mapping[str, FrameRule] = MappingProxyType(
+    {
+        "AllegroPipeline": FrameRule(16, first=24),
+        "HeliosPipeline": FrameRule(33, first=33),
+        "HeliosPyramidPipeline": FrameRule(33, first=33),
+    }
+)
+"""Classes that draw in pieces: Allegro's VAE decodes 24 frames at a time, every 16, and leaves what is over black;
+Helios draws 9 frames of latents at a time, and decodes them alone."""
+
+LATENT_FRAMES: Mapping[str, int] = MappingProxyType({"AllegroTransformer3DModel": 4})
+"""Denoisers whose setting counts frames of latents -> frames that the VAE makes of each."""
+
+
 def frame_rule(step: Any, longest: Any, vae: str) -> FrameRule:
     """`step`: the value of one of `STEPS`; `longest`: that of `LONGEST`; anything else: not known. `vae`: its class."""
     counted = step * IN_PAIRS.get(vae, 1) if isinstance(step, int) and step > 1 else 1
@@ -43,9 +57,17 @@ def frame_rule(step: Any, longest: Any, vae: str) -> FrameRule:
 
 def of_pipeline(pipeline: Any) -> FrameRule:
     """The rule of a pipeline in memory."""
+    if own := OWN.get(type(pipeline).__name__):
+        return own
     step = next((getattr(pipeline, name) for name in STEPS if hasattr(pipeline, name)), None)
     longest = getattr(getattr(pipeline, "unet", None), "config", {}).get(LONGEST)
     return frame_rule(step, longest, type(getattr(pipeline, "vae", None)).__name__)
+
+
+def own_rate(name: str, value: Callable[[str], Any]) -> float:
+    """Frames a second of a clip whose request does not say it; `value`: of a parameter, of the file or the class."""
+    named = (value(parameter) for parameter in RATES)
+    return next((float(each) for each in named if each), rate(name))
 
 
 @functools.cache

@@ -7,6 +7,7 @@ What the files do not say is None; once the model is loaded, `status.ModelInfo` 
 from __future__ import annotations
 
 import ast
+import copy
 import inspect
 import operator
 import os
@@ -49,6 +50,8 @@ class StaticCapabilities:
     abilities: Abilities | None = None
     size_multiple: int | None = None
     prompt_tokens: int | None = None
+    fps: float | None = None
+    """Of clips that say no other."""
 
     @property
     def tasks(self) -> tuple[str, ...] | None:
@@ -82,13 +85,14 @@ def static_capabilities(config: ModelConfig) -> StaticCapabilities:
     parameters, reading = class_reading.parameters(name), class_reading.of_name(name)
     if parameters is None or reading is None:
         return StaticCapabilities(name)
+    fps = _fps(name, parameters, config) if reading.output == MOVING else None
     if not index or folder is None:
         kin = class_reading.kin_of(reading, nets=_nets(config), more=not config.control_net)
-        return StaticCapabilities(name, class_reading.abilities_of(config, kin))
+        return StaticCapabilities(name, class_reading.abilities_of(config, kin), fps=fps)
     replaced = {"controlnet": config.control_net, "text_encoder": config.clip_model}
     parts = _Parts(folder, index | {part: ["", ""] for part, source in replaced.items() if source})
     abilities = class_reading.abilities_of(config, _kin(reading, parts, _nets(config)))
-    return StaticCapabilities(name, abilities, _multiple(name, parts), _tokens(name, parameters, parts, config))
+    return StaticCapabilities(name, abilities, _multiple(name, parts), _tokens(name, parameters, parts, config), fps)
 
 
 def _nets(config: ModelConfig) -> int:
@@ -99,6 +103,8 @@ def _kin(reading: Reading, parts: _Parts, nets: int) -> Kin:
     """Equals `class_reading.kin_of_pipeline` of the loaded pipeline."""
 
     def setting(part: str, key: str) -> Any:
+        if not part:
+            return parts.own(key)
         with suppress(_Unknown):
             return parts.setting(part, key) if part in parts else None
         return None
@@ -108,7 +114,7 @@ def _kin(reading: Reading, parts: _Parts, nets: int) -> Kin:
     more = any(parts.kind(part).startswith("Multi") for part in ("controlnet", "adapter"))
     return class_reading.kin_of(
         reading, unet_channels=channels, hidden_type=hidden_type, nets=nets, kinds=kinds or 0, more=more,
-        lacks=parts.lacks, frames=_frames(reading.name, parts),
+        lacks=parts.lacks, setting=setting, frames=_frames(reading.name, parts),
         sound=sound_rules.sound_rule(reading.name, parts.known) if reading.output == SOUND else None,
     )  # fmt: skip
 
@@ -131,7 +137,7 @@ class _Parts:
     """The components of a folder in diffusers' layout, read from their configurations."""
 
     def __init__(self, folder: Path, index: Mapping[str, Any]) -> None:
-        self._folder = folder
+        self._folder, self._index = folder, index
         self._without = {part for part, value in index.items() if isinstance(value, list) and value[1:] == [None]}
         self._classes = {
             part: str(value[1]) for part, value in index.items() if isinstance(value, list) and value[1:] != [None]
@@ -139,6 +145,10 @@ class _Parts:
 
     def __contains__(self, part: object) -> bool:
         return part in self._classes
+
+    def own(self, key: str) -> Any:
+        """A setting of the pipeline itself; None: it has none."""
+        return self._index.get(key)
 
     def lacks(self, part: str) -> bool:
         """Whether the model has been made without this component, as the index says."""
@@ -152,6 +162,17 @@ class _Parts:
         for function in diffusers_source.methods(self._classes.get(part, ""), "__init__"):
             if key in (defaults := diffusers_source.defaults(function)):
                 return defaults[key]
+        raise _Unknown
+
+    def attribute(self, part: str, key: str) -> Any:
+        """A setting, or where nothing sets it what the component's class computes from others. Raises _Unknown."""
+        with suppress(_Unknown):
+            if (value := self.setting(part, key)) is not None:
+                return value
+        for function in diffusers_source.methods(self._classes.get(part, ""), "__init__"):
+            for target, value in _assignments(function):
+                if target == key:
+                    return _evaluate(_Settled(self, part).visit(copy.deepcopy(value)), {}, self)
         raise _Unknown
 
     def known(self, part: str, key: str) -> Any:
@@ -177,6 +198,18 @@ class _Parts:
         return self._classes.get(part, ""), config.get("model_max_length")
 
 
+class _Settled(ast.NodeTransformer):
+    """Replaces the parameters of a component's constructor by their values."""
+
+    def __init__(self, parts: _Parts, part: str) -> None:
+        self._parts, self._part = parts, part
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        with suppress(_Unknown):
+            return ast.Constant(self._parts.setting(self._part, node.id))
+        return node
+
+
 def _tokens(name: str, parameters: Mapping[str, inspect.Parameter], parts: _Parts, config: ModelConfig) -> int | None:
     """Equals `tokens.capacity` of the loaded pipeline."""
     limit = parameters.get("max_sequence_length")
@@ -195,6 +228,8 @@ def _tokens(name: str, parameters: Mapping[str, inspect.Parameter], parts: _Part
 
 def _frames(name: str, parts: _Parts) -> FrameRule | None:
     """Equals `clip_rules.of_pipeline` of the loaded pipeline; None if that cannot be evaluated."""
+    if own := clip_rules.OWN.get(name):
+        return own
     attributes: dict[str, Any] = {}
     for function in diffusers_source.methods(name, "__init__"):
         for target, value in _assignments(function):
@@ -206,6 +241,16 @@ def _frames(name: str, parts: _Parts) -> FrameRule | None:
     if named and named[0] is None:
         return None
     return clip_rules.frame_rule(next(iter(named), None), longest, parts.kind("vae"))
+
+
+def _fps(name: str, parameters: Mapping[str, inspect.Parameter], config: ModelConfig) -> float:
+    """Equals the rate of a clip of the loaded pipeline."""
+
+    def value(parameter: str) -> Any:
+        default = parameters[parameter].default if parameter in parameters else None
+        return config.options.get(parameter) or (default if isinstance(default, int | float) else None)
+
+    return config.sampling.fps or clip_rules.own_rate(name, value)
 
 
 def _multiple(name: str, parts: _Parts) -> int | None:
@@ -290,12 +335,16 @@ def _evaluate(node: ast.expr, attributes: Mapping[str, Any], parts: _Parts) -> A
             return part in parts
         case ast.Call(func=ast.Name(id=name), args=[argument]) if name in FUNCTIONS:
             return FUNCTIONS[name](_evaluate(argument, attributes, parts))
+        case ast.Compare(left=ast.Call() as left, ops=[ast.IsNot()], comparators=[ast.Constant(value=None)]):
+            return _evaluate(left, attributes, parts)
+        case ast.Compare(left=ast.Constant(value=value), ops=[ast.Is()], comparators=[ast.Constant(value=None)]):
+            return value is None
         case ast.Compare(left=left, ops=[ast.IsNot()], comparators=[ast.Constant(value=None)]) if _attribute(left):
             return _attribute(left) in parts
         case ast.Attribute(value=ast.Attribute(value=inner, attr="config"), attr=key) if _attribute(inner):
             return parts.setting(_attribute(inner), key)
         case ast.Attribute(value=inner, attr=key) if _attribute(inner):
-            return parts.setting(_attribute(inner), key)
+            return parts.attribute(_attribute(inner), key)
         case ast.Attribute(attr=name) if _attribute(node) and attributes.get(name) is not None:
             return attributes[name]
     raise _Unknown

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from sfumato import schedulers
+from sfumato.checkpoints.static_capabilities import static_capabilities
 from sfumato.commands import kept_sources
 from sfumato.config import ModelConfig
 from sfumato.core import EAGER, VAE_TILING, Done, Recipe, Step
 from sfumato.engine.local import Local
 from sfumato.errors import InvalidRequest, StorageError, in_words
-from sfumato.formats import CLIP, FORMATS, IMAGE, PICTURE, kind_of
+from sfumato.formats import AUDIO, CLIP, FORMATS, IMAGE, KINDS, PICTURE, SOUND, VIDEO, WORDS, kind_of
 from sfumato.loras import Lora, not_named_by, read_tags
 from sfumato.pictures import images
 from sfumato.pictures import recipe as recipes
@@ -57,7 +59,7 @@ def generate(fields: dict[str, Any], like: Path | None, output: Path | None, set
             texts = [*fields["prompts"], sampling.negative_prompt or ""]
             tags = [tag for text in texts for tag in read_tags(text)[1]]
             from_recipe["loras"] = not_named_by(from_recipe["loras"], tags)
-    format = _format(output or like, sampling)
+    format = _named(output) or _format(like, sampling, fields.get("model", recipe and recipe.model), settings)
     request = ImageRequest(**{**from_recipe, **fields, "sampling": sampling, "format": format}, operator=True)
     if recipe and like:
         places = [like.parent, store_of(settings).folder]
@@ -74,13 +76,35 @@ def generate(fields: dict[str, Any], like: Path | None, output: Path | None, set
     return [_write(result, index, len(results), output) for index, result in enumerate(results)]
 
 
-def _format(output: Path | None, sampling: Sampling) -> str:
-    """What to make: what the file's suffix says, without a file to write that of the recipe; of WebP, and without
-    both, a clip if it has a length."""
-    name = output.suffix.removeprefix(".").lower() if output else ""
-    if any(sampling[each] is not None for each in PARAMETERS if IMAGE not in each.of):
-        return name if name in FORMATS and kind_of(name) != IMAGE else CLIP
-    return name if name in FORMATS and name != "webp" else PICTURE
+SUFFIXES: Mapping[str, str] = MappingProxyType({**{name: name for name in FORMATS}, "ogg": "opus"})
+"""A suffix of files -> the format of `formats.FORMATS`."""
+
+OF_KIND: Mapping[str, str] = MappingProxyType({IMAGE: PICTURE, VIDEO: CLIP, AUDIO: SOUND})
+"""The format where nobody names one."""
+
+
+def _named(output: Path | None) -> str | None:
+    """The format that the suffix of the file to write says; None without one. Raises InvalidRequest for others."""
+    suffix = output.suffix.removeprefix(".").lower() if output else ""
+    if suffix and suffix not in SUFFIXES:
+        valid = "; ".join(
+            f"{WORDS[kind]} in {', '.join(f'.{each}' for each in SUFFIXES if kind_of(SUFFIXES[each]) == kind)}"
+            for kind in KINDS
+        )
+        raise InvalidRequest(f"-o {output}: nothing is written as .{suffix}; {valid}")
+    return SUFFIXES.get(suffix)
+
+
+def _format(like: Path | None, sampling: Sampling, model: str | None, settings: Settings) -> str:
+    """That of the recipe's file (a WebP is a clip if it has a length), or for what the model makes by its files."""
+    name = SUFFIXES.get(like.suffix.removeprefix(".").lower()) if like else None
+    has_length = any(sampling[each] is not None for each in PARAMETERS if IMAGE not in each.of)
+    if name:
+        return PICTURE if name == "webp" and not has_length else name
+    abilities = static_capabilities(Catalog.of(settings, open=True).get(model)).abilities
+    if abilities and abilities.tasks:
+        return OF_KIND[abilities.kind]
+    return CLIP if has_length else PICTURE
 
 
 def _as_request(recipe: Recipe) -> dict[str, Any]:

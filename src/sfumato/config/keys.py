@@ -170,7 +170,8 @@ KEYS: tuple[Key, ...] = (
         (
             "diffusers.enable_parameters", "enable_parameters", read.parameters,
             "Pipeline arguments that requests may set. Absent: `negative_prompt,num_inference_steps,clip_skip`. "
-            "`none`: only prompt, size, seed, guidance and eta. `image` allows source pictures, masks and strength.",
+            "`none`: only prompt, size, seed, guidance and eta. `image` allows source pictures, masks and strength; "
+            "clips may start from a picture without it.",
         ),
         (
             "options", "options", read.options,

@@ -22,7 +22,7 @@ from sfumato.models.load import Loaded, token_limit
 from sfumato.pictures import images
 from sfumato.pipelines import request_fields
 from sfumato.pipelines.capabilities import MULTIPLES, parameters_of, upscaler
-from sfumato.pipelines.inputs import MOVING
+from sfumato.pipelines.inputs import LAST, MOVING, check_sides, near
 from sfumato.sampling import PARAMETERS, Parameter, Sampling, merged
 
 SAMPLED = frozenset(parameter.argument for parameter in PARAMETERS if parameter.argument)
@@ -148,7 +148,7 @@ def canvas(model: Loaded, pipeline: Any, filled: Generation) -> Canvas:
     canvas = _canvas(model, pipeline, filled)
     if canvas.controls and not (canvas.width and canvas.height):
         multiple = size_multiple(pipeline)
-        width, height = (_near(side, multiple) for side in canvas.controls[0].size)
+        width, height = (near(side, multiple) for side in canvas.controls[0].size)
         canvas = replace(canvas, width=width, height=height)
     if canvas.controls:
         fitted = tuple(_controls(canvas))
@@ -174,13 +174,8 @@ def canvas(model: Loaded, pipeline: Any, filled: Generation) -> Canvas:
 def _canvas(model: Loaded, pipeline: Any, filled: Generation) -> Canvas:
     width, height = filled.sampling.width, filled.sampling.height
     multiple = size_multiple(pipeline)
-    if width and height and (width % multiple or height % multiple) and not filled.crop:
-        near = f"{_near(width, multiple)}x{_near(height, multiple)}"
-        raise InvalidRequest(
-            f"size {width}x{height}: {model.config.name} needs sides that are multiples of {multiple}; "
-            f"the nearest is {near}",
-            param="size",
-        )
+    if width and height and not filled.crop:
+        check_sides(model.config.name, width, height, multiple)
     sources = [images.on_white(images.decoded(png)) for png in filled.images]
     controls = tuple(images.on_white(images.decoded(png)) for png in picture_arguments.encoded(filled))
     if not sources:
@@ -208,6 +203,8 @@ def _canvas(model: Loaded, pipeline: Any, filled: Generation) -> Canvas:
         return Canvas(width, height, stretched, masked, (first, mask), controls=controls)
     if len(sources) == 1 or mask is not None:
         sources = [_fit(sources[0], width, height), *sources[1:]]
+    elif class_reading.of_pipeline(pipeline).of(LAST):
+        sources = [_fit(source, width, height) for source in sources]  # frames of one clip
     mask = mask and ImageOps.fit(mask, (width, height), Image.Resampling.NEAREST)
     drawn = _cropped((width, height), multiple, sources, mask) if filled.crop else Canvas(width, height, sources, mask)
     return replace(drawn, controls=controls)
@@ -221,7 +218,7 @@ def _of_source(model: Loaded, filled: Generation, source: Image.Image, multiple:
     if kind_of(filled.format) == VIDEO and own[0] and own[1]:
         scale = min(1.0, math.sqrt(own[0] * own[1] / (width * height)))
         width, height = round(width * scale), round(height * scale)
-    return _near(width, multiple), _near(height, multiple)
+    return near(width, multiple), near(height, multiple)
 
 
 def _controls(canvas: Canvas) -> Iterator[Image.Image]:
@@ -261,7 +258,7 @@ def _masked_area(
         width, height = crop.multiple_of((width, height), multiple)
     box = crop.around(mask, filled.mask_padding, (width, height) if width and height else first.size)
     if not (width and height):
-        width, height = (_near(end - start, multiple) for start, end in zip(box[:2], box[2:], strict=True))
+        width, height = (near(end - start, multiple) for start, end in zip(box[:2], box[2:], strict=True))
     size = (width, height)
     part = first.crop(box).resize(size, Image.Resampling.LANCZOS)
     masked = mask.crop(box).resize(size, Image.Resampling.NEAREST)
@@ -307,7 +304,7 @@ def _enlarged(model: Loaded, factor: int, multiple: int, filled: Generation, sou
     if not filled.crop:
         raise InvalidRequest(
             f"the picture is {_size(source)}: {model.config.name} upscales pictures whose sides are multiples of "
-            f"{multiple}; the nearest size is {_near(source.width, multiple)}x{_near(source.height, multiple)}",
+            f"{multiple}; the nearest size is {near(source.width, multiple)}x{near(source.height, multiple)}",
             param="image",
         )
     box = crop.centred(source.size, drawn)
@@ -426,10 +423,6 @@ def _over(pipeline: Any) -> Callable[[ast.expr], Any]:
 
 def _fit(image: Image.Image, width: int, height: int) -> Image.Image:
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
-
-
-def _near(side: int, multiple: int) -> int:
-    return max(multiple, round(side / multiple) * multiple)
 
 
 def _size(image: Image.Image) -> str:

@@ -85,9 +85,17 @@ def default_frames(model: Loaded) -> int | None:
     count = _count(pipeline)
     own = config.options.get(count or "") or (signature_default(pipeline, count) if count else None)
     denoiser = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
-    trained = [getattr(denoiser, "config", {}).get(name) for name in TRAINED]
+    each = clip_rules.LATENT_FRAMES.get(type(denoiser).__name__, 1)
+    trained = [(getattr(denoiser, "config", {}).get(name) or 0) * each for name in TRAINED]
     known = [config.sampling.num_frames, own, *trained]
     return next((frames for frames in known if isinstance(frames, int) and frames), None)
+
+
+def frames(model: Loaded, requested: Sampling) -> float:
+    """Those of a clip before its pipeline is chosen, not rounded to what the class draws; 1 if nobody says."""
+    if requested.seconds:
+        return requested.seconds * (requested.fps or model.config.sampling.fps or rate(model, model.pipeline))
+    return requested.num_frames or default_frames(model) or 1
 
 
 def _count(pipeline: Any) -> str | None:
@@ -97,5 +105,7 @@ def _count(pipeline: Any) -> str | None:
 
 def rate(model: Loaded, pipeline: Any) -> float:
     """Frames a second of a clip whose request and model file do not say it."""
-    named = [model.config.options.get(name) or signature_default(pipeline, name) for name in clip_rules.RATES]
-    return next((float(each) for each in named if each), clip_rules.rate(type(pipeline).__name__))
+    options = model.config.options
+    return clip_rules.own_rate(
+        type(pipeline).__name__, lambda name: options.get(name) or signature_default(pipeline, name)
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -117,9 +117,13 @@ def picture(
         )
 
 
-def encoded(drawn: Drawn) -> Done:
-    """The file, with its recipe inside. Needs no torch: another thread may do it."""
-    file = files.encode(drawn.result, drawn.recipe, drawn.format)
+def encoded(drawn: Drawn, wanted: Callable[[], bool] = lambda: True) -> Done:
+    """The file, with its recipe inside. Needs no torch: another thread may do it.
+
+    `wanted`: asked between the frames of a clip; Cancelled is raised when it is not.
+    """
+    result = replace(drawn.result, wanted=wanted) if isinstance(drawn.result, Clip) else drawn.result
+    file = files.encode(result, drawn.recipe, drawn.format)
     return Done(file, drawn.recipe, drawn.warnings, drawn.tokens, drawn.format)
 
 

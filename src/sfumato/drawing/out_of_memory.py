@@ -9,15 +9,18 @@ from __future__ import annotations
 import gc
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import TypeVar
 
 from sfumato.batching import offload
 from sfumato.batching.batcher import is_out_of_memory
 from sfumato.core import VAE_TILING, Generation
+from sfumato.drawing import clips
 from sfumato.drawing.arguments import own_size
 from sfumato.errors import OutOfMemory
+from sfumato.formats import AUDIO, IMAGE, VIDEO, kind_of
 from sfumato.models import low_memory, precision, sharing
 from sfumato.models.load import Loaded
 from sfumato.models.release import release_frames
@@ -30,6 +33,11 @@ TILES = "its VAE works in slices and tiles"
 OFFLOADED = "its modules wait in main memory"
 GROUPED = "its layers wait in main memory"
 """Descriptions of the fallbacks that a model may be using; `ModelState` has them."""
+
+LESS: Mapping[str, str] = MappingProxyType(
+    {IMAGE: "a smaller size", VIDEO: "a smaller size or fewer frames", AUDIO: "fewer seconds"}
+)
+"""Kind of a result -> what of it takes less memory."""
 
 FROM_NOW_ON = "%s ran out of memory; from now on %s"
 
@@ -75,8 +83,9 @@ def with_less(
         else:
             in_effect = ", ".join(sorted({*generation.savings, *model.savings}))
             raise OutOfMemory(
-                f"{model.config.name}: out of memory{f', even with {in_effect}' if in_effect else ''}. Request a "
-                "smaller size, or set `quantization`, `layerwise_casting` or a smaller dtype in the model file."
+                f"{model.config.name}: out of memory{f', even with {in_effect}' if in_effect else ''}. Request "
+                f"{LESS[kind_of(generation.format)]}, or set `quantization`, `layerwise_casting` or a smaller dtype in "
+                "the model file."
             )
 
 
@@ -111,7 +120,13 @@ def _offload(model: Loaded, let_long_calls_end: Callable[[], None]) -> str:
 
 
 def _pixels(model: Loaded, generation: Generation) -> float:
-    """Approximate pixels of the picture to draw, to tell large from small; infinite if unknown."""
+    """Approximate pixels of the picture or clip to draw, to tell large from small; infinite if unknown."""
+    if kind_of(generation.format) == VIDEO:
+        return _pixels_of_picture(model, generation) * clips.frames(model, generation.sampling)
+    return _pixels_of_picture(model, generation)
+
+
+def _pixels_of_picture(model: Loaded, generation: Generation) -> float:
     second = generation.hires.sampling.size if generation.hires else None
     if sizes := [size for size in (generation.sampling.size, second) if size]:
         return max(math.prod(size) for size in sizes)

@@ -48,6 +48,7 @@ from sfumato.engine.protocol import (
 )
 from sfumato.engine.stats import EVERY_S, Stats
 from sfumato.errors import Cancelled, SfumatoError
+from sfumato.formats import IMAGE, kind_of
 from sfumato.models import estimators
 from sfumato.models.content_hashes import ContentHashes
 from sfumato.models.load import Loaded
@@ -280,7 +281,9 @@ class Loop:
             del self._tasks[id]
             self._stats.ended(id)
             self._batcher.cancel(task, RunStopped())
-        elif not (self._encoding.pop(id, None) or self._submitted.pop(id, None)):
+        elif encoding := self._encoding.pop(id, None):
+            encoding.cancel()  # what has begun asks `_runs`
+        elif not self._submitted.pop(id, None):
             return  # already answered, or about to be
         self._send(Answer(id, _CANCELLED))
 
@@ -288,7 +291,7 @@ class Loop:
 
     def _draw(self, submit: Submit) -> Future[Done]:
         """Runs in the request's greenlet, from its first turn to its end. Returns the picture, being encoded."""
-        id = submit.generation.id
+        id, long = submit.generation.id, kind_of(submit.generation.format) != IMAGE
         self._send(Started(id))
         log.info("request %s starts", id)
         on_step = functools.partial(self._on_step, submit.generation)
@@ -317,7 +320,8 @@ class Loop:
                 try:
                     memory = self._batcher.free_caches, self._batcher.let_long_calls_end
                     picture = out_of_memory.with_less(model, submit.generation, run, *memory)
-                    return self._encoder.begin(functools.partial(encoded, picture))
+                    wanted = functools.partial(self._runs, id)
+                    return self._encoder.begin(functools.partial(encoded, picture, wanted), long=long)
                 finally:
                     if self._reported(model) != before:
                         self._pool.describe_again(model)
@@ -361,9 +365,13 @@ class Loop:
             self._send(Placed(id, taken))
 
     def _send_running(self, id: str, event: Event) -> None:
-        """Called in the thread that encodes, too."""
-        if id in self._tasks or id in self._encoding:
+        """Called in the threads that encode, too."""
+        if self._runs(id):
             self._send(Answer(id, event))
+
+    def _runs(self, id: str) -> bool:
+        """Whether it is neither answered nor cancelled. Called in the threads that encode, too."""
+        return id in self._tasks or id in self._encoding
 
     def _report_status(self, model: str, status: ModelStatus) -> None:
         """May be called in the thread that loads."""

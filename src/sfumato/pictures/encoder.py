@@ -1,4 +1,7 @@
-"""Pictures are encoded in a thread of their own: a large PNG takes as long as several steps of a small picture."""
+"""Pictures are encoded in a thread of their own: a large PNG takes as long as several steps of a small picture.
+
+Clips and sounds, which may take minutes, have another thread, so that no picture waits for them.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +36,11 @@ HERE = _Here()
 
 
 class EncoderThread:
-    """In a thread of its own. What waits for a result lets others run meanwhile."""
+    """In a thread of its own, and long work in a second one. What waits for a result lets others run meanwhile."""
 
     def __init__(self, wait: Callable[[], None], wake: Callable[[], None]) -> None:
         """`wait`: returns after a while, and others have run. `wake`: called in the thread after each piece of work."""
-        self._pool = _pool()
+        self._pool, self._long = _pools()
         self._wait = wait
         self._wake = wake
         self._waiting = 0
@@ -50,9 +53,21 @@ class EncoderThread:
     def later(self, work: Callable[[], None]) -> None:
         self._pool.submit(work)
 
-    def begin(self, work: Callable[[], T]) -> Future[T]:
-        """Do it, and say so when it is done."""
-        future = self._pool.submit(work)
+    def begin(self, work: Callable[[], T], *, long: bool = False) -> Future[T]:
+        """Do it, and say so when it is done. Cancelled before it begins, it is forgotten with all that it holds.
+
+        `long`: beside the work that is given later, and after that which was given before.
+        """
+        held = [work]  # the thread reads cancelled work only in its turn
+        earlier = self._pool.submit(_nothing) if long else None
+
+        def do() -> T:
+            if earlier:
+                earlier.result()
+            return held.pop()()
+
+        future = (self._long if long else self._pool).submit(do)
+        future.add_done_callback(lambda _: held.clear())
         future.add_done_callback(self._done)
         return future
 
@@ -67,13 +82,18 @@ class EncoderThread:
             self._waiting -= 1
 
     def close(self) -> None:
-        """End the thread, after the work that it was given. More work begins another."""
-        self._pool.shutdown()
-        self._pool = _pool()
+        """End the threads, after the work that they were given. More work begins others."""
+        for pool in (self._pool, self._long):
+            pool.shutdown()
+        self._pool, self._long = _pools()
 
     def _done(self, future: Future[Any]) -> None:
         self._wake()
 
 
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(1, "sfumato-encode")
+def _pools() -> tuple[ThreadPoolExecutor, ThreadPoolExecutor]:
+    return ThreadPoolExecutor(1, "sfumato-encode"), ThreadPoolExecutor(1, "sfumato-encode-long")
+
+
+def _nothing() -> None:
+    """The work before it is done when this is."""

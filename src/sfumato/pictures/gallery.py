@@ -130,8 +130,10 @@ class Gallery:
         statement = statement.order_by(PICTURES.c.created.desc(), PICTURES.c.name.desc()).limit(limit + 1)
         with self._begin() as connection:
             rows = [dict(row) for row in connection.execute(statement).mappings()]
-            missing = [row["name"] for row in rows if not self.store.has(row["name"])]
-            _forget(connection, missing)
+        missing = [row["name"] for row in rows if self.store.near and not self.store.has(row["name"])]
+        if missing:
+            with self._begin() as connection:
+                _forget(connection, missing)
         entries = [_entry(row) for row in rows[:limit] if row["name"] not in missing]
         return entries, len(rows) > limit
 
@@ -145,9 +147,10 @@ class Gallery:
         """The picture of that name and caller (None: any caller); None if there is none."""
         with self._begin() as connection:
             row = connection.execute(sql.select(PICTURES).where(*_by_name(name, caller))).mappings().first()
-            if row is not None and not self.store.has(name):
+        if row is not None and not self.store.has(name):
+            with self._begin() as connection:
                 _forget(connection, [name])
-                row = None
+            row = None
         return _entry(row) if row is not None else None
 
     def star(self, name: str, starred: bool, caller: str | None = None) -> None:
@@ -167,11 +170,12 @@ class Gallery:
 
     def reconcile(self) -> tuple[int, int]:
         """Add unlisted files of the folder, drop rows without a file; returns how many of each."""
+        with self._begin() as connection:  # before the files: a picture that is kept meanwhile has one
+            listed = set(connection.execute(sql.select(PICTURES.c.name)).scalars())
         files = {
             name: written for name, written in self.store.names().items() if name.rpartition(".")[2] in MEDIA_TYPES
         }
         with self._begin() as connection:
-            listed = set(connection.execute(sql.select(PICTURES.c.name)).scalars())
             _forget(connection, sorted(listed - files.keys()))
         added = 0
         for names in _batches(sorted(files.keys() - listed)):

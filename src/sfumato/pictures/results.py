@@ -6,11 +6,13 @@ memory twice.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from PIL import Image
+
+from sfumato.errors import Cancelled
 
 if TYPE_CHECKING:  # the API process has no numpy
     import numpy as np
@@ -40,6 +42,8 @@ class Clip:
     """(frames, height, width, channels), 0 .. 1; one channel is grey, three are RGB."""
     fps: float
     sound: Sound | None = None
+    wanted: Callable[[], bool] = lambda: True
+    """Asked for each frame that is encoded: whether anybody still waits for the file."""
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -50,7 +54,9 @@ class Clip:
         return (self.frames.shape[2], self.frames.shape[1])
 
     def picture(self, index: int) -> Image.Image:
-        """One frame, RGB."""
+        """One frame, RGB. Raises Cancelled if the clip is no longer wanted."""
+        if not self.wanted():
+            raise Cancelled("the request was cancelled")
         pixels = (self.frames[index].clip(0, 1) * 255).round().astype("uint8")
         return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).convert("RGB")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 import re
 import secrets
@@ -33,6 +34,9 @@ LOW_WATER = 0.95
 ABANDONED_S = 3600
 """Seconds after which an unfinished file is considered abandoned."""
 
+UNKNOWN = math.inf
+"""Time of a picture of which the file system does not say when it was written. It is never expired."""
+
 RANDOM_DIGITS = 26
 """Random hexadecimal digits of a name; the six after them identify the owner, to those who know the owners."""
 
@@ -55,15 +59,22 @@ class Store:
     limit. Other files in the folder are left alone.
     """
 
+    near = True
+    """Whether `has` is quick enough to be asked of each picture of a page."""
+
     def __init__(self, folder: Path, *, max_age_s: float = 0, max_bytes: int = 0) -> None:
         self.folder = folder
         self._max_age_s = max_age_s
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
+        """Of `_bytes`. Never held while files are touched: they may be behind a network."""
+        self._expiring = threading.Lock()
+        """Held by the one that expires pictures; `put` never waits for it."""
         self._synced = False
         """Whether the folder itself survives a power cut."""
         self._bytes: int | None = None
-        """Total of all pictures, as far as this process knows; None before the first scan."""
+        """Total of all pictures, as far as this process knows; None before the first scan. During a scan, of those that
+        are put meanwhile: some of them may be counted twice."""
 
     def put(self, data: bytes, extension: str = "png", *, owner: str = "", random: str = "") -> str:
         """Store a picture (`extension` is one of `STORED`); returns its name, which `owner_of` understands.
@@ -76,7 +87,7 @@ class Store:
         name = self.new_name(owner, extension, random)
         self._write(name, data, lasting=bool(random))
         if self._max_bytes and self._total_after(len(data)) > self._max_bytes:
-            self.expire()
+            self._make_room()
         return name
 
     def _sync_names(self) -> None:
@@ -109,8 +120,9 @@ class Store:
         return self.folder / name
 
     def names(self) -> dict[str, float]:
-        """Every picture and when it was written, in seconds since 1970. Blocks."""
-        return {name: modified for modified, name, _ in self._pictures(time.time())}
+        """Every picture and when it was written, in seconds since 1970; now, if that is unknown. Blocks."""
+        now = time.time()
+        return {name: now if modified == UNKNOWN else modified for modified, name, _ in self._pictures(now)}
 
     def delete(self, name: str) -> None:
         """Delete the picture of that name, if there is one. Raises StorageError if that fails. Blocks."""
@@ -125,19 +137,41 @@ class Store:
 
         The newest always stays; names in `spare` do not expire by age. `now` is in seconds since 1970. Blocks.
         """
-        now = time.time() if now is None else now
+        with self._expiring:
+            return self._expire_all(time.time() if now is None else now, spare)
+
+    def _make_room(self) -> None:
+        """`expire`, unless that is being done. Nobody is told of an error: the picture itself was written."""
+        if not self._expiring.acquire(blocking=False):
+            return
+        try:
+            self._expire_all(time.time(), ())
+        except StorageError as error:
+            log.warning("the oldest pictures could not be deleted: %s", error.message)
+        finally:
+            self._expiring.release()
+
+    def _expire_all(self, now: float, spare: Container[str]) -> int:
         with self._lock:
+            self._bytes = 0
+        try:
             pictures = self._pictures(now)
-            total = sum(size for _, _, size in pictures)
-            room = self._max_bytes * LOW_WATER if self._max_bytes and total > self._max_bytes else total
-            deleted = 0
-            for index, (modified, name, size) in enumerate(pictures):
-                old = self._max_age_s and now - modified > self._max_age_s and name not in spare
-                over = total > room and index < len(pictures) - 1
-                if (old or over) and self._expire(name):
-                    total -= size
-                    deleted += 1
-            self._bytes = total
+        except StorageError:
+            with self._lock:
+                self._bytes = None
+            raise
+        total = sum(size for _, _, size in pictures)
+        room = self._max_bytes * LOW_WATER if self._max_bytes and total > self._max_bytes else total
+        deleted = 0
+        for index, (modified, name, size) in enumerate(pictures):
+            old = self._max_age_s and now - modified > self._max_age_s and name not in spare
+            over = total > room and index < len(pictures) - 1 and modified < UNKNOWN
+            if (old or over) and self._expire(name):
+                total -= size
+                deleted += 1
+        with self._lock:
+            if self._bytes is not None:  # `delete` was not called meanwhile
+                self._bytes += total
         if deleted:
             log.info("%d pictures expired; %.0f MiB are kept", deleted, total / 2**20)
         return deleted
@@ -201,7 +235,7 @@ class Store:
             raise StorageError(f"{name} cannot be deleted from {self.folder}: {error.strerror}") from error
 
     def _pictures(self, now: float) -> list[tuple[float, str, int]]:
-        """Time, name and size of each picture, oldest first. Deletes abandoned unfinished files."""
+        """Time (or `UNKNOWN`), name and size of each picture, oldest first. Deletes abandoned unfinished files."""
         pictures = []
         for entry in _scan(self.folder):
             try:

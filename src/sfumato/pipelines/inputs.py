@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -18,7 +18,7 @@ from sfumato.formats import AUDIO, IMAGE, VIDEO
 from sfumato.formats import WORDS as RESULTS
 from sfumato.status import Abilities, FrameRule, Input, SoundRule
 
-PICTURE, ORIGINAL, EXAMPLE, REFERENCE = "picture", "original", "example", "reference"
+PICTURE, ORIGINAL, EXAMPLE, REFERENCE, LAST = "picture", "original", "example", "reference", "last"
 MASK, CONTROL, LABEL = "mask", "control", "label"
 
 ROLES: Mapping[str, str] = MappingProxyType(
@@ -30,6 +30,7 @@ ROLES: Mapping[str, str] = MappingProxyType(
         "example_image": EXAMPLE,
         "reference_image": REFERENCE,
         "image_reference": REFERENCE,
+        "last_image": LAST,
         "mask_image": MASK,
         "mask": MASK,
         "control_mask": MASK,
@@ -40,7 +41,7 @@ ROLES: Mapping[str, str] = MappingProxyType(
 )
 """Parameter of a pipeline's call -> what a request puts into it. A parameter that is not here gets nothing."""
 
-SOURCES = (ORIGINAL, PICTURE, EXAMPLE, REFERENCE)
+SOURCES = (ORIGINAL, PICTURE, EXAMPLE, REFERENCE, LAST)
 """Roles that a request's `image`s fill, in this order; a mask belongs to the first."""
 
 WORDS: Mapping[str, str] = MappingProxyType(
@@ -49,6 +50,7 @@ WORDS: Mapping[str, str] = MappingProxyType(
         ORIGINAL: "the original picture",
         EXAMPLE: "an example picture",
         REFERENCE: "a reference picture",
+        LAST: "the last frame",
         CONTROL: "a control picture",
     }
 )
@@ -280,10 +282,13 @@ def check(
     pictures: int,
     mask: bool,
     controls: int,
+    fields: Sequence[str] = ("image",),
+    names: Sequence[str] = (),
 ) -> None:
     """Raises InvalidRequest naming the input that is missing, or that the model does not take.
 
-    `kind` and the numbers are those of a request.
+    `kind` and the numbers are those of a request; `fields` are where it may have pictures, in the order of their roles;
+    `names` are where it has them.
     """
     if can.problem:
         raise InvalidRequest(f"{model} draws no picture: {can.problem}", param="model")
@@ -297,11 +302,39 @@ def check(
         raise InvalidRequest(f"num_frames: {frames}; {model} does not draw that many: {why}", param="num_frames")
     if seconds and can.sound and (why := can.sound.violation(seconds)):
         raise InvalidRequest(f"seconds: {seconds:g}; {model} does not make that long a sound: {why}", param="seconds")
-    image, control = can.input("image"), can.input("controls")
+    image = can.input("image")
     if mask and "inpainting" not in can.tasks:
         raise InvalidRequest(
             f"{model} does not take mask_image; leave the mask out. It does: {', '.join(can.tasks)}", param="mask"
         )
+    pictures = _check_controls(model, can, pictures, mask=mask, controls=controls)
+    if image:
+        _check_pictures(model, image, pictures, fields, names)
+    elif pictures:
+        name = (*names, *fields)[0]
+        raise InvalidRequest(f"{name}: {model} takes no picture; leave it out", param=name)
+    if frames == 1 and image and image.roles[-1] == LAST and pictures == len(image.roles):
+        raise InvalidRequest(f"num_frames: 1; from a first to {WORDS[LAST]} there are two or more", param="num_frames")
+
+
+def check_sides(model: str, width: int, height: int, multiple: int) -> None:
+    """Raises InvalidRequest unless both sides, in pixels, are multiples of what a class draws."""
+    if width % multiple or height % multiple:
+        raise InvalidRequest(
+            f"size {width}x{height}: {model} needs sides that are multiples of {multiple}; "
+            f"the nearest is {near(width, multiple)}x{near(height, multiple)}",
+            param="size",
+        )
+
+
+def near(side: int, multiple: int) -> int:
+    """The multiple next to a side, at least one."""
+    return max(multiple, round(side / multiple) * multiple)
+
+
+def _check_controls(model: str, can: Abilities, pictures: int, *, mask: bool, controls: int) -> int:
+    """The pictures that are no controls."""
+    image, control = can.input("image"), can.input("controls")
     if controls and control is None:
         raise InvalidRequest(
             f"{model} takes no control pictures by itself; leave controls out, or send the `name` of a ControlNet",
@@ -325,19 +358,19 @@ def check(
     if control and controls and not control.least <= controls <= (control.most or controls):
         several = f"{control.least} to {control.most}" if control.least != control.most else f"{control.least}"
         raise InvalidRequest(f"controls: {model} takes {several} control pictures, got {controls}", param="controls")
-    if image is None and pictures:
-        raise InvalidRequest(f"image: {model} takes no picture; leave it out", param="image")
-    if image:
-        _check_pictures(model, image, pictures)
+    return pictures
 
 
-def _check_pictures(model: str, image: Input, pictures: int) -> None:
-    names = [WORDS[role] for role in image.roles]
+def _check_pictures(model: str, image: Input, pictures: int, fields: Sequence[str], names: Sequence[str]) -> None:
+    roles = [WORDS[role] for role in image.roles]
     if pictures < image.least:
-        needed = names[: image.least]
-        send = "send one as `image`" if image.least == 1 else f"send them as `image`, in this order; got {pictures}"
-        raise InvalidRequest(f"{model} needs {' and '.join(needed)}: {send}", param="image")
+        send = f"send one as `{fields[0]}`"
+        if image.least > 1:
+            send = f"send them as {' and '.join(f'`{field}`' for field in fields)}, in this order; got {pictures}"
+        name = fields[min(pictures, len(fields) - 1)]
+        raise InvalidRequest(f"{model} needs {' and '.join(roles[: image.least])}: {send}", param=name)
     if image.most is not None and pictures > image.most:
-        takes = "one picture" if image.most == 1 else f"{image.most} pictures ({', then '.join(names)})"
+        takes = "one picture" if image.most == 1 else f"{image.most} pictures ({', then '.join(roles)})"
         only = "only one" if image.most == 1 else f"at most {image.most}"
-        raise InvalidRequest(f"{model} takes {takes}, got {pictures}; send {only}", param="image")
+        name = (*fields[:1], *names)[-1]
+        raise InvalidRequest(f"{name}: {model} takes {takes}, got {pictures}; send {only}", param=name)

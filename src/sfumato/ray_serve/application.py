@@ -45,13 +45,18 @@ def app(args: dict[str, Any]) -> Application:
     policy = {"policy_function": StepsToDo, "policy_kwargs": {"steps": arguments.steps, "places": places}}
     model = serve.deployment(Replica).options(
         ray_actor_options={"num_cpus": arguments.num_cpus, "num_gpus": arguments.num_gpus},
-        max_ongoing_requests=places + low_places(places),
         graceful_shutdown_timeout_s=DRAIN_S,
     )
+    scalings = [(config, _scaling(config, arguments.scaling, policy)) for config in Catalog.of(settings).all()]
+    most = sum(scaling.max_replicas for _, scaling in scalings)
     handles: dict[str, Application] = {}
-    for config in Catalog.of(settings).all():
-        scaling = _scaling(config, arguments.scaling, policy)
-        deployment = model.options(name=deployment_name(config), autoscaling_config=scaling)
+    for config, scaling in scalings:
+        # The queue knows places, not models: those of all other models' replicas may have pictures of this one. They
+        # are sent on, too: its worker draws by policy what it has, but in Ray's queue nothing yields.
+        room = places * (most - scaling.max_replicas + 1)
+        deployment = model.options(
+            name=deployment_name(config), max_ongoing_requests=room + low_places(room), autoscaling_config=scaling
+        )
         handles[config.name] = deployment.bind(settings, config.name)
     ingress = serve.deployment(Ingress).options(
         name=NAME, max_ongoing_requests=settings.max_connections, graceful_shutdown_timeout_s=settings.grace_s

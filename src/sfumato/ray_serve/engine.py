@@ -35,6 +35,8 @@ EVERY_S = 1.0
 """Seconds between two looks at the replicas."""
 ANSWER_S = 10.0
 """Seconds to wait for their states; one that is stuck by then is replaced by Ray."""
+MAX_ENDED = 100
+"""Replicas that are gone whose counters are kept apart."""
 LOSSES = 5
 """A picture whose replica was lost so often is failed. Deaths of a replica's worker are counted by its supervisor."""
 
@@ -56,8 +58,10 @@ class RayServe:
         self._models = models
         self._replicas: dict[str, dict[str, DeviceState]] = {name: {} for name in models}
         """Model → its replicas, by Ray's id."""
-        self._ended = EngineStats()
-        """Counters of replicas that are gone."""
+        self._ended: dict[str, EngineStats] = {}
+        """Counters of replicas that are gone, by Ray's id: one that only did not answer once comes back."""
+        self._ended_before = EngineStats()
+        """Those of the ones before these, together."""
         self._pins: dict[str, Pin] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -75,6 +79,8 @@ class RayServe:
 
     async def submit(self, config: ModelConfig, generation: Generation) -> AsyncGenerator[Event, None]:
         deaths = 0
+        no_worker: NoWorker | None = None
+        """The last loss, if it was one of these: what was promised waits for a worker."""
         for losses in range(LOSSES):
             # Under another id each time: a replica that is only out of reach may still draw it.
             again = replace(generation, id=f"{generation.id}-{losses}") if losses else generation
@@ -84,12 +90,13 @@ class RayServe:
                     async for item in items:
                         match item:
                             case Begun(device):
+                                no_worker = None
                                 self.on_place(generation.id, True)
                                 self.on_device(generation.id, device)
                             case Placed(_, taken):
                                 self.on_place(generation.id, taken)
                             case Failed(NoWorker() as error):
-                                deaths = error.deaths
+                                deaths, no_worker = error.deaths, error
                                 raise lost.RayActorError(error_msg=error.message)
                             case _:
                                 yield item
@@ -104,7 +111,9 @@ class RayServe:
             except SfumatoError as error:
                 yield Failed(error)
                 return
-        yield Failed(WorkerDied(f"{LOSSES} replicas were lost while they drew this; it is not tried again"))
+        yield Failed(
+            no_worker or WorkerDied(f"{LOSSES} replicas were lost while they drew this; it is not tried again")
+        )
 
     def _drawing(self, config: ModelConfig, generation: Generation, deaths: int) -> DeploymentResponseGenerator[Any]:
         """Raises ModelNotFound."""
@@ -166,7 +175,10 @@ class RayServe:
 
     async def _watch(self) -> None:
         while True:
-            await asyncio.gather(*(self._look(model) for model in self._models))
+            looks = await asyncio.gather(*(self._look(model) for model in self._models), return_exceptions=True)
+            for error in looks:
+                if isinstance(error, Exception):  # without the next look nobody would know of any replica again
+                    log.error("the replicas of a model are not known: %s", logs.error_location(error))
             self._count_places()
             await asyncio.sleep(EVERY_S)
 
@@ -179,7 +191,11 @@ class RayServe:
             return
         now = {state.id: state.device for state in states}
         for id in before.keys() - now.keys():
-            self._ended = total([self._ended, ended(before[id].stats)])
+            self._ended[id] = ended(before[id].stats)
+        for id in now.keys() & self._ended.keys():
+            del self._ended[id]
+        while len(self._ended) > MAX_ENDED:
+            self._ended_before = total([self._ended_before, self._ended.pop(next(iter(self._ended)))])
         self._replicas[model] = now
         if now.keys() - before.keys() and (pin := self._pins.get(model)):
             self.order(pin)
@@ -209,7 +225,7 @@ class RayServe:
 
     @property
     def stats(self) -> EngineStats:
-        return total([self._ended, *(state.stats for state in self.devices)])
+        return total([self._ended_before, *self._ended.values(), *(state.stats for state in self.devices)])
 
 
 @contextmanager

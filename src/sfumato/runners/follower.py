@@ -12,6 +12,7 @@ import queue
 import signal
 import sys
 import threading
+import traceback
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -82,19 +83,19 @@ def main(fd: int) -> None:
     messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(pipe, messages), daemon=True).start()
     follower = Follower(messages.get())
-    pipe.send(follower.use_device())
+    group.send(pipe, follower.use_device())
     with torch.no_grad():
         while True:
             match messages.get():
                 case Join():
                     follower.join()
                 case Hold() as message:
-                    pipe.send(follower.hold(message))
+                    group.send(pipe, follower.hold(message))
                 case Fill(number):
                     follower.fill(number)
                 case Forward() as message:
                     if reason := follower.forward(message):
-                        pipe.send(reason)
+                        group.send(pipe, reason)
                         _wait_for_failure(messages)
                 case Drop(number):
                     follower.drop(number)
@@ -113,9 +114,12 @@ def _wait_for_failure(messages: queue.SimpleQueue[Any]) -> None:
 def _read(pipe: Connection[Any, Any], messages: queue.SimpleQueue[Any]) -> None:
     try:
         while True:
-            messages.put(pipe.recv())
+            messages.put(group.receive(pipe))
     except (EOFError, OSError):
         os._exit(0)  # the worker is gone; the other thread may be waiting for it
+    except BaseException:  # a message that cannot be read: without it the worker would wait for this rank for ever
+        traceback.print_exc()
+        os._exit(1)
 
 
 def _first_line(error: Exception) -> str:

@@ -14,6 +14,7 @@ import logging
 import os
 import pickle
 import queue
+import shutil
 import socket
 import subprocess
 import sys
@@ -122,6 +123,8 @@ class Group:
         self._problem = ""
         """Why the followers cannot start."""
         self._closing = threading.Event()
+        self._folder = ""
+        """Through a file in it the members find each other, also at the first collective of a kind."""
 
     @property
     def size(self) -> int:
@@ -155,7 +158,7 @@ class Group:
 
         def outline(value: torch.Tensor) -> Outline | torch.Tensor:
             if value.device.type != kind:
-                return value  # it travels with the message
+                return value.detach().clone()  # it travels with the message, without the rest of what it is a view of
             sent.append(value)
             return Outline(tuple(value.shape), value.dtype)
 
@@ -178,7 +181,11 @@ class Group:
                 answers.get(timeout=PATIENCE_S)
             except queue.Empty:
                 log.error("a forward pass failed on one of its devices only, and so this process ends: %r", error)
-                os._exit(1)
+                self._end_process()
+
+    def _end_process(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+        os._exit(1)
 
     def drop(self, number: int) -> None:
         """Free the memory that a module has with the followers."""
@@ -196,13 +203,15 @@ class Group:
                 process.wait()
             if self._mesh is not None:
                 torch.distributed.destroy_process_group()
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def _start(self) -> None:
         if self._problem:
             raise Refused(self._problem)
         if self._mesh is not None:
             return
-        store = str(Path(tempfile.mkdtemp(prefix="sfumato-group-")) / "store")
+        self._folder = tempfile.mkdtemp(prefix="sfumato-group-")
+        store = str(Path(self._folder) / "store")
         for rank in range(1, self.size):
             ours, theirs = Pipe()
             command = [sys.executable, "-m", FOLLOWER, str(theirs.fileno())]
@@ -210,7 +219,7 @@ class Group:
             theirs.close()
             self._processes.append(process)
             log.info("process %d computes with this one, on %s", process.pid, self.devices[rank])
-            ours.send(Begin(rank, self.devices, store, self._threads))
+            send(ours, Begin(rank, self.devices, store, self._threads))
             answers = queue.SimpleQueue[str]()
             threading.Thread(target=self._read, args=(ours, answers, self.devices[rank]), daemon=True).start()
             self._pipes.append(ours)
@@ -227,20 +236,30 @@ class Group:
 
     def _tell(self, message: object) -> None:
         for pipe in self._pipes:
-            pipe.send(message)
+            send(pipe, message)
 
     def _read(self, pipe: Connection[Any, Any], answers: queue.SimpleQueue[str], device: str) -> None:
         try:
             while True:
-                answers.put(pipe.recv())
-        except (EOFError, OSError):
+                answers.put(receive(pipe))
+        except Exception as error:  # end-of-file, or an answer that cannot be read
             if self._closing.is_set():
                 return
-            log.error("the process that computes on %s has died, and so this one ends", device)
-            os._exit(1)  # this thread is the only one that can: the others may wait for that process inside of a kernel
+            log.error("the process that computes on %s has died, and so this one ends: %r", device, error)
+            # This thread is the only one that can: the others may wait for that process inside of a kernel.
+            self._end_process()
 
 
 # What every rank does.
+
+
+def send(pipe: Connection[Any, Any], message: object) -> None:
+    """Its tensors go by value: `Connection.send` takes torch's pickler, which sends where they are in shared memory."""
+    pipe.send_bytes(pickle.dumps(message))
+
+
+def receive(pipe: Connection[Any, Any]) -> Any:
+    return pickle.loads(pipe.recv_bytes())
 
 
 def joined(rank: int, devices: Sequence[str], store: str) -> Any:

@@ -56,6 +56,8 @@ class ImageRequest:
     """Source pictures: file bytes, base64, `data:` URI, http(s) URL or an uploaded file (`sources.uploaded`)."""
     image_names: Sequence[str] = ()
     """Of each of them in errors; empty: as their API has them."""
+    image_fields: Sequence[str] = ("image",)
+    """Where their API has them, in the order of what they are for."""
     mask: str | bytes | None = None
     """White is redrawn; if the mask has transparency, transparent areas are redrawn."""
     mask_from_alpha: bool = False
@@ -325,8 +327,10 @@ def _enabled(config: ModelConfig, generation: Generation, request: ImageRequest)
 
     One of AUTOMATIC1111's clients loses what they may not set, except pictures.
     """
-    # Controls are what a request adds to a model, as LoRAs are: only `none` keeps them out.
-    pictures = request.images or (request.controls and not config.enable_parameters)
+    # Controls are what a request adds to a model, as LoRAs are, and most classes of clips need a picture, which LocalAI
+    # sends them whatever the file says: only `none` keeps these out.
+    free = request.controls or (request.images and kind_of(request.format) == VIDEO)
+    pictures = not config.enable_parameters if free else request.images
     if pictures and not generation.upscale and not config.enables("image"):  # an upscaler always takes a picture
         raise _disabled(config, "image")
     sampling = generation.sampling

@@ -33,7 +33,6 @@ from sfumato.pictures.budget import Budget, Share
 from sfumato.pictures.decoder_pool import Decoders
 from sfumato.pictures.fetch import PictureFetcher
 from sfumato.pictures.sources import Decoded, Sources, encoded_size, file_of
-from sfumato.pipelines import inputs
 from sfumato.serving import named_controls, repeat
 from sfumato.serving.catalog import Catalog
 from sfumato.serving.foreseen import Foreseen
@@ -392,12 +391,7 @@ class Service:
         loaded = kind_of(request.format) == IMAGE and self.engine.status(config.name).info
         if named or config.ip_adapters or loaded:
             return prompts
-        if abilities := await self._foreseen.abilities(config):
-            inputs.check(
-                config.name, abilities, kind=kind_of(request.format), frames=request.sampling.num_frames,
-                seconds=request.sampling.seconds, pictures=len(request.images), mask=request.mask is not None,
-                controls=len(request.controls),
-            )  # fmt: skip
+        await self._foreseen.check(request, config, self.limits)
         return prompts
 
     async def abilities(self, config: ModelConfig) -> Abilities | None:

@@ -234,9 +234,13 @@ class Batches:
         active.admitted.clear()
         self._places.give()
         await pause(run)
-        if not run.cancelled.is_set():
-            await self._places.take()
-            self._admitted(active, run)
+        place, cancelled = asyncio.create_task(self._places.take()), asyncio.create_task(run.cancelled.wait())
+        try:
+            await asyncio.wait({place, cancelled}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            cancelled.cancel()
+            if not place.cancel():  # it has one
+                self._admitted(active, run)
 
     def _admitted(self, active: _Active, run: Run) -> None:
         active.refused.discard(run)

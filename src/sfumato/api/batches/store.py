@@ -73,19 +73,23 @@ class BatchStore:
             for start in range(0, len(lines), CHUNK):
                 rows = [_line_row(batch.id, line) for line in lines[start : start + CHUNK]]
                 with self._jobs.begin() as connection:
+                    self._go_on(connection, batch, VALIDATING)
                     connection.execute(sql.insert(LINES), rows)
             if lines:
-                self._complete(batch)
+                with self._jobs.begin() as connection:
+                    self._go_on(connection, batch, batch.state)
         finally:
             self._creating.discard(batch.id)
 
-    def _complete(self, batch: StoredBatch) -> None:
-        """All its lines are there. Raises JobsUnavailable if another server took this one for dead meanwhile."""
-        mine = (BATCHES.c.id == batch.id, BATCHES.c.state == VALIDATING)
-        with self._jobs.begin() as connection:
-            self._jobs.sign_of_life(connection)
-            if not connection.execute(sql.update(BATCHES).where(*mine).values(state=batch.state)).rowcount:
-                raise JobsUnavailable("the batch was not stored, as that took too long. Try again later.")
+    def _go_on(self, connection: sql.Connection, batch: StoredBatch, state: str) -> None:
+        """Raises JobsUnavailable if another server took this one for dead, and drops the batch.
+
+        It writes the row even if `state` is what it was: nobody can take the batch before the transaction ends.
+        """
+        self._jobs.sign_of_life(connection)
+        mine = (BATCHES.c.id == batch.id, BATCHES.c.state == VALIDATING, BATCHES.c.server == batch.server)
+        if not connection.execute(sql.update(BATCHES).where(*mine).values(state=state)).rowcount:
+            raise JobsUnavailable("the batch was not stored, as that took too long. Try again later.")
 
     def require_room(self, caller: str) -> None:
         """Raises TooManyRequests if a batch more of that caller would be one too many."""
@@ -154,12 +158,14 @@ class BatchStore:
         id, server = row["id"], row["server"]
         if id in self._creating or (server != self._jobs.server and lives(server, seen)):
             return
-        delete_lines(self._jobs, id)
-        with self._jobs.begin() as connection:
-            connection.execute(sql.delete(BATCHES).where(BATCHES.c.id == id, BATCHES.c.state == VALIDATING))
+        # It may be complete since the row was read, and is ours alone from now on: its server inserts no more lines.
+        if self._take_over(row, (VALIDATING,)):
+            delete_lines(self._jobs, id)
+            with self._jobs.begin() as connection:
+                connection.execute(sql.delete(BATCHES).where(BATCHES.c.id == id))
 
-    def _take_over(self, row: RowMapping) -> bool:
-        theirs = (BATCHES.c.id == row["id"], BATCHES.c.state.in_(OPEN), BATCHES.c.server == row["server"])
+    def _take_over(self, row: RowMapping, states: Sequence[str] = OPEN) -> bool:
+        theirs = (BATCHES.c.id == row["id"], BATCHES.c.state.in_(states), BATCHES.c.server == row["server"])
         with self._jobs.begin() as connection:
             self._jobs.sign_of_life(connection)
             return bool(

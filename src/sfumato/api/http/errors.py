@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -49,21 +50,27 @@ def shape(error: SfumatoError) -> dict[str, dict[str, str | None]]:
     return {"error": {"message": message, "type": error.type, "param": error.param, "code": error.code}}
 
 
-def response(error: SfumatoError) -> JSONResponse:
+def response(error: SfumatoError, more: Mapping[str, Any] = MappingProxyType({})) -> JSONResponse:
+    """`more`: what stands beside the error."""
     # The OpenAI SDK retries every 5xx unless told not to; most of ours would fail again in the same way.
     headers = {"x-should-retry": "true" if error.retry else "false"}
     if isinstance(error, TooManyRequests | DownloadError | JobsUnavailable) and error.retry_after is not None:
         headers["retry-after"] = str(error.retry_after)
     if isinstance(error, Unauthorized):
         headers["www-authenticate"] = "Bearer"
-    return JSONResponse(shape(error), error.status, headers)
+    return JSONResponse(shape(error) | dict(more), error.status, headers)
 
 
 async def _sfumato_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, SfumatoError)
+    return logged(request, error)
+
+
+def logged(request: Request, error: SfumatoError, more: Mapping[str, Any] = MappingProxyType({})) -> JSONResponse:
+    """As `response`; an error of the server's is in its log."""
     if error.status >= 500:
         log.error("%s %s: %s: %s", request.method, request.url.path, error.code, error.message)
-    return response(error)
+    return response(error, more)
 
 
 async def _invalid(request: Request, error: Exception) -> JSONResponse:

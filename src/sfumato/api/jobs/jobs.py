@@ -119,10 +119,11 @@ class Jobs:
     async def accept(self, job: StoredJob, body: bytes) -> StoredJob | Run:
         """Store a request and begin to carry it out; or the job that has its key already, or its run if it is ours.
 
-        Raises KeyReused if that is another request, JobsUnavailable if nothing can be stored, and TooManyRequests if as
-        many jobs as the queue has room for wait for their next try.
+        Raises KeyReused if that is another request, JobsUnavailable if nothing can be stored, and TooManyRequests for a
+        new job if as many as the queue has room for wait for their next try.
         """
-        if self._waiting >= self.service.settings.max_queue:
+        full = self._waiting >= self.service.settings.max_queue
+        if full and not (job.key and await self.blocking(self.store.has_key, job.key)):
             raise TooManyRequests(
                 f"{self._waiting} accepted requests wait for a worker, or for room in the queue. Try again later.",
                 retry_after=int(AGAIN_S),

@@ -75,7 +75,8 @@ class JobStore:
     def __init__(self, url: str, *, max_age_s: float, max_bytes: int) -> None:
         self.server = servers.new_name()
         """Of this process; it stands in the rows that it carries out."""
-        self._max_age_s = max_age_s
+        self.max_age_s = max_age_s
+        """How long after its end a job is stored."""
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._ready = False
@@ -118,6 +119,11 @@ class JobStore:
                     return found
             raise JobsUnavailable("Idempotency-Key: it is being used by another request; try again") from None
         return None
+
+    def has_key(self, key: str) -> bool:
+        """Whether a job has that key."""
+        with self.begin() as connection:
+            return self._by_key(connection, key) is not None
 
     def get(self, id: str, caller: str | None = None) -> StoredJob | None:
         """The job of that id (and caller), or None."""
@@ -244,7 +250,7 @@ class JobStore:
         """Delete ended jobs that are too old, then until the total fits; returns how many were deleted."""
         now = time.time()
         with self.begin() as connection:
-            old = (JOBS.c.state != OPEN, JOBS.c.ended < now - self._max_age_s)
+            old = (JOBS.c.state != OPEN, JOBS.c.ended < now - self.max_age_s)
             deleted = connection.execute(sql.delete(JOBS).where(*old)).rowcount
             names = connection.execute(sql.select(SERVERS)).all()
             if gone := [row.name for row in names if not lives(row.name, {row.name: row.seen})]:
@@ -282,7 +288,7 @@ class JobStore:
     def _by_key(self, connection: sql.Connection, key: str) -> StoredJob | None:
         """Deletes it if it has expired."""
         row = connection.execute(sql.select(*HEAD).where(JOBS.c.key == key)).mappings().first()
-        if row and row["ended"] is not None and row["ended"] < time.time() - self._max_age_s:
+        if row and row["ended"] is not None and row["ended"] < time.time() - self.max_age_s:
             connection.execute(sql.delete(JOBS).where(JOBS.c.id == row["id"]))
             return None
         return job_of(row) if row else None

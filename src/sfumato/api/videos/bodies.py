@@ -48,10 +48,22 @@ class ClipBody(_Sampled):
             )
         return name
 
+    end_image: Pictures = Field(
+        [], max_length=1, description=f"The last frame, for models with the input role `last`. {_PICTURE}"
+    )
+
+    @property
+    def first(self) -> tuple[str, list[Any]]:
+        """The field of the pictures that it begins with, and these."""
+        raise NotImplementedError
+
     @property
     def pictures(self) -> list[Any]:
-        """Its source pictures, which are left out of the body."""
-        raise NotImplementedError
+        """Its source pictures, which are left out of the body. Raises InvalidRequest for a last one alone."""
+        field, first = self.first
+        if self.end_image and not first:
+            raise InvalidRequest(f"end_image: a clip that ends with it also begins with one; send {field}", param=field)
+        return [*first, *self.end_image]
 
     def sampling(self) -> Sampling:
         """Raises InvalidRequest for an invalid size."""
@@ -63,8 +75,13 @@ class ClipBody(_Sampled):
         return replace(sampling, width=self.width, height=self.height)
 
     def to_request(self, **more: Any) -> ImageRequest:
+        field, first = self.first
+        names = [field] * len(first) + ["end_image"] * len(self.end_image)
         fields = {"prompts": [self.prompt], "n": 1, "format": self.format, "images": self.pictures}
-        return super().to_request(**fields | more)
+        return super().to_request(**fields | {"image_fields": (field, "end_image"), "image_names": names} | more)
+
+    def release_pictures(self) -> None:
+        self.end_image = []
 
 
 class VideosBody(ClipBody):
@@ -73,10 +90,11 @@ class VideosBody(ClipBody):
     input_reference: Pictures = Field([], description=f'The first frame. {_PICTURE} Also `{{"image_url": ...}}`.')
 
     @property
-    def pictures(self) -> list[Any]:
-        return list(self.input_reference)
+    def first(self) -> tuple[str, list[Any]]:
+        return "input_reference", list(self.input_reference)
 
     def release_pictures(self) -> None:
+        super().release_pictures()
         self.input_reference = []
 
 
@@ -84,12 +102,16 @@ class LocalVideoBody(ClipBody):
     """Of LocalAI's `POST /video`."""
 
     start_image: Pictures = Field([], max_length=1, description=f"The first frame. {_PICTURE}")
-    end_image: Pictures = Field([], max_length=1, description="The last frame, for classes that take one.")
     input_reference: Pictures = Field([], max_length=1, description="Same as `start_image`.")
 
     @property
-    def pictures(self) -> list[Any]:
-        return [*(self.start_image or self.input_reference), *self.end_image]
+    def first(self) -> tuple[str, list[Any]]:
+        if self.input_reference and self.start_image:
+            raise InvalidRequest(
+                "input_reference: start_image says the same; send one of them", param="input_reference"
+            )
+        return ("input_reference", self.input_reference) if self.input_reference else ("start_image", self.start_image)
 
     def release_pictures(self) -> None:
-        self.start_image, self.end_image, self.input_reference = [], [], []
+        super().release_pictures()
+        self.start_image, self.input_reference = [], []

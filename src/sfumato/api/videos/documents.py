@@ -27,10 +27,10 @@ class Video(BaseModel):
     progress: int = Field(description="0 to 100: the denoising steps that are done.")
     created_at: int
     completed_at: int | None
-    expires_at: int | None = Field(description="null: it is kept while there is room.")
+    expires_at: int | None = Field(description="When it will be deleted; null until it has ended.")
     prompt: str | None
-    seconds: str = Field(description="Length; empty until it is known.")
-    size: str = Field(description="WIDTHxHEIGHT; empty until it is known.")
+    seconds: str = Field(description="Length; empty while neither the request nor the clip says it.")
+    size: str = Field(description="WIDTHxHEIGHT; empty while neither the request nor the clip says it.")
     num_frames: int | None
     fps: float | None
     seed: int | None
@@ -89,13 +89,15 @@ def of_recipe(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _of_generation(model: str, generation: Generation) -> dict[str, Any]:
-    """The same of one that is drawn, as far as its request says it."""
+def of_generation(model: str, generation: Generation) -> dict[str, Any]:
+    """The same of one that is drawn or was not drawn to its end, as far as its request says it."""
     sampling = generation.sampling
+    frames, fps, seconds = sampling.num_frames, sampling.fps, sampling.seconds
+    seconds = frames / fps if frames and fps else seconds
     return {
         "model": model,
         "prompt": generation.prompt,
-        "seconds": f"{sampling.seconds:g}" if sampling.seconds else "",
+        "seconds": f"{seconds:g}" if seconds else "",
         "size": "{}x{}".format(*sampling.size) if sampling.size else "",
         "num_frames": sampling.num_frames,
         "fps": sampling.fps,
@@ -109,21 +111,23 @@ UNKNOWN: dict[str, Any] = {
 }  # fmt: skip
 
 
-def video_json(job: StoredJob, run: Run | None = None, answer: Answer | None = None) -> dict[str, Any]:
-    """`run`: what this process carries out of it, if it does; `answer`: what its route returned, once it has."""
+def video_json(
+    job: StoredJob, run: Run | None = None, answer: Answer | None = None, *, keep_s: float
+) -> dict[str, Any]:
+    """`keep_s`: how long jobs are stored; `run`: what this process carries out of it, if it does; `answer`: what its
+    route returned, once it has."""
     drawn = run.repeatable.job if run else None
     status, progress, known = STATES[job.state], 100 if job.state == "completed" else 0, dict(UNKNOWN)
     if drawn:
-        known |= _of_generation(drawn.config.name, drawn.parts[0].generation)
+        known |= of_generation(drawn.config.name, drawn.parts[0].generation)
         now = drawn.progress()
         progress = min(99, 100 * now.step // now.total) if now.total and job.open else progress
         status = "in_progress" if job.open and now.state != "queued" else status
     if answer:
         told = json.loads(answer.body)
         if isinstance(error := told.get("error"), dict):
-            known["error"] = {"code": error.get("code"), "message": str(error.get("message"))}
-        else:
-            known |= {name: told[name] for name in known if name in told}
+            told["error"] = {"code": error.get("code"), "message": str(error.get("message"))}
+        known |= {name: told[name] for name in known if name in told}
     return {
         "id": job.id,
         "object": "video",
@@ -131,7 +135,7 @@ def video_json(job: StoredJob, run: Run | None = None, answer: Answer | None = N
         "progress": progress,
         "created_at": int(job.created),
         "completed_at": int(job.ended) if job.ended is not None and job.state == "completed" else None,
-        "expires_at": None,
+        "expires_at": int(job.ended + keep_s) if job.ended is not None else None,
         "remixed_from_video_id": None,
         **known,
     }

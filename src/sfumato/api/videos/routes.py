@@ -11,16 +11,16 @@ from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from starlette.responses import JSONResponse
 
 from sfumato.api.dependencies import Context, Owner, TheContext, TheStore
-from sfumato.api.http import documents, ranges, urls
+from sfumato.api.http import documents, errors, ranges, urls
 from sfumato.api.http.auth import caller_of
 from sfumato.api.http.forms import openapi_body, reader
 from sfumato.api.jobs.routes import TheJobs
 from sfumato.api.jobs.tables import StoredJob
 from sfumato.api.openai.answers import all_pictures, picture_url, submit, unless_gone, warning_headers
 from sfumato.api.videos.bodies import ClipBody, LocalVideoBody, VideosBody
-from sfumato.api.videos.documents import ClipFiles, Video, VideoDeleted, Videos, of_recipe, video_json
+from sfumato.api.videos.documents import ClipFiles, Video, VideoDeleted, Videos, of_generation, of_recipe, video_json
 from sfumato.core import Done, StorePicture
-from sfumato.errors import InvalidRequest, JobNotFound, JobsUnavailable, StorageError
+from sfumato.errors import InvalidRequest, JobNotFound, JobsUnavailable, SfumatoError, StorageError
 from sfumato.formats import FORMATS, VIDEO, of_kind
 from sfumato.pictures.store import RANDOM_DIGITS, Store
 from sfumato.serving import repeat
@@ -53,7 +53,12 @@ async def create(
     body: Annotated[VideosBody, Depends(reader(VideosBody))], context: TheContext, store: TheStore
 ) -> Response:
     """What carries out the stored request; its client has got a `Video` meanwhile."""
-    job, done = await _drawn(context, body, store)
+    job = await submit(context.service, body, context.origin | {"keep": _keeper(store, context)})
+    try:
+        (done,) = await all_pictures(job, context.gallery)
+    except SfumatoError as error:  # the clip still says what it was to be
+        known = of_generation(job.config.name, job.parts[0].generation)
+        return errors.logged(context.request, error, known)
     answer = of_recipe(done.recipe) | {"file": job.parts[0].name, "warnings": list(done.warnings)}
     return JSONResponse(answer, headers=warning_headers(body.ignored(), [done]))
 
@@ -91,8 +96,7 @@ async def page(
     found, more = await jobs.blocking(
         jobs.store.page, owner, before=place, limit=limit, path=PATH, ascending=order == "asc"
     )
-    answers = [None if job.open else await jobs.blocking(jobs.store.answer, job.id) for job in found]
-    data = [video_json(job, jobs.run_of(job.id), answer) for job, answer in zip(found, answers, strict=True)]
+    data = [await _video(jobs, job) for job in found]
     ids = [each["id"] for each in data] or [None]
     return {"object": "list", "data": data, "first_id": ids[0], "last_id": ids[-1], "has_more": more}
 
@@ -198,7 +202,7 @@ def _keeper(store: Store, context: Context) -> StorePicture:
 
 async def _video(jobs: TheJobs, job: StoredJob) -> dict[str, Any]:
     answer = None if job.open else await jobs.blocking(jobs.store.answer, job.id)
-    return video_json(job, jobs.run_of(job.id), answer)
+    return video_json(job, jobs.run_of(job.id), answer, keep_s=jobs.store.max_age_s)
 
 
 async def _end(jobs: TheJobs, job: StoredJob) -> None:
