@@ -25,7 +25,7 @@ from support.clip_classes import wan_image
 from support.drawing import source
 from support.families_moving import FAMILIES
 from support.families_newer import wan_between
-from support.held import Held
+from support.held import Held, left
 from support.serving import TIMEOUT_S, Server
 
 ENABLE = "diffusers: {enable_parameters: 'negative_prompt,num_inference_steps,image'}\n"
@@ -145,7 +145,45 @@ def test_a_clip_that_is_drawn_is_cancelled_by_deleting_it(server: Server, client
     assert server.client.get(f"/v1/videos/{made.id}").status_code == 404
 
 
+@pytest.mark.parametrize("path", ["/v1/videos/sync", "/video"])
+def test_a_clip_ends_with_the_client_that_waits_for_it(server: Server, path: str) -> None:
+    id = left(server, {"prompt": "a cat"} | LONG, path)
+
+    def state() -> Any:
+        return server.client.get(f"/v1/images/progress/{id}").json()["status"]
+
+    within(TIMEOUT_S, lambda: state() in ("completed", "cancelled"))
+    assert state() == "cancelled"
+
+
+def test_a_key_again_is_answered_with_the_clip_as_it_is_then(server: Server) -> None:
+    bad = {"model": "from-picture", "input_reference": base64.b64encode(b"no picture").decode()}
+    for key, fields in (("good", {}), ("bad", bad)):
+        body, headers = {"prompt": "a cat"} | SMALL | fields, {"idempotency-key": f"of the {key} clip"}
+        id = server.client.post("/v1/videos", json=body, headers=headers).json()["id"]
+        video = ended(server, id)
+        again = server.client.post("/v1/videos", json=body, headers=headers)
+        assert (again.status_code, again.headers["idempotency-replayed"], again.json()) == (200, "true", video)
+    assert video["error"]["code"] == "invalid_image"
+
+
+def test_a_client_that_waits_gets_the_clip_once_it_is_drawn(server: Server) -> None:
+    headers = {"prefer": f"respond-async, wait={TIMEOUT_S}"}
+    answer = server.client.post("/v1/videos", json={"prompt": "a cat"} | SMALL, headers=headers)
+    video = answer.json()
+    assert (answer.status_code, video["object"], video["model"]) == (200, "video", "film")
+    now = ended(server, video["id"])
+    assert now["status"] == "completed"
+    assert video == now or video["status"] in ("queued", "in_progress")  # a minute is all that it waits
+
+
 def test_a_picture_of_an_image_job_is_no_clip(server: Server) -> None:
+    body = {"prompt": "a cup", "model": "sfumato-tiny", "steps": 1, "size": "64x64"}
+    server.client.post("/v1/images/generations", json=body, headers={"idempotency-key": "of a picture"})
+    job = server.client.get("/v1/jobs").json()["data"][0]
+    assert job["path"] == "/v1/images/generations"
+    after = server.client.get("/v1/videos", params={"after": job["id"]})
+    assert (after.status_code, after.json()["error"]["param"]) == (400, "after")
     refused = server.client.post("/v1/images/generations", json={"prompt": "a cat", "model": "film"})
     assert refused.status_code == 400
     assert "film makes clips (text-to-video), and the request is for pictures" in refused.json()["error"]["message"]
@@ -172,6 +210,7 @@ def test_a_picture_of_an_image_job_is_no_clip(server: Server) -> None:
         ({"input_reference": PICTURE, "model": "between"}, "end_image"),
         ({"model": "sfumato-tiny"}, "model"),
         ({"prompt": None}, "prompt"),
+        ({"n": 2}, "n"),
     ],
 )
 def test_what_is_refused_at_once(server: Server, fields: dict[str, Any], param: str) -> None:
@@ -248,7 +287,7 @@ def test_the_file_at_once(server: Server) -> None:
     answer = server.client.post("/v1/videos/sync", json={"prompt": "a cat", "seed": 3} | SMALL)
     assert (answer.status_code, answer.headers["content-type"]) == (200, "image/webp")
     assert answer.headers["x-sfumato-seed"] == "3"
-    again = server.client.post("/v1/videos/sync", data={"prompt": "a cat", "seed": "3"} | SMALL)  # a form
+    again = server.client.post("/v1/videos/sync", data={"prompt": "a cat", "seed": "3", "n": "1"} | SMALL)  # a form
     assert again.content == answer.content
 
 
@@ -332,6 +371,28 @@ def test_the_model_list_says_what_it_makes(server: Server) -> None:
     assert told["film"]["sfumato"]["formats"] == written_here("video")
     assert told["sfumato-tiny"]["sfumato"]["formats"] == ["png"]
     assert set(of_kind("video")) == {"mp4", "webm", "webp", "gif"}
+
+
+def test_lists_of_picture_models_leave_it_out(server: Server) -> None:
+    tags = {each["name"] for each in server.client.get("/api/tags").json()["models"]}
+    titles = {each["title"] for each in server.client.get("/sdapi/v1/sd-models").json()}
+    assert (tags, titles) == ({"sfumato-tiny:latest"}, {"sfumato-tiny"})
+    shown = [server.client.post("/api/show", json={"model": name}).json() for name in ("film", "from-picture")]
+    assert [each["capabilities"] for each in shown] == [["video"], ["video", "vision"]]
+    refused = server.client.post("/sdapi/v1/options", json={"sd_model_checkpoint": "film"})
+    assert (refused.status_code, "film makes no pictures" in refused.text) == (400, True)
+
+
+@pytest.mark.slow
+def test_deleting_a_clip_ends_the_work_of_another_server(models: Path, tmp_path: Path) -> None:
+    shared = ("--default-model", "film", "--database", f"sqlite:///{tmp_path / 'shared.db'}")
+    body = {"prompt": "a cat"} | LONG | {"width": 256, "height": 256}
+    with Server(models, tmp_path / "one", *shared) as one, Server(models, tmp_path / "two", *shared) as two:
+        id = one.client.post("/v1/videos", json=body).json()["id"]
+        within(TIMEOUT_S, lambda: one.client.get(f"/v1/videos/{id}").json()["status"] == "in_progress")
+        assert two.client.delete(f"/v1/videos/{id}").json()["deleted"]
+        assert one.client.get(f"/v1/images/progress/{id}").json()["status"] == "cancelled"
+        assert one.client.get(f"/v1/videos/{id}").status_code == 404
 
 
 @pytest.mark.slow

@@ -140,6 +140,13 @@ async def models(
     }
 
 
+async def of_pictures(service: Service) -> list[ModelConfig]:
+    """All models but those that are known to make something else: for the lists of clients that know only pictures."""
+    service.catalog.refresh()
+    known = [(config, await service.abilities(config)) for config in service.catalog.all()]
+    return [config for config, abilities in known if abilities is None or abilities.kind == IMAGE]
+
+
 @routes.get(
     "/models/capabilities",
     summary="All models with what they take and give, as in LocalAI",

@@ -12,7 +12,7 @@ from fastapi.responses import Response
 from pydantic import AliasChoices, ConfigDict, Field, create_model
 
 from sfumato.api.dependencies import Context, TheContext
-from sfumato.api.fields import BLANK, KeepAlive, Priority, Seed, Text, openai_field
+from sfumato.api.fields import BLANK, NUMBER, KeepAlive, Priority, Seed, Text, openai_field
 from sfumato.api.http import documents
 from sfumato.api.http.auth import caller_of
 from sfumato.api.http.forms import openapi_body, reader
@@ -110,8 +110,12 @@ class GenerateBody(_SoundBody):
 
     input: str = Field(max_length=MAX_PROMPT, description="What to hear.", examples=["rain on a roof"])
     stream_format: Annotated[Literal["audio"] | None, BLANK] = Field(None, description="The file, in one piece.")
-    speed: Annotated[Literal[1] | None, BLANK] = Field(None, description="Only 1: a sound is not stretched.")
-    audio_start: Annotated[Literal[0] | None, BLANK] = Field(None, description="Only 0: a sound has its beginning.")
+    speed: Annotated[Annotated[float, Field(ge=1, le=1)] | None, NUMBER] = Field(
+        None, description="Only 1: a sound is not stretched."
+    )
+    audio_start: Annotated[Annotated[float, Field(ge=0, le=0)] | None, NUMBER] = Field(
+        None, description="Only 0: a sound has its beginning."
+    )
 
     def to_request(self, **more: Any) -> ImageRequest:
         return super().to_request(prompts=[self.input], **more)

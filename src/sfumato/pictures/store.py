@@ -214,8 +214,8 @@ class Store:
             if temporary:
                 Path(temporary).unlink(missing_ok=True)
             raise StorageError(
-                f"the picture was drawn but could not be written to {self.folder}: {error.strerror}. "
-                "Free space there, fix its permissions, or request response_format b64_json."
+                f"it was drawn, but its file could not be written to {self.folder}: {error.strerror}. "
+                "Free space there, or fix its permissions; a picture may be requested with response_format b64_json."
             ) from error
 
     def _read(self, name: str) -> bytes | None:

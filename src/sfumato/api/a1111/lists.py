@@ -18,7 +18,7 @@ from sfumato.api.dependencies import Caller, TheService, part
 from sfumato.api.http import documents
 from sfumato.api.http.forms import read_object
 from sfumato.api.localai import UPSCALERS
-from sfumato.api.models import still_in_use
+from sfumato.api.models import of_pictures, still_in_use
 from sfumato.api.openai import answers
 from sfumato.checkpoints import embeddings, lora_files
 from sfumato.checkpoints.static_capabilities import static_capabilities
@@ -123,18 +123,20 @@ async def set_options(
 ) -> JSONResponse:
     current = _options(service, choices, caller)
     if options.get(MODEL) is not None:
-        choices.choose(caller, choices.model_for_title(options[MODEL]))
+        name = choices.model_for_title(options[MODEL])
+        if name not in {config.name for config in await of_pictures(service)}:
+            raise InvalidRequest(f"{MODEL}: {name} makes no pictures; /sdapi/v1/sd-models lists what does", param=MODEL)
+        choices.choose(caller, name)
     ignored = [name for name, value in options.items() if name != MODEL and current.get(name, "") != value]
     return JSONResponse(None, headers=answers.warning_headers(ignored, ()))
 
 
-@routes.get("/sd-models", summary="All models", response_model=list[shapes.SdModel])
+@routes.get("/sd-models", summary="All models of pictures", response_model=list[shapes.SdModel])
 async def models(service: TheService) -> list[dict[str, Any]]:
-    service.catalog.refresh()
     return [
         {"title": config.name, "model_name": config.name, "hash": None, "sha256": None,
          "filename": config.label, "config": None}
-        for config in service.catalog.all()
+        for config in await of_pictures(service)
     ]  # fmt: skip
 
 

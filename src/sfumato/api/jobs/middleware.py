@@ -22,7 +22,7 @@ from sfumato.api.jobs.documents import job_json
 from sfumato.api.jobs.headers import Wishes, fingerprint, key_digest, wishes
 from sfumato.api.jobs.jobs import FIRST_S, Jobs
 from sfumato.api.jobs.run import REPLAYED, Run, saved_scope
-from sfumato.api.jobs.tables import StoredJob
+from sfumato.api.jobs.tables import Answer, StoredJob
 from sfumato.api.openai.answers import unless_gone
 from sfumato.errors import Cancelled, JobsUnavailable, SfumatoError
 
@@ -30,8 +30,8 @@ POLL_S = 0.5
 """Interval of looking for the answer of a job that another server carries out."""
 
 
-Present: TypeAlias = Callable[[StoredJob, Run | None], dict[str, Any]]
-"""A job as its own API shows it."""
+Present: TypeAlias = Callable[[StoredJob, Run | None, Answer | None], dict[str, Any]]
+"""A job as its own API shows it; the answer is there once it has ended."""
 
 
 class StoredRequests:
@@ -116,7 +116,8 @@ class StoredRequests:
             if ours:
                 body = b""  # it is carried out, whatever happens to this client
             try:
-                if wished.respond_async and await _is_promised(found, wished):
+                always = self._present(request.scope) is not None
+                if wished.respond_async and await _is_promised(found, wished, always=always):
                     if known.open and not known.respond_async:
                         await self._jobs.blocking(self._jobs.store.promise, known.id)
                     await self._accepted(known, headers, request, send)
@@ -135,7 +136,12 @@ class StoredRequests:
         self, job: StoredJob, headers: Iterable[tuple[bytes, bytes]], request: Request, send: Send
     ) -> None:
         present, run = self._present(request.scope), self._jobs.run_of(job.id)
-        answer = JSONResponse(present(job, run)) if present else JSONResponse(job_json(job, run), 202)
+        told = None
+        if present and (run is None or run.ended.is_set()):
+            found: StoredJob | None = await self._jobs.blocking(self._jobs.store.get, job.id)
+            job = found or job
+            told = await self._jobs.blocking(self._jobs.store.answer, job.id)
+        answer = JSONResponse(present(job, run, told)) if present else JSONResponse(job_json(job, run), 202)
         answer.headers["location"] = f"{request.scope.get('root_path', '')}/v1/jobs/{job.id}"
         if not present:
             answer.headers["preference-applied"] = "respond-async"
@@ -171,8 +177,8 @@ async def _body(receive: Receive) -> bytes | None:
             return bytes(body)
 
 
-async def _is_promised(found: Run | StoredJob, wished: Wishes) -> bool:
-    """Whether its client gets a 202: not if it was refused at once, or ends while its client waits."""
+async def _is_promised(found: Run | StoredJob, wished: Wishes, *, always: bool) -> bool:
+    """Whether it is told of its job: not if that was refused at once, or, unless `always`, ends while it waits."""
     if not isinstance(found, Run):
         return True
     await _within(FIRST_S, found.settled)
@@ -180,7 +186,7 @@ async def _is_promised(found: Run | StoredJob, wished: Wishes) -> bool:
         return False
     found.promise()
     await _within(wished.wait_s, found.ended)
-    return not (wished.wait_s and found.ended.is_set())
+    return always or not (wished.wait_s and found.ended.is_set())
 
 
 def _copy_route(found: Run | StoredJob, scope: Scope) -> None:

@@ -24,6 +24,7 @@ from sfumato.api.openai.answers import OutputFormat, output_format, picture_url,
 from sfumato.api.openai.bodies import EditsBody, GenerationsBody, PaintBody
 from sfumato.core import Done, Step
 from sfumato.errors import InvalidRequest
+from sfumato.formats import IMAGE
 from sfumato.pictures import recipe
 from sfumato.pictures.gallery import Gallery
 from sfumato.pictures.store import MEDIA_TYPES
@@ -100,7 +101,7 @@ async def edit_image(call: Call, arguments: dict[str, Any]) -> Answer:
 
 
 async def list_models(call: Call, arguments: dict[str, Any]) -> Answer:
-    listed = await model_routes.models(service=call.service)
+    listed = await model_routes.models(service=call.service, output_modalities=IMAGE)
     shown = [
         {"name": model["id"]} | {key: model["sfumato"][key] for key in SHOWN_OF_MODELS} for model in listed["data"]
     ]

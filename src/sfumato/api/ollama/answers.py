@@ -83,7 +83,7 @@ class Shown(BaseModel):
     template: str
     details: Details
     model_info: dict[str, Any]
-    capabilities: list[str] = Field(description="image; and vision, if it draws from pictures.")
+    capabilities: list[str] = Field(description="image, video or audio: what it makes; and vision, if from pictures.")
     modified_at: str
 
 

@@ -18,6 +18,7 @@ from sfumato.api.http import documents
 from sfumato.api.http.auth import caller_of
 from sfumato.api.http.forms import openapi_json, read_object, reader
 from sfumato.api.keeping import keeper
+from sfumato.api.models import of_pictures
 from sfumato.api.ollama import answers as shapes
 from sfumato.api.ollama.bodies import MAX_NAME, GenerateBody, ShowBody
 from sfumato.api.openai import answers
@@ -28,6 +29,7 @@ from sfumato.errors import InvalidRequest, ModelNotFound
 from sfumato.sampling import PARAMETERS
 from sfumato.serving.job import Job
 from sfumato.serving.service import Service
+from sfumato.status import Abilities
 
 VERSION = "0.22.0"
 """Of Ollama: one that had these routes. Its clients refuse to talk to much older ones."""
@@ -102,10 +104,9 @@ async def _without_prompt(
     return JSONResponse(progress.answer(done=True, done_reason="unload" if unload else "load"))
 
 
-@routes.get("/tags", summary="All models", response_model=shapes.Tags, responses=_errors(401, 403))
+@routes.get("/tags", summary="All models of pictures", response_model=shapes.Tags, responses=_errors(401, 403))
 async def tags(service: TheService) -> dict[str, Any]:
-    service.catalog.refresh()
-    configs = service.catalog.all()
+    configs = await of_pictures(service)
     return {"models": await asyncio.to_thread(lambda: [_tag(service, config) for config in configs])}
 
 
@@ -211,7 +212,8 @@ def _running(service: Service, config: ModelConfig) -> dict[str, Any]:
 def _shown(service: Service, config: ModelConfig) -> dict[str, Any]:
     info = service.engine.status(config.name).info
     capabilities = info or static_capabilities(config)
-    takes_pictures = bool(capabilities.abilities and capabilities.abilities.input("image"))
+    abilities = capabilities.abilities or Abilities()
+    vision = ["vision"] if abilities.input("image") else []
     sampling = info.sampling if info else config.sampling
     parameters = {each.name: sampling[each] for each in PARAMETERS if sampling[each] not in (None, "")}
     tag = _tag(service, config)
@@ -221,6 +223,6 @@ def _shown(service: Service, config: ModelConfig) -> dict[str, Any]:
         "template": "{{ .Prompt }}",
         "details": tag["details"],
         "model_info": {"general.architecture": tag["details"]["family"], "general.basename": config.name},
-        "capabilities": ["image", "vision"] if takes_pictures else ["image"],
+        "capabilities": [abilities.kind, *vision],
         "modified_at": tag["modified_at"],
     }

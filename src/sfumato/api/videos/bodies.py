@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field, create_model
 
-from sfumato.api.fields import BLANK, Side, openai_field
+from sfumato.api.fields import BLANK, NUMBER, Side, openai_field
 from sfumato.api.openai.bodies import Body, PartialImages
 from sfumato.api.openai.pictures import Pictures
 from sfumato.errors import InvalidRequest
@@ -31,7 +31,7 @@ class ClipBody(_Sampled):
     WITHOUT_EFFECT: ClassVar[tuple[str, ...]] = ()
 
     prompt: str = Field(description="What to draw.", examples=["a cat walks through snow"])
-    n: Annotated[Literal[1] | None, BLANK] = Field(None, description="One clip is drawn.")
+    n: Annotated[Annotated[int, Field(ge=1, le=1)] | None, NUMBER] = Field(None, description="One clip is drawn.")
     width: Side = Field(None, description="Pixels; with `height`, instead of `size`.")
     height: Side = Field(None, description="Pixels.")
     partial_images: PartialImages = Field(

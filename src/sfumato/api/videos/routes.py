@@ -17,11 +17,11 @@ from sfumato.api.http.forms import openapi_body, reader
 from sfumato.api.jobs.routes import TheJobs
 from sfumato.api.jobs.tables import StoredJob
 from sfumato.api.keeping import file_headers, file_keeper
-from sfumato.api.openai.answers import all_pictures, picture_url, submit, warning_headers
+from sfumato.api.openai.answers import all_pictures, picture_url, submit, unless_gone, warning_headers
 from sfumato.api.videos.bodies import ClipBody, LocalVideoBody, VideosBody
 from sfumato.api.videos.documents import ClipFiles, Video, VideoDeleted, Videos, of_generation, of_recipe, video_json
 from sfumato.core import Done, StorePicture
-from sfumato.errors import InvalidRequest, JobNotFound, SfumatoError, StorageError
+from sfumato.errors import InvalidRequest, JobNotFound, JobsUnavailable, SfumatoError, StorageError
 from sfumato.formats import FORMATS, VIDEO, of_kind
 from sfumato.serving.job import Job
 
@@ -29,6 +29,9 @@ PATH = "/videos"
 """Of its stored requests, without the prefix."""
 
 MAX_PAGE = 100
+
+LOOK_S = 0.5
+"""Interval of looking whether another server has ended a clip that is deleted."""
 
 Id: Any = Annotated[str, Path(description="`id` of the clip.")]
 
@@ -65,7 +68,7 @@ async def create(body: Annotated[VideosBody, Depends(reader(VideosBody))], conte
     responses={200: {"content": FILES}, **documents.ACCEPTED, **documents.errors(*documents.REASONS)},
 )
 async def sync(body: Annotated[VideosBody, Depends(reader(VideosBody))], context: TheContext) -> Response:
-    job, done = await _drawn(context, body, required=False)
+    job, done = await unless_gone(context.request, _drawn(context, body, required=False))
     headers = warning_headers(body.ignored(), [done]) | {"x-sfumato-seed": str(done.recipe.seed)} | file_headers(job)
     return Response(done.file, media_type=FORMATS[done.format].media_type, headers=headers)
 
@@ -83,7 +86,7 @@ async def page(
     limit: Annotated[int, Query(ge=1, le=MAX_PAGE, description="Clips per page.")] = 20,
     order: Annotated[Literal["asc", "desc"], Query(description="By time of creation.")] = "desc",
 ) -> dict[str, Any]:
-    before = await jobs.blocking(jobs.store.get, after, owner) if after else None
+    before = await _clip(jobs, after, owner) if after else None
     if after and before is None:
         raise InvalidRequest(f"after: {after[:100]!r} is no clip of yours", param="after")
     place = (before.created, before.id) if before else None
@@ -143,7 +146,7 @@ async def content(
 async def delete(id: Id, jobs: TheJobs, owner: Owner, gallery: TheGallery) -> dict[str, Any]:
     job = await _require(jobs, id, owner)
     if job.open:
-        await jobs.cancel(job)
+        await _end(jobs, job)
     video = await _video(jobs, await _require(jobs, id, owner))
     if video["file"]:
         with suppress(StorageError):  # it expires
@@ -164,7 +167,7 @@ of_localai = APIRouter(tags=["LocalAI"])
 )
 async def video(body: Annotated[LocalVideoBody, Depends(reader(LocalVideoBody))], context: TheContext) -> Response:
     b64 = body.wants_b64()
-    job, done = await _drawn(context, body, required=not b64)
+    job, done = await unless_gone(context.request, _drawn(context, body, required=not b64))
     base = urls.base_url(context.request, context.service.settings)
     file = await asyncio.to_thread(base64.b64encode, done.file) if b64 else b""
     item = {"b64_json": file.decode()} if b64 else {"url": picture_url(base, job.parts[0].name)}
@@ -188,9 +191,27 @@ async def _video(jobs: TheJobs, job: StoredJob) -> dict[str, Any]:
     return video_json(job, jobs.run_of(job.id), answer, keep_s=jobs.store.max_age_s)
 
 
+async def _end(jobs: TheJobs, job: StoredJob) -> None:
+    """Cancel the work on a clip; returns when it has ended, also on another server: a row that is gone stops no work.
+
+    Raises JobsUnavailable if this server stops meanwhile.
+    """
+    await jobs.cancel(job)
+    while (found := await jobs.blocking(jobs.store.get, job.id)) and found.open:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LOOK_S):
+                await jobs.stopping.wait()
+                raise JobsUnavailable("the clip is being cancelled, and this server stops: delete it again")
+
+
 async def _require(jobs: TheJobs, id: str, owner: str | None) -> StoredJob:
     """Raises JobNotFound."""
-    job = await jobs.blocking(jobs.store.get, id, owner)
-    if job and job.request["path"].endswith(PATH):
+    if job := await _clip(jobs, id, owner):
         return job
     raise JobNotFound(f"you have no clip {id[:100]!r}; it may have expired. GET /v1/videos lists them.", param="id")
+
+
+async def _clip(jobs: TheJobs, id: str, owner: str | None) -> StoredJob | None:
+    """The stored request of a clip; None if that id is another's, or no clip's."""
+    job = await jobs.blocking(jobs.store.get, id, owner)
+    return job if job and job.request["path"].endswith(PATH) else None
