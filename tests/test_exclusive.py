@@ -20,7 +20,7 @@ from sfumato.config import ModelConfig
 from sfumato.core import Done, Failed, Preview, Step
 from sfumato.engine.protocol import Answer, Cancel, Started, Stop
 from sfumato.errors import Cancelled
-from sfumato.pictures import recipe
+from sfumato.pictures import files
 from support import tiny
 from support.families_moving import animate_diff_free_init
 from support.played import STEPS, Ended, Played, guided, saved
@@ -98,7 +98,7 @@ def test_a_picture_that_is_done_is_not_held_back_by_one_that_does_not_switch(
     configs: dict[str, ModelConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor if its file is made only then."""
-    encode, begun, encoded = recipe.encode, threading.Event(), threading.Event()
+    encode, begun, encoded = files.encode, threading.Event(), threading.Event()
 
     def late(*arguments: Any) -> bytes:
         assert begun.wait(30)
@@ -111,7 +111,7 @@ def test_a_picture_that_is_done_is_not_held_back_by_one_that_does_not_switch(
             assert encoded.wait(30)
             play.loop._encoder.begin(lambda: None).result(30)  # in the same thread, after it
 
-    monkeypatch.setattr(recipe, "encode", late)
+    monkeypatch.setattr(files, "encode", late)
     play = Played(configs, on)
     for id in ("first", "second"):
         play.submit("pag", id)
