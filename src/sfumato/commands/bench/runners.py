@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image
+
 from sfumato.config import ModelConfig
 from sfumato.core import EAGER, Generation
 from sfumato.engine import environment
@@ -17,8 +19,6 @@ from sfumato.errors import SfumatoError
 from sfumato.sampling import Sampling
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from sfumato.models.load import Loaded
     from sfumato.runners.choice import Runners
 
