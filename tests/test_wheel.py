@@ -60,7 +60,7 @@ def test_the_wheel_has_every_file_of_the_package(built: Built) -> None:
 
 
 def test_what_the_package_imports_is_what_it_depends_on() -> None:
-    """Not what happens to come along with something else."""
+    """Itself or with an extra, and not what happens to come along with something else."""
     imported = set()
     for path in (ROOT / "src").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -70,7 +70,8 @@ def test_what_the_package_imports_is_what_it_depends_on() -> None:
                 imported.add(node.module.partition(".")[0])
     ours = imported - set(sys.stdlib_module_names) - {"sfumato"}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    declared = {_normal(re.split(r"[<>=!~\[; ]", line)[0]) for line in project["dependencies"]}
+    lines = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
+    declared = {_normal(re.split(r"[<>=!~\[; ]", line)[0]) for line in lines}
     providers = packages_distributions()
     lacking = {module for module in ours if not {_normal(name) for name in providers.get(module, [module])} & declared}
     assert lacking == set()
