@@ -123,7 +123,7 @@ def _scheduled_of(reference: weakref.ref[Any], pipeline: weakref.ref[Any]) -> in
         return 0
     left = len(scheduler.timesteps) - (getattr(scheduler, "begin_index", None) or 0)
     # Solvers like DDIM have no such index: the class takes its part of the time steps, and says how many those are.
-    return min(left, getattr(pipeline(), "_num_timesteps", None) or left)
+    return min(left, getattr(pipeline(), "num_timesteps", None) or left)
 
 
 def _remaining_of(reference: weakref.ref[Any], first: Any) -> int:
