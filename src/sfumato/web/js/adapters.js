@@ -1,4 +1,4 @@
-// LoRAs and controls: rows of a name and a weight, if the server has some.
+// LoRAs and controls: a name and a weight each.
 import { html, nothing } from "./lib.js";
 import { choice, number, tool } from "./controls.js";
 import { form, problem, set } from "./form.js";

@@ -1,4 +1,4 @@
-// Whether the server responds. If not, a banner says so, and the page retries.
+// Whether the server responds; a banner if not.
 import { html, nothing, signal } from "./lib.js";
 
 const AGAIN_MS = 1000;

@@ -1,4 +1,4 @@
-// Requests of this tab: sent, watched and, after the server was away, found or sent again.
+// Requests of this tab: sent, watched, and found or sent again.
 import { batch, computed, signal, untracked } from "./lib.js";
 import { Failure, failureOf, get, picture, remove, send } from "./api.js";
 import { back } from "./connection.js";
@@ -158,7 +158,7 @@ async function fail(drawing, error) {
 
 const resume = (drawing) => (drawing.isJob && !drawing.job ? run(drawing) : follow(drawing));
 
-/** Follow a job, or a drawing whose connection was lost; if the server does not know it, draw it again, once. */
+/** Follow a job or a lost drawing; one that the server does not know is drawn again, once. */
 async function follow(drawing) {
   drawing.followed = true;
   while (drawing.live) {

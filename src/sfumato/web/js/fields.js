@@ -1,4 +1,4 @@
-// The fields that the selected model supports; its defaults are the placeholders.
+// The model's fields; its defaults are the placeholders.
 import { html, nothing } from "./lib.js";
 import { adapters } from "./adapters.js";
 import { choice, number, text, textarea, tool } from "./controls.js";

@@ -1,4 +1,4 @@
-// lit-html renders the page, signals trigger it. Both are unchanged from npm.
+// lit-html renders the page, signals trigger it.
 export { html, svg, nothing, render } from "../vendor/lit-html/lit-html.js";
 export { live } from "../vendor/lit-html/directives/live.js";
 export { repeat } from "../vendor/lit-html/directives/repeat.js";

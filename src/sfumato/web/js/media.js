@@ -1,4 +1,4 @@
-// The element for a file, by its name. Animated WebP and GIF are pictures to a browser.
+// The element for a file, by its name. WebP and GIF are pictures.
 import { html } from "./lib.js";
 import { thumbnail } from "./api.js";
 import { icon } from "./icons.js";

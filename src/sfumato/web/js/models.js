@@ -21,7 +21,7 @@ export const limits = computed(() => about.value?.limits ?? {});
 /** What the selected model makes: image, video or audio. */
 export const kind = computed(() => model.value?.architecture.output_modalities[0] ?? "image");
 
-/** Whether the selected model has this task; unknown until it was loaded once. */
+/** Whether the selected model has this task. */
 export const does = (task) => about.value?.tasks?.includes(task) ?? true;
 
 // Our field → its name in `enable_parameters` of model files.

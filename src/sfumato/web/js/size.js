@@ -1,4 +1,4 @@
-// Width and height: shapes of about the model's own size, or any multiple it supports.
+// Width and height: shapes of the model's own size, or any.
 import { batch, html } from "./lib.js";
 import { choice, number, tool } from "./controls.js";
 import { form, problemOf, set } from "./form.js";

@@ -5,7 +5,7 @@ import { use } from "./form.js";
 import { kept } from "./kept.js";
 import { reset } from "./mask.js";
 
-/** `{ blob, src, width, height }`, or null. `blob` is a PNG, turned as its EXIF says. */
+/** `{ blob, src, width, height }`, or null. `blob` is a PNG, upright. */
 export const source = signal(null);
 export const trouble = signal("");
 

@@ -47,7 +47,7 @@ const bar = ({ progress, live }) =>
         value=${progress.value?.total ? progress.value.step : nothing}></progress>`
     : nothing;
 
-/** `empty`: while there is nothing to see; `actions`: below a finished picture. */
+/** `empty`: with nothing to see; `actions`: below a picture. */
 export function stage({ empty = nothing, actions = () => nothing } = {}) {
   const now = looked();
   const { drawing, picture } = now ?? {};
