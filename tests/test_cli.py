@@ -99,6 +99,14 @@ def test_several_pictures_get_several_names(tmp_path: Path) -> None:
     assert out.split() == ["cat-1.png", "cat-2.png"]
 
 
+@pytest.mark.parametrize(("name", "format"), [("cat.jpg", "JPEG"), ("cat.webp", "WEBP")])
+def test_a_picture_is_written_as_the_suffix_says(tmp_path: Path, name: str, format: str) -> None:
+    sfumato("generate", "a cat", "--steps", "2", "--seed", "5", "-o", name, cwd=tmp_path)
+    with Image.open(tmp_path / name) as image:
+        assert (image.format, image.size) == (format, (128, 128))
+    assert recipe.read(tmp_path / name).seed == 5
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -107,7 +115,10 @@ def test_several_pictures_get_several_names(tmp_path: Path) -> None:
         (["generate", "a cat", "--scheduler", "eulr"], "Did you mean"),
         (["generate", "a cat", "-m", "no-such-model"], "no-such-model"),
         (["generate", "a cat", "--steps", "2", "-o", "no/such/folder/x.png"], "could not be written"),
-        (["generate", "a cat", "-o", "x.m4a"], "written as .m4a; pictures in .png; clips in .mp4, .webm, .webp, .gif;"),
+        (
+            ["generate", "a cat", "-o", "x.m4a"],
+            "written as .m4a; pictures in .png, .jpg, .jpeg; clips in .mp4, .webm",
+        ),
         (["generate", "a cat", "--frames", "5", "-o", "x.png"], "is for clips, and the request is for pictures"),
         (["generate", "--like", "no-such.png"], "no-such.png"),
         (["serve", "--port", "-1"], "at least 0"),

@@ -43,6 +43,22 @@ def test_of_a_form_and_of_json(client: TestClient, name: str) -> None:
     assert client.post(path, data=body | {name: ""}).status_code in (200, 400 if name == "keep_alive" else 200)
 
 
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        *(("/v1/videos/sync", name) for name in ("num_frames", "fps", "seconds", "width", "num_inference_steps")),
+        *(("/v1/audio/generate", name) for name in ("audio_length", "speed", "bpm", "guidance_scale")),
+    ],
+)
+def test_of_clips_and_sounds(client: TestClient, path: str, name: str) -> None:
+    for value in WRONG:
+        body = {"prompt": "a cat", "input": "a cat", name: value}
+        for sent in ({"data": body}, {"json": body}):
+            answer = client.post(path, **sent)  # type: ignore[arg-type]
+            assert answer.status_code == 400, (value, answer.text)
+            assert name in answer.json()["error"]["message"], answer.text
+
+
 def test_of_what_is_inside_others(client: TestClient) -> None:
     for value in WRONG:
         lora = {"name": "a", "weight": value}
@@ -56,7 +72,7 @@ def test_of_what_is_inside_others(client: TestClient) -> None:
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, "expires_after")
 
 
-@pytest.mark.parametrize("path", ["/v1/jobs", "/v1/files", "/v1/batches", "/v1/images/gallery"])
+@pytest.mark.parametrize("path", ["/v1/jobs", "/v1/files", "/v1/batches", "/v1/videos", "/v1/images/gallery"])
 def test_of_a_query(client: TestClient, path: str) -> None:
     assert client.get(path, params={"limit": "10"}).status_code == 200
     for value in WRONG:

@@ -101,7 +101,8 @@ def generate(
         typer.Option(
             "-o",
             "--output",
-            help="File to write: PNG, a clip (.mp4, .webm, .gif, .webp) or a sound (.wav, .flac, .mp3, .opus).",
+            help="File to write: a picture (.png, .jpg, .webp), a clip (.mp4, .webm, .gif, .webp) or a sound (.wav, "
+            ".flac, .mp3, .opus).",
         ),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed; absent: a random one.")] = None,

@@ -39,7 +39,7 @@ class _Common(LoraFields):
         description="A name from /v1/models; absent: the default model if it makes sound, else the first that does. "
         "Also `model_id`.",
     )
-    seconds: Annotated[Annotated[float, Field(gt=0)] | None, BLANK] = Field(
+    seconds: Annotated[Annotated[float, Field(gt=0)] | None, NUMBER] = Field(
         None,
         validation_alias=AliasChoices("seconds", "audio_length", "duration_seconds", "duration"),
         description="Length in seconds, to the sample; absent: the model's own. Also `audio_length`, "

@@ -59,7 +59,10 @@ def generate(fields: dict[str, Any], like: Path | None, output: Path | None, set
             texts = [*fields["prompts"], sampling.negative_prompt or ""]
             tags = [tag for text in texts for tag in read_tags(text)[1]]
             from_recipe["loras"] = not_named_by(from_recipe["loras"], tags)
-    format = _named(output) or _format(like, sampling, fields.get("model", recipe and recipe.model), settings)
+    format = _named(output)
+    if format in (None, "webp"):  # a WebP is a clip, or a picture: as the model or the length says
+        made = _format(like, sampling, fields.get("model", recipe and recipe.model), settings)
+        format = made if format is None or kind_of(made) == IMAGE else format
     request = ImageRequest(**{**from_recipe, **fields, "sampling": sampling, "format": format}, operator=True)
     if recipe and like:
         places = [like.parent, store_of(settings).folder]
@@ -76,8 +79,13 @@ def generate(fields: dict[str, Any], like: Path | None, output: Path | None, set
     return [_write(result, index, len(results), output) for index, result in enumerate(results)]
 
 
-SUFFIXES: Mapping[str, str] = MappingProxyType({**{name: name for name in FORMATS}, "ogg": "opus"})
+SUFFIXES: Mapping[str, str] = MappingProxyType(
+    {**{name: name for name in FORMATS}, "ogg": "opus", "jpg": PICTURE, "jpeg": PICTURE}
+)
 """A suffix of files -> the format of `formats.FORMATS`."""
+
+CONVERTED: Mapping[str, str] = MappingProxyType({"jpg": "jpeg", "jpeg": "jpeg", "webp": "webp"})
+"""A suffix of files of pictures -> what `recipe.convert` makes of the PNG."""
 
 OF_KIND: Mapping[str, str] = MappingProxyType({IMAGE: PICTURE, VIDEO: CLIP, AUDIO: SOUND})
 """The format where nobody names one."""
@@ -208,8 +216,9 @@ def _write(result: Done, index: int, count: int, output: Path | None) -> Path:
     path = output or Path(f"sfumato-{result.recipe.seed}.{result.format}")
     if output and count > 1:
         path = output.with_stem(f"{output.stem}-{index + 1}")
+    converted = CONVERTED.get(path.suffix.removeprefix(".").lower()) if result.format == PICTURE else None
     try:
-        path.write_bytes(result.file)
+        path.write_bytes(recipes.convert(result.file, converted) if converted else result.file)
     except OSError as error:
         raise StorageError(f"{path} could not be written: {error.strerror}") from error
     return path

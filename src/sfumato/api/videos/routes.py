@@ -11,6 +11,7 @@ from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from starlette.responses import JSONResponse
 
 from sfumato.api.dependencies import Context, Owner, TheContext, TheGallery, TheStore
+from sfumato.api.fields import PLAIN
 from sfumato.api.http import documents, errors, ranges, urls
 from sfumato.api.http.auth import caller_of
 from sfumato.api.http.forms import openapi_body, reader
@@ -83,7 +84,7 @@ async def page(
     jobs: TheJobs,
     owner: Owner,
     after: Annotated[str | None, Query(max_length=100, description="`last_id` of the previous page.")] = None,
-    limit: Annotated[int, Query(ge=1, le=MAX_PAGE, description="Clips per page.")] = 20,
+    limit: Annotated[int, Query(ge=1, le=MAX_PAGE, description="Clips per page."), PLAIN] = 20,
     order: Annotated[Literal["asc", "desc"], Query(description="By time of creation.")] = "desc",
 ) -> dict[str, Any]:
     before = await _clip(jobs, after, owner) if after else None
