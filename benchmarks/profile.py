@@ -107,7 +107,7 @@ def shares(name: str, folder: Path, count: int) -> dict[str, float]:
     }
 
 
-def run(names: list[str], repeats: int) -> None:
+def run(names: list[str]) -> None:
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         torch.set_num_threads(1)
@@ -125,6 +125,5 @@ if __name__ == "__main__":
     environment.prepare()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=models.SIZES, action="append")
-    parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
-    run(options.model or ["embedded"], options.repeats)
+    run(options.model or ["embedded"])

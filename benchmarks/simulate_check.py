@@ -210,15 +210,14 @@ def compared(real: Mapping[str, float], foreseen: Mapping[str, Sequence[float]])
     return table(("", "measured", "simulated", "ratio"), rows)
 
 
-def again(file: Path) -> Mapping[str, Any]:
+def again(file: Path) -> None:
     """The simulation of a run that was measured before."""
     figures = json.loads(file.read_text())["figures"]
     options, times = figures["options"], figures["times"]
     passes = {kind: {int(rows): seconds for rows, seconds in each.items()} for kind, each in times["passes"].items()}
     wanted = list(trace(MIX, options["requests"], figures["rate"], options["seed"]))
-    foreseen = simulated(wanted, StepTimes(**{**times, "passes": passes}), options["devices"])
-    print(compared(figures["measured"], foreseen))
-    return {**figures, "simulated": foreseen}
+    step_times = StepTimes(**{**times, "passes": passes})
+    print(compared(figures["measured"], simulated(wanted, step_times, options["devices"])))
 
 
 def run(devices: int, requests: int, load: float, seed: int, folder: Path) -> Mapping[str, Any]:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers as d
@@ -20,7 +21,7 @@ from sfumato.checkpoints import class_reading, clip_rules, diffusers_source
 from sfumato.checkpoints.static_capabilities import static_capabilities
 from sfumato.config import ModelConfig, load
 from sfumato.core import Generation, Limits
-from sfumato.drawing import arguments, clips
+from sfumato.drawing import arguments, clips, outputs
 from sfumato.drawing import draw as drawing
 from sfumato.drawing.info import model_info
 from sfumato.errors import InvalidRequest
@@ -430,3 +431,15 @@ def test_the_tasks_of_a_class(name: str, tasks: tuple[str, ...]) -> None:
     can = class_reading.abilities_of(ModelConfig(name="m", model="m"), class_reading.kin_of(reading))
     assert can.tasks == tasks, can.problem
     assert bool(can.problem) == (not tasks)
+
+
+@pytest.mark.parametrize(("rate", "warned"), [(16_000, False), (None, True)])
+def test_the_rate_of_a_clips_sound_may_be_the_pipelines(rate: int | None, warned: bool) -> None:
+    """Kandinsky 6 has it there. Sound whose rate nobody says is left out, and not in silence."""
+    pipeline = SimpleNamespace(**({"audio_sample_rate": rate} if rate else {}))
+    output = SimpleNamespace(frames=np.zeros((1, 5, 16, 16, 3)), audio=torch.zeros(1, 800))
+    generation = Generation("a", "a cat", seed=1, format="webp")
+    clip, warnings = outputs.result_of(pipeline, output, generation)
+    assert isinstance(clip, Clip) and len(clip) == 5
+    assert (clip.sound and (clip.sound.rate, clip.sound.samples.shape)) == (None if warned else (16_000, (1, 800)))
+    assert warnings == (["audio: SimpleNamespace does not say its rate; it is not returned"] if warned else [])

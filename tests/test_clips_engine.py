@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
-import os
-import signal
 import threading
-from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +14,16 @@ from typer.testing import CliRunner
 
 from sfumato.cli import app
 from sfumato.config import ModelConfig
-from sfumato.core import Done, Event, Failed, Generation, Preview, Step
+from sfumato.core import Done, Failed, Generation, Preview, Step
 from sfumato.engine.protocol import Answer, Cancel, Stop, Submit
 from sfumato.errors import Cancelled
 from sfumato.pictures import files, recipe
-from sfumato.process.supervisor import Supervisor
 from sfumato.sampling import nested
-from sfumato.settings import Settings
 from support import tiny
 from support.engines import Engine
 from support.families_moving import FAMILIES
 from support.probed import needs
+from support.replayed import same_after_a_kill
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +98,7 @@ def test_a_clip_is_cancelled_within_a_step_and_the_others_go_on(folder: Path) ->
     engine.cancel_at_its_first_step("long")
     answers = engine.draw(clip("long", steps=900), clip("short"))
     assert isinstance(answers["long"], Failed) and isinstance(answers["short"], Done)
-    steps = [each.event for each in engine.sent if getattr(each, "id", "") == "long" and hasattr(each, "event")]
+    steps = engine.events("long")
     assert [event for event in steps if isinstance(event, Step)] == [Step(1, 900)]
 
 
@@ -159,7 +154,7 @@ def test_the_file_of_a_cancelled_clip_is_not_finished(
 def test_events_of_a_clip_are_those_of_a_picture(folder: Path) -> None:
     engine = Engine(folder)
     engine.draw(clip("shown", previews=1))
-    events = [each.event for each in engine.sent if getattr(each, "id", "") == "shown" and hasattr(each, "event")]
+    events = engine.events("shown")
     assert [type(event) for event in events] == [Step, Step, Preview, Step, Step, Done]
     assert (events[2].width, events[2].height) == (16, 16)
 
@@ -183,26 +178,4 @@ def test_the_command_line_writes_a_clip_and_draws_it_again_from_its_file(
 
 
 def test_a_killed_worker_is_replaced_and_the_clip_is_the_same(folder: Path) -> None:
-    config = Engine(folder).config
-
-    async def events_of(supervisor: Supervisor, generation: Generation, *, kill: bool) -> list[Event]:
-        seen: list[Event] = []
-        async with aclosing(supervisor.submit(config, generation)) as events:
-            async for event in events:
-                seen.append(event)
-                if kill and len(seen) == 2:
-                    assert supervisor.pid
-                    os.kill(supervisor.pid, signal.SIGKILL)
-        return seen
-
-    async def run() -> None:
-        supervisor = Supervisor(Settings(device="cpu", log_level="error"))
-        await supervisor.start()
-        *_, undisturbed = await events_of(supervisor, clip("before", steps=30), kill=False)
-        *steps, done = await events_of(supervisor, clip("before", steps=30), kill=True)
-        await supervisor.stop()
-        assert isinstance(done, Done) and isinstance(undisturbed, Done)
-        assert done.file == undisturbed.file
-        assert steps.count(Step(1, 30)) == 2  # it began again
-
-    asyncio.run(run())
+    same_after_a_kill(Engine(folder).config, clip("before", steps=30))

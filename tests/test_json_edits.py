@@ -121,11 +121,10 @@ def test_what_is_no_id_is_refused(server: Server, id: Any) -> None:
 
 def test_an_uploaded_picture_is_the_same(server: Server) -> None:
     """As a source, as a mask, and as the picture of a batch's line."""
-    upload, lines = server.client.post, []
     files = {}
     for name, uri in {"photo": PHOTO, "mask": MASK}.items():
         content = base64.b64decode(uri.partition(",")[2])
-        answer = upload("/v1/files", files={"file": (f"{name}.png", content)}, data={"purpose": "vision"})
+        answer = server.client.post("/v1/files", files={"file": (f"{name}.png", content)}, data={"purpose": "vision"})
         assert (answer.status_code, answer.json()["purpose"]) == (200, "vision")
         files[name] = {"file_id": answer.json()["id"]}
         downloaded = server.client.get(f"/v1/files/{files[name]['file_id']}/content")

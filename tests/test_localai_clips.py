@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import importlib.util
 import io
 from collections.abc import Iterator
 from typing import Any
@@ -15,11 +14,8 @@ from support.answerable import within
 from support.drawing import source
 from support.families_moving import FAMILIES
 from support.hub import Hub
+from support.probed import needs
 from support.serving import TIMEOUT_S, Server
-
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("av") is None, reason="PyAV is missing: pip install 'sfumato[video]'"
-)
 
 INFERENCE = "temperature: 0.8\ntop_p: 0.95\ntop_k: 40\nmin_p: 0\nrepeat_penalty: 1\n"
 """Defaults that LocalAI writes into every file that it installs."""
@@ -86,6 +82,7 @@ WITH_SOUND = ("ltx-2",)
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    needs("mp4")
     root = tmp_path_factory.mktemp("localai-clips")
     (root / "models").mkdir()
     for name, text in FILES.items():

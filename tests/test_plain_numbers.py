@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
@@ -23,15 +22,12 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
         yield client
 
 
-FORMS: dict[str, tuple[str, dict[str, Any]]] = {
-    name: ("/v1/images/generations", {"prompt": "a cat"})
-    for name in ("n", "seed", "steps", "cfg_scale", "output_compression", "partial_images", "keep_alive")
-}
+NAMES = ("n", "seed", "steps", "cfg_scale", "output_compression", "partial_images", "keep_alive")
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", NAMES)
 def test_of_a_form_and_of_json(client: TestClient, name: str) -> None:
-    path, body = FORMS[name]
+    path, body = "/v1/images/generations", {"prompt": "a cat"}
     for value in WRONG:
         for sent in ({"data": body | {name: value}}, {"json": body | {name: value}}):
             answer = client.post(path, **sent)
@@ -40,7 +36,7 @@ def test_of_a_form_and_of_json(client: TestClient, name: str) -> None:
     for value in ("1", " 1 ", "+1"):
         if name != "keep_alive" or value != "+1":
             assert client.post(path, data=body | {name: value}).status_code == 200, value
-    assert client.post(path, data=body | {name: ""}).status_code in (200, 400 if name == "keep_alive" else 200)
+    assert client.post(path, data=body | {name: ""}).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -65,7 +61,7 @@ def test_of_what_is_inside_others(client: TestClient) -> None:
         for field in ({"loras": [lora]}, {"controls": [{"image": "AAAA", "weight": value}]}):
             answer = client.post("/v1/images/generations", json={"prompt": "a cat"} | field)
             assert answer.status_code == 400
-            assert "weight" in answer.text or "controls" in answer.text
+            assert "weight" in answer.text, answer.text
         files = {"file": ("a", b"x"), "expires_after[anchor]": (None, "created_at")}
         files["expires_after[seconds]"] = (None, value.replace("1", "3600"))
         answer = client.post("/v1/files", files=files, data={"purpose": "batch"})

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
-import signal
-from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +9,14 @@ import numpy as np
 import pytest
 
 from sfumato.config import ModelConfig
-from sfumato.core import Done, Event, Failed, Generation, Step
+from sfumato.core import Done, Failed, Generation, Step
 from sfumato.engine.protocol import Submit
 from sfumato.pictures import files
-from sfumato.process.supervisor import Supervisor
 from sfumato.sampling import nested
-from sfumato.settings import Settings
 from support import tiny
 from support.engines import Engine
 from support.families_sound import FAMILIES
+from support.replayed import same_after_a_kill
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 
@@ -78,32 +73,9 @@ def test_a_sound_is_cancelled_within_a_step_and_the_others_go_on(folder: Path) -
     answers = engine.draw(sound("long", steps=900), sound("short"))
     assert isinstance(answers["long"], Failed)
     assert isinstance(answers["short"], Done)
-    steps = [each.event for each in engine.sent if getattr(each, "id", "") == "long" and hasattr(each, "event")]
+    steps = engine.events("long")
     assert [event for event in steps if isinstance(event, Step)] == [Step(1, 900)]
 
 
 def test_a_killed_worker_is_replaced_and_the_sound_is_the_same(folder: Path) -> None:
-    config = Engine(folder).config
-
-    async def events_of(supervisor: Supervisor, generation: Generation, *, kill: bool) -> list[Event]:
-        seen: list[Event] = []
-        async with aclosing(supervisor.submit(config, generation)) as events:
-            async for event in events:
-                seen.append(event)
-                if kill and len(seen) == 2:
-                    assert supervisor.pid
-                    os.kill(supervisor.pid, signal.SIGKILL)
-        return seen
-
-    async def run() -> None:
-        supervisor = Supervisor(Settings(device="cpu", log_level="error"))
-        await supervisor.start()
-        *_, undisturbed = await events_of(supervisor, sound("before", steps=30), kill=False)
-        *steps, done = await events_of(supervisor, sound("before", steps=30), kill=True)
-        await supervisor.stop()
-        assert isinstance(done, Done)
-        assert isinstance(undisturbed, Done)
-        assert done.file == undisturbed.file
-        assert steps.count(Step(1, 30)) == 2  # it began again
-
-    asyncio.run(run())
+    same_after_a_kill(Engine(folder).config, sound("before", steps=30))

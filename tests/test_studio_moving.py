@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import re
 from collections.abc import Iterator
@@ -21,10 +20,10 @@ from support.browser import visit
 from support.clip_classes import wan_image
 from support.drawing import source
 from support.families_moving import FAMILIES
+from support.probed import needs
 from support.serving import TIMEOUT_S, Server
 
 MODELS = {"film": FAMILIES["Wan"].build, "from-picture": wan_image, "rain": families_sound.FAMILIES["AudioLDM2"].build}
-HAS_PYAV = importlib.util.find_spec("av") is not None
 ENABLE = "diffusers: {enable_parameters: 'negative_prompt,num_inference_steps,image'}\n"
 
 LOADED = """(name) => new Promise((done, failed) => {
@@ -139,8 +138,8 @@ def test_a_clip_forms_and_its_recipe_draws_it_again(page: Page) -> None:
     assert page.request.get(result(page, "img", "webp")).body() == first
 
 
-@pytest.mark.skipif(not HAS_PYAV, reason="PyAV is missing: pip install 'sfumato[video]'")
 def test_a_clip_is_played_downloaded_and_deleted(page: Page) -> None:
+    needs("mp4")
     clip(page, "a cat plays", "mp4")
     button(page, "Draw").click()
     result(page, "video", "mp4")

@@ -69,7 +69,7 @@ SOUND = "wav"
 
 
 def of_kind(kind: str) -> list[str]:
-    """The formats of pictures, clips or sounds."""
+    """The formats of pictures, clips or sounds; the first is that which nobody has to name."""
     return [each.name for each in FORMATS.values() if each.kind == kind]
 
 

@@ -35,6 +35,9 @@ class Engine:
         self.loop.run()
         return {each.id: each.event for each in self.sent if isinstance(each, Answer)}
 
+    def events(self, id: str) -> list[Any]:
+        return [each.event for each in self.sent if isinstance(each, Answer) and each.id == id]
+
     def cancel_at_its_first_step(self, id: str) -> None:
         original = self.sent.append
 

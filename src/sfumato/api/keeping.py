@@ -53,10 +53,10 @@ def file_keeper(gallery: Gallery, caller: str, format: str, *, required: bool) -
     return keeper(gallery, caller, format, lambda done: done.file, required=required)
 
 
-def file_headers(job: Job) -> dict[str, str]:
-    """The header with the name in the gallery of the one result of a job, if it is kept."""
+def file_headers(job: Job, done: Done) -> dict[str, str]:
+    """The seed of the one result of a job, and its name in the gallery, if it is kept."""
     name = job.parts[0].name
-    return {FILE_HEADER: name} if name else {}
+    return {"x-sfumato-seed": str(done.recipe.seed), **({FILE_HEADER: name} if name else {})}
 
 
 @asynccontextmanager

@@ -81,9 +81,6 @@ class _SoundBody(_Sampled):
         check(name, AUDIO, "response_format")
         return name
 
-    def release_pictures(self) -> None:
-        """It has none."""
-
     def sampling(self) -> Sampling:
         values = {each.name: getattr(self, each.name) for each in FIELD_PARAMETERS}
         return Sampling(**values, seconds=self.seconds)
@@ -193,7 +190,7 @@ async def _answer(context: Context, body: GenerateBody | SoundGenerationBody) ->
     async def make() -> Response:
         job = await service.submit(body.to_request(**more))
         (done,) = await answers.all_pictures(job, context.gallery)
-        headers = answers.warning_headers(body.ignored(), [done]) | file_headers(job)
+        headers = answers.warning_headers(body.ignored(), [done]) | file_headers(job, done)
         return Response(done.file, media_type=FORMATS[done.format].media_type, headers=headers)
 
     return await answers.unless_gone(context.request, make())

@@ -101,20 +101,12 @@ def _nets(config: ModelConfig) -> int:
 
 def _kin(reading: Reading, parts: _Parts, nets: int) -> Kin:
     """Equals `class_reading.kin_of_pipeline` of the loaded pipeline."""
-
-    def setting(part: str, key: str) -> Any:
-        if not part:
-            return parts.own(key)
-        with suppress(_Unknown):
-            return parts.setting(part, key) if part in parts else None
-        return None
-
-    channels, kinds = setting("unet", "in_channels"), setting("controlnet", "num_control_type")
-    hidden_type = setting("unet", "encoder_hid_dim_type")
+    channels, kinds = parts.known("unet", "in_channels"), parts.known("controlnet", "num_control_type")
+    hidden_type = parts.known("unet", "encoder_hid_dim_type")
     more = any(parts.kind(part).startswith("Multi") for part in ("controlnet", "adapter"))
     return class_reading.kin_of(
         reading, unet_channels=channels, hidden_type=hidden_type, nets=nets, kinds=kinds or 0, more=more,
-        lacks=parts.lacks, setting=setting, frames=_frames(reading.name, parts),
+        lacks=parts.lacks, setting=parts.known, frames=_frames(reading.name, parts),
         sound=sound_rules.sound_rule(reading.name, parts.known) if reading.output == SOUND else None,
     )  # fmt: skip
 
@@ -146,10 +138,6 @@ class _Parts:
     def __contains__(self, part: object) -> bool:
         return part in self._classes
 
-    def own(self, key: str) -> Any:
-        """A setting of the pipeline itself; None: it has none."""
-        return self._index.get(key)
-
     def lacks(self, part: str) -> bool:
         """Whether the model has been made without this component, as the index says."""
         return part in self._without
@@ -176,9 +164,11 @@ class _Parts:
         raise _Unknown
 
     def known(self, part: str, key: str) -> Any:
-        """As `setting`; None if it is not known."""
+        """As `setting`, with an empty name of the pipeline itself; None if it is not known."""
+        if not part:
+            return self._index.get(key)
         with suppress(_Unknown):
-            return self.setting(part, key)
+            return self.setting(part, key) if part in self else None
         return None
 
     def kind(self, part: str) -> str:
@@ -230,14 +220,9 @@ def _frames(name: str, parts: _Parts) -> FrameRule | None:
     """Equals `clip_rules.of_pipeline` of the loaded pipeline; None if that cannot be evaluated."""
     if own := clip_rules.OWN.get(name):
         return own
-    attributes: dict[str, Any] = {}
-    for function in diffusers_source.methods(name, "__init__"):
-        for target, value in _assignments(function):
-            attributes.setdefault(target, _value(value, attributes, parts))
+    attributes = _attributes(name, parts)
     named = [attributes[each] for each in clip_rules.STEPS if each in attributes]
-    longest = None
-    with suppress(_Unknown):
-        longest = parts.setting("motion_adapter", clip_rules.LONGEST)
+    longest = parts.known("motion_adapter", clip_rules.LONGEST)
     if named and named[0] is None:
         return None
     return clip_rules.frame_rule(next(iter(named), None), longest, parts.kind("vae"))
@@ -278,10 +263,7 @@ def _multiple(name: str, parts: _Parts) -> int | None:
 def default_side(name: str, folder: Path, index: Mapping[str, Any]) -> int | None:
     """Pixels of each side that a class draws by default on components with these configurations; None: unknown."""
     parts = _Parts(folder, index)
-    attributes: dict[str, Any] = {}
-    for function in diffusers_source.methods(name, "__init__"):
-        for target, value in _assignments(function):
-            attributes.setdefault(target, _value(value, attributes, parts))
+    attributes = _attributes(name, parts)
     factor = attributes.get("vae_scale_factor", DEFAULT_MULTIPLE)
     sizes: list[Any] = [attributes.get("default_sample_size")]
     for part in ("unet", "transformer"):
@@ -289,6 +271,15 @@ def default_side(name: str, folder: Path, index: Mapping[str, Any]) -> int | Non
             sizes.append(parts.setting(part, "sample_size"))
     side = next((size for size in sizes if isinstance(size, int) and size > 0), None)
     return side * factor if side and isinstance(factor, int) else None
+
+
+def _attributes(name: str, parts: _Parts) -> dict[str, Any]:
+    """What the constructor of a class sets, where it can be evaluated."""
+    attributes: dict[str, Any] = {}
+    for function in diffusers_source.methods(name, "__init__"):
+        for target, value in _assignments(function):
+            attributes.setdefault(target, _value(value, attributes, parts))
+    return attributes
 
 
 def _assignments(function: ast.FunctionDef) -> Iterator[tuple[str, ast.expr]]:

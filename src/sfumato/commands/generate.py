@@ -21,11 +21,11 @@ from sfumato.config import ModelConfig
 from sfumato.core import EAGER, VAE_TILING, Done, Recipe, Step
 from sfumato.engine.local import Local
 from sfumato.errors import InvalidRequest, StorageError, in_words
-from sfumato.formats import AUDIO, CLIP, FORMATS, IMAGE, KINDS, PICTURE, SOUND, VIDEO, WORDS, kind_of
+from sfumato.formats import CLIP, FORMATS, IMAGE, KINDS, PICTURE, WORDS, kind_of, of_kind
 from sfumato.loras import Lora, not_named_by, read_tags
 from sfumato.pictures import images
 from sfumato.pictures import recipe as recipes
-from sfumato.pictures.stores import store_of
+from sfumato.pictures.stores import folder_of
 from sfumato.sampling import PARAMETERS, Hires, Sampling, merged
 from sfumato.serving.catalog import Catalog
 from sfumato.serving.planning import ImageRequest, size_of
@@ -65,7 +65,7 @@ def generate(fields: dict[str, Any], like: Path | None, output: Path | None, set
         format = made if format is None or kind_of(made) == IMAGE else format
     request = ImageRequest(**{**from_recipe, **fields, "sampling": sampling, "format": format}, operator=True)
     if recipe and like:
-        places = [like.parent, store_of(settings).folder]
+        places = [like.parent, folder_of(settings)]
         bounds = images.Bounds.of(settings)
         request = replace(request, controls=kept_sources.controls(request.controls, recipe, places, bounds))
     if recipe:
@@ -86,9 +86,6 @@ SUFFIXES: Mapping[str, str] = MappingProxyType(
 
 CONVERTED: Mapping[str, str] = MappingProxyType({"jpg": "jpeg", "jpeg": "jpeg", "webp": "webp"})
 """A suffix of files of pictures -> what `recipe.convert` makes of the PNG."""
-
-OF_KIND: Mapping[str, str] = MappingProxyType({IMAGE: PICTURE, VIDEO: CLIP, AUDIO: SOUND})
-"""The format where nobody names one."""
 
 
 def _named(output: Path | None) -> str | None:
@@ -111,7 +108,7 @@ def _format(like: Path | None, sampling: Sampling, model: str | None, settings: 
         return PICTURE if name == "webp" and not has_length else name
     abilities = static_capabilities(Catalog.of(settings, open=True).get(model)).abilities
     if abilities and abilities.tasks:
-        return OF_KIND[abilities.kind]
+        return of_kind(abilities.kind)[0]
     return CLIP if has_length else PICTURE
 
 

@@ -79,7 +79,7 @@ def _like(taken: Mapping[str, Any], name: str, fps: float) -> float:
 
 def defaults(model: Loaded) -> Sampling:
     """What a clip has that nobody said anything of."""
-    return Sampling(num_frames=default_frames(model), fps=model.config.sampling.fps or rate(model, model.pipeline))
+    return Sampling(num_frames=default_frames(model), fps=rate(model, model.pipeline))
 
 
 def default_frames(model: Loaded) -> int | None:
@@ -97,7 +97,7 @@ def default_frames(model: Loaded) -> int | None:
 def frames(model: Loaded, requested: Sampling) -> float:
     """Those of a clip before its pipeline is chosen, not rounded to what the class draws; 1 if nobody says."""
     if requested.seconds:
-        return requested.seconds * (requested.fps or model.config.sampling.fps or rate(model, model.pipeline))
+        return requested.seconds * (requested.fps or rate(model, model.pipeline))
     return requested.num_frames or default_frames(model) or 1
 
 
@@ -107,8 +107,8 @@ def _count(pipeline: Any) -> str | None:
 
 
 def rate(model: Loaded, pipeline: Any) -> float:
-    """Frames a second of a clip whose request and model file do not say it."""
+    """Frames a second of a clip whose request does not say it."""
     options = model.config.options
-    return clip_rules.own_rate(
+    return model.config.sampling.fps or clip_rules.own_rate(
         type(pipeline).__name__, lambda name: options.get(name) or signature_default(pipeline, name)
     )

@@ -121,9 +121,8 @@ def _offload(model: Loaded, let_long_calls_end: Callable[[], None]) -> str:
 
 def _pixels(model: Loaded, generation: Generation) -> float:
     """Approximate pixels of the picture or clip to draw, to tell large from small; infinite if unknown."""
-    if kind_of(generation.format) == VIDEO:
-        return _pixels_of_picture(model, generation) * clips.frames(model, generation.sampling)
-    return _pixels_of_picture(model, generation)
+    frames = clips.frames(model, generation.sampling) if kind_of(generation.format) == VIDEO else 1
+    return frames * _pixels_of_picture(model, generation)
 
 
 def _pixels_of_picture(model: Loaded, generation: Generation) -> float:

@@ -28,9 +28,6 @@ MOVING_FIELDS = ("frames", "video", "images")
 BESIDES = ("depth",)
 """Fields of outputs that hold another picture, which is not returned."""
 
-SOUND_RATES = ("output_sampling_rate", "sampling_rate")
-"""Settings of a vocoder: samples a second."""
-
 VISUALISED = re.compile(r"\w*?([A-Z][a-z]+)Output")
 """The last word of an output class's name: its image processor has a `visualize_` for the word."""
 
@@ -47,7 +44,9 @@ def form(pipeline: Any, kind: str) -> dict[str, str]:
 def result_of(pipeline: Any, output: Any, generation: Generation) -> tuple[Result, list[str]]:
     """What the generation is for, and warnings for what else there was. Raises DrawError if there is none."""
     if kind_of(generation.format) == VIDEO:
-        return clip_of(pipeline, output, generation.sampling.fps or USUAL_RATE), []
+        clip = clip_of(pipeline, output, generation.sampling.fps or USUAL_RATE)
+        lost = getattr(output, "audio", None) is not None and clip.sound is None
+        return clip, [f"audio: {type(pipeline).__name__} does not say its rate; it is not returned"] if lost else []
     if kind_of(generation.format) == AUDIO:
         return sounds.cut(pipeline, generation, sound_of(pipeline, output))
     return picture_of(pipeline, output)
@@ -86,9 +85,10 @@ def _frames(value: Any) -> np.ndarray[Any, Any]:
 
 
 def _sound_of(pipeline: Any, audio: Any) -> Sound | None:
-    """The sound beside the frames, (batch, channels, samples) or without channels; its rate is the vocoder's."""
+    """The sound beside the frames, (batch, channels, samples) or without channels; its rate is the vocoder's, of
+    Kandinsky 6 the pipeline's."""
     config = getattr(getattr(pipeline, "vocoder", None), "config", {})
-    rate = next((config[name] for name in SOUND_RATES if config.get(name)), None)
+    rate = config.get("output_sampling_rate") or getattr(pipeline, "audio_sample_rate", None)
     if audio is None or rate is None:
         return None
     samples = torch.as_tensor(audio).float().cpu().numpy()

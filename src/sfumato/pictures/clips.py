@@ -65,18 +65,13 @@ def _rate(fps: float) -> Fraction:
 
 
 def _audio_stream(container: Any, codecs: Codecs, sound: Sound) -> Any:
-    rate = sound.rate if sound.rate in codecs.audio_rates or not codecs.audio_rates else codecs.audio_rates[0]
-    return container.add_stream(codecs.audio, rate, layout=_layout(sound))
-
-
-def _layout(sound: Sound) -> str:
-    return "mono" if sound.samples.shape[0] == 1 else "stereo"
+    return container.add_stream(codecs.audio, sound.rate_for(codecs.audio_rates), layout=sound.layout)
 
 
 def _write_sound(container: Any, stream: Any, sound: Sound) -> None:
     import av
 
-    frame = av.AudioFrame.from_ndarray(sound.samples[:2].clip(-1, 1), format="fltp", layout=_layout(sound))
+    frame = av.AudioFrame.from_ndarray(sound.samples[:2].clip(-1, 1), format="fltp", layout=sound.layout)
     frame.sample_rate = sound.rate
     container.mux(stream.encode(frame))  # PyAV resamples, and cuts it into the codec's frames
     container.mux(stream.encode())

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
-SUFFIXES = (".mp4", ".webm", ".flac", ".mp3", ".opus")
+from sfumato.formats import FORMATS
+
+SUFFIXES = tuple(f".{each.name}" for each in FORMATS.values() if each.package)
 """Of their files."""
 
 

@@ -6,7 +6,7 @@ memory twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -25,6 +25,15 @@ class Sound:
     """(channels, samples), -1 .. 1."""
     rate: int
     """Samples a second."""
+
+    @property
+    def layout(self) -> str:
+        """As FFmpeg calls it; of more than two channels the first two count."""
+        return "mono" if self.samples.shape[0] == 1 else "stereo"
+
+    def rate_for(self, rates: Sequence[int]) -> int:
+        """The rate for a codec that takes only these, in ascending order; none: it takes any."""
+        return next((each for each in rates if each >= self.rate), rates[-1]) if rates else self.rate
 
     @property
     def seconds(self) -> float:

@@ -68,16 +68,14 @@ def _compressed(sound: Sound, recipe: Recipe, *, format: str) -> bytes:
     import av  # the extra `video`
 
     codec, file = CODECS[format], io.BytesIO()
-    layout = "mono" if sound.samples.shape[0] == 1 else "stereo"
-    rate = next((each for each in codec.rates if each >= sound.rate), codec.rates[-1]) if codec.rates else sound.rate
     with av.open(file, "w", format=codec.container) as container:
-        stream: Any = container.add_stream(codec.name, rate, layout=layout)
+        stream: Any = container.add_stream(codec.name, sound.rate_for(codec.rates), layout=sound.layout)
         stream.format = codec.samples
         if codec.bit_rate:
             stream.bit_rate = codec.bit_rate
         for tagged in (container, stream):  # Ogg has tags of streams, the others of the file
             tagged.metadata[recipes.COMMENT] = recipes.json_of(recipe)
-        frame = av.AudioFrame.from_ndarray(_pcm(sound).reshape(1, -1), format="s16", layout=layout)
+        frame = av.AudioFrame.from_ndarray(_pcm(sound).reshape(1, -1), format="s16", layout=sound.layout)
         frame.sample_rate = sound.rate
         container.mux(stream.encode(frame))  # PyAV converts it, and cuts it into the codec's frames
         container.mux(stream.encode())

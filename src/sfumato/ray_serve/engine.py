@@ -19,7 +19,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from sfumato import logs
 from sfumato.config import ModelConfig
 from sfumato.core import Done, Event, Failed, Generation
-from sfumato.engine.protocol import DeviceState, Load, OnDevice, OnPlace, Order, Ordered, Pin, Placed, Unload
+from sfumato.engine.protocol import DeviceState, Load, OnDevice, OnPlace, Order, Ordered, Pin, Placed
 from sfumato.engine.streams import ended
 from sfumato.engine.totals import total
 from sfumato.errors import ModelNotFound, NoWorker, SfumatoError, WorkerDied
@@ -86,7 +86,7 @@ class RayServe:
             again = replace(generation, id=f"{generation.id}-{losses}") if losses else generation
             self.on_place(generation.id, False)  # no replica may be there yet, as a model that has to be loaded
             try:
-                with cancelling(self._drawing(config, again, deaths)) as items:
+                with _cancelling(self._drawing(config, again, deaths)) as items:
                     async for item in items:
                         match item:
                             case Begun(device):
@@ -136,12 +136,9 @@ class RayServe:
     def order(self, command: Order) -> None:
         if isinstance(command, Pin):
             self._pins[command.model] = command
-        self._begin(self._carry_out(command))
+        self._begin(self.carry_out(command))
 
-    async def carry_out(self, command: Load | Unload) -> Ordered:
-        return await self._carry_out(command)
-
-    async def _carry_out(self, command: Order) -> Ordered:
+    async def carry_out(self, command: Order) -> Ordered:
         try:
             if isinstance(command, Load):
                 ordered: Ordered = await self._handle(command.config).carry_out.remote(command)
@@ -229,7 +226,7 @@ class RayServe:
 
 
 @contextmanager
-def cancelling(items: DeploymentResponseGenerator[Any]) -> Iterator[DeploymentResponseGenerator[Any]]:
+def _cancelling(items: DeploymentResponseGenerator[Any]) -> Iterator[DeploymentResponseGenerator[Any]]:
     """Cancels the replica's task, which ends its drawing, if the block is left before the stream has ended."""
     try:
         yield items

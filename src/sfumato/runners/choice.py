@@ -123,8 +123,9 @@ class Runners:
         )
 
     def _state(self, chosen: str, name: str, module: Any, runner: KeptRunner | None) -> RunnerState:
-        if chosen == EAGER or (lacks := self._lacks(chosen)):
-            return RunnerState(name, EAGER, "" if chosen == EAGER else lacks)
+        lacks = self._lacks(chosen)
+        if chosen == EAGER or lacks:
+            return RunnerState(name, EAGER, lacks)
         if left_out := _left_out(chosen, name, module):
             return RunnerState(name, EAGER, left_out)
         return runner.state(name) if runner else RunnerState(name, chosen, FIRST[chosen])

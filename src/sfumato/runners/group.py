@@ -111,10 +111,10 @@ class Outline:
 class Group:
     """The members of one worker. `start`, `hold` and `drop` may be called from another thread than `forward`."""
 
-    def __init__(self, devices: Sequence[str], threads: int = 0) -> None:
-        """`devices`: of rank 0 first. `threads`: of each follower on a CPU; 0: as this process."""
+    def __init__(self, devices: Sequence[str]) -> None:
+        """`devices`: of rank 0 first."""
         self.devices = tuple(devices)
-        self._threads = threads or torch.get_num_threads()
+        self._threads = torch.get_num_threads()
         self._lock = threading.Lock()
         self._processes: list[subprocess.Popen[bytes]] = []
         self._pipes: list[Connection[Any, Any]] = []

@@ -256,13 +256,9 @@ class BatchStore:
             if file := self.files.get(id, None):
                 self.files.delete(file)
         with self._jobs.begin() as connection:
-            gone = BATCHES.c.ended < now - self._max_age_s
-            ids = connection.execute(sql.select(BATCHES.c.id).where(gone)).scalars().all()
-            without_files = set(ids)
-            for id in ids:
-                named = (FILES.c.batch == id,)
-                if connection.execute(sql.select(FILES.c.id).where(*named).limit(1)).first():
-                    without_files.discard(id)
+            named = sql.exists().where(FILES.c.batch == BATCHES.c.id)
+            gone = sql.select(BATCHES.c.id).where(BATCHES.c.ended < now - self._max_age_s, ~named)
+            without_files = connection.execute(gone).scalars().all()
         for id in without_files:
             delete_lines(self._jobs, id)
             with self._jobs.begin() as connection:

@@ -122,7 +122,7 @@ Percent: TypeAlias = Annotated[Annotated[int, Field(ge=0, le=100)] | None, NUMBE
 PartialImages: TypeAlias = Annotated[Annotated[int, Field(ge=0, le=MAX_PARTIAL_IMAGES)] | None, NUMBER]
 
 _PROMPT = "What to draw; `positive|negative` (one bar, no braces) also works if the model uses a negative prompt."
-_PICTURE = "Base64, data: URI, http(s) URL or `{file_id}` of an uploaded one; in a form, a file."
+PICTURE = "Base64, data: URI, http(s) URL or `{file_id}` of an uploaded one; in a form, a file."
 
 
 FIELD_PARAMETERS = tuple(each for each in OF_PICTURES if not each.side)
@@ -222,7 +222,7 @@ class Body(_Sampled):
 class VariationsBody(Body):
     """Of `POST /v1/images/variations`."""
 
-    image: Pictures = Field(min_length=1, max_length=1, description=f"The picture to vary. {_PICTURE}")
+    image: Pictures = Field(min_length=1, max_length=1, description=f"The picture to vary. {PICTURE}")
 
     def to_request(self, **more: Any) -> ImageRequest:
         return super().to_request(images=self.image, **more)
@@ -306,7 +306,7 @@ class DrawBody(PaintBody):
 
     moderation: str | None = Field(None, description="Without effect: the model's own safety checker decides.")
     style: str | None = Field(None, description="Without effect: describe it in the prompt.")
-    image: Pictures = Field([], description=_PICTURE)
+    image: Pictures = Field([], description=PICTURE)
     file: Pictures = Field([], description="Same as image.")
     files: Pictures = Field([], description="Same as image.")
     ref_images: Pictures = Field([], description="Same as image.")
@@ -337,7 +337,7 @@ class EditsBody(PaintBody):
     image: Pictures = Field(
         min_length=1,
         validation_alias=AliasChoices("image", "images"),
-        description=f"The picture to edit, or several if the model supports that. {_PICTURE}",
+        description=f"The picture to edit, or several if the model supports that. {PICTURE}",
     )
     ref_images: Pictures = Field([], description="More pictures, after those of image.")
     mask: Mask = Field(

@@ -7,17 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field, create_model
 
-from sfumato.api.fields import BLANK, NUMBER, Side, openai_field
-from sfumato.api.openai.bodies import Body, PartialImages
+from sfumato.api.fields import NUMBER, Side, Text, openai_field
+from sfumato.api.openai.bodies import PICTURE, Body, PartialImages
 from sfumato.api.openai.pictures import Pictures
 from sfumato.errors import InvalidRequest
-from sfumato.formats import CLIP, VIDEO, of_kind
+from sfumato.formats import CLIP, VIDEO, check, of_kind
 from sfumato.sampling import OF_PICTURES, PARAMETERS, Sampling
 from sfumato.serving.planning import ImageRequest
 
 OF_CLIPS = tuple(each for each in PARAMETERS if VIDEO in each.of and each not in OF_PICTURES)
-
-_PICTURE = "Base64, data: URI or http(s) URL; in a form, a file."
 
 if TYPE_CHECKING:
     _Sampled = Body
@@ -37,23 +35,18 @@ class ClipBody(_Sampled):
     partial_images: PartialImages = Field(
         None, description="Number of previews of the first frame, which `/v1/images/progress/{id}` has."
     )
-    output_format: Annotated[str | None, BLANK] = Field(
-        None, description=f"{', '.join(of_kind(VIDEO))}; absent: {CLIP}.", examples=["webp"]
+    output_format: Text = Field(None, description=f"{', '.join(of_kind(VIDEO))}; absent: {CLIP}.", examples=["webp"])
+
+    end_image: Pictures = Field(
+        [], max_length=1, description=f"The last frame, for models with the input role `last`. {PICTURE}"
     )
 
     @property
     def format(self) -> str:
-        """A name of `formats.FORMATS`. Raises InvalidRequest for one of no clip."""
-        name = self.output_format or CLIP
-        if name not in of_kind(VIDEO):
-            raise InvalidRequest(
-                f"output_format: {name[:100]!r}; {', '.join(of_kind(VIDEO))} are valid", param="output_format"
-            )
+        """A name of `formats.FORMATS`. Raises InvalidRequest for one of no clip, or that cannot be written here."""
+        name = (self.output_format or CLIP).strip().lower()
+        check(name, VIDEO, "output_format")
         return name
-
-    end_image: Pictures = Field(
-        [], max_length=1, description=f"The last frame, for models with the input role `last`. {_PICTURE}"
-    )
 
     @property
     def first(self) -> tuple[str, list[Any]]:
@@ -96,7 +89,7 @@ class ClipBody(_Sampled):
 class VideosBody(ClipBody):
     """Of `POST /v1/videos` and `POST /v1/videos/sync`."""
 
-    input_reference: Pictures = Field([], description=f'The first frame. {_PICTURE} Also `{{"image_url": ...}}`.')
+    input_reference: Pictures = Field([], description=f'The first frame. {PICTURE} Also `{{"image_url": ...}}`.')
 
     @property
     def first(self) -> tuple[str, list[Any]]:
@@ -110,7 +103,7 @@ class VideosBody(ClipBody):
 class LocalVideoBody(ClipBody):
     """Of LocalAI's `POST /video`."""
 
-    start_image: Pictures = Field([], max_length=1, description=f"The first frame. {_PICTURE}")
+    start_image: Pictures = Field([], max_length=1, description=f"The first frame. {PICTURE}")
     input_reference: Pictures = Field([], max_length=1, description="Same as `start_image`.")
 
     @property

@@ -58,7 +58,7 @@ async def create(body: Annotated[VideosBody, Depends(reader(VideosBody))], conte
         known = of_generation(job.config.name, job.parts[0].generation)
         return errors.logged(context.request, error, known)
     answer = of_recipe(done.recipe) | {"file": job.parts[0].name, "warnings": list(done.warnings)}
-    return JSONResponse(answer, headers=warning_headers(body.ignored(), [done]) | file_headers(job))
+    return JSONResponse(answer, headers=warning_headers(body.ignored(), [done]) | file_headers(job, done))
 
 
 @routes.post(
@@ -70,7 +70,7 @@ async def create(body: Annotated[VideosBody, Depends(reader(VideosBody))], conte
 )
 async def sync(body: Annotated[VideosBody, Depends(reader(VideosBody))], context: TheContext) -> Response:
     job, done = await unless_gone(context.request, _drawn(context, body, required=False))
-    headers = warning_headers(body.ignored(), [done]) | {"x-sfumato-seed": str(done.recipe.seed)} | file_headers(job)
+    headers = warning_headers(body.ignored(), [done]) | file_headers(job, done)
     return Response(done.file, media_type=FORMATS[done.format].media_type, headers=headers)
 
 
