@@ -113,6 +113,8 @@ class Service:
         config = self.catalog.get(request.model)
         generations = plan(request, config, self.limits, self.settings.max_n)
         prompts = await self._check_inputs(request, config)
+        if stored := repeat.CURRENT.get():
+            stored.checked.set()
         generations = await self._loras.with_files(generations, config)
         # Nothing is awaited from here on, so that its progress is always known and cancelling it always works.
         if arrival := self._arrival(request.id, request.caller):
@@ -132,7 +134,6 @@ class Service:
         except TooManyRequests as error:
             self.metrics.record_rejection(error.code)
             raise
-        stored = repeat.CURRENT.get()
         limit = self.settings.time_limit_s if stored else None
         drawn = zip(generations, tickets, strict=True)
         parts = [Part(generation, ticket, DrawingTime(limit)) for generation, ticket in drawn]
