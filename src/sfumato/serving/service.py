@@ -393,7 +393,8 @@ class Service:
         prompts = await named_controls.prompts(request.controls, config.folder, hub=hub)
         named = any(control.name for control in request.controls)
         # With a ControlNet of the request, another class draws.
-        loaded = kind_of(request.format) == IMAGE and self.engine.status(config.name).info
+        info = self.engine.status(config.name).info
+        loaded = info and info.abilities.kind == kind_of(request.format) == IMAGE
         if named or config.ip_adapters or loaded:
             return prompts
         await self._foreseen.check(request, config, self.limits)
