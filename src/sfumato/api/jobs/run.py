@@ -125,7 +125,7 @@ def saved_scope(scope: Scope, request_id: str, selected: str | None) -> dict[str
     return {
         "method": scope["method"],
         "scheme": scope["scheme"],
-        "path": scope["path"],  # `JobStore.page` finds it by the key that follows
+        "path": scope["path"],
         "root_path": scope.get("root_path", ""),
         "query": scope["query_string"].decode("latin-1"),
         "headers": [[name, value] for name, value in headers if name in KEPT],
