@@ -6,7 +6,6 @@ import json
 import os
 import select
 import signal
-import socket
 import subprocess
 import uuid
 from collections.abc import Iterator, Mapping
@@ -21,6 +20,7 @@ import yaml
 
 from cluster import environment
 from support.answerable import within
+from support.ports import free_port
 from support.serving import TIMEOUT_S, Server
 
 START = environment.LIST.parent / "start.py"
@@ -40,7 +40,7 @@ class RayServer(Server):
     def __init__(self, folder: Path, arguments: Mapping[str, Any], env: Mapping[str, str] | None = None) -> None:
         self.folder = folder
         self._mark = uuid.uuid4().hex
-        self._port, dashboard = _free_port(), _free_port()
+        self._port, dashboard = free_port(), free_port()
         self._dashboard = f"http://127.0.0.1:{dashboard}/api/serve/applications/"
         self._command = [environment.PYTHON, str(START), str(folder), str(dashboard)]
         path = os.pathsep.join([str(environment.FOLDER.parent / "src"), os.environ.get("PYTHONPATH", "")])
@@ -130,9 +130,3 @@ def _title(process: psutil.Process) -> str:
 def _kill(process: psutil.Process) -> None:
     with suppress(psutil.NoSuchProcess):
         process.send_signal(signal.SIGKILL)
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
