@@ -119,7 +119,7 @@ def picture(
 
 def rounded(drawn: Drawn) -> Drawn:
     """The same, holding as little as its file needs. Needs no torch."""
-    return drawn._replace(result=drawn.result.rounded()) if isinstance(drawn.result, Clip) else drawn
+    return Drawn(drawn.result.rounded(), *drawn[1:]) if isinstance(drawn.result, Clip) else drawn
 
 
 def encoded(drawn: Drawn, wanted: Callable[[], bool] = lambda: True) -> Done:
