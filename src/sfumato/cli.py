@@ -110,6 +110,9 @@ def generate(
     image: Annotated[
         list[Path] | None, typer.Option(help="Source picture; again for more.", exists=True, dir_okay=False)
     ] = None,
+    video: Annotated[
+        Path | None, typer.Option(help="Clip that a clip is drawn from.", exists=True, dir_okay=False)
+    ] = None,
     mask: Annotated[Path | None, typer.Option(help="Mask: white is redrawn.", exists=True, dir_okay=False)] = None,
     control: Annotated[
         list[str] | None,
@@ -136,6 +139,8 @@ def generate(
         "size": size,
         "seed": seed,
         "images": [each.read_bytes() for each in image] if image else None,
+        "video": video.read_bytes() if video else None,
+        "video_field": "--video" if video else None,
         "mask": mask.read_bytes() if mask else None,
         "controls": [kept_sources.passed(text) for text in control] if control else None,
         "n": n,

@@ -18,7 +18,7 @@ from sfumato.batching import views
 from sfumato.batching.adapted import Selection
 from sfumato.batching.batcher import is_out_of_memory
 from sfumato.batching.module_runner import ModuleRunner
-from sfumato.checkpoints import feature_caches
+from sfumato.checkpoints import clip_rules, feature_caches
 from sfumato.config import at_fault
 from sfumato.core import VAE_TILING, Done, Generation, Recipe
 from sfumato.drawing import (
@@ -41,6 +41,7 @@ from sfumato.formats import WORDS, kind_of
 from sfumato.models import ip_adapters
 from sfumato.models.load import Loaded
 from sfumato.models.release import release_frames
+from sfumato.models.siblings import over
 from sfumato.pictures import files, images
 from sfumato.pictures.encoder import HERE, Encoder
 from sfumato.pictures.results import Clip, Result, Sound
@@ -225,7 +226,7 @@ def _draw(
         *_locked(model, pipeline, generation, filled.sampling),
         *_not_taken(model, pipeline, filled, kwargs),
         *_without_effect(pipeline, driver, kwargs),
-        *clips.warnings(filled, result),
+        *clips.warnings(generation, filled, result),
         *guided.warnings(interval, filled.sampling),
         *latent_sources.warnings(pipeline, generation),
     )
@@ -281,7 +282,7 @@ def _for_task(model: Loaded, task: str) -> Any:
         return model.pipeline
     if task not in model.task_pipelines:
         try:
-            sibling = getattr(diffusers, capabilities.AUTO_PIPELINES[task]).from_pipe(model.pipeline)
+            sibling = _sibling(model.pipeline, task)
         except ValueError as error:
             raise InvalidRequest(
                 f"{model.config.name}: {name} does not take {ARGUMENTS[task]}, and diffusers has no pipeline "
@@ -291,6 +292,13 @@ def _for_task(model: Loaded, task: str) -> Any:
         sibling.set_progress_bar_config(disable=True)
         model.task_pipelines[task] = sibling
     return model.task_pipelines[task]
+
+
+def _sibling(pipeline: Any, task: str) -> Any:
+    """Raises ValueError if diffusers has none."""
+    if task == inputs.CLIP:
+        return over(pipeline, getattr(diffusers, clip_rules.FROM_CLIPS[type(pipeline).__name__]))
+    return getattr(diffusers, capabilities.AUTO_PIPELINES[task]).from_pipe(pipeline)
 
 
 def _kept_scheduler(pipeline: Any, sampling: Sampling) -> tuple[str, ...]:
@@ -404,6 +412,7 @@ def _recipe(
         ),
         image_sha256=tuple(images.fingerprint(png) for png in requested.images),
         mask_sha256=images.fingerprint(requested.mask) if requested.mask else None,
+        video_sha256=requested.clip.sha256 if requested.clip else None,
         device=model.device,
         dtype=model.dtype,
         versions={"sfumato": __version__, "diffusers": diffusers.__version__, "torch": torch.__version__},
