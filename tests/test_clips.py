@@ -265,7 +265,7 @@ def test_a_picture_of_a_model_with_a_length_is_told_of() -> None:
     [
         ("Wan", {"num_frames": 8}, "num_frames", "8; m does not draw that many: frames of the form 4k.1 .* 5 and 9"),
         ("Wan", {"width": 24, "height": 16}, "size", "multiples of 16"),
-        ("Wan", {"format": "png", "num_frames": None}, "model", "m makes clips .text-to-video, video-to-video., .* for pictures"),
+        ("Wan", {"format": "png", "num_frames": None}, "model", "m makes clips .text-to-video, .* for pictures"),
         ("Wan", {"images": (source(16, 16),)}, "image", "m takes no picture"),
         ("Wan", {"num_frames": 9, "limits": Limits(1 << 20, 64, 8, frames=5)}, "num_frames", "at most 5 .*max_frames"),
         ("Wan", {"num_frames": None, "limits": Limits(1 << 20, 64, 8, frames=80)}, "num_frames", "81 of 16x16"),

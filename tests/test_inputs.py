@@ -199,7 +199,7 @@ ABILITIES = {
     "UniDiffuserPipeline": ("text-to-image", "prompt 1"),
     "DDPMPipeline": ("text-to-image", ""),
     "StableDiffusionUpscalePipeline": ("upscaling", "prompt 0, image 1"),
-    "WanPipeline": ("text-to-video, video-to-video", "prompt 1, video 0"),
+    "WanPipeline": ("text-to-video video-to-video", "prompt 1, video 0"),
     "WanVideoToVideoPipeline": ("video-to-video", "prompt 1, video 1"),
     "WanImageToVideoPipeline": ("image-to-video", "prompt 1, image 1"),
     "StableVideoDiffusionPipeline": ("image-to-video", "image 1"),

@@ -179,8 +179,14 @@ def test_what_is_a_clip_is_told_by_its_first_bytes() -> None:
     text = base64.b64encode(film).decode()
     for moving in (film, text, f"data:video/mp4;base64,{text}", "https://x.org/a/b.MP4?token=1", "http://x.org/b.webm"):
         assert is_clip(moving) is True, moving
-    assert is_clip(b"\xff\xd8\xff\xe0" + b"x" * 99) is False
-    unknown = [gif, source(8, 8), "https://x.org/b", "https://x.org/?a=b.mp4", "file_id:x", "%", "", b""]
+    for format in ("WEBP", "PNG", "AVIF"):
+        data = animated(format, 2)
+        assert (is_clip(data), is_clip(base64.b64encode(data).decode())) == (True, True), format
+    for format in ("WEBP", "PNG", "JPEG", "AVIF", "BMP"):
+        file = io.BytesIO()
+        Image.new("RGB", (16, 16)).save(file, format)
+        assert (is_clip(file.getvalue()), is_clip(base64.b64encode(file.getvalue()).decode())) == (False, False), format
+    unknown = [gif, "https://x.org/b", "https://x.org/?a=b.mp4", "file_id:x", "%", "", b"", b"RIFF", b"\x89PNG"]
     assert [is_clip(each) for each in unknown] == [None] * len(unknown)
 
 

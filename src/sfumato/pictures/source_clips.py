@@ -38,6 +38,15 @@ SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv")
 
 _URL = re.compile(r"\s*https?://[^/?#]*(?P<path>[^?#]*)", re.IGNORECASE)
 
+HEAD = 4096
+"""Bytes that tell whether a file is a clip."""
+
+SEQUENCE = b"avis"
+"""The brand of an animated AVIF."""
+
+WEBP_MOVES = 0x02
+"""The flag of an animated WebP."""
+
 CHANNELS = 3
 
 CLOSE = 0.02
@@ -93,23 +102,32 @@ def is_clip(file: str | bytes) -> bool | None:
     File bytes, base64, `data:` URI, URL or the name of an uploaded file.
     """
     if isinstance(file, bytes):
-        start = file[:12]
-    elif match := _URL.match(file):
+        return _moves(file[:HEAD])
+    if match := _URL.match(file):
         return match["path"].lower().endswith(SUFFIXES) or None
-    else:
-        text = "".join(file[:200].rpartition("base64,")[2].split())[:16]
-        try:
-            start = base64.b64decode(text, validate=True)
-        except ValueError:
-            return None
-    if container(start):
+    text = "".join(file[: 2 * HEAD].rpartition("base64,")[2].split())
+    try:
+        return _moves(base64.b64decode(text[: len(text) // 4 * 4], validate=True))
+    except ValueError:
+        return None
+
+
+def _moves(head: bytes) -> bool | None:
+    """The same of the first bytes of a file."""
+    if container(head):
         return True
-    return False if start.startswith((b"\xff\xd8", b"BM")) else None
+    if head[4:8] == b"ftyp":
+        return head[8:12] == SEQUENCE
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return head[12:16] == b"VP8X" and bool(head[20:21]) and bool(head[20] & WEBP_MOVES)
+    if head[1:4] == b"PNG":
+        return True if b"acTL" in head else False if b"IDAT" in head else None
+    return False if head.startswith((b"\xff\xd8", b"BM")) else None
 
 
 def container(start: bytes) -> str | None:
     """FFmpeg's name of the container that a file is, by its first 12 bytes; None: it is of none that is read."""
-    if start[4:8] == b"ftyp" and start[8:12] not in STILLS and start[8:12] != b"avis":
+    if start[4:8] == b"ftyp" and start[8:12] not in (*STILLS, SEQUENCE):
         return "mov"
     return "matroska" if start[:4] == b"\x1aE\xdf\xa3" else None
 

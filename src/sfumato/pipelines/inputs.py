@@ -323,7 +323,7 @@ def check(
         _check_pictures(model, image, pictures, fields, names)
     elif pictures:
         name = (*names, *fields)[0]
-        remedy = "; send a clip" if can.input("video") else "; leave it out"
+        remedy = "; leave it out, or send a clip" if can.input("video") else "; leave it out"
         raise InvalidRequest(f"{name}: {model} takes no picture{remedy}", param=name)
     if frames == 1 and image and image.roles[-1] == LAST and pictures == len(image.roles):
         raise InvalidRequest(f"num_frames: 1; from a first to {WORDS[LAST]} there are two or more", param="num_frames")
