@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,16 +27,14 @@ from sfumato.pictures.results import Clip
 from support import tiny
 from support.drawing import loaded, quiet, source, wanted
 from support.families_moving import FAMILIES, animate_diff_controlled, cogvideox, wan
-from support.moving import frames_of
+from support.moving import frames_of, source_clip
 from support.tiny import WIDTH, seeded
 
 SLOW = pytest.mark.slow
 
 
-def shown(count: int, size: tuple[int, int] = (32, 32), fps: float = 12.0) -> SourceClip:
-    """As the service decodes it."""
-    pixels = b"".join(frame.tobytes() for frame in frames_of(count, size))
-    return SourceClip(pixels, *size, fps, size, hashlib.sha256(pixels).hexdigest())
+def shown(count: int, size: tuple[int, int] = (32, 32)) -> SourceClip:
+    return source_clip(count, size=size)
 
 
 def fun_control() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -11,6 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from sfumato.core import SourceClip
+
 
 def frames_of(count: int, size: tuple[int, int] = (32, 32)) -> list[Image.Image]:
     """Blocks of colours, others in every frame; the same ones every time."""
@@ -18,6 +21,12 @@ def frames_of(count: int, size: tuple[int, int] = (32, 32)) -> list[Image.Image]
     shape = (-(-height // 8), -(-width // 8), 3)
     blocks = (np.random.default_rng(index).integers(0, 256, shape, np.uint8) for index in range(count))
     return [Image.fromarray(each.repeat(8, 0).repeat(8, 1)[:height, :width]) for each in blocks]
+
+
+def source_clip(count: int, fps: float = 12.0, size: tuple[int, int] = (32, 32)) -> SourceClip:
+    """As the service decodes it."""
+    pixels = b"".join(frame.tobytes() for frame in frames_of(count, size))
+    return SourceClip(pixels, *size, fps, size, hashlib.sha256(pixels).hexdigest())
 
 
 def animated(format: str, count: int, size: tuple[int, int] = (32, 32), ms: int | Sequence[int] = 50) -> bytes:
