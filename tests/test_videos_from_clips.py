@@ -158,6 +158,8 @@ def test_the_result_has_the_length_rate_size_and_strength_of_the_request(server:
     answer = sync(server, input_reference=text(GIF), **fields)
     made = recipe.read_open(io.BytesIO(answer.content), "x.webp").sampling
     assert (made.num_frames, made.fps, made.size, made.strength) == (5, 8, (32, 16), 0.5)
+    long = sync(server, input_reference=text(animated("GIF", 9, SIZE, ms=2000)), seconds=17)  # at its own rate
+    assert recipe.read_open(io.BytesIO(long.content), "x.webp").sampling.num_frames == 5, long.text
     weaker = sync(server, input_reference=text(GIF), **fields | {"steps": 9, "strength": 0.2})
     assert weaker.status_code == 200
 

@@ -44,7 +44,7 @@ class Foreseen:
             return
         if sampling.size and known.size_multiple:
             inputs.check_sides(config.name, *sampling.size, known.size_multiple)
-        if sampling.seconds and (fps := sampling.fps or known.fps):
+        if request.video is None and sampling.seconds and (fps := sampling.fps or known.fps):
             frames = (can.frames or FrameRule()).at_least(sampling.seconds * fps)
             _check_seconds(config.name, can.frames, limits, sampling.size or (1, 1), sampling.seconds, fps, frames)
 
