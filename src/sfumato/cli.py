@@ -113,6 +113,9 @@ def generate(
     video: Annotated[
         Path | None, typer.Option(help="Clip that a clip is drawn from.", exists=True, dir_okay=False)
     ] = None,
+    audio: Annotated[
+        Path | None, typer.Option(help="Sound that a sound is made from.", exists=True, dir_okay=False)
+    ] = None,
     mask: Annotated[Path | None, typer.Option(help="Mask: white is redrawn.", exists=True, dir_okay=False)] = None,
     control: Annotated[
         list[str] | None,
@@ -141,6 +144,8 @@ def generate(
         "images": [each.read_bytes() for each in image] if image else None,
         "video": video.read_bytes() if video else None,
         "video_field": "--video" if video else None,
+        "audio": audio.read_bytes() if audio else None,
+        "audio_field": "--audio" if audio else None,
         "mask": mask.read_bytes() if mask else None,
         "controls": [kept_sources.passed(text) for text in control] if control else None,
         "n": n,

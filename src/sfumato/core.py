@@ -198,6 +198,23 @@ class SourceClip:
 
 
 @dataclass(frozen=True, slots=True)
+class SourceSound:
+    """The sound that another is made from, decoded."""
+
+    samples: bytes
+    """32-bit floats of -1 .. 1, channel by channel."""
+    channels: int
+    rate: int
+    """Samples a second."""
+    sha256: str
+    """Of the file."""
+
+    @property
+    def seconds(self) -> float:
+        return len(self.samples) / (4 * self.channels * self.rate)
+
+
+@dataclass(frozen=True, slots=True)
 class Generation:
     """One picture, clip or sound to make. `n` of them are `n` of these, with seeds `seed`, `seed + 1`, ..."""
 
@@ -212,6 +229,7 @@ class Generation:
     images: tuple[bytes, ...] = ()
     """Source pictures, each an encoded PNG, upright, RGB or RGBA."""
     clip: SourceClip | None = None
+    sound: SourceSound | None = None
     caller: str = ""
     """Who sent the request; the engine is shared fairly between callers."""
     mask: bytes | None = None
@@ -332,6 +350,8 @@ class Recipe:
     """The second pass; all other fields are of the first, except the size."""
     video_sha256: str | None = None
     """Digest of the file of the source clip."""
+    audio_sha256: str | None = None
+    """Digest of the file of the source sound."""
 
     @property
     def size(self) -> tuple[int, int]:

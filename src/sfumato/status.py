@@ -21,7 +21,7 @@ class Input:
     """A field of requests that a model takes."""
 
     name: str
-    """`prompt`, `image`, `video`, `mask` or `controls`."""
+    """`prompt`, `image`, `video`, `audio`, `mask` or `controls`."""
     least: int
     """How many every request needs; 0: optional."""
     most: int | None
@@ -88,7 +88,7 @@ class Abilities:
 
     tasks: tuple[str, ...] = ()
     """What it does, of text-to-image, label-to-image, image-to-image, inpainting and upscaling, or of text-to-video,
-    image-to-video and video-to-video, or text-to-audio."""
+    image-to-video and video-to-video, or of text-to-audio and audio-to-audio."""
     inputs: tuple[Input, ...] = ()
     problem: str = ""
     """Why no request can have anything of it, in words."""

@@ -73,6 +73,8 @@ def of_name(name: str) -> Reading | None:
     )
     if source := clip_rules.SOURCES.get(name):  # a mask of these classes is moving, too
         inputs = (*(each for each in inputs if each.role != MASK), _clip(name, call, source))
+    if heard := sound_rules.SOURCES.get(name):
+        inputs = (*inputs, Parameter(heard.parameter, heard.role, False))
     plain = of_signature(name, signature)
     output = _output(call, fields, signature.keys())
     masked = any(each.role == MASK for each in inputs) and _concatenates_mask(name, call)

@@ -171,18 +171,17 @@ def _check_sources(request: ImageRequest, recipe: Recipe, settings: Settings) ->
             png, _ = images.normalise(source, flag, images.Bounds.of(settings))
             if images.fingerprint(images.as_mask(png) if flag == "--mask" else png) != digest:
                 raise InvalidRequest(f"{flag}: not the picture that the recipe was made from (its pixels differ)")
-    _check_clip(request.video, recipe.video_sha256)
+    _check_file("--video", request.video, recipe.video_sha256)
+    _check_file("--audio", request.audio, recipe.audio_sha256)
 
 
-def _check_clip(clip: str | bytes | None, digest: str | None) -> None:
-    if (hashlib.sha256(clip).hexdigest() if isinstance(clip, bytes) else None) == digest:
+def _check_file(flag: str, file: str | bytes | None, digest: str | None) -> None:
+    if (hashlib.sha256(file).hexdigest() if isinstance(file, bytes) else None) == digest:
         return
     why = "was made from none" if digest is None else "was made from one, and none was passed"
-    if clip is not None and digest:
+    if file is not None and digest:
         why = f"was made from another one (the SHA-256 of its file is {digest})"
-    raise InvalidRequest(
-        f"--video: a clip; the recipe {why}. A recipe keeps the digest of a source clip, not the clip."
-    )
+    raise InvalidRequest(f"{flag}: the recipe {why}. A recipe keeps the digest of a source file, not the file itself.")
 
 
 def _with_source_size(request: ImageRequest, recipe: Recipe, settings: Settings) -> ImageRequest:

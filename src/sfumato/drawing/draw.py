@@ -158,7 +158,7 @@ def _draw_on_view(
         if isinstance(error, Exception) and model.state.broken:
             raise Disturbed from error
         if isinstance(error, InvalidRequest):
-            raise at_fault.error_of(error, model.config, at_fault.set_by(generation.sampling)) from None
+            raise at_fault.error_of(error, model.config, _requested(generation)) from None
         if type(error) is DrawError and model.config.cache:  # diffusers has caches that fail with some transformers
             raise feature_caches.refusal(model.config, error.message) from error
         raise
@@ -170,6 +170,12 @@ def _draw_on_view(
         if not_restored := views.close(pipeline):
             model.state.broken = f"a request left it changed: {'; '.join(not_restored)}"
         del pipeline  # a stored error would keep this frame
+
+
+def _requested(generation: Generation) -> frozenset[str]:
+    """Names of the parameters that a request sets, itself or with its source."""
+    by_source = {"num_frames", "fps", at_fault.SIZE} if generation.clip else {"seconds"} if generation.sound else set()
+    return at_fault.set_by(generation.sampling) | by_source
 
 
 def _draw(
@@ -186,7 +192,7 @@ def _draw(
     usable.refuse_class(model, pipeline, requested)
     generation, how_read = prompts.split(model, pipeline, generation)
     generation, left_out = usable.usable(model, pipeline, generation)
-    filled = sounds.settled(model, pipeline, arguments.fill(model, pipeline, generation))
+    filled = sounds.settled(model, pipeline, generation.sampling, arguments.fill(model, pipeline, generation))
     filled = clips.settled(model, pipeline, generation.sampling, filled)
     usable.refuse_defaults(model, pipeline, filled)
     canvas = arguments.canvas(model, pipeline, filled)
@@ -413,6 +419,7 @@ def _recipe(
         image_sha256=tuple(images.fingerprint(png) for png in requested.images),
         mask_sha256=images.fingerprint(requested.mask) if requested.mask else None,
         video_sha256=requested.clip.sha256 if requested.clip else None,
+        audio_sha256=requested.sound.sha256 if requested.sound else None,
         device=model.device,
         dtype=model.dtype,
         versions={"sfumato": __version__, "diffusers": diffusers.__version__, "torch": torch.__version__},

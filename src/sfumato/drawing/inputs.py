@@ -34,7 +34,7 @@ def complete(model: Loaded, generation: Generation) -> tuple[str, Generation]:
         kind=kind_of(generation.format), frames=generation.sampling.num_frames,
         seconds=generation.sampling.seconds,
         pictures=len(generation.images), mask=bool(generation.mask), controls=len(generation.controls),
-        clip=generation.clip is not None,
+        others={name: name for name, each in (("video", generation.clip), ("audio", generation.sound)) if each},
     )  # fmt: skip
     if generation.clip:
         return OWN if kin.own.of(inputs.CLIP) else CLIP, generation

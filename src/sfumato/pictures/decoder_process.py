@@ -19,7 +19,7 @@ from PIL import AvifImagePlugin, Image
 
 from sfumato import allocator
 from sfumato.errors import InvalidPicture
-from sfumato.pictures import decoder_frames, fitting, images, recipe, source_clips
+from sfumato.pictures import decoder_frames, fitting, images, recipe, source_clips, source_sounds
 from sfumato.pictures.images import Bounds
 from sfumato.pictures.source_clips import Drawn
 
@@ -61,13 +61,18 @@ def clip(data: bytes, param: str, bounds: Bounds, **drawn: Any) -> DecoderAnswer
     return source_clips.decode(data, param, bounds, Drawn(**drawn))
 
 
+def sound(data: bytes, param: str, bounds: Bounds, most_s: float, rate: int | None = None) -> DecoderAnswer:
+    """The samples of a source sound."""
+    return source_sounds.decode(data, param, most_s, rate)
+
+
 def texts(data: bytes, param: str, bounds: Bounds) -> DecoderAnswer:
     """`texts` of a picture file; its pixels are not decoded."""
     return {"texts": recipe.texts(data, param)}, b""
 
 
 TASKS: Mapping[str, Callable[..., DecoderAnswer]] = MappingProxyType(
-    {function.__name__: function for function in (read_size, picture, mask, fitted_mask, clip_size, clip, texts)}
+    {function.__name__: function for function in (read_size, picture, mask, fitted_mask, clip_size, clip, sound, texts)}
 )
 
 

@@ -55,6 +55,7 @@ RARE = frozenset(
         "runner",
         "hires",
         "video_sha256",
+        "audio_sha256",
     }
 )
 """Fields of a recipe that its JSON has only if they are set."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from sfumato.core import Control, Limits, SourceClip, labels
+from sfumato.core import Control, Generation, Limits, SourceClip, SourceSound, labels
 from sfumato.errors import InvalidPicture, InvalidRequest
 from sfumato.pictures import images as pictures
 from sfumato.pictures.budget import Share
@@ -67,6 +67,27 @@ class Decoded:
     mask: bytes | None = None
     controls: tuple[bytes, ...] = ()
     clip: SourceClip | None = None
+    sound: SourceSound | None = None
+
+    def put_into(self, generation: Generation) -> Generation:
+        pairs = zip(generation.controls, self.controls, strict=True)
+        return replace(
+            generation,
+            images=self.images,
+            mask=self.mask,
+            controls=tuple(replace(control, image=png) for control, png in pairs),
+            clip=self.clip,
+            sound=self.sound,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedSound:
+    """The sound that another is made from, as its request has it."""
+
+    file: str | bytes
+    """As of `EncodedClip`."""
+    field: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +101,7 @@ class EncodedClip:
 
 
 class Sources:
-    """Source pictures, control pictures, mask and clip: file bytes, base64, `data:` URI, URL or uploaded file.
+    """Source pictures, control pictures, mask, clip and sound: file bytes, base64, `data:` URI, URL or uploaded file.
 
     `fetch` turns all of them into bytes and checks their headers, `decode` turns them into what the engine
     takes. Both raise InvalidRequest naming the picture, and stop when cancelled.
@@ -100,6 +121,7 @@ class Sources:
         caller: str = "",
         names: Sequence[str] = (),
         clip: EncodedClip | None = None,
+        sound: EncodedSound | None = None,
     ) -> None:
         """`caller`: whose uploaded files they may be. `names`: of the images in errors; empty: as their API has them.
         `whole`: fields whose pictures keep their shape, whatever `fitting` says. `scale`: size of the result, relative
@@ -119,8 +141,9 @@ class Sources:
         self._scale = scale
         self._caller = caller
         self._clip = clip
+        self._sound = sound
         share.take(sum(encoded_size(picture) for _, picture in self._pictures))
-        share.take(encoded_size(clip.file) if clip else 0)
+        share.take(sum(encoded_size(each.file) for each in (clip, sound) if each))
 
     async def fetch(self, fetcher: PictureFetcher, decoders: Decoders, clip_decoders: Decoders) -> None:
         """Turn all of them into bytes, one after another."""
@@ -128,6 +151,9 @@ class Sources:
             data = await file_of(clip.file, clip.field, fetcher, self._share, self._caller)
             await clip_decoders.run("clip_size", data, clip.field)
             self._clip = replace(clip, file=data)
+        if sound := self._sound:
+            data = await file_of(sound.file, sound.field, fetcher, self._share, self._caller)
+            self._sound = replace(sound, file=data)
         for index, (param, picture) in enumerate(self._pictures):
             data = await file_of(picture, param, fetcher, self._share, self._caller)
             self._pictures[index] = (param, data)
@@ -146,6 +172,16 @@ class Sources:
         answer, frames = await decoders.run("clip", clip.file, clip.field, **drawn)
         self._share.count(len(frames))
         return SourceClip(frames, **answer | {"size": tuple(answer["size"])})
+
+    async def decode_sound(self, decoders: Decoders, rate: int | None) -> SourceSound | None:
+        """The sound; the encoded one is released. `rate`: samples a second that the model takes; None: not known."""
+        sound, self._sound = self._sound, None
+        if sound is None:
+            return None
+        assert isinstance(sound.file, bytes)
+        answer, samples = await decoders.run("sound", sound.file, sound.field, most_s=self._limits.seconds, rate=rate)
+        self._share.count(len(samples))
+        return SourceSound(samples, **answer)
 
     async def decode(self, decoders: Decoders) -> Decoded:
         """The pictures; the encoded ones are released."""

@@ -20,7 +20,8 @@ from sfumato.pictures.fitting import near
 from sfumato.status import Abilities, FrameRule, Input, SoundRule
 
 PICTURE, ORIGINAL, EXAMPLE, REFERENCE, LAST = "picture", "original", "example", "reference", "last"
-MASK, CONTROL, LABEL, CLIP = "mask", "control", "label", "clip"
+MASK, CONTROL, LABEL = "mask", "control", "label"
+CLIP, TUNE, TIMBRE = "clip", "sound", "timbre"
 
 ROLES: Mapping[str, str] = MappingProxyType(
     {
@@ -53,9 +54,14 @@ WORDS: Mapping[str, str] = MappingProxyType(
         REFERENCE: "a reference picture",
         LAST: "the last frame",
         CLIP: "a source clip",
+        TUNE: "a source sound",
+        TIMBRE: "a sound whose timbre it has",
         CONTROL: "a control picture",
     }
 )
+
+KINDS: Mapping[str, str] = MappingProxyType({"video": "clip", "audio": "sound"})
+"""Inputs that are no pictures, in words."""
 
 SCALES = ("controlnet_conditioning_scale", "adapter_conditioning_scale")
 """Parameters for the weight of a control. A class with one and without `control_image` takes the control as `image`."""
@@ -72,7 +78,7 @@ SOURCE_CLIPS = ("video", "pose_video", "face_video", "conditioning_video", "cond
 """Parameters for moving pictures; the classes that a request gives them to are `clip_rules.SOURCES`."""
 
 SOURCE_SOUNDS = ("audio",)
-"""Parameters for sound, which a request cannot give."""
+"""Parameters for sound that classes need; those that a request gives are in `sound_rules.SOURCES`."""
 
 MOVING, SOUND = "moving pictures", "sound"
 
@@ -244,7 +250,9 @@ def abilities(kin: Kin, options: Mapping[str, Any]) -> Abilities:
         tasks = tuple(task for task, drawn in moving.items() if drawn)
         return Abilities(tasks, _inputs(kin, text), kind=VIDEO, frames=kin.frames)
     if own.kind(options) == AUDIO:
-        return Abilities(("text-to-audio",) if text else (), _inputs(kin, text), kind=AUDIO, sound=kin.sound)
+        heard = {"text-to-audio": text, "audio-to-audio": own.of(TUNE) is not None}
+        tasks = tuple(task for task, made in heard.items() if made)
+        return Abilities(tasks, _inputs(kin, text), kind=AUDIO, sound=kin.sound)
     label = own.of(LABEL)
     still = {
         "text-to-image": text,
@@ -275,6 +283,8 @@ def _inputs(kin: Kin, text: bool) -> tuple[Input, ...]:
         inputs.append(
             Input("video", int(any(each.role == CLIP and each.required for each in kin.own.inputs)), 1, (CLIP,))
         )
+    if sound := kin.own.of(TUNE, TIMBRE):
+        inputs.append(Input("audio", int(sound.required), 1, (sound.role,)))
     if control:
         inputs.append(Input("controls", kin.nets if control.required else 0, most, (CONTROL,)))
     return tuple(inputs)
@@ -292,13 +302,12 @@ def check(
     controls: int,
     fields: Sequence[str] = ("image",),
     names: Sequence[str] = (),
-    clip: bool = False,
-    clip_field: str = "video",
+    others: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Raises InvalidRequest naming the input that is missing, or that the model does not take.
 
     `kind` and the numbers are those of a request; `fields` are where it may have pictures, in the order of their roles;
-    `names` are where it has them.
+    `names` are where it has them; `others` are its inputs that are no pictures, and where it has them.
     """
     if can.problem:
         raise InvalidRequest(f"{model} draws no picture: {can.problem}", param="model")
@@ -312,7 +321,7 @@ def check(
         raise InvalidRequest(f"num_frames: {frames}; {model} does not draw that many: {why}", param="num_frames")
     if seconds and can.sound and (why := can.sound.violation(seconds)):
         raise InvalidRequest(f"seconds: {seconds:g}; {model} does not make that long a sound: {why}", param="seconds")
-    _check_clip(model, can, clip, clip_field, [*names, *fields[:1]][:1] if pictures else [*fields])
+    _check_others(model, can, others, [*names, *fields[:1]][:1] if pictures else [*fields])
     image = can.input("image")
     if mask and "inpainting" not in can.tasks:
         raise InvalidRequest(
@@ -329,16 +338,18 @@ def check(
         raise InvalidRequest(f"num_frames: 1; from a first to {WORDS[LAST]} there are two or more", param="num_frames")
 
 
-def _check_clip(model: str, can: Abilities, clip: bool, clip_field: str, fields: Sequence[str]) -> None:
+def _check_others(model: str, can: Abilities, others: Mapping[str, str], fields: Sequence[str]) -> None:
+    """`fields`: where a request has what may be a picture or a clip."""
+    for name, field in others.items():
+        if not can.input(name):
+            remedy = f"send {WORDS[PICTURE]}" if can.input("image") else "leave it out"
+            raise InvalidRequest(
+                f"{field}: {model} takes no {KINDS[name]} ({', '.join(can.tasks)}); {remedy}. `inputs` in the list of "
+                f"models has {name} where one does",
+                param=field,
+            )
     taken = can.input("video")
-    if clip and not taken:
-        remedy = f"send {WORDS[PICTURE]}" if can.input("image") else "leave it out"
-        raise InvalidRequest(
-            f"{clip_field}: {model} takes no clip ({', '.join(can.tasks)}); {remedy}. `tasks` in the list of models "
-            "says video-to-video where one does",
-            param=clip_field,
-        )
-    if taken and taken.least and not clip:
+    if taken and taken.least and "video" not in others:
         raise InvalidRequest(
             f"{fields[0]}: {model} needs {WORDS[CLIP]}: MP4, MOV, WebM, or an animated GIF, WebP, PNG or AVIF",
             param=fields[0],

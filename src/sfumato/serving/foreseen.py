@@ -37,8 +37,7 @@ class Foreseen:
         inputs.check(
             config.name, can, kind=kind, frames=sampling.num_frames, seconds=sampling.seconds,
             pictures=len(request.images), mask=request.mask is not None, controls=len(request.controls),
-            fields=request.image_fields, names=request.image_names, clip=request.video is not None,
-            clip_field=request.video_field,
+            fields=request.image_fields, names=request.image_names, others=request.others,
         )  # fmt: skip
         if kind != VIDEO:
             return

@@ -62,6 +62,10 @@ class ImageRequest:
     """The clip that a clip is drawn from, as the source pictures."""
     video_field: str = "video"
     """Its field in errors."""
+    audio: str | bytes | None = None
+    """The sound that a sound is made from, as the source pictures."""
+    audio_field: str = "audio"
+    """Its field in errors."""
     mask: str | bytes | None = None
     """White is redrawn; if the mask has transparency, transparent areas are redrawn."""
     mask_from_alpha: bool = False
@@ -116,7 +120,13 @@ class ImageRequest:
     @property
     def has_sources(self) -> bool:
         """Whether files come with it, which are fetched and decoded."""
-        return bool(self.images or self.controls) or self.video is not None
+        return bool(self.images or self.controls or self.others)
+
+    @property
+    def others(self) -> dict[str, str]:
+        """Inputs of models (`status.Input.name`) that are no pictures, and that it has -> their fields in errors."""
+        fields = {"video": (self.video, self.video_field), "audio": (self.audio, self.audio_field)}
+        return {name: field for name, (file, field) in fields.items() if file is not None}
 
 
 def plan(request: ImageRequest, config: ModelConfig, limits: Limits, max_pictures: int) -> list[Generation]:
@@ -290,12 +300,13 @@ def _check_result(request: ImageRequest, limits: Limits) -> None:
                 f"{RESULTS[kind]}; leave it out",
                 param=parameter.name,
             )
-    if request.video is not None and kind != VIDEO:
-        raise InvalidRequest(
-            f"{request.video_field}: only clips are drawn from a clip, and the request is for {RESULTS[kind]}; leave "
-            "it out",
-            param=request.video_field,
-        )
+    for other, param in request.others.items():
+        if other != kind:
+            raise InvalidRequest(
+                f"{param}: only {RESULTS[other]} can be made from it, and the request is for {RESULTS[kind]}; leave it "
+                "out",
+                param=param,
+            )
     if kind == IMAGE:
         return
     if request.hires or request.mask is not None or request.mask_from_alpha:
@@ -347,7 +358,7 @@ def _enabled(config: ModelConfig, generation: Generation, request: ImageRequest)
     """
     # Controls are what a request adds to a model, as LoRAs are, and most classes of clips need a picture, which LocalAI
     # sends them whatever the file says: only `none` keeps these out.
-    free = request.controls or (request.has_sources and kind_of(request.format) == VIDEO)
+    free = request.controls or (request.has_sources and kind_of(request.format) != IMAGE)
     pictures = not config.enable_parameters if free else request.images
     if pictures and not generation.upscale and not config.enables("image"):  # an upscaler always takes a picture
         raise _disabled(config, "image")

@@ -304,7 +304,9 @@ class Service:
         await turn.wait()
         own, multiple = await own_size(self.engine, job.config, 0)
         clip = await sources.decode_clip(self._clip_decoders, own, multiple)
-        return replace(await sources.decode(self.decoders), clip=clip)
+        can = await self.abilities(job.config)
+        sound = await sources.decode_sound(self._clip_decoders, can.sound.rate if can and can.sound else None)
+        return replace(await sources.decode(self.decoders), clip=clip, sound=sound)
 
     def _leave(self, job: Job) -> None:
         for part in job.parts:
@@ -337,14 +339,7 @@ class Service:
         try:
             generation = part.generation
             if pictures:
-                decoded = await pictures
-                controls = [
-                    replace(control, image=png)
-                    for control, png in zip(generation.controls, decoded.controls, strict=True)
-                ]
-                generation = replace(
-                    generation, images=decoded.images, mask=decoded.mask, controls=tuple(controls), clip=decoded.clip
-                )
+                generation = (await pictures).put_into(generation)
             self._parts[generation.id] = part
             async with aclosing(self.engine.submit(job.config, generation)) as events:
                 async for event in events:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from sfumato.core import Limits
 from sfumato.pictures.budget import Share
 from sfumato.pictures.source_clips import Drawn, is_clip
-from sfumato.pictures.sources import EncodedClip, Sources
+from sfumato.pictures.sources import EncodedClip, EncodedSound, Sources
 from sfumato.serving.planning import ImageRequest
 from sfumato.status import Abilities
 
@@ -57,4 +57,5 @@ def sources(request: ImageRequest, share: Share, whole: Sequence[str], limits: L
         caller=request.caller,
         names=request.image_names,
         clip=clip,
+        sound=EncodedSound(request.audio, request.audio_field) if request.audio is not None else None,
     )

@@ -10,8 +10,8 @@ from pydantic import BeforeValidator
 from sfumato.errors import in_words
 from sfumato.pictures.sources import uploaded
 
-KEYS = ("image_url", "url", "image", "video_url")
-"""Of an object that stands for a picture or a clip; the first that is there counts."""
+KEYS = ("image_url", "url", "image", "video_url", "audio_url")
+"""Of an object that stands for a picture, a clip or a sound; the first that is there counts."""
 
 MAX_ID = 100
 """Characters of a file's id."""
