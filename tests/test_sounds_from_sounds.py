@@ -245,10 +245,29 @@ def test_the_decoder_is_another_process() -> None:
     assert (answer["rate"], answer["channels"], len(samples)) == (8000, 2, 800)
 
 
-# Over HTTP and on the command line
+# On the command line, and over HTTP: from here on, the loader of this process is that of `served`
 
 RAIN = {"input": "rain on a roof", "seed": 1, "num_inference_steps": 2}
 SOURCE = wav(4, 6)
+
+
+def test_the_command_line_makes_it_and_again_from_its_recipe(tmp_path: Path) -> None:
+    tiny.save(families_sound.FAMILIES["StableAudio"].build(), tmp_path / "weights")
+    (tmp_path / "m.yaml").write_text("name: m\nparameters: {model: weights}\n")
+    source, first, again = tmp_path / "source.wav", tmp_path / "first.wav", tmp_path / "again.wav"
+    source.write_bytes(SOURCE)
+    flags = ["--models", str(tmp_path), "--audio", str(source)]
+    ran = CliRunner().invoke(app, ["generate", "rain", *flags, "-m", "m", "--steps", "2", "-o", str(first)])
+    assert ran.exit_code == 0, (ran.output, ran.exception)
+    made = recipe.read(first)
+    assert (made.audio_sha256, made.sampling.seconds) == (hashlib.sha256(SOURCE).hexdigest(), 1.5)
+    like = ["generate", "--like", str(first), "-o", str(again)]
+    ran = CliRunner().invoke(app, [*like, *flags])
+    assert ran.exit_code == 0, (ran.output, ran.exception)
+    assert again.read_bytes() == first.read_bytes()
+    ran = CliRunner().invoke(app, [*like, *flags[:2]])
+    assert ran.exit_code != 0
+    assert "none was passed" in f"{ran.output} {ran.exception}"
 
 
 @pytest.fixture(scope="module")
@@ -298,22 +317,3 @@ def test_what_is_refused(server: Served, fields: dict[str, Any], param: str, wor
     answer = server.client.post("/v1/audio/generate", json=RAIN | {"model": "StableAudio"} | fields)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
     assert words in answer.json()["error"]["message"]
-
-
-def test_the_command_line_makes_it_and_again_from_its_recipe(tmp_path: Path) -> None:
-    tiny.save(families_sound.FAMILIES["StableAudio"].build(), tmp_path / "weights")
-    (tmp_path / "m.yaml").write_text("name: m\nparameters: {model: weights}\n")
-    source, first, again = tmp_path / "source.wav", tmp_path / "first.wav", tmp_path / "again.wav"
-    source.write_bytes(SOURCE)
-    flags = ["--models", str(tmp_path), "--audio", str(source)]
-    ran = CliRunner().invoke(app, ["generate", "rain", *flags, "-m", "m", "--steps", "2", "-o", str(first)])
-    assert ran.exit_code == 0, (ran.output, ran.exception)
-    made = recipe.read(first)
-    assert (made.audio_sha256, made.sampling.seconds) == (hashlib.sha256(SOURCE).hexdigest(), 1.5)
-    like = ["generate", "--like", str(first), "-o", str(again)]
-    ran = CliRunner().invoke(app, [*like, *flags])
-    assert ran.exit_code == 0, (ran.output, ran.exception)
-    assert again.read_bytes() == first.read_bytes()
-    ran = CliRunner().invoke(app, [*like, *flags[:2]])
-    assert ran.exit_code != 0
-    assert "none was passed" in f"{ran.output} {ran.exception}"
