@@ -160,6 +160,13 @@ def test_events_of_a_clip_are_those_of_a_picture(folder: Path) -> None:
     assert (events[2].width, events[2].height) == (16, 16)
 
 
+def test_previews_of_a_clip_from_a_clip(folder: Path) -> None:
+    engine = Engine(folder)
+    engine.draw(clip("shown", clip=source_clip(5), num_frames=None, strength=1.0, previews=1))
+    events = engine.events("shown")
+    assert [type(event) for event in events] == [Step, Step, Preview, Step, Step, Done]
+
+
 @pytest.mark.parametrize("suffix", ["gif", "webp"])
 def test_the_command_line_writes_a_clip_and_draws_it_again_from_its_file(
     folder: Path, tmp_path: Path, suffix: str

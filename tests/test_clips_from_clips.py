@@ -166,7 +166,7 @@ def test_frames_and_rate_are_those_of_the_source(
 
 def test_what_follows_from_the_source_is_no_fault_of_the_model_file() -> None:
     made = loaded(model(WAN).pipeline, num_frames=5, fps=4, width=32, height=32)
-    with pytest.raises(InvalidRequest, match="num_frames: 9 at 12 frames a second are 0.75 seconds") as caught:
+    with pytest.raises(InvalidRequest, match=r"num_frames: 9 at 12 frames a second are 0.75 seconds") as caught:
         drawn(made, asked(shown(9), limits=Limits(1 << 20, 64, 8, seconds=0.5)))
     assert caught.value.param == "num_frames"
 

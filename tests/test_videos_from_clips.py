@@ -216,7 +216,11 @@ def test_a_clip_that_cannot_be_drawn_from(server: Server, fields: tuple[dict[str
 
 
 def test_the_model_list_says_what_takes_a_clip(server: Server) -> None:
-    told = {each["id"]: each["sfumato"] for each in server.client.get("/v1/models").json()["data"]}
+    listed = {each["id"]: each for each in server.client.get("/v1/models").json()["data"]}
+    assert listed["film-only"]["architecture"]["input_modalities"] == ["text", "video"]
+    capable = {each["id"]: each for each in server.client.get("/v1/models/capabilities").json()["data"]}
+    assert capable["film-only"]["capabilities"] == ["video"]
+    told = {name: each["sfumato"] for name, each in listed.items()}
     assert told["film"]["tasks"] == ["text-to-video", "video-to-video"]
     assert told["film-only"]["tasks"] == ["video-to-video"]
     video = next(each for each in told["film-only"]["inputs"] if each["name"] == "video")

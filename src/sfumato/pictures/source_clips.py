@@ -49,6 +49,9 @@ WEBP_MOVES = 0x02
 
 CHANNELS = 3
 
+MOST_PIXELS = 340 * 10**6
+"""Of all frames together, whatever is allowed: as many as a message to the worker holds (`process.wire.MAX_BYTES`)."""
+
 CLOSE = 0.02
 """The rate in a header counts if it is that of the frames within this part of it: containers round times."""
 
@@ -145,7 +148,7 @@ def decode(data: bytes, param: str, bounds: Bounds, drawn: Drawn) -> tuple[dict[
     """
     with _opened(data, param, bounds) as clip:
         size = drawn.size or _own(clip.size, drawn)
-        room = min(drawn.most, drawn.pixels // (size[0] * size[1]))
+        room = min(drawn.most, min(drawn.pixels, MOST_PIXELS) // (size[0] * size[1]))
         each = size[0] * size[1] * CHANNELS
         pixels = bytearray(min(room, drawn.num_frames or room) * each)
         times: list[Frame] = []

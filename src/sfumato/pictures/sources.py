@@ -140,20 +140,20 @@ class Sources:
         self._fitting = fitting
         self._scale = scale
         self._caller = caller
-        self._clip = clip
-        self._sound = sound
+        self.clip = clip
+        self.sound = sound
         share.take(sum(encoded_size(picture) for _, picture in self._pictures))
         share.take(sum(encoded_size(each.file) for each in (clip, sound) if each))
 
     async def fetch(self, fetcher: PictureFetcher, decoders: Decoders, clip_decoders: Decoders) -> None:
         """Turn all of them into bytes, one after another."""
-        if clip := self._clip:
+        if clip := self.clip:
             data = await file_of(clip.file, clip.field, fetcher, self._share, self._caller)
             await clip_decoders.run("clip_size", data, clip.field)
-            self._clip = replace(clip, file=data)
-        if sound := self._sound:
+            self.clip = replace(clip, file=data)
+        if sound := self.sound:
             data = await file_of(sound.file, sound.field, fetcher, self._share, self._caller)
-            self._sound = replace(sound, file=data)
+            self.sound = replace(sound, file=data)
         for index, (param, picture) in enumerate(self._pictures):
             data = await file_of(picture, param, fetcher, self._share, self._caller)
             self._pictures[index] = (param, data)
@@ -161,23 +161,27 @@ class Sources:
             if index == 0 and self._scale:
                 self._refuse_large(param, *answer["size"])
 
-    async def decode_clip(self, decoders: Decoders, own: tuple[int, int], multiple: int) -> SourceClip | None:
-        """The clip, at the size that is drawn; the encoded one is released. `own`, `multiple`: the size that the model
-        draws by itself, and what its sides are multiples of (`source_clips.Drawn`)."""
-        clip, self._clip = self._clip, None
-        if clip is None:
-            return None
+    async def decode_clip(self, decoders: Decoders, own: tuple[int, int], multiple: int) -> SourceClip:
+        """The clip, which must be there, at the size that is drawn; the encoded one is released.
+
+        `own`, `multiple`: the size that the model draws by itself, and what its sides are multiples of
+        (`source_clips.Drawn`).
+        """
+        clip, self.clip = self.clip, None
+        assert clip
         assert isinstance(clip.file, bytes)
         drawn: dict[str, Any] = asdict(replace(clip.drawn, own=own, multiple=multiple))
         answer, frames = await decoders.run("clip", clip.file, clip.field, **drawn)
         self._share.count(len(frames))
         return SourceClip(frames, **answer | {"size": tuple(answer["size"])})
 
-    async def decode_sound(self, decoders: Decoders, rate: int | None) -> SourceSound | None:
-        """The sound; the encoded one is released. `rate`: samples a second that the model takes; None: not known."""
-        sound, self._sound = self._sound, None
-        if sound is None:
-            return None
+    async def decode_sound(self, decoders: Decoders, rate: int | None) -> SourceSound:
+        """The sound, which must be there; the encoded one is released.
+
+        `rate`: samples a second that the model takes; None: not known.
+        """
+        sound, self.sound = self.sound, None
+        assert sound
         assert isinstance(sound.file, bytes)
         answer, samples = await decoders.run("sound", sound.file, sound.field, most_s=self._limits.seconds, rate=rate)
         self._share.count(len(samples))

@@ -302,11 +302,15 @@ class Service:
         await sources.fetch(self.fetcher, self.decoders, self._clip_decoders)
         self.queue.release([part.ticket for part in job.parts])
         await turn.wait()
-        own, multiple = await own_size(self.engine, job.config, 0)
-        clip = await sources.decode_clip(self._clip_decoders, own, multiple)
-        can = await self.abilities(job.config)
-        sound = await sources.decode_sound(self._clip_decoders, can.sound.rate if can and can.sound else None)
-        return replace(await sources.decode(self.decoders), clip=clip, sound=sound)
+        decoded = await sources.decode(self.decoders)
+        if sources.clip:
+            own, multiple = await own_size(self.engine, job.config, 0)
+            decoded = replace(decoded, clip=await sources.decode_clip(self._clip_decoders, own, multiple))
+        if sources.sound:
+            can = await self.abilities(job.config)
+            rate = can.sound.rate if can and can.sound else None
+            decoded = replace(decoded, sound=await sources.decode_sound(self._clip_decoders, rate))
+        return decoded
 
     def _leave(self, job: Job) -> None:
         for part in job.parts:
