@@ -141,7 +141,7 @@ def test_the_model_list_says_what_makes_sound(server: Served) -> None:
     assert [limits[name] for name in ("seconds", "sample_rate", "frames", "frame_step")] == [4, 4, None, None]
     limits = server.client.get("/v1/models/StableDiffusion").json()["sfumato"]["limits"]
     assert [limits[name] for name in ("seconds", "sample_rate", "frames", "frame_step")] == [None] * 4
-    assert told["architecture"] == {"input_modalities": ["text"], "output_modalities": ["audio"]}
+    assert told["architecture"] == {"input_modalities": ["text", "audio"], "output_modalities": ["audio"]}
 
 
 def test_sounds_are_made_beside_each_other_and_beside_pictures(server: Served) -> None:
