@@ -225,6 +225,24 @@ def test_a_hostile_sound_is_refused(name: str) -> None:
         decoded(make())
 
 
+@pytest.mark.parametrize("level", [float("nan"), float("inf"), 1e9])
+def test_samples_that_are_no_levels_are_refused(level: float) -> None:
+    needs("flac")
+    import av
+
+    file = io.BytesIO()
+    with av.open(file, "w", format="wav") as container:
+        stream: Any = container.add_stream("pcm_f32le", 8000, layout="mono")
+        samples = waves(800, 1)
+        samples[0, 5] = level
+        frame = av.AudioFrame.from_ndarray(samples, format="flt", layout="mono")
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    with pytest.raises(InvalidPicture, match="beyond 64 times full scale"):
+        decoded(file.getvalue())
+
+
 def test_a_film_without_sound_is_none() -> None:
     needs("mp4")
     from support.moving import contained as film

@@ -31,6 +31,9 @@ MAX_RATE = 384_000
 
 MOST_CHANNELS = 2
 
+MAX_LEVEL = 64
+"""Times full scale: floats may be louder, and codecs overshoot."""
+
 
 def decode(data: bytes, param: str, most_s: float, rate: int | None) -> tuple[dict[str, Any], bytes]:
     """The samples, channel by channel in floats of 32 bits, and `channels`, `rate` and `sha256` as `core.SourceSound`
@@ -119,7 +122,13 @@ def _by_pyav(
             samples = [array.array("f") for _ in range(channels)]
             resampler = av.AudioResampler(format="fltp", layout=layout, rate=made)
             for frame in _frames(file, stream, resampler):
-                for each, plane in zip(samples, frame.to_ndarray(), strict=True):
+                planes = frame.to_ndarray()
+                if not abs(planes).max(initial=0) <= MAX_LEVEL:  # also refuses NaN
+                    raise InvalidPicture(
+                        f"{param}: the sound has samples beyond {MAX_LEVEL} times full scale, or that are no numbers",
+                        param=param,
+                    )
+                for each, plane in zip(samples, planes, strict=True):
                     each.frombytes(plane.tobytes())
                 _refuse_long(len(samples[0]) / made, most_s, param)
     except av.error.FFmpegError as error:
