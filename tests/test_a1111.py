@@ -504,7 +504,7 @@ def prepared(body: Img2ImgBody, **settings: Any) -> Decoded:
             images, mask, share=service.budget.share(), limits=service.limits, fitting=fitting, scale=scale
         )
         try:
-            await sources.fetch(service.fetcher, service.decoders)
+            await sources.fetch(service.fetcher, service.decoders, service.decoders)
             return await sources.decode(service.decoders)
         finally:
             await service.stop()

@@ -26,6 +26,7 @@ from sfumato.sampling import nested
 from support import tiny
 from support.engines import Engine
 from support.families_moving import FAMILIES
+from support.moving import source_clip
 from support.probed import needs
 from support.replayed import same_after_a_kill
 
@@ -188,6 +189,13 @@ def test_events_of_a_clip_are_those_of_a_picture(folder: Path) -> None:
     assert (events[2].width, events[2].height) == (16, 16)
 
 
+def test_previews_of_a_clip_from_a_clip(folder: Path) -> None:
+    engine = Engine(folder)
+    engine.draw(clip("shown", clip=source_clip(5), num_frames=None, strength=1.0, previews=1))
+    events = engine.events("shown")
+    assert [type(event) for event in events] == [Step, Step, Preview, Step, Step, Done]
+
+
 @pytest.mark.parametrize("suffix", ["gif", "webp"])
 def test_the_command_line_writes_a_clip_and_draws_it_again_from_its_file(
     folder: Path, tmp_path: Path, suffix: str
@@ -204,6 +212,25 @@ def test_the_command_line_writes_a_clip_and_draws_it_again_from_its_file(
     ran = CliRunner().invoke(app, ["generate", "--like", str(first), "--models", str(tmp_path), "-o", str(again)])
     assert ran.exit_code == 0, (ran.output, ran.exception)
     assert again.read_bytes() == first.read_bytes()
+
+
+def test_clips_from_clips_share_forward_passes_with_clips_from_a_text(folder: Path) -> None:
+    """Of two classes on the same weights."""
+    sources = {name: source_clip(5, fps) for name, fps in (("one", 8), ("two", 12))}
+    asked = [clip(name, clip=made, num_frames=None, strength=0.8, steps=6) for name, made in sources.items()]
+    engine = Engine(folder)
+    together = engine.draw(*asked, clip("text"))
+    assert engine.shared("transformer") >= 2
+    for each in asked:
+        alone = Engine(folder, max_batch=1).draw(each)[each.id]
+        assert np.abs(frames(alone) - frames(together[each.id])).max() <= 1
+        assert together[each.id].recipe.pipeline == "WanVideoToVideoPipeline"
+    assert not np.array_equal(frames(together["one"]), frames(together["text"]))
+
+
+def test_a_killed_worker_draws_from_the_same_clip_again(folder: Path) -> None:
+    generation = clip("from", clip=source_clip(5, 8), num_frames=None, steps=30, strength=1.0)
+    same_after_a_kill(Engine(folder).config, generation)
 
 
 def test_a_killed_worker_is_replaced_and_the_clip_is_the_same(folder: Path) -> None:

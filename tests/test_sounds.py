@@ -159,7 +159,9 @@ def test_a_picture_with_the_fields_of_a_sound_is_refused() -> None:
 def test_a_model_of_pictures_makes_no_sound_and_the_reverse() -> None:
     with pytest.raises(InvalidRequest, match=r"m makes pictures \(.*\), and the request is for sound"):
         sound_of(loaded(tiny.stable_diffusion()), asked("StableAudio"))
-    with pytest.raises(InvalidRequest, match=r"m makes sound \(text-to-audio\), and the request is for pictures"):
+    with pytest.raises(
+        InvalidRequest, match=r"m makes sound \(text-to-audio, audio-to-audio\), and the request is for pictures"
+    ):
         drawing.picture(model("StableAudio"), wanted(prompt="a cat"), quiet)
     with pytest.raises(InvalidRequest, match="the request is for clips"):
         drawing.picture(model("StableAudio"), wanted(prompt="a cat", format="webp"), quiet)

@@ -111,7 +111,10 @@ def test_what_cannot_be_made_loads_no_model(tmp_path: Path) -> None:
         model = server.model("StableAudio")
         answer = server.generate(model)
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, "model")
-        assert "makes sound (text-to-audio), and the request is for pictures" in answer.json()["error"]["message"]
+        assert (
+            "makes sound (text-to-audio, audio-to-audio), and the request is for pictures"
+            in answer.json()["error"]["message"]
+        )
         assert server.told(model)["status"] == "unloaded"
 
 
@@ -133,12 +136,12 @@ def test_the_examples_of_the_guide_make_sounds(server: Served, example: str) -> 
 
 def test_the_model_list_says_what_makes_sound(server: Served) -> None:
     told = server.client.get("/v1/models/StableAudio").json()
-    assert told["sfumato"]["tasks"] == ["text-to-audio"]
+    assert told["sfumato"]["tasks"] == ["text-to-audio", "audio-to-audio"]
     limits = told["sfumato"]["limits"]
     assert [limits[name] for name in ("seconds", "sample_rate", "frames", "frame_step")] == [4, 4, None, None]
     limits = server.client.get("/v1/models/StableDiffusion").json()["sfumato"]["limits"]
     assert [limits[name] for name in ("seconds", "sample_rate", "frames", "frame_step")] == [None] * 4
-    assert told["architecture"] == {"input_modalities": ["text"], "output_modalities": ["audio"]}
+    assert told["architecture"] == {"input_modalities": ["text", "audio"], "output_modalities": ["audio"]}
 
 
 def test_sounds_are_made_beside_each_other_and_beside_pictures(server: Served) -> None:

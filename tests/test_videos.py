@@ -183,7 +183,10 @@ def test_a_picture_of_an_image_job_is_no_clip(server: Server) -> None:
     assert (after.status_code, after.json()["error"]["param"]) == (400, "after")
     refused = server.client.post("/v1/images/generations", json={"prompt": "a cat", "model": "film"})
     assert refused.status_code == 400
-    assert "film makes clips (text-to-video), and the request is for pictures" in refused.json()["error"]["message"]
+    assert (
+        "film makes clips (text-to-video, video-to-video), and the request is for pictures"
+        in refused.json()["error"]["message"]
+    )
     assert server.client.get("/v1/videos/no-such").status_code == 404
 
 
@@ -362,7 +365,7 @@ def test_mp4_is_the_default(server: Server, client: openai.OpenAI) -> None:
 
 def test_the_model_list_says_what_it_makes(server: Server) -> None:
     told = {each["id"]: each for each in server.client.get("/v1/models").json()["data"]}
-    assert told["film"]["sfumato"]["tasks"] == ["text-to-video"]
+    assert told["film"]["sfumato"]["tasks"] == ["text-to-video", "video-to-video"]
     assert told["from-picture"]["sfumato"]["tasks"] == ["image-to-video"]
     assert told["film"]["architecture"]["output_modalities"] == ["video"]
     assert told["film"]["sfumato"]["formats"] == written_here("video")

@@ -110,6 +110,12 @@ def generate(
     image: Annotated[
         list[Path] | None, typer.Option(help="Source picture; again for more.", exists=True, dir_okay=False)
     ] = None,
+    video: Annotated[
+        Path | None, typer.Option(help="Clip that a clip is drawn from.", exists=True, dir_okay=False)
+    ] = None,
+    audio: Annotated[
+        Path | None, typer.Option(help="Sound that a sound is made from.", exists=True, dir_okay=False)
+    ] = None,
     mask: Annotated[Path | None, typer.Option(help="Mask: white is redrawn.", exists=True, dir_okay=False)] = None,
     control: Annotated[
         list[str] | None,
@@ -136,6 +142,10 @@ def generate(
         "size": size,
         "seed": seed,
         "images": [each.read_bytes() for each in image] if image else None,
+        "video": video.read_bytes() if video else None,
+        "video_field": "--video" if video else None,
+        "audio": audio.read_bytes() if audio else None,
+        "audio_field": "--audio" if audio else None,
         "mask": mask.read_bytes() if mask else None,
         "controls": [kept_sources.passed(text) for text in control] if control else None,
         "n": n,

@@ -178,6 +178,43 @@ def labels(controls: Sequence[Control]) -> list[str]:
 
 
 @dataclass(frozen=True, slots=True)
+class SourceClip:
+    """The clip that another is drawn from, decoded: at most the frames that its request draws, at the size drawn."""
+
+    frames: bytes
+    """RGB, 8 bits a channel: frame by frame, row by row."""
+    width: int
+    height: int
+    """Of these frames, in pixels."""
+    fps: float
+    """Frames a second, as the file has them."""
+    size: tuple[int, int]
+    """Width and height in pixels that the file has."""
+    sha256: str
+    """Of the file."""
+
+    def __len__(self) -> int:
+        return len(self.frames) // (self.width * self.height * 3)
+
+
+@dataclass(frozen=True, slots=True)
+class SourceSound:
+    """The sound that another is made from, decoded."""
+
+    samples: bytes
+    """32-bit floats of -1 .. 1, channel by channel."""
+    channels: int
+    rate: int
+    """Samples a second."""
+    sha256: str
+    """Of the file."""
+
+    @property
+    def seconds(self) -> float:
+        return len(self.samples) / (4 * self.channels * self.rate)
+
+
+@dataclass(frozen=True, slots=True)
 class Generation:
     """One picture, clip or sound to make. `n` of them are `n` of these, with seeds `seed`, `seed + 1`, ..."""
 
@@ -191,6 +228,8 @@ class Generation:
     """A name of `formats.FORMATS`: what it ends in, and how the file is written."""
     images: tuple[bytes, ...] = ()
     """Source pictures, each an encoded PNG, upright, RGB or RGBA."""
+    clip: SourceClip | None = None
+    sound: SourceSound | None = None
     caller: str = ""
     """Who sent the request; the engine is shared fairly between callers."""
     mask: bytes | None = None
@@ -309,6 +348,10 @@ class Recipe:
     """Names of the model file's LoRAs that did not act."""
     hires: Hires | None = None
     """The second pass; all other fields are of the first, except the size."""
+    video_sha256: str | None = None
+    """Digest of the file of the source clip."""
+    audio_sha256: str | None = None
+    """Digest of the file of the source sound."""
 
     @property
     def size(self) -> tuple[int, int]:

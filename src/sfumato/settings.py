@@ -169,7 +169,9 @@ class Settings:
         512, "Source pictures of all queued and running requests, in MiB; further ones get a 429.", least=1
     )
     decoders: int = _setting(2, "Maximum source pictures decoded at the same time, each in its own process.", least=1)
-    decode_s: int = _setting(10, "Maximum CPU time for decoding a source picture, in seconds.", least=1)
+    decode_s: int = _setting(
+        10, "Maximum CPU time for decoding a source picture, in seconds; a clip may take six times as long.", least=1
+    )
     picture_hosts: str = _setting(
         "", "Hosts (comma-separated) whose picture URLs are fetched even if their address is not public."
     )

@@ -21,7 +21,7 @@ class Input:
     """A field of requests that a model takes."""
 
     name: str
-    """`prompt`, `image`, `mask` or `controls`."""
+    """`prompt`, `image`, `video`, `audio`, `mask` or `controls`."""
     least: int
     """How many every request needs; 0: optional."""
     most: int | None
@@ -44,6 +44,11 @@ class FrameRule:
     def at_least(self, frames: float) -> int:
         """The smallest number of frames that the model draws and that is not below this."""
         return math.ceil((max(self.first, frames) - self.first) / self.step - 1e-9) * self.step + self.first
+
+    def at_most(self, frames: float) -> int:
+        """The largest number of frames that it draws and that is not above this; below `first`: there is none."""
+        high = frames if self.most is None else min(frames, self.most)
+        return math.floor((high - self.first) / self.step + 1e-9) * self.step + self.first
 
     def violation(self, frames: int) -> str:
         """Why a clip has not this many, in words; empty if it may."""
@@ -82,8 +87,8 @@ class Abilities:
     """What requests may ask of a model."""
 
     tasks: tuple[str, ...] = ()
-    """What it does, of text-to-image, label-to-image, image-to-image, inpainting and upscaling, or of text-to-video
-    and image-to-video, or text-to-audio."""
+    """What it does, of text-to-image, label-to-image, image-to-image, inpainting and upscaling, or of text-to-video,
+    image-to-video and video-to-video, or of text-to-audio and audio-to-audio."""
     inputs: tuple[Input, ...] = ()
     problem: str = ""
     """Why no request can have anything of it, in words."""

@@ -79,7 +79,9 @@ CAPABILITIES: Mapping[str, str] = MappingProxyType(
         "upscaling": "upscale",
         "text-to-video": "video",
         "image-to-video": "video",
+        "video-to-video": "video",
         "text-to-audio": "sound_generation",
+        "audio-to-audio": "sound_generation",
     }
 )
 """Task → LocalAI's name of what it is for."""
@@ -282,7 +284,7 @@ def _architecture(config: ModelConfig, abilities: Abilities | None) -> dict[str,
     names = {each.name for each in abilities.inputs}
     if not config.enables("image"):
         names -= {"image", "mask"}
-    inputs = {"text": {"prompt"}, "image": {"image", "mask", "controls"}}
+    inputs = {"text": {"prompt"}, "image": {"image", "mask", "controls"}, "video": {"video"}, "audio": {"audio"}}
     return {
         "input_modalities": [modality for modality, of in inputs.items() if names & of],
         "output_modalities": [abilities.kind] if abilities.tasks else [],

@@ -19,6 +19,7 @@ from sfumato.api.http.forms import openapi_body, reader
 from sfumato.api.keeping import file_headers, file_keeper
 from sfumato.api.lora_fields import LoraFields
 from sfumato.api.openai import answers
+from sfumato.api.openai.pictures import Pictures
 from sfumato.core import INTERACTIVE, MAX_SEED
 from sfumato.errors import InvalidRequest
 from sfumato.formats import AUDIO, FORMATS, SOUND, check, of_kind
@@ -49,6 +50,12 @@ class _Common(LoraFields):
     response_format: Text = Field(None, description=f"One of {', '.join(of_kind(AUDIO))}; absent: {SOUND}.")
     seed: Seed = Field(
         None, description=f"{RANDOM_SEED} or absent: random; the file's recipe has it. At most {MAX_SEED}."
+    )
+    audio_reference: Pictures = Field(
+        [],
+        max_length=1,
+        description="A sound that the result is made from, or sounds like, as the model takes it (`audio` in its "
+        '`inputs`): `{"audio_url": ...}`, base64, data: URI, http(s) URL or `{file_id}`; in a form, a file.',
     )
     keep_alive: KeepAlive = Field(
         None, description="How long the model stays in memory once it is idle, as for pictures.", examples=["5m"]
@@ -95,6 +102,8 @@ class _SoundBody(_Sampled):
                 "format": self.format(),
                 "keep_alive": self.keep_alive,
                 "priority": self.priority,
+                "audio": self.audio_reference[0] if self.audio_reference else None,
+                "audio_field": "audio_reference",
                 "loras": self.all_loras,
                 "replace_loras": bool(self.replace_loras),
             }
@@ -188,7 +197,10 @@ async def _answer(context: Context, body: GenerateBody | SoundGenerationBody) ->
     more = context.origin | {"model": body.model or await _first_of_sound(service), "keep": keep}
 
     async def make() -> Response:
-        job = await service.submit(body.to_request(**more))
+        request = body.to_request(**more)
+        body.audio_reference = []  # a body lives until its request is answered
+        job = await service.submit(request)
+        del request
         (done,) = await answers.all_pictures(job, context.gallery)
         headers = answers.warning_headers(body.ignored(), [done]) | file_headers(job, done)
         return Response(done.file, media_type=FORMATS[done.format].media_type, headers=headers)

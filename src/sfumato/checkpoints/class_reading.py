@@ -19,6 +19,7 @@ from sfumato.checkpoints.class_needs import Lacks, Settings
 from sfumato.config import ModelConfig
 from sfumato.pipelines import capabilities
 from sfumato.pipelines.inputs import (
+    CLIP,
     CONTROL,
     FRAME_COUNTS,
     LABEL,
@@ -70,12 +71,20 @@ def of_name(name: str) -> Reading | None:
         for each in signature
         if (role := role_of(each, signature.keys())) and not (role == PICTURE and CAPTION in fields)
     )
+    if source := clip_rules.SOURCES.get(name):  # a mask of these classes is moving, too
+        inputs = (*(each for each in inputs if each.role != MASK), _clip(name, call, source))
+    if heard := sound_rules.SOURCES.get(name):
+        inputs = (*inputs, Parameter(heard.parameter, heard.role, False))
     plain = of_signature(name, signature)
     output = _output(call, fields, signature.keys())
     masked = any(each.role == MASK for each in inputs) and _concatenates_mask(name, call)
     clips = (each for each in signature if each in (*SOURCE_CLIPS, *SOURCE_SOUNDS) and each not in plain.unmet)
-    unmet = plain.unmet + tuple(each for each in clips if not _does_without(name, call, each))
+    unmet = plain.unmet + tuple(each for each in clips if each != source and not _does_without(name, call, each))
     return Reading(name, plain.parameters, inputs, output, unmet, masked)
+
+
+def _clip(name: str, call: ast.FunctionDef, parameter: str) -> Parameter:
+    return Parameter(parameter, CLIP, not _does_without(name, call, parameter))
 
 
 @functools.cache
@@ -155,7 +164,17 @@ def kin_of(
     siblings = {task: class_needs.on_parts(sibling, lacks) for task, sibling in found.items() if sibling}
     image, mask = (each if each and not each.lacks else None for each in map(siblings.get, ("image", "mask")))
     masks_only = unet_channels == MASKED_CHANNELS
-    return Kin(class_needs.on_parts(own, lacks), image, mask, masks_only, nets, kinds, more, frames, sound)
+    clip = own if own.of(CLIP) else _of_clips(own, lacks, setting)
+    return Kin(class_needs.on_parts(own, lacks), image, mask, masks_only, nets, kinds, more, frames, sound, clip)
+
+
+def _of_clips(own: Reading, lacks: Lacks, setting: Settings) -> Reading | None:
+    """The class that draws from a clip on the same weights. None: there is none, or it would pass over Wan 2.2's second
+    denoiser or its times for each token."""
+    name = clip_rules.FROM_CLIPS.get(own.name)
+    if name is None or setting("", "expand_timesteps") or setting("", "boundary_ratio") is not None:
+        return None
+    return of_name(name)
 
 
 def kin_of_pipeline(pipeline: Any) -> Kin:

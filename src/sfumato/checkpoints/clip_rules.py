@@ -49,6 +49,29 @@ LATENT_FRAMES: Mapping[str, int] = MappingProxyType({"AllegroTransformer3DModel"
 """Denoisers whose setting counts frames of latents -> frames that the VAE makes of each."""
 
 
+SOURCES: Mapping[str, str] = MappingProxyType(
+    {
+        "WanVideoToVideoPipeline": "video",
+        "WanVACEPipeline": "video",
+        "CogVideoXVideoToVideoPipeline": "video",
+        "CogVideoXFunControlPipeline": "control_video",
+        "AnimateDiffVideoToVideoPipeline": "video",
+        "AnimateDiffControlNetPipeline": "conditioning_frames",
+    }
+)
+"""Classes that make a clip of each frame of another -> the parameter for it. Each was compared with a plain call; those
+that continue a clip, or take several, are not here (docs/guides/video.md)."""
+
+FROM_CLIPS: Mapping[str, str] = MappingProxyType(
+    {
+        "WanPipeline": "WanVideoToVideoPipeline",
+        "CogVideoXPipeline": "CogVideoXVideoToVideoPipeline",
+        "AnimateDiffPipeline": "AnimateDiffVideoToVideoPipeline",
+    }
+)
+"""Class -> that which draws from a clip on the same weights; diffusers' own table has Wan alone."""
+
+
 def frame_rule(step: Any, longest: Any, vae: str) -> FrameRule:
     """`step`: the value of one of `STEPS`; `longest`: that of `LONGEST`; anything else: not known. `vae`: its class."""
     counted = step * IN_PAIRS.get(vae, 1) if isinstance(step, int) and step > 1 else 1

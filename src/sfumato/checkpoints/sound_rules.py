@@ -10,9 +10,12 @@ import ast
 import functools
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from sfumato.checkpoints import diffusers_source
+from sfumato.pipelines.inputs import TIMBRE, TUNE
 from sfumato.status import SoundRule
 
 LENGTHS = ("audio_end_in_s", "audio_length_in_s", "audio_duration_s", "audio_duration", "duration")
@@ -20,6 +23,29 @@ LENGTHS = ("audio_end_in_s", "audio_length_in_s", "audio_duration_s", "audio_dur
 
 RATES = (("vocoder", "sampling_rate"), ("vae", "sampling_rate"), ("vae", "sample_rate"), ("unet", "sample_rate"))
 """Parts that make samples, and what their settings call samples a second."""
+
+
+@dataclass(frozen=True, slots=True)
+class SoundInput:
+    """How a class takes a sound."""
+
+    parameter: str
+    role: str
+    """`TUNE`: the result has its length and is drawn over it; `TIMBRE`: it sounds like it."""
+    rate: str = ""
+    """The parameter for its samples a second."""
+    batched: bool = False
+    """Whether it has a dimension for the batch."""
+
+
+SOURCES: Mapping[str, SoundInput] = MappingProxyType(
+    {
+        "StableAudioPipeline": SoundInput("initial_audio_waveforms", TUNE, "initial_audio_sampling_rate", batched=True),
+        "AceStepPipeline": SoundInput("reference_audio", TIMBRE),
+    }
+)
+"""Classes that take a sound, each compared with a plain call. Stable Audio 3's for sounds begin with noise alone by
+default, and ACE-Step's `src_audio` needs another task than to make music of a text."""
 
 SMALLEST = 3
 """`DanceDiffusionPipeline` wants so many times the samples that its UNet makes one of."""

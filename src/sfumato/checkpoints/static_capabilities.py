@@ -260,6 +260,16 @@ def _multiple(name: str, parts: _Parts) -> int | None:
     return int(factor) if isinstance(factor, int | float) and factor else None
 
 
+def default_size(name: str, folder: Path, index: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Width and height in pixels that a class draws by default, by its signature or its components; None: unknown."""
+    parameters = class_reading.parameters(name) or {}
+    sides = [parameters[side].default for side in ("width", "height") if side in parameters]
+    if len(sides) == 2 and all(isinstance(side, int) for side in sides):
+        return sides[0], sides[1]
+    side = default_side(name, folder, index)
+    return (side, side) if side else None
+
+
 def default_side(name: str, folder: Path, index: Mapping[str, Any]) -> int | None:
     """Pixels of each side that a class draws by default on components with these configurations; None: unknown."""
     parts = _Parts(folder, index)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -121,7 +122,7 @@ def _as_request(recipe: Recipe) -> dict[str, Any]:
         "sampling": replace(
             recipe.sampling,
             scheduler=schedulers.canonical_name(recipe.sampling.scheduler),
-            strength=recipe.sampling.strength if recipe.image_sha256 else None,
+            strength=recipe.sampling.strength if recipe.image_sha256 or recipe.video_sha256 else None,
             **_first_size(recipe),
         ),
         "hires": _second_pass(recipe),
@@ -170,6 +171,17 @@ def _check_sources(request: ImageRequest, recipe: Recipe, settings: Settings) ->
             png, _ = images.normalise(source, flag, images.Bounds.of(settings))
             if images.fingerprint(images.as_mask(png) if flag == "--mask" else png) != digest:
                 raise InvalidRequest(f"{flag}: not the picture that the recipe was made from (its pixels differ)")
+    _check_file("--video", request.video, recipe.video_sha256)
+    _check_file("--audio", request.audio, recipe.audio_sha256)
+
+
+def _check_file(flag: str, file: str | bytes | None, digest: str | None) -> None:
+    if (hashlib.sha256(file).hexdigest() if isinstance(file, bytes) else None) == digest:
+        return
+    why = "was made from none" if digest is None else "was made from one, and none was passed"
+    if file is not None and digest:
+        why = f"was made from another one (the SHA-256 of its file is {digest})"
+    raise InvalidRequest(f"{flag}: the recipe {why}. A recipe keeps the digest of a source file, not the file itself.")
 
 
 def _with_source_size(request: ImageRequest, recipe: Recipe, settings: Settings) -> ImageRequest:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,15 +13,16 @@ from PIL import Image, ImageOps
 
 from sfumato.checkpoints import class_reading, clip_rules, few_steps, file_values
 from sfumato.config.model import REQUEST_DEFAULTS
-from sfumato.core import QUALITIES, Generation
+from sfumato.core import QUALITIES, Generation, SourceClip
 from sfumato.drawing import crop, picture_arguments, preprocessors
 from sfumato.errors import InvalidRequest
 from sfumato.formats import VIDEO, kind_of
 from sfumato.models.load import Loaded, token_limit
 from sfumato.pictures import images
+from sfumato.pictures.fitting import near, of_source
 from sfumato.pipelines import request_fields
 from sfumato.pipelines.capabilities import MULTIPLES, parameters_of, upscaler
-from sfumato.pipelines.inputs import LAST, MOVING, check_sides, near
+from sfumato.pipelines.inputs import LAST, MOVING, check_sides
 from sfumato.sampling import PARAMETERS, Parameter, Sampling, merged
 
 SAMPLED = frozenset(parameter.argument for parameter in PARAMETERS if parameter.argument)
@@ -50,17 +50,19 @@ class Canvas:
     """The area of the drawn picture that is the result; None: all of it."""
     controls: tuple[Image.Image, ...] = ()
     """Control pictures; RGB, at this size."""
+    clip: tuple[Image.Image, ...] = ()
+    """The frames of the source clip; RGB, at this size."""
 
     @property
     def sized(self) -> bool:
         """Whether a picture has the result's size already, so that a class need not be told it."""
-        return bool(self.sources or self.controls)
+        return bool(self.sources or self.controls or self.clip)
 
 
 def fill(model: Loaded, pipeline: Any, generation: Generation) -> Generation:
     """Fill in what the request leaves open, from the model file and the seed page; class defaults stay None."""
     of_quality = Sampling(steps=_steps_of_quality(model, pipeline, generation.quality))
-    of_file = _of_file(model, pipeline, pictures=bool(generation.images or generation.controls))
+    of_file = _of_file(model, pipeline, pictures=bool(generation.images or generation.controls or generation.clip))
     kind = kind_of(generation.format)
     of_file = replace(of_file, **{each.name: None for each in PARAMETERS if kind not in each.of})
     # A locked parameter without a value in the file is the pipeline class's own.
@@ -163,7 +165,7 @@ def canvas(model: Loaded, pipeline: Any, filled: Generation) -> Canvas:
             param="size",
         )
     if breach:
-        size = _size((*canvas.sources, *canvas.controls)[0])
+        size = _size((*canvas.sources, *canvas.controls, *canvas.clip)[0])
         raise InvalidRequest(
             f"image: {size} would become {canvas.width}x{canvas.height}; {breach}. Send a size, or a smaller picture.",
             param="image",
@@ -178,6 +180,8 @@ def _canvas(model: Loaded, pipeline: Any, filled: Generation) -> Canvas:
         check_sides(model.config.name, width, height, multiple)
     sources = [images.on_white(images.decoded(png)) for png in filled.images]
     controls = tuple(images.on_white(images.decoded(png)) for png in picture_arguments.encoded(filled))
+    if filled.clip:
+        return _moving(model, filled, filled.clip, (width, height), multiple)
     if not sources:
         plain = _cropped((width, height), multiple) if width and height else Canvas(width, height, [], None)
         return replace(plain, controls=controls)
@@ -211,14 +215,26 @@ def _canvas(model: Loaded, pipeline: Any, filled: Generation) -> Canvas:
 
 
 def _of_source(model: Loaded, filled: Generation, source: Image.Image, multiple: int) -> tuple[int, int]:
-    """The size of a result that says none: its source's; of a clip, which costs that many times over, at most the
-    area of the model's own."""
-    width, height = source.size
-    own = own_size(model)
-    if kind_of(filled.format) == VIDEO and own[0] and own[1]:
-        scale = min(1.0, math.sqrt(own[0] * own[1] / (width * height)))
-        width, height = round(width * scale), round(height * scale)
-    return near(width, multiple), near(height, multiple)
+    """The size of a result that says none."""
+    return of_source(source.size, own_size(model) if kind_of(filled.format) == VIDEO else (None, None), multiple)
+
+
+def _moving(
+    model: Loaded, filled: Generation, clip: SourceClip, size: tuple[int | None, int | None], multiple: int
+) -> Canvas:
+    """The frames of a source clip that are drawn from; they have the size already, if it was known when they were
+    decoded."""
+    width, height = size
+    if not (width and height):
+        width, height = of_source(clip.size, own_size(model), multiple)
+    each = clip.width * clip.height * 3
+    frames = memoryview(clip.frames)[: each * (filled.sampling.num_frames or len(clip))]
+    shown = (
+        Image.frombytes("RGB", (clip.width, clip.height), frames[start : start + each])
+        for start in range(0, len(frames), each)
+    )
+    fitted = (frame if frame.size == (width, height) else _fit(frame, width, height) for frame in shown)
+    return Canvas(width, height, [], None, clip=tuple(fitted))
 
 
 def _controls(canvas: Canvas) -> Iterator[Image.Image]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from sfumato.checkpoints import clip_rules
-from sfumato.core import Generation
+from sfumato.core import Generation, SourceClip
 from sfumato.drawing.arguments import Canvas, own_size, signature_default
 from sfumato.errors import InvalidRequest
 from sfumato.formats import VIDEO, check_rate, kind_of
@@ -16,6 +17,7 @@ from sfumato.pictures.results import Clip, Result
 from sfumato.pipelines.capabilities import parameters_of
 from sfumato.pipelines.inputs import FRAME_COUNTS
 from sfumato.sampling import Sampling
+from sfumato.status import FrameRule
 
 TRAINED = ("num_frames", "sample_frames")
 """Settings of denoisers for the frames that they were trained with."""
@@ -29,6 +31,8 @@ def settled(model: Loaded, pipeline: Any, requested: Sampling, filled: Generatio
     if kind_of(filled.format) != VIDEO:
         return filled
     sampling, rule = filled.sampling, clip_rules.of_pipeline(pipeline)
+    if filled.clip:
+        return _of_source(model.config.name, rule, requested, filled, filled.clip)
     fps, frames = sampling.fps or rate(model, pipeline), sampling.num_frames
     if sampling.seconds and (requested.seconds or frames is None):  # a request's, before the file's frames
         frames = rule.at_least(sampling.seconds * fps)
@@ -43,6 +47,29 @@ def settled(model: Loaded, pipeline: Any, requested: Sampling, filled: Generatio
     return replace(filled, sampling=replace(sampling, num_frames=frames, fps=fps, seconds=None))
 
 
+def _of_source(model: str, rule: FrameRule, requested: Sampling, filled: Generation, clip: SourceClip) -> Generation:
+    """The frames and the rate of a clip from another one: that one's own, not the model file's, if the request says
+    none. Raises InvalidRequest for more frames than there are."""
+    fps = requested.fps or clip.fps
+    length = requested.num_frames or (math.floor(requested.seconds * fps + 1e-6) if requested.seconds else len(clip))
+    if length > len(clip):
+        raise InvalidRequest(
+            f"num_frames: {length}; the source clip has {len(clip)}. Send at most as many, or leave it out",
+            param="num_frames",
+        )
+    frames = requested.num_frames or rule.at_most(length)
+    if frames < rule.first:
+        raise InvalidRequest(
+            f"video: {length} frames of it are to be drawn from; {model} draws {rule.first} or more", param="video"
+        )
+    if why := rule.violation(frames):
+        raise InvalidRequest(f"num_frames: {frames}; {model} does not draw that many: {why}", param="num_frames")
+    check_rate(filled.format, fps)
+    if filled.limits:
+        filled.limits.check_length(frames, fps)
+    return replace(filled, sampling=replace(filled.sampling, num_frames=frames, fps=fps, seconds=None))
+
+
 def check_size(model: Loaded, filled: Generation, canvas: Canvas) -> None:
     """Raises InvalidRequest for a clip that is larger than the limits, also by the defaults of its model."""
     if kind_of(filled.format) != VIDEO or not filled.limits:
@@ -52,12 +79,16 @@ def check_size(model: Loaded, filled: Generation, canvas: Canvas) -> None:
     filled.limits.check_clip(width, height, filled.sampling.num_frames or default_frames(model) or 1)
 
 
-def warnings(filled: Generation, result: Result) -> list[str]:
-    """A warning if the class drew other frames than it was told."""
+def warnings(requested: Generation, filled: Generation, result: Result) -> list[str]:
+    """A warning if the class drew other frames than it was told, or a source clip has frames that nobody left out."""
     frames = filled.sampling.num_frames
-    if not isinstance(result, Clip) or frames in (None, len(result)):
+    if not isinstance(result, Clip):
         return []
-    return [f"num_frames: {len(result)} were drawn, and {frames} requested"]
+    told = [] if frames in (None, len(result)) else [f"num_frames: {len(result)} were drawn, and {frames} requested"]
+    clip, sampling = requested.clip, requested.sampling
+    if clip and frames and frames < len(clip) and not (sampling.num_frames or sampling.seconds):
+        told.append(f"num_frames: {frames}, and the source clip has {len(clip)}: the class does not draw as many")
+    return told
 
 
 def arguments(pipeline: Any, filled: Generation) -> dict[str, Any]:
@@ -94,8 +125,11 @@ def default_frames(model: Loaded) -> int | None:
     return next((frames for frames in known if isinstance(frames, int) and frames), None)
 
 
-def frames(model: Loaded, requested: Sampling) -> float:
+def frames(model: Loaded, generation: Generation) -> float:
     """Those of a clip before its pipeline is chosen, not rounded to what the class draws; 1 if nobody says."""
+    requested, clip = generation.sampling, generation.clip
+    if clip:
+        return len(clip)  # no more than it draws
     if requested.seconds:
         return requested.seconds * (requested.fps or rate(model, model.pipeline))
     return requested.num_frames or default_frames(model) or 1

@@ -18,7 +18,7 @@ from sfumato.batching import views
 from sfumato.batching.adapted import Selection
 from sfumato.batching.batcher import is_out_of_memory
 from sfumato.batching.module_runner import ModuleRunner
-from sfumato.checkpoints import feature_caches
+from sfumato.checkpoints import clip_rules, feature_caches
 from sfumato.config import at_fault
 from sfumato.core import VAE_TILING, Done, Generation, Recipe
 from sfumato.drawing import (
@@ -41,6 +41,7 @@ from sfumato.formats import WORDS, kind_of
 from sfumato.models import ip_adapters
 from sfumato.models.load import Loaded
 from sfumato.models.release import release_frames
+from sfumato.models.siblings import over
 from sfumato.pictures import files, images
 from sfumato.pictures.encoder import HERE, Encoder
 from sfumato.pictures.results import Clip, Result, Sound
@@ -162,7 +163,7 @@ def _draw_on_view(
         if isinstance(error, Exception) and model.state.broken:
             raise Disturbed from error
         if isinstance(error, InvalidRequest):
-            raise at_fault.error_of(error, model.config, at_fault.set_by(generation.sampling)) from None
+            raise at_fault.error_of(error, model.config, _requested(generation)) from None
         if type(error) is DrawError and model.config.cache:  # diffusers has caches that fail with some transformers
             raise feature_caches.refusal(model.config, error.message) from error
         raise
@@ -174,6 +175,12 @@ def _draw_on_view(
         if not_restored := views.close(pipeline):
             model.state.broken = f"a request left it changed: {'; '.join(not_restored)}"
         del pipeline  # a stored error would keep this frame
+
+
+def _requested(generation: Generation) -> frozenset[str]:
+    """Names of the parameters that a request sets, itself or with its source."""
+    by_source = {"num_frames", "fps", at_fault.SIZE} if generation.clip else {"seconds"} if generation.sound else set()
+    return at_fault.set_by(generation.sampling) | by_source
 
 
 def _draw(
@@ -190,7 +197,7 @@ def _draw(
     usable.refuse_class(model, pipeline, requested)
     generation, how_read = prompts.split(model, pipeline, generation)
     generation, left_out = usable.usable(model, pipeline, generation)
-    filled = sounds.settled(model, pipeline, arguments.fill(model, pipeline, generation))
+    filled = sounds.settled(model, pipeline, generation.sampling, arguments.fill(model, pipeline, generation))
     filled = clips.settled(model, pipeline, generation.sampling, filled)
     usable.refuse_defaults(model, pipeline, filled)
     canvas = arguments.canvas(model, pipeline, filled)
@@ -230,7 +237,7 @@ def _draw(
         *_locked(model, pipeline, generation, filled.sampling),
         *_not_taken(model, pipeline, filled, kwargs),
         *_without_effect(pipeline, driver, kwargs),
-        *clips.warnings(filled, result),
+        *clips.warnings(generation, filled, result),
         *guided.warnings(interval, filled.sampling),
         *latent_sources.warnings(pipeline, generation),
     )
@@ -286,7 +293,7 @@ def _for_task(model: Loaded, task: str) -> Any:
         return model.pipeline
     if task not in model.task_pipelines:
         try:
-            sibling = getattr(diffusers, capabilities.AUTO_PIPELINES[task]).from_pipe(model.pipeline)
+            sibling = _sibling(model.pipeline, task)
         except ValueError as error:
             raise InvalidRequest(
                 f"{model.config.name}: {name} does not take {ARGUMENTS[task]}, and diffusers has no pipeline "
@@ -296,6 +303,13 @@ def _for_task(model: Loaded, task: str) -> Any:
         sibling.set_progress_bar_config(disable=True)
         model.task_pipelines[task] = sibling
     return model.task_pipelines[task]
+
+
+def _sibling(pipeline: Any, task: str) -> Any:
+    """Raises ValueError if diffusers has none."""
+    if task == inputs.CLIP:
+        return over(pipeline, getattr(diffusers, clip_rules.FROM_CLIPS[type(pipeline).__name__]))
+    return getattr(diffusers, capabilities.AUTO_PIPELINES[task]).from_pipe(pipeline)
 
 
 def _kept_scheduler(pipeline: Any, sampling: Sampling) -> tuple[str, ...]:
@@ -409,6 +423,8 @@ def _recipe(
         ),
         image_sha256=tuple(images.fingerprint(png) for png in requested.images),
         mask_sha256=images.fingerprint(requested.mask) if requested.mask else None,
+        video_sha256=requested.clip.sha256 if requested.clip else None,
+        audio_sha256=requested.sound.sha256 if requested.sound else None,
         device=model.device,
         dtype=model.dtype,
         versions={"sfumato": __version__, "diffusers": diffusers.__version__, "torch": torch.__version__},

@@ -18,7 +18,7 @@ def model_info(model: Loaded) -> ModelInfo:
     upscaler = capabilities.upscaler(pipeline)
     abilities = class_reading.abilities_of(model.config, class_reading.kin_of_pipeline(pipeline))
     tasks = abilities.tasks
-    sized = {"text-to-image", "text-to-video"} & {*tasks}
+    sized = {"text-to-image", "text-to-video", "video-to-video"} & {*tasks}
     width, height = arguments.own_size(model) if sized else (None, None)
     sampling = replace(arguments.defaults(model, pipeline), width=width, height=height)
     if abilities.kind == VIDEO:

@@ -15,8 +15,9 @@ from sfumato.models.load import Loaded
 from sfumato.pictures import images
 from sfumato.pipelines import inputs
 
-OWN = "own"
-"""Task of the loaded class itself; other tasks are `image` and `mask`, of its siblings on the same weights."""
+OWN, CLIP = "own", "clip"
+"""Task of the loaded class itself, and of the one that draws from a clip; other tasks are `image` and `mask`, of its
+siblings on the same weights."""
 
 
 def complete(model: Loaded, generation: Generation) -> tuple[str, Generation]:
@@ -33,7 +34,10 @@ def complete(model: Loaded, generation: Generation) -> tuple[str, Generation]:
         kind=kind_of(generation.format), frames=generation.sampling.num_frames,
         seconds=generation.sampling.seconds,
         pictures=len(generation.images), mask=bool(generation.mask), controls=len(generation.controls),
+        others={name: name for name, each in (("video", generation.clip), ("audio", generation.sound)) if each},
     )  # fmt: skip
+    if generation.clip:
+        return OWN if kin.own.of(inputs.CLIP) else CLIP, generation
     mask, mask_from_alpha = generation.mask, False
     if mask is None and kin.as_control() and not generation.controls and generation.images:
         controls = tuple(Control(image) for image in generation.images)

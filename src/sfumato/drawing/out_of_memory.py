@@ -121,7 +121,7 @@ def _offload(model: Loaded, let_long_calls_end: Callable[[], None]) -> str:
 
 def _pixels(model: Loaded, generation: Generation) -> float:
     """Approximate pixels of the picture or clip to draw, to tell large from small; infinite if unknown."""
-    frames = clips.frames(model, generation.sampling) if kind_of(generation.format) == VIDEO else 1
+    frames = clips.frames(model, generation) if kind_of(generation.format) == VIDEO else 1
     return frames * _pixels_of_picture(model, generation)
 
 
@@ -131,5 +131,7 @@ def _pixels_of_picture(model: Loaded, generation: Generation) -> float:
         return max(math.prod(size) for size in sizes)
     if generation.images:
         return math.prod(images.size(generation.images[0])) * (generation.upscale or 1) ** 2
+    if generation.clip:
+        return generation.clip.width * generation.clip.height
     width, height = own_size(model)
     return width * height if width and height else math.inf

@@ -11,7 +11,7 @@ from sfumato.errors import InvalidRequest
 from sfumato.models.load import Loaded
 from sfumato.pipelines import inputs
 from sfumato.pipelines.capabilities import parameters_of
-from sfumato.pipelines.inputs import CONTROL, LABEL, MASK
+from sfumato.pipelines.inputs import CLIP, CONTROL, LABEL, MASK
 
 if TYPE_CHECKING:
     from sfumato.drawing.arguments import Canvas
@@ -37,6 +37,8 @@ def of_canvas(model: Loaded, pipeline: Any, generation: Generation, canvas: Canv
         values[first.name] = canvas.sources
     else:
         values |= {taken.name: source for taken, source in zip(reading.sources, canvas.sources, strict=False)}
+    if canvas.clip and (clip := reading.of(CLIP)):
+        values[clip.name] = list(canvas.clip)
     if canvas.mask is not None and (mask := reading.of(MASK)):
         values[mask.name] = canvas.mask
     if canvas.controls and (control := reading.of(CONTROL)):

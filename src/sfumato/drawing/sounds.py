@@ -6,26 +6,33 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from sfumato.checkpoints import sound_rules
-from sfumato.core import Generation
+from sfumato.checkpoints.sound_rules import SoundInput
+from sfumato.core import Generation, SourceSound
 from sfumato.drawing.arguments import signature_default
 from sfumato.errors import InvalidRequest
 from sfumato.formats import AUDIO, kind_of
 from sfumato.models.load import Loaded
 from sfumato.pictures.results import Sound
 from sfumato.pipelines.capabilities import parameters_of
+from sfumato.pipelines.inputs import TUNE
 from sfumato.sampling import Sampling
 from sfumato.status import SoundRule
 
 
-def settled(model: Loaded, pipeline: Any, filled: Generation) -> Generation:
-    """`filled` with the seconds of the sound; they stay None where the class reads them from the prompt.
+def settled(model: Loaded, pipeline: Any, requested: Sampling, filled: Generation) -> Generation:
+    """`filled`, which has the defaults besides what was `requested`, with the seconds of the sound; they stay None
+    where the class reads them from the prompt.
 
     Raises InvalidRequest for a length that the class does not make, or that is above the limits.
     """
     if kind_of(filled.format) != AUDIO:
         return filled
     seconds = filled.sampling.seconds or own_seconds(model)
+    if filled.sound and _source(pipeline).role == TUNE:
+        seconds = requested.seconds or filled.sound.seconds  # not the model file's
     rule = sound_rules.of_pipeline(pipeline)
     if seconds is None or rule is None:
         return filled
@@ -43,11 +50,35 @@ def settled(model: Loaded, pipeline: Any, filled: Generation) -> Generation:
 
 
 def arguments(pipeline: Any, filled: Generation) -> dict[str, Any]:
-    """The argument of the call for the length, by the name that the class has."""
+    """The arguments of the call for the length and the source, by the names that the class has."""
     name, rule, seconds = _length(pipeline), sound_rules.of_pipeline(pipeline), filled.sampling.seconds
-    if kind_of(filled.format) != AUDIO or not (name and rule and seconds):
+    if kind_of(filled.format) != AUDIO or not rule:
         return {}
-    return {name: _at_least(rule, seconds)}
+    length = {name: _at_least(rule, seconds)} if name and seconds else {}
+    return length | (_of_source(pipeline, rule, filled.sound) if filled.sound else {})
+
+
+def _of_source(pipeline: Any, rule: SoundRule, sound: SourceSound) -> dict[str, Any]:
+    """Raises InvalidRequest for samples at another rate, of a model whose rate was not known when it was decoded."""
+    if sound.rate != rule.rate:
+        raise InvalidRequest(
+            f"audio: {sound.rate} samples a second; the model takes {rule.rate}, which was not known before it was "
+            "loaded. Send the request again",
+            param="audio",
+        )
+    taken = _source(pipeline)
+    samples = torch.frombuffer(bytearray(sound.samples), dtype=torch.float32).reshape(sound.channels, -1)
+    channels = getattr(getattr(pipeline.vae, "config", None), "audio_channels", sound.channels)
+    if channels != sound.channels:
+        samples = samples.repeat(channels, 1) if sound.channels == 1 else samples.mean(0, keepdim=True)
+    # Modules may be on another device, and in half precision.
+    samples = samples.to(pipeline._execution_device, pipeline.vae.dtype)
+    made = {taken.parameter: samples[None] if taken.batched else samples}
+    return made | ({taken.rate: sound.rate} if taken.rate else {})
+
+
+def _source(pipeline: Any) -> SoundInput:
+    return sound_rules.SOURCES[type(pipeline).__name__]
 
 
 def cut(pipeline: Any, filled: Generation, sound: Sound) -> tuple[Sound, list[str]]:

@@ -117,7 +117,7 @@ def _refusals(model: Loaded, pipeline: Any, generation: Generation) -> Iterator[
         value = generation.sampling[each]
         if value is None or (each.argument is None and each.name not in _UNUSABLE):
             continue
-        if each.side and (generation.images or generation.controls):  # a source picture already has the requested size
+        if each.side and (generation.images or generation.controls or generation.clip):  # which have that size already
             if generation.webui and (larger := upscaler(pipeline)):
                 yield Refusal(each, f"{name} enlarges {larger.factor} times", "Leave it out.")
         elif each.argument is not None and each.argument not in parameters:

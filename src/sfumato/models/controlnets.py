@@ -31,6 +31,7 @@ from sfumato.models.device import DTYPES
 from sfumato.models.fetch import OnStatus
 from sfumato.models.load import Loaded, MakeRoom
 from sfumato.models.sharing import Sharing
+from sfumato.models.siblings import over
 from sfumato.status import ModelStatus
 
 log = logging.getLogger(__name__)
@@ -229,17 +230,10 @@ Two requests with the same nets have one module, and share its forward passes.""
 
 
 def _over(pipeline: Any, cls: Any, nets: Sequence[Any]) -> Any:
-    """A pipeline of `cls` over the components and settings of another; `from_pipe` would cast the shared modules."""
-    expected, optional = cls._get_signature_keys(cls)
-    modules = {name: module for name, module in pipeline.components.items() if name in expected}
-    settings = {name: value for name, value in pipeline.config.items() if name in optional and name not in modules}
-    if "requires_safety_checker" in optional and modules.get("safety_checker") is None:
-        settings["requires_safety_checker"] = False  # else every request would log a warning
+    """A pipeline of `cls` over the components of another, with these nets."""
     key = tuple(id(net) for net in nets)
     one = nets[0] if len(nets) == 1 else _SEVERAL.get(key) or list(nets)
-    made = cls(**{**modules, "controlnet": one}, **settings)
+    made = over(pipeline, cls, controlnet=one)
     if len(nets) > 1:
         _SEVERAL[key] = made.controlnet
-    made.set_progress_bar_config(disable=True)
-    made._all_hooks = list(getattr(pipeline, "_all_hooks", ()))
     return made

@@ -16,7 +16,7 @@ CHUNK = 2**20
 """Bytes copied at a time."""
 
 
-def write(file: BinaryIO, message: dict[str, Any], blob: bytes) -> None:
+def write(file: BinaryIO, message: dict[str, Any], blob: bytes | memoryview) -> None:
     head = json.dumps(message).encode()
     file.write(_LENGTHS.pack(len(head), len(blob)) + head)
     file.write(blob)

@@ -28,6 +28,12 @@ BASE_MEMORY = 512 * 2**20
 BYTES_A_PIXEL = 24
 """For the largest picture allowed: the decoder's buffers, the pixels, one rotated copy, one converted copy."""
 
+CLIP_TIMES = 6
+"""How often the CPU time of a picture a clip may take: it has many frames."""
+
+CLIP_BYTES_A_PIXEL = 4
+"""For all frames allowed: their pixels, and what PyAV's libraries and buffers take besides."""
+
 PATIENCE = 20
 """Allowed ratio of wall-clock time to CPU time of a task: the machine may be busy."""
 
@@ -36,12 +42,16 @@ TRIES = 2
 
 
 class Decoders:
-    """Decodes pictures in at most `count` processes."""
+    """Decodes pictures in at most `count` processes; `clips`: clips, which take more of all."""
 
-    def __init__(self, settings: Settings, count: int) -> None:
+    def __init__(self, settings: Settings, count: int, *, clips: bool = False) -> None:
         self._bounds = asdict(Bounds.of(settings))
-        self._seconds = settings.decode_s
+        self._what = "clip" if clips else "picture"
+        self._setting = f"{CLIP_TIMES} times the setting decode_s" if clips else "the setting decode_s"
+        self._seconds = settings.decode_s * (CLIP_TIMES if clips else 1)
         self._memory = BASE_MEMORY + BYTES_A_PIXEL * settings.max_source_pixels
+        if clips:
+            self._memory += BASE_MEMORY + CLIP_BYTES_A_PIXEL * settings.limits.clip_pixels
         self._free: list[asyncio.subprocess.Process] = []
         self._places = asyncio.Semaphore(count)
         self._ending: set[asyncio.Task[int]] = set()
@@ -69,7 +79,7 @@ class Decoders:
                     if code in (-signal.SIGKILL, -signal.SIGTERM) and attempt + 1 < TRIES:
                         continue
                     raise InvalidPicture(
-                        f"{param}: the picture cannot be decoded: its decoder failed, or needs more than "
+                        f"{param}: the {self._what} cannot be decoded: its decoder failed, or needs more than "
                         f"{self._memory // 2**20} MiB",
                         param=param,
                     ) from None
@@ -78,7 +88,7 @@ class Decoders:
                     raise
                 self._free.append(process)
                 if "error" in answer:
-                    raise InvalidPicture(answer["error"], param=param)
+                    raise InvalidPicture(answer["error"], param=answer.get("param") or param)
                 return answer, output
         raise AssertionError("the last attempt raises")
 
@@ -90,9 +100,10 @@ class Decoders:
             await asyncio.wait(self._ending)
 
     def _too_slow(self, param: str) -> InvalidPicture:
+        remedy = "or a shorter one" if self._what == "clip" else "or one that is not progressive"
         return InvalidPicture(
-            f"{param}: decoding the picture takes more than {self._seconds} s (the setting decode_s). "
-            "Send a smaller one, or one that is not progressive.",
+            f"{param}: decoding the {self._what} takes more than {self._seconds} s ({self._setting}). "
+            f"Send a smaller one, {remedy}.",
             param=param,
         )
 

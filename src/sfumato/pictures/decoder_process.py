@@ -19,11 +19,12 @@ from PIL import AvifImagePlugin, Image
 
 from sfumato import allocator
 from sfumato.errors import InvalidPicture
-from sfumato.pictures import decoder_frames, fitting, images, recipe
+from sfumato.pictures import decoder_frames, fitting, images, recipe, source_clips, source_sounds
 from sfumato.pictures.images import Bounds
+from sfumato.pictures.source_clips import Drawn
 
-DecoderAnswer: TypeAlias = tuple[dict[str, Any], bytes]
-"""What is known about the picture, and the resulting bytes."""
+DecoderAnswer: TypeAlias = tuple[dict[str, Any], bytes | memoryview]
+"""What is known about the picture or clip, and the resulting bytes."""
 
 
 def read_size(data: bytes, param: str, bounds: Bounds) -> DecoderAnswer:
@@ -49,13 +50,29 @@ def fitted_mask(data: bytes, param: str, bounds: Bounds, fit: list[int], **optio
     return {"size": original_size}, fitting.mask(png, (fit[0], fit[1]), fitting.Fitting(**options))
 
 
+def clip_size(data: bytes, param: str, bounds: Bounds) -> DecoderAnswer:
+    """`size` of a clip, from the header."""
+    return {"size": source_clips.check(data, param, bounds)}, b""
+
+
+def clip(data: bytes, param: str, bounds: Bounds, **drawn: Any) -> DecoderAnswer:
+    """The frames of a source clip. `drawn`: fields of `source_clips.Drawn`."""
+    drawn |= {name: tuple(drawn[name]) for name in ("size", "own") if drawn.get(name)}
+    return source_clips.decode(data, param, bounds, Drawn(**drawn))
+
+
+def sound(data: bytes, param: str, bounds: Bounds, most_s: float, rate: int | None = None) -> DecoderAnswer:
+    """The samples of a source sound."""
+    return source_sounds.decode(data, param, most_s, rate)
+
+
 def texts(data: bytes, param: str, bounds: Bounds) -> DecoderAnswer:
     """`texts` of a picture file; its pixels are not decoded."""
     return {"texts": recipe.texts(data, param)}, b""
 
 
 TASKS: Mapping[str, Callable[..., DecoderAnswer]] = MappingProxyType(
-    {function.__name__: function for function in (read_size, picture, mask, fitted_mask, texts)}
+    {function.__name__: function for function in (read_size, picture, mask, fitted_mask, clip_size, clip, sound, texts)}
 )
 
 
@@ -90,7 +107,7 @@ def _answer(request: dict[str, Any], data: bytes) -> DecoderAnswer:
     try:
         return task(data, bounds=bounds, **request)
     except InvalidPicture as error:
-        return {"error": error.message}, b""
+        return {"error": error.message, "param": error.param}, b""
     except MemoryError:
         return {"error": f"{request['param']}: decoding the picture takes too much memory"}, b""
 

@@ -61,7 +61,11 @@ class PictureFetcher:
             # Redirects are followed here: httpx would read and decompress the body of each, however large.
             follow_redirects=False,
             cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),  # none are kept
-            headers={"user-agent": f"sfumato/{__version__}", "accept": "image/*", "accept-encoding": "identity"},
+            headers={
+                "user-agent": f"sfumato/{__version__}",
+                "accept": "*/*",
+                "accept-encoding": "identity",
+            },
             trust_env=False,
         )
 

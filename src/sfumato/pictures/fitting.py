@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from PIL import Image, ImageFilter, ImageOps
@@ -21,6 +22,21 @@ class Fitting:
     """Radius of the Gaussian that softens the mask's edge, in pixels."""
     invert: bool = False
     """Redraw the black area instead of the white one."""
+
+
+def near(side: int, multiple: int) -> int:
+    """The multiple next to a side, at least one."""
+    return max(multiple, round(side / multiple) * multiple)
+
+
+def of_source(source: tuple[int, int], own: tuple[int | None, int | None], multiple: int) -> tuple[int, int]:
+    """The size of a clip that says none, with the shape of its source: at most of the area of the model's own size, as
+    it costs that many times over. Sides are in pixels; None or 0: the model has no size of its own."""
+    width, height = source
+    if own[0] and own[1]:
+        scale = min(1.0, math.sqrt(own[0] * own[1] / (width * height)))
+        width, height = round(width * scale), round(height * scale)
+    return near(width, multiple), near(height, multiple)
 
 
 def fitted(png: bytes, size: tuple[int, int], crop: bool) -> bytes:

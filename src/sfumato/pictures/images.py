@@ -170,8 +170,9 @@ def alpha_mask(png_data: bytes) -> bytes | None:
     return png(image.getchannel("A").point([255] + [0] * 255))
 
 
-def _check(image: Image.Image, param: str, bounds: Bounds) -> None:
-    width, height = image.size
+def check_size(size: tuple[int, int], param: str, bounds: Bounds) -> None:
+    """Raises InvalidPicture for a picture of this width and height that is not decoded."""
+    width, height = size
     if width * height > bounds.pixels:
         raise InvalidPicture(
             f"{param}: the picture is {width}x{height}; at most {bounds.pixels} pixels are accepted "
@@ -188,6 +189,10 @@ def _check(image: Image.Image, param: str, bounds: Bounds) -> None:
             "(the setting max_aspect). Crop it.",
             param=param,
         )
+
+
+def _check(image: Image.Image, param: str, bounds: Bounds) -> None:
+    check_size(image.size, param, bounds)
     # Frames are not counted: in a TIFF that takes quadratic time.
     if image.format in ANIMATED and getattr(image, "is_animated", False):
         raise InvalidPicture(f"{param}: the picture is animated. Send one frame.", param=param)

@@ -54,6 +54,8 @@ RARE = frozenset(
         "loras_off",
         "runner",
         "hires",
+        "video_sha256",
+        "audio_sha256",
     }
 )
 """Fields of a recipe that its JSON has only if they are set."""

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
-from sfumato.core import Control, Limits, labels
+from sfumato.core import Control, Generation, Limits, SourceClip, SourceSound, labels
 from sfumato.errors import InvalidPicture, InvalidRequest
 from sfumato.pictures import images as pictures
 from sfumato.pictures.budget import Share
 from sfumato.pictures.decoder_pool import Decoders
 from sfumato.pictures.fetch import PictureFetcher
 from sfumato.pictures.fitting import Fitting
+from sfumato.pictures.source_clips import Drawn
 
 _UPLOADED = "file_id:"
 
@@ -64,10 +66,42 @@ class Decoded:
     images: tuple[bytes, ...] = ()
     mask: bytes | None = None
     controls: tuple[bytes, ...] = ()
+    clip: SourceClip | None = None
+    sound: SourceSound | None = None
+
+    def put_into(self, generation: Generation) -> Generation:
+        pairs = zip(generation.controls, self.controls, strict=True)
+        return replace(
+            generation,
+            images=self.images,
+            mask=self.mask,
+            controls=tuple(replace(control, image=png) for control, png in pairs),
+            clip=self.clip,
+            sound=self.sound,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedSound:
+    """The sound that another is made from, as its request has it."""
+
+    file: str | bytes
+    """As of `EncodedClip`."""
+    field: str
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedClip:
+    """The clip that another is drawn from, as its request has it."""
+
+    file: str | bytes
+    """File bytes, base64, `data:` URI, URL or an uploaded file."""
+    field: str
+    drawn: Drawn
 
 
 class Sources:
-    """Source pictures, control pictures and mask: file bytes, base64, `data:` URI, URL or uploaded file.
+    """Source pictures, control pictures, mask, clip and sound: file bytes, base64, `data:` URI, URL or uploaded file.
 
     `fetch` turns all of them into bytes and checks their headers, `decode` turns them into what the engine
     takes. Both raise InvalidRequest naming the picture, and stop when cancelled.
@@ -86,6 +120,8 @@ class Sources:
         scale: int | None,
         caller: str = "",
         names: Sequence[str] = (),
+        clip: EncodedClip | None = None,
+        sound: EncodedSound | None = None,
     ) -> None:
         """`caller`: whose uploaded files they may be. `names`: of the images in errors; empty: as their API has them.
         `whole`: fields whose pictures keep their shape, whatever `fitting` says. `scale`: size of the result, relative
@@ -104,16 +140,52 @@ class Sources:
         self._fitting = fitting
         self._scale = scale
         self._caller = caller
+        self.clip = clip
+        self.sound = sound
         share.take(sum(encoded_size(picture) for _, picture in self._pictures))
+        share.take(sum(encoded_size(each.file) for each in (clip, sound) if each))
 
-    async def fetch(self, fetcher: PictureFetcher, decoders: Decoders) -> None:
+    async def fetch(self, fetcher: PictureFetcher, decoders: Decoders, clip_decoders: Decoders) -> None:
         """Turn all of them into bytes, one after another."""
+        if clip := self.clip:
+            data = await file_of(clip.file, clip.field, fetcher, self._share, self._caller)
+            await clip_decoders.run("clip_size", data, clip.field)
+            self.clip = replace(clip, file=data)
+        if sound := self.sound:
+            data = await file_of(sound.file, sound.field, fetcher, self._share, self._caller)
+            self.sound = replace(sound, file=data)
         for index, (param, picture) in enumerate(self._pictures):
             data = await file_of(picture, param, fetcher, self._share, self._caller)
             self._pictures[index] = (param, data)
             answer, _ = await decoders.run("read_size", data, param)
             if index == 0 and self._scale:
                 self._refuse_large(param, *answer["size"])
+
+    async def decode_clip(self, decoders: Decoders, own: tuple[int, int], multiple: int) -> SourceClip:
+        """The clip, which must be there, at the size that is drawn; the encoded one is released.
+
+        `own`, `multiple`: the size that the model draws by itself, and what its sides are multiples of
+        (`source_clips.Drawn`).
+        """
+        clip, self.clip = self.clip, None
+        assert clip
+        assert isinstance(clip.file, bytes)
+        drawn: dict[str, Any] = asdict(replace(clip.drawn, own=own, multiple=multiple))
+        answer, frames = await decoders.run("clip", clip.file, clip.field, **drawn)
+        self._share.count(len(frames))
+        return SourceClip(frames, **answer | {"size": tuple(answer["size"])})
+
+    async def decode_sound(self, decoders: Decoders, rate: int | None) -> SourceSound:
+        """The sound, which must be there; the encoded one is released.
+
+        `rate`: samples a second that the model takes; None: not known.
+        """
+        sound, self.sound = self.sound, None
+        assert sound
+        assert isinstance(sound.file, bytes)
+        answer, samples = await decoders.run("sound", sound.file, sound.field, most_s=self._limits.seconds, rate=rate)
+        self._share.count(len(samples))
+        return SourceSound(samples, **answer)
 
     async def decode(self, decoders: Decoders) -> Decoded:
         """The pictures; the encoded ones are released."""

@@ -16,10 +16,12 @@ from typing import Any
 from sfumato.errors import InvalidRequest
 from sfumato.formats import AUDIO, IMAGE, VIDEO
 from sfumato.formats import WORDS as RESULTS
+from sfumato.pictures.fitting import near
 from sfumato.status import Abilities, FrameRule, Input, SoundRule
 
 PICTURE, ORIGINAL, EXAMPLE, REFERENCE, LAST = "picture", "original", "example", "reference", "last"
 MASK, CONTROL, LABEL = "mask", "control", "label"
+CLIP, TUNE, TIMBRE = "clip", "sound", "timbre"
 
 ROLES: Mapping[str, str] = MappingProxyType(
     {
@@ -51,9 +53,15 @@ WORDS: Mapping[str, str] = MappingProxyType(
         EXAMPLE: "an example picture",
         REFERENCE: "a reference picture",
         LAST: "the last frame",
+        CLIP: "a source clip",
+        TUNE: "a source sound",
+        TIMBRE: "a sound whose timbre it has",
         CONTROL: "a control picture",
     }
 )
+
+KINDS: Mapping[str, str] = MappingProxyType({"video": "clip", "audio": "sound"})
+"""Inputs that are no pictures, in words."""
 
 SCALES = ("controlnet_conditioning_scale", "adapter_conditioning_scale")
 """Parameters for the weight of a control. A class with one and without `control_image` takes the control as `image`."""
@@ -67,10 +75,10 @@ FRAME_COUNTS = ("num_frames", "video_length", "frames")
 """Parameters for the number of pictures in a row."""
 
 SOURCE_CLIPS = ("video", "pose_video", "face_video", "conditioning_video", "conditioning_frames", "control_video")
-"""Parameters for moving pictures, which a request cannot give."""
+"""Parameters for moving pictures; the classes that a request gives them to are `clip_rules.SOURCES`."""
 
 SOURCE_SOUNDS = ("audio",)
-"""Parameters for sound, which a request cannot give."""
+"""Parameters for sound that classes need; those that a request gives are in `sound_rules.SOURCES`."""
 
 MOVING, SOUND = "moving pictures", "sound"
 
@@ -212,6 +220,8 @@ class Kin:
     """Of the clips that it draws, if it is known."""
     sound: SoundRule | None = None
     """Of the sounds that it makes, if it is known."""
+    clip: Reading | None = None
+    """The class that makes a clip of a clip."""
 
     def without_mask(self) -> Reading | None:
         """The class for a source picture alone."""
@@ -236,11 +246,13 @@ def abilities(kin: Kin, options: Mapping[str, Any]) -> Abilities:
         return Abilities(problem=problem)
     text = not kin.masks_only and not any(each.required for each in own.inputs)
     if own.kind(options) == VIDEO:
-        moving = {"text-to-video": text, "image-to-video": bool(own.sources)}
+        moving = {"text-to-video": text, "image-to-video": bool(own.sources), "video-to-video": bool(kin.clip)}
         tasks = tuple(task for task, drawn in moving.items() if drawn)
         return Abilities(tasks, _inputs(kin, text), kind=VIDEO, frames=kin.frames)
     if own.kind(options) == AUDIO:
-        return Abilities(("text-to-audio",) if text else (), _inputs(kin, text), kind=AUDIO, sound=kin.sound)
+        heard = {"text-to-audio": text, "audio-to-audio": own.of(TUNE) is not None}
+        tasks = tuple(task for task, made in heard.items() if made)
+        return Abilities(tasks, _inputs(kin, text), kind=AUDIO, sound=kin.sound)
     label = own.of(LABEL)
     still = {
         "text-to-image": text,
@@ -267,6 +279,12 @@ def _inputs(kin: Kin, text: bool) -> tuple[Input, ...]:
         inputs.append(Input("image", least, None if several else len(sources) or most, roles))
     if kin.with_mask():
         inputs.append(Input("mask", 0, 1, (MASK,)))
+    if kin.clip:
+        inputs.append(
+            Input("video", int(any(each.role == CLIP and each.required for each in kin.own.inputs)), 1, (CLIP,))
+        )
+    if sound := kin.own.of(TUNE, TIMBRE):
+        inputs.append(Input("audio", int(sound.required), 1, (sound.role,)))
     if control:
         inputs.append(Input("controls", kin.nets if control.required else 0, most, (CONTROL,)))
     return tuple(inputs)
@@ -299,11 +317,12 @@ def check(
     controls: int,
     fields: Sequence[str] = ("image",),
     names: Sequence[str] = (),
+    others: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Raises InvalidRequest naming the input that is missing, or that the model does not take.
 
     `kind` and the numbers are those of a request; `fields` are where it may have pictures, in the order of their roles;
-    `names` are where it has them.
+    `names` are where it has them; `others` are its inputs that are no pictures, and where it has them.
     """
     if can.problem:
         raise InvalidRequest(f"{model} draws no picture: {can.problem}", param="model")
@@ -312,6 +331,7 @@ def check(
         raise InvalidRequest(f"num_frames: {frames}; {model} does not draw that many: {why}", param="num_frames")
     if seconds and can.sound and (why := can.sound.violation(seconds)):
         raise InvalidRequest(f"seconds: {seconds:g}; {model} does not make that long a sound: {why}", param="seconds")
+    _check_others(model, can, others, [*names, *fields[:1]][:1] if pictures else [*fields])
     image = can.input("image")
     if mask and "inpainting" not in can.tasks:
         raise InvalidRequest(
@@ -322,9 +342,28 @@ def check(
         _check_pictures(model, image, pictures, fields, names)
     elif pictures:
         name = (*names, *fields)[0]
-        raise InvalidRequest(f"{name}: {model} takes no picture; leave it out", param=name)
+        remedy = "; leave it out, or send a clip" if can.input("video") else "; leave it out"
+        raise InvalidRequest(f"{name}: {model} takes no picture{remedy}", param=name)
     if frames == 1 and image and image.roles[-1] == LAST and pictures == len(image.roles):
         raise InvalidRequest(f"num_frames: 1; from a first to {WORDS[LAST]} there are two or more", param="num_frames")
+
+
+def _check_others(model: str, can: Abilities, others: Mapping[str, str], fields: Sequence[str]) -> None:
+    """`fields`: where a request has what may be a picture or a clip."""
+    for name, field in others.items():
+        if not can.input(name):
+            remedy = f"send {WORDS[PICTURE]}" if can.input("image") else "leave it out"
+            raise InvalidRequest(
+                f"{field}: {model} takes no {KINDS[name]} ({', '.join(can.tasks)}); {remedy}. `inputs` in the list of "
+                f"models has {name} where one does",
+                param=field,
+            )
+    taken = can.input("video")
+    if taken and taken.least and "video" not in others:
+        raise InvalidRequest(
+            f"{fields[0]}: {model} needs {WORDS[CLIP]}: MP4, MOV, WebM, or an animated GIF, WebP, PNG or AVIF",
+            param=fields[0],
+        )
 
 
 def check_sides(model: str, width: int, height: int, multiple: int) -> None:
@@ -335,11 +374,6 @@ def check_sides(model: str, width: int, height: int, multiple: int) -> None:
             f"the nearest is {near(width, multiple)}x{near(height, multiple)}",
             param="size",
         )
-
-
-def near(side: int, multiple: int) -> int:
-    """The multiple next to a side, at least one."""
-    return max(multiple, round(side / multiple) * multiple)
 
 
 def _check_controls(model: str, can: Abilities, pictures: int, *, mask: bool, controls: int) -> int:

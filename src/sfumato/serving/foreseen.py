@@ -37,13 +37,13 @@ class Foreseen:
         inputs.check(
             config.name, can, kind=kind, frames=sampling.num_frames, seconds=sampling.seconds,
             pictures=len(request.images), mask=request.mask is not None, controls=len(request.controls),
-            fields=request.image_fields, names=request.image_names,
+            fields=request.image_fields, names=request.image_names, others=request.others,
         )  # fmt: skip
         if kind != VIDEO:
             return
         if sampling.size and known.size_multiple:
             inputs.check_sides(config.name, *sampling.size, known.size_multiple)
-        if sampling.seconds and (fps := sampling.fps or known.fps):
+        if request.video is None and sampling.seconds and (fps := sampling.fps or known.fps):
             frames = (can.frames or FrameRule()).at_least(sampling.seconds * fps)
             _check_seconds(config.name, can.frames, limits, sampling.size or (1, 1), sampling.seconds, fps, frames)
 

@@ -7,12 +7,12 @@ import asyncio
 from sfumato.checkpoints import static_capabilities
 from sfumato.checkpoints.static_capabilities import DEFAULT_MULTIPLE
 from sfumato.config import ModelConfig
-from sfumato.serving.service import Service
+from sfumato.engine.protocol import Engine
 
 
-async def own_size(service: Service, config: ModelConfig, unknown: int) -> tuple[tuple[int, int], int]:
+async def own_size(engine: Engine, config: ModelConfig, unknown: int) -> tuple[tuple[int, int], int]:
     """Width and height in pixels, and what its sides are multiples of. `unknown`: the sides if nothing says them."""
-    if info := service.engine.status(config.name).info:
+    if info := engine.status(config.name).info:
         return info.sampling.size or config.sampling.size or (unknown, unknown), info.size_multiple
     return await asyncio.to_thread(_by_its_files, config, unknown)
 
@@ -23,5 +23,5 @@ def _by_its_files(config: ModelConfig, unknown: int) -> tuple[tuple[int, int], i
     folder, index = static_capabilities.folder_of(config), static_capabilities.index_of(config)
     if config.sampling.size or not (known.pipeline and folder):
         return config.sampling.size or (unknown, unknown), multiple
-    side = static_capabilities.default_side(known.pipeline, folder, index) or unknown
-    return (side, side), multiple
+    own = static_capabilities.default_size(known.pipeline, folder, index)
+    return own or (unknown, unknown), multiple

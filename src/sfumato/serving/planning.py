@@ -58,6 +58,14 @@ class ImageRequest:
     """Of each of them in errors; empty: as their API has them."""
     image_fields: Sequence[str] = ("image",)
     """Where their API has them, in the order of what they are for."""
+    video: str | bytes | None = None
+    """The clip that a clip is drawn from, as the source pictures."""
+    video_field: str = "video"
+    """Its field in errors."""
+    audio: str | bytes | None = None
+    """The sound that a sound is made from, as the source pictures."""
+    audio_field: str = "audio"
+    """Its field in errors."""
     mask: str | bytes | None = None
     """White is redrawn; if the mask has transparency, transparent areas are redrawn."""
     mask_from_alpha: bool = False
@@ -108,6 +116,17 @@ class ImageRequest:
     """Both as in `Generation`."""
     lora_tags: bool = True
     """Whether `<lora:name:0.8>` in a prompt is a LoRA; the prompt of a recipe is text."""
+
+    @property
+    def has_sources(self) -> bool:
+        """Whether files come with it, which are fetched and decoded."""
+        return bool(self.images or self.controls or self.others)
+
+    @property
+    def others(self) -> dict[str, str]:
+        """Inputs of models (`status.Input.name`) that are no pictures, and that it has -> their fields in errors."""
+        fields = {"video": (self.video, self.video_field), "audio": (self.audio, self.audio_field)}
+        return {name: field for name, (file, field) in fields.items() if file is not None}
 
 
 def plan(request: ImageRequest, config: ModelConfig, limits: Limits, max_pictures: int) -> list[Generation]:
@@ -215,9 +234,9 @@ def _check_pictures(request: ImageRequest) -> None:
             )
     if request.mask is not None and not request.images:
         raise InvalidRequest("mask: needs a picture to redraw; send `image` too", param="mask")
-    if request.sampling.strength is not None and not request.images:
+    if request.sampling.strength is not None and not request.images and request.video is None:
         raise InvalidRequest(
-            "strength: applies only to a source picture; send `image`, or leave it out", param="strength"
+            "strength: applies only to a source picture or clip; send `image`, or leave it out", param="strength"
         )
 
 
@@ -281,6 +300,13 @@ def _check_result(request: ImageRequest, limits: Limits) -> None:
                 f"{RESULTS[kind]}; leave it out",
                 param=parameter.name,
             )
+    for other, param in request.others.items():
+        if other != kind:
+            raise InvalidRequest(
+                f"{param}: only {RESULTS[other]} can be made from it, and the request is for {RESULTS[kind]}; leave it "
+                "out",
+                param=param,
+            )
     if kind == IMAGE:
         return
     if request.hires or request.mask is not None or request.mask_from_alpha:
@@ -332,7 +358,7 @@ def _enabled(config: ModelConfig, generation: Generation, request: ImageRequest)
     """
     # Controls are what a request adds to a model, as LoRAs are, and most classes of clips need a picture, which LocalAI
     # sends them whatever the file says: only `none` keeps these out.
-    free = request.controls or (request.images and kind_of(request.format) == VIDEO)
+    free = request.controls or (request.has_sources and kind_of(request.format) != IMAGE)
     pictures = not config.enable_parameters if free else request.images
     if pictures and not generation.upscale and not config.enables("image"):  # an upscaler always takes a picture
         raise _disabled(config, "image")

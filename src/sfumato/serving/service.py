@@ -27,8 +27,8 @@ from sfumato.errors import (
     TooManyRequests,
     WorkerDied,
 )
-from sfumato.formats import IMAGE, kind_of
-from sfumato.pictures.budget import Budget, Share
+from sfumato.formats import IMAGE, VIDEO, kind_of
+from sfumato.pictures.budget import Budget
 from sfumato.pictures.decoder_pool import Decoders
 from sfumato.pictures.fetch import PictureFetcher
 from sfumato.pictures.sources import Decoded, Sources, encoded_size, file_of
@@ -37,9 +37,11 @@ from sfumato.serving.catalog import Catalog
 from sfumato.serving.foreseen import Foreseen
 from sfumato.serving.job import CANCELLED, Arrival, Job, Part, Progress
 from sfumato.serving.metrics import Metrics
+from sfumato.serving.own_size import own_size
 from sfumato.serving.planning import ImageRequest, plan
 from sfumato.serving.queue import MAX_RETRY_AFTER_S, Queue
 from sfumato.serving.request_loras import RequestLoras
+from sfumato.serving.source_files import sources, told_apart
 from sfumato.serving.time_limits import DrawingTime
 from sfumato.settings import Settings
 from sfumato.status import Abilities
@@ -62,6 +64,7 @@ class Service:
         self.metrics = Metrics()
         self.queue = Queue(settings.max_active * max(1, len(engine.devices)), settings.max_queue)
         self.decoders = Decoders(settings, settings.decoders)
+        self._clip_decoders = Decoders(settings, 1, clips=True)
         self._text_decoders = Decoders(settings, 1)
         """Separate decoder for texts, so that reading them does not delay drawing requests."""
         self.budget = Budget(settings.max_waiting_mb * 2**20, self.queue.retry_after)
@@ -88,6 +91,7 @@ class Service:
         await self.engine.stop()
         await self.fetcher.close()
         await self.decoders.stop()
+        await self._clip_decoders.stop()
         await self._text_decoders.stop()
 
     async def draw(self, request: ImageRequest, on_step: OnPictureStep | None = None) -> list[Done]:
@@ -111,6 +115,7 @@ class Service:
         """
         self.catalog.refresh()
         config = self.catalog.get(request.model)
+        request = await self._told_apart(request, config)
         generations = plan(request, config, self.limits, self.settings.max_n)
         prompts = await self._check_inputs(request, config)
         if stored := repeat.CURRENT.get():
@@ -127,7 +132,7 @@ class Service:
                 request.caller,
                 len(generations),
                 model=config.name,
-                ready=not (request.images or request.controls),
+                ready=not request.has_sources,
                 low=low,
                 due_in_s=math.inf if request.deadline is None else request.deadline - time.time(),
             )
@@ -139,7 +144,7 @@ class Service:
         parts = [Part(generation, ticket, DrawingTime(limit)) for generation, ticket in drawn]
         job = self._job_of(request, config, parts, share)
         try:
-            sources = self._sources(request, share, prompts)
+            files = sources(request, share, prompts, self.limits)
         except SfumatoError as error:
             self._leave(job)
             if isinstance(error, TooManyRequests):
@@ -151,7 +156,7 @@ class Service:
         self._jobs.append(job)
         if stored:
             stored.submit(job)
-        job.task = asyncio.create_task(self._run(job, sources))
+        job.task = asyncio.create_task(self._run(job, files))
         job.task.add_done_callback(functools.partial(self._end, job))
         log.info("%s: accepted %s", config.name, ", ".join(part.generation.id for part in parts))
         if self.settings.log_prompts:
@@ -299,10 +304,18 @@ class Service:
 
     async def _take_pictures(self, job: Job, sources: Sources, turn: asyncio.Event) -> Decoded:
         """Fetch the pictures immediately, and decode them when the job's turn has come."""
-        await sources.fetch(self.fetcher, self.decoders)
+        await sources.fetch(self.fetcher, self.decoders, self._clip_decoders)
         self.queue.release([part.ticket for part in job.parts])
         await turn.wait()
-        return await sources.decode(self.decoders)
+        decoded = await sources.decode(self.decoders)
+        if sources.clip:
+            own, multiple = await own_size(self.engine, job.config, 0)
+            decoded = replace(decoded, clip=await sources.decode_clip(self._clip_decoders, own, multiple))
+        if sources.sound:
+            can = await self.abilities(job.config)
+            rate = can.sound.rate if can and can.sound else None
+            decoded = replace(decoded, sound=await sources.decode_sound(self._clip_decoders, rate))
+        return decoded
 
     def _leave(self, job: Job) -> None:
         for part in job.parts:
@@ -335,12 +348,7 @@ class Service:
         try:
             generation = part.generation
             if pictures:
-                decoded = await pictures
-                controls = [
-                    replace(control, image=png)
-                    for control, png in zip(generation.controls, decoded.controls, strict=True)
-                ]
-                generation = replace(generation, images=decoded.images, mask=decoded.mask, controls=tuple(controls))
+                generation = (await pictures).put_into(generation)
             self._parts[generation.id] = part
             async with part.time, aclosing(self.engine.submit(job.config, generation)) as events:
                 async for event in events:
@@ -400,29 +408,16 @@ class Service:
         await self._foreseen.check(request, config, self.limits)
         return prompts
 
+    async def _told_apart(self, request: ImageRequest, config: ModelConfig) -> ImageRequest:
+        if not request.images or kind_of(request.format) != VIDEO:
+            return request
+        return told_apart(request, await self.abilities(config))
+
     async def abilities(self, config: ModelConfig) -> Abilities | None:
         """What requests may ask of a model: as it is in memory, else as its files say. None: neither is here."""
         if info := self.engine.status(config.name).info:
             return info.abilities
         return await self._foreseen.abilities(config)
-
-    def _sources(self, request: ImageRequest, share: Share, whole: Sequence[str]) -> Sources | None:
-        """Raises RequestTooLarge or TooManyRequests if the pictures exceed the budget."""
-        if not request.images and not request.controls:
-            return None
-        derived = request.sampling.size is None
-        return Sources(
-            request.images,
-            request.mask,
-            request.controls,
-            whole=whole,
-            share=share,
-            limits=self.limits,
-            fitting=request.fitting,
-            scale=(request.upscale or 1) if derived else None,
-            caller=request.caller,
-            names=request.image_names,
-        )
 
     def _arrival(self, id: str, caller: str) -> Arrival | None:
         return next((each for each in reversed(self._arrivals) if (each.id, each.caller) == (id, caller)), None)

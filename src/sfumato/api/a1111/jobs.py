@@ -107,7 +107,7 @@ async def _in_two_passes(
     service.catalog.refresh()
     config = service.catalog.get(model)
     hires_fields.check_checkpoint(body, lambda title: choices.model_for_title(title) == config.name)
-    own, _ = await own_size(service, config, DEFAULT_SIDE)
+    own, _ = await own_size(service.engine, config, DEFAULT_SIDE)
     width, height = sampling.size or own
     hires, warnings = hires_fields.hires_of(body, sampling, (width, height))
     return replace(sampling, width=width, height=height), hires, warnings

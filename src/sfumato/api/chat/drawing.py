@@ -88,7 +88,7 @@ async def _sized(
         return sampling, False
     if asked.aspect_ratio is None and (with_source or asked.image_size is None):
         return sampling, False  # a picture keeps its size
-    own, multiple = await own_size(service, config, SIDE)
+    own, multiple = await own_size(service.engine, config, SIDE)
     width, height = asked.size(own, multiple)
     refuse_size(service.limits, width, height, "image_config")
     return replace(sampling, width=width, height=height), True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, TypeAlias
 
 from pydantic import BeforeValidator
@@ -9,8 +10,8 @@ from pydantic import BeforeValidator
 from sfumato.errors import in_words
 from sfumato.pictures.sources import uploaded
 
-KEYS = ("image_url", "url", "image")
-"""Of an object that stands for a picture; the first that is there counts."""
+KEYS = ("image_url", "url", "image", "video_url", "audio_url")
+"""Of an object that stands for a picture, a clip or a sound; the first that is there counts."""
 
 MAX_ID = 100
 """Characters of a file's id."""
@@ -22,8 +23,14 @@ def url_of(value: Any) -> Any:
     """The picture itself of OpenAI's `{"image_url": ...}`, also as `{"image_url": {"url": ...}}`, and the name of
     `{"file_id": ...}` (`sources.uploaded`); others as they are.
 
-    Raises ValueError for an object that has none of the keys: a mask would be left out.
+    An object may be text, as forms have it. Raises ValueError for one that has none of the keys: a mask would be left
+    out.
     """
+    if isinstance(value, str) and value[:16].lstrip().startswith("{"):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise ValueError(NO_PICTURE) from None
     if not isinstance(value, dict):
         return value
     url = next((value[key] for key in KEYS if value.get(key) is not None), None)

@@ -89,15 +89,27 @@ class ClipBody(_Sampled):
 class VideosBody(ClipBody):
     """Of `POST /v1/videos` and `POST /v1/videos/sync`."""
 
-    input_reference: Pictures = Field([], description=f'The first frame. {PICTURE} Also `{{"image_url": ...}}`.')
+    input_reference: Pictures = Field(
+        [],
+        description=f"The first frame, or the clip that it is drawn from, as the model takes it. {PICTURE} Also "
+        '`{"image_url": ...}` and `{"video_url": ...}`.',
+    )
+    video_reference: Pictures = Field(
+        [], max_length=1, description='A clip, whatever the model takes besides: `{"video_url": ...}`, or as a picture.'
+    )
 
     @property
     def first(self) -> tuple[str, list[Any]]:
         return "input_reference", list(self.input_reference)
 
+    def to_request(self, **more: Any) -> ImageRequest:
+        if not self.video_reference:
+            return super().to_request(**more)
+        return super().to_request(video=self.video_reference[0], video_field="video_reference", **more)
+
     def release_pictures(self) -> None:
         super().release_pictures()
-        self.input_reference = []
+        self.input_reference, self.video_reference = [], []
 
 
 class LocalVideoBody(ClipBody):
