@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Hashable, Iterable, Sequence, Set
-from dataclasses import dataclass
+from typing import NamedTuple
 
 PATIENCE = 16
 """Maximum forward passes of others that a call waits for, besides those of other calls that waited this long."""
@@ -48,9 +48,8 @@ SHORT = 4
 """A request is short beside those that still have this many times as many steps as all of its own."""
 
 
-@dataclass(frozen=True, slots=True)
-class Waiting:
-    """A parked call as the policy sees it."""
+class Waiting(NamedTuple):
+    """A parked call as the policy sees it. A tuple, as there is a new one for each forward pass."""
 
     id: int
     """Number of its request, in order of arrival."""
