@@ -12,14 +12,15 @@ from typing import Any
 from ray import exceptions as lost
 
 from sfumato.config import ModelConfig
-from sfumato.core import Failed
+from sfumato.core import Failed, Generation
 from sfumato.engine.protocol import DeviceState
 from sfumato.errors import NoWorker, WorkerDied
 from sfumato.ray_serve import app, engine
 from sfumato.ray_serve.messages import Begun, Item, ReplicaState
 from sfumato.settings import Settings
 from sfumato.status import EngineStats
-from support.drawing import wanted
+
+WANTED = Generation(id="1", prompt="", seed=1)
 
 
 class Stream:
@@ -60,7 +61,7 @@ class Handle:
 def drawn(*streams: Stream) -> Failed:
     async def draw() -> Any:
         on_ray: Any = engine.RayServe(Settings(), {"m": Handle(streams)})  # type: ignore[dict-item]
-        (last,) = [event async for event in on_ray.submit(ModelConfig(name="m", model="x"), wanted(steps=3))]
+        (last,) = [event async for event in on_ray.submit(ModelConfig(name="m", model="x"), WANTED)]
         return last
 
     failed = asyncio.run(draw())

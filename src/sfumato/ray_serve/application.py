@@ -33,12 +33,8 @@ DRAIN_S = 300
 """Seconds that a replica that is to go, or to be replaced, gets to draw its pictures. Then others draw them."""
 
 
-def app(args: dict[str, Any]) -> Application:
-    """The application, from arguments and from environment variables as other servers.
-
-    Each model is a deployment that has the model's name: what the arguments say of all can be said of one in the
-    YAML for `serve deploy`. Raises ValueError naming the argument at fault.
-    """
+def build(args: dict[str, Any]) -> Application:
+    """As `sfumato.ray_serve.app`."""
     arguments = Arguments.of(args)
     settings = arguments.settings
     places = settings.max_active
