@@ -34,6 +34,11 @@ from support.serving import TIMEOUT_S, Server
 pytestmark = pytest.mark.slow
 
 BUILT_IN = Path(sfumato.__file__).parent / "models" / MODEL
+OTHER: Mapping[str, Any] = {
+    **yaml.safe_load(BUILT_IN.with_suffix(".yaml").read_text()), "name": "other", "aliases": [],
+    "parameters": {"model": str(BUILT_IN)},
+}  # fmt: skip
+"""A second model file, of the same weights."""
 ODD: Mapping[str, Any] = {"loras": [{"name": "odd", "weight": 0.8}]}
 SMALL: Mapping[str, Any] = {"prompt": "a red circle", "size": "64x64", "step": 8}
 
@@ -62,7 +67,10 @@ def ray(
     places = {"outputs_url": f"s3://{s3.BUCKET}", "gallery_url": database.url, "database": database.url}
     scaling = {"max_replicas": 2, "upscale_delay_s": 0.5, "downscale_delay_s": 2, "downscale_to_zero_delay_s": 8}
     scaling |= {"look_back_period_s": 2, "steps": 2 * LONG["steps"]}  # while it is sent, a picture counts twice
-    with RayServer(tmp_path_factory.mktemp("ray"), {**places, **scaling}, bucket.env) as server:
+    group = {"groups": {MODEL: [MODEL, "other"]}}
+    with RayServer(
+        tmp_path_factory.mktemp("ray"), {**places, **scaling, **group}, bucket.env, yaml.safe_dump(OTHER)
+    ) as server:
         yield server
 
 
@@ -109,6 +117,13 @@ def test_a_lora_acts_in_a_replica(ray: RayServer) -> None:
     assert "x-sfumato-warning" not in with_it.headers
     assert not np.array_equal(pixels(image_of(without)), pixels(image_of(with_it)))
     assert np.array_equal(pixels(image_of(with_it)), pixels(image_of(again)))
+
+
+def test_a_replica_draws_all_models_of_its_group(ray: RayServer) -> None:
+    answers = [ray.draw(**SMALL, seed=7, model=model) for model in (MODEL, "other")]
+    assert [answer.status_code for answer in answers] == [200, 200], answers[1].text
+    assert np.array_equal(*(pixels(image_of(each)) for each in answers))
+    within(TIMEOUT_S, lambda: len(replicas(ray)) == 1 and replicas(ray)[0]["models"].keys() >= {MODEL, "other"})
 
 
 def events(server: Server, body: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -188,8 +203,9 @@ def test_no_request_is_lost_with_a_replica_or_a_node(ray: RayServer, server: Ser
         on_head.kill()
         ray.kill_node(1)
         within(TIMEOUT_S, lambda: not on_second.is_running())
-        workers[0].resume()  # it ends, as its replica has
-        within(TIMEOUT_S, lambda: not workers[0].is_running())
+        with suppress(psutil.NoSuchProcess):  # Ray may have ended it
+            workers[0].resume()
+        within(TIMEOUT_S, lambda: not workers[0].is_running())  # else it ends, as its replica has
         assert not held.answered and not any(answer.done() for answer in answers)
         held.cancel()
         results = [answer.result() for answer in answers]
@@ -230,6 +246,11 @@ WRONG: Sequence[tuple[dict[str, Any], str]] = (
     ({"num_gpus": "two"}, "num_gpus='two': must be a number"),
     ({"steps": 0}, "steps=0: must be at least 1"),
     ({"max_active": 0}, "max_active=0: must be at least 1"),
+    ({"groups": "{a: b}"}, "groups='{a: b}': must be as {name: [model, model]}, with each model in one group"),
+    ({"groups": "{a"}, "groups='{a': must be as"),
+    ({"groups": {"a": [MODEL], "b": [MODEL]}}, "groups={'a': ['sfumato-tiny'], 'b': ['sfumato-tiny']}: must be as"),
+    ({"groups": {"a": ["sfumato-tyni"]}}, "groups: a: no model file has 'sfumato-tyni'. Did you mean 'sfumato-tiny'?"),
+    ({"groups": {"sfumato": [MODEL]}}, "'sfumato' would be the name of two deployments; rename the group or the model"),
 )
 TRY = """
 import json, sys

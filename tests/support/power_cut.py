@@ -122,7 +122,7 @@ class Recording:
         self._fault = build / "fault"
 
     def fail(self, op: str, pattern: str, error: int) -> None:
-        """From now on writes (W) or syncs (S) of such files below the folder fail with this errno; 0: half is written."""
+        """From now on writes (W) or syncs (S) of such files below the folder fail with this errno; 0: writes halve."""
         new = self._fault.with_name("new fault")
         new.write_text(f"{op} {pattern} {error}")
         new.replace(self._fault)  # whole, whenever it is read

@@ -39,7 +39,10 @@ REPLICA = "ray::ServeReplica:sfumato:"
 class RayServer(Server):
     """The YAML of the guide with other arguments, deployed with `serve deploy`; `with RayServer(...) as server:`."""
 
-    def __init__(self, folder: Path, arguments: Mapping[str, Any], env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, folder: Path, arguments: Mapping[str, Any], env: Mapping[str, str] | None = None, other: str = ""
+    ) -> None:
+        """`other`: a model file beside the built-in one."""
         self.folder = folder
         self._mark = uuid.uuid4().hex
         self._port, dashboard = _free_port(), _free_port()
@@ -64,6 +67,8 @@ class RayServer(Server):
         args |= {"device": "cpu", "models": str(folder / "models"), "data": str(folder / "data"), **arguments}
         document["applications"][0]["deployments"].append({"name": MODEL, **HEALTH})
         (folder / "models").mkdir()
+        if other:
+            (folder / "models" / "other.yaml").write_text(other)
         (folder / "serve.yaml").write_text(yaml.safe_dump(document))
 
     def __enter__(self) -> RayServer:
