@@ -283,6 +283,14 @@ def test_what_replicas_answer_is_told_counted_and_has_room(tmp_path: Path) -> No
     assert not done.returncode, done.stderr
 
 
+def test_a_replica_starts_without_the_server() -> None:
+    """Its modules take as long to import as all others of a replica together."""
+    environment.make()
+    code = "import sys, sfumato.ray_serve.replica; sys.exit('sfumato.api' in sys.modules)"
+    env = {**os.environ, "PYTHONPATH": str(environment.FOLDER.parent / "src")}
+    subprocess.run([environment.PYTHON, "-c", code], env=env, check=True)
+
+
 def test_the_last_replica_goes_with_the_requests(ray: RayServer) -> None:
     within(TIMEOUT_S, lambda: not ray.replicas(MODEL))
     assert ray.client.get("/readyz").status_code == 200
