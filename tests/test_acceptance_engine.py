@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import hashlib
 from collections.abc import Callable, Coroutine
 from contextlib import aclosing
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
@@ -24,6 +22,7 @@ from sfumato.sampling import nested
 from sfumato.serving.catalog import Catalog
 from sfumato.settings import Settings
 from support import loras, tiny
+from support.tensor_memory import held
 
 ONE = Settings(device="cpu", log_level="error", loaded_models=1)
 """Only one model fits."""
@@ -76,14 +75,6 @@ def with_engine(make: Callable[[Settings], Engine], work: Callable[[Engine], Cor
             await engine.stop()
 
     asyncio.run(run())
-
-
-def held() -> int:
-    """Bytes of all tensors that are alive in this process."""
-    gc.collect()
-    tensors = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
-    storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
-    return sum(storages.values())
 
 
 @pytest.mark.parametrize(

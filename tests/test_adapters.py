@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +24,7 @@ from sfumato.errors import InvalidRequest, ModelTooLarge
 from sfumato.loras import Lora
 from sfumato.models.adapters import KEPT_WEIGHTS, Adapters
 from support import families_transformers, loras, tiny
+from support.tensor_memory import held, tensors
 
 CALL: dict[str, Any] = {"num_inference_steps": 2, "width": 64, "height": 64, "output_type": "np"}
 
@@ -183,19 +183,6 @@ def test_off_and_on_fifty_times(sd: Any, files: list[Path]) -> None:
     assert abs(held() - plainly) <= 0.05 * plainly
 
 
-def held() -> int:
-    """Bytes of all tensors."""
-    gc.collect()
-    found = {id(each): each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)}
-    blocks = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in found.values()}
-    return sum(blocks.values())
-
-
-def tensors() -> int:
-    gc.collect()
-    return sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
-
-
 @pytest.mark.parametrize("count", [60, pytest.param(500, marks=pytest.mark.slow)])
 def test_many_pass_through_a_few_places(count: int, sd: Any, tmp_path: Path) -> None:
     """Of different layers and weights; what is left is what eight take."""
@@ -215,10 +202,10 @@ def test_many_pass_through_a_few_places(count: int, sd: Any, tmp_path: Path) -> 
     empty = held()
     for at in range(20):
         draw(at)
-    before, layers = tensors(), len(list(adapters.modules[0].modules()))
+    before, layers = len(tensors()), len(list(adapters.modules[0].modules()))
     for at in range(20, count):
         draw(at)
-    assert abs(tensors() - before) <= 0.05 * before
+    assert abs(len(tensors()) - before) <= 0.05 * before
     assert len(list(adapters.modules[0].modules())) <= 1.5 * layers
     assert len(adapters) == 8
     assert adapters.drop() > 0

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
-import uvicorn
 
-from sfumato.api import server as api_server
-from sfumato.api.http.connections import Connections
-from sfumato.api.http.shutdown import ActiveRequests
 from support.serving import Server
 
 LONG = {"prompt": "hang"}
@@ -119,33 +113,13 @@ def test_a_third_interrupt_lets_everything_fall(tmp_path: Path) -> None:
         assert server.wait() != 0
 
 
-def test_a_signal_ends_it_although_it_looks_at_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_ends_it_although_it_looks_at_nothing() -> None:
     """uvicorn would look ten times a second. Here it would be an hour until the next look."""
-    monkeypatch.setattr(api_server, "TICK_S", 3600.0)
-    ticks: list[int] = []
-    ticked = asyncio.Event()
-
-    class Counted(api_server.Server):
-        async def on_tick(self, counter: int) -> bool:
-            ticks.append(counter)
-            ticked.set()
-            return await super().on_tick(counter)
-
-    async def nothing(scope: Any, receive: Any, send: Any) -> None: ...
-
-    async def run() -> None:
-        config = uvicorn.Config(nothing, port=0, lifespan="off", log_config=None)
-        server = Counted(config, Connections(10, 10.0), ActiveRequests(), grace_s=3600.0)
-        with config.bind_socket() as sock:
-            serving = asyncio.create_task(server.serve([sock]))
-            await ticked.wait()
-            os.kill(os.getpid(), signal.SIGTERM)
-            async with asyncio.timeout(300):
-                await serving
-
-    before = signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again at its end
-    try:
-        asyncio.run(run())
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert len(ticks) == 2
+    child = subprocess.Popen([sys.executable, "-m", "support.hourly"], stdout=subprocess.PIPE, text=True)
+    with child:
+        assert child.stdout
+        assert child.stdout.readline() == "looked\n"
+        child.terminate()
+        text, _ = child.communicate(timeout=300)
+    assert text == "looked\n"
+    assert child.returncode == -signal.SIGTERM  # uvicorn raises it again at its end
