@@ -19,6 +19,7 @@ from support.seeded import GATED, Server
 from support.serving import TIMEOUT_S
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="LD_PRELOAD is Linux'"),
     pytest.mark.skipif(not COMPILER and not os.environ.get("CI"), reason="no C compiler; .ci/run installs one"),
 ]

@@ -157,7 +157,7 @@ def models_of_a_group_have_one_deployment(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    engine.PAUSES_S = (0.0, 0.001, 0.002, 0.003, 0.004)
+    engine.PAUSES_S = (0.0, 0.1, 0.1, 0.2, 0.2)
     no_worker_is_told_as_such()
     a_look_that_fails_is_not_the_last()
     a_replica_has_room_for_all_that_the_queue_sends(sys.argv[1])
