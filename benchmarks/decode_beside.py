@@ -12,11 +12,12 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -94,18 +95,6 @@ def _seconds() -> float:
     return time.process_time() / torch.get_num_threads()
 
 
-@contextmanager
-def having(values: Mapping[tuple[Any, str], Any]) -> Iterator[None]:
-    before = {(owner, name): getattr(owner, name) for owner, name in values}
-    for (owner, name), value in values.items():
-        setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        for (owner, name), value in before.items():
-            setattr(owner, name, value)
-
-
 def measure(name: str, folder: Path, settings: Sequence[str], repeats: int) -> dict[str, Any]:
     pipe, call = MODELS[name](folder)
     if name == "embedded":  # what its first pictures import and prove is as long as a step
@@ -118,7 +107,9 @@ def measure(name: str, folder: Path, settings: Sequence[str], repeats: int) -> d
         whole.append({})
         print(f"{name}: without the decode {without:.2f} s, all {alone:.1f} s", flush=True)
         for setting in settings:
-            with having(SETTINGS[setting]):
+            with ExitStack() as stack:
+                for (owner, attribute), value in SETTINGS[setting].items():
+                    stack.enter_context(mock.patch.object(owner, attribute, value))
                 gap, all_s = longest_gap(pipe, call, decode=True)
             print(f"{name}: {setting}: {gap:.2f} s, all {all_s:.1f} s", flush=True)
             rounds[-1][setting], whole[-1][setting] = gap / without, all_s / alone

@@ -40,6 +40,7 @@ from benchmarks import gpu_models
 from benchmarks.figures import write
 from benchmarks.gpu_models import SHAPES, Shape
 from sfumato import gather
+from sfumato.errors import told
 
 ROOT = Path(__file__).parent.parent
 TESTS = ("tests/test_gpu.py", "tests/test_low_memory.py", "tests/test_residency.py", "tests/test_context_parallel.py")
@@ -254,7 +255,7 @@ def variant(bench: Bench, name: str, plain: float, expected: list[Any]) -> dict[
             alone = bench.rate(bench.plain, 2) / plain
             eight = bench.rate(bench.together, 8) / plain
     except Exception as error:
-        return {"not possible": f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"}
+        return {"not possible": told(error)}
     return {
         "alone over plain": round(alone, 3), "8 at once over plain": round(eight, 3),
         "against plain, dB": difference, "seconds to get ready": round(ready, 1),

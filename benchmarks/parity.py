@@ -50,6 +50,7 @@ from sfumato.batching.calls import Call as ModuleCall
 from sfumato.batching.calls import differences_between
 from sfumato.batching.outcomes import Reply
 from sfumato.batching.views import view
+from sfumato.errors import told
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
@@ -198,7 +199,7 @@ def halve(one: Measured, shipped: frozenset[str]) -> None:
     try:
         draw(pipe, seeded(family.calls)[0])
     except (RuntimeError, TypeError, ValueError) as error:
-        one.broken = f"{type(error).__name__}: {error}".splitlines()[0][:100]
+        one.broken = told(error)[:100]
         return
     batcher = Batcher(max_rows=16, verification=verification.Verification("unlisted", shipped))
     together(batcher, pipe, family.calls)

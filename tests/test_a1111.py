@@ -746,7 +746,9 @@ def test_any_foreign_field_is_survived(extra: dict[str, Any], overrides: dict[st
     known = DrawBody.model_fields.keys() | NEUTRAL.keys()
     extra = {name: value for name, value in extra.items() if name not in known}
     body = DrawBody.model_validate(extra | {"override_settings": overrides | {"CLIP_stop_at_last_layers": layers}})
+    overrides["CLIP_stop_at_last_layers"] = layers
     assert set(body.ignored()) <= {*extra, *(f"override_settings.{name}" for name in overrides)}
+    assert "override_settings.CLIP_stop_at_last_layers" in body.ignored() or not isinstance(layers, list) or not layers
     clip_skip = body.sampling(None).clip_skip
     assert clip_skip is None or clip_skip > 0
     assert not set(extra) & set(body.understood())

@@ -51,6 +51,18 @@ def test_the_recipe_is_inside(name: str, tmp_path: Path) -> None:
     assert recipe.read(written(tmp_path, name, Clip(frames(), 12.5))) == MADE
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_bytes_are_the_same_pictures_as_floats(channels: int) -> None:
+    noise = np.random.default_rng(1).uniform(-0.1, 1.1, (9, 16, 32, channels)).astype(np.float32)
+    clip = Clip(noise, 12.5, tone(48_000))
+    held = clip.rounded()
+    assert (held.frames.dtype, held.sound, held.fps) == (np.uint8, clip.sound, clip.fps)
+    assert held.frames.nbytes * 4 == clip.frames.nbytes
+    assert np.abs(held.frames / 255 - noise.clip(0, 1)).max() <= 0.5 / 255 + 1e-6
+    pictures, again = ([each.tobytes() for each in made.pictures()] for made in (clip, held))
+    assert len(pictures) == 9 and again == pictures
+
+
 CODECS = {"mp4": "h264", "webm": "vp9", "gif": "gif"}
 
 

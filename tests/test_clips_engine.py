@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ from typer.testing import CliRunner
 from sfumato.cli import app
 from sfumato.config import ModelConfig
 from sfumato.core import Done, Failed, Generation, Preview, Step
+from sfumato.drawing.draw import Drawn, rounded
+from sfumato.engine import loop
 from sfumato.engine.protocol import Answer, Cancel, Stop, Submit
 from sfumato.errors import Cancelled
 from sfumato.pictures import files, recipe
+from sfumato.pictures.results import Clip
 from sfumato.sampling import nested
 from support import tiny
 from support.engines import Engine
@@ -56,15 +60,15 @@ def frames(event: Any) -> Any:
 
 
 def test_clips_share_forward_passes_and_are_what_they_are_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compared before they are encoded."""
+    """Compared before they are rounded and encoded."""
     drawn: dict[str, Any] = {}
-    encode = files.encode
 
-    def noted(result: Any, recipe: Any, format: str) -> bytes:
-        drawn[recipe.prompt] = result.frames
-        return encode(result, recipe, format)
+    def noted(made: Drawn) -> Drawn:
+        assert isinstance(made.result, Clip)
+        drawn[made.recipe.prompt] = made.result.frames
+        return rounded(made)
 
-    monkeypatch.setattr(files, "encode", noted)
+    monkeypatch.setattr(loop, "rounded", noted)
     asked = [clip("one", seed=1), clip("two", seed=2, steps=6, negative_prompt="bad"), clip("three", seed=3)]
     engine = Engine(folder)
     engine.draw(*asked)
@@ -74,6 +78,31 @@ def test_clips_share_forward_passes_and_are_what_they_are_alone(folder: Path, mo
         Engine(folder, max_batch=1).draw(each)
         assert np.abs(drawn[each.prompt] - together[each.prompt]).max() < 1e-4
     assert np.abs(together["a cat one"] - together["a cat three"]).max() > 1e-3
+
+
+def test_a_clip_that_waits_for_its_file_holds_bytes_and_nothing_else(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, floats, waiting = files.encode, list[Any](), list[Any]()
+
+    def noted(made: Drawn) -> Drawn:
+        assert isinstance(made.result, Clip)
+        array = made.result.frames
+        assert array.dtype == np.float32
+        while isinstance(array, np.ndarray):
+            floats.append(weakref.ref(array))
+            array = array.base
+        return rounded(made)
+
+    def held(result: Any, recipe: Any, format: str) -> bytes:
+        waiting.append((result.frames.dtype, [array() for array in floats if array() is not None]))
+        return encode(result, recipe, format)
+
+    monkeypatch.setattr(loop, "rounded", noted)
+    monkeypatch.setattr(files, "encode", held)
+    Engine(folder).draw(clip("one"))
+    assert floats
+    assert waiting == [(np.uint8, [])]
 
 
 def test_a_clip_beside_pictures_of_another_model(folder: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import re
 import signal
-import socket
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from playwright.sync_api import Browser, Locator, Page, expect
 from sfumato.pictures.store import Store
 from support import browser as chrome
 from support.browser import visit
+from support.ports import free_port
 from support.serving import Server
 
 TABS = ("Make", "Rework", "Gallery", "Compare", "Server")
@@ -268,12 +268,6 @@ def test_a_reload_finds_the_drawing_again(page: Page) -> None:
     until(page, 1)
     page.reload()
     expect(result(page)).to_have_attribute("src", DONE)
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 @pytest.mark.slow  # two servers, as the next one

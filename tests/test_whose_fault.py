@@ -14,7 +14,7 @@ from sfumato.cli import app
 from sfumato.commands.check import check
 from sfumato.config import ModelConfig, at_fault
 from sfumato.core import MAX_SEED
-from sfumato.errors import InvalidRequest, ModelFileError
+from sfumato.errors import InvalidRequest, ModelFileError, first_line, told
 from sfumato.sampling import Sampling
 from sfumato.serving.catalog import Catalog
 from support import families, families_transformers, tiny
@@ -268,3 +268,12 @@ def test_a_folder_of_models_that_is_not_there_is_refused(
     monkeypatch.setenv("SFUMATO_MODELS", nowhere)
     for each in (command, ["check"]):
         assert CliRunner().invoke(app, each).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "line"), [(ValueError(), "ValueError"), (KeyError("a\nb"), r"'a\nb'"), (OSError("\n one \ntwo"), "one ")]
+)
+def test_a_librarys_error_is_told_in_one_line(error: Exception, line: str) -> None:
+    assert first_line(error) == line
+    assert told(error) == f"{type(error).__name__}: {line}"
+    assert len(first_line(ValueError("x" * 1000))) == 200

@@ -286,6 +286,16 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
+def first_line(error: BaseException) -> str:
+    """What a library's error says, in at most 200 characters; its class, if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), "")[:200] or type(error).__name__
+
+
+def told(error: BaseException) -> str:
+    """The class of a library's error, and its first line."""
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
 MAX_ITEMS, MAX_DEPTH, MAX_TEXT = 4, 2, 80
 _WORDS = {None: "null", True: "true", False: "false"}
 

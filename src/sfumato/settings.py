@@ -119,7 +119,12 @@ class Settings:
     grace_s: int = _setting(
         30, "Seconds that running requests get to finish when the server is stopped; then they get a 503.", least=0
     )
-    time_limit_s: int = _setting(3600, "Time limit of a request, queueing included, in seconds.", least=1)
+    time_limit_s: int = _setting(
+        3600,
+        "Time limit of a request, queueing included, in seconds; of a stored one (a job, clip or batch line), "
+        "of each picture from when the engine begins with it, without the load of its model.",
+        least=1,
+    )
     max_connections: int = _setting(
         1000,
         "Maximum open connections (fewer if file descriptors are short); beyond it the longest idle one is closed.",

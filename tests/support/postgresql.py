@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+from support.ports import free_port
 
 PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
 
@@ -50,12 +51,9 @@ def running(name: str) -> Iterator[PostgreSQL]:
     folder.mkdir()
     if os.getuid() == 0:
         shutil.chown(folder, "postgres", "postgres")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     data = str(folder / "data")
     run(str(PROGRAMS[-1] / "initdb"), "-D", data, "-U", "sfumato", "--auth=trust", "-E", "UTF8", folder=folder)
-    database = PostgreSQL(folder, port)
+    database = PostgreSQL(folder, free_port())
     database.start()
     try:
         yield database

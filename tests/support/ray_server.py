@@ -7,7 +7,6 @@ import os
 import select
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import uuid
@@ -23,6 +22,7 @@ import yaml
 
 from cluster import environment
 from support.answerable import within
+from support.ports import free_port
 from support.serving import TIMEOUT_S, Server
 
 START = environment.LIST.parent / "start.py"
@@ -45,7 +45,7 @@ class RayServer(Server):
         """`other`: a model file beside the built-in one."""
         self.folder = folder
         self._mark = uuid.uuid4().hex
-        self._port, dashboard = _free_port(), _free_port()
+        self._port, dashboard = free_port(), free_port()
         self._dashboard = f"http://127.0.0.1:{dashboard}/api/serve/applications/"
         self._temporary = tempfile.mkdtemp(
             prefix="ray-", dir="/tmp"
@@ -157,9 +157,3 @@ def _title(process: psutil.Process) -> str:
 def _kill(process: psutil.Process) -> None:
     with suppress(psutil.NoSuchProcess):
         process.send_signal(signal.SIGKILL)
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])

@@ -36,12 +36,20 @@ def _blank_is_absent(value: Any) -> Any:
 
 
 def plain_number(value: Any) -> Any:
-    """A text must be a number as JSON has them; others as they are. Python also reads 1_000, and digits of all scripts.
+    """A text must be a number as JSON has them; others as they are. Python also reads 1_000, and digits of all scripts,
+    and takes true for 1.
 
     Raises ValueError.
     """
-    if isinstance(value, str) and not _PLAIN.fullmatch(value.strip()):
+    if isinstance(value, bool) or (isinstance(value, str) and not _PLAIN.fullmatch(value.strip())):
         raise ValueError("a number in plain digits is valid, such as 20 or 0.5")
+    return value
+
+
+def _no_switch(value: Any) -> Any:
+    """Raises ValueError for true and false, which Python takes for 1 and 0."""
+    if isinstance(value, bool):
+        raise ValueError("a text or a number is valid")
     return value
 
 
@@ -75,6 +83,7 @@ PLAIN = BeforeValidator(plain_number)
 NUMBER = BeforeValidator(lambda value: plain_number(_blank_is_absent(value)))
 """The same where it may be empty."""
 Text: TypeAlias = Annotated[str | None, BLANK]
+TextOrNumber: TypeAlias = Annotated[str | int | None, BeforeValidator(_no_switch), BLANK]
 Seed: TypeAlias = Annotated[Annotated[int, Field(ge=RANDOM_SEED, le=MAX_SEED)] | None, NUMBER]
 KeepAlive: TypeAlias = Annotated[
     float | None,

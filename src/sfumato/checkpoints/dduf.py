@@ -21,7 +21,7 @@ from huggingface_hub import DDUFEntry, read_dduf_file
 from huggingface_hub.errors import DDUFError
 
 from sfumato.checkpoints import sources
-from sfumato.errors import DownloadError, LoadError
+from sfumato.errors import DownloadError, LoadError, first_line
 
 MAX_ENTRIES = 10_000
 MAX_DIRECTORY = 8 * 2**20
@@ -47,9 +47,8 @@ def entries(path: Path) -> Mapping[str, DDUFEntry]:
         found = read_dduf_file(path)
     except (DDUFError, zipfile.BadZipFile, zipfile.LargeZipFile, ValueError, LookupError, RecursionError, OSError,
             struct.error, NotImplementedError) as error:  # fmt: skip
-        why = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise LoadError(
-            f"{path} is not a whole DDUF file ({why}); download it again", param="parameters.model"
+            f"{path} is not a whole DDUF file ({first_line(error)}); download it again", param="parameters.model"
         ) from error
     return found
 

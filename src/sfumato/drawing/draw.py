@@ -117,6 +117,11 @@ def picture(
         )
 
 
+def rounded(drawn: Drawn) -> Drawn:
+    """The same, holding as little as its file needs. Needs no torch."""
+    return Drawn(drawn.result.rounded(), *drawn[1:]) if isinstance(drawn.result, Clip) else drawn
+
+
 def encoded(drawn: Drawn, wanted: Callable[[], bool] = lambda: True) -> Done:
     """The file, with its recipe inside. Needs no torch: another thread may do it.
 

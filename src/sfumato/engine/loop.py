@@ -28,7 +28,7 @@ from sfumato.checkpoints.remote_limits import Limits
 from sfumato.config import ModelConfig
 from sfumato.core import BATCH, Done, Event, Failed, Generation, Step, keep_alive_seconds
 from sfumato.drawing import named_nets, out_of_memory, preprocessors, two_passes
-from sfumato.drawing.draw import Disturbed, Drawn, RunStopped, encoded
+from sfumato.drawing.draw import Disturbed, Drawn, RunStopped, encoded, rounded
 from sfumato.drawing.info import model_info
 from sfumato.engine.protocol import (
     Answer,
@@ -320,6 +320,8 @@ class Loop:
                 try:
                     memory = self._batcher.free_caches, self._batcher.let_long_calls_end
                     picture = out_of_memory.with_less(model, submit.generation, run, *memory)
+                    if long:  # it may wait for other files; its floats do not
+                        picture = self._encoder.result(functools.partial(rounded, picture))
                     wanted = functools.partial(self._runs, id)
                     return self._encoder.begin(functools.partial(encoded, picture, wanted), long=long)
                 finally:

@@ -12,7 +12,7 @@ from sfumato.errors import SfumatoError
 from sfumato.status import EngineStats, ModelStatus
 
 OnPlace: TypeAlias = Callable[[str, bool], None]
-"""Called with the id of a generation, and whether it takes a place (see `Placed`)."""
+"""Called with the id of a generation, and whether it takes a place (see `Placed`); also when it begins, with one."""
 
 OnDevice: TypeAlias = Callable[[str, str], None]
 """Called with the id of a generation, and the name of the device that draws it from now on."""

@@ -99,7 +99,9 @@ class Streams:
                 self._stats = stats
             case Placed(str(id), bool(taken)):
                 self._on_place(id, taken)
-            case Ready() | Started(str()):
+            case Started(str(id)):
+                self._on_place(id, True)
+            case Ready():
                 pass
             case _:
                 raise TypeError(f"{reprlib.repr(report)} is not a report")

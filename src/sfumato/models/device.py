@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from sfumato.config import ModelConfig
-from sfumato.errors import DeviceUnavailable
+from sfumato.errors import DeviceUnavailable, first_line
 from sfumato.models import precision
 from sfumato.settings import members
 
@@ -53,7 +53,7 @@ def _usable(config: ModelConfig, device: str) -> None:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise DeviceUnavailable(
-            f"{config.name}: the device {device!r} is not usable on this machine ({str(error).splitlines()[0]}). "
+            f"{config.name}: the device {device!r} is not usable on this machine ({first_line(error)}). "
             "Set `cuda: false` in the model file, leave it out (to take the best available device), "
             "or start the server with --device cpu."
         ) from error

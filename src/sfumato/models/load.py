@@ -30,7 +30,7 @@ from sfumato.checkpoints import (
     weight_file,
 )
 from sfumato.config import ModelConfig, addresses
-from sfumato.errors import DownloadError, InvalidRequest, LoadError, ModelFileError, SfumatoError
+from sfumato.errors import DownloadError, InvalidRequest, LoadError, ModelFileError, SfumatoError, first_line
 from sfumato.loras import Lora
 from sfumato.models import (
     context_parallel,
@@ -293,10 +293,9 @@ def _single_file(
         except ValueError as error:  # of other shapes, say
             if described == fetched.description:
                 raise
-            why = str(error).partition("\n")[0]
             raise DownloadError(
                 f"{config.name}: {fetched.path.name} does not fit what Sfumato knows of its kind without a network "
-                f"({why}). Run `sfumato pull {config.name}` once while online."
+                f"({first_line(error)}). Run `sfumato pull {config.name}` once while online."
             ) from error
 
 

@@ -1,13 +1,13 @@
 """What a pipeline made, before it is a file: a picture is Pillow's; clips and sounds are arrays with their rates.
 
-An array is kept as the pipeline returned it, and is turned into what a file holds frame by frame: a clip is never in
-memory twice.
+A clip that waits for its file holds bytes, a quarter of the floats that a pipeline returns; the file is written from
+them frame by frame. So a clip is never in memory twice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from PIL import Image
@@ -48,7 +48,8 @@ class Sound:
 @dataclass(frozen=True, slots=True, eq=False)
 class Clip:
     frames: NDArray[Any]
-    """(frames, height, width, channels), 0 .. 1; one channel is grey, three are RGB."""
+    """(frames, height, width, channels), one channel is grey, three are RGB: floats, 0 .. 1, as a pipeline returns
+    them, or bytes, 0 .. 255, once `rounded`."""
     fps: float
     sound: Sound | None = None
     wanted: Callable[[], bool] = lambda: True
@@ -66,12 +67,25 @@ class Clip:
         """One frame, RGB. Raises Cancelled if the clip is no longer wanted."""
         if not self.wanted():
             raise Cancelled("the request was cancelled")
-        pixels = (self.frames[index].clip(0, 1) * 255).round().astype("uint8")
+        pixels = _rounded(self.frames[index])
         return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).convert("RGB")
 
     def pictures(self) -> Iterator[Image.Image]:
         """Its frames, one after the other."""
         return (self.picture(index) for index in range(len(self)))
+
+    def rounded(self) -> Clip:
+        """The same clip in bytes, made frame by frame; the floats may go."""
+        import numpy as np
+
+        frames = np.empty(self.frames.shape, np.uint8)
+        for index, frame in enumerate(self.frames):
+            frames[index] = _rounded(frame)
+        return replace(self, frames=frames)
+
+
+def _rounded(frame: NDArray[Any]) -> NDArray[Any]:
+    return frame if frame.dtype == "uint8" else (frame.clip(0, 1) * 255).round().astype("uint8")
 
 
 Result: TypeAlias = Image.Image | Clip | Sound

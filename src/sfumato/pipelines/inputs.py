@@ -272,6 +272,21 @@ def _inputs(kin: Kin, text: bool) -> tuple[Input, ...]:
     return tuple(inputs)
 
 
+def check_kind(model: str, can: Abilities, kind: str, param: str) -> None:
+    """Raises InvalidRequest naming the model's tasks, unless it makes results of this kind."""
+    if can.kind != kind:
+        raise InvalidRequest(
+            f"{model} makes {made_by(can)}, and the request is for {RESULTS[kind]}; `tasks` in the list of models says "
+            "which model makes them",
+            param=param,
+        )
+
+
+def made_by(can: Abilities) -> str:
+    """What a model makes, in words, with its tasks."""
+    return f"{RESULTS[can.kind]} ({', '.join(can.tasks)})"
+
+
 def check(
     model: str,
     can: Abilities,
@@ -292,12 +307,7 @@ def check(
     """
     if can.problem:
         raise InvalidRequest(f"{model} draws no picture: {can.problem}", param="model")
-    if can.kind != kind:
-        raise InvalidRequest(
-            f"{model} makes {RESULTS[can.kind]} ({', '.join(can.tasks)}), and the request is for {RESULTS[kind]}; "
-            "`tasks` in the list of models says which model makes them",
-            param="model",
-        )
+    check_kind(model, can, kind, "model")
     if frames and can.frames and (why := can.frames.violation(frames)):
         raise InvalidRequest(f"num_frames: {frames}; {model} does not draw that many: {why}", param="num_frames")
     if seconds and can.sound and (why := can.sound.violation(seconds)):

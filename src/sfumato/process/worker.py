@@ -17,7 +17,7 @@ from sfumato import logs
 from sfumato.core import Failed
 from sfumato.engine import environment
 from sfumato.engine.protocol import Answer, Ready, Report, Unusable
-from sfumato.errors import DrawError
+from sfumato.errors import DrawError, first_line
 from sfumato.process import lean_imports, wire
 from sfumato.settings import members
 
@@ -86,7 +86,7 @@ def _use(device: str) -> str:
         if (index := torch.device(device).index) is not None:
             torch.accelerator.set_device_index(index)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        return f"the device {device} is not usable: {next(iter(str(error).splitlines()), type(error).__name__)}"
+        return f"the device {device} is not usable: {first_line(error)}"
     return ""
 
 

@@ -27,6 +27,7 @@ from sfumato.batching.calls import target
 from sfumato.batching.module_runner import numbers
 from sfumato.batching.outcomes import is_out_of_memory
 from sfumato.core import EAGER
+from sfumato.errors import told
 from sfumato.runners import arguments as call_arguments
 from sfumato.runners import module_state
 from sfumato.runners.arguments import Arguments, Unserved
@@ -179,7 +180,7 @@ class Compiled:
             if is_out_of_memory(error):
                 raise  # the batcher makes room and tries again
             if not getattr(self._allowed, "refused", False):
-                self.why_eager = f"compiled code failed: {_in_words(error)}"
+                self.why_eager = f"compiled code failed: {told(error)}"
                 log.warning(
                     "%s is computed by the module itself from now on: %s", type(module).__name__, self.why_eager
                 )
@@ -208,7 +209,7 @@ class Compiled:
         except Exception as error:  # whatever is raised by compiling code that others wrote
             self.out_of_memory = is_out_of_memory(error)
             if not self._ready and not self.out_of_memory:
-                self.why_eager = f"it cannot be compiled: {_in_words(error)}"
+                self.why_eager = f"it cannot be compiled: {told(error)}"
             log.warning("%s cannot be compiled: %r", type(module).__name__, error)
         else:
             self._ready = frozenset({*self._ready, kind})
@@ -307,7 +308,3 @@ def _settings() -> ExitStack:
     stack.enter_context(shapes.patch(use_duck_shape=False))
     stack.enter_context(torch._inductor.config.patch(compile_threads=1))  # no pool of processes that outlives us
     return stack
-
-
-def _in_words(error: Exception) -> str:
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from sfumato.errors import first_line, told
 from sfumato.runners import group
 from sfumato.runners.group import Begin, Drop, Failed, Fill, Forward, Hold, Join, Outline
 
@@ -40,7 +41,7 @@ class Follower:
             if (index := torch.device(self._device).index) is not None:
                 torch.accelerator.set_device_index(index)
         except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-            return f"the device {self._device} is not usable: {_first_line(error)}"
+            return f"the device {self._device} is not usable: {first_line(error)}"
         return ""
 
     def join(self) -> None:
@@ -52,7 +53,7 @@ class Follower:
             module = pickle.loads(message.module).to_empty(device=self._device)
             self._modules[message.number] = group.divided(module, self._begin.rank, self._begin.devices, self._mesh)
         except Exception as error:  # whatever a module's code raises: the worker computes it alone
-            return f"{self._device} cannot hold it: {type(error).__name__}: {_first_line(error)}"
+            return f"{self._device} cannot hold it: {told(error)}"
         return ""
 
     def fill(self, number: int) -> None:
@@ -120,10 +121,6 @@ def _read(pipe: Connection[Any, Any], messages: queue.SimpleQueue[Any]) -> None:
     except BaseException:  # a message that cannot be read: without it the worker would wait for this rank for ever
         traceback.print_exc()
         os._exit(1)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
 
 
 if __name__ == "__main__":

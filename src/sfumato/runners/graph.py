@@ -21,6 +21,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from sfumato.batching.calls import target
+from sfumato.errors import told
 from sfumato.runners import module_state
 from sfumato.runners.arguments import Arguments, Unserved, fixed
 
@@ -82,8 +83,7 @@ def form(module: Any, method: str, arguments: Arguments) -> Form:
             inputs = [mode.from_tensor(_in(tensor, dtype)) for tensor in arguments.tensors]
             output = target(module_state.copied(module), method)(**arguments.rebuilt(inputs))
     except Exception as error:  # whatever a module raises
-        first = next(iter(str(error).splitlines()), "")
-        raise Unserved(f"it cannot be traced: {type(error).__name__}: {first[:200]}") from error
+        raise Unserved(f"it cannot be traced: {told(error)}") from error
     parts = output if type(output) is tuple else tuple(output.values()) if hasattr(output, "values") else ()
     nested = [part if type(part) is tuple else (part,) for part in parts]  # all hidden states of a text encoder
     if not parts or not all(isinstance(value, torch.Tensor) for part in nested for value in part):

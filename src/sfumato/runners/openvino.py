@@ -26,6 +26,7 @@ from sfumato.batching.calls import target
 from sfumato.batching.module_runner import numbers
 from sfumato.batching.outcomes import is_out_of_memory
 from sfumato.core import EAGER
+from sfumato.errors import told
 from sfumato.pipelines import source_digest
 from sfumato.runners import arguments as call_arguments
 from sfumato.runners import graph, kept, module_state
@@ -180,7 +181,7 @@ class OpenVino:
         try:
             output = self._computed(structure, arguments)
         except Exception as error:  # whatever OpenVINO raises, the module can compute it
-            output, reason = None, f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
+            output, reason = None, told(error)
             if known:
                 self.why_eager = f"OpenVINO failed: {reason}"
                 log.warning("%s is computed by the module itself from now on: %s", self._kind, self.why_eager)

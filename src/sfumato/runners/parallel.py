@@ -20,6 +20,7 @@ from sfumato.batching.calls import target
 from sfumato.batching.module_runner import numbers
 from sfumato.batching.outcomes import is_out_of_memory
 from sfumato.core import EAGER
+from sfumato.errors import told
 from sfumato.runners import arguments as call_arguments
 from sfumato.runners import module_state
 from sfumato.runners.arguments import Unserved
@@ -115,7 +116,7 @@ class Parallel:
         except Exception as error:  # whatever diffusers raises, the module can compute it
             if is_out_of_memory(error):
                 raise  # the batcher makes room and tries again
-            self._refuse(size, f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}")
+            self._refuse(size, told(error))
             return itself(), EAGER
         return self._compared(size, output, itself)
 

@@ -14,6 +14,7 @@ from sfumato.errors import Cancelled, SfumatoError
 from sfumato.pictures.budget import Share
 from sfumato.serving import repeat
 from sfumato.serving.queue import Queue, Ticket
+from sfumato.serving.time_limits import DrawingTime
 
 CANCELLED = "the request was cancelled"
 
@@ -58,6 +59,7 @@ class Part:
 
     generation: Generation
     ticket: Ticket
+    time: DrawingTime
     step: int = 0
     total: int = 0
     """Denoising steps; 0 until the first is complete."""
@@ -70,6 +72,11 @@ class Part:
     done: Done | None = None
     name: str | None = None
     """Its name in the store."""
+
+    def place(self, queue: Queue, taken: bool) -> None:
+        """The engine has begun with it, or goes on; or, not `taken`, it waits for its model."""
+        queue.place(self.ticket, taken)
+        self.time.count(taken)
 
     def update(self, event: Step | Preview | Done) -> None:
         match event:

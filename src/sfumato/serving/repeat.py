@@ -30,6 +30,8 @@ class Repeatable:
     """When it was accepted, in seconds since 1970."""
     selected: str | None = None
     """The model that its caller had selected (AUTOMATIC1111's clients do)."""
+    checked: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when nothing is wrong with it that can be known without a download, or its model in memory."""
     job: Job | None = None
     """Its job, once it stands in the queue."""
     submitted: asyncio.Event = field(default_factory=asyncio.Event)

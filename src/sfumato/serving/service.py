@@ -21,7 +21,6 @@ from sfumato.core import BATCH, Done, Failed, Step
 from sfumato.engine.protocol import Engine, Load, Pin, Unload
 from sfumato.errors import (
     Cancelled,
-    DeadlineExceeded,
     RequestNotFound,
     SfumatoError,
     TimedOut,
@@ -33,7 +32,7 @@ from sfumato.pictures.budget import Budget, Share
 from sfumato.pictures.decoder_pool import Decoders
 from sfumato.pictures.fetch import PictureFetcher
 from sfumato.pictures.sources import Decoded, Sources, encoded_size, file_of
-from sfumato.serving import named_controls, repeat
+from sfumato.serving import named_controls, repeat, time_limits
 from sfumato.serving.catalog import Catalog
 from sfumato.serving.foreseen import Foreseen
 from sfumato.serving.job import CANCELLED, Arrival, Job, Part, Progress
@@ -41,6 +40,7 @@ from sfumato.serving.metrics import Metrics
 from sfumato.serving.planning import ImageRequest, plan
 from sfumato.serving.queue import MAX_RETRY_AFTER_S, Queue
 from sfumato.serving.request_loras import RequestLoras
+from sfumato.serving.time_limits import DrawingTime
 from sfumato.settings import Settings
 from sfumato.status import Abilities
 
@@ -113,6 +113,8 @@ class Service:
         config = self.catalog.get(request.model)
         generations = plan(request, config, self.limits, self.settings.max_n)
         prompts = await self._check_inputs(request, config)
+        if stored := repeat.CURRENT.get():
+            stored.checked.set()
         generations = await self._loras.with_files(generations, config)
         # Nothing is awaited from here on, so that its progress is always known and cancelling it always works.
         if arrival := self._arrival(request.id, request.caller):
@@ -132,18 +134,10 @@ class Service:
         except TooManyRequests as error:
             self.metrics.record_rejection(error.code)
             raise
-        parts = [Part(generation, ticket) for generation, ticket in zip(generations, tickets, strict=True)]
-        job = Job(
-            request.id or uuid.uuid4().hex,
-            request.caller,
-            config,
-            self.queue,
-            parts,
-            share=share,
-            detached=request.detached,
-            keep=request.keep,
-            deadline=request.deadline,
-        )
+        limit = self.settings.time_limit_s if stored else None
+        drawn = zip(generations, tickets, strict=True)
+        parts = [Part(generation, ticket, DrawingTime(limit)) for generation, ticket in drawn]
+        job = self._job_of(request, config, parts, share)
         try:
             sources = self._sources(request, share, prompts)
         except SfumatoError as error:
@@ -155,7 +149,7 @@ class Service:
             self._read_ahead.add(config.name)
             read_ahead.begin(config)
         self._jobs.append(job)
-        if stored := repeat.CURRENT.get():
+        if stored:
             stored.submit(job)
         job.task = asyncio.create_task(self._run(job, sources))
         job.task.add_done_callback(functools.partial(self._end, job))
@@ -163,6 +157,19 @@ class Service:
         if self.settings.log_prompts:
             log.info("%s will draw %r", config.name, list(request.prompts))
         return job
+
+    def _job_of(self, request: ImageRequest, config: ModelConfig, parts: Sequence[Part], share: Share) -> Job:
+        return Job(
+            request.id or uuid.uuid4().hex,
+            request.caller,
+            config,
+            self.queue,
+            parts,
+            share=share,
+            detached=request.detached,
+            keep=request.keep,
+            deadline=request.deadline,
+        )
 
     @contextmanager
     def register_arrival(self, id: str, caller: str) -> Iterator[Arrival]:
@@ -275,20 +282,18 @@ class Service:
         )
 
     async def _run(self, job: Job, sources: Sources | None) -> None:
-        limit = self.settings.time_limit_s
+        limit = None if repeat.CURRENT.get() else self.settings.time_limit_s  # of stored ones each picture has its own
         try:
             async with asyncio.timeout(limit), asyncio.TaskGroup() as group:
                 turn = asyncio.Event()
                 pictures = group.create_task(self._take_pictures(job, sources, turn)) if sources else None
                 del sources  # the encoded pictures are released as soon as they are decoded
                 if job.deadline is not None:
-                    group.create_task(_refuse_late(turn, job.deadline - time.time()))
+                    group.create_task(time_limits.refuse_late(turn, job.deadline - time.time()))
                 for index, part in enumerate(job.parts):
                     group.create_task(self._draw_picture(job, index, part, pictures, turn))
         except TimeoutError:
-            raise TimedOut(
-                f"not drawn within {limit} s (the setting time_limit_s): request fewer steps or a smaller size"
-            ) from None
+            raise TimedOut(f"not drawn within {limit} s (the setting time_limit_s): {time_limits.REMEDY}") from None
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None  # the first failure is why the others were cancelled
 
@@ -337,13 +342,13 @@ class Service:
                 ]
                 generation = replace(generation, images=decoded.images, mask=decoded.mask, controls=tuple(controls))
             self._parts[generation.id] = part
-            async with aclosing(self.engine.submit(job.config, generation)) as events:
+            async with part.time, aclosing(self.engine.submit(job.config, generation)) as events:
                 async for event in events:
-                    self.queue.place(part.ticket, True)
+                    part.place(self.queue, True)
                     if isinstance(event, Failed):
                         raise event.error
                     if isinstance(event, Done):
-                        event = _saying_if_late(event, job.deadline)
+                        event = time_limits.saying_if_late(event, job.deadline)
                         if job.keep:
                             part.name = await job.keep(event)
                     job.put(index, event)
@@ -357,7 +362,7 @@ class Service:
     def _place(self, id: str, taken: bool) -> None:
         """The engine says whether a picture takes a place."""
         if part := self._parts.get(id):
-            self.queue.place(part.ticket, taken)
+            part.place(self.queue, taken)
 
     def _on_device(self, id: str, device: str) -> None:
         """The engine says which of several devices draws a picture."""
@@ -388,7 +393,8 @@ class Service:
         prompts = await named_controls.prompts(request.controls, config.folder, hub=hub)
         named = any(control.name for control in request.controls)
         # With a ControlNet of the request, another class draws.
-        loaded = kind_of(request.format) == IMAGE and self.engine.status(config.name).info
+        info = self.engine.status(config.name).info
+        loaded = info and info.abilities.kind == kind_of(request.format) == IMAGE
         if named or config.ip_adapters or loaded:
             return prompts
         await self._foreseen.check(request, config, self.limits)
@@ -420,23 +426,3 @@ class Service:
 
     def _arrival(self, id: str, caller: str) -> Arrival | None:
         return next((each for each in reversed(self._arrivals) if (each.id, each.caller) == (id, caller)), None)
-
-
-async def _refuse_late(turn: asyncio.Event, left_s: float) -> None:
-    """Returns at the first picture's turn. Raises DeadlineExceeded if that does not come in time."""
-    try:
-        async with asyncio.timeout(left_s):
-            await turn.wait()
-    except TimeoutError:
-        raise DeadlineExceeded(
-            "x-deadline-ms: it has passed while the request waited in the queue, and nothing of it is drawn; send a "
-            "later one, or none",
-            param="x-deadline-ms",
-        ) from None
-
-
-def _saying_if_late(done: Done, deadline: float | None) -> Done:
-    late_s = time.time() - (math.inf if deadline is None else deadline)
-    if late_s <= 0:
-        return done
-    return replace(done, warnings=(*done.warnings, f"deadline: the picture was ready {late_s:.1f} s after it"))

@@ -16,7 +16,18 @@ from pydantic_core import from_json, to_json
 
 from sfumato.api.a1111.control_units import SCRIPT
 from sfumato.api.a1111.hires import HiresFields
-from sfumato.api.fields import BLANK, NUMBER, PictureCount, Priority, Seed, Side, Text, a1111_field
+from sfumato.api.fields import (
+    BLANK,
+    NUMBER,
+    PictureCount,
+    Priority,
+    Seed,
+    Side,
+    Text,
+    TextOrNumber,
+    a1111_field,
+    plain_number,
+)
 from sfumato.api.lora_fields import LoraFields
 from sfumato.core import INTERACTIVE, MAX_SEED
 from sfumato.pictures.fitting import Fitting
@@ -89,7 +100,7 @@ class _Common(LoraFields):
         description="A name from /sdapi/v1/samplers; an unknown one falls back to the model's own.",
         examples=["Euler a"],
     )
-    sampler_index: Annotated[str | int | None, BLANK] = Field(None, description="Older name of sampler_name.")
+    sampler_index: TextOrNumber = Field(None, description="Older name of sampler_name.")
     scheduler: Text = Field(None, description="A schedule type from /sdapi/v1/schedulers.", examples=["Automatic"])
     override_settings: dict[str, Any] | None = Field(
         None, description=f"For this request only: {MODEL} (a title from /sdapi/v1/sd-models) and {LAYERS}."
@@ -162,7 +173,7 @@ class DrawBody(_Sampled):
         settings = [
             f"override_settings.{name}"
             for name, value in self.overrides.items()
-            if name not in (MODEL, LAYERS) and is_set(value, NO_OVERRIDES.get(name, ()))
+            if name != MODEL and is_set(value, NO_OVERRIDES.get(name, ())) and not (name == LAYERS and _is_layer(value))
         ]
         scripts = [f"alwayson_scripts.{name}" for name in self.alwayson_scripts or () if name.casefold() != SCRIPT]
         unsupported = [name for name in ("styles", "script_name") if is_set(getattr(self, name), ())]
@@ -216,7 +227,7 @@ class Img2ImgBody(_SampledFromPicture):
     init_images: list[str] = Field(
         min_length=1, max_length=MAX_PICTURES, description="The source picture: base64, a data: URI or an http(s) URL."
     )
-    resize_mode: Annotated[Literal[0, 1, 2, 3] | None, BLANK] = Field(
+    resize_mode: Annotated[Literal[0, 1, 2, 3] | None, NUMBER] = Field(
         None, description="How to fit to width x height: 0 and 3 stretch the picture, 1 and 2 crop it."
     )
     mask: Text = Field(None, description="Base64, a data: URI or an http(s) URL; white areas are redrawn.")
@@ -286,7 +297,7 @@ class UpscaleBody(BaseModel):
     image: str = Field(description="Base64, a data: URI or an http(s) URL.")
     upscaler_1: Text = Field(None, description="A name from /sdapi/v1/upscalers.")
     upscaling_resize: Annotated[float | None, NUMBER] = Field(2, description="2 or 4, whichever the upscaler supports.")
-    resize_mode: Annotated[Literal[0] | None, BLANK] = Field(None, description="Only 0: scale by upscaling_resize.")
+    resize_mode: Annotated[Literal[0] | None, NUMBER] = Field(None, description="Only 0: scale by upscaling_resize.")
     priority: Priority = INTERACTIVE
 
     def ignored(self) -> list[str]:
@@ -302,10 +313,15 @@ def _is_ignored(name: str, value: object) -> bool:
     return not QUIET.fullmatch(name) and (name not in NEUTRAL or is_set(value, NEUTRAL[name]))
 
 
+def _is_layer(value: object) -> bool:
+    try:
+        int(plain_number(value))
+    except (TypeError, ValueError, OverflowError):
+        return False
+    return True
+
+
 def _from_one(value: object) -> int | None:
     """Our count of layers to skip. Clients send the last layer by default."""
-    try:
-        layer = int(value or 1)  # type: ignore[call-overload]
-    except (TypeError, ValueError, OverflowError):
-        return None
+    layer = int(value) if _is_layer(value) else 1  # type: ignore[call-overload]
     return layer - 1 if layer > 1 else None

@@ -24,7 +24,9 @@ from sfumato.checkpoints import embeddings, lora_files
 from sfumato.checkpoints.static_capabilities import static_capabilities
 from sfumato.config import ModelConfig
 from sfumato.errors import InvalidRequest
+from sfumato.formats import IMAGE
 from sfumato.loras import name_of
+from sfumato.pipelines import inputs
 from sfumato.sampling import UPSCALERS as UPSCALING
 from sfumato.sampling import clip_layer
 from sfumato.serving import repeat
@@ -124,8 +126,8 @@ async def set_options(
     current = _options(service, choices, caller)
     if options.get(MODEL) is not None:
         name = choices.model_for_title(options[MODEL])
-        if name not in {config.name for config in await of_pictures(service)}:
-            raise InvalidRequest(f"{MODEL}: {name} makes no pictures; /sdapi/v1/sd-models lists what does", param=MODEL)
+        if abilities := await service.abilities(service.catalog.get(name)):
+            inputs.check_kind(f"{MODEL}: {name}", abilities, IMAGE, MODEL)
         choices.choose(caller, name)
     ignored = [name for name, value in options.items() if name != MODEL and current.get(name, "") != value]
     return JSONResponse(None, headers=answers.warning_headers(ignored, ()))

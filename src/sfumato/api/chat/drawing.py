@@ -11,7 +11,8 @@ from sfumato.api.chat.conversation import Named
 from sfumato.api.chat.sizes import SIDE
 from sfumato.config import ModelConfig
 from sfumato.errors import ModelNotFound
-from sfumato.formats import IMAGE, WORDS
+from sfumato.formats import IMAGE
+from sfumato.pipelines import inputs
 from sfumato.sampling import Sampling
 from sfumato.serving.own_size import own_size
 from sfumato.serving.planning import refuse_size, size_of
@@ -41,7 +42,7 @@ async def plan(service: Service, body: ChatBody, base: str) -> Plan:
     config = service.catalog.get(body.model)
     abilities = await service.abilities(config)
     if abilities and (abilities.problem or abilities.kind != IMAGE):
-        why = abilities.problem or f"it makes {WORDS[abilities.kind]}"
+        why = abilities.problem or f"it makes {inputs.made_by(abilities)}"
         raise ModelNotFound(f"There is no picture model {config.name!r}: {why}.", param="model")
     conversation = body.conversation
     own = [Named("image", picture) for picture in body.all_pictures]

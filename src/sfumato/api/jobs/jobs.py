@@ -35,7 +35,11 @@ BEAT_S = 5.0
 """Interval of signs of life, and of looking for jobs that nobody carries out. Well below `store.LEASE_S`."""
 
 FIRST_S = 2.0
-"""How long a request is given to fail before it is promised to be drawn: most errors then are answers, not jobs."""
+"""How long a request whose check found nothing is given to stand in the queue before it is promised to be drawn: it may
+wait for a LoRA that is downloaded for it."""
+
+CHECK_S = 30.0
+"""How long the check may take: it reads the body and this disk, on a busy machine for longer than `FIRST_S`."""
 
 AGAIN_S = 5.0
 """Seconds until a promised job that found the queue full or no worker, or an answer that could not be stored, is tried
@@ -183,7 +187,7 @@ class Jobs:
         if not await self.draw(run, body, self._pause):
             return
         run.stored = _is_stored(run)
-        run.settled.set()
+        run.settle()
         await self._conclude(run)
         run.end()
 
@@ -224,7 +228,7 @@ class Jobs:
 
     async def _answer(self, run: Run, scope: Any, receive: Any) -> None:
         run.scope = scope
-        waiter = asyncio.create_task(_settle(run))
+        waiter = asyncio.create_task(run.follow_submission())
         try:
             await (self._refusal(run) or self.app)(scope, receive, run.record)
             if not run.answered:
@@ -322,11 +326,6 @@ def _report(task: asyncio.Task[None]) -> None:
     """Log the unexpected error that ended a task."""
     if not task.cancelled() and (error := task.exception()):
         log.error("jobs: %s", logs.error_location(error))
-
-
-async def _settle(run: Run) -> None:
-    await run.repeatable.submitted.wait()
-    run.settled.set()
 
 
 def _again(run: Run) -> bool:

@@ -20,9 +20,9 @@ from sfumato.api.http.error_shapes import ErrorShapes, Shape
 from sfumato.api.http.middleware import UnhandledErrors
 from sfumato.api.jobs.documents import job_json
 from sfumato.api.jobs.headers import Wishes, fingerprint, key_digest, wishes
-from sfumato.api.jobs.jobs import FIRST_S, Jobs
+from sfumato.api.jobs.jobs import CHECK_S, FIRST_S, Jobs
 from sfumato.api.jobs.run import REPLAYED, Run, saved_scope
-from sfumato.api.jobs.tables import Answer, StoredJob
+from sfumato.api.jobs.tables import Answer, StoredJob, route_of
 from sfumato.api.openai.answers import unless_gone
 from sfumato.errors import Cancelled, JobsUnavailable, SfumatoError
 
@@ -130,7 +130,7 @@ class StoredRequests:
                 raise JobsUnavailable("the request is stored, but cannot be carried out now; ask for its job again")
 
     def _present(self, scope: Scope) -> Present | None:
-        return self._presented.get(scope["path"].removeprefix(scope.get("root_path", "")).removeprefix("/v1"))
+        return self._presented.get(route_of(scope))
 
     async def _accepted(
         self, job: StoredJob, headers: Iterable[tuple[bytes, bytes]], request: Request, send: Send
@@ -181,6 +181,7 @@ async def _is_promised(found: Run | StoredJob, wished: Wishes, *, always: bool) 
     """Whether it is told of its job: not if that was refused at once, or, unless `always`, ends while it waits."""
     if not isinstance(found, Run):
         return True
+    await _within(CHECK_S, found.checked)
     await _within(FIRST_S, found.settled)
     if not found.stored:
         return False

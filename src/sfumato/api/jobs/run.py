@@ -24,6 +24,8 @@ class Run:
         """Whether its client was told 202, or it is carried out again: its answer is stored, whatever it is."""
         self.repeatable = Repeatable(job.secret, job.created, job.request.get("selected"))
         self.cancelled = asyncio.Event()
+        self.checked = asyncio.Event()
+        """Set once what is known of it without a download is no reason to refuse it, or its answer will be no other."""
         self.settled = asyncio.Event()
         """Set once it stands in the queue, or its answer will be no other."""
         self.ended = asyncio.Event()
@@ -68,10 +70,22 @@ class Run:
             self._public = True
         self._tell()
 
+    async def follow_submission(self) -> None:
+        """Until it stands in the queue."""
+        await self.repeatable.checked.wait()
+        self.checked.set()
+        await self.repeatable.submitted.wait()
+        self.settle()
+
+    def settle(self) -> None:
+        """It stands in the queue, or its answer will be no other."""
+        self.checked.set()
+        self.settled.set()
+
     def end(self) -> None:
         """Everything that will be answered may be read."""
         self._public = True
-        self.settled.set()
+        self.settle()
         self.ended.set()
         self._tell()
 
@@ -111,7 +125,7 @@ def saved_scope(scope: Scope, request_id: str, selected: str | None) -> dict[str
     return {
         "method": scope["method"],
         "scheme": scope["scheme"],
-        "path": scope["path"],  # `JobStore.page` finds it by the key that follows
+        "path": scope["path"],
         "root_path": scope.get("root_path", ""),
         "query": scope["query_string"].decode("latin-1"),
         "headers": [[name, value] for name, value in headers if name in KEPT],

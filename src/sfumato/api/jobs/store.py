@@ -22,7 +22,7 @@ import sqlalchemy as sql
 from sqlalchemy.dialects import postgresql, sqlite
 
 from sfumato import disk
-from sfumato.api.jobs import servers
+from sfumato.api.jobs import migration, servers
 from sfumato.api.jobs.tables import HEAD, JOBS, OPEN, SERVERS, TABLES, Answer, StoredJob, job_of, row_of
 from sfumato.errors import JobsUnavailable
 from sfumato.settings import Settings
@@ -125,11 +125,11 @@ class JobStore:
         with self.begin() as connection:
             return self._by_key(connection, key) is not None
 
-    def get(self, id: str, caller: str | None = None) -> StoredJob | None:
-        """The job of that id (and caller), or None."""
+    def get(self, id: str, caller: str | None = None, *, route: str = "") -> StoredJob | None:
+        """The job of that id (and caller, and route, if these are given), or None."""
         if not id.isalnum():  # PostgreSQL takes no NUL
             return None
-        clauses = [JOBS.c.id == id] + ([] if caller is None else [JOBS.c.caller == caller])
+        clauses = [JOBS.c.id == id, *_clauses(caller, route)]
         with self.begin() as connection:
             row = connection.execute(sql.select(*HEAD).where(*clauses)).mappings().first()
         return job_of(row) if row else None
@@ -154,19 +154,18 @@ class JobStore:
         *,
         before: tuple[float, str] | None,
         limit: int,
-        path: str = "",
+        route: str = "",
         ascending: bool = False,
     ) -> tuple[list[StoredJob], bool]:
         """Jobs (None: everybody's), newest first, and whether there are more.
 
-        `path`: only requests whose path ends so. `ascending`: oldest first, and `before` is what comes before them.
+        `route`: only requests of that one (`tables.route_of`). `ascending`: oldest first, and `before` is what comes
+        before them.
         """
-        clauses: list[Any] = [] if caller is None else [JOBS.c.caller == caller]
+        clauses = _clauses(caller, route)
         place = sql.tuple_(JOBS.c.created, JOBS.c.id)
         if before:
             clauses.append(place > before if ascending else place < before)
-        if path:
-            clauses.append(JOBS.c.request.contains(f'{path}", "root_path"', autoescape=True))
         order = [column if ascending else column.desc() for column in (JOBS.c.created, JOBS.c.id)]
         query = sql.select(*HEAD).where(*clauses).order_by(*order)
         with self.begin() as connection:
@@ -302,10 +301,13 @@ class JobStore:
         if self.engine.dialect.name == "sqlite" and not file.startswith("file:"):
             Path(file).parent.mkdir(parents=True, exist_ok=True)
             disk.sync_folder(Path(file).parent)  # SQLite syncs what is in it
-        try:
-            TABLES.create_all(self.engine)
-        except (sql.exc.IntegrityError, sql.exc.ProgrammingError):  # another server creates them just now
-            TABLES.create_all(self.engine)
+        with self.engine.begin() as connection:
+            if migration.is_current(connection):
+                return
+        with self.engine.begin() as connection:
+            ALONE[self.engine.dialect.name](connection, migration.LOCK)  # other servers may start just now
+            TABLES.create_all(connection)
+            migration.migrate(connection)
 
     @contextmanager
     def begin(self, *, alone: str = "") -> Iterator[sql.Connection]:
@@ -337,6 +339,11 @@ class JobStore:
 
 class _Taken(Exception):
     """A row with this key exists already."""
+
+
+def _clauses(caller: str | None, route: str) -> list[Any]:
+    of_caller = [] if caller is None else [JOBS.c.caller == caller]
+    return [*of_caller, JOBS.c.route == route] if route else of_caller
 
 
 def lives(server: str, seen: Mapping[str, float]) -> bool:

@@ -13,6 +13,9 @@ from sqlalchemy.engine import RowMapping
 OPEN = "open"
 """State of a job that has not ended; otherwise it is completed, failed or cancelled."""
 
+MAX_ROUTE = 64
+"""In characters."""
+
 TABLES = sql.MetaData()
 
 JOBS = sql.Table(
@@ -31,6 +34,7 @@ JOBS = sql.Table(
     sql.Column("server", sql.String(255), nullable=False),
     sql.Column("lives", sql.Integer, nullable=False),
     sql.Column("bytes", sql.BigInteger, nullable=False),
+    sql.Column("route", sql.String(MAX_ROUTE), nullable=False, server_default=""),
     sql.Column("request", sql.Text, nullable=False),
     sql.Column("status", sql.Integer),
     sql.Column("headers", sql.Text),
@@ -42,6 +46,8 @@ JOBS = sql.Table(
 """`key` is a digest; `created` and `ended` are seconds since 1970; `request` and `headers` are JSON. `body` is that of
 the request, until the job has ended. Large columns stand last: SQLite reads the others without them."""
 
+JOBS_BY_ROUTE = sql.Index("jobs_by_route", JOBS.c.route, JOBS.c.created, JOBS.c.id)
+
 SERVERS = sql.Table(
     "servers",
     TABLES,
@@ -50,8 +56,8 @@ SERVERS = sql.Table(
 )
 """Servers that carry out jobs, and when each last said so. Not a column of `jobs`: SQLite writes a row as a whole."""
 
-HEAD = [column for column in JOBS.c if column.name not in ("body", "answer")]
-"""The columns without the bodies."""
+HEAD = [column for column in JOBS.c if column.name not in ("body", "answer", "route")]
+"""The columns that are read with every job. `route` is only searched: migrated tables have it behind the bodies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +100,15 @@ class StoredJob:
         return str(self.request["request_id"])
 
 
+def route_of(scope: Mapping[str, Any]) -> str:
+    """The path of a request without the server's prefix and version; empty for those of no fixed length."""
+    route = str(scope.get("path", "")).removeprefix(scope.get("root_path", "")).removeprefix("/v1")
+    return route if len(route) <= MAX_ROUTE and route.isascii() and route.isprintable() else ""
+
+
 def row_of(job: StoredJob) -> dict[str, Any]:
     row = {column.name: getattr(job, column.name) for column in HEAD if column.name not in ("bytes", "headers")}
-    return row | {"request": json.dumps(job.request)}
+    return row | {"request": json.dumps(job.request), "route": route_of(job.request)}
 
 
 def job_of(row: RowMapping) -> StoredJob:

@@ -21,7 +21,18 @@ from pydantic import (
     model_validator,
 )
 
-from sfumato.api.fields import BLANK, NUMBER, PLAIN, KeepAlive, PictureCount, Priority, Seed, Text, openai_field
+from sfumato.api.fields import (
+    BLANK,
+    NUMBER,
+    PLAIN,
+    KeepAlive,
+    PictureCount,
+    Priority,
+    Seed,
+    Text,
+    TextOrNumber,
+    openai_field,
+)
 from sfumato.api.lora_fields import LoraFields
 from sfumato.api.openai.pictures import Mask, Picture, Pictures
 from sfumato.core import INTERACTIVE, MAX_SEED, PREPROCESSORS, QUALITIES, Control
@@ -231,7 +242,7 @@ class VariationsBody(Body):
 class PaintBody(Body):
     """Common fields of generations and edits: format, quality, streaming."""
 
-    quality: Annotated[str | int | None, BLANK] = Field(
+    quality: TextOrNumber = Field(
         None, description=f"One of {', '.join(QUALITIES)}: steps from the model's table. A number: that many steps."
     )
     background: Annotated[Literal["transparent", "opaque", "auto"] | None, BLANK] = Field(

@@ -92,7 +92,7 @@ async def page(
         raise InvalidRequest(f"after: {after[:100]!r} is no clip of yours", param="after")
     place = (before.created, before.id) if before else None
     found, more = await jobs.blocking(
-        jobs.store.page, owner, before=place, limit=limit, path=PATH, ascending=order == "asc"
+        jobs.store.page, owner, before=place, limit=limit, route=PATH, ascending=order == "asc"
     )
     data = [await _video(jobs, job) for job in found]
     ids = [each["id"] for each in data] or [None]
@@ -214,5 +214,5 @@ async def _require(jobs: TheJobs, id: str, owner: str | None) -> StoredJob:
 
 async def _clip(jobs: TheJobs, id: str, owner: str | None) -> StoredJob | None:
     """The stored request of a clip; None if that id is another's, or no clip's."""
-    job = await jobs.blocking(jobs.store.get, id, owner)
-    return job if job and job.request["path"].endswith(PATH) else None
+    found: StoredJob | None = await jobs.blocking(jobs.store.get, id, owner, route=PATH)
+    return found
