@@ -9,10 +9,11 @@ out, the prompt cache.
 from __future__ import annotations
 
 import asyncio
+import functools
 import heapq
 import random
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 
 from benchmarks.arrivals import Wanted
@@ -95,23 +96,45 @@ class _Turn(asyncio.Event):
         self._begin()
 
 
+@dataclass(slots=True, eq=False)
+class _Kind:
+    """Calls that may share a forward pass. There is one object for each kind, which is its key."""
+
+    name: str
+    """As `StepTimes` has it."""
+    rows: int = 1
+    denoises: bool = False
+    compared: bool = True
+    """As in the batcher: the times of a VAE are not."""
+    repeated: Set[_Kind] = frozenset()
+
+
+@functools.cache
+def _encode(model: str) -> _Kind:
+    return _Kind("encode")
+
+
+@functools.cache
+def _kinds(model: str, side: int, steps: int, rows: int) -> Sequence[_Kind]:
+    """The calls of a picture, from the first to the last."""
+    if steps != 1:
+        encode, denoise, decode = _kinds(model, side, 1, rows)
+        return encode, *[denoise] * steps, decode
+    denoise = _Kind(f"denoise {side}", rows, denoises=True)
+    denoise.repeated = frozenset((denoise,))
+    return _encode(model), denoise, _Kind(f"decode {side}", compared=False)
+
+
 @dataclass(slots=True)
 class _Picture:
     number: int
     id: str
     wanted: Wanted
     ticket: Ticket
-    kinds: Iterator[str]
+    kinds: Iterator[_Kind]
     """Its calls after the present one."""
     left: int
     device: int = 0
-
-
-def _kinds(wanted: Wanted) -> Iterator[str]:
-    yield "encode"
-    for _ in range(wanted.steps):
-        yield f"denoise {wanted.side}"
-    yield f"decode {wanted.side}"
 
 
 class _Device:
@@ -132,18 +155,16 @@ class _Device:
         self._known = ForwardTimes()
         self._turn = self._low_led = 0
 
-    def park(self, picture: _Picture, kind: str) -> None:
+    def park(self, picture: _Picture, kind: _Kind) -> None:
         wanted = picture.wanted
-        key = (wanted.model, kind)
-        steps = kind.startswith("denoise")
         self.parked[picture.number] = Waiting(
             picture.number,
-            key,
-            self._times.rows if steps else 1,
+            kind,
+            kind.rows,
             self._turn,
             wanted.caller,
             picture.left,
-            frozenset((key,)) if steps else frozenset(),
+            kind.repeated,
             wanted.steps,
             wanted.low,
         )
@@ -159,12 +180,12 @@ class _Device:
         if not self._active:
             self._share.clear()
 
-    def next_pass(self, now: float) -> tuple[str, list[Waiting], float]:
+    def next_pass(self, now: float) -> tuple[_Kind, list[Waiting], float]:
         """Kind, calls and seconds of the next forward pass, which begins at this time."""
         calls = self.parked
         group = choose(
-            list(calls.values()), self._turn, self._room, self._received, bearable=self._bearable,
-            rides=lambda leader, rows, most: self._known.rides(leader.key, rows, most), low_led=self._low_led,
+            [*calls.values()], self._turn, self._room, self._received, bearable=self._bearable, rides=self._rides,
+            low_led=self._low_led,
         )  # fmt: skip
         rows = 0
         for call in group:
@@ -174,10 +195,11 @@ class _Device:
         if group[0].low:
             self._low_led = self._turn
         self._turn += 1
-        kind = group[0].key[1]  # type: ignore[index]
-        seconds = self._times.one(kind, rows, self._dice, now)
-        if not kind.startswith("decode"):  # as in the batcher: those of a VAE are not compared
-            self._known.note(group[0].key, rows, seconds, on_host=self._times.on_host)
+        kind = group[0].key
+        assert isinstance(kind, _Kind)
+        seconds = self._times.one(kind.name, rows, self._dice, now)
+        if kind.compared:
+            self._known.note(kind, rows, seconds, on_host=self._times.on_host)
         return kind, group, seconds
 
     def _received(self, call: Waiting) -> float:
@@ -185,6 +207,9 @@ class _Device:
 
     def _room(self, call: Waiting) -> int:
         return self._known.limit(call.key, self._max_rows)
+
+    def _rides(self, leader: Waiting, rows: int, most: int) -> int:
+        return self._known.rides(leader.key, rows, most)
 
     def _bearable(self, leader: Waiting, most: int) -> int:
         rows = self._known.bearable(leader.key, leader.rows, most)
@@ -233,7 +258,8 @@ class Served:
     def _arrive(self, wanted: Wanted) -> None:
         (ticket,) = self._queue.join(wanted.caller, 1, model=wanted.model, low=wanted.low)
         number = ticket.number
-        picture = _Picture(number, str(number), wanted, ticket, _kinds(wanted), wanted.steps)
+        calls = _kinds(wanted.model, wanted.side, wanted.steps, self._times.rows)
+        picture = _Picture(number, str(number), wanted, ticket, iter(calls), wanted.steps)
         if ticket.called.is_set():
             self._begin(picture)
         else:
@@ -282,18 +308,18 @@ class Served:
         device.beginning, device.busy = 0, True
         kind, group, seconds = device.next_pass(self._events.now)
         totals = self.totals
-        if kind.startswith("denoise"):
+        if kind.denoises:
             totals.passes += 1
             totals.calls += len(group)
         totals.busy += begin + seconds
         self._events.after(begin + seconds, lambda: self._computed(device, kind, group))
 
-    def _computed(self, device: _Device, kind: str, group: list[Waiting]) -> None:
+    def _computed(self, device: _Device, kind: _Kind, group: list[Waiting]) -> None:
         now = self._events.now
         ended = []
         for call in group:
             picture = self._pictures[call.id]
-            if kind.startswith("denoise"):
+            if kind.denoises:
                 picture.left -= 1
                 self._router.step(picture.id, picture.left, now)
             following = next(picture.kinds, None)
@@ -301,7 +327,7 @@ class Served:
                 ended.append(picture)
             else:
                 device.park(picture, following)
-        between = len(group) * self._times.between[kind] + self._times.turn
+        between = len(group) * self._times.between[kind.name] + self._times.turn
         self.totals.busy += between
         self._events.after(between, lambda: self._go_on(device))
         for picture in ended:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from statistics import mean
 
 import pytest
@@ -186,7 +186,7 @@ def test_no_call_waits_longer_than_the_bound(
 ) -> None:
     """Requests park again and again, each time as whatever hurts most and with ever earlier deadlines; none waits over
     its bound, of low priority or not."""
-    parked = {n: replace(c, id=n) for n, c in enumerate(active)}
+    parked = {n: c._replace(id=n) for n, c in enumerate(active)}
     low = sum(c.low for c in active)
     bounds = {False: bound(len(active) - low, patience), True: low_bound(low, patience)}
     given_: Counter[tuple[str, bool]] = Counter()
@@ -207,7 +207,7 @@ def test_no_call_waits_longer_than_the_bound(
             given_[c.caller, c.low] += c.rows
             earlier = None if c.deadline is None else -float(now)
             shape = random.choice(active)
-            parked[c.id] = replace(shape, id=c.id, since=now + 1, low=c.low, deadline=earlier)
+            parked[c.id] = shape._replace(id=c.id, since=now + 1, low=c.low, deadline=earlier)
 
 
 def test_interactive_requests_lose_no_more_to_others_than_their_share() -> None:
@@ -219,7 +219,7 @@ def test_interactive_requests_lose_no_more_to_others_than_their_share() -> None:
         (leader,) = choose(list(parked.values()), now, lambda _: 8, low_led=low_led)
         low_led = now if leader.low else low_led
         led[leader.low] += 1
-        parked[leader.id] = replace(leader, since=now + 1)
+        parked[leader.id] = leader._replace(since=now + 1)
     assert 2000 / LOW_EVERY - 2 <= led[True] <= 2000 / LOW_EVERY
     assert all(c.since > 2000 - low_bound(8) for c in parked.values())
 

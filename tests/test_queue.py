@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -254,7 +253,7 @@ def test_places_and_forwards_are_both_shared_or_one_picture_waits_for_a_hundred(
                 share.add(call.caller, call.rows)
                 assert call.steps_left is not None
                 if call.steps_left > 1:
-                    parked[ticket] = replace(call, since=forwards + 1, steps_left=call.steps_left - 1)
+                    parked[ticket] = call._replace(since=forwards + 1, steps_left=call.steps_left - 1)
                 else:
                     queue.leave(ticket, drawn=True)
 

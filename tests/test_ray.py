@@ -34,6 +34,11 @@ from support.serving import TIMEOUT_S, Server
 pytestmark = pytest.mark.slow
 
 BUILT_IN = Path(sfumato.__file__).parent / "models" / MODEL
+OTHER: Mapping[str, Any] = {
+    **yaml.safe_load(BUILT_IN.with_suffix(".yaml").read_text()), "name": "other", "aliases": [],
+    "parameters": {"model": str(BUILT_IN)},
+}  # fmt: skip
+"""A second model file, of the same weights."""
 ODD: Mapping[str, Any] = {"loras": [{"name": "odd", "weight": 0.8}]}
 SMALL: Mapping[str, Any] = {"prompt": "a red circle", "size": "64x64", "step": 8}
 
@@ -55,11 +60,17 @@ def database() -> Iterator[postgresql.PostgreSQL]:
 def ray(
     tmp_path_factory: pytest.TempPathFactory, bucket: s3.S3, database: postgresql.PostgreSQL
 ) -> Iterator[RayServer]:
-    """One node has room for the ingress and a replica, the other for a replica."""
+    """One node has room for the ingress and a replica, the other for a replica.
+
+    Starting one takes ten seconds of two cores, so tests take the replicas that the one before has left.
+    """
     places = {"outputs_url": f"s3://{s3.BUCKET}", "gallery_url": database.url, "database": database.url}
     scaling = {"max_replicas": 2, "upscale_delay_s": 0.5, "downscale_delay_s": 2, "downscale_to_zero_delay_s": 8}
-    scaling |= {"look_back_period_s": 2}
-    with RayServer(tmp_path_factory.mktemp("ray"), {**places, **scaling}, bucket.env) as server:
+    scaling |= {"look_back_period_s": 2, "steps": 2 * LONG["steps"]}  # while it is sent, a picture counts twice
+    group = {"groups": {MODEL: [MODEL, "other"]}}
+    with RayServer(
+        tmp_path_factory.mktemp("ray"), {**places, **scaling, **group}, bucket.env, yaml.safe_dump(OTHER)
+    ) as server:
         yield server
 
 
@@ -108,6 +119,13 @@ def test_a_lora_acts_in_a_replica(ray: RayServer) -> None:
     assert np.array_equal(pixels(image_of(with_it)), pixels(image_of(again)))
 
 
+def test_a_replica_draws_all_models_of_its_group(ray: RayServer) -> None:
+    answers = [ray.draw(**SMALL, seed=7, model=model) for model in (MODEL, "other")]
+    assert [answer.status_code for answer in answers] == [200, 200], answers[1].text
+    assert np.array_equal(*(pixels(image_of(each)) for each in answers))
+    within(TIMEOUT_S, lambda: len(replicas(ray)) == 1 and replicas(ray)[0]["models"].keys() >= {MODEL, "other"})
+
+
 def events(server: Server, body: Mapping[str, Any]) -> list[dict[str, Any]]:
     with server.client.stream("POST", "/v1/images/generations", json={**body, "stream": True}) as answer:
         return [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: {")]
@@ -143,18 +161,6 @@ def test_so_does_a_client_that_hangs_up(ray: RayServer) -> None:
     within(TIMEOUT_S, lambda: pictures(ray) == 0)
 
 
-def test_replicas_come_and_go_with_the_steps_to_do(ray: RayServer) -> None:
-    with Held(ray, {**LONG, "steps": 150}) as one:
-        one.drawing()
-        within(TIMEOUT_S, lambda: len(replicas(ray)) == 1)
-        with Held(ray, {**LONG, "n": 2}):
-            within(TIMEOUT_S, lambda: len(replicas(ray)) == 2)
-        within(TIMEOUT_S, lambda: len(replicas(ray)) == 1)
-    within(TIMEOUT_S, lambda: not ray.replicas(MODEL))
-    assert ray.client.get("/readyz").status_code == 200
-    assert ray.draw(**SMALL).status_code == 200  # it comes again
-
-
 def test_a_replica_that_is_stuck_is_replaced_and_its_picture_drawn(ray: RayServer, server: Server) -> None:
     with Held(ray, {**LONG, "steps": 4, "size": "256x256", "seed": 5}) as held:
         held.until(lambda seen: seen.get("devices"))
@@ -173,6 +179,46 @@ def test_nothing_of_the_cluster_is_connected_to_another_machine(ray: RayServer) 
             assert {each.raddr.ip.removeprefix("::ffff:") for each in process.net_connections() if each.raddr} <= own, (
                 process
             )
+
+
+def test_a_second_replica_comes_and_goes_with_the_steps_to_do(ray: RayServer) -> None:
+    with Held(ray) as one:
+        one.drawing()
+        within(TIMEOUT_S, lambda: len(replicas(ray)) == 1)
+        with Held(ray, {**LONG, "n": 2}):
+            within(TIMEOUT_S, lambda: len(replicas(ray)) == 2)
+        within(TIMEOUT_S, lambda: len(replicas(ray)) == 1)
+
+
+def test_no_request_is_lost_with_a_replica_or_a_node(ray: RayServer, server: Server) -> None:
+    bodies = [{**SMALL, "prompt": f"a circle, {seed}", "seed": seed} for seed in range(50)]
+    with ThreadPoolExecutor(50) as threads, Held(ray, {**LONG, "n": 3}) as held:
+        within(TIMEOUT_S, lambda: len(replicas(ray)) == 2)
+        on_head, on_second = (of_node(ray, number) for number in (0, 1))
+        workers = [ray.worker(each) for each in (on_head, on_second)]
+        for each in workers:  # so that they have pictures when they die, however quick they are
+            each.suspend()
+        answers = [threads.submit(ray.draw, **body) for body in bodies]
+        within(TIMEOUT_S, lambda: min(each["pictures"] for each in replicas(ray)) > 10)
+        on_head.kill()
+        ray.kill_node(1)
+        within(TIMEOUT_S, lambda: not on_second.is_running())
+        with suppress(psutil.NoSuchProcess):  # Ray may have ended it
+            workers[0].resume()
+        within(TIMEOUT_S, lambda: not workers[0].is_running())  # else it ends, as its replica has
+        assert not held.answered and not any(answer.done() for answer in answers)
+        held.cancel()
+        results = [answer.result() for answer in answers]
+    assert [result.status_code for result in results] == [200] * 50, {result.text[:200] for result in results}
+    for body, result in zip(bodies[::5], results[::5], strict=True):
+        one, other = (pixels(image_of(each)).astype(int) for each in (result, server.draw(**body)))
+        assert np.abs(one - other).max() <= 1  # how many share a forward pass changes the last digit
+
+
+def of_node(server: RayServer, number: int) -> psutil.Process:
+    """The process of the replica on a node."""
+    (found,) = (each for each in server.replicas(MODEL) if each.ppid() == server.nodes[number])
+    return found
 
 
 SCHEMA = """
@@ -200,6 +246,11 @@ WRONG: Sequence[tuple[dict[str, Any], str]] = (
     ({"num_gpus": "two"}, "num_gpus='two': must be a number"),
     ({"steps": 0}, "steps=0: must be at least 1"),
     ({"max_active": 0}, "max_active=0: must be at least 1"),
+    ({"groups": "{a: b}"}, "groups='{a: b}': must be as {name: [model, model]}, with each model in one group"),
+    ({"groups": "{a"}, "groups='{a': must be as"),
+    ({"groups": {"a": [MODEL], "b": [MODEL]}}, "groups={'a': ['sfumato-tiny'], 'b': ['sfumato-tiny']}: must be as"),
+    ({"groups": {"a": ["sfumato-tyni"]}}, "groups: a: no model file has 'sfumato-tyni'. Did you mean 'sfumato-tiny'?"),
+    ({"groups": {"sfumato": [MODEL]}}, "'sfumato' would be the name of two deployments; rename the group or the model"),
 )
 TRY = """
 import json, sys
@@ -232,27 +283,14 @@ def test_what_replicas_answer_is_told_counted_and_has_room(tmp_path: Path) -> No
     assert not done.returncode, done.stderr
 
 
-def test_no_request_is_lost_with_a_replica_or_a_node(ray: RayServer, server: Server) -> None:
-    bodies = [{**SMALL, "prompt": f"a circle, {seed}", "seed": seed, "step": 30} for seed in range(50)]
-    with ThreadPoolExecutor(50) as threads:
-        with Held(ray, {**LONG, "n": 2}):
-            within(TIMEOUT_S, lambda: len(replicas(ray)) == 2)
-            answers = [threads.submit(ray.draw, **body) for body in bodies]
-            within(TIMEOUT_S, lambda: pictures(ray) > 4)
-        within(TIMEOUT_S, lambda: len([each for each in replicas(ray) if each["pictures"]]) == 2)
-        on_head, on_second = (of_node(ray, number) for number in (0, 1))
-        assert not any(answer.done() for answer in answers[-10:])
-        on_head.kill()
-        ray.kill_node(1)
-        within(TIMEOUT_S, lambda: not on_second.is_running())
-        results = [answer.result() for answer in answers]
-    assert [result.status_code for result in results] == [200] * 50, {result.text[:200] for result in results}
-    for body, result in zip(bodies[::5], results[::5], strict=True):
-        one, other = (pixels(image_of(each)).astype(int) for each in (result, server.draw(**body)))
-        assert np.abs(one - other).max() <= 1  # how many share a forward pass changes the last digit
+def test_a_replica_starts_without_the_server() -> None:
+    """Its modules take as long to import as all others of a replica together."""
+    environment.make()
+    code = "import sys, sfumato.ray_serve.replica; sys.exit('sfumato.api' in sys.modules)"
+    env = {**os.environ, "PYTHONPATH": str(environment.FOLDER.parent / "src")}
+    subprocess.run([environment.PYTHON, "-c", code], env=env, check=True)
 
 
-def of_node(server: RayServer, number: int) -> psutil.Process:
-    """The process of the replica on a node."""
-    (found,) = (each for each in server.replicas(MODEL) if each.ppid() == server.nodes[number])
-    return found
+def test_the_last_replica_goes_with_the_requests(ray: RayServer) -> None:
+    within(TIMEOUT_S, lambda: not ray.replicas(MODEL))
+    assert ray.client.get("/readyz").status_code == 200

@@ -12,14 +12,15 @@ from typing import Any
 from ray import exceptions as lost
 
 from sfumato.config import ModelConfig
-from sfumato.core import Failed
-from sfumato.engine.protocol import DeviceState
+from sfumato.core import Failed, Generation
+from sfumato.engine.protocol import DeviceState, Ordered, Pin, Unload
 from sfumato.errors import NoWorker, WorkerDied
 from sfumato.ray_serve import app, engine
 from sfumato.ray_serve.messages import Begun, Item, ReplicaState
 from sfumato.settings import Settings
-from sfumato.status import EngineStats
-from support.drawing import wanted
+from sfumato.status import EngineStats, ModelStatus
+
+WANTED = Generation(id="1", prompt="", seed=1)
 
 
 class Stream:
@@ -59,8 +60,10 @@ class Handle:
 
 def drawn(*streams: Stream) -> Failed:
     async def draw() -> Any:
-        on_ray: Any = engine.RayServe(Settings(), {"m": Handle(streams)})  # type: ignore[dict-item]
-        (last,) = [event async for event in on_ray.submit(ModelConfig(name="m", model="x"), wanted(steps=3))]
+        began = asyncio.get_running_loop().time()
+        on_ray: Any = engine.RayServe(Settings(), {"d": Handle(streams)}, {"d": ["m"]})  # type: ignore[dict-item]
+        (last,) = [event async for event in on_ray.submit(ModelConfig(name="m", model="x"), WANTED)]
+        assert asyncio.get_running_loop().time() - began >= sum(engine.PAUSES_S), "the tries follow each other at once"
         return last
 
     failed = asyncio.run(draw())
@@ -98,7 +101,7 @@ def a_look_that_fails_is_not_the_last() -> None:
             return [state]
 
         looks = [broken, last, no_answer, last, list, *[last] * 100]
-        on_ray = engine.RayServe(Settings(), {"m": Handle(looks=looks)})  # type: ignore[dict-item]
+        on_ray = engine.RayServe(Settings(), {"m": Handle(looks=looks)}, {"m": ["m"]})  # type: ignore[dict-item]
         await on_ray.start()
         restarts.clear()
         on_ray.on_places = count
@@ -113,14 +116,49 @@ def a_look_that_fails_is_not_the_last() -> None:
 def a_replica_has_room_for_all_that_the_queue_sends(folder: str) -> None:
     """Of two models with two replicas each, all places but those of its other replica may have one's pictures."""
     ingress: Any = app({"models": folder, "data": folder, "device": "cpu", "max_active": 8, "max_replicas": 2})
-    _, models = ingress._bound_deployment.init_args
+    _, models, _ = ingress._bound_deployment.init_args
     rooms = {name: each._bound_deployment.max_ongoing_requests for name, each in models.items()}
     others = 2 * (len(rooms) - 1)
     assert len(rooms) >= 2, rooms
     assert set(rooms.values()) == {8 * (1 + others) + 4 * (1 + others)}, rooms
 
 
+def models_of_a_group_have_one_deployment(folder: str) -> None:
+    arguments = {"models": folder, "data": folder, "device": "cpu", "groups": "{g: [one, two]}"}
+    ingress: Any = app(arguments)
+    _, handles, models = ingress._bound_deployment.init_args
+    assert models["g"] == ["one", "two"], models
+    assert set(models) == set(handles) == {"g", "sfumato-tiny"}, models
+
+    loaded = ReplicaState("r", DeviceState("g:0", True, "", 0, EngineStats(), {"two": ModelStatus("ready")}))
+    ordered: list[object] = []
+
+    class Group(Handle):
+        def broadcast(self, method: str, *of: object) -> Any:
+            ordered.extend(of)
+            return Handle(looks=[lambda: [Ordered("")]]).broadcast() if of else super().broadcast()
+
+    async def watch() -> None:
+        known, pin, unload = asyncio.Event(), Pin("two", True), Unload("one")
+        looks: list[Any] = [list, *[lambda: [loaded]] * 100]
+        on_ray = engine.RayServe(Settings(), {"g": Group(looks=looks)}, {"g": ["one", "two"]})  # type: ignore[dict-item]
+        on_ray.order(pin)
+        await on_ray.start()
+        on_ray.on_places = lambda places: known.set() if len(ordered) == 2 else None
+        await asyncio.wait_for(known.wait(), 60)  # the replica that has come was told of the pin, too
+        assert [on_ray.status(model).state for model in ("one", "two", "none")] == ["unloaded", "ready", "unloaded"]
+        assert [device.name for device in on_ray.devices] == ["g:0"]
+        for command in (unload, Unload("none")):
+            await on_ray.carry_out(command)
+        await on_ray.stop()
+        assert ordered == [pin, pin, unload], ordered
+
+    asyncio.run(watch())
+
+
 if __name__ == "__main__":
+    engine.PAUSES_S = (0.0, 0.1, 0.1, 0.2, 0.2)
     no_worker_is_told_as_such()
     a_look_that_fails_is_not_the_last()
     a_replica_has_room_for_all_that_the_queue_sends(sys.argv[1])
+    models_of_a_group_have_one_deployment(sys.argv[1])

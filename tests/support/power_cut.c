@@ -1,10 +1,15 @@
 /* Records what a process writes below a folder, in order: LD_PRELOAD, POWER_CUT_FOLDER, POWER_CUT_RECORD.
  *
  * A record is "op offset length names-length\n", the path below the folder (for a rename two, with a newline between
- * them), and for a write its data. Its readers are in support/power_cut.py. One process records into one file. */
+ * them), and for a write its data. Its readers are in support/power_cut.py. One process records into one file.
+ *
+ * The file POWER_CUT_FAULT, if it is there, has "op pattern errno": writes (W) or syncs (S) of the files below the folder
+ * that match fail so. A write with errno 0 writes half. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
+#include <errno.h>
 #include <fcntl.h>
+#include <fnmatch.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -61,7 +66,32 @@ static void record_of(int file, char op, off_t offset, const void *data, size_t 
     if (name) record(op, name, offset, data, length);
 }
 
+/* Whether this call is to fail; then `error` has its errno. */
+static int fails(int file, char op, int *error) {
+    char text[512], pattern[256], path[4096], which = 0;
+    const char *fault = getenv("POWER_CUT_FAULT");
+    int before = errno, told = fault ? open(fault, O_RDONLY | O_CLOEXEC) : -1;
+    ssize_t length = told < 0 ? -1 : read(told, text, sizeof text - 1);
+    if (told >= 0) close(told);
+    errno = before;
+    if (length <= 0 || file == record_file) return 0;
+    text[length] = 0;
+    if (sscanf(text, "%c %255s %d", &which, pattern, error) != 3 || which != op) return 0;
+    const char *name = name_of(file, path);
+    return name && !fnmatch(pattern, name, 0);
+}
+
+/* What a failing write does to its length: -1 with errno, or 0 with half of it. */
+static int cut(int file, size_t *length) {
+    int error;
+    if (!fails(file, 'W', &error)) return 0;
+    if (!error) *length = (*length + 1) / 2;
+    errno = error ? error : errno;
+    return error ? -1 : 0;
+}
+
 ssize_t write(int file, const void *data, size_t length) {
+    if (file > 2 && cut(file, &length)) return -1;
     ssize_t done = REAL(write)(file, data, length);
     if (done > 0 && file > 2) {
         off_t end = lseek(file, 0, SEEK_CUR);
@@ -71,6 +101,7 @@ ssize_t write(int file, const void *data, size_t length) {
 }
 
 ssize_t pwrite64(int file, const void *data, size_t length, off64_t offset) {
+    if (cut(file, &length)) return -1;
     ssize_t done = REAL(pwrite64)(file, data, length, offset);
     if (done > 0) record_of(file, 'W', offset, data, done);
     return done;
@@ -86,17 +117,17 @@ int ftruncate64(int file, off64_t length) {
 
 int ftruncate(int file, off_t length) { return ftruncate64(file, length); }
 
-int fsync(int file) {
-    int result = REAL(fsync)(file);
-    if (!result) record_of(file, 'S', 0, NULL, 0);
+/* A sync that fails is recorded as such: Linux then takes for written what it could not write. */
+static int synced(int file, int (*sync)(int)) {
+    int error, failed = fails(file, 'S', &error), result = failed ? -1 : sync(file);
+    if (failed || !result) record_of(file, failed ? 'F' : 'S', 0, NULL, 0);
+    if (failed) errno = error;
     return result;
 }
 
-int fdatasync(int file) {
-    int result = REAL(fdatasync)(file);
-    if (!result) record_of(file, 'S', 0, NULL, 0);
-    return result;
-}
+int fsync(int file) { return synced(file, REAL(fsync)); }
+
+int fdatasync(int file) { return synced(file, REAL(fdatasync)); }
 
 int unlink(const char *path) {
     int result = REAL(unlink)(path);

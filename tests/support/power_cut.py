@@ -3,7 +3,8 @@
 `power_cut.c` is compiled, loaded into the process, and records each write, sync, rename and new or deleted name below a
 folder. `Disk` plays the record up to any moment. A file has what was written before its last sync; a name is there if
 its folder was synced after it was given. What was not synced is lost, or some of it is, in pieces of a sector: the
-model of ALICE (Pillai et al., 2014) and CrashMonkey, for one process.
+model of ALICE (Pillai et al., 2014) and CrashMonkey, for one process. It may also let calls fail; what a failed sync
+was to write is lost, as Linux does not try again.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Record:
     """One call, as `power_cut.c` wrote it."""
 
     op: str
-    """W write, T truncate, S sync, U unlink, M mkdir, R rename."""
+    """W write, T truncate, S sync, F a sync that failed, U unlink, M mkdir, R rename."""
     offset: int
     name: str
     data: bytes = b""
@@ -74,6 +75,9 @@ class Disk:
                 self._names[new] = self._names.pop(name)
             case "S":
                 self._sync(name)
+            case "F":
+                file = self._names.setdefault(name, _File())
+                del file.writes[file.synced :]
 
     def _sync(self, name: str) -> None:
         file = self._names.setdefault(name, _File())
@@ -113,7 +117,19 @@ class Recording:
             "LD_PRELOAD": str(library),
             "POWER_CUT_FOLDER": str(folder),
             "POWER_CUT_RECORD": str(self._file),
+            "POWER_CUT_FAULT": str(build / "fault"),
         }
+        self._fault = build / "fault"
+
+    def fail(self, op: str, pattern: str, error: int) -> None:
+        """From now on writes (W) or syncs (S) of such files below the folder fail with this errno; 0: writes halve."""
+        new = self._fault.with_name("new fault")
+        new.write_text(f"{op} {pattern} {error}")
+        new.replace(self._fault)  # whole, whenever it is read
+
+    def heal(self) -> None:
+        """Nothing fails any more."""
+        self._fault.unlink(missing_ok=True)
 
     def moment(self) -> int:
         """Now. What was answered before it was answered without what is recorded after it."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
+import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -28,7 +30,7 @@ FILE = environment.FOLDER.parent / "docs/guides/ray/serve.yaml"
 MARK = "SFUMATO_TEST_CLUSTER"
 """Environment variable of all its processes."""
 MODEL = "sfumato-tiny"
-HEALTH = {"health_check_period_s": 1, "health_check_timeout_s": 5}
+HEALTH = {"health_check_period_s": 1, "health_check_timeout_s": 3}
 """Ray replaces a replica that has not answered three times in a row."""
 REPLICA = "ray::ServeReplica:sfumato:"
 """How the title of a replica's process begins; its deployment follows."""
@@ -37,15 +39,24 @@ REPLICA = "ray::ServeReplica:sfumato:"
 class RayServer(Server):
     """The YAML of the guide with other arguments, deployed with `serve deploy`; `with RayServer(...) as server:`."""
 
-    def __init__(self, folder: Path, arguments: Mapping[str, Any], env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, folder: Path, arguments: Mapping[str, Any], env: Mapping[str, str] | None = None, other: str = ""
+    ) -> None:
+        """`other`: a model file beside the built-in one."""
         self.folder = folder
         self._mark = uuid.uuid4().hex
         self._port, dashboard = free_port(), free_port()
         self._dashboard = f"http://127.0.0.1:{dashboard}/api/serve/applications/"
-        self._command = [environment.PYTHON, str(START), str(folder), str(dashboard)]
+        self._temporary = tempfile.mkdtemp(
+            prefix="ray-", dir="/tmp"
+        )  # sockets lie in it, and no path of one may be long
+        self._log = folder / "log"
+        self._command = [environment.PYTHON, str(START), str(folder), str(dashboard), self._temporary]
         path = os.pathsep.join([str(environment.FOLDER.parent / "src"), os.environ.get("PYTHONPATH", "")])
         # Nothing is told to anybody, and Ray's processes get as much of this machine as others.
         of_ray = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+        of_ray["RAY_memory_monitor_refresh_ms"] = "0"  # it kills replicas where others fill the machine's memory
+        of_ray["RAY_health_check_period_ms"] = "500"  # five that fail are the end of a node; of 3 s each unless told
         of_ray["RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS"] = "1"
         self.env = {**os.environ, **of_ray, **(env or {}), "PYTHONPATH": path, MARK: self._mark}
         self.url = f"http://127.0.0.1:{self._port}"
@@ -56,17 +67,22 @@ class RayServer(Server):
         args |= {"device": "cpu", "models": str(folder / "models"), "data": str(folder / "data"), **arguments}
         document["applications"][0]["deployments"].append({"name": MODEL, **HEALTH})
         (folder / "models").mkdir()
+        if other:
+            (folder / "models" / "other.yaml").write_text(other)
         (folder / "serve.yaml").write_text(yaml.safe_dump(document))
 
     def __enter__(self) -> RayServer:
-        self._process = subprocess.Popen(
-            self._command, env=self.env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                self._command, env=self.env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+            )
         self.client = httpx.Client(base_url=self.url, timeout=TIMEOUT_S)
         try:
             assert self._process.stdout is not None
-            assert select.select([self._process.stdout], [], [], TIMEOUT_S)[0], "the cluster has not started"
-            self.nodes: list[int] = json.loads(self._process.stdout.readline())
+            assert select.select([self._process.stdout], [], [], TIMEOUT_S)[0], self._logged("has not started in time")
+            nodes = self._process.stdout.readline()
+            assert nodes, self._logged("has ended")
+            self.nodes: list[int] = json.loads(nodes)
             within(TIMEOUT_S, self._answers)
         except BaseException:
             self._end()
@@ -78,9 +94,13 @@ class RayServer(Server):
     ) -> None:
         self._end()
 
+    def _logged(self, what: str) -> str:
+        return f"the Ray cluster {what}; its log ends so:\n{self._log.read_text()[-4000:]}"
+
     def _answers(self) -> bool:
         application = httpx.get(self._dashboard, timeout=TIMEOUT_S).json()["applications"].get("sfumato", {})
-        assert application.get("status") not in ("DEPLOY_FAILED", "UNHEALTHY"), application["message"]
+        failed = application.get("status") in ("DEPLOY_FAILED", "UNHEALTHY")
+        assert not failed, self._logged(f"does not run the application: {application['message']}")
         return application.get("status") == "RUNNING" and self.client.get("/healthz").status_code == 200
 
     def _end(self) -> None:
@@ -95,6 +115,7 @@ class RayServer(Server):
             for process in self.processes():
                 _kill(process)
             within(60, lambda: not list(self.processes()))
+            shutil.rmtree(self._temporary)
 
     def processes(self) -> Iterator[psutil.Process]:
         """All of the cluster that are alive."""
@@ -112,6 +133,12 @@ class RayServer(Server):
             for process in self.processes()
             if _title(process).startswith(REPLICA + deployment + ".") or _title(process) == REPLICA + deployment
         ]
+
+    @staticmethod
+    def worker(replica: psutil.Process) -> psutil.Process:
+        """The process that draws for a replica."""
+        (worker,) = (each for each in replica.children() if "sfumato.process.worker" in each.cmdline())
+        return worker
 
     def kill_node(self, number: int) -> None:
         """All processes of a node at once, as a power cut."""

@@ -51,7 +51,7 @@ class _Shape:
     fastest: dict[int, float] = field(default_factory=dict)
     """Number of rows → the shortest of these."""
     limits: dict[int, int] = field(default_factory=dict)
-    """Most rows → the limit below them, since the latest forward pass."""
+    """Most rows → the limit below them, as long as the times say the same."""
     on_host: bool = True
 
 
@@ -100,8 +100,10 @@ class ForwardTimes:
         entry.forwards += 1
         times = entry.seconds.setdefault(rows, deque(maxlen=KEPT))
         times.append(seconds)
-        entry.fastest[rows] = min(times)
-        entry.limits.clear()
+        fastest = min(times)
+        if fastest != entry.fastest.get(rows) or len(times) == ENOUGH:
+            entry.fastest[rows] = fastest
+            entry.limits.clear()
         self.saved_s = min(MOST_S, self.saved_s + SHARE * seconds)
 
     def limit(self, shape: Hashable, most: int) -> int:

@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Hashable, Iterable, Sequence, Set
-from dataclasses import dataclass
+from typing import NamedTuple
 
 PATIENCE = 16
 """Maximum forward passes of others that a call waits for, besides those of other calls that waited this long."""
@@ -48,9 +48,8 @@ SHORT = 4
 """A request is short beside those that still have this many times as many steps as all of its own."""
 
 
-@dataclass(frozen=True, slots=True)
-class Waiting:
-    """A parked call as the policy sees it."""
+class Waiting(NamedTuple):
+    """A parked call as the policy sees it. A tuple, as there is a new one for each forward pass."""
 
     id: int
     """Number of its request, in order of arrival."""
@@ -109,28 +108,32 @@ def choose(
         return [*waiting]
     interactive = [call for call in waiting if not call.low]
     low = [call for call in waiting if call.low]
-    rank = _ranks(interactive or low, now, room, rows_received, patience)
-    ranked = sorted(interactive or low, key=rank)
+    ranked = _ranked(interactive or low, now, room, rows_received, patience)
     if not low or not interactive:
         return _group(ranked, now, room, patience, bearable)
     if owed := _owed(low, now, low_led, patience):
         return _with_followers(owed, [*ranked, *sorted(low, key=_since)], room)
     group = _group(ranked, now, room, patience, bearable)
-    return _with_riders(group, sorted(low, key=_ranks(low, now, room, rows_received, patience)), room, rides)
+    riders = [call for call in low if call.key == group[0].key is not None]
+    return _with_riders(group, _ranked(riders, now, room, rows_received, patience), room, rides)
 
 
-def _ranks(
+def _ranked(
     calls: Sequence[Waiting],
     now: int,
     room: Callable[[Waiting], int],
     rows_received: Callable[[Waiting], float],
     patience: int,
-) -> Callable[[Waiting], tuple[float, ...]]:
-    """Sort key of these calls, which are of one class."""
-    by_key: dict[Hashable, list[Waiting]] = {}
-    for call in calls:
-        by_key.setdefault(call.key, []).append(call)
-    sizes = {key: 1 if key is None else _fitting(alike, room(alike[0])) for key, alike in by_key.items()}
+) -> list[Waiting]:
+    """These calls, which are of one class, the next one first."""
+    if len(calls) < 2:
+        return [*calls]
+
+    def size(key: Hashable) -> int:
+        alike = [call for call in calls if call.key == key]
+        return 1 if key is None else _fitting(alike, room(alike[0]))
+
+    sizes = {key: size(key) for key in {call.key for call in calls if not call.repeated_keys}}
 
     def rank(call: Waiting) -> tuple[float, ...]:
         if now - call.since >= patience:
@@ -144,7 +147,7 @@ def _ranks(
             *_since(call),
         )
 
-    return rank
+    return sorted(calls, key=rank)
 
 
 def _group(
@@ -161,15 +164,11 @@ def _group(
     group = _with_bearable(leader, _with_followers(leader, ranked, room), bearable)
     if now - leader.since >= patience or leader.key is None:
         return group
+    coming = [call for call in ranked if call.key != leader.key and leader.key in call.repeated_keys]
+    if not coming:
+        return group
     room_left = room(leader) - sum(call.rows for call in group)
-    coming = [
-        call
-        for call in ranked
-        if leader.key in call.repeated_keys
-        and call.key != leader.key
-        and call.rows <= room_left
-        and _steps_left(call) <= _steps_left(leader)
-    ]
+    coming = [call for call in coming if call.rows <= room_left and _steps_left(call) <= _steps_left(leader)]
     return max([group, *(_with_followers(call, ranked, room) for call in coming)], key=_group_rank)
 
 
@@ -186,9 +185,11 @@ def _with_riders(
     room: Callable[[Waiting], int],
     rides: Callable[[Waiting, int, int], int],
 ) -> list[Waiting]:
-    """An interactive group with the low calls beside it that it bears."""
+    """An interactive group with the low calls of its key beside it that it bears."""
+    if not low:
+        return group
     leader, rows = group[0], sum(call.rows for call in group)
-    whole = _filled(group, rows, low, room(leader)) if leader.key is not None else group
+    whole = _filled(group, rows, low, room(leader))
     if len(whole) == len(group):
         return group
     return _filled(group, rows, low, rides(leader, rows, sum(call.rows for call in whole)))

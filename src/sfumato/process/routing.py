@@ -228,11 +228,12 @@ class Router:
 
     def _measured(self, device: int, kind: _Kind, seconds: float, steps: float) -> None:
         """Steps have taken so long."""
-        if kind in self._kinds and self._kinds[kind].over >= COMPARED:
-            self._ratios[device].add(seconds, steps * self._step_s(kind))
-            self._slowness[device] = max(1 / SLOWEST, min(SLOWEST, self._ratios[device].value(1.0)))
+        mean, ratio = self._kinds[kind], self._ratios[device]
+        if mean.over >= COMPARED:
+            ratio.add(seconds, steps * mean.value(0.0))
+            self._slowness[device] = max(1 / SLOWEST, min(SLOWEST, ratio.value(1.0)))
         even = seconds / self._slowness.item(device)
-        self._kinds[kind].add(even, steps)
+        mean.add(even, steps)
         self._model(kind.model).step_s.add(even, steps * _weight(kind))
 
     def _add(self, picture: _Picture, steps: float) -> None:

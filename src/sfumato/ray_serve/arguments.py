@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+import itertools
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any
 
+import yaml
 from ray.serve.config import AutoscalingConfig
 
 from sfumato.errors import did_you_mean
@@ -15,7 +18,10 @@ from sfumato.settings import Settings
 OURS: Mapping[str, tuple[Callable[[Any], Any], float]] = MappingProxyType(
     {"num_gpus": (float, 0), "num_cpus": (float, 0), "steps": (int, 1)}
 )
-"""Arguments that are neither settings nor Ray's: their type, and the least value."""
+"""Arguments that are neither settings nor Ray's: their type, and the least value. And `groups`."""
+
+INGRESS = "sfumato"
+"""Name of the deployment with the server."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,17 +37,37 @@ class Arguments:
     """CPUs of each replica."""
     steps: int = 200
     """Denoising steps that a replica should have left at most; with more to do there are more replicas."""
+    groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Name of a deployment → the models that it has together. Each other model has its own."""
+
+    def deployments(self, models: Collection[str]) -> dict[str, list[str]]:
+        """Name of each deployment → its models. Raises ValueError if a group has others than `models`."""
+        for group, members in self.groups.items():
+            for model in members:
+                if model not in models:
+                    raise ValueError(
+                        f"groups: {group}: no model file has {model!r}.{did_you_mean(model, models)} "
+                        f"There are {', '.join(sorted(models))}"
+                    )
+        of = {model: group for group, members in self.groups.items() for model in members}
+        found: dict[str, list[str]] = {}
+        for model in models:
+            found.setdefault(deployment_name(of.get(model, model)), []).append(model)
+        for name, members in found.items():
+            if name == INGRESS or len({(model in of, of.get(model, model)) for model in members}) > 1:
+                raise ValueError(f"{name!r} would be the name of two deployments; rename the group or the model")
+        return found
 
     @classmethod
     def of(cls, args: Mapping[str, Any]) -> Arguments:
         """Raises ValueError naming the argument at fault, its value and what is valid."""
         settings = [spec.name for spec in fields(Settings)]
-        names = [*OURS, *AutoscalingConfig.model_fields, *settings]
+        names = [*OURS, "groups", *AutoscalingConfig.model_fields, *settings]
         for name in args:
             if name not in names:
                 raise ValueError(
                     f"{name}={args[name]!r}: no argument has that name.{did_you_mean(name, names)} There are all "
-                    f"settings, all fields of Ray's AutoscalingConfig, {', '.join(OURS)}"
+                    f"settings, all fields of Ray's AutoscalingConfig, {', '.join(OURS)}, groups"
                 )
         loaded = Settings.load({name: args.get(name) for name in settings})
         # Each process of Ray has a working folder of its own.
@@ -49,7 +75,8 @@ class Arguments:
         values = {"num_gpus": 0 if loaded.device == "cpu" else 1} | {
             name: _number(name, args) for name in OURS & args.keys()
         }
-        return cls(loaded, {name: args[name] for name in AutoscalingConfig.model_fields if name in args}, **values)
+        scaling = {name: args[name] for name in AutoscalingConfig.model_fields if name in args}
+        return cls(loaded, scaling, groups=_groups(args.get("groups", {})), **values)
 
 
 def _number(name: str, args: Mapping[str, Any]) -> Any:
@@ -61,3 +88,24 @@ def _number(name: str, args: Mapping[str, Any]) -> Any:
     if not value >= least:
         raise ValueError(f"{name}={args[name]!r}: must be at least {least}")
     return value
+
+
+def deployment_name(name: str) -> str:
+    """Of a model or a group; Ray makes names of files and actors of it."""
+    return re.sub(r"[^\w.-]", "-", name)
+
+
+def _groups(value: Any) -> Mapping[str, Sequence[str]]:
+    """From YAML, also as a text on the command line."""
+    form = f"groups={value!r}: must be as {{name: [model, model]}}, with each model in one group"
+    try:
+        groups = yaml.safe_load(value) if isinstance(value, str) else value
+    except yaml.YAMLError:
+        raise ValueError(form) from None
+    lists = isinstance(groups, Mapping) and all(isinstance(each, list) and each for each in groups.values())
+    if not lists or not all(isinstance(name, str) for name in [*groups, *itertools.chain(*groups.values())]):
+        raise ValueError(form)
+    members = list(itertools.chain(*groups.values()))
+    if len(set(members)) < len(members):
+        raise ValueError(form)
+    return dict(groups)

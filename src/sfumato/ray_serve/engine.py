@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Final
@@ -37,8 +37,9 @@ ANSWER_S = 10.0
 """Seconds to wait for their states; one that is stuck by then is replaced by Ray."""
 MAX_ENDED = 100
 """Replicas that are gone whose counters are kept apart."""
-LOSSES = 5
-"""A picture whose replica was lost so often is failed. Deaths of a replica's worker are counted by its supervisor."""
+PAUSES_S = (0.0, 0.5, 2.0, 5.0, 10.0)
+"""Before each try of a picture: Ray needs a while to know that a replica is gone, or that its worker does not start. A
+picture that was lost so often is failed. Deaths of a replica's worker are counted by its supervisor."""
 
 LOST: Final = (
     lost.RayActorError, lost.ObjectLostError, lost.WorkerCrashedError, lost.NodeDiedError, lost.RaySystemError,
@@ -47,17 +48,21 @@ LOST: Final = (
 
 
 class RayServe:
-    """Engine whose workers are replicas of deployments, one deployment for each model."""
+    """Engine whose workers are replicas of deployments, each for one model or for several."""
 
-    def __init__(self, settings: Settings, models: Mapping[str, DeploymentHandle]) -> None:
-        """`models`: name of a model → handle of its deployment."""
+    def __init__(
+        self, settings: Settings, handles: Mapping[str, DeploymentHandle], models: Mapping[str, Sequence[str]]
+    ) -> None:
+        """`handles`: name of a deployment → its handle. `models`: → its models."""
         self.on_place: OnPlace = lambda id, taken: None
         self.on_device: OnDevice = lambda id, device: None
         self.on_places: Callable[[int], None] = lambda places: None
         self._places_each = settings.max_active
-        self._models = models
-        self._replicas: dict[str, dict[str, DeviceState]] = {name: {} for name in models}
-        """Model → its replicas, by Ray's id."""
+        self._handles, self._models = handles, models
+        self._deployments = {model: name for name, each in models.items() for model in each}
+        """Model → the name of its deployment."""
+        self._replicas: dict[str, dict[str, DeviceState]] = {name: {} for name in handles}
+        """Deployment → its replicas, by Ray's id."""
         self._ended: dict[str, EngineStats] = {}
         """Counters of replicas that are gone, by Ray's id: one that only did not answer once comes back."""
         self._ended_before = EngineStats()
@@ -81,10 +86,11 @@ class RayServe:
         deaths = 0
         no_worker: NoWorker | None = None
         """The last loss, if it was one of these: what was promised waits for a worker."""
-        for losses in range(LOSSES):
+        for losses, pause_s in enumerate(PAUSES_S):
             # Under another id each time: a replica that is only out of reach may still draw it.
             again = replace(generation, id=f"{generation.id}-{losses}") if losses else generation
             self.on_place(generation.id, False)  # no replica may be there yet, as a model that has to be loaded
+            await asyncio.sleep(pause_s)
             try:
                 with _cancelling(self._drawing(config, again, deaths)) as items:
                     async for item in items:
@@ -112,7 +118,7 @@ class RayServe:
                 yield Failed(error)
                 return
         yield Failed(
-            no_worker or WorkerDied(f"{LOSSES} replicas were lost while they drew this; it is not tried again")
+            no_worker or WorkerDied(f"{len(PAUSES_S)} replicas were lost while they drew this; it is not tried again")
         )
 
     def _drawing(self, config: ModelConfig, generation: Generation, deaths: int) -> DeploymentResponseGenerator[Any]:
@@ -123,11 +129,11 @@ class RayServe:
         return items
 
     def _handle(self, config: ModelConfig) -> DeploymentHandle:
-        if handle := self._models.get(config.name):
-            return handle
+        if name := self._deployments.get(config.name):
+            return self._handles[name]
         raise ModelNotFound(
             f"The model {config.name!r} has no deployment: its model file is newer than the application. Deploy that "
-            f"again. It has: {', '.join(self._models)}.",
+            f"again. It has: {', '.join(self._deployments)}.",
             param="model",
         )
 
@@ -143,7 +149,7 @@ class RayServe:
             if isinstance(command, Load):
                 ordered: Ordered = await self._handle(command.config).carry_out.remote(command)
                 return ordered
-            names = [name for name in self._models if command.model in (None, name)]
+            names = [name for name, models in self._models.items() if command.model in (None, *models)]
             done = [each for name in names for each in await self._of_all(name, "carry_out", command)]
         except (lost.RayError, RayServeException) as error:
             return Ordered("", error=_error(None, error))
@@ -153,38 +159,39 @@ class RayServe:
         return Ordered("", in_use, next((each.error for each in done if each.error), None))
 
     def status(self, model: str) -> ModelStatus:
-        known = [replica.models[model] for replica in self._running(model) if model in replica.models]
+        replicas = self._replicas.get(self._deployments.get(model, ""), {}).values()
+        known = [replica.models[model] for replica in replicas if model in replica.models]
         return min(known, key=lambda status: NEAREST.index(status.state), default=ModelStatus())
 
     # Replicas.
 
-    async def _of_all(self, model: str, method: str, *arguments: object, timeout_s: float | None = None) -> list[Any]:
+    async def _of_all(self, name: str, method: str, *arguments: object, timeout_s: float | None = None) -> list[Any]:
         """What each running replica answers, less those that died meanwhile. Raises TimeoutError."""
         try:
-            response = self._models[model].broadcast(method, *arguments)
+            response = self._handles[name].broadcast(method, *arguments)
             answers = await response.results_async(timeout_s=timeout_s, return_exceptions=True)
         except DeploymentUnavailableError:
             return []  # it has no replicas
         for answer in answers:
             if isinstance(answer, BaseException) and not isinstance(answer, LOST):
-                log.error("%s: a replica did not carry out %s: %s", model, method, logs.error_location(answer))
+                log.error("%s: a replica did not carry out %s: %s", name, method, logs.error_location(answer))
         return [answer for answer in answers if not isinstance(answer, BaseException)]
 
     async def _watch(self) -> None:
         while True:
-            looks = await asyncio.gather(*(self._look(model) for model in self._models), return_exceptions=True)
+            looks = await asyncio.gather(*(self._look(name) for name in self._handles), return_exceptions=True)
             for error in looks:
                 if isinstance(error, Exception):  # without the next look nobody would know of any replica again
-                    log.error("the replicas of a model are not known: %s", logs.error_location(error))
+                    log.error("the replicas of a deployment are not known: %s", logs.error_location(error))
             self._count_places()
             await asyncio.sleep(EVERY_S)
 
-    async def _look(self, model: str) -> None:
-        before = self._replicas[model]
+    async def _look(self, name: str) -> None:
+        before = self._replicas[name]
         try:
-            states: list[ReplicaState] = await self._of_all(model, "state", timeout_s=ANSWER_S)
+            states: list[ReplicaState] = await self._of_all(name, "state", timeout_s=ANSWER_S)
         except (TimeoutError, lost.RayError, RayServeException) as error:
-            log.warning("%s: its replicas do not say their state (%s)", model, type(error).__name__)
+            log.warning("%s: its replicas do not say their state (%s)", name, type(error).__name__)
             return
         now = {state.id: state.device for state in states}
         for id in before.keys() - now.keys():
@@ -193,17 +200,15 @@ class RayServe:
             del self._ended[id]
         while len(self._ended) > MAX_ENDED:
             self._ended_before = total([self._ended_before, self._ended.pop(next(iter(self._ended)))])
-        self._replicas[model] = now
-        if now.keys() - before.keys() and (pin := self._pins.get(model)):
-            self.order(pin)
+        self._replicas[name] = now
+        if now.keys() - before.keys():
+            for pin in [self._pins[model] for model in self._models[name] if model in self._pins]:
+                self.order(pin)
 
     def _count_places(self) -> None:
         """As many pictures are drawn at a time as replicas can; one that is not there yet counts, as it will be."""
         replicas = sum(max(1, len(running)) for running in self._replicas.values())
         self.on_places(self._places_each * replicas)
-
-    def _running(self, model: str) -> Iterable[DeviceState]:
-        return self._replicas.get(model, {}).values()
 
     def _begin(self, work: Any) -> None:
         task = asyncio.create_task(work)
@@ -217,7 +222,7 @@ class RayServe:
 
     @property
     def devices(self) -> Sequence[DeviceState]:
-        states = [state for model in self._models for state in self._running(model)]
+        states = [state for replicas in self._replicas.values() for state in replicas.values()]
         return sorted(states, key=lambda state: state.name)
 
     @property

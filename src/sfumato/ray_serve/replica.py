@@ -1,4 +1,4 @@
-"""A replica of a model's deployment: a supervisor with its worker, which draws as it does without Ray.
+"""A replica of a deployment: a supervisor with its worker, which draws as it does without Ray.
 
 The death of the worker is the affair of the supervisor, as ever: the next one draws the same pictures. A replica whose
 worker does not start, or that does not answer, is unhealthy, and Ray replaces it, perhaps on another node.
@@ -23,13 +23,13 @@ from sfumato.settings import Settings
 
 
 class Replica:
-    """Draws the pictures of one model."""
+    """Draws the pictures of one model, or of a group of them, which share its memory as in one process."""
 
-    async def __init__(self, settings: Settings, model: str) -> None:  # type: ignore[misc]  # Ray awaits it
+    async def __init__(self, settings: Settings, name: str) -> None:  # type: ignore[misc]  # Ray awaits it
         logs.configure(settings)
         context = serve.get_replica_context()
         self._id = context.replica_id.unique_id
-        self._supervisor = Supervisor(settings, name=f"{model}:{context.rank.rank}")
+        self._supervisor = Supervisor(settings, name=f"{name}:{context.rank.rank}")
         self._supervisor.on_place = self._place
         self._items: dict[str, asyncio.Queue[Item | None]] = {}
         """Id of a generation → what is sent next, and at its end None."""
