@@ -28,7 +28,7 @@ from sfumato.errors import (
     WorkerDied,
 )
 from sfumato.formats import IMAGE, VIDEO, kind_of
-from sfumato.pictures.budget import Budget
+from sfumato.pictures.budget import Budget, Share
 from sfumato.pictures.decoder_pool import Decoders
 from sfumato.pictures.fetch import PictureFetcher
 from sfumato.pictures.sources import Decoded, Sources, encoded_size, file_of
