@@ -1,4 +1,4 @@
-"""LocalAI's model files of clips as they lie on its disk: fetched from the hub under the real ids, drawn, played."""
+"""LocalAI's model files of clips: fetched from the hub under the real ids, drawn, played."""
 
 from __future__ import annotations
 
@@ -21,39 +21,47 @@ INFERENCE = "temperature: 0.8\ntop_p: 0.95\ntop_k: 40\nmin_p: 0\nrepeat_penalty:
 """Defaults that LocalAI writes into every file that it installs."""
 
 FILES = {
-    "ltx-2": """backend: diffusers
+    # Of its gallery.
+    "ltx-2.3": """artifacts:
+- name: model
+  target: model
+  source: {type: huggingface, repo: Lightricks/LTX-2.3}
+backend: diffusers
 diffusers: {cuda: true, pipeline_type: LTX2ImageToVideoPipeline}
-known_usecases: [FLAG_VIDEO]
 low_vram: true
-name: ltx-2
+name: ltx-2.3
 options: ['torch_dtype:bf16']
-parameters: {model: Lightricks/LTX-2}
+parameters: {model: Lightricks/LTX-2.3}
+""",
+    # As the change that brought Wan tells people to write.
+    "wan21": """backend: diffusers
+diffusers: {cuda: true, pipeline_type: WanPipeline}
+f16: true
+known_usecases: [FLAG_VIDEO]
+name: wan21
+options: ['guidance_scale:5.0', 'num_frames:81', 'torch_dtype:bf16']
+parameters: {model: Wan-AI/Wan2.1-T2V-1.3B-Diffusers}
+step: 40
+""",
+    # As people write from these and from the gallery's files of pictures.
+    "wan-2.1-i2v": """backend: diffusers
+diffusers: {cuda: true, img2vid: true, pipeline_type: WanImageToVideoPipeline}
+f16: true
+known_usecases: [video]
+low_vram: true
+name: wan-2.1-i2v
+parameters: {model: Wan-AI/Wan2.1-I2V-14B-480P-Diffusers}
+step: 2
 """,
     "ltx-video": """backend: diffusers
+cfg_scale: 5
 diffusers: {cuda: true, enable_parameters: 'negative_prompt,num_inference_steps', pipeline_type: LTXPipeline}
 f16: true
 name: ltx-video
 parameters: {model: Lightricks/LTX-Video}
 step: 2
 """,
-    "wan-2.1-t2v": """backend: diffusers
-cfg_scale: 5
-diffusers: {cuda: true, enable_parameters: 'negative_prompt,num_inference_steps', pipeline_type: WanPipeline}
-f16: true
-known_usecases: [FLAG_VIDEO]
-low_vram: true
-name: wan-2.1-t2v
-parameters: {model: Wan-AI/Wan2.1-T2V-1.3B-Diffusers}
-step: 2
-""",
-    "wan-2.1-i2v": """backend: diffusers
-diffusers: {cuda: true, img2vid: true, pipeline_type: WanImageToVideoPipeline}
-f16: true
-low_vram: true
-name: wan-2.1-i2v
-parameters: {model: Wan-AI/Wan2.1-I2V-14B-480P-Diffusers}
-step: 2
-""",
+    # Of its documentation.
     "img2vid": """backend: diffusers
 cuda: true
 diffusers: {pipeline_type: StableVideoDiffusionPipeline}
@@ -63,21 +71,24 @@ parameters: {model: stabilityai/stable-video-diffusion-img2vid}
 step: 25
 """,
     "txt2vid": """backend: diffusers
+cuda: true
 diffusers: {cuda: true, pipeline_type: VideoDiffusionPipeline}
+f16: true
 name: txt2vid
-parameters: {model: Wan-AI/Wan2.1-T2V-1.3B-Diffusers}
-step: 2
+parameters: {model: damo-vilab/text-to-video-ms-1.7b}
+step: 25
 """,
 }
 REPOSITORIES: dict[str, Any] = {
-    "Lightricks/LTX-2": clip_classes.ltx2,
+    "Lightricks/LTX-2.3": clip_classes.ltx2,
     "Lightricks/LTX-Video": FAMILIES["LTX"].build,
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": FAMILIES["Wan"].build,
     "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": clip_classes.wan_image,
     "stabilityai/stable-video-diffusion-img2vid": FAMILIES["StableVideoDiffusion"].build,
+    "damo-vilab/text-to-video-ms-1.7b": clip_classes.text_to_video,
 }
-FROM_PICTURE = ("ltx-2", "wan-2.1-i2v", "img2vid")
-WITH_SOUND = ("ltx-2",)
+FROM_PICTURE = ("ltx-2.3", "wan-2.1-i2v", "img2vid")
+WITH_SOUND = ("ltx-2.3",)
 
 
 @pytest.fixture(scope="module")

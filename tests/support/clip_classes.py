@@ -15,6 +15,7 @@ from transformers import (
     Gemma3ForConditionalGeneration,
 )
 
+from support import tiny
 from support.families_moving import wan
 from support.families_transformers import LANGUAGE, any_tokenizer, flow
 from support.tiny import WIDTH, seeded
@@ -84,3 +85,17 @@ def wan_image() -> Any:
             **parts, transformer=transformer.eval(), image_encoder=CLIPVisionModel(eyes).eval(),
             image_processor=CLIPImageProcessor(crop_size=32, size=32),
         )  # fmt: skip
+
+
+def text_to_video() -> Any:
+    """The class of ModelScope's weights, which diffusers keeps among its deprecated ones."""
+    with seeded(0):
+        unet = d.UNet3DConditionModel(
+            block_out_channels=(8, 16), layers_per_block=1, sample_size=8, cross_attention_dim=WIDTH,
+            attention_head_dim=4, norm_num_groups=4, down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+            up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        )  # fmt: skip
+        parts = tiny.stable_diffusion().components
+        kept = {name: parts[name] for name in ("vae", "text_encoder", "tokenizer")}
+        scheduler = d.DDIMScheduler(**tiny.STABLE_DIFFUSION_NOISE, clip_sample=False, set_alpha_to_one=False)
+        return d.TextToVideoSDPipeline(**kept, unet=unet.eval(), scheduler=scheduler)
