@@ -55,6 +55,17 @@ def fetch(tmp_path: Path, model: str) -> fetching.Fetched:
     return fetching.fetch(config(tmp_path / "models", model), "fp32", quiet)
 
 
+def test_a_repository_of_single_files_says_which_it_has(hub: Hub, tmp_path: Path) -> None:
+    """As LocalAI's gallery names Lightricks/LTX-2.3."""
+    for name in ("a", "b", "c", "d", "e"):
+        shutil.copy(tmp_path / "files" / "model.safetensors", tmp_path / "files" / f"{name}.safetensors")
+    hub.add("acme/files", tmp_path / "files")
+    with pytest.raises(LoadError) as raised:
+        fetch(tmp_path, "acme/files")
+    assert "a.safetensors, b.safetensors, c.safetensors, d.safetensors and 2 more" in str(raised.value)
+    assert "huggingface://acme/files/a.safetensors" in str(raised.value)
+
+
 PLACES = {REPO: (REPO, WEIGHTS), FILE: ("acme/files", "model.safetensors")}
 
 STATUSES = [

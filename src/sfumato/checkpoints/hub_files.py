@@ -73,6 +73,8 @@ def described(repo: str, revision: str | None) -> Path:
 
 
 DIFFUSERS = "(a diffusers repository has a model_index.json and safetensors weights)"
+NAMED = 4
+"""Weight files that an error names at most."""
 
 UNREACHABLE = (hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError, httpx2.TransportError)
 """The hub was not contacted, or did not answer."""
@@ -105,7 +107,7 @@ def as_download_errors(repo: str, remedy: str = "") -> Iterator[None]:
             ) from error
         raise _unreachable(repo, endpoint, remedy) from error
     except hub.RemoteEntryNotFoundError as error:
-        raise LoadError(f"{repo} cannot be loaded by diffusers: {first_line(error)} {DIFFUSERS}") from error
+        raise _no_layout(repo, error) from error
     except (hub.HfHubHTTPError, httpx2.HTTPError) as error:  # httpx2 is huggingface_hub's HTTP client
         if isinstance(error, hub.HfHubHTTPError) and (refusal := refused(repo, endpoint, error.response)):
             raise refusal from error
@@ -119,7 +121,7 @@ def as_download_errors(repo: str, remedy: str = "") -> Iterator[None]:
             raise DownloadError(
                 f"{repo} came damaged from {endpoint}, and was not kept: {first_line(error)}"
             ) from error
-        raise LoadError(f"{repo} cannot be loaded by diffusers: {first_line(error)} {DIFFUSERS}") from error
+        raise _no_layout(repo, error) from error
 
 
 def refused(repo: str, endpoint: str, response: httpx2.Response | None) -> LoadError | None:
@@ -141,6 +143,22 @@ def refused(repo: str, endpoint: str, response: httpx2.Response | None) -> LoadE
     if status == httpx2.codes.NOT_FOUND:
         return LoadError(f"{repo} could not be fetched: {endpoint} answers 404. Check the spelling and the revision")
     return None
+
+
+def _no_layout(repo: str, error: Exception) -> LoadError:
+    """The error for a repository without what diffusers looks for: which weight files it has instead."""
+    files: list[str] = []
+    with suppress(LoadError):
+        files = files_of(repo, None)
+    weights = [name for name in files if "/" not in name and name.endswith(sources.TENSORS)]
+    if not weights or not set(files).isdisjoint(sources.INDEXES):
+        return LoadError(f"{repo} cannot be loaded by diffusers: {first_line(error)} {DIFFUSERS}")
+    listed = ", ".join(weights[:NAMED]) + (f" and {len(weights) - NAMED} more" if len(weights) > NAMED else "")
+    return LoadError(
+        f"{repo} has no {sources.INDEX}, so it is no repository in diffusers' layout. It has {listed}: name "
+        f"one of them, as parameters.model: huggingface://{repo}/{weights[0]}, or another repository with these "
+        "weights in that layout"
+    )
 
 
 def _unreachable(repo: str, endpoint: str, remedy: str) -> DownloadError:
