@@ -153,6 +153,7 @@ WAN = "WanVideoToVideoPipeline"
         (11, {"num_frames": 5, "fps": 30}, 5, 30, ""),
         (11, {"seconds": 0.5}, 5, 12, ""),
         (11, {"seconds": 0.5, "fps": 20}, 9, 20, ""),
+        (50, {"seconds": 4.25}, 49, 12, ""),  # 51 frames by a rate that is no closer
     ],
 )
 def test_frames_and_rate_are_those_of_the_source(
