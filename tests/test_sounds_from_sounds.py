@@ -29,6 +29,7 @@ from sfumato.models.load import Loaded
 from sfumato.pictures import recipe, source_sounds
 from sfumato.pictures.decoder_pool import Decoders
 from sfumato.pictures.results import Sound
+from sfumato.serving.planning import ImageRequest, plan
 from sfumato.settings import Settings
 from support import families_sound, tiny
 from support.drawing import loaded, quiet, wanted
@@ -130,6 +131,14 @@ def test_what_cannot_be_made_is_refused() -> None:
         made_of(model("StableAudio"), asked(given(5, 1)))
     with pytest.raises(InvalidRequest, match=r"seconds: 1.5 .* allowed"):
         made_of(model("StableAudio"), asked(given(4, 1.5), limits=Limits(1, 1, 1, seconds=1)))
+
+
+def test_a_file_that_allows_nothing_names_the_field() -> None:
+    shut = ModelConfig(name="m", model="o/r", enable_parameters=frozenset())
+    request = ImageRequest(prompts=["rain"], audio=b"x", audio_field="audio_reference", format="wav")
+    with pytest.raises(InvalidRequest, match=r"audio_reference: m does not allow .* Add image to") as caught:
+        plan(request, shut, Limits(1, 1, 1), 1)
+    assert caught.value.param == "audio_reference"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

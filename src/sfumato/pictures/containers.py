@@ -1,30 +1,24 @@
-"""Open callers' clips and sounds with PyAV (the extra `video`); only in the processes of `decoder_pool`."""
+"""Containers that PyAV reads (the extra `video`): its errors become ValueError here."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, BinaryIO
 
-from sfumato.errors import InvalidPicture
-from sfumato.pictures.images import decoder_errors
+from sfumato.formats import FORMATS
+
+SUFFIXES = tuple(f".{each.name}" for each in FORMATS.values() if each.package)
+"""Of their files."""
 
 
 @contextmanager
-def opened(data: bytes, format: str, param: str, what: str) -> Iterator[Any]:
-    """PyAV's container. `format`: FFmpeg's name of the only demuxer that is tried. Errors become InvalidPicture."""
+def opened(file: BinaryIO) -> Iterator[Any]:
+    """PyAV's container for reading. Raises ImportError without PyAV, and ValueError for a damaged file, also inside."""
     import av
 
-    # Tags in older encodings, as of cameras and MP3 players, are no reason to refuse a file.
-    with decoder_errors(param, what), av.open(io.BytesIO(data), format=format, metadata_errors="replace") as file:
-        yield file
-
-
-def codec_of(stream: Any, codecs: Sequence[str], param: str) -> Any:
-    """The decoder of a stream. Raises InvalidPicture unless it is one of these."""
-    codec = stream.codec_context  # None: FFmpeg does not know the codec
-    if codec is None or codec.name not in codecs:
-        name = codec.name if codec else "in it"
-        raise InvalidPicture(f"{param}: the codec {name} is not read; {', '.join(codecs)} are", param=param)
-    return codec
+    try:
+        with av.open(file) as container:
+            yield container
+    except av.FFmpegError as error:
+        raise ValueError(str(error)) from None

@@ -24,9 +24,9 @@ from PIL import Image, ImageOps
 
 from sfumato.errors import InvalidPicture
 from sfumato.pictures import images
-from sfumato.pictures.containers import codec_of, opened
 from sfumato.pictures.fitting import of_source
 from sfumato.pictures.images import Bounds
+from sfumato.pictures.untrusted_containers import codec_of, opened
 from sfumato.sampling import NAMED
 
 CODECS = ("h264", "hevc", "av1", "libdav1d", "vp8", "vp9", "mpeg4", "prores")

@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 from sfumato.errors import InvalidPicture
-from sfumato.pictures.containers import codec_of, opened
+from sfumato.pictures.untrusted_containers import codec_of, opened
 
 DEMUXERS: Mapping[bytes, str] = MappingProxyType(
     {b"RIFF": "wav", b"fLaC": "flac", b"OggS": "ogg", b"\x1aE\xdf\xa3": "matroska", b"ID3": "mp3",

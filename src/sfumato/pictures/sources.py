@@ -173,7 +173,7 @@ class Sources:
         assert clip
         assert isinstance(clip.file, bytes)
         drawn: dict[str, Any] = asdict(replace(clip.drawn, own=own, multiple=multiple))
-        # Not counted: a hundred times their file, they would refuse those who come next. Places in the queue bound them.
+        # Not counted: a hundred times their file, they would refuse who comes next. Places in the queue bound them.
         answer, frames = await decoders.run("clip", clip.file, clip.field, **drawn)
         return SourceClip(frames, **answer | {"size": tuple(answer["size"])})
 
