@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from sfumato.errors import InvalidPicture
-from sfumato.pictures import source_clips
+from sfumato.pictures import recipe, source_clips
 from sfumato.pictures.decoder_pool import Decoders
 from sfumato.pictures.images import Bounds
 from sfumato.pictures.source_clips import Drawn, is_clip
@@ -133,7 +133,10 @@ def test_tags_in_another_encoding_are_no_reason_to_refuse_a_clip(format: str) ->
     needs("mp4")
     data = contained(format, 3, tags={"title": "Cafe-a-tag"})
     assert b"Cafe-a-tag" in data
-    assert len(decoded(data.replace(b"Cafe-a-tag", b"Caf\xe9-a-tag"))[1]) == 3
+    data = data.replace(b"Cafe-a-tag", b"Caf\xe9-a-tag")
+    assert len(decoded(data)[1]) == 3
+    with pytest.raises(InvalidPicture, match="contains no recipe"):
+        recipe.read_open(io.BytesIO(data), f"x.{format}")
 
 
 def test_the_picture_for_those_who_cannot_play_a_png_is_no_frame() -> None:

@@ -101,8 +101,7 @@ def decoder_errors(param: str, what: str) -> Iterator[None]:
     except MemoryError:
         raise InvalidPicture(f"{param}: decoding the {what} takes too much memory", param=param) from None
     except Exception as error:  # decoders may raise anything
-        why = getattr(error, "strerror", None) or error or type(error).__name__
-        raise InvalidPicture(f"{param}: the {what} is damaged ({why})", param=param) from None
+        raise InvalidPicture(f"{param}: the {what} is damaged ({error or type(error).__name__})", param=param) from None
 
 
 def read_size(data: bytes, param: str, bounds: Bounds) -> tuple[int, int]:

@@ -24,9 +24,9 @@ from PIL import Image, ImageOps
 
 from sfumato.errors import InvalidPicture
 from sfumato.pictures import images
+from sfumato.pictures.containers import codec_of, open_untrusted
 from sfumato.pictures.fitting import of_source
 from sfumato.pictures.images import Bounds
-from sfumato.pictures.untrusted_containers import codec_of, opened
 from sfumato.sampling import NAMED
 
 CODECS = ("h264", "hevc", "av1", "libdav1d", "vp8", "vp9", "mpeg4", "prores")
@@ -316,7 +316,7 @@ def _of_container(data: bytes, param: str, bounds: Bounds, format: str) -> Itera
             "(pip install 'sfumato[video]'); an animated GIF, WebP, PNG or AVIF works without it",
             param=param,
         ) from None
-    with opened(data, format, param, "clip") as file:
+    with open_untrusted(data, format, param, "clip") as file:
         stream = next(iter(file.streams.video), None)
         if stream is None:
             raise InvalidPicture(f"{param}: the file has no moving pictures, only sound", param=param)

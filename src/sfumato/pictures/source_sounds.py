@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 from sfumato.errors import InvalidPicture
-from sfumato.pictures.untrusted_containers import codec_of, opened
+from sfumato.pictures.containers import codec_of, open_untrusted
 
 DEMUXERS: Mapping[bytes, str] = MappingProxyType(
     {b"RIFF": "wav", b"fLaC": "flac", b"OggS": "ogg", b"\x1aE\xdf\xa3": "matroska", b"ID3": "mp3",
@@ -117,7 +117,7 @@ def _by_pyav(
             "on the server (pip install 'sfumato[video]')",
             param=param,
         ) from None
-    with opened(data, format, param, "sound") as file:
+    with open_untrusted(data, format, param, "sound") as file:
         stream = next(iter(file.streams.audio), None)
         if stream is None:
             raise InvalidPicture(f"{param}: the file has no sound", param=param)
