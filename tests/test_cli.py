@@ -142,6 +142,12 @@ def test_without_a_file_to_write_the_format_is_that_of_the_model(tmp_path: Path,
     assert [command._named(Path(name)) for name in ("a.ogg", "a.WEBM", "a")] == ["opus", "webm", None]
 
 
+@pytest.mark.parametrize(("source", "format"), [("video", "mp4"), ("audio", "wav"), ("image", "png")])
+def test_without_its_files_the_format_is_that_of_the_source(tmp_path: Path, source: str, format: str) -> None:
+    (tmp_path / "m.yaml").write_text("parameters: {model: o/r}")
+    assert command._format(None, Sampling(), "m", Settings(models=tmp_path), source) == format
+
+
 def test_pull_then_draw_without_the_hub(tmp_path: Path, hub: Hub) -> None:
     env = hub.environment(tmp_path / "hf")
     where = sfumato("pull", "nitrosocke/Ghibli-Diffusion", cwd=tmp_path, env=env).strip()

@@ -14,11 +14,12 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from sfumato.checkpoints import class_reading, clip_rules
-from sfumato.checkpoints.static_capabilities import static_capabilities
+from sfumato.checkpoints import class_reading, clip_rules, diffusers_source
+from sfumato.checkpoints.static_capabilities import default_size, static_capabilities
 from sfumato.config import ModelConfig
 from sfumato.core import Generation, Limits, SourceClip
 from sfumato.drawing import draw as drawing
+from sfumato.drawing.arguments import own_size
 from sfumato.drawing.info import model_info
 from sfumato.errors import InvalidRequest
 from sfumato.models.load import Loaded
@@ -153,6 +154,7 @@ WAN = "WanVideoToVideoPipeline"
         (11, {"num_frames": 5, "fps": 30}, 5, 30, ""),
         (11, {"seconds": 0.5}, 5, 12, ""),
         (11, {"seconds": 0.5, "fps": 20}, 9, 20, ""),
+        (50, {"seconds": 4.25}, 49, 12, ""),  # 51 frames by a rate that is no closer
     ],
 )
 def test_frames_and_rate_are_those_of_the_source(
@@ -186,6 +188,16 @@ def test_the_size_is_that_of_the_source_at_most_of_the_area_of_the_model() -> No
     assert drawn(small, asked(shown(5, (128, 32))))[0].size == (64, 16)
     already = replace(shown(5), size=(1280, 1280))  # decoded at the size that is drawn
     assert drawn(small, asked(already))[0].size == (32, 32)
+
+
+@pytest.mark.parametrize("name", ["CogVideoXVideoToVideoPipeline", "CogVideoXFunControlPipeline"])
+def test_the_size_of_a_model_that_says_both_sides_in_latents(name: str, tmp_path: Path) -> None:
+    """A phone's clip is not drawn at its full size."""
+    made = model(name)
+    tiny.save(made.pipeline, tmp_path)
+    index = diffusers_source.json_of(tmp_path / "model_index.json")
+    assert own_size(made) == default_size(name, tmp_path, index) == (32, 32)
+    assert drawn(made, asked(shown(9, (128, 32))))[0].size == (64, 16)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from sfumato.models.load import Loaded
 from sfumato.pictures import recipe, source_sounds
 from sfumato.pictures.decoder_pool import Decoders
 from sfumato.pictures.results import Sound
+from sfumato.serving.planning import ImageRequest, plan
 from sfumato.settings import Settings
 from support import families_sound, tiny
 from support.drawing import loaded, quiet, wanted
@@ -132,6 +133,14 @@ def test_what_cannot_be_made_is_refused() -> None:
         made_of(model("StableAudio"), asked(given(4, 1.5), limits=Limits(1, 1, 1, seconds=1)))
 
 
+def test_a_file_that_allows_nothing_names_the_field() -> None:
+    shut = ModelConfig(name="m", model="o/r", enable_parameters=frozenset())
+    request = ImageRequest(prompts=["rain"], audio=b"x", audio_field="audio_reference", format="wav")
+    with pytest.raises(InvalidRequest, match=r"audio_reference: m does not allow .* Add image to") as caught:
+        plan(request, shut, Limits(1, 1, 1), 1)
+    assert caught.value.param == "audio_reference"
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_model_list_says_it_before_and_after_loading(family: str, tmp_path: Path) -> None:
     made = model(family)
@@ -159,11 +168,12 @@ def wav(rate: int, count: int, channels: int = 2, width: int = 2) -> bytes:
     return file.getvalue()
 
 
-def contained(format: str, codec: str, rate: int = 48_000, count: int = 4800) -> bytes:
+def contained(format: str, codec: str, rate: int = 48_000, count: int = 4800, tags: Any = ()) -> bytes:
     import av
 
     file = io.BytesIO()
     with av.open(file, "w", format=format) as container:
+        container.metadata.update(tags)
         stream: Any = container.add_stream(codec, rate, layout="stereo")
         frame = av.AudioFrame.from_ndarray(waves(count), format="fltp", layout="stereo")
         frame.sample_rate = rate
@@ -206,7 +216,80 @@ def test_a_wav_of_another_rate_or_width_is_resampled() -> None:
     assert np.abs(decoded(wav(8000, 800, width=3))[1] - waves(800)).max() < 1e-4
 
 
+def piped(data: bytes) -> bytes:
+    """A WAV that was written to a pipe: it does not say how long it is."""
+    return data[:4] + b"\xff" * 4 + data[8:40] + b"\xff" * 4 + data[44:]
+
+
+@pytest.mark.parametrize("rate", [8000, 16_000])
+def test_a_wav_of_a_pipe_goes_on_to_its_end(rate: int) -> None:
+    if rate != 8000:
+        needs("flac")
+    samples = decoded(piped(wav(8000, 800)), rate=rate)[1]
+    assert samples.shape[1] == pytest.approx(800 * rate / 8000, abs=20)
+    with pytest.raises(InvalidPicture, match=r"longer than 0.05 seconds"):
+        decoded(piped(wav(8000, 8000)), most_s=0.05, rate=rate)
+
+
+def test_tags_in_another_encoding_are_no_reason_to_refuse_a_sound() -> None:
+    needs("flac")
+    data = contained("mp4", "aac", tags={"title": "Cafe-a-tag"})
+    assert b"Cafe-a-tag" in data
+    assert decoded(data.replace(b"Cafe-a-tag", b"Caf\xe9-a-tag"))[1].shape[1] >= 4800
+
+
+@pytest.mark.parametrize("head", ["fffb", "fffa", "fff3", "fff2", "ffe3", "ffe2"])
+def test_an_mp3_is_told_by_the_head_of_its_first_frame(head: str) -> None:
+    assert source_sounds.demuxer(bytes.fromhex(head) + b"\x90\x64" + b"\0" * 8) == "mp3"
+
+
+@pytest.mark.parametrize("head", ["fff1", "fff9", "ffff", "ffea", "fffd"])
+def test_other_heads_are_no_mp3(head: str) -> None:
+    assert source_sounds.demuxer(bytes.fromhex(head) + b"\x90\x64" + b"\0" * 8) is None
+
+
+def slow(rate: int) -> bytes:
+    """A FLAC of 8 KB in blocks of 65,535 samples."""
+    import av
+
+    file = io.BytesIO()
+    with av.open(file, "w", format="flac") as container:
+        stream: Any = container.add_stream("flac", rate, layout="mono", options={"frame_size": "65535"})
+        stream.codec_context.open()
+        for index in range(2):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 65_535), np.int16), format="s16", layout="mono")
+            frame.sample_rate, frame.pts = rate, index * 65_535
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(("rate", "words"), [(100, "100 samples a second; 1000 to 384000"), (1000, "longer than 60")])
+def test_a_slow_sound_is_refused_before_it_is_resampled(rate: int, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs("flac")
+    import av
+
+    class Kept:
+        def __init__(self, **_: Any) -> None:
+            pass
+
+        def resample(self, frame: Any) -> list[Any]:
+            raise AssertionError(f"{frame} was resampled")
+
+    monkeypatch.setattr(av, "AudioResampler", Kept)
+    data = slow(rate)
+    assert len(data) < 20_000
+    with pytest.raises(InvalidPicture, match=words):
+        decoded(data, 60, 44_100)
+
+
+def fast(rate: int) -> bytes:
+    data = wav(8000, 800)
+    return data[:24] + rate.to_bytes(4, "little") + data[28:]
+
+
 HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
+    "gigahertz": (lambda: fast(4_000_000_000), "4000000000 samples a second; 1 to 384000 are valid"),
     "nothing": (lambda: b"", "not a sound in a known format"),
     "a text": (lambda: b"hello world, hello", "not a sound in a known format"),
     "a playlist": (lambda: b"#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:1/x.mp3\n", "not a sound in a known format"),
@@ -241,6 +324,13 @@ def test_samples_that_are_no_levels_are_refused(level: float) -> None:
         container.mux(stream.encode())
     with pytest.raises(InvalidPicture, match="beyond 64 times full scale"):
         decoded(file.getvalue())
+
+
+def test_an_unknown_codec_is_refused() -> None:
+    needs("mp4")
+    data = wav(8000, 800)
+    with pytest.raises(InvalidPicture, match="the codec in it is not read; flac, mp3"):
+        decoded(data[:20] + b"\x42\x42" + data[22:])
 
 
 def test_a_film_without_sound_is_none() -> None:

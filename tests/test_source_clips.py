@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 
 from sfumato.errors import InvalidPicture
-from sfumato.pictures import source_clips
+from sfumato.pictures import recipe, source_clips
 from sfumato.pictures.decoder_pool import Decoders
 from sfumato.pictures.images import Bounds
 from sfumato.pictures.source_clips import Drawn, is_clip
@@ -82,6 +83,79 @@ def test_seconds_are_counted_at_the_rate_of_the_clip() -> None:
     assert len(decoded(clip("mp4"), seconds=0.25)[1]) == 4
 
 
+def test_seconds_of_a_clip_whose_frames_were_left_out() -> None:
+    """As a phone in the dark leaves them out: 8 seconds at 30 a second are 238 frames."""
+    needs("mp4")
+    at_ms = [round(index * 100 / 3) for index in range(600) if index not in (60, 120)]
+    answer, frames = decoded(contained("mp4", 598, (16, 16), fps=30, at_ms=at_ms), seconds=8.0, most=250)
+    assert (len(frames), answer["fps"]) == (238, pytest.approx(30, abs=0.3))
+
+
+def test_a_rate_out_of_range_is_played_as_the_request_says() -> None:
+    needs("mp4")
+    assert len(decoded(contained("mp4", 11, fps=240), fps=30.0)[1]) == 11
+
+
+@pytest.mark.parametrize("format", ["mp4", "webm"])
+def test_sound_may_go_on_after_the_frames(format: str) -> None:
+    needs("mp4")
+    assert len(decoded(contained(format, 10, sound_s=4.0))[1]) == 10
+
+
+def test_a_film_with_sound_that_was_cut_off_is_refused() -> None:
+    needs("mp4")
+    data = contained("webm", 40, (64, 64), sound_s=2.5)
+    with pytest.raises(InvalidPicture, match=r"cut off after [0-9]+ frames"):
+        decoded(cut(data, 0.6))
+
+
+def test_one_slow_frame_is_whole() -> None:
+    needs("mp4")
+    assert len(decoded(contained("mp4", 1, fps=1), num_frames=1)[1]) == 1
+
+
+def test_no_frame_after_the_last_that_is_drawn_is_decoded(tmp_path: Path) -> None:
+    needs("mp4")
+    data = cut(streamed(tmp_path, 40), 0.6)
+    count = int(str(refusal(data)).partition("after ")[2].partition(" ")[0])
+    assert len(decoded(data, num_frames=count)[1]) == count
+    assert len(decoded(data, seconds=count / 16, fps=16.0)[1]) == count
+
+
+def refusal(data: bytes) -> InvalidPicture:
+    with pytest.raises(InvalidPicture) as caught:
+        decoded(data)
+    return caught.value
+
+
+@pytest.mark.parametrize("format", ["mp4", "webm"])
+def test_tags_in_another_encoding_are_no_reason_to_refuse_a_clip(format: str) -> None:
+    needs("mp4")
+    data = contained(format, 3, tags={"title": "Cafe-a-tag"})
+    assert b"Cafe-a-tag" in data
+    data = data.replace(b"Cafe-a-tag", b"Caf\xe9-a-tag")
+    assert len(decoded(data)[1]) == 3
+    with pytest.raises(InvalidPicture, match="contains no recipe"):
+        recipe.read_open(io.BytesIO(data), f"x.{format}")
+
+
+def test_the_picture_for_those_who_cannot_play_a_png_is_no_frame() -> None:
+    first, *others = frames_of(4)
+    file = io.BytesIO()
+    first.save(file, "PNG", save_all=True, append_images=others, default_image=True, duration=50)
+    answer, frames = decoded(file.getvalue())
+    assert ([frame.tobytes() for frame in frames], answer["fps"]) == ([each.tobytes() for each in others], 20)
+
+
+def test_a_short_clip_takes_little_memory() -> None:
+    tracemalloc.start()
+    try:
+        decoded(animated("GIF", 3, (16, 16)), most=100, pixels=1 << 27, size=(1024, 1024))
+        assert tracemalloc.get_traced_memory()[1] < 1 << 26
+    finally:
+        tracemalloc.stop()
+
+
 def test_a_clip_is_upright_and_on_white() -> None:
     file = io.BytesIO()
     layers = [Image.new("RGBA", (16, 16), (255, 0, 0, alpha)) for alpha in (255, 0)]
@@ -109,13 +183,20 @@ def lying(data: bytes, width: int, height: int) -> bytes:
     return data[:6] + width.to_bytes(2, "little") + height.to_bytes(2, "little") + data[10:]
 
 
+def grown() -> bytes:
+    """A GIF of 16x16 whose second frame is larger."""
+    small, large = (animated("GIF", 1, size) for size in ((16, 16), (400, 300)))
+    return small[:-1] + large[large.index(b",\0\0\0\0") :]
+
+
 GIF = animated("GIF", 11)
 HOSTILE: dict[str, tuple[Callable[[], bytes], dict[str, Any], str]] = {
-    "nothing": (lambda: b"", {}, "not a picture in a known format"),
+    "nothing": (lambda: b"", {}, "not a clip in a known format .MP4, MOV, WebM"),
+    "a film in AVI": (lambda: b"RIFF\x24\0\0\0AVI LIST" + b"x" * 99, {}, "not a clip in a known format .MP4"),
     "a picture": (lambda: source(32, 32), {}, "it is a picture .PNG., and a clip is needed: MP4, MOV, WebM"),
     "one frame": (lambda: animated("GIF", 1), {}, "it is a picture"),
     "a cut GIF": (lambda: cut(GIF, 0.5), {}, "damaged"),
-    "a cut WebP": (lambda: cut(animated("WEBP", 11), 0.5), {}, "damaged|not a picture"),
+    "a cut WebP": (lambda: cut(animated("WEBP", 11), 0.5), {}, "damaged|not a clip"),
     "a cut PNG": (lambda: cut(animated("PNG", 11), 0.5), {}, "damaged"),
     "a GIF as a screen": (lambda: lying(GIF, 4000, 4000), {}, "4000x4000; at most 1048576 pixels"),
     "thousands of tiny frames": (lambda: animated("GIF", 3000, (8, 8)), {}, "more than 64 frames, the most of 8x8"),
@@ -124,12 +205,17 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], dict[str, Any], str]] = {
     "a stripe": (lambda: animated("GIF", 3, (8, 200)), {}, "no side may be longer than 8 times the other"),
     "no rate": (lambda: animated("GIF", 3, ms=0), {}, "does not say its frames a second; send `fps`"),
     "a rate that changes": (lambda: animated("GIF", 4, ms=[50, 50, 900, 50]), {}, "rate changes: .* 50 to 900 ms"),
+    "a frame larger than the screen": (lambda: grown(), {}, "size changes from 16x16 to 400x300"),
+    "a frame for hours": (lambda: animated("PNG", 3, ms=65_535_000), {}, "has 0 frames a second; 1 to 120 are valid"),
+    "a thousand a second": (lambda: animated("WEBP", 3, ms=1), {}, "has 1000 frames a second; 1 to 120 are valid"),
+    "one frame of many": (lambda: GIF, {"seconds": 0.05}, "seconds: 0.05; that is one frame of the clip in video"),
+    "the same at a rate": (lambda: GIF, {"seconds": 0.1, "fps": 8.0}, "seconds: 0.1; that is one frame of the clip"),
     "too short": (lambda: GIF, {"num_frames": 12}, "num_frames: 12; the clip in video has 11 frames"),
     "too short in time": (lambda: GIF, {"seconds": 1.0}, "seconds: 1; the clip in video has 11 frames, and 20 would"),
     "Matroska's mark alone": (lambda: b"\x1aE\xdf\xa3" + b"x" * 999, {}, "damaged"),
     "MP4's mark alone": (lambda: b"\0\0\0\x20ftypisom" + b"x" * 999, {}, "damaged"),
-    "a playlist": (lambda: b"#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:1/x.ts\n", {}, "not a picture in a known format"),
-    "a list of files": (lambda: b"ffconcat version 1.0\nfile /etc/passwd\n", {}, "not a picture in a known format"),
+    "a playlist": (lambda: b"#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:1/x.ts\n", {}, "not a clip in a known format"),
+    "a list of files": (lambda: b"ffconcat version 1.0\nfile /etc/passwd\n", {}, "not a clip in a known format"),
 }  # fmt: skip
 CONTAINED: dict[str, tuple[Callable[[Path], bytes], dict[str, Any], str]] = {
     "only sound": (lambda _: silent_film(), {}, "no moving pictures, only sound"),
@@ -142,6 +228,8 @@ CONTAINED: dict[str, tuple[Callable[[Path], bytes], dict[str, Any], str]] = {
     "too large": (lambda _: contained("mp4", 2, (2048, 1024)), {}, "2048x1024; at most 1048576 pixels"),
     "a rate that changes": (lambda _: contained("mp4", 4, at_ms=(0, 50, 900, 950)), {}, "rate changes"),
     "too many": (lambda _: contained("mp4", 65, (16, 16)), {}, "more than 64 frames"),
+    "an unknown codec": (lambda _: unknown(contained("mp4", 3)), {}, "the codec in it is not read; h264, hevc"),
+    "too fast": (lambda _: contained("mp4", 11, fps=240), {}, "has 240 frames a second; 1 to 120 are valid"),
     "too short": (lambda _: contained("mp4", 11), {"num_frames": 12}, "num_frames: 12; the clip in video has 11"),
 }  # fmt: skip
 
@@ -159,6 +247,11 @@ def test_a_hostile_film_is_refused(name: str, tmp_path: Path) -> None:
     make, drawn, words = CONTAINED[name]
     with pytest.raises(InvalidPicture, match=words):
         decoded(make(tmp_path), **drawn)
+
+
+def unknown(data: bytes) -> bytes:
+    at = data.rindex(b"avc1")
+    return data[:at] + b"zzzz" + data[at + 4 :]
 
 
 def sized(data: bytes, size: int) -> bytes:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from sfumato.core import Limits
+from sfumato.core import Limits, SourceClip
 from sfumato.errors import Cancelled, InvalidPicture, RequestTooLarge, TooManyRequests
 from sfumato.pictures import images
 from sfumato.pictures.budget import Budget
@@ -22,10 +22,12 @@ from sfumato.pictures.resolving import Resolver
 from sfumato.serving.catalog import Catalog
 from sfumato.serving.planning import ImageRequest
 from sfumato.serving.service import Service
+from sfumato.serving.source_files import sources
 from sfumato.settings import Settings
 from support.fake_engine import FakeEngine
 from support.hostile import many_scans
 from support.inside import DRAW, Inside
+from support.moving import animated
 from support.sites import PICTURE, DeadNames, Site
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "AVIF")
@@ -256,6 +258,35 @@ def test_a_budget_is_shared_and_given_back() -> None:
     other.give_back()
     budget.share().take(40)
     assert budget.used == 100
+
+
+def test_the_frames_of_a_clip_leave_others_their_room(service: Service) -> None:
+    """They are drawn for minutes, and their file is small."""
+    film = animated("GIF", 40, (256, 256))
+    service.budget.limit = len(film) + 1
+    share, other = service.budget.share(), service.budget.share()
+    request = ImageRequest(prompts=["x"], video=film, video_field="video", format="webp")
+
+    async def run() -> SourceClip:
+        files = sources(request, share, (), service.limits)
+        assert files
+        await files.fetch(service.fetcher, service.decoders, service._clip_decoders)
+        clip = await files.decode_clip(service._clip_decoders, (0, 0), 1)
+        await service.stop()
+        return clip
+
+    assert len(asyncio.run(run()).frames) > service.budget.limit
+    other.take(1)
+    with pytest.raises(TooManyRequests):
+        other.take(1)
+
+
+def test_a_file_that_is_no_sound_is_refused_before_its_turn(service: Service) -> None:
+    request = ImageRequest(prompts=["x"], audio=PICTURE, audio_field="audio_reference", format="wav")
+    files = sources(request, service.budget.share(), (), service.limits)
+    assert files
+    with pytest.raises(InvalidPicture, match="audio_reference: not a sound in a known format"):
+        asyncio.run(files.fetch(service.fetcher, service.decoders, service._clip_decoders))
 
 
 def test_what_a_url_brings_counts(service: Service) -> None:

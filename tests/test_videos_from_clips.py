@@ -158,7 +158,7 @@ def test_the_result_has_the_length_rate_size_and_strength_of_the_request(server:
     answer = sync(server, input_reference=text(GIF), **fields)
     made = recipe.read_open(io.BytesIO(answer.content), "x.webp").sampling
     assert (made.num_frames, made.fps, made.size, made.strength) == (5, 8, (32, 16), 0.5)
-    long = sync(server, input_reference=text(animated("GIF", 9, SIZE, ms=2000)), seconds=17)  # at its own rate
+    long = sync(server, input_reference=text(animated("GIF", 9, SIZE, ms=1000)), seconds=8)  # at its own rate
     assert recipe.read_open(io.BytesIO(long.content), "x.webp").sampling.num_frames == 5, long.text
     weaker = sync(server, input_reference=text(GIF), **fields | {"steps": 9, "strength": 0.2})
     assert weaker.status_code == 200
@@ -173,11 +173,13 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"video_reference": text(FILM), "model": "sfumato-tiny"}, "model", "makes pictures"),
     ({"video_reference": [text(FILM)] * 2}, "video_reference", "at most 1"),
     ({"video_reference": {}}, "video_reference", "no picture"),
+    ({"input_reference": {"image_url": text(PICTURE), "video_url": text(FILM)}}, "input_reference",
+     "image_url and video_url in one object: only one"),
     ({"video_reference": "{"}, "video_reference", "no picture"),
     ({"input_reference": text(FILM), "end_image": text(PICTURE)}, "end_image", "takes no picture"),
     ({"input_reference": text(FILM), "num_frames": 8}, "num_frames", "frames of the form 4k.1"),
     ({"input_reference": text(FILM), "size": "24x24"}, "size", "multiples of 16"),
-    ({"input_reference": text(FILM), "model": "shut"}, "image", "does not allow requests to set it"),
+    ({"input_reference": text(FILM), "model": "shut"}, "input_reference", "Add image to diffusers"),
     ({"strength": 0.5}, "strength", "applies only to a source picture or clip"),
 ]  # fmt: skip
 
@@ -194,10 +196,11 @@ def test_what_is_refused_before_any_work(server: Server, fields: tuple[dict[str,
 DAMAGED: list[tuple[dict[str, Any], str, str]] = [
     ({"video_reference": text(PICTURE)}, "video_reference", "it is a picture (PNG)"),
     ({"video_reference": "no clip"}, "video_reference", "neither base64"),
-    ({"video_reference": text(b"no clip")}, "video_reference", "not a picture in a known format"),
+    ({"video_reference": text(b"no clip")}, "video_reference", "not a clip in a known format (MP4, MOV, WebM"),
     ({"video_reference": text(GIF[: len(GIF) // 2])}, "video_reference", "damaged"),
     ({"video_reference": text(animated("GIF", 300, (8, 8)))}, "video_reference", "more than 257 frames"),
     ({"video_reference": text(animated("GIF", 3, SIZE, ms=0))}, "fps", "does not say its frames a second"),
+    ({"video_reference": text(animated("GIF", 3, SIZE, ms=2000))}, "fps", "has 0.5 frames a second; 1 to 120"),
     ({"video_reference": text(FILM), "num_frames": 9}, "num_frames", "has 7 frames"),
     ({"video_reference": text(FILM), "seconds": 5}, "seconds", "has 7 frames, and 100 would be drawn"),
     ({"video_reference": {"file_id": "file-of-nobody"}}, "video_reference", "file-of-nobody"),

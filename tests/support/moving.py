@@ -47,8 +47,10 @@ def contained(
     at_ms: Sequence[int] = (),
     codec: str = "",
     options: Mapping[str, str] | None = None,
+    sound_s: float = 0.0,
+    tags: Mapping[str, str] | None = None,
 ) -> bytes:
-    """By PyAV. `at_ms`: when each frame begins, of a clip whose rate changes."""
+    """By PyAV. `at_ms`: when each frame begins, of a clip whose rate changes. `sound_s`: seconds of silence beside."""
     import av
 
     file = io.BytesIO()
@@ -57,6 +59,8 @@ def contained(
         stream: Any = container.add_stream(name, fps)
         stream.width, stream.height = size
         stream.pix_fmt = "yuvj420p" if name == "mjpeg" else "yuv420p"
+        container.metadata.update(tags or {})
+        sound: Any = container.add_stream("libopus", 48_000, layout="mono") if sound_s else None
         if at_ms:
             stream.codec_context.time_base = Fraction(1, 1000)
         for index, image in enumerate(frames_of(count, size)):
@@ -65,6 +69,11 @@ def contained(
                 frame.pts, frame.time_base = at_ms[index], Fraction(1, 1000)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+        if sound:
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, round(48_000 * sound_s)), np.float32), "flt", "mono")
+            frame.sample_rate = 48_000
+            container.mux(sound.encode(frame))
+            container.mux(sound.encode())
     return file.getvalue()
 
 

@@ -267,7 +267,21 @@ def default_size(name: str, folder: Path, index: Mapping[str, Any]) -> tuple[int
     if len(sides) == 2 and all(isinstance(side, int) for side in sides):
         return sides[0], sides[1]
     side = default_side(name, folder, index)
-    return (side, side) if side else None
+    return _latent_size(name, _Parts(folder, index)) or ((side, side) if side else None)
+
+
+LATENT_SIDES = ("sample_width", "sample_height")
+"""Settings of denoisers of clips: sides in latents, with the pipeline's `vae_scale_factor_spatial` in pixels."""
+
+
+def _latent_size(name: str, parts: _Parts) -> tuple[int, int] | None:
+    try:
+        width, height = (parts.setting("transformer", side) for side in LATENT_SIDES)
+    except _Unknown:
+        return None
+    factor = _attributes(name, parts).get("vae_scale_factor_spatial")
+    known = isinstance(width, int) and isinstance(height, int) and isinstance(factor, int)
+    return (width * factor, height * factor) if known else None
 
 
 def default_side(name: str, folder: Path, index: Mapping[str, Any]) -> int | None:

@@ -22,7 +22,7 @@ from sfumato.config import ModelConfig
 from sfumato.core import EAGER, VAE_TILING, Done, Recipe, Step
 from sfumato.engine.local import Local
 from sfumato.errors import InvalidRequest, StorageError, in_words
-from sfumato.formats import CLIP, FORMATS, IMAGE, KINDS, PICTURE, WORDS, kind_of, of_kind
+from sfumato.formats import AUDIO, CLIP, FORMATS, IMAGE, KINDS, PICTURE, VIDEO, WORDS, kind_of, of_kind
 from sfumato.loras import Lora, not_named_by, read_tags
 from sfumato.pictures import images
 from sfumato.pictures import recipe as recipes
@@ -62,7 +62,8 @@ def generate(fields: dict[str, Any], like: Path | None, output: Path | None, set
             from_recipe["loras"] = not_named_by(from_recipe["loras"], tags)
     format = _named(output)
     if format in (None, "webp"):  # a WebP is a clip, or a picture: as the model or the length says
-        made = _format(like, sampling, fields.get("model", recipe and recipe.model), settings)
+        source = next((kind for kind in (VIDEO, AUDIO) if fields.get(kind) is not None), IMAGE)
+        made = _format(like, sampling, fields.get("model", recipe and recipe.model), settings, source)
         format = made if format is None or kind_of(made) == IMAGE else format
     request = ImageRequest(**{**from_recipe, **fields, "sampling": sampling, "format": format}, operator=True)
     if recipe and like:
@@ -101,16 +102,17 @@ def _named(output: Path | None) -> str | None:
     return SUFFIXES.get(suffix)
 
 
-def _format(like: Path | None, sampling: Sampling, model: str | None, settings: Settings) -> str:
-    """That of the recipe's file (a WebP is a clip if it has a length), or for what the model makes by its files."""
+def _format(like: Path | None, sampling: Sampling, model: str | None, settings: Settings, source: str = IMAGE) -> str:
+    """That of the recipe's file (a WebP is a clip if it has a length), or for what the model makes by its files, or for
+    what is made from such a source: clips from clips, and sounds from sounds."""
     name = SUFFIXES.get(like.suffix.removeprefix(".").lower()) if like else None
-    has_length = any(sampling[each] is not None for each in PARAMETERS if IMAGE not in each.of)
+    has_length = source == VIDEO or any(sampling[each] is not None for each in PARAMETERS if IMAGE not in each.of)
     if name:
         return PICTURE if name == "webp" and not has_length else name
     abilities = static_capabilities(Catalog.of(settings, open=True).get(model)).abilities
     if abilities and abilities.tasks:
         return of_kind(abilities.kind)[0]
-    return CLIP if has_length else PICTURE
+    return of_kind(AUDIO)[0] if source == AUDIO else CLIP if has_length else PICTURE
 
 
 def _as_request(recipe: Recipe) -> dict[str, Any]:

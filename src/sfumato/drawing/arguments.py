@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from sfumato.checkpoints import class_reading, clip_rules, few_steps, file_values
+from sfumato.checkpoints.static_capabilities import LATENT_SIDES
 from sfumato.config.model import REQUEST_DEFAULTS
 from sfumato.core import QUALITIES, Generation, SourceClip
 from sfumato.drawing import crop, picture_arguments, preprocessors
@@ -282,7 +283,7 @@ def _masked_area(
 
 
 def own_size(model: Loaded) -> tuple[int | None, int | None]:
-    """The size in the model file or the signature, else the denoiser's: one side or (height, width) of latents."""
+    """The size in the model file or the signature, else the denoiser's, in latents: both sides, one, or a pair."""
     if model.config.sampling.size:
         return model.config.sampling.size
     pipeline = model.pipeline
@@ -292,8 +293,11 @@ def own_size(model: Loaded) -> tuple[int | None, int | None]:
     if all(isinstance(side, int) for side in signature):
         return signature[0], signature[1]
     denoiser = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
-    latents: Any = getattr(pipeline, "default_sample_size", None)
-    latents = latents or getattr(denoiser, "config", {}).get("sample_size")
+    settings: Any = getattr(denoiser, "config", {})
+    if all(isinstance(settings.get(side), int) for side in LATENT_SIDES):  # CogVideoX, Allegro
+        width, height = (settings[side] * getattr(pipeline, "vae_scale_factor_spatial", 1) for side in LATENT_SIDES)
+        return width, height
+    latents: Any = getattr(pipeline, "default_sample_size", None) or settings.get("sample_size")
     factor = getattr(pipeline, "vae_scale_factor", 1)
     match latents:
         case int(side):

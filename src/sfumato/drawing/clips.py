@@ -14,6 +14,7 @@ from sfumato.errors import InvalidRequest
 from sfumato.formats import VIDEO, check_rate, kind_of
 from sfumato.models.load import Loaded
 from sfumato.pictures.results import Clip, Result
+from sfumato.pictures.source_clips import CLOSE
 from sfumato.pipelines.capabilities import parameters_of
 from sfumato.pipelines.inputs import FRAME_COUNTS
 from sfumato.sampling import Sampling
@@ -52,6 +53,8 @@ def _of_source(model: str, rule: FrameRule, requested: Sampling, filled: Generat
     none. Raises InvalidRequest for more frames than there are."""
     fps = requested.fps or clip.fps
     length = requested.num_frames or (math.floor(requested.seconds * fps + 1e-6) if requested.seconds else len(clip))
+    if not (requested.num_frames or requested.fps) and length * (1 - CLOSE) <= len(clip):
+        length = min(length, len(clip))  # its rate says no closer how many frames those seconds have
     if length > len(clip):
         raise InvalidRequest(
             f"num_frames: {length}; the source clip has {len(clip)}. Send at most as many, or leave it out",

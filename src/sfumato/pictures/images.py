@@ -13,7 +13,7 @@ import hashlib
 import io
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
@@ -71,25 +71,37 @@ def from_text(text: str, param: str) -> bytes:
 
 
 @contextmanager
-def open_untrusted(data: bytes, param: str) -> Iterator[Image.Image]:
-    """Open an untrusted picture and read its header. Errors of its decoder become InvalidPicture."""
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+def open_untrusted(
+    data: bytes, param: str, what: str = "picture", formats: Sequence[str] = FORMATS
+) -> Iterator[Image.Image]:
+    """Open an untrusted picture and read its header. Errors of its decoder become InvalidPicture.
+
+    `what`, `formats`: what is needed and its formats, for the errors.
+    """
+    with decoder_errors(param, what):
+        try:
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        except UnidentifiedImageError:
+            start = data[:12].decode("latin-1")
+            raise InvalidPicture(
+                f"{param}: not a {what} in a known format ({', '.join(formats)}): it starts with {start!r}",
+                param=param,
+            ) from None
+        with image:
             yield image
-    except (InvalidPicture, GeneratorExit):
+
+
+@contextmanager
+def decoder_errors(param: str, what: str) -> Iterator[None]:
+    """Errors of the decoder of a picture, clip or sound become InvalidPicture."""
+    try:
+        yield
+    except InvalidPicture:
         raise
-    except UnidentifiedImageError:
-        start = data[:12].decode("latin-1")
-        raise InvalidPicture(
-            f"{param}: not a picture in a known format ({', '.join(FORMATS)}): it starts with {start!r}",
-            param=param,
-        ) from None
     except MemoryError:
-        raise InvalidPicture(f"{param}: decoding the picture takes too much memory", param=param) from None
+        raise InvalidPicture(f"{param}: decoding the {what} takes too much memory", param=param) from None
     except Exception as error:  # decoders may raise anything
-        raise InvalidPicture(
-            f"{param}: the picture is damaged ({error or type(error).__name__})", param=param
-        ) from None
+        raise InvalidPicture(f"{param}: the {what} is damaged ({error or type(error).__name__})", param=param) from None
 
 
 def read_size(data: bytes, param: str, bounds: Bounds) -> tuple[int, int]:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import itertools
+import math
 import re
 import statistics
 from collections.abc import Iterator
@@ -24,8 +24,10 @@ from PIL import Image, ImageOps
 
 from sfumato.errors import InvalidPicture
 from sfumato.pictures import images
+from sfumato.pictures.containers import codec_of, open_untrusted
 from sfumato.pictures.fitting import of_source
 from sfumato.pictures.images import Bounds
+from sfumato.sampling import NAMED
 
 CODECS = ("h264", "hevc", "av1", "libdav1d", "vp8", "vp9", "mpeg4", "prores")
 """FFmpeg's names of those to decode: what phones, browsers, editors and Sfumato write."""
@@ -60,8 +62,12 @@ UNEVEN = 2.5
 
 
 SHORT_S = 0.3
-SOUND_S = 2.0
-"""Seconds that the frames of a whole file may end before the file does; sound beside them may go on."""
+"""Seconds that a whole file may end before its header says."""
+
+FORMATS = ("MP4", "MOV", "WebM", *images.ANIMATED)
+"""For errors."""
+
+FPS = NAMED["fps"]
 
 
 class Frame(NamedTuple):
@@ -149,23 +155,25 @@ def decode(data: bytes, param: str, bounds: Bounds, drawn: Drawn) -> tuple[dict[
     with _opened(data, param, bounds) as clip:
         size = drawn.size or _own(clip.size, drawn)
         room = min(drawn.most, min(drawn.pixels, MOST_PIXELS) // (size[0] * size[1]))
-        each = size[0] * size[1] * CHANNELS
-        pixels = bytearray(min(room, drawn.num_frames or room) * each)
+        pixels = bytearray()
         times: list[Frame] = []
+        count, enough = _count(drawn), False
         for frame in clip.frames:
-            if _enough(times, frame, drawn):
+            if enough := _is_late(times, frame, drawn):
                 break
             if len(times) == room:
                 raise _too_many(param, room, size)
-            start = len(times) * each
-            pixels[start : start + each] = _fitted(frame.image, size).tobytes()
+            pixels += _fitted(frame.image, size).tobytes()
             times.append(Frame(_NOTHING, frame.begins, frame.lasts))
+            if enough := len(times) == count:  # before the next frame is decoded: it may be damaged
+                break
     if len(times) < 2 and drawn.num_frames != 1:
-        raise InvalidPicture(f"{param}: it is one picture, and a clip is needed: at least 2 frames", param=param)
+        raise _one_frame(enough, drawn, param)
     fps = _rate(times, clip.rate, drawn, param)
-    _refuse_short(len(times), fps, drawn, param)
+    if not enough:
+        _refuse_short(len(times), fps, drawn, param)
     told = {"width": size[0], "height": size[1], "fps": fps, "size": clip.size}
-    return told | {"sha256": hashlib.sha256(data).hexdigest()}, memoryview(pixels)[: len(times) * each]
+    return told | {"sha256": hashlib.sha256(data).hexdigest()}, memoryview(pixels)
 
 
 _NOTHING = Image.new("RGB", (1, 1))
@@ -179,13 +187,28 @@ def _fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image if image.size == size else ImageOps.fit(image, size, Image.Resampling.LANCZOS)
 
 
-def _enough(times: list[Frame], frame: Frame, drawn: Drawn) -> bool:
-    """Whether all that is drawn is there before this frame."""
-    if drawn.num_frames or not drawn.seconds:
-        return len(times) == drawn.num_frames
-    if drawn.fps:
-        return len(times) >= drawn.seconds * drawn.fps - 1e-6
-    return bool(times) and frame.begins is not None and frame.begins - (times[0].begins or 0) >= drawn.seconds - 1e-6
+def _count(drawn: Drawn) -> int | None:
+    """Frames that are drawn; None: all, or as many as the clip's own rate says."""
+    if drawn.num_frames or not (drawn.seconds and drawn.fps):
+        return drawn.num_frames
+    return math.ceil(drawn.seconds * drawn.fps - 1e-6)
+
+
+def _is_late(times: list[Frame], frame: Frame, drawn: Drawn) -> bool:
+    """Whether this frame is shown after the `seconds` that are drawn at the clip's own rate."""
+    if not drawn.seconds or drawn.num_frames or drawn.fps or not times or frame.begins is None:
+        return False
+    return frame.begins - (times[0].begins or 0) >= drawn.seconds - 1e-6
+
+
+def _one_frame(enough: bool, drawn: Drawn, param: str) -> InvalidPicture:
+    if enough:
+        return InvalidPicture(
+            f"seconds: {drawn.seconds:g}; that is one frame of the clip in {param}, and at least 2 are drawn from. "
+            "Send more, or leave it out",
+            param="seconds",
+        )
+    return InvalidPicture(f"{param}: it is one picture, and a clip is needed: at least 2 frames", param=param)
 
 
 def _too_many(param: str, room: int, size: tuple[int, int]) -> InvalidPicture:
@@ -197,20 +220,34 @@ def _too_many(param: str, room: int, size: tuple[int, int]) -> InvalidPicture:
 
 
 def _refuse_short(frames: int, fps: float, drawn: Drawn, param: str) -> None:
-    fps = drawn.fps or fps
-    wanted = drawn.num_frames or (int(drawn.seconds * fps + 1e-6) if drawn.seconds else 0)
-    if frames >= wanted:
+    """The file ended before all that is drawn."""
+    wanted = drawn.num_frames or (int(drawn.seconds * (drawn.fps or fps) + 1e-6) if drawn.seconds else 0)
+    if frames >= wanted * (1 if _count(drawn) else 1 - CLOSE):  # the clip's own rate is no closer
         return
     field, value = ("num_frames", wanted) if drawn.num_frames else ("seconds", drawn.seconds)
     raise InvalidPicture(
-        f"{field}: {value:g}; the clip in {param} has {frames} frames, and {wanted} would be drawn from it at {fps:g} "
+        f"{field}: {value:g}; the clip in {param} has {frames} frames, and {wanted} would be drawn from it at "
+        f"{drawn.fps or fps:g} "
         f"a second. Send less, or leave {field} out",
         param=field,
     )
 
 
 def _rate(times: list[Frame], by_header: float | None, drawn: Drawn, param: str) -> float:
-    """Frames a second. Raises InvalidPicture if they are not evenly spaced, and the request does not say the rate."""
+    """Frames a second. Raises InvalidPicture if they are not evenly spaced or of no rate that a clip is made with, and
+    the request does not say the rate."""
+    rate = _own_rate(times, by_header, drawn, param)
+    least, most = FPS.least or 0, FPS.most or math.inf
+    if not (drawn.fps or least <= rate <= most):
+        raise InvalidPicture(
+            f"{param}: the clip has {rate:g} frames a second; {least:g} to {most:g} are valid. Send `fps`, the rate of "
+            "the result",
+            param="fps",
+        )
+    return rate
+
+
+def _own_rate(times: list[Frame], by_header: float | None, drawn: Drawn, param: str) -> float:
     begins = [frame.begins for frame in times]
     known = [begin for begin in begins if begin is not None]
     gaps = [float(after - before) for before, after in itertools.pairwise(known)]
@@ -239,7 +276,7 @@ def _opened(data: bytes, param: str, bounds: Bounds) -> Iterator[Opened]:
         with _of_container(data, param, bounds, format) as clip:
             yield clip
         return
-    with images.open_untrusted(data, param) as image:
+    with images.open_untrusted(data, param, "clip", FORMATS) as image:
         if image.format not in images.ANIMATED or not getattr(image, "is_animated", False):
             raise InvalidPicture(
                 f"{param}: it is a picture ({image.format}), and a clip is needed: MP4, MOV, WebM, or an animated GIF, "
@@ -247,16 +284,22 @@ def _opened(data: bytes, param: str, bounds: Bounds) -> Iterator[Opened]:
                 param=param,
             )
         images.check_size(image.size, param, bounds)
-        yield Opened(image.size, _animated(image))
+        yield Opened(image.size, _animated(image, param))
 
 
-def _animated(image: Image.Image) -> Iterator[Frame]:
+def _animated(image: Image.Image, param: str) -> Iterator[Frame]:
+    """Raises InvalidPicture for a frame of another size: a GIF's may be larger than its screen."""
     begins, index = Fraction(0), 0
+    if getattr(image, "default_image", False):  # of a PNG: a picture for those who cannot play it
+        index = 1
+    size = image.size
     while True:
         try:
             image.seek(index)
         except EOFError:
             return
+        if image.size != size:
+            raise _resized(param, size, image.size)
         shown = images.on_white(image.convert("RGBA" if image.has_transparency_data else "RGB"))
         lasts = Fraction(image.info.get("duration") or 0) / 1000
         yield Frame(shown, begins, lasts)
@@ -266,34 +309,27 @@ def _animated(image: Image.Image) -> Iterator[Frame]:
 @contextmanager
 def _of_container(data: bytes, param: str, bounds: Bounds, format: str) -> Iterator[Opened]:
     try:
-        import av  # the extra `video`
+        import av  # noqa: F401
     except ImportError:
         raise InvalidPicture(
             f"{param}: MP4, MOV and WebM need PyAV, which is not installed on the server "
             "(pip install 'sfumato[video]'); an animated GIF, WebP, PNG or AVIF works without it",
             param=param,
         ) from None
-    try:
-        with av.open(io.BytesIO(data), format=format) as file:
-            stream = next(iter(file.streams.video), None)
-            if stream is None:
-                raise InvalidPicture(f"{param}: the file has no moving pictures, only sound", param=param)
-            codec = stream.codec_context
-            if codec.name not in CODECS:
-                raise InvalidPicture(
-                    f"{param}: the codec {codec.name} is not read; {', '.join(CODECS)} are", param=param
-                )
-            images.check_size((codec.width, codec.height), param, bounds)
-            codec.thread_count = 1  # leave the other CPU cores to others
-            codec.options = {"max_pixels": str(bounds.pixels)}
-            frames = _decoded(file, stream, param, bounds)
-            first = next(frames, None)
-            if first is None:
-                raise InvalidPicture(f"{param}: the file has no frame that can be decoded", param=param)
-            rate = float(stream.average_rate) if stream.average_rate else None
-            yield Opened(first.image.size, _with(first, frames), rate)
-    except av.error.FFmpegError as error:
-        raise InvalidPicture(f"{param}: the clip is damaged ({error.strerror or error})", param=param) from None
+    with open_untrusted(data, format, param, "clip") as file:
+        stream = next(iter(file.streams.video), None)
+        if stream is None:
+            raise InvalidPicture(f"{param}: the file has no moving pictures, only sound", param=param)
+        codec = codec_of(stream, CODECS, param)
+        images.check_size((codec.width, codec.height), param, bounds)
+        codec.thread_count = 1  # leave the other CPU cores to others
+        codec.options = {"max_pixels": str(bounds.pixels)}
+        frames = _decoded(file, stream, param, bounds)
+        first = next(frames, None)
+        if first is None:
+            raise InvalidPicture(f"{param}: the file has no frame that can be decoded", param=param)
+        rate = float(stream.average_rate) if stream.average_rate else None
+        yield Opened(first.image.size, _with(first, frames), rate)
 
 
 def _with(first: Frame, others: Iterator[Frame]) -> Iterator[Frame]:
@@ -304,28 +340,39 @@ def _with(first: Frame, others: Iterator[Frame]) -> Iterator[Frame]:
 def _decoded(file: Any, stream: Any, param: str, bounds: Bounds) -> Iterator[Frame]:
     """Upright. Raises InvalidPicture for a frame of another size, and at the end of a file that was cut off."""
     size: tuple[int, int] | None = None
-    count, ends = 0, None
-    for packet in file.demux(stream):
+    count, ends = 0, 0.0
+    for packet in file.demux(stream, *file.streams.audio):
         if packet.is_corrupt:
             raise _cut_off(param, count)
+        if packet.stream is not stream:
+            ends = max(ends, _end(packet))
+            continue
         for frame in packet.decode():
             size = size or (frame.width, frame.height)
             if (frame.width, frame.height) != size:
-                raise InvalidPicture(
-                    f"{param}: the clip's size changes from {size[0]}x{size[1]} to {frame.width}x{frame.height}",
-                    param=param,
-                )
+                raise _resized(param, size, (frame.width, frame.height))
             images.check_size(size, param, bounds)
             image = frame.to_image()
             if frame.rotation:  # phones write how they were held
                 image = image.rotate(frame.rotation, expand=True)
-            begins = None if frame.pts is None else Fraction(frame.pts) * frame.time_base
-            ends = begins and begins + Fraction(frame.duration or 0) * frame.time_base
-            yield Frame(image, begins)
+            yield Frame(image, None if frame.pts is None else Fraction(frame.pts) * frame.time_base)
+            ends = max(ends, _end(frame))
             count += 1
-    whole = file.duration / 1_000_000 if file.duration else 0.0
-    if ends is not None and whole - float(ends) > (SHORT_S if len(file.streams) == 1 else SOUND_S):
+    whole = [float(stream.duration * stream.time_base)] if stream.duration else []
+    whole += [file.duration / 1_000_000] if file.duration else []
+    if ends and whole and min(whole) - ends > SHORT_S:
         raise _cut_off(param, count)
+
+
+def _end(part: Any) -> float:
+    """Of a packet or a frame, in seconds; 0: it does not say when it begins."""
+    return 0.0 if part.pts is None else float((part.pts + (part.duration or 0)) * part.time_base)
+
+
+def _resized(param: str, first: tuple[int, int], size: tuple[int, int]) -> InvalidPicture:
+    return InvalidPicture(
+        f"{param}: the clip's size changes from {first[0]}x{first[1]} to {size[0]}x{size[1]}", param=param
+    )
 
 
 def _cut_off(param: str, count: int) -> InvalidPicture:

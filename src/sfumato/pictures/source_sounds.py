@@ -16,18 +16,24 @@ from types import MappingProxyType
 from typing import Any
 
 from sfumato.errors import InvalidPicture
+from sfumato.pictures.containers import codec_of, open_untrusted
 
 DEMUXERS: Mapping[bytes, str] = MappingProxyType(
-    {b"RIFF": "wav", b"fLaC": "flac", b"OggS": "ogg", b"ID3": "mp3", b"\xff\xfb": "mp3", b"\xff\xf3": "mp3",
-     b"\x1aE\xdf\xa3": "matroska"}
+    {b"RIFF": "wav", b"fLaC": "flac", b"OggS": "ogg", b"\x1aE\xdf\xa3": "matroska", b"ID3": "mp3",
+     **dict.fromkeys((b"\xff" + bytes([each]) for each in (0xFA, 0xFB, 0xF2, 0xF3, 0xE2, 0xE3)), "mp3")}
 )  # fmt: skip
-"""First bytes of a file -> FFmpeg's name of its format; MP4 and M4A have `ftyp` after four bytes."""
+"""First bytes of a file -> FFmpeg's name of its format; MP4 and M4A have `ftyp` after four bytes. An MP3 without tags
+begins with the head of a frame: MPEG 1, 2 or 2.5, with or without a checksum (ISO 11172-3, 2.4.1.3)."""
 
 CODECS = ("flac", "mp3", "mp3float", "opus", "libopus", "vorbis", "aac", "pcm_s16le", "pcm_s24le", "pcm_s32le",
           "pcm_f32le", "pcm_u8")  # fmt: skip
 
+MIN_RATE = 1000
 MAX_RATE = 384_000
-"""Samples a second."""
+"""Samples a second of what is resampled: at 1 a second, 8 KB would become gigabytes."""
+
+UNTOLD = 0x7FFF_0000
+"""Bytes of samples: a WAV that says as many or more was written to a pipe, and goes on to its end."""
 
 MOST_CHANNELS = 2
 
@@ -41,19 +47,24 @@ def decode(data: bytes, param: str, most_s: float, rate: int | None) -> tuple[di
 
     Raises InvalidPicture for a sound that is damaged, longer, or cannot be resampled here.
     """
-    format = demuxer(data[:12])
-    if format is None:
-        start = data[:12].decode("latin-1")
-        raise InvalidPicture(
-            f"{param}: not a sound in a known format (WAV, FLAC, MP3, Ogg, MP4, WebM): it starts with {start!r}",
-            param=param,
-        )
+    format = check_format(data, param)
     plain = _of_wave(data, param, most_s, rate) if format == "wav" else None
     channels, made, samples = plain or _by_pyav(data, param, format, most_s, rate)
     if not len(samples[0]):
         raise InvalidPicture(f"{param}: the sound has no samples", param=param)
     told = {"channels": channels, "rate": made, "sha256": hashlib.sha256(data).hexdigest()}
     return told, b"".join(each.tobytes() for each in samples)
+
+
+def check_format(data: bytes, param: str) -> str:
+    """FFmpeg's name of the file's format. Raises InvalidPicture if it is of none that is read."""
+    if format := demuxer(data[:12]):
+        return format
+    start = data[:12].decode("latin-1")
+    raise InvalidPicture(
+        f"{param}: not a sound in a known format (WAV, FLAC, MP3, Ogg, MP4, WebM): it starts with {start!r}",
+        param=param,
+    )
 
 
 def demuxer(start: bytes) -> str | None:
@@ -78,6 +89,10 @@ def _of_wave(
             channels, width, own, count = file.getparams()[:4]
             if width not in WIDTHS or channels > MOST_CHANNELS or rate not in (None, own):
                 return None
+            _check_rate(own, param, 1)  # nothing is resampled
+            if count * width * channels >= UNTOLD:
+                count = len(file.readframes(len(data))) // (width * channels)
+                file.rewind()
             _refuse_long(count / own, most_s, param)
             samples = array.array(WIDTHS[width], file.readframes(count))
     except (wave.Error, EOFError, ZeroDivisionError, ValueError):
@@ -102,44 +117,50 @@ def _by_pyav(
             "on the server (pip install 'sfumato[video]')",
             param=param,
         ) from None
-    try:
-        with av.open(io.BytesIO(data), format=format) as file:
-            stream = next(iter(file.streams.audio), None)
-            if stream is None:
-                raise InvalidPicture(f"{param}: the file has no sound", param=param)
-            codec = stream.codec_context
-            if codec.name not in CODECS:
+    with open_untrusted(data, format, param, "sound") as file:
+        stream = next(iter(file.streams.audio), None)
+        if stream is None:
+            raise InvalidPicture(f"{param}: the file has no sound", param=param)
+        codec = codec_of(stream, CODECS, param)
+        _check_rate(codec.sample_rate, param)
+        made = rate or codec.sample_rate
+        channels = min(codec.channels, MOST_CHANNELS)
+        layout = "mono" if channels == 1 else "stereo"
+        samples = [array.array("f") for _ in range(channels)]
+        resampler = av.AudioResampler(format="fltp", layout=layout, rate=made)
+        for frame in _resampled(_short(file.decode(stream), param, most_s), resampler):
+            planes = frame.to_ndarray()
+            if not abs(planes).max(initial=0) <= MAX_LEVEL:  # also refuses NaN
                 raise InvalidPicture(
-                    f"{param}: the codec {codec.name} is not read; {', '.join(CODECS)} are", param=param
+                    f"{param}: the sound has samples beyond {MAX_LEVEL} times full scale, or that are no numbers",
+                    param=param,
                 )
-            made = rate or codec.sample_rate
-            if not 0 < codec.sample_rate <= MAX_RATE:
-                raise InvalidPicture(
-                    f"{param}: {codec.sample_rate} samples a second; 1 to {MAX_RATE} are valid", param=param
-                )
-            channels = min(codec.channels, MOST_CHANNELS)
-            layout = "mono" if channels == 1 else "stereo"
-            samples = [array.array("f") for _ in range(channels)]
-            resampler = av.AudioResampler(format="fltp", layout=layout, rate=made)
-            for frame in _frames(file, stream, resampler):
-                planes = frame.to_ndarray()
-                if not abs(planes).max(initial=0) <= MAX_LEVEL:  # also refuses NaN
-                    raise InvalidPicture(
-                        f"{param}: the sound has samples beyond {MAX_LEVEL} times full scale, or that are no numbers",
-                        param=param,
-                    )
-                for each, plane in zip(samples, planes, strict=True):
-                    each.frombytes(plane.tobytes())
-                _refuse_long(len(samples[0]) / made, most_s, param)
-    except av.error.FFmpegError as error:
-        raise InvalidPicture(f"{param}: the sound is damaged ({error.strerror or error})", param=param) from None
+            for each, plane in zip(samples, planes, strict=True):
+                each.frombytes(plane.tobytes())
     return channels, made, samples
 
 
-def _frames(file: Any, stream: Any, resampler: Any) -> Iterator[Any]:
-    for frame in file.decode(stream):
+def _short(frames: Iterator[Any], param: str, most_s: float) -> Iterator[Any]:
+    """The frames, each measured before it is resampled: its own head says its rate, whatever the file's says."""
+    seconds = 0.0
+    for frame in frames:
+        _check_rate(frame.sample_rate, param)
+        seconds += frame.samples / frame.sample_rate
+        _refuse_long(seconds, most_s, param)
+        yield frame
+
+
+def _resampled(frames: Iterator[Any], resampler: Any) -> Iterator[Any]:
+    for frame in frames:
         yield from resampler.resample(frame)
     yield from resampler.resample(None)
+
+
+def _check_rate(rate: int, param: str, least: int = MIN_RATE) -> None:
+    if not least <= rate <= MAX_RATE:
+        raise InvalidPicture(
+            f"{param}: {rate} samples a second; {least} to {MAX_RATE} are valid. Resample it", param=param
+        )
 
 
 def _refuse_long(seconds: float, most_s: float, param: str) -> None:

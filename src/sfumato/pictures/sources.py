@@ -10,6 +10,7 @@ from typing import Any
 from sfumato.core import Control, Generation, Limits, SourceClip, SourceSound, labels
 from sfumato.errors import InvalidPicture, InvalidRequest
 from sfumato.pictures import images as pictures
+from sfumato.pictures import source_sounds
 from sfumato.pictures.budget import Share
 from sfumato.pictures.decoder_pool import Decoders
 from sfumato.pictures.fetch import PictureFetcher
@@ -153,6 +154,7 @@ class Sources:
             self.clip = replace(clip, file=data)
         if sound := self.sound:
             data = await file_of(sound.file, sound.field, fetcher, self._share, self._caller)
+            source_sounds.check_format(data, sound.field)
             self.sound = replace(sound, file=data)
         for index, (param, picture) in enumerate(self._pictures):
             data = await file_of(picture, param, fetcher, self._share, self._caller)
@@ -171,8 +173,8 @@ class Sources:
         assert clip
         assert isinstance(clip.file, bytes)
         drawn: dict[str, Any] = asdict(replace(clip.drawn, own=own, multiple=multiple))
+        # Not counted: a hundred times their file, they would refuse who comes next. Places in the queue bound them.
         answer, frames = await decoders.run("clip", clip.file, clip.field, **drawn)
-        self._share.count(len(frames))
         return SourceClip(frames, **answer | {"size": tuple(answer["size"])})
 
     async def decode_sound(self, decoders: Decoders, rate: int | None) -> SourceSound:
@@ -184,7 +186,6 @@ class Sources:
         assert sound
         assert isinstance(sound.file, bytes)
         answer, samples = await decoders.run("sound", sound.file, sound.field, most_s=self._limits.seconds, rate=rate)
-        self._share.count(len(samples))
         return SourceSound(samples, **answer)
 
     async def decode(self, decoders: Decoders) -> Decoded:

@@ -361,7 +361,7 @@ def _enabled(config: ModelConfig, generation: Generation, request: ImageRequest)
     free = request.controls or (request.has_sources and kind_of(request.format) != IMAGE)
     pictures = not config.enable_parameters if free else request.images
     if pictures and not generation.upscale and not config.enables("image"):  # an upscaler always takes a picture
-        raise _disabled(config, "image")
+        raise _disabled(config, "image", next(iter(request.others.values()), "image"))
     sampling = generation.sampling
     used = [each for each in PARAMETERS if each.guarded and sampling[each] is not None]
     disabled = [each for each in used if not config.enables(each.argument or "")]
@@ -384,11 +384,12 @@ def _hires_enabled(config: ModelConfig, generation: Generation) -> Hires | None:
     return replace(hires, sampling=replace(hires.sampling, **dict.fromkeys(names)))
 
 
-def _disabled(config: ModelConfig, argument: str) -> InvalidRequest:
+def _disabled(config: ModelConfig, argument: str, field: str = "") -> InvalidRequest:
+    """`field`: what the request calls it, if that is another name."""
     return InvalidRequest(
-        f"{argument}: {config.name} does not allow requests to set it. Add {argument} to "
+        f"{field or argument}: {config.name} does not allow requests to set it. Add {argument} to "
         f"diffusers.enable_parameters in {config.file_name}, or leave it out.",
-        param=argument,
+        param=field or argument,
     )
 
 

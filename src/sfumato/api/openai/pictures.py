@@ -11,7 +11,7 @@ from sfumato.errors import in_words
 from sfumato.pictures.sources import uploaded
 
 KEYS = ("image_url", "url", "image", "video_url", "audio_url")
-"""Of an object that stands for a picture, a clip or a sound; the first that is there counts."""
+"""Of an object that stands for a picture, a clip or a sound; one of them is there."""
 
 MAX_ID = 100
 """Characters of a file's id."""
@@ -23,8 +23,8 @@ def url_of(value: Any) -> Any:
     """The picture itself of OpenAI's `{"image_url": ...}`, also as `{"image_url": {"url": ...}}`, and the name of
     `{"file_id": ...}` (`sources.uploaded`); others as they are.
 
-    An object may be text, as forms have it. Raises ValueError for one that has none of the keys: a mask would be left
-    out.
+    An object may be text, as forms have it. Raises ValueError for one that has none of the keys, and for one that has
+    several: a mask or a clip would be left out.
     """
     if isinstance(value, str) and value[:16].lstrip().startswith("{"):
         try:
@@ -33,11 +33,15 @@ def url_of(value: Any) -> Any:
             raise ValueError(NO_PICTURE) from None
     if not isinstance(value, dict):
         return value
-    url = next((value[key] for key in KEYS if value.get(key) is not None), None)
-    if url is None and (id := value.get("file_id")) is not None:
+    there = [key for key in (*KEYS, "file_id") if value.get(key) is not None]
+    if len(there) > 1:
+        raise ValueError(f"{' and '.join(there)} in one object: only one of them is valid; send an object for each")
+    if there == ["file_id"]:
+        id = value["file_id"]
         if not isinstance(id, str) or not 0 < len(id) <= MAX_ID:
             raise ValueError(f"file_id: {in_words(id)}; the id of an uploaded file is valid")
         return uploaded(id)
+    url = value[there[0]] if there else None
     if value.keys().isdisjoint((*KEYS, "file_id")) or (isinstance(url, dict) and "url" not in url):
         raise ValueError(NO_PICTURE)
     return url.get("url") if isinstance(url, dict) else url
