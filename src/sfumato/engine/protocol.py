@@ -151,7 +151,8 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """This generation takes one of the engine's places again; or none from now on, while its model is loaded."""
+    """This generation takes one of the engine's places again; or none from now on, while its model is loaded, or until
+    the next worker starts it."""
 
     id: str
     taken: bool

@@ -352,7 +352,6 @@ class Service:
             self._parts[generation.id] = part
             async with part.time, aclosing(self.engine.submit(job.config, generation)) as events:
                 async for event in events:
-                    part.place(self.queue, True)
                     if isinstance(event, Failed):
                         raise event.error
                     if isinstance(event, Done):
