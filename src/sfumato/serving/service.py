@@ -118,9 +118,9 @@ class Service:
         request = await self._told_apart(request, config)
         generations = plan(request, config, self.limits, self.settings.max_n)
         prompts = await self._check_inputs(request, config)
-        if stored := repeat.CURRENT.get():
-            stored.checked.set()
-        generations = await self._loras.with_files(generations, config)
+        generations = await self._loras.with_files(generations, config, repeat.set_checked)
+        repeat.set_checked()
+        stored = repeat.CURRENT.get()
         # Nothing is awaited from here on, so that its progress is always known and cancelling it always works.
         if arrival := self._arrival(request.id, request.caller):
             arrival.submit()
