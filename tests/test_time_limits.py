@@ -26,13 +26,14 @@ from support.fake_engine import FakeEngine, recipe_of
 
 LIMIT_S = 1
 
-SCRIPT: dict[str, tuple[bool, ...]] = {
+SCRIPT: dict[str, tuple[bool | str, ...]] = {
     "waits in the engine": (),
     "loads its model": (True, False),
+    "waits on its device": (False, "m:0"),
     "is drawn": (True,),
     "is loaded and drawn": (True, False, True),
 }
-"""What the engine says of its place, by prompt; then nothing until it is let go on."""
+"""What the engine says of its place or its device, by prompt; then nothing until it is let go on."""
 
 
 class Told(FakeEngine):
@@ -42,8 +43,11 @@ class Told(FakeEngine):
     """
 
     async def submit(self, config: ModelConfig, generation: Generation) -> AsyncGenerator[Event, None]:
-        for taken in SCRIPT.get(generation.prompt, ()):
-            self.on_place(generation.id, taken)
+        for said in SCRIPT.get(generation.prompt, ()):
+            if isinstance(said, str):
+                self.on_device(generation.id, said)
+            else:
+                self.on_place(generation.id, said)
         self.arrived.put_nowait(generation.seed)
         yield Step(1, 2)
         await self.hold.wait()
@@ -95,10 +99,15 @@ def test_the_queue_counts_for_others_and_not_for_what_is_stored(service: Service
     with_held_engine(service, steps)
 
 
-def test_the_load_of_its_model_does_not_count(service: Service) -> None:
+@pytest.mark.parametrize(("prompt", "places"), [("loads its model", 0), ("waits on its device", 1)])
+def test_before_it_begins_and_while_its_model_is_loaded_no_time_counts(
+    service: Service, prompt: str, places: int
+) -> None:
     async def steps(engine: FakeEngine) -> None:
         async with a_limit_later(service):
-            job = await stored(service, "loads its model")
+            job = await stored(service, prompt)
+            await engine.arrived.get()
+            assert service.queue.running == places
         assert not job.over
         engine.hold.set()
         assert len(await job.pictures()) == 1

@@ -97,7 +97,6 @@ class RayServe:
                         match item:
                             case Begun(device):
                                 no_worker = None
-                                self.on_place(generation.id, True)
                                 self.on_device(generation.id, device)
                             case Placed(_, taken):
                                 self.on_place(generation.id, taken)

@@ -372,9 +372,10 @@ class Service:
             part.place(self.queue, taken)
 
     def _on_device(self, id: str, device: str) -> None:
-        """The engine says which of several devices draws a picture."""
+        """The engine says which of several devices has a picture."""
         if part := self._parts.get(id):
             part.device = device
+            self.queue.place(part.ticket, True)  # its time counts once it begins
 
     def _admit(self, config: ModelConfig, pictures: int, *, low: bool) -> None:
         """Raises TooManyRequests beyond the model's own limit. No interactive request is refused for others."""
