@@ -246,11 +246,23 @@ WRONG: Sequence[tuple[dict[str, Any], str]] = (
     ({"num_gpus": "two"}, "num_gpus='two': must be a number"),
     ({"steps": 0}, "steps=0: must be at least 1"),
     ({"max_active": 0}, "max_active=0: must be at least 1"),
-    ({"groups": "{a: b}"}, "groups='{a: b}': must be as {name: [model, model]}, with each model in one group"),
+    ({"groups": "{a: b}"}, "groups='{a: b}': must be as {name: [model, model]}, without an empty name"),
+    ({"groups": {"": [MODEL]}}, "groups={'': ['sfumato-tiny']}: must be as"),
     ({"groups": "{a"}, "groups='{a': must be as"),
-    ({"groups": {"a": [MODEL], "b": [MODEL]}}, "groups={'a': ['sfumato-tiny'], 'b': ['sfumato-tiny']}: must be as"),
+    (
+        {"groups": {"a": [MODEL], "b": [MODEL]}},
+        f"groups: {MODEL!r} is in 'a' and in 'b'; a model is in one group, once",
+    ),
+    ({"groups": f"a: [{MODEL}]\na: [other]"}, "groups, line 2: a: duplicate key, also in line 1; remove one"),
     ({"groups": {"a": ["sfumato-tyni"]}}, "groups: a: no model file has 'sfumato-tyni'. Did you mean 'sfumato-tiny'?"),
-    ({"groups": {"sfumato": [MODEL]}}, "'sfumato' would be the name of two deployments; rename the group or the model"),
+    (
+        {"groups": {"sfumato": [MODEL]}},
+        "'sfumato' would be the name of two deployments: the server and the group 'sfumato' of groups; rename one",
+    ),
+    (
+        {"groups": {"other ": [MODEL]}},
+        "'other-' would be the name of two deployments: the model 'other-' and the group 'other ' of groups",
+    ),
 )
 TRY = """
 import json, sys
@@ -263,10 +275,13 @@ for arguments in json.load(sys.stdin):
 """
 
 
-def test_a_wrong_argument_is_named(ray: RayServer) -> None:
-    arguments = json.dumps([each for each, _ in WRONG])
+def test_a_wrong_argument_is_named(tmp_path: Path) -> None:
+    environment.make()
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump({**OTHER, "name": "other-"}))
+    arguments = json.dumps([{"models": str(tmp_path), "device": "cpu", **each} for each, _ in WRONG])
+    env = {**os.environ, "PYTHONPATH": str(environment.FOLDER.parent / "src")}
     done = subprocess.run(
-        [environment.PYTHON, "-c", TRY], env=ray.env, input=arguments, stdout=subprocess.PIPE, text=True, check=True
+        [environment.PYTHON, "-c", TRY], env=env, input=arguments, stdout=subprocess.PIPE, text=True, check=True
     )
     for line, (_, words) in zip(done.stdout.splitlines(), WRONG, strict=True):
         assert line.startswith(words)
@@ -291,6 +306,9 @@ def test_a_replica_starts_without_the_server() -> None:
     subprocess.run([environment.PYTHON, "-c", code], env=env, check=True)
 
 
-def test_the_last_replica_goes_with_the_requests(ray: RayServer) -> None:
+def test_the_last_replica_goes_with_the_requests_and_comes_again(ray: RayServer) -> None:
+    assert ray.draw(**SMALL).status_code == 200
+    assert ray.replicas(MODEL)
     within(TIMEOUT_S, lambda: not ray.replicas(MODEL))
     assert ray.client.get("/readyz").status_code == 200
+    assert ray.draw(**SMALL).status_code == 200

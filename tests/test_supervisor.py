@@ -92,6 +92,17 @@ def test_a_worker_that_breaks_while_it_draws_is_replaced_and_nothing_is_lost(tmp
     assert lives(tmp_path) == 2
 
 
+def test_what_a_dead_worker_had_takes_no_place_until_the_next_starts_it(tmp_path: Path) -> None:
+    told: dict[str, list[bool]] = {"once-die": [], "behind": []}
+
+    async def work(supervisor: Supervisor) -> None:
+        supervisor.on_place = lambda id, taken: told[id].append(taken)
+        await asyncio.gather(answer(supervisor, "once:die"), answer(supervisor, "behind"))
+
+    run(work, stub(tmp_path))
+    assert told == {"once-die": [True, False, True], "behind": [False, True]}
+
+
 @pytest.mark.parametrize("fault", ["vanish", "noise", "truncated", "unknown", "die"])
 def test_a_request_that_breaks_every_worker_is_failed_alone(tmp_path: Path, fault: str) -> None:
     async def work(supervisor: Supervisor) -> None:

@@ -20,29 +20,38 @@ from sfumato.serving.catalog import Catalog
 from sfumato.serving.job import Job
 from sfumato.serving.planning import ImageRequest
 from sfumato.serving.service import Service
+from sfumato.serving.time_limits import DrawingTime
 from sfumato.settings import Settings
 from support.fake_engine import FakeEngine, recipe_of
 
 LIMIT_S = 1
 
-SCRIPT: dict[str, tuple[bool, ...]] = {
+SCRIPT: dict[str, tuple[bool | str, ...]] = {
     "waits in the engine": (),
     "loads its model": (True, False),
+    "waits on its device": (False, "m:0"),
     "is drawn": (True,),
     "is loaded and drawn": (True, False, True),
 }
-"""What the engine says of its place, by prompt; then nothing until it is let go on."""
+"""What the engine says of its place or its device, by prompt; then nothing until it is let go on."""
 
 
 class Told(FakeEngine):
-    """Says of each picture what `SCRIPT` has, and ends it with a step once `hold` is set."""
+    """Says of each picture what `SCRIPT` has, and ends it once `hold` is set.
+
+    What it says overtakes the step before, as with every engine: steps are queued for their reader.
+    """
 
     async def submit(self, config: ModelConfig, generation: Generation) -> AsyncGenerator[Event, None]:
-        for taken in SCRIPT.get(generation.prompt, ()):
-            self.on_place(generation.id, taken)
+        for said in SCRIPT.get(generation.prompt, ()):
+            if isinstance(said, str):
+                self.on_device(generation.id, said)
+            else:
+                self.on_place(generation.id, said)
         self.arrived.put_nowait(generation.seed)
+        yield Step(1, 2)
         await self.hold.wait()
-        yield Step(1, 1)
+        yield Step(2, 2)
         yield Done(b"", recipe_of(config, generation))
 
 
@@ -90,10 +99,15 @@ def test_the_queue_counts_for_others_and_not_for_what_is_stored(service: Service
     with_held_engine(service, steps)
 
 
-def test_the_load_of_its_model_does_not_count(service: Service) -> None:
+@pytest.mark.parametrize(("prompt", "places"), [("loads its model", 0), ("waits on its device", 1)])
+def test_before_it_begins_and_while_its_model_is_loaded_no_time_counts(
+    service: Service, prompt: str, places: int
+) -> None:
     async def steps(engine: FakeEngine) -> None:
         async with a_limit_later(service):
-            job = await stored(service, "loads its model")
+            job = await stored(service, prompt)
+            await engine.arrived.get()
+            assert service.queue.running == places
         assert not job.over
         engine.hold.set()
         assert len(await job.pictures()) == 1
@@ -110,6 +124,27 @@ def test_what_is_drawn_for_so_long_ends(service: Service, prompt: str) -> None:
         assert service.queue.running == 0
 
     with_held_engine(service, steps)
+
+
+def test_time_used_before_a_pause_still_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that goes by hand. Given the whole limit again after the pause, it would be drawn to its end."""
+    now = 0.0
+    passed: list[float] = []
+
+    async def run() -> None:
+        nonlocal now
+        monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: now)
+        async with DrawingTime(1.0) as drawing:
+            for counting, seconds in ((True, 0.75), (False, 5.0), (True, 0.125), (True, 0.25), (True, 0.25)):
+                drawing.count(counting)
+                now += seconds
+                for _ in range(3):  # the loop looks at its clock between
+                    await asyncio.sleep(0)
+                passed.append(seconds)
+
+    with pytest.raises(TimedOut):
+        asyncio.run(run())
+    assert passed == [0.75, 5.0, 0.125]
 
 
 def test_the_engine_says_when_it_begins() -> None:

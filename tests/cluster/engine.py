@@ -13,7 +13,7 @@ from ray import exceptions as lost
 
 from sfumato.config import ModelConfig
 from sfumato.core import Failed, Generation
-from sfumato.engine.protocol import DeviceState, Ordered, Pin, Unload
+from sfumato.engine.protocol import DeviceState, Ordered, Pin, Placed, Unload
 from sfumato.errors import NoWorker, WorkerDied
 from sfumato.ray_serve import app, engine
 from sfumato.ray_serve.messages import Begun, Item, ReplicaState
@@ -77,6 +77,21 @@ def no_worker_is_told_as_such() -> None:
     assert isinstance(drawn(*[vain] * 5).error, NoWorker)
     assert isinstance(drawn(*[gone] * 4, vain).error, NoWorker)
     assert type(drawn(*[vain] * 4, gone).error) is WorkerDied
+
+
+def what_a_replica_has_begins_when_its_worker_says_so() -> None:
+    told: list[bool | str] = []
+
+    async def draw() -> None:
+        stream = Stream([Begun("m:0"), Placed("1", True), Failed(WorkerDied("it did"))])
+        on_ray: Any = engine.RayServe(Settings(), {"d": Handle([stream])}, {"d": ["m"]})  # type: ignore[dict-item]
+        on_ray.on_place = lambda id, taken: told.append(taken)
+        on_ray.on_device = lambda id, device: told.append(device)
+        async for _ in on_ray.submit(ModelConfig(name="m", model="x"), WANTED):
+            pass
+
+    asyncio.run(draw())
+    assert told == [False, "m:0", True], told
 
 
 def a_look_that_fails_is_not_the_last() -> None:
@@ -159,6 +174,7 @@ def models_of_a_group_have_one_deployment(folder: str) -> None:
 if __name__ == "__main__":
     engine.PAUSES_S = (0.0, 0.1, 0.1, 0.2, 0.2)
     no_worker_is_told_as_such()
+    what_a_replica_has_begins_when_its_worker_says_so()
     a_look_that_fails_is_not_the_last()
     a_replica_has_room_for_all_that_the_queue_sends(sys.argv[1])
     models_of_a_group_have_one_deployment(sys.argv[1])

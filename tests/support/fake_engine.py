@@ -44,6 +44,7 @@ class FakeEngine:
     async def submit(self, config: ModelConfig, generation: Generation) -> AsyncGenerator[Event, None]:
         self.seen.append(generation)
         self.arrived.put_nowait(generation.seed)
+        self.on_place(generation.id, True)
         try:
             yield Step(1, 2)
             if generation.seed in self.fail:

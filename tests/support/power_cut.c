@@ -4,7 +4,7 @@
  * them), and for a write its data. Its readers are in support/power_cut.py. One process records into one file.
  *
  * The file POWER_CUT_FAULT, if it is there, has "op pattern errno": writes (W) or syncs (S) of the files below the folder
- * that match fail so. A write with errno 0 writes half. */
+ * that match fail so, and "struck" is appended to it. A write with errno 0 writes half. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -78,7 +78,13 @@ static int fails(int file, char op, int *error) {
     text[length] = 0;
     if (sscanf(text, "%c %255s %d", &which, pattern, error) != 3 || which != op) return 0;
     const char *name = name_of(file, path);
-    return name && !fnmatch(pattern, name, 0);
+    if (!name || fnmatch(pattern, name, 0)) return 0;
+    if ((told = open(fault, O_WRONLY | O_APPEND | O_CLOEXEC)) >= 0) { /* it says that it has struck */
+        if (REAL(write)(told, "\nstruck", 7) != 7) abort();
+        close(told);
+    }
+    errno = before;
+    return 1;
 }
 
 /* What a failing write does to its length: -1 with errno, or 0 with half of it. */

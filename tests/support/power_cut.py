@@ -17,6 +17,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from support.answerable import within
+from support.serving import TIMEOUT_S
+
 SECTOR = 512
 """Bytes that a disk writes whole or not at all."""
 
@@ -128,8 +131,9 @@ class Recording:
         new.replace(self._fault)  # whole, whenever it is read
 
     def heal(self) -> None:
-        """Nothing fails any more."""
-        self._fault.unlink(missing_ok=True)
+        """Nothing fails any more, once something has."""
+        within(TIMEOUT_S, lambda: "struck" in self._fault.read_text())
+        self._fault.unlink()
 
     def moment(self) -> int:
         """Now. What was answered before it was answered without what is recorded after it."""

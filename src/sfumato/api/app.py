@@ -41,6 +41,7 @@ from sfumato.api.jobs import routes as jobs
 from sfumato.api.jobs.jobs import Jobs
 from sfumato.api.jobs.middleware import StoredRequests
 from sfumato.api.jobs.store import JobStore
+from sfumato.api.jobs.tables import CLIPS
 from sfumato.api.mcp import routes as mcp
 from sfumato.api.ollama import routes as ollama
 from sfumato.api.openai import routes as openai
@@ -230,7 +231,7 @@ def _add_middleware(app: FastAPI, keys: Mapping[str, str], origins: Sequence[str
         selected=app.state.choices.of,
         webhook=app.state.webhooks.checked,
         shared=not keys,
-        presented={videos.PATH: functools.partial(video_json, keep_s=app.state.jobs.store.max_age_s)},
+        presented={CLIPS: functools.partial(video_json, keep_s=app.state.jobs.store.max_age_s)},
     )
     app.add_middleware(Shutdown, running=running)
     app.add_middleware(BodyCap, limit=settings.max_body_mb * 2**20)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeAlias
 from pydantic import AliasChoices, BeforeValidator, Field, WithJsonSchema
 
 from sfumato.core import BATCH, INTERACTIVE, MAX_SEED, PRIORITIES, keep_alive_seconds
+from sfumato.errors import in_words
 from sfumato.sampling import Parameter
 from sfumato.serving.planning import RANDOM_SEED
 
@@ -61,7 +62,7 @@ def number_within(value: Any, least: float, most: float) -> float:
         number = math.nan
     if not least <= number <= most:
         kind = " is no number" if math.isnan(number) else ""
-        raise ValueError(f"{repr(value)[:40]}{kind}; {least:g} to {most:g} are valid")
+        raise ValueError(f"{in_words(value)}{kind}; {least:g} to {most:g} are valid")
     return number
 
 

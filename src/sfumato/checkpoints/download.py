@@ -22,7 +22,7 @@ from huggingface_hub import errors as hub
 from safetensors import SafetensorError
 
 from sfumato.checkpoints import checked, descriptions, hub_files, repository_files, sources, weight_file
-from sfumato.checkpoints.hub_files import UNREACHABLE, SilentBar, as_download_errors, files_of, first_line
+from sfumato.checkpoints.hub_files import UNREACHABLE, SilentBar, as_download_errors, files_of, redacted_line
 from sfumato.checkpoints.weight_file import OnProgress
 from sfumato.errors import DownloadError, LoadError
 
@@ -160,7 +160,7 @@ def description_of(path: Path, model: str) -> Path:
         with weight_file.in_lower_case(path) as file:
             checkpoint = single_file_utils.load_single_file_checkpoint(str(file), local_files_only=True)
     except (OSError, SafetensorError, ValueError) as error:
-        raise LoadError(f"{path} cannot be read as weights ({first_line(error)}); download it again") from error
+        raise LoadError(f"{path} cannot be read as weights ({redacted_line(error)}); download it again") from error
     repo = single_file_utils.fetch_diffusers_config(checkpoint)["pretrained_model_name_or_path"]
     shipped = descriptions.of(repo)
     with as_download_errors(repo, f"{path.name} needs its small configuration files. Run `sfumato pull {model}`"):

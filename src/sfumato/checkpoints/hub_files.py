@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from sfumato.checkpoints import diffusers_source, sources
 from sfumato.config import addresses
-from sfumato.errors import DownloadError, LoadError
+from sfumato.errors import DownloadError, LoadError, first_line
 
 MAX_RETRY_AFTER_S = 3600
 DESCRIPTIONS = [*sources.INDEXES, "*/config.json", "scheduler/scheduler_config.json"]
@@ -103,7 +103,7 @@ def as_download_errors(repo: str, remedy: str = "") -> Iterator[None]:
             if refusal := refused(repo, endpoint, error.__cause__.response):
                 raise refusal from error
             raise DownloadError(
-                f"{repo} could not be fetched from {endpoint}: {first_line(error.__cause__)}"
+                f"{repo} could not be fetched from {endpoint}: {redacted_line(error.__cause__)}"
             ) from error
         raise _unreachable(repo, endpoint, remedy) from error
     except hub.RemoteEntryNotFoundError as error:
@@ -111,7 +111,7 @@ def as_download_errors(repo: str, remedy: str = "") -> Iterator[None]:
     except (hub.HfHubHTTPError, httpx2.HTTPError) as error:  # httpx2 is huggingface_hub's HTTP client
         if isinstance(error, hub.HfHubHTTPError) and (refusal := refused(repo, endpoint, error.response)):
             raise refusal from error
-        raise DownloadError(f"{repo} could not be fetched from {endpoint}: {first_line(error)}") from error
+        raise DownloadError(f"{repo} could not be fetched from {endpoint}: {redacted_line(error)}") from error
     except OSError as error:
         if isinstance(error.__cause__, UNREACHABLE):  # diffusers looked into its cache first and found nothing
             raise _unreachable(repo, endpoint, remedy) from error
@@ -119,7 +119,7 @@ def as_download_errors(repo: str, remedy: str = "") -> Iterator[None]:
             raise DownloadError(f"{repo} could not be written to the cache: {error}") from error
         if "Consistency check" in str(error):
             raise DownloadError(
-                f"{repo} came damaged from {endpoint}, and was not kept: {first_line(error)}"
+                f"{repo} came damaged from {endpoint}, and was not kept: {redacted_line(error)}"
             ) from error
         raise _no_layout(repo, error) from error
 
@@ -152,7 +152,7 @@ def _no_layout(repo: str, error: Exception) -> LoadError:
         files = files_of(repo, None)
     weights = [name for name in files if "/" not in name and name.endswith(sources.TENSORS)]
     if not weights or not set(files).isdisjoint(sources.INDEXES):
-        return LoadError(f"{repo} cannot be loaded by diffusers: {first_line(error)} {DIFFUSERS}")
+        return LoadError(f"{repo} cannot be loaded by diffusers: {redacted_line(error)} {DIFFUSERS}")
     listed = ", ".join(weights[:NAMED]) + (f" and {len(weights) - NAMED} more" if len(weights) > NAMED else "")
     return LoadError(
         f"{repo} has no {sources.INDEX}, so it is no repository in diffusers' layout. It has {listed}: name "
@@ -166,10 +166,9 @@ def _unreachable(repo: str, endpoint: str, remedy: str) -> DownloadError:
     return DownloadError(f"{repo} is not in the local cache and {reason}. {remedy} once while online.")
 
 
-def first_line(error: BaseException) -> str:
-    """Without what is secret in its URLs: those that a hub answers with are signed."""
-    text = addresses.redact(str(error).strip())
-    return text.splitlines()[0] if text else type(error).__name__
+def redacted_line(error: BaseException) -> str:
+    """`first_line` without what is secret in its URLs: those that a hub answers with are signed."""
+    return addresses.redact(first_line(error))
 
 
 class SilentBar(tqdm):  # type: ignore[misc]

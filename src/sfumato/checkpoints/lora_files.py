@@ -119,13 +119,13 @@ def locate(lora: Lora, config: ModelConfig, limits: Limits, data: Path) -> Lora:
     return replace(lora, source=label, file=str(path), sha256=hashes[0], short_hash=hashes[1], stamp=stamp)
 
 
-def is_here(lora: Lora, config: ModelConfig) -> bool:
-    """Whether it is the model file's, or a file in the folder, so that nothing is downloaded for it."""
+def is_here(lora: Lora, config: ModelConfig, limits: Limits) -> bool:
+    """Whether nothing is downloaded for it: it is the model file's, a file in the folder, or what `locate` refuses."""
     source = lora.source.strip()
-    if _URL.match(source) or _HUB_SCHEME.match(source):
-        return False
+    remote = _URL.match(source) or _HUB_SCHEME.match(source)
     try:
-        return _number(source, config) is not None or _in_folder(source, config.folder) is not None
+        here = _number(source, config) is not None or (not remote and _in_folder(source, config.folder) is not None)
+        return here or _remote(source, config, limits) is None
     except (OSError, ValueError, LoadError, ModelFileError, InvalidRequest):
         return True  # `locate` says what is wrong with it
 
@@ -172,8 +172,8 @@ def _in_folder(source: str, folder: Path) -> Path | None:
     return files[named[0]] if named else None
 
 
-def _downloaded(source: str, config: ModelConfig, limits: Limits, folder: Path) -> Path | None:
-    """The file of a URL or a hub id; None if it is neither."""
+def _remote(source: str, config: ModelConfig, limits: Limits) -> str | re.Match[str] | None:
+    """The URL, or the parts of a hub id, whose file may be downloaded; None if it is neither. Raises InvalidRequest."""
     if _URL.match(source):
         if source.startswith(f"{sources.HUB}/"):
             source = sources.hub_page(source)
@@ -181,13 +181,23 @@ def _downloaded(source: str, config: ModelConfig, limits: Limits, folder: Path) 
         suffix = PurePosixPath(unquote(urlsplit(source).path)).suffix.lower()
         if _SUFFIX.fullmatch(suffix) and suffix not in SUFFIXES:
             raise _no_safetensors(addresses.redact(source))
-        return weight_file.obtain(source, folder, report=lambda fraction, what: None, by_hand=False, limits=limits)
+        return source
     match = _OF_REPOSITORY.fullmatch(_HUB_SCHEME.sub("", source))
     if match is None or (match["path"] is None and source.lower().endswith(SUFFIXES + sources.PICKLES)):
         return None
     if match["path"] is None and difflib.get_close_matches(source[:100], found(config.folder), n=1, cutoff=0.8):
         return None
     _refuse_host(HUB, limits)
+    return match
+
+
+def _downloaded(source: str, config: ModelConfig, limits: Limits, folder: Path) -> Path | None:
+    """The file of a URL or a hub id; None if it is neither."""
+    match = _remote(source, config, limits)
+    if match is None:
+        return None
+    if isinstance(match, str):
+        return weight_file.obtain(match, folder, report=lambda fraction, what: None, by_hand=False, limits=limits)
     repo, revision = match["repo"], match["revision"] or match["branch"]
     remedy = f"Put the file into {FOLDER}/"
     with as_download_errors(repo, remedy):

@@ -15,7 +15,8 @@ OnPlace: TypeAlias = Callable[[str, bool], None]
 """Called with the id of a generation, and whether it takes a place (see `Placed`); also when it begins, with one."""
 
 OnDevice: TypeAlias = Callable[[str, str], None]
-"""Called with the id of a generation, and the name of the device that draws it from now on."""
+"""Called with the id of a generation, and the name of the device that has it from now on: there it takes a place, also
+before it begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +152,8 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """This generation takes one of the engine's places again; or none from now on, while its model is loaded."""
+    """This generation takes one of the engine's places again; or none from now on, while its model is loaded, or until
+    the next worker starts it."""
 
     id: str
     taken: bool

@@ -403,10 +403,13 @@ class Supervisor:
         known = any(flight.started for flight in self._flights.values())
         for id, flight in list(self._flights.items()):
             flight.deaths += flight.started if known else flight.sent
+            waits = flight.sent
             flight.sent = flight.started = False
             if flight.deaths >= DEATHS:
                 told = f"the worker process died {flight.deaths} times while drawing this; it is not tried again"
                 self._fail(id, WorkerDied(told))
+            elif waits:
+                self.on_place(id, False)  # until the next worker starts it: nothing draws it now
 
 
 def _undoes(unload: Unload, order: Order) -> bool:

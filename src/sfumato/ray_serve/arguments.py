@@ -6,13 +6,15 @@ import itertools
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import yaml
 from ray.serve.config import AutoscalingConfig
 
-from sfumato.errors import did_you_mean
+from sfumato.config import document
+from sfumato.errors import ModelFileError, did_you_mean
 from sfumato.settings import Settings
 
 OURS: Mapping[str, tuple[Callable[[Any], Any], float]] = MappingProxyType(
@@ -51,11 +53,15 @@ class Arguments:
                     )
         of = {model: group for group, members in self.groups.items() for model in members}
         found: dict[str, list[str]] = {}
+        owners: dict[str, dict[str, None]] = {INGRESS: {"the server": None}}
         for model in models:
-            found.setdefault(deployment_name(of.get(model, model)), []).append(model)
-        for name, members in found.items():
-            if name == INGRESS or len({(model in of, of.get(model, model)) for model in members}) > 1:
-                raise ValueError(f"{name!r} would be the name of two deployments; rename the group or the model")
+            name = deployment_name(of.get(model, model))
+            found.setdefault(name, []).append(model)
+            owner = f"the group {of[model]!r} of groups" if model in of else f"the model {model!r}"
+            owners.setdefault(name, {})[owner] = None
+        for name, each in owners.items():
+            if len(each) > 1:
+                raise ValueError(f"{name!r} would be the name of two deployments: {' and '.join(each)}; rename one")
         return found
 
     @classmethod
@@ -97,15 +103,21 @@ def deployment_name(name: str) -> str:
 
 def _groups(value: Any) -> Mapping[str, Sequence[str]]:
     """From YAML, also as a text on the command line."""
-    form = f"groups={value!r}: must be as {{name: [model, model]}}, with each model in one group"
     try:
         groups = yaml.safe_load(value) if isinstance(value, str) else value
     except yaml.YAMLError:
-        raise ValueError(form) from None
+        groups = None
     lists = isinstance(groups, Mapping) and all(isinstance(each, list) and each for each in groups.values())
-    if not lists or not all(isinstance(name, str) for name in [*groups, *itertools.chain(*groups.values())]):
-        raise ValueError(form)
-    members = list(itertools.chain(*groups.values()))
-    if len(set(members)) < len(members):
-        raise ValueError(form)
+    if not lists or not all(isinstance(name, str) and name for name in [*groups, *itertools.chain(*groups.values())]):
+        raise ValueError(f"groups={value!r}: must be as {{name: [model, model]}}, without an empty name")
+    if isinstance(value, str):
+        try:
+            document.documents(value, Path("groups"))
+        except ModelFileError as error:  # a name twice, of which PyYAML keeps the last
+            raise ValueError(error.message) from None
+    of: dict[str, str] = {}
+    for group, model in ((group, model) for group, members in groups.items() for model in members):
+        if model in of:
+            raise ValueError(f"groups: {model!r} is in {of[model]!r} and in {group!r}; a model is in one group, once")
+        of[model] = group
     return dict(groups)

@@ -1,4 +1,4 @@
-"""How many replicas a model's deployment should have: by the denoising steps that they have left."""
+"""How many replicas a deployment should have: by the denoising steps that they have left."""
 
 from __future__ import annotations
 

@@ -38,8 +38,9 @@ ANSWER_S = 10.0
 MAX_ENDED = 100
 """Replicas that are gone whose counters are kept apart."""
 PAUSES_S = (0.0, 0.5, 2.0, 5.0, 10.0)
-"""Before each try of a picture: Ray needs a while to know that a replica is gone, or that its worker does not start. A
-picture that was lost so often is failed. Deaths of a replica's worker are counted by its supervisor."""
+"""Before a picture is sent, and before it is sent again: Ray needs a while to know that a replica is gone, or that its
+worker does not start. A picture that was lost so often is failed. Deaths of a replica's worker are counted by its
+supervisor."""
 
 LOST: Final = (
     lost.RayActorError, lost.ObjectLostError, lost.WorkerCrashedError, lost.NodeDiedError, lost.RaySystemError,
@@ -97,7 +98,6 @@ class RayServe:
                         match item:
                             case Begun(device):
                                 no_worker = None
-                                self.on_place(generation.id, True)
                                 self.on_device(generation.id, device)
                             case Placed(_, taken):
                                 self.on_place(generation.id, taken)

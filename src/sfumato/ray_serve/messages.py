@@ -11,7 +11,7 @@ from sfumato.engine.protocol import DeviceState, Placed
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """The first item of a stream: this replica has the picture."""
+    """The first item of a stream: this replica has the picture. `Placed` says when its worker begins with it."""
 
     device: str
     """Its name in `DeviceState`."""

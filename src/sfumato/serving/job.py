@@ -74,7 +74,7 @@ class Part:
     """Its name in the store."""
 
     def place(self, queue: Queue, taken: bool) -> None:
-        """The engine has begun with it, or goes on; or, not `taken`, it waits for its model."""
+        """The engine has begun with it, or goes on; or, not `taken`, it waits for its model or for a worker."""
         queue.place(self.ticket, taken)
         self.time.count(taken)
 

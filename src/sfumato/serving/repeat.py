@@ -65,3 +65,9 @@ def now() -> float:
     """The time at which a request was accepted, in seconds since 1970."""
     stored = CURRENT.get()
     return stored.created if stored else time.time()
+
+
+def set_checked() -> None:
+    """Nothing is wrong with a stored request that can be known without a download, or its model in memory."""
+    if stored := CURRENT.get():
+        stored.checked.set()

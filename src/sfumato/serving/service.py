@@ -118,9 +118,9 @@ class Service:
         request = await self._told_apart(request, config)
         generations = plan(request, config, self.limits, self.settings.max_n)
         prompts = await self._check_inputs(request, config)
-        if stored := repeat.CURRENT.get():
-            stored.checked.set()
-        generations = await self._loras.with_files(generations, config)
+        generations = await self._loras.with_files(generations, config, repeat.set_checked)
+        repeat.set_checked()
+        stored = repeat.CURRENT.get()
         # Nothing is awaited from here on, so that its progress is always known and cancelling it always works.
         if arrival := self._arrival(request.id, request.caller):
             arrival.submit()
@@ -352,7 +352,6 @@ class Service:
             self._parts[generation.id] = part
             async with part.time, aclosing(self.engine.submit(job.config, generation)) as events:
                 async for event in events:
-                    part.place(self.queue, True)
                     if isinstance(event, Failed):
                         raise event.error
                     if isinstance(event, Done):
@@ -373,9 +372,10 @@ class Service:
             part.place(self.queue, taken)
 
     def _on_device(self, id: str, device: str) -> None:
-        """The engine says which of several devices draws a picture."""
+        """The engine says which of several devices has a picture."""
         if part := self._parts.get(id):
             part.device = device
+            self.queue.place(part.ticket, True)  # its time counts once it begins
 
     def _admit(self, config: ModelConfig, pictures: int, *, low: bool) -> None:
         """Raises TooManyRequests beyond the model's own limit. No interactive request is refused for others."""

@@ -125,13 +125,13 @@ class JobStore:
         with self.begin() as connection:
             return self._by_key(connection, key) is not None
 
-    def get(self, id: str, caller: str | None = None, *, route: str = "") -> StoredJob | None:
-        """The job of that id (and caller, and route, if these are given), or None."""
+    def get(self, id: str, caller: str | None = None) -> StoredJob | None:
+        """The job of that id (and caller, if one is given), or None."""
         if not id.isalnum():  # PostgreSQL takes no NUL
             return None
-        clauses = [JOBS.c.id == id, *_clauses(caller, route)]
+        of_caller = [] if caller is None else [JOBS.c.caller == caller]
         with self.begin() as connection:
-            row = connection.execute(sql.select(*HEAD).where(*clauses)).mappings().first()
+            row = connection.execute(sql.select(*HEAD).where(JOBS.c.id == id, *of_caller)).mappings().first()
         return job_of(row) if row else None
 
     def body(self, id: str) -> bytes | None:
@@ -162,7 +162,9 @@ class JobStore:
         `route`: only requests of that one (`tables.route_of`). `ascending`: oldest first, and `before` is what comes
         before them.
         """
-        clauses = _clauses(caller, route)
+        clauses = [] if caller is None else [JOBS.c.caller == caller]
+        if route:
+            clauses.append(JOBS.c.route == route)
         place = sql.tuple_(JOBS.c.created, JOBS.c.id)
         if before:
             clauses.append(place > before if ascending else place < before)
@@ -339,11 +341,6 @@ class JobStore:
 
 class _Taken(Exception):
     """A row with this key exists already."""
-
-
-def _clauses(caller: str | None, route: str) -> list[Any]:
-    of_caller = [] if caller is None else [JOBS.c.caller == caller]
-    return [*of_caller, JOBS.c.route == route] if route else of_caller
 
 
 def lives(server: str, seen: Mapping[str, float]) -> bool:

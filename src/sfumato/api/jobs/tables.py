@@ -16,6 +16,9 @@ OPEN = "open"
 MAX_ROUTE = 64
 """In characters."""
 
+CLIPS = "/videos"
+"""Route of the jobs that are clips: the only one by which jobs are searched."""
+
 TABLES = sql.MetaData()
 
 JOBS = sql.Table(

@@ -16,7 +16,7 @@ from sfumato.api.http import documents, errors, ranges, urls
 from sfumato.api.http.auth import caller_of
 from sfumato.api.http.forms import openapi_body, reader
 from sfumato.api.jobs.routes import TheJobs
-from sfumato.api.jobs.tables import StoredJob
+from sfumato.api.jobs.tables import CLIPS, StoredJob, route_of
 from sfumato.api.keeping import file_headers, file_keeper
 from sfumato.api.openai.answers import all_pictures, picture_url, submit, unless_gone, warning_headers
 from sfumato.api.videos.bodies import ClipBody, LocalVideoBody, VideosBody
@@ -25,9 +25,6 @@ from sfumato.core import Done, StorePicture
 from sfumato.errors import InvalidRequest, JobNotFound, JobsUnavailable, SfumatoError, StorageError
 from sfumato.formats import FORMATS, VIDEO, of_kind
 from sfumato.serving.job import Job
-
-PATH = "/videos"
-"""Of its stored requests, without the prefix."""
 
 MAX_PAGE = 100
 
@@ -92,7 +89,7 @@ async def page(
         raise InvalidRequest(f"after: {after[:100]!r} is no clip of yours", param="after")
     place = (before.created, before.id) if before else None
     found, more = await jobs.blocking(
-        jobs.store.page, owner, before=place, limit=limit, route=PATH, ascending=order == "asc"
+        jobs.store.page, owner, before=place, limit=limit, route=CLIPS, ascending=order == "asc"
     )
     data = [await _video(jobs, job) for job in found]
     ids = [each["id"] for each in data] or [None]
@@ -214,5 +211,5 @@ async def _require(jobs: TheJobs, id: str, owner: str | None) -> StoredJob:
 
 async def _clip(jobs: TheJobs, id: str, owner: str | None) -> StoredJob | None:
     """The stored request of a clip; None if that id is another's, or no clip's."""
-    found: StoredJob | None = await jobs.blocking(jobs.store.get, id, owner, route=PATH)
-    return found
+    job = await jobs.blocking(jobs.store.get, id, owner)
+    return job if job and route_of(job.request) == CLIPS else None
