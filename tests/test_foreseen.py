@@ -16,12 +16,14 @@ from diffusers.loaders import single_file_utils
 from conftest import REPOSITORIES
 from sfumato.checkpoints import class_reading, single_file, static_capabilities
 from sfumato.config import ModelConfig
-from sfumato.drawing import arguments
+from sfumato.drawing import arguments, clips
 from sfumato.drawing.info import model_info
 from sfumato.models import load
 from sfumato.pipelines import capabilities, tokens
+from sfumato.pipelines.inputs import MOVING
 from sfumato.serving.catalog import Catalog
 from support import families, families_moving, families_transformers, tiny
+from support.drawing import loaded
 from support.hub import Hub
 from support.serving import Server
 
@@ -38,11 +40,13 @@ def told(folder: Path, model: object, more: str = "") -> static_capabilities.Sta
 def as_loaded(pipeline: Any) -> static_capabilities.StaticCapabilities:
     larger = capabilities.upscaler(pipeline)
     multiple = larger.multiple * larger.factor if larger else arguments.size_multiple(pipeline)
+    moves = class_reading.of_pipeline(pipeline).output == MOVING
     return static_capabilities.StaticCapabilities(
         type(pipeline).__name__,
         class_reading.abilities_of(ModelConfig(name="m", model="m"), class_reading.kin_of_pipeline(pipeline)),
         multiple,
         tokens.capacity(pipeline, {}),
+        clips.rate(loaded(pipeline), pipeline) if moves else None,
     )
 
 

@@ -39,7 +39,7 @@ CHEAP = (
     "diffusers:\n  enable_parameters: negative_prompt,num_inference_steps,clip_skip,image\n"
 )
 
-OF_A_BODY, OF_A_PATH = 200, 50
+OF_A_BODY, OF_A_PATH = 100, 50
 """Requests of each operation: as many that fit the document as that do not, where it has a body."""
 
 ENOUGH = 2000
