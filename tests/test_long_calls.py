@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 from torch.nn import functional
+from torch.nn.modules.module import register_module_forward_hook
 from torch.overrides import TorchFunctionMode
 
 from sfumato.batching import interruption, offload, torch_state
@@ -20,10 +23,13 @@ from sfumato.batching.interruption import Slices
 from sfumato.batching.task import State, Task
 from sfumato.batching.verification import Verification
 from sfumato.batching.views import view
-from sfumato.core import Generation
+from sfumato.core import Generation, Step
 from sfumato.drawing import out_of_memory
+from sfumato.engine.loop import Loop
+from sfumato.engine.protocol import Answer, Report, Started, Stop, Submit
 from sfumato.runners import module_state
-from support import tiny
+from sfumato.settings import Settings
+from support import here, tiny
 from support.batches import noise
 from support.drawing import loaded, wanted
 from support.families import picture
@@ -134,6 +140,14 @@ def test_a_short_call_ends_first_and_a_long_one_that_nobody_waits_for_is_only_he
     assert parts(1 / 64, others=False) == 64
     slices.forward(timed.now)  # the others' forward passes take no time
     assert parts(1 / 64, others=True) == 6  # a tenth of a second
+
+
+def test_news_interrupts_a_long_call_beside_no_other(timed: Timed) -> None:
+    """Beside others it does not: they have their turns, and the long call would get nowhere with much news."""
+    slices = Slices(lambda: timed.now, news=lambda: True)
+    for others in (False, True):
+        slices.begin(others)
+        assert slices.over(on_host=True) is not others
 
 
 class Unready:
@@ -248,6 +262,61 @@ def test_alone_it_is_interrupted_too_so_that_commands_are_read(timed: Timed) -> 
     assert late.state is State.PARKED
     timed.finish()
     assert torch.equal(large.outcome.value, timed.alone(seed=1, **LARGE))  # type: ignore[union-attr]
+
+
+@pytest.fixture
+def forwards() -> Iterator[list[Callable[[str], None]]]:
+    """What is called with the class of each module, anywhere, that has computed."""
+    called: list[Callable[[str], None]] = []
+
+    def hook(module: torch.nn.Module, *_: Any) -> None:
+        for each in called:
+            each(type(module).__name__)
+
+    handle = register_module_forward_hook(hook)
+    yield called
+    handle.remove()
+
+
+@pytest.mark.parametrize("when", ["with their last step", "in its middle"])
+def test_a_request_that_comes_when_all_others_are_decoded_does_not_wait_for_that(
+    repositories: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    forwards: list[Callable[[str], None]],
+    when: str,
+) -> None:
+    """Two share the decode. No time passes for it, so nothing else than the new request interrupts it."""
+    monkeypatch.setattr(interruption, "LISTEN_S", math.inf)
+    monkeypatch.setattr(interruption, "SHORTEST_S", math.inf)
+    seen: list[str] = []
+
+    def submit(id: str) -> None:
+        loop.post(Submit(config, here.asked(id=id, steps=1)))
+
+    def send(report: Report) -> None:
+        match report:
+            case Answer("early" | "earlier", Step()):
+                seen.append("stepped")
+                if when == "with their last step" and seen == ["stepped", "stepped"]:
+                    submit("late")
+            case Started("late"):
+                seen.append("late")
+
+    def computed(name: str) -> None:
+        if name == "UNetMidBlock2D" and when == "in its middle" and seen == ["stepped", "stepped"]:
+            submit("late")
+        elif name == "Decoder":
+            seen.append("decoded")
+
+    config = here.config(tmp_path, repositories["nitrosocke/Ghibli-Diffusion"])
+    loop = Loop(Settings(device="cpu", data=tmp_path / "data", log_level="error"), send)
+    forwards.append(computed)
+    submit("earlier")
+    submit("early")
+    loop.post(Stop())
+    loop.run()
+    assert seen == ["stepped", "stepped", "late", "decoded", "decoded"]
 
 
 def test_encoding_a_source_picture_is_interrupted_too(timed: Timed) -> None:

@@ -39,7 +39,7 @@ SHORTEST_S = 0.1
 request can join the next forward pass."""
 
 LISTEN_S = 1.0
-"""If nobody waits, a call is interrupted so often, for new requests and cancellations."""
+"""If there are no others, a call is interrupted when there is news, and at least so often, for what has no sender."""
 
 SHARE = 0.75
 """Part of a forward pass's time that a long call may compute before the next one; its parts cannot be divided."""
@@ -138,9 +138,12 @@ def _blocks(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
 class Slices:
     """How long a long call may compute before others have their forward pass."""
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        """`clock`: seconds."""
+    def __init__(
+        self, clock: Callable[[], float] = time.perf_counter, news: Callable[[], bool] = lambda: False
+    ) -> None:
+        """`clock`: seconds. `news`: whether there is a request to begin or to cancel, or a picture to send."""
         self._clock = clock
+        self._news = news
         self._forward_s = 0.0
         self._began = self._previous = 0.0
         self._owed_s = 0.0
@@ -174,6 +177,8 @@ class Slices:
             return True
         now = self._clock()
         part, self._previous = now - self._previous, now
+        if not self._others and self._news():
+            return True
         allowed = max(SHORTEST_S, SHARE * self._forward_s) if self._others else LISTEN_S
         return now - self._began + part > allowed
 

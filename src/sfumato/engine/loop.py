@@ -21,6 +21,7 @@ import torch
 from sfumato import logs
 from sfumato.batching import proof_store
 from sfumato.batching.batcher import Batcher, Task
+from sfumato.batching.interruption import Slices
 from sfumato.batching.module_runner import ModuleRunner
 from sfumato.batching.proof_store import Proofs
 from sfumato.batching.verification import Verification
@@ -88,6 +89,7 @@ class Loop:
             max_active=settings.max_active,
             verification=verification,
             on_listen=self._listen,
+            slices=Slices(news=lambda: self._has_news),
         )
         self._turns = Turns()
         self._runners = Runners(
@@ -181,6 +183,11 @@ class Loop:
     @property
     def _busy(self) -> bool:
         return bool(self._tasks or self._encoding or self._loads or self._submitted or self._orders)
+
+    @property
+    def _has_news(self) -> bool:
+        """Whether there is something to do before the next turn."""
+        return bool(self._submitted or self._orders) or not self._inbox.empty()
 
     @property
     def _all_tasks(self) -> list[Task]:
