@@ -11,7 +11,7 @@ from starlette.testclient import TestClient
 
 from sfumato.api.jobs import jobs
 from sfumato.core import Event, Failed
-from sfumato.errors import NoWorker, WorkerDied
+from sfumato.errors import DownloadError, NoWorker, SfumatoError, WorkerDied
 from support.answerable import within
 from support.batching_client import GENERATIONS, jsonl
 from support.inside import Inside
@@ -63,34 +63,58 @@ def test_a_promised_job_is_tried_again(inside: Inside, more: dict[str, Any]) -> 
         assert "worker" not in str(job["response"]["body"])
 
 
-def test_one_that_takes_workers_with_it_fails(inside: Inside) -> None:
-    broken = Broken(inside, [WorkerDied("the worker process died 2 times while drawing this")])
+def died() -> WorkerDied:
+    return WorkerDied("the worker process died 2 times while drawing this")
+
+
+def test_one_during_which_workers_died_is_tried_again(inside: Inside) -> None:
+    """They may have been killed by something else."""
+    broken = Broken(inside, [died(), NoWorker("the worker does not start"), died()])
     with inside.client() as client:
         job = ended(client, client.post(GENERATIONS, json=CAT, headers=ASYNC).headers["location"])
-        assert (job["status"], job["response"]["status_code"], len(broken.seeds)) == ("failed", 503, 1)
+        assert (job["status"], len(broken.seeds), len(set(broken.seeds))) == ("completed", 4, 1)
 
 
-def test_others_are_told_at_once(inside: Inside) -> None:
+def test_one_that_takes_workers_with_it_fails(inside: Inside) -> None:
+    broken = Broken(inside, [died() for _ in range(9)])
+    with inside.client() as client:
+        job = ended(client, client.post(GENERATIONS, json=CAT, headers=ASYNC).headers["location"])
+        assert (job["status"], job["response"]["status_code"]) == ("failed", 503)
+        assert len(broken.seeds) == jobs.MAX_DEATHS == 3
+
+
+FAILURES = {
+    "no worker": NoWorker("the worker does not start"),
+    "its workers died": died(),
+    "no download": DownloadError("the hub does not answer"),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
+def test_others_are_told_at_once_and_no_key_keeps_it(inside: Inside, failure: SfumatoError) -> None:
     for headers in ({}, {"idempotency-key": "k"}):
-        broken = Broken(inside, [NoWorker("the worker does not start")])
+        broken = Broken(inside, [failure])
         with inside.client() as client:
-            answer = client.post(GENERATIONS, json=CAT, headers=headers)
-            assert (answer.status_code, len(broken.seeds)) == (503, 1)
+            answers = [client.post(GENERATIONS, json=CAT, headers=headers) for _ in range(2)]
+            assert [each.status_code for each in answers] == [503, 200]
+            assert len(broken.seeds) == 2
 
 
-def test_a_stream_that_says_so_is_not_stored(inside: Inside) -> None:
-    broken = Broken(inside, [NoWorker("the worker does not start")])
+@pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
+def test_a_stream_that_says_so_is_not_stored(inside: Inside, failure: SfumatoError) -> None:
+    broken = Broken(inside, [failure])
     with inside.client() as client:
         answers = [
             client.post(GENERATIONS, json=CAT | {"stream": True}, headers={"idempotency-key": "s"}) for _ in range(2)
         ]
-        assert "worker_died" in answers[0].text
+        assert failure.code in answers[0].text
         assert "image_generation.completed" in answers[1].text
         assert len(broken.seeds) == 2
 
 
-def test_lines_of_a_batch_are_tried_again(inside: Inside) -> None:
-    Broken(inside, [NoWorker("the worker does not start") for _ in range(5)])
+@pytest.mark.parametrize("failure", [FAILURES["no worker"], FAILURES["its workers died"]])
+def test_lines_of_a_batch_are_tried_again(inside: Inside, failure: SfumatoError) -> None:
+    Broken(inside, [failure for _ in range(2)])
     with inside.client() as client:
         files = {"file": ("a.jsonl", jsonl([CAT] * 4))}
         file = client.post("/v1/files", files=files, data={"purpose": "batch"}).json()["id"]

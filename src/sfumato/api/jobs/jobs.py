@@ -18,7 +18,7 @@ from sfumato.api.jobs.run import Run, receiver, restored_scope
 from sfumato.api.jobs.store import JobStore
 from sfumato.api.jobs.tables import StoredJob
 from sfumato.api.webhooks import outbox
-from sfumato.errors import Cancelled, JobsUnavailable, KeyReused, NoWorker, SfumatoError, TooManyRequests
+from sfumato.errors import Cancelled, JobsUnavailable, KeyReused, NoWorker, SfumatoError, TooManyRequests, WorkerDied
 from sfumato.serving import repeat
 from sfumato.serving.job import CANCELLED
 from sfumato.serving.service import Service
@@ -47,6 +47,10 @@ again."""
 
 MAX_LIVES = 20
 """How often a job is begun. One that always takes its server with it must not do so for ever."""
+
+MAX_DEATHS = 3
+"""How often a server tries a promised job during which two workers died. Who kills workers need not be the job: a
+memory that others have filled, or an operator."""
 
 STOP_S = 10.0
 """How long a server that stops waits for a database that does not answer."""
@@ -203,12 +207,15 @@ class Jobs:
     ) -> bool:
         """Let the application answer a stored request, again while it was promised and there is no room or no worker.
 
+        Also again, but not for ever, if workers died during it.
+
         `body` reads that of the request, each time. `pause`: waits before the next try. False: it has no body, as it
         has ended; or the server stops, and what was answered is not the answer.
         """
         job = run.job
         logs.request_id.set(job.request_id)
         repeat.CURRENT.set(run.repeatable)
+        deaths = 0
         while True:
             sent = await body()
             if sent is None:
@@ -219,7 +226,8 @@ class Jobs:
             await self._answer(run, scope, receive)
             if self._stopped:
                 return False
-            if not _again(run):
+            deaths += _failed_by(run, WorkerDied) and not _failed_by(run, NoWorker)
+            if deaths == MAX_DEATHS or not _again(run):
                 return True
             run.again()
             run.repeatable = repeat.Repeatable(job.secret, job.created, job.request.get("selected"))
@@ -329,24 +337,24 @@ def _report(task: asyncio.Task[None]) -> None:
 
 
 def _again(run: Run) -> bool:
-    """Whether there was no room for a job that was promised, or no worker; and nobody has seen that."""
-    return run.promised and not run.seen and (run.answer.status == 429 or _no_worker(run))
+    """Whether there was no room for a job that was promised, or no worker lived; and nobody has seen that."""
+    return run.promised and not run.seen and (run.answer.status == 429 or _failed_by(run, WorkerDied))
 
 
-def _no_worker(run: Run) -> bool:
-    """Whether no worker started: also where a stream says so, whose status is 200."""
+def _failed_by(run: Run, kind: type[WorkerDied]) -> bool:
+    """Whether workers are the reason: also where a stream says so, whose status is 200."""
     job = run.repeatable.job
-    return job is not None and isinstance(job.error, NoWorker)
+    return job is not None and isinstance(job.error, kind)
 
 
 def _is_stored(run: Run) -> bool:
     """A refusal that a new try may overcome is no answer, nor is one of a request that was never promised."""
-    status, respond_async = run.answer.status, run.job.respond_async
-    if not run.promised and _no_worker(run):
+    status, job = run.answer.status, run.repeatable.job
+    if status < 400 and job is not None and job.error is not None:  # the last event of a stream
+        status = job.error.status
+    if status == 429 or (status == 503 and not (run.job.respond_async and run.promised)):
         return False
-    if status == 429 or (status == 503 and not (respond_async and run.promised)):
-        return False
-    return status < 400 or run.promised or run.repeatable.job is not None
+    return status < 400 or run.promised or job is not None
 
 
 def _state(run: Run) -> str:
