@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from starlette.testclient import TestClient
 
 from sfumato.api.jobs import jobs
-from sfumato.core import Event, Failed
+from sfumato.core import Event, Failed, Preview
 from sfumato.errors import DownloadError, NoWorker, SfumatoError, WorkerDied
 from support.answerable import within
 from support.batching_client import GENERATIONS, jsonl
 from support.inside import Inside
+from support.pictures import encoded
 from support.serving import TIMEOUT_S
 
 ASYNC = {"prefer": "respond-async"}
@@ -32,6 +34,8 @@ class Broken:
         async def submit(config: Any, generation: Any) -> AsyncGenerator[Event, None]:
             self.seeds.append(generation.seed)
             if self.errors:
+                if generation.previews:
+                    yield Preview(0, 1, 2, encoded(Image.new("RGB", (8, 8))), 8, 8)
                 yield Failed(self.errors.pop())  # type: ignore[arg-type]
                 return
             async for event in draw(config, generation):
@@ -100,15 +104,17 @@ def test_others_are_told_at_once_and_no_key_keeps_it(inside: Inside, failure: Sf
             assert len(broken.seeds) == 2
 
 
+@pytest.mark.parametrize("previews", [0, 1])
 @pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
-def test_a_stream_that_says_so_is_not_stored(inside: Inside, failure: SfumatoError) -> None:
+def test_a_stream_that_says_so_is_not_stored(inside: Inside, failure: SfumatoError, previews: int) -> None:
+    """Its status is 200, if a preview was sent before."""
     broken = Broken(inside, [failure])
+    body = CAT | {"stream": True, "partial_images": previews}
     with inside.client() as client:
-        answers = [
-            client.post(GENERATIONS, json=CAT | {"stream": True}, headers={"idempotency-key": "s"}) for _ in range(2)
-        ]
-        assert failure.code in answers[0].text
-        assert "image_generation.completed" in answers[1].text
+        failed, drawn = (client.post(GENERATIONS, json=body, headers={"idempotency-key": "s"}) for _ in range(2))
+        assert failed.status_code == (200 if previews else 503)
+        assert failure.code in failed.text
+        assert "image_generation.completed" in drawn.text
         assert len(broken.seeds) == 2
 
 
