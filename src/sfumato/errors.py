@@ -300,6 +300,11 @@ MAX_ITEMS, MAX_DEPTH, MAX_TEXT = 4, 2, 80
 _WORDS = {None: "null", True: "true", False: "false"}
 
 
+def printable(text: str) -> str:
+    """The text with what is no character (bytes of a file's name that are not UTF-8, half a surrogate pair) escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def in_words(value: object, depth: int = MAX_DEPTH) -> str:
     """A value for a message, as JSON and YAML write it (`true`, `null`, `[1, 'a']`); short, and never raises."""
     match value:

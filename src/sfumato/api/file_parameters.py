@@ -4,12 +4,13 @@ from ComfyUI if the file has AUTOMATIC1111's infotext.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
+
+from pydantic_core import from_json
 
 from sfumato import schedulers
 from sfumato.api.a1111.samplers import choose
@@ -128,8 +129,8 @@ def _of_invoke(name: str) -> tuple[str | None, tuple[str, ...]]:
 
 def _object(text: str | None) -> dict[str, Any] | None:
     try:
-        parsed = json.loads(text) if text else None
-    except (ValueError, RecursionError):
+        parsed = from_json(text) if text else None
+    except ValueError:
         return None
     return parsed if isinstance(parsed, dict) else None
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, Field
+from pydantic_core import from_json
 
 from sfumato.api.fields import BLANK, number_within
 from sfumato.loras import MAX_LORAS, MAX_NAME, MAX_WEIGHT, Lora
@@ -27,8 +27,8 @@ def _entries(value: Any) -> list[Any]:
             return []
         if text[0] in "[{":
             try:
-                value = json.loads(text)
-            except (ValueError, RecursionError):
+                value = from_json(text, allow_inf_nan=False)
+            except ValueError:
                 raise ValueError('must be JSON, [{"name": "...", "weight": 1.0}], or a name') from None
         else:
             value = text

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 
-from sfumato.checkpoints import diffusers_source, sources, variants, weight_file, weight_header
+from sfumato.checkpoints import diffusers_source, named_files, sources, variants, weight_file, weight_header
 from sfumato.checkpoints.weight_header import Header
 from sfumato.config import ModelConfig
 from sfumato.errors import InvalidRequest, LoadError, did_you_mean
@@ -88,9 +88,10 @@ def listed(folder: Path) -> dict[str, Path]:
 def _there(folder: Path) -> dict[str, Path]:
     """`listed`, and weight files that are no ControlNets or cannot be read."""
     root = folder / FOLDER
-    folders = [path.parent for path in sorted(root.rglob(DESCRIPTION)) if class_of(path.parent)]
+    below = named_files.below(root)
+    folders = [path.parent for path in below if path.name == DESCRIPTION and class_of(path.parent)]
     named = {path.relative_to(root).as_posix(): path for path in folders}
-    for path in sorted(root.rglob("*")):
+    for path in below:
         if path.suffix.lower() in (*SUFFIXES, *sources.PICKLES) and path.is_file() and path.parent not in folders:
             whole = path.relative_to(root).as_posix()
             plain = whole.removesuffix(path.suffix)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sfumato.checkpoints import weight_header
+from sfumato.checkpoints import named_files, weight_header
 from sfumato.checkpoints.sources import PICKLES
 from sfumato.config import ModelConfig
 from sfumato.errors import LoadError
@@ -33,7 +33,9 @@ class Shape:
 
 def found(folder: Path) -> dict[str, Path]:
     """The embeddings for the model files in `folder`, by name; a safetensors file hides a pickle of its name."""
-    files = [path for path in (folder / FOLDER).rglob("*") if path.suffix.lower() in SAFE + PICKLES and path.is_file()]
+    files = [
+        path for path in named_files.below(folder / FOLDER) if path.suffix.lower() in SAFE + PICKLES and path.is_file()
+    ]
     files.sort(key=lambda path: (not is_pickle(path), path))  # the last one of a name stays
     return {path.stem: path for path in files}
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from sfumato.checkpoints import class_reading, controlnets, diffusers_source, weight_header
+from sfumato.checkpoints import class_reading, controlnets, diffusers_source, named_files, weight_header
 from sfumato.errors import InvalidRequest, LoadError
 
 FOLDER = "ip_adapters"
@@ -82,7 +82,8 @@ class Encoder:
 def listed(folder: Path) -> dict[str, Path]:
     """The adapters for the model files in `folder`: path below `ip_adapters/`, without the suffix -> file."""
     root = folder / FOLDER
-    files = [path for path in sorted(root.rglob(f"*{SUFFIX}")) if not (path.parent / controlnets.DESCRIPTION).exists()]
+    files = [path for path in named_files.below(root) if path.suffix == SUFFIX]
+    files = [path for path in files if not (path.parent / controlnets.DESCRIPTION).exists()]
     return {path.relative_to(root).with_suffix("").as_posix(): path for path in files}
 
 

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from sfumato.checkpoints import request_files, sources, weight_file, weight_header
+from sfumato.checkpoints import named_files, request_files, sources, weight_file, weight_header
 from sfumato.checkpoints.hub_files import as_download_errors
 from sfumato.checkpoints.remote_limits import HUB, Limits
 from sfumato.config import ModelConfig, addresses
@@ -45,7 +45,7 @@ _SUFFIX = re.compile(r"\.[a-z]\w*")
 def found(folder: Path) -> dict[str, Path]:
     """The LoRAs beside the model files in `folder`, by their path below `loras` without the suffix."""
     root = folder / FOLDER
-    files = [path for path in sorted(root.rglob("*")) if path.suffix.lower() in SUFFIXES and path.is_file()]
+    files = [path for path in named_files.below(root) if path.suffix.lower() in SUFFIXES and path.is_file()]
     return {path.relative_to(root).with_suffix("").as_posix(): path for path in files}
 
 

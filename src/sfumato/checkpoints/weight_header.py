@@ -6,7 +6,6 @@ before it is used: the file may come from anyone.
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -16,6 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 import httpx
+from pydantic_core import from_json
 
 from sfumato.checkpoints import weight_file
 from sfumato.config import addresses
@@ -154,7 +154,7 @@ def _safetensors(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any], int]:
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length + 8 > len(data):
         raise _TooShort(length + 8)
-    entries = json.loads(data[8 : 8 + length])
+    entries = from_json(data[8 : 8 + length])  # as strict as safetensors: half a surrogate pair is no text
     metadata = entries.pop("__metadata__", None) or {}
     tensors = {
         name: Tensor(tuple(int(side) for side in entry["shape"]), str(entry["dtype"]))

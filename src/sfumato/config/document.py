@@ -151,13 +151,16 @@ def _check_expanded_size(root: yaml.Node, file: Path) -> None:
 
 
 def _check_keys(root: yaml.Node, file: Path) -> None:
-    """Refuse duplicate keys, of which PyYAML silently keeps the last, and keys or numbers that are absurdly long."""
+    """Refuse duplicate keys, of which PyYAML silently keeps the last, and keys or numbers that are absurdly long. Join
+    surrogate pairs."""
     pending, visited = [root], set()
     while pending:
         node = pending.pop()
         if id(node) in visited:  # an alias may point back at its own parent
             continue
         visited.add(id(node))
+        if isinstance(node, yaml.ScalarNode):
+            node.value = _characters(node, file)
         if isinstance(node, yaml.ScalarNode) and node.tag != _TEXT and len(node.value) > MAX_NUMBER:
             raise ModelFileError(
                 f"{file}, line {node.start_mark.line + 1}: {shorten(node.value)} is too long for a number; "
@@ -180,6 +183,18 @@ def _check_keys(root: yaml.Node, file: Path) -> None:
                         param=key.value,
                     )
                 lines[key.value] = line
+
+
+def _characters(node: yaml.ScalarNode, file: Path) -> str:
+    """The text with each escaped surrogate pair as the character that it is in JSON. Raises ModelFileError."""
+    text: str = node.value
+    try:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError:
+        raise ModelFileError(
+            f"{file}, line {node.start_mark.line + 1}: {shorten(text)} has half a surrogate pair, which is no "
+            "character; write the whole pair, or the character itself"
+        ) from None
 
 
 def _line(error: yaml.MarkedYAMLError) -> str:

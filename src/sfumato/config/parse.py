@@ -191,9 +191,7 @@ def _parse(source: _Source, file: Path, created: int, default_name: str | None) 
     backend = fields.pop("backend", None)
     if backend and "diffusers" not in backend.split("-"):
         raise source.error("backend", f"{backend} is not the name of a backend; use `diffusers`")
-    name = fields.pop("name", None) or default_name
-    if not name:
-        raise source.error("name", "is missing; each model in a list needs one")
+    name = fields.pop("name", None) or _name_of_file(source, default_name)
     alias: tuple[str, ...] = fields.pop("alias", ())
     repo, revision, fields["snapshot"] = fields.pop("artifacts", (None, None, None))
     fields["repo"], fields["revision"] = repo, fields.get("revision") or revision
@@ -217,6 +215,20 @@ def _parse(source: _Source, file: Path, created: int, default_name: str | None) 
     fields = {field: value for field, value in fields.items() if value is not None}
     arguments = nested(fields)
     return ModelConfig(name=name, file=file, folder=file.parent, created=created, ignored=tuple(ignored), **arguments)
+
+
+def _name_of_file(source: _Source, stem: str | None) -> str:
+    """The name of a model whose file says none."""
+    if not stem:
+        raise source.error("name", "is missing; each model in a list needs one")
+    try:
+        return readers.name(stem)
+    except ValueError:
+        raise source.error(
+            "name",
+            f"is missing, and the file's own name {stem!r} cannot be one: it needs 1 to 200 printable characters in "
+            "UTF-8. Write `name:`, or rename the file",
+        ) from None
 
 
 def _key_text(key: Any) -> str:

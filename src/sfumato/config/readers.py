@@ -54,7 +54,7 @@ _NOT_ARGUMENTS = frozenset({"size", "seed", "n", "scheduler", "scheduler_type", 
 _ARGUMENTS = {"step": "num_inference_steps", "steps": "num_inference_steps", "cfg_scale": "guidance_scale"}
 
 MAX_SIDE = 16384
-_NAME = re.compile(r"[^\s\x00-\x1f\x7f](?:[^\x00-\x1f\x7f]{0,198}[^\s\x00-\x1f\x7f])?")
+_NAME = re.compile(r"(?!\s)[^\x00-\x1f\x7f\ud800-\udfff]{1,200}(?<!\s)")
 _SIZE = re.compile(r"([0-9]{1,6})[xX×]([0-9]{1,6})")
 _CACHE_KEY = re.compile(r"[0-9A-Za-z][0-9A-Za-z_-]{0,200}")
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")

@@ -22,6 +22,7 @@ from sfumato.errors import (
     TooManyRequests,
     Unauthorized,
     in_words,
+    printable,
 )
 
 log = logging.getLogger(__name__)
@@ -46,8 +47,9 @@ def install(app: FastAPI) -> None:
 
 
 def shape(error: SfumatoError) -> dict[str, dict[str, str | None]]:
-    message = redact(error.message)[:MAX_MESSAGE]  # it may quote a URL of the request
-    return {"error": {"message": message, "type": error.type, "param": error.param, "code": error.code}}
+    message = printable(redact(error.message))[:MAX_MESSAGE]  # it may quote a URL of the request, or a file's name
+    param = error.param and printable(error.param)
+    return {"error": {"message": message, "type": error.type, "param": param, "code": error.code}}
 
 
 def response(error: SfumatoError, more: Mapping[str, Any] = MappingProxyType({})) -> JSONResponse:

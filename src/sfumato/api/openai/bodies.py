@@ -6,7 +6,6 @@ a picture is a file. Unlisted fields are kept in `model_extra` without effect.
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
@@ -20,6 +19,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import from_json
 
 from sfumato.api.fields import (
     BLANK,
@@ -60,8 +60,8 @@ def _of_text(value: Any) -> Any:
     """A list of controls; in a form it is JSON."""
     if isinstance(value, str):
         try:
-            value = json.loads(value or "[]")
-        except (ValueError, RecursionError):
+            value = from_json(value or "[]", allow_inf_nan=False)
+        except ValueError:
             raise ValueError('must be a list as JSON, [{"image": "..."}]') from None
     return [value] if isinstance(value, dict) else value or []
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, TypeAlias
 
 from pydantic import BeforeValidator
+from pydantic_core import from_json
 
 from sfumato.errors import in_words
 from sfumato.pictures.sources import uploaded
@@ -28,8 +28,8 @@ def url_of(value: Any) -> Any:
     """
     if isinstance(value, str) and value[:16].lstrip().startswith("{"):
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
+            value = from_json(value, allow_inf_nan=False)
+        except ValueError:
             raise ValueError(NO_PICTURE) from None
     if not isinstance(value, dict):
         return value
