@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageChops, ImageDraw
 
 from sfumato.drawing import crop
+from support.answers import error_of
 from support.pictures import base64_of
 from support.serving import Server
 
@@ -144,6 +145,28 @@ def test_what_cannot_be_is_named(server: Server, more: dict[str, Any], param: st
     answer = server.client.post("/v1/images/edits", json=body | more)
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("mask", "more"),
+    [
+        (Image.new("L", SIZE), {}),
+        (Image.new("L", SIZE, 255), {"inpainting_mask_invert": 1}),
+    ],
+    ids=["black", "inverted"],
+)
+def test_a_mask_that_marks_nothing_is_refused(server: Server, mask: Image.Image, more: dict[str, Any]) -> None:
+    body = {"prompt": "a cat", "init_images": [base64_of(picture())], "mask": base64_of(mask), "steps": 2}
+    answer = server.client.post("/sdapi/v1/img2img", json=body | {"inpaint_full_res": True} | more)
+    assert error_of(answer)["param"] == "mask"
+
+
+def test_nor_is_one_whose_dot_is_blurred_away(server: Server) -> None:
+    dot = Image.new("L", SIZE)
+    dot.putpixel((150, 100), 255)
+    body = {"prompt": "a cat", "init_images": [base64_of(picture())], "mask": base64_of(dot), "steps": 2}
+    answer = server.client.post("/sdapi/v1/img2img", json=body | {"inpaint_full_res": True, "mask_blur": 64})
+    assert error_of(answer)["param"] == "mask"
 
 
 def test_padding_alone_is_told_to_change_nothing(server: Server) -> None:

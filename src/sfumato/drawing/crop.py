@@ -5,17 +5,25 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
+from sfumato.errors import InvalidRequest
+
 Box = tuple[int, int, int, int]
 """Left, top, right, bottom in pixels; right and bottom are exclusive."""
 
 
 def around(mask: Image.Image, padding: int, shape: tuple[int, int]) -> Box:
-    """The masked area of `mask` (L, not all black) plus `padding` pixels, widened to the aspect ratio of `shape`.
+    """The masked area of `mask` (L) plus `padding` pixels, widened to the aspect ratio of `shape`.
 
-    Clipped to the picture, so in a narrow picture the aspect ratio may differ.
+    Clipped to the picture, so in a narrow picture the aspect ratio may differ. Raises InvalidRequest if the mask is all
+    black: AUTOMATIC1111's may be, by itself or once its edge is blurred.
     """
     bounds = mask.getbbox()
-    assert bounds, "the mask must not be all black"
+    if bounds is None:
+        raise InvalidRequest(
+            "mask: nothing of it is white (after inversion and mask_blur), so there is no area to redraw. Mark a "
+            "larger one, or leave out `mask` to redraw the whole picture",
+            param="mask",
+        )
     left, top = (max(0, side - padding) for side in bounds[:2])
     right, bottom = (min(limit, side + padding) for side, limit in zip(bounds[2:], mask.size, strict=True))
     width, height = right - left, bottom - top
