@@ -13,6 +13,7 @@ import hashlib
 import io
 import math
 import re
+import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,7 +36,8 @@ ANIMATED: Final = ("PNG", "WEBP", "GIF", "AVIF")
 REDUCING_GAP: Final = 1.5
 """Before strong downscaling, pictures are box-averaged to this many times the new size, which is much faster."""
 
-_DATA_URI = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(?:;[\w=-]+)*?(?P<base64>;base64)?,", re.IGNORECASE)
+_DATA_URI = re.compile(r"data:[\w.+*-]*(?:/[\w.+*-]+)?(?:;[^;,]*+)*?(?P<base64>;\s*base64\s*)?,", re.IGNORECASE)
+"""Its type is not read, and neither are its parameters, such as `;name=my%20cat.jpg` of web forms."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +121,7 @@ def normalise(data: bytes, param: str, bounds: Bounds) -> tuple[bytes, tuple[int
     with open_untrusted(data, param) as image:
         _check(image, param, bounds)
         image.load()
-        upright = ImageOps.exif_transpose(image)
+        upright = _upright(image)
         if upright.mode.startswith("I"):  # 16 bits; a plain conversion would clip all but the darkest levels to white
             upright = upright.point(lambda level: level / 256).convert("L")
         elif upright.mode == "F":
@@ -129,6 +131,15 @@ def normalise(data: bytes, param: str, bounds: Bounds) -> tuple[bytes, tuple[int
         original_size = upright.size
         upright = _scaled_down(upright.convert("RGBA" if _transparent(upright) else "RGB"), bounds)
     return png(upright), original_size
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The picture turned as its EXIF block says; a damaged block says nothing, as in browsers."""
+    try:
+        image.getexif()
+    except (SyntaxError, ValueError, struct.error):
+        return image
+    return ImageOps.exif_transpose(image)
 
 
 def png(image: Image.Image) -> bytes:
