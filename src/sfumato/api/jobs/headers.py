@@ -42,16 +42,19 @@ class Wishes:
     """The URL that is told of its end."""
 
 
-def wishes(scope: Scope) -> Wishes | None:
-    """None for a request without these headers. Raises InvalidRequest for an invalid key, or a webhook of no job."""
+def wishes(scope: Scope, *, always: bool = False) -> Wishes | None:
+    """None for a request that is no job. Raises InvalidRequest for an invalid key, or a webhook of no job.
+
+    `always`: requests of its path are jobs also without `Prefer: respond-async`.
+    """
     names = {name for name, _ in scope["headers"]}
     if names.isdisjoint((b"idempotency-key", b"prefer", WEBHOOK.encode())):
-        return None
+        return Wishes(respond_async=True) if always else None
     headers = Headers(scope=scope)
-    webhook = headers.get(WEBHOOK)
+    webhook = webhook_of(headers)
     preferences = _preferences(",".join(headers.getlist("prefer")))
     keys = headers.getlist("idempotency-key")
-    respond_async = "respond-async" in preferences
+    respond_async = always or "respond-async" in preferences
     if webhook is not None and not respond_async:
         raise InvalidRequest(f"{WEBHOOK}: send `Prefer: respond-async`, too; others get their answer", param=WEBHOOK)
     if not respond_async and not keys:
@@ -62,6 +65,14 @@ def wishes(scope: Scope) -> Wishes | None:
     # Python reads no number of thousands of digits; the largest that counts has fewer than 9.
     wait_s = min(int(wait.lstrip("0")[:9] or "0"), MAX_WAIT_S) if wait.isascii() and wait.isdigit() else 0
     return Wishes(respond_async, wait_s, _key(keys[0]) if keys else "", webhook)
+
+
+def webhook_of(headers: Headers) -> str | None:
+    """The URL that is to be told. Raises InvalidRequest for more than one."""
+    urls = headers.getlist(WEBHOOK)
+    if len(urls) > 1:
+        raise InvalidRequest(f"{WEBHOOK}: the header occurs {len(urls)} times; send it once", param=WEBHOOK)
+    return urls[0] if urls else None
 
 
 def _preferences(text: str) -> dict[str, str]:
