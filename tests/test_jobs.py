@@ -17,7 +17,7 @@ import httpx
 import pytest
 import sqlalchemy as sql
 
-from sfumato.api.jobs.headers import wishes
+from sfumato.api.jobs.headers import fingerprint, wishes
 from sfumato.api.jobs.jobs import _is_stored
 from sfumato.api.jobs.run import KEPT, Run
 from sfumato.api.jobs.tables import StoredJob
@@ -202,7 +202,7 @@ def test_a_key_with_another_request_is_refused(server: Server, change: dict[str,
     assert keyed(server, key, seed=1).headers["idempotency-replayed"] == "true"
 
 
-@pytest.mark.parametrize("key", ["", '""', "x" * 256, "tab\there", 'quo"te'])
+@pytest.mark.parametrize("key", ["", '""', "x" * 256, "tab\there", '"tab\there"'])
 def test_a_malformed_key_is_refused(server: Server, key: str) -> None:
     refused = keyed(server, key)
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "Idempotency-Key")
@@ -447,6 +447,15 @@ def test_the_file_becomes_smaller_again(tmp_path: Path) -> None:
         (["return=representation"], None),
         (['foo="respond-async"'], None),
         ([""], None),
+        (["respond-async; wait"], (True, 0)),
+        (['respond-async; note="one, two"; x'], (True, 0)),
+        (['foo; x="y \\", respond-async, wait=5'], None),  # all within the quotes, which nothing ends
+        (['foo; x="y \\" z", respond-async, wait="5"'], (True, 5)),
+        ([", respond-async,, wait = 4 ,"], (True, 4)),
+        (["@, respond-async"], (True, 0)),
+        (["respond-async, wait=" + "9" * 5000], (True, 60)),
+        (["respond-async, wait=" + "0" * 20 + "7"], (True, 7)),
+        (["respond-async, wait=-7"], (True, 0)),
     ],
 )
 def test_preferences(values: list[str], expected: tuple[bool, int] | None) -> None:
@@ -456,7 +465,30 @@ def test_preferences(values: list[str], expected: tuple[bool, int] | None) -> No
 
 def test_a_long_preference_takes_no_longer_than_a_valid_one() -> None:
     """Minutes, if it backtracked."""
-    assert wishes({"type": "http", "headers": [(b"prefer", b"a" * 60_000 + b'"')]}) is None
+    for value in (b"a" * 60_000 + b'"', b'"\\' * 30_000, b'"a",' * 15_000 + b'"'):
+        assert wishes({"type": "http", "headers": [(b"prefer", value)]}) is None
+
+
+@pytest.mark.parametrize(("one", "other"), [(r'"a\"b"', 'a"b'), (r'"a\\b"', r"a\b"), ('"ab"', "ab"), ('"', r'"\""')])
+def test_a_key_is_the_same_with_and_without_quotes(one: str, other: str) -> None:
+    keys = [wishes({"type": "http", "headers": [(b"idempotency-key", key.encode())]}) for key in (one, other)]
+    assert keys[0]
+    assert keys[0] == keys[1]
+
+
+def test_a_short_boundary_hides_no_difference() -> None:
+    """The letters of a boundary may stand in a text, too."""
+
+    def of(text: str, boundary: str, kind: str = "multipart/form-data") -> str:
+        form = f'--{boundary}\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n{text}\r\n--{boundary}--\r\n'
+        headers = [(b"content-type", f"{kind}; boundary={boundary}".encode())]
+        scope = {"type": "http", "method": "POST", "path": "/", "query_string": b"", "headers": headers}
+        return fingerprint(scope, form.encode())
+
+    assert of("a cat", "a") != of("c cat", "a")
+    assert of("a cat", "c") != of("aat", "c")
+    assert of("a cat", "a") == of("a cat", "b" * 60)
+    assert of("a cat", "a", "application/json") != of(" ct", "a", "application/json")
 
 
 def test_a_key_that_is_sent_twice_is_refused() -> None:

@@ -104,10 +104,16 @@ def test_a_damaged_database_keeps_nothing_but_jobs_from_working(tmp_path: Path) 
         assert server.client.get("/v1/jobs").status_code == 503
 
 
-@pytest.mark.parametrize("url", ["nonsense", "nosuch://x", "postgresql+nosuch://x", "mysql+pymysql://x", "sqlite://"])
+WRONG_NUMBERS = ("postgresql+psycopg://u:p@ss:secret@host/d", "sqlite:///x?timeout=soon", "sqlite:///x?uri=maybe")
+
+
+@pytest.mark.parametrize(
+    "url", ["nonsense", "nosuch://x", "postgresql+nosuch://x", "mysql+pymysql://x", "sqlite://", *WRONG_NUMBERS]
+)
 def test_a_wrong_url_names_the_setting(url: str) -> None:
-    with pytest.raises(ValueError, match="database: "):
+    with pytest.raises(ValueError, match="database: ") as raised:
         JobStore(url, max_age_s=1, max_bytes=1)
+    assert "secret" not in str(raised.value)
 
 
 def test_several_servers_share_a_database(tmp_path: Path) -> None:

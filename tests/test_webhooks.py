@@ -12,6 +12,7 @@ import pytest
 
 from sfumato.api.webhooks import sender, signature
 from sfumato.errors import InvalidRequest
+from sfumato.settings import Settings
 from support.answerable import within
 from support.batching_client import GENERATIONS, begun, ended, jsonl, sdk
 from support.inside import Inside
@@ -198,6 +199,33 @@ def test_it_needs_a_job_and_the_operators_consent(server: Server, tmp_path: Path
     with Inside(tmp_path).client() as client:
         refused = client.post(GENERATIONS, json=CAT, headers=ASYNC | url)
         assert (refused.status_code, "they are: none (the setting webhook_hosts)" in refused.text) == (400, True)
+
+
+@pytest.mark.parametrize("name", ["webhook_hosts", "picture_hosts", "lora_hosts"])
+@pytest.mark.parametrize(
+    "text", ["a.example:443", "https://a.example", "a.example/x", "a.example b.example", "[::1]:80"]
+)
+def test_hosts_that_would_match_nothing_are_refused(name: str, text: str) -> None:
+    with pytest.raises(ValueError, match=f"{name.upper()}.*without scheme, port and path"):
+        Settings.load(env={f"SFUMATO_{name.upper()}": text})
+
+
+def test_an_ipv6_address_is_a_host_with_and_without_brackets(tmp_path: Path) -> None:
+    inside = Inside(tmp_path, webhook_hosts="[::1], FD00::1,", webhook_secret=SECRET)
+    for url in ("http://[::1]:9/x", "http://[fd00::1]/x"):
+        assert inside.app.state.webhooks.checked(url) == url
+
+
+def test_a_clip_is_a_job_without_prefer_and_one_url_is_told(tmp_path: Path) -> None:
+    inside = Inside(tmp_path, webhook_hosts="localhost", webhook_secret=SECRET)
+    url = ("x-webhook-url", "http://localhost:9/x")
+    with inside.client() as client:
+        clip = client.post("/v1/videos", json={"prompt": "a cat"}, headers=[url])
+        assert "others get their answer" not in clip.text
+        batch = {"input_file_id": "f", "endpoint": GENERATIONS, "completion_window": "24h"}
+        for path, body in {"/v1/videos": {"prompt": "a cat"}, "/v1/batches": batch}.items():
+            twice = client.post(path, json=body, headers=[url, url])
+            assert (twice.status_code, "2 times" in twice.text) == (400, True)
 
 
 def test_any_host_means_any_with_a_public_address(tmp_path: Path) -> None:

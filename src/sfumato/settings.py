@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from sfumato.core import MAX_CLIP_MEGAPIXELS, MAX_FRAMES, MAX_SECONDS, Limits, k
 PREFIX = "SFUMATO_"
 
 _DEVICE = re.compile(r"cpu|mps|(cuda|xpu)(:[0-9]{1,3})?")
+
+_HOST = re.compile(r"[\w.-]{1,253}|[0-9A-Fa-f:.]{2,45}")
+"""A name or an IPv4 address, or an IPv6 address."""
 
 _FLAGS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
@@ -40,6 +44,21 @@ def device_names(text: str) -> list[str]:
         if count > 1 and name != "cpu":
             raise ValueError(f"{name} is named {count} times; only cpu may have several workers")
     return ["+".join(group) for group in groups]
+
+
+def host_names(text: str, *, any_host: bool = False) -> list[str]:
+    """The hosts of a setting, in lower case, IPv6 addresses without brackets. Raises ValueError for what is none.
+
+    Hosts are compared with those of URLs: a port or a scheme would match nothing, and nothing would say so.
+    `any_host`: `*` is valid, too.
+    """
+    names = [name.strip().lower() for name in text.split(",") if name.strip()]
+    names = [name[1:-1] if name[0] == "[" and name[-1] == "]" else name for name in names]
+    for name in names:
+        if not _HOST.fullmatch(name) and not (any_host and name == "*"):
+            also = ", or *" if any_host else ""
+            raise ValueError(f"{name[:100]!r} is no host: write names or addresses without scheme, port and path{also}")
+    return names
 
 
 def members(device: str) -> list[str]:
@@ -173,7 +192,9 @@ class Settings:
         10, "Maximum CPU time for decoding a source picture, in seconds; a clip may take six times as long.", least=1
     )
     picture_hosts: str = _setting(
-        "", "Hosts (comma-separated) whose picture URLs are fetched even if their address is not public."
+        "",
+        "Hosts (comma-separated) whose picture URLs are fetched even if their address is not public.",
+        check=host_names,
     )
     loaded_loras: int = _setting(
         8, "Maximum LoRAs of requests in memory for each model; the least recently used is dropped.", least=1
@@ -183,6 +204,7 @@ class Settings:
         "Where LoRAs, ControlNets and IP-Adapters that requests name may be downloaded from: hosts (of LoRAs), "
         "comma-separated, and hub for the Hugging Face hub. Empty: only what lies in loras/, controlnets/ and "
         "ip_adapters/ is used.",
+        check=host_names,
     )
     depth_model: str = _setting(
         "depth-anything/Depth-Anything-V2-Small-hf",
@@ -250,6 +272,7 @@ class Settings:
         "",
         "Hosts (comma-separated) that webhooks of jobs and batches may be sent to, also if their address is not "
         "public; * for all with a public address. Empty: no webhooks.",
+        check=partial(host_names, any_host=True),
     )
     webhook_secret: str = _setting(
         "", "What signs webhooks: whsec_ and 24 to 64 random bytes in base64 (Standard Webhooks).", secret=True

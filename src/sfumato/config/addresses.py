@@ -16,6 +16,17 @@ def redact(text: str) -> str:
     return _URL.sub(_redact_match, text)
 
 
+def database_fault(error: Exception) -> str:
+    """What a user is told of an SQLAlchemy URL that is refused with this error; nothing of its password."""
+    said = str(error)
+    if isinstance(error, ValueError):  # it shows what stands where a number should: that may be part of the password
+        said = (
+            "a port or a value after ? in it is none; in a name and password write / as %2F, : as %3A, @ as %40, "
+            "# as %23 and ? as %3F"
+        )
+    return f"{said}; sqlite:///FILE is valid, and postgresql+psycopg://... with psycopg installed"
+
+
 def _redact_match(match: re.Match[str]) -> str:
     if _REVISION.fullmatch(match["scheme"]):
         return re.split(r"[?#]", match[0])[0]

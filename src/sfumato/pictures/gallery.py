@@ -17,6 +17,7 @@ from typing import Any
 import sqlalchemy as sql
 from sqlalchemy.engine import RowMapping
 
+from sfumato.config.addresses import database_fault
 from sfumato.core import Recipe
 from sfumato.errors import InvalidPicture, SfumatoError, StorageError
 from sfumato.pictures import recipe as recipes
@@ -90,10 +91,8 @@ class Gallery:
         self._ready = False
         try:
             self._engine = sql.create_engine(url)
-        except (sql.exc.ArgumentError, sql.exc.NoSuchModuleError, ModuleNotFoundError) as error:
-            raise ValueError(
-                f"gallery_url: {error}; sqlite:///FILE is valid, and postgresql+psycopg://... with psycopg installed"
-            ) from None
+        except (sql.exc.ArgumentError, sql.exc.NoSuchModuleError, ModuleNotFoundError, ValueError) as error:
+            raise ValueError(f"gallery_url: {database_fault(error)}") from None
         if self._engine.dialect.name == "sqlite":
             sql.event.listen(self._engine, "connect", _sqlite)
 

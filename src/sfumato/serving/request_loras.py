@@ -13,7 +13,7 @@ from sfumato.config import ModelConfig
 from sfumato.core import Generation
 from sfumato.errors import TimedOut
 from sfumato.loras import Lora
-from sfumato.settings import Settings
+from sfumato.settings import Settings, host_names
 
 DOWNLOADS = 4
 """LoRAs that are downloaded at a time."""
@@ -29,7 +29,7 @@ class RequestLoras:
     @property
     def hosts(self) -> list[str]:
         """Where LoRAs and ControlNets of requests may be downloaded from."""
-        return [host.strip().lower() for host in self._settings.lora_hosts.split(",") if host.strip()]
+        return host_names(self._settings.lora_hosts)
 
     @property
     def _limits(self) -> Limits:

@@ -43,7 +43,7 @@ from sfumato.serving.queue import MAX_RETRY_AFTER_S, Queue
 from sfumato.serving.request_loras import RequestLoras
 from sfumato.serving.source_files import sources, told_apart
 from sfumato.serving.time_limits import DrawingTime
-from sfumato.settings import Settings
+from sfumato.settings import Settings, host_names
 from sfumato.status import Abilities
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class Service:
         """Separate decoder for texts, so that reading them does not delay drawing requests."""
         self.budget = Budget(settings.max_waiting_mb * 2**20, self.queue.retry_after)
         self.limits = settings.limits
-        self.fetcher = PictureFetcher(settings.picture_hosts.split(","))
+        self.fetcher = PictureFetcher(host_names(settings.picture_hosts))
         self._loras = RequestLoras(settings)
         self._parts: dict[str, Part] = {}
         """Those whose generations the engine has."""

@@ -19,6 +19,7 @@ from sfumato.api.dependencies import Caller, Owner, TheService, part
 from sfumato.api.fields import PLAIN
 from sfumato.api.http import documents
 from sfumato.api.http.forms import openapi_json, reader
+from sfumato.api.jobs.headers import webhook_of
 from sfumato.api.jobs.run import saved_scope
 from sfumato.api.webhooks.sender import MAX_URL, Webhooks
 from sfumato.errors import BatchNotFound, InvalidRequest, in_words
@@ -67,7 +68,7 @@ async def create(
     caller: Caller,
     x_webhook_url: Annotated[str | None, Header(max_length=MAX_URL, description="Told when it has ended.")] = None,
 ) -> dict[str, Any]:
-    settings, webhook = service.settings, webhooks.checked(x_webhook_url)
+    settings, webhook = service.settings, webhooks.checked(webhook_of(request.headers))
     if "idempotency-key" in request.headers:
         raise InvalidRequest(
             "Idempotency-Key: it has no effect here; leave it out, and give each line a custom_id of its own",

@@ -8,7 +8,6 @@ import secrets
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any, TypeAlias
 
 from fastapi import Request
@@ -68,9 +67,7 @@ class StoredRequests:
             await self.app(scope, receive, send)
             return
         try:
-            wished = wishes(scope)
-            if self._present(scope):
-                wished = replace(wished or Wishes(), respond_async=True)
+            wished = wishes(scope, always=self._present(scope) is not None)
             if wished is None:
                 await self.app(scope, receive, send)
                 return

@@ -24,6 +24,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sfumato import disk
 from sfumato.api.jobs import migration, servers
 from sfumato.api.jobs.tables import HEAD, JOBS, OPEN, SERVERS, TABLES, Answer, StoredJob, job_of, row_of
+from sfumato.config.addresses import database_fault
 from sfumato.errors import JobsUnavailable
 from sfumato.settings import Settings
 
@@ -84,10 +85,8 @@ class JobStore:
             psycopg = url.startswith(("postgresql://", "postgresql+psycopg"))
             limits = {"connect_timeout": CONNECT_S} if psycopg and "connect_timeout=" not in url else {}
             self.engine = sql.create_engine(url, connect_args=limits, pool_pre_ping=not url.startswith("sqlite"))
-        except (sql.exc.ArgumentError, sql.exc.NoSuchModuleError, ModuleNotFoundError) as error:
-            raise ValueError(
-                f"database: {error}; sqlite:///FILE is valid, and postgresql+psycopg://... with psycopg installed"
-            ) from None
+        except (sql.exc.ArgumentError, sql.exc.NoSuchModuleError, ModuleNotFoundError, ValueError) as error:
+            raise ValueError(f"database: {database_fault(error)}") from None
         if self.engine.dialect.name not in INSERTS:
             raise ValueError(f"database: {self.engine.dialect.name}; {' and '.join(INSERTS)} are supported")
         if self.engine.dialect.name == "sqlite":

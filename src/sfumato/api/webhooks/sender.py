@@ -20,7 +20,7 @@ from sfumato.config.addresses import redact
 from sfumato.errors import InvalidRequest, JobsUnavailable
 from sfumato.pictures.fetch import PublicTransport
 from sfumato.pictures.resolving import Resolver
-from sfumato.settings import Settings
+from sfumato.settings import Settings, host_names
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Webhooks:
         self.clock = clock
         self._jobs = jobs
         self._outbox = Outbox(jobs.store)
-        self._hosts = frozenset(host.strip().lower() for host in settings.webhook_hosts.split(",") if host.strip())
+        self._hosts = frozenset(host_names(settings.webhook_hosts, any_host=True))
         self._key = b""
         if self._hosts:
             try:
