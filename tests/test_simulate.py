@@ -140,7 +140,7 @@ def test_a_trace_has_its_rate_its_bursts_and_its_shares() -> None:
 
 
 def test_results_are_written_and_plotted(tmp_path: Path) -> None:
-    found = simulate.simulate(TIMES, MIX, 2, 40, (0.5, 1.0), 4.0, seed=1)
+    found = simulate.simulate(simulate.Traces(TIMES, MIX, 2, 40, 4.0, seed=1), (0.5, 1.0))
     assert [(each.load, each.way) for each in found] == [(load, way) for load in (0.5, 1.0) for way in simulate.WAYS]
     assert all(0 < each.use <= 1 and 0 <= each.met <= 1 and each.together >= 1 for each in found)
     paths = simulate.plotted(found, "two devices", tmp_path / "simulate")
