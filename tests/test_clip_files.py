@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from sfumato.core import Recipe
-from sfumato.errors import InvalidPicture
+from sfumato.errors import DrawError, InvalidPicture
 from sfumato.formats import of_kind
 from sfumato.pictures import files, recipe
 from sfumato.pictures.results import Clip, Sound
@@ -101,6 +101,28 @@ def test_containers_have_every_frame_in_its_colour(name: str, tmp_path: Path) ->
     with av.open(str(path)) as container:
         read = [frame.to_ndarray(format="rgb24").mean() for frame in container.decode(video=0)]
     assert np.abs(np.array(read) - COLOURS * 255).max() < 4
+
+
+@pytest.mark.parametrize("name", ["mp4", "webm"])
+def test_containers_say_how_their_colours_are_to_be_read(name: str, tmp_path: Path) -> None:
+    """Players guess by the size where a file does not say it, and so show red as orange."""
+    red = np.zeros((9, 16, 32, 3), np.uint8)
+    red[..., 0] = 255
+    path = written(tmp_path, name, Clip(red, 12.5))
+    (video,) = probed(path)
+    assert (video["color_space"], video["color_range"]) == ("bt709", "tv")
+    import av
+
+    with av.open(str(path)) as container:
+        luma = bytes(next(container.decode(video=0)).planes[0])[0]
+    assert luma == pytest.approx(16 + 219 * 0.2126, abs=3)  # BT.709; 81 is BT.601
+
+
+def test_frames_that_are_no_numbers_are_an_error_and_not_black() -> None:
+    broken = frames()
+    broken[3, 2, 1] = np.nan
+    with pytest.raises(DrawError, match="NaN"):
+        Clip(broken, 12.5).rounded()
 
 
 @pytest.mark.parametrize(("rate", "channels"), [(44_100, 2), (24_000, 1), (16_000, 2)])

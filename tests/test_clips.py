@@ -272,6 +272,7 @@ def test_a_picture_of_a_model_with_a_length_is_told_of() -> None:
         ("Wan", {"num_frames": 81, "fps": 1, "limits": Limits(1 << 20, 64, 8)}, "num_frames", "81 seconds; at most 60"),
         ("Wan", {"num_frames": None, "fps": 1, "limits": Limits(1 << 20, 64, 8)}, "num_frames", "81 seconds"),
         ("Wan", {"fps": 60, "format": "gif"}, "fps", "at most 50 frames a second"),
+        ("Wan", {"fps": 100, "format": "webp"}, "fps", "at most 90 frames a second"),
         ("Wan", {"limits": Limits(1 << 20, 64, 8, clip_pixels=2000)}, "num_frames", "at most 7 .*max_clip_mega"),
     ],
 )  # fmt: skip

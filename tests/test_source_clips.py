@@ -7,6 +7,7 @@ import base64
 import io
 import tracemalloc
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,21 @@ def test_a_clip_is_upright_and_on_white() -> None:
     layers = [Image.new("RGBA", (16, 16), (255, 0, 0, alpha)) for alpha in (255, 0)]
     layers[0].save(file, "WEBP", save_all=True, append_images=layers[1:], duration=50, lossless=True)
     assert [frame.getpixel((0, 0)) for frame in decoded(file.getvalue())[1]] == [(255, 0, 0), (255, 255, 255)]
+
+
+@pytest.mark.parametrize("format", ["mp4", "mov"])
+@pytest.mark.parametrize(("shape", "size"), [(Fraction(2), (128, 48)), (Fraction(8, 9), (64, 54))])
+def test_a_clip_of_pixels_that_are_no_squares_has_its_shape(
+    format: str, shape: Fraction, size: tuple[int, int]
+) -> None:
+    answer, frames = decoded(clip(format, 3, shape=shape))
+    assert (answer["size"], frames[0].size) == (size, size)
+    assert unlike(frames[0], frames_of(3, (64, 48))[0].resize(size)) < 24
+
+
+def test_pixels_of_an_absurd_shape_are_refused() -> None:
+    with pytest.raises(InvalidPicture, match="576x48; no side"):
+        decoded(clip("mp4", 3, shape=Fraction(9)))
 
 
 def test_an_animation_that_rests_on_its_last_frame_has_a_rate() -> None:

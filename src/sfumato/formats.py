@@ -46,7 +46,7 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
             Format("png", IMAGE, "image/png"),
             Format("mp4", VIDEO, "video/mp4", **_PYAV),
             Format("webm", VIDEO, "video/webm", **_PYAV),
-            Format("webp", VIDEO, "image/webp"),
+            Format("webp", VIDEO, "image/webp", most_fps=90),  # and those of 10 ms and less, of any format
             Format("gif", VIDEO, "image/gif", most_fps=50),  # browsers show frames below 20 ms for 100 ms
             Format("wav", AUDIO, "audio/wav"),
             Format("flac", AUDIO, "audio/flac", **_PYAV),

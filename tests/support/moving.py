@@ -49,8 +49,10 @@ def contained(
     options: Mapping[str, str] | None = None,
     sound_s: float = 0.0,
     tags: Mapping[str, str] | None = None,
+    shape: Fraction | None = None,
 ) -> bytes:
-    """By PyAV. `at_ms`: when each frame begins, of a clip whose rate changes. `sound_s`: seconds of silence beside."""
+    """By PyAV. `at_ms`: when each frame begins, of a clip whose rate changes. `sound_s`: seconds of silence beside.
+    `shape`: width : height of each pixel."""
     import av
 
     file = io.BytesIO()
@@ -59,6 +61,8 @@ def contained(
         stream: Any = container.add_stream(name, fps)
         stream.width, stream.height = size
         stream.pix_fmt = "yuvj420p" if name == "mjpeg" else "yuv420p"
+        if shape:
+            stream.codec_context.sample_aspect_ratio = shape
         container.metadata.update(tags or {})
         sound: Any = container.add_stream("libopus", 48_000, layout="mono") if sound_s else None
         if at_ms:

@@ -16,7 +16,7 @@ from sfumato.core import Generation
 from sfumato.drawing import sounds
 from sfumato.errors import DrawError
 from sfumato.formats import AUDIO, VIDEO, kind_of
-from sfumato.pictures.results import Clip, Result, Sound
+from sfumato.pictures.results import MADE_NAN, Clip, Result, Sound
 from sfumato.pipelines.capabilities import parameters_of
 
 FIELDS = ("images", "image", "rgb", "prediction", "frames", "video")
@@ -57,10 +57,13 @@ def sound_of(pipeline: Any, output: Any) -> Sound:
     value, rule = getattr(output, "audios", None), sound_rules.of_pipeline(pipeline)
     if value is None or rule is None:
         raise DrawError(f"{type(pipeline).__name__} returned no sound but {type(output).__name__}")
-    samples = np.atleast_2d(torch.as_tensor(value[0]).float().cpu().numpy())
+    return _sound(np.atleast_2d(torch.as_tensor(value[0]).float().cpu().numpy()), rule.rate)
+
+
+def _sound(samples: np.ndarray[Any, Any], rate: int) -> Sound:
     if not np.isfinite(samples).all():
-        raise DrawError("the model made NaN: set `dtype: bf16` or `dtype: fp32` in the model file")
-    return Sound(samples, rule.rate)
+        raise DrawError(MADE_NAN)
+    return Sound(samples, rate)
 
 
 def clip_of(pipeline: Any, output: Any, fps: float) -> Clip:
@@ -86,14 +89,14 @@ def _frames(value: Any) -> np.ndarray[Any, Any]:
 
 def _sound_of(pipeline: Any, audio: Any) -> Sound | None:
     """The sound beside the frames, (batch, channels, samples) or without channels; its rate is the vocoder's, of
-    Kandinsky 6 the pipeline's."""
+    Kandinsky 6 the pipeline's. Raises DrawError if it is not finite."""
     config = getattr(getattr(pipeline, "vocoder", None), "config", {})
     rate = config.get("output_sampling_rate") or getattr(pipeline, "audio_sample_rate", None)
     if audio is None or rate is None:
         return None
     samples = torch.as_tensor(audio).float().cpu().numpy()
     samples = samples[0] if samples.ndim == 3 else samples
-    return Sound(samples if samples.ndim == 2 else samples[None], int(rate))
+    return _sound(samples if samples.ndim == 2 else samples[None], int(rate))
 
 
 def picture_of(pipeline: Any, output: Any) -> tuple[Image.Image, list[str]]:

@@ -41,6 +41,10 @@ CODECS: Mapping[str, Codecs] = MappingProxyType(
 )
 """H.264 plays everywhere; VP9 and Opus are what WebM is for, and free of licences."""
 
+COLOURS: Mapping[str, int] = MappingProxyType({"colorspace": 1, "color_range": 1, "color_primaries": 1, "color_trc": 1})
+"""BT.709 in limited range, in FFmpeg's numbers (`AVCOL_SPC_BT709` ...), and told in the file: of one that does not say
+it, players take BT.601 for small frames, and BT.709 from 720 lines on."""
+
 
 def _in_container(clip: Clip, recipe: Recipe, *, format: str) -> bytes:
     import av  # the extra `video`
@@ -51,9 +55,14 @@ def _in_container(clip: Clip, recipe: Recipe, *, format: str) -> bytes:
         picture: Any = container.add_stream(codecs.video, _rate(clip.fps), dict(codecs.options))
         picture.width, picture.height = clip.size
         picture.pix_fmt = "yuv444p" if any(side % 2 for side in clip.size) else "yuv420p"
+        for name, value in COLOURS.items():
+            setattr(picture.codec_context, name, value)
         sound = _audio_stream(container, codecs, clip.sound) if clip.sound else None
         for image in clip.pictures():
-            container.mux(picture.encode(av.VideoFrame.from_image(image)))
+            frame = av.VideoFrame.from_image(image).reformat(
+                format=picture.pix_fmt, dst_colorspace=COLOURS["colorspace"], dst_color_range=COLOURS["color_range"]
+            )
+            container.mux(picture.encode(frame))
         container.mux(picture.encode())
         if clip.sound and sound:
             _write_sound(container, sound, clip.sound)

@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from PIL import Image
 
-from sfumato.errors import Cancelled
+from sfumato.errors import Cancelled, DrawError
 
 if TYPE_CHECKING:  # the API process has no numpy
     import numpy as np
     from numpy.typing import NDArray
+
+MADE_NAN = "the model made NaN: set `dtype: bf16` or `dtype: fp32` in the model file"
+"""Of a decoder: what it decodes was checked before."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,11 +78,14 @@ class Clip:
         return (self.picture(index) for index in range(len(self)))
 
     def rounded(self) -> Clip:
-        """The same clip in bytes, made frame by frame; the floats may go."""
+        """The same clip in bytes, made frame by frame; the floats may go. Raises DrawError for NaN, which would be
+        black."""
         import numpy as np
 
         frames = np.empty(self.frames.shape, np.uint8)
         for index, frame in enumerate(self.frames):
+            if not np.isfinite(frame).all():
+                raise DrawError(MADE_NAN)
             frames[index] = _rounded(frame)
         return replace(self, frames=frames)
 

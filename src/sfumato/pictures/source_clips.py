@@ -338,8 +338,10 @@ def _with(first: Frame, others: Iterator[Frame]) -> Iterator[Frame]:
 
 
 def _decoded(file: Any, stream: Any, param: str, bounds: Bounds) -> Iterator[Frame]:
-    """Upright. Raises InvalidPicture for a frame of another size, and at the end of a file that was cut off."""
+    """Upright, in square pixels. Raises InvalidPicture for a frame of another size, and at the end of a file that was
+    cut off."""
     size: tuple[int, int] | None = None
+    shape = stream.sample_aspect_ratio or Fraction(1)
     count, ends = 0, 0.0
     for packet in file.demux(stream, *file.streams.audio):
         if packet.is_corrupt:
@@ -351,8 +353,11 @@ def _decoded(file: Any, stream: Any, param: str, bounds: Bounds) -> Iterator[Fra
             size = size or (frame.width, frame.height)
             if (frame.width, frame.height) != size:
                 raise _resized(param, size, (frame.width, frame.height))
-            images.check_size(size, param, bounds)
+            shown = _in_squares(size, shape)
+            images.check_size(shown, param, bounds)
             image = frame.to_image()
+            if shown != size:  # as cameras and discs record wide pictures in few pixels
+                image = image.resize(shown, Image.Resampling.LANCZOS)
             if frame.rotation:  # phones write how they were held
                 image = image.rotate(frame.rotation, expand=True)
             yield Frame(image, None if frame.pts is None else Fraction(frame.pts) * frame.time_base)
@@ -362,6 +367,12 @@ def _decoded(file: Any, stream: Any, param: str, bounds: Bounds) -> Iterator[Fra
     whole += [file.duration / 1_000_000] if file.duration else []
     if ends and whole and min(whole) - ends > SHORT_S:
         raise _cut_off(param, count)
+
+
+def _in_squares(size: tuple[int, int], shape: Fraction) -> tuple[int, int]:
+    """The size at which pixels of this width : height are square ones: no side becomes smaller."""
+    width, height = size
+    return (round(width * shape), height) if shape >= 1 else (width, round(height / shape))
 
 
 def _end(part: Any) -> float:
