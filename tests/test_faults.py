@@ -24,16 +24,20 @@ from PIL import Image
 
 from sfumato.config import ModelConfig
 from sfumato.core import Done, Event, Failed, Generation, Step
+from sfumato.drawing.draw import draw
 from sfumato.engine.local import Local
 from sfumato.engine.protocol import Answer, Engine, Report
 from sfumato.engine.streams import Streams
 from sfumato.errors import DrawError, LoadError, WorkerDied
 from sfumato.models import load
 from sfumato.models.load import Loaded
+from sfumato.pictures.images import decoded
 from sfumato.process.supervisor import Supervisor
 from sfumato.sampling import nested
 from sfumato.serving.catalog import Catalog
 from sfumato.settings import Settings
+from support import tiny
+from support.drawing import loaded, quiet
 from support.together import posted_together
 
 SETTINGS = Settings(device="cpu", log_level="critical")
@@ -267,6 +271,21 @@ def test_nan_fails_the_request_that_drew_it(workshop: Workshop) -> None:
     failed = judge(workshop, company(), answers)
     assert isinstance(failed.error, DrawError)
     assert "NaN" in failed.error.message
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in cast:RuntimeWarning")
+@pytest.mark.parametrize("make", [tiny.stable_diffusion, tiny.flux], ids=["Stable Diffusion", "FLUX"])
+def test_nan_that_only_the_vae_makes_is_an_error_and_no_black_picture(make: Callable[[], Any]) -> None:
+    """As SDXL's first VAE does in fp16."""
+    model = loaded(make())
+    done = draw(model, wanted("well"), quiet)
+    with torch.no_grad():
+        model.pipeline.vae.decoder.conv_out.bias[:1] = float("nan")
+    with pytest.raises(DrawError, match="NaN"):
+        draw(model, wanted("broken"), quiet)
+    with torch.no_grad():
+        model.pipeline.vae.decoder.conv_out.bias[:1] = 0.0
+    assert decoded(draw(model, wanted("mended"), quiet).file).size == decoded(done.file).size
 
 
 @pytest.mark.parametrize("error", [CUDA_MEMORY, CPU_MEMORY], ids=["cuda", "cpu"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import weakref
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ import torch
 from sfumato.batching import views
 from sfumato.batching.guidance import Interval
 from sfumato.errors import DrawError
+from sfumato.pictures.results import MADE_NAN
 from sfumato.pipelines import capabilities, scheduler_owners, scheduler_steps
 from sfumato.previews.steps import RunPreviews
 from sfumato.previews.x0 import StepResult
@@ -24,13 +26,29 @@ ENDED = frozenset({"DDPMWuerstchenScheduler"})
 
 
 class Finite:
-    """Whether the latents that a run ends with are finite; raises DrawError if not.
+    """Whether the latents that a run ends with are finite, and what is decoded from them; raises DrawError if not.
 
-    On a CPU they are checked at once. An accelerator computes that while the host goes on, and says it after the run.
+    On a CPU latents are checked at once. An accelerator computes that while the host goes on, and says it after the
+    run.
     """
 
     def __init__(self) -> None:
         self._flags: list[torch.Tensor] = []
+        self._decoded: list[torch.Tensor] = []
+
+    def watch_decoded(self, pipeline: Any) -> None:
+        """Look at what the image processor of `pipeline`, a view, makes pictures of: it would draw NaN as black."""
+        processor = getattr(pipeline, "image_processor", None)
+        if not hasattr(processor, "postprocess"):
+            return
+
+        def postprocess(image: Any, *args: Any, **kwargs: Any) -> Any:
+            if isinstance(image, torch.Tensor):
+                self._decoded.append(torch.isfinite(image).all())
+            return processor.postprocess(image, *args, **kwargs)
+
+        pipeline.image_processor = copy.copy(processor)
+        pipeline.image_processor.postprocess = postprocess
 
     def note(self, result: Any) -> None:
         """The result of a scheduler's last step."""
@@ -47,6 +65,8 @@ class Finite:
                 "the model drew NaN: its numbers left the range of its dtype. "
                 "Set `dtype: bf16` or `dtype: fp32` in the model file, or lower the guidance scale."
             )
+        if not all(bool(flag) for flag in self._decoded):
+            raise DrawError(MADE_NAN)
 
 
 def watch(
@@ -69,6 +89,7 @@ def watch(
         steps = kwargs.get(argument, parameters[argument].default if argument in parameters else None)
         expected[name] = steps if isinstance(steps, int) else 0
     progress, finite = scheduler_owners.StepCount(expected, on_step), Finite()
+    finite.watch_decoded(scheduler_owners.drawing_pipeline(pipeline))
     if driver := drivers.get("scheduler"):
         views.expect(pipeline, functools.partial(_scheduled_of, weakref.ref(driver.scheduler), weakref.ref(pipeline)))
         if interval:

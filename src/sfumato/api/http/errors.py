@@ -71,7 +71,7 @@ async def _sfumato_error(request: Request, error: Exception) -> JSONResponse:
 def logged(request: Request, error: SfumatoError, more: Mapping[str, Any] = MappingProxyType({})) -> JSONResponse:
     """As `response`; an error of the server's is in its log."""
     if error.status >= 500:
-        log.error("%s %s: %s: %s", request.method, request.url.path, error.code, error.message)
+        log.error("%s %s: %s: %s", request.method, request.url.path, error.code, printable(error.message))
     return response(error, more)
 
 
