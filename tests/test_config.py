@@ -258,6 +258,7 @@ BAD_KEYS: list[tuple[str, str, str]] = [
     ("options: ['a b:c']", "options", '"key:value"'),
     ("options: ['torch_dtype:int4']", "options", "torch_dtype is not one of"),
     ("lora_adapters: [a, b]\nlora_scales: [1]", "lora_scales", "1 scales for 2 lora_adapters"),
+    ("lora_adapters: [a, b]\nlora_scales: [1, 1e300]", "lora_scales", "needs a number from -100 to 100"),
     ("main_gpu: best", "main_gpu", "number of a GPU"),
     ("pipeline_type: FluxPipeline", "pipeline_type", "Did you mean 'diffusers.pipeline_type'?"),
     ("parameters.modle: x", "parameters.modle", "Did you mean 'parameters.model'?"),

@@ -153,7 +153,7 @@ KEYS: tuple[Key, ...] = (
             "How strongly it acts, and each of `lora_adapters` without `lora_scales`. Absent: 1.",
         ),
         ("lora_adapters", "lora_adapters", read.strings, "Several LoRAs."),
-        ("lora_scales", "lora_scales", read.numbers, "One for each of them. Absent: `lora_scale`."),
+        ("lora_scales", "lora_scales", read.numbers(-100, 100), "One for each of them. Absent: `lora_scale`."),
     ),
     *(key for parameter in PARAMETERS for key in _sampling_keys(parameter)),
     *_group(

@@ -283,9 +283,10 @@ def one_or_more(value: Any) -> str | tuple[str, ...]:
     return strings(value) if isinstance(value, list) else string(value)
 
 
-def numbers(value: Any) -> tuple[float, ...]:
-    read = number(-math.inf)
-    return tuple(read(item) for item in (value if isinstance(value, list) else [value]))
+def numbers(minimum: float, maximum: float) -> Reader:
+    """As `number`, one or a list of them."""
+    read = number(minimum, maximum)
+    return lambda value: tuple(read(item) for item in (value if isinstance(value, list) else [value]))
 
 
 def parameters(value: Any) -> frozenset[str]:
