@@ -38,7 +38,7 @@ class Finite:
 
     def watch_decoded(self, pipeline: Any) -> None:
         """Look at what the image processor of `pipeline`, a view, makes pictures of: it would draw NaN as black."""
-        processor = getattr(pipeline, "image_processor", None)
+        processor: Any = getattr(pipeline, "image_processor", None)
         if not hasattr(processor, "postprocess"):
             return
 
