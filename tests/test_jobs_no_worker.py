@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 
 from sfumato.api.jobs import jobs
 from sfumato.core import Event, Failed, Preview
-from sfumato.errors import DownloadError, NoWorker, SfumatoError, WorkerDied
+from sfumato.errors import DownloadError, JobsUnavailable, NoWorker, SfumatoError, WorkerDied
 from support.answerable import within
 from support.batching_client import GENERATIONS, jsonl
 from support.inside import Inside
@@ -128,6 +128,32 @@ def test_lines_of_a_batch_are_tried_again(inside: Inside, failure: SfumatoError)
         path = f"/v1/batches/{client.post('/v1/batches', json=body).json()['id']}"
         within(TIMEOUT_S, lambda: client.get(path).json()["status"] == "completed")
         assert client.get(path).json()["request_counts"] == {"total": 4, "completed": 4, "failed": 0}
+
+
+def test_lines_whose_picture_cannot_be_read_now_are_tried_again(inside: Inside) -> None:
+    """The database is away for a moment."""
+    files = inside.app.state.batches.store.files
+    content, failing = files.content, [JobsUnavailable("the database of jobs cannot be used") for _ in range(3)]
+
+    def sometimes(id: str) -> Any:
+        if failing and id == picture:
+            raise failing.pop()
+        return content(id)
+
+    files.content = sometimes
+    with inside.client() as client:
+
+        def upload(data: bytes, purpose: str) -> str:
+            answer = client.post("/v1/files", files={"file": ("a", data)}, data={"purpose": purpose})
+            return str(answer.json()["id"])
+
+        picture = upload(encoded(Image.new("RGB", (64, 64))), "vision")
+        lines = jsonl([CAT | {"image": {"file_id": picture}}] * 2, url="/v1/images/edits")
+        body = {"input_file_id": upload(lines, "batch"), "endpoint": "/v1/images/edits", "completion_window": "24h"}
+        path = f"/v1/batches/{client.post('/v1/batches', json=body).json()['id']}"
+        within(TIMEOUT_S, lambda: client.get(path).json()["status"] == "completed")
+        assert client.get(path).json()["request_counts"] == {"total": 2, "completed": 2, "failed": 0}
+    assert not failing
 
 
 def test_no_more_wait_than_the_queue_holds(inside: Inside, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,6 +36,8 @@ class Repeatable:
     """Its job, once it stands in the queue."""
     submitted: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when `job` is."""
+    unread: bool = False
+    """Whether the database has not given what the request names; it may when it is asked again."""
 
     def submit(self, job: Job) -> None:
         self.job = job
@@ -71,3 +73,9 @@ def set_checked() -> None:
     """Nothing is wrong with a stored request that can be known without a download, or its model in memory."""
     if stored := CURRENT.get():
         stored.checked.set()
+
+
+def set_unread() -> None:
+    """The database has not given what a stored request names."""
+    if stored := CURRENT.get():
+        stored.unread = True

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 from sfumato.api.batches.files import FileStore
 from sfumato.api.batches.tables import BATCH_PURPOSE, VISION
-from sfumato.errors import InvalidPicture, in_words
+from sfumato.errors import InvalidPicture, JobsUnavailable, in_words
+from sfumato.serving import repeat
 
 
 class UploadedPictures:
@@ -22,13 +23,17 @@ class UploadedPictures:
 
         Raises InvalidPicture, and JobsUnavailable if the database cannot be used.
         """
-        file = await asyncio.to_thread(self._files.get, id, caller if self._keyed else None)
-        if file and file.purpose != VISION:
-            raise _wrong(param, f"{in_words(id)} is a file of the purpose {file.purpose}")
-        content = None
-        if file:
-            take(file.bytes)
-            content = await asyncio.to_thread(self._files.content, id)
+        try:
+            file = await asyncio.to_thread(self._files.get, id, caller if self._keyed else None)
+            if file and file.purpose != VISION:
+                raise _wrong(param, f"{in_words(id)} is a file of the purpose {file.purpose}")
+            content = None
+            if file:
+                take(file.bytes)
+                content = await asyncio.to_thread(self._files.content, id)
+        except JobsUnavailable:
+            repeat.set_unread()
+            raise
         if content is None:
             raise _wrong(param, f"{in_words(id)} is no file of yours; it may have expired")
         return content

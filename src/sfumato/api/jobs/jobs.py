@@ -337,8 +337,10 @@ def _report(task: asyncio.Task[None]) -> None:
 
 
 def _again(run: Run) -> bool:
-    """Whether there was no room for a job that was promised, or no worker lived; and nobody has seen that."""
-    return run.promised and not run.seen and (run.answer.status == 429 or _failed_by(run, WorkerDied))
+    """Whether there was no room for a job that was promised, no worker lived, or no file was read; and nobody has seen
+    that."""
+    failed = run.answer.status == 429 or run.repeatable.unread or _failed_by(run, WorkerDied)
+    return failed and run.promised and not run.seen
 
 
 def _failed_by(run: Run, kind: type[WorkerDied]) -> bool:
